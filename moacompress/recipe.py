@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from moacompress.core.errors import MoaCompressError, RecipeError, did_you_mean
+from moacompress.core.urls import without_password
 from moacompress.rules.asked_shares import AskedShares
 from moacompress.rules.budget import Budget, parse_length
 from moacompress.rules.formats import CODED, FORMATS, NATIVE, dtype_name
@@ -466,8 +467,11 @@ class Recipe(_Section):
         return Recipe.from_dict(data, "options")
 
     def resolved(self) -> dict[str, Any]:
-        """Returns every choice, defaults included, as JSON values."""
-        return self.model_dump(mode="json")
+        """Returns every choice, defaults included, as JSON values; without the password of the search's storage."""
+        data = self.model_dump(mode="json")
+        storage = data["search"]["storage"]
+        data["search"]["storage"] = None if storage is None else without_password(storage)
+        return data
 
     def of_any_machine(self) -> Recipe:
         """Returns the recipe as profiles keep it: without the cost table, which is of one machine; a search names its own."""

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from moacompress.calibration.profile.store import Profile
-from moacompress.core.artefact_names import front_journal, of_front, plan_named, plans_of_front
+from moacompress.core.artefact_names import front_file, front_journal, of_front, plan_named, plans_of_front
 from moacompress.core.errors import ArtefactError, BudgetError, PlanError
 from moacompress.core.files import fingerprint, remove
-from moacompress.core.lock_holders import own_file
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe, shared_name
@@ -25,10 +24,13 @@ from moacompress.rules.constraints import byte_constraints
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.deadline import Deadline, TimeUp
+from moacompress.search.measure.claims import ClaimLost, open_claims
 from moacompress.search.measure.objective import Objective
 from moacompress.search.measure.packed_plan import pack, unpack
 from moacompress.search.measure.plan_evaluator import PlanEvaluator
-from moacompress.search.measure.study_storage import StudyStorage, own_study, quiet_optuna
+from moacompress.search.measure.storages import quiet_optuna
+from moacompress.search.measure.study_storage import StudyStorage
+from moacompress.search.plan_place import plan_place
 from moacompress.search.plan_sets import write_front
 from moacompress.search.result.class_notes import class_quality
 from moacompress.search.result.search_result import SearchResult, bytes_note, versions
@@ -79,12 +81,15 @@ def find_front(
     request = SearchRequest.of(profile, f"{low:.6f}", recipe, model=model)
     key = fingerprint(["front", request.key, low, high])
     storage = recipe.search.storage or str(front_journal(out))
-    name = f"moacompress-{key}"
-    with own_file(out), quiet_optuna(), ExitStack() as owned:
+    name, trials, alone = f"moacompress-{key}", recipe.search.trials, recipe.search.storage is None
+    with plan_place(out, not alone) as place, quiet_optuna(), ExitStack() as joined:
         source = model or load_for(recipe, profile.source, trust_remote_code=trust_remote_code)
         profile.check_model(source, "search")
-        _claim(out, key, overwrite)
-        owned.enter_context(own_study(storage, name, objectives=2, from_scratch=overwrite))
+        if place.ours:
+            _claim(out, key, overwrite)
+        claims = joined.enter_context(
+            open_claims(storage, name, alone=alone, from_scratch=overwrite, progress=progress)
+        )
         try:
             request = request.repaired(source, deadline.within(progress))
         except TimeUp:
@@ -94,7 +99,7 @@ def find_front(
             {**request.parameters.neutral, SHARE: float(at)} for at in np.linspace(np.log(low), np.log(high), STARTS)
         ]
         study_storage = StudyStorage(
-            storage,
+            claims,
             name,
             profile.fingerprint,
             distributions,
@@ -106,37 +111,77 @@ def find_front(
         measure = request.as_healed(Objective(source.model, profile.validation, request.weights_of))
         evaluator = PlanEvaluator.of(study_storage, measure, recipe.seed, deadline)
         with suppress(TimeUp):
-            surrogate = evaluator.calibrated(request, progress)
-            progress.start("searching the front", recipe.search.trials)
-            for _ in study_storage.finished()[: recipe.search.trials]:
-                progress.step()
-            while len(study_storage.finished()) < recipe.search.trials:
-                deadline.check()
-                trial = study_storage.ask()
-                share = float(np.exp(trial.params[SHARE]))
-                limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n in profile.lengths}
-                parameters = {name: at for name, at in trial.params.items() if name != SHARE}
-                plan = request.plan(surrogate, parameters, byte_constraints(limits))
-                kl = float(np.mean(evaluator.kls("front", plan, evaluator.order)))
-                kept = max(plan.kv_share(n) for n in profile.lengths)
-                study_storage.tell(trial, [kl, kept], plan=pack(plan))
-                progress.step(f"{kept:.1%} of the bytes: {kl:.3g} nats")
+            _search_front(request, evaluator, trials, progress)
         progress.done()
         if not study_storage.finished():
             raise deadline.too_short()
+        if not deadline.stopped:
+            with suppress(TimeUp):
+                place.settled(lambda: _is_there(out, key, trials), lambda: evaluator.pause([]))
         points = [
-            _Point(trial.values[0], trial.values[1], trial.user_attrs["plan"], number)
+            _Point(trial.values[0], trial.values[1], trial.notes["plan"], number)
             for number, trial in enumerate(study_storage.finished())
         ]
-        remove(plans_of_front(out))  # there may be fewer than before
+        if place.ours:
+            remove(plans_of_front(out))  # there may be fewer than before
         results = []
         for number, point in enumerate(_front(points), start=1):
             plan = _noted(request, key, point, len(points))
             path = plan_named(out, f"front-{number}")
-            plan.save(path)
-            results.append(SearchResult.of(plan, path, time.monotonic() - started, {}))
-        write_front(out, results)
+            if place.ours:
+                plan.save(path)
+            results.append(SearchResult.of(plan, path, time.monotonic() - started, {}, written=place.ours))
+        if place.ours:
+            write_front(out, results)
     return results
+
+
+def _search_front(request: SearchRequest, evaluator: PlanEvaluator, trials: int, progress: Progress) -> None:
+    """Runs the trials of a front that are missing, beside other workers.
+
+    Raises:
+        TimeUp: the time is up before all have run.
+    """
+    profile, study_storage, deadline = request.profile, evaluator.study_storage, evaluator.deadline
+    surrogate = evaluator.calibrated(request, progress)
+    progress.start("searching the front", trials)
+    seen = 0
+    while True:
+        finished = study_storage.finished()[:trials]
+        for trial in finished[seen:]:
+            progress.step(f"{trial.values[1]:.1%} of the bytes: {trial.values[0]:.3g} nats")
+        seen = len(finished)
+        if seen == trials:
+            return
+        deadline.check()
+        started = study_storage.ask(trials)
+        if started is None:
+            study_storage.pause(study_storage.running(trials), deadline.left)
+            continue
+        try:
+            share = float(np.exp(started.parameters[SHARE]))
+            limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n in profile.lengths}
+            parameters = {name: at for name, at in started.parameters.items() if name != SHARE}
+            plan = request.plan(surrogate, parameters, byte_constraints(limits))
+            kl = float(np.mean(evaluator.kls("front", plan, evaluator.order)))
+            kept = max(plan.kv_share(n) for n in profile.lengths)
+            study_storage.tell(started, [kl, kept], plan=pack(plan))
+        except ClaimLost:
+            continue
+        finally:
+            study_storage.release(started)
+
+
+def _is_there(out: Path, key: str, trials: int) -> bool:
+    """Returns whether a front is there that another worker of the same search has written, with all of its trials."""
+    first = plan_named(out, "front-1")
+    if not first.exists() or not front_file(out).exists():
+        return False
+    try:
+        made = Plan.load(first).provenance
+    except PlanError:
+        return False
+    return made.get("search") == key and made.get("trials", 0) >= trials
 
 
 def _claim(out: Path, key: str, overwrite: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import explanation_file, front_file, of_search, plan_named, scouts_folder
 from moacompress.core.errors import ArtefactError, InfeasibleBudgetError, PlanError
 from moacompress.core.files import remove, write_json
-from moacompress.core.lock_holders import own_file
 from moacompress.core.progress import Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
@@ -22,12 +22,16 @@ from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.baselines.measured import check_baselines
 from moacompress.search.deadline import Deadline, TimeUp
+from moacompress.search.plan_place import plan_place
 from moacompress.search.result.search_result import SearchResult
 from moacompress.search.search_request import ParameterValues, SearchRequest, offered
 from moacompress.search.study import find_plan
 
 LOWER = 0.9
 """A whole search is tried at this share of the smallest budget that the surrogate's own plans hold at."""
+
+PAUSE = 0.5
+"""Seconds after which a worker looks again whether another one has written the plan."""
 
 
 def find_plans(
@@ -143,10 +147,28 @@ def find_smallest(
         MoaCompressError: as `find_plan`.
     """
     deadline = deadline or Deadline(recipe.search.timeout)
-    with own_file(out):
-        _claim(out, profile, loss, overwrite)
+    shared = recipe.search.storage is not None
+    with plan_place(out, shared) as place:
+        if place.ours:
+            _claim(out, profile, loss, overwrite)
         source = model or load_for(recipe, profile.source, trust_remote_code=trust_remote_code)
-        return _smallest(profile, loss, recipe, out, overwrite, source, progress, deadline)
+        found = _smallest(profile, loss, recipe, out, overwrite, source, progress, deadline)
+        plan = found.plan.with_notes(budget={**found.plan.budget, "max_loss": loss.text})
+        if not deadline.stopped:
+            place.settled(lambda: _is_same(out, plan), lambda: time.sleep(PAUSE))
+        if place.ours:
+            plan.save(out)
+            if found.explanation:
+                write_json(explanation_file(out), found.explanation)
+        return SearchResult.of(plan, out, found.seconds, found.explanation, written=place.ours)
+
+
+def _is_same(out: Path, plan: Plan) -> bool:
+    """Returns whether another worker has written a plan."""
+    try:
+        return out.exists() and Plan.load(out) == plan
+    except PlanError:
+        return False
 
 
 def _smallest(
@@ -159,7 +181,7 @@ def _smallest(
     progress: Progress | None,
     deadline: Deadline,
 ) -> SearchResult:
-    """Finds what `find_smallest` returns."""
+    """Finds the plan that `find_smallest` returns."""
     quick = {
         "search__trials": 1,
         "search__rounds": 0,
@@ -214,11 +236,7 @@ def _smallest(
         if not held:
             raise deadline.too_short() from None
         found = min(held, key=lambda result: max(result.plan.kv_share(n) for n in profile.lengths))
-    plan = found.plan.with_notes(budget={**found.plan.budget, "max_loss": loss.text})
-    plan.save(out)
-    if found.explanation:
-        write_json(explanation_file(out), found.explanation)
-    return SearchResult.of(plan, out, found.seconds, found.explanation)
+    return found
 
 
 def _claim(out: Path, profile: Profile, loss: Loss, overwrite: bool) -> None:

@@ -68,14 +68,13 @@ class SearchContext:
 
     Attributes:
         request: what is asked for.
-        storage: of the search's studies, as that of a `StudyStorage`.
-        name: of the study; those of single steps begin with it.
         evaluator: measures plans on validation samples, at most once each.
         surrogate: not yet calibrated where no step has run.
         measured_baselines: the best plan of every family of baselines that is measured, by family.
+        baselines_complete: whether no other worker is still measuring one.
         around: profiles around a plan; None where neither rounds nor moves are wanted.
         trainer: the model on calibration samples, for choosing moves; None likewise.
-        out: where the best plan is written, or None.
+        out: where this worker writes the best plan; None for nowhere, or where another worker does.
         deadline: when to stop.
         progress: told of every measurement.
         tried: finished trials of the study, which keeps them here; the others are compared with the first, trial 0.
@@ -84,8 +83,6 @@ class SearchContext:
     """
 
     request: SearchRequest
-    storage: str | None
-    name: str
     evaluator: PlanEvaluator
     surrogate: Surrogate
     measured_baselines: dict[str, MeasuredBaseline]
@@ -97,6 +94,7 @@ class SearchContext:
     tried: list[Tried] = field(default_factory=list)
     stages: list[Stage] = field(default_factory=list)
     class_cost: ClassCost | None = None
+    baselines_complete: bool = True
 
     @property
     def reference(self) -> list[float]:
@@ -188,8 +186,9 @@ class SearchContext:
             starts: parameters that are tried right after.
         """
         profile, seed = self.request.profile, self.request.recipe.seed
-        name = f"{self.name}-{suffix}"
-        return StudyStorage(self.storage, name, profile.fingerprint, distributions(ranges), neutral, seed, starts)
+        study = self.evaluator.study_storage
+        name = f"{study.name}-{suffix}"
+        return StudyStorage(study.claims, name, profile.fingerprint, distributions(ranges), neutral, seed, starts)
 
 
 Step: TypeAlias = Callable[[Incumbent, SearchContext], Incumbent]

@@ -11,23 +11,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moacompress.calibration.profile.manifest import sweep_samples
 from moacompress.calibration.profile.store import Profile
-from moacompress.core.artefact_names import holders_of_studies, of_search, rounds_folder, study_journal
+from moacompress.core.artefact_names import of_search, rounds_folder, study_journal
 from moacompress.core.files import remove, sweep_files, sweep_folders
-from moacompress.core.lock_holders import own_file, release_dead
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.baselines.measured import check_baselines
 from moacompress.search.deadline import Deadline, TimeUp
+from moacompress.search.measure.claims import Claims, open_claims
 from moacompress.search.measure.objective import Measure, Objective
 from moacompress.search.measure.plan_evaluator import PlanEvaluator
-from moacompress.search.measure.study_storage import StudyStorage, own_study, quiet_optuna
+from moacompress.search.measure.storages import is_journal, quiet_optuna
+from moacompress.search.measure.study_storage import StudyStorage
+from moacompress.search.plan_place import PlanPlace, plan_place
 from moacompress.search.predict.around import Around, ProfileAround, spread_samples
 from moacompress.search.result.found_plan import stopped_at_once, write_first, write_found
 from moacompress.search.result.search_result import SearchResult, found_before
@@ -38,7 +40,7 @@ from moacompress.search.steps.leftover import spend_leftover
 from moacompress.search.steps.moves import make_moves
 from moacompress.search.steps.parameter_study import tune_parameters
 from moacompress.search.steps.rounds import make_rounds
-from moacompress.search.steps.start import calibrate, measure_baselines
+from moacompress.search.steps.start import calibrate, complete_baselines, measure_baselines
 
 __all__ = ["SearchResult", "find_plan"]
 
@@ -46,6 +48,7 @@ STEPS: tuple[Step, ...] = (
     calibrate,
     measure_baselines,
     tune_parameters,
+    complete_baselines,
     make_rounds,
     make_moves,
     spend_leftover,
@@ -105,37 +108,53 @@ def find_plan(
         profile = Profile.load(profile)
     request = SearchRequest.of(profile, budget, recipe or profile.recipe, starts, model)
     path = None if out is None else Path(out)
-    with nullcontext() if path is None else own_file(path):
+    trials = request.recipe.search.trials
+    with plan_place(path, request.recipe.search.storage is not None) as place:
+        if place.out is not None:
+            _sweep(place.out)
         if path is not None:
-            _sweep(path)
-            plan = found_before(path, request.key, request.recipe.search.trials, overwrite)
+            plan = found_before(path, request.key, trials, overwrite)
             if plan is not None:
                 return SearchResult.of(plan, path, time.monotonic() - started)
-            check_baselines(path)
+        if place.out is not None:
+            check_baselines(place.out)
         if model is None:
             model = load_for(request.recipe, profile.source, trust_remote_code=trust_remote_code)
         profile.check_model(model, "search")
-        if path is not None and overwrite:  # nothing is left that can be wrong with the request
-            remove(of_search(path))
         deadline = deadline or Deadline(request.recipe.search.timeout, started)
         try:
-            with opened(request, path, overwrite, model, progress, deadline) as context:
+            with opened(request, place.out, overwrite, model, progress, deadline) as context:
                 incumbent = context.start()
                 with suppress(TimeUp):
                     for step in STEPS:
                         incumbent = step(incumbent, context)
                 progress.done()
+                if path is not None and not deadline.stopped and not place.ours:
+                    _settle(place, path, request, context)
+                context.out = place.out
                 plan, explanation = write_found(incumbent, context)
         except TimeUp:
             progress.done()
-            plan, explanation = stopped_at_once(request, path)
-    return SearchResult.of(plan, path, time.monotonic() - started, explanation)
+            plan, explanation = stopped_at_once(request, place.out)
+    return SearchResult.of(plan, path, time.monotonic() - started, explanation, written=place.ours)
+
+
+def _settle(place: PlanPlace, path: Path, request: SearchRequest, context: SearchContext) -> None:
+    """Waits until another worker has written the plan, or this one has to.
+
+    Raises:
+        TimeUp: the time is up.
+    """
+
+    def written() -> bool:
+        return found_before(path, request.key, request.recipe.search.trials, False) is not None
+
+    with suppress(TimeUp):
+        place.settled(written, lambda: context.evaluator.pause([]))
 
 
 def _sweep(out: Path) -> None:
     """Removes what killed searches left half-written at a plan that this process owns, and beside it."""
-    for holder in holders_of_studies(study_journal(out)):
-        release_dead(holder)
     for path in of_search(out):
         sweep_files(path)
         sweep_folders(path)
@@ -152,12 +171,12 @@ def opened(
     progress: Progress,
     deadline: Deadline,
 ) -> Iterator[SearchContext]:
-    """Makes this process the lock holder of a search's study as long as the block runs.
+    """Makes this process a worker of a search as long as the block runs; without a storage of its own, the only one.
 
     Args:
         request: what is asked for.
         out: where the plan will be; owned by this process.
-        from_scratch: forget what the study holds.
+        from_scratch: forget what was measured, and remove what is at `out`.
         source: the profile's model.
         progress: told of every measurement.
         deadline: when to stop.
@@ -167,18 +186,27 @@ def opened(
 
     Raises:
         TimeUp: the time is up, and copies are not repaired yet.
-        ArtefactError: the storage cannot be used, or another process is searching there.
+        InUseError: other workers are alive, and are not to be.
+        ArtefactError: the storage cannot be used.
     """
     profile, name = request.profile, f"moacompress-{request.key}"
     storage = request.recipe.search.storage
-    if storage is None and out is not None:
+    alone = storage is None
+    if alone and out is not None:
         storage = str(study_journal(out))
-    with quiet_optuna(), own_study(storage, name, from_scratch=from_scratch):
+        if from_scratch:  # nothing is left that can be wrong with the request
+            remove(of_search(out))
+    with (
+        quiet_optuna(),
+        open_claims(storage, name, alone=alone, from_scratch=from_scratch, progress=progress) as claims,
+    ):
         if out is not None:
+            if from_scratch and not alone:
+                remove([path for path in of_search(out) if not is_journal(storage, path)])
             write_first(request, out)
         request = request.repaired(source, deadline.within(progress))
         study_storage = StudyStorage(
-            storage,
+            claims,
             name,
             profile.fingerprint,
             request.parameters.distributions(),
@@ -188,11 +216,9 @@ def opened(
         )
         measure = request.as_healed(Objective(source.model, profile.validation, request.weights_of))
         evaluator = PlanEvaluator.of(study_storage, measure, request.recipe.seed, deadline)
-        around, trainer = _improvers(request, source, out, deadline)
+        around, trainer = _improvers(request, source, out if alone else None, deadline, None if alone else claims)
         yield SearchContext(
             request=request,
-            storage=storage,
-            name=name,
             evaluator=evaluator,
             surrogate=request.surrogate,
             measured_baselines={},
@@ -205,7 +231,7 @@ def opened(
 
 
 def _improvers(
-    request: SearchRequest, source: SourceModel, out: Path | None, deadline: Deadline
+    request: SearchRequest, source: SourceModel, out: Path | None, deadline: Deadline, claims: Claims | None
 ) -> tuple[Around, Measure] | tuple[None, None]:
     """Returns what profiles around plans and what measures moves, both on calibration samples, where either is wanted."""
     settings = request.recipe.search
@@ -214,6 +240,6 @@ def _improvers(
     samples = request.profile.calibration_samples()
     folder = None if out is None else rounds_folder(out)
     chosen = spread_samples(samples, settings.round_samples)
-    around = ProfileAround(request.profile, request.recipe, source, chosen, folder, deadline)
+    around = ProfileAround(request.profile, request.recipe, source, chosen, folder, deadline, claims)
     answers = [sample for sample in samples if sample.kind == "answer"] or samples
     return around, request.as_healed(Objective(source.model, spread_samples(answers, MOVE_SAMPLES), request.weights_of))

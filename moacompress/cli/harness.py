@@ -26,6 +26,7 @@ from moacompress.core.errors import ArtefactError, MoaCompressError, UsageError
 from moacompress.core.files import finite_json
 from moacompress.core.progress import Progress
 from moacompress.core.ranks import named_rank, rank, world_size
+from moacompress.core.urls import without_password
 from moacompress.recipe import Recipe
 
 P = ParamSpec("P")
@@ -137,7 +138,8 @@ class CommandRun:
         flags |= {"seed": self.common.seed, "device": self.common.device, "dtype": self.common.dtype}
         given = {name: value for name, value in flags.items() if value is not None}
         for name, value in given.items():
-            logger.info("%s = %s, from the command line", name.replace("__", "."), value)
+            text = without_password(value) if isinstance(value, str) else value
+            logger.info("%s = %s, from the command line", name.replace("__", "."), text)
         return recipe.override(**given)
 
 
@@ -224,7 +226,7 @@ def resumes_with(argv: Sequence[str], overwrite: bool) -> str:
     """
     if Path(argv[0]).name not in (PROGRAM, "__main__.py"):
         return FROM_SCRATCH if overwrite else INTERRUPTED
-    command = shlex.join([PROGRAM, *(part for part in argv[1:] if part != "--overwrite")])
+    command = shlex.join([PROGRAM, *(without_password(part) for part in argv[1:] if part != "--overwrite")])
     return f"interrupted; what was written is kept; resume with: {command}"
 
 

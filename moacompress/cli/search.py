@@ -101,7 +101,15 @@ def search(
     classes: ClassesOption = None,
     cost_table: CostTableOption = None,
     solver: Annotated[str | None, typer.Option(help="Solver inside each trial: lagrange or milp.")] = None,
-    storage: Annotated[str | None, typer.Option(help="Optuna storage, to resume from or to share.")] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STORAGE",
+            envvar="MOACOMPRESS_STORAGE",
+            help="Where the study is: a file ending in .journal, or a URL of SQLite, PostgreSQL or MySQL. The same command in "
+            "other processes, or on other machines, shares the work.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, dry_run_option("Say how long it would take, and search nothing.")] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -182,6 +190,7 @@ def _one(profile: Profile, found: SearchResult, out: Path) -> Output:
             *step_lines(found.step_ms),
             *explanation_tables(found.explanation),
             _measured(found),
+            *_elsewhere([found]),
             f"Next: moacompress export {profile.source} {out} -o model/",
         ],
     )
@@ -197,12 +206,22 @@ def _measured(found: SearchResult) -> str:
     return f"{found.measured_plans} plans measured in {found.trials} trials; the best was trial {found.best_trial}."
 
 
+def _elsewhere(found: list[SearchResult]) -> list[str]:
+    """Returns where the plans are that another worker of the search writes."""
+    places = ", ".join(str(result.path) for result in found if not result.written)
+    return [f"Another worker of this search writes the plan: {places}"] if places else []
+
+
 def _several(profile: Profile, found: list[SearchResult]) -> Output:
     from moacompress.report.search_tables import front_table
 
     return Output(
         {"plans": [{"plan": str(result.path), **_numbers(result)} for result in found]},
-        [front_table(found), f"Next: moacompress export {profile.source} {found[0].path} -o model/"],
+        [
+            front_table(found),
+            *_elsewhere(found),
+            f"Next: moacompress export {profile.source} {found[0].path} -o model/",
+        ],
     )
 
 
@@ -211,6 +230,7 @@ def _numbers(found: SearchResult) -> dict[str, Any]:
         "trials": found.trials,
         "measured_plans": found.measured_plans,
         "best_trial": found.best_trial,
+        "written": found.written,
         "harm": found.harm,
         "kv_bytes": found.kv_bytes,
         **({} if found.classes is None else {"classes": found.classes}),

@@ -44,6 +44,10 @@ class ArtefactError(MoaCompressError):
     """A file or folder that exists already, is corrupted, or belongs to another run."""
 
 
+class InUseError(ArtefactError):
+    """A file, folder or study that another live process works on."""
+
+
 class OutOfTimeError(MoaCompressError):
     """A time limit that is over before there is anything to hand back; what was done until then is kept."""
 

@@ -30,7 +30,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from moacompress.core.artefact_names import holder_of_file, holder_of_folder
-from moacompress.core.errors import ArtefactError
+from moacompress.core.errors import ArtefactError, InUseError
 
 BEAT_SECONDS = 30.0
 """A lock holder is heard of this often."""
@@ -141,7 +141,8 @@ def own_folder(folder: Path) -> Iterator[None]:
     """Makes this process the lock holder of a folder as long as the block runs; the folder is made if it is not there.
 
     Raises:
-        ArtefactError: a live process is its lock holder, be it this one; or the folder cannot be written.
+        InUseError: a live process is its lock holder, be it this one.
+        ArtefactError: the folder cannot be written.
     """
     with own(str(folder), holder_of_folder(folder), "choose another folder"):
         yield
@@ -152,7 +153,8 @@ def own_file(path: Path) -> Iterator[None]:
     """Makes this process the lock holder of a file, or of a folder that will be moved; neither need be there.
 
     Raises:
-        ArtefactError: a live process is its lock holder, be it this one; or the folder that it is in cannot be written.
+        InUseError: a live process is its lock holder, be it this one.
+        ArtefactError: the folder that it is in cannot be written.
     """
     with own(str(path), holder_of_file(path), "choose another file"):
         yield
@@ -168,7 +170,8 @@ def own(what: str, file: Path, choose: str) -> Iterator[None]:
         choose: what another process could do instead.
 
     Raises:
-        ArtefactError: a live process is its lock holder, be it this one; or the lock holder file cannot be written.
+        InUseError: a live process is its lock holder, be it this one.
+        ArtefactError: the lock holder file cannot be written.
     """
     holder, file = LockHolder.new(), file.absolute()
     with held(holder), ExitStack() as ours:
@@ -181,13 +184,13 @@ def own(what: str, file: Path, choose: str) -> Iterator[None]:
         except Timeout:
             other = _read(file)
             if other is None:
-                raise ArtefactError(f"{what} is in use: its {file.name} is locked; try again, or {choose}") from None
+                raise InUseError(f"{what} is in use: its {file.name} is locked; try again, or {choose}") from None
         except OSError as error:
             if error.errno not in NO_PLACE:
                 raise ArtefactError(f"cannot write {file}: {error.strerror or error}") from error
             other = _living(file, locked=False)
         if other is not None:
-            raise ArtefactError(other.refusal(what, choose))
+            raise InUseError(other.refusal(what, choose))
         with heard_of(lambda: _touch(file, holder)):
             yield
 

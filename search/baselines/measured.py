@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,37 +111,63 @@ def _is_baseline(path: Path) -> bool:
 
 
 def measure_baseline_families(
-    request: SearchRequest, evaluator: PlanEvaluator, progress: Progress
-) -> Iterator[tuple[str, MeasuredBaseline]]:
-    """Yields every family that has a candidate within the request's limits, with its best.
+    request: SearchRequest, evaluator: PlanEvaluator, progress: Progress, *, wait: bool = True
+) -> Iterator[tuple[str, MeasuredBaseline | None]]:
+    """Yields every family with its best candidate within the request's limits, None where it has none.
 
     Args:
         request: what is searched for.
         evaluator: measures.
         progress: told of every measurement.
+        wait: for what other workers measure; otherwise families that are not done are left out.
 
     Raises:
         TimeUp: the time is up before all of them are measured.
     """
-    families = [family for family in FAMILIES if family != MOA or request.measures_moa]
-    field = {family: _candidates(family, request) for family in families}
+    field = {family: _candidates(family, request) for family in families_of(request)}
     progress.start("measuring baselines", len(field))
-    for family, plans in field.items():
-        screened = [evaluator.kls("screening", plan, evaluator.order[:SCREENED]) for plan in plans]
-        means = [float(np.mean(kls)) for kls in screened]
-        ranked = np.argsort(means, kind="stable")[:FINALISTS].tolist()
-        best: MeasuredBaseline | None = None
-        for index in ranked:
-            if means[index] > CLOSE * means[ranked[0]]:
+    while field:
+        waiting = []
+        for family, plans in list(field.items()):
+            found = _best(plans, evaluator)
+            if isinstance(found, str):
+                waiting.append(found)
                 continue
-            rest = evaluator.kls("finalist", plans[index], evaluator.order[SCREENED:])
-            kl = float(np.mean([*screened[index], *rest]))
-            if best is None or kl < best.kl:
-                best = MeasuredBaseline(plans[index], kl)
-        progress.step("nothing fits" if best is None else f"{family}: {best.kl:.3g} nats")
-        if best is not None:
-            yield family, best
+            del field[family]
+            progress.step("nothing fits" if found is None else f"{family}: {found.kl:.3g} nats")
+            yield family, found
+        if len(waiting) == len(field) > 0:
+            if not wait:
+                break
+            evaluator.pause(waiting)
     progress.done()
+
+
+def families_of(request: SearchRequest) -> list[str]:
+    """Returns the families that a search measures."""
+    return [family for family in FAMILIES if family != MOA or request.measures_moa]
+
+
+def _best(plans: Sequence[Plan], evaluator: PlanEvaluator) -> MeasuredBaseline | str | None:
+    """Returns the best candidate of a family, None where there is none, or the name of what another worker measures of it."""
+    jobs = [evaluator.job("screening", plan, evaluator.order[:SCREENED]) for plan in plans]
+    screened = list(map(evaluator.attempt, jobs))
+    for job, kls in zip(jobs, screened, strict=True):
+        if kls is None:
+            return job.name
+    means = [float(np.mean(kls)) for kls in screened if kls is not None]
+    ranked = np.argsort(means, kind="stable")[:FINALISTS].tolist()
+    finalists = [index for index in ranked if means[index] <= CLOSE * means[ranked[0]]]
+    jobs = [evaluator.job("finalist", plans[index], evaluator.order[SCREENED:]) for index in finalists]
+    rest = list(map(evaluator.attempt, jobs))
+    best: MeasuredBaseline | None = None
+    for index, job, kls in zip(finalists, jobs, rest, strict=True):
+        if kls is None:
+            return job.name
+        kl = float(np.mean([*(screened[index] or ()), *kls]))
+        if best is None or kl < best.kl:
+            best = MeasuredBaseline(plans[index], kl)
+    return best
 
 
 def _candidates(family: str, request: SearchRequest) -> list[Plan]:

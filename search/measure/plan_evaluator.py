@@ -12,7 +12,8 @@ from moacompress.calibration.data.samples import Sample
 from moacompress.core.files import fingerprint
 from moacompress.core.progress import Progress
 from moacompress.rules.plan import Plan
-from moacompress.search.deadline import Deadline, TimeUp
+from moacompress.search.deadline import Deadline
+from moacompress.search.measure.claims import ClaimLost
 from moacompress.search.measure.objective import Measure
 from moacompress.search.measure.study_storage import StudyStorage
 from moacompress.search.predict.surrogate import Surrogate, fit, pick_ablations
@@ -21,6 +22,21 @@ from moacompress.search.search_request import SearchRequest
 
 ABLATION_SAMPLES = 3
 """Samples on which the ablations are measured that the surrogate is calibrated with."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """KLs that one worker measures.
+
+    Attributes:
+        name: what they are filed under.
+        count: how many there are.
+        measured: measures those behind so many that are known already.
+    """
+
+    name: str
+    count: int
+    measured: Callable[[int], Generator[float, None, None]]
 
 
 @dataclass(frozen=True)
@@ -58,50 +74,92 @@ class PlanEvaluator:
         Raises:
             TimeUp: the time is up, and one of them is not measured yet.
         """
+        return self.together([self.job(kind, plan, numbers)])[0]
+
+    def job(self, kind: str, plan: Plan, numbers: Sequence[int]) -> Job:
+        """Returns what `kls` measures, for `attempt` and `together`."""
 
         def measured(done: int) -> Generator[float, None, None]:
             with self.measure.under(plan) as kl:
                 for number in numbers[done:]:
                     yield kl(number)
 
-        return self._once(f"{kind}:{plan.key()}", len(numbers), measured)
+        return Job(f"{kind}:{plan.key()}", len(numbers), measured)
 
-    def _once(self, name: str, count: int, measured: Callable[[int], Generator[float, None, None]]) -> list[float]:
-        """Returns so many KLs, measured at most once in the life of the study storage.
+    def attempt(self, job: Job) -> list[float] | None:
+        """Returns the KLs of a job, measured at most once in the life of the study storage; None where another worker is at it.
 
-        Args:
-            name: what they are filed under.
-            count: how many there are.
-            measured: measures those behind so many that are known already.
+        Raises:
+            TimeUp: the time is up, and one of them is not measured yet; those that are will not be measured again.
         """
-        known = self.study_storage.recall(name)
+        known = self.study_storage.recall(job.name)
         if known is not None:
             return [float(kl) for kl in known]
-        found = begun = self.study_storage.begun(name)
-        with closing(measured(len(begun))) as kls:
-            try:
-                for _ in range(count - len(begun)):
+        claims = self.study_storage.claims
+        claim = claims.take(job.name)
+        if claim is None:
+            known = self.study_storage.recall(job.name)
+            return None if known is None else [float(kl) for kl in known]
+        found = list(claim.begun[: job.count])
+        try:
+            with closing(job.measured(len(found))) as kls:
+                while len(found) < job.count:
                     self.deadline.check()
-                    found = [*found, next(kls)]
-            except TimeUp:
-                self.study_storage.stop(name, found)
-                raise
-        self.study_storage.remember(name, found)
+                    found.append(next(kls))
+                    claims.put(claim, len(found) - 1, found[-1])
+            claims.finish(claim, [float(np.mean(found)) if found else 0.0], result=found)
+        except ClaimLost:
+            return None
+        finally:
+            claims.release(claim)
         return found
+
+    def together(self, jobs: Sequence[Job], done: Callable[[int], None] | None = None) -> list[list[float]]:
+        """Returns the KLs of several jobs, which workers share: each is done by one of them.
+
+        Args:
+            jobs: none of which depends on another.
+            done: told the number of every job that is done, as it is.
+
+        Raises:
+            TimeUp: the time is up, and one of them is not measured yet.
+        """
+        found: dict[int, list[float]] = {}
+        while len(found) < len(jobs):
+            before = len(found)
+            for number, job in enumerate(jobs):
+                kls = None if number in found else self.attempt(job)
+                if kls is not None:
+                    found[number] = kls
+                    if done is not None:
+                        done(number)
+            if len(found) == before:
+                self.pause([job.name for number, job in enumerate(jobs) if number not in found])
+        return [found[number] for number in range(len(jobs))]
+
+    def pause(self, names: Sequence[str]) -> None:
+        """Waits a moment for what other workers measure.
+
+        Args:
+            names: of what is waited for.
+
+        Raises:
+            TimeUp: the time is up.
+        """
+        self.deadline.check()
+        self.study_storage.claims.pause(names, self.deadline.left)
 
     def keep(self, kind: str, plan: Plan, kls: Sequence[float]) -> None:
         """Keeps what was measured elsewhere, as `kls` would have."""
-        self.study_storage.remember(f"{kind}:{plan.key()}", list(kls))
+        self.study_storage.claims.keep(f"{kind}:{plan.key()}", list(kls))
 
     def known(self, kind: str, plan: Plan) -> list[float] | None:
         """Returns what `kls` measured before, or None."""
         found = self.study_storage.recall(f"{kind}:{plan.key()}")
         return None if found is None else [float(value) for value in found]
 
-    def many(
-        self, kind: str, number: int, plans: Sequence[Plan], base: Plan, measure: Measure | None = None
-    ) -> list[float]:
-        """Returns the KLs of plans near `base` on one sample, measured at most once in the life of the study storage.
+    def near(self, kind: str, number: int, plans: Sequence[Plan], base: Plan, measure: Measure | None = None) -> Job:
+        """Returns the job of measuring plans near `base` on one sample.
 
         Args:
             kind: what for.
@@ -109,13 +167,10 @@ class PlanEvaluator:
             plans: quick are those that differ from `base` in late layers only.
             base: a plan.
             measure: the model on other samples than the meter's own.
-
-        Raises:
-            TimeUp: the time is up, and one of them is not measured yet.
         """
         name = f"{kind}:{fingerprint([base.key(), *(plan.key() for plan in plans)])}:{number}"
         model = measure or self.measure
-        return self._once(name, len(plans), lambda done: model.many(number, plans[done:], base))
+        return Job(name, len(plans), lambda done: model.many(number, plans[done:], base))
 
     def calibrated(self, request: SearchRequest, progress: Progress) -> Surrogate:
         """Returns the surrogate fitted to measured ablations of single KV heads, at the shortest length (the cheapest).
@@ -134,10 +189,10 @@ class PlanEvaluator:
         numbers = nearest[: ABLATION_SAMPLES if picks else 0]
         plans, full = [ablation(profile, pick) for pick in picks], Plan.full(profile.shape)
         progress.start("calibrating", len(numbers))
-        kls = []
-        for number in numbers:
-            kls.append(self.many("ablations", number, plans, full))
-            progress.step(f"{len(plans)} KV heads on sample {number}")
+        kls = self.together(
+            [self.near("ablations", number, plans, full) for number in numbers],
+            lambda done: progress.step(f"{len(plans)} KV heads on sample {numbers[done]}"),
+        )
         progress.done()
         measured = np.mean(kls, axis=0) if kls else np.zeros(0)
         return surrogate.calibrated(fit([influence[pick] for pick in picks], measured))

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from moacompress.core.progress import Progress
 from moacompress.rules.plan import Plan
 from moacompress.search.deadline import Deadline, TimeUp
+from moacompress.search.measure.claims import Claim, ClaimLost
 from moacompress.search.measure.objective import Measure
 from moacompress.search.measure.packed_plan import pack
-from moacompress.search.measure.study_storage import StudyStorage
-
-if TYPE_CHECKING:
-    from optuna import Trial
-    from optuna.trial import FrozenTrial
+from moacompress.search.measure.study_storage import FinishedTrial, StartedTrial, StudyStorage
 
 EPSILON = 1e-3
 """Nats added to a KL before its logarithm: differences far below it do not matter."""
@@ -44,13 +41,13 @@ class Tried:
     """A finished trial.
 
     Attributes:
-        index: its place among the finished trials; 0 is the plan that the others are compared with.
+        index: its number among the trials of its study; 0 is the plan that the others are compared with.
         key: of its plan.
         plan: its rules, packed.
         kls: nats, in the order of the shuffled samples; fewer than all where it was pruned.
         value: mean log-ratio to trial 0.
         pruned: whether it was given up half-way.
-        measured: whether it was measured, and not known before.
+        measured: whether it was measured, and not known before: of several trials of one plan the first is.
         parameters: its search parameters.
     """
 
@@ -64,9 +61,25 @@ class Tried:
     parameters: dict[str, float]
 
 
+@dataclass
+class _Open:
+    """A trial of this worker that is not finished.
+
+    Attributes:
+        started: the trial.
+        plan: its plan.
+    """
+
+    started: StartedTrial
+    plan: Plan
+
+
 @dataclass(frozen=True)
 class Trials:
     """Runs the trials of a study and knows those that are finished.
+
+    Many workers may run them. Two trials can come to the same plan: it is measured once, and the other trial waits for it while
+    its worker runs the next ones. So does one that is measured before trial 0 is.
 
     Attributes:
         study_storage: where they are kept.
@@ -86,8 +99,13 @@ class Trials:
 
     def finished(self) -> list[Tried]:
         """Returns the finished trials."""
-        trials = self.study_storage.finished()
-        return [_tried(index, trial) for index, trial in enumerate(trials)]
+        seen = set(self.known)
+        found = []
+        for trial in self.study_storage.finished():
+            tried = _tried(trial, seen)
+            seen.add(tried.key)
+            found.append(tried)
+        return found
 
     def completed(
         self, name: str, limit: int, progress: Progress, after: Callable[[Sequence[Tried]], str]
@@ -106,67 +124,143 @@ class Trials:
         progress.start(name, limit)
         for _ in tried[:limit]:
             progress.step()
-        with suppress(TimeUp):
-            while len(tried) < limit and not (tried and self.deadline.over()):
-                self.run(tried)
-                tried = self.finished()
-                progress.step(after(tried))
+        unfinished: list[_Open] = []
+        try:
+            with suppress(TimeUp):
+                while not _complete(tried, limit) and not (tried and self.deadline.over()):
+                    if not self._advance(unfinished, limit, tried):
+                        self.deadline.check()
+                        self.study_storage.pause(self.study_storage.running(limit), self.deadline.left)
+                    before, tried = len(tried), self.finished()
+                    for _ in range(before, min(len(tried), limit)):
+                        progress.step(after(tried))
+        finally:
+            for trial in unfinished:
+                self.study_storage.release(trial.started)
         progress.done()
         return tried
 
-    def run(self, tried: Sequence[Tried]) -> None:
-        """Runs the next trial.
-
-        Args:
-            tried: those that are finished.
+    def _advance(self, unfinished: list[_Open], limit: int, tried: Sequence[Tried]) -> bool:
+        """Finishes a trial that waits, or else runs the next one; returns False where there is nothing to do but wait.
 
         Raises:
             TimeUp: the time is up before the trial has ended: the next run begins it again, with what is measured of it.
         """
-        trial = self.study_storage.ask()
-        plan = self.plan_of(trial.params)
-        key = plan.key()
-        found = {old.key: (old.kls, old.pruned) for old in tried}
-        found |= {known: (kls, False) for known, kls in self.known.items()}
-        measured = key not in found
-        if measured:
-            kls, pruned = self._race(trial, plan, tried[0].kls if tried else None)
-        else:
-            kls, pruned = found[key]
-            for step, ratio in enumerate(log_ratios(kls, tried[0].kls if tried else kls)):
-                self.study_storage.report(trial, ratio, step)
-        value = log_ratio(kls, tried[0].kls if tried else kls)
-        self.study_storage.tell(
-            trial, value, key=key, plan=pack(plan), harms=list(kls), pruned=pruned, measured=measured
-        )
+        for trial in unfinished:
+            if self._ran(trial, unfinished, tried):
+                return True
+        started = self.study_storage.ask(limit)
+        if started is None:
+            return False
+        try:
+            trial = _Open(started, self.plan_of(started.parameters))
+        except BaseException:
+            self.study_storage.release(started)
+            raise
+        unfinished.append(trial)
+        self._ran(trial, unfinished, tried)
+        return True
 
-    def _race(self, trial: Trial, plan: Plan, reference: list[float] | None) -> tuple[list[float], bool]:
+    def _ran(self, trial: _Open, unfinished: list[_Open], tried: Sequence[Tried]) -> bool:
+        """Returns whether a trial has ended, or is another worker's now; if so it is none of the unfinished any more."""
+        try:
+            done = self._run(trial, tried)
+        except ClaimLost:
+            self.study_storage.release(trial.started)
+            done = True
+        if done:
+            unfinished.remove(trial)
+        return done
+
+    def _run(self, trial: _Open, tried: Sequence[Tried]) -> bool:
+        """Runs a trial; returns False where it has to wait for what other workers measure: its plan, or trial 0."""
+        key, started = trial.plan.key(), trial.started
+        found = self._measured(trial, key, tried)
+        if found is None:
+            return False
+        kls, pruned = found
+        if not self._report(started, kls) and started.reported < len(kls):
+            return False
+        value = log_ratio(kls, self._reference(started, kls) or kls)
+        self.study_storage.tell(
+            started,
+            value,
+            key=key,
+            plan=pack(trial.plan),
+            harms=list(kls),
+            pruned=pruned,
+            measured=key not in self.known,
+        )
+        return True
+
+    def _measured(self, trial: _Open, key: str, tried: Sequence[Tried]) -> tuple[list[float], bool] | None:
+        """Returns the KLs of a trial's plan, and whether it was given up half-way; None where another worker measures it."""
+        if key in self.known:
+            return self.known[key], False
+        for old in tried:
+            if old.key == key:
+                return old.kls, old.pruned
+        name = f"{self.study_storage.name}:{key}"
+        claims = self.study_storage.claims
+        claim = claims.take(name)
+        if claim is None:
+            found = claims.result(name)
+            return None if found is None else (list(map(float, found["kls"])), bool(found["pruned"]))
+        try:
+            kls, pruned = self._race(trial, claim)
+            claims.finish(claim, [float(np.mean(kls))], result={"kls": kls, "pruned": pruned})
+        finally:
+            claims.release(claim)
+        return kls, pruned
+
+    def _race(self, trial: _Open, claim: Claim) -> tuple[list[float], bool]:
         """Measures a plan sample by sample until it is done or clearly worse than the best; trial 0 is never pruned."""
         kls: list[float] = []
-        name = f"trial:{plan.key()}"
-        begun = self.study_storage.begun(name)
-        with self.measure.under(plan) as kl:
+        with self.measure.under(trial.plan) as kl:
             for step, number in enumerate(self.order):
-                if step < len(begun):
-                    kls.append(begun[step])
+                if step < len(claim.begun):
+                    kls.append(claim.begun[step])
                 else:
-                    try:
-                        self.deadline.check()
-                    except TimeUp:
-                        self.study_storage.stop(name, kls)
-                        raise
+                    self.deadline.check()
                     kls.append(kl(number))
-                ratio = log_ratios(kls[-1:], (reference or kls)[step : step + 1])[0]
-                hopeless = self.study_storage.report(trial, ratio, step)
-                if hopeless and reference is not None and step + 1 < len(self.order):
+                    self.study_storage.claims.put(claim, step, kls[-1])
+                hopeless = self._report(trial.started, kls)
+                if hopeless and trial.started.index and step + 1 < len(self.order):
                     return kls, True
         return kls, False
 
+    def _report(self, started: StartedTrial, kls: Sequence[float]) -> bool:
+        """Reports the samples of a trial that are not reported yet; none where trial 0 has not ended.
 
-def _tried(index: int, trial: FrozenTrial) -> Tried:
-    """Returns a finished trial of a study, whose attribute `harms` is what was measured."""
-    kept = dict(trial.user_attrs)
-    return Tried(index, value=trial.value or 0.0, parameters=trial.params, kls=kept.pop("harms"), **kept)
+        Returns whether the trial is hopeless already.
+        """
+        if started.reported == len(kls):
+            return False
+        reference = self._reference(started, kls)
+        hopeless = False
+        if reference is not None:
+            for ratio in log_ratios(kls, reference)[started.reported :]:
+                hopeless = self.study_storage.report(started, ratio)
+        return hopeless
+
+    def _reference(self, started: StartedTrial, kls: Sequence[float]) -> Sequence[float] | None:
+        """Returns the KLs of trial 0, which for that one are its own; None where it has not ended."""
+        if not started.index:
+            return kls
+        first = next(iter(self.study_storage.finished()), None)
+        return None if first is None or first.index else list(first.notes["harms"])
+
+
+def _complete(tried: Sequence[Tried], limit: int) -> bool:
+    """Returns whether all trials below a limit are finished."""
+    return set(range(limit)) <= {trial.index for trial in tried}
+
+
+def _tried(trial: FinishedTrial, seen: Container[str]) -> Tried:
+    """Returns a finished trial of a study, whose note `harms` is what was measured."""
+    kept = dict(trial.notes)
+    kept["measured"] = kept["key"] not in seen
+    return Tried(trial.index, value=trial.values[0], parameters=trial.parameters, kls=kept.pop("harms"), **kept)
 
 
 def standard_error(ratios: Sequence[float]) -> float:

@@ -38,6 +38,7 @@ class SearchResult:
         step_ms: see `step_note`; empty without a cost table.
         seconds: time that this run took; close to 0 when an earlier run had found it.
         explanation: see `explain.explain`; empty where there is none beside the plan.
+        written: whether this process wrote it, or found it there; False where another worker of the search writes it.
         classes: see `class_quality`; None where the search had no limit of them.
     """
 
@@ -50,11 +51,19 @@ class SearchResult:
     kv_bytes: dict[str, dict[str, int]]
     seconds: float
     explanation: dict[str, Any]
+    written: bool = True
     classes: dict[str, Any] | None = None
     step_ms: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
     @staticmethod
-    def of(plan: Plan, path: Path | None, seconds: float, explanation: dict[str, Any] | None = None) -> SearchResult:
+    def of(
+        plan: Plan,
+        path: Path | None,
+        seconds: float,
+        explanation: dict[str, Any] | None = None,
+        *,
+        written: bool = True,
+    ) -> SearchResult:
         """Reads the result off the notes of a plan that a search made, and off what is beside it."""
         made = plan.provenance
         if explanation is None:
@@ -69,6 +78,7 @@ class SearchResult:
             kv_bytes={n: dict(numbers) for n, numbers in plan.budget["bytes"].items()},
             seconds=seconds,
             explanation=explanation,
+            written=written,
             classes=plan.quality.get("classes"),
             step_ms=plan.budget.get("step_ms", {}),
         )

@@ -37,10 +37,10 @@ def make_moves(incumbent: Incumbent, context: SearchContext) -> Incumbent:
     moves = marginal_moves(space.knapsack, context.changes(incumbent), choice, count)
     plans = [incumbent.plan, *(space.plan(move.on(choice)) for move in moves)]
     context.progress.start("measuring moves", trainer.size)
-    kls = []
-    for number in range(trainer.size):
-        kls.append(context.evaluator.many("moves", number, plans, incumbent.plan, trainer))
-        context.progress.step()
+    kls = context.evaluator.together(
+        [context.evaluator.near("moves", number, plans, incumbent.plan, trainer) for number in range(trainer.size)],
+        lambda done: context.progress.step(),
+    )
     context.progress.done()
     ratios = np.array([log_ratios(column[1:], column[:1] * len(moves)) for column in kls]).T
     for caution in CAUTIONS if moves else ():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moacompress.search.baselines.measured import measure_baseline_families
+from moacompress.search.baselines.measured import families_of, measure_baseline_families
 from moacompress.search.search_context import Incumbent, SearchContext
 
 
@@ -23,6 +23,8 @@ def calibrate(incumbent: Incumbent, context: SearchContext) -> Incumbent:
 def measure_baselines(incumbent: Incumbent, context: SearchContext) -> Incumbent:
     """Measures the best plan of every family of baselines, where the recipe asks for them.
 
+    What other workers are measuring is not waited for yet: the trials need none of it.
+
     Args:
         incumbent: is returned as it is.
         context: its `measured_baselines` are filled, one family after the other.
@@ -30,7 +32,30 @@ def measure_baselines(incumbent: Incumbent, context: SearchContext) -> Incumbent
     Raises:
         TimeUp: the time was up before all of them were measured.
     """
-    if context.request.recipe.search.alternatives:
-        for family, best in measure_baseline_families(context.request, context.evaluator, context.progress):
-            context.measured_baselines[family] = best
+    return _measured(incumbent, context, wait=False)
+
+
+def complete_baselines(incumbent: Incumbent, context: SearchContext) -> Incumbent:
+    """Waits for the baselines that other workers were measuring; see `measure_baselines`.
+
+    Args:
+        incumbent: is returned as it is.
+        context: its `measured_baselines` are complete afterwards.
+
+    Raises:
+        TimeUp: the time was up before all of them were measured.
+    """
+    return incumbent if context.baselines_complete else _measured(incumbent, context, wait=True)
+
+
+def _measured(incumbent: Incumbent, context: SearchContext, wait: bool) -> Incumbent:
+    request = context.request
+    if not request.recipe.search.alternatives:
+        return incumbent
+    families, found = families_of(request), {}
+    for family, best in measure_baseline_families(request, context.evaluator, context.progress, wait=wait):
+        found[family] = best
+        ordered = [(name, found.get(name)) for name in families]
+        context.measured_baselines = {name: one for name, one in ordered if one is not None}
+    context.baselines_complete = len(found) == len(families)
     return incumbent

@@ -1,4 +1,4 @@
-"""Two searches never work on one plan or one study, and what a killed one owned is taken over."""
+"""A search without a storage of its own never works beside another one; what a killed one owned is taken over."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ import optuna
 import pytest
 
 from moacompress.calibration.profile.store import Profile
-from moacompress.core.errors import ArtefactError
+from moacompress.core.errors import ArtefactError, InUseError
 from moacompress.rules.plan import Plan
-from moacompress.search.measure import study_storage
-from moacompress.search.measure.study_storage import own_study
 from moacompress.search.study import find_plan
 
 Profiles = Callable[..., Profile]
@@ -99,10 +97,8 @@ def test_a_killed_search_is_taken_over(
     whole, fake = search(out=tmp_path / "whole.json")
     with measuring(tmp_path / "plan.json", storage) as process:
         if storage:
-            with pytest.raises(
-                ArtefactError, match=rf"the study .* is in use: process {process.pid} .* with --storage"
-            ):
-                search(profile, out=tmp_path / "other.json")
+            with pytest.raises(ArtefactError, match=rf"is in use: process {process.pid} .* leave out --overwrite"):
+                search(profile, out=tmp_path / "other.json", overwrite=True)
         process.kill()
     result, rest = search(profile, out=tmp_path / "plan.json")
     assert result.plan.rules == whole.plan.rules
@@ -115,63 +111,26 @@ def test_holders_that_killed_searches_left_in_a_journal_go(
 ) -> None:
     with measuring(tmp_path / "plan.json") as process:
         process.kill()
-    assert len([path for path in tmp_path.iterdir() if path.suffix == ".owner"]) == 2
+    assert len([path for path in tmp_path.iterdir() if path.suffix == ".owner"]) == 1
     search(profiles(trials=1), "60%", out=tmp_path / "plan.json", overwrite=True)
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".owner"] == []
 
 
-@pytest.mark.parametrize("kind", ["beside", "journal", "sqlite"])
 def test_a_second_search_in_the_same_process_is_refused(
-    search: Search, profiles: Profiles, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, fake_objective: Any
+    search: Search, profiles: Profiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_objective: Any
 ) -> None:
-    storage = {"beside": None, "journal": str(tmp_path / "s.log"), "sqlite": f"sqlite:///{tmp_path}/s.db"}[kind]
-    profile = profiles(trials=1, storage=storage)
+    profile = profiles(trials=1)
     seconds: list[Future[Any]] = []
     honest = fake_objective.under
 
     def under(self: Any, plan: Plan) -> Any:
         if not seconds:
-            out = tmp_path / ("plan.json" if storage is None else "other.json")
             with ThreadPoolExecutor(1) as pool:
-                seconds.append(pool.submit(find_plan, profile, "50%", out=out, model=source))
+                seconds.append(pool.submit(find_plan, profile, "50%", out=tmp_path / "plan.json", model=source))
         return honest(self, plan)
 
     source: Any = SimpleNamespace(model=None, source="model", shape=profile.shape, computes_in=profile.shape.dtype)
     monkeypatch.setattr(fake_objective, "under", under)
     search(profile, out=tmp_path / "plan.json")
-    with pytest.raises(ArtefactError, match=f"is in use: process {os.getpid()} on"):
+    with pytest.raises(InUseError, match=f"is in use: process {os.getpid()} on"):
         seconds[0].result()
-
-
-def test_a_holder_in_a_database_is_heard_of_and_leaves_its_successor_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    storage = f"sqlite:///{tmp_path}/s.db"
-    beats: list[Callable[[], None]] = []
-
-    @contextmanager
-    def heard_of(beat: Callable[[], None]) -> Iterator[None]:
-        beats.append(beat)
-        yield
-
-    monkeypatch.setattr(study_storage, "heard_of", heard_of)
-
-    def attribute() -> Any:
-        return optuna.load_study(study_name="moacompress-x", storage=storage).user_attrs["owner"]
-
-    with own_study(storage, "moacompress-x"):
-        begun = attribute()
-        beats[0]()
-        assert attribute()["heard"] > begun["heard"]
-        other = {**begun, "token": "theirs", "host": "elsewhere", "boot": "another"}
-        optuna.load_study(study_name="moacompress-x", storage=storage).set_user_attr("owner", other)
-        beats[0]()
-        assert attribute() == other
-        with pytest.raises(ArtefactError, match="on elsewhere has been at work"), own_study(storage, "moacompress-x"):
-            pass
-    assert attribute() == other
-    stale = {**other, "heard": other["heard"] - 1000}
-    optuna.load_study(study_name="moacompress-x", storage=storage).set_user_attr("owner", stale)
-    with own_study(storage, "moacompress-x"):
-        assert attribute()["token"] != "theirs"
-    assert attribute() is None

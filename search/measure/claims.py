@@ -1,0 +1,366 @@
+"""Claims: which worker measures what, so that nothing is measured twice and nothing is lost.
+
+Everything that is measured has a name. A worker that is about to measure it adds a trial to a study, with the name and its
+own mark, and has the claim if no trial of that name with a lower number is done or is a live worker's; otherwise it withdraws.
+So two that claim in the same moment agree on who has it, as trials get their numbers one after the other. The numbers that
+are measured go into the trial one by one, and what has come of them when it ends: it then cannot be changed any more. A claim
+of a dead worker is marked as failed, and another one made, which begins with the numbers that were there. A worker that was
+held for dead and comes back finds its claim failed and leaves its result: a name has at most one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moacompress.core.errors import InUseError
+from moacompress.core.progress import SILENT, Progress
+from moacompress.search.measure.storages import guarded, open_storage, shown
+from moacompress.search.measure.workers import Worker, Workers
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.distributions import BaseDistribution
+    from optuna.storages import BaseStorage
+    from optuna.trial import FrozenTrial
+
+logger = logging.getLogger(__name__)
+
+CHOOSE_STORAGE = "choose another one with --storage"
+CLAIMS = "-claims"
+"""End of the name of the study that a search's workers and claims are in."""
+PIECE = 16_000
+"""Characters of the longest text that is written as one: MySQL's are of 65,535 bytes at most."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
+"""Seconds after which a worker that waits looks again: more each time."""
+SAID_AFTER = 5.0
+"""Seconds of waiting after which it says so."""
+
+
+class ClaimLost(Exception):
+    """This worker was held for dead, and another one has its claim."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What one worker measures.
+
+    Attributes:
+        name: of what is measured.
+        trial_id: of the trial that stands for it.
+        begun: numbers that earlier claims of the name have measured, in order.
+    """
+
+    name: str
+    trial_id: int
+    begun: tuple[float, ...] = ()
+
+
+class Claims:
+    """The claims in one study.
+
+    Args:
+        storage: where it is.
+        study_id: of the study.
+        workers: of the search.
+        where: the storage, as it may be shown.
+        progress: told where a worker waits for others.
+    """
+
+    def __init__(
+        self, storage: BaseStorage, study_id: int, workers: Workers, where: str, progress: Progress = SILENT
+    ) -> None:
+        self.storage, self.study_id, self.workers, self.where = storage, study_id, workers, where
+        self._progress = progress
+        self._mine: set[int] = set()
+        self._pause, self._waited, self._said = FIRST_PAUSE, 0.0, False
+
+    def of(self, study: Study) -> Claims:
+        """Returns the claims in another study of the same workers."""
+        with guarded(self.where):
+            study_id = self.storage.get_study_id_from_name(study.study_name)
+        return Claims(self.storage, study_id, self.workers, self.where, self._progress)
+
+    def trials(self) -> list[FrozenTrial]:
+        """Returns the trials that stand for claims, in the order of their numbers."""
+        with guarded(self.where):
+            found = self.storage.get_all_trials(self.study_id, deepcopy=False)
+        return [trial for trial in found if "name" in trial.user_attrs]
+
+    def result(self, name: str) -> Any:
+        """Returns what was kept under a name, or None."""
+        done = next((trial for trial in self._named(name) if trial.state.name == "COMPLETE"), None)
+        return None if done is None else attributes(done).get("result")
+
+    def take(self, name: str) -> Claim | None:
+        """Claims what is to be measured; None where it is measured already, or a live worker is at it."""
+        from optuna.trial import TrialState, create_trial
+
+        if self._taken(self._named(name)):
+            return None
+        notes = {"name": name, "worker": self.workers.token}
+        with guarded(self.where):
+            trial_id = self.storage.create_new_trial(
+                self.study_id, create_trial(state=TrialState.RUNNING, user_attrs=notes)
+            )
+        self._mine.add(trial_id)
+        claim = Claim(name, trial_id)
+        try:
+            named = self._named(name)
+            number = self._number(trial_id)
+            earlier = [trial for trial in named if trial.number < number]
+            if self._taken(earlier):
+                self.release(claim)
+                return None
+        except BaseException:
+            self.release(claim)
+            raise
+        self._pause, self._waited, self._said = FIRST_PAUSE, 0.0, False
+        return Claim(name, trial_id, _begun(self._named(name)))
+
+    def put(self, claim: Claim, step: int, number: float) -> None:
+        """Keeps one of the numbers that a claim is about.
+
+        Raises:
+            ClaimLost: another worker has it.
+        """
+        with self._changing():
+            self.storage.set_trial_intermediate_value(claim.trial_id, step, number)
+
+    def set_parameters(
+        self, claim: Claim, parameters: Mapping[str, float], distributions: Mapping[str, BaseDistribution]
+    ) -> None:
+        """Keeps the search parameters of a claimed trial.
+
+        Raises:
+            ClaimLost: another worker has it.
+        """
+        with self._changing():
+            for name, distribution in distributions.items():
+                value = distribution.to_internal_repr(parameters[name])
+                self.storage.set_trial_param(claim.trial_id, name, value, distribution)
+
+    def note(self, claim: Claim, **notes: Any) -> None:
+        """Keeps JSON values with a claim.
+
+        Raises:
+            ClaimLost: another worker has it.
+        """
+        with self._changing():
+            for name, value in notes.items():
+                for key, piece in _pieces(name, value).items():
+                    self.storage.set_trial_user_attr(claim.trial_id, key, piece)
+
+    def finish(self, claim: Claim, values: Sequence[float], **notes: Any) -> None:
+        """Ends a claim with what came of it; from then on it is never measured again.
+
+        Args:
+            claim: of this worker.
+            values: of its trial, one for every objective of the study.
+            **notes: JSON values; `result` is what `Claims.result` returns.
+
+        Raises:
+            ClaimLost: another worker has it.
+        """
+        from optuna.trial import TrialState
+
+        self.note(claim, **notes)
+        with self._changing():
+            self.storage.set_trial_state_values(claim.trial_id, TrialState.COMPLETE, list(values))
+        self._mine.discard(claim.trial_id)
+
+    def release(self, claim: Claim) -> None:
+        """Gives up a claim for others to take, unless it is finished."""
+        if claim.trial_id in self._mine:
+            self._mine.discard(claim.trial_id)
+            with suppress(Exception):  # where the storage is gone this worker's claims go with it
+                self._fail(claim.trial_id)
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keeps a JSON value under a name that nobody else measures."""
+        claim = self.take(name)
+        if claim is not None:
+            with suppress(ClaimLost):
+                self.finish(claim, [0.0], result=value)
+
+    def pause(self, names: Sequence[str], longest: float | None = None) -> None:
+        """Waits a moment for what others measure; says whom for where it takes long.
+
+        Args:
+            names: of what is waited for.
+            longest: seconds that it may take.
+        """
+        seconds = self._pause if longest is None else min(self._pause, longest)
+        if self._waited >= SAID_AFTER and not self._said:
+            self._said = True
+            text = self._waiting_for(names)
+            logger.info(text)
+            self._progress.say(text)
+        time.sleep(seconds)
+        self._waited += seconds
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+    def _waiting_for(self, names: Sequence[str]) -> str:
+        """Returns the sentence that says whom this worker waits for."""
+        tokens = {
+            trial.user_attrs["worker"]
+            for trial in self.trials()
+            if trial.state.name == "RUNNING" and trial.user_attrs["name"] in set(names)
+        }
+        found = [worker for worker in map(self.workers.by_token, sorted(tokens)) if worker is not None]
+        who = ", ".join(f"process {worker.holder.pid} on {worker.holder.host}" for worker in found)
+        return f"waiting for what {who or 'another worker'} measures"
+
+    def _named(self, name: str) -> list[FrozenTrial]:
+        return [trial for trial in self.trials() if trial.user_attrs["name"] == name]
+
+    def _number(self, trial_id: int) -> int:
+        with guarded(self.where):
+            return self.storage.get_trial(trial_id).number
+
+    def _taken(self, trials: Sequence[FrozenTrial]) -> bool:
+        """Returns whether one of the trials of a name is finished, or a live worker's; those of dead ones fail."""
+        for trial in trials:
+            if trial.state.name == "COMPLETE":
+                return True
+            if trial.state.name != "RUNNING":
+                continue
+            with guarded(self.where):
+                trial_id = self.storage.get_trial_id_from_study_id_trial_number(self.study_id, trial.number)
+                token = trial.user_attrs.get("worker", "")
+                left = token == self.workers.token and trial_id not in self._mine  # by an interrupt
+                if not left and self.workers.alive(token):
+                    return True
+                if not self._fail(trial_id) and self.storage.get_trial(trial_id).state.name == "COMPLETE":
+                    return True  # it has ended meanwhile
+        return False
+
+    def _fail(self, trial_id: int) -> bool:
+        """Marks a trial as failed; returns False where it has ended already."""
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import TrialState
+
+        try:
+            self.storage.set_trial_state_values(trial_id, TrialState.FAIL)
+        except UpdateFinishedTrialError:
+            return False
+        return True
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        with guarded(self.where):
+            try:
+                yield
+            except UpdateFinishedTrialError as error:
+                raise ClaimLost from error
+
+
+def attributes(trial: FrozenTrial) -> dict[str, Any]:
+    """Returns the JSON values that are kept with a trial, long ones put together again."""
+    found = dict(trial.user_attrs)
+    for name in [key.removesuffix(":0") for key in found if key.endswith(":0")]:
+        pieces: list[str] = []
+        while f"{name}:{len(pieces)}" in found:
+            pieces.append(found.pop(f"{name}:{len(pieces)}"))
+        found[name] = json.loads("".join(pieces))
+    return found
+
+
+def _pieces(name: str, value: Any) -> dict[str, Any]:
+    """Returns a JSON value as it is kept: a long one in pieces, `name:0` last, without which it is not read."""
+    text = json.dumps(value)
+    if len(text) <= PIECE:
+        return {name: value}
+    parts = [text[at : at + PIECE] for at in range(0, len(text), PIECE)]
+    return {f"{name}:{number}": parts[number] for number in reversed(range(len(parts)))}
+
+
+def _begun(trials: Sequence[FrozenTrial]) -> tuple[float, ...]:
+    """Returns the numbers that the claims of a name have measured, as far as none is missing; the first claim's count."""
+    found: dict[int, float] = {}
+    for trial in trials:
+        found = {**trial.intermediate_values, **found}
+    numbers: list[float] = []
+    while len(numbers) in found:
+        numbers.append(float(found[len(numbers)]))
+    return tuple(numbers)
+
+
+@contextmanager
+def open_claims(
+    storage: str | None, name: str, *, alone: bool, from_scratch: bool = False, progress: Progress = SILENT
+) -> Iterator[Claims]:
+    """Makes this process a worker of a search as long as the block runs.
+
+    Args:
+        storage: as that of `open_storage`.
+        name: of the search's study; those of its steps begin with it.
+        alone: refuse to work beside others, and refuse them.
+        from_scratch: forget what was measured.
+        progress: told where this worker waits for others.
+
+    Yields:
+        The claims on what is measured beside trials.
+
+    Raises:
+        RecipeError: `storage` is none.
+        InUseError: other workers are alive and this one is to be alone or to begin from scratch, or one of them is alone.
+        ArtefactError: the storage cannot be used.
+    """
+    import optuna
+
+    where = shown(storage)
+    what = f"the study {name} in {where}"
+
+    def claims() -> Claims:
+        with guarded(where):
+            study = optuna.create_study(storage=backend, study_name=name + CLAIMS, load_if_exists=True)
+            study_id = backend.get_study_id_from_name(study.study_name)
+            return Claims(backend, study_id, Workers(backend, study_id), where, progress)
+
+    backend = open_storage(storage)
+    found = claims()
+    if from_scratch:
+        with guarded(where):
+            _refuse(found.workers.others(), what, "leave out --overwrite")
+            _forget(backend, name)
+        found = claims()
+    with _joined(found, alone):
+        with guarded(where):
+            others = found.workers.others()
+        _refuse([other for other in others if alone or other.alone], what, CHOOSE_STORAGE)
+        yield found
+
+
+@contextmanager
+def _joined(claims: Claims, alone: bool) -> Iterator[None]:
+    """Makes this process a worker; only what the storage says of that is said as of the storage."""
+    joined = claims.workers.joined(alone)
+    with guarded(claims.where):
+        joined.__enter__()
+    try:
+        yield
+    finally:
+        joined.__exit__(None, None, None)
+
+
+def _refuse(others: Sequence[Worker], what: str, choose: str) -> None:
+    if others:
+        more = "" if len(others) == 1 else f" ({len(others)} workers are there)"
+        raise InUseError(others[0].holder.refusal(what + more, choose))
+
+
+def _forget(storage: BaseStorage, name: str) -> None:
+    """Deletes a study and those whose names begin with its name."""
+    import optuna
+
+    for found in optuna.get_all_study_names(storage):
+        if found == name or found.startswith(f"{name}-"):
+            optuna.delete_study(study_name=found, storage=storage)

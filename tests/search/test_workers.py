@@ -1,0 +1,88 @@
+"""Many workers of one search: they share what is measured, take over from those that are killed, and find one plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moacompress.calibration.profile.store import Profile
+from moacompress.core.urls import without_password
+from moacompress.rules.plan import Plan
+from tests.search_workers import FORK, SearchRun, check_nothing_is_lost_or_doubled, killed_at_random
+
+Profiles = Callable[..., Profile]
+Search = Callable[..., tuple[Any, Any]]
+
+STORAGES = ("journal", "sqlite")
+
+
+def storage_in(folder: Path, kind: str) -> str:
+    return f"sqlite:///{folder}/s.db" if kind == "sqlite" else str(folder / "s.journal")
+
+
+@pytest.fixture
+def run(profiles: Profiles, tmp_path: Path) -> Callable[..., SearchRun]:
+    def make(kind: str, **settings: Any) -> SearchRun:
+        profile = profiles(**{"trials": 5, "moves": 2, **settings})
+        return SearchRun(profile, storage_in(tmp_path, kind), tmp_path, tmp_path / "plan.json")
+
+    return make
+
+
+@pytest.mark.parametrize("kind", STORAGES)
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_find_what_one_alone_finds(
+    run: Callable[..., SearchRun], search: Search, kind: str, workers: int, tmp_path: Path
+) -> None:
+    shared = run(kind)
+    alone, fake = search(shared.profile, out=tmp_path / "alone.json")
+    shared.barrier = FORK.Barrier(workers)
+    for _ in range(workers):
+        shared.start()
+    assert shared.wait() == [0] * workers, shared.errors()
+    results = shared.results()
+    assert [result["written"] for result in results].count(True) == 1
+    assert {result["path"] for result in results} == {str(shared.out)}
+    assert shared.out.read_bytes() == (tmp_path / "alone.json").read_bytes()
+    assert all(Plan.from_dict(result["plan"]) == alone.plan for result in results)
+    check_nothing_is_lost_or_doubled(shared)
+    assert shared.measured().total() == shared.kept().total() >= len(fake.calls)
+    assert len({line.split()[0] for line in (tmp_path / "measured.txt").read_text().splitlines()}) == workers
+    again, fake = search(shared.profile, recipe=shared.recipe, out=tmp_path / "again.json")
+    assert fake.calls == []
+    assert again.plan == alone.plan
+
+
+@pytest.mark.parametrize("kind", STORAGES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_killed_workers_had_is_taken_over(
+    run: Callable[..., SearchRun], search: Search, kind: str, seed: int, tmp_path: Path
+) -> None:
+    shared = run(kind)
+    search(shared.profile, out=tmp_path / "alone.json")
+    killed_at_random(shared, seed)
+    assert shared.killed
+    assert shared.out.read_bytes() == (tmp_path / "alone.json").read_bytes()
+    check_nothing_is_lost_or_doubled(shared)
+
+
+def test_a_password_is_neither_shown_nor_kept(profiles: Profiles) -> None:
+    from moacompress.cli.harness import resumes_with
+    from moacompress.search.measure.storages import shown
+
+    url = "postgresql+psycopg2://me:s3cr@t:x@db.example:5432/moa"
+    recipe = profiles().recipe.override(search__storage=url)
+    assert recipe.search.storage == url
+    texts = [
+        json.dumps(recipe.resolved()),
+        json.dumps(recipe.shared("model")),
+        resumes_with(["moacompress", "search", "--storage", url], overwrite=False),
+        shown(url),
+    ]
+    assert all("s3cr" not in text and "x@db" not in text for text in texts)
+    assert "postgresql+psycopg2://me@db.example:5432/moa" in texts[0]
+    assert without_password("sqlite:///a@b/c.db and /home/me:x/a@b") == "sqlite:///a@b/c.db and /home/me:x/a@b"

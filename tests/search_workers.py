@@ -1,0 +1,195 @@
+"""Workers of one search in processes of their own, some of which are killed; and what they leave in a storage.
+
+Nothing runs a model: a stand-in measures, says so in a file, and takes its time.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.context import ForkProcess
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+
+from moacompress.calibration.profile.store import Profile
+from moacompress.recipe import Recipe
+from moacompress.search.measure.claims import CLAIMS
+from moacompress.search.measure.storages import open_storage, quiet_optuna
+from tests.search.conftest import FakeObjective
+
+Make = Callable[..., Profile]
+FORK = multiprocessing.get_context("fork")
+
+
+class SlowObjective(FakeObjective):
+    """Measures as `FakeObjective` does, takes its time for it, and notes every measurement in a file.
+
+    It begins once `others` have come, where there are some to wait for.
+    """
+
+    def __init__(self, profile: Profile, notes: Path, seconds: float, others: Barrier | None) -> None:
+        super().__init__(profile)
+        self._notes, self._seconds, self._others = notes, seconds, others
+
+    @contextmanager
+    def under(self, plan: Any) -> Iterator[Callable[[int], float]]:
+        """The KL of single samples."""
+        with super().under(plan) as kl:
+
+            def noted(number: int) -> float:
+                if self._others is not None:
+                    self._others.wait(60)
+                    self._others = None
+                time.sleep(self._seconds)
+                found = float(kl(number))
+                with self._notes.open("a") as file:
+                    file.write(f"{os.getpid()} {plan.key()} {number}\n")
+                return found
+
+            yield noted
+
+
+@dataclass
+class SearchRun:
+    """A search that several workers share.
+
+    Attributes:
+        profile: what is searched, with the settings of the search.
+        storage: where its studies are.
+        folder: for what the workers write.
+        out: place of the plan.
+        seconds: that a measurement takes.
+        barrier: that all workers pass before their first measurement, or None.
+        workers: the processes.
+        killed: how many of them were killed.
+    """
+
+    profile: Profile
+    storage: str
+    folder: Path
+    out: Path
+    seconds: float = 0.002
+    barrier: Barrier | None = None
+    workers: list[ForkProcess] = field(default_factory=list)
+    killed: int = 0
+
+    @property
+    def recipe(self) -> Recipe:
+        """The profile's, with the storage."""
+        return self.profile.recipe.override(search__storage=self.storage)
+
+    def start(self, out: Path | None = None) -> ForkProcess:
+        """Starts one more worker."""
+        number = len(self.workers)
+        worker = FORK.Process(target=self._work, args=(number, out or self.out))
+        worker.start()
+        self.workers.append(worker)
+        return worker
+
+    def kill(self, worker: ForkProcess) -> None:
+        """Kills a worker at once."""
+        if worker.pid is not None and worker.is_alive():
+            os.kill(worker.pid, signal.SIGKILL)
+            worker.join()
+            self.killed += worker.exitcode == -signal.SIGKILL
+
+    def wait(self, seconds: float = 120.0) -> list[int | None]:
+        """Waits for all workers; returns their exit codes."""
+        end = time.monotonic() + seconds
+        for worker in self.workers:
+            worker.join(max(0.0, end - time.monotonic()))
+        left = [worker for worker in self.workers if worker.is_alive()]
+        for worker in left:
+            self.kill(worker)
+        assert not left, f"{len(left)} workers did not end; {self.errors()}"
+        return [worker.exitcode for worker in self.workers]
+
+    def results(self) -> list[dict[str, Any]]:
+        """Returns what every worker that ended well said."""
+        return [json.loads(path.read_text()) for path in sorted(self.folder.glob("result-*.json"))]
+
+    def errors(self) -> str:
+        """Returns what the others said."""
+        return "; ".join(path.read_text()[-3000:] for path in sorted(self.folder.glob("error-*.txt")))
+
+    def measured(self) -> Counter[str]:
+        """Returns how often every plan was measured on every sample."""
+        notes = self.folder / "measured.txt"
+        lines = notes.read_text().splitlines() if notes.exists() else []
+        return Counter(line.partition(" ")[2] for line in lines)
+
+    def kept(self) -> Counter[tuple[str, int]]:
+        """Returns how often every measurement is in the storage: by the name of its claim, and its number in it."""
+        found: Counter[tuple[str, int]] = Counter()
+        with quiet_optuna():
+            storage = open_storage(self.storage)
+            for name in optuna.get_all_study_names(storage):
+                if name.endswith(CLAIMS):
+                    for trial in optuna.load_study(study_name=name, storage=storage).trials:
+                        found.update((trial.user_attrs.get("name", ""), step) for step in trial.intermediate_values)
+        return found
+
+    def _work(self, number: int, out: Path) -> None:
+        from moacompress.search import study
+
+        profile = self.profile
+        objective = SlowObjective(profile, self.folder / "measured.txt", self.seconds, self.barrier)
+        study.Objective = lambda *arguments: objective  # type: ignore[assignment,misc]
+        study.ProfileAround = lambda *arguments: objective.around  # type: ignore[assignment,misc]
+        Profile.calibration_samples = lambda profile: profile.validation  # type: ignore[method-assign]
+        source: Any = SimpleNamespace(model=None, source="model", shape=profile.shape, computes_in=profile.shape.dtype)
+        try:
+            found = study.find_plan(profile, "50%", recipe=self.recipe, out=out, model=source)
+        except BaseException as error:
+            (self.folder / f"error-{number}.txt").write_text(f"{type(error).__name__}: {error}")
+            raise
+        said = {"written": found.written, "path": str(found.path), "plan": found.plan.to_dict(), "trials": found.trials}
+        (self.folder / f"result-{number}.json").write_text(json.dumps(said))
+
+
+def killed_at_random(run: SearchRun, seed: int, workers: int = 3, kills: int = 4, longest: float = 0.4) -> None:
+    """Runs a search to its end, and kills workers on the way, for each of which another one starts.
+
+    Args:
+        run: not started.
+        seed: of when, and whom.
+        workers: that work at a time.
+        kills: how many are killed.
+        longest: seconds between two.
+    """
+    drawn = random.Random(seed)
+    for _ in range(workers):
+        run.start()
+    for _ in range(kills):
+        time.sleep(drawn.uniform(0, longest))
+        alive = [worker for worker in run.workers if worker.is_alive()]
+        if not alive:
+            break
+        run.kill(drawn.choice(alive))
+        run.start()
+    codes = run.wait()
+    assert codes.count(0) == len(codes) - run.killed, f"{codes}; {run.errors()}"
+
+
+def check_nothing_is_lost_or_doubled(run: SearchRun) -> None:
+    """Checks what the workers of a finished search measured against what is in its storage."""
+    kept = run.kept()
+    assert max(kept.values()) == 1, [name for name, count in kept.items() if count > 1]
+    measured = run.measured().total()
+    # what a worker had measured when it was killed, and had not kept yet
+    assert kept.total() <= measured <= kept.total() + run.killed
+    written = [result for result in run.results() if result["written"]]
+    assert written
+    assert run.out.exists()
