@@ -116,7 +116,7 @@ def answer_drafts(
     """
     progress = progress or SILENT
     progress.start("the dense model's answers", len(drafts))
-    batches, samples = _batches(drafts), dict[int, Sample]()
+    batches, samples = answer_batches(drafts), dict[int, Sample]()
 
     def finish(batch: int, found: Sequence[Sequence[int]]) -> None:
         for index, answer in zip(batches[batch], found, strict=True):
@@ -142,7 +142,7 @@ def answer_drafts(
     return [samples[index] for index in range(len(drafts))]
 
 
-def _batches(drafts: Sequence[SampleDraft]) -> list[list[int]]:
+def answer_batches(drafts: Sequence[SampleDraft]) -> list[list[int]]:
     """Returns the indices of drafts that are answered together: equal length and room, at most `BATCH_TOKENS`."""
     groups: dict[tuple[int, int], list[int]] = {}
     for index, draft in enumerate(drafts):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moacompress.calibration.data.samples import Sample, fingerprint_ordered, fingerprint_samples
+from moacompress.calibration.profile.shard import Shard
 from moacompress.calibration.profile.statistics import SIDES
 from moacompress.core.artefact_names import (
     CALIBRATION_FILE,
@@ -59,6 +62,7 @@ class Manifest:
         complete: whether everything is there.
         gates: fingerprint of the gates that rules which select choose by; empty until they are there.
         wording: digest of what prompts said when it was begun; empty where an older version began it.
+        shard: the part of the samples that is here; None for all of them.
     """
 
     source: str
@@ -76,6 +80,7 @@ class Manifest:
     complete: bool = False
     gates: str = ""
     wording: str = ""
+    shard: Shard | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -92,6 +97,21 @@ class Manifest:
         """Whether some of its rules select."""
         return any(rule.selects for rule in self.rules)
 
+    def numbered(self, samples: Sequence[Sample]) -> dict[int, Sample]:
+        """Returns the calibration samples that are here by their number among those of the profile."""
+        return dict(zip(range(len(samples)) if self.shard is None else self.shard.calibration, samples, strict=True))
+
+    def of_samples(self, calibration: Sequence[Sample], validation: Sequence[Sample]) -> Manifest:
+        """Returns the same with the fingerprints of the samples that are here; it is not complete yet."""
+        parts = self.request, self.wording, fingerprint_ordered(calibration)
+        return replace(
+            self,
+            fingerprint=hashlib.sha256(" ".join(filter(None, parts)).encode()).hexdigest()[:16],
+            calibration_fingerprint=fingerprint_samples(calibration),
+            validation_fingerprint=fingerprint_samples(validation),
+            complete=False,
+        )
+
     @property
     def owner(self) -> str:
         """What files of samples are marked with."""
@@ -107,7 +127,9 @@ class Manifest:
             "lengths": self.lengths,
             "min_window": self.recipe.profile.min_window,
         }
-        complete = data.pop("complete")
+        complete, shard = data.pop("complete"), data.pop("shard")
+        if shard is not None:
+            data["shard"] = shard.to_dict()
         marks = {"format": FORMAT, "version": VERSION, MADE_BY: own_version()}
         write_json(folder / MANIFEST_FILE, {**marks, **data, "complete": complete})
 
@@ -150,6 +172,7 @@ class Manifest:
                 skipped=tuple(map(int, data["skipped"])),
                 seconds=float(data["seconds"]),
                 complete=data["complete"] is True,
+                shard=Shard.from_dict(data["shard"]) if "shard" in data else None,
                 **{name: str(data[name]) for name in names},
             )
         except (KeyError, TypeError, ValueError, AttributeError, MoaCompressError) as error:
@@ -349,6 +372,7 @@ def _same_request(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest
         _forget_samples(folder)
         return replace(manifest, seconds=0.0)
     if found.request == manifest.request:
+        _check_shard(folder, found, manifest)
         return found if _has_begun(folder) else replace(found, wording=manifest.wording)
     if not _has_begun(folder):
         return None  # the other request failed before anything was saved
@@ -356,6 +380,15 @@ def _same_request(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest
         f"{folder} holds a profile of another model or recipe ({found.source}, request {found.request}, this "
         f"one is {manifest.request}); choose another folder or pass --overwrite"
     )
+
+
+def _check_shard(folder: Path, found: Manifest, manifest: Manifest) -> None:
+    """Refuses a folder that has other samples of the same profile."""
+    here, wanted = ("all samples" if one.shard is None else f"shard {one.shard.name}" for one in (found, manifest))
+    if found.shard != manifest.shard:
+        raise ArtefactError(
+            f"{folder} holds {here} of this profile, not {wanted}; choose another folder or pass --overwrite"
+        )
 
 
 def _head(path: Path) -> dict[str, Any]:

@@ -6,10 +6,9 @@ A profile is a folder that is filled sample by sample; what is computed of a sam
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,12 +16,14 @@ from pathlib import Path
 
 from moacompress.calibration.data.answer_store import AnswerStore
 from moacompress.calibration.data.answers import SampleDraft, answer_drafts
-from moacompress.calibration.data.samples import Sample, fingerprint_ordered, fingerprint_samples, save_samples
+from moacompress.calibration.data.samples import Sample, save_samples
 from moacompress.calibration.gates.gate_samples import GATE_SEED, gate_drafts
 from moacompress.calibration.gates.training import Gates, train_gates
 from moacompress.calibration.profile.manifest import Manifest, prepare, request_fingerprint
 from moacompress.calibration.profile.rounding_loss import measure_rounding
 from moacompress.calibration.profile.sample_statistics import sample_statistics, token_influence
+from moacompress.calibration.profile.shard import Shard, parse_shard
+from moacompress.calibration.profile.skipped import check_skipped
 from moacompress.calibration.profile.statistics import Floats32, Statistics
 from moacompress.calibration.profile.store import Profile, merge, read_sample, read_samples, write_sample
 from moacompress.calibration.profile.wording import calibration_wording, check_wording
@@ -56,9 +57,6 @@ from moacompress.runtime.gate import check_room, gates_of
 from moacompress.runtime.ready_model import load_for
 
 logger = logging.getLogger(__name__)
-
-MAX_SKIPPED = 0.05
-"""Share of the samples that may be left out because a number in them is not finite."""
 
 
 def check_around(source: SourceModel, plan: Plan) -> None:
@@ -105,9 +103,58 @@ def profile(
         PlanError: `around` is a plan of another model, one whose layers share attention, or one whose gates are not at hand.
         ArtefactError: the folder holds something else, cannot be written, or another process is filling it.
     """
+    made, _ = _profiled(model, out, recipe, around, None, overwrite, trust_remote_code, progress or SILENT)
+    assert made is not None
+    return made
+
+
+def profile_shard(
+    model: str | Path | SourceModel,
+    out: str | Path,
+    recipe: Recipe,
+    shard: str,
+    *,
+    around: Plan | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Profiles a part of the samples into a folder of its own, which `merging.merge_shards` puts together with the others.
+
+    Args:
+        model: see `profile`.
+        out: likewise.
+        recipe: likewise, of the whole profile.
+        shard: which part: "3/8" is the third of eight.
+        around: see `profile`.
+        overwrite: likewise.
+        trust_remote_code: likewise.
+        progress: likewise.
+
+    Returns:
+        What the folder holds.
+
+    Raises:
+        UsageError: no shard, or one without samples. Other errors are those of `profile`.
+    """
+    parse_shard(shard)
+    return _profiled(model, out, recipe, around, shard, overwrite, trust_remote_code, progress or SILENT)[1]
+
+
+def _profiled(
+    model: str | Path | SourceModel,
+    out: str | Path,
+    recipe: Recipe,
+    around: Plan | None,
+    shard: str | None,
+    overwrite: bool,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> tuple[Profile | None, Manifest]:
+    """Returns the profile and its manifest; of a shard only this."""
     from moacompress.calibration.data.sample_sources import check_data
 
-    out, progress = Path(out), progress or SILENT
+    out = Path(out)
     join()
     if not rank():
         check_writable(out)
@@ -118,11 +165,11 @@ def profile(
     if around is not None:
         check_around(source, around)
     with _place(out):
-        found = None if rank() else _begin(out, source, recipe, around, overwrite)
         made: Profile | None
+        found = None if rank() else _begin(out, source, recipe, around, shard, overwrite)
         manifest, trains, made = agreed(found)
         if made is not None:
-            return made
+            return made, manifest
         if rank():
             _follow(out, manifest, overwrite)
         # too little data is found before anything is answered
@@ -136,13 +183,16 @@ def profile(
             gates = _gates(out, source, manifest, around, drafts, progress).weights
             manifest = replace(manifest, gates=gates.fingerprint)
             _write(out, manifest)
-        statistics, manifest = _run_samples(out, source, manifest, samples, around, gates, progress)
+        numbered = manifest.numbered(samples)
+        statistics, manifest = _run_samples(out, source, manifest, numbered, around, gates, progress)
+        if shard is not None:
+            _write(out, manifest)
+            return None, agreed(manifest)
         if not rank():
             merge(out, manifest, samples, statistics)
             made = Profile.load(out)
-        made = agreed(made)
-        assert made is not None
-        return made
+        made, manifest = agreed((made, manifest))
+        return made, manifest
 
 
 @contextmanager
@@ -156,7 +206,7 @@ def _place(out: Path) -> Iterator[None]:
 
 
 def _begin(
-    out: Path, source: SourceModel, recipe: Recipe, around: Plan | None, overwrite: bool
+    out: Path, source: SourceModel, recipe: Recipe, around: Plan | None, shard: str | None, overwrite: bool
 ) -> tuple[Manifest, bool, Profile | None]:
     """Checks what is asked for, and makes the folder, or finds what an earlier run left there.
 
@@ -171,6 +221,9 @@ def _begin(
     trains = around is None and any(rule.selects for rule in rules)
     kept = recipe.of_any_machine()
     asked = Manifest(source.source, shape, rules, kept, request, key, wording=calibration_wording())
+    if shard is not None:
+        drafts = (_drafts(source, asked, split) for split in ("calibration", "validation"))
+        asked = replace(asked, shard=Shard.of(*parse_shard(shard), *drafts))
     if not overwrite:
         check_wording(out, asked, lambda found: trains and _known_gates(out, found) is None)
     manifest = prepare(out, asked, overwrite)
@@ -330,17 +383,10 @@ def _make_samples(
     makes = partial(_stored_or_built, out, source=source, manifest=manifest, progress=progress)
     calibration = makes("calibration", None if from_scratch else manifest.calibration_fingerprint)
     validation = makes("validation", manifest.validation_fingerprint)
-    parts = manifest.request, manifest.wording, fingerprint_ordered(calibration)
-    manifest = replace(
-        manifest,
-        fingerprint=hashlib.sha256(" ".join(filter(None, parts)).encode()).hexdigest()[:16],
-        calibration_fingerprint=fingerprint_samples(calibration),
-        validation_fingerprint=fingerprint_samples(validation),
-        complete=False,
-    )
+    manifest = manifest.of_samples(calibration, validation)
     _write(out, manifest)
     missing = sorted(set(manifest.lengths) - {sample.length for sample in calibration})
-    if missing:
+    if missing and manifest.shard is None:
         raise DataError(
             f"no calibration sample has length {missing[0]:,}: {len(calibration)} samples are too few for "
             f"{len(manifest.lengths)} lengths; raise calibration.samples"
@@ -352,25 +398,47 @@ def _stored_or_built(
     out: Path, split: Split, expected: str | None, source: SourceModel, manifest: Manifest, progress: Progress
 ) -> list[Sample]:
     """Returns samples on disk of the expected fingerprint, any if that is empty; None builds them."""
-    from moacompress.calibration.data.sample_sources import build_samples
-
     path = out / (CALIBRATION_FILE if split == "calibration" else VALIDATION_FILE)
     samples: list[Sample] | None = agreed(None if expected is None or rank() else read_samples(path, expected))
     if samples is None:
-        recipe = manifest.recipe
-        gates = recipe.profile.model_copy(update={"gates": manifest.has_gates})
-        recipe = recipe.model_copy(update={"profile": gates})
-        samples = build_samples(source, recipe, split, progress, _answers(out, source, manifest))
+        samples = _built(source, manifest, split, progress, _answers(out, source, manifest))
         if not rank():
             save_samples(path, samples)
     return samples
+
+
+def _built(
+    source: SourceModel, manifest: Manifest, split: Split, progress: Progress, answers: AnswerStore
+) -> list[Sample]:
+    """Returns the samples of a split that are to be here: all, or those of the shard."""
+    from moacompress.calibration.data.sample_sources import build_samples
+
+    if manifest.shard is None:
+        return build_samples(source, _data_recipe(manifest), split, progress, answers)
+    numbers = manifest.shard.calibration if split == "calibration" else manifest.shard.validation
+    drafts = None if rank() else _drafts(source, manifest, split)
+    chosen = agreed(None if drafts is None else [drafts[number] for number in numbers])
+    return answer_drafts(source.model, chosen, progress, answers)
+
+
+def _drafts(source: SourceModel, manifest: Manifest, split: Split) -> list[SampleDraft]:
+    """Returns the samples of a whole profile's split before the dense model has answered."""
+    from moacompress.calibration.data.sample_sources import make_drafts
+
+    return make_drafts(source, _data_recipe(manifest), split)
+
+
+def _data_recipe(manifest: Manifest) -> Recipe:
+    """Returns the recipe that samples are made by: something is left for gates where rules select by some."""
+    gates = manifest.recipe.profile.model_copy(update={"gates": manifest.has_gates})
+    return manifest.recipe.model_copy(update={"profile": gates})
 
 
 def _run_samples(
     out: Path,
     source: SourceModel,
     manifest: Manifest,
-    samples: Sequence[Sample],
+    samples: Mapping[int, Sample],
     around: Plan | None,
     gates: GateWeights | None,
     progress: Progress,
@@ -388,7 +456,7 @@ def _run_samples(
         if not_finite:
             skipped.append(index)
             logger.warning("sample %d (%s) is left out: %s is not finite", index, samples[index].source, not_finite)
-            _check_skipped(skipped, samples)
+            check_skipped(skipped, samples, manifest.shard.totals[0] if manifest.shard is not None else len(samples))
 
     def read(index: int) -> tuple[Statistics, float] | None:
         return read_sample(out, index, manifest.owner, manifest.array_shapes)
@@ -417,12 +485,12 @@ def _run_samples(
         finish(index, not_finite)
 
     progress.start("profiling", len(samples))
-    for index in range(len(samples) if not rank() else 0):
+    for index in samples if not rank() else ():
         found = read(index)
         if found is not None:
             finished[index] = found
             finish(index, found[0].not_finite())
-    missing: list[int] = agreed([index for index in range(len(samples)) if index not in finished])
+    missing: list[int] = agreed([index for index in samples if index not in finished])
     # where machines share no disk, a sample that was finished before is on that of the process that ran it
     holders: dict[int, int] = gathered({index: rank() for index in missing if rank() and read(index) is not None})
     left = [index for index in missing if index not in holders]
@@ -448,14 +516,3 @@ def _run_samples(
     seconds = sum(finished[index][1] for index in sorted(finished))
     statistics = [finished[index][0] for index in sorted(finished)]
     return statistics, replace(manifest, skipped=tuple(sorted(skipped)), seconds=round(seconds, 3))
-
-
-def _check_skipped(skipped: list[int], samples: Sequence[Sample]) -> None:
-    left = {sample.length for index, sample in enumerate(samples) if index not in skipped}
-    lost = sorted({sample.length for sample in samples} - left)
-    if len(skipped) > MAX_SKIPPED * len(samples) or lost:
-        where = f", and none of length {lost[0]:,} is left" if lost else ""
-        raise DataError(
-            f"{len(skipped)} of {len(samples)} samples have activations or gradients that are not finite (at most "
-            f"{MAX_SKIPPED:.0%} may){where}; profile with --dtype float32, and check that the model is sound"
-        )

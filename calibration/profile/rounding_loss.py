@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +66,23 @@ def measure_rounding(
     progress.done()
     if rank():
         return
-    kls = [of_samples[index] for index in range(len(samples))]
+    write_rounding(
+        folder, recipe, source.shape.weights_fingerprint, [of_samples[index] for index in range(len(samples))]
+    )
+
+
+def write_rounding(folder: Path, recipe: Recipe, weights_fingerprint: str, kls: Sequence[float]) -> None:
+    """Writes what rounded weights lose on every validation sample, and the mean, beside a profile."""
     write_json(
         folder / ROUNDING_FILE,
         {
             "weights": recipe.weights,
             "head_weights": recipe.head_weights,
-            "kl": float(np.mean(kls)),
+            "kl": float(np.mean(kls)) if len(kls) else None,
             "standard_error": float(np.std(kls, ddof=1) / len(kls) ** 0.5) if len(kls) > 1 else None,
             "samples": len(kls),
-            "weights_fingerprint": source.shape.weights_fingerprint,
+            "of_samples": list(kls),
+            "weights_fingerprint": weights_fingerprint,
         },
     )
 
@@ -93,4 +101,4 @@ def rounding_of(folder: Path, weights_fingerprint: str) -> dict[str, Any] | None
         return None
     if not isinstance(found, dict) or found.get("weights_fingerprint") != weights_fingerprint:
         return None
-    return found if isinstance(found.get("kl"), float) else None
+    return found if isinstance(found.get("kl"), float) or found.get("samples") == 0 else None

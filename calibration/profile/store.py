@@ -308,6 +308,10 @@ class Profile:
         """
         path = Path(path)
         head = Manifest.read(path)
+        if head.shard is not None:
+            raise ArtefactError(
+                f"{path} is shard {head.shard.name} of a profile; put all shards together with `moacompress profile --merge`"
+            )
         if not head.complete:
             raise ArtefactError(
                 f"the profile in {path} is not finished; run the same profile command again to finish it"

@@ -33,6 +33,7 @@ from moacompress.core.errors import UsageError
 from moacompress.core.ranks import rank, world_size
 
 if TYPE_CHECKING:
+    from moacompress.calibration.profile.manifest import Manifest
     from moacompress.calibration.profile.store import Profile
 
 logger = logging.getLogger(__name__)
@@ -61,12 +62,18 @@ AUDIT_KEYS = (
     "moacompress profile path/to/model -o profile/ --source needle --source qa.jsonl --json",
     "moacompress profile path/to/model -o audited/ --audit 120 --audit-plans 40 --budget 25%",
     "moacompress profile path/to/model -o around/ --around plan.json",
+    "moacompress profile path/to/model -o profile-3/ --shard 3/8",
+    "moacompress profile --merge profile-1/ profile-2/ -o profile/",
     computes=True,
     shared=True,
 )
 def profile(
     run: CommandRun,
     model: ModelArgument = None,
+    others: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="DIR...", help="With --merge: all folders of shards.", show_default=False),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the profile.")] = Path(
         PROFILE_FOLDER
     ),
@@ -117,6 +124,16 @@ def profile(
     ] = None,
     audit_plans: Annotated[int, typer.Option(metavar="M", help="Plans of equal bytes that --audit measures.")] = 40,
     budget: Annotated[str, typer.Option(metavar="BUDGET", help="Budget of these plans.")] = "25%",
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K/N",
+            help="Profile the Kth of N parts of the samples, without a network between the runs; --merge puts them together.",
+        ),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Put the shards in the folders that are given together into one profile.")
+    ] = False,
     dry_run: Annotated[
         bool, dry_run_option("Say what it would take (tokens, time, memory), and profile nothing.")
     ] = False,
@@ -129,6 +146,12 @@ def profile(
     predictions are compared with measured KL, in DIR/audit.json and DIR/audit.html.
     Under torchrun (torchrun --standalone --nproc-per-node 2 -m moacompress profile ...) processes share the samples.
     """
+    if merge:
+        return _merged([name for name in (model, *(others or ())) if name], out, overwrite, run)
+    if others:
+        raise UsageError(f"one MODEL is profiled, and {1 + len(others)} are given; folders of shards take --merge")
+    if shard is not None and audit is not None:
+        raise UsageError("--audit needs the whole profile; merge the shards first, and run it without --shard")
     if around is not None and audit is not None:
         raise UsageError("--audit compares predictions for the dense model; run it without --around")
     if audit is not None and world_size() > 1:
@@ -187,6 +210,11 @@ def profile(
         from moacompress.search.audit.audit import check_audit
 
         check_audit(loaded.shape, resolved, audit, audit_plans, budget)
+    if shard is not None:
+        from moacompress.calibration.profile.profiler import profile_shard
+
+        part = profile_shard(loaded, out, resolved, shard, around=plan, overwrite=overwrite, progress=run.progress)
+        return _shard_output(part, out)
     made = profile_model(loaded, out, resolved, around=plan, overwrite=overwrite, progress=run.progress)
     data, show = _profile_output(made, out)
     if audit is not None:
@@ -211,6 +239,32 @@ def profile(
     if plan is None:
         show.append(f"Next: moacompress search {out} --budget 25% -o plan.json")
     return Output(data, show)
+
+
+def _merged(folders: list[str], out: Path, overwrite: bool, run: CommandRun) -> Output:
+    """Puts shards together."""
+    from moacompress.calibration.profile.merging import merge_shards
+
+    if world_size() > 1:
+        raise UsageError("--merge runs in one process; start it without torchrun")
+    made = merge_shards(folders, out, overwrite=overwrite, progress=run.progress)
+    data, show = _profile_output(made, out)
+    return Output(data, [*show, f"Next: moacompress search {out} --budget 25% -o plan.json"])
+
+
+def _shard_output(part: Manifest, out: Path) -> Output:
+    assert part.shard is not None
+    mine, all_samples = len(part.shard.calibration), part.shard.totals[0]
+    data = {
+        "profile": str(out),
+        "model": part.source,
+        "shard": part.shard.name,
+        "samples": mine,
+        "all_samples": all_samples,
+        "seconds": part.seconds,
+    }
+    text = f"Profiled {mine} of {all_samples} samples, shard {part.shard.name}, in {part.seconds:.0f} s."
+    return Output(data, [text, f"Next, once all shards are there: moacompress profile --merge {out} ... -o profile"])
 
 
 def _profile_output(made: Profile, out: Path) -> tuple[dict[str, Any], list[RenderableType]]:

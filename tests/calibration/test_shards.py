@@ -1,0 +1,237 @@
+"""Shards of a profile: parts of its samples, made apart, which are the profile of one run when they are put together."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from moacompress.calibration.data.answers import SampleDraft, answer_batches
+from moacompress.calibration.profile import profiler
+from moacompress.calibration.profile.merging import merge_shards
+from moacompress.calibration.profile.profiler import profile, profile_shard
+from moacompress.calibration.profile.sample_statistics import sample_statistics
+from moacompress.calibration.profile.shard import Shard, parted
+from moacompress.calibration.profile.skipped import check_skipped
+from moacompress.calibration.profile.store import Profile, sample_path
+from moacompress.cli import app
+from moacompress.core.errors import ArtefactError, DataError, UsageError
+from moacompress.recipe import Recipe
+from moacompress.search.study import find_plan
+
+RECIPE = Recipe.from_dict(
+    {
+        "calibration": {"lengths": [700, 800], "samples": 6, "validation_samples": 3, "answer_tokens": 4},
+        "profile": {"draws": 1, "gates": True, "gate_samples": 3},
+        "search": {"trials": 1, "ablations": 0, "rounds": 0, "moves": 0, "alternatives": False, "formats": ["native"]},
+        "weights": "int8",
+    }
+)
+Folders = dict[int, Path]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    """Returns the profile of one run."""
+    return profile(tiny_folder, tmp_path_factory.mktemp("whole") / "profile", RECIPE)
+
+
+@pytest.fixture(scope="module")
+def shards(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Returns the folders of three shards; do not write into them."""
+    place = tmp_path_factory.mktemp("shards")
+    for number in (1, 2, 3):
+        profile_shard(tiny_folder, place / str(number), RECIPE, f"{number}/3")
+    return {number: place / str(number) for number in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations((1, 2, 3))), ids=str)
+def test_shards_in_any_order_are_one_profile(
+    order: tuple[int, ...], shards: Folders, whole: Profile, tmp_path: Path
+) -> None:
+    made = merge_shards([shards[number] for number in order], tmp_path / "profile")
+    assert made.fingerprint == whole.fingerprint
+    assert made.gates_fingerprint == whole.gates_fingerprint
+    assert made.statistics.shapes == whole.statistics.shapes
+    for name, array in made.statistics.arrays.items():
+        assert np.array_equal(array, whole.statistics.arrays[name]), name
+    for ours, theirs in zip(made.calibration_samples(), whole.calibration_samples(), strict=True):
+        assert np.array_equal(ours.input_ids, theirs.input_ids)
+        assert (ours.source, ours.kind, ours.length) == (theirs.source, theirs.kind, theirs.length)
+    heads = [json.loads((folder / "profile.json").read_text()) for folder in (made.path, whole.path)]
+    assert [head.pop("seconds") > 0 for head in heads] == [True, True]
+    assert heads[0] == heads[1]
+    rounding = [json.loads((folder / "weights.json").read_text()) for folder in (made.path, whole.path)]
+    assert rounding[0] == rounding[1]
+
+
+def test_a_plan_is_that_of_one_run(shards: Folders, whole: Profile, tmp_path: Path) -> None:
+    made = merge_shards(list(shards.values()), tmp_path / "profile")
+    ours, theirs = (find_plan(one, "50%").plan for one in (made, whole))
+    assert ours.key() == theirs.key()
+
+
+def test_a_merged_profile_is_resumed_by_a_run_of_all(
+    tiny_folder: Path, shards: Folders, whole: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = merge_shards(list(shards.values()), tmp_path / "profile").path
+    assert merge_shards(list(shards.values()), out).path == out
+    sample_path(out, 4).unlink()
+    (out / "influence.safetensors").unlink()
+    run: list[int] = []
+    monkeypatch.setattr(profiler, "sample_statistics", counted(run))
+    made = profile(tiny_folder, out, RECIPE)
+    assert run == [4]
+    assert np.array_equal(made.influence("robust"), whole.influence("robust"))
+
+
+def test_a_stopped_shard_resumes(
+    tiny_folder: Path, shards: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "shard"
+    shutil.copytree(shards[2], folder)
+    numbers = json.loads((folder / "profile.json").read_text())["shard"]["calibration"]
+    sample_path(folder, numbers[-1]).unlink()
+    with pytest.raises(ArtefactError, match=rf"shard 2/3\) is not finished: {len(numbers) - 1} of its {len(numbers)}"):
+        merge_shards([shards[1], folder, shards[3]], tmp_path / "out")
+    assert not (tmp_path / "out" / "influence.safetensors").exists()
+    run: list[int] = []
+    monkeypatch.setattr(profiler, "sample_statistics", counted(run))
+    again = profile_shard(tiny_folder, folder, RECIPE, "2/3")
+    assert run == numbers[-1:]
+    assert again.shard is not None
+    assert list(again.shard.calibration) == numbers
+    merge_shards([shards[1], folder, shards[3]], tmp_path / "out")
+    with pytest.raises(ArtefactError, match="holds shard 2/3 of this profile, not shard 1/3"):
+        profile_shard(tiny_folder, folder, RECIPE, "1/3")
+    with pytest.raises(ArtefactError, match="holds shard 2/3 of this profile, not all samples"):
+        profile(tiny_folder, folder, RECIPE)
+
+
+def counted(run: list[int]) -> Callable[..., Any]:
+    def count(*arguments: Any) -> Any:
+        run.append(arguments[7])
+        return sample_statistics(*arguments)
+
+    return count
+
+
+def changed(folder: Path, to: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """Returns a copy of a shard with another head."""
+    shutil.copytree(folder, to)
+    head = json.loads((to / "profile.json").read_text())
+    change(head)
+    (to / "profile.json").write_text(json.dumps(head))
+    return to
+
+
+def test_what_cannot_be_merged_is_named(shards: Folders, whole: Profile, tmp_path: Path) -> None:
+    one, two, three = shards.values()
+
+    def refused(*folders: Path) -> str:
+        with pytest.raises((ArtefactError, UsageError)) as error:
+            merge_shards(folders, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return str(error.value)
+
+    assert "no shards given" in refused()
+    assert "given twice" in refused(one, two, one)
+    assert "where the profile goes" in refused(one, two, tmp_path / "out")
+    assert refused(one, three).endswith("give shard 2/3 too")
+    assert f"{whole.path} is no shard" in refused(one, two, whole.path)
+    copy = tmp_path / "copy"
+    shutil.copytree(two, copy)
+    message = refused(one, two, copy, three)
+    assert "both have calibration sample" in message
+    assert str(copy) in message
+    assert str(two) in message
+
+    weights = changed(three, tmp_path / "weights", lambda head: head["shape"].update(weights_fingerprint="f" * 16))
+    assert f"{weights} (shard 3/3) has another weights (fingerprint {'f' * 16}" in refused(one, two, weights)
+
+    def reseed(head: dict[str, Any]) -> None:
+        head["request"] = "0" * 16
+        head["recipe"]["seed"] = 5
+
+    seed = changed(three, tmp_path / "seed", reseed)
+    assert "has another request: seed is 5, not 0" in refused(one, two, seed)
+    gates = changed(three, tmp_path / "gates", lambda head: head.update(gates="0" * 16))
+    assert "has another gates (fingerprint 0000000000000000" in refused(one, two, gates)
+    with pytest.raises(ArtefactError, match="is shard 2/3 of a profile; .*--merge"):
+        Profile.load(two)
+
+
+def test_a_head_with_samples_that_there_are_not_is_refused(shards: Folders, tmp_path: Path) -> None:
+    wrong: list[Any] = [[0, 99], [1, 0], [-1], "all"]
+    for number in range(len(wrong)):
+
+        def change(head: dict[str, Any], number: int = number) -> None:
+            head["shard"]["calibration"] = wrong[number]
+
+        folder = changed(shards[1], tmp_path / str(number), change)
+        with pytest.raises(ArtefactError, match="cannot read it"):
+            merge_shards([folder], tmp_path / "out")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_sample_is_in_one_shard_and_batches_stay_whole(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    drafts = [
+        SampleDraft([3] * int(rng.choice([900, 1000, 4000])), [], int(rng.choice([0, 0, 8, 16])), "any", 4096)
+        for _ in range(rng.integers(1, 40))
+    ]
+    whole = [[id(drafts[index]) for index in batch] for batch in answer_batches(drafts) if drafts[batch[0]].room]
+    for count in range(1, 9):
+        parts = parted(drafts, count)
+        assert sorted(number for part in parts for number in part) == list(range(len(drafts)))
+        assert all(part == tuple(sorted(part)) for part in parts)
+        answered = []
+        for part in parts:
+            mine = [drafts[number] for number in part]
+            answered += [[id(mine[i]) for i in batch] for batch in answer_batches(mine) if mine[batch[0]].room]
+        assert sorted(answered) == sorted(whole)
+        tokens = [sum(len(drafts[number].ids) + drafts[number].room for number in part) for part in parts]
+        assert max(tokens) - min(tokens) <= 9 * (900 + 16)  # no more than a batch
+
+
+def test_more_shards_than_batches_are_refused() -> None:
+    drafts = [SampleDraft([3] * 4096, [], 8, "any", 4096)] * 5  # two in a batch
+    assert Shard.of(3, 3, drafts, []).calibration
+    with pytest.raises(UsageError, match="shard 4/4 has no samples: .* in 3 batches; make 3 shards or fewer"):
+        Shard.of(4, 4, drafts, [])
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "3", "a/b", "1/0", "-1/3", "1/3/5", ""])
+def test_what_is_no_shard_is_refused(text: str, tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="the third of eight shards is 3/8"):
+        profile_shard(tiny_folder, tmp_path / "p", RECIPE, text)
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_broken_model_is_found_in_a_shard(whole: Profile) -> None:
+    samples = dict(enumerate(whole.calibration_samples()[:2]))
+    check_skipped([], samples, 6)
+    with pytest.raises(DataError, match="1 of 6 samples"):
+        check_skipped([0], samples, 6)
+    check_skipped([0], samples, 600)
+
+
+def test_commands(shards: Folders, tiny_folder: Path, tmp_path: Path) -> None:
+    def run(*arguments: str | Path) -> Any:
+        return CliRunner().invoke(app, ["profile", *map(str, arguments)])
+
+    done = run("--merge", *shards.values(), "-o", tmp_path / "profile", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["samples"] == 6
+    again = run(tiny_folder, "-o", shards[1], "--shard", "1/3", "--json")
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(again.stdout)["shard"] == "1/3"
+    assert "--merge" in run(tiny_folder, tmp_path, "-o", tmp_path / "p").stderr
+    assert "--shard" in run(tiny_folder, "-o", tmp_path / "p", "--shard", "1/2", "--audit", "2").stderr
