@@ -6,18 +6,22 @@ Importing this package is cheap: it imports neither torch nor transformers. Func
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from _moacompress_autoload import autoload
 from moacompress.core.version import own_version
 
 if TYPE_CHECKING:
+    from moacompress.bench.benchmark import benchmark
     from moacompress.calibration.profile.profiler import profile
     from moacompress.evaluation import evaluate
     from moacompress.exporter.exporting import export
     from moacompress.healer.healing import heal
+    from moacompress.in_place import applied, compress_
     from moacompress.pipeline import compress
     from moacompress.recipe import Recipe
+    from moacompress.report.inspection import inspect
     from moacompress.rules.plan import Plan
     from moacompress.runtime import attach, detach
     from moacompress.search.audit.audit import audit
@@ -27,34 +31,47 @@ __all__ = [
     "Plan",
     "Recipe",
     "__version__",
+    "applied",
     "attach",
     "audit",
+    "benchmark",
     "compress",
+    "compress_",
     "detach",
     "evaluate",
     "export",
     "find_plan",
     "heal",
+    "inspect",
     "profile",
 ]
 
 _HOMES = {
     "Plan": "moacompress.rules.plan",
     "Recipe": "moacompress.recipe",
+    "applied": "moacompress.in_place",
     "attach": "moacompress.runtime",
     "audit": "moacompress.search.audit.audit",
+    "benchmark": "moacompress.bench.benchmark",
     "compress": "moacompress.pipeline",
+    "compress_": "moacompress.in_place",
     "detach": "moacompress.runtime",
     "evaluate": "moacompress.evaluation",
     "export": "moacompress.exporter.exporting",
     "find_plan": "moacompress.search.study",
     "heal": "moacompress.healer.healing",
+    "inspect": "moacompress.report.inspection",
     "profile": "moacompress.calibration.profile.profiler",
 }
 
 __version__ = own_version()
 
 autoload()
+
+if "IPython" in sys.modules:
+    from moacompress.report.notebook import register
+
+    register()
 
 
 def __getattr__(name: str) -> Any:

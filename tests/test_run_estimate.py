@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moacompress.cli import app
-from moacompress.cli.efforts import effort_recipe
+from moacompress.efforts import effort_recipe
 from moacompress.estimate.rates import Rates
 from moacompress.evaluation.eval_estimate import eval_seconds
 from moacompress.recipe import Recipe

@@ -6,7 +6,7 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moacompress.bench.bench_request import BenchRequest, Cell, check_fits
+from moacompress.bench.bench_request import SIDES, BenchRequest, Cell, check_fits
 from moacompress.bench.cell_store import CellStore
 from moacompress.bench.graphs import CompiledForward
 from moacompress.bench.measure import Clock, interleave
@@ -55,6 +55,38 @@ WARM_PROMPT = 256
 """Longest prompt before prefilling is timed, tokens."""
 BUSY = 0.5
 """Load of the machine per core from which on times are doubted."""
+
+
+def benchmark(
+    target: str | Path,
+    *,
+    lengths: Sequence[int] = (1024,),
+    batches: Sequence[int] = (1,),
+    dtypes: Sequence[str] = ("auto",),
+    sides: Sequence[str] = SIDES,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Measures how fast a compressed checkpoint is, and what memory it takes, beside the dense model: `moacompress bench`.
+
+    Args:
+        target: a compressed checkpoint, or a run's folder with one under `model/`.
+        lengths: tokens in the cache of every row.
+        batches: rows.
+        dtypes: of weights and cache; "auto" is the checkpoint's.
+        sides: what is timed in turns, of "plan", "full_span", "dense" and "dense_best".
+        out: as in `run_bench`.
+        overwrite: likewise.
+        progress: likewise.
+        **options: other attributes of `BenchRequest`, such as `repeats` or `device`.
+
+    Returns:
+        As `run_bench`, whose errors are raised.
+    """
+    shown = (tuple(lengths), tuple(batches), tuple(dtypes), tuple(sides))
+    return run_bench(target, BenchRequest(*shown, **options), out=out, overwrite=overwrite, progress=progress)
 
 
 def run_bench(

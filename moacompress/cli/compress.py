@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from moacompress.cli.efforts import Effort, effort_recipe
 from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import (
     Budgets,
@@ -34,6 +33,7 @@ from moacompress.cli.options import (
     split_list,
 )
 from moacompress.core.errors import UsageError
+from moacompress.efforts import Effort, effort_recipe
 
 
 @command(

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from moacompress.cli.harness import CommandRun, Output, command
-from moacompress.cli.locate import find_plan_file
 from moacompress.cli.options import HeadWeightsOption, Overwrite, TrustRemoteCode, WeightsOption
 from moacompress.core.artefact_names import MODEL_FOLDER
+from moacompress.models.locate import find_plan_file
 
 
 @command(

@@ -10,7 +10,6 @@ import typer
 from rich.console import RenderableType
 
 from moacompress.cli.harness import CommandRun, Output, command
-from moacompress.cli.locate import find_plan_file
 from moacompress.cli.options import (
     HeadWeightsOption,
     LengthsOption,
@@ -31,6 +30,7 @@ from moacompress.cli.options import (
 from moacompress.core.artefact_names import PROFILE_FOLDER
 from moacompress.core.errors import UsageError
 from moacompress.core.ranks import rank, world_size
+from moacompress.models.locate import find_plan_file
 
 if TYPE_CHECKING:
     from moacompress.calibration.profile.manifest import Manifest

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moacompress.cli.harness import CommandRun, Output, command
-from moacompress.cli.locate import find_plan_file
+from moacompress.models.locate import find_plan_file
 
 
 @command(

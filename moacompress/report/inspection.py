@@ -13,7 +13,9 @@ from rich.text import Text
 from moacompress.core.errors import ArtefactError
 from moacompress.core.tables import facts, readable_bytes, readable_types, section
 from moacompress.exporter.card import repair_text
-from moacompress.models.stored_plan import checkpoint_weights
+from moacompress.models.locate import find_plan_file
+from moacompress.models.source import find_model_folder
+from moacompress.models.stored_plan import checkpoint_weights, read_plan
 from moacompress.models.weight_files import StoredTensor, bytes_by_type, read_header
 from moacompress.report.heal_tables import heal_sentence
 from moacompress.rules.budget import Budget, format_length, reference_length
@@ -34,6 +36,25 @@ _OF_GATE = re.compile(r"att(?:ention|n)\.gate\.(?:weight|bias)$")
 """Names of the weights of gates."""
 MAP_COLUMNS = 80
 """Most layers in one row of the map."""
+
+
+def inspect(target: Plan | str | Path, lengths: Sequence[int] | None = None) -> dict[str, Any]:
+    """Returns what a plan keeps and costs; no model is loaded.
+
+    Args:
+        target: a plan, its file, a compressed checkpoint, or the folder of a run.
+        lengths: where KV bytes are stated, tokens; by default those in the plan.
+
+    Returns:
+        The fields of `inspect --json`.
+
+    Raises:
+        PlanError, ArtefactError: there is no plan, or what is there is damaged.
+    """
+    if isinstance(target, Plan):
+        return inspect_plan(target, lengths)
+    file = find_plan_file(Path(target))
+    return inspect_plan(read_plan(file), lengths, find_model_folder(file.parent))
 
 
 def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path | None = None) -> dict[str, Any]:

@@ -102,6 +102,12 @@ class Plan:
             object.__setattr__(self, "gate_weights", None)
         _check(self)
 
+    def __str__(self) -> str:
+        """Returns the plan in a line: the model, and the share of the bytes at the longest length that it states."""
+        shape, n = self.model, self.stated_lengths[-1]
+        heads = f"{shape.model_type}, {shape.layers} layers x {shape.kv_heads} KV heads"
+        return f"plan for {heads}: {self.kv_share(n):.1%} of the KV bytes at {n:,} tokens"
+
     @staticmethod
     def uniform(model: ModelShape, rule: Rule, min_window: int = 32) -> Plan:
         """Returns the plan that gives every KV head the same rule."""

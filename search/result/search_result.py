@@ -55,6 +55,12 @@ class SearchResult:
     classes: dict[str, Any] | None = None
     step_ms: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        """Returns the plan and its measured KL in a line."""
+        kl = self.harm.get("plan")
+        found = "not measured" if kl is None else f"KL {kl:.3g} nats a token, {self.measured_plans} plans measured"
+        return f"{self.plan}; {found}"
+
     @staticmethod
     def of(
         plan: Plan,

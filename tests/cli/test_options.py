@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from moacompress.cli.locate import find_plan_file
 from moacompress.cli.options import read_sources, required_model, split_list
 from moacompress.core.errors import ArtefactError, UsageError
+from moacompress.models.locate import find_plan_file
 from moacompress.recipe import Recipe
 
 

@@ -1,4 +1,4 @@
-"""Where the plan of a run lies: commands that take a plan accept its file, or a folder that holds it."""
+"""Where the plan of a run lies: what takes a plan accepts its file, or a folder that holds it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moacompress.core.artefact_names import MODEL_FOLDER, PLAN_FILE
 from moacompress.core.errors import ArtefactError
+from moacompress.models.source import is_compressed
 
 
 def find_plan_file(path: Path) -> Path:
@@ -16,8 +17,6 @@ def find_plan_file(path: Path) -> Path:
     Raises:
         ArtefactError: there is none.
     """
-    from moacompress.models.source import is_compressed
-
     if path.is_file():
         return path
     for file in (path / PLAN_FILE, path / MODEL_FOLDER / PLAN_FILE):

@@ -1,0 +1,139 @@
+"""A loaded model compressed where it is: what it then runs under, what is left behind, and how results are shown."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import moacompress
+from moacompress.core.errors import MoaCompressError, UsageError
+from moacompress.recipe import Recipe
+from moacompress.rules.plan import Plan
+from moacompress.runtime.hf.attaching import attached_plan
+
+
+@pytest.fixture
+def loaded(tiny_folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_folder)
+
+
+@pytest.fixture
+def recipe(small_run: dict[str, Any]) -> Recipe:
+    return Recipe.from_dict(small_run)
+
+
+def test_a_loaded_model_gets_a_plan(loaded: Any, recipe: Recipe, tmp_path: Path) -> None:
+    loaded.train()
+    frozen = next(loaded.parameters()).requires_grad_(False)
+    weights = {name: value.clone() for name, value in loaded.state_dict().items()}
+    found = moacompress.compress_(loaded, budget="40%", recipe=recipe)
+    plan = attached_plan(loaded)
+    assert plan is not None
+    assert plan.key() == found.plan.key()
+    assert found.plan.kv_share(800) <= 0.4
+    assert found.path is None
+    assert loaded.training
+    assert all(parameter.requires_grad != (parameter is frozen) for parameter in loaded.parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
+    with pytest.raises(UsageError, match="under a plan already; take it off first"):
+        moacompress.compress_(loaded, budget="40%", recipe=recipe)
+    loaded.save_pretrained(tmp_path / "saved")
+    assert moacompress.inspect(tmp_path / "saved", [800])["kv_bytes"]["800"]["plan"] == found.plan.kv_bytes(800)
+
+
+def test_rows_in_memory_are_what_it_is_calibrated_on(loaded: Any, recipe: Recipe, tmp_path: Path) -> None:
+    rows = [f"{'words ' * (35 if n % 2 else 20)} number {n} is" for n in range(16)]  # a token a letter
+    work = tmp_path / "work"
+    options: dict[str, Any] = {"lengths": "200,300", "recipe": recipe, "work": work}
+    found = moacompress.compress_(loaded, "50%", rows, **options)
+    assert found.path == work / "plan.json"
+    assert [part["path"] for part in found.plan.provenance["recipe"]["calibration"]["sources"]] == ["rows.jsonl"]
+    moacompress.detach(loaded)
+    again = moacompress.compress_(loaded, "50%", rows, **options)
+    assert again.plan == found.plan
+    assert again.trials == found.trials
+
+
+def test_what_fails_leaves_the_model_as_it_was(loaded: Any, recipe: Recipe) -> None:
+    loaded.train()
+    with pytest.raises(MoaCompressError):
+        moacompress.compress_(loaded, budget="0.01%", recipe=recipe)
+    assert loaded.training
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    assert attached_plan(loaded) is None
+    for options, message in (
+        ({}, "no budget given"),
+        ({"budget": "40%", "recipe": recipe, "effort": "quick"}, "give one of them"),
+        ({"budget": "40%", "max_loss": "1%"}, "give one of them"),
+    ):
+        with pytest.raises(MoaCompressError, match=message):
+            moacompress.compress_(loaded, **options)
+    loaded.config.name_or_path = loaded.name_or_path = ""
+    with pytest.raises(UsageError, match="give its tokenizer as tokenizer="):
+        moacompress.compress_(loaded, budget="40%", recipe=recipe)
+
+
+def test_a_plan_for_a_while(loaded: Any, compressed: Path) -> None:
+    ids = torch.arange(300)[None] % loaded.config.vocab_size
+    plan = Plan.load(compressed / "model" / "plan.json")
+    with torch.no_grad():
+        dense = loaded(ids).logits
+        with moacompress.applied(loaded, plan) as model:
+            assert model is loaded
+            under = loaded(ids).logits
+        assert torch.equal(loaded(ids).logits, dense)
+        assert not torch.allclose(under, dense)
+        moacompress.attach(loaded, Plan.full(plan.model))
+        with pytest.raises(ValueError, match="from within"), moacompress.applied(loaded, plan):
+            raise ValueError("from within")
+    earlier = attached_plan(loaded)
+    assert earlier is not None
+    assert earlier.key() == Plan.full(plan.model).key()
+
+
+def test_inspect_takes_whatever_holds_a_plan(compressed: Path) -> None:
+    file = compressed / "model" / "plan.json"
+    plan = Plan.load(file)
+    assert moacompress.inspect(plan)["kv_bytes"] == moacompress.inspect(file)["kv_bytes"]
+    assert moacompress.inspect(compressed)["parameters"]["plan"] > 0
+    with pytest.raises(MoaCompressError, match="does not exist"):
+        moacompress.inspect("nowhere")
+
+
+def test_benchmark_is_bench(compressed: Path) -> None:
+    found = moacompress.benchmark(
+        compressed, lengths=[64], sides=["plan", "dense"], tokens=2, repeats=1, prefill_repeats=1, peak=False
+    )
+    assert {(row["phase"], row["length"]) for row in found["runs"]} == {("prefill", 64), ("decode", 64)}
+
+
+def test_plans_are_said_in_a_line(compressed: Path) -> None:
+    text = str(Plan.load(compressed / "model" / "plan.json"))
+    assert text.startswith("plan for llama, ")
+    assert "of the KV bytes at 4,096 tokens" in text
+
+
+def test_a_notebook_shows_tables(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moacompress.report import notebook
+
+    notebook.register()  # there is none: nothing happens
+    shown: dict[str, Any] = {}
+    html = SimpleNamespace(for_type_by_name=lambda module, name, show: shown.update({f"{module}.{name}": show}))
+    shell = SimpleNamespace(display_formatter=SimpleNamespace(formatters={"text/html": html}))
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    notebook.register()
+    for name in shown:
+        module, _, attribute = name.rpartition(".")
+        __import__(module)
+        assert hasattr(sys.modules[module], attribute)
+    page = shown["moacompress.rules.plan.Plan"](Plan.load(compressed / "model" / "plan.json"))
+    assert "KV cache, batch 1" in page
+    assert "Kept share of each KV head" in page
+    assert page.count("<pre") == page.count("</pre>") == 1

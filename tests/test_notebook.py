@@ -1,0 +1,51 @@
+"""The notebook of the documentation runs from its first cell to its last; in `make test` with a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(model: Path, lengths: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the notebook with another model, in a folder of its own, and returns it with its outputs."""
+    monkeypatch.setenv("MODEL", str(model))
+    monkeypatch.setenv("LENGTHS", lengths)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": str(work)}}).execute()
+    return notebook
+
+
+def shown(notebook: Any) -> str:
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    return "\n".join(output.get("text", "") or str(output.get("data", {})) for output in outputs)
+
+
+def check(notebook: Any) -> None:
+    text = shown(notebook)
+    assert "KL(dense || plan) on validation samples" in text  # as a table, and not as the name of a class
+    assert "text/html" in text
+    assert "bytes at" in text
+    assert text.rstrip().endswith("True")
+
+
+def test_the_notebook_is_clean() -> None:
+    notebook = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
+
+
+def test_the_notebook_runs(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(run(tiny_folder, "600,700", tmp_path, monkeypatch))
+
+
+@pytest.mark.heavy
+@pytest.mark.real
+def test_the_notebook_runs_on_a_real_model(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(run(smollm2, "512,1k", tmp_path, monkeypatch))
