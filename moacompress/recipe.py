@@ -94,9 +94,9 @@ def _dtype(value: Any) -> Any:
     return dtype_name(value) if isinstance(value, str) else value
 
 
-Formats = Annotated[tuple[str, ...], BeforeValidator(_formats)]
+Formats = Annotated[tuple[str, ...], BeforeValidator(_formats, json_schema_input_type=str | list[str])]
 """Names of formats beside the native one, which is always on offer."""
-Lengths = Annotated[tuple[int, ...], BeforeValidator(_lengths)]
+Lengths = Annotated[tuple[int, ...], BeforeValidator(_lengths, json_schema_input_type=str | int | list[str | int])]
 
 
 class _Section(BaseModel):
@@ -240,7 +240,7 @@ class SearchRecipe(_Section):
     )
     gates: bool = Field(True, description="offer rules that keep tokens which a gate chooses, where they are profiled")
     solver: Solver = Field("lagrange", description="solver inside each trial")
-    share: Annotated[str, BeforeValidator(_share)] = Field(
+    share: Annotated[str, BeforeValidator(_share, json_schema_input_type=str | bool | int)] = Field(
         "off",
         description="layers that copy the attention of an earlier one: off, auto, a number, or layers=12:11,18:17",
     )
@@ -327,7 +327,7 @@ class HealRecipe(_Section):
     batch: int = Field(8192, ge=1, le=2**30, description="tokens of an optimizer step")
     lr: float | None = Field(None, gt=0, le=1, description="largest learning rate; by default what suits `train`")
     rank: int = Field(16, ge=1, le=4096, description="of LoRA")
-    modules: Annotated[tuple[str, ...], BeforeValidator(_names)] | None = Field(
+    modules: Annotated[tuple[str, ...], BeforeValidator(_names, json_schema_input_type=str | list[str])] | None = Field(
         None, min_length=1, description="linear layers that LoRA is trained in, such as o_proj; by default all"
     )
     hidden_weight: float = Field(1.0, ge=0, description="of the states of layers, in EchoAtt's first stage")
@@ -346,8 +346,10 @@ class Recipe(_Section):
     """A whole run."""
 
     model: str | None = Field(None, description="hub id, folder or .gguf file")
-    budget: Annotated[tuple[str, ...], BeforeValidator(_texts)] = Field((), description="budgets that must all hold")
-    max_loss: Annotated[str | None, BeforeValidator(_loss)] = Field(
+    budget: Annotated[
+        tuple[str, ...], BeforeValidator(_texts, json_schema_input_type=str | float | list[str | float])
+    ] = Field((), description="budgets that must all hold")
+    max_loss: Annotated[str | None, BeforeValidator(_loss, json_schema_input_type=str | float | None)] = Field(
         None, description="instead of a budget: most rise of the perplexity of dense's own answers, such as 1%"
     )
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_dtype)] = Field(

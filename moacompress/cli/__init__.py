@@ -23,6 +23,7 @@ from moacompress.cli import (
     heal,
     inspect,
     profile,
+    recipe,
     report,
     search,
 )
@@ -42,7 +43,7 @@ COMMANDS = {
     "doctor": doctor.doctor,
     "demo": demo.demo,
 }
-GROUPS = {"data": data.app}
+GROUPS = {"data": data.app, "recipe": recipe.app}
 """Commands that have commands of their own."""
 
 app = typer.Typer(

@@ -1,0 +1,142 @@
+"""`moacompress recipe`: recipes written, checked and shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moacompress.cli.harness import CommandRun, Output, command
+from moacompress.cli.options import Budgets, MaxLossOption, ModelArgument, Overwrite, Text, one_limit
+from moacompress.core.artefact_names import RECIPE_FILE
+from moacompress.core.errors import ArtefactError, RecipeError
+from moacompress.efforts import Effort, effort_recipe
+
+
+@command(
+    "moacompress recipe init path/to/model --budget 25% -o recipe.yaml",
+    "moacompress recipe init --effort thorough --text prose/ -o recipe.yaml",
+)
+def init(
+    run: CommandRun,
+    model: ModelArgument = None,
+    budget: Budgets = None,
+    max_loss: MaxLossOption = None,
+    effort: Annotated[
+        Effort, typer.Option("--effort", help="Whose settings it begins with: quick, standard or thorough.")
+    ] = "standard",
+    text: Text = None,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The recipe.")] = Path("recipe.yaml"),
+    overwrite: Overwrite = False,
+) -> Output:
+    """Write a recipe with every setting in it, each with what it is for."""
+    from moacompress.core.files import write_text
+    from moacompress.report.recipe_text import recipe_yaml
+
+    if out.exists() and not overwrite:
+        raise ArtefactError(f"{out} exists already; choose another file or pass --overwrite")
+    recipe = run.recipe(
+        base=effort_recipe(effort, prose=text is not None),
+        model=model,
+        calibration__text=text,
+        **one_limit(budget, max_loss),
+    )
+    write_text(out, recipe_yaml(recipe))
+    next_step = f"moacompress compress --recipe {out} -o runs/mine"
+    return Output({"recipe": str(out), "settings": recipe.resolved()}, [f"The recipe is {out}", f"Next: {next_step}"])
+
+
+@command("moacompress recipe validate recipe.yaml", "moacompress recipe validate recipe.yaml --text prose/ --json")
+def validate(
+    run: CommandRun,
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A recipe, YAML or JSON.")],
+    text: Text = None,
+) -> Output:
+    """Check a recipe and the data that it names, without a model: keys, values, tasks, files."""
+    from moacompress.report.recipe_text import changed_settings
+    from moacompress.run_checks import check_recipe
+
+    recipe = run.recipe(path, calibration__text=text)
+    check_recipe(recipe)
+    changed = changed_settings(recipe)
+    return Output(
+        {"recipe": str(path), "valid": True, "changed": changed},
+        [f"{path} is valid; {len(changed)} settings are not the defaults."],
+    )
+
+
+@command(
+    "moacompress recipe show recipe.yaml",
+    "moacompress recipe show runs/mine --all",
+    "moacompress recipe show plan.json",
+)
+def show(
+    run: CommandRun,
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A recipe, the folder of a run, a profile, or a plan's file.")
+    ],
+    everything: Annotated[bool, typer.Option("--all", help="Also the settings that have their defaults.")] = False,
+) -> Output:
+    """Show the settings of a recipe, or those that a run, a profile or a plan was made with."""
+    from moacompress.report.recipe_text import recipe_yaml
+
+    recipe = _recipe_at(path)
+    text = recipe_yaml(recipe, everything=everything)
+    return Output({"settings": recipe.resolved()}, [text.rstrip() or "every setting has its default"])
+
+
+@command("moacompress recipe schema > recipe.schema.json")
+def schema(run: CommandRun) -> Output:
+    """Print the JSON schema of recipes, by which editors complete and check them."""
+    from moacompress.report.recipe_text import recipe_schema
+
+    found = recipe_schema()
+    return Output(found, [json.dumps(found, indent=1)])
+
+
+def _recipe_at(path: Path) -> Any:
+    from moacompress.core.artefact_names import MANIFEST_FILE
+    from moacompress.core.files import read_json
+    from moacompress.recipe import Recipe
+
+    if path.is_dir():
+        if (path / RECIPE_FILE).is_file():
+            return Recipe.load(path / RECIPE_FILE)
+        if (path / MANIFEST_FILE).is_file():
+            return _within(read_json(path / MANIFEST_FILE, "profile"), ("recipe",), path)
+        raise ArtefactError(
+            f"{path} holds no {RECIPE_FILE}; name a recipe, the folder of a run, a profile, or a plan's file"
+        )
+    if path.suffix == ".json":
+        found = read_json(path, "recipe or plan")
+        if isinstance(found, dict) and found.get("format") == "moacompress-plan":
+            return _within(found, ("provenance", "recipe"), path)
+    return Recipe.load(path)
+
+
+def _within(found: Any, keys: tuple[str, ...], path: Path) -> Any:
+    from moacompress.recipe import Recipe
+
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    if found is None:
+        raise RecipeError(f"{path} does not say which recipe it was made with")
+    return Recipe.from_dict(found, f"recipe of {path}")
+
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Write, check and show recipes."""
+
+
+for _name, _command in (("init", init), ("validate", validate), ("show", show), ("schema", schema)):
+    app.command(_name, help=_command.help, epilog=_command.epilog)(_command)

@@ -1,0 +1,75 @@
+"""Recipes as people read and write them: YAML in which every key says what it is for, and the schema for editors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from moacompress.recipe import Recipe
+
+SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
+WIDTH = 10_000
+"""Of a value in YAML: it stays on its line."""
+
+
+def recipe_yaml(recipe: Recipe, *, everything: bool = True) -> str:
+    """Returns a recipe as YAML with a comment on each key; `Recipe.load` reads it back.
+
+    Args:
+        recipe: the recipe.
+        everything: also the settings that have their defaults; without them what is left may be nothing.
+    """
+    return "\n".join(_lines(recipe, Recipe(), everything, "")) + "\n"
+
+
+def changed_settings(recipe: Recipe) -> dict[str, Any]:
+    """Returns the settings that are not the defaults, by their dotted keys."""
+    found = {}
+    for key, value in _flat(recipe.resolved(), ""):
+        if value != dict(_flat(Recipe().resolved(), "")).get(key):
+            found[key] = value
+    return found
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Returns the JSON schema of recipes: what editors complete and check a YAML file by."""
+    return {"$schema": SCHEMA_ID, "title": "moacompress recipe", **Recipe.model_json_schema(mode="validation")}
+
+
+def _flat(values: Mapping[str, Any], before: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and key in _SECTIONS:
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
+
+
+_SECTIONS = {name for name, value in Recipe() if isinstance(value, BaseModel)}
+
+
+def _lines(section: BaseModel, default: BaseModel, everything: bool, indent: str) -> Iterator[str]:
+    for name, field in type(section).model_fields.items():
+        value, usual = getattr(section, name), getattr(default, name)
+        if isinstance(value, BaseModel):
+            inner = list(_lines(value, usual, everything, indent + "  "))
+            if inner:
+                described = (type(value).__doc__ or "").strip().splitlines()[0]
+                yield f"{indent}{name}:  # {described}"
+                yield from inner
+        elif everything or value != usual:
+            comment = f"  # {field.description}" if field.description else ""
+            if name == "sources":
+                yield f"{indent}{name}:{comment}"
+                for source in value:
+                    given = source.model_dump(mode="json", exclude_defaults=True)  # of many keys it has few
+                    yield f"{indent}  - {_flow(given)}"
+            else:
+                yield f"{indent}{name}: {_flow(section.model_dump(mode='json', include={name})[name])}{comment}"
+
+
+def _flow(value: Any) -> str:
+    written = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=WIDTH, allow_unicode=True)
+    return written.removesuffix("...\n").strip()

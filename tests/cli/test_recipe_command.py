@@ -1,0 +1,114 @@
+"""Recipes by the command line: written, read back, checked, shown, and their schema."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from moacompress.cli import app
+from moacompress.efforts import effort_recipe
+from moacompress.recipe import Recipe
+from moacompress.report.recipe_text import changed_settings, recipe_schema, recipe_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMA = ROOT / "docs" / "recipe.schema.json"
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+def invoke(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, ["recipe", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_what_is_written_is_read_back(path: Path, everything: bool, tmp_path: Path) -> None:
+    recipe = Recipe.load(path)
+    (tmp_path / "again.yaml").write_text(recipe_yaml(recipe, everything=everything))
+    assert Recipe.load(tmp_path / "again.yaml") == recipe
+
+
+def test_every_setting_is_there_and_explained() -> None:
+    lines = [line.strip() for line in recipe_yaml(Recipe()).splitlines()]
+    sections = [getattr(Recipe(), name) for name in ("calibration", "profile", "search", "evaluation", "heal")]
+    keys = {key for section in (Recipe(), *sections) for key in type(section).model_fields}
+    assert [key for key in keys if not any(line.startswith(f"{key}:") for line in lines)] == []
+    assert sum("  # " in line for line in lines) > 50
+    assert recipe_yaml(Recipe(), everything=False).strip() == ""
+    assert changed_settings(Recipe(seed=1)) == {"seed": 1}
+
+
+def test_init_then_validate(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    done = invoke("init", "some/model", "--budget", "12.5%", "--effort", "quick", "-o", file)
+    assert done.exit_code == 0, done.output
+    recipe = Recipe.load(file)
+    assert recipe == effort_recipe("quick", prose=False).override(model="some/model", budget=["12.5%"])
+    assert "moacompress compress --recipe" in done.output
+    assert invoke("init", "-o", file).exit_code == 1
+    assert Recipe.load(file) == recipe
+    assert invoke("init", "--max-loss", "1%", "-o", file, "--overwrite").exit_code == 0
+    assert Recipe.load(file).max_loss == "1%"
+    found = json.loads(invoke("validate", file, "--json").stdout)
+    assert found["valid"]
+    assert found["changed"]["max_loss"] == "1%"
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "message"),
+    [
+        ("buget: 25%", 2, "did you mean 'budget'?"),
+        ("evaluation: {tasks: [needle-nose]}", 2, "unknown task 'needle-nose'"),
+        ("calibration: {text: nowhere.txt, text_samples: 3}", 1, "cannot read nowhere.txt"),
+        ("a: [", 2, "is not valid YAML"),
+    ],
+)
+def test_what_is_wrong_is_said(text: str, code: int, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    done = invoke("validate", file)
+    assert done.exit_code == code
+    assert message in " ".join(done.output.split())
+
+
+def test_show_reads_whatever_carries_a_recipe(tmp_path: Path, compressed: Path) -> None:
+    plan = ROOT / "docs" / "plans" / "smollm2-135m-quarter-gates.json"
+    shown = yaml.safe_load(invoke("show", plan).stdout)
+    assert shown["budget"] == ["25%"]
+    assert "seed" not in shown
+    assert yaml.safe_load(invoke("show", plan, "--all").stdout)["seed"] == 0
+    recipe = Recipe(budget=("10%",), seed=3)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.resolved()))
+    assert yaml.safe_load(invoke("show", tmp_path).stdout) == {"budget": ["10%"], "seed": 3}
+    assert invoke("show", tmp_path / "none").exit_code != 0
+    by_hand = invoke("show", compressed / "model" / "plan.json")
+    assert "does not say which recipe it was made with" in " ".join(by_hand.output.split())
+    (tmp_path / "empty").mkdir()
+    assert "holds no recipe.json" in " ".join(invoke("show", tmp_path / "empty").output.split())
+
+
+def test_the_published_schema_is_of_this_version() -> None:
+    """Written again by MOACOMPRESS_WRITE_GOLDEN=1, as recorded recipes are."""
+    text = json.dumps(recipe_schema(), indent=1) + "\n"
+    if os.environ.get("MOACOMPRESS_WRITE_GOLDEN") == "1":
+        SCHEMA.write_text(text)
+    assert SCHEMA.read_text() == text
+    assert json.loads(invoke("schema").stdout) == recipe_schema()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_schema_takes_every_recipe(path: Path) -> None:
+    jsonschema.validate(yaml.safe_load(path.read_text()), recipe_schema())
+    jsonschema.validate(yaml.safe_load(recipe_yaml(Recipe.load(path))), recipe_schema())
+
+
+@pytest.mark.parametrize("data", [{"buget": "25%"}, {"search": {"trials": 0}}, {"calibration": {"samples": "many"}}])
+def test_the_schema_refuses_what_recipes_do(data: dict[str, Any]) -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(data, recipe_schema())
