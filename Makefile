@@ -30,7 +30,7 @@ COLLECT_moby-dick = printf '%s\n' package/data/chapter_*.txt | sort -t_ -k2n | \
 # imports them where they are.
 VLLM := $(CACHE)/vllm
 
-.PHONY: help setup demo test test-all test-builds test-oldest test-peers test-versions test-vllm test-data gemma texts no-texts lint format docs release clean
+.PHONY: help setup demo test test-all test-builds test-oldest test-peers test-versions test-services test-vllm test-data gemma texts no-texts lint format docs release clean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -83,7 +83,7 @@ demo: $(READY) $(DATA:%=$(CACHE)/%) ## compress a real model to a quarter of its
 	$(BIN)/moacompress demo -o runs/demo --data $(CACHE)
 
 test: $(READY) $(DATA:%=$(CACHE)/%) ## all tests but the heavy ones, and builds whose sources changed since test-builds
-	$(BIN)/pytest -m "not heavy" --numprocesses $(JOBS) --dist worksteal
+	$(BIN)/pytest -m "not heavy and not services" --numprocesses $(JOBS) --dist worksteal
 
 test-all: $(READY) $(DATA:%=$(CACHE)/%) gemma ## all tests
 	$(BIN)/pytest --builds
@@ -106,6 +106,14 @@ $(VLLM)/.ready: $(SOURCES)
 
 test-vllm: $(VLLM)/.ready ## tests of the vLLM plugin, in an environment of its own: .cache/vllm
 	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM)/bin/python -m pytest tests/serving
+
+test-services: $(READY) ## searches by many workers on a PostgreSQL server of their own; MOACOMPRESS_TEST_SEEDS=50 for more of them
+	@ls /usr/lib/postgresql/*/bin/initdb > /dev/null 2>&1 || command -v initdb > /dev/null || { \
+		test "$$(id -u)" = 0 && command -v apt-get > /dev/null || \
+			{ echo "PostgreSQL is not here, and only root may install it: apt-get install postgresql" >&2; exit 1; }; \
+		apt-get update -qq || true; apt-get install -qq -y --no-install-recommends postgresql > /dev/null; }
+	$(BIN)/pip install --quiet "psycopg2-binary>=2.9"
+	$(BIN)/pytest tests/services
 
 test-versions: $(READY) ## the runtime's tests on every tested version of transformers; resumes
 	$(BIN)/python -m tests.versions --jobs $(JOBS)

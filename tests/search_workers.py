@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from multiprocessing.context import ForkProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -92,6 +93,7 @@ class SearchRun:
 
     def start(self, out: Path | None = None) -> ForkProcess:
         """Starts one more worker."""
+        preload()
         number = len(self.workers)
         worker = FORK.Process(target=self._work, args=(number, out or self.out))
         worker.start()
@@ -146,9 +148,13 @@ class SearchRun:
 
         profile = self.profile
         objective = SlowObjective(profile, self.folder / "measured.txt", self.seconds, self.barrier)
-        study.Objective = lambda *arguments: objective  # type: ignore[assignment,misc]
-        study.ProfileAround = lambda *arguments: objective.around  # type: ignore[assignment,misc]
-        Profile.calibration_samples = lambda profile: profile.validation  # type: ignore[method-assign]
+        fakes: list[tuple[Any, str, Any]] = [
+            (study, "Objective", lambda *arguments: objective),
+            (study, "ProfileAround", lambda *arguments: objective.around),
+            (Profile, "calibration_samples", lambda profile: profile.validation),
+        ]
+        for place, name, fake in fakes:  # this process is forked for nothing else
+            setattr(place, name, fake)
         source: Any = SimpleNamespace(model=None, source="model", shape=profile.shape, computes_in=profile.shape.dtype)
         try:
             found = study.find_plan(profile, "50%", recipe=self.recipe, out=out, model=source)
@@ -157,6 +163,18 @@ class SearchRun:
             raise
         said = {"written": found.written, "path": str(found.path), "plan": found.plan.to_dict(), "trials": found.trials}
         (self.folder / f"result-{number}.json").write_text(json.dumps(said))
+
+
+@cache
+def preload() -> None:
+    """Imports what workers need before they are forked, so that it takes them no time."""
+    import optuna.importance
+    import optuna.samplers
+    import scipy.stats  # noqa: F401
+
+    with quiet_optuna():
+        study = optuna.create_study(storage=open_storage("sqlite://"), sampler=optuna.samplers.GPSampler(seed=0))
+        optuna.create_study(pruner=optuna.pruners.WilcoxonPruner(), sampler=study.sampler)
 
 
 def killed_at_random(run: SearchRun, seed: int, workers: int = 3, kills: int = 4, longest: float = 0.4) -> None:

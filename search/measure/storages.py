@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -33,6 +34,13 @@ SQLITE_PATIENCE = 60.0
 """Seconds that a process waits for SQLite's lock of the file, which is held for milliseconds."""
 OPENING = 30
 """Times that a database is opened again where another process makes its tables at the same moment."""
+DRIVERS = {
+    "postgresql": {"psycopg": "psycopg", "psycopg2": "psycopg2"},
+    "mysql": {"MySQLdb": "mysqldb", "pymysql": "pymysql"},
+}
+"""Modules of the drivers of a database, and what SQLAlchemy calls them; the first one that is installed is used."""
+INSTALL = {"postgresql": "psycopg2-binary", "mysql": "pymysql"}
+"""A package with a driver that needs no compiler."""
 AT_THE_SAME_MOMENT = ("already exists", "duplicate", "unique", "locked", "deadlock")
 """What databases say of that."""
 
@@ -68,15 +76,31 @@ def _database(url: str) -> RDBStorage:
     settings: dict[str, Any] = {"connect_args": {"timeout": SQLITE_PATIENCE}} if sqlite else {"pool_pre_ping": True}
     for left in reversed(range(OPENING)):
         try:
-            storage = RDBStorage(url, engine_kwargs=dict(settings))
+            storage = RDBStorage(_with_driver(url), engine_kwargs=dict(settings))
             break
         except (OptunaError, SQLAlchemyError) as error:
             if not left or not any(words in str(error).lower() for words in AT_THE_SAME_MOMENT):
                 raise
             time.sleep(random.uniform(0.05, 0.3))
-    if sqlite:
+    if sqlite and storage.engine.url.database not in (None, "", ":memory:"):
         _lock_at_once(storage)
     return storage
+
+
+def _with_driver(url: str) -> str:
+    """Returns the URL of a database with the driver that is installed, where it names none; SQLAlchemy takes one of them only.
+
+    Raises:
+        ImportError: none is; says what to install.
+    """
+    dialect, _, rest = url.partition("://")
+    drivers = DRIVERS.get(dialect)
+    if drivers is None:
+        return url
+    for module, name in drivers.items():
+        if find_spec(module) is not None:
+            return f"{dialect}+{name}://{rest}"
+    raise ImportError(f"no driver of {dialect} is installed: pip install {INSTALL[dialect]}")
 
 
 def _lock_at_once(storage: RDBStorage) -> None:
