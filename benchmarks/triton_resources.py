@@ -4,10 +4,11 @@
 
 Each kernel is compiled as the backend would have it, for models in bfloat16 with four query heads to a KV head. A row says how
 many registers a thread has and how many bytes of them it had to spill; how much shared memory a program has; and how many
-programs a processor holds at once by either (`at once`). Of `decode` and `prefill`, how many reads of 16 bytes the loops over
-tiles issue, ahead of use where the card can (`ahead`). `ring-keep` keeps its scores for layers that share the attention, and
-`ring-reuse` reads them in place of keys. Of `append`, which rounds to the bit, how many operations are contracted, or not
-rounded to nearest (`inexact`). `select` lets a token compete that leaves a window.
+programs a processor holds at once by either (`at once`). Of `decode`, `prefill` and `profile`, how many reads of 16 bytes the
+loops over tiles issue, ahead of use where the card can (`ahead`). `ring-keep` keeps its scores for layers that share the
+attention, and `ring-reuse` reads them in place of keys. Of `append`, which rounds to the bit, how many operations are
+contracted, or not rounded to nearest (`inexact`). `select` lets a token compete that leaves a window; `profile` sums what rules
+would move.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moacompress.kernels.kv_parts import KVPart
-from moacompress.kernels.triton import append_kernels, decode_kernels, prefill_kernels, select_kernels
+from moacompress.kernels.triton import append_kernels, decode_kernels, prefill_kernels, profile_kernels, select_kernels
 from moacompress.kernels.triton.tile_sizes import (
     APPEND_WARPS,
     NEWER,
@@ -36,6 +37,7 @@ from moacompress.kernels.triton.tile_sizes import (
     append_constants,
     append_next_constants,
     prefill_constants,
+    profile_constants,
     select_constants,
     split_constants,
 )
@@ -54,9 +56,9 @@ PAIRS = ((0, 0), (8, 8), (8, 4), (4, 4))
 REUSED = "-"
 """Bits of keys that are not read."""
 POINTERS = {
-    **dict.fromkeys(("Query", "Key", "Value", "ChunkKeys", "ChunkValues", "SinkLogits", "Out"), "*bf16"),
-    **dict.fromkeys(("Partial", "PartialLse", "Lse", "Kept"), "*fp32"),
-    "Suspect": "*i32",
+    **dict.fromkeys(("Query", "Key", "Value", "ChunkKeys", "ChunkValues", "Cotangent", "SinkLogits", "Out"), "*bf16"),
+    **dict.fromkeys(("Partial", "PartialLse", "Lse", "Kept", "Delta", "Windows", "Prefixes"), "*fp32"),
+    **dict.fromkeys(("Suspect", "Starts", "Sinks", "Events", "Counts"), "*i32"),
 }
 """Types of pointers that are not to integers of 64 bits."""
 FLOATS = ("scaling", "softcap")
@@ -74,6 +76,7 @@ KERNELS = (
     "ring-reuse",
     "ring-append",
     "ring-select",
+    "profile",
 )
 
 
@@ -95,14 +98,16 @@ def main() -> None:
         "ring-reuse": partial(decode_resources, ring=True, reuse=True),
         "ring-append": partial(append_resources, ring=True),
         "ring-select": partial(select_resources, ring=True),
+        "profile": profile_resources,
     }
+    pairs = {"ring-reuse": PAIRS[:3], "profile": PAIRS[:1]}
     found = {
         kernel: [
             {"card": card, "dim": dim, "bits": bits_of(pair, reused=kernel == "ring-reuse")}
             | resources[kernel](card, int(dim), pair)
             for card in given.cards.split(",")
             for dim in given.dims.split(",")
-            for pair in (PAIRS[:3] if kernel == "ring-reuse" else PAIRS)
+            for pair in pairs.get(kernel, PAIRS)
         ]
         for kernel in given.kernels.split(",")
     }
@@ -172,7 +177,6 @@ def kv_parts_of(dim: int, bits: tuple[int, int]) -> tuple[KVPart, KVPart]:
 
 def prefill_resources(card: str, dim: int, bits: tuple[int, int]) -> dict[str, Any]:
     """Compiles the kernel for chunks, of selected tokens too, for a card; returns what it takes."""
-    newer = not card.startswith("sm_") or int(card.removeprefix("sm_")) >= 10 * NEWER
     tiles, constants = prefill_constants(
         GROUP,
         dim,
@@ -184,7 +188,7 @@ def prefill_resources(card: str, dim: int, bits: tuple[int, int]) -> dict[str, A
         passing=True,
         wide=False,
         item_size=2,
-        newer=newer,
+        newer=is_newer(card),
     )
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     found = compiled(
@@ -194,6 +198,26 @@ def prefill_resources(card: str, dim: int, bits: tuple[int, int]) -> dict[str, A
         pool_types(bits) | {"Out": "*fp32" if bits[1] else "*bf16"},
         options,
     )
+    taken, at_once = _taken(card, found, tiles.num_warps)
+    return {
+        "tokens": constants["TOKENS"],
+        "tile": tiles.TILE,
+        **taken,
+        "shared": found.metadata.shared,
+        "at once": at_once,
+    }
+
+
+def is_newer(card: str) -> bool:
+    """Returns whether a card is one of those with larger tiles; see `tile_sizes.prefill_tiles`."""
+    return not card.startswith("sm_") or int(card.removeprefix("sm_")) >= 10 * NEWER
+
+
+def profile_resources(card: str, dim: int, bits: tuple[int, int]) -> dict[str, Any]:
+    """Compiles the kernel of the profile's sums for a card; returns what it takes. Formats are no matter of it."""
+    tiles, constants = profile_constants(GROUP, dim, dim, softcap=False, wide=False, item_size=2, newer=is_newer(card))
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    found = compiled(card, profile_kernels.sum_outward, constants, {}, options)
     taken, at_once = _taken(card, found, tiles.num_warps)
     return {
         "tokens": constants["TOKENS"],

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moacompress.calibration.profile.sweep import SumCollector, swept
+from moacompress.calibration.profile.sweep import SumCollector, summed, swept
+from moacompress.kernels import sdpa
 from moacompress.kernels.arguments import Choices, Passing, Scores, as_tensors
 from moacompress.kernels.backend import prefill_alone
 from moacompress.kernels.dispatch import backend_for
@@ -368,8 +369,11 @@ def attend(
     Returns:
         `[1, heads, N, head_dim]`.
     """
+    scores = spec.scores(sink_logit)
+    if plan is None and own is None and sdpa.suits(query, scores):
+        return sdpa.dense_attention(query, key, value, spec.scaling, spec.native_window)
     rules = (plan or RuleTable.of([Rule.FULL] * key.shape[1], 1)).native().in_layer(spec.native_window)
-    here, scores, passing = as_tensors(rules), spec.scores(sink_logit), None if own is None else _passing(own, rules)
+    here, passing = as_tensors(rules), None if own is None else _passing(own, rules)
     return prefill_alone(backend_for(query), query, key, value, rules=here, scores=scores, passing=passing)
 
 
@@ -417,6 +421,11 @@ def attend_backward(
                 for collector in looking:
                     collector.add(view)
         return found
+    scores = spec.scores(sink_logit)
+    if plan is None and choices is None:
+        collectors = summed(*chunk, scores, table, collectors)
+        if not collectors and sdpa.suits(query, scores):
+            return sdpa.dense_gradients(grad, query, key, value, spec.scaling, native)
     (heads, n, size), work = query.shape[1:], _work_dtype(query)
     grad_query = torch.zeros(heads, n, size, dtype=work, device=query.device)
     grad_keys, grad_values = (torch.zeros_like(tensor[0], dtype=work) for tensor in (key, value))  # newest key first

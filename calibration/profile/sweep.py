@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from moacompress.kernels.arguments import Choices, as_tensors
+from moacompress.kernels.arguments import Choices, Scores, as_tensors
 from moacompress.kernels.dispatch import backend_for
 from moacompress.rules.rule_table import RuleTable
 
@@ -49,6 +49,39 @@ class SumCollector(Protocol):
 
     def take(self, sums: LayerSums) -> None:
         """Takes what would have come tile by tile."""
+
+
+def summed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    scores: Scores,
+    table: RuleTable,
+    collectors: Sequence[Any],
+) -> Sequence[Any]:
+    """Gives collectors what every rule moves of a dense layer, where the backend sums that by itself and all need no more.
+
+    Args:
+        query: `[1, heads, N, head_dim]`.
+        key: `[1, kv_heads, N, head_dim]`.
+        value: as `key`.
+        grad: cotangent of the output, `[1, heads, N, head_dim]`.
+        scores: how scores are made.
+        table: the rules, for this layer, in numpy; those that select are taken for their sinks and windows.
+        collectors: of any kind.
+
+    Returns:
+        The collectors that were given nothing: all, or none.
+    """
+    backend = backend_for(query)
+    few = all(isinstance(each, SumCollector) and not each.baselines and each.lag is None for each in collectors)
+    if not collectors or not few or not backend.capabilities.profile_sums:
+        return collectors
+    squares, total = backend.profile_sums(grad, query, key, value, rules=table, scores=scores)
+    for collector in collectors:
+        collector.take(LayerSums(squares, total, None, None, 0))
+    return ()
 
 
 def swept(

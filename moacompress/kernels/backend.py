@@ -55,6 +55,7 @@ class Capabilities:
         linear: `Backend.linear`.
         linear_blocks: `Backend.linear_blocks` reads the blocks as they lie, without a dense copy of a few outputs at a time.
         profile: `Backend.profile_backward`.
+        profile_sums: `Backend.profile_sums`.
         trace: `Backend.start_trace`.
     """
 
@@ -70,6 +71,7 @@ class Capabilities:
     linear: bool = False
     linear_blocks: bool = False
     profile: bool = False
+    profile_sums: bool = False
     trace: bool = False
 
 
@@ -544,6 +546,31 @@ class Backend(ABC):
             with a cotangent that is not zero: the others take no part.
         """
         raise self._cannot("profile_backward")
+
+    def profile_sums(
+        self,
+        dout: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        rules: RuleTable,
+        scores: Scores,
+    ) -> torch.Tensor:
+        """Returns what every rule would move of a dense layer's output, without gradients.
+
+        Args:
+            dout: cotangent of the output, `[1, heads, tokens, value_dim]`.
+            query: `[1, heads, tokens, head_dim]`.
+            key: `[1, kv_heads, tokens, head_dim]`.
+            value: `[1, kv_heads, tokens, value_dim]`.
+            rules: every KV head is asked what each of them would do, by sinks and window alone; one native window.
+            scores: how scores are made.
+
+        Returns:
+            Sums of squares and of the deltas, float64 `[2, kv_heads, rules]`.
+        """
+        raise self._cannot("profile_sums")
 
     def put(
         self, kv_parts: Sequence[KVPart], memory: Sequence[torch.Tensor], slots: torch.Tensor, vectors: torch.Tensor

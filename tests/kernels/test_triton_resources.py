@@ -72,6 +72,15 @@ def test_what_selecting_takes():
         assert row["card"] == "gfx942" or row["at once"] >= 8, row
 
 
+def test_what_the_profile_takes():
+    """No spills, and reads of 16 bytes ahead of use."""
+    rows = resources("sm_80,sm_90,sm_100", "64,128", "profile")
+    assert len(rows) == 6
+    for row in rows:
+        assert row["spilled"] == 0, row
+        assert row["ahead"] >= 8, row
+
+
 def test_what_chunks_take():
     """No spills, and reads of 16 bytes ahead of use."""
     for row in resources("sm_80,sm_90,sm_100", "64,128", "prefill"):

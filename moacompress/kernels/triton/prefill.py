@@ -80,7 +80,7 @@ def attend_chunk(
             passing=passing is not None,
             wide=wide,
             item_size=query.element_size(),
-            newer=_newer(device),
+            newer=is_newer(device),
         )
         asking = turned if kv_parts[0].bits else plain
         chunk = [_as_kept(*pair, launched, wide) for pair in zip(kv_parts, (key, value), strict=True)]
@@ -147,7 +147,7 @@ def _as_kept(kv_part: KVPart, chunk: torch.Tensor, heads: torch.Tensor, wide: bo
     return found if wide else found.to(chunk.dtype)
 
 
-def _newer(device: torch.device) -> bool:
+def is_newer(device: torch.device) -> bool:
     """Whether a card is one of those with larger tiles; what runs a kernel without a card takes those too."""
     return device.type != "cuda" or bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= NEWER
 

@@ -182,6 +182,50 @@ def prefill_constants(
     }
 
 
+def profile_tiles(head_dim: int, value_dim: int, item_size: int, newer: bool) -> tuple[TileSizes, int]:
+    """Returns the tiles of the profile's sums, and how many queries one has, those of a group counted each.
+
+    Args:
+        head_dim: numbers of a key.
+        value_dim: numbers of a value.
+        item_size: bytes of what is multiplied.
+        newer: see `prefill_tiles`.
+    """
+    wide = max(head_dim, value_dim)
+    if wide > 128:
+        return TileSizes(32, 2, 8), SMALLEST
+    if newer:
+        return TileSizes(LARGEST if wide * item_size <= 256 else 32, 2, 4), 64
+    return TileSizes(LARGEST if wide * item_size <= 128 else 32, 2, 4), 32
+
+
+def profile_constants(
+    group: int, head_dim: int, value_dim: int, *, softcap: bool, wide: bool, item_size: int, newer: bool
+) -> tuple[TileSizes, dict[str, int | bool]]:
+    """Returns the tiles of `profile_kernels.sum_outward`, and all that it is compiled for, by their names.
+
+    Args:
+        group: query heads of a KV head.
+        head_dim: numbers of a key.
+        value_dim: numbers of a value.
+        softcap: whether scores have a bound.
+        wide: whether products are in float32.
+        item_size: bytes of the query's numbers.
+        newer: see `prefill_tiles`.
+    """
+    tiles, rows = profile_tiles(head_dim, value_dim, 4 if wide else item_size, newer)
+    together = 1 << (group - 1).bit_length()
+    sides = _side_constants(group, head_dim, value_dim, (0, 0), softcap=softcap, wide=wide)
+    del sides["KEY_BITS"], sides["VALUE_BITS"]
+    return tiles, {
+        **sides,
+        "GROUP": together,
+        "TOKENS": max(rows // together, 1),
+        "TILE": tiles.TILE,
+        "STAGES": tiles.num_stages,
+    }
+
+
 def padded(size: int) -> int:
     """Returns the smallest power of two that holds so many, and is enough for a product of matrices."""
     return max(SMALLEST, 1 << max(size - 1, 0).bit_length())

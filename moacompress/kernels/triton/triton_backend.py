@@ -6,13 +6,15 @@ import importlib.util
 import os
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-from moacompress.kernels.arguments import CacheView, Passing, RingState, Scores, SelectedView
+from moacompress.kernels.arguments import CacheView, Passing, RingState, Scores, SelectedView, as_tensors
 from moacompress.kernels.backend import BoundRing, Capabilities, Status, refuse_gradients
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.reference.reference_backend import ReferenceBackend
 from moacompress.kernels.triton.work_lists import kinds_of
+from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,7 +26,7 @@ class TritonBackend(ReferenceBackend):
 
     name = "triton"
     known = f"float32, bfloat16 and float16 on CUDA, and on the CPU where {INTERPRET}=1"
-    capabilities = Capabilities(prefill_gradients=True, decode_selecting=True, ring=True)
+    capabilities = Capabilities(prefill_gradients=True, decode_selecting=True, ring=True, profile_sums=True)
 
     def status(self) -> Status:
         """See `Backend`."""
@@ -185,6 +187,38 @@ class TritonBackend(ReferenceBackend):
             passing=passing,
             wide=_is_wide(query.dtype),
         )
+
+    def profile_sums(
+        self,
+        dout: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        rules: RuleTable,
+        scores: Scores,
+    ) -> torch.Tensor:
+        """See `Backend.profile_sums`; one pass over keys and values, after a forward pass for the denominators."""
+        from moacompress.kernels.triton.profile import rule_sums
+
+        native = int(rules.span.native_window[0])
+        full = as_tensors(RuleTable.of([Rule.FULL] * key.shape[1], 1).in_layer(native))
+        tokens = torch.full((1,), query.shape[2], dtype=torch.int64, device="cpu")
+        query, key, value = query.detach(), key.detach(), value.detach()
+        out, lse = self.prefill(
+            query,
+            key,
+            value,
+            cache=CacheView.empty(key),
+            past=torch.zeros_like(tokens),
+            valid=tokens,
+            rules=full,
+            scores=scores,
+            with_lse=True,
+        )
+        assert lse is not None
+        in_numpy = RuleTable(np.asarray(rules.columns))
+        return rule_sums(dout, query, key, value, (out, lse), in_numpy, scores, wide=_is_wide(query.dtype))
 
 
 def _is_wide(dtype: torch.dtype) -> bool:
