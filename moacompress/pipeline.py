@@ -79,7 +79,8 @@ def compress(
         raise RecipeError("no model given; name one as MODEL or as `model:` in the recipe")
     if not recipe.budget and recipe.max_loss is None:
         raise RecipeError(
-            "no budget given; write --budget 25% or `budget: 25%` in the recipe, or --max-loss 1% to have it found"
+            "no budget given; write --budget 25%, --memory 6GiB@8k or `budget: 25%` in the recipe, or --max-loss 1% to have it "
+            "found"
         )
     out = Path(out)
     check_writable(out)
@@ -160,6 +161,7 @@ def fill(
         "kv_share": plan.kv_share(length),
         "dtype": plan.model.dtype,
         "weights": stored_bytes(out / MODEL_FOLDER),
+        **({} if (memory := plan.budget.get("memory")) is None else {"memory": memory}),
         **({} if (rounding := plan.quality.get("rounded_weights")) is None else {"rounded_weights": rounding}),
         "seconds": clock.seconds,
         "quality": quality_table(scores["results"]),

@@ -33,6 +33,8 @@ from moacompress.rules.rule import MIN_WINDOWS, SINKS
 
 logger = logging.getLogger(__name__)
 
+AUTO = "auto"
+"""Of weights: a search chooses their formats."""
 CONSENT = "trust_remote_code"
 """Key of recipes that earlier versions wrote, which says nothing any more."""
 ALLOWED_BY = "--trust-remote-code of the command that runs it, or that argument of the function"
@@ -355,9 +357,10 @@ class Recipe(_Section):
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_dtype)] = Field(
         "auto", description="what the model computes in; bytes are counted at the checkpoint's own"
     )
-    weights: Literal["keep", "dense", "int8", "int4"] = Field(
+    weights: Literal["keep", "dense", "int8", "int4", "auto"] = Field(
         "keep",
-        description="of the linear layers: as they are, with a .gguf file's blocks; all floats; or rounded to blocks",
+        description="of the linear layers: as they are, with a .gguf file's blocks; all floats; rounded to blocks; or auto, "
+        "as the search chooses for each within a budget of memory",
     )
     head_weights: Literal["int8", "int4"] | None = Field(
         None, description="what embedding and output layer are rounded to where `weights` rounds; by default not"
@@ -384,9 +387,10 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _head(self) -> Recipe:
-        if self.head_weights is not None and self.weights not in ("int8", "int4"):
+        if self.head_weights is not None and self.weights not in ("int8", "int4", AUTO):
             raise ValueError(
-                f"head_weights is {self.head_weights} but weights is {self.weights}; they are rounded with int8 or int4 alone"
+                f"head_weights is {self.head_weights} but weights is {self.weights}; they are rounded with int8, int4 or auto "
+                "alone"
             )
         return self
 

@@ -21,6 +21,7 @@ from moacompress.rules.candidates import in_formats
 from moacompress.rules.constraints import budget_constraints, check_no_sharing
 from moacompress.rules.cost import layer_floors
 from moacompress.search.search_request import costs_of, offered_formats
+from moacompress.search.weights.weight_choice import weight_choice
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -53,7 +54,8 @@ def check_with_model(recipe: Recipe, source: SourceModel, profile: Path | None =
     Raises:
         DataError: lengths that the model does not take, or samples or prompts that cannot be made.
         InfeasibleBudgetError: no plan fits.
-        BudgetError: a floor for a layer that the model does not have.
+        BudgetError: a floor for a layer that the model does not have; or weights to be chosen, and no budget of memory.
+        UsageError: weights that cannot be chosen.
     """
     evaluation = recipe.evaluation
     longest = max(evaluation.lengths)
@@ -78,6 +80,7 @@ def _check_budgets(recipe: Recipe, source: SourceModel) -> None:
     floors = layer_floors(recipe.search.floors, source.shape)
     costs = costs_of(recipe, source.shape)
     budgets = [Budget.parse(text) for text in recipe.budget]
+    weights, _ = weight_choice(recipe, budgets, rules_on_offer(recipe, None), source.shape, source)
     if not AskedShares.parse(recipe.search.share).off:
         check_no_sharing(budgets)
         return
@@ -86,7 +89,7 @@ def _check_budgets(recipe: Recipe, source: SourceModel) -> None:
     spans = [rule for rule in rules_on_offer(recipe, None) if not rule.selects]
     rules = in_formats(spans, offered_formats(recipe.profile.formats, recipe))
     lengths, min_window = recipe.calibration.lengths, recipe.profile.min_window
-    budget_constraints(budgets, source.shape, lengths, rules, min_window, floors, costs=costs)
+    budget_constraints(budgets, source.shape, lengths, rules, min_window, floors, costs=costs, weights=weights)
 
 
 def _resources(recipe: Recipe) -> Resources:

@@ -15,7 +15,7 @@ from moacompress.core.files import remove, write_json
 from moacompress.core.progress import Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
-from moacompress.rules.budget import label
+from moacompress.rules.budget import any_memory, label
 from moacompress.rules.cost import smallest_bytes
 from moacompress.rules.loss import Loss
 from moacompress.rules.plan import Plan
@@ -67,8 +67,10 @@ def find_plans(
         MoaCompressError: as `find_plan`, for the first budget that fails; budgets are all looked at before anything runs.
     """
     deadline = deadline or Deadline(recipe.search.timeout)
+    if model is None and any(any_memory(asked) for asked in budgets):
+        model = load_for(recipe, profile.source, trust_remote_code=trust_remote_code)
     for asked in budgets:
-        SearchRequest.of(profile, list(asked), recipe)
+        SearchRequest.of(profile, list(asked), recipe, model=model)
     source = model or load_for(recipe, profile.source, trust_remote_code=trust_remote_code)
     if overwrite:
         remove([front_file(out)])

@@ -13,9 +13,12 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.core.progress import Progress
 from moacompress.core.tables import readable_seconds
 from moacompress.estimate.estimate import Estimate
-from moacompress.recipe import Recipe
+from moacompress.recipe import AUTO, Recipe
+from moacompress.rules.budget import any_memory
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.baselines.measured import CANDIDATES, CLOSE, FINALISTS, SCREENED
+from moacompress.search.search_request import SearchRequest
+from moacompress.search.weights.choosing import DRAWS, SAMPLES, SCALES
 
 PRUNED = 0.8
 """Share of a trial's samples that is measured, mean: one that is hopeless is given up."""
@@ -25,6 +28,8 @@ MOVE = 0.5
 """What a move of one KV head takes of a measurement, mean."""
 PASSES = 4.0
 """What profiling a sample around a plan takes of a forward pass."""
+OF_WEIGHTS = len(SCALES) + 3
+"""Measurements of chosen weights: those of the joint problem, one format for all, and the weights alone; about one repeats."""
 FAMILIES = 3
 """Families of plans that need no search, without the one of gates."""
 
@@ -49,6 +54,7 @@ def measurements(recipe: Recipe, samples: int) -> float:
     rounds = search.rounds * search.round_trials
     return (
         1
+        + OF_WEIGHTS * (recipe.weights == AUTO)
         + (search.classes is not None and search.alternatives)
         + PRUNED * (search.trials + rounds)
         + ABLATION * search.ablations
@@ -68,7 +74,8 @@ def search_seconds(recipe: Recipe, forwards: Iterable[tuple[int, float]]) -> flo
     samples = sum(count for count, _ in counted)
     whole = sum(count * seconds for count, seconds in counted)
     rounds = recipe.search.rounds * recipe.search.round_samples * PASSES * whole / samples
-    searched = measurements(recipe, samples) * whole + rounds
+    prices = SAMPLES * DRAWS * PASSES * whole / samples if recipe.weights == AUTO else 0.0
+    searched = measurements(recipe, samples) * whole + rounds + prices
     return searched if recipe.max_loss is None else SCOUTS * (1 + PRUNED) * whole + SEARCHES * searched
 
 
@@ -86,8 +93,12 @@ def estimate_search(
 
     Raises:
         ModelError: the model cannot be loaded.
+        BudgetError, UsageError: a budget of memory that does not fit, or weights that cannot be chosen.
     """
     source = load_for(recipe, profile.source, trust_remote_code=trust_remote_code)
+    memory = []
+    if recipe.weights == AUTO or any_memory(recipe.budget):
+        memory = [memory_text(SearchRequest.of(profile, None, recipe, model=source))]
     timed = dry_run(source, profile.recipe, progress)
     forwards = [(part.validation_samples, part.forward_seconds) for part in timed.lengths]
     seconds, timeout = plans * search_seconds(recipe, forwards), recipe.search.timeout
@@ -96,7 +107,25 @@ def estimate_search(
     stop = f", and --timeout would stop it after {readable_seconds(timeout)}" if timeout is not None and late else ""
     return Estimate(
         seconds=seconds,
-        text=(f"It would take about {readable_seconds(seconds)}{each}{stop}. Nothing was searched.",),
+        text=(
+            *memory,
+            f"It would take about {readable_seconds(seconds)}{each}{stop}. Nothing was searched.",
+        ),
         facts={"plans": plans, "peak_bytes": timed.peak_bytes},
         slowdown=timed.slowdown,
+    )
+
+
+def memory_text(request: SearchRequest) -> str:
+    """Returns what weights take of a budget of memory, and what that leaves to the cache."""
+    assert request.weight_bytes is not None
+    leaves = "; ".join(map(str, request.constraints))
+    size = request.weight_bytes.bytes
+    if request.weights is None:
+        return f"Weights take {size:,} bytes as they are, which leaves {leaves}."
+    layers = len(request.weights.choices.names)
+    most = request.weights.choices.bytes([0] * layers)
+    return (
+        f"Weights take {size:,} to {most:,} bytes, as the formats of {layers} linear layers are chosen; at the smallest they "
+        f"leave {leaves}."
     )

@@ -23,7 +23,14 @@ from moacompress.repair.copies import repaired_copies
 from moacompress.repair.plans import repair_samples
 from moacompress.repair.projections import Weights
 from moacompress.rules.budget import Budget
-from moacompress.rules.constraints import Constraints, budget_constraints, check_no_sharing, lengths_of, step_times
+from moacompress.rules.constraints import (
+    Constraints,
+    WeightBytes,
+    budget_constraints,
+    check_no_sharing,
+    lengths_of,
+    step_times,
+)
 from moacompress.rules.cost import layer_floors
 from moacompress.rules.cost_table import CostTable
 from moacompress.rules.model_shape import ModelShape
@@ -38,6 +45,7 @@ from moacompress.search.problem.plan_space import PlanSpace
 from moacompress.search.problem.quadratic import Quadratic
 from moacompress.search.sharing.assumed_healing import HealedMeasure, healed_share
 from moacompress.search.sharing.share_choice import ShareChoice
+from moacompress.search.weights.weight_choice import WeightChoice, weight_choice
 
 ParameterValues: TypeAlias = Mapping[str, float]
 
@@ -86,6 +94,20 @@ def costs_of(recipe: Recipe, shape: ModelShape) -> CostTable | None:
     return table
 
 
+def _constraints(
+    profile: Profile,
+    recipe: Recipe,
+    budgets: Sequence[Budget],
+    shares: LayerShares,
+    costs: CostTable | None,
+    weights: WeightBytes | None,
+) -> Constraints:
+    """Returns what budgets restrict, beside weights that take so much; errors are those of `budget_constraints`."""
+    floors = layer_floors(recipe.search.floors, profile.shape)
+    arguments = budgets, profile.shape, profile.lengths, profile.rules, profile.min_window, floors, shares
+    return budget_constraints(*arguments, costs=costs, weights=weights)
+
+
 def _check_classes(most: int | None, shape: ModelShape) -> None:
     """Refuses a limit of classes that no plan of the model can keep.
 
@@ -114,6 +136,9 @@ class SearchRequest:
         computes_in: the dtype that the model computes in, on which what it measures depends.
         sharing: which layers may share attention, and what that is predicted to cost; None where none is to.
         step_times: predict the time of a plan's step, at each place that the cost table has; none without one.
+        weight_bytes: what the weights take, where a budget counts them.
+        weights: their formats, where these are chosen.
+        limits: keys of the constraints as they were asked for: the weights that are chosen do not count.
     """
 
     profile: Profile
@@ -125,6 +150,9 @@ class SearchRequest:
     computes_in: str
     sharing: ShareChoice | None = None
     step_times: tuple[StepTime, ...] = ()
+    weight_bytes: WeightBytes | None = None
+    weights: WeightChoice | None = None
+    limits: tuple[tuple[Any, ...], ...] = ()
 
     @staticmethod
     def of(
@@ -141,10 +169,10 @@ class SearchRequest:
             budget: as `find_plan` takes it.
             recipe: the run.
             starts: parameters that are tried right after the neutral ones.
-            model: the model where it is loaded already; by default it will be as the recipe says.
+            model: the model where it is loaded already; by default it will be as the recipe says. Budgets of memory need it.
 
         Raises:
-            BudgetError: as `find_plan`.
+            BudgetError: as `find_plan`; or a budget of memory, and no model.
             InfeasibleBudgetError: as `find_plan`.
             UsageError: a profile around a plan, or formats or copies that it says nothing of, or fewer classes than the model
                 has kinds of sliding windows.
@@ -153,16 +181,14 @@ class SearchRequest:
         profile = offered(profile, recipe)
         asked = recipe.budget if budget is None else (budget,) if isinstance(budget, str) else tuple(budget)
         budgets = [Budget.parse(text) for text in asked]
-        floors = layer_floors(recipe.search.floors, profile.shape)
         _check_classes(recipe.search.classes, profile.shape)
+        weight_bytes, weights = weight_choice(recipe, budgets, profile.rules, profile.shape, model)
         sharing = ShareChoice.of(profile, recipe)
         if sharing is not None:
             check_no_sharing(budgets)
         shares = () if sharing is None else sharing.fixed
         costs = costs_of(recipe, profile.shape)
-        constraints = budget_constraints(
-            budgets, profile.shape, profile.lengths, profile.rules, profile.min_window, floors, shares, costs
-        )
+        constraints = _constraints(profile, recipe, budgets, shares, costs, weight_bytes)
         if profile.around:
             raise UsageError(
                 f"the profile in {profile.path} is of changes around a plan; search in one of the dense model"
@@ -181,7 +207,21 @@ class SearchRequest:
             computes_in,
             sharing,
             tuple(step_times(costs)),
+            weight_bytes,
+            weights,
+            tuple(tuple(constraint.key) for constraint in constraints),
         )
+
+    def with_weights(self, weights: WeightChoice) -> SearchRequest:
+        """Returns the request with other formats of weights, and the constraints that they leave.
+
+        Raises:
+            InfeasibleBudgetError: no plan fits beside them.
+        """
+        budgets = [Budget.parse(text) for text in self.asked]
+        costs = costs_of(self.recipe, self.profile.shape)
+        constraints = _constraints(self.profile, self.recipe, budgets, (), costs, weights.bytes)
+        return replace(self, constraints=constraints, weight_bytes=weights.bytes, weights=weights)
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -203,7 +243,7 @@ class SearchRequest:
                 "version": SEARCH_VERSION,
                 "profile": self.profile.fingerprint,
                 "validation": fingerprint_samples(self.profile.validation),
-                "limits": [constraint.key for constraint in self.constraints],
+                "limits": [list(limit) for limit in self.limits],
                 "estimator": self.recipe.profile.estimator,
                 "text_weight": search.text_weight,
                 "solver": search.solver,
@@ -220,6 +260,7 @@ class SearchRequest:
                 **({"share": self._share_key} if self.sharing else {}),
                 **({"classes": search.classes} if search.classes is not None else {}),
                 **({"gates": self.profile.gates_fingerprint} if self.profile.gates_fingerprint else {}),
+                **({"weights": [*self.asked, *self.weights.choices.key]} if self.weights else {}),
                 **({"rounds_of_gates": True} if self.profile.gates_fingerprint and search.rounds else {}),
             }
         )
@@ -275,8 +316,14 @@ class SearchRequest:
         return replace(self, recipe=self.recipe.model_copy(update={"search": search}))
 
     def predicted(self, surrogate: Surrogate, plan: Plan) -> float | None:
-        """Returns the predicted KL of a plan with its copies, nats; None where a rule of it is no candidate."""
+        """Returns the predicted KL of a plan with its copies and chosen weights, nats.
+
+        It is None where a rule of it is no candidate, or weights are not priced yet.
+        """
         found = surrogate.predicted(plan)
+        if found is not None and self.weights is not None:
+            of_weights = self.weights.predicted
+            return None if of_weights is None else found + of_weights
         if found is None or self.sharing is None:
             return found
         return found + self.sharing.costs.cost(plan.shares, surrogate.calibration)

@@ -10,8 +10,10 @@ heads near the threshold. Plans of the same bytes that need no search are measur
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from moacompress.calibration.profile.manifest import sweep_samples
@@ -20,7 +22,9 @@ from moacompress.core.artefact_names import of_search, rounds_folder, study_jour
 from moacompress.core.files import remove, sweep_files, sweep_folders
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
+from moacompress.models.weight_rounding import RoundedLayers
 from moacompress.recipe import Recipe
+from moacompress.rules.budget import any_memory
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.baselines.measured import check_baselines
 from moacompress.search.deadline import Deadline, TimeUp
@@ -41,6 +45,7 @@ from moacompress.search.steps.moves import make_moves
 from moacompress.search.steps.parameter_study import tune_parameters
 from moacompress.search.steps.rounds import make_rounds
 from moacompress.search.steps.start import calibrate, complete_baselines, measure_baselines
+from moacompress.search.weights.choosing import choose_weights
 
 __all__ = ["SearchResult", "find_plan"]
 
@@ -106,7 +111,11 @@ def find_plan(
     started, progress = time.monotonic(), progress or SILENT
     if isinstance(profile, str | Path):
         profile = Profile.load(profile)
-    request = SearchRequest.of(profile, budget, recipe or profile.recipe, starts, model)
+    recipe = recipe or profile.recipe
+    asked = recipe.budget if budget is None else (budget,) if isinstance(budget, str) else budget
+    if model is None and any_memory(asked):  # what the weights take is a part of the request
+        model = load_for(recipe, profile.source, trust_remote_code=trust_remote_code)
+    request = SearchRequest.of(profile, budget, recipe, starts, model)
     path = None if out is None else Path(out)
     trials = request.recipe.search.trials
     with plan_place(path, request.recipe.search.storage is not None) as place:
@@ -214,9 +223,18 @@ def opened(
             request.recipe.seed,
             [*map(request.parameters.within, request.starts), *request.parameters.starts],
         )
-        measure = request.as_healed(Objective(source.model, profile.validation, request.weights_of))
-        evaluator = PlanEvaluator.of(study_storage, measure, request.recipe.seed, deadline)
-        around, trainer = _improvers(request, source, out if alone else None, deadline, None if alone else claims)
+        objective = Objective(source.model, profile.validation, request.weights_of)
+        rounded: Callable[[], AbstractContextManager[None]] = nullcontext
+        measured = objective
+        if request.weights is not None:
+            layers = RoundedLayers(source.model)
+            request, formats = choose_weights(request, source, layers, objective, study_storage, deadline, progress)
+            rounded = partial(layers.in_place, formats)
+            measured = objective.with_rounding(rounded)
+        evaluator = PlanEvaluator.of(study_storage, request.as_healed(measured), request.recipe.seed, deadline)
+        evaluator = replace(evaluator, plain=objective) if request.weights is not None else evaluator
+        folder, shared = (out, None) if alone else (None, claims)
+        around, trainer = _improvers(request, source, rounded, folder, deadline, shared)
         yield SearchContext(
             request=request,
             evaluator=evaluator,
@@ -231,9 +249,17 @@ def opened(
 
 
 def _improvers(
-    request: SearchRequest, source: SourceModel, out: Path | None, deadline: Deadline, claims: Claims | None
+    request: SearchRequest,
+    source: SourceModel,
+    rounded: Callable[[], AbstractContextManager[None]],
+    out: Path | None,
+    deadline: Deadline,
+    claims: Claims | None,
 ) -> tuple[Around, Measure] | tuple[None, None]:
-    """Returns what profiles around plans and what measures moves, both on calibration samples, where either is wanted."""
+    """Returns what profiles around plans and what measures moves, both on calibration samples, where either is wanted.
+
+    Profiles around plans are of the model with its own weights, whichever a search chose: they only predict.
+    """
     settings = request.recipe.search
     if not settings.rounds and not settings.moves:
         return None, None
@@ -242,4 +268,5 @@ def _improvers(
     chosen = spread_samples(samples, settings.round_samples)
     around = ProfileAround(request.profile, request.recipe, source, chosen, folder, deadline, claims)
     answers = [sample for sample in samples if sample.kind == "answer"] or samples
-    return around, request.as_healed(Objective(source.model, spread_samples(answers, MOVE_SAMPLES), request.weights_of))
+    trained = Objective(source.model, spread_samples(answers, MOVE_SAMPLES), request.weights_of, rounded)
+    return around, request.as_healed(trained)

@@ -132,3 +132,17 @@ def test_loading_in_the_shape_of_8b_takes_the_memory_of_the_files(tmp_path: Path
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(done.stdout.split("(")[1].split()[0]) <= 1.1
     assert not (tmp_path / "model").exists()
+
+
+def test_rotated_weights_compute_the_same(load_script: Callable[[Path], Any], tiny_model: Callable[..., Any]) -> None:
+    rotated = load_script(FOLDER / "rotated_weights.py")
+    model = tiny_model("llama").double()
+    ids = torch.arange(3, 60)[None]
+    for module in model.modules():
+        if "Norm" in type(module).__name__:
+            module.weight.data.uniform_(0.5, 2)
+    with torch.no_grad():
+        before, weight = model(ids).logits, model.model.layers[0].mlp.up_proj.weight.clone()
+        rotated.rotate(model)
+        assert torch.allclose(model(ids).logits, before, atol=1e-3 * float(before.abs().max()))
+    assert not torch.allclose(model.model.layers[0].mlp.up_proj.weight, weight, atol=1e-2)

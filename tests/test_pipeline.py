@@ -25,6 +25,8 @@ from moacompress.core.lock_holders import own_file, own_folder
 from moacompress.core.progress import Progress
 from moacompress.exporter.exporting import export
 from moacompress.models.fingerprint import weights_like
+from moacompress.models.source import load_source
+from moacompress.models.weight_choices import checkpoint_bytes
 from moacompress.pipeline import compress, quality_table
 from moacompress.recipe import Recipe
 from moacompress.report.summary_tables import closing_lines, summary_tables
@@ -552,3 +554,31 @@ def test_a_run_on_rounded_weights_says_what_they_cost(recipe, tmp_path):
     with pytest.raises(PlanError, match="weights"):
         export(recipe.model, tmp_path / "out" / "plan.json", tmp_path / "plain")
     export(recipe.model, tmp_path / "out" / "plan.json", tmp_path / "same", weights="int8", head_weights="int4")
+
+
+def test_a_run_chooses_weights_within_a_total_of_memory(recipe, tmp_path):
+    source = load_source(recipe.model)
+    limit = 300 * 1024
+    assert limit < checkpoint_bytes(source.model, source.shape.dtype)
+    chosen = recipe.override(weights="auto", budget=["memory=300KiB@800", "90%"], search__ablations=0)
+    summary = compress(chosen, tmp_path / "out")
+    row = summary["memory"]["800"]
+    assert summary["reference_length"] == 800
+    assert row["weights"] + row["kv_bytes"] <= row["limit"] == limit
+    assert summary["kv_bytes"]["measured"] == row["kv_bytes"]
+    assert sum(summary["weights"].values()) <= row["weights"]
+    assert summary["rounded_weights"]["weights"] == "auto"
+    texts = "".join(text for text in summary_tables(summary) if isinstance(text, str))
+    assert "Memory at 800 tokens: weights" in texts
+    assert "Formats of linear layers were chosen with the plan." in texts
+    assert "Memory at 800 tokens" in (tmp_path / "out" / "report.html").read_text()
+    assert compress(chosen, tmp_path / "out")["memory"] == summary["memory"]  # all of it is reused
+
+
+def test_a_total_of_memory_that_nothing_fits_is_refused_before_anything_runs(recipe, tmp_path):
+    for weights, said in (("auto", "at the smallest"), ("keep", "as they are")):
+        with pytest.raises(InfeasibleBudgetError, match=said):
+            compress(recipe.override(weights=weights, budget="memory=8KiB@800"), tmp_path / "out")
+    with pytest.raises(BudgetError, match="--memory"):
+        compress(recipe.override(weights="auto"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

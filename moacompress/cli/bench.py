@@ -19,6 +19,7 @@ from moacompress.cli.options import (
     split_list,
 )
 from moacompress.core.errors import UsageError
+from moacompress.recipe import AUTO
 
 LENGTHS, QUICK_LENGTHS = "1k,4k", "1k"
 TOKENS, QUICK_TOKENS = 16, 8
@@ -278,6 +279,10 @@ def _cost_table(
     from moacompress.rules.budget import parse_lengths
 
     recipe = run.recipe(weights=weights[0], head_weights=weights[1])
+    if recipe.weights == AUTO:
+        raise UsageError(
+            "--weights auto is for a search, which chooses them; a cost table is of weights as they are loaded"
+        )
     request = CostTableRequest(
         lengths=parse_lengths(lengths or COST_LENGTHS),
         rows=_rows(batch or COST_BATCH),

@@ -16,6 +16,7 @@ from moacompress.cli.options import (
     HeadWeightsOption,
     LengthsOption,
     MaxLossOption,
+    MemoryOption,
     ModelArgument,
     Overwrite,
     RecipeFile,
@@ -31,6 +32,7 @@ from moacompress.cli.options import (
     read_sources,
     required_model,
     split_list,
+    with_memory,
 )
 from moacompress.core.errors import UsageError
 from moacompress.efforts import Effort, effort_recipe
@@ -41,6 +43,7 @@ from moacompress.efforts import Effort, effort_recipe
     "moacompress compress path/to/model --recipe recipes/smollm2-135m/quarter.yaml --text prose/ -o runs/mine",
     "moacompress compress path/to/model --budget 25% -o runs/mine --lengths 1k,2k --trials 24 --json",
     "moacompress compress path/to/model --max-loss 1% -o runs/mine",
+    "moacompress compress path/to/model --weights auto --memory 6GiB@8k -o runs/mine",
     "moacompress compress path/to/model --budget 25% --effort quick --dry-run",
     computes=True,
 )
@@ -49,6 +52,7 @@ def compress(
     model: ModelArgument = None,
     budget: Budgets = None,
     max_loss: MaxLossOption = None,
+    memory: MemoryOption = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder of the run.")] = Path("out"),
     recipe: RecipeFile = None,
     lengths: LengthsOption = None,
@@ -92,7 +96,7 @@ def compress(
     resolved = run.recipe(
         recipe,
         base=None if recipe else effort_recipe(effort or "standard", prose=text is not None),
-        **one_limit(budget, max_loss),
+        **one_limit(with_memory(budget, memory), max_loss),
         weights=weights,
         head_weights=head_weights,
         calibration__lengths=lengths,

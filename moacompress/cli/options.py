@@ -37,6 +37,14 @@ MaxLossOption = Annotated[
         "answers by at most this, such as 1%.",
     ),
 ]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="M@L",
+        help="Most bytes of weights and of the KV cache of L tokens together, such as 6GiB@8k: the budget memory=6GiB@8k.",
+    ),
+]
 LengthsOption = Annotated[
     str | None, typer.Option("--lengths", metavar="LIST", help="Lengths in tokens, such as 1k,4k.")
 ]
@@ -72,7 +80,8 @@ WeightsOption = Annotated[
     typer.Option(
         "--weights",
         metavar="KIND",
-        help="Weights of linear layers: keep a .gguf file's blocks of codes (the default), dense, or rounded to int8 or int4.",
+        help="Weights of linear layers: keep a .gguf file's blocks of codes (the default), dense, or rounded to int8 or int4; "
+        "auto: as the search chooses for each within --memory.",
     ),
 ]
 HeadWeightsOption = Annotated[
@@ -127,6 +136,13 @@ def required_model(given: str | None, recipe_model: str | None) -> str:
             "no model given; name one as MODEL (hub id, folder or .gguf file) or as `model:` in the recipe"
         )
     return model
+
+
+def with_memory(budgets: list[str] | None, memory: str | None) -> list[str] | None:
+    """Returns budgets with that of `--memory` behind them; None where neither is given."""
+    from moacompress.rules.budget import MEMORY
+
+    return budgets if memory is None else [*(budgets or ()), f"{MEMORY}{memory}"]
 
 
 def one_limit(budget: list[str] | None, max_loss: str | None) -> dict[str, Any]:

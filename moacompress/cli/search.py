@@ -13,12 +13,16 @@ from moacompress.cli.options import (
     ClassesOption,
     CostTableOption,
     FormatsOption,
+    HeadWeightsOption,
     MaxLossOption,
+    MemoryOption,
     Overwrite,
     RecipeFile,
     TrustRemoteCode,
+    WeightsOption,
     dry_run_option,
     one_limit,
+    with_memory,
 )
 from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import BudgetError, UsageError
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     "moacompress search profile/ --budget 25% --formats native -o spans.json",
     "moacompress search profile/ --budget 25% --share auto -o shared.json",
     "moacompress search profile/ --budget 25% --classes 18 -o plan.json",
+    "moacompress search profile/ --weights auto --memory 6GiB@8k -o plan.json",
     "moacompress search profile/ --budget latency=0.8@8kx8 --cost-table costs.json -o plan.json",
     "moacompress search profile/ --budget 12.5%@8k -o plan.json --storage sqlite:///study.db --json",
     computes=True,
@@ -52,6 +57,9 @@ def search(
             help="25%, 0.25, 25%@8k, 512MiB@32k or latency=0.8@8kx8; repeated: all must hold; with commas: one plan each.",
         ),
     ] = None,
+    memory: MemoryOption = None,
+    weights: WeightsOption = None,
+    head_weights: HeadWeightsOption = None,
     max_loss: MaxLossOption = None,
     front: Annotated[
         bool,
@@ -122,6 +130,7 @@ def search(
     from moacompress.calibration.profile.store import Profile
     from moacompress.rules.budget import split_budgets
 
+    budget = with_memory(budget, memory)
     if max_loss is not None and (budget or front):
         raise BudgetError(
             "--max-loss finds the budget itself; give either --max-loss or --budget, and --front only with budgets"
@@ -132,6 +141,8 @@ def search(
         recipe,
         base=loaded.recipe,
         **one_limit(list(asked[0]) if len(asked) == 1 else [] if asked else None, max_loss),
+        weights=weights,
+        head_weights=head_weights,
         search__trials=trials,
         search__rounds=rounds,
         search__moves=moves,
@@ -179,8 +190,9 @@ def search(
 
 
 def _one(profile: Profile, found: SearchResult, out: Path) -> Output:
-    from moacompress.report.search_tables import explanation_tables
+    from moacompress.report.search_tables import explanation_tables, weight_tables
     from moacompress.report.summary_tables import kl_table
+    from moacompress.rules.planned_weights import memory_lines
     from moacompress.rules.step_time import step_lines
 
     return Output(
@@ -188,6 +200,8 @@ def _one(profile: Profile, found: SearchResult, out: Path) -> Output:
         [
             kl_table(found.harm, found.kv_bytes),
             *step_lines(found.step_ms),
+            *memory_lines(found.plan.budget.get("memory", {})),
+            *weight_tables(found.plan),
             *explanation_tables(found.explanation),
             _measured(found),
             *_elsewhere([found]),
@@ -235,5 +249,7 @@ def _numbers(found: SearchResult) -> dict[str, Any]:
         "kv_bytes": found.kv_bytes,
         **({} if found.classes is None else {"classes": found.classes}),
         **({"step_ms": found.step_ms} if found.step_ms else {}),
+        **({"memory": memory} if (memory := found.plan.budget.get("memory")) else {}),
+        **({"weights": weights} if (weights := found.plan.quality.get("weight_choices")) else {}),
         "seconds": found.seconds,
     }

@@ -9,6 +9,7 @@ from typing import Any
 from moacompress.rules.budget import format_length
 from moacompress.rules.cost import chosen_share, format_rows, kept_bits
 from moacompress.rules.plan import Plan
+from moacompress.rules.planned_weights import formats_text, memory_lines, planned_weights
 from moacompress.rules.step_time import step_lines
 
 WEIGHTS = {
@@ -111,7 +112,8 @@ def _bytes_table(plan: Plan) -> str:
         rows.append(f"| {format_length(length)} | {dense:,} | {kept:,} | {kept / dense:.1%} |")
     asked = plan.budget.get("asked")
     note = f"\n\nBudget asked for: {', '.join(map(str, asked))}." if asked else ""
-    note += "".join(f"\n\n{line}" for line in step_lines(plan.budget.get("step_ms", {})))
+    lines = [*step_lines(plan.budget.get("step_ms", {})), *memory_lines(plan.budget.get("memory", {}))]
+    note += "".join(f"\n\n{line}" for line in lines)
     return "\n".join(rows) + f"\n\nIn whole blocks of 16 tokens, batch 1, {plan.model.dtype}." + note
 
 
@@ -122,6 +124,14 @@ def rounding_text(plan: Plan) -> str:
         return ""
     error = "" if notes.get("standard_error") is None else f" ± {notes['standard_error']:.2g}"
     head = f", embedding and output layer to {notes['head_weights']}" if notes.get("head_weights") else ""
+    chosen = planned_weights(plan)
+    if chosen is not None:
+        of = formats_text(chosen)
+        return (
+            f"A search chose the formats of linear layers together with the plan, within a total of memory: {of}{head}. "
+            f"KL(before || rounded) is {notes['kl']:.3g}{error} nats per answer token on {notes['samples']} validation "
+            "samples, without a plan. What was measured of the plan is against the model before, rounding included."
+        )
     return (
         f"Linear layers were rounded to {notes['weights']}{head}: KL(before || rounded) is {notes['kl']:.3g}{error} nats per "
         f"answer token on {notes['samples']} validation samples, without a plan. What was measured of the plan is against the "

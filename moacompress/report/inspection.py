@@ -22,6 +22,7 @@ from moacompress.rules.budget import Budget, format_length, reference_length
 from moacompress.rules.cost import attention_flops, chosen_share, format_rows, kept_bits
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.plan import Plan
+from moacompress.rules.planned_weights import formats_text, memory_lines, planned_weights
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_classes import classes_of
 from moacompress.rules.step_time import step_lines
@@ -94,6 +95,8 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
         "min_window": plan.min_window,
         "budget": list(plan.budget.get("asked", [])),
         "step_ms": dict(plan.budget.get("step_ms", {})),
+        "memory": dict(plan.budget.get("memory", {})),
+        "planned_weights": planned_weights(plan),
         "healed": plan.provenance.get("heal"),
     }
 
@@ -164,6 +167,7 @@ def overview(plan: Plan, data: dict[str, Any]) -> Group:
         "model": f"{shape.model_type}, {shape.layers} layers x {shape.kv_heads} KV heads, {shape.dtype}",
         "budget": ", ".join(data["budget"]) or "none asked for",
         **({"step": " ".join(step_lines(data["step_ms"]))} if data["step_ms"] else {}),
+        **({"memory": " ".join(memory_lines(data["memory"]))} if data["memory"] else {}),
         "density": f"{data['density']:.1%} of the keys at {format_length(reference)} tokens",
         "bits": f"{data['bits']['keys']:.1f} a kept number of the keys, {data['bits']['values']:.1f} of the values",
         "KV heads": f"{heads}, {full} of them full, {data['classes']} different rules, no window under {plan.min_window}",
@@ -182,6 +186,8 @@ def overview(plan: Plan, data: dict[str, Any]) -> Group:
         rows["parameters"] = f"{ours:,}" if ours == dense else f"{ours:,} of {dense:,}"
     if data["weights"] is not None:
         rows["weights"] = readable_types(data["weights"])
+    elif data["planned_weights"] is not None:
+        rows["weights"] = f"linear layers chosen with the plan: {formats_text(data['planned_weights'])}"
     repair = repair_text(plan)
     if repair:
         rows["repair"] = repair

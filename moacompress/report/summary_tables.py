@@ -11,8 +11,10 @@ from rich.console import Group, RenderableType
 
 from moacompress.core.artefact_names import MODEL_FOLDER, REPORT_FILE
 from moacompress.core.tables import readable_bytes, readable_number, readable_types, section
+from moacompress.recipe import AUTO
 from moacompress.report.search_tables import class_lines
 from moacompress.rules.budget import format_length
+from moacompress.rules.planned_weights import memory_lines
 from moacompress.rules.step_time import step_lines
 
 NAMES = {
@@ -61,6 +63,7 @@ def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:
         *_measured_elsewhere(kv_bytes),
         quality,
         *step_lines(summary.get("step_ms", {})),
+        *memory_lines(summary.get("memory", {})),
         *class_lines(summary),
         *_weights(summary),
         f"Took {seconds}.",
@@ -78,6 +81,12 @@ def _weights(summary: Mapping[str, Any]) -> list[str]:
     rounding = summary.get("rounded_weights")
     if rounding is not None:
         plan = readable_number(summary["harm"].get("plan"))
+        if rounding["weights"] == AUTO:
+            lines.append(
+                f"Formats of linear layers were chosen with the plan. Their rounding costs {rounding['kl']:.3g} nats a token "
+                f"by itself; with the plan {plan} (both are KL to the model before)."
+            )
+            return lines
         lines.append(
             f"Rounding them to {rounding['weights']} costs {rounding['kl']:.3g} nats a token by itself (KL to the model "
             f"before); the plan on top of it {plan} (KL to the rounded model)."

@@ -1,8 +1,8 @@
 """Budgets: how many KV bytes a plan may take, and at which lengths, or how long a decode step.
 
 Grammar: `25%` or `0.25` (share of the dense model's KV bytes, at every profiled length), `25%@8k` (at that length
-only), `512MiB@32k` (absolute), `latency=0.8@8kx8` (share of full span's step at 8k tokens in 8 rows). k is 1024. Several
-budgets must all hold.
+only), `512MiB@32k` (absolute), `latency=0.8@8kx8` (share of full span's step at 8k tokens in 8 rows), `memory=6GiB@8k`
+(weights and the KV bytes of one row together). k is 1024. Several budgets must all hold.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from moacompress.core.errors import BudgetError, InfeasibleBudgetError
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.rule import MAX_ALPHA
 
-FORMS = "'25%', '0.25', '25%@8k', '512MiB@32k' or 'latency=0.8@8kx8'"
+FORMS = "'25%', '0.25', '25%@8k', '512MiB@32k', 'memory=6GiB@8k' or 'latency=0.8@8kx8'"
+MEMORY = "memory="
+"""Before a budget that weights count for too."""
 _UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30}
 _MOST_BYTES = 2**62
 _SHORT_UNITS = {"k": "KiB", "kb": "KiB", "m": "MiB", "mb": "MiB", "g": "GiB", "gb": "GiB"}
@@ -69,7 +71,7 @@ def format_length(length: int) -> str:
 
 @dataclass(frozen=True)
 class Budget:
-    """One budget: a share of dense, or bytes, at one length or at all; or a share of the time of full span's step.
+    """One budget: a share of dense, or bytes, at one length or at all; bytes of weights and cache; or a share of a step's time.
 
     Attributes:
         text: as the user gave it.
@@ -77,6 +79,7 @@ class Budget:
         bytes: absolute number of bytes, or None.
         length: the only length where it must hold, or None for every profiled length.
         rows: rows of the batch whose step is meant; None for a budget of bytes.
+        with_weights: whether the bytes are those of weights and cache together.
     """
 
     text: str
@@ -84,6 +87,7 @@ class Budget:
     bytes: int | None
     length: int | None
     rows: int | None = None
+    with_weights: bool = False
 
     @staticmethod
     def parse(text: str) -> Budget:
@@ -100,6 +104,8 @@ class Budget:
             raise BudgetError(f"the budget is empty; write {FORMS}")
         if given.lower().startswith("latency"):
             return _parse_latency(given)
+        if given.lower().startswith(MEMORY):
+            return _parse_memory(given)
         amount, at, place = (part.strip() for part in given.partition("@"))
         if amount[:1] in ("-", "+"):
             raise BudgetError(f"budget {given!r} has a sign; write a share or bytes without one, {FORMS}")
@@ -129,10 +135,18 @@ class Budget:
             raise BudgetError(f"budget {given!r} is more than the dense model takes, outside (0%, 100%]; write {FORMS}")
         return Budget(given, share, None, length)
 
-    def limits(self, shape: ModelShape, lengths: Iterable[int]) -> dict[int, int]:
-        """Returns the most KV bytes at each length it speaks of; none for a budget of latency."""
-        if self.rows is not None:
+    def limits(self, shape: ModelShape, lengths: Iterable[int], weight_bytes: int | None = None) -> dict[int, int]:
+        """Returns the most KV bytes at each length it speaks of; none for a budget of latency.
+
+        Args:
+            shape: of the model.
+            lengths: where a budget without a length holds, tokens.
+            weight_bytes: what the weights take; None where it is not known: a budget of memory then restricts nothing.
+        """
+        if self.rows is not None or (self.with_weights and weight_bytes is None):
             return {}
+        if self.with_weights:
+            return {self.length or 0: max(0, (self.bytes or 0) - (weight_bytes or 0))}
         if self.length is not None:
             lengths = [self.length]
         if self.bytes is not None:
@@ -164,6 +178,34 @@ def _parse_latency(given: str) -> Budget:
     return Budget(given, value, None, length, rows)
 
 
+def _parse_memory(given: str) -> Budget:
+    """Reads `memory=6GiB@8k`.
+
+    Raises:
+        BudgetError: what is wrong with it.
+    """
+    amount = given[len(MEMORY) :].strip()
+    try:
+        found = Budget.parse(amount)
+    except BudgetError as error:
+        raise BudgetError(f"budget {given!r} is not understood: {error}") from error
+    if found.bytes is None:
+        raise BudgetError(
+            f"budget {given!r} is of bytes at a length, weights and cache together, such as 'memory=6GiB@8k'"
+        )
+    return Budget(given, None, found.bytes, found.length, with_weights=True)
+
+
+def any_memory(asked: Iterable[str]) -> bool:
+    """Returns whether weights count for one of the budgets, which may still be wrong."""
+    return any(str(text).strip().lower().startswith(MEMORY) for text in asked)
+
+
+def memory_budgets(budgets: Iterable[Budget]) -> list[Budget]:
+    """Returns the budgets that weights count for too."""
+    return [budget for budget in budgets if budget.with_weights]
+
+
 def _about_unit(number: str, unit: str, place: str) -> str:
     """Returns what is wrong with the unit of a budget, and what was perhaps meant.
 
@@ -190,7 +232,9 @@ def split_budgets(asked: Sequence[str]) -> list[tuple[str, ...]]:
     """
     found = list(itertools.product(*([part.strip() for part in str(text).split(",")] for text in asked)))
     parsed = [[Budget.parse(text) for text in budgets] for budgets in found]
-    if len({tuple((one.share, one.bytes, one.length, one.rows) for one in budgets) for budgets in parsed}) < len(found):
+    if len(
+        {tuple((one.share, one.bytes, one.length, one.rows, one.with_weights) for one in budgets) for budgets in parsed}
+    ) < len(found):
         raise BudgetError(
             f"the budgets {' and '.join(map(str, asked))} ask for the same plan twice; name every budget once"
         )
@@ -202,17 +246,19 @@ def label(budgets: Sequence[str]) -> str:
     return "_".join(re.sub(r"[^0-9A-Za-z.]+", "-", text).strip("-") for text in budgets)
 
 
-def byte_limits(budgets: Sequence[Budget], shape: ModelShape, lengths: Iterable[int]) -> dict[int, int]:
+def byte_limits(
+    budgets: Sequence[Budget], shape: ModelShape, lengths: Iterable[int], weight_bytes: int | None = None
+) -> dict[int, int]:
     """Returns the most KV bytes at each length, when all budgets must hold; lengths ascending.
 
-    Budgets of latency restrict none.
+    Budgets of latency restrict none; arguments are those of `Budget.limits`.
     """
     if not budgets:
         raise BudgetError(f"no budget given; write --budget with {FORMS}")
     limits: dict[int, int] = {}
     lengths = list(lengths)
     for budget in budgets:
-        for length, limit in budget.limits(shape, lengths).items():
+        for length, limit in budget.limits(shape, lengths, weight_bytes).items():
             limits[length] = min(limit, limits.get(length, limit))
     return dict(sorted(limits.items()))
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import BudgetError, InfeasibleBudgetError
-from moacompress.rules.budget import Budget, byte_limits, check_feasible, format_length
+from moacompress.rules.budget import Budget, byte_limits, check_feasible, format_length, memory_budgets
 from moacompress.rules.cost import Shares, below_floors, byte_table
 from moacompress.rules.cost_table import CostTable, command_for
 from moacompress.rules.model_shape import ModelShape
@@ -177,6 +177,19 @@ class Constraint:
         return f"{self.cost.text(self.limit)} {self.cost.place()}"
 
 
+@dataclass(frozen=True)
+class WeightBytes:
+    """What the weights of a checkpoint take.
+
+    Attributes:
+        bytes: of its files.
+        chosen: whether a search chooses the formats of linear layers; the bytes are then the least that it may choose.
+    """
+
+    bytes: int
+    chosen: bool = False
+
+
 Constraints = tuple[Constraint, ...]
 """All that must hold: KV bytes first, the shortest length first."""
 
@@ -250,6 +263,7 @@ def budget_constraints(
     floors: Shares | None = None,
     shares: LayerShares = (),
     costs: CostTable | None = None,
+    weights: WeightBytes | None = None,
 ) -> Constraints:
     """Returns the constraints of budgets, which all must hold.
 
@@ -262,15 +276,23 @@ def budget_constraints(
         floors: smallest share that every layer keeps, [layers]; none by default.
         shares: what each layer takes from an earlier one.
         costs: the cost table that budgets of latency go by.
+        weights: what the weights take, which budgets of memory count too; None where that is not known.
 
     Raises:
         BudgetError: no budget; or one of latency without a cost table, at a length or number of rows that it lacks, or with
-            layers that share.
+            layers that share; or one of memory where nothing is known of the weights.
         InfeasibleBudgetError: no plan of these rules fits; says the smallest budget that works.
     """
     if any(shares):
         check_no_sharing(budgets)
-    found = byte_constraints(byte_limits(budgets, shape, lengths))
+    for budget in memory_budgets(budgets):
+        if weights is None:
+            raise BudgetError(
+                f"the budget {budget.text} is of weights and cache together, which `search` and `compress` know; give one of "
+                "KV bytes here, such as 25%"
+            )
+        _check_memory(budget, weights, shape, rules, min_window, floors, shares)
+    found = byte_constraints(byte_limits(budgets, shape, lengths, None if weights is None else weights.bytes))
     found += tuple(_latency_constraints([budget for budget in budgets if budget.rows is not None], costs))
     tables = cost_tables(found, shape, rules, min_window, shares)
     if floors is not None:
@@ -279,6 +301,37 @@ def budget_constraints(
     for constraint, smallest in zip(found, tables.min(axis=-1).sum(axis=(1, 2)).tolist(), strict=True):
         constraint.cost.check(constraint.limit, smallest, shape)
     return found
+
+
+def _check_memory(
+    budget: Budget,
+    weights: WeightBytes,
+    shape: ModelShape,
+    rules: Sequence[Rule],
+    min_window: int,
+    floors: Shares | None,
+    shares: LayerShares,
+) -> None:
+    """Refuses a budget of memory that weights and the smallest cache exceed.
+
+    Raises:
+        InfeasibleBudgetError: says what each of them takes.
+    """
+    limit, length = budget.bytes or 0, budget.length or 0
+    only = byte_constraints({length: limit})
+    table = cost_tables(only, shape, rules, min_window, shares)
+    if floors is not None:
+        table = np.where(below_floors_at(only, shape, rules, min_window, floors, shares), table[..., :1], table)
+    smallest = int(table.min(axis=-1).sum())
+    if weights.bytes + smallest <= limit:
+        return
+    takes = "at the smallest" if weights.chosen else "as they are"
+    fix = "" if weights.chosen else ", or have smaller weights (--weights auto, int8 or int4)"
+    raise InfeasibleBudgetError(
+        f"no plan fits {budget.text}, {limit:,} bytes: weights take {weights.bytes:,} {takes} and the KV cache at least "
+        f"{smallest:,} at {format_length(length)} tokens, {weights.bytes + smallest:,} in all; ask for at least that"
+        f"{fix}"
+    )
 
 
 def _latency_constraints(budgets: Sequence[Budget], costs: CostTable | None) -> Iterable[Constraint]:

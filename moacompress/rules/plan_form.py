@@ -150,6 +150,14 @@ class StepNotes(Form):
     error: Annotated[float, Field(ge=0, le=1e12)] | None
 
 
+class MemoryNotes(Form):
+    """What weights and the cache take at a length, bytes, and the most that they may together."""
+
+    limit: Annotated[int, Field(ge=0, le=2**62)]
+    weights: Annotated[int, Field(ge=0, le=2**62)]
+    kv_bytes: Annotated[int, Field(ge=0, le=2**62)]
+
+
 class BudgetNotes(BaseModel):
     """What of a plan's budget is read back; the rest is only kept."""
 
@@ -157,6 +165,7 @@ class BudgetNotes(BaseModel):
     asked: Annotated[list[Annotated[str, Field(max_length=64)]], FailFast()] = []
     bytes: Annotated[dict[Any, Any], AfterValidator(_are_by_length)] = {}
     step_ms: Annotated[dict[str, StepNotes], BeforeValidator(_are_places)] = {}
+    memory: Annotated[dict[Annotated[str, Field(pattern=r"^[1-9]\d{0,8}$")], MemoryNotes], Field(max_length=64)] = {}
 
 
 class ProvenanceNotes(BaseModel):

@@ -56,6 +56,9 @@ torch.library.register_autograd("moacompress::onednn_linear", _gradients, setup_
 class KernelLinear(nn.Linear):
     """A linear layer whose products go to what is quickest here; where its weight is trained, they are torch's own."""
 
+    IS_PLAIN = True
+    """As `models.block_layers.can_hold_blocks` asks: it computes what `torch.nn.Linear` does."""
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Returns `input @ weight.T + bias`, `[..., out_features]`."""
         own = self._parameters

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,6 +55,7 @@ class Objective:
         model: a transformers causal LM, dense, in eval mode.
         samples: validation samples with answer tokens.
         weights_of: returns the weights that the model has under a plan in place of its own, by the names of its parameters.
+        rounding: puts the layers in place that the model has under all plans, for the length of a `with`; by default its own.
 
     Attributes:
         size: number of samples.
@@ -64,14 +65,23 @@ class Objective:
     """
 
     def __init__(
-        self, model: Any, samples: Sequence[Sample], weights_of: Callable[[Plan], Weights] = own_weights
+        self,
+        model: Any,
+        samples: Sequence[Sample],
+        weights_of: Callable[[Plan], Weights] = own_weights,
+        rounding: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         if not samples:
             raise DataError("there are no validation samples to measure plans on; profile again")
         self.model, self.samples, self.size = model, list(samples), len(samples)
-        self._weights_of = weights_of
+        self._weights_of, self._rounding = weights_of, rounding
         self._dense: dict[int, torch.Tensor] = {}
-        self._dense_bytes = 0
+
+    def with_rounding(self, rounding: Callable[[], AbstractContextManager[None]]) -> Objective:
+        """Returns the same with other layers under plans; both keep what the dense model said in one place."""
+        other = Objective(self.model, self.samples, self._weights_of, rounding)
+        other._dense = self._dense
+        return other
 
     @contextmanager
     def under(self, plan: Plan) -> Iterator[SampleKl]:
@@ -97,7 +107,7 @@ class Objective:
         """Puts the model under a plan, with its weights, for the block's length."""
         from moacompress import runtime
 
-        with with_weights(self.model, self._weights_of(plan)):
+        with self._rounding(), with_weights(self.model, self._weights_of(plan)):
             runtime.attach(self.model, plan)
             try:
                 yield
@@ -110,12 +120,13 @@ class Objective:
 
         numbered = dict(enumerate(plans))
         dense = self._dense_logits(number)
-        try:
-            found = kls_of_sample(self.model, self.samples[number], numbered, dense, base, self._weights_of)
-            for _, kl in found:
-                yield _finite(kl, number)
-        finally:
-            runtime.detach(self.model)
+        with self._rounding():
+            try:
+                found = kls_of_sample(self.model, self.samples[number], numbered, dense, base, self._weights_of)
+                for _, kl in found:
+                    yield _finite(kl, number)
+            finally:
+                runtime.detach(self.model)
 
     def kls(self, plan: Plan, numbers: Sequence[int] | None = None) -> npt.NDArray[np.float64]:
         """Returns the KL of every sample (or of those numbered), float64 [samples], nats."""
@@ -127,10 +138,8 @@ class Objective:
         if number in self._dense:
             return self._dense[number]
         logits = answer_logits(self.model, self.samples[number])
-        size = logits.numel() * logits.element_size()
-        if self._dense_bytes + size <= MAX_DENSE_BYTES:
+        if logits.nbytes + sum(kept.nbytes for kept in self._dense.values()) <= MAX_DENSE_BYTES:
             self._dense[number] = logits
-            self._dense_bytes += size
         return logits
 
 

@@ -49,12 +49,14 @@ class PlanEvaluator:
         order: numbers of the samples, shuffled.
         deadline: when to stop: it is checked before every measurement of a plan on a sample, and what was measured of
             several until then is kept for the next run.
+        plain: the model with its own weights, on the same samples; by default what measures plans.
     """
 
     study_storage: StudyStorage
     measure: Measure
     order: Sequence[int]
     deadline: Deadline = field(default_factory=Deadline)
+    plain: Measure | None = None
 
     @staticmethod
     def of(study_storage: StudyStorage, measure: Measure, seed: int, deadline: Deadline) -> PlanEvaluator:
@@ -175,7 +177,7 @@ class PlanEvaluator:
     def calibrated(self, request: SearchRequest, progress: Progress) -> Surrogate:
         """Returns the surrogate fitted to measured ablations of single KV heads, at the shortest length (the cheapest).
 
-        A KV head gets another span or other formats, never both: what the two cost is told apart.
+        A KV head gets another span or other formats, never both: what the two cost is told apart. Weights are the model's own.
 
         Raises:
             TimeUp: the time is up, and an ablation is not measured yet.
@@ -190,7 +192,7 @@ class PlanEvaluator:
         plans, full = [ablation(profile, pick) for pick in picks], Plan.full(profile.shape)
         progress.start("calibrating", len(numbers))
         kls = self.together(
-            [self.near("ablations", number, plans, full) for number in numbers],
+            [self.near("ablations", number, plans, full, self.plain) for number in numbers],
             lambda done: progress.step(f"{len(plans)} KV heads on sample {numbers[done]}"),
         )
         progress.done()

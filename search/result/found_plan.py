@@ -23,9 +23,18 @@ from moacompress.search.measure.trials import Tried, best_trial, log_ratio
 from moacompress.search.predict.surrogate import Surrogate
 from moacompress.search.result.class_notes import class_quality
 from moacompress.search.result.explain import explain
-from moacompress.search.result.search_result import baseline_note, bytes_note, read_explanation, step_note, versions
+from moacompress.search.result.search_result import (
+    baseline_note,
+    bytes_note,
+    memory_note,
+    read_explanation,
+    step_note,
+    versions,
+    weights_note,
+)
 from moacompress.search.search_context import Incumbent, SearchContext
 from moacompress.search.search_request import SearchRequest
+from moacompress.search.weights.weight_choice import WeightChoice
 
 logger = logging.getLogger(__name__)
 
@@ -189,9 +198,10 @@ def _with_notes(
             "asked": list(request.asked),
             "bytes": bytes_note(plan, _noted_lengths(request)),
             **step_note(request, plan),
+            **memory_note(request, plan),
         },
         quality={
-            **_rounding(profile),
+            **(_rounding(profile) if request.weights is None else _chosen_weights(request.weights)),
             "predicted_harm": request.predicted(surrogate, plan),
             "measured_harm": dict(kl),
             **measured,
@@ -208,6 +218,7 @@ def _with_notes(
             "surrogate": dict(surrogate.calibration.__dict__),
             "versions": versions(),
             "recipe": shared,
+            **weights_note(request),
         },
     )
 
@@ -259,6 +270,13 @@ def _rounding(profile: Profile) -> dict[str, Any]:
     if found is None:
         return {}
     return {"rounded_weights": {name: found[name] for name in found if name != "weights_fingerprint"}}
+
+
+def _chosen_weights(weights: WeightChoice) -> dict[str, Any]:
+    """Returns the notes of how weights were chosen, and what they lose by themselves; none before they are."""
+    if not weights.compared:
+        return {}
+    return {"rounded_weights": dict(weights.alone), "weight_choices": list(weights.compared)}
 
 
 def _assumed(request: SearchRequest, plan: Plan, kl: float | None) -> dict[str, Any]:

@@ -1,0 +1,72 @@
+"""The formats of linear layers that a search chose together with a plan, as the plan's notes have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from moacompress.core.errors import PlanError
+from moacompress.rules.budget import format_length
+from moacompress.rules.plan import Plan
+
+WEIGHTS_NOTE = "weights"
+"""Key of the note in a plan's provenance: `{"formats": {"model.layers.0.mlp.up_proj": "int4"}, "bytes": int}`."""
+WEIGHT_FORMATS = ("int8", "int4")
+"""What weights can be rounded to, by name; a layer that is not named keeps its numbers."""
+
+
+def planned_weights(plan: Plan) -> dict[str, str] | None:
+    """Returns the layers whose weights are to be rounded for a plan, each with `int8` or `int4`.
+
+    Whether a model has such layers is for whoever rounds them to say.
+
+    Args:
+        plan: its notes may come from a file that is not trusted.
+
+    Returns:
+        None where the plan was searched for the weights as they are.
+
+    Raises:
+        PlanError: the note is not of this form.
+    """
+    note = plan.provenance.get(WEIGHTS_NOTE)
+    if note is None:
+        return None
+    formats = note.get("formats") if isinstance(note, dict) else None
+    if not isinstance(formats, dict) or not all(
+        isinstance(name, str) and kind in WEIGHT_FORMATS for name, kind in formats.items()
+    ):
+        raise PlanError(
+            f"provenance.{WEIGHTS_NOTE} of the plan must name layers, each with one of {', '.join(WEIGHT_FORMATS)}"
+        )
+    return dict(formats)
+
+
+def count_formats(formats: Iterable[str]) -> dict[str, int]:
+    """Returns how many layers have each format, `int8` first."""
+    found = list(formats)
+    return {kind: found.count(kind) for kind in WEIGHT_FORMATS if kind in found}
+
+
+def formats_text(formats: Mapping[str, str]) -> str:
+    """Returns how many layers are rounded to what, as words."""
+    counts = count_formats(formats.values())
+    return ", ".join(f"{count} in {kind}" for kind, count in counts.items()) or "all as they were"
+
+
+def memory_lines(memory: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Returns what weights and cache take, a sentence for each length that a budget of memory names.
+
+    Args:
+        memory: as a plan's notes have it: bytes by length, `limit`, `weights` and `kv_bytes`.
+    """
+    return [
+        f"Memory at {format_length(int(length))} tokens: weights {row['weights']:,} bytes and KV cache {row['kv_bytes']:,}, "
+        f"{row['weights'] + row['kv_bytes']:,} of the {row['limit']:,} asked for."
+        for length, row in memory.items()
+    ]
+
+
+def without_planned_weights(plan: Plan) -> Plan:
+    """Returns a plan without this note, for a checkpoint whose weights stay as they are."""
+    kept = {name: note for name, note in plan.provenance.items() if name != WEIGHTS_NOTE}
+    return plan.with_notes(provenance=kept)
