@@ -383,7 +383,8 @@ def _is_of(out: Path, recipe: Recipe) -> bool:
     """
     mark = out / RECIPE_FILE
     with suppress(RecipeError):
-        return mark.exists() and Recipe.from_dict(read_json(mark, "recipe")) == recipe
+        # as it was written: without the password of the search's storage
+        return mark.exists() and Recipe.from_dict(read_json(mark, "recipe")).resolved() == recipe.resolved()
     return False
 
 

@@ -118,6 +118,16 @@ def test_the_snippet_that_a_run_ends_with_runs(finished, capsys):
     assert any("report.html" in line for line in others)
 
 
+def test_a_run_whose_storage_has_a_password_is_its_own(recipe, tmp_path):
+    asked = recipe.override(search__storage="postgresql://me:secret@host/studies")
+    pipeline._claim(tmp_path, asked)
+    assert "secret" not in (tmp_path / "recipe.json").read_text()
+    pipeline._refuse_other(tmp_path, asked)
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(ArtefactError, match="holds another run"):
+        pipeline._refuse_other(tmp_path, recipe)
+
+
 def test_second_run_reuses_everything(finished, recipe):
     out, summary = finished
     kept = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.suffix != ".lock"}
