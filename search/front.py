@@ -88,7 +88,7 @@ def find_front(
         if place.ours:
             _claim(out, key, overwrite)
         claims = joined.enter_context(
-            open_claims(storage, name, alone=alone, from_scratch=overwrite, progress=progress)
+            open_claims(storage, name, alone=alone, from_scratch=overwrite, trials=trials, progress=progress)
         )
         try:
             request = request.repaired(source, deadline.within(progress))

@@ -200,14 +200,14 @@ def opened(
     """
     profile, name = request.profile, f"moacompress-{request.key}"
     storage = request.recipe.search.storage
-    alone = storage is None
+    alone, trials = storage is None, request.recipe.search.trials
     if alone and out is not None:
         storage = str(study_journal(out))
         if from_scratch:  # nothing is left that can be wrong with the request
             remove(of_search(out))
     with (
         quiet_optuna(),
-        open_claims(storage, name, alone=alone, from_scratch=from_scratch, progress=progress) as claims,
+        open_claims(storage, name, alone=alone, from_scratch=from_scratch, trials=trials, progress=progress) as claims,
     ):
         if out is not None:
             if from_scratch and not alone:

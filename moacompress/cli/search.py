@@ -44,11 +44,14 @@ if TYPE_CHECKING:
     "moacompress search profile/ --weights auto --memory 6GiB@8k -o plan.json",
     "moacompress search profile/ --budget latency=0.8@8kx8 --cost-table costs.json -o plan.json",
     "moacompress search profile/ --budget 12.5%@8k -o plan.json --storage sqlite:///study.db --json",
+    "moacompress search --status sqlite:///study.db",
     computes=True,
 )
 def search(
     run: CommandRun,
-    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="Folder that `profile` made.")],
+    profile: Annotated[
+        Path | None, typer.Argument(metavar="PROFILE", help="Folder that `profile` made.", show_default=False)
+    ] = None,
     budget: Annotated[
         list[str] | None,
         typer.Option(
@@ -118,6 +121,13 @@ def search(
             "other processes, or on other machines, shares the work.",
         ),
     ] = None,
+    status: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STORAGE",
+            help="Search nothing: show the workers, the trials and the best so far of every search in a storage.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, dry_run_option("Say how long it would take, and search nothing.")] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -127,6 +137,10 @@ def search(
     Plans are measured on the model of PROFILE. A search that was stopped resumes with the same command.
     """
     started = time.monotonic()
+    if status is not None:
+        return _status(status)
+    if profile is None:
+        raise UsageError("there is no PROFILE; name the folder that `moacompress profile` made")
     from moacompress.calibration.profile.store import Profile
     from moacompress.rules.budget import split_budgets
 
@@ -187,6 +201,13 @@ def search(
     from moacompress.search.study import find_plan
 
     return _one(loaded, find_plan(loaded, None, **options), out)
+
+
+def _status(storage: str) -> Output:
+    from moacompress.search.search_status import search_status
+
+    found = search_status(storage)
+    return Output({"searches": [one.to_dict() for one in found]}, [line for one in found for line in one.lines()])
 
 
 def _one(profile: Profile, found: SearchResult, out: Path) -> Output:

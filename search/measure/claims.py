@@ -295,7 +295,13 @@ def _begun(trials: Sequence[FrozenTrial]) -> tuple[float, ...]:
 
 @contextmanager
 def open_claims(
-    storage: str | None, name: str, *, alone: bool, from_scratch: bool = False, progress: Progress = SILENT
+    storage: str | None,
+    name: str,
+    *,
+    alone: bool,
+    from_scratch: bool = False,
+    trials: int | None = None,
+    progress: Progress = SILENT,
 ) -> Iterator[Claims]:
     """Makes this process a worker of a search as long as the block runs.
 
@@ -304,6 +310,7 @@ def open_claims(
         name: of the search's study; those of its steps begin with it.
         alone: refuse to work beside others, and refuse them.
         from_scratch: forget what was measured.
+        trials: how many this worker wants, for whoever asks how far the search is.
         progress: told where this worker waits for others.
 
     Yields:
@@ -332,7 +339,7 @@ def open_claims(
             _refuse(found.workers.others(), what, "leave out --overwrite")
             _forget(backend, name)
         found = claims()
-    with _joined(found, alone):
+    with _joined(found, alone, trials):
         with guarded(where):
             others = found.workers.others()
         _refuse([other for other in others if alone or other.alone], what, CHOOSE_STORAGE)
@@ -340,9 +347,9 @@ def open_claims(
 
 
 @contextmanager
-def _joined(claims: Claims, alone: bool) -> Iterator[None]:
+def _joined(claims: Claims, alone: bool, trials: int | None) -> Iterator[None]:
     """Makes this process a worker; only what the storage says of that is said as of the storage."""
-    joined = claims.workers.joined(alone)
+    joined = claims.workers.joined(alone, trials)
     with guarded(claims.where):
         joined.__enter__()
     try:

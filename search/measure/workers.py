@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moacompress.core.lock_holders import LockHolder, heard_of, held
 
@@ -29,6 +29,7 @@ class Worker:
         holder: what process it is.
         beat: how often it was heard of.
         alone: whether it shares the study with no other.
+        trials: how many trials it wants; None where it does not say.
         state: `RUNNING`, `COMPLETE` for one that has ended, `FAIL` for one that was found dead.
         heard: when it was last heard of, by its own clock, in seconds since 1970.
     """
@@ -37,6 +38,7 @@ class Worker:
     holder: LockHolder
     beat: int
     alone: bool
+    trials: int | None
     state: str
     heard: float
 
@@ -49,7 +51,16 @@ class Worker:
             return None
         beat = notes.get("beat")
         count, heard = beat if isinstance(beat, list) and len(beat) == 2 else (0, holder.begun)
-        return Worker(trial.number, holder, int(count), bool(notes.get("alone")), trial.state.name, float(heard))
+        trials = notes.get("trials")
+        return Worker(
+            trial.number,
+            holder,
+            int(count),
+            bool(notes.get("alone")),
+            trials if isinstance(trials, int) else None,
+            trial.state.name,
+            float(heard),
+        )
 
 
 class Workers:
@@ -72,6 +83,7 @@ class Workers:
         self._storage, self._study_id, self._monotonic = storage, study_id, monotonic
         self.holder = holder or LockHolder.new()
         self._trial_id: int | None = None
+        self._notes: dict[str, Any] = {}
         self._beats = 0
         self._seen: dict[int, tuple[int, float]] = {}
 
@@ -102,13 +114,14 @@ class Workers:
         return worker is not None and worker.state == "RUNNING" and self._is_alive(worker)
 
     @contextmanager
-    def joined(self, alone: bool) -> Iterator[None]:
+    def joined(self, alone: bool, trials: int | None = None) -> Iterator[None]:
         """Makes this process a worker as long as the block runs.
 
         Args:
             alone: whether it shares the study with no other.
+            trials: how many it wants.
         """
-        self._alone = alone
+        self._notes = {"alone": alone, "trials": trials}
         with held(self.holder):
             self._announce()
             try:
@@ -132,7 +145,7 @@ class Workers:
     def _announce(self) -> None:
         from optuna.trial import TrialState, create_trial
 
-        notes = {"holder": self.holder.to_dict(), "beat": [self._beats, time.time()], "alone": self._alone}
+        notes = {"holder": self.holder.to_dict(), "beat": [self._beats, time.time()], **self._notes}
         trial = create_trial(state=TrialState.RUNNING, user_attrs=notes)
         self._trial_id = self._storage.create_new_trial(self._study_id, trial)
 

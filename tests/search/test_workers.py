@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 
 from moacompress.calibration.profile.store import Profile
+from moacompress.core.errors import ArtefactError
 from moacompress.core.urls import without_password
 from moacompress.rules.plan import Plan
+from moacompress.search.search_status import search_status
 from tests.search_workers import FORK, SearchRun, check_nothing_is_lost_or_doubled, killed_at_random
 
 Profiles = Callable[..., Profile]
@@ -85,3 +88,36 @@ def test_a_password_is_neither_shown_nor_kept(profiles: Profiles) -> None:
     assert all("s3cr" not in text and "x@db" not in text for text in texts)
     assert "postgresql+psycopg2://me@db.example:5432/moa" in texts[0]
     assert without_password("sqlite:///a@b/c.db and /home/me:x/a@b") == "sqlite:///a@b/c.db and /home/me:x/a@b"
+
+
+@pytest.mark.parametrize("kind", STORAGES)
+def test_status_says_who_is_alive_and_what_is_done(run: Callable[..., SearchRun], kind: str, tmp_path: Path) -> None:
+    shared = run(kind)
+    with pytest.raises(ArtefactError, match="there is no study storage"):
+        search_status(shared.storage)
+    assert [path.name for path in tmp_path.iterdir()] == []
+    shared.barrier = FORK.Barrier(3)  # the two wait for a third one
+    first, second = shared.start(), shared.start()
+    while shared.barrier.n_waiting < 2:
+        time.sleep(0.05)
+    shared.kill(second)
+    (begun,) = search_status(shared.storage)
+    assert [(worker.pid, worker.state) for worker in begun.workers] in (
+        [(first.pid, "alive"), (second.pid, "dead")],
+        [(second.pid, "dead"), (first.pid, "alive")],
+    )
+    assert begun.trials == {"done": 0, "running": 0, "failed": 0, "wanted": 5}
+    assert begun.measurements == {"done": 0, "running": 1, "failed": 1}
+    assert (begun.best_kl, begun.seconds_left) == (None, None)
+    shared.kill(first)
+    shared.barrier = None
+    shared.start()
+    shared.wait()
+    (done,) = search_status(shared.storage)
+    assert [worker.state for worker in done.workers] == ["dead", "dead", "ended"]
+    assert {**done.trials, "failed": 0} == {"done": 5, "running": 0, "failed": 0, "wanted": 5}
+    measured = shared.results()[0]["plan"]["quality"]["measured_harm"]
+    assert done.best_kl is not None
+    assert measured["plan"] <= done.best_kl <= measured["trial0"]
+    assert "5 of 5 done" in "\n".join(done.lines())
+    assert json.loads(json.dumps(done.to_dict()))["trials"]["done"] == 5

@@ -1,0 +1,203 @@
+"""How far the searches in a storage are: their workers, their trials and what they have found. Nothing is written."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moacompress.core.errors import ArtefactError
+from moacompress.core.lock_holders import readable_age
+from moacompress.core.tables import readable_seconds
+from moacompress.search.measure.claims import CLAIMS, attributes
+from moacompress.search.measure.storages import guarded, journal_file, open_storage, quiet_optuna, shown
+from moacompress.search.measure.workers import Worker
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+    from optuna.trial import FrozenTrial
+
+
+@dataclass(frozen=True)
+class WorkerStatus:
+    """One worker of a search.
+
+    Attributes:
+        host: its machine.
+        pid: its process.
+        state: `alive`, `dead` or `ended`. One of another machine is dead once it was not heard of for five minutes, by the
+            clocks of both; workers themselves compare no clocks.
+        heard: seconds since it was heard of.
+        measures: names of what it has claimed.
+    """
+
+    host: str
+    pid: int
+    state: str
+    heard: float
+    measures: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SearchStatus:
+    """One search of a storage.
+
+    Attributes:
+        study: name of its study.
+        workers: all that it has had, in the order of their coming.
+        trials: how many are `done`, `running` and `failed`, and how many are `wanted` (None where no worker says it). Failed
+            are those whose worker died or stopped; their index is tried again.
+        measurements: the same of what is measured beside trials, without `wanted`.
+        best_kl: lowest mean KL of a trial that was measured on all samples, nats; None where there is none.
+        best_trial: its index.
+        seconds_left: about how long the trials that are left will take the workers that are alive; None where nothing is known.
+            Rounds and moves come after them.
+    """
+
+    study: str
+    workers: tuple[WorkerStatus, ...]
+    trials: dict[str, int | None]
+    measurements: dict[str, int]
+    best_kl: float | None
+    best_trial: int | None
+    seconds_left: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """Returns what a person reads."""
+        trials, wanted = self.trials, self.trials["wanted"]
+        of = "" if wanted is None else f" of {wanted}"
+        found = [
+            f"{self.study}",
+            f"  trials: {trials['done']}{of} done, {trials['running']} running, {trials['failed']} failed and tried again",
+            f"  other measurements: {self.measurements['done']} done, {self.measurements['running']} running",
+        ]
+        if self.best_kl is not None:
+            found.append(f"  best so far: {self.best_kl:.3g} nats (trial {self.best_trial})")
+        if self.seconds_left is not None:
+            found.append(f"  trials that are left: about {readable_seconds(self.seconds_left)}")
+        for worker in self.workers:
+            at = f", at {len(worker.measures)} measurements" if worker.measures else ""
+            heard = f", heard of {readable_age(worker.heard)} ago" if worker.state != "ended" else ""
+            found.append(f"  process {worker.pid} on {worker.host}: {worker.state}{heard}{at}")
+        return found
+
+
+def search_status(storage: str) -> list[SearchStatus]:
+    """Returns how far every search of a storage is.
+
+    Args:
+        storage: a journal file or a database URL.
+
+    Raises:
+        RecipeError: `storage` is neither.
+        ArtefactError: it is not there, cannot be read, or holds no search.
+    """
+    import optuna
+
+    where = shown(storage)
+    if not _is_there(storage):
+        raise ArtefactError(f"there is no study storage {where}; a search makes it with --storage {where}")
+    with quiet_optuna():
+        opened = open_storage(storage)
+        with guarded(where):
+            names = optuna.get_all_study_names(opened)
+            searches = [name.removesuffix(CLAIMS) for name in names if name.endswith(CLAIMS)]
+            found = [_status(opened, name) for name in searches if name in names]
+    if not found:
+        raise ArtefactError(f"{where} holds no search that has begun")
+    return found
+
+
+def _is_there(storage: str) -> bool:
+    """Returns whether a storage that is a file is there; of a server nothing is known yet."""
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    if "://" not in storage:
+        return journal_file(storage).exists()
+    if not storage.startswith("sqlite"):
+        return True
+    try:
+        database = make_url(storage).database
+    except ArgumentError:
+        return True
+    return bool(database) and Path(str(database)).exists()
+
+
+def _status(storage: BaseStorage, name: str) -> SearchStatus:
+    beside = storage.get_all_trials(storage.get_study_id_from_name(name + CLAIMS), deepcopy=False)
+    trials = storage.get_all_trials(storage.get_study_id_from_name(name), deepcopy=False)
+    workers = [worker for worker in map(Worker.of, beside) if worker is not None]
+    claims = [trial for trial in beside if "name" in trial.user_attrs]
+    now = time.time()
+    alive = {worker.holder.token for worker in workers if _is_alive(worker, now)}
+    shown_workers = tuple(_worker(worker, [*claims, *trials], alive, now) for worker in workers)
+    wanted = max((worker.trials for worker in workers if worker.trials), default=None)
+    counts = _counts(trials, alive)
+    done = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    best = _best(done)
+    return SearchStatus(
+        study=name,
+        workers=shown_workers,
+        trials={**counts, "wanted": wanted},
+        measurements=_counts(claims, alive),
+        best_kl=None if best is None else best[0],
+        best_trial=None if best is None else best[1],
+        seconds_left=_left(done, wanted, len(alive)),
+    )
+
+
+def _is_alive(worker: Worker, now: float) -> bool:
+    return worker.state == "RUNNING" and worker.holder.is_alive(lambda: now - worker.heard)
+
+
+def _worker(worker: Worker, claims: Sequence[FrozenTrial], alive: set[str], now: float) -> WorkerStatus:
+    holder = worker.holder
+    state = "alive" if holder.token in alive else "ended" if worker.state == "COMPLETE" else "dead"
+    running = (trial.user_attrs for trial in claims if trial.state.name == "RUNNING")
+    measures = tuple(notes["name"] for notes in running if notes.get("worker") == holder.token and state == "alive")
+    return WorkerStatus(holder.host, holder.pid, state, max(0.0, now - worker.heard), measures)
+
+
+def _counts(trials: Sequence[FrozenTrial], alive: set[str]) -> dict[str, int]:
+    """Returns how many are done, are run by live workers, and failed; those of dead ones will be taken over."""
+
+    def state(trial: FrozenTrial) -> str:
+        if trial.state.name == "RUNNING":
+            return "running" if trial.user_attrs.get("worker") in alive else "failed"
+        return "done" if trial.state.name == "COMPLETE" else "failed"
+
+    found = Counter(map(state, trials))
+    return {name: found[name] for name in ("done", "running", "failed")}
+
+
+def _best(done: Sequence[FrozenTrial]) -> tuple[float, int] | None:
+    """Returns the lowest mean KL of the trials that were measured on all samples, and the trial's index."""
+    found = []
+    for number, trial in enumerate(done):
+        notes = attributes(trial)
+        if notes.get("harms") and not notes.get("pruned"):
+            index = int(str(notes["name"]).rpartition(":")[2]) if "name" in notes else number
+            found.append((float(np.mean(notes["harms"])), index))
+    return min(found, default=None)
+
+
+def _left(done: Sequence[FrozenTrial], wanted: int | None, alive: int) -> float | None:
+    """Returns about how many seconds the trials that are left take; None where nothing is known."""
+    times = [
+        (trial.datetime_complete - trial.datetime_start).total_seconds()
+        for trial in done
+        if trial.datetime_complete is not None and trial.datetime_start is not None
+    ]
+    if not times or wanted is None or not alive:
+        return None
+    return float(np.mean(times)) * max(0, wanted - len(done)) / alive
