@@ -10,6 +10,7 @@ import typer
 from moacompress.cli.harness import CommandRun, Output, command, say
 from moacompress.cli.options import LengthsOption, Overwrite, Text, TrustRemoteCode, dry_run_option, split_list
 from moacompress.core.errors import UsageError
+from moacompress.core.ranks import rank
 
 
 @command(
@@ -20,6 +21,7 @@ from moacompress.core.errors import UsageError
     "moacompress eval runs/mine --tasks needle-noise --fail-under exact_match=0.9,retention=0.95 --json",
     "moacompress eval --list-tasks",
     computes=True,
+    shared=True,
 )
 def evaluate(
     run: CommandRun,
@@ -98,6 +100,7 @@ def evaluate(
 
     All models get the same prompts, which no calibration has seen, and the baselines the plan's KV bytes. Without --tasks
     the tasks are needle-noise and, where --text is given, text; none of them where --source or --lm-eval is.
+    Under torchrun (torchrun --standalone --nproc-per-node 2 -m moacompress eval ...) processes share the prompts.
     """
     if list_tasks:
         return _list_tasks()
@@ -170,12 +173,12 @@ def evaluate(
         trust_remote_code=trust_remote_code,
         progress=run.progress,
     )
-    if csv is not None:
+    if csv is not None and not rank():
         from moacompress.core.files import write_text
 
         write_text(csv, csv_text(report))
     failed = failures(thresholds, report["results"])
-    if failed:
+    if failed and not rank():
         say("below the threshold: " + "; ".join(failed))
     data = report if fail_under is None else {**report, "failures": failed}
     return Output(data, evaluation_tables(report), exit_code=int(bool(failed)))

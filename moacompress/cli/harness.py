@@ -186,7 +186,9 @@ class Command:
             console = out_console()
             for part in output.show:
                 console.print(part, markup=False, soft_wrap=isinstance(part, str))
-        if output.exit_code:
+        if (
+            output.exit_code and not rank()
+        ):  # torchrun ends the others when one fails, be it before the first has printed
             raise typer.Exit(output.exit_code)
 
     def _checked(self, run: CommandRun, arguments: Mapping[str, Any]) -> Output:

@@ -1,6 +1,7 @@
 """The bridge to lm-evaluation-harness: any of its tasks, on a model that is loaded already.
 
-Requests run in padded batches, as the harness makes them: those of about one length together.
+Requests run in padded batches, as the harness makes them: those of about one length together. Under `torchrun` it deals the
+documents out to the processes, as it does for models that it loads itself.
 """
 
 from __future__ import annotations
@@ -15,8 +16,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
+
 from moacompress.core.errors import DataError, MoaCompressError, UsageError, did_you_mean
 from moacompress.core.memory import available_bytes
+from moacompress.core.ranks import rank, world_size
+from moacompress.models.processes import agreed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,7 +75,7 @@ def run_lm_eval(
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for results, and the harness prints
         manager = _manager(manager_class, tasks, include_path)
         with _quiet("lm_eval"):  # it warns of every model that is loaded already
-            harnessed = model_class(
+            harnessed = _of_ranks(model_class)(
                 pretrained=model,
                 tokenizer=copy.deepcopy(tokenizer),
                 backend="causal",
@@ -96,7 +102,45 @@ def run_lm_eval(
         except (OSError, ValueError, KeyError, ImportError) as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise DataError(f"lm-evaluation-harness cannot run {', '.join(tasks)}: {first}") from error
-    return _rows(found, name)
+    return list(agreed(None if rank() else _rows(found, name)))
+
+
+def _of_ranks(model_class: Any) -> Any:
+    """Returns the harness's class of models for the processes of a run, which it takes for one where the model is loaded."""
+    if world_size() == 1:
+        return model_class
+
+    class OfRanks(model_class):  # type: ignore[misc]
+        """One model in each process."""
+
+        @property
+        def rank(self) -> int:
+            """Number of this process."""
+            return rank()
+
+        @property
+        def world_size(self) -> int:
+            """Number of the processes."""
+            return world_size()
+
+        def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+            """Returns the tensors of all processes, end to end."""
+            mine = tensor.reshape(-1)
+            parts = [torch.empty_like(mine) for _ in range(world_size())]
+            dist.all_gather(parts, mine)
+            return torch.cat(parts)
+
+        def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+            """Returns the objects of all processes in one of them."""
+            parts: list[Any] | None = [None] * world_size() if rank() == dst else None
+            dist.gather_object(obj, parts, dst)
+            return parts
+
+        def barrier(self) -> None:
+            """Waits for all processes."""
+            agreed(None)
+
+    return OfRanks
 
 
 def read_batch_size(given: int | str) -> int | str:

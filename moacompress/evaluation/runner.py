@@ -14,7 +14,9 @@ from moacompress.core.errors import ArtefactError, DataError, UsageError
 from moacompress.core.files import read_json, remove, sweep_files, write_json
 from moacompress.core.lock_holders import own_file
 from moacompress.core.progress import SILENT, Progress
+from moacompress.core.ranks import rank
 from moacompress.core.records import Records, named_numbers
+from moacompress.core.version import own_version
 from moacompress.evaluation.baselines.compared_models import ComparedModel, Comparison, check_names, make_comparison
 from moacompress.evaluation.baselines.quantized_caches import RESIDUAL
 from moacompress.evaluation.lm_harness import AUTO, check_lm_eval, read_batch_size, run_lm_eval
@@ -39,6 +41,7 @@ from moacompress.evaluation.scoring.text_rows import (
 from moacompress.evaluation.tasks.cases import Case, mean_answer_tokens, mean_tokens
 from moacompress.evaluation.tasks.own_rows import own_tasks
 from moacompress.evaluation.tasks.registry import Resources, check_resources, expand_tasks, find_task, make_cases
+from moacompress.models.processes import agreed, check_alike, join
 from moacompress.prompts.pools import Prose
 from moacompress.rules.plan import Plan
 from moacompress.runtime.checkpoint import Checkpoint, compressed_folder, load_checkpoint, with_dense
@@ -76,7 +79,8 @@ def evaluate(
     plan, with every KV head at full span (dense), and under baselines that take at most the plan's KV bytes at the
     prompts' mean length. With a quantized cache they run as transformers runs them, and the cache's tensors are counted.
     A baseline with several candidates (sinks, streaming windows) is represented by the one with the lowest mean NLL on
-    these very prompts.
+    these very prompts. Under `torchrun` the processes share the batches of prompts and the windows of text; every one of
+    them is to call it alike, all return the report, and the first one writes.
 
     Args:
         target: a compressed checkpoint, or a run's folder with one under `model/`.
@@ -137,6 +141,7 @@ def evaluate(
     from moacompress.runtime.linear import use_kernels
 
     progress = progress or SILENT
+    join()
     folder = compressed_folder(Path(target))
     read_batch_size(lm_eval_batch)
     check_names(against)
@@ -165,10 +170,11 @@ def evaluate(
             checkpoint.plan.changed_weights,
         )
     comparison = make_comparison(checkpoint, against, profile, every_candidate)
-    path = None if out is None else Path(out)
+    path = None if out is None or rank() else Path(out)
     _warn_of_calibration(sources, checkpoint.plan)
     wording = {name: find_task(name, resources).wording for name in names if name != TEXT}
     subject = {"plan": checkpoint.plan.key(), "weights": checkpoint.weights}
+    check_alike({"moacompress": own_version(), **subject})
     with nullcontext() if path is None else own_file(path):
         if path is not None:
             _check_place(path, subject, wording, overwrite)
@@ -187,6 +193,7 @@ def evaluate(
             )
         if path is not None:
             write_json(path, report)
+        agreed(None)  # no process ends before the report is there
         return report
 
 
@@ -363,7 +370,8 @@ class _Evaluation:
         """Returns a task with prompts at a length, and the models on it, each by its best candidate."""
         cases = self._cases(task, length, self.prompts)
         cell = TaskCell(task, length, len(cases), mean_tokens(cases))
-        comparison = [Measured(compared, self.scorer.cases(compared, cases)) for compared in self._answerers(cases)]
+        answerers = self._answerers(cases)
+        comparison = [Measured(*pair) for pair in zip(answerers, self.scorer.cases(answerers, cases), strict=True)]
         return cell, best_candidates(comparison)
 
     def text(self, task: str, length: int) -> tuple[list[ResultRow], list[ResultRow]]:

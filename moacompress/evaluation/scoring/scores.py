@@ -6,8 +6,9 @@ were computed before a stop.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from moacompress.core.files import fingerprint
 from moacompress.core.progress import Progress
@@ -17,11 +18,28 @@ from moacompress.evaluation.baselines.quantized_caches import RESIDUAL
 from moacompress.evaluation.scoring.prompts import Score, batches, score_batch
 from moacompress.evaluation.scoring.text import States, read, score_window
 from moacompress.evaluation.tasks.cases import Case
+from moacompress.models.processes import agreed, shared
 from moacompress.rules.plan import Plan
 from moacompress.runtime.checkpoint import Checkpoint
 
 SCORE_VERSION = 2
 """Part of every records key: raised when the same prompt would be scored in another way."""
+
+
+class Scored(NamedTuple):
+    """What a score is of, as a reader of the records sees it."""
+
+    model: str
+    task: str
+    length: int
+    prompt: int
+
+
+class Job(NamedTuple):
+    """What one process scores at a time: the keys of its scores, and what each is of."""
+
+    keys: tuple[str, ...]
+    scores: tuple[Scored, ...]
 
 
 @dataclass(frozen=True)
@@ -32,25 +50,36 @@ class Scorer:
     records: Records[Entry]
     progress: Progress
 
-    def cases(self, compared: ComparedModel, cases: Sequence[Case]) -> list[Score]:
-        """Returns the compared model's score on every case."""
+    def cases(self, compared_models: Sequence[ComparedModel], cases: Sequence[Case]) -> list[list[Score]]:
+        """Returns for every compared model its score on every case."""
         vocabulary = int(self.checkpoint.model.config.get_text_config(decoder=True).vocab_size)
-        scores: dict[int, Score] = {}
-        for members in batches(cases, vocabulary):
-            batch = [cases[index] for index in members]
-            content = fingerprint([asdict(case) for case in batch])
-            keys = [self._key(compared, content, row) for row in range(len(batch))]
-            held = [entry for entry in map(self.records.get, keys) if entry is not None]
-            if len(held) == len(batch):
-                found = [Score(**entry) for entry in held]
-            else:
-                model = compared.put_on(self.checkpoint)
-                cache = compared.new_cache(model)
-                found = score_batch(model, self.checkpoint.tokenizer, batch, cache, compared.unit)
-            for index, key, case, score in zip(members, keys, batch, found, strict=True):
-                scores[index] = score
-                self._file(key, asdict(score), compared, case.task, case.length, index)
-        return [scores[index] for index in range(len(cases))]
+        of_batches = batches(cases, vocabulary)
+        contents = [fingerprint([asdict(cases[index]) for index in members]) for members in of_batches]
+        jobs = [
+            Job(
+                tuple(self._key(compared, content, row) for row in range(len(members))),
+                tuple(Scored(compared.name, cases[index].task, cases[index].length, index) for index in members),
+            )
+            for compared in compared_models
+            for members, content in zip(of_batches, contents, strict=True)
+        ]
+
+        def score(number: int) -> list[Entry]:
+            which, batch = divmod(number, len(of_batches))
+            compared, members = compared_models[which], of_batches[batch]
+            model = compared.put_on(self.checkpoint)
+            cache, chosen = compared.new_cache(model), [cases[index] for index in members]
+            found = score_batch(model, self.checkpoint.tokenizer, chosen, cache, compared.unit)
+            return [asdict(one) for one in found]
+
+        self._share(jobs, score)
+        found: list[list[Score]] = []
+        for which in range(len(compared_models)):
+            scores: dict[int, Score] = {}
+            for members, job in zip(of_batches, jobs[which * len(of_batches) :], strict=False):
+                scores |= {index: Score(**self._filed(key)) for index, key in zip(members, job.keys, strict=True)}
+            found.append([scores[index] for index in range(len(cases))])
+        return found
 
     def windows(
         self, compared_models: Sequence[ComparedModel], windows: Sequence[Sequence[int]], task: str
@@ -63,27 +92,72 @@ class Scorer:
             For each compared model and window `nll_early`, `nll_late`, `kl` and `top1_agreement`, the last two of the late
             half.
         """
-        found: list[list[Entry]] = [[] for _ in compared_models]
         full = ComparedPlan(DENSE, Plan.full(self.checkpoint.plan.model), 0)
-        for index, window in enumerate(windows):
-            content = fingerprint(list(window))
-            dense: States | None = None
-            for compared, column in zip(compared_models, found, strict=True):
-                key = self._key(compared, content, "text")
+        jobs = [
+            Job(
+                tuple(self._key(compared, fingerprint(list(window)), "text") for compared in compared_models),
+                tuple(Scored(compared.name, task, len(window), index) for compared in compared_models),
+            )
+            for index, window in enumerate(windows)
+        ]
+
+        def score(number: int) -> list[Entry]:
+            window, dense, entries = windows[number], None, []
+            for compared, key in zip(compared_models, jobs[number].keys, strict=True):
                 entry = self.records.get(key)
                 if entry is None:
                     dense = dense or self._read(full, window)
                     ours = dense if compared.key() == full.key() else self._read(compared, window)
-                    score = score_window(ours, dense, window)
+                    found = score_window(ours, dense, window)
                     entry = {
-                        "nll_early": score.early.nll,
-                        "nll_late": score.late.nll,
-                        "kl": score.late.kl,
-                        "top1_agreement": score.late.agreement,
+                        "nll_early": found.early.nll,
+                        "nll_late": found.late.nll,
+                        "kl": found.late.kl,
+                        "top1_agreement": found.late.agreement,
                     }
-                column.append(entry)
-                self._file(key, entry, compared, task, len(window), index)
-        return found
+                entries.append(entry)
+            return entries
+
+        self._share(jobs, score)
+        return [[self._filed(job.keys[which]) for job in jobs] for which in range(len(compared_models))]
+
+    def _share(self, jobs: Sequence[Job], score: Callable[[int], list[Entry]]) -> None:
+        """Files the scores of all jobs; under `torchrun` each is done in one process, and filed in the records of all.
+
+        Args:
+            jobs: the same in every process.
+            score: returns what the keys of a job are to be filed with, by its number.
+        """
+        keys = {key for job in jobs for key in job.keys}
+        known = agreed({key: self.records.get(key) for key in keys if self.records.get(key) is not None})
+        for key in sorted(known):
+            if self.records.get(key) is None:
+                self.records.append({"key": key, "numbers": known[key]})
+        begun, left = set(known), []
+        for number, job in enumerate(jobs):
+            if begun.issuperset(job.keys):  # it is on disk, or another one that is left is as good
+                self._told(job)
+            else:
+                left.append(number)
+                begun |= set(job.keys)
+
+        def file(number: int, entries: list[Entry]) -> None:
+            job = jobs[number]
+            for key, numbers, scored in zip(job.keys, entries, job.scores, strict=True):
+                if self.records.get(key) is None:
+                    self.records.append({"key": key, "numbers": numbers, **scored._asdict()})
+            self._told(job)
+
+        shared(left, score, file)
+
+    def _told(self, job: Job) -> None:
+        for scored in job.scores:
+            self.progress.step(f"{scored.model} {scored.task} {scored.length:,}")
+
+    def _filed(self, key: str) -> Entry:
+        entry = self.records.get(key)
+        assert entry is not None
+        return entry
 
     def _read(self, compared: ComparedModel, window: Sequence[int]) -> States:
         model = compared.put_on(self.checkpoint)
@@ -91,9 +165,3 @@ class Scorer:
 
     def _key(self, compared: ComparedModel, content: str, part: int | str) -> str:
         return fingerprint([SCORE_VERSION, compared.key(), *self.checkpoint.identity, content, part])
-
-    def _file(self, key: str, numbers: Entry, compared: ComparedModel, task: str, length: int, index: int) -> None:
-        if self.records.get(key) is None:
-            notes = {"model": compared.name, "task": task, "length": length, "prompt": index}
-            self.records.append({"key": key, "numbers": numbers, **notes})
-        self.progress.step(f"{compared.name} {task} {length:,}")
