@@ -188,9 +188,9 @@ def _list_tasks() -> Output:
     """Returns the tasks with what they need."""
     from moacompress.core.tables import section
     from moacompress.evaluation.scoring.text_rows import TEXT
-    from moacompress.evaluation.tasks.registry import TASKS
+    from moacompress.evaluation.tasks.registry import known_tasks
 
-    rows = [(task.name, task.description, task.requirements) for task in TASKS.values()]
+    rows = [(task.name, task.description, task.requirements) for task in known_tasks().values()]
     rows.append((TEXT, "perplexity by position, KL and top-1 agreement with dense on long text", "--text"))
     names = ("task", "description", "needs")
     data = [dict(zip(names, row, strict=True)) for row in rows]

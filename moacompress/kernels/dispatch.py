@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from moacompress.core.errors import UnsupportedError, UsageError
+from moacompress.core.plugins import BACKENDS, plugins
 from moacompress.kernels.backend import FEW_ROWS, Backend, Capabilities
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.reference.reference_backend import ReferenceBackend
@@ -44,8 +45,19 @@ class Choice:
 
 
 def backends() -> tuple[Backend, ...]:
-    """Returns the backends there are, the preferred first."""
+    """Returns the backends there are, the preferred first; those of installed packages come before ours."""
+    _register_installed()
     return tuple(_backends.values())
+
+
+@functools.cache
+def _register_installed() -> None:
+    """Registers the backends of installed packages, which name a subclass of `Backend` in the entry point group."""
+    for name, kind in plugins(BACKENDS):
+        if isinstance(kind, type) and issubclass(kind, Backend):
+            register(kind())
+        else:
+            logger.warning("%s, an entry point of %s, is no backend and is left out: %r", name, BACKENDS, kind)
 
 
 def register(backend: Backend) -> None:

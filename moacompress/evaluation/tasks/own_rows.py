@@ -24,7 +24,7 @@ from moacompress.calibration.data.data_rows import (
 from moacompress.core.errors import DataError, UsageError
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
 from moacompress.evaluation.tasks.prompt_request import PromptRequest
-from moacompress.evaluation.tasks.registry import GROUPS, TASKS, EvaluationTask
+from moacompress.evaluation.tasks.registry import GROUPS, EvaluationTask, known_tasks
 from moacompress.prompts.sentences import DOCUMENTS
 
 
@@ -41,7 +41,7 @@ def own_tasks(names: Iterable[str]) -> dict[str, EvaluationTask]:
     found: dict[str, EvaluationTask] = {}
     for name in names:
         task = _own_task(name)
-        if task.name in (*found, *TASKS, *GROUPS, "text"):
+        if task.name in (*found, *known_tasks(), *GROUPS, "text"):
             raise UsageError(f"{name} would be the task {task.name}, which there is already; rename it")
         found[task.name] = task
     return found

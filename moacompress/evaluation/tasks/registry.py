@@ -5,6 +5,8 @@ Prompts come from the pools that neither calibration nor validation draw from, a
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -13,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from moacompress.core.errors import DataError, UsageError, did_you_mean
+from moacompress.core.plugins import TASKS as OUTSIDE
+from moacompress.core.plugins import plugins
 from moacompress.evaluation.tasks import ruler
 from moacompress.evaluation.tasks.associative_recall import make_recall
 from moacompress.evaluation.tasks.cases import Case, Match
@@ -41,8 +45,11 @@ __all__ = [
     "check_resources",
     "expand_tasks",
     "find_task",
+    "known_tasks",
     "make_cases",
 ]
+
+logger = logging.getLogger(__name__)
 
 S = TypeVar("S")
 Need = Literal["prose", "squad"]
@@ -287,7 +294,28 @@ _RULERS = (
     ),
 )
 TASKS: dict[str, EvaluationTask] = {task.name: task for task in (*_OURS, *_RULERS)}
+"""Those of this package; see `known_tasks`."""
 GROUPS = ("ruler", "all")
+
+
+def known_tasks() -> dict[str, EvaluationTask]:
+    """Returns all tasks by their names: ours, and those of installed packages (entry points of `moacompress.tasks`)."""
+    return {**_installed_tasks(), **TASKS}
+
+
+@functools.cache
+def _installed_tasks() -> dict[str, EvaluationTask]:
+    """Returns the tasks of installed packages; what is none, or has a name that is taken, is left out with a warning."""
+    found: dict[str, EvaluationTask] = {}
+    for name, task in plugins(OUTSIDE):
+        what = f"{name}, an entry point of {OUTSIDE},"
+        if not isinstance(task, EvaluationTask):
+            logger.warning("%s is no task and is left out: %r", what, task)
+        elif task.name in (*TASKS, *GROUPS, *found):
+            logger.warning("%s has the name of another task, %s, and is left out", what, task.name)
+        else:
+            found[task.name] = task
+    return found
 
 
 def find_task(name: str, resources: Resources | None = None) -> EvaluationTask:
@@ -296,11 +324,11 @@ def find_task(name: str, resources: Resources | None = None) -> EvaluationTask:
     Raises:
         UsageError: unknown; names the nearest known one.
     """
-    own = {} if resources is None else resources.own
-    if name not in (*own, *TASKS):
-        hint = did_you_mean(name, (*own, *TASKS, *GROUPS), f"known tasks are {', '.join((*own, *TASKS, *GROUPS))}")
+    known = {**known_tasks(), **({} if resources is None else resources.own)}
+    if name not in known:
+        hint = did_you_mean(name, (*known, *GROUPS), f"known tasks are {', '.join((*known, *GROUPS))}")
         raise UsageError(f"unknown task {name!r}; {hint}")
-    return own.get(name) or TASKS[name]
+    return known[name]
 
 
 def expand_tasks(names: Iterable[str], resources: Resources | None = None) -> tuple[str, ...]:
@@ -316,7 +344,8 @@ def expand_tasks(names: Iterable[str], resources: Resources | None = None) -> tu
     found: dict[str, None] = {}
     for name in names:
         if name == "all":
-            found |= dict.fromkeys(task.name for task in TASKS.values() if _can_be_made(resources or Resources(), task))
+            there = resources or Resources()
+            found |= dict.fromkeys(task.name for task in known_tasks().values() if _can_be_made(there, task))
         elif name == "ruler":
             found |= dict.fromkeys(task.name for task in TASKS.values() if task.ruler)
         else:

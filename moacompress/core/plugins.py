@@ -1,0 +1,31 @@
+"""What installed packages add: objects that they name in an entry point group of ours.
+
+Only packages that somebody installed are looked at, and only where what they add is asked for. No file, plan or checkpoint can
+name one.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from importlib.metadata import entry_points
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+TASKS = "moacompress.tasks"
+"""Tasks of the evaluation, as `moacompress.evaluation.tasks.registry.EvaluationTask`."""
+BACKENDS = "moacompress.backends"
+"""Kernels, as subclasses of `moacompress.kernels.backend.Backend`."""
+
+
+@functools.cache
+def plugins(group: str) -> tuple[tuple[str, Any], ...]:
+    """Returns the names and objects of a group, by name; what cannot be loaded is left out with a warning."""
+    found = []
+    for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
+        try:
+            found.append((entry.name, entry.load()))
+        except Exception as error:  # whatever another package fails with, ours goes on
+            logger.warning("%s of %s cannot be loaded and is left out: %s", entry.name, entry.value, error)
+    return tuple(found)

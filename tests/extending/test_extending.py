@@ -1,0 +1,52 @@
+"""What a package from outside adds by entry points is there like our own: a task, and a backend."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+OUTSIDE = Path(__file__).resolve().parent / "outside"
+ROOT = OUTSIDE.parents[2]
+
+
+def run(*arguments: str | Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Runs the program where the package from outside is installed."""
+    environment = os.environ | {"PYTHONPATH": f"{OUTSIDE}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1", **settings}
+    command = [sys.executable, "-m", "moacompress", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def listed() -> subprocess.CompletedProcess[str]:
+    return run("eval", "--list-tasks", "--json")
+
+
+def test_a_task_from_outside_is_listed(listed: subprocess.CompletedProcess[str]) -> None:
+    tasks = {task["task"]: task for task in json.loads(listed.stdout)["tasks"]}
+    assert tasks["colours"]["description"] == "the colour of one thing of four"
+    assert tasks["recall"]["description"] != "a name that is taken"
+
+
+def test_what_cannot_be_used_is_left_out_and_said(listed: subprocess.CompletedProcess[str]) -> None:
+    said = " ".join(listed.stderr.split())
+    assert "broken of outside_task:MISSING cannot be loaded and is left out" in said
+    assert "no-task, an entry point of moacompress.tasks, is no task and is left out" in said
+    assert "again, an entry point of moacompress.tasks, has the name of another task, recall, and is left out" in said
+
+
+def test_a_task_and_a_backend_from_outside_are_used(compressed: Path, tmp_path: Path) -> None:
+    ask: list[Any] = ["--tasks", "colours", "--lengths", "500", "--prompts", "2", "--against", "dense", "--json"]
+    done = run("eval", compressed, *ask, "--log-file", tmp_path / "log", "-v")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {(row["task"], row["prompts"]) for row in found["results"] if row["metric"] == "nll"} == {("colours", 2)}
+    assert found["wording"]["colours"]
+    assert "counted" in done.stderr
+    ours = run("eval", compressed, *ask, MOACOMPRESS_KERNEL="reference")
+    assert json.loads(ours.stdout)["results"] == found["results"]
