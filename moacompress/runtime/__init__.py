@@ -18,15 +18,17 @@ getattr(transformers.modeling_utils, "PreTrainedModel", None)
 if TYPE_CHECKING:
     from moacompress.runtime.cache.plan_cache import PlanCache
     from moacompress.runtime.hf.attaching import attach, detach
+    from moacompress.runtime.hf.device_generation import generate_on_device
     from moacompress.runtime.hf.prefixes import keep_prefixes
     from moacompress.runtime.linear import use_kernels
 
-__all__ = ["PlanCache", "attach", "detach", "keep_prefixes", "use_kernels"]
+__all__ = ["PlanCache", "attach", "detach", "generate_on_device", "keep_prefixes", "use_kernels"]
 
 _HOMES = {
     "PlanCache": "moacompress.runtime.cache.plan_cache",
     "attach": "moacompress.runtime.hf.attaching",
     "detach": "moacompress.runtime.hf.attaching",
+    "generate_on_device": "moacompress.runtime.hf.device_generation",
     "keep_prefixes": "moacompress.runtime.hf.prefixes",
     "use_kernels": "moacompress.runtime.linear",
 }

@@ -79,6 +79,20 @@ class _ReuseKind(NamedTuple):
     chunk: int
 
 
+class Parts(NamedTuple):
+    """Memory that a layer's steps write to, the same in every one.
+
+    Attributes:
+        partial: parts of the sum, and logs of their denominators; see `decode_kernels.split`.
+        total: their sum where it is still to be turned, float32 `[rows, heads, value_dim]`.
+        total_lse: log of its denominator, float32 `[rows, heads]`.
+    """
+
+    partial: tuple[torch.Tensor, torch.Tensor]
+    total: torch.Tensor
+    total_lse: torch.Tensor
+
+
 class RingSteps(BoundRing):
     """The steps of a layer.
 
@@ -132,7 +146,7 @@ class RingSteps(BoundRing):
         self._turns_queries, self._turns_outputs = (bool(side.any()) for side in coded)
         self._turned, self._selecting = sent((coded[1], rules.selecting), device)
         self._places = int(begins[-1])
-        self._partial: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._parts: Parts | None = None
 
     def step(
         self,
@@ -151,8 +165,8 @@ class RingSteps(BoundRing):
         self._write(key, value, gate_scores)
         self.ring.lengths.add_(self.taken)
         group = heads // kv_heads
-        if self._partial is None:
-            self._partial = new_partial(self._places, group, self.dims[1], query.device)
+        if self._parts is None:
+            self._parts = new_parts(self._places, rows, heads, group, self.dims[1], like=query)
             if self.ring.shared_values:
                 tokens = self.ring.table.shape[-1] * BLOCK
                 self.kept = torch.empty(rows, kv_heads, group, tokens, dtype=torch.float32, device=query.device)
@@ -161,7 +175,7 @@ class RingSteps(BoundRing):
         for kind in self._kinds:
             self._attend(kind, turned if kind.kv_parts[0].bits else plain, scores, group)
         turns = self._turned if self._turns_outputs else None
-        return added_up(self._partial, self._begins, scores, turns, query[:, :, 0])
+        return added_up(self._parts, self._begins, scores, turns, query.dtype)
 
     def reuse(self, *, head_map: Ints, value_sets: Ints, value_formats: Ints) -> BoundReuse:
         """See `BoundRing.reuse`."""
@@ -235,8 +249,8 @@ class RingSteps(BoundRing):
 
     def _attend(self, kind: _Kind, query: torch.Tensor, scores: Scores, group: int) -> None:
         """Attends to windows, and then to selected tokens: a row and KV head is a row of one there."""
-        ring, (key, value), partial = self.ring, kind.kv_parts, self._partial
-        assert partial is not None
+        ring, (key, value), parts = self.ring, kind.kv_parts, self._parts
+        assert parts is not None
         passes = [self.stretches(kind.work, kind.chunk)]
         if ring.selected is not None and ring.counts is not None and len(kind.selected_work):
             passes.append(
@@ -254,7 +268,7 @@ class RingSteps(BoundRing):
                 ring=not number,
                 keep=self.kept is not None,
             )
-            launch_split(query, kind.memory, stretches, self.kept, partial, scores, (tiles, constants))
+            launch_split(query, kind.memory, stretches, self.kept, parts.partial, scores, (tiles, constants))
 
     def stretches(self, work: torch.Tensor, chunk: int) -> Stretches:
         """Returns stretches of windows; see `Stretches`."""
@@ -294,13 +308,13 @@ class ReuseSteps(BoundReuse):
         coded = value_formats != 0
         self._begins, self._turned = sent((begins, coded), device)
         self._turns_outputs = bool(coded.any())
-        self._partial = new_partial(int(begins[-1]), group, value_dim, device)
+        self._parts = new_parts(int(begins[-1]), rows, kv_heads * group, group, value_dim, like=ring.lengths)
 
     def step(self, value: torch.Tensor, *, scores: Scores) -> torch.Tensor:
         """See `BoundReuse.step`."""
         anchor, value = self._anchor, value.detach()
         assert anchor.kept is not None
-        (rows, kv_heads), group = value.shape[:2], anchor.kept.shape[2]
+        group = anchor.kept.shape[2]
         value = value if value.stride(-1) == 1 else value.contiguous()
         for kind in self._kinds:
             token, memory = (value, value, anchor.rings), (kind.memory,) * 3
@@ -317,38 +331,47 @@ class ReuseSteps(BoundReuse):
                 reuse=True,
             )
             stretches = anchor.stretches(kind.work, kind.chunk)
-            launch_split(value, (kind.memory,) * 2, stretches, anchor.kept, self._partial, scores, (tiles, constants))
-        like = value.new_empty(()).expand(rows, kv_heads * group, kind.value.dim)
-        return added_up(self._partial, self._begins, scores, self._turned if self._turns_outputs else None, like)
+            launch_split(
+                value, (kind.memory,) * 2, stretches, anchor.kept, self._parts.partial, scores, (tiles, constants)
+            )
+        turns = self._turned if self._turns_outputs else None
+        return added_up(self._parts, self._begins, scores, turns, value.dtype)
 
 
-def new_partial(places: int, group: int, value_dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns memory for the parts of a step's attention; see `decode_kernels.split`."""
-    partial = torch.empty(places, group, value_dim, dtype=torch.float32, device=device)
-    return partial, partial.new_empty(partial.shape[:2])
+def new_parts(places: int, rows: int, heads: int, group: int, value_dim: int, *, like: torch.Tensor) -> Parts:
+    """Returns memory for a layer's steps.
+
+    Args:
+        places: of parts of the sum.
+        rows: of the cache.
+        heads: query heads.
+        group: of them to a KV head.
+        value_dim: numbers of a value.
+        like: on the device.
+    """
+    partial, total = (
+        like.new_empty(*sizes, dtype=torch.float32) for sizes in ((places, group, value_dim), (rows, heads, value_dim))
+    )
+    return Parts((partial, partial.new_empty(partial.shape[:2])), total, total.new_empty(total.shape[:2]))
 
 
 def added_up(
-    partial: tuple[torch.Tensor, torch.Tensor],
-    begins: torch.Tensor,
-    scores: Scores,
-    turned: torch.Tensor | None,
-    like: torch.Tensor,
+    parts: Parts, begins: torch.Tensor, scores: Scores, turned: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Returns the sum of the parts of a step's attention, `[rows, 1, heads, value_dim]`.
+    """Returns the sum of the parts of a step's attention, `[rows, 1, heads, value_dim]`, in memory of its own.
 
     Args:
-        partial: see `decode.add_up`.
-        begins: likewise.
+        parts: see above.
+        begins: see `decode.add_up`.
         scores: how scores are made.
         turned: which KV heads have values in the rotated basis, `[kv_heads]`; None where none has.
-        like: of the result's dtype, `[rows, heads, any]`.
+        dtype: of the result.
     """
-    (rows, heads), (parts, _) = like.shape[:2], partial
-    dtype = like.dtype if turned is None else torch.float32
-    out = torch.empty(rows, heads, parts.shape[2], dtype=dtype, device=parts.device)
-    add_up(partial, begins, scores, out, torch.empty(rows, heads, dtype=torch.float32, device=parts.device))
-    if turned is not None:
-        back = turned.bool().repeat_interleave(parts.shape[1], output_size=heads)[None, :, None]
-        out = torch.where(back, rotated(out), out).to(like.dtype)
-    return out[:, None]
+    if turned is None:
+        out = parts.total.new_empty(parts.total.shape, dtype=dtype)
+        add_up(parts.partial, begins, scores, out, parts.total_lse)
+        return out[:, None]
+    add_up(parts.partial, begins, scores, parts.total, parts.total_lse)
+    group, heads = parts.partial[0].shape[1], parts.total.shape[1]
+    back = turned.bool().repeat_interleave(group, output_size=heads)[None, :, None]
+    return torch.where(back, rotated(parts.total), parts.total).to(dtype)[:, None]

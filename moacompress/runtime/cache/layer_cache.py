@@ -42,6 +42,7 @@ class CacheLayer(CacheLayerMixin):
     """
 
     is_compileable = False
+    """As `generate` asks: it would capture steps as CUDA graphs, and what the host counts in a step would not be counted."""
     supports_early_init = False
     is_sliding = False
 
@@ -69,6 +70,10 @@ class CacheLayer(CacheLayerMixin):
     def batch_size(self) -> int:
         """Rows in the cache, -1 while it is empty."""
         return self.rows if self.is_initialized else -1
+
+    @abstractmethod
+    def count_steps(self, steps: int) -> None:
+        """See `PlanCache.count_steps`."""
 
     @abstractmethod
     def select(self, rows: Ints) -> None:
@@ -348,6 +353,12 @@ class PlanCacheLayer(CacheLayer):
         self.columns += 1
         self.stepping = False
         return out
+
+    def count_steps(self, steps: int) -> None:
+        """See `PlanCache.count_steps`; its last token went into rings."""
+        assert self._ring is not None
+        self._ring.count_steps(steps)
+        self.columns += steps
 
     def arrays(self) -> tuple[Any, ...]:
         """Returns what a state and `can_step_rows` are made of: they say the same as long as these are the same objects."""

@@ -50,6 +50,7 @@ class PlanCache(Cache):
         self.real: Bools | None = None
         self.bound_layers: Any = None
         self._positions: tuple[int, Ints] | None = None
+        self._trusted: torch.Tensor | None = None
         self._is_user_defined = False
         self.step_routes: Counter[str] = Counter()
         super().__init__(layers=[_layer(plan, layer, reserve) for layer in range(plan.model.layers)])
@@ -117,6 +118,31 @@ class PlanCache(Cache):
         self.real = real
         self._positions = None if last_position is None else (self.get_seq_length() + tokens, last_position)
 
+    def trust_positions(self, positions: torch.Tensor) -> None:
+        """Has forwards that are given this very tensor of position ids take them as they are: the host does not read them.
+
+        Args:
+            positions: int64 `[rows, 1]`; counts on by itself in every step.
+        """
+        self._trusted = positions
+
+    def trusts(self, positions: Any) -> bool:
+        """Whether position ids are taken as they are; see `trust_positions`."""
+        return positions is not None and positions is self._trusted
+
+    def count_steps(self, steps: int) -> None:
+        """Takes note of steps of one real token a row that the device has made by itself, into rings, since the last one.
+
+        Args:
+            steps: how many.
+        """
+        if self.real is not None:
+            more = np.ones((len(self.real), steps), np.bool_)
+            self.real = np.concatenate([self.real[:, : self.get_seq_length()], more], axis=1)
+        self._positions = None
+        for layer in self.layers:
+            layer.count_steps(steps)
+
     def kv_bytes(self) -> int:
         """Returns the bytes of all tensors that hold memory for the cache, each storage counted once."""
         storages = {
@@ -154,7 +180,7 @@ class PlanCache(Cache):
         """Returns a cache like this with layers of its own."""
         other = PlanCache.__new__(PlanCache)
         other.__dict__.update(self.__dict__)
-        other.layers, other.bound_layers = layers, None
+        other.layers, other.bound_layers, other._trusted = layers, None, None
         other._link()
         other.step_routes = self.step_routes.copy()
         other._take_handle()
@@ -165,7 +191,7 @@ class PlanCache(Cache):
         other = PlanCache.__new__(PlanCache)
         other.__dict__.update(self.__dict__)
         other.layers, other.bound_layers = [layer.beside() for layer in self.layers], None
-        other.real = other._positions = None
+        other.real = other._positions = other._trusted = None
         other._link()
         other.step_routes = Counter()
         other._take_handle()
@@ -206,10 +232,12 @@ class PlanCache(Cache):
 
     def __getstate__(self) -> dict[str, Any]:
         self.check_whole()
-        return {name: value for name, value in self.__dict__.items() if name not in ("bound_layers", "handle")}
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("bound_layers", "handle", "_trusted")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, bound_layers=None)
+        self.__dict__.update(state, bound_layers=None, _trusted=None)
         self._link()
         self._take_handle()
 

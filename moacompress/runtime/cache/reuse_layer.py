@@ -112,6 +112,10 @@ class ReuseCacheLayer(CacheLayer):
         self._pending = None
         return out
 
+    def count_steps(self, steps: int) -> None:
+        """See `PlanCache.count_steps`; tokens are its anchor's."""
+        self.columns += steps
+
     def can_step_rows(self, hidden: torch.Tensor) -> bool:
         """Whether its anchor can step so many rows, and no forward was left in its midst."""
         return self._pending is None and not self._is_behind

@@ -96,6 +96,10 @@ class Ring:
         self.taken = self.taken + counts
         return out
 
+    def count_steps(self, steps: int) -> None:
+        """Counts tokens that the device has taken in of every row by itself."""
+        self.taken = self.taken + steps
+
     def reuse(self, head_map: Ints, value_sets: Ints) -> BoundReuse:
         """Returns the steps of a layer that shares the attention; after a first step.
 

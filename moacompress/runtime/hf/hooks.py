@@ -110,7 +110,8 @@ def begin(cache: PlanCache | None, mask: Any, positions: Any, rows: int, tokens:
     if cache is not None:
         cache.check_whole()
     real = read_mask(mask, cache, rows, tokens)
-    last = _check_positions(positions, real, cache, rows, tokens)
+    trusted = cache is not None and cache.trusts(positions)
+    last = None if trusted else _check_positions(positions, real, cache, rows, tokens)
     if cache is not None:
         cache.expect(real, last, tokens)
     return real

@@ -20,18 +20,23 @@ from moacompress.runtime.decode.step_requests import AttendRequest, HiddenReques
 from moacompress.runtime.hf import hooks
 
 _LIBRARY = torch.library.Library("moacompress", "DEF")
-_LIBRARY.define("begin(Tensor fed, Tensor? cache, Tensor? mask, Tensor? positions) -> Tensor")
+_ON_THE_HOST = (torch.Tag.cudagraph_unsafe,)
+"""Of all of them: what they do on the host would not be done again where a CUDA graph is replayed."""
+_LIBRARY.define("begin(Tensor fed, Tensor? cache, Tensor? mask, Tensor? positions) -> Tensor", tags=_ON_THE_HOST)
 _LIBRARY.define(
     "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? cache, Tensor rules, int layer, float scaling, "
-    "float softcap, Tensor? s_aux, Tensor? gate_scores) -> Tensor"
+    "float softcap, Tensor? s_aux, Tensor? gate_scores) -> Tensor",
+    tags=_ON_THE_HOST,
 )
 _LIBRARY.define(
     "attend_hidden(Tensor hidden, Tensor[] weights, Tensor[] biases, int[] kinds, Tensor cos, Tensor sin, Tensor cache, "
-    "Tensor rules, int layer, float scaling) -> Tensor"
+    "Tensor rules, int layer, float scaling) -> Tensor",
+    tags=_ON_THE_HOST,
 )
 _LIBRARY.define(
     "step_layer(Tensor hidden, Tensor[] weights, Tensor[] biases, int[] kinds, Tensor[] norms, float eps, Tensor[] around, "
-    "int[] kinds_around, Tensor cos, Tensor sin, Tensor cache, Tensor rules, int layer, float scaling) -> Tensor"
+    "int[] kinds_around, Tensor cos, Tensor sin, Tensor cache, Tensor rules, int layer, float scaling) -> Tensor",
+    tags=_ON_THE_HOST,
 )
 
 

@@ -1,0 +1,223 @@
+"""Decoding whose tokens are chosen on the device, beside transformers' own `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import moacompress
+from moacompress.core.errors import UnsupportedError
+from moacompress.models.source import model_shape
+from moacompress.rules.share import Share
+from moacompress.runtime import PlanCache, generate_on_device
+from moacompress.runtime.hf.attaching import attached_plan
+from moacompress.runtime.hf.device_generation import DeviceSteps, Sampling, greedy
+from tests import plan_kinds
+from tests.pretend_device import KIND
+from tests.runtime.test_ring import triton as triton
+from tests.runtime.test_sharing import with_shares
+
+PLANS: dict[str, Callable[[Any], Any]] = {
+    "spans": lambda model: plan_kinds.random_plan(model_shape(model), 1),
+    "formats": lambda model: plan_kinds.random_plan(model_shape(model), 1, formats=True),
+    "gates": lambda model: plan_kinds.gated_plan(model, 1),
+    "shares": lambda model: with_shares(plan_kinds.random_plan(model_shape(model), 3), (None, Share(0, (1, 0)))),
+}
+
+
+@pytest.fixture
+def under_plan(tiny_model: Callable[..., Any]) -> Callable[[str], Any]:
+    def make(kind: str) -> Any:
+        model = tiny_model("llama", num_hidden_layers=2)
+        return moacompress.attach(model, PLANS[kind](model))
+
+    return make
+
+
+def prompts(model: Any, *padding: int, length: int = 40) -> dict[str, torch.Tensor]:
+    """Returns prompts of which so many tokens are padding."""
+    ids = torch.randint(10, model.config.vocab_size, (len(padding), length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    for row, count in enumerate(padding):
+        mask[row, :count] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_greedy_is_transformers(kind: str, under_plan: Callable[[str], Any]) -> None:
+    model = under_plan(kind)
+    given = prompts(model, 0, 7)
+    wanted = model.generate(**given, max_new_tokens=24, do_sample=False)
+    assert torch.equal(generate_on_device(model, **given, max_new_tokens=24), wanted)
+
+
+@pytest.mark.parametrize("look_every", [1, 3, 100])
+def test_rows_end_as_they_do_in_transformers(look_every: int, under_plan: Callable[[str], Any]) -> None:
+    model = under_plan("spans")
+    given = prompts(model, 0, 7, 3)
+    free = model.generate(**given, max_new_tokens=20, do_sample=False)[:, 40:]
+    ends = sorted({int(free[0, 3]), int(free[1, 9]), int(free[2, 6])})
+    for eos in (ends, ends[:1]):
+        wanted = model.generate(**given, max_new_tokens=20, do_sample=False, eos_token_id=eos, pad_token_id=0)
+        found = generate_on_device(
+            model, **given, max_new_tokens=20, eos_token_id=eos, pad_token_id=0, look_every=look_every
+        )
+        assert torch.equal(found, wanted)
+    assert wanted.shape[1] <= 60
+
+
+@pytest.mark.parametrize("drawn", [{}, {"temperature": 0.7, "top_k": 9}, {"temperature": 1.3, "top_p": 0.8}], ids=str)
+def test_sampling_is_transformers(drawn: dict[str, Any], under_plan: Callable[[str], Any]) -> None:
+    model = under_plan("spans")
+    given = prompts(model, 0, 7)
+    torch.manual_seed(1)
+    kept = {"top_k": 0, "top_p": 1.0, "temperature": 1.0, **drawn}
+    wanted = model.generate(**given, max_new_tokens=20, do_sample=True, **kept)
+    torch.manual_seed(1)
+    assert torch.equal(generate_on_device(model, **given, max_new_tokens=20, choose=Sampling(**drawn)), wanted)
+    choices = [
+        generate_on_device(
+            model, **given, max_new_tokens=20, choose=Sampling(generator=torch.Generator().manual_seed(seed))
+        )
+        for seed in (3, 3, 4)
+    ]
+    assert torch.equal(choices[0], choices[1])
+    assert not torch.equal(choices[0], choices[2])
+
+
+def test_what_cannot_be_is_refused(under_plan: Callable[[str], Any], tiny_model: Callable[..., Any]) -> None:
+    model = under_plan("spans")
+    given = prompts(model, 0, 7)
+    with pytest.raises(UnsupportedError, match="max_new_tokens=0"):
+        generate_on_device(model, **given, max_new_tokens=0)
+    with pytest.raises(UnsupportedError, match="on the left"):
+        generate_on_device(model, given["input_ids"], given["attention_mask"].flip(1), max_new_tokens=3)
+    with pytest.raises(UnsupportedError, match="under a plan"):
+        generate_on_device(tiny_model("llama"), **given, max_new_tokens=3)
+
+
+def steps_of(model: Any, given: dict[str, torch.Tensor], tokens: int, ends: torch.Tensor) -> DeviceSteps:
+    """Returns steps after prompts without padding."""
+    cache = PlanCache(attached_plan(model), reserve=20 + tokens)
+    first = model(given["input_ids"], cache=cache).logits[:, -1].argmax(-1)
+    lengths = torch.full_like(first, given["input_ids"].shape[1])
+    return DeviceSteps(model, cache, first, lengths, tokens, greedy, ends, 0)
+
+
+class _Addresses:
+    """A kernel that notes where the tensors that it is given are, but for those of the token alone."""
+
+    passing = ("Query", "Key", "Value", "GateScores", "Out")
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.arg_names, self.seen = kernel, kernel.arg_names, []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*given: Any, **constants: Any) -> None:
+            names = zip(self.arg_names, given, strict=False)
+            kept = [
+                each.data_ptr() if isinstance(each, torch.Tensor) else each
+                for name, each in names
+                if name not in self.passing
+            ]
+            self.seen.append((grid, kept, sorted(constants.items())))
+            self.kernel[grid](*given, **constants)
+
+        return launch
+
+
+@pytest.mark.parametrize("kind", ["shares", pytest.param("gates", marks=pytest.mark.heavy)])
+def test_a_steps_tensors_stay_where_they_are(
+    kind: str,
+    under_plan: Callable[[str], Any],
+    triton: Any,
+    use_backend: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Over twenty steps: what the step function reads and writes, and every argument of every kernel but the token's own."""
+    from moacompress.kernels.triton import append_kernels, decode_kernels, select_kernels
+
+    model = under_plan(kind)
+    given = prompts(model, 0, length=20)
+    with torch.no_grad():
+        steps = steps_of(model, given, 22, torch.tensor([], dtype=torch.int64))
+    steps.step()
+    kernels = []
+    for module, name in (
+        (append_kernels, "append_next"),
+        (decode_kernels, "split"),
+        (decode_kernels, "merge"),
+        (select_kernels, "select"),
+    ):
+        kernels.append(_Addresses(getattr(module, name)))
+        monkeypatch.setattr(module, name, kernels[-1])
+    places = [each.data_ptr() for each in steps.held]
+    launches = []
+    for _ in range(20):
+        before = [len(kernel.seen) for kernel in kernels]
+        steps.step()
+        assert [each.data_ptr() for each in steps.held] == places
+        launches.append([kernel.seen[begin:] for kernel, begin in zip(kernels, before, strict=True)])
+    assert launches[0][1]
+    assert all(each == launches[0] for each in launches)
+    use_backend("reference")
+    wanted = model.generate(**given, max_new_tokens=22, do_sample=False)[:, 20:]  # which may end
+    assert wanted.shape[1] > 5
+    assert torch.equal(steps.tokens[:, : wanted.shape[1]], wanted)
+
+
+@pytest.mark.parametrize(
+    "kind", ["formats", *(pytest.param(kind, marks=pytest.mark.heavy) for kind in ("shares", "gates"))]
+)
+def test_a_step_asks_the_host_for_nothing(
+    kind: str, triton: Any, launched: Any, under_plan: Callable[[str], Any], pretend_device: Any
+) -> None:
+    """Through a whole model: no copy to the host, and none from it of what rings need, once they are made."""
+    model = under_plan(kind)
+    plan = attached_plan(model)
+    given = prompts(model, 0, length=20)
+    wanted = model.generate(**given, max_new_tokens=4, do_sample=False)
+    moacompress.detach(model)
+    with pretend_device() as device, torch.no_grad():
+        model.to(KIND)
+        moacompress.attach(model, plan)
+        there = {name: each.to(KIND) for name, each in given.items()}
+        steps = steps_of(model, there, 4, torch.tensor([], dtype=torch.int64).to(KIND))
+        steps.advance()
+        launched.forbid_copies()
+        for _ in range(2):
+            waits = len(device.waits)
+            steps.advance()
+            assert device.waits[waits:] == []
+        assert torch.equal(steps.tokens.cpu(), wanted[:, 20:])
+
+
+def test_steps_that_the_device_made_are_counted(under_plan: Callable[[str], Any], triton: Any) -> None:
+    """As if twice a step had been replayed: lengths, columns and blocks are those of a cache that was fed the tokens."""
+    model = under_plan("shares")
+    given = prompts(model, 0, length=20)
+    with torch.no_grad():
+        steps, fed = (steps_of(model, given, 9, torch.tensor([], dtype=torch.int64)) for _ in range(2))
+        for each in (steps, fed):
+            each.step()
+        steps.cache.count_steps(2)
+        for _ in range(2):
+            fed.step()
+    caches = [each.cache for each in (steps, fed)]
+    assert len({cache.get_seq_length() for cache in caches}) == 1
+    assert len({cache.used_bytes() for cache in caches}) == 1
+    for ours, theirs in zip(*(cache.layers for cache in caches), strict=True):
+        assert ours.lengths.tolist() == theirs.lengths.tolist() == [23]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a graph is captured on a GPU")
+@pytest.mark.parametrize("kind", PLANS)
+def test_a_captured_step_is_the_step(kind: str, under_plan: Callable[[str], Any]) -> None:
+    model = under_plan(kind).to("cuda", torch.bfloat16)
+    given = {name: each.to("cuda") for name, each in prompts(model, 0, 7).items()}
+    wanted = model.generate(**given, max_new_tokens=40, do_sample=False)
+    assert torch.equal(generate_on_device(model, **given, max_new_tokens=40), wanted)
