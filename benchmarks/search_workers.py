@@ -17,7 +17,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import mean
 from typing import Any
@@ -37,6 +37,8 @@ from moacompress.search.measure.trials import Trials
 
 SHAPE = ModelShape("llama", 32, 32, 8, 128, "bfloat16", (None,) * 32, "none")
 """Of a model of 8 billion parameters: the size of what is kept of a plan."""
+RANGES = {str(number): FloatDistribution(0.0, 1.0) for number in range(10)}
+"""As many search parameters as a search has."""
 FORK = multiprocessing.get_context("fork")
 
 
@@ -71,24 +73,24 @@ class Unsampled(StudyStorage):
 
     def sampled(self, index: int, pending: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
         """Returns a random number."""
-        return {"x": float(np.random.default_rng(index).random())}
+        return dict(zip(RANGES, np.random.default_rng(index).random(len(RANGES)).tolist(), strict=True))
 
-    def pause(self, names: Sequence[str], longest: float | None = None) -> None:
+    def pause(self, limit: int, finished: Container[int], longest: float | None = None) -> None:
         """Waits."""
         started = time.perf_counter()
-        super().pause(names, longest)
+        super().pause(limit, finished, longest)
         self.waited += time.perf_counter() - started
 
 
 def plan_of(parameters: Mapping[str, float]) -> Plan:
     """Returns a plan of its own for every number."""
-    return Plan.uniform(SHAPE, Rule(4, 32 + int(1e6 * parameters["x"]), 0), 32)
+    return Plan.uniform(SHAPE, Rule(4, 32 + int(1e6 * parameters["0"]), 0), 32)
 
 
 def work(storage: str, name: str, trials: int, measure: Asleep, start: Any, said: Any) -> None:
     """Is one worker."""
     with quiet_optuna(), open_claims(storage, name, alone=False) as claims:
-        study = Unsampled(claims, name, "none", {"x": FloatDistribution(0.0, 1.0)}, {"x": 0.5}, 0)
+        study = Unsampled(claims, name, "none", RANGES, dict.fromkeys(RANGES, 0.5), 0)
         start.wait()
         started = time.perf_counter()
         run = Trials(study, measure, list(range(measure.size)), plan_of)
@@ -113,6 +115,7 @@ def measured(storage: str, workers: int, each: int, seconds: float, samples: int
     return {
         "workers": workers,
         "trials": workers * each,
+        "trials_per_s": workers * each / max(one["elapsed"] for one in found),
         "elapsed_s": max(one["elapsed"] for one in found),
         "waited_share": mean(one["waited"] / one["elapsed"] for one in found),
         "overhead_share": mean(over / (over + one["slept"]) for over, one in zip(overhead, found, strict=True)),
@@ -139,7 +142,8 @@ def main() -> None:
     print(f"{shown(args.storage)}: trials of {args.seconds:g} s, {args.samples} samples each")
     for row in rows:
         print(
-            f"{row['workers']} workers, {row['trials']} trials: {row['elapsed_s']:.1f} s, overhead {row['overhead_share']:.1%} "
+            f"{row['workers']} workers, {row['trials']} trials: {row['elapsed_s']:.1f} s, {row['trials_per_s']:.2f} trials/s, "
+            f"overhead {row['overhead_share']:.1%} "
             f"({row['overhead_of_a_trial_s'] * 1e3:.0f} ms a trial), waiting {row['waited_share']:.1%}"
         )
 

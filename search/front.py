@@ -154,9 +154,10 @@ def _search_front(request: SearchRequest, evaluator: PlanEvaluator, trials: int,
         if seen == trials:
             return
         deadline.check()
-        started = study_storage.ask(trials)
+        indices = {trial.index for trial in finished}
+        started = study_storage.ask(trials, indices)
         if started is None:
-            study_storage.pause(study_storage.running(trials), deadline.left)
+            study_storage.pause(trials, indices, deadline.left)
             continue
         try:
             share = float(np.exp(started.parameters[SHARE]))

@@ -184,9 +184,10 @@ def _best(done: Sequence[FrozenTrial]) -> tuple[float, int] | None:
     """Returns the lowest mean KL of the trials that were measured on all samples, and the trial's index."""
     found = []
     for number, trial in enumerate(done):
-        notes = attributes(trial)
+        kept = attributes(trial)
+        notes = kept.get("notes", kept)  # earlier versions kept each for itself
         if notes.get("harms") and not notes.get("pruned"):
-            index = int(str(notes["name"]).rpartition(":")[2]) if "name" in notes else number
+            index = int(str(kept["name"]).rpartition(":")[2]) if "name" in kept else number
             found.append((float(np.mean(notes["harms"])), index))
     return min(found, default=None)
 

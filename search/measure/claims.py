@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 CHOOSE_STORAGE = "choose another one with --storage"
 CLAIMS = "-claims"
 """End of the name of the study that a search's workers and claims are in."""
+CLAIMED = ("name", "worker", "mark")
+"""Notes of every claim: what is measured, who measures it, and which claim of that it is."""
 PIECE = 16_000
 """Characters of the longest text that is written as one: MySQL's are of 65,535 bytes at most."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
@@ -103,7 +106,8 @@ class Claims:
 
         if self._taken(self._named(name)):
             return None
-        notes = {"name": name, "worker": self.workers.token}
+        mark = secrets.token_hex(8)
+        notes = {"name": name, "worker": self.workers.token, "mark": mark}
         with guarded(self.where):
             trial_id = self.storage.create_new_trial(
                 self.study_id, create_trial(state=TrialState.RUNNING, user_attrs=notes)
@@ -112,7 +116,7 @@ class Claims:
         claim = Claim(name, trial_id)
         try:
             named = self._named(name)
-            number = self._number(trial_id)
+            number = next(trial.number for trial in named if trial.user_attrs.get("mark") == mark)
             earlier = [trial for trial in named if trial.number < number]
             if self._taken(earlier):
                 self.release(claim)
@@ -121,7 +125,9 @@ class Claims:
             self.release(claim)
             raise
         self._pause, self._waited, self._said = FIRST_PAUSE, 0.0, False
-        return Claim(name, trial_id, _begun(self._named(name)))
+        # a dead worker may have kept a number between the look at its claim and the end of that
+        later = any(trial.state.name == "RUNNING" for trial in earlier)
+        return Claim(name, trial_id, _begun(self._named(name) if later else named))
 
     def put(self, claim: Claim, step: int, number: float) -> None:
         """Keeps one of the numbers that a claim is about.
@@ -218,10 +224,6 @@ class Claims:
 
     def _named(self, name: str) -> list[FrozenTrial]:
         return [trial for trial in self.trials() if trial.user_attrs["name"] == name]
-
-    def _number(self, trial_id: int) -> int:
-        with guarded(self.where):
-            return self.storage.get_trial(trial_id).number
 
     def _taken(self, trials: Sequence[FrozenTrial]) -> bool:
         """Returns whether one of the trials of a name is finished, or a live worker's; those of dead ones fail."""

@@ -8,7 +8,7 @@ are at, so that no random state is lost and nothing depends on who samples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moacompress.core.errors import ArtefactError
-from moacompress.search.measure.claims import Claim, ClaimLost, Claims, attributes
+from moacompress.search.measure.claims import CLAIMED, Claim, ClaimLost, Claims, attributes
 from moacompress.search.measure.storages import guarded
 
 if TYPE_CHECKING:
@@ -55,13 +55,11 @@ class StartedTrial:
         index: its index.
         parameters: its search parameters.
         claim: on it.
-        reported: how many of its samples are reported.
     """
 
     index: int
     parameters: dict[str, float]
     claim: Claim
-    reported: int = 0
 
 
 class StudyStorage:
@@ -75,7 +73,7 @@ class StudyStorage:
         neutral: search parameters of the first trial.
         seed: of the sampler.
         starts: parameters that are tried right after, such as those that won at another budget.
-        objectives: numbers that a trial has, all to be small; only with one are trials given up half-way.
+        objectives: numbers that a trial has, all to be small.
 
     Raises:
         ArtefactError: the storage cannot be used, or holds a study of another profile under this name.
@@ -119,7 +117,9 @@ class StudyStorage:
             name = trial.user_attrs.get("name")
             index = unnamed if name is None else int(name.removeprefix(TRIAL))
             unnamed += name is None
-            notes = {key: value for key, value in attributes(trial).items() if key not in ("name", "worker")}
+            kept = attributes(trial)
+            own = {key: value for key, value in kept.items() if key not in CLAIMED}
+            notes = kept.get("notes", own)  # earlier versions kept each for itself
             found[index] = FinishedTrial(index, self._ordered(trial.params), list(trial.values), notes)
         return [found[index] for index in sorted(found)]
 
@@ -138,13 +138,13 @@ class StudyStorage:
             return {}
         return {name: float(share) for name, share in found.items()}
 
-    def ask(self, limit: int) -> StartedTrial | None:
+    def ask(self, limit: int, finished: Container[int]) -> StartedTrial | None:
         """Starts the next trial; None where all below a limit are finished, or other workers' and these are alive.
 
         Args:
             limit: number of trials that there are to be.
+            finished: indices of those that are known to be finished.
         """
-        finished = {trial.index for trial in self.finished()}
         for index in range(limit):
             claim = None if index in finished else self._trials.take(f"{TRIAL}{index}")
             if claim is not None:
@@ -157,22 +157,6 @@ class StudyStorage:
                     raise
         return None
 
-    def running(self, limit: int) -> list[str]:
-        """Returns the names of the claims on trials below a limit that are not finished."""
-        finished = {trial.index for trial in self.finished()}
-        return [f"{TRIAL}{index}" for index in range(limit) if index not in finished]
-
-    def report(self, started: StartedTrial, value: float) -> bool:
-        """Keeps the value of the next sample; returns whether the trial is hopeless already.
-
-        Raises:
-            ClaimLost: another worker has the trial.
-        """
-        self._trials.put(started.claim, started.reported, value)
-        started.reported += 1
-        with guarded(self.claims.where):
-            return self._study.pruner.prune(self._study, self._trials.storage.get_trial(started.claim.trial_id))
-
     def tell(self, started: StartedTrial, value: float | Sequence[float], **notes: Any) -> None:
         """Finishes a trial with its value, or one for every objective; from then on it is never repeated.
 
@@ -180,15 +164,21 @@ class StudyStorage:
             ClaimLost: another worker has the trial.
         """
         values = [value] if isinstance(value, float) else list(value)
-        self._trials.finish(started.claim, values, **notes)
+        self._trials.finish(started.claim, values, notes=notes)
 
     def release(self, started: StartedTrial) -> None:
         """Gives up a trial, unless it is finished: another run, or another worker, begins it again."""
         self._trials.release(started.claim)
 
-    def pause(self, names: Sequence[str], longest: float | None = None) -> None:
-        """Waits a moment for trials of other workers: see `Claims.pause`."""
-        self._trials.pause(names, longest)
+    def pause(self, limit: int, finished: Container[int], longest: float | None = None) -> None:
+        """Waits a moment for the trials of other workers: see `Claims.pause`.
+
+        Args:
+            limit: number of trials that there are to be.
+            finished: indices of those that are known to be finished.
+            longest: seconds that it may take.
+        """
+        self._trials.pause([f"{TRIAL}{index}" for index in range(limit) if index not in finished], longest)
 
     def sampled(self, index: int, pending: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
         """Returns the search parameters that the sampler chooses for a trial.
@@ -219,7 +209,6 @@ class StudyStorage:
                 storage=self.claims.storage,
                 study_name=self.name,
                 directions=["minimize"] * self._objectives,
-                pruner=optuna.pruners.WilcoxonPruner(p_threshold=0.1),
                 load_if_exists=True,
             )
             holder = study.user_attrs.get("profile")

@@ -130,7 +130,7 @@ class Trials:
                 while not _complete(tried, limit) and not (tried and self.deadline.over()):
                     if not self._advance(unfinished, limit, tried):
                         self.deadline.check()
-                        self.study_storage.pause(self.study_storage.running(limit), self.deadline.left)
+                        self.study_storage.pause(limit, _indices(tried), self.deadline.left)
                     before, tried = len(tried), self.finished()
                     for _ in range(before, min(len(tried), limit)):
                         progress.step(after(tried))
@@ -149,7 +149,7 @@ class Trials:
         for trial in unfinished:
             if self._ran(trial, unfinished, tried):
                 return True
-        started = self.study_storage.ask(limit)
+        started = self.study_storage.ask(limit, _indices(tried))
         if started is None:
             return False
         try:
@@ -179,17 +179,16 @@ class Trials:
         if found is None:
             return False
         kls, pruned = found
-        if not self._report(started, kls) and started.reported < len(kls):
-            return False
-        value = log_ratio(kls, self._reference(started, kls) or kls)
+        reference = kls
+        if started.index:
+            tried = tried or self.finished()
+            if not tried:
+                return False
+            reference = tried[0].kls
+        value = log_ratio(kls, reference)
+        measured = key not in self.known
         self.study_storage.tell(
-            started,
-            value,
-            key=key,
-            plan=pack(trial.plan),
-            harms=list(kls),
-            pruned=pruned,
-            measured=key not in self.known,
+            started, value, key=key, plan=pack(trial.plan), harms=list(kls), pruned=pruned, measured=measured
         )
         return True
 
@@ -207,13 +206,13 @@ class Trials:
             found = claims.result(name)
             return None if found is None else (list(map(float, found["kls"])), bool(found["pruned"]))
         try:
-            kls, pruned = self._race(trial, claim)
+            kls, pruned = self._race(trial, claim, tried)
             claims.finish(claim, [float(np.mean(kls))], result={"kls": kls, "pruned": pruned})
         finally:
             claims.release(claim)
         return kls, pruned
 
-    def _race(self, trial: _Open, claim: Claim) -> tuple[list[float], bool]:
+    def _race(self, trial: _Open, claim: Claim, tried: Sequence[Tried]) -> tuple[list[float], bool]:
         """Measures a plan sample by sample until it is done or clearly worse than the best; trial 0 is never pruned."""
         kls: list[float] = []
         with self.measure.under(trial.plan) as kl:
@@ -224,36 +223,40 @@ class Trials:
                     self.deadline.check()
                     kls.append(kl(number))
                     self.study_storage.claims.put(claim, step, kls[-1])
-                hopeless = self._report(trial.started, kls)
-                if hopeless and trial.started.index and step + 1 < len(self.order):
-                    return kls, True
+                if trial.started.index and step + 1 < len(self.order):
+                    tried = tried or self.finished()
+                    if tried and is_hopeless(kls, tried):
+                        return kls, True
         return kls, False
 
-    def _report(self, started: StartedTrial, kls: Sequence[float]) -> bool:
-        """Reports the samples of a trial that are not reported yet; none where trial 0 has not ended.
 
-        Returns whether the trial is hopeless already.
-        """
-        if started.reported == len(kls):
-            return False
-        reference = self._reference(started, kls)
-        hopeless = False
-        if reference is not None:
-            for ratio in log_ratios(kls, reference)[started.reported :]:
-                hopeless = self.study_storage.report(started, ratio)
-        return hopeless
+def is_hopeless(kls: Sequence[float], tried: Sequence[Tried]) -> bool:
+    """Returns whether a plan is worse than the best trial beyond doubt, by Wilcoxon's test of what is measured of both.
 
-    def _reference(self, started: StartedTrial, kls: Sequence[float]) -> Sequence[float] | None:
-        """Returns the KLs of trial 0, which for that one are its own; None where it has not ended."""
-        if not started.index:
-            return kls
-        first = next(iter(self.study_storage.finished()), None)
-        return None if first is None or first.index else list(first.notes["harms"])
+    Args:
+        kls: of the plan, nats, in the order of the shuffled samples, as far as they are measured.
+        tried: the finished trials, of which there is one at least.
+    """
+    import optuna
+    from optuna.trial import TrialState, create_trial
+
+    reference = tried[0].kls
+    best = min(tried, key=lambda trial: (trial.value, trial.index))
+    study = optuna.create_study()
+    study.add_trial(
+        create_trial(value=best.value, intermediate_values=dict(enumerate(log_ratios(best.kls, reference))))
+    )
+    running = create_trial(state=TrialState.RUNNING, intermediate_values=dict(enumerate(log_ratios(kls, reference))))
+    return bool(optuna.pruners.WilcoxonPruner(p_threshold=0.1).prune(study, running))
+
+
+def _indices(tried: Sequence[Tried]) -> set[int]:
+    return {trial.index for trial in tried}
 
 
 def _complete(tried: Sequence[Tried], limit: int) -> bool:
     """Returns whether all trials below a limit are finished."""
-    return set(range(limit)) <= {trial.index for trial in tried}
+    return set(range(limit)) <= _indices(tried)
 
 
 def _tried(trial: FinishedTrial, seen: Container[str]) -> Tried:

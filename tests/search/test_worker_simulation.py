@@ -219,10 +219,10 @@ def test_a_study_of_64_workers_comes_to_its_end_whatever_befalls_them(seed: int,
     assert any(trial.state.name == "FAIL" for trial in [*trials, *claims])
     done = [trial for trial in trials if trial.state.name == "COMPLETE"]
     assert sorted(int(trial.user_attrs["name"].removeprefix("trial:")) for trial in done) == list(range(TRIALS))
-    found = {trial.user_attrs["name"]: attributes(trial) for trial in done}
+    found = {trial.user_attrs["name"]: attributes(trial)["notes"] for trial in done}
     reference = [true_kl(plan_of({"x": 0.5}), sample) for sample in range(SAMPLES)]
     for trial in done:
-        notes, plan = attributes(trial), plan_of(trial.params)
+        notes, plan = found[trial.user_attrs["name"]], plan_of(trial.params)
         assert notes["key"] == plan.key()
         assert notes["harms"] == [true_kl(plan, sample) for sample in range(len(notes["harms"]))]
         assert trial.value == pytest.approx(log_ratio(notes["harms"], reference))
