@@ -12,6 +12,7 @@ from moacompress.calibration.profile.estimate import dry_run
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.progress import Progress
 from moacompress.core.tables import readable_seconds
+from moacompress.estimate.devices import on_devices
 from moacompress.estimate.estimate import Estimate
 from moacompress.recipe import AUTO, Recipe
 from moacompress.rules.budget import any_memory
@@ -79,8 +80,31 @@ def search_seconds(recipe: Recipe, forwards: Iterable[tuple[int, float]]) -> flo
     return searched if recipe.max_loss is None else SCOUTS * (1 + PRUNED) * whole + SEARCHES * searched
 
 
+def search_seconds_on(recipe: Recipe, forwards: Iterable[tuple[int, float]], devices: int) -> float:
+    """Returns the same with a worker on each of several devices.
+
+    Trial 0 is alone, and at the end of the trials, of each round and of the moves workers wait for the last plan that is
+    measured: each of these takes one measurement that is not divided.
+
+    Args:
+        recipe: of the search.
+        forwards: see `search_seconds`.
+        devices: how many workers there are.
+    """
+    counted = list(forwards)
+    alone, one = search_seconds(recipe, counted), sum(count * seconds for count, seconds in counted)
+    waits = min((2 + recipe.search.rounds + (recipe.search.moves > 0)) * one, alone)
+    return waits + (alone - waits) / devices
+
+
 def estimate_search(
-    profile: Profile, recipe: Recipe, plans: int, progress: Progress | None = None, *, trust_remote_code: bool = False
+    profile: Profile,
+    recipe: Recipe,
+    plans: int,
+    progress: Progress | None = None,
+    *,
+    devices: int = 1,
+    trust_remote_code: bool = False,
 ) -> Estimate:
     """Returns what a search of so many plans would take, each alone.
 
@@ -89,6 +113,7 @@ def estimate_search(
         recipe: of the search.
         plans: how many.
         progress: told of the timing.
+        devices: workers that share it, each on a device as fast as this one.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
 
     Raises:
@@ -105,13 +130,16 @@ def estimate_search(
     each = f" for {plans} plans" if plans > 1 else ""
     late = timeout is not None and seconds > timeout
     stop = f", and --timeout would stop it after {readable_seconds(timeout)}" if timeout is not None and late else ""
+    together = plans * search_seconds_on(recipe, forwards, devices)
+    said, found = on_devices(seconds, together, devices, timed.peak_bytes) if devices > 1 else ("", {})
     return Estimate(
         seconds=seconds,
         text=(
             *memory,
             f"It would take about {readable_seconds(seconds)}{each}{stop}. Nothing was searched.",
+            *([said] if said else []),
         ),
-        facts={"plans": plans, "peak_bytes": timed.peak_bytes},
+        facts={"plans": plans, "peak_bytes": timed.peak_bytes, **found},
         slowdown=timed.slowdown,
     )
 

@@ -24,6 +24,7 @@ from moacompress.calibration.profile.probe import SHORT, Gathered, Probe
 from moacompress.calibration.profile.profiler import check_around, check_lengths
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.tables import readable_bytes, readable_seconds
+from moacompress.estimate.devices import makespan, on_devices
 from moacompress.estimate.estimate import Estimate
 from moacompress.estimate.live_bytes import Line
 from moacompress.estimate.rates import Rates
@@ -49,6 +50,7 @@ class LengthEstimate:
             holds back come on top.
         forward_seconds: of one forward pass at this length.
         decode_seconds: of one more token behind it.
+        fitting_seconds: what of `profile_seconds` the forward passes take that gates are fitted and judged in.
     """
 
     length: int
@@ -61,11 +63,24 @@ class LengthEstimate:
     peak_bytes: int
     forward_seconds: float
     decode_seconds: float
+    fitting_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
         """All of its time."""
         return self.answer_seconds + self.profile_seconds
+
+    @property
+    def answers(self) -> list[float]:
+        """Seconds of every answer, those for gates among them."""
+        count = self.samples + self.validation_samples
+        return [self.answer_seconds / count] * count if count else []
+
+    @property
+    def passes(self) -> list[float]:
+        """Seconds of every sample's passes; those that find the influence for gates are in them."""
+        count = self.samples + self.text_samples
+        return [(self.profile_seconds - self.fitting_seconds) / count] * count if count else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +101,12 @@ class ProfileEstimate(Estimate):
 
     @staticmethod
     def of(
-        lengths: tuple[LengthEstimate, ...], weight_bytes: int, slowdown: float = 1.0, rates: Rates | None = None
+        lengths: tuple[LengthEstimate, ...],
+        weight_bytes: int,
+        slowdown: float = 1.0,
+        rates: Rates | None = None,
+        devices: int = 1,
+        gate_groups: int = 1,
     ) -> ProfileEstimate:
         """Returns the estimate of a whole profile.
 
@@ -95,10 +115,19 @@ class ProfileEstimate(Estimate):
             weight_bytes: the model's weights, part of every `peak_bytes`.
             slowdown: see `Estimate`.
             rates: see above.
+            devices: how many there are, as `torchrun` or shards use them.
+            gate_groups: passes over the samples in which one device fits the gates of all layers.
         """
         seconds, peak = sum(part.seconds for part in lengths), max(part.peak_bytes for part in lengths)
         names = ("samples", "text_samples", "validation_samples", "tokens")
         counts = {name: sum(getattr(part, name) for part in lengths) for name in names}
+        fitting = sum(part.fitting_seconds for part in lengths)
+        together = (
+            makespan((each for part in lengths for each in part.answers), devices)
+            + makespan((each for part in lengths for each in part.passes), devices)
+            + fitting * math.ceil(gate_groups / devices) / gate_groups
+        )
+        said, found = on_devices(seconds, together, devices, peak) if devices > 1 else ("", {})
         return ProfileEstimate(
             seconds=seconds,
             text=(
@@ -111,9 +140,11 @@ class ProfileEstimate(Estimate):
                 f"In all: {_counted(counts)}, {counts['tokens']:,} tokens, about {readable_seconds(seconds)}.",
                 f"Memory: about {readable_bytes(peak)} at most, {readable_bytes(weight_bytes)} of it weights, "
                 "beside Python's own.",
+                *([said] if said else []),
             ),
             facts={
                 **counts,
+                **found,
                 "peak_bytes": peak,
                 "weight_bytes": weight_bytes,
                 "lengths": [{**asdict(part), "seconds": part.seconds} for part in lengths],
@@ -137,6 +168,7 @@ def dry_run(
     progress: Progress | None = None,
     *,
     around: Plan | None = None,
+    devices: int = 1,
     trust_remote_code: bool = False,
 ) -> ProfileEstimate:
     """Estimates what `profile` would take with the same arguments. Nothing is written, no data is read.
@@ -146,6 +178,7 @@ def dry_run(
         recipe: the run.
         progress: receives the progress.
         around: the plan to profile around, or None.
+        devices: also say what it takes on so many, each as fast as this one.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
 
     Raises:
@@ -178,7 +211,8 @@ def dry_run(
     if longer := sum(longer_counts(recipe, source.context)):
         parts.append(arithmetic.estimate(2 * lengths[-1], 0, 0, longer))
     progress.done()
-    return ProfileEstimate.of(tuple(parts), probe.weight_bytes, probe.watch.slowdown, probe)
+    fits = probe.gate_groups if gates else 1
+    return ProfileEstimate.of(tuple(parts), probe.weight_bytes, probe.watch.slowdown, probe, devices, fits)
 
 
 class _Arithmetic:
@@ -219,11 +253,13 @@ class _Arithmetic:
         """Returns the estimate of a length with so many samples more that gates are trained on."""
         length = estimate.length
         seconds = samples * self._passes_seconds(self._probe.of_gates, length, self._answer)
+        fitting = self._again(samples) * self._probe.forward(length)
         return replace(
             estimate,
             tokens=estimate.tokens + samples * length,
             answer_seconds=estimate.answer_seconds + self._answer_seconds(length, samples),
-            profile_seconds=estimate.profile_seconds + seconds + self._again(samples) * self._probe.forward(length),
+            profile_seconds=estimate.profile_seconds + seconds + fitting,
+            fitting_seconds=estimate.fitting_seconds + fitting,
         )
 
     def _again(self, samples: int) -> int:

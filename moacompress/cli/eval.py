@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from moacompress.cli.harness import CommandRun, Output, command, say
-from moacompress.cli.options import LengthsOption, Overwrite, Text, TrustRemoteCode, dry_run_option, split_list
+from moacompress.cli.options import (
+    Devices,
+    LengthsOption,
+    Overwrite,
+    Text,
+    TrustRemoteCode,
+    asked_devices,
+    dry_run_option,
+    split_list,
+)
 from moacompress.core.errors import UsageError
 from moacompress.core.ranks import rank
 
@@ -93,6 +102,7 @@ def evaluate(
         typer.Option("--out", "-o", metavar="FILE", help="Write the results here; a stopped run resumes from there."),
     ] = None,
     dry_run: Annotated[bool, dry_run_option("Say how long it would take, and measure nothing.")] = False,
+    devices: Devices = None,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
@@ -102,6 +112,7 @@ def evaluate(
     the tasks are needle-noise and, where --text is given, text; none of them where --source or --lm-eval is.
     Under torchrun (torchrun --standalone --nproc-per-node 2 -m moacompress eval ...) processes share the prompts.
     """
+    count = asked_devices(devices, dry_run)
     if list_tasks:
         return _list_tasks()
     if path is None:
@@ -147,6 +158,7 @@ def evaluate(
             own={name: len(task.given or ()) for name, task in own.items()},
             dtype=recipe.dtype,
             device=recipe.device,
+            devices=count,
             trust_remote_code=trust_remote_code,
         )
         return Output(expected.to_dict(), [f"It would take {expected.line()} Nothing was measured."])

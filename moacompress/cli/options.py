@@ -107,6 +107,27 @@ def dry_run_option(text: str) -> Any:
     return typer.Option("--dry-run", help=text, callback=_wait_asleep)
 
 
+Devices = Annotated[
+    int | None,
+    typer.Option(
+        "--devices", metavar="N", min=1, help="With --dry-run: also say what it takes on N devices as fast as this one."
+    ),
+]
+
+
+def asked_devices(devices: int | None, dry_run: bool) -> int:
+    """Returns the devices that an estimate is for.
+
+    Raises:
+        UsageError: they are given where nothing is estimated.
+    """
+    if devices is not None and not dry_run:
+        raise UsageError(
+            "--devices is for an estimate: give --dry-run too; torchrun, --shard or --storage use many devices"
+        )
+    return devices or 1
+
+
 def _wait_asleep(dry_run: bool) -> bool:
     """Has OpenMP's threads sleep while they wait for one another; OpenMP reads this once, when torch is loaded.
 

@@ -11,6 +11,7 @@ from rich.console import RenderableType
 
 from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import (
+    Devices,
     HeadWeightsOption,
     LengthsOption,
     ModelArgument,
@@ -23,6 +24,7 @@ from moacompress.cli.options import (
     TrustRemoteCode,
     ValidationSamples,
     WeightsOption,
+    asked_devices,
     dry_run_option,
     read_sources,
     required_model,
@@ -137,6 +139,7 @@ def profile(
     dry_run: Annotated[
         bool, dry_run_option("Say what it would take (tokens, time, memory), and profile nothing.")
     ] = False,
+    devices: Devices = None,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
@@ -146,6 +149,7 @@ def profile(
     predictions are compared with measured KL, in DIR/audit.json and DIR/audit.html.
     Under torchrun (torchrun --standalone --nproc-per-node 2 -m moacompress profile ...) processes share the samples.
     """
+    count = asked_devices(devices, dry_run)
     if merge:
         return _merged([name for name in (model, *(others or ())) if name], out, overwrite, run)
     if others:
@@ -196,7 +200,7 @@ def profile(
 
         check_data(resolved)
         loaded = load_for(resolved, name, trust_remote_code=trust_remote_code)
-        expected = estimate(loaded, resolved, run.progress, around=plan)
+        expected = estimate(loaded, resolved, run.progress, around=plan, devices=count)
         return Output(expected.to_dict(), list(expected.lines()))
 
     from moacompress.calibration.profile.profiler import profile as profile_model

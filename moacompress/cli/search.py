@@ -12,6 +12,7 @@ from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import (
     ClassesOption,
     CostTableOption,
+    Devices,
     FormatsOption,
     HeadWeightsOption,
     MaxLossOption,
@@ -20,6 +21,7 @@ from moacompress.cli.options import (
     RecipeFile,
     TrustRemoteCode,
     WeightsOption,
+    asked_devices,
     dry_run_option,
     one_limit,
     with_memory,
@@ -129,6 +131,7 @@ def search(
         ),
     ] = None,
     dry_run: Annotated[bool, dry_run_option("Say how long it would take, and search nothing.")] = False,
+    devices: Devices = None,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
@@ -137,6 +140,7 @@ def search(
     Plans are measured on the model of PROFILE. A search that was stopped resumes with the same command.
     """
     started = time.monotonic()
+    count = asked_devices(devices, dry_run)
     if status is not None:
         return _status(status)
     if profile is None:
@@ -177,7 +181,9 @@ def search(
         from moacompress.search.search_estimate import estimate_search
 
         plans = max(1, len(asked))
-        expected = estimate_search(loaded, resolved, plans, run.progress, trust_remote_code=trust_remote_code)
+        expected = estimate_search(
+            loaded, resolved, plans, run.progress, devices=count, trust_remote_code=trust_remote_code
+        )
         return Output(expected.to_dict(), [*expected.lines()])
     from moacompress.search.deadline import Deadline
 

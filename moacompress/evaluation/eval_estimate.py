@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moacompress.core.tables import readable_seconds
+from moacompress.estimate.devices import on_devices
 from moacompress.estimate.estimate import Estimate
+from moacompress.estimate.live_bytes import weight_bytes
 from moacompress.estimate.rates import Rates, TimedRates
+from moacompress.evaluation.scoring.prompts import BATCH_TOKENS
 from moacompress.rules.rule import SINKS
 from moacompress.runtime.checkpoint import compressed_folder, load_checkpoint
 from moacompress.runtime.linear import use_kernels
@@ -32,6 +36,15 @@ def eval_seconds(tasks: int, lengths: Sequence[int], prompts: int, models: int, 
     return tasks * prompts * models * each
 
 
+def eval_seconds_on(tasks: int, lengths: Sequence[int], prompts: int, models: int, rates: Rates, devices: int) -> float:
+    """Returns the same on several devices, which share the batches of one task and length after another."""
+    seconds = 0.0
+    for length in lengths if prompts else ():
+        batches = models * math.ceil(prompts / max(1, BATCH_TOKENS // length))
+        seconds += math.ceil(batches / devices) / batches * eval_seconds(tasks, [length], prompts, models, rates)
+    return seconds
+
+
 def estimate_eval(
     target: Path,
     against: Sequence[str],
@@ -42,12 +55,14 @@ def estimate_eval(
     own: Mapping[str, int] | None = None,
     dtype: str = "auto",
     device: str = "cpu",
+    devices: int = 1,
     trust_remote_code: bool = False,
 ) -> Estimate:
     """Estimates an evaluation from one timed prompt of each length under the plan; nothing is written.
 
     Arguments are those of `runner.evaluate`, but for `own`: the number of rows of each of the user's own tasks, which count
-    as if all were as long as the longest length. Baselines without a sink of their own are tried with every sink. Tasks of
+    as if all were as long as the longest length, and for `devices`: processes of `torchrun` that share it, each on a device as
+    fast as this one. Baselines without a sink of their own are tried with every sink. Tasks of
     lm-evaluation-harness are not counted.
 
     Raises:
@@ -63,9 +78,16 @@ def estimate_eval(
     rows = sum(min(count, prompts) for count in (own or {}).values())
     seconds += eval_seconds(1, [max(lengths)], rows, models, rates)
     answers = (len(tasks) * len(lengths) * prompts + rows) * models
+    together = eval_seconds_on(len(tasks), lengths, prompts, models, rates, devices)
+    together += eval_seconds_on(1, [max(lengths)], rows, models, rates, devices)
+    size = weight_bytes(checkpoint.model)
+    said, found = on_devices(seconds, together, devices, size) if devices > 1 else ("", {})
     return Estimate(
         seconds=seconds,
-        text=(f"about {readable_seconds(seconds)} for {answers:,} answers of {models} models.",),
-        facts={"models": models, "answers": answers},
+        text=(
+            f"about {readable_seconds(seconds)} for {answers:,} answers of {models} models.",
+            *([said] if said else []),
+        ),
+        facts={"models": models, "answers": answers, **found},
         slowdown=rates.watch.slowdown,
     )
