@@ -22,7 +22,7 @@ from moacompress.models.modules import module_problems, needed_weights
 from moacompress.models.shape import config_shape
 from moacompress.models.source import GGUF_PACKAGES, find_model_folder, locate_source
 from moacompress.models.stored_plan import plan_file_problem
-from moacompress.models.support import config_problems, is_tested, quantization_method, stored_problems
+from moacompress.models.support import TORCHAO, config_problems, is_tested, quantization_method, stored_problems
 from moacompress.models.tokenizer_files import tokenizer_problems
 from moacompress.models.weight_files import (
     bytes_by_type,
@@ -237,7 +237,9 @@ def _dense_problems(source: str, config: PreTrainedConfig, trust_remote_code: bo
         found = module_problems(skeleton)
     found = [*stored_problems(config), *found, *_file_problems(source)]
     folder = _files_of(source)
-    if found or skeleton is None or folder is None:
+    if (
+        found or skeleton is None or folder is None or quantization_method(config) == TORCHAO
+    ):  # it names parts of weights
         return found
     try:
         files = checkpoint_files(folder)

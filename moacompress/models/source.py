@@ -20,7 +20,7 @@ from moacompress.models.gguf_model import load_gguf
 from moacompress.models.hub import hub_arguments, is_hub_name
 from moacompress.models.modules import check_supported
 from moacompress.models.shape import config_shape
-from moacompress.models.support import config_problems, quantization_method, stored_problems
+from moacompress.models.support import TORCHAO, config_problems, quantization_method, stored_problems
 from moacompress.models.tokenizer_files import tokenizer_problems
 from moacompress.models.weight_files import gguf_dtype, stored_dtype, weight_problems
 from moacompress.rules.formats import DTYPE_BYTES, dtype_name
@@ -142,8 +142,12 @@ def load_source(
         raise ModelError(
             f"{source} lacks {len(missing)} of its weights, such as {missing[0]}, which would be drawn at random"
         )
+    if quantization_method(model.config) == TORCHAO:
+        from moacompress.models.torchao_weights import with_floats
+
+        model = with_floats(model, trust_remote_code)
     if quantization_method(model.config) is not None:
-        # transformers keeps the GGUF mark on a model that it dequantized and would refuse to save it
+        # the mark stays on a model that was dequantized, and transformers would refuse to save it
         del model.config.quantization_config
         model.hf_quantizer = None
         model.is_quantized = False

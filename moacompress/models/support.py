@@ -6,12 +6,15 @@ One sentence each, with the layers or the config key that it is about. What only
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moacompress.core.errors import ModelError
 from moacompress.rules.model_shape import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS
 
+TORCHAO = "torchao"
+"""The `quant_method` of a checkpoint that torchao quantized, and the package that reads it."""
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
 """Layer types of transformers whose keys and values moacompress can drop."""
 TESTED_FAMILIES = (
@@ -78,7 +81,12 @@ def stored_problems(config: Any) -> list[str]:
             return [
                 f"{_name(config)} is compressed already (quantization_config); give the dense model it was made from"
             ]
-        if method not in (None, "gguf"):  # weights of a .gguf file are dequantized on loading
+        if method == TORCHAO and importlib.util.find_spec(TORCHAO) is None:
+            return [
+                f"{_name(config)} has weights quantized by torchao, which is needed to read them: `pip install "
+                "'moacompress[torchao]'`; or give the model with float weights"
+            ]
+        if method not in (None, "gguf", TORCHAO):  # these are dequantized on loading
             return [
                 f"{_name(config)} has weights quantized by {method} (quantization_config); give the model with float weights"
             ]
