@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moacompress.bench.bench_request import Cell
 from moacompress.bench.graphs import CompiledForward
-from moacompress.bench.sides import STATIC, DecodeTurn, filled_cache, random_ids, same_weights
+from moacompress.bench.sides import STATIC, DecodeTurn, FilledPlanCache, filled_cache, random_ids, same_weights
 from moacompress.kernels import dispatch
 from moacompress.kernels.arguments import CacheView, Scores, as_tensors
 from moacompress.kernels.backend import Backend, prefill_alone
@@ -34,6 +34,7 @@ from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
 from moacompress.runtime import attach
 from moacompress.runtime.compat.alternates import cache_argument, returned_cache
+from moacompress.runtime.hf.device_generation import DeviceSteps, greedy
 
 PAIRS = (("native", "native"), ("int8", "int8"), ("int8", "int4"), ("int4", "int4"))
 SHARE = 256
@@ -402,6 +403,10 @@ def e2e(runner: Runner) -> Iterator[Row]:
         cell = Cell("bfloat16", tokens, rows)
         for name, (side, model, plan) in sides.items():
             yield _attempt(f"{rows} x {tokens:,} {name}", partial(_step_ms, runner, model, side, plan, cell))
+        for name, (side, model, plan) in sides.items():
+            if side == "plan":
+                what = f"{rows} x {tokens:,} {name}, steps on the device"
+                yield _attempt(what, partial(_device_step_ms, runner, model, plan, cell))
         compiled = CompiledForward(copy.copy(dense)) if runner.device.type == "cuda" else None
         if compiled is not None:
             plan = sides["plain"][2]
@@ -449,6 +454,19 @@ def _step_ms(runner: Runner, model: Any, side: str, plan: Plan, cell: Cell, forw
         turn.run()
         found.append((time.perf_counter() - begin) / steps)
     return {"ms": statistics.median(found) * 1e3, "KV GiB": filled.kv_bytes() / 2**30, "routes": turn.routes}
+
+
+def _device_step_ms(runner: Runner, model: Any, plan: Plan, cell: Cell) -> Row:
+    """A step whose tensors stay where they are; on a GPU one that is captured as a graph."""
+    warm, steps = 2, 16 if runner.device.type == "cuda" else 1
+    made, device = warm + 1 + steps, str(runner.device)
+    filled = FilledPlanCache(plan, plan.model, cell, cell.length + made + 1, 0, device)
+    first = random_ids((cell.batch,), runner.sizes.model["vocab_size"], 1, device)
+    turn = DeviceSteps(model, filled.cache, first, torch.full_like(first, cell.length), made + 1, greedy, first[:0], 0)
+    for _ in range(warm):
+        turn.advance()
+    seconds = runner.seconds(turn.advance, steps)
+    return {"ms": seconds * 1e3, "graph": turn.captured}
 
 
 def _quantized(runner: Runner, dense: Any, cell: Cell) -> Row:

@@ -37,7 +37,7 @@ def under_plan(tiny_model: Callable[..., Any]) -> Callable[[str], Any]:
     return make
 
 
-def prompts(model: Any, *padding: int, length: int = 40) -> dict[str, torch.Tensor]:
+def prompts(model: Any, *padding: int, length: int = 40) -> dict[str, Any]:
     """Returns prompts of which so many tokens are padding."""
     ids = torch.randint(10, model.config.vocab_size, (len(padding), length), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -101,7 +101,9 @@ def test_what_cannot_be_is_refused(under_plan: Callable[[str], Any], tiny_model:
 
 def steps_of(model: Any, given: dict[str, torch.Tensor], tokens: int, ends: torch.Tensor) -> DeviceSteps:
     """Returns steps after prompts without padding."""
-    cache = PlanCache(attached_plan(model), reserve=20 + tokens)
+    plan = attached_plan(model)
+    assert plan is not None
+    cache = PlanCache(plan, reserve=20 + tokens)
     first = model(given["input_ids"], cache=cache).logits[:, -1].argmax(-1)
     lengths = torch.full_like(first, given["input_ids"].shape[1])
     return DeviceSteps(model, cache, first, lengths, tokens, greedy, ends, 0)

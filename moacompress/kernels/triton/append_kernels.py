@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from moacompress.kernels.reference import codes
-from moacompress.kernels.triton.tiles import BLOCK, UNIT, in_ring, ring_of
+from moacompress.kernels.triton.tiles import BLOCK, UNIT, code_bytes, in_ring, ring_of
 
 LARGEST = tl.constexpr(codes.LARGEST)
 NAN_BITS = tl.constexpr(0x7E00)
@@ -89,8 +89,7 @@ def write(
     else:
         code, scale, zero = encoded(vectors.to(tl.float32), DIM, BITS, NORM)
         HALF: tl.constexpr = (DIM + 1) // 2
-        USED: tl.constexpr = HALF if BITS == 4 else DIM
-        BYTES: tl.constexpr = (USED + 3) // 4 * 4
+        BYTES: tl.constexpr = code_bytes(DIM, BITS)
         if BITS == 4:
             above = tl.minimum(lane + HALF, SIZE - 1).broadcast_to(code.shape)
             high = tl.where(lane + HALF < DIM, tl.gather(code, above, 1), 0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moacompress.kernels.triton.tiles import UNIT, scale_and_zero
+from moacompress.kernels.triton.tiles import UNIT, code_bytes, scale_and_zero
 from moacompress.rules import windows
 
 BLOCK = tl.constexpr(windows.BLOCK)
@@ -121,7 +121,7 @@ def code_scores(
     Returns:
         float32 `[rows, tokens]`.
     """
-    BYTES: tl.constexpr = (DIM * BITS + 31) // 32 * 4
+    BYTES: tl.constexpr = code_bytes(DIM, BITS)
     low, high = key_halves(Keys.to(tl.pointer_type(tl.int32)), offset, place, there, BYTES, WIDTH // 4, BITS == 4)
     score = tl.dot(query, tl.trans(codes_in(low, query.dtype)), input_precision="ieee")
     if BITS == 4:
@@ -174,7 +174,7 @@ def add_halves(
     Returns:
         `out, out_high, zeros, unit`.
     """
-    BYTES: tl.constexpr = (DIM * BITS + 31) // 32 * 4
+    BYTES: tl.constexpr = code_bytes(DIM, BITS)
     scale, zero = scale_and_zero(Values.to(tl.pointer_type(tl.float16)), offset, place, read, BYTES)
     wanted = weight * scale[None, :]
     before = unit * shrunk

@@ -15,6 +15,7 @@ from moacompress.kernels.triton.tiles import (
     add_codes,
     cached_scores,
     chunk_numbers,
+    code_bytes,
     key_words,
     native_numbers,
     scale_and_zero,
@@ -111,7 +112,7 @@ def passing_numbers(
     if BITS == 0:
         low += native_numbers(Pool, offset, place, cached, DIM, WIDTH).to(dtype)
     else:
-        BYTES: tl.constexpr = (DIM * BITS + 31) // 32 * 4
+        BYTES: tl.constexpr = code_bytes(DIM, BITS)
         if VALUES:
             found = value_bytes(Pool.to(tl.pointer_type(tl.uint8)), offset, place, cached, BYTES, WIDTH)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moacompress.kernels.triton.tiles import BLOCK, UNIT, in_ring, ring_of, visible_bounds
+from moacompress.kernels.triton.tiles import BLOCK, UNIT, code_bytes, in_ring, ring_of, visible_bounds
 
 NATIVE_WINDOW = tl.constexpr(4)
 """Row of a rule table; see `rules.rule_table.COLUMNS`."""
@@ -62,7 +62,7 @@ def copy_vector(
         found = tl.load(Memory + from_at * unit + from_place * DIM + lane, mask=lane < DIM)
         tl.store(Memory + to_at * unit + to_place * DIM + lane, found, mask=lane < DIM)
     else:
-        BYTES: tl.constexpr = (DIM * BITS // 8 + (DIM * BITS % 8 > 0) + 3) // 4 * 4
+        BYTES: tl.constexpr = code_bytes(DIM, BITS)
         if IS_VALUE:
             memory = Memory.to(tl.pointer_type(tl.uint8))
             source = memory + from_at * UNIT + 4 * BYTES * (from_place // 4) + from_place % 4

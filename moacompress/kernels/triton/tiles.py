@@ -16,6 +16,12 @@ BLOCK = tl.constexpr(windows.BLOCK)
 UNIT = tl.constexpr(work_lists.UNIT)
 
 
+@triton.constexpr_function
+def code_bytes(dim, bits):
+    """Returns the bytes of the codes of a vector of `dim` numbers: whole words of 4, see `docs/formats.md`."""
+    return (dim * bits + 31) // 32 * 4
+
+
 @triton.jit
 def visible_bounds(n, sink, alpha, beta_q, min_window, native_window):
     """Returns `first, sink_end, start` of `rules.windows.visible_intervals`, of one KV head in int64."""
@@ -136,7 +142,7 @@ def cached_scores(
         key = native_numbers(Keys, offset, place, seen, DIM, WIDTH).to(query.dtype)
         score = tl.dot(query, tl.trans(key), input_precision="ieee")
     else:
-        BYTES: tl.constexpr = (DIM * BITS + 31) // 32 * 4
+        BYTES: tl.constexpr = code_bytes(DIM, BITS)
         found = key_words(Keys.to(tl.pointer_type(tl.int32)), offset, place, there, BYTES, WIDTH // 4)
         if BITS == 4:
             score = tl.dot(query, tl.trans((found & 15).to(query.dtype)), input_precision="ieee")
@@ -220,7 +226,7 @@ def add_codes(
     Returns:
         `out, out_high, zeros`.
     """
-    BYTES: tl.constexpr = (DIM * BITS + 31) // 32 * 4
+    BYTES: tl.constexpr = code_bytes(DIM, BITS)
     scale, zero = scale_and_zero(Values.to(tl.pointer_type(tl.float16)), offset, place, read, BYTES)
     scaled = tl.where(seen, weight * scale[None, :], 0.0).to(dtype)
     # the zero points are weighed by what the codes are: their errors cancel

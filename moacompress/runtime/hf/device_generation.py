@@ -148,6 +148,11 @@ class DeviceSteps:
         self._warm = self.cache.step_routes[RingStep.name] - before == layers
 
     @property
+    def captured(self) -> bool:
+        """Whether steps are those of a graph."""
+        return self._graph is not None
+
+    @property
     def _can_capture(self) -> bool:
         return self._token.device.type == "cuda"
 
