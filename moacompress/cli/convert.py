@@ -1,0 +1,126 @@
+"""`moacompress convert`: plans of other projects, in and out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from moacompress.cli.harness import CommandRun, Output, command
+from moacompress.cli.options import Overwrite, TrustRemoteCode
+from moacompress.core.artefact_names import PLAN_FILE
+from moacompress.core.errors import ArtefactError, UsageError
+
+if TYPE_CHECKING:
+    from moacompress.rules.plan import Plan
+
+Form = Literal["duo-attention", "moa"]
+HEADS_FILE, CONFIG_FILE = "full_attention_heads.tsv", "config.json"
+"""DuoAttention's two files of a pattern."""
+MOST_BYTES = 1 << 26
+
+
+@command(
+    "moacompress convert path/to/pattern --from duo-attention --model path/to/model --sparsity 0.5 -o plan.json",
+    "moacompress convert moa_alpha_beta.json --from moa --model path/to/model --at 8k -o plan.json",
+    "moacompress convert plan.json --to moa -o moa_alpha_beta.json",
+    "moacompress convert runs/mine --to duo-attention -o pattern/",
+)
+def convert(
+    run: CommandRun,
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A pattern's folder, MoA's JSON file, or a plan.")],
+    source: Annotated[Form | None, typer.Option("--from", help="Whose plan PATH is.")] = None,
+    target: Annotated[Form | None, typer.Option("--to", help="Whose plan is to be written of ours.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The model that a plan from outside is for.")
+    ] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Share of the KV heads that DuoAttention's pattern has not full. [default: below 0.5]"),
+    ] = None,
+    at: Annotated[
+        str, typer.Option(metavar="LENGTH", help="Where the spans of MoA's query heads are compared.")
+    ] = "8k",
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="PATH", help="What is written.")] = Path(PLAN_FILE),
+    overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> Output:
+    """Read plans of DuoAttention and MoA, or write one of ours for them.
+
+    What the other form cannot say is listed. Nothing is measured: export a plan that came in, and `eval` it.
+    """
+    from moacompress.models.locate import find_plan_file
+    from moacompress.models.stored_plan import read_plan
+    from moacompress.rules.foreign_plans import duo_of_plan, moa_of_plan
+
+    if (source is None) == (target is None):
+        raise UsageError("say where the plan comes from, or for whom it is: one of --from and --to")
+    if out.exists() and not overwrite:
+        raise ArtefactError(f"{out} exists already; choose another place or pass --overwrite")
+    if source is not None:
+        if model is None:
+            raise UsageError(f"a plan of {source} does not know its model; give it (--model MODEL)")
+        plan, notes = _read(path, source, model, sparsity, at, run, trust_remote_code)
+        plan.save(out)
+        shown = [f"The plan is {out}: {plan}", *(f"Not as it was: {note}." for note in notes)]
+        return Output({"plan": str(out), "lost": notes}, [*shown, f"Next: moacompress export {model} {out} -o model/"])
+    ours = read_plan(find_plan_file(path))
+    if target == "moa":
+        spans, notes = moa_of_plan(ours)
+        _write(out, json.dumps({"alphas": spans.alphas, "betas": spans.betas}))
+    else:
+        pattern, notes = duo_of_plan(ours)
+        rows = "".join("\t".join(f"{value:.6e}" for value in row) + "\n" for row in pattern.heads)
+        _write(out / HEADS_FILE, rows)
+        _write(out / CONFIG_FILE, json.dumps({"sink_size": pattern.sink, "recent_size": pattern.recent}))
+    return Output({"written": str(out), "lost": notes}, [f"Written: {out}", *(f"Lost: {note}." for note in notes)])
+
+
+def _read(
+    path: Path, source: Form, model: str, sparsity: float | None, at: str, run: CommandRun, trust_remote_code: bool
+) -> tuple[Plan, list[str]]:
+    from moacompress.core.files import read_json
+    from moacompress.models.source import load_source
+    from moacompress.rules.budget import parse_length
+    from moacompress.rules.foreign_plans import DuoPattern, MoaSpans, plan_of_duo, plan_of_moa
+
+    length = parse_length(at)
+    if source == "moa":
+        found = read_json(path, "plan of MoA")
+        if not isinstance(found, dict) or not {"alphas", "betas"} <= set(found):
+            raise ArtefactError(f"{path} is no plan of MoA: it needs `alphas` and `betas`")
+        shape = load_source(model, trust_remote_code=trust_remote_code).shape
+        return plan_of_moa(MoaSpans(found["alphas"], found["betas"]), shape, length)
+    config = read_json(path / CONFIG_FILE, "pattern of DuoAttention")
+    sizes = [config.get(name) if isinstance(config, dict) else None for name in ("sink_size", "recent_size")]
+    if not all(isinstance(size, int) and not isinstance(size, bool) for size in sizes):
+        raise ArtefactError(
+            f"{path / CONFIG_FILE} is no pattern of DuoAttention: it needs `sink_size` and `recent_size`"
+        )
+    heads = _table(path / HEADS_FILE)
+    shape = load_source(model, trust_remote_code=trust_remote_code).shape
+    return plan_of_duo(DuoPattern(heads, *map(int, sizes)), shape, sparsity)  # type: ignore[arg-type]
+
+
+def _table(file: Path) -> list[list[float]]:
+    try:
+        if file.stat().st_size > MOST_BYTES:
+            raise ArtefactError(f"{file} has more than {MOST_BYTES >> 20} MiB; a pattern has a number for each KV head")
+        return [
+            [float(value) for value in line.split("\t")]
+            for line in file.read_text("utf-8").splitlines()
+            if line.strip()
+        ]
+    except OSError as error:
+        raise ArtefactError(f"cannot read {file}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ArtefactError(f"{file} is no table of numbers: {error}") from error
+
+
+def _write(file: Path, text: str) -> None:
+    from moacompress.core.files import write_text
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, text)
