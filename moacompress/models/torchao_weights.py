@@ -1,9 +1,9 @@
 """Weights that torchao quantized: they become floats as a model is loaded.
 
 transformers loads such a checkpoint with tensors of torchao's own in the place of weights. These have no memory of their own
-that could be hashed, no numbers that a repair could refit, and cannot stand in a checkpoint whose `quantization_config` is a
-plan's. Each knows what it stands for, which is what its products are made with up to rounding; so that is taken, as with a
-`.gguf` file's blocks that no layer multiplies with.
+that could be hashed, and cannot stand in a checkpoint whose `quantization_config` is a plan's. Each knows what it stands for,
+which is what its products are made with up to rounding; so that is taken, as with a `.gguf` file's blocks that no layer
+multiplies with.
 """
 
 from __future__ import annotations
