@@ -115,7 +115,8 @@ class _Addresses:
     passing = ("Query", "Key", "Value", "GateScores", "Out")
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel, self.arg_names, self.seen = kernel, kernel.arg_names, []
+        self.kernel, self.arg_names = kernel, kernel.arg_names
+        self.seen: list[Any] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*given: Any, **constants: Any) -> None:
@@ -180,6 +181,7 @@ def test_a_step_asks_the_host_for_nothing(
     """Through a whole model: no copy to the host, and none from it of what rings need, once they are made."""
     model = under_plan(kind)
     plan = attached_plan(model)
+    assert plan is not None
     given = prompts(model, 0, length=20)
     wanted = model.generate(**given, max_new_tokens=4, do_sample=False)
     moacompress.detach(model)
