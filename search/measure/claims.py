@@ -80,6 +80,7 @@ class Claims:
     ) -> None:
         self.storage, self.study_id, self.workers, self.where = storage, study_id, workers, where
         self._progress = progress
+        self.beaten_by = 0
         self._mine: set[int] = set()
         self._pause, self._waited, self._said = FIRST_PAUSE, 0.0, False
 
@@ -100,10 +101,26 @@ class Claims:
         done = next((trial for trial in self._named(name) if trial.state.name == "COMPLETE"), None)
         return None if done is None else attributes(done).get("result")
 
+    def free(self, names: Sequence[str]) -> list[str]:
+        """Returns the names that are neither done nor claimed by a live worker, as far as one look says."""
+        taken, alive = set(), {self.workers.token: True}
+        for trial in self.trials():
+            name, token = trial.user_attrs["name"], trial.user_attrs.get("worker", "")
+            if trial.state.name == "RUNNING" and token not in alive:
+                with guarded(self.where):
+                    alive[token] = self.workers.alive(token)
+            if trial.state.name == "COMPLETE" or (trial.state.name == "RUNNING" and alive[token]):
+                taken.add(name)
+        return [name for name in names if name not in taken]
+
     def take(self, name: str) -> Claim | None:
-        """Claims what is to be measured; None where it is measured already, or a live worker is at it."""
+        """Claims what is to be measured; None where it is measured already, or a live worker is at it.
+
+        Where others claim it in the same moment, `beaten_by` says how many of them were faster.
+        """
         from optuna.trial import TrialState, create_trial
 
+        self.beaten_by = 0
         if self._taken(self._named(name)):
             return None
         mark = secrets.token_hex(8)
@@ -119,6 +136,7 @@ class Claims:
             number = next(trial.number for trial in named if trial.user_attrs.get("mark") == mark)
             earlier = [trial for trial in named if trial.number < number]
             if self._taken(earlier):
+                self.beaten_by = len(earlier)
                 self.release(claim)
                 return None
         except BaseException:

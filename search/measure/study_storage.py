@@ -145,16 +145,19 @@ class StudyStorage:
             limit: number of trials that there are to be.
             finished: indices of those that are known to be finished.
         """
-        for index in range(limit):
-            claim = None if index in finished else self._trials.take(f"{TRIAL}{index}")
+        names = self._trials.free([f"{TRIAL}{index}" for index in range(limit) if index not in finished])
+        at = 0
+        while at < len(names):
+            claim = self._trials.take(names[at])
             if claim is not None:
                 try:
-                    return self._started(index, claim)
+                    return self._started(int(names[at].removeprefix(TRIAL)), claim)
                 except ClaimLost:
-                    continue
+                    pass
                 except BaseException:
                     self._trials.release(claim)
                     raise
+            at += max(1, self._trials.beaten_by)  # each of those that come in the same moment goes to another one
         return None
 
     def tell(self, started: StartedTrial, value: float | Sequence[float], **notes: Any) -> None:
