@@ -2,7 +2,7 @@
 
     python benchmarks/search_workers.py --storage /tmp/study.journal
     python benchmarks/search_workers.py --storage sqlite:////tmp/study.db
-    python -m tests.services.postgres python benchmarks/search_workers.py
+    python tests/services/postgres.py python benchmarks/search_workers.py
 
 Workers are processes that run trials of one study. A trial measures its samples one after the other, each of which is a sleep;
 the sampler is left out, as it costs one worker as much. What is neither sleep nor waiting for another worker is

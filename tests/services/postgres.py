@@ -1,6 +1,6 @@
 """A PostgreSQL server of its own on loopback, in a temporary directory, with a password; stopped and removed afterwards.
 
-    python -m tests.services.postgres COMMAND...
+    python tests/services/postgres.py COMMAND...
 
 runs a command with its URL in MOACOMPRESS_STORAGE. The server is Debian's, or whichever `initdb` is on the path.
 """
