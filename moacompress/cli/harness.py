@@ -176,6 +176,7 @@ class Command:
     def __call__(self, **arguments: Any) -> None:
         """Runs the command, prints its result and raises `typer.Exit` unless all is well."""
         common = Common(**{name: arguments.pop(name) for name in _COMMON})
+        _check_rank()
         interrupted = resumes_with(sys.argv, overwrite=bool(arguments.get("overwrite")))
         output = _guarded(lambda run: self._checked(run, arguments), common, interrupted, self._computes)
         if rank():
@@ -258,6 +259,15 @@ def _own_parameters(function: Callable[..., Output]) -> list[inspect.Parameter]:
 def _common_parameters() -> list[inspect.Parameter]:
     parameters = inspect.signature(Common, eval_str=True).parameters.values()
     return [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+
+
+def _check_rank() -> None:
+    """Ends with one message where the environment has a rank, or a number of processes, that is none."""
+    try:
+        rank()
+    except UsageError as error:
+        say(f"error: {error}")
+        raise typer.Exit(error.exit_code) from None
 
 
 def _guarded(work: Callable[[CommandRun], Output], common: Common, interrupted: str, computes: bool) -> Output:

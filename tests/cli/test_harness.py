@@ -295,3 +295,24 @@ def test_progress_ends_what_it_began(terminal: bool, tmp_path: Path) -> None:
         text = file.read()
     assert "first" in text
     assert "1/1" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("WORLD_SIZE", "2", "runs in one process, and this is one of 2; start it without torchrun"),
+        ("WORLD_SIZE", "many", "the environment has WORLD_SIZE='many'"),
+        ("RANK", "first", "the environment has RANK='first'"),
+    ],
+)
+def test_a_command_of_one_process_is_refused_in_several(
+    name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv(name, value)
+    done = call(lambda run: Output({}, ["done"]))
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
