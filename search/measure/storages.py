@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import random
+import sqlite3
 import time
 import warnings
 from collections.abc import Iterator
@@ -73,7 +74,8 @@ def _database(url: str) -> RDBStorage:
     from sqlalchemy.exc import SQLAlchemyError
 
     sqlite = url.startswith("sqlite")
-    settings: dict[str, Any] = {"connect_args": {"timeout": SQLITE_PATIENCE}} if sqlite else {"pool_pre_ping": True}
+    of_sqlite = {"timeout": SQLITE_PATIENCE, "factory": _Transactional}
+    settings: dict[str, Any] = {"connect_args": of_sqlite} if sqlite else {"pool_pre_ping": True}
     for left in reversed(range(OPENING)):
         try:
             storage = RDBStorage(_with_driver(url), engine_kwargs=dict(settings))
@@ -103,18 +105,39 @@ def _with_driver(url: str) -> str:
     raise ImportError(f"no driver of {dialect} is installed: pip install {INSTALL[dialect]}")
 
 
+class _TransactionalCursor(sqlite3.Cursor):
+    """Begins a transaction before its first statement."""
+
+    def execute(self, statement: str, *arguments: Any) -> Any:
+        """Runs a statement."""
+        if not self.connection.in_transaction and not statement.startswith("BEGIN"):
+            super().execute("BEGIN")
+        return super().execute(statement, *arguments)
+
+
+class _Transactional(sqlite3.Connection):
+    """A connection on which tables are made within a transaction too, which Python's driver does not do by itself.
+
+    So a process that is killed while it makes them leaves all of them, with their indices, or none.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.isolation_level = None  # the driver begins no transactions of its own
+
+    def cursor(self, factory: Any = _TransactionalCursor) -> Any:
+        """Returns a cursor."""
+        return super().cursor(factory)
+
+
 def _lock_at_once(storage: RDBStorage) -> None:
     """Lets every transaction of a SQLite storage begin with the lock of the file."""
     from sqlalchemy import event
-
-    def connected(connection: Any, record: Any) -> None:
-        connection.isolation_level = None  # the driver begins no transactions of its own
 
     def begun(connection: Any) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     storage.engine.dispose()
-    event.listen(storage.engine, "connect", connected)
     event.listen(storage.engine, "begin", begun)
 
 
