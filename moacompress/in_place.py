@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moacompress.core.artefact_names import PLAN_FILE, PROFILE_FOLDER
 from moacompress.core.errors import UsageError, one_line
 from moacompress.core.progress import Progress
 from moacompress.efforts import Effort, effort_recipe
@@ -88,10 +89,10 @@ def compress_(
         )
         if not resolved.budget and resolved.max_loss is None:
             raise UsageError('no budget given; give budget="25%", or max_loss="1%" to have it found')
-        profiled = profile(source, folder / "profile", resolved, progress=progress)
+        profiled = profile(source, folder / PROFILE_FOLDER, resolved, progress=progress)
         options: dict[str, Any] = {
             "recipe": resolved,
-            "out": folder / "plan.json",
+            "out": folder / PLAN_FILE,
             "model": source,
             "progress": progress,
         }
