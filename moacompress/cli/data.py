@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moacompress.cli.harness import CommandRun, Output, command
+from moacompress.cli.harness import CommandRun, Output, command, group
 from moacompress.cli.options import (
     LengthsOption,
     ModelArgument,
@@ -61,16 +61,4 @@ def preview(
     )
 
 
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-)
-
-
-@app.callback()
-def _root() -> None:
-    """Look at the data that a profile is made of."""
-
-
-app.command("preview", help=preview.help, epilog=preview.epilog)(preview)
+app = group("Look at the data that a profile is made of.", {"preview": preview})

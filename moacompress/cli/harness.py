@@ -220,6 +220,19 @@ def command(
     return lambda function: Command(function, examples, computes, on_device, shared)
 
 
+def group(text: str, commands: Mapping[str, Command]) -> typer.Typer:
+    """Returns a command that has commands of its own, with its help."""
+    app = typer.Typer(
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+    app.callback(help=text)(lambda: None)
+    for name, each in commands.items():
+        app.command(name, help=each.help, epilog=each.epilog)(each)
+    return app
+
+
 def resumes_with(argv: Sequence[str], overwrite: bool) -> str:
     """Returns what is said after Ctrl-C: the command that resumes, where this process was started by one.
 

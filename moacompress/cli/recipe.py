@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moacompress.cli.harness import CommandRun, Output, command
+from moacompress.cli.harness import CommandRun, Output, command, group
 from moacompress.cli.options import Budgets, MaxLossOption, ModelArgument, Overwrite, Text, one_limit
 from moacompress.core.artefact_names import RECIPE_FILE
 from moacompress.core.errors import ArtefactError, RecipeError
@@ -126,17 +126,4 @@ def _within(found: Any, keys: tuple[str, ...], path: Path) -> Any:
     return Recipe.from_dict(found, f"recipe of {path}")
 
 
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-)
-
-
-@app.callback()
-def _root() -> None:
-    """Write, check and show recipes."""
-
-
-for _name, _command in (("init", init), ("validate", validate), ("show", show), ("schema", schema)):
-    app.command(_name, help=_command.help, epilog=_command.epilog)(_command)
+app = group("Write, check and show recipes.", {"init": init, "validate": validate, "show": show, "schema": schema})
