@@ -57,12 +57,12 @@ def test_every_kind_of_row(tmp_path: Path, tiny_tokenizer: Any) -> None:
 
 
 def test_rows_in_order_that_fit(tmp_path: Path, tiny_tokenizer: Any) -> None:
-    rows = [{"prompt": f"{'long ' * (200 if n % 2 else 1)}number {n} is", "answer": str(n)} for n in range(8)]
+    rows = [{"prompt": f"{'long ' * (400 if n % 2 else 1)}number {n} is", "answer": str(n)} for n in range(8)]
     resources = Resources(own=own_tasks([write(tmp_path / "mine.jsonl", rows)]))
-    cases = make_cases("mine", 100, 8, 0, tiny_tokenizer, resources)
+    cases = make_cases("mine", 200, 8, 0, tiny_tokenizer, resources)
     assert [case.references for case in cases] == [("0",), ("2",), ("4",), ("6",)]
-    assert all(case.tokens <= 100 for case in cases)
-    assert make_cases("mine", 100, 2, 5, tiny_tokenizer, resources) == cases[:2]  # whatever the seed
+    assert all(case.tokens + 64 <= 200 + len(case.answer_ids) and case.new_tokens == 64 for case in cases)
+    assert make_cases("mine", 200, 2, 5, tiny_tokenizer, resources) == cases[:2]  # whatever the seed
     assert len(make_cases("mine", 10_000, 8, 0, tiny_tokenizer, resources)) == 8
 
 

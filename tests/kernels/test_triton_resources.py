@@ -72,6 +72,7 @@ def test_what_selecting_takes():
         assert row["card"] == "gfx942" or row["at once"] >= 8, row
 
 
+@pytest.mark.builds("triton")
 def test_what_the_profile_takes():
     """No spills, and reads of 16 bytes ahead of use."""
     rows = resources("sm_80,sm_90,sm_100", "64,128", "profile")

@@ -27,6 +27,9 @@ from moacompress.evaluation.tasks.prompt_request import PromptRequest
 from moacompress.evaluation.tasks.registry import GROUPS, EvaluationTask, known_tasks
 from moacompress.prompts.sentences import DOCUMENTS
 
+SENTENCE = 64
+"""Tokens that an answer is given at least: models say in a sentence what a row says in a word."""
+
 
 def own_tasks(names: Iterable[str]) -> dict[str, EvaluationTask]:
     """Returns a task for each file or hub set, by its name: the file's without its ending.
@@ -70,6 +73,7 @@ def _own_task(place: str) -> EvaluationTask:
         write,
         lambda: tuple((draft.system, draft.messages, draft.references) for draft in given),
         is_number=False,
+        new_tokens=SENTENCE,
         match="any",
         given=given,
     )

@@ -70,7 +70,8 @@ class EvaluationTask:
         write: makes the draft of one prompt.
         sentences: returns all that its prompts say but for what is drawn, for `wording`.
         is_number: the values are numbers, so that only digits count in teacher-forced scores.
-        new_tokens: most tokens generated; 0 for as many as the reference takes and a few more.
+        new_tokens: most tokens generated, or of given prompts what they are at least; 0 for as many as the reference takes
+            and a few more.
         match: how an answer is compared, see `Case`.
         needs: the user's text that the task needs, or None.
         ruler: one of RULER's, whose sentences an installed package ships.
@@ -418,6 +419,7 @@ def make_cases(
 
 def _make_case(task: EvaluationTask, request: PromptRequest, draft: PromptDraft) -> Case:
     ids = encode_draft(request.tokenizer, draft)
+    needed = len(ids.answer_ids) + ANSWER_ROOM
     return Case(
         task=task.name,
         length=request.length,
@@ -426,6 +428,6 @@ def _make_case(task: EvaluationTask, request: PromptRequest, draft: PromptDraft)
         is_value=ids.is_value,
         references=draft.references,
         match=task.match,
-        new_tokens=task.new_tokens or len(ids.answer_ids) + ANSWER_ROOM,
+        new_tokens=max(task.new_tokens, needed) if task.given is not None else task.new_tokens or needed,
         turn_at=ids.turn_at,
     )
