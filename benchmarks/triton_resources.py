@@ -140,8 +140,7 @@ def decode_resources(
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     types = pool_types(bits) | (IN_RING if ring else {})
     found = compiled(card, decode_kernels.split, constants, types, options)
-    taken, at_once = _taken(card, found, tiles.num_warps)
-    return {"tile": tiles.TILE, **taken, "shared": found.metadata.shared, "at once": at_once}
+    return {"tile": tiles.TILE, **_taken(card, found, tiles.num_warps)}
 
 
 def append_resources(card: str, dim: int, bits: tuple[int, int], *, ring: bool = False) -> dict[str, Any]:
@@ -151,12 +150,12 @@ def append_resources(card: str, dim: int, bits: tuple[int, int], *, ring: bool =
         kernel, constants = append_kernels.append_next, append_next_constants(*kv_parts_of(dim, bits), scored=True)
     options = {"num_warps": APPEND_WARPS, "enable_fp_fusion": False}
     found = compiled(card, kernel, constants, pool_types(bits) | IN_RING | OF_GATES, options)
-    taken, at_once = _taken(card, found, APPEND_WARPS)
+    taken = _taken(card, found, APPEND_WARPS)
     inexact = (
         None if card.startswith("gfx") else len(re.findall(r"\b(?:fma|div\.full|div\.approx)\b", found.asm["ptx"]))
     )
     del taken["ahead"], taken["read"]
-    return {**taken, "shared": found.metadata.shared, "at once": at_once, "inexact": inexact}
+    return {**taken, "inexact": inexact}
 
 
 def select_resources(card: str, dim: int, bits: tuple[int, int], *, ring: bool = False) -> dict[str, Any]:
@@ -164,9 +163,9 @@ def select_resources(card: str, dim: int, bits: tuple[int, int], *, ring: bool =
     constants, options = select_constants(*kv_parts_of(dim, bits), ring=ring), {"num_warps": SELECT_WARPS}
     types = pool_types(bits) | OF_GATES | (IN_RING if ring else {})
     found = compiled(card, select_kernels.select, constants, types, options)
-    taken, at_once = _taken(card, found, SELECT_WARPS)
+    taken = _taken(card, found, SELECT_WARPS)
     del taken["ahead"], taken["read"]
-    return {**taken, "shared": found.metadata.shared, "at once": at_once}
+    return taken
 
 
 def kv_parts_of(dim: int, bits: tuple[int, int]) -> tuple[KVPart, KVPart]:
@@ -198,14 +197,7 @@ def prefill_resources(card: str, dim: int, bits: tuple[int, int]) -> dict[str, A
         pool_types(bits) | {"Out": "*fp32" if bits[1] else "*bf16"},
         options,
     )
-    taken, at_once = _taken(card, found, tiles.num_warps)
-    return {
-        "tokens": constants["TOKENS"],
-        "tile": tiles.TILE,
-        **taken,
-        "shared": found.metadata.shared,
-        "at once": at_once,
-    }
+    return {"tokens": constants["TOKENS"], "tile": tiles.TILE, **_taken(card, found, tiles.num_warps)}
 
 
 def is_newer(card: str) -> bool:
@@ -218,14 +210,7 @@ def profile_resources(card: str, dim: int, bits: tuple[int, int]) -> dict[str, A
     tiles, constants = profile_constants(GROUP, dim, dim, softcap=False, wide=False, item_size=2, newer=is_newer(card))
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     found = compiled(card, profile_kernels.sum_outward, constants, {}, options)
-    taken, at_once = _taken(card, found, tiles.num_warps)
-    return {
-        "tokens": constants["TOKENS"],
-        "tile": tiles.TILE,
-        **taken,
-        "shared": found.metadata.shared,
-        "at once": at_once,
-    }
+    return {"tokens": constants["TOKENS"], "tile": tiles.TILE, **_taken(card, found, tiles.num_warps)}
 
 
 def pool_types(bits: tuple[int, int]) -> dict[str, str]:
@@ -261,13 +246,15 @@ def compiled(card: str, kernel: Any, constants: dict[str, Any], types: dict[str,
     return triton.compile(source, target=target, options=options)
 
 
-def _taken(card: str, found: Any, warps: int) -> tuple[dict[str, int], int | None]:
-    """Returns what a compiled kernel takes of a card, and how many programs a processor holds."""
+def _taken(card: str, found: Any, warps: int) -> dict[str, Any]:
+    """Returns what a compiled kernel takes of a card, and `at once`, how many programs a processor holds."""
+    shared = found.metadata.shared
     if card.startswith("gfx"):
-        return _amd(found.asm["amdgcn"]), None
+        return {**_amd(found.asm["amdgcn"]), "shared": shared, "at once": None}
     counts = _nvidia(found)
     by_registers = REGISTERS // (counts["registers"] * 32 * warps)
-    return counts, min(by_registers, SHARED[card] * 1024 // max(found.metadata.shared, 1), PROGRAMS)
+    at_once = min(by_registers, SHARED[card] * 1024 // max(shared, 1), PROGRAMS)
+    return {**counts, "shared": shared, "at once": at_once}
 
 
 def _nvidia(compiled: Any) -> dict[str, int]:

@@ -15,7 +15,7 @@ from moacompress.core.errors import UsageError, one_line
 from moacompress.core.progress import Progress
 from moacompress.efforts import Effort, effort_recipe
 from moacompress.recipe import Recipe
-from moacompress.rules.loss import Loss
+from moacompress.rules.loss import one_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,8 +69,7 @@ def compress_(
     """
     from moacompress.calibration.profile.profiler import profile
     from moacompress.runtime.hf.attaching import attach, attached_plan
-    from moacompress.search.plan_sets import find_smallest
-    from moacompress.search.study import find_plan
+    from moacompress.search.plan_sets import find_asked
 
     if attached_plan(model) is not None:
         raise UsageError("the model runs under a plan already; take it off first: moacompress.detach(model)")
@@ -81,7 +80,7 @@ def compress_(
         folder = Path(work) if work is not None else Path(around.enter_context(tempfile.TemporaryDirectory()))
         around.enter_context(_in_eval(model))
         resolved = (recipe or effort_recipe(effort or "quick", prose=text is not None)).override(
-            **_limit(budget, max_loss),
+            **one_limit([budget] if isinstance(budget, str) else budget, max_loss),
             device=str(model.device),
             calibration__lengths=lengths if isinstance(lengths, str) or lengths is None else list(lengths),
             calibration__text=None if text is None else str(text),
@@ -90,16 +89,8 @@ def compress_(
         if not resolved.budget and resolved.max_loss is None:
             raise UsageError('no budget given; give budget="25%", or max_loss="1%" to have it found')
         profiled = profile(source, folder / PROFILE_FOLDER, resolved, progress=progress)
-        options: dict[str, Any] = {
-            "recipe": resolved,
-            "out": folder / PLAN_FILE,
-            "model": source,
-            "progress": progress,
-        }
-        if resolved.max_loss is not None:
-            found = find_smallest(profiled, Loss.parse(resolved.max_loss), **options)
-        else:
-            found = find_plan(profiled, None, **options)
+        plan_file = folder / PLAN_FILE
+        found = find_asked(profiled, recipe=resolved, out=plan_file, model=source, progress=progress)
     attach(model, found.plan)
     return found if work is not None else replace(found, path=None)
 
@@ -128,13 +119,6 @@ def applied(model: PreTrainedModel, plan: Any) -> Iterator[PreTrainedModel]:
         detach(model)
         if before is not None:
             attach(model, before)
-
-
-def _limit(budget: str | Sequence[str] | None, max_loss: str | None) -> dict[str, Any]:
-    asked = [budget] if isinstance(budget, str) else None if budget is None else list(budget)
-    if asked is not None and max_loss is None:
-        return {"budget": asked, "max_loss": ""}
-    return {"budget": [] if asked is None and max_loss is not None else asked, "max_loss": max_loss}
 
 
 def _source_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> SourceModel:

@@ -35,7 +35,6 @@ from moacompress.exporter.exporting import as_exported, check_reusable, export, 
 from moacompress.models.source import is_compressed
 from moacompress.models.stored_plan import stored_bytes
 from moacompress.recipe import Recipe, shared_name
-from moacompress.rules.loss import Loss
 from moacompress.rules.plan import Plan
 from moacompress.run_checks import check_recipe, check_with_model
 from moacompress.run_estimate import asked_length, estimate_run, measured_length
@@ -213,8 +212,7 @@ def _produce(
 ) -> tuple[SearchResult, _Clock]:
     """Profiles, searches and exports; the dense model is gone from memory when it returns."""
     from moacompress.calibration.profile.profiler import profile
-    from moacompress.search.plan_sets import find_smallest
-    from moacompress.search.study import find_plan
+    from moacompress.search.plan_sets import find_asked
 
     source = _begin(recipe, out, from_scratch, trust_remote_code)
     clock = _Clock(out / SECONDS_FILE)
@@ -222,15 +220,12 @@ def _produce(
         progress.say(f"This takes {estimate_run(recipe, source, progress).line()}")
     profiled = clock.run("profile", lambda: profile(source, out / PROFILE_FOLDER, recipe, progress=progress))
     plan_file, model = out / PLAN_FILE, out / MODEL_FOLDER
-    options: dict[str, Any] = {"recipe": recipe, "out": plan_file, "overwrite": from_scratch, "model": source}
-    options["progress"] = progress
-
-    def search() -> SearchResult:
-        if recipe.max_loss is not None:
-            return find_smallest(profiled, Loss.parse(recipe.max_loss), **options)
-        return find_plan(profiled, recipe.budget, **options)
-
-    found = clock.run("search", search)
+    found = clock.run(
+        "search",
+        lambda: find_asked(
+            profiled, recipe=recipe, out=plan_file, overwrite=from_scratch, model=source, progress=progress
+        ),
+    )
     earlier = exported_plan(model)
     stale = earlier is not None and _is_earlier(earlier, found.plan)
     if stale:

@@ -114,6 +114,19 @@ def write_front(out: Path, results: Sequence[SearchResult]) -> dict[str, Any]:
     return front
 
 
+def find_asked(profile: Profile, *, recipe: Recipe, **options: Any) -> SearchResult:
+    """Finds the plan that a recipe asks for: within its budgets, or of the smallest budget for its loss.
+
+    Args:
+        profile: a finished profile.
+        recipe: the run.
+        **options: further arguments of `find_plan` and `find_smallest`, whose errors are raised.
+    """
+    if recipe.max_loss is not None:
+        return find_smallest(profile, Loss.parse(recipe.max_loss), recipe=recipe, **options)
+    return find_plan(profile, None, recipe=recipe, **options)
+
+
 def find_smallest(
     profile: Profile,
     loss: Loss,

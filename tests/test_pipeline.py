@@ -371,7 +371,7 @@ def test_overwrite_reaches_a_study_in_another_place(recipe, tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr("moacompress.calibration.profile.profiler.profile", lambda *arguments, **options: None)
-    monkeypatch.setattr("moacompress.search.study.find_plan", find_plan)
+    monkeypatch.setattr("moacompress.search.plan_sets.find_plan", find_plan)
     with pytest.raises(KeyboardInterrupt):
         compress(recipe.override(search__storage=str(tmp_path / "s.log")), tmp_path / "out", overwrite=overwrite)
     assert asked == [overwrite]

@@ -28,7 +28,6 @@ from moacompress.cli.options import (
     ValidationSamples,
     WeightsOption,
     dry_run_option,
-    one_limit,
     read_sources,
     required_model,
     split_list,
@@ -36,6 +35,7 @@ from moacompress.cli.options import (
 )
 from moacompress.core.errors import UsageError
 from moacompress.efforts import Effort, effort_recipe
+from moacompress.rules.loss import one_limit
 
 
 @command(

@@ -166,15 +166,6 @@ def with_memory(budgets: list[str] | None, memory: str | None) -> list[str] | No
     return budgets if memory is None else [*(budgets or ()), f"{MEMORY}{memory}"]
 
 
-def one_limit(budget: list[str] | None, max_loss: str | None) -> dict[str, Any]:
-    """Returns the recipe form of `--budget` and `--max-loss`: each of them wins over the other one in a recipe's file."""
-    if budget is not None and max_loss is None:
-        return {"budget": budget, "max_loss": ""}
-    if max_loss is not None and budget is None:
-        return {"budget": [], "max_loss": max_loss}
-    return {"budget": budget, "max_loss": max_loss}
-
-
 def read_sources(given: list[str] | None) -> list[dict[str, Any]] | None:
     """Returns the recipe form of `--source`: generators, `generator-prose`, either with `-uuids` or `-codes`, files, hub sets.
 

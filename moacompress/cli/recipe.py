@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from moacompress.cli.harness import CommandRun, Output, command, group
-from moacompress.cli.options import Budgets, MaxLossOption, ModelArgument, Overwrite, Text, one_limit
+from moacompress.cli.options import Budgets, MaxLossOption, ModelArgument, Overwrite, Text
 from moacompress.core.artefact_names import RECIPE_FILE
 from moacompress.core.errors import ArtefactError, RecipeError
 from moacompress.efforts import Effort, effort_recipe
+from moacompress.rules.loss import one_limit
 
 
 @command(

@@ -23,11 +23,11 @@ from moacompress.cli.options import (
     WeightsOption,
     asked_devices,
     dry_run_option,
-    one_limit,
     with_memory,
 )
 from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import BudgetError, UsageError
+from moacompress.rules.loss import one_limit
 
 if TYPE_CHECKING:
     from moacompress.calibration.profile.store import Profile
@@ -195,18 +195,11 @@ def search(
 
         shares = [part for budgets in asked for part in budgets] or list(resolved.budget)
         return _several(loaded, find_front(loaded, shares, **options))
-    if resolved.max_loss is not None:
-        from moacompress.rules.loss import Loss
-        from moacompress.search.plan_sets import find_smallest
+    from moacompress.search.plan_sets import find_asked, find_plans
 
-        return _one(loaded, find_smallest(loaded, Loss.parse(resolved.max_loss), **options), out)
     if len(asked) > 1:
-        from moacompress.search.plan_sets import find_plans
-
         return _several(loaded, find_plans(loaded, asked, **options))
-    from moacompress.search.study import find_plan
-
-    return _one(loaded, find_plan(loaded, None, **options), out)
+    return _one(loaded, find_asked(loaded, **options), out)
 
 
 def _status(storage: str) -> Output:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from moacompress.core.errors import UsageError
 
@@ -34,3 +36,17 @@ class Loss:
         if not 0 < share <= 1:
             raise UsageError(f"loss {text!r} is not understood; write '1%' or '0.01', above 0 and at most 100%")
         return Loss(text.strip(), math.log1p(share))
+
+
+def one_limit(budget: Sequence[str] | None, max_loss: str | None) -> dict[str, Any]:
+    """Returns what a recipe is overridden with by a budget and a loss: either wins over the other one in a recipe's file.
+
+    Args:
+        budget: budgets that must all hold; None is not given.
+        max_loss: likewise.
+    """
+    if budget is not None and max_loss is None:
+        return {"budget": budget, "max_loss": ""}
+    if max_loss is not None and budget is None:
+        return {"budget": [], "max_loss": max_loss}
+    return {"budget": budget, "max_loss": max_loss}
