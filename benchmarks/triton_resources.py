@@ -4,11 +4,11 @@
 
 Each kernel is compiled as the backend would have it, for models in bfloat16 with four query heads to a KV head. A row says how
 many registers a thread has and how many bytes of them it had to spill; how much shared memory a program has; and how many
-programs a processor holds at once by either (`at once`). Of `decode`, `prefill` and `profile`, how many reads of 16 bytes the
-loops over tiles issue, ahead of use where the card can (`ahead`). `ring-keep` keeps its scores for layers that share the
+programs a processor holds at once by either (`at once`). Of those that attend, how many reads of 16 bytes the loops over tiles
+issue, ahead of use where the card can (`ahead`). `ring-keep` keeps its scores for layers that share the
 attention, and `ring-reuse` reads them in place of keys. Of `append`, which rounds to the bit, how many operations are
 contracted, or not rounded to nearest (`inexact`). `select` lets a token compete that leaves a window; `profile` sums what rules
-would move.
+would move; `gradients-q` and `gradients-kv` are those of queries, and of keys and values.
 """
 
 from __future__ import annotations
@@ -29,13 +29,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moacompress.kernels.kv_parts import KVPart
-from moacompress.kernels.triton import append_kernels, decode_kernels, prefill_kernels, profile_kernels, select_kernels
+from moacompress.kernels.triton import (
+    append_kernels,
+    decode_kernels,
+    gradient_kernels,
+    prefill_kernels,
+    profile_kernels,
+    select_kernels,
+)
 from moacompress.kernels.triton.tile_sizes import (
     APPEND_WARPS,
     NEWER,
     SELECT_WARPS,
     append_constants,
     append_next_constants,
+    gradient_constants,
     prefill_constants,
     profile_constants,
     select_constants,
@@ -58,6 +66,7 @@ REUSED = "-"
 POINTERS = {
     **dict.fromkeys(("Query", "Key", "Value", "ChunkKeys", "ChunkValues", "Cotangent", "SinkLogits", "Out"), "*bf16"),
     **dict.fromkeys(("Partial", "PartialLse", "Lse", "Kept", "Delta", "Windows", "Prefixes"), "*fp32"),
+    **dict.fromkeys(("KeyOut", "ValueOut"), "*bf16"),
     **dict.fromkeys(("Suspect", "Starts", "Sinks", "Events", "Counts"), "*i32"),
 }
 """Types of pointers that are not to integers of 64 bits."""
@@ -77,6 +86,8 @@ KERNELS = (
     "ring-append",
     "ring-select",
     "profile",
+    "gradients-q",
+    "gradients-kv",
 )
 
 
@@ -99,8 +110,10 @@ def main() -> None:
         "ring-append": partial(append_resources, ring=True),
         "ring-select": partial(select_resources, ring=True),
         "profile": profile_resources,
+        "gradients-q": partial(gradient_resources, gradient_kernels.of_queries),
+        "gradients-kv": partial(gradient_resources, gradient_kernels.of_keys),
     }
-    pairs = {"ring-reuse": PAIRS[:3], "profile": PAIRS[:1]}
+    pairs = {"ring-reuse": PAIRS[:3], **dict.fromkeys(("profile", "gradients-q", "gradients-kv"), PAIRS[:1])}
     found = {
         kernel: [
             {"card": card, "dim": dim, "bits": bits_of(pair, reused=kernel == "ring-reuse")}
@@ -210,6 +223,14 @@ def profile_resources(card: str, dim: int, bits: tuple[int, int]) -> dict[str, A
     tiles, constants = profile_constants(GROUP, dim, dim, softcap=False, wide=False, item_size=2, newer=is_newer(card))
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     found = compiled(card, profile_kernels.sum_outward, constants, {}, options)
+    return {"tokens": constants["TOKENS"], "tile": tiles.TILE, **_taken(card, found, tiles.num_warps)}
+
+
+def gradient_resources(kernel: Any, card: str, dim: int, bits: tuple[int, int]) -> dict[str, Any]:
+    """Compiles a kernel of gradients for a card; returns what it takes. Formats are no matter of it."""
+    tiles, constants = gradient_constants(GROUP, dim, dim, softcap=False, wide=False, item_size=2, newer=is_newer(card))
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    found = compiled(card, kernel, constants, {}, options)
     return {"tokens": constants["TOKENS"], "tile": tiles.TILE, **_taken(card, found, tiles.num_warps)}
 
 

@@ -426,6 +426,8 @@ def attend_backward(
         collectors = summed(*chunk, scores, table, collectors)
         if not collectors and sdpa.suits(query, scores):
             return sdpa.dense_gradients(grad, query, key, value, spec.scaling, native)
+        if not collectors and backend_for(query).capabilities.profile_sums:
+            return _plain_gradients(query, key, value, grad, spec, sink_logit)
     (heads, n, size), work = query.shape[1:], _work_dtype(query)
     grad_query = torch.zeros(heads, n, size, dtype=work, device=query.device)
     grad_keys, grad_values = (torch.zeros_like(tensor[0], dtype=work) for tensor in (key, value))  # newest key first
@@ -442,6 +444,17 @@ def attend_backward(
         grad_keys.flip(1)[None].to(key.dtype),
         grad_values.flip(1)[None].to(value.dtype),
     )
+
+
+def _plain_gradients(
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, spec: AttentionSpec, sink_logit: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of dense attention by the backend's own; arguments are those of `attend_backward`."""
+    with torch.enable_grad():
+        leaves = [part.detach().requires_grad_() for part in (query, key, value)]
+        out = attend(leaves[0], leaves[1], leaves[2], spec, None if sink_logit is None else sink_logit.detach())
+        found = torch.autograd.grad(out, leaves, grad.to(out.dtype))
+    return found[0], found[1], found[2]
 
 
 def _views(

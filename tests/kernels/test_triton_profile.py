@@ -12,6 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moacompress.calibration.profile import influence
 from moacompress.calibration.profile.collectors import BaselineSums, InfluenceSums
 from moacompress.calibration.profile.influence import AttentionSpec, attend
 from moacompress.kernels import sdpa
@@ -134,6 +135,29 @@ def test_what_pytorchs_attention_cannot(spec: AttentionSpec, logits: Any, monkey
     assert sdpa.suits(torch.zeros(1, 2, 3, 4), Scores(0.25))
     assert not sdpa.suits(torch.zeros(1, 2, 3, 4), spec.scores(logits))
     assert not sdpa.suits(torch.zeros(1, 2, 3, 4).double(), Scores(0.25))
+
+
+@pytest.mark.parametrize(("softcap", "logits"), [(30.0, False), (None, True)], ids=["softcap", "logits"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_that_pytorchs_attention_has_not(
+    dtype: torch.dtype,
+    softcap: float | None,
+    logits: bool,
+    use_backend: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those of the kernels for prompts, beside the sums of theirs; nothing is done tile by tile in plain PyTorch."""
+    case = dense(4, dtype, softcap=softcap, logits=logits, native=None)
+    use_backend("reference")
+    wanted = case.exact().backward([])
+    use_backend("triton")
+    monkeypatch.setattr(influence, "_views", None)
+    collector = InfluenceSums(*case.sizes)
+    error = 2e-5 if dtype == torch.float32 else 4e-2
+    for mine, other in zip(case.backward([collector]), wanted, strict=True):
+        assert mine.dtype == dtype
+        close(mine, other, error)
+    assert collector.squares.any()
 
 
 def test_events() -> None:

@@ -82,6 +82,15 @@ def test_what_the_profile_takes():
         assert row["ahead"] >= 8, row
 
 
+@pytest.mark.builds("triton")
+@pytest.mark.parametrize("kernel", ["gradients-q", "gradients-kv"])
+def test_what_gradients_take(kernel):
+    """No spills, reads of 16 bytes ahead of use, and two programs to a processor."""
+    for row in resources("sm_80,sm_90,sm_100,gfx942", "64,128", kernel):
+        assert row["spilled"] == 0, row
+        assert row["card"] == "gfx942" or (row["ahead"] >= 8 and row["at once"] >= 2), row
+
+
 def test_what_chunks_take():
     """No spills, and reads of 16 bytes ahead of use."""
     for row in resources("sm_80,sm_90,sm_100", "64,128", "prefill"):

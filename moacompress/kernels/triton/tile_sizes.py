@@ -213,16 +213,56 @@ def profile_constants(
         item_size: bytes of the query's numbers.
         newer: see `prefill_tiles`.
     """
-    tiles, rows = profile_tiles(head_dim, value_dim, 4 if wide else item_size, newer)
+    tiles = profile_tiles(head_dim, value_dim, 4 if wide else item_size, newer)
+    return tiles[0], _whole_constants(group, head_dim, value_dim, tiles, softcap=softcap, wide=wide)
+
+
+def gradient_tiles(head_dim: int, value_dim: int, item_size: int, newer: bool) -> tuple[TileSizes, int]:
+    """Returns the tiles of gradients, and how many queries one has, those of a group counted each.
+
+    Args:
+        head_dim: numbers of a key.
+        value_dim: numbers of a value.
+        item_size: bytes of what is multiplied.
+        newer: see `prefill_tiles`.
+    """
+    wide = max(head_dim, value_dim) * item_size
+    if wide > 256:
+        return TileSizes(32 if newer else SMALLEST, 1, 8), SMALLEST
+    return TileSizes(LARGEST if newer and wide <= 128 else 32, 2, 4), 32
+
+
+def gradient_constants(
+    group: int, head_dim: int, value_dim: int, *, softcap: bool, wide: bool, item_size: int, newer: bool
+) -> tuple[TileSizes, dict[str, int | bool]]:
+    """Returns the tiles of both kernels of `gradient_kernels`, and all that they are compiled for, by their names.
+
+    Args:
+        group: query heads of a KV head.
+        head_dim: numbers of a key.
+        value_dim: numbers of a value.
+        softcap: whether scores have a bound.
+        wide: whether products are in float32.
+        item_size: bytes of the query's numbers.
+        newer: see `prefill_tiles`.
+    """
+    tiles = gradient_tiles(head_dim, value_dim, 4 if wide else item_size, newer)
+    return tiles[0], _whole_constants(group, head_dim, value_dim, tiles, softcap=softcap, wide=wide)
+
+
+def _whole_constants(
+    group: int, head_dim: int, value_dim: int, tiles: tuple[TileSizes, int], *, softcap: bool, wide: bool
+) -> dict[str, int | bool]:
+    """Returns what kernels over whole rows without codes are compiled for; arguments as of `profile_constants`."""
     together = 1 << (group - 1).bit_length()
     sides = _side_constants(group, head_dim, value_dim, (0, 0), softcap=softcap, wide=wide)
     del sides["KEY_BITS"], sides["VALUE_BITS"]
-    return tiles, {
+    return {
         **sides,
         "GROUP": together,
-        "TOKENS": max(rows // together, 1),
-        "TILE": tiles.TILE,
-        "STAGES": tiles.num_stages,
+        "TOKENS": max(tiles[1] // together, 1),
+        "TILE": tiles[0].TILE,
+        "STAGES": tiles[0].num_stages,
     }
 
 

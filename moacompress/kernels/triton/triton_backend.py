@@ -1,4 +1,4 @@
-"""Triton as a backend: all attention by its kernels, but where gradients are asked for: those are the reference's."""
+"""Triton as a backend: all attention by its kernels; gradients of what is cached or selected are the reference's."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from moacompress.kernels.arguments import CacheView, Passing, RingState, Scores,
 from moacompress.kernels.backend import BoundRing, Capabilities, Status, refuse_gradients
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.reference.reference_backend import ReferenceBackend
+from moacompress.kernels.reference.rounding import as_kept
 from moacompress.kernels.triton.work_lists import kinds_of
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
@@ -154,25 +155,27 @@ class TritonBackend(ReferenceBackend):
         with_lse: bool = False,
         passing: Passing | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `Backend.prefill`; with gradients it is the reference's.
+        """See `Backend.prefill`; gradients of rows with a past, or with selected tokens, are the reference's.
 
         Raises:
             UnsupportedError: a visible block is not in the table; a format is not known.
         """
         asked = [query, key, value] + ([] if scores.sink_logits is None else [scores.sink_logits])
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in asked):
-            return super().prefill(
-                query,
-                key,
-                value,
-                cache=cache,
-                past=past,
-                valid=valid,
-                rules=rules,
-                scores=scores,
-                with_lse=with_lse,
-                passing=passing,
-            )
+            if passing is not None or bool(past.any()):
+                return super().prefill(
+                    query,
+                    key,
+                    value,
+                    cache=cache,
+                    past=past,
+                    valid=valid,
+                    rules=rules,
+                    scores=scores,
+                    with_lse=with_lse,
+                    passing=passing,
+                )
+            return self._with_gradients(query, key, value, valid, rules, scores)
         from moacompress.kernels.triton.prefill import attend_chunk
 
         return attend_chunk(
@@ -187,6 +190,47 @@ class TritonBackend(ReferenceBackend):
             passing=passing,
             wide=_is_wide(query.dtype),
         )
+
+    def _with_gradients(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        valid: torch.Tensor,
+        rules: RuleTable,
+        scores: Scores,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns attention of rows without a past; codes are rounded to before it, so that gradients pass straight through."""
+        from moacompress.kernels.triton.gradients import attend_whole
+
+        in_numpy = RuleTable(rules.columns.cpu().numpy())
+        kinds_of(in_numpy, query.shape[3], value.shape[3], query.dtype)  # refuses what is not known
+        dtype = query.dtype
+        codes = in_numpy.format_codes
+        if codes.any():
+            query, key, value = as_kept(query, key, value, (codes[0].tolist(), codes[1].tolist()))
+        rules = RuleTable(torch.from_numpy(in_numpy.native().columns))
+
+        def again(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, logits: torch.Tensor | None
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            out, lse = super(TritonBackend, self).prefill(
+                query,
+                key,
+                value,
+                cache=CacheView.empty(key),
+                past=torch.zeros_like(valid),
+                valid=valid,
+                rules=rules,
+                scores=scores._replace(sink_logits=logits),
+                with_lse=True,
+            )
+            assert lse is not None
+            return out, lse
+
+        wide, native = _is_wide(query.dtype), RuleTable(rules.columns.numpy())
+        out, lse = attend_whole(query, key, value, valid=valid, rules=native, scores=scores, wide=wide, again=again)
+        return out.to(dtype), lse
 
     def profile_sums(
         self,
