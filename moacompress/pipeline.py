@@ -32,11 +32,13 @@ from moacompress.core.place import check_writable, no_empty_folder
 from moacompress.core.progress import Progress
 from moacompress.estimate.estimate import Estimate
 from moacompress.exporter.exporting import as_exported, check_reusable, export, exported_plan, unrepaired
+from moacompress.models.skeleton import is_described
 from moacompress.models.source import is_compressed
 from moacompress.models.stored_plan import stored_bytes
 from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.plan import Plan
-from moacompress.run_checks import check_recipe, check_with_model
+from moacompress.run_checks import check_recipe, check_with_model, check_with_shape
+from moacompress.run_counts import RunCounts, count_run, read_counts
 from moacompress.run_estimate import asked_length, estimate_run, measured_length
 from moacompress.runtime.ready_model import load_for
 
@@ -88,8 +90,12 @@ def compress(
         return fill(recipe, out, progress or Progress(), from_scratch=overwrite, trust_remote_code=trust_remote_code)
 
 
-def estimate(recipe: Recipe, progress: Progress | None = None, *, trust_remote_code: bool = False) -> Estimate:
+def estimate(
+    recipe: Recipe, progress: Progress | None = None, *, trust_remote_code: bool = False
+) -> Estimate | RunCounts:
     """Estimates what `compress` would take, after the same checks; nothing is written.
+
+    Of a folder that has a config and no weights, what can be counted is counted, and nothing is timed.
 
     Raises:
         RecipeError: no model in the recipe.
@@ -98,6 +104,10 @@ def estimate(recipe: Recipe, progress: Progress | None = None, *, trust_remote_c
     if recipe.model is None:
         raise RecipeError("no model given; name one as MODEL or as `model:` in the recipe")
     check_recipe(recipe)
+    if is_described(recipe.model):
+        counts = read_counts(recipe.model, trust_remote_code)
+        check_with_shape(recipe, counts.shape, counts.context)
+        return count_run(recipe, counts)
     source = load_for(recipe, recipe.model, trust_remote_code=trust_remote_code)
     check_with_model(recipe, source)
     return estimate_run(recipe, source, progress)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from moacompress.calibration.data.sample_sources import check_data
-from moacompress.calibration.profile.profiler import check_samples, rules_on_offer
+from moacompress.calibration.data.sample_sources import check_counts, check_data
+from moacompress.calibration.profile.profiler import check_lengths, check_samples, rules_on_offer
 from moacompress.core.errors import DataError, RecipeError, UsageError
 from moacompress.evaluation.runner import check_request, task_names
 from moacompress.evaluation.scoring.text import text_windows
@@ -14,12 +14,13 @@ from moacompress.evaluation.scoring.text_rows import TEXT
 from moacompress.evaluation.tasks.registry import Resources, find_task, make_cases
 from moacompress.models.source import SourceModel
 from moacompress.prompts.pools import Prose
-from moacompress.recipe import Recipe
+from moacompress.recipe import AUTO, Recipe
 from moacompress.rules.asked_shares import AskedShares
-from moacompress.rules.budget import Budget
+from moacompress.rules.budget import Budget, any_memory
 from moacompress.rules.candidates import in_formats
 from moacompress.rules.constraints import budget_constraints, check_no_sharing
 from moacompress.rules.cost import layer_floors
+from moacompress.rules.model_shape import ModelShape
 from moacompress.search.search_request import costs_of, offered_formats
 from moacompress.search.weights.weight_choice import weight_choice
 
@@ -58,13 +59,8 @@ def check_with_model(recipe: Recipe, source: SourceModel, profile: Path | None =
         UsageError: weights that cannot be chosen.
     """
     evaluation = recipe.evaluation
-    longest = max(evaluation.lengths)
-    if source.context and longest > source.context:
-        raise DataError(
-            f"the evaluation at the end asks for prompts of {longest:,} tokens, and the model takes at most "
-            f"{source.context:,}; give --lengths, or evaluation.lengths in a recipe"
-        )
-    _check_budgets(recipe, source)
+    _check_prompts(recipe, source.context)
+    _check_budgets(recipe, source.shape, source)
     check_samples(source, recipe, profile)
     resources = _resources(recipe)
     for task in task_names(evaluation.tasks, resources):
@@ -75,12 +71,54 @@ def check_with_model(recipe: Recipe, source: SourceModel, profile: Path | None =
                 text_windows(resources.prose, source.tokenizer, length, evaluation.prompts, recipe.seed)
 
 
-def _check_budgets(recipe: Recipe, source: SourceModel) -> None:
+def check_with_shape(recipe: Recipe, shape: ModelShape, context: int) -> None:
+    """Refuses what the shape of a model tells, where it has no weights; budgets of memory are left to `check_with_model`.
+
+    Args:
+        recipe: the run, as `check_recipe` takes it.
+        shape: the model's.
+        context: the model's, tokens; 0 if it has none.
+
+    Raises:
+        DataError, InfeasibleBudgetError, BudgetError: as `check_with_model`.
+    """
+    _check_prompts(recipe, context)
+    check_profiled(recipe, context)
+    if recipe.weights != AUTO and not any_memory(recipe.budget):
+        _check_budgets(recipe, shape, None)
+
+
+def check_profiled(recipe: Recipe, context: int) -> None:
+    """Refuses lengths that cannot be profiled, and fewer samples than lengths.
+
+    Args:
+        recipe: the run.
+        context: the model's, tokens; 0 if it has none.
+
+    Raises:
+        DataError: says which.
+    """
+    asked = recipe.calibration
+    check_lengths(context, recipe)
+    check_counts(asked.lengths, asked.samples, context, "calibration")
+    check_counts(asked.lengths, asked.validation_samples, context, "validation")
+
+
+def _check_prompts(recipe: Recipe, context: int) -> None:
+    longest = max(recipe.evaluation.lengths)
+    if context and longest > context:
+        raise DataError(
+            f"the evaluation at the end asks for prompts of {longest:,} tokens, and the model takes at most "
+            f"{context:,}; give --lengths, or evaluation.lengths in a recipe"
+        )
+
+
+def _check_budgets(recipe: Recipe, shape: ModelShape, source: SourceModel | None) -> None:
     """Where layers share, what that saves is known only by a profile."""
-    floors = layer_floors(recipe.search.floors, source.shape)
-    costs = costs_of(recipe, source.shape)
+    floors = layer_floors(recipe.search.floors, shape)
+    costs = costs_of(recipe, shape)
     budgets = [Budget.parse(text) for text in recipe.budget]
-    weights, _ = weight_choice(recipe, budgets, rules_on_offer(recipe, None), source.shape, source)
+    weights, _ = weight_choice(recipe, budgets, rules_on_offer(recipe, None), shape, source)
     if not AskedShares.parse(recipe.search.share).off:
         check_no_sharing(budgets)
         return
@@ -89,7 +127,7 @@ def _check_budgets(recipe: Recipe, source: SourceModel) -> None:
     spans = [rule for rule in rules_on_offer(recipe, None) if not rule.selects]
     rules = in_formats(spans, offered_formats(recipe.profile.formats, recipe))
     lengths, min_window = recipe.calibration.lengths, recipe.profile.min_window
-    budget_constraints(budgets, source.shape, lengths, rules, min_window, floors, costs=costs, weights=weights)
+    budget_constraints(budgets, shape, lengths, rules, min_window, floors, costs=costs, weights=weights)
 
 
 def _resources(recipe: Recipe) -> Resources:

@@ -187,7 +187,7 @@ def dry_run(
         PlanError: as `profile`.
     """
     source = load_for(recipe, model, trust_remote_code=trust_remote_code)
-    check_lengths(source, recipe)
+    check_lengths(source.context, recipe)
     asked = recipe.calibration
     check_counts(asked.lengths, asked.samples, source.context, "calibration")
     check_counts(asked.lengths, asked.validation_samples, source.context, "validation")

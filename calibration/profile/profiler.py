@@ -324,16 +324,20 @@ def _known_shape(out: Path, source: SourceModel, overwrite: bool) -> ModelShape:
     return replace(source.shape, weights_fingerprint=known) if same else source.shape
 
 
-def check_lengths(source: SourceModel, recipe: Recipe) -> None:
+def check_lengths(context: int, recipe: Recipe) -> None:
     """Refuses lengths that cannot be profiled.
+
+    Args:
+        context: the model's, tokens; 0 if it has none.
+        recipe: the run.
 
     Raises:
         DataError: beyond the model's context, or so short that no rule would leave anything out.
     """
     shortest, longest = min(recipe.calibration.lengths), max(recipe.calibration.lengths)
-    if source.context and longest > source.context:
+    if context and longest > context:
         raise DataError(
-            f"length {longest:,} is beyond the model's context of {source.context:,} tokens; ask for lengths up to that"
+            f"length {longest:,} is beyond the model's context of {context:,} tokens; ask for lengths up to that"
         )
     needed = max(recipe.profile.sinks) + recipe.profile.min_window
     if shortest <= needed:
@@ -363,7 +367,7 @@ def check_samples(source: SourceModel, recipe: Recipe, out: Path | None = None, 
     """
     from moacompress.calibration.data.sample_sources import make_drafts
 
-    check_lengths(source, recipe)
+    check_lengths(source.context, recipe)
     if recipe.profile.gates and around is None and (out is None or not (out / GATES_FILE).exists()):
         gate_drafts(source, recipe)
     if out is None or not (out / CALIBRATION_FILE).exists():

@@ -37,6 +37,7 @@ from moacompress.models.locate import find_plan_file
 if TYPE_CHECKING:
     from moacompress.calibration.profile.manifest import Manifest
     from moacompress.calibration.profile.store import Profile
+    from moacompress.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -193,12 +194,15 @@ def profile(
 
     plan = None if around is None else read_plan(find_plan_file(around))
     from moacompress.calibration.data.sample_sources import check_data
+    from moacompress.models.skeleton import is_described
     from moacompress.runtime.ready_model import load_for
 
     if dry_run:
         from moacompress.calibration.profile.estimate import dry_run as estimate
 
         check_data(resolved)
+        if plan is None and is_described(name):
+            return _counted(resolved, name, trust_remote_code)
         loaded = load_for(resolved, name, trust_remote_code=trust_remote_code)
         expected = estimate(loaded, resolved, run.progress, around=plan, devices=count)
         return Output(expected.to_dict(), list(expected.lines()))
@@ -243,6 +247,17 @@ def profile(
     if plan is None:
         show.append(f"Next: moacompress search {out} --budget 25% -o plan.json")
     return Output(data, show)
+
+
+def _counted(recipe: Recipe, model: str, trust_remote_code: bool) -> Output:
+    """Counts what a profile of a model without weights takes."""
+    from moacompress.run_checks import check_profiled
+    from moacompress.run_counts import count_run, read_counts
+
+    counts = read_counts(model, trust_remote_code)
+    check_profiled(recipe, counts.context)
+    found = count_run(recipe, counts, steps=("profile",))
+    return Output(found.to_dict(), [f"It would take {found.line()} Nothing was profiled."])
 
 
 def _merged(folders: list[str], out: Path, overwrite: bool, run: CommandRun) -> Output:

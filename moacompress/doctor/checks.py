@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import os
 import platform
@@ -20,6 +19,7 @@ from moacompress.core.errors import ArtefactError, MoaCompressError, ModelError,
 from moacompress.core.machine import processor_name
 from moacompress.models.modules import module_problems, needed_weights
 from moacompress.models.shape import config_shape
+from moacompress.models.skeleton import load_config, make_skeleton
 from moacompress.models.source import GGUF_PACKAGES, find_model_folder, locate_source
 from moacompress.models.stored_plan import plan_file_problem
 from moacompress.models.support import TORCHAO, config_problems, is_tested, quantization_method, stored_problems
@@ -35,7 +35,7 @@ from moacompress.models.weight_files import (
 from moacompress.rules.plan import Plan
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
     from moacompress.runtime.hf.config import MoaCompressConfig
 
@@ -108,7 +108,7 @@ def check_model(
     )
     facts |= {"source": source, "compressed": False, "tested": None, "checkpoint": None, "problems": []}
     try:
-        config = _load_config(source, trust_remote_code)
+        config = load_config(source, trust_remote_code)
         facts["model_type"] = config.model_type
         facts["tested"] = is_tested(config)
         facts["context"] = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -170,7 +170,7 @@ class _Checkpoint:
         if found:
             self.stopping += found
             return
-        skeleton = _skeleton(config, trust_remote_code)
+        skeleton = make_skeleton(config, trust_remote_code)
         self.stopping += module_problems(skeleton)
         from moacompress.models.block_layers import block_weights, put_block_layers
 
@@ -233,7 +233,7 @@ def _dense_problems(source: str, config: PreTrainedConfig, trust_remote_code: bo
     found = config_problems(config)
     skeleton = None
     if not found:  # what the modules tell is told by the config already, and an unsupported model may not even build
-        skeleton = _skeleton(config, trust_remote_code)
+        skeleton = make_skeleton(config, trust_remote_code)
         found = module_problems(skeleton)
     found = [*stored_problems(config), *found, *_file_problems(source)]
     folder = _files_of(source)
@@ -286,39 +286,6 @@ def _file_problems(source: str) -> list[str]:
     if path.is_dir():
         return weight_problems(path)
     return gguf_problems(path) if path.is_file() else []
-
-
-def _load_config(source: str, trust_remote_code: bool) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
-    name, arguments = locate_source(source)
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **arguments)
-        return config
-    except ImportError as error:
-        raise ModelError(f"{source} needs a package that is not installed: {error}") from error
-    except Exception as error:  # damaged files raise whatever their parsers raise
-        raise ModelError(f"{source} is not a model that transformers knows: {one_line(error)}") from error
-
-
-def _skeleton(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
-    """Returns the model without memory for its weights.
-
-    Raises:
-        ModelError: transformers has no causal language model for this config.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the skeleton has no weights to be quantized
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a config that contradicts itself raises whatever the modules raise
-        raise ModelError(f"{config.model_type} is not a causal language model: {one_line(error)}") from error
-    return model
 
 
 def _reads_blocks(plan: Plan) -> bool:
