@@ -11,14 +11,17 @@ import typer
 from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import Overwrite, TrustRemoteCode
 from moacompress.core.artefact_names import PLAN_FILE
-from moacompress.core.errors import ArtefactError, UsageError
+from moacompress.core.errors import ArtefactError, PlanError, UsageError
 
 if TYPE_CHECKING:
+    from moacompress.rules.model_shape import ModelShape
     from moacompress.rules.plan import Plan
 
-Form = Literal["duo-attention", "moa"]
+Form = Literal["duo-attention", "moa", "modelopt", "llm-compressor"]
 HEADS_FILE, CONFIG_FILE = "full_attention_heads.tsv", "config.json"
 """DuoAttention's two files of a pattern."""
+MODELOPT_FILE = "hf_quant_config.json"
+"""Where a checkpoint of ModelOpt says how it is quantized; in `config.json` is the same in another form."""
 MOST_BYTES = 1 << 26
 
 
@@ -27,10 +30,17 @@ MOST_BYTES = 1 << 26
     "moacompress convert moa_alpha_beta.json --from moa --model path/to/model --at 8k -o plan.json",
     "moacompress convert plan.json --to moa -o moa_alpha_beta.json",
     "moacompress convert runs/mine --to duo-attention -o pattern/",
+    "moacompress convert path/to/checkpoint --from modelopt --model path/to/model -o plan.json",
+    "moacompress convert plan.json --to llm-compressor -o quantization.json",
 )
 def convert(
     run: CommandRun,
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A pattern's folder, MoA's JSON file, or a plan.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH", help="A pattern's folder, MoA's JSON file, a quantized checkpoint or its config, or a plan."
+        ),
+    ],
     source: Annotated[Form | None, typer.Option("--from", help="Whose plan PATH is.")] = None,
     target: Annotated[Form | None, typer.Option("--to", help="Whose plan is to be written of ours.")] = None,
     model: Annotated[
@@ -47,12 +57,13 @@ def convert(
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
-    """Read plans of DuoAttention and MoA, or write one of ours for them.
+    """Read plans of DuoAttention and MoA and caches of ModelOpt and llm-compressor, or write one of ours for them.
 
     What the other form cannot say is listed. Nothing is measured: export a plan that came in, and `eval` it.
     """
     from moacompress.models.locate import find_plan_file
     from moacompress.models.stored_plan import read_plan
+    from moacompress.rules.foreign_formats import compressed_tensors_of_plan, modelopt_of_plan
     from moacompress.rules.foreign_plans import duo_of_plan, moa_of_plan
 
     if (source is None) == (target is None):
@@ -70,6 +81,9 @@ def convert(
     if target == "moa":
         spans, notes = moa_of_plan(ours)
         _write(out, json.dumps({"alphas": spans.alphas, "betas": spans.betas}))
+    elif target in ("modelopt", "llm-compressor"):
+        config, notes = (modelopt_of_plan if target == "modelopt" else compressed_tensors_of_plan)(ours)
+        _write(out, json.dumps(config, indent=1) + "\n")
     else:
         pattern, notes = duo_of_plan(ours)
         rows = "".join("\t".join(f"{value:.6e}" for value in row) + "\n" for row in pattern.heads)
@@ -87,6 +101,8 @@ def _read(
     from moacompress.rules.foreign_plans import DuoPattern, MoaSpans, plan_of_duo, plan_of_moa
 
     length = parse_length(at)
+    if source in ("modelopt", "llm-compressor"):
+        return _read_formats(path, source, load_source(model, trust_remote_code=trust_remote_code).shape)
     if source == "moa":
         found = read_json(path, "plan of MoA")
         if not isinstance(found, dict) or not {"alphas", "betas"} <= set(found):
@@ -102,6 +118,24 @@ def _read(
     heads = _table(path / HEADS_FILE)
     shape = load_source(model, trust_remote_code=trust_remote_code).shape
     return plan_of_duo(DuoPattern(heads, *map(int, sizes)), shape, sparsity)  # type: ignore[arg-type]
+
+
+def _read_formats(path: Path, source: Form, shape: ModelShape) -> tuple[Plan, list[str]]:
+    from moacompress.core.files import read_json
+    from moacompress.rules.foreign_formats import layers_of_compressed_tensors, layers_of_modelopt, plan_of_layers
+
+    if path.is_dir():
+        own = path / MODELOPT_FILE
+        path = own if source == "modelopt" and own.is_file() else path / CONFIG_FILE
+    config = read_json(path, f"config of {source}", MOST_BYTES)
+    try:
+        if source == "modelopt":
+            formats, notes = layers_of_modelopt(config, shape.layers)
+        else:
+            formats, notes = layers_of_compressed_tensors(config, shape)
+    except PlanError as error:
+        raise PlanError(f"{path} cannot be read as a config of {source}: {error}") from error
+    return plan_of_layers(formats, shape), notes
 
 
 def _table(file: Path) -> list[list[float]]:

@@ -60,6 +60,35 @@ def test_spans_go_out_and_come_in(compressed: Path, tiny_folder: Path, shape: An
     assert {rule.sink for row in Plan.load(plan).rules for rule in row if not rule.is_full} <= {64}
 
 
+@pytest.mark.parametrize("form", ["modelopt", "llm-compressor"])
+def test_a_quantized_cache_comes_in_and_goes_out(form: str, tiny_folder: Path, shape: Any, tmp_path: Path) -> None:
+    folder, plan, out = tmp_path / "checkpoint", tmp_path / "plan.json", tmp_path / "out.json"
+    folder.mkdir()
+    if form == "modelopt":
+        held: dict[str, Any] = {"kv_cache_quantized_layers": {"model.layers.1.self_attn": {"quant_algo": "NVFP4"}}}
+        (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": held}))
+        wanted = [("native", "native"), ("int4", "int4"), *[("native", "native")] * (shape.layers - 2)]
+    else:
+        held = {"kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor"}}
+        (folder / "config.json").write_text(json.dumps({"quantization_config": held}))
+        wanted = [("int8", "int8")] * shape.layers
+    done = invoke(folder, "--from", form, "--model", tiny_folder, "-o", plan)
+    assert done.exit_code == 0, done.output
+    assert "Not as it was: " in said(done)
+    rules = Plan.load(plan).rules
+    assert all(rule.sees_all for row in rules for rule in row)
+    assert [{(rule.key_format, rule.value_format) for rule in row} for row in rules] == [{each} for each in wanted]
+    assert "Lost: " in said(invoke(plan, "--to", form, "-o", out))
+    again = tmp_path / "again.json"
+    assert invoke(out, "--from", form, "--model", tiny_folder, "-o", again).exit_code == 0
+    assert Plan.load(again).rules == rules
+    (folder / "config.json").write_text("[]")
+    (folder / "hf_quant_config.json").write_text("[]")
+    assert f"cannot be read as a config of {form}: it must hold an object" in said(
+        invoke(folder, "--from", form, "--model", tiny_folder, "-o", again, "--overwrite")
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
