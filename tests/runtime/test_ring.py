@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -80,8 +81,11 @@ class Pair:
         for layer in self.layers:
             layer.update(key, value)
         found = ringed.step_in_ring(query, SCORES, None if scores is None else scores[:, :, 0], backend)
-        assert found is not None
         plain.commit(Chunk(1), scores)
+        if found is None:  # rows are repeated again and again, which rings do not follow
+            assert ringed._repeated
+            ringed.commit(Chunk(1), scores)
+            return
         held = plain.blocks_held()
         lengths = held.lengths
         wanted = REFERENCE.decode(
@@ -102,17 +106,25 @@ class Pair:
 
     def compare(self) -> None:
         """Compares what the two hold."""
-        ringed, plain = (layer.blocks_held() for layer in self.layers)
-        assert np.array_equal(ringed.lengths, plain.lengths)
-        assert np.array_equal(ringed.runs, plain.runs)
-        assert np.array_equal(ringed.left, plain.left)
+        compare(*self.layers)
+
+
+def compare(*layers: PlanCacheLayer) -> None:
+    """Compares what a layer that stepped in rings holds with what the other does; of what is shared it may have copies."""
+    ringed, plain = (layer.blocks_held() for layer in layers)
+    assert np.array_equal(ringed.lengths, plain.lengths)
+    assert np.array_equal(ringed.runs, plain.runs)
+    assert np.array_equal(ringed.left, plain.left)
+    if ringed.pool.shared:
+        assert ringed.used_bytes >= plain.used_bytes
+    else:
         assert ringed.used_bytes == plain.used_bytes
         assert ringed.pool.used == plain.pool.used
-        for table, other in zip(ringed.tables, plain.tables, strict=True):
-            assert np.array_equal(np.argwhere(table.ids >= 0), np.argwhere(other.ids >= 0))
-        for held in zip(*(tokens_of(layer) for layer in (ringed, plain)), strict=True):
-            for ours, theirs in zip(*held, strict=True):
-                assert torch.equal(ours, theirs)
+    for table, other in zip(ringed.tables, plain.tables, strict=True):
+        assert np.array_equal(np.argwhere(table.ids >= 0), np.argwhere(other.ids >= 0))
+    for held in zip(*(tokens_of(layer) for layer in (ringed, plain)), strict=True):
+        for ours, theirs in zip(*held, strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def tokens_of(held: Any) -> Iterator[list[torch.Tensor]]:
@@ -190,24 +202,26 @@ def test_rings_hold_what_tables_hold(examples: int, triton: Any, monkeypatch: py
         others = []
         for name, count in operations:
             if name == "step":
-                shared = pair.layers[0].blocks_held().pool.shared
-                if shared:  # which rings do not take: blocks of another would be written over
-                    pair.chunk(1)
-                else:
-                    for _ in range(count):
-                        pair.step(triton)
+                for _ in range(count):
+                    pair.step(triton)
             elif name == "chunk":
                 pair.chunk(count)
             elif name == "draft" and drafts:
                 for layer in pair.layers:
                     layer.roll_back(np.full(pair.rows, min(count, int(layer.lengths.min()))), count)
             elif name == "fork":
-                others += [layer.fork() for layer in pair.layers]
+                others.append([layer.fork() for layer in pair.layers])
             elif name == "repeat":
                 for layer in pair.layers:
                     layer.select(np.arange(pair.rows).repeat(2)[:3])
                 pair.rows = min(2 * pair.rows, 3)
             pair.compare()
+        pools = [layer.blocks_held().pool for layer in pair.layers]
+        for forked in others:
+            compare(*forked)
+        for layer in (*itertools.chain(*others), *pair.layers):
+            layer.reset()
+        assert not any(pool.used for pool in pools)
 
     check()
 
@@ -225,15 +239,37 @@ def test_blocks_are_written_over_in_their_turn(padding: tuple[int, ...], triton:
     pair.compare()
 
 
-def test_shared_blocks_are_not_written_over(triton: Any) -> None:
-    pair = Pair(RuleTable.of([Rule(4, 20, 0)], MIN_WINDOW), 1, 0)
+@pytest.mark.parametrize("select", [0, 9])
+def test_blocks_that_are_shared_are_copied_where_they_would_be_written_over(select: int, triton: Any) -> None:
+    """The fork keeps what it had; sinks, and windows that never end, stay shared."""
+    rules = [Rule(20, 20, 0, select_alpha=select), Rule.FULL]
+    pair = Pair(RuleTable.of(rules, MIN_WINDOW), 1, 0)
+    pair.chunk(120)
+    forks = [layer.fork() for layer in pair.layers]
+    for _ in range(40):
+        pair.step(triton)
+    pair.compare()
+    compare(*forks)
+    ours, theirs = (layer.blocks_held() for layer in (pair.layers[0], forks[0]))
+    alike = [np.intersect1d(*(each.table.ids[0, head] for each in (ours, theirs))) for head in (0, 1)]
+    assert [int((ids >= 0).sum()) for ids in alike] == [2, 7]  # blocks of the sinks, and whole ones of all tokens
+    for layer in (*pair.layers, *forks):
+        layer.reset()
+    assert ours.pool.used == 0
+
+
+def test_beams_stay_in_block_tables(triton: Any) -> None:
+    """Rows that are repeated after every step would be copied for one step each."""
+    pair = Pair(RuleTable.of([Rule(4, 20, 0)], MIN_WINDOW), 2, 0)
     pair.chunk(50)
-    fork = pair.layers[0].fork()
-    key, value, _ = pair.tokens(1)
-    pair.layers[0].update(key, value)
-    query = torch.randn(1, GROUP, 1, DIM)
-    assert pair.layers[0].step_in_ring(query, SCORES, None, triton) is None
-    assert fork.blocks == pair.layers[0].blocks
+    pair.step(triton)
+    assert pair.layers[0].ring is not None
+    for rows in ([0, 0], [1, 1]):
+        for layer in pair.layers:
+            layer.select(np.array(rows))
+        pair.step(triton)
+        assert pair.layers[0].ring is None
+    pair.compare()
 
 
 def test_blocks_that_wait_are_given_back(triton: Any) -> None:

@@ -157,6 +157,7 @@ class PlanCacheLayer(CacheLayer):
     def _clear(self) -> None:
         self.columns = 0
         self._ring: Ring | None = None
+        self._repeated = False  # in the midst of steps: as beams are, where copies for a ring would serve one step
         self._held: LayerBlocks | None = None
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
         self._before: LayerBlocks | None = None
@@ -336,11 +337,13 @@ class PlanCacheLayer(CacheLayer):
                 sees.
 
         Returns:
-            `[rows, 1, heads, value_dim]`; None, and nothing is done, where blocks are shared or a row has no real token.
+            `[rows, 1, heads, value_dim]`; None, and nothing is done, where a row has no real token, or where rows are
+            repeated time and again, as of beams, so that blocks are shared.
         """
         assert self._pending is not None
         if self._ring is None or self._ring.is_full:
-            self._ring = ring_for(self.blocks_held(), self.reserve, self.lag, backend)
+            held = self.blocks_held()
+            self._ring = ring_for(held, self.reserve, self.lag, backend, copies=not self._repeated)
         if self._ring is None:
             return None
         before = self._ring.lengths
@@ -426,6 +429,7 @@ class PlanCacheLayer(CacheLayer):
 
     def select(self, rows: Ints) -> None:
         """Makes the given rows, with repeats, the rows of the cache; they share their blocks until they are written to."""
+        self._repeated |= self._ring is not None and len(np.unique(rows)) < len(rows)
         if self.held is not None:
             self.held.select(rows)
 

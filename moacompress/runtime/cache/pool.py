@@ -235,9 +235,15 @@ class Pool:
 
     def copy(self, sources: Ids, targets: Ids) -> None:
         """Copies whole blocks, each to one of its own kind."""
-        for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
-            for block, copied in zip(self._block(target), self._block(source), strict=True):
-                block.copy_(copied)
+        starts = np.cumsum([0, *map(len, self.keys)])
+        of, to = (np.searchsorted(starts, ids, side="right") - 1 for ids in (sources, targets))
+        for pair in np.unique(np.stack((of, to)), axis=1).T:
+            chosen = np.flatnonzero((of == pair[0]) & (to == pair[1]))
+            source, target = (
+                self._index(ids[chosen] - starts[number]) for ids, number in zip((sources, targets), pair, strict=True)
+            )
+            for copied, own in zip(self._segment(pair[1]), self._segment(pair[0]), strict=True):
+                copied[target] = own[source]
 
     def only(self, ids: Ids) -> tuple[Pool, Ids]:
         """Returns a pool with copies of some blocks and no others, each counted as often as it is named, and their ids in it.
@@ -382,14 +388,6 @@ class Pool:
     def _segment(self, number: int) -> tuple[torch.Tensor, ...]:
         scores = (self.scores[number],) if self.scores[number].shape[1] else ()
         return self.keys[number], self.values[number], *self.shared_values[number], *scores
-
-    def _block(self, number: int) -> list[torch.Tensor]:
-        """Returns all that a block is made of."""
-        for at, segment in enumerate(self.keys):
-            if number < len(segment):
-                return [part[number] for part in self._segment(at)]
-            number -= len(segment)
-        raise IndexError("no such block")
 
     def _index(self, numbers: npt.NDArray[np.integer]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(numbers, np.int64)).to(self.device)

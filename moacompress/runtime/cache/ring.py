@@ -122,7 +122,11 @@ class Ring:
             for begin, end in runs:
                 rows, heads, number = _owned(begin, end)
                 ids[rows, heads, number] = rings[rows, heads, _slots(number, heads, self._sizes)]
-            held.pool.release(np.setdiff1d(rings, ids).astype(np.int32))
+            if held.pool.shared:
+                held.pool.retain(ids)
+                held.pool.release(rings)
+            else:
+                held.pool.release(np.setdiff1d(rings, ids).astype(np.int32))
             held.table.ids, held.runs = ids, runs
             if held.selected is not None:
                 kept = whole_blocks(held.rules.selected(lengths)) // BLOCK
@@ -141,11 +145,8 @@ def ring_sizes(held: LayerBlocks, until: int, lag: int) -> Ints | None:
         lag: tokens that can be rolled back.
 
     Returns:
-        int64 `[2, kv_heads]`; None where a block of them may not be written over: it is another row's or cache's, too.
+        int64 `[2, kv_heads]`; None where blocks lie as they do in no ring.
     """
-    named = held.named[held.named >= 0]
-    if held.pool.shared and (held.pool.refs[named] > 1).any():
-        return None
     sinks = whole_blocks(held.rules.span.sink) // BLOCK
     begin, end = held.runs[0]
     if ((end > begin) & (end > sinks)).any():
@@ -174,6 +175,54 @@ def _ring_table(held: LayerBlocks, until: int, sizes: Ints) -> Ids:
     return found
 
 
+def _written(held: LayerBlocks, until: int, sizes: Ints) -> Bools:
+    """Returns into which blocks of rings tokens up to a length are written, bool `[rows, heads, blocks of the table]`."""
+    found = np.zeros((len(held.lengths), held.heads, int(sizes.sum(axis=0).max())), np.bool_)
+    begin = np.broadcast_to(held.lengths[:, None] // BLOCK, found.shape[:2])
+    end = np.minimum(-(-until // BLOCK), np.maximum(begin, sizes[0]) + sizes[1])
+    rows, heads, number = _owned(begin, end)
+    found[rows, heads, _slots(number, heads, sizes)] = True
+    return found
+
+
+def _own_what_is_written(held: LayerBlocks, until: int, sizes: Ints, copies: bool) -> bool:
+    """Puts copies in place of blocks that other rows or caches have too, where steps up to a length will write.
+
+    Args:
+        held: the layer's blocks; the pool's lock is held.
+        until: the length.
+        sizes: see `ring_sizes`.
+        copies: whether to; otherwise nothing is done.
+
+    Returns:
+        Whether the blocks are its own now.
+    """
+    pool = held.pool
+    if not pool.shared:
+        return True
+    written = _written(held, until, sizes)
+    there: list[tuple[Ids, Ints, Ints, Ints]] = []
+    for begin, end in held.runs:
+        rows, heads, number = _owned(begin, end)
+        chosen = written[rows, heads, _slots(number, heads, sizes)]
+        there.append((held.table.ids, rows[chosen], heads[chosen], number[chosen]))
+    if held.selected is not None:
+        rows, heads, number = np.nonzero(held.selected.ids >= 0)
+        there.append((held.selected.ids, rows, heads, number))
+    for ids, rows, heads, number in there:
+        sources = ids[rows, heads, number]
+        shared = pool.refs[sources] > 1
+        if not shared.any():
+            continue
+        if not copies:
+            return False
+        sources, at = sources[shared], (rows[shared], heads[shared], number[shared])
+        ids[at] = pool.take(at[1])
+        pool.copy(sources, ids[at])
+        pool.release(sources)
+    return True
+
+
 def _take_selected(held: LayerBlocks, until: int) -> None:
     """Takes blocks for all tokens that gates will select up to some length."""
     assert held.selected is not None
@@ -196,9 +245,22 @@ def _slots(number: Ints, heads: Ints, sizes: Ints) -> Ints:
     return np.where(number < sinks, number, sinks + (number - sinks) % ring)
 
 
-def ring_for(held: LayerBlocks, reserve: int | None, lag: int, backend: Backend) -> Ring | None:
-    """Returns rings of a layer's blocks, for as many tokens as were reserved or a few more; None where some are shared."""
+def ring_for(held: LayerBlocks, reserve: int | None, lag: int, backend: Backend, *, copies: bool = True) -> Ring | None:
+    """Returns rings of a layer's blocks, for as many tokens as were reserved or a few more.
+
+    Args:
+        held: the layer's blocks.
+        reserve: tokens of a row for which memory is taken at once, or None.
+        lag: tokens that can be rolled back.
+        backend: that makes the steps.
+        copies: whether blocks that are shared, and would be written over, are copied once.
+
+    Returns:
+        None where such blocks are not to be copied, or blocks lie as they do in no ring.
+    """
     until = max(reserve or 0, int(held.lengths.max(initial=0)) + AHEAD)
     with held.pool.lock:
         sizes = ring_sizes(held, until, lag)
-    return None if sizes is None else Ring(held, until, lag, sizes, backend)
+        if sizes is None or not _own_what_is_written(held, until, sizes, copies):
+            return None
+    return Ring(held, until, lag, sizes, backend)
