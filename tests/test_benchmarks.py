@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,42 +62,6 @@ def test_ways_to_round(load_script: Callable[[Path], Any]) -> None:
     sinks = ways["4/4 native sinks"].keys(x, 0)
     assert torch.equal(sinks[:, :, : formats.SINKS], x[:, :, : formats.SINKS])
     assert formats.ratio([2.0, 4.0, 2.0], [1.0, 2.0, 1.0])["value"] == pytest.approx(2, abs=1e-4)
-
-
-def test_turns_beside_llama_cpp(
-    load_script: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is there is not measured again; sides that are not known are refused before anything is started."""
-    script = load_script(FOLDER / "llama_cpp.py")
-    turns = [{"prompt_ms": ms * 10, "step_ms": ms} for ms in (3.0, 1.0, 2.0)]
-    assert script.summary(turns) == {
-        "turns": 3,
-        "prompt_ms": 20.0,
-        "prompt_range_ms": [10.0, 30.0],
-        "step_ms": 2.0,
-        "step_range_ms": [1.0, 3.0],
-    }
-    shipped = tmp_path / "shipped.gguf"
-    given = argparse.Namespace(checkpoint=tmp_path, weights=shipped, lengths=(8,), steps=2, threads=1, turns=1)
-    given.sides = ["ours", "other=there", "llama-shipped-q8_0"]
-    shipped.touch()
-    ours, other, llama = script.tasks_of(given, tmp_path)
-    assert (ours["model"], other["side"], other["model"]) == (str(tmp_path), "other", "there")
-    assert (llama["model"], llama["kv_type"], llama["tokens"]) == (str(shipped), "q8_0", 12)
-    for unknown in ("theirs", "llama-q8", "llama-bf16-q3"):
-        given.sides = [unknown]
-        with pytest.raises(SystemExit, match=f"there is no side {unknown}"):
-            script.tasks_of(given, tmp_path)
-
-    asked = io.StringIO()
-    monkeypatch.setattr(script, "tasks_of", lambda given, folder: [{"side": "ours"}, {"side": "other"}])
-    monkeypatch.setattr(script, "side_process", lambda task: nullcontext(SimpleNamespace(stdin=asked)))
-    monkeypatch.setattr(script, "answer", lambda process, side: {"prompt_ms": 1.0, "step_ms": 1.0})
-    there = {"ours@8": turns[:1]}
-    given.turns = 2
-    script.measure(given, there, lambda: None)
-    assert {side: len(found) for side, found in there.items()} == {"ours@8": 2, "other@8": 2}
-    assert [json.loads(line)["seed"] for line in asked.getvalue().splitlines()] == [0, 1, 1]
 
 
 def test_products_of_weights_take_turns(load_script: Callable[[Path], Any]) -> None:

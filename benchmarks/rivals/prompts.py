@@ -1,0 +1,93 @@
+"""The prompts that rivals answer: the product's own evaluation prompts as tokens, with where each one's question begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moacompress.core.errors import DataError
+from moacompress.evaluation.tasks.cases import Case
+from moacompress.evaluation.tasks.registry import Resources, make_cases
+from moacompress.prompts.generators import ANSWER_ROOM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SEEN, UNSEEN = "seen", "unseen"
+"""Whether a rival that evicts once, when it has read a prompt, has read the question by then."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        case: what is asked, and how an answer is judged.
+        index: which of its task and length it is.
+        question_at: `prompt_ids[question_at:]` is the question, and the template behind it.
+        new_tokens: most tokens that an answer may have: those of the reference and a few more, so that no time goes into
+            what a model says behind its answer.
+    """
+
+    case: Case
+    index: int
+    question_at: int
+    new_tokens: int
+
+
+def make_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    stop: Sequence[int],
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    count: int,
+    resources: Resources,
+    seed: int = 0,
+) -> list[Prompt]:
+    """Returns the prompts of some tasks and lengths.
+
+    Args:
+        tokenizer: the model's.
+        stop: tokens that end a turn.
+        tasks: names of evaluation tasks.
+        lengths: tokens of a prompt, its answer included.
+        count: of each task and length.
+        resources: texts that some tasks need.
+        seed: of the prompts.
+
+    Raises:
+        UsageError: an unknown task.
+        DataError: a text is missing, or a prompt has no line of its own for the question.
+    """
+    return [
+        Prompt(
+            case, index, question_at(tokenizer, stop, case), min(case.new_tokens, len(case.answer_ids) + ANSWER_ROOM)
+        )
+        for task in tasks
+        for length in lengths
+        for index, case in enumerate(make_cases(task, length, count, seed, tokenizer, resources))
+    ]
+
+
+def question_at(tokenizer: PreTrainedTokenizerBase, stop: Sequence[int], case: Case) -> int:
+    """Returns where the last line of a prompt's last turn of the user begins, in tokens.
+
+    Raises:
+        DataError: there is no such line.
+    """
+    ids = case.prompt_ids
+    end = max((index for index, token in enumerate(ids) if token in stop), default=len(ids))
+    for index in range(end - 1, 0, -1):
+        if "\n" in str(tokenizer.decode(ids[index : index + 1])):
+            return index + 1
+    raise DataError(f"a prompt of {case.task} has no line of its own for the question, so that none can be left unseen")
+
+
+def stop_tokens_of(folder: Path) -> list[int]:
+    """Returns the tokens at which a model's answers end, of its generation config."""
+    from transformers import GenerationConfig
+
+    found: Any = GenerationConfig.from_pretrained(folder).eos_token_id
+    return list(found) if isinstance(found, list) else [found]

@@ -1,0 +1,132 @@
+"""Rows of a rival: measured once, resumed, and never at the cost of the others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moacompress.core.errors import UsageError
+from moacompress.evaluation.tasks.cases import Case
+
+STOP = [2]
+
+
+@pytest.fixture
+def prompts(rivals: SimpleNamespace, tiny_tokenizer: Any) -> list[Any]:
+    def prompt(index: int, word: str) -> Any:
+        ids = tiny_tokenizer(f"a text with {word}\nwhich?", add_special_tokens=False)["input_ids"]
+        answer = tiny_tokenizer(word, add_special_tokens=False)["input_ids"]
+        case = Case("made-up", 64, ids, answer, [True] * len(answer), (word,), "all", 8)
+        return rivals.prompts.Prompt(case, index, len(ids) - 6, len(answer) + 1)
+
+    return [prompt(0, "cat"), prompt(1, "dog")]
+
+
+@pytest.fixture
+def says(tiny_tokenizer: Any) -> list[int]:
+    """What the fake rival answers: the first prompt's word."""
+    return [*tiny_tokenizer("cat", add_special_tokens=False)["input_ids"], *STOP]
+
+
+def rows(rivals: SimpleNamespace, tmp_path: Path) -> list[dict[str, Any]]:
+    return list(rivals.table.read_rows(tmp_path / "rows.jsonl"))
+
+
+def test_answers_are_scored_and_not_asked_for_again(
+    rivals: SimpleNamespace, bench: Callable[..., Any], prompts: Any, says: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    setting = rivals.settings.Setting("fake", "one", {"says": says, "masked": 8}, once=True, note="made up")
+    late = bench(deadline=time.monotonic() - 1)
+    assert rivals.measures.measure_quality(late, [setting], prompts, tiny_tokenizer, STOP) == {}
+    assert not (tmp_path / "rows.jsonl").exists()
+    for _ in range(2):
+        rivals.measures.measure_quality(bench(), [setting], prompts[:1], tiny_tokenizer, STOP, ["unseen"])
+    assert len(rows(rivals, tmp_path)) == 1
+    assert rivals.measures.measure_quality(bench(), [setting], prompts, tiny_tokenizer, STOP) == {}
+    found = rows(rivals, tmp_path)
+    assert [(row["question"], row["index"], row["numbers"]["match"]) for row in found] == [
+        ("unseen", 0, 1.0),
+        ("seen", 0, 1.0),
+        ("seen", 1, 0.0),
+        ("unseen", 1, 0.0),
+    ]
+    tokens = len(prompts[0].case.prompt_ids) + 3  # the word, whose last token and the stop were not read
+    assert all(row["numbers"]["tokens"] == tokens for row in found)
+    assert all((row["numbers"]["kv_bytes"], row["numbers"]["masked_bytes"]) == (4 * tokens, 8) for row in found)
+    assert all(row["note"] == "made up" and row["versions"]["pytest"] == pytest.__version__ for row in found)
+    # nothing starts where all is there: a runner that cannot start is not noticed
+    rivals.processes.START.write_text("raise SystemExit('started')")
+    assert rivals.measures.measure_quality(bench(), [setting], prompts, tiny_tokenizer, STOP) == {}
+    other = rivals.settings.Setting("fake", "one", {"says": says, "masked": 9})
+    assert "started" in rivals.measures.measure_quality(bench(), [other], prompts, tiny_tokenizer, STOP)["fake:one"]
+    (rivals.requirements / "fake.txt").write_text("pytest==0\n")  # other versions are other rows
+    assert rivals.measures.measure_quality(bench(), [setting], prompts, tiny_tokenizer, STOP)
+
+
+@pytest.mark.parametrize(("when", "why"), [("start", "no such model"), ("answer", "out of memory")])
+def test_a_rival_that_fails_is_named_and_the_others_are_measured(
+    rivals: SimpleNamespace,
+    bench: Callable[..., Any],
+    prompts: Any,
+    says: Any,
+    tiny_tokenizer: Any,
+    tmp_path: Path,
+    when: str,
+    why: str,
+) -> None:
+    settings = [
+        rivals.settings.Setting("fake", "bad", {"says": says, "broken": when}),
+        rivals.settings.Setting("fake", "good", {"says": says}),
+    ]
+    failures = rivals.measures.measure_quality(bench(), settings, prompts, tiny_tokenizer, STOP)
+    assert list(failures) == ["fake:bad"]
+    assert "the process of fake:bad ended with 1" in failures["fake:bad"]
+    assert why in failures["fake:bad"]
+    assert {row["setting"] for row in rows(rivals, tmp_path)} == {"good"}
+    failures = rivals.measures.measure_speed(bench(), settings, [8], 2, 1)
+    assert list(failures) == ["fake:bad"]
+    assert [row["setting"] for row in rows(rivals, tmp_path) if row["measure"] == "speed"] == ["good"]
+
+
+def test_turns_alternate_and_are_resumed(
+    rivals: SimpleNamespace, bench: Callable[..., Any], says: Any, tmp_path: Path
+) -> None:
+    settings = [rivals.settings.Setting("fake", name, {"says": says, "of": name}) for name in ("one", "two")]
+    rivals.measures.measure_speed(bench(), settings[:1], [8], 3, 1)
+    rivals.measures.measure_speed(bench(), settings, [8, 16], 3, 2)
+    found = rows(rivals, tmp_path)
+    assert [(row["setting"], row["length"], row["turn"]) for row in found] == [
+        ("one", 8, 0),
+        ("two", 8, 0),
+        ("one", 8, 1),
+        ("two", 8, 1),
+        *((name, 16, turn) for turn in (0, 1) for name in ("one", "two")),
+    ]
+    assert all(row["numbers"]["peak_bytes"] > 2**20 and row["numbers"]["step_ms"] > 0 for row in found)
+
+
+def test_llama_cpp_needs_its_file(rivals: SimpleNamespace, bench: Callable[..., Any]) -> None:
+    (setting,) = rivals.settings.chosen(["llamacpp:bf16-q8_0"], {})
+    (rivals.requirements / "llamacpp.txt").touch()
+    with pytest.raises(UsageError, match="--gguf"):
+        rivals.measures.measure_speed(bench(), [setting], [8], 2, 1)
+
+
+def test_a_question_begins_on_its_line(rivals: SimpleNamespace, tiny_tokenizer: Any) -> None:
+    from moacompress.evaluation.tasks.registry import Resources
+
+    made = rivals.prompts.make_prompts(tiny_tokenizer, STOP, ["needle-noise"], [900], 2, Resources())
+    assert [prompt.index for prompt in made] == [0, 1]
+    for prompt in made:
+        before = tiny_tokenizer.decode(prompt.case.prompt_ids[: prompt.question_at])
+        behind = tiny_tokenizer.decode(prompt.case.prompt_ids[prompt.question_at :])
+        assert before.endswith("\n")
+        assert prompt.case.references[0] in before
+        assert "?" in behind
+        assert "\n" not in behind.partition("<|im_end|>")[0]
+        assert prompt.new_tokens >= len(prompt.case.answer_ids)

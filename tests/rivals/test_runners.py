@@ -1,0 +1,127 @@
+"""Engines on tiny models: what a rival is fed, and what is counted of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.rivals.conftest import BENCHMARKS
+
+PROMPT = [(7 * index) % 150 + 4 for index in range(40)]
+
+
+def job(question_at: int | None = None) -> dict[str, Any]:
+    return {"do": "answer", "prompt": PROMPT, "question_at": question_at, "new_tokens": 5, "stop": []}
+
+
+def greedy(model: Any, tokens: int) -> list[int]:
+    ids = list(PROMPT)
+    with torch.no_grad():
+        for _ in range(tokens):
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(PROMPT) :]
+
+
+def test_a_model_of_transformers_answers_as_it_does_without_a_cache(
+    rivals: SimpleNamespace, tiny_folder: Path, tiny_model: Callable[..., Any]
+) -> None:
+    from rivals.runners.transformers import make
+
+    engine = make({"dense": str(tiny_folder), "threads": 1})
+    wanted = greedy(engine.model, 5)
+    for question_at in (None, 30):
+        found = engine.answer(job(question_at))
+        assert found["ids"] == wanted
+        assert found["kv_bytes"] == 3 * 2 * (len(PROMPT) + 4) * 2 * 16 * 2  # layers, keys and values, heads, dim, bytes
+        assert found["masked_bytes"] == 0
+    stopped = engine.answer({**job(), "stop": wanted[1:2]})
+    assert stopped["ids"] == wanted[: wanted.index(wanted[1]) + 1]
+    turn = engine.turn({"length": 8, "steps": 3, "seed": 0})
+    assert engine.tokens == 12
+    assert set(turn) == {"prompt_ms", "step_ms"}
+
+
+def test_our_checkpoint_answers_as_it_does_without_a_cache(rivals: SimpleNamespace, compressed: Path) -> None:
+    from rivals.runners.moacompress import make
+
+    from moacompress.rules.plan import Plan
+
+    engine = make({"checkpoint": str(compressed / "model"), "threads": 1})
+    found = engine.answer(job(25))
+    assert len(found["ids"]) == 5
+    assert found["kv_bytes"] == Plan.load(compressed / "model/plan.json").kv_bytes(len(PROMPT) + 4)
+    assert engine.answer(job())["ids"] == found["ids"]
+
+
+def test_kept_keys_are_found_among_all(rivals: SimpleNamespace) -> None:
+    from rivals.runners.kvpress import positions
+
+    keys = torch.randn(9, 4).bfloat16()
+    assert positions(keys, keys[[5, 0, 3]]) == [0, 3, 5]
+    with pytest.raises(ValueError, match="changes keys"):
+        positions(keys, keys[:2] + 1)
+
+
+def test_a_press_is_used_as_its_pipeline_does(
+    rivals: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
+) -> None:
+    """The whole context is read under the press, and what comes behind keeps the positions of the whole."""
+    from contextlib import contextmanager
+
+    import rivals.runners.kvpress as module
+
+    read = []
+
+    class Press:
+        def __init__(self, compression_ratio: float) -> None:
+            self.ratio = compression_ratio
+
+        @contextmanager
+        def __call__(self, model: Any) -> Any:
+            forward = model.model.forward
+
+            def seen(*args: Any, **kwargs: Any) -> Any:
+                read.append(kwargs["input_ids"].shape[1])
+                out = forward(*args, **kwargs)
+                for layer in next(value for name, value in kwargs.items() if name != "input_ids").layers:
+                    layer.keys, layer.values = layer.keys[:, :, 10:], layer.values[:, :, 10:]
+                return out
+
+            model.model.forward = seen
+            yield
+            model.model.forward = forward
+
+    monkeypatch.setitem(sys.modules, "kvpress", SimpleNamespace(Press=Press))
+    engine = module.make({"dense": str(tiny_folder), "threads": 1, "press": "Press", "ratio": 0.5})
+    found = engine.answer(job(30))
+    assert read == [30]
+    assert engine.tokens == len(PROMPT) + 4
+    assert found["kv_bytes"] == 3 * 2 * (len(PROMPT) + 4 - 10) * 2 * 16 * 2
+    kept = engine.kept(job(30))["kept"]
+    assert kept == [[list(range(10, 30))] * 2] * 3
+
+
+def test_what_a_library_prints_is_no_answer(rivals: SimpleNamespace, tmp_path: Path) -> None:
+    """Through a process, as a rival is run."""
+    task = {"threads": 1, "says": [7, 2]}
+    with rivals.processes.runner(Path(sys.executable), "fake", "fake:one", task) as process:
+        assert process.ready["vocabulary"] == 50
+        assert process.do("answer", prompt=[1, 2, 3], question_at=None, new_tokens=4, stop=[2])["ids"] == [7, 2]
+        with pytest.raises(rivals.processes.RunnerError, match="does not say which tokens it keeps"):
+            process.do("kept", prompt=[1], question_at=None)
+
+
+def test_a_runner_starts_by_its_name(tiny_folder: Path) -> None:
+    """The script that is really started, with a setting that needs nothing but transformers."""
+    task = json.dumps({"dense": str(tiny_folder), "threads": 1})
+    command = [sys.executable, "-P", str(BENCHMARKS / "rivals/start.py"), "transformers", task]
+    done = subprocess.run(command, input="", capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["vocabulary"] == 160

@@ -1,0 +1,101 @@
+"""Rows as tables: who keeps what at which bytes, who is faster, and who wins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+NOTES = {"versions": {"library": "1.2"}, "machine": "a machine", "threads": 1, "date": "2026-01-02"}
+
+
+def answers(rival: str, setting: str, matches: list[float], share: float, **more: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "key": f"{rival} {setting} {more} {index}",
+            "numbers": {"match": match, "kv_bytes": 1000 * share, "masked_bytes": more.get("masked", 0), "tokens": 100},
+            "rival": rival,
+            "setting": setting,
+            "question": more.get("question", ""),
+            "note": more.get("note", ""),
+            "measure": "quality",
+            "task": "a",
+            "length": 64,
+            "index": index,
+            **NOTES,
+        }
+        for index, match in enumerate(matches)
+    ]
+
+
+def times(setting: str, length: int, step: list[float]) -> list[dict[str, Any]]:
+    return [
+        {
+            "key": f"{setting} {length} {turn}",
+            "numbers": {"prompt_ms": ms * 1000, "step_ms": ms, "peak_bytes": 2**20 * ms},
+            "rival": "fast",
+            "setting": setting,
+            "measure": "speed",
+            "length": length,
+            **NOTES,
+        }
+        for turn, ms in enumerate(step)
+    ]
+
+
+def cells(table: str, name: str) -> list[str]:
+    (line,) = [line for line in table.splitlines() if f"| {name} |" in line]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_answers_beside_ours_at_the_bytes(rivals: SimpleNamespace) -> None:
+    right = [1.0] * 20
+    rows = [
+        *answers("transformers", "dense", [*right, 0.0], 1),
+        *answers("moacompress", "small", [*right[:10], *[0.0] * 10, 1.0], 0.1),
+        *answers("moacompress", "large", [*right, 1.0], 0.25),
+        *answers("other", "wins", [*right, 0.0], 0.15, note="a note"),
+        *answers("other", "loses", [0.0] * 21, 0.5),
+        *answers("other", "tiny", right[:5], 0.01),
+        *answers("other", "masks", right, 1, masked=740, question="seen"),
+    ]
+    table = rivals.table.quality_table(rows)
+    assert "the 20 of 21 prompts" in table
+    assert cells(table, "wins")[3:] == [
+        "0.150",
+        "1.00 [0.84, 1.00]",
+        "small: -0.50 [-0.70, -0.30]",
+        "**the rival**",
+        "a note",
+    ]
+    assert cells(table, "loses")[4:7] == ["0.00 [0.00, 0.16]", "large: +1.00 [+1.00, +1.00]", "ours"]
+    assert cells(table, "tiny")[4:7] == ["1.00 [0.57, 1.00] of 5", "", ""]
+    assert cells(table, "masks")[2:7] == [
+        "seen",
+        "0.260, 1.00 in memory",
+        "1.00 [0.84, 1.00]",
+        "large: +0.00 [+0.00, +0.00]",
+        "even",
+    ]
+    order = [line.split("|")[2].strip() for line in table.splitlines()[4:]]
+    assert order == ["tiny", "small", "wins", "large", "masks", "loses", "dense"]
+    assert rivals.table.quality_table(rows[21:]) == ""
+
+
+def test_times_are_medians_and_the_best_is_bold(rivals: SimpleNamespace) -> None:
+    table = rivals.table.speed_table([*times("a", 256, [3, 1, 2]), *times("b", 256, [4]), *times("b", 1024, [5])])
+    assert table.splitlines()[0].count("step, ms") == 2
+    assert cells(table, "a")[2:] == ["3", "**2.0**", "", "**2.00**", "", "**2**", ""]
+    assert cells(table, "b")[2:] == ["1", "4.0", "**5.0**", "4.00", "**5.00**", "4", "**5**"]
+
+
+def test_a_file_of_rows_becomes_tables(rivals: SimpleNamespace, tmp_path: Path) -> None:
+    rows = [*answers("transformers", "dense", [1.0], 1), *times("a", 256, [3])]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([*map(json.dumps, [*rows, {**rows[-1], "numbers": rows[-1]["numbers"]}]), '{"half']))
+    read = rivals.table.read_rows(path)
+    assert read == rows
+    said = rivals.table.tables(read)
+    assert said.endswith("2026-01-02, a machine, 1 thread. transformers (library 1.2); fast (library 1.2).")
+    assert rivals.table.tables([]) == ""
