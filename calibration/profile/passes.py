@@ -154,24 +154,40 @@ AttentionMaskInterface.register(ATTENTION, _no_mask)
 
 
 @contextmanager
-def recorded(model: PreTrainedModel, recording: Recording) -> Iterator[None]:
-    """Lets the model attend as `recording` says, and puts everything back."""
+def attending_as(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Lets the model attend by one of transformers' attention functions, and puts everything back.
+
+    Args:
+        model: dense, or detached.
+        name: under which the function was registered.
+    """
     configs: dict[int, Any] = {
         id(module.config): module.config for module in model.modules() if hasattr(module, "config")
     }
     before = [(config, config._attn_implementation) for config in configs.values()]
-    token = _recording.set(recording)
     try:
         for config, _ in before:
-            config._attn_implementation = ATTENTION
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, own in before:
+            config._attn_implementation = own
+
+
+@contextmanager
+def recorded(model: PreTrainedModel, recording: Recording) -> Iterator[None]:
+    """Lets the model attend as `recording` says, and puts everything back."""
+    token = _recording.set(recording)
+    try:
         tables, windows = recording.table.in_layer, recording.native_windows
         chosen = recording.plans, recording.choices
-        with choosing(model, recording.gates, lambda layer: tables(windows[layer]), *chosen):
+        with (
+            attending_as(model, ATTENTION),
+            choosing(model, recording.gates, lambda layer: tables(windows[layer]), *chosen),
+        ):
             yield
     finally:
         _recording.reset(token)
-        for config, name in before:
-            config._attn_implementation = name
 
 
 @contextmanager

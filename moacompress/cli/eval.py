@@ -27,6 +27,7 @@ from moacompress.core.ranks import rank
     "moacompress eval runs/mine --tasks all --text prose/ --squad dev-v2.0.json --against dense,uniform,per-layer,split",
     "moacompress eval runs/mine --source mine.jsonl --lengths 4k --prompts 200",
     "moacompress eval runs/mine/model --against dense,runs/other --csv scores.csv",
+    "moacompress eval runs/mine/model --against snapkv,kvzip,quantized:hqq-4",
     "moacompress eval runs/mine --tasks needle-noise --fail-under exact_match=0.9,retention=0.95 --json",
     "moacompress eval --list-tasks",
     computes=True,
@@ -43,8 +44,9 @@ def evaluate(
         typer.Option(
             metavar="LIST",
             help="What to measure beside it: dense, uniform, uniform:4, uniform-elastic, per-layer, split, transformers' "
-            "quantized caches (quantized:hqq-8, quantized:hqq-4, quantized:quanto-4, quantized:fp8), folders of other "
-            "compressed models made from the same one, or none.",
+            "quantized caches (quantized:hqq-8, quantized:hqq-4, quantized:quanto-4, quantized:fp8), known ways to evict "
+            "tokens (streaming-llm, h2o, snapkv, pyramidkv, adakv, expected-attention, keydiff, kvzip; snapkv:seen for the "
+            "question seen alone), folders of other compressed models made from the same one, or none.",
         ),
     ] = "dense,uniform",
     dense: Annotated[

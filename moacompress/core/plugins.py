@@ -17,6 +17,8 @@ TASKS = "moacompress.tasks"
 """Tasks of the evaluation, as `moacompress.evaluation.tasks.registry.EvaluationTask`."""
 BACKENDS = "moacompress.backends"
 """Kernels, as subclasses of `moacompress.kernels.backend.Backend`."""
+BASELINES = "moacompress.baselines"
+"""Ways to evict tokens that a plan is measured against, as classes of `moacompress.evaluation.eviction.baseline`."""
 
 
 @functools.cache

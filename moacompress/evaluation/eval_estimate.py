@@ -11,6 +11,7 @@ from moacompress.estimate.devices import on_devices
 from moacompress.estimate.estimate import Estimate
 from moacompress.estimate.live_bytes import weight_bytes
 from moacompress.estimate.rates import Rates, TimedRates
+from moacompress.evaluation.baselines.evictions import expanded
 from moacompress.evaluation.scoring.prompts import BATCH_TOKENS
 from moacompress.rules.rule import SINKS
 from moacompress.runtime.checkpoint import compressed_folder, load_checkpoint
@@ -72,7 +73,7 @@ def estimate_eval(
     checkpoint = load_checkpoint(compressed_folder(target), dtype, device, trust_remote_code=trust_remote_code)
     use_kernels(checkpoint.model)
     checkpoint.check_lengths(lengths)
-    models = 1 + sum(len(SINKS) if name in ("uniform", "uniform-elastic") else 1 for name in against)
+    models = 1 + sum(len(SINKS) if name in ("uniform", "uniform-elastic") else 1 for name in expanded(against))
     rates = TimedRates(checkpoint.put_on(checkpoint.plan), device)
     seconds = eval_seconds(len(tasks), lengths, prompts, models, rates)
     rows = sum(min(count, prompts) for count in (own or {}).values())

@@ -18,6 +18,7 @@ from moacompress.core.ranks import rank
 from moacompress.core.records import Records, named_numbers
 from moacompress.core.version import own_version
 from moacompress.evaluation.baselines.compared_models import ComparedModel, Comparison, check_names, make_comparison
+from moacompress.evaluation.baselines.evictions import ComparedEviction
 from moacompress.evaluation.baselines.quantized_caches import RESIDUAL
 from moacompress.evaluation.lm_harness import AUTO, check_lm_eval, read_batch_size, run_lm_eval
 from moacompress.evaluation.scoring.result_rows import (
@@ -78,6 +79,8 @@ def evaluate(
     All models are the same loaded weights, run by the same kernels on the same prompts in the same batches: under the
     plan, with every KV head at full span (dense), and under baselines that take at most the plan's KV bytes at the
     prompts' mean length. With a quantized cache they run as transformers runs them, and the cache's tensors are counted.
+    Known ways to evict tokens run under masks, in plain PyTorch, within the plan's bytes of each prompt; their memory is
+    counted as if it were freed. They have no rows for `text`.
     A baseline with several candidates (sinks, streaming windows) is represented by the one with the lowest mean NLL on
     these very prompts. Under `torchrun` the processes share the batches of prompts and the windows of text; every one of
     them is to call it alike, all return the report, and the first one writes.
@@ -87,6 +90,8 @@ def evaluate(
         against: what to measure beside the plan: `dense`; the baselines `uniform`, `uniform-elastic`, `quantized`,
             `per-layer`, `split` and `moa`; `uniform:4`, `uniform:16` and `uniform:64` for a given sink; transformers'
             quantized caches, such as `quantized:hqq-8` (`quantized_caches.QUANTIZED`), at the bytes that they take;
+            known ways to evict tokens (`baselines.evictions`), such as `snapkv`, which is measured with the question seen
+            and unseen, or `snapkv:seen`;
             folders of other compressed checkpoints of the same dense model, with their own weights where these were repaired
             or healed, or layers share attention.
         dense: the dense model, where the checkpoint's weights are not its any more: layers share attention, or the weights were
@@ -327,7 +332,8 @@ class _Evaluation:
             return len(self._readers(length)) * self.prompts
         given = find_task(task, self.resources).given
         if given is None:
-            return len(self._answerers(self._cases(task, length, 1))) * self.prompts
+            cases = self._cases(task, length, 1)
+            return self._checked(cases) * self.prompts
         cases = self._cases(task, length, self.prompts)
         if not cases:
             raise DataError(f"no row of {task} fits into {length:,} tokens, its answer included; give longer --lengths")
@@ -340,7 +346,16 @@ class _Evaluation:
                 task,
                 f"{length:,}",
             )
-        return len(self._answerers(cases)) * len(cases)
+        return self._checked(cases) * len(cases)
+
+    def _checked(self, cases: Sequence[Case]) -> int:
+        """Returns how many models answer prompts, each of which can."""
+        answerers = self._answerers(cases)
+        for compared in answerers:
+            if isinstance(compared, ComparedEviction):
+                for case in cases:
+                    compared.check(case)
+        return len(answerers)
 
     def lengths(self, task: str, asked: Sequence[int]) -> list[int]:
         """Returns the lengths of those asked for at which a task is measured."""
@@ -389,8 +404,9 @@ class _Evaluation:
         return self.comparison.at(mean_tokens(cases), mean_answer_tokens(cases))
 
     def _readers(self, length: int) -> list[ComparedModel]:
-        """Returns the models that read windows of so many tokens."""
-        return self.comparison.at(length, length % RESIDUAL)
+        """Returns the models that read windows of so many tokens: not those that evict after a prompt, or by token."""
+        found = self.comparison.at(length, length % RESIDUAL)
+        return [compared for compared in found if not isinstance(compared, ComparedEviction)]
 
     def _cases(self, task: str, length: int, prompts: int) -> list[Case]:
         return make_cases(task, length, prompts, self.seed, self.checkpoint.tokenizer, self.resources)

@@ -96,6 +96,10 @@ class DocumentSentences:
         shown = (self.document.format(number=number, document=text) for number, text in enumerate(documents, 1))
         return self.prompt.format(context="\n\n".join(shown), question=question)
 
+    def asks(self, question: str) -> str:
+        """Returns how what the user says ends, behind the documents."""
+        return self.prompt.partition("{context}")[2].format(question=question).lstrip()
+
 
 _STATED = "Here and there the text below says which {kind} a name has. Keep that in mind: a question about it follows the text."
 NEEDLES = NeedleSentences(

@@ -1,4 +1,4 @@
-"""What a package from outside adds by entry points is there like our own: a task, and a backend."""
+"""What a package from outside adds by entry points is there like our own: a task, a backend, and a way to evict tokens."""
 
 from __future__ import annotations
 
@@ -50,3 +50,35 @@ def test_a_task_and_a_backend_from_outside_are_used(compressed: Path, tmp_path: 
     assert "counted" in done.stderr
     ours = run("eval", compressed, *ask, MOACOMPRESS_KERNEL="reference")
     assert json.loads(ours.stdout)["results"] == found["results"]
+
+
+def test_a_way_to_evict_from_outside_is_measured(compressed: Path, tmp_path: Path) -> None:
+    ask: list[Any] = [
+        "--tasks",
+        "needle-noise",
+        "--lengths",
+        "500",
+        "--prompts",
+        "2",
+        "--against",
+        "newest-half,snapkv:seen",
+    ]
+    done = run("eval", compressed, *ask, "--json", "--log-file", tmp_path / "log")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    rows = {row["model"]: row for row in found["results"] if row["metric"] == "nll"}
+    assert list(rows) == ["plan", "newest-half:unseen", "newest-half:seen", "snapkv:seen"]
+    assert rows["newest-half:seen"]["readings"] == 1
+    said = " ".join(done.stderr.split())
+    assert (
+        "no-baseline, an entry point of moacompress.baselines, is no class of a baseline and is left out: 0.5" in said
+    )
+    assert (
+        "again, an entry point of moacompress.baselines, has the name of another baseline, snapkv, and is left" in said
+    )
+
+
+def test_the_names_of_all_are_in_the_refusal(compressed: Path) -> None:
+    done = run("eval", compressed, "--against", "zzzz")
+    assert done.returncode == 2
+    assert "keydiff, kvzip, newest-half, " in " ".join(done.stderr.split())

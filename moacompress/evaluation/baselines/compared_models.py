@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import PlanError, UsageError, did_you_mean
 from moacompress.core.files import fingerprint
+from moacompress.evaluation.baselines.evictions import compared_eviction, eviction_names, expanded
 from moacompress.evaluation.baselines.quantized_caches import QUANTIZED, ComparedQuantizedCache
 from moacompress.rules.formats import CODED, FORMATS, NATIVE
 from moacompress.rules.plan import Plan
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 PLAN, DENSE = "plan", "dense"
 NAMED = (DENSE, *BASELINES, *(f"uniform:{sink}" for sink in SINKS), *QUANTIZED)
-"""What can be measured against by name; anything else is another compressed checkpoint."""
+"""What can be measured against by name besides `eviction_names`; anything else is another compressed checkpoint."""
 NEED_PROFILE = ("per-layer", "split", "moa")
 
 
@@ -187,6 +188,8 @@ class Comparison:
                 kind = QUANTIZED[name]
                 held = kind.measured_bytes(self.checkpoint.model, shape, tokens, last)
                 found.append(ComparedQuantizedCache(kind, held))
+            elif name in eviction_names():
+                found.append(compared_eviction(name, self.plan, tokens))
             elif name in self.others:
                 found.append(_other_model(name, self.others[name], tokens))
             else:
@@ -224,7 +227,8 @@ def make_comparison(
 
     Args:
         checkpoint: the checkpoint.
-        against: see `NAMED`, or folders of other compressed checkpoints that were made from the same dense model.
+        against: see `NAMED` and `eviction_names`, or folders of other compressed checkpoints that were made from the same dense
+            model.
         profile: folder of a profile of the same weights, for `NEED_PROFILE`.
         every_candidate: see `Comparison`.
 
@@ -232,9 +236,10 @@ def make_comparison(
         UsageError: a baseline that needs a profile, and there is none.
         PlanError: a plan of another model.
     """
-    names = tuple(dict.fromkeys(against))
+    names = expanded(against)
     found = _profile(checkpoint, names, profile)
-    others = {name: _other(checkpoint, name) for name in names if name not in NAMED}
+    known = (*NAMED, *eviction_names())
+    others = {name: _other(checkpoint, name) for name in names if name not in known}
     return Comparison(checkpoint, names, others, found, every_candidate)
 
 
@@ -244,15 +249,16 @@ def check_names(against: Sequence[str]) -> None:
     Raises:
         UsageError: names the nearest known one, or the package.
     """
+    known = (*NAMED, *eviction_names())
     for name in against:
         if name in QUANTIZED:
             QUANTIZED[name].check_installed()
-        if name in NAMED:
+        if name in known:
             continue
         if Path(name).exists():
             compressed_folder(Path(name))
             continue
-        hint = did_you_mean(name, NAMED, f"known are {', '.join(NAMED)} and compressed folders")
+        hint = did_you_mean(name, known, f"known are {', '.join(known)} and compressed folders")
         raise UsageError(f"cannot evaluate against {name!r}; {hint}")
 
 

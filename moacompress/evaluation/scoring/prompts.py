@@ -83,8 +83,26 @@ def score_batch(
         raise UsageError(
             "prompts of different lengths, or with other turns, cannot be scored together; score each alone"
         )
+    last, cache = read_on(model, cases, cache, unit=unit)
+    return score_answers(model, tokenizer, cases, last, cache)
+
+
+def score_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case], last: torch.Tensor, cache: Any
+) -> list[Score]:
+    """Returns the scores of prompts that have been read but for their last tokens.
+
+    Args:
+        model: dense or under a plan.
+        tokenizer: decodes the answers.
+        cases: the prompts.
+        last: what `read_on` left of them.
+        cache: of the tokens before; used up.
+
+    Raises:
+        ModelError: the model's logits are not finite.
+    """
     with torch.inference_mode():
-        last, cache = _read(model, cases, cache, unit)
         forced = _teacher_forced(model, cases, last, copy.deepcopy(cache))
         answers = _greedy(model, tokenizer, cases, last, cache)
     return [
@@ -103,14 +121,27 @@ def match_share(case: Case, answer: str) -> float:
     return float(any(found)) if case.match == "any" else sum(found) / len(found)
 
 
-def _read(model: PreTrainedModel, cases: Sequence[Case], cache: Any, unit: int) -> tuple[torch.Tensor, Any]:
-    """Reads the prompts but for their last tokens; returns these, `[batch, 1 to unit]`, and the cache; None makes a new one."""
+def read_on(
+    model: PreTrainedModel, cases: Sequence[Case], cache: Any, begin: int = 0, unit: int = 1
+) -> tuple[torch.Tensor, Any]:
+    """Reads prompts but for their last tokens; returns these, `[batch, 1 to unit]`, and the cache.
+
+    Args:
+        model: dense or under a plan.
+        cases: prompts of one length, with the same `turn_at`.
+        cache: of the tokens before `begin`; None for a new one.
+        begin: tokens of the prompts that have been read.
+        unit: they are read up to a multiple of so many tokens.
+    """
     ids = torch.tensor([case.prompt_ids for case in cases], device=model.device)
     end, turn = ((at - at % unit) for at in (ids.shape[1] - 1, cases[0].turn_at or 0))
-    edges = [0, turn, end] if 0 < turn < end else [0, end]
-    for first, after in itertools.pairwise(edges):
-        out = model(input_ids=ids[:, first:after], use_cache=True, logits_to_keep=1, **cache_argument(cache))
-        cache = returned_cache(out)
+    edges = [begin, turn, end] if begin < turn < end else [begin, end]
+    with torch.inference_mode():
+        for first, after in itertools.pairwise(edges):
+            if first == after:
+                continue
+            out = model(input_ids=ids[:, first:after], use_cache=True, logits_to_keep=1, **cache_argument(cache))
+            cache = returned_cache(out)
     return ids[:, end:], cache
 
 

@@ -14,6 +14,7 @@ from moacompress.core.files import fingerprint
 from moacompress.core.progress import Progress
 from moacompress.core.records import Entry, Records
 from moacompress.evaluation.baselines.compared_models import DENSE, ComparedModel, ComparedPlan
+from moacompress.evaluation.baselines.evictions import ComparedEviction, score_evictions
 from moacompress.evaluation.baselines.quantized_caches import RESIDUAL
 from moacompress.evaluation.scoring.prompts import Score, batches, score_batch
 from moacompress.evaluation.scoring.text import States, read, score_window
@@ -51,13 +52,44 @@ class Scorer:
     progress: Progress
 
     def cases(self, compared_models: Sequence[ComparedModel], cases: Sequence[Case]) -> list[list[Score]]:
-        """Returns for every compared model its score on every case."""
-        vocabulary = int(self.checkpoint.model.config.get_text_config(decoder=True).vocab_size)
-        of_batches = batches(cases, vocabulary)
-        contents = [fingerprint([asdict(cases[index]) for index in members]) for members in of_batches]
+        """Returns for every compared model its score on every case.
+
+        Ways to evict tokens are scored together on one case after another: they share the dense reading of it.
+        """
+        evictions = [compared for compared in compared_models if isinstance(compared, ComparedEviction)]
+        others = [compared for compared in compared_models if not isinstance(compared, ComparedEviction)]
+        found = iter(self._batched(others, cases))
+        evicted = iter(self._evicted(evictions, cases) if evictions else ())
+        return [next(evicted if isinstance(compared, ComparedEviction) else found) for compared in compared_models]
+
+    def _evicted(self, evictions: Sequence[ComparedEviction], cases: Sequence[Case]) -> list[list[Score]]:
+        """Returns for every way to evict its score on every case."""
+        contents = [_content([case]) for case in cases]
         jobs = [
             Job(
-                tuple(self._key(compared, content, row) for row in range(len(members))),
+                tuple(self._key(compared.case_key(case), content, 0) for compared in evictions),
+                tuple(Scored(compared.name, case.task, case.length, index) for compared in evictions),
+            )
+            for index, (case, content) in enumerate(zip(cases, contents, strict=True))
+        ]
+
+        def score(number: int) -> list[Entry]:
+            known = [self.records.get(key) for key in jobs[number].keys]
+            missing = [compared for compared, entry in zip(evictions, known, strict=True) if entry is None]
+            scored = score_evictions(self.checkpoint, cases[number], missing)
+            return [asdict(next(scored)) if entry is None else entry for entry in known]
+
+        self._share(jobs, score)
+        return [[Score(**self._filed(job.keys[which])) for job in jobs] for which in range(len(evictions))]
+
+    def _batched(self, compared_models: Sequence[ComparedModel], cases: Sequence[Case]) -> list[list[Score]]:
+        """Returns for every compared model its score on every case, prompts of one length together."""
+        vocabulary = int(self.checkpoint.model.config.get_text_config(decoder=True).vocab_size)
+        of_batches = batches(cases, vocabulary)
+        contents = [_content([cases[index] for index in members]) for members in of_batches]
+        jobs = [
+            Job(
+                tuple(self._key(compared.key(), content, row) for row in range(len(members))),
                 tuple(Scored(compared.name, cases[index].task, cases[index].length, index) for index in members),
             )
             for compared in compared_models
@@ -95,7 +127,7 @@ class Scorer:
         full = ComparedPlan(DENSE, Plan.full(self.checkpoint.plan.model), 0)
         jobs = [
             Job(
-                tuple(self._key(compared, fingerprint(list(window)), "text") for compared in compared_models),
+                tuple(self._key(compared.key(), fingerprint(list(window)), "text") for compared in compared_models),
                 tuple(Scored(compared.name, task, len(window), index) for compared in compared_models),
             )
             for index, window in enumerate(windows)
@@ -163,5 +195,11 @@ class Scorer:
         model = compared.put_on(self.checkpoint)
         return read(model, window, compared.new_cache(model), RESIDUAL)
 
-    def _key(self, compared: ComparedModel, content: str, part: int | str) -> str:
-        return fingerprint([SCORE_VERSION, compared.key(), *self.checkpoint.identity, content, part])
+    def _key(self, compared: str, content: str, part: int | str) -> str:
+        return fingerprint([SCORE_VERSION, compared, *self.checkpoint.identity, content, part])
+
+
+def _content(cases: Sequence[Case]) -> str:
+    """Returns what cases say; where the question begins matters to ways to evict alone, and stands in their own keys."""
+    said = [asdict(case) for case in cases]
+    return fingerprint([{name: each[name] for name in each if name != "question_at"} for each in said])

@@ -26,6 +26,7 @@ class Case:
         new_tokens: most tokens generated.
         turn_at: `prompt_ids[turn_at:]` is a second turn, fed as a forward of its own on the cache of the first part;
             None for a prompt of one part.
+        question_at: `prompt_ids[question_at:]` is what is asked, with all that follows it; None where that is not known.
     """
 
     task: str
@@ -37,6 +38,7 @@ class Case:
     match: Match
     new_tokens: int
     turn_at: int | None = None
+    question_at: int | None = None
 
     @property
     def tokens(self) -> int:

@@ -51,7 +51,8 @@ def make_question(request: PromptRequest, sentences: DocumentSentences) -> Promp
 def render(question: Question, chosen: Sequence[int], known: Questions, sentences: DocumentSentences) -> PromptDraft:
     """Returns the prompt of a question with the documents `chosen`, in that order."""
     user = sentences.render([known.documents[index] for index in chosen], question.text)
-    return PromptDraft((user,), sentences.answer, Answer.of(question.answers[0]), question.answers)
+    asked, answer = sentences.asks(question.text), Answer.of(question.answers[0])
+    return PromptDraft((user,), sentences.answer, answer, question.answers, question=asked)
 
 
 def _distractors(question: Question, known: Questions, request: PromptRequest) -> list[int]:

@@ -61,6 +61,7 @@ class PromptDraft:
         plain: the text goes to the model as it is, without the chat template.
         second_turn: the last message is a second turn, fed apart from what is before it.
         system: what the system says before the user; empty for nothing.
+        question: how the last message ends, with what is asked; empty for its last line.
     """
 
     messages: tuple[str, ...]
@@ -70,6 +71,20 @@ class PromptDraft:
     plain: bool = False
     second_turn: bool = False
     system: str = ""
+    question: str = ""
+
+    @property
+    def before_question(self) -> tuple[str, ...] | None:
+        """The messages without what is asked; None where nothing is before it, as in a single message of one line."""
+        *earlier, last = self.messages
+        before, _, line = last.rstrip().rpartition("\n")
+        if self.question:
+            before = last.removesuffix(self.question)
+        elif self.second_turn:
+            before = ""
+        elif before:
+            before = last[: last.rindex(line)]
+        return (*earlier, before) if before.strip() or earlier else None
 
 
 @dataclass(frozen=True)
@@ -80,6 +95,7 @@ class Encoded:
     answer_ids: list[int]
     is_value: list[bool]
     turn_at: int | None
+    question_at: int | None
 
 
 def encode_draft(tokenizer: PreTrainedTokenizerBase, draft: PromptDraft) -> Encoded:
@@ -97,7 +113,11 @@ def encode_draft(tokenizer: PreTrainedTokenizerBase, draft: PromptDraft) -> Enco
     turn_at = None
     if draft.second_turn:
         turn_at = _common(_ids(tokenizer, draft, _conversation(tokenizer, draft, draft.messages[:-1])), whole)
-    return Encoded(whole[:cut], answer_ids, _value_tokens(tokenizer, answer_ids, draft.answer), turn_at)
+    before, question_at = draft.before_question, None
+    if before is not None:
+        question_at = min(_common(_ids(tokenizer, draft, _conversation(tokenizer, draft, before)), whole), cut)
+    counts = _value_tokens(tokenizer, answer_ids, draft.answer)
+    return Encoded(whole[:cut], answer_ids, counts, turn_at, question_at)
 
 
 def draft_ids(tokenizer: PreTrainedTokenizerBase, draft: PromptDraft, answer: str = "") -> list[int]:

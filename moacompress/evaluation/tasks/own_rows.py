@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from moacompress.calibration.data.data_rows import (
@@ -82,12 +83,13 @@ def _own_task(place: str) -> EvaluationTask:
 def _draft(row: DataRow, kind: RowKind, where: str, index: int) -> PromptDraft:
     if kind == "messages":
         return _conversation(row, where, index)
+    references = _references(row, where, index)
     if kind == "question":
-        user = DOCUMENTS.render([field(row, "context", where, index)], field(row, "question", where, index))
-        prefix = DOCUMENTS.answer
-    else:
-        user, prefix = field(row, "prompt", where, index), ""
-    return _answered((user,), prefix, _references(row, where, index))
+        question = field(row, "question", where, index)
+        user = DOCUMENTS.render([field(row, "context", where, index)], question)
+        draft = _answered((user,), DOCUMENTS.answer, references)
+        return replace(draft, question=DOCUMENTS.asks(question))
+    return _answered((field(row, "prompt", where, index),), "", references)
 
 
 def _answered(messages: tuple[str, ...], prefix: str, references: tuple[str, ...], system: str = "") -> PromptDraft:

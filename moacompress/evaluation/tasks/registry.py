@@ -430,4 +430,5 @@ def _make_case(task: EvaluationTask, request: PromptRequest, draft: PromptDraft)
         match=task.match,
         new_tokens=max(task.new_tokens, needed) if task.given is not None else task.new_tokens or needed,
         turn_at=ids.turn_at,
+        question_at=ids.question_at,
     )

@@ -1,0 +1,211 @@
+"""Known ways to evict tokens as compared models: at the plan's bytes, with the question seen and unseen.
+
+A method that evicts after a prompt is measured twice. With the question seen it scores all of the prompt but its last token,
+which is read after the eviction, as the answer is. With the question unseen it scores what stands before the question, so that
+one compressed context has to serve any; the question then comes after the eviction. All of them start from one dense reading. A
+method that evicts as it reads cannot know what follows, so it is measured once.
+
+What is evicted is masked and not freed. Bytes are counted as if it were: what is kept, token by token, in the model's dtype,
+and all that is read after the eviction, up to the end of the reference answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moacompress.core.errors import DataError, InfeasibleBudgetError, UsageError
+from moacompress.core.files import fingerprint
+from moacompress.evaluation.eviction.attention import WholeCache, attending
+from moacompress.evaluation.eviction.baseline import Baseline, PromptBaseline, StreamBaseline
+from moacompress.evaluation.eviction.reading import DenseReading, read_prompt
+from moacompress.evaluation.eviction.registry import known_evictions
+from moacompress.evaluation.eviction.stream_cache import StreamCache
+from moacompress.evaluation.scoring.prompts import Score, read_on, score_answers
+from moacompress.evaluation.tasks.cases import Case
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from moacompress.runtime.checkpoint import Checkpoint
+
+UNSEEN, SEEN = "unseen", "seen"
+
+
+@dataclass(frozen=True)
+class ComparedEviction:
+    """A `ComparedModel`: the dense model under the masks of a way to evict tokens.
+
+    Attributes:
+        baseline: how it evicts.
+        question: "seen", "unseen", or None for a method that evicts as it reads.
+        plan: the plan whose bytes it gets.
+        kv_bytes: of all tokens that it keeps, at the mean number of tokens of the prompts.
+    """
+
+    baseline: Baseline
+    question: str | None
+    plan: Plan
+    kv_bytes: int
+
+    @property
+    def name(self) -> str:
+        """Name in tables and on the command line, such as `snapkv:seen`."""
+        return self.baseline.name if self.question is None else f"{self.baseline.name}:{self.question}"
+
+    @property
+    def unit(self) -> int:
+        """Tokens that are read at a time: any number."""
+        return 1
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's key and value in one KV head."""
+        return self.plan.model.token_bytes(Rule.FULL)
+
+    def key(self) -> str:
+        """Returns what its scores of a prompt are kept under, besides the bytes: method, parameters and question."""
+        return fingerprint([self.baseline.key(), self.question])
+
+    def case_key(self, case: Case) -> str:
+        """Returns what its score of one prompt is kept under, besides weights and prompt."""
+        return fingerprint([self.key(), self.plan.kv_bytes(case.tokens), case.question_at])
+
+    def put_on(self, checkpoint: Checkpoint) -> PreTrainedModel:
+        """Returns the dense model."""
+        return checkpoint.without_plan()
+
+    def new_cache(self, model: PreTrainedModel) -> Any:
+        """Returns None: what is scored has a cache of its own, see `score_evictions`."""
+        return None
+
+    def description(self, tokens: int) -> dict[str, Any]:
+        """Returns how often it reads the prompt, and that its bytes are counted as if the others were freed."""
+        return {"readings": self.baseline.readings, "freed": False}
+
+    def end(self, case: Case) -> int:
+        """Returns how many tokens of a prompt are read before it evicts."""
+        last = len(case.prompt_ids) - 1
+        return last if self.question != UNSEEN or case.question_at is None else min(case.question_at, last)
+
+    def bytes_before(self, case: Case) -> int:
+        """Returns the bytes that it may keep of what it evicts from; the tokens after that are kept whole."""
+        shape = self.plan.model
+        after = case.tokens - self.end(case) if isinstance(self.baseline, PromptBaseline) else 0
+        return self.plan.kv_bytes(case.tokens) - after * shape.layers * shape.kv_heads * self.token_bytes
+
+    def check(self, case: Case) -> None:
+        """Refuses a prompt on which it cannot be measured.
+
+        Raises:
+            DataError: the question is to be unseen, and the prompt does not say where it begins.
+            InfeasibleBudgetError: the plan's bytes leave less than a token for each KV head.
+        """
+        if self.question == UNSEEN and not case.question_at:
+            raise DataError(
+                f"{self.name} evicts before the question is read, and a prompt of {case.task} does not say where it begins: it "
+                f"is one line; put the question on a line of its own, or measure against {self.baseline.name}:{SEEN}"
+            )
+        shape = self.plan.model
+        if self.bytes_before(case) < shape.layers * shape.kv_heads * self.token_bytes:
+            after = case.tokens - self.end(case)
+            raise InfeasibleBudgetError(
+                f"{self.name} keeps the {after} tokens of a prompt of {case.task} that follow its eviction, and the plan's "
+                f"{self.plan.kv_bytes(case.tokens):,} bytes at {case.tokens:,} tokens leave less than one other token for each "
+                "KV head; compare at longer --lengths or with a larger plan"
+            )
+
+
+def eviction_names() -> tuple[str, ...]:
+    """Returns all names of known ways to evict: of a method, and of it with the question seen or unseen."""
+    known = known_evictions()
+    return (*known, *(name for kind in known.values() for name in _settings(kind) if name != kind.name))
+
+
+def expanded(names: Iterable[str]) -> tuple[str, ...]:
+    """Returns the names with a method that evicts after a prompt in both its settings, without repeats."""
+    known = known_evictions()
+    return tuple(
+        dict.fromkeys(each for name in names for each in (_settings(known[name]) if name in known else (name,)))
+    )
+
+
+def compared_eviction(name: str, plan: Plan, tokens: int) -> ComparedEviction:
+    """Returns one of `eviction_names` that is not ambiguous, as `expanded` gives it.
+
+    Args:
+        name: of a method, with `:seen` or `:unseen` where it evicts after a prompt.
+        plan: whose bytes it gets.
+        tokens: of a prompt and its answer.
+
+    Raises:
+        UsageError: the model has layers with a window of their own.
+    """
+    if any(window is not None for window in plan.model.native_windows):
+        raise UsageError(
+            f"{name} cannot be measured on this model: its layers have sliding windows of their own, and known ways to evict "
+            "share bytes among layers that see all tokens; leave it out"
+        )
+    method, _, question = name.partition(":")
+    token_bytes = plan.model.token_bytes(Rule.FULL)
+    return ComparedEviction(
+        known_evictions()[method](), question or None, plan, plan.kv_bytes(tokens) // token_bytes * token_bytes
+    )
+
+
+def score_evictions(checkpoint: Checkpoint, case: Case, compared: Sequence[ComparedEviction]) -> Iterator[Score]:
+    """Yields the score of each way to evict on one prompt, which is read densely once at most.
+
+    Args:
+        checkpoint: gives the dense model.
+        case: the prompt.
+        compared: what is scored, in this order.
+    """
+    model = checkpoint.without_plan()
+    reading: DenseReading | None = None
+    for one in compared:
+        end, baseline = one.end(case), one.baseline
+        if isinstance(baseline, StreamBaseline):
+            shape = one.plan.model
+            room = baseline.allocate(one.bytes_before(case), one.token_bytes, shape.layers, shape.kv_heads)
+            yield _answered(checkpoint, model, case, StreamCache(baseline, room), 0)
+            continue
+        assert isinstance(baseline, PromptBaseline)
+        if reading is None:
+            reading = read_prompt(model, checkpoint.tokenizer, case.prompt_ids[:-1])
+        yield _answered(checkpoint, model, case, reading.kept(kept_mask(one, case, reading)), end)
+
+
+def kept_mask(one: ComparedEviction, case: Case, reading: DenseReading) -> torch.Tensor:
+    """Returns what a method keeps of a prompt, bool `[layers, kv_heads, end]`.
+
+    Args:
+        one: a method that evicts after a prompt.
+        case: the prompt.
+        reading: of the prompt without its last token.
+    """
+    baseline = one.baseline
+    assert isinstance(baseline, PromptBaseline)
+    with torch.inference_mode():
+        prompt = reading.until(one.end(case))
+        scores = baseline.scores(prompt, baseline.prepare(prompt))
+        return baseline.allocate(scores, one.bytes_before(case), one.token_bytes)
+
+
+def _answered(checkpoint: Checkpoint, model: PreTrainedModel, case: Case, store: WholeCache, end: int) -> Score:
+    """Returns the score of a prompt whose first `end` tokens are in a cache."""
+    with attending(model):
+        last, held = read_on(model, [case], store, end)
+        (score,) = score_answers(model, checkpoint.tokenizer, [case], last, held)
+    return score
+
+
+def _settings(kind: type[Baseline]) -> tuple[str, ...]:
+    if issubclass(kind, StreamBaseline):
+        return (kind.name,)
+    return tuple(f"{kind.name}:{question}" for question in (UNSEEN, SEEN))

@@ -1,0 +1,162 @@
+"""The attention that a model runs with here: what a query sees is said by the cache that the layer has just written to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+
+from moacompress.calibration.profile.passes import attending_as
+from moacompress.core.errors import ModelError
+
+NAME = "moacompress_eviction"
+"""Name of the attention among transformers' attention functions."""
+
+_at_work: ContextVar[Attending] = ContextVar("moacompress_eviction_at_work")
+
+
+class Attending:
+    """What attends in place of the model's own attention."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Returns what a layer's new tokens get, `[1, heads, tokens, value_dim]`.
+
+        Args:
+            layer: its index.
+            query: of the new tokens, `[1, heads, tokens, head_dim]`.
+            key: of all tokens so far, `[1, kv_heads, all, head_dim]`.
+            value: likewise.
+            scaling: factor on the scores.
+        """
+        raise NotImplementedError
+
+
+class WholeCache(DynamicCache, Attending):
+    """Keeps and shows everything: the dense model. One row."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Adds the new tokens, and is what attends next."""
+        _at_work.set(self)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Attends to all tokens up to each query."""
+        if query.shape[2] == key.shape[2]:
+            out: Tensor = functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+            )
+            return out
+        return masked_attention(query, key, value, scaling, self.visible(layer, query.shape[2], key))
+
+    def visible(self, layer: int, tokens: int, key: Tensor) -> Tensor:
+        """Returns what the last `tokens` queries see of all keys, bool `[kv_heads or 1, tokens, all]`."""
+        return causal(tokens, key.shape[2], key.device)[None]
+
+
+class KeptCache(WholeCache):
+    """Shows of a prompt only what is kept of it, and everything after.
+
+    Args:
+        kept: of every layer, bool `[layers, kv_heads, n]`.
+        keys: of the prompt, of each layer `[1, kv_heads, n, head_dim]`.
+        values: likewise.
+    """
+
+    def __init__(self, kept: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
+        super().__init__()
+        self.kept = kept
+        for layer, pair in enumerate(zip(keys, values, strict=True)):
+            super().update(*pair, layer)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Attends to what is kept, and to later tokens up to each query."""
+        return masked_attention(query, key, value, scaling, self.visible(layer, query.shape[2], key))
+
+    def visible(self, layer: int, tokens: int, key: Tensor) -> Tensor:
+        """Returns what the last `tokens` queries see of all keys, bool `[kv_heads, tokens, all]`."""
+        kept = self.kept[layer].to(key.device)
+        shown = functional.pad(kept, (0, key.shape[2] - kept.shape[1]), value=True)
+        return shown[:, None] & causal(tokens, key.shape[2], key.device)
+
+
+def causal(tokens: int, total: int, device: torch.device) -> Tensor:
+    """Returns which of `total` keys the last `tokens` queries may see, bool `[tokens, total]`."""
+    return torch.ones(tokens, total, dtype=torch.bool, device=device).tril(total - tokens)
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, visible: Tensor) -> Tensor:
+    """Returns softmax attention under a mask, `[1, heads, tokens, value_dim]`.
+
+    The query heads of a group are put one after the other, so that their keys are not repeated.
+
+    Args:
+        query: `[1, heads, tokens, head_dim]`.
+        key: `[1, kv_heads, all, head_dim]`.
+        value: `[1, kv_heads, all, value_dim]`.
+        scaling: factor on the scores.
+        visible: bool `[kv_heads or 1, tokens, all]`.
+    """
+    kv_heads, tokens = key.shape[1], query.shape[2]
+    grouped = query.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+    mask = visible.repeat(1, grouped.shape[2] // tokens, 1)[None]
+    out: Tensor = functional.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    ungrouped: Tensor = out.unflatten(2, (-1, tokens)).flatten(1, 2)
+    return ungrouped
+
+
+@contextmanager
+def attending(model: PreTrainedModel) -> Iterator[None]:
+    """Lets a dense model attend as its caches say, and puts everything back."""
+    with attending_as(model, NAME):
+        yield
+
+
+@contextmanager
+def attended_by(one: Attending) -> Iterator[None]:
+    """Lets `one` attend in layers that are called without a cache."""
+    token = _at_work.set(one)
+    try:
+        yield
+    finally:
+        _at_work.reset(token)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls in each layer."""
+    if (
+        attention_mask is not None
+        or softcap is not None
+        or s_aux is not None
+        or kwargs.get("position_bias") is not None
+    ):
+        raise ModelError(
+            f"{type(module).__name__} attends with a softcap, sink logits, a mask or a bias of its own; known ways to evict "
+            "are measured with plain causal attention"
+        )
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    factor = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    return _at_work.get().attend(layer, query, key, value, factor).transpose(1, 2).contiguous(), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """The mask function beside `_attention`, which needs none: one row without padding."""
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _no_mask)

@@ -1,0 +1,169 @@
+"""What a way to evict tokens is: one class that scores the tokens of a prompt, and says which are kept within some bytes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from moacompress.core.files import fingerprint
+from moacompress.evaluation.eviction.allocation import best_of_each, even_counts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class LayerReading:
+    """What one layer of the dense model attended with as it read a prompt of `n` tokens; all float32.
+
+    Attributes:
+        layer: its index.
+        query: after the rotary embedding, `[heads, n, head_dim]`.
+        key: as it is cached, `[kv_heads, n, head_dim]`.
+        value: likewise, `[kv_heads, n, value_dim]`.
+        scaling: factor on the scores.
+        query_as_at: returns the layer's queries of all tokens as if all stood where the rotary embedding has the given cosines
+            and sines, `[rotated numbers]` each: `[heads, n, head_dim]`. It is linear in the two, so means of cosines and sines
+            give mean queries.
+        cos: of the rotary embedding at every position, `[n, rotated numbers]`.
+        sin: likewise.
+    """
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
+    query_as_at: Callable[[Tensor, Tensor], Tensor]
+    cos: Tensor
+    sin: Tensor
+
+    @property
+    def grouped_query(self) -> Tensor:
+        """The queries of each KV head's group, `[kv_heads, group, n, head_dim]`."""
+        grouped: Tensor = self.query.unflatten(0, (len(self.key), -1))
+        return grouped
+
+    def until(self, end: int) -> LayerReading:
+        """Returns the same of the first `end` tokens alone; attention is causal, so these do not know what follows."""
+        own = self.query_as_at
+        query, key, value = (each[:, :end] for each in (self.query, self.key, self.value))
+        return replace(
+            self,
+            query=query,
+            key=key,
+            value=value,
+            query_as_at=lambda cos, sin: own(cos, sin)[:, :end],
+            cos=self.cos[:end],
+            sin=self.sin[:end],
+        )
+
+
+@dataclass(frozen=True)
+class PromptReading:
+    """A prompt that the dense model has read.
+
+    Attributes:
+        ids: its `n` tokens.
+        layers: what each layer attended with.
+        read_on: feeds further tokens to the dense model after the first `n` and returns for each layer their queries and keys,
+            `[heads, tokens, head_dim]` and `[kv_heads, tokens, head_dim]`; they are forgotten again.
+        tokenizer: the model's.
+    """
+
+    ids: Sequence[int]
+    layers: tuple[LayerReading, ...]
+    read_on: Callable[[Sequence[int]], list[tuple[Tensor, Tensor]]]
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Layers, KV heads and tokens: the shape of scores and masks."""
+        return len(self.layers), len(self.layers[0].key), len(self.ids)
+
+
+class Baseline(ABC):
+    """A way to evict tokens; `PromptBaseline` or `StreamBaseline`.
+
+    Attributes:
+        name: as on the command line and in results.
+        readings: how often the prompt is read before the answer.
+    """
+
+    name: ClassVar[str]
+    readings: ClassVar[int] = 1
+
+    def key(self) -> str:
+        """Returns what its masks depend on: class and parameters."""
+        parameters = asdict(self) if is_dataclass(self) else vars(self)
+        return fingerprint([self.name, type(self).__qualname__, repr(sorted(parameters.items()))])
+
+
+class PromptBaseline(Baseline):
+    """Evicts once, when the prompt has been read densely; what comes after it is kept."""
+
+    def prepare(self, prompt: PromptReading) -> Any:
+        """Returns what the scores need beyond the dense reading, such as a second one; by default nothing."""
+        return None
+
+    def scores(self, prompt: PromptReading, prepared: Any) -> Tensor:
+        """Returns the score of every token, `[layers, kv_heads, n]`; the higher are kept.
+
+        Args:
+            prompt: as the dense model read it.
+            prepared: what `prepare` returned.
+        """
+        return torch.stack([self.layer_scores(reading, prepared) for reading in prompt.layers])
+
+    @abstractmethod
+    def layer_scores(self, reading: LayerReading, prepared: Any) -> Tensor:
+        """Returns the score of every token in one layer, `[kv_heads, n]`."""
+
+    def allocate(self, scores: Tensor, kv_bytes: int, token_bytes: int) -> Tensor:
+        """Returns which tokens are kept, bool `[layers, kv_heads, n]`: as many as the bytes allow.
+
+        By default every KV head keeps as many as any other, those of the highest scores; of equals the first.
+
+        Args:
+            scores: as `scores` returns them.
+            kv_bytes: of all layers and KV heads together.
+            token_bytes: of one token's key and value in one KV head.
+        """
+        layers, kv_heads, _ = scores.shape
+        return best_of_each(scores, even_counts(kv_bytes // token_bytes, layers * kv_heads).view(layers, kv_heads))
+
+
+class StreamBaseline(Baseline):
+    """Evicts token by token, as the prompt is read and as the answer is: no more than it keeps is ever attended to.
+
+    Before a token attends, the KV head gives up the token of the lowest score if there is no room for the new one, which is
+    then attended to like the others that are kept.
+    """
+
+    @abstractmethod
+    def scores(self, positions: Tensor, received: Tensor, now: int, room: Tensor) -> Tensor:
+        """Returns the score of every kept token, `[kv_heads, slots]`; the lowest is evicted.
+
+        Args:
+            positions: of the kept tokens, `[kv_heads, slots]`.
+            received: the attention that each has got so far, summed over the queries since it was read and averaged over
+                the KV head's group, `[kv_heads, slots]`.
+            now: position of the token that needs room.
+            room: how many tokens each KV head may keep, `[kv_heads]`.
+        """
+
+    def allocate(self, kv_bytes: int, token_bytes: int, layers: int, kv_heads: int) -> Tensor:
+        """Returns how many tokens each KV head keeps at most, int64 `[layers, kv_heads]`; by default all as many.
+
+        Args:
+            kv_bytes: of all layers and KV heads together.
+            token_bytes: of one token's key and value in one KV head.
+            layers: of the model.
+            kv_heads: of a layer.
+        """
+        return even_counts(kv_bytes // token_bytes, layers * kv_heads).view(layers, kv_heads)

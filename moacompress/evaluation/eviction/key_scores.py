@@ -1,0 +1,85 @@
+"""Scores from keys alone, or from what queries will be: KeyDiff and Expected Attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moacompress.evaluation.eviction.baseline import LayerReading, PromptBaseline
+
+
+@dataclass(frozen=True)
+class KeyDiff(PromptBaseline):
+    """KeyDiff (arXiv 2504.15364): keys that point elsewhere than the mean of all, each at unit length, are kept."""
+
+    name = "keydiff"
+
+    def layer_scores(self, reading: LayerReading, prepared: Any) -> Tensor:
+        """Returns the negative cosine with the mean key."""
+        mean = functional.normalize(reading.key, dim=-1).mean(1, keepdim=True)
+        return -functional.cosine_similarity(reading.key, mean, dim=-1)
+
+
+@dataclass(frozen=True)
+class ExpectedAttention(PromptBaseline):
+    """Expected Attention (arXiv 2510.00636): the attention that queries yet to come will give, were they normal.
+
+    Mean and covariance are those of the prompt's queries behind the sinks, turned by the mean rotation of the next positions.
+    With a query `q ~ N(m, C)`, `E exp(s k.q) = exp(s k.m + s^2 k.C k / 2)`. Over the tokens behind the sinks that is normalised
+    to a sum of 1, averaged over the query heads of a group, and multiplied by the norm of the token's value.
+
+    Attributes:
+        future: how many next positions.
+        sinks: first tokens that are always kept, and left out of all means.
+        covariance: whether `C` counts.
+        epsilon: what is added before the norm is multiplied with.
+    """
+
+    name = "expected-attention"
+    future: int = 512
+    sinks: int = 4
+    covariance: bool = True
+    epsilon: float = 0.0
+
+    def layer_scores(self, reading: LayerReading, prepared: Any) -> Tensor:
+        """Returns the expected attention times the norm of the value; the sinks get infinity."""
+        kv_heads, n = reading.key.shape[:2]
+        if n <= self.sinks + 1:
+            return torch.full((kv_heads, n), torch.inf)
+        cos, sin = later_rotations(reading.cos, reading.sin, self.future)
+        query = reading.query_as_at(cos.mean(0), sin.mean(0))[:, self.sinks :].unflatten(0, (kv_heads, -1))
+        key, value = reading.key[:, self.sinks :], reading.value[:, self.sinks :]
+        mean = query.mean(2, keepdim=True)
+        logits = (mean @ key[:, None].transpose(2, 3))[:, :, 0] * reading.scaling
+        if self.covariance:
+            apart = query - mean
+            covariance = apart.transpose(2, 3) @ apart / apart.shape[2]
+            turned = key[:, None] @ covariance
+            logits = logits + (turned * key[:, None]).sum(-1) * (reading.scaling**2 / 2)
+        expected = logits.softmax(-1).mean(1)
+        scores = (expected + self.epsilon) * value.norm(dim=-1)
+        return functional.pad(scores, (self.sinks, 0), value=torch.inf)
+
+
+def later_rotations(cos: Tensor, sin: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Returns the cosines and sines of the next positions, `[count, rotated numbers]` each, by adding up angles.
+
+    Args:
+        cos: of the first positions, from 0 on, `[n, rotated numbers]`, all times one factor.
+        sin: likewise.
+        count: how many.
+    """
+    scale = cos[:1].double()  # the cosine of 0, times the factor
+    turn = torch.complex(cos.double(), sin.double()) / scale
+    unit = turn[1:2] if len(turn) > 1 else turn[:1]
+    steps = unit
+    while len(steps) < count:  # steps[i] turns by i + 1 positions
+        steps = torch.cat([steps, steps * steps[-1:]])
+    known = turn[1 : count + 1]
+    steps = torch.cat([known, steps[len(known) : count]])
+    later = turn[-1:] * steps * scale
+    return later.real.to(cos.dtype), later.imag.to(cos.dtype)

@@ -1,0 +1,177 @@
+"""Reads a prompt once with the dense model, and keeps what every layer attended with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moacompress.core.errors import ModelError
+from moacompress.evaluation.eviction.attention import Attending, KeptCache, WholeCache, attended_by, attending
+from moacompress.evaluation.eviction.baseline import LayerReading, PromptReading
+from moacompress.models.modules import attention_modules, given_hidden
+from moacompress.runtime.compat.alternates import CACHE_NAMES, cache_argument
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class DenseReading:
+    """A prompt as the dense model read it, for any number of ways to evict.
+
+    Attributes:
+        model: the dense model.
+        tokenizer: its tokenizer.
+        ids: the prompt.
+        layers: what each layer attended with.
+        keys: as they are cached, of each layer `[1, kv_heads, n, head_dim]`, in the model's dtype.
+        values: likewise.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    ids: Sequence[int]
+    layers: list[LayerReading]
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    def until(self, end: int) -> PromptReading:
+        """Returns the reading of the first `end` tokens, for scores."""
+        read_on = partial(self._read_on, end)
+        return PromptReading(self.ids[:end], tuple(layer.until(end) for layer in self.layers), read_on, self.tokenizer)
+
+    def kept(self, mask: Tensor) -> KeptCache:
+        """Returns a cache of the first tokens of the prompt that shows only what is kept.
+
+        Args:
+            mask: bool `[layers, kv_heads, end]`.
+        """
+        end = mask.shape[2]
+        return KeptCache(mask, [key[:, :, :end] for key in self.keys], [value[:, :, :end] for value in self.values])
+
+    def _read_on(self, end: int, fed: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        everything = torch.ones(len(self.keys), self.keys[0].shape[1], end, dtype=torch.bool)
+        cache = _Watched(everything, *([each[:, :, :end] for each in held] for held in (self.keys, self.values)))
+        _feed(self.model, fed, cache)
+        return [
+            (query[0].float(), key[0, :, end:].float()) for query, key in zip(cache.queries, cache.seen, strict=True)
+        ]
+
+
+class _Watched(KeptCache):
+    """Remembers the queries of every layer, and the keys that they were asked of."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.queries: list[Tensor] = []
+        self.seen: list[Tensor] = []
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        self.queries.append(query)
+        self.seen.append(key)
+        return super().attend(layer, query, key, value, scaling)
+
+
+class _First(WholeCache):
+    """Remembers the queries of every layer and the factor on its scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[Tensor, float]] = []
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        self.asked.append((query, scaling))
+        return super().attend(layer, query, key, value, scaling)
+
+
+class _Asked(Attending):
+    """Remembers the queries of one call of a layer."""
+
+    query: Tensor
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        self.query = query
+        return torch.zeros(*query.shape[:-1], value.shape[-1], dtype=value.dtype, device=value.device)
+
+
+def read_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> DenseReading:
+    """Reads a prompt.
+
+    Args:
+        model: dense, without a plan.
+        tokenizer: its tokenizer.
+        ids: at least one token.
+
+    Raises:
+        ModelError: the model's layers attend in another way than by plain causal attention.
+    """
+    cache = _First()
+    with _watched(model) as calls, torch.inference_mode(), attending(model):
+        _feed(model, ids, cache)
+    held: list[Any] = cache.layers
+    keys: list[Tensor] = [one.keys for one in held]
+    values: list[Tensor] = [one.values for one in held]
+    layers = [
+        LayerReading(
+            layer,
+            query[0].float(),
+            key[0].float(),
+            value[0].float(),
+            scaling,
+            partial(_query_as_at, model, *call),
+            *(each[0].float() for each in call[1]["position_embeddings"]),
+        )
+        for layer, (call, key, value, (query, scaling)) in enumerate(zip(calls, keys, values, cache.asked, strict=True))
+    ]
+    return DenseReading(model, tokenizer, ids, layers, keys, values)
+
+
+def _feed(model: PreTrainedModel, ids: Sequence[int], cache: WholeCache) -> None:
+    """Feeds tokens to the decoder; no logits are made."""
+    decoder: Any = model.get_decoder() or model.base_model
+    with torch.inference_mode(), attending(model):
+        decoder(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=True, **cache_argument(cache))
+
+
+Call = tuple[torch.nn.Module, dict[str, Any]]
+
+
+@contextmanager
+def _watched(model: PreTrainedModel) -> Iterator[list[Call]]:
+    """Notes how the attention module of every layer is called, without its cache."""
+    calls: list[Call] = []
+
+    def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs.get("position_embeddings") is None:
+            raise ModelError(
+                f"{type(module).__name__} is not given its rotary embedding by the decoder; known ways to evict are measured "
+                "on models that are"
+            )
+        given = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+        calls.append((module, {**given, "hidden_states": given_hidden(args, kwargs)}))
+
+    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in attention_modules(model)]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _query_as_at(
+    model: PreTrainedModel, module: torch.nn.Module, given: dict[str, Any], cos: Tensor, sin: Tensor
+) -> Tensor:
+    """Calls one layer's attention again, without its cache and with every token at the same place; see `LayerReading`."""
+    before = given["position_embeddings"]
+    turned = tuple(each.to(old).expand_as(old) for each, old in zip((cos, sin), before, strict=True))
+    forward: Callable[..., Any] = module.forward
+    asked = _Asked()
+    with torch.inference_mode(), attending(model), attended_by(asked):
+        forward(**{**given, "position_embeddings": turned})
+    return asked.query[0].float()

@@ -1,0 +1,96 @@
+"""A cache that holds so many tokens of each KV head and no more, and exchanges them one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moacompress.evaluation.eviction.attention import WholeCache
+from moacompress.evaluation.eviction.baseline import StreamBaseline
+
+
+@dataclass
+class _Slots:
+    """The kept tokens of one layer, by slot; those that hold nothing have the position -1.
+
+    Attributes:
+        key: `[kv_heads, slots, head_dim]`.
+        value: `[kv_heads, slots, value_dim]`.
+        positions: `[kv_heads, slots]`.
+        received: attention so far, likewise.
+        read: how many tokens came in.
+    """
+
+    key: Tensor
+    value: Tensor
+    positions: Tensor
+    received: Tensor
+    read: int = 0
+
+
+class StreamCache(WholeCache):
+    """Runs a `StreamBaseline`; transformers' part of it only counts tokens. One row.
+
+    Args:
+        baseline: what evicts.
+        room: how many tokens each KV head keeps, `[layers, kv_heads]`, at least one.
+    """
+
+    def __init__(self, baseline: StreamBaseline, room: Tensor) -> None:
+        super().__init__()
+        self.baseline, self.room = baseline, room
+        self.slots: dict[int, _Slots] = {}
+
+    def kept(self, layer: int) -> list[list[int]]:
+        """Returns the positions that each KV head keeps, rising."""
+        return [sorted(at for at in row if at >= 0) for row in self.slots[layer].positions.tolist()]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Takes the new tokens in one after the other, and attends from each to what is kept then."""
+        tokens, room = query.shape[2], self.room[layer]
+        first = key.shape[2] - tokens
+        if layer not in self.slots:
+            self.slots[layer] = _empty(key[0], value[0], int(room.max()))
+        slots = self.slots[layer]
+        grouped = query[0].unflatten(0, (len(room), -1)).float() * scaling
+        out = [
+            self._step(slots, room, grouped[:, :, at], key[0, :, first + at], value[0, :, first + at])
+            for at in range(tokens)
+        ]
+        return torch.stack(out, 2).flatten(0, 1)[None].to(value.dtype)
+
+    def _step(self, slots: _Slots, room: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Returns what one token gets, `[kv_heads, group, value_dim]`.
+
+        Args:
+            slots: of the layer; changed.
+            room: how many tokens each KV head keeps.
+            query: `[kv_heads, group, head_dim]`, times the factor on the scores.
+            key: `[kv_heads, head_dim]`.
+            value: `[kv_heads, value_dim]`.
+        """
+        heads, now = torch.arange(len(room)), slots.read
+        at = torch.full_like(room, now)
+        if now >= int(room.min()):
+            scores = self.baseline.scores(slots.positions, slots.received, now, room)
+            lowest = scores.masked_fill(slots.positions < 0, torch.inf).argmin(1)
+            at = torch.where(now < room, at, lowest)
+        slots.key[heads, at], slots.value[heads, at] = key.float(), value.float()
+        slots.positions[heads, at], slots.received[heads, at] = now, 0.0
+        logits = (query @ slots.key.transpose(1, 2)).masked_fill((slots.positions < 0)[:, None], -torch.inf)
+        weights = logits.softmax(-1)
+        slots.received += weights.mean(1)
+        slots.read = now + 1
+        return weights @ slots.value
+
+
+def _empty(key: Tensor, value: Tensor, size: int) -> _Slots:
+    kv_heads = len(key)
+    return _Slots(
+        torch.zeros(kv_heads, size, key.shape[-1]),
+        torch.zeros(kv_heads, size, value.shape[-1]),
+        torch.full((kv_heads, size), -1),
+        torch.zeros(kv_heads, size),
+    )

@@ -1,0 +1,610 @@
+"""Known ways to evict tokens: every formula against a plain computation, what they keep, and their scores."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from moacompress.core.errors import DataError, InfeasibleBudgetError, ModelError, UsageError
+from moacompress.evaluation import evaluate
+from moacompress.evaluation.baselines import evictions
+from moacompress.evaluation.baselines.compared_models import make_comparison
+from moacompress.evaluation.baselines.evictions import (
+    SEEN,
+    UNSEEN,
+    ComparedEviction,
+    eviction_names,
+    expanded,
+    kept_mask,
+    score_evictions,
+)
+from moacompress.evaluation.eviction.allocation import best_of_all, best_of_each, even_counts, rounded_counts
+from moacompress.evaluation.eviction.attention import attending
+from moacompress.evaluation.eviction.baseline import PromptBaseline, StreamBaseline
+from moacompress.evaluation.eviction.key_scores import ExpectedAttention, KeyDiff, later_rotations
+from moacompress.evaluation.eviction.kvzip import KVzip
+from moacompress.evaluation.eviction.reading import DenseReading, read_prompt
+from moacompress.evaluation.eviction.registry import EVICTIONS
+from moacompress.evaluation.eviction.stream_cache import StreamCache
+from moacompress.evaluation.eviction.streams import H2O, StreamingLLM
+from moacompress.evaluation.eviction.window_scores import AdaKV, PyramidKV, SnapKV
+from moacompress.evaluation.scoring.prompts import score_batch
+from moacompress.evaluation.tasks.cases import Case
+from moacompress.evaluation.tasks.registry import TASKS, Resources, make_cases
+from moacompress.models.source import model_shape
+from moacompress.prompts.pools import Prose
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+from moacompress.runtime.checkpoint import load_checkpoint
+from moacompress.runtime.compat.alternates import cache_argument
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Build = Callable[..., "PreTrainedModel"]
+PROMPTED = [name for name, kind in EVICTIONS.items() if issubclass(kind, PromptBaseline)]
+STREAMED = [name for name, kind in EVICTIONS.items() if issubclass(kind, StreamBaseline)]
+LAYERS, HEADS, KV_HEADS, DIM = 3, 4, 2, 16
+
+
+@pytest.fixture
+def model(tiny_model: Build) -> PreTrainedModel:
+    """Groups of two query heads."""
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def ids(seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(4, 150, 120).tolist()
+
+
+@pytest.fixture
+def reading(model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> DenseReading:
+    return read_prompt(model, tiny_tokenizer, ids)
+
+
+@pytest.fixture(params=[0, 1, 2])
+def seed(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@dataclass
+class Plain:
+    """What a Llama's layer attends with, from its weights and the definitions alone: lists by layer, `[heads, n, dim]`."""
+
+    query: list[Tensor]
+    key: list[Tensor]
+    value: list[Tensor]
+    unturned: list[Tensor]
+
+
+def turned(vectors: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
+    """Turns `[heads, n, dim]`: numbers i and i + dim / 2 are a complex number, turned by p * theta^(-2i / dim)."""
+    half = vectors.shape[-1] // 2
+    angles = positions[:, None].double() * theta ** (-torch.arange(half).double() / half)
+    result = torch.complex(vectors[..., :half].double(), vectors[..., half:].double()) * torch.exp(1j * angles)
+    return torch.cat([result.real, result.imag], -1)
+
+
+def plain(model: Any, ids: list[int]) -> Plain:
+    states = model(input_ids=torch.tensor([ids]), output_hidden_states=True, use_cache=False).hidden_states
+    found = Plain([], [], [], [])
+    for layer, state in zip(model.model.layers, states, strict=False):
+        given, own = layer.input_layernorm(state)[0], layer.self_attn
+        query, key, value = (
+            part(given).view(len(ids), -1, DIM).transpose(0, 1) for part in (own.q_proj, own.k_proj, own.v_proj)
+        )
+        at = torch.arange(len(ids))
+        found.query.append(turned(query, at))
+        found.key.append(turned(key, at))
+        found.value.append(value.double())
+        found.unturned.append(query.double())
+    return found
+
+
+def weights(query: Tensor, keys: Tensor) -> Tensor:
+    """Returns one query's attention to keys, by the definition."""
+    raw = torch.tensor([math.exp(float(query @ key) / math.sqrt(DIM)) for key in keys])
+    return raw / raw.sum()
+
+
+def scores_of(baseline: PromptBaseline, reading: DenseReading, end: int) -> Tensor:
+    prompt = reading.until(end)
+    return baseline.scores(prompt, baseline.prepare(prompt))
+
+
+def test_snapkv_is_the_smoothed_attention_of_the_last_tokens(
+    model: PreTrainedModel, reading: DenseReading, ids: list[int]
+) -> None:
+    end, window, kernel = 70, 8, 3
+    found, by_hand = scores_of(SnapKV(window, kernel), reading, end), plain(model, ids[:end])
+    for layer in range(LAYERS):
+        for head in range(KV_HEADS):
+            total = torch.zeros(end - window)
+            for own in (2 * head, 2 * head + 1):
+                for at in range(end - window, end):
+                    row = weights(by_hand.query[layer][own, at], by_hand.key[layer][head, : at + 1])
+                    total += row[: end - window]
+            total /= 2 * window
+            padded = [0.0, *total.tolist(), 0.0]
+            smooth = [sum(padded[i : i + 3]) / 3 for i in range(end - window)]
+            assert found[layer, head, : end - window].tolist() == pytest.approx(smooth, rel=1e-3, abs=1e-6)
+    last = found[:, :, end - window :]
+    assert (last > found[:, :, : end - window].amax()).all()
+    assert (last.diff(dim=-1) > 0).all()
+
+
+def test_keydiff_is_the_negative_cosine_with_the_mean_key(
+    model: PreTrainedModel, reading: DenseReading, ids: list[int]
+) -> None:
+    found, by_hand = scores_of(KeyDiff(), reading, 60), plain(model, ids[:60])
+    for layer in range(LAYERS):
+        for head in range(KV_HEADS):
+            keys = by_hand.key[layer][head].numpy()
+            mean = sum(key / np.linalg.norm(key) for key in keys) / len(keys)
+            cosines = [key @ mean / np.linalg.norm(key) / np.linalg.norm(mean) for key in keys]
+            assert found[layer, head].tolist() == pytest.approx([-each for each in cosines], rel=1e-3, abs=1e-5)
+
+
+def test_expected_attention_is_that_of_a_normal_query_at_the_next_positions(
+    model: PreTrainedModel, reading: DenseReading, ids: list[int]
+) -> None:
+    end, future, sinks = 90, 200, 4
+    found, by_hand = scores_of(ExpectedAttention(future), reading, end), plain(model, ids[:end])
+    basis = torch.eye(DIM, dtype=torch.float64)
+    turns = [turned(basis[None], torch.full((DIM,), end + step))[0].T for step in range(future)]
+    mean_turn = torch.stack(turns).mean(0)
+    for layer in range(LAYERS):
+        for head in range(KV_HEADS):
+            keys, values = by_hand.key[layer][head, sinks:], by_hand.value[layer][head, sinks:]
+            total = torch.zeros(len(keys), dtype=torch.float64)
+            for own in (2 * head, 2 * head + 1):
+                queries = by_hand.unturned[layer][own, sinks:]
+                mean = mean_turn @ queries.mean(0)
+                covariance = mean_turn @ torch.cov(queries.T, correction=0) @ mean_turn.T
+                raw = torch.stack([torch.exp(k @ mean / math.sqrt(DIM) + k @ covariance @ k / (2 * DIM)) for k in keys])
+                total += raw / raw.sum() / 2
+            expected = total * values.norm(dim=-1)
+            torch.testing.assert_close(found[layer, head, sinks:].double(), expected, rtol=2e-3, atol=1e-6)
+    assert found[:, :, :sinks].isinf().all()
+
+
+@pytest.mark.parametrize("known", [2, 5, 40])
+def test_later_rotations_go_on_where_the_known_ones_end(known: int) -> None:
+    angles = torch.tensor([1.0, 0.1, 0.003]).double()
+    at = torch.arange(200)[:, None] * angles
+    cos, sin = 1.3 * at.cos().float(), 1.3 * at.sin().float()
+    for found, all_of in zip(later_rotations(cos[:known], sin[:known], 100), (cos, sin), strict=True):
+        torch.testing.assert_close(found, all_of[known : known + 100], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [1000, 40])
+def test_kvzip_is_the_most_attention_of_a_second_reading(
+    chunk: int, model: PreTrainedModel, reading: DenseReading, ids: list[int], tiny_tokenizer: Any
+) -> None:
+    """The model reads the prompt, the request and a chunk again: plain attention, normalised over chunk and repetition."""
+    end, before = 60, 8
+    baseline = KVzip(chunk, before)
+    found = scores_of(baseline, reading, end)
+    asked = tiny_tokenizer(baseline.request, add_special_tokens=False)["input_ids"]
+    for begin in range(0, end, chunk):
+        last = min(begin + chunk, end)
+        fed = [*asked, *ids[max(begin - before, 0) : last]]
+        by_hand = plain(model, [*ids[:end], *fed])
+        for layer in range(LAYERS):
+            for head in range(KV_HEADS):
+                key = by_hand.key[layer][head]
+                most = torch.zeros(last - begin)
+                for own in (2 * head, 2 * head + 1):
+                    for at in range(end, end + len(fed)):
+                        row = weights(by_hand.query[layer][own, at], torch.cat([key[begin:last], key[end : at + 1]]))
+                        most = torch.maximum(most, row[: last - begin])
+                skipped = max(baseline.sinks - begin, 0)
+                torch.testing.assert_close(
+                    found[layer, head, begin + skipped : last], most[skipped:], rtol=2e-3, atol=1e-6
+                )
+    assert found[:, :, :4].isinf().all()
+
+
+@pytest.mark.parametrize("name", PROMPTED)
+@pytest.mark.parametrize("entries", [6, 61, 200, 455, 10_000])
+def test_masks_keep_exactly_the_bytes(name: str, entries: int, reading: DenseReading) -> None:
+    baseline = EVICTIONS[name]()
+    assert isinstance(baseline, PromptBaseline)
+    scores = scores_of(baseline, reading, 100)
+    mask = baseline.allocate(scores, entries * 32 + 31, 32)
+    assert mask.shape == (LAYERS, KV_HEADS, 100)
+    assert int(mask.sum()) == min(entries, scores.numel())
+
+
+def test_even_masks_keep_the_highest_scores(reading: DenseReading) -> None:
+    scores = scores_of(KeyDiff(), reading, 100)
+    mask = KeyDiff().allocate(scores, 61, 1)
+    assert mask.sum(-1).flatten().tolist() == [11, 10, 10, 10, 10, 10]
+    for row, kept in zip(scores.flatten(0, 1), mask.flatten(0, 1), strict=True):
+        assert set(kept.nonzero().flatten().tolist()) == set(row.argsort(descending=True)[: int(kept.sum())].tolist())
+
+
+def test_pyramidkv_keeps_less_from_layer_to_layer() -> None:
+    """By the paper's numbers: the last layer's part is a beta-th of the mean, the first's twice the mean less that."""
+    layers, n, each, window = 11, 1000, 264, 64
+    scores = torch.rand(layers, KV_HEADS, n)
+    mask = PyramidKV(window, beta=20.0).allocate(scores, each * layers * KV_HEADS, 1)
+    counts = mask.sum(-1)
+    assert counts[0].tolist() == [window + 390] * 2
+    assert counts[-1].tolist() == [window + 10] * 2
+    assert counts[:, 0].diff().tolist() == [-38] * 10
+    few = PyramidKV(window).allocate(scores, 600 * layers * KV_HEADS, 1).sum(-1)
+    assert few[0].tolist() == [n, n]
+    assert int(few.sum()) == 600 * layers * KV_HEADS
+    small = PyramidKV(window).allocate(scores, 30 * layers * KV_HEADS, 1).sum(-1)
+    assert (small == 30).all()
+
+
+def test_adakv_lets_heads_compete_above_the_safeguard() -> None:
+    scores = torch.rand(1, 2, 100, generator=torch.Generator().manual_seed(0))
+    scores[0, 0] += 1
+    mask = AdaKV(safeguard=0.2).allocate(scores, 80, 1)
+    assert mask.sum(-1).tolist() == [[72, 8]]
+    for head in range(2):
+        best = scores[0, head].argsort(descending=True)[: int(mask[0, head].sum())].tolist()
+        assert set(mask[0, head].nonzero().flatten().tolist()) == set(best)
+    assert AdaKV(safeguard=0.0).allocate(scores, 80, 1).sum(-1).tolist() == [[80, 0]]
+
+
+def test_kvzip_shares_among_layers_and_heads() -> None:
+    scores = torch.rand(3, 2, 50)
+    mask = KVzip().allocate(scores, 77, 1)
+    assert scores[mask].amin() >= scores[~mask].amax()
+
+
+def test_counts_add_up() -> None:
+    assert even_counts(11, 4).tolist() == [3, 3, 3, 2]
+    assert rounded_counts([1.5, 2.25, 3.25], 7) == [1, 2, 4]
+    assert best_of_each(torch.tensor([[1.0, 3.0, 3.0], [0.0, 0.0, 0.0]]), torch.tensor([1, 2])).tolist() == [
+        [False, True, False],
+        [True, True, False],
+    ]
+    assert best_of_all(torch.tensor([[1.0, 3.0], [2.0, 0.0]]), 2).tolist() == [[False, True], [True, False]]
+
+
+# the model under masks
+
+_VISIBLE: dict[int, Callable[[Tensor, Tensor], Tensor]] = {}
+
+
+def _by_definition(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float = 1.0, **rest: Any
+) -> tuple[Tensor, None]:
+    """Whole-matrix attention of one row under a mask that may depend on it."""
+    key, value = (each.repeat_interleave(2, 1) for each in (key, value))
+    raw = query @ key.transpose(2, 3) * scaling
+    visible = _VISIBLE[module.layer_idx](raw[0], value[0])
+    out = raw.masked_fill(~visible[None], -torch.inf).softmax(-1) @ value
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _always(visible: Tensor, raw: Tensor, value: Tensor) -> Tensor:
+    return visible
+
+
+AttentionInterface.register("eviction_by_definition", _by_definition)
+AttentionMaskInterface.register("eviction_by_definition", lambda *args, **kwargs: None)
+
+
+@torch.no_grad()
+def logits_by_definition(model: Any, ids: list[int]) -> Tensor:
+    before = model.config._attn_implementation
+    model.config._attn_implementation = "eviction_by_definition"
+    try:
+        logits: Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        return logits
+    finally:
+        model.config._attn_implementation = before
+
+
+@torch.no_grad()
+def logits_after(model: Any, ids: list[int], end: int, store: Any, steps: tuple[int, ...] = (7, 1, 1, 4)) -> Tensor:
+    """Returns the logits of what is fed after `end`, a few tokens at a time."""
+    found = []
+    with attending(model):
+        for size in (*steps, len(ids)):
+            part = torch.tensor([ids[end : end + size]])
+            if part.numel():
+                found.append(model(input_ids=part, use_cache=True, **cache_argument(store)).logits[0])
+            end += size
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("name", PROMPTED)
+def test_what_follows_sees_the_kept_tokens_alone(
+    name: str, model: PreTrainedModel, reading: DenseReading, ids: list[int]
+) -> None:
+    end = 90
+    baseline = EVICTIONS[name]()
+    assert isinstance(baseline, PromptBaseline)
+    mask = baseline.allocate(scores_of(baseline, reading, end), 123, 1)
+    for layer in range(LAYERS):
+        visible = torch.ones(HEADS, len(ids), len(ids), dtype=torch.bool).tril()
+        visible[:, end:, :end] = mask[layer].repeat_interleave(2, 0)[:, None]
+        _VISIBLE[layer] = partial(_always, visible)
+    expected = logits_by_definition(model, ids)[end:]
+    found = logits_after(model, ids, end, reading.kept(mask))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    dense = logits_after(model, ids, end, reading.kept(torch.ones_like(mask)))
+    assert not torch.allclose(found, dense, atol=1e-2)
+
+
+def streamed(name: str, room: list[int], kept: dict[int, list[set[int]]], layer: int) -> Callable[..., Tensor]:
+    """Returns the mask of a method that evicts as it reads, by simulating it with sets."""
+
+    def visible(raw: Tensor, value: Tensor) -> Tensor:
+        n = raw.shape[1]
+        mask = torch.zeros(HEADS, n, n, dtype=torch.bool)
+        for head, size in enumerate(room):
+            own: set[int] = set()
+            got = dict.fromkeys(range(n), 0.0)
+            for now in range(n):
+                if len(own) == size:
+                    if name == "streaming-llm":
+                        loser = min(at for at in own if at >= min(4, size - 1))
+                    else:
+                        newest = set(range(now - max(size // 2, 1) + 1, now))
+                        loser = min(own - newest, key=lambda at: (got[at], at))
+                    own.remove(loser)
+                own.add(now)
+                for query in (2 * head, 2 * head + 1):
+                    row = torch.full((n,), -torch.inf)
+                    row[list(own)] = raw[query, now, list(own)]
+                    for at, weight in enumerate(row.softmax(0).tolist()):
+                        got[at] += weight / 2
+                    mask[query, now, list(own)] = True
+            kept.setdefault(layer, []).append(own)
+        return mask
+
+    return visible
+
+
+@pytest.mark.parametrize("room", [[20, 20], [13, 12], [3, 2], [1, 1]])
+@pytest.mark.parametrize("name", STREAMED)
+def test_what_evicts_as_it_reads(name: str, room: list[int], model: PreTrainedModel, ids: list[int]) -> None:
+    baseline = EVICTIONS[name]()
+    assert isinstance(baseline, StreamBaseline)
+    kept: dict[int, list[set[int]]] = {}
+    for layer in range(LAYERS):
+        _VISIBLE[layer] = streamed(name, room, kept, layer)
+    expected = logits_by_definition(model, ids)
+    store = StreamCache(baseline, torch.tensor([room] * LAYERS))
+    found = logits_after(model, ids, 0, store, (50, 1, 30, 1))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    for layer in range(LAYERS):
+        assert [set(row) for row in store.kept(layer)] == kept[layer]
+        assert [len(row) for row in store.kept(layer)] == room
+
+
+def test_streams_take_turns_with_equal_room() -> None:
+    assert StreamingLLM().allocate(103, 5, 3, 2).tolist() == [[4, 4], [3, 3], [3, 3]]
+    assert H2O().allocate(103, 5, 3, 2).tolist() == [[4, 4], [3, 3], [3, 3]]
+
+
+def test_other_families(tiny_model: Build, tiny_tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
+    """Every family either scores and answers, or is refused by its attention."""
+    for family in ("qwen2", "qwen3", "granite", "phi3", "olmo2", "smollm3", "gpt_neox"):
+        model = tiny_model(family)
+        reading = read_prompt(model, tiny_tokenizer, ids)
+        for name in PROMPTED:
+            baseline = EVICTIONS[name]()
+            assert isinstance(baseline, PromptBaseline)
+            scores = scores_of(baseline, reading, 100)
+            assert not scores.isnan().any()
+            found = logits_after(model, ids, 100, reading.kept(torch.ones_like(scores, dtype=torch.bool)))
+            expected = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, 100:]
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ModelError, match="GptOssAttention attends with a softcap, sink logits"):
+        read_prompt(tiny_model("gpt_oss"), tiny_tokenizer, ids)
+
+
+# as compared models
+
+
+def a_case(size: int = 150, question_at: int | None = 130) -> Case:
+    drawn = np.random.default_rng(size).integers(4, 100, size + 4).tolist()
+    return Case("t", 160, drawn[:size], drawn[size:], [True] * 4, ("~~",), "all", 3, None, question_at)
+
+
+def _windows(shape: Any) -> Plan:
+    full = Plan.full(shape)
+    return replace(full, rules=tuple(tuple(Rule(4, 92, 0) for _ in row) for row in full.rules))
+
+
+def compared(name: str, question: str | None, plan: Plan) -> ComparedEviction:
+    return ComparedEviction(EVICTIONS[name](), question, plan, 0)
+
+
+@pytest.mark.parametrize("question", [SEEN, UNSEEN])
+def test_prompt_and_answer_take_the_plans_bytes(
+    question: str, model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    plan, case = _windows(model_shape(model)), a_case()
+    reading = read_prompt(model, tiny_tokenizer, case.prompt_ids[:-1])
+    for name in PROMPTED:
+        one = compared(name, question, plan)
+        mask = kept_mask(one, case, reading)
+        end = 149 if question == SEEN else 130
+        assert mask.shape == (LAYERS, KV_HEADS, end)
+        taken = int(mask.sum()) + LAYERS * KV_HEADS * (case.tokens - end)
+        room = plan.kv_bytes(case.tokens) - taken * one.token_bytes
+        assert 0 <= room < one.token_bytes
+
+
+def test_where_all_is_kept_scores_are_dense(compressed: Path) -> None:
+    checkpoint = load_checkpoint(compressed / "model", "auto", "cpu")
+    plan, case = Plan.full(checkpoint.plan.model), a_case()
+    (dense,) = score_batch(checkpoint.without_plan(), checkpoint.tokenizer, [case])
+    models = [compared(name, question, plan) for name in PROMPTED for question in (SEEN, UNSEEN)]
+    models += [compared(name, None, plan) for name in STREAMED]
+    for score in score_evictions(checkpoint, case, models):
+        assert score.nll == pytest.approx(dense.nll, abs=1e-4)
+        assert (score.exact_match, score.accuracy) == (dense.exact_match, dense.accuracy)
+
+
+def test_the_answer_is_scored_under_the_mask(compressed: Path) -> None:
+    """As where the prompt is read whole under the mask, and then the answer token by token."""
+    checkpoint = load_checkpoint(compressed / "model", "auto", "cpu")
+    plan, case = _windows(checkpoint.plan.model), a_case()
+    one = compared("keydiff", UNSEEN, plan)
+    (found,) = score_evictions(checkpoint, case, [one])
+    model = checkpoint.without_plan()
+    reading = read_prompt(model, checkpoint.tokenizer, case.prompt_ids[:-1])
+    fed = [*case.prompt_ids, *case.answer_ids[:-1]]
+    logits = logits_after(model, fed, 130, reading.kept(kept_mask(one, case, reading)), (1,) * 30)
+    nll = -float(logits[-4:].log_softmax(-1)[range(4), case.answer_ids].mean())
+    assert found.nll == pytest.approx(nll, abs=1e-4)
+
+
+def test_one_dense_reading_is_shared(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = load_checkpoint(compressed / "model", "auto", "cpu")
+    plan, read = _windows(checkpoint.plan.model), []
+
+    def counted(*given: Any) -> DenseReading:
+        read.append(1)
+        return read_prompt(*given)
+
+    monkeypatch.setattr(evictions, "read_prompt", counted)
+    models = [compared(name, question, plan) for name in PROMPTED for question in (SEEN, UNSEEN)]
+    assert len(list(score_evictions(checkpoint, a_case(), models))) == len(models)
+    assert len(read) == 1
+    assert len(list(score_evictions(checkpoint, a_case(), [compared(name, None, plan) for name in STREAMED]))) == 2
+    assert len(read) == 1
+
+
+ASKED: dict[str, Any] = {"tasks": ("needle-noise",), "lengths": (700,), "prompts": 2}
+
+
+def test_rows_beside_the_others(compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = evaluate(compressed, against=("dense", "snapkv", "h2o"), out=tmp_path / "eval.json", **ASKED)
+    rows = {(row["model"], row["metric"]): row for row in report["results"]}
+    names = ["plan", "dense", "snapkv:unseen", "snapkv:seen", "h2o"]
+    assert [name for name, metric in rows if metric == "nll"] == names
+    assert [row["model"] for row in report["differences"] if row["metric"] == "nll"] == names[1:]
+    plan = rows["plan", "nll"]["kv_bytes"]
+    for name in names[2:]:
+        row = rows[name, "nll"]
+        assert row["kv_bytes"] <= plan < row["kv_bytes"] + 200
+        assert (row["readings"], row["freed"]) == (1, False)
+        assert math.isfinite(row["value"])
+    assert rows["snapkv:seen", "nll"]["value"] != rows["snapkv:unseen", "nll"]["value"]
+
+    def refuse(*given: Any) -> Any:
+        raise AssertionError("what is known is not scored again")
+
+    monkeypatch.setattr(evictions, "read_prompt", refuse)
+    again = evaluate(compressed, against=("dense", "snapkv:seen", "h2o"), out=tmp_path / "eval.json", **ASKED)
+    assert [row for row in again["results"] if row["model"] != "snapkv:unseen"] == [
+        row for row in report["results"] if row["model"] != "snapkv:unseen"
+    ]
+    with pytest.raises(AssertionError, match="not scored again"):
+        evaluate(compressed, against=("keydiff",), out=tmp_path / "eval.json", **ASKED)
+    monkeypatch.undo()
+    resumed = evaluate(compressed, against=("snapkv", "keydiff:seen"), out=tmp_path / "eval.json", **ASKED)
+    alone = evaluate(compressed, against=("keydiff:seen",), **ASKED)
+    value = {row["metric"]: row["value"] for row in alone["results"] if row["model"] == "keydiff:seen"}
+    assert value == {row["metric"]: row["value"] for row in resumed["results"] if row["model"] == "keydiff:seen"}
+
+
+def test_names() -> None:
+    assert expanded(("dense", "kvzip", "snapkv:seen", "h2o", "snapkv")) == (
+        "dense", "kvzip:unseen", "kvzip:seen", "snapkv:seen", "h2o", "snapkv:unseen",
+    )  # fmt: skip
+    assert {"snapkv", "snapkv:unseen", "kvzip:seen", "h2o", "streaming-llm"} <= set(eviction_names())
+    assert "h2o:seen" not in eviction_names()
+    assert [EVICTIONS[name].readings for name in ("kvzip", "snapkv", "h2o")] == [2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("snapkw", "cannot evaluate against 'snapkw'; did you mean 'snapkv'"),
+        ("h2o:seen", "cannot evaluate against 'h2o:seen'; known are dense, .*, h2o, "),
+        ("zzzz", "known are dense, .*streaming-llm, h2o, snapkv, pyramidkv, adakv, expected-attention, keydiff, kvzip"),
+    ],
+)
+def test_unknown_names_are_refused(name: str, message: str, compressed: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        evaluate(compressed, against=(name,), **ASKED)
+
+
+def test_a_prompt_of_one_line_has_no_question_to_leave_out(compressed: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "mine.jsonl"
+    rows.write_text('{"prompt": "What is the capital of the country in the story above?", "answer": "A"}\n')
+    asked: dict[str, Any] = {"tasks": (), "sources": (str(rows),), "lengths": (700,), "prompts": 1}
+    with pytest.raises(
+        DataError, match="^keydiff:unseen evicts before the question is read, and a prompt of mine does not"
+    ):
+        evaluate(compressed, against=("keydiff",), **asked)
+
+
+def test_bytes_that_leave_nothing(model: PreTrainedModel) -> None:
+    one = compared("snapkv", UNSEEN, _windows(model_shape(model)))
+    one.check(a_case(150, 80))
+    with pytest.raises(InfeasibleBudgetError, match="^snapkv:unseen keeps the 134 tokens of a prompt of t that follow"):
+        one.check(a_case(150, 20))
+
+
+def test_layers_with_windows_of_their_own(
+    tiny_model: Build, tiny_tokenizer: Any, random_plan: Callable[..., Any], tmp_path: Path
+) -> None:
+    from moacompress.runtime import attach
+
+    model = tiny_model("gemma3_text")
+    attach(model, random_plan(model_shape(model), seed=1)).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    comparison = make_comparison(load_checkpoint(tmp_path, "auto", "cpu"), ("h2o",), None, True)
+    with pytest.raises(UsageError, match="^h2o cannot be measured on this model: its layers have sliding windows"):
+        comparison.at(700, 8)
+
+
+BEGINS = {
+    "needle-noise": "What is the number of",
+    "key-value": "Which value does it have",
+    "multi-query-prose": "What are the numbers of",
+    "variable-chain": "Which variables end up with",
+    "common-words": "Which ten words are they?",
+    "frequent-words": "Leaving out the dots",
+    "document-question": "Question: ",
+    "line-lookup": "Which number is on the line of",
+    "second-question": "What is the number of",
+    "legal-codes": "What is the ",
+    "table-lookup": "In the table above, ",
+    "dialogue-fact": "What is ",
+}
+LONGER = {"variable-chain": 3000, "common-words": 4000}
+"""Tokens, where a prompt needs more of them: they are characters here."""
+
+
+@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if not task.ruler])
+def test_where_the_question_begins(task: str, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    prose = tmp_path / "prose.txt"
+    prose.write_text(" ".join(f"Sentence {i} says little." for i in range(2000)))
+    squad = tmp_path / "squad.json"
+    asked = [{"question": "Which is blue?", "answers": [{"text": "lake"}]}]
+    articles = [{"paragraphs": [{"context": f"The lake {index} is blue.", "qas": asked}]} for index in range(6)]
+    squad.write_text(json.dumps({"data": articles}))
+    (case,) = make_cases(
+        task, LONGER.get(task, 2000), 1, 0, tiny_tokenizer, Resources(prose=Prose.load(prose), squad=squad)
+    )
+    assert case.question_at is not None
+    said = str(tiny_tokenizer.decode(case.prompt_ids[case.question_at :]))
+    assert said.startswith(BEGINS.get(task, ""))
+    assert 0 < len(said) < 400
