@@ -14,6 +14,7 @@ from moacompress.core.artefact_names import PLAN_FILE, PROFILE_FOLDER
 from moacompress.core.errors import UsageError, one_line
 from moacompress.core.progress import Progress
 from moacompress.efforts import Effort, effort_recipe
+from moacompress.models.placement import input_device
 from moacompress.recipe import Recipe
 from moacompress.rules.loss import one_limit
 
@@ -81,7 +82,7 @@ def compress_(
         around.enter_context(_in_eval(model))
         resolved = (recipe or effort_recipe(effort or "quick", prose=text is not None)).override(
             **one_limit([budget] if isinstance(budget, str) else budget, max_loss),
-            device=str(model.device),
+            device=str(input_device(model)),
             calibration__lengths=lengths if isinstance(lengths, str) or lengths is None else list(lengths),
             calibration__text=None if text is None else str(text),
             calibration__sources=None if data is None else [{"path": str(_write_rows(folder, data))}],

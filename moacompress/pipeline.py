@@ -32,6 +32,7 @@ from moacompress.core.place import check_writable, no_empty_folder
 from moacompress.core.progress import Progress
 from moacompress.estimate.estimate import Estimate
 from moacompress.exporter.exporting import as_exported, check_reusable, export, exported_plan, unrepaired
+from moacompress.models.placement import checked_placement, input_device
 from moacompress.models.skeleton import is_described
 from moacompress.models.source import is_compressed
 from moacompress.models.stored_plan import stored_bytes
@@ -249,6 +250,7 @@ def _produce(
                 found.plan,
                 model,
                 repair=repair,
+                device=recipe.device,
                 overwrite=stale,
                 trust_remote_code=trust_remote_code,
                 progress=progress,
@@ -272,7 +274,7 @@ def measured_kv_bytes(folder: Path, length: int, device: str = "cpu", *, trust_r
     Args:
         folder: a compressed checkpoint.
         length: tokens in the cache at the end.
-        device: torch device.
+        device: torch device, or a device map.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
     """
     import torch
@@ -281,9 +283,11 @@ def measured_kv_bytes(folder: Path, length: int, device: str = "cpu", *, trust_r
     import moacompress.runtime.hf.loading  # noqa: F401  (in case the entry point is switched off)
     from moacompress.runtime.compat.alternates import returned_cache
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    model.to(device)
-    prompt = torch.full((1, length), 3, device=device)
+    placed = checked_placement(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **placed)
+    if not placed:
+        model.to(device)
+    prompt = torch.full((1, length), 3, device=input_device(model))
     out: Any = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),

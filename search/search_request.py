@@ -17,6 +17,7 @@ from moacompress.core.errors import UsageError
 from moacompress.core.files import fingerprint
 from moacompress.core.progress import Progress
 from moacompress.estimate.machine import this_machine
+from moacompress.models.placement import is_device_map
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.repair.copies import repaired_copies
@@ -85,10 +86,16 @@ def costs_of(recipe: Recipe, shape: ModelShape) -> CostTable | None:
 
     Raises:
         ArtefactError: it cannot be read, or is of another model or machine, or of other weights: says which.
+        UsageError: the model is spread over several devices.
     """
     path = recipe.search.cost_table
     if path is None:
         return None
+    if is_device_map(recipe.device):
+        raise UsageError(
+            f"{path} has the seconds of steps on one device, and the device map {recipe.device} spreads a model over several; "
+            "search with --device cpu or cuda"
+        )
     table = CostTable.load(path)
     table.check(path, shape, this_machine(recipe.device, shape.dtype), (recipe.weights, recipe.head_weights))
     return table

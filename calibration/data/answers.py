@@ -11,6 +11,7 @@ import torch
 
 from moacompress.calibration.data.samples import Sample, SampleKind
 from moacompress.core.progress import SILENT, Progress
+from moacompress.models.placement import input_device
 from moacompress.models.processes import agreed, shared
 from moacompress.runtime.compat.alternates import cache_argument
 
@@ -84,7 +85,7 @@ def generate_greedy(
         pad_token_id=min(stop, default=0),
         use_cache=True,
     )
-    ids = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
+    ids = torch.tensor([list(prompt) for prompt in prompts], device=input_device(model))
     with torch.inference_mode():
         output: Any = generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, **cache_argument(cache)

@@ -2,7 +2,8 @@
 
 A `Tape` reads a sample once; any number of backward passes start from it. Only the rows that predict targets pass the
 output layer, a chunk of them at a time, so that no tensor of size N x vocabulary exists. Long samples keep each decoder
-layer's input alone and run the layer again on the way back.
+layer's input alone and run the layer again on the way back; so do all samples where weights are offloaded, which would
+otherwise stay in memory until then.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
@@ -30,6 +31,7 @@ from moacompress.core.errors import ModelError
 from moacompress.kernels.arguments import Choices
 from moacompress.kernels.reference.rounding import as_kept
 from moacompress.models.modules import decoder_layers
+from moacompress.models.placement import input_device, is_offloaded
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
@@ -219,7 +221,10 @@ def frozen(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def checkpointed(model: PreTrainedModel) -> Iterator[None]:
-    """Lets every decoder layer keep its input alone; a backward pass runs it again."""
+    """Lets every decoder layer keep its input alone; a backward pass runs it again.
+
+    Where weights are offloaded it runs it to the end, or the last ones would not be put back.
+    """
 
     def twice(forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -234,6 +239,7 @@ def checkpointed(model: PreTrainedModel) -> Iterator[None]:
         return run
 
     with ExitStack() as stack:
+        stack.enter_context(set_checkpoint_early_stop(not is_offloaded(model)))
         for layer in decoder_layers(model):
             stack.enter_context(replaced(layer, twice(layer.forward)))
         yield
@@ -242,7 +248,7 @@ def checkpointed(model: PreTrainedModel) -> Iterator[None]:
 def hidden_states(model: PreTrainedModel, embeddings: Tensor) -> Tensor:
     """Returns what the output layer would get, `[1, N, hidden]`, from embeddings `[1, N, hidden]`."""
     states: Tensor = model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-    return states
+    return states.to(embeddings.device)  # of a model on several devices the last layer has another
 
 
 def target_states(model: PreTrainedModel, ids: Tensor, rows: Tensor) -> Tensor:
@@ -264,7 +270,7 @@ def read_through(model: PreTrainedModel, ids: Tensor | npt.NDArray[np.int64]) ->
         ids: int64 `[N]`, on any device.
     """
     with torch.no_grad():
-        tokens = torch.as_tensor(ids, dtype=torch.int64, device=model.device)
+        tokens = torch.as_tensor(ids, dtype=torch.int64, device=input_device(model))
         return hidden_states(model, model.get_input_embeddings()(tokens[None]))
 
 
@@ -299,8 +305,8 @@ def answer_logits(model: Any, sample: Sample) -> torch.Tensor:
 
     Only those rows go through the language-model head.
     """
-    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask[1:])).to(model.device)
-    ids = torch.from_numpy(np.ascontiguousarray(sample.input_ids, np.int64)).to(model.device)
+    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask[1:])).to(input_device(model))
+    ids = torch.from_numpy(np.ascontiguousarray(sample.input_ids, np.int64)).to(input_device(model))
     with torch.inference_mode():
         return output_logits(model, target_states(model, ids, rows)).float()
 
@@ -338,7 +344,7 @@ class Tape:
             if self._recording.attended is not None:
                 self._stack.callback(self._recording.attended.clear)
             self._stack.callback(self._recording.choices.clear)
-            if len(self._ids) > KEEP_TOKENS:
+            if len(self._ids) > KEEP_TOKENS or is_offloaded(self._model):
                 self._stack.enter_context(checkpointed(self._model))
             self._embeddings = self._model.get_input_embeddings()(self._ids[None]).detach().requires_grad_()
             self._states = hidden_states(self._model, self._embeddings)[0, self._rows]

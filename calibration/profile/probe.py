@@ -25,6 +25,7 @@ from moacompress.calibration.profile.sharing import Attended, CopySums, copyable
 from moacompress.estimate.live_bytes import Line, LiveBytes, weight_bytes
 from moacompress.estimate.rates import REPEATS, Rates
 from moacompress.kernels.arguments import Choices
+from moacompress.models.placement import input_device
 from moacompress.models.source import SourceModel
 from moacompress.recipe import ProfileRecipe, Recipe
 from moacompress.rules.plan import Plan
@@ -99,9 +100,10 @@ class Probe(Rates):
     """
 
     def __init__(self, source: SourceModel, recipe: Recipe, around: Plan | None) -> None:
-        super().__init__(source.model.device)
+        device = input_device(source.model)
+        super().__init__(device)
         self._model, self._shape, self.around = source.model, source.shape, around
-        chosen, device = recipe.profile, source.model.device
+        chosen = recipe.profile
         self.weight_bytes = weight_bytes(source.model)
         self._table, self._device = RuleTable.of(rules_on_offer(recipe, around), chosen.min_window), device
         self._plans = Recording.of(source.shape, self._table, around).plans

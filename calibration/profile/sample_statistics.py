@@ -28,6 +28,7 @@ from moacompress.calibration.profile.passes import Cotangent, Recording, Tape, o
 from moacompress.calibration.profile.precision import PrecisionSums
 from moacompress.calibration.profile.sharing import CopySums, copyable
 from moacompress.calibration.profile.statistics import DRAWN, Floats32, Statistics
+from moacompress.models.placement import input_device, layer_devices
 from moacompress.recipe import ProfileRecipe
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.model_shape import ModelShape
@@ -127,23 +128,24 @@ def sample_statistics(
         See `store.Statistics`; the numbers may be not finite.
     """
     assert around is None or not around.selects or gates is not None
-    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1).to(model.device)
-    ids = torch.from_numpy(sample.input_ids).to(model.device)
+    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1).to(input_device(model))
+    ids = torch.from_numpy(sample.input_ids).to(input_device(model))
     dense = None
     if around is not None:
         with recorded(model, Recording.of(shape, table)):  # attention as below: around a full plan nothing differs
             dense = target_states(model, ids, rows)
-    size = shape.kv_heads, len(table), model.device
+    size, devices = (shape.kv_heads, len(table)), layer_devices(model)
     recording = Recording.of(shape, table, around, keep=chosen.anchors > 0, gates=gates)
-    influence = [InfluenceSums(*size) for _ in range(shape.layers)]
+    influence = [InfluenceSums(*size, device) for device in devices]
     rounding = [
-        PrecisionSums(shape.kv_heads, chosen.formats, plan, model.device)
-        for plan in (recording.plans if chosen.formats else ())
+        PrecisionSums(shape.kv_heads, chosen.formats, plan, device)
+        for plan, device in zip(recording.plans, devices, strict=True)
+        if chosen.formats
     ]
     found: dict[str, Tensor] = {}
-    heads = [HeadSums(shape.kv_heads, model.device) for _ in range(shape.layers if chosen.heads else 0)]
+    heads = [HeadSums(shape.kv_heads, device) for device in (devices if chosen.heads else ())]
     copies = [
-        CopySums(recording.attended, layer, may, shape.kv_heads, model.device)
+        CopySums(recording.attended, layer, may, shape.kv_heads, devices[layer])
         for layer, may in enumerate(copyable(shape.native_windows, chosen.anchors).tolist())
         if recording.attended is not None
     ]
@@ -155,7 +157,7 @@ def sample_statistics(
             found |= {name.replace("total", "first"): sums[name] for name in DRAWN if name in sums}
             found["harm"] = torch.tensor([max(divergence.kl, 0.0)])
         if chosen.baselines:
-            baselines = [BaselineSums(*size) for _ in range(shape.layers)]
+            baselines = [BaselineSums(*size, device) for device in devices]
             _reset(influence)
             tape.backward(label_cotangent(ids[rows + 1]), _by_layer(influence, baselines), last=False)
             found |= {f"gold_{name}": value for name, value in _stacked(influence).items()} | _stacked(baselines)
@@ -188,9 +190,9 @@ def token_influence(
         seed: the run's seed.
         index: number of the sample; with `seed` it decides the cotangents.
     """
-    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1).to(model.device)
-    ids = torch.from_numpy(sample.input_ids).to(model.device)
-    sums = [TokenSums(shape.kv_heads, len(ids), LAG, model.device) for _ in range(shape.layers)]
+    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1).to(input_device(model))
+    ids = torch.from_numpy(sample.input_ids).to(input_device(model))
+    sums = [TokenSums(shape.kv_heads, len(ids), LAG, device) for device in layer_devices(model)]
     with Tape(model, Recording.of(shape, RuleTable.of([Rule.FULL], 1)), ids, rows) as tape:
         for draw in range(draws):
             cotangent = fisher_cotangent(len(rows), cotangent_generator(seed, index, draw))
@@ -212,6 +214,6 @@ def _reset(collectors: Sequence[InfluenceSums | PrecisionSums]) -> None:
 def _stacked(
     collectors: Sequence[InfluenceSums | PrecisionSums | BaselineSums | HeadSums | CopySums | TokenSums],
 ) -> dict[str, Tensor]:
-    """Returns the sums of all layers by name, layers in front."""
+    """Returns the sums of all layers by name, layers in front, on the device of the first."""
     layers = [sums.tensors() for sums in collectors]
-    return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+    return {name: torch.stack([layer[name].to(of.device) for layer in layers]) for name, of in layers[0].items()}

@@ -59,7 +59,7 @@ class Attended:
         """Returns how a tile of rows attends.
 
         Args:
-            tile: which rows and keys.
+            tile: which rows and keys, on any device.
             dtype: to work in.
 
         Returns:
@@ -67,6 +67,7 @@ class Attended:
             `[kv_heads, group, rows, 1]`, or None.
         """
         kv_heads, size = self.key.shape[1], self.key.shape[3]
+        tile = tile._replace(rows=tile.rows.to(self.query.device))
         query = self.query[0, :, tile.rows].to(dtype).reshape(kv_heads, -1, size) * self.spec.scaling
         keys = self.key[0, :, tile.low : tile.high].to(dtype).flip(1)
         sink = None if self.sink_logit is None else self.sink_logit.to(dtype).view(kv_heads, -1, 1, 1)
@@ -140,7 +141,9 @@ class CopySums:
         self._rows += len(view.rows) if first else 0
 
     def _of_layer(self, layer: int, view: TileView) -> tuple[Tensor, Tensor | None]:
-        return self._attended[layer].probabilities(view.tile, view.probabilities.dtype)
+        own, escape = self._attended[layer].probabilities(view.tile, view.probabilities.dtype)
+        device = view.rows.device  # an anchor may lie on another one
+        return own.to(device), None if escape is None else escape.to(device)
 
     def end(self) -> None:
         """Ends a backward pass."""

@@ -25,6 +25,7 @@ from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.passes import Recording, Tape
 from moacompress.calibration.profile.sample_statistics import cotangent_generator, fisher_cotangent
 from moacompress.core.arrays import Floats
+from moacompress.models.placement import input_device
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
@@ -82,8 +83,8 @@ def weight_influence(
 
         return hook
 
-    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1).to(model.device)
-    ids = torch.from_numpy(sample.input_ids).to(model.device)
+    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1).to(input_device(model))
+    ids = torch.from_numpy(sample.input_ids).to(input_device(model))
     with ExitStack() as stack:
         for name in errors:
             stack.callback(model.get_submodule(name).register_forward_hook(watch(name)).remove)

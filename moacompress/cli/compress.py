@@ -46,6 +46,7 @@ from moacompress.rules.loss import one_limit
     "moacompress compress path/to/model --weights auto --memory 6GiB@8k -o runs/mine",
     "moacompress compress path/to/model --budget 25% --effort quick --dry-run",
     computes=True,
+    maps=True,
 )
 def compress(
     run: CommandRun,

@@ -24,6 +24,7 @@ from moacompress.cli.options import (
     "moacompress data preview path/to/model --source recall --source squad.json --lengths 1k,4k",
     "moacompress data preview path/to/model --recipe recipe.yaml --count 6 --json",
     on_device=True,
+    maps=True,
 )
 def preview(
     run: CommandRun,

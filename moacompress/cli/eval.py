@@ -31,6 +31,7 @@ from moacompress.core.ranks import rank
     "moacompress eval runs/mine --tasks needle-noise --fail-under exact_match=0.9,retention=0.95 --json",
     "moacompress eval --list-tasks",
     computes=True,
+    maps=True,
     shared=True,
 )
 def evaluate(

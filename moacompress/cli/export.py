@@ -17,6 +17,8 @@ from moacompress.models.locate import find_plan_file
     "moacompress export path/to/model plan.json -o model/",
     "moacompress export path/to/model plan.json -o model/ --overwrite --json",
     "moacompress export path/to/model plan.json -o model/ --repair profile/",
+    on_device=True,
+    maps=True,
 )
 def export(
     run: CommandRun,
@@ -67,6 +69,7 @@ def export(
             loaded,
             out,
             repair=repair,
+            device=chosen.device,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             weights=chosen.weights,
@@ -78,6 +81,7 @@ def export(
         loaded,
         out,
         repair=repair,
+        device=chosen.device,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         progress=run.progress,

@@ -12,7 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Concatenate, ParamSpec, TextIO
@@ -63,7 +63,14 @@ class Common:
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but errors.")] = False
     debug: Annotated[bool, typer.Option("--debug", help="Log everything, and show the traceback of an error.")] = False
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None
-    device: Annotated[str | None, typer.Option(help="Torch device, such as cpu or cuda.")] = None
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICE",
+            help="Torch device, such as cpu or cuda. profile, search, export, eval and compress take a device map too: auto, "
+            "balanced, sequential, or a JSON FILE of one.",
+        ),
+    ] = None
     dtype: Annotated[
         str | None,
         typer.Option(help="To compute in: auto (the checkpoint's), float32, bfloat16 or float16."),
@@ -101,11 +108,13 @@ class CommandRun:
         common: its common options.
         progress: is told how far it is.
         out: the standard output, which is not `sys.stdout` while a command runs.
+        device_check: refuses a device that the command cannot use.
     """
 
     common: Common
     progress: Progress
     out: TextIO = field(default_factory=lambda: sys.stdout)
+    device_check: Callable[[str], None] = lambda device: None
 
     def write(self, text: str) -> None:
         """Writes a piece of what the person asked for."""
@@ -133,6 +142,7 @@ class CommandRun:
 
         Raises:
             RecipeError: from the file or from a flag.
+            UsageError: a device that the command cannot use.
         """
         recipe = Recipe.load(file) if file is not None else base or Recipe()
         flags |= {"seed": self.common.seed, "device": self.common.device, "dtype": self.common.dtype}
@@ -140,7 +150,9 @@ class CommandRun:
         for name, value in given.items():
             text = without_password(value) if isinstance(value, str) else value
             logger.info("%s = %s, from the command line", name.replace("__", "."), text)
-        return recipe.override(**given)
+        recipe = recipe.override(**given)
+        self.device_check(recipe.device)
+        return recipe
 
 
 class Command:
@@ -153,6 +165,7 @@ class Command:
         examples: end its help.
         computes: whether it runs a model, so that its first line says with which kernels.
         on_device: whether `--device` has a meaning; it has one where a model runs.
+        maps: whether it can be a device map.
         shared: whether the processes of `torchrun` do it together. The first of them prints, and whichever fails first.
     """
 
@@ -163,9 +176,11 @@ class Command:
         computes: bool = False,
         on_device: bool = False,
         shared: bool = False,
+        maps: bool = False,
     ) -> None:
         self._work: Callable[..., Output] = function
         self._computes, self._on_device, self._shared = computes, computes or on_device, shared
+        self._maps = maps
         self.examples = examples
         self.help = inspect.getdoc(function) or ""
         self.epilog = "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
@@ -207,17 +222,32 @@ class Command:
         if device is not None and device != "cpu":
             if not self._on_device:
                 raise UsageError(f"{self.__name__} runs on the CPU, so --device {device} has no meaning; leave it out")
-            from moacompress.models.device import check_device
+            from moacompress.models.placement import checked_placement
 
-            check_device(device)
-        return self._work(run, **arguments)
+            self._check_map(device)
+            checked_placement(device)
+        return self._work(replace(run, device_check=self._check_map), **arguments)
+
+    def _check_map(self, device: str) -> None:
+        """Refuses a device map that the command cannot use.
+
+        Raises:
+            UsageError: it is one.
+        """
+        if device != "cpu" and self._on_device and not self._maps:
+            from moacompress.models.placement import is_device_map
+
+            if is_device_map(device):
+                raise UsageError(
+                    f"{self.__name__} keeps a model on one device, and {device} is a device map; give --device cpu or cuda"
+                )
 
 
 def command(
-    *examples: str, computes: bool = False, on_device: bool = False, shared: bool = False
+    *examples: str, computes: bool = False, on_device: bool = False, shared: bool = False, maps: bool = False
 ) -> Callable[[Callable[Concatenate[CommandRun, P], Output]], Command]:
     """Makes a `Command` of the decorated function; `examples` end its help and can be run as they are."""
-    return lambda function: Command(function, examples, computes, on_device, shared)
+    return lambda function: Command(function, examples, computes, on_device, shared, maps)
 
 
 def group(text: str, commands: Mapping[str, Command]) -> typer.Typer:

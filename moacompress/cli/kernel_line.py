@@ -10,7 +10,7 @@ def kernel_line(device: str | None) -> str:
     """Returns the line.
 
     Args:
-        device: that was asked for; None for the CPU.
+        device: that was asked for, of a device map the first; None for the CPU.
 
     Raises:
         UsageError, UnsupportedError: the environment asks for kernels that are not there.
@@ -19,8 +19,10 @@ def kernel_line(device: str | None) -> str:
 
     from moacompress.kernels import dispatch
     from moacompress.kernels.reference.reference_backend import ReferenceBackend
+    from moacompress.models.placement import first_device
 
     choice = dispatch.chosen()
+    device = None if device is None else first_device(device)
     if device is not None and not device.startswith("cpu"):
         name = dispatch.backend_on(device.partition(":")[0], torch.bfloat16).name
         if name == ReferenceBackend.name:

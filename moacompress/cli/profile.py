@@ -68,6 +68,7 @@ AUDIT_KEYS = (
     "moacompress profile path/to/model -o profile-3/ --shard 3/8",
     "moacompress profile --merge profile-1/ profile-2/ -o profile/",
     computes=True,
+    maps=True,
     shared=True,
 )
 def profile(

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     "moacompress search profile/ --budget 12.5%@8k -o plan.json --storage sqlite:///study.db --json",
     "moacompress search --status sqlite:///study.db",
     computes=True,
+    maps=True,
 )
 def search(
     run: CommandRun,

@@ -13,6 +13,7 @@ from moacompress.estimate.live_bytes import weight_bytes
 from moacompress.estimate.rates import Rates, TimedRates
 from moacompress.evaluation.baselines.evictions import expanded
 from moacompress.evaluation.scoring.prompts import BATCH_TOKENS
+from moacompress.models.placement import input_device
 from moacompress.rules.rule import SINKS
 from moacompress.runtime.checkpoint import compressed_folder, load_checkpoint
 from moacompress.runtime.linear import use_kernels
@@ -74,7 +75,7 @@ def estimate_eval(
     use_kernels(checkpoint.model)
     checkpoint.check_lengths(lengths)
     models = 1 + sum(len(SINKS) if name in ("uniform", "uniform-elastic") else 1 for name in expanded(against))
-    rates = TimedRates(checkpoint.put_on(checkpoint.plan), device)
+    rates = TimedRates(checkpoint.put_on(checkpoint.plan), input_device(checkpoint.model))
     seconds = eval_seconds(len(tasks), lengths, prompts, models, rates)
     rows = sum(min(count, prompts) for count in (own or {}).values())
     seconds += eval_seconds(1, [max(lengths)], rows, models, rates)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from moacompress.core.errors import DataError, MoaCompressError, UsageError, did_you_mean
 from moacompress.core.memory import available_bytes
 from moacompress.core.ranks import rank, world_size
+from moacompress.models.placement import input_device
 from moacompress.models.processes import agreed
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def run_lm_eval(
                 batch_size=batch_size,
                 max_batch_size=MOST_ROWS,
             )
-        if harnessed.batch_size == AUTO and model.device.type == "cpu":
+        if harnessed.batch_size == AUTO and input_device(model).type == "cpu":
             harnessed.batch_size_per_gpu = _rows_that_fit(harnessed.max_length, harnessed.vocab_size, available_bytes())
         try:
             found = evaluator.simple_evaluate(

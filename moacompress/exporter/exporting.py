@@ -23,6 +23,7 @@ from moacompress.exporter.card import model_card
 from moacompress.exporter.export_estimate import export_estimate
 from moacompress.exporter.fresh import Continuation, verify_fresh
 from moacompress.exporter.licences import licence_files
+from moacompress.models.placement import check_in_memory
 from moacompress.models.source import DENSE, KEEP, SourceModel, is_compressed, load_source
 from moacompress.models.stored_plan import checkpoint_weights, stored_plan
 from moacompress.recipe import AUTO, CONSENT, shared_name
@@ -45,6 +46,7 @@ def export(
     weights: str = KEEP,
     head_weights: str | None = None,
     repair: Profile | str | Path | None = None,
+    device: str = "cpu",
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -63,6 +65,7 @@ def export(
         repair: a finished profile of the model, or its folder: the output projections of attention are refitted with its
             samples, where that lowers measured KL; see `moacompress.repair.plans`. A loaded model has its own weights
             again afterwards.
+        device: of a model that is not loaded yet: a torch device, or a device map. Repair takes one device.
         overwrite: replace a compressed checkpoint; any other folder is left alone, and one that holds the model, or is in it.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         progress: is told of the steps.
@@ -72,8 +75,8 @@ def export(
 
     Raises:
         PlanError: the plan is not for this model, or names weights to be rounded that it does not have.
-        UsageError: a repair of a plan whose weights a search chose.
-        ModelError: the profile is of another model.
+        UsageError: a repair of a plan whose weights a search chose, or a device that is not here.
+        ModelError: the profile is of another model; or weights are offloaded that the plan or the repair changes.
         DataError: the profile has too few samples to repair with.
         ArtefactError: `out` holds something else, or cannot be written; nothing is left half-written. Or the profile cannot be
             read.
@@ -88,7 +91,7 @@ def export(
     sweep_folders(out)
     progress.start("export", 3)
     plan, profile, source, inputs, reused = _prepared(
-        model, plan, out, (weights, head_weights), repair, overwrite, trust_remote_code
+        model, plan, out, (weights, head_weights), repair, device, overwrite, trust_remote_code
     )
     if reused:
         progress.done()
@@ -146,6 +149,7 @@ def _prepared(
     out: Path,
     weights: tuple[str, str | None],
     repair: Profile | str | Path | None,
+    device: str,
     overwrite: bool,
     trust_remote_code: bool,
 ) -> _Prepared:
@@ -163,7 +167,8 @@ def _prepared(
         raise ArtefactError(
             f"{out} exists already and is not of this plan{_other_repair(out, plan)}; choose another folder or pass --overwrite"
         )
-    source = _loaded_in(plan.model.dtype, model, weights, trust_remote_code)
+    source = _loaded_in(plan.model.dtype, model, weights, device, trust_remote_code)
+    _check_in_memory(source.model, plan, profile is not None)
     plan.check_model(source.shape, weights=source.weights_like)
     check_can_round(source.model, planned_weights(plan) or {})
     if reused and not _has_types(out, plan, source, repaired=profile is not None):
@@ -205,6 +210,7 @@ def estimate_export(
     weights: str = KEEP,
     head_weights: str | None = None,
     repair: Profile | str | Path | None = None,
+    device: str = "cpu",
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Estimate:
@@ -212,7 +218,7 @@ def estimate_export(
     from moacompress.models.weight_rounding import saved_bytes
 
     out = Path(out)
-    found = _prepared(model, plan, out, (weights, head_weights), repair, overwrite, trust_remote_code)
+    found = _prepared(model, plan, out, (weights, head_weights), repair, device, overwrite, trust_remote_code)
     warn_of_budget(found.plan)
     size = sum(weight.nbytes for weight in found.source.model.state_dict().values())
     size -= saved_bytes(found.source.model, planned_weights(found.plan) or {})
@@ -335,7 +341,7 @@ def write_checkpoint(source: SourceModel, plan: Plan, folder: Path) -> Continuat
 
 
 def _loaded_in(
-    dtype: str, model: str | Path | SourceModel, weights: tuple[str, str | None], trust_remote_code: bool
+    dtype: str, model: str | Path | SourceModel, weights: tuple[str, str | None], device: str, trust_remote_code: bool
 ) -> SourceModel:
     """Returns the dense model in a dtype: a loaded one as it is where it computes in that."""
     if isinstance(model, SourceModel):
@@ -343,7 +349,23 @@ def _loaded_in(
             return model
         model = model.source
     kind, head = weights
-    return load_source(model, dtype=dtype, weights=kind, head_weights=head, trust_remote_code=trust_remote_code)
+    return load_source(
+        model, dtype=dtype, device=device, weights=kind, head_weights=head, trust_remote_code=trust_remote_code
+    )
+
+
+def _check_in_memory(model: Any, plan: Plan, repairs: bool) -> None:
+    """Refuses offloaded weights that an export would change.
+
+    Raises:
+        ModelError: there are some.
+    """
+    if repairs:
+        check_in_memory(model, "a repair")
+    if plan.shares:
+        check_in_memory(model, "a plan whose layers share attention")
+    if planned_weights(plan):
+        check_in_memory(model, "a plan whose weights a search chose")
 
 
 def warn_of_budget(plan: Plan) -> None:

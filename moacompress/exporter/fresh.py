@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moacompress.core.errors import MoaCompressError
+from moacompress.models.placement import input_device
 from moacompress.models.source import SourceModel
 from moacompress.rules.plan import Plan
 
@@ -87,7 +88,7 @@ class Continuation:
         model: Any = source.model
         longest = min(PROMPT_TOKENS, source.context - NEW_TOKENS) if source.context else PROMPT_TOKENS
         prompt = [int(i) for i in source.tokenizer(PROMPT)["input_ids"]][: max(longest, 1)] or [0]
-        ids = torch.tensor([prompt], device=model.device)
+        ids = torch.tensor([prompt], device=input_device(model))
         out: Any = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

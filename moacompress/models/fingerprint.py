@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from moacompress.core.errors import ModelError
+from moacompress.models.placement import tensor_in_memory
 from moacompress.rules.plan import weights_version
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     """Returns the fingerprint of a model's weights, in the newest version.
 
     Raises:
-        ModelError: some weights are not in memory.
+        ModelError: some weights are neither in memory nor offloaded by a device map.
     """
     return f"2-{_all_numbers(model)}"
 
@@ -60,7 +60,7 @@ def weights_like(model: torch.nn.Module, given: str) -> str:
 
     Raises:
         PlanError: `given` has a newer version than is known.
-        ModelError: some weights are not in memory.
+        ModelError: some weights are neither in memory nor offloaded by a device map.
     """
     return _VERSIONS[weights_version(given)](model)
 
@@ -74,8 +74,7 @@ def _sampled(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     kinds = block_weights(model)
     for name, tensor in _own(model, model.named_parameters()):
-        _check_in_memory(name, tensor)
-        numbers = _Numbers(tensor.detach(), kinds.get(name))
+        numbers = _Numbers(tensor_in_memory(model, name, tensor).detach(), kinds.get(name))
         digest.update(f"{name}{numbers.shape}".encode())
         step = max(1, numbers.count // SAMPLES)
         sample = numbers.at(torch.arange(0, numbers.count, step)[:SAMPLES]).to(torch.bfloat16).cpu()
@@ -87,7 +86,7 @@ def _all_numbers(model: torch.nn.Module) -> str:
     """Version 2: of every parameter and saved buffer each name that it goes by, the shape and all numbers.
 
     Tensors are cut into chunks of CHUNK numbers in row-major order, which this thread rounds and brings to the host and other
-    threads hash; of a tensor that goes by several names (tied weights) this is done once.
+    threads hash; of a tensor that goes by several names (tied weights) this is done once. Offloaded ones are read one by one.
     """
     import torch
 
@@ -97,18 +96,18 @@ def _all_numbers(model: torch.nn.Module) -> str:
     tensors = {
         name: value for name, value in _own(model, model.state_dict().items()) if isinstance(value, torch.Tensor)
     }
-    shapes = dict[str, tuple[int, ...]]()
+    shapes, places = dict[str, tuple[int, ...]](), dict[str, tuple[Any, ...]]()
     parts: dict[Any, list[Future[bytes]]] = {}
     waiting: deque[Future[bytes]] = deque()
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
         for name, tensor in tensors.items():
-            _check_in_memory(name, tensor)
-            numbers = _Numbers(tensor, kinds.get(name))
+            place = places[name] = (name,) if tensor.is_meta else _place(tensor)
+            numbers = _Numbers(tensor_in_memory(model, name, tensor), kinds.get(name))
             shapes[name] = numbers.shape
-            if _place(tensor) in parts:
+            if place in parts:
                 continue
-            hashes = parts[_place(tensor)] = []
+            hashes = parts[place] = []
             for start in range(0, numbers.count, CHUNK):
                 hashes.append(pool.submit(_hash, _flat_array(numbers.part(start, start + CHUNK))))
                 waiting.append(hashes[-1])
@@ -118,7 +117,7 @@ def _all_numbers(model: torch.nn.Module) -> str:
     for name, tensor in tensors.items():
         kind = "" if tensor.is_floating_point() or name in kinds else f" {tensor.dtype}"
         digest.update(f"{name} {shapes[name]}{kind}\n".encode())
-        for part in parts[_place(tensor)]:
+        for part in parts[places[name]]:
             digest.update(part.result())
     return digest.hexdigest()[:16]
 
@@ -171,14 +170,6 @@ def _own(model: torch.nn.Module, named: Iterable[tuple[str, Any]]) -> list[tuple
 
 
 _VERSIONS: dict[int, Callable[[torch.nn.Module], str]] = {1: _sampled, 2: weights_fingerprint}
-
-
-def _check_in_memory(name: str, tensor: torch.Tensor) -> None:
-    if tensor.is_meta:
-        raise ModelError(
-            f"the weights are not all in memory: {name} is on the device 'meta', as after a device_map that offloads it; load "
-            "the model without one"
-        )
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moacompress.core.artefact_names import DENSE_FOLDER, MODEL_FOLDER, PLAN_FILE, PROFILE_FOLDER, RECIPE_FILE
-from moacompress.core.errors import ArtefactError, MoaCompressError, ModelError, did_you_mean, one_line
+from moacompress.core.errors import ArtefactError, MoaCompressError, ModelError, UsageError, did_you_mean, one_line
 from moacompress.core.files import read_json
-from moacompress.models.device import check_device
 from moacompress.models.fingerprint import weights_fingerprint, weights_like
 from moacompress.models.gguf_model import load_gguf
 from moacompress.models.hub import hub_arguments, is_hub_name
 from moacompress.models.modules import check_supported
+from moacompress.models.placement import checked_placement
 from moacompress.models.shape import config_shape
 from moacompress.models.support import TORCHAO, config_problems, quantization_method, stored_problems
 from moacompress.models.tokenizer_files import tokenizer_problems
@@ -83,7 +83,7 @@ def load_source(
         source: hub id, folder, or `.gguf` file.
         dtype: what the model computes in: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own; that of a
             `.gguf` file is `weight_files.gguf_dtype`.
-        device: torch device, such as "cpu" or "cuda".
+        device: torch device, such as "cpu" or "cuda", or a device map, see `placement`.
         weights: "keep" for the blocks of a `.gguf` file as they are, where layers can multiply with them (`gguf_model`);
             "dense" for floats, and "auto", of which a search then chooses what to round; "int8" or "int4" to round those of
             linear layers to blocks (`weight_rounding`).
@@ -91,18 +91,20 @@ def load_source(
         trust_remote_code: run modelling code that comes with the model.
 
     Raises:
-        UsageError: a device that is not here.
+        UsageError: a device that is not here, a device map that is none, or one beside weights that are rounded or in blocks.
         ModelError: not a model, one that cannot be compressed, or one whose files are damaged or pickles.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    check_device(device)
+    placed = checked_placement(device)
     name, arguments = locate_source(source)
     dtype = dtype_name(dtype)
     if dtype != "auto" and dtype not in DTYPE_BYTES:
         raise ModelError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPE_BYTES)}")
     is_gguf = "gguf_file" in arguments
+    if placed:
+        _check_can_place(device, weights, is_gguf)
     arguments["trust_remote_code"] = trust_remote_code
     try:
         if is_gguf:
@@ -126,7 +128,7 @@ def load_source(
             model = load_gguf(Path(source), AutoConfig.from_pretrained(name, **arguments), wanted)
         if model is None:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name, dtype=wanted, output_loading_info=True, **arguments
+                name, dtype=wanted, output_loading_info=True, **arguments, **placed
             )
             model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
         arguments.pop("use_safetensors", None)
@@ -155,11 +157,31 @@ def load_source(
         from moacompress.models.weight_rounding import round_weights
 
         round_weights(model, weights, head_weights)
-    model.to(device).eval().requires_grad_(False)
+    if not placed:
+        model.to(device)
+    model.eval().requires_grad_(False)
     shape = model_shape(model, own)
     context = context_length(model)
     place = str(Path(source).resolve()) if is_gguf else name
     return SourceModel(model, tokenizer, place, shape, context)
+
+
+def _check_can_place(device: str, weights: str, is_gguf: bool) -> None:
+    """Refuses weights that a device map cannot place as they are read.
+
+    Raises:
+        UsageError: they are to be rounded, or come from a `.gguf` file.
+    """
+    if is_gguf:
+        raise UsageError(
+            f"the device map {device} places weights of safetensors files as they are read, and a .gguf file has none; give "
+            "one device, or write the model as safetensors first (`save_pretrained`)"
+        )
+    if weights not in (KEEP, DENSE):
+        raise UsageError(
+            f"weights that are to be {weights} are rounded in memory, and the device map {device} may leave some elsewhere; "
+            "give one device"
+        )
 
 
 def locate_source(source: str | Path) -> tuple[str, dict[str, Any]]:

@@ -29,8 +29,9 @@ from moacompress.core.progress import Progress
 from moacompress.models.block_layers import dense_weight, kind_of, with_dense_weight
 from moacompress.models.least_squares import Normal
 from moacompress.models.modules import attention_modules, decoder_layers
+from moacompress.models.placement import check_one_device, input_device
 from moacompress.rules.plan import Plan
-from moacompress.runtime.sharing.shared_keys import SHARED_KEYS
+from moacompress.runtime.sharing.shared_keys import SHARED_KEYS, AnchorKeys
 
 Weights = dict[str, Tensor]
 """Tensors by the name of the parameter that they are for."""
@@ -104,7 +105,7 @@ class PassState:
     """
 
     returned: Any = None
-    shared_keys: dict[int, Any] = field(default_factory=dict)
+    shared_keys: AnchorKeys = field(default_factory=AnchorKeys)
 
 
 class _Stop(Exception):
@@ -205,7 +206,8 @@ def repaired_weights(
 
     progress = progress or Progress()
     projections = output_projections(model)
-    device = model.device
+    check_one_device(model, "a repair")
+    device = input_device(model)
     ids = [torch.from_numpy(np.ascontiguousarray(sample.input_ids, np.int64)) for sample in samples]
     rows = [[row_weights(sample, setting.answer_share).to(device) for sample in samples] for setting in settings]
     dense = [PassState() for _ in samples]

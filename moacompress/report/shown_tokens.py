@@ -14,6 +14,7 @@ from rich.text import Text
 from moacompress.core.errors import DataError, UsageError
 from moacompress.core.tables import section
 from moacompress.models.modules import attention_modules
+from moacompress.models.placement import input_device
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import competing_tokens, eviction_schedule
@@ -99,7 +100,7 @@ def _scores(model: Any, ids: Any) -> dict[int, Any]:
             gate = getattr(module, "gate", None)
             if isinstance(gate, TokenGate):
                 stack.callback(gate.register_forward_hook(keep(layer)).remove)
-        model(ids.to(model.device), use_cache=False, logits_to_keep=1)
+        model(ids.to(input_device(model)), use_cache=False, logits_to_keep=1)
     return found
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from moacompress.core.artefact_names import PLAN_FILE, PROFILE_FOLDER, gates_file
 from moacompress.core.errors import DataError, MoaCompressError, ModelError, PlanError, UsageError, one_line
-from moacompress.models.device import check_device
 from moacompress.models.fingerprint import weights_fingerprint, weights_like
+from moacompress.models.placement import checked_placement, input_device
 from moacompress.models.source import ROUNDING, check_family, context_length, find_model_folder, is_compressed
 from moacompress.models.stored_plan import stored_plan
 from moacompress.rules.formats import DTYPE_BYTES, dtype_name
@@ -35,6 +35,7 @@ class Checkpoint:
         model: its weights; where they are the dense model's, the plan on them changes, see `put_on`.
         tokenizer: its tokenizer.
         plan: its plan.
+        device: where the model was asked to be: a torch device, or a device map.
         dense: the dense model that the plan was made for, where the checkpoint's own weights are not that any more; None where
             they are.
     """
@@ -44,6 +45,7 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerBase
     plan: Plan
     dense: PreTrainedModel | None = None
+    device: str = "cpu"
     trust_remote_code: bool = False
 
     @cached_property
@@ -72,7 +74,7 @@ class Checkpoint:
         """
         weights = self.weights_like(self.plan.model.weights_fingerprint)
         own = () if self.dense is None else (self.weights,)
-        return weights, *own, str(self.model.dtype), self.model.device.type
+        return weights, *own, str(self.model.dtype), input_device(self.model).type
 
     def put_on(self, plan: Plan) -> PreTrainedModel:
         """Returns the dense model under `plan`."""
@@ -145,7 +147,7 @@ def load_checkpoint(folder: Path, dtype: str, device: str, *, trust_remote_code:
     Args:
         folder: as `compressed_folder` returns it.
         dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's.
-        device: torch device.
+        device: torch device, or a device map.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
 
     Raises:
@@ -158,7 +160,7 @@ def load_checkpoint(folder: Path, dtype: str, device: str, *, trust_remote_code:
 
     import moacompress.runtime.hf.loading  # noqa: F401  (in case the entry point is switched off)
 
-    check_device(device)
+    placed = checked_placement(device)
     dtype = dtype_name(dtype)
     if dtype != "auto" and dtype not in DTYPE_BYTES:
         raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPE_BYTES)}")
@@ -167,15 +169,19 @@ def load_checkpoint(folder: Path, dtype: str, device: str, *, trust_remote_code:
     check_family(folder, trust_remote_code)
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, trust_remote_code=trust_remote_code)
-        model.eval().requires_grad_(False).to(device)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=wanted, trust_remote_code=trust_remote_code, **placed
+        )
+        model.eval().requires_grad_(False)
+        if not placed:
+            model.to(device)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except MoaCompressError:
         raise
     except Exception as error:  # damaged files raise whatever their parsers raise
         raise ModelError(f"cannot load the compressed model {folder}: {one_line(error)}") from error
     plan = _with_own_gates(folder, model, plan)
-    return Checkpoint(folder, model, tokenizer, plan, trust_remote_code=trust_remote_code)
+    return Checkpoint(folder, model, tokenizer, plan, device=device, trust_remote_code=trust_remote_code)
 
 
 def _with_own_gates(folder: Path, model: PreTrainedModel, plan: Plan) -> Plan:
@@ -227,9 +233,12 @@ def with_dense(checkpoint: Checkpoint, dense: str | Path) -> Checkpoint:
 
     dtype = str(checkpoint.model.dtype).removeprefix("torch.")
     source = load_source(
-        dense, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code, **_rounding(checkpoint.plan)
+        dense,
+        dtype=dtype,
+        device=checkpoint.device,
+        trust_remote_code=checkpoint.trust_remote_code,
+        **_rounding(checkpoint.plan),
     )
     checkpoint.plan.check_model(source.shape, weights=source.weights_like)
-    model = source.model.eval().to(checkpoint.model.device)
-    use_kernels(model)
-    return replace(checkpoint, dense=model)
+    use_kernels(source.model)
+    return replace(checkpoint, dense=source.model)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moacompress.core.errors import PlanError, UnsupportedError
 from moacompress.kernels.gate_scores import rounded_scores, scored
+from moacompress.models.placement import in_memory
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.plan import Plan
 from moacompress.runtime import autocast
@@ -51,7 +52,13 @@ NAME = "gate"
 
 
 def put_gates(
-    modules: Sequence[nn.Module], plan: Plan, inputs: int, dtype: torch.dtype, *, empty: bool = False
+    modules: Sequence[nn.Module],
+    plan: Plan,
+    inputs: int,
+    dtype: torch.dtype,
+    *,
+    devices: Sequence[torch.device] | None = None,
+    empty: bool = False,
 ) -> None:
     """Puts a gate on the attention of every layer in which a rule selects, in the dtype and on the device of its values.
 
@@ -60,6 +67,7 @@ def put_gates(
         plan: the plan, with its gates at hand.
         inputs: numbers of what enters a layer.
         dtype: of the gates of a layer whose own weights are all in blocks.
+        devices: on which each layer computes, where its weights may be offloaded; by default where they are.
         empty: whether their weights are to be read from a checkpoint, and not the plan's.
 
     Raises:
@@ -73,7 +81,7 @@ def put_gates(
         check_room([module])
         own = [*module.parameters()]
         of_dtype = next((parameter.dtype for parameter in own if parameter.is_floating_point()), dtype)
-        gate = TokenGate(plan.model.kv_heads, inputs, of_dtype, own[0].device)
+        gate = TokenGate(plan.model.kv_heads, inputs, of_dtype, own[0].device if devices is None else devices[layer])
         if gates is not None:
             with torch.no_grad():
                 gate.weight.copy_(torch.from_numpy(gates.weight[layer]))
@@ -134,7 +142,8 @@ def gates_on(modules: Sequence[nn.Module], others: GateWeights | None = None) ->
             found[:] = getattr(others, name)
         for layer, gate in enumerate(gates):
             if isinstance(gate, TokenGate):
-                found[layer] = getattr(gate, name).detach().float().cpu().numpy()
+                with in_memory(gate):
+                    found[layer] = getattr(gate, name).detach().float().cpu().numpy()
         return found
 
     return GateWeights(stacked("weight"), stacked("bias"))
@@ -153,11 +162,12 @@ def other_gates(modules: Sequence[nn.Module], gates: GateWeights, dtype: str) ->
         gate = getattr(module, NAME, None)
         if not isinstance(gate, TokenGate):
             continue
-        for own, given in ((gate.weight, gates.weight[layer]), (gate.bias, gates.bias[layer])):
-            rounded = torch.from_numpy(given).to(getattr(torch, dtype)).to(own.device, own.dtype)
-            if not torch.equal(rounded, own.detach()):
-                found.append(layer)
-                break
+        with in_memory(gate):
+            for own, given in ((gate.weight, gates.weight[layer]), (gate.bias, gates.bias[layer])):
+                rounded = torch.from_numpy(given).to(getattr(torch, dtype)).to(own.device, own.dtype)
+                if not torch.equal(rounded, own.detach()):
+                    found.append(layer)
+                    break
     return found
 
 

@@ -236,7 +236,7 @@ def test_the_first_line_says_which_kernels_run(monkeypatch: pytest.MonkeyPatch, 
     dispatch.forget()
     text = call_computing()
     assert "kernels: plain PyTorch, as there is no compiler; a decode step takes 13 to 16 times as long" in text
-    monkeypatch.setattr("moacompress.models.device.check_device", lambda name: None)
+    monkeypatch.setattr("moacompress.models.placement.check_device", lambda name: None)
     assert "plain PyTorch on cuda, which saves memory and no time" in call_computing("--device", "cuda")
     for status in (
         Status(False, "there is no compiler"),

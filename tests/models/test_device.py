@@ -58,6 +58,7 @@ COMMANDS = (
     "data preview MODEL",
     "demo -o OUT --model MODEL",
     "doctor",
+    "export MODEL PLAN -o OUT",
     "inspect RUN --show-tokens NOTHING",
 )
 
@@ -78,18 +79,24 @@ def test_every_command_says_so_at_once(command: str, tiny_folder: Path, compress
     [
         ("inspect RUN", "inspect computes nothing without --show-tokens, so --device meta has no meaning"),
         ("report RUN", "report runs on the CPU, so --device meta has no meaning; leave it out"),
-        ("export MODEL PLAN -o OUT", "export runs on the CPU, so --device meta has no meaning; leave it out"),
     ],
 )
 def test_a_command_without_a_device_says_so(
-    command: str, said: str, tiny_folder: Path, compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, said: str, compressed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moacompress.models.device.check_device", lambda name: None)
-    plan = str(compressed / "model" / "plan.json")
-    places = {"MODEL": str(tiny_folder), "RUN": str(compressed), "PLAN": plan, "OUT": str(tmp_path / "out")}
-    words = [places.get(word, word) for word in command.split()]
+    monkeypatch.setattr("moacompress.models.placement.check_device", lambda name: None)
+    words = [str(compressed) if word == "RUN" else word for word in command.split()]
     done = CliRunner().invoke(app, [*words, "--device", "meta"])
     assert (done.exit_code, done.stdout) == (2, "")
     assert said in done.stderr
     if words[0] == "inspect":
         assert CliRunner().invoke(app, [*words, "--device", "cpu"]).exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["bench RUN --quick", "heal RUN -o OUT", "chat RUN --ask hello"])
+def test_a_command_of_one_device_takes_no_map(command: str, compressed: Path, tmp_path: Path) -> None:
+    places = {"RUN": str(compressed), "OUT": str(tmp_path / "out")}
+    words = [places.get(word, word) for word in command.split()]
+    done = CliRunner().invoke(app, [*words, "--device", "auto"])
+    assert done.exit_code == 2, done.output
+    assert f"{words[0]} keeps a model on one device, and auto is a device map; give --device cpu or cuda" in done.stderr

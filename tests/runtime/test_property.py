@@ -28,7 +28,7 @@ from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.decode.attention import attention_forward
 from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
 from moacompress.runtime.hf.hooks import read_mask
-from moacompress.runtime.sharing.shared_keys import SHARED_KEYS
+from moacompress.runtime.sharing.shared_keys import SHARED_KEYS, AnchorKeys
 
 GIVEN = os.environ.get("MOACOMPRESS_EXAMPLES")
 EXAMPLES = [int(GIVEN)] if GIVEN else [30, pytest.param(500, marks=pytest.mark.heavy)]
@@ -156,7 +156,7 @@ def feed(plan, world, tokens, real, generator, same=False):
         mask = None
     world.cache.real = read_mask(mask, world.cache, batch, tokens)
     chunk_mask = None if real.all() else torch.from_numpy(real)
-    shared_keys, chunks = {}, {}
+    shared_keys, chunks = AnchorKeys(), {}
     for layer in range(shape.layers):
         dtype = world.rows[0][layer][0].dtype
         query = torch.randn(batch, shape.heads, tokens, DIM, generator=generator, dtype=dtype)

@@ -291,8 +291,8 @@ def _other(checkpoint: Checkpoint, name: str) -> Plan | Checkpoint:
     from moacompress.runtime.linear import use_kernels
 
     dtype = str(checkpoint.model.dtype).removeprefix("torch.")
-    folder, device = compressed_folder(Path(name)), str(checkpoint.model.device)
-    other = load_checkpoint(folder, dtype, device, trust_remote_code=checkpoint.trust_remote_code)
+    folder = compressed_folder(Path(name))
+    other = load_checkpoint(folder, dtype, checkpoint.device, trust_remote_code=checkpoint.trust_remote_code)
     other.plan.check_model(checkpoint.plan.model, weights=None)
     if other.weights == checkpoint.dense_weights:
         return other.plan

@@ -15,6 +15,7 @@ from moacompress.core.errors import ModelError
 from moacompress.evaluation.eviction.attention import Attending, KeptCache, WholeCache, attended_by, attending
 from moacompress.evaluation.eviction.baseline import LayerReading, PromptReading
 from moacompress.models.modules import attention_modules, given_hidden
+from moacompress.models.placement import input_device
 from moacompress.runtime.compat.alternates import CACHE_NAMES, cache_argument
 
 if TYPE_CHECKING:
@@ -136,7 +137,9 @@ def _feed(model: PreTrainedModel, ids: Sequence[int], cache: WholeCache) -> None
     """Feeds tokens to the decoder; no logits are made."""
     decoder: Any = model.get_decoder() or model.base_model
     with torch.inference_mode(), attending(model):
-        decoder(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=True, **cache_argument(cache))
+        decoder(
+            input_ids=torch.tensor([list(ids)], device=input_device(model)), use_cache=True, **cache_argument(cache)
+        )
 
 
 Call = tuple[torch.nn.Module, dict[str, Any]]

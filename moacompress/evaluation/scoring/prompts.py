@@ -18,6 +18,7 @@ import torch
 from moacompress.calibration.data.answers import stop_tokens
 from moacompress.core.errors import ModelError, UsageError
 from moacompress.evaluation.tasks.cases import Case
+from moacompress.models.placement import input_device
 from moacompress.runtime.compat.alternates import cache_argument, returned_cache
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def read_on(
         begin: tokens of the prompts that have been read.
         unit: they are read up to a multiple of so many tokens.
     """
-    ids = torch.tensor([case.prompt_ids for case in cases], device=model.device)
+    ids = torch.tensor([case.prompt_ids for case in cases], device=input_device(model))
     end, turn = ((at - at % unit) for at in (ids.shape[1] - 1, cases[0].turn_at or 0))
     edges = [begin, turn, end] if begin < turn < end else [begin, end]
     with torch.inference_mode():

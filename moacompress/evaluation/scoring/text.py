@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from moacompress.core.errors import DataError, ModelError
+from moacompress.models.placement import input_device
 from moacompress.prompts.pools import SPLITS, Prose
 from moacompress.prompts.templates import encode_text
 from moacompress.runtime.compat.alternates import cache_argument
@@ -139,7 +140,7 @@ def read(model: PreTrainedModel, window: Sequence[int], cache: Any = None, step:
         cache: an empty cache that `step` tokens at a time go into; by default the whole window is one forward without one.
         step: tokens.
     """
-    ids = torch.tensor([list(window)], device=model.device)
+    ids = torch.tensor([list(window)], device=input_device(model))
     with torch.inference_mode():
         if cache is None:
             states = _decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
@@ -188,7 +189,7 @@ def head_logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
     Returns:
         float32 `[rows, vocabulary]`.
     """
-    token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    token = torch.zeros((1, 1), dtype=torch.long, device=input_device(model))
 
     def exchange(module: Any, args: Any, output: Any) -> Any:
         output.last_hidden_state = states[None]

@@ -66,17 +66,20 @@ def attention_forward(
         )
     context, shared_keys = call.context, kwargs.get(SHARED_KEYS)
     _refuse(module, context, key, attention_mask, dropout, sliding_window, is_causal)
+    device = value.device
     query, key, value = autocast.as_computed(query, key, value)
     if context.share is not None:
         query, key, s_aux = taken(shared_keys, context.layer, context.share)
+        value = value.to(query.device)  # where the anchor's blocks are, if the layers are on two devices
+        attention_mask = None if attention_mask is None else attention_mask.to(query.device)
     elif context.serves and shared_keys is not None:
-        shared_keys[context.layer] = SharedKeys(query, key, s_aux)
+        shared_keys.by_layer[context.layer] = SharedKeys(query, key, s_aux)
     scores = Scores(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap or 0.0, s_aux)
     tensors = (query, key, value, attention_mask)
     if not autocast.is_on(query):
-        return _attended(call, *tensors, scores), None
+        return _attended(call, *tensors, scores).to(device), None
     with torch.autocast(query.device.type, enabled=False):
-        return _attended(call, *tensors, scores), None
+        return _attended(call, *tensors, scores).to(device), None
 
 
 def _attended(

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from moacompress.core.errors import PlanError, UnsupportedError
 from moacompress.models.block_layers import weight_types
 from moacompress.models.modules import attention_modules, check_supported
+from moacompress.models.placement import layer_devices
 from moacompress.models.shape import config_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import reuse_layers_of
@@ -74,7 +75,7 @@ def attach(model: Model, plan: Plan | str | Path) -> Model:
     if getattr(model.config, "quantization_config", None) is not None:
         raise PlanError("the model's weights are quantized; attach a plan to a model with float weights")
     modules = _fitting_modules(model, plan)
-    put_gates(modules, plan, _inputs(model), model.dtype)
+    put_gates(modules, plan, _inputs(model), model.dtype, devices=layer_devices(model))
     _take_own_configs(model)
     _put(model, plan, modules, drop_projections(model, plan))
     model.config.quantization_config = MoaCompressConfig(plan=plan, weights=weight_types(model))

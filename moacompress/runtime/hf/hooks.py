@@ -22,7 +22,7 @@ from moacompress.runtime.compat.http_errors import refusal
 from moacompress.runtime.decode.all_layers import RUN, Stack
 from moacompress.runtime.decode.attention import MASK_SHAPE
 from moacompress.runtime.hf.layer_order import LayerOrder
-from moacompress.runtime.sharing.shared_keys import SHARED_KEYS
+from moacompress.runtime.sharing.shared_keys import SHARED_KEYS, AnchorKeys
 
 _LEFT_PADDED = "say which tokens are padding with a 2-D attention_mask, and leave position_ids out"
 
@@ -51,7 +51,7 @@ class DecoderHook:
         _check_rest(module, kwargs)
         self.order.check(module)
         if self.plan.shares:
-            kwargs[SHARED_KEYS] = {}
+            kwargs[SHARED_KEYS] = AnchorKeys()
         name = self.cache_name
         for other in CACHE_NAMES:  # a cache under a name of another version would be swallowed
             if other != name and kwargs.get(other) is not None:

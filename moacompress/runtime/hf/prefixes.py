@@ -20,6 +20,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import BudgetError, PlanError, UnsupportedError, one_line
+from moacompress.models.placement import input_device
 from moacompress.rules.budget import parse_bytes
 from moacompress.runtime.cache.kept_prefixes import KeptPrefixes
 from moacompress.runtime.cache.plan_cache import PlanCache
@@ -137,7 +138,7 @@ class _Conversation(StoppingCriteria):
         cache = new if found is None else found
         read = cache.get_seq_length()
         if shared - read >= LEAST_SHARED:
-            ids = torch.from_numpy(self._prompt[None, read:shared]).to(self.model.device)
+            ids = torch.from_numpy(self._prompt[None, read:shared]).to(input_device(self.model))
             decoder = self.model.get_decoder() or self.model.base_model
             for part in ids.split(chunk or ids.shape[1], dim=1):
                 decoder(input_ids=part, use_cache=True, **cache_argument(cache))

@@ -1,7 +1,7 @@
 """How the queries and keys of an anchor reach the layers that share them, within one forward.
 
-They go from layer to layer in a dictionary that the decoder's hook puts among the keywords of the layers, from scratch in every
-forward: no module and no cache keeps them. A layer that is computed again for its backward pass is given the same dictionary.
+They go from layer to layer in an `AnchorKeys` that the decoder's hook puts among the keywords of the layers, from scratch in
+every forward: no module and no cache keeps them. A layer that is computed again for its backward pass is given the same one.
 """
 
 from __future__ import annotations
@@ -39,23 +39,36 @@ class SharedKeys(NamedTuple):
         return SharedKeys(self.query.index_select(1, of_queries), self.key.index_select(1, of_keys), logits)
 
 
+class AnchorKeys:
+    """What anchors have shared in a forward.
+
+    No dictionary: of those accelerate gives every layer a copy, where it moves what goes through a model from device to device.
+
+    Attributes:
+        by_layer: by the anchor's layer.
+    """
+
+    def __init__(self) -> None:
+        self.by_layer: dict[int, SharedKeys] = {}
+
+
 def taken(shared_keys: Any, layer: int, share: Share) -> SharedKeys:
     """Returns what a reuse layer attends with.
 
     Args:
-        shared_keys: what anchors have shared in this forward, by layer; None where the model has lost it.
+        shared_keys: the `AnchorKeys` of this forward; None where the model has lost it.
         layer: its index.
         share: what it takes from its anchor.
 
     Raises:
         UnsupportedError: the anchor has shared no keys.
     """
-    if shared_keys is None or share.anchor not in shared_keys:
+    if shared_keys is None or share.anchor not in shared_keys.by_layer:
         raise UnsupportedError(
             f"layer {layer} shares the attention of layer {share.anchor}, which has shared no keys in this forward: run the "
             "decoder whole, with all its layers in order"
         )
-    found: SharedKeys = shared_keys[share.anchor]
+    found: SharedKeys = shared_keys.by_layer[share.anchor]
     return found.taken(share)
 
 
