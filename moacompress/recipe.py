@@ -27,7 +27,7 @@ from moacompress.core.errors import MoaCompressError, RecipeError, did_you_mean
 from moacompress.core.urls import without_password
 from moacompress.rules.asked_shares import AskedShares
 from moacompress.rules.budget import Budget, parse_length
-from moacompress.rules.formats import CODED, FORMATS, NATIVE, dtype_name
+from moacompress.rules.formats import CODED, NATIVE, all_formats, dtype_name, find_format, is_format
 from moacompress.rules.loss import Loss
 from moacompress.rules.rule import MIN_WINDOWS, SINKS
 
@@ -70,10 +70,11 @@ def _formats(value: Any) -> Any:
     items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
     names = [str(item).strip() for item in items]
     for name in names:
-        if name not in FORMATS:
-            hint = did_you_mean(name, FORMATS, f"known are {', '.join(FORMATS)}")
+        if not is_format(name):
+            known = all_formats()
+            hint = did_you_mean(name, known, f"known are {', '.join(known)}")
             raise ValueError(f"unknown format {name!r}; {hint}")
-    return tuple(name for name in FORMATS if name in names and name != NATIVE)
+    return tuple(sorted({*names} - {NATIVE}, key=lambda name: find_format(name).code))
 
 
 def _share(value: Any) -> Any:

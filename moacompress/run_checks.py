@@ -12,6 +12,7 @@ from moacompress.evaluation.runner import check_request, task_names
 from moacompress.evaluation.scoring.text import text_windows
 from moacompress.evaluation.scoring.text_rows import TEXT
 from moacompress.evaluation.tasks.registry import Resources, find_task, make_cases
+from moacompress.kernels.dispatch import check_formats
 from moacompress.models.source import SourceModel
 from moacompress.prompts.pools import Prose
 from moacompress.recipe import AUTO, Recipe
@@ -31,11 +32,13 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         RecipeError: parts of it contradict each other.
         UsageError: an unknown task, or one that a run cannot have.
+        UnsupportedError: a format of an installed package that the kernel does not keep.
         DataError: data missing, unreadable, empty, or without what is needed of it.
     """
     missing = [name for name in recipe.search.formats or () if name not in recipe.profile.formats]
     if missing:
         raise RecipeError(f"search.formats offers {missing[0]}, which profile.formats leaves out; add it there too")
+    check_formats(offered_formats(recipe.profile.formats, recipe))
     if not AskedShares.parse(recipe.search.share).off and not recipe.profile.anchors:
         raise RecipeError("search.share needs to know what copies cost; add profile.anchors of 1 or more, such as 2")
     names = task_names(recipe.evaluation.tasks)

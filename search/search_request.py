@@ -17,6 +17,7 @@ from moacompress.core.errors import UsageError
 from moacompress.core.files import fingerprint
 from moacompress.core.progress import Progress
 from moacompress.estimate.machine import this_machine
+from moacompress.kernels.dispatch import check_formats
 from moacompress.models.placement import is_device_map
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
@@ -184,8 +185,10 @@ class SearchRequest:
             UsageError: a profile around a plan, or formats or copies that it says nothing of, or fewer classes than the model
                 has kinds of sliding windows.
             PlanError: layers that cannot share.
+            UnsupportedError: a format of an installed package that the kernel does not keep.
         """
         profile = offered(profile, recipe)
+        check_formats({name for rule in profile.rules for name in (rule.key_format, rule.value_format)})
         asked = recipe.budget if budget is None else (budget,) if isinstance(budget, str) else tuple(budget)
         budgets = [Budget.parse(text) for text in asked]
         _check_classes(recipe.search.classes, profile.shape)

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from moacompress.calibration.profile.influence import CachedPart
 from moacompress.calibration.profile.statistics import SIDES
+from moacompress.kernels.kv_format import KVFormat, outside_of, rounded_by
 from moacompress.kernels.reference.codes import rotated, stored
 from moacompress.kernels.reference.rounding import BITS
-from moacompress.rules.formats import FORMATS, NATIVE
+from moacompress.rules.formats import NATIVE, find_format
 from moacompress.rules.rule_table import RuleTable
 
 TOKENS = 256
@@ -52,8 +53,8 @@ class PrecisionSums:
         plan: RuleTable | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        codes = [FORMATS[name].code for name in columns(formats)]
-        self._bits = [BITS[code] for code in codes[1:]]
+        codes = [find_format(name).code for name in columns(formats)]
+        self._kinds = [outside_of(code) or BITS[code] for code in codes[1:]]
         formats_now = None if plan is None else plan.formats
         now = torch.zeros(len(SIDES), kv_heads, dtype=torch.int64) if formats_now is None else torch.tensor(formats_now)
         self._rounded = now.any(1).tolist()
@@ -75,7 +76,7 @@ class PrecisionSums:
     def _moved(self, side: int, given: Tensor, seen: Tensor, grad: Tensor) -> Tensor:
         """Returns `dK_j . dk_j` of every token, `[kv_heads, tokens, 1 + formats]`; arguments `[kv_heads, tokens, dim]`."""
         pulled = rotate_quickly(grad)
-        found = torch.linalg.vecdot(rounding_errors(given, self._bits), pulled)
+        found = torch.linalg.vecdot(rounding_errors(given, self._kinds), pulled)
         found = torch.nn.functional.pad(found.movedim(0, -1), (1, 0))
         if self._rounded[side]:
             found += torch.linalg.vecdot(rotate_quickly(given.float() - seen.float()), pulled)[..., None]
@@ -90,24 +91,27 @@ class PrecisionSums:
         }
 
 
-def rounding_errors(x: Tensor, bits: Sequence[int]) -> Tensor:
-    """Returns `decode(encode(x)) - rotated(x)` of several numbers of bits: ten times quicker, and not to the bit.
+def rounding_errors(x: Tensor, kinds: Sequence[int | KVFormat]) -> Tensor:
+    """Returns `decode(encode(x)) - rotated(x)` of several formats: of ours ten times quicker, and not to the bit.
 
     The rotation is a matrix product, so a number half-way between two codes may get either of them. Vectors with a NaN or an
     infinity have errors that are not finite.
 
     Args:
         x: `[..., dim]`.
-        bits: of a code.
+        kinds: bits of a code, or a format of an installed package.
 
     Returns:
-        float32, rotated, `[len(bits), ..., dim]`.
+        float32, rotated, `[len(kinds), ..., dim]`.
     """
     y = rotate_quickly(x)
     low, high = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
     above = y.sub_(stored(low).float())
-    found = torch.empty(len(bits), *x.shape, device=x.device)
-    for error, wanted in zip(found, bits, strict=True):
+    found = torch.empty(len(kinds), *x.shape, device=x.device)
+    for error, wanted in zip(found, kinds, strict=True):
+        if isinstance(wanted, KVFormat):
+            error.copy_(rotate_quickly(rounded_by(wanted, x) - x.float()))
+            continue
         scale = stored((high - low) / ((1 << wanted) - 1)).float()
         inverse = torch.where(scale == 0, 0, 1 / scale)
         torch.mul(above, inverse, out=error).round_().clamp_(0, (1 << wanted) - 1).mul_(scale).sub_(above)

@@ -19,6 +19,8 @@ BACKENDS = "moacompress.backends"
 """Kernels, as subclasses of `moacompress.kernels.backend.Backend`."""
 BASELINES = "moacompress.baselines"
 """Ways to evict tokens that a plan is measured against, as classes of `moacompress.evaluation.eviction.baseline`."""
+FORMATS = "moacompress.formats"
+"""Formats of keys and values, as instances of `moacompress.kernels.kv_format.KVFormat`."""
 
 
 @functools.cache

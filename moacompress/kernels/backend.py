@@ -57,6 +57,7 @@ class Capabilities:
         profile: `Backend.profile_backward`.
         profile_sums: `Backend.profile_sums`.
         trace: `Backend.start_trace`.
+        outside_formats: keeps formats of installed packages, as `KVPart` does.
     """
 
     prefill_gradients: bool = False
@@ -73,6 +74,7 @@ class Capabilities:
     profile: bool = False
     profile_sums: bool = False
     trace: bool = False
+    outside_formats: bool = False
 
 
 class Status(NamedTuple):

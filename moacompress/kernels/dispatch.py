@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,10 @@ from moacompress.core.errors import UnsupportedError, UsageError
 from moacompress.core.plugins import BACKENDS, plugins
 from moacompress.kernels.backend import FEW_ROWS, Backend, Capabilities
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
+from moacompress.kernels.kv_format import refuse_outside
 from moacompress.kernels.reference.reference_backend import ReferenceBackend
 from moacompress.kernels.triton.triton_backend import TritonBackend
+from moacompress.rules.formats import FORMATS
 
 VARIABLE = "MOACOMPRESS_KERNEL"
 REFERENCE = ReferenceBackend()
@@ -123,6 +125,22 @@ def chosen() -> Choice:
     choice = choose(os.environ.get(VARIABLE), backends())
     logger.info("kernel: %s%s (%s)", choice.name, f", {choice.isa}" if choice.isa else "", choice.reason)
     return choice
+
+
+def check_formats(names: Iterable[str]) -> None:
+    """Refuses formats of installed packages where the backend of this process keeps ours alone.
+
+    Args:
+        names: of formats of keys and values.
+
+    Raises:
+        UnsupportedError: names the format, the backend, and what keeps it.
+        UsageError: as `chosen`.
+    """
+    others = [name for name in names if name not in FORMATS]
+    if others and not _backends[chosen().name].capabilities.outside_formats:
+        instead = f"set {VARIABLE}={REFERENCE.name}, which keeps it in plain PyTorch"
+        refuse_outside(others, f"the kernel {chosen().name}", instead)
 
 
 def backend_for(tensor: torch.Tensor) -> Backend:

@@ -1,7 +1,8 @@
 """Where keys or values lie in the memory of cache blocks: one part of a block holds those of its 16 tokens, in one format.
 
 Native numbers lie one token after the other, `[blocks, 16, dim]`. Codes, scales and zero points lie as `docs/formats.md` says,
-`[blocks, bytes]`; `kernels/cpu/formats.h` has the same, and tests hold the bytes equal.
+`[blocks, bytes]`; `kernels/cpu/formats.h` has the same, and tests hold the bytes equal. Of a format of an installed package a
+vector's bytes lie together, one token after the other.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
+from moacompress.kernels.kv_format import decoded, encoded, outside_of
 from moacompress.kernels.reference.codes import Codes, decode, encode, pack, rotated, unpack
-from moacompress.rules.formats import FORMAT_NAMES, FORMATS, VECTOR_NUMBERS
+from moacompress.rules.formats import VECTOR_NUMBERS, Format, find_code
 from moacompress.rules.windows import BLOCK
 
 QUAD = 4
@@ -38,7 +40,7 @@ class KVPart(NamedTuple):
     @property
     def bits(self) -> int:
         """Bits of a code; 0 of native numbers."""
-        return FORMATS[FORMAT_NAMES[self.code]].bits
+        return self._format.bits
 
     @property
     def nbytes(self) -> int:
@@ -48,7 +50,11 @@ class KVPart(NamedTuple):
     @property
     def _vector(self) -> int:
         """Bytes of a token, of codes with scale and zero point."""
-        return FORMATS[FORMAT_NAMES[self.code]].vector_bytes(self.dim, str(self.dtype).removeprefix("torch."))
+        return self._format.vector_bytes(self.dim, str(self.dtype).removeprefix("torch."))
+
+    @property
+    def _format(self) -> Format:
+        return find_code(self.code)
 
     @property
     def _token(self) -> int:
@@ -72,6 +78,10 @@ class KVPart(NamedTuple):
         if not self.bits:
             memory[slots // BLOCK, slots % BLOCK] = vectors
             return
+        outside = outside_of(self.code)
+        if outside is not None:
+            self._tokens(memory)[slots // BLOCK, slots % BLOCK] = encoded(outside, vectors, self._vector)
+            return
         found, blocks, places = encode(vectors, self.bits), slots // BLOCK, slots % BLOCK
         packed = pack(found.codes, self.bits)
         packed = pad(packed, (0, self._token - packed.shape[-1]))
@@ -93,6 +103,9 @@ class KVPart(NamedTuple):
         if not self.bits:
             target[to // BLOCK, to % BLOCK] = source[slots // BLOCK, slots % BLOCK]
             return
+        if outside_of(self.code) is not None:
+            self._tokens(target)[to // BLOCK, to % BLOCK] = self._tokens(source)[slots // BLOCK, slots % BLOCK]
+            return
         (codes, at), (new, into) = (
             self._codes(memory, where // BLOCK, where % BLOCK) for memory, where in ((source, slots), (target, to))
         )
@@ -109,6 +122,9 @@ class KVPart(NamedTuple):
         """
         if not self.bits:
             return memory[blocks, places]
+        outside = outside_of(self.code)
+        if outside is not None:
+            return decoded(outside, self._tokens(memory)[blocks, places], self.dim)
         return rotated(decode(self.kept(memory, blocks, places)))
 
     def kept(self, memory: torch.Tensor, blocks: torch.Tensor, places: torch.Tensor) -> Codes:
@@ -119,6 +135,11 @@ class KVPart(NamedTuple):
         used = -(-self.dim * self.bits // 8)
         scale, zero = (self._numbers(memory)[blocks, side, places][..., None] for side in range(2))
         return Codes(unpack(packed[..., :used], self.bits, self.dim), scale, zero)
+
+    def _tokens(self, memory: torch.Tensor) -> torch.Tensor:
+        """Returns a view of all tokens of a format of an installed package, uint8 `[blocks, 16, bytes of a vector]`."""
+        tokens: torch.Tensor = memory.unflatten(1, (BLOCK, self._vector))
+        return tokens
 
     def _codes(
         self, memory: torch.Tensor, blocks: torch.Tensor, places: torch.Tensor

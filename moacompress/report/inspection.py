@@ -20,7 +20,7 @@ from moacompress.models.weight_files import StoredTensor, bytes_by_type, read_he
 from moacompress.report.heal_tables import heal_sentence
 from moacompress.rules.budget import Budget, format_length, reference_length
 from moacompress.rules.cost import attention_flops, chosen_share, format_rows, kept_bits
-from moacompress.rules.formats import FORMATS
+from moacompress.rules.formats import find_format
 from moacompress.rules.plan import Plan
 from moacompress.rules.planned_weights import formats_text, memory_lines, planned_weights
 from moacompress.rules.rule import Rule
@@ -245,7 +245,7 @@ def formats_map(plan: Plan) -> Text | None:
         lines.append(f"layers {first}-{first + len(rows) - 1}")
         for head in range(plan.model.kv_heads):
             for side in ("key_format", "value_format"):
-                bits = [FORMATS[getattr(row[head], side)].bits for row in rows]
+                bits = [find_format(getattr(row[head], side)).bits for row in rows]
                 marks = "".join(str(bit) if bit else NATIVE_MARK for bit in bits)
                 lines.append(f"KV head {head:<2}{side[0].upper()} {marks}")
     return Text("\n".join(lines), no_wrap=True, overflow="crop")

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import BudgetError
 from moacompress.rules.budget import Budget
-from moacompress.rules.formats import FORMATS
+from moacompress.rules.formats import find_format
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -142,7 +142,7 @@ def kept_bits(plan: Plan, n: int) -> dict[str, float]:
                 if side == "keys" and plan.share(layer) is not None:  # they are the anchor's
                     continue
                 kept[side] += tokens
-                bits[side] += tokens * 8 * FORMATS[name].vector_bytes(shape.head_dim, shape.dtype) / shape.head_dim
+                bits[side] += tokens * 8 * find_format(name).vector_bytes(shape.head_dim, shape.dtype) / shape.head_dim
     return {side: total / kept[side] for side, total in bits.items()}
 
 

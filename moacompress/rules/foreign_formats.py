@@ -14,7 +14,7 @@ from typing import Any
 
 from moacompress.core.errors import PlanError
 from moacompress.core.version import own_version
-from moacompress.rules.formats import FORMATS, NATIVE
+from moacompress.rules.formats import FORMATS, NATIVE, find_format
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -200,7 +200,7 @@ def compressed_tensors_of_plan(plan: Plan) -> tuple[dict[str, Any], list[str]]:
 
 def _exact(names: Iterable[str]) -> str:
     """Returns the most exact of some formats."""
-    return max(names, key=lambda name: (name == NATIVE, FORMATS[name].bits))
+    return max(names, key=lambda name: (name == NATIVE, find_format(name).bits))
 
 
 def _nearest(wanted: LayerFormats, known: Mapping[LayerFormats, Any]) -> LayerFormats:

@@ -1,10 +1,21 @@
-"""The formats that keys and values can be cached in, and what a vector of each takes."""
+"""The formats that keys and values can be cached in, and what a vector of each takes.
+
+`FORMATS` are ours, which every backend keeps. Installed packages add others, which the reference keeps: `find_format` knows
+all, and looks for packages once a name is none of ours.
+"""
 
 from __future__ import annotations
 
+import functools
+import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+
+from moacompress.core import plugins
+
+logger = logging.getLogger(__name__)
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 DTYPE_ALIASES = {
@@ -87,16 +98,102 @@ VECTOR_NUMBERS = 4
 """Bytes of the scale and the zero point of a vector of codes."""
 NATIVE = Native().name
 FORMATS: Mapping[str, Format] = {format.name: format for format in (Native(), Integer(8, 1), Integer(4, 2))}
-"""Every format by its name; a new one is a class and an entry here."""
-FORMAT_NAMES = {format.code: name for name, format in FORMATS.items()}
-"""Names of the formats by their codes."""
+"""Every format of ours by its name; a new one is a class and an entry here."""
+OUTSIDE_CODE = 16
+"""Code of the first format of installed packages; codes are of one process, names of files."""
+MAX_BITS = 16
+_BY_CODE = {format.code: format for format in FORMATS.values()}
+_NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
+_CALLS = ("vector_bytes", "encode", "decode")
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A format of an installed package.
+
+    Attributes:
+        given: what the package gives, a `moacompress.kernels.kv_format.KVFormat`.
+        code: in this process.
+    """
+
+    given: Any
+    code: int
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return str(self.given.name)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a number, about: what reports show."""
+        return int(self.given.bits)
+
+    def vector_bytes(self, dim: int, dtype: str) -> int:
+        """Returns the bytes of a vector of `dim` numbers, all that is kept of it."""
+        return int(self.given.vector_bytes(dim, dtype))
+
+
+@functools.cache
+def outside_formats() -> Mapping[str, Outside]:
+    """Returns the formats of installed packages by name; what is none, or has a name of another, is left out with a warning."""
+    found: dict[str, Outside] = {}
+    for name, given in plugins.plugins(plugins.FORMATS):
+        problem = _problem(given) or ("has the name of another format" if given.name in (*FORMATS, *found) else "")
+        if problem:
+            logger.warning("%s, an entry point of %s, %s and is left out", name, plugins.FORMATS, problem)
+        else:
+            found[given.name] = Outside(given, OUTSIDE_CODE + len(found))
+    return found
+
+
+def _problem(given: Any) -> str:
+    name, bits = getattr(given, "name", None), getattr(given, "bits", None)
+    if isinstance(given, type) or not all(callable(getattr(given, call, None)) for call in _CALLS):
+        return f"is no format: an object with {', '.join(_CALLS)}"
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        return f"has the name {name!r}, which is not of small letters, digits and dashes"
+    if not isinstance(bits, int) or not 1 <= bits <= MAX_BITS:
+        return f"has {bits!r} bits a number, not 1 to {MAX_BITS}"
+    return ""
+
+
+def all_formats() -> Mapping[str, Format]:
+    """Returns every format by its name: ours, and then those of installed packages."""
+    return {**FORMATS, **outside_formats()}
+
+
+def is_format(name: str) -> bool:
+    """Returns whether there is a format of this name."""
+    return name in FORMATS or name in outside_formats()
+
+
+def find_format(name: str) -> Format:
+    """Returns a format by its name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return FORMATS[name] if name in FORMATS else outside_formats()[name]
+
+
+def find_code(code: int) -> Format:
+    """Returns a format by its code, as a rule table has it.
+
+    Raises:
+        KeyError: there is none.
+    """
+    ours = _BY_CODE.get(code)
+    return ours or {format.code: format for format in outside_formats().values()}[code]
+
+
 CODED = tuple(name for name, format in FORMATS.items() if isinstance(format, Integer))
 """Names of the formats that keep integer codes, the most exact first: what a KV head may have instead of native."""
 
 
 def at_least_as_exact(name: str, other: str) -> bool:
     """Returns whether a format, by its name, rounds no more than another one."""
-    ours, theirs = FORMATS[name], FORMATS[other]
+    ours, theirs = find_format(name), find_format(other)
     if isinstance(ours, Integer) and isinstance(theirs, Integer):
         return ours.bits >= theirs.bits
     return name in (other, NATIVE)

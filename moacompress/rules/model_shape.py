@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moacompress.rules.formats import FORMATS
+from moacompress.rules.formats import find_format
 from moacompress.rules.rule import MIN_WINDOWS, Rule
 
 MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM = 4096, 4096, 4096
@@ -41,7 +41,7 @@ class ModelShape:
 
     def value_bytes(self, rule: Rule) -> int:
         """Returns the bytes of one token's value alone of one KV head under a rule."""
-        return FORMATS[rule.value_format].vector_bytes(self.head_dim, self.dtype)
+        return find_format(rule.value_format).vector_bytes(self.head_dim, self.dtype)
 
     def dense_kv_bytes(self, n: int, batch: int = 1) -> int:
         """Returns the KV bytes of the dense model at `n` tokens, native windows respected, in whole blocks."""

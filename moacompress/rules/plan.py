@@ -128,6 +128,12 @@ class Plan:
         """Whether some KV head keeps tokens that a gate chooses."""
         return any(rule.selects for row in self.rules for rule in row)
 
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Names of the formats of its keys and values, each once."""
+        rules = {rule for row in self.rules for rule in row}
+        return tuple(sorted({name for rule in rules for name in (rule.key_format, rule.value_format)}))
+
     def kept(self, n: int) -> int:
         """Returns the keys visible to query `n - 1`, summed over layers and KV heads."""
         return sum(rule.kept(n, self.min_window, native) for rule, native in self._heads())

@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from moacompress.core.errors import PlanError
-from moacompress.rules.formats import DTYPE_BYTES, FORMATS, NATIVE
+from moacompress.rules.formats import DTYPE_BYTES, NATIVE, all_formats, is_format
 from moacompress.rules.gate_weights import DIGITS
 from moacompress.rules.model_shape import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, ModelShape
 from moacompress.rules.rule import MAX_ALPHA, MIN_WINDOWS, SINKS, Rule
@@ -59,7 +59,18 @@ Sink = Annotated[Any, one_of(SINKS)]
 Alpha = Annotated[int, Field(ge=0, le=MAX_ALPHA)]
 Beta = Annotated[int, Field(ge=0, le=BETA_ONE)]
 Length = Annotated[int, Field(ge=1, le=MAX_ALPHA)]
-Format = Annotated[Text, one_of(FORMATS, "; upgrade moacompress if a newer one wrote the plan")]
+
+
+def _is_format(name: str) -> str:
+    if not is_format(name):
+        raise ValueError(
+            f"is {short(name)}, not one of {', '.join(all_formats())}; install the package that adds it, or upgrade "
+            "moacompress if a newer one wrote the plan"
+        )
+    return name
+
+
+Format = Annotated[Text, AfterValidator(_is_format)]
 
 
 def _whole_groups(heads: int, info: ValidationInfo) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from moacompress.rules.formats import FORMATS, NATIVE
+from moacompress.rules.formats import NATIVE, all_formats, find_format, is_format
 from moacompress.rules.windows import BETA_ONE, Span, kept, selected, slots, tokens_left, whole_blocks
 
 SINKS = (4, 16, 64)
@@ -26,7 +26,7 @@ class Rule:
         sink: first tokens that are always kept.
         alpha: fixed part of the window, tokens.
         beta_q: growth of the window per token in 1/1024.
-        key_format: of its keys, one of `formats.FORMATS`.
+        key_format: of its keys, one of `formats.all_formats`.
         value_format: of its values.
         select_alpha: fixed part of how many tokens a gate keeps; see `windows.selected`.
         select_beta_q: its growth per token that has left the window, in 1/1024.
@@ -94,7 +94,7 @@ class Rule:
             value_dim: numbers of a value.
             dtype: the model's.
         """
-        keys, values = FORMATS[self.key_format], FORMATS[self.value_format]
+        keys, values = find_format(self.key_format), find_format(self.value_format)
         scores = SCORE_BYTES if self.selects else 0
         return keys.vector_bytes(head_dim, dtype) + values.vector_bytes(value_dim, dtype) + scores
 
@@ -114,10 +114,10 @@ class Rule:
         """
         formats = tuple(name for name in data if isinstance(name, str))
         numbers = data[: len(data) - len(formats)]
-        known = all(name in FORMATS for name in formats) and len(formats) in (0, 2)
+        known = all(map(is_format, formats)) and len(formats) in (0, 2)
         if len(numbers) not in (3, 5) or not known or any(isinstance(number, str) for number in numbers):
             raise ValueError(
-                f"{data!r} is no rule: three numbers or five, and two formats of {', '.join(FORMATS)} or none"
+                f"{data!r} is no rule: three numbers or five, and two formats of {', '.join(all_formats())} or none"
             )
         sink, alpha, beta_q, *select = map(int, numbers)
         keys, values = formats or (NATIVE, NATIVE)

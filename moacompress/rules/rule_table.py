@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moacompress.core.arrays import Ints
-from moacompress.rules.formats import FORMAT_NAMES, FORMATS
+from moacompress.rules.formats import find_code, find_format
 from moacompress.rules.rule import Rule
 from moacompress.rules.windows import (
     Span,
@@ -50,7 +50,7 @@ class RuleTable:
         rows = [
             (
                 *rule.span(min_window, native_window),
-                *(FORMATS[name].code for name in (rule.key_format, rule.value_format)),
+                *(find_format(name).code for name in (rule.key_format, rule.value_format)),
                 rule.select_alpha,
                 rule.select_beta_q,
             )
@@ -115,7 +115,7 @@ class RuleTable:
         """The rules, without the two windows that are not theirs."""
         rows = zip(*self.columns.tolist(), strict=True)
         return tuple(
-            Rule(sink, alpha, beta_q, FORMAT_NAMES[key], FORMAT_NAMES[value], *select)
+            Rule(sink, alpha, beta_q, find_code(key).name, find_code(value).name, *select)
             for sink, alpha, beta_q, _, _, key, value, *select in rows
         )
 

@@ -145,7 +145,9 @@ class StepTime:
         ):
             for name in dict.fromkeys(names):
                 if name not in lines:
-                    raise ArtefactError(f"the cost table has not measured the format {name}; measure it again")
+                    raise ArtefactError(
+                        f"the cost table has not measured the format {name}; measure it again, or leave the format out"
+                    )
                 total += np.where(np.array(names) == name, lines[name](slots), 0.0)
         if selects.any():
             if self.gate is None:

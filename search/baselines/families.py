@@ -25,7 +25,7 @@ from moacompress.rules.constraints import (
     lengths_of,
     limit_array,
 )
-from moacompress.rules.formats import FORMATS, NATIVE
+from moacompress.rules.formats import NATIVE, find_format
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan, may_be_same_weights
 from moacompress.rules.rule import SINKS, Rule
@@ -53,7 +53,7 @@ def format_pairs(formats: Sequence[str]) -> tuple[FormatPair, ...]:
     Args:
         formats: names of the formats on offer beside the native one.
     """
-    coded = [name for name in FORMATS if name in formats and name != NATIVE]  # the most exact first
+    coded = sorted({*formats} - {NATIVE}, key=lambda name: find_format(name).code)  # of ours, the most exact first
     return (NATIVE_PAIR, *((keys, values) for number, keys in enumerate(coded) for values in coded[number:]))
 
 

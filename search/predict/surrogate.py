@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from moacompress.core.arrays import Floats, Ints
 from moacompress.core.errors import ArtefactError
-from moacompress.rules.formats import FORMATS, NATIVE, at_least_as_exact
+from moacompress.rules.formats import NATIVE, all_formats, at_least_as_exact
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
@@ -134,8 +134,9 @@ def nested(rules: Sequence[Rule], min_window: int, max_length: int) -> npt.NDArr
     full = np.array([span.sees_all for span in spans])
     alike = (sink[:, None] == sink) | (chosen == 0).all(axis=0)[:, None]  # or it is another choice
     keeps = within & (sink[:, None] <= sink) & alike | full
-    exact = np.array([[at_least_as_exact(other, name) for other in FORMATS] for name in FORMATS])
-    number = {name: at for at, name in enumerate(FORMATS)}
+    formats = all_formats()
+    exact = np.array([[at_least_as_exact(other, name) for other in formats] for name in formats])
+    number = {name: at for at, name in enumerate(formats)}
     span, keys, values = np.array(
         [
             (spans.index(rule.in_formats(NATIVE, NATIVE)), number[rule.key_format], number[rule.value_format])

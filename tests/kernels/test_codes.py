@@ -8,7 +8,7 @@ import torch
 
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.reference.codes import LARGEST, Codes, decode, encode, pack, rotated, unpack
-from moacompress.rules.formats import FORMAT_NAMES, FORMATS
+from moacompress.rules.formats import find_code
 
 DIMS = (1, 2, 5, 6, 16, 24, 64, 80, 96, 112, 128, 256)
 BITS = (4, 8)
@@ -169,12 +169,7 @@ def test_a_block_lies_as_the_page_says(dim: int, code: int, values: bool) -> Non
     kv_part.write(memory, order, x[order])
     kept, used = encode(x, kv_part.bits), -(-dim * kv_part.bits // 8)
     wide = -(-used // 4) * 4
-    assert (
-        kv_part.nbytes
-        == memory.shape[1]
-        == 16 * wide + 64
-        == 16 * FORMATS[FORMAT_NAMES[code]].vector_bytes(dim, "bfloat16")
-    )
+    assert kv_part.nbytes == memory.shape[1] == 16 * wide + 64 == 16 * find_code(code).vector_bytes(dim, "bfloat16")
     packed = torch.nn.functional.pad(pack(kept.codes, kv_part.bits), (0, wide - used))
     wanted = torch.full_like(memory, 255)
     for token in range(48):

@@ -12,7 +12,7 @@ from moacompress.core.errors import PlanError, UsageError, did_you_mean
 from moacompress.core.files import fingerprint
 from moacompress.evaluation.baselines.evictions import compared_eviction, eviction_names, expanded
 from moacompress.evaluation.baselines.quantized_caches import QUANTIZED, ComparedQuantizedCache
-from moacompress.rules.formats import CODED, FORMATS, NATIVE
+from moacompress.rules.formats import CODED, NATIVE, is_format
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import SINKS
 from moacompress.rules.windows import window
@@ -329,5 +329,5 @@ def _known_best(plan: Plan, name: str) -> tuple[int | None, tuple[str, str] | No
     if not isinstance(noted, dict):
         return None, None
     sink, formats = noted.get("sink"), noted.get("formats", [NATIVE, NATIVE])
-    known = isinstance(formats, list) and len(formats) == 2 and all(name in FORMATS for name in map(str, formats))
+    known = isinstance(formats, list) and len(formats) == 2 and all(map(is_format, map(str, formats)))
     return sink if sink in SINKS else None, (str(formats[0]), str(formats[1])) if known else None

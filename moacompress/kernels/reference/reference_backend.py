@@ -9,11 +9,12 @@ import torch
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import CacheView, Passing, Scores
 from moacompress.kernels.backend import Backend, Capabilities, Status
+from moacompress.kernels.kv_format import check_codes
 from moacompress.kernels.kv_parts import KVPart, read_tokens
 from moacompress.kernels.reference.passing import attend_passing, merged
 from moacompress.kernels.reference.rounding import rounded
 from moacompress.kernels.reference.tiled import Keys, sparse_attention
-from moacompress.rules.formats import FORMAT_NAMES
+from moacompress.rules.formats import all_formats
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK, Span, visible_intervals
 
@@ -22,7 +23,7 @@ class ReferenceBackend(Backend):
     """Plain PyTorch, on any device and dtype."""
 
     name = "reference"
-    capabilities = Capabilities(prefill_gradients=True, cached_gradients=True)
+    capabilities = Capabilities(prefill_gradients=True, cached_gradients=True, outside_formats=True)
 
     def status(self) -> Status:
         """Says that it works, as it always does."""
@@ -97,8 +98,7 @@ def _attend(
         for span, members in rules.groups():
             at = _places(own, members, query.device)
             codes = rules.format_codes[:, members[0]].tolist()
-            if not set(codes) <= set(FORMAT_NAMES):
-                raise UnsupportedError(f"KV head {members[0]} has the formats {codes}; known are {[*FORMAT_NAMES]}")
+            check_codes(codes, members[0], [format.code for format in all_formats().values()])
             kv_parts = (
                 KVPart(codes[0], head_dim, query.dtype),
                 KVPart(codes[1], value_dim, query.dtype, values=True),

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from moacompress.kernels.kv_format import outside_of, rounded_by
 from moacompress.kernels.reference.codes import decode, encode, rotated
 from moacompress.rules.formats import FORMATS, Integer
 
 BITS = {format.code: format.bits for format in FORMATS.values() if isinstance(format, Integer)}
-"""Bits of a code of every format that has codes, by the format's own code in a rule table."""
+"""Bits of a code of every format of ours that has codes, by the format's own code in a rule table."""
 
 
 def rounded(x: torch.Tensor, formats: Sequence[int]) -> torch.Tensor:
@@ -30,9 +31,11 @@ def rounded(x: torch.Tensor, formats: Sequence[int]) -> torch.Tensor:
     if len(formats) != x.shape[1]:
         raise ValueError(f"{len(formats)} formats for {x.shape[1]} KV heads")
     found = x.detach().float()
-    for code in sorted(set(formats) & set(BITS)):
+    for code in sorted(set(formats) - {0}):
         heads = [head for head, wanted in enumerate(formats) if wanted == code]
-        found = found.index_copy(1, torch.tensor(heads, device=x.device), round_to(x.detach()[:, heads], BITS[code]))
+        outside, own = outside_of(code), x.detach()[:, heads]
+        kept = round_to(own, BITS[code]) if outside is None else rounded_by(outside, own)
+        found = found.index_copy(1, torch.tensor(heads, device=x.device), kept)
     straight: torch.Tensor = _StraightThrough.apply(x, found)  # type: ignore[no-untyped-call]
     return straight
 

@@ -12,9 +12,10 @@ import torch
 from moacompress.core.arrays import Bools, Ints, ragged_ranges
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import CacheView
+from moacompress.kernels.kv_format import check_codes
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.triton.tile_sizes import LARGEST
-from moacompress.rules.formats import FORMAT_NAMES
+from moacompress.rules.formats import FORMATS
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK, whole_blocks
 
@@ -168,8 +169,7 @@ def kinds_of(rules: RuleTable, head_dim: int, value_dim: int, dtype: torch.dtype
     keys, values = rules.format_codes.tolist()
     pairs = list(zip(keys, values, strict=True))
     for head, pair in enumerate(pairs):
-        if not set(pair) <= set(FORMAT_NAMES):
-            raise UnsupportedError(f"KV head {head} has the formats {[*pair]}; known are {[*FORMAT_NAMES]}")
+        check_codes(pair, head, [format.code for format in FORMATS.values()])
     found = sorted(set(pairs))
     parts = [(KVPart(key, head_dim, dtype), KVPart(value, value_dim, dtype, values=True)) for key, value in found]
     return Kinds(parts, np.array([found.index(pair) for pair in pairs], np.int64))

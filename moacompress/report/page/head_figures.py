@@ -13,7 +13,7 @@ from moacompress.calibration.profile.statistics import OF_FORMATS
 from moacompress.report.page.figure_style import Picture, axis
 from moacompress.report.page.findings import Findings
 from moacompress.rules.budget import format_length
-from moacompress.rules.formats import FORMATS
+from moacompress.rules.formats import find_format
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import SINKS, Rule
 
@@ -82,7 +82,7 @@ def head_shades(found: Findings) -> list[dict[str, Any]]:
         return int(rule.kept(n, plan.min_window, native))
 
     def bits(name: str) -> float:
-        return 8 * FORMATS[name].vector_bytes(shape.head_dim, shape.dtype) / shape.head_dim
+        return 8 * find_format(name).vector_bytes(shape.head_dim, shape.dtype) / shape.head_dim
 
     dense = Plan.full(shape).head_bytes(n)
     sizes = [

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from moacompress.core.arrays import Bools, Ints
 from moacompress.core.errors import UnsupportedError
-from moacompress.rules.formats import FORMATS
+from moacompress.rules.formats import find_format
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.share import reuse_layers_of, served, value_sets_of
@@ -306,7 +306,7 @@ def _layer(plan: Plan, layer: int, reserve: int | None) -> PlanCacheLayer | Reus
     if share is None:
         served_here = served(plan.shares, layer, plan.model.kv_heads)
         shared_values = tuple(
-            tuple(FORMATS[plan.rules[reuse_layer][head].value_format].code for reuse_layer, head in each)
+            tuple(find_format(plan.rules[reuse_layer][head].value_format).code for reuse_layer, head in each)
             for each in served_here
         )
         rules = RuleTable.of(plan.rules[layer], plan.min_window, plan.model.native_windows[layer])

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moacompress.core.errors import PlanError, UnsupportedError
+from moacompress.kernels.dispatch import check_formats
 from moacompress.models.block_layers import weight_types
 from moacompress.models.modules import attention_modules, check_supported
 from moacompress.models.placement import layer_devices
@@ -64,7 +65,8 @@ def attach(model: Model, plan: Plan | str | Path) -> Model:
     Raises:
         PlanError: the file is not a valid plan; or the plan is for a model of another shape, or its gates are not at hand.
         ModelError: the model cannot be compressed.
-        UnsupportedError: the version of transformers is not tested, and lacks what moacompress leans on.
+        UnsupportedError: the version of transformers is not tested, and lacks what moacompress leans on; or the plan has a
+            format of an installed package, which the kernel does not keep.
     """
     check_installed()
     if not isinstance(plan, Plan):
@@ -160,6 +162,7 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
 def _fitting_modules(model: PreTrainedModel, plan: Plan) -> list[torch.nn.Module]:
     """Returns the attention modules that a plan's layers are for; refuses a plan that is for another model."""
     plan.check_model(config_shape(model.config, dtype=plan.model.dtype), weights=None)
+    check_formats(plan.formats)
     modules = attention_modules(model)
     if len(modules) != plan.model.layers:
         raise PlanError(f"the plan has {plan.model.layers} layers, the model has attention in {len(modules)}")

@@ -16,6 +16,7 @@ import torch
 
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UsageError
+from moacompress.kernels.kv_format import refuse_outside
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.plan import Plan
@@ -126,6 +127,7 @@ class KVClasses:
 def kv_heads(plan: Plan, dtype: torch.dtype) -> list[KVHead]:
     """Returns the KV heads of a plan's model, whose cache is of some dtype, layer by layer."""
     found = []
+    refuse_outside(plan.formats, "vLLM's plugin", "run the plan in transformers")
     for layer, (row, native) in enumerate(zip(plan.rules, plan.model.native_windows, strict=True)):
         for index, rule in enumerate(row):
             codes = (FORMATS[name].code for name in (rule.key_format, rule.value_format))
