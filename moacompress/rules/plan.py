@@ -216,6 +216,26 @@ class Plan:
         """Returns the same rules with other `budget`, `quality` or `provenance`."""
         return replace(self, **notes)  # type: ignore[arg-type]
 
+    def of_heads(self, heads: range) -> Plan:
+        """Returns the plan of some neighbouring KV heads of every layer, as a rank has them; its gates are not at hand.
+
+        Args:
+            heads: which.
+
+        Raises:
+            PlanError: layers share attention, of heads that may be on other ranks.
+        """
+        for layer, share in enumerate(self.shares):
+            if share is not None:
+                raise PlanError(
+                    f"layer {layer} shares the attention of layer {share.anchor}, and ranks of tensor parallelism have parts "
+                    "of both; load the model without tp_plan, or use a plan without shared attention"
+                )
+        group = self.model.heads // self.model.kv_heads
+        shape = replace(self.model, kv_heads=len(heads), heads=group * len(heads))
+        rules = tuple(row[heads.start : heads.stop] for row in self.rules)
+        return Plan(shape, self.min_window, rules, gates=self.gates)
+
     def with_gates(self, gates: GateWeights) -> Plan:
         """Returns the same rules with other gates to choose by."""
         return replace(self, gates=gates.fingerprint, gate_weights=gates)

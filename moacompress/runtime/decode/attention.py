@@ -138,8 +138,8 @@ def _refuse(
         raise UnsupportedError(f"attention dropout ({dropout}) is not supported by a compressed model; set it to 0")
     if key.shape[1] != context.kv_heads:
         raise UnsupportedError(
-            f"layer {context.layer} attends with {key.shape[1]} KV heads, the plan has {context.kv_heads}; "
-            "tensor parallelism is not supported"
+            f"layer {context.layer} attends with {key.shape[1]} KV heads, the plan has {context.kv_heads}; under tensor "
+            "parallelism put the plan on a model that is split over ranks already, each with KV heads of its own"
         )
     if sliding_window is not None and sliding_window != context.native_window:
         raise UnsupportedError(

@@ -118,16 +118,25 @@ class LayerCall(NamedTuple):
 
 @dataclass
 class AttentionHook:
-    """Hands a layer's part of the plan, and its cache, to the attention."""
+    """Hands a layer's part of the plan, and its cache, to the attention.
+
+    Attributes:
+        context: the layer's part.
+        heads: which of the layer's KV heads it is of; None for all.
+    """
 
     context: LayerContext
+    heads: slice | None = None
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Runs before the attention module; see `torch.nn.Module.register_forward_pre_hook`."""
         call = self.call(module, kwargs)
         if self.context.selects:
             hidden = given_hidden(args, kwargs)
-            call = call._replace(gate_scores=module.gate(hidden), trained_scores=trained_scores(module.gate, hidden))
+            scores, trained = module.gate(hidden), trained_scores(module.gate, hidden)
+            if self.heads is not None:
+                scores, trained = scores[:, self.heads], None if trained is None else trained[:, self.heads]
+            call = call._replace(gate_scores=scores, trained_scores=trained)
         return args, {**kwargs, CONTEXT: call}
 
     def call(self, module: Any, kwargs: dict[str, Any]) -> LayerCall:

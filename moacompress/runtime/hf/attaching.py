@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moacompress.core.errors import PlanError, UnsupportedError
+from moacompress.core.errors import MoaCompressError, PlanError, UnsupportedError
 from moacompress.kernels.dispatch import check_formats
 from moacompress.models.block_layers import weight_types
 from moacompress.models.modules import attention_modules, check_supported
 from moacompress.models.placement import layer_devices
 from moacompress.models.shape import config_shape
+from moacompress.models.tensor_parallel import own_heads
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import reuse_layers_of
 from moacompress.runtime.cache.kept_prefixes import KeptPrefixes
@@ -39,9 +40,19 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 @dataclass
 class _Attachment:
-    """What `detach` must undo; of a checkpoint that was loaded without some projections those are not there to give back."""
+    """What `detach` must undo; of a checkpoint that was loaded without some projections those are not there to give back.
+
+    Attributes:
+        plan: of the whole model.
+        own: of the KV heads that are here: all, or those of a rank of tensor parallelism.
+        decoder_hook: has `own`.
+        layer_hooks: have its layers.
+    """
 
     plan: Plan
+    own: Plan
+    decoder_hook: DecoderHook
+    layer_hooks: list[AttentionHook]
     handles: list[Any]
     implementations: list[tuple[Any, str | None]]
     head: torch.nn.Module | None
@@ -80,6 +91,11 @@ def attach(model: Model, plan: Plan | str | Path) -> Model:
     put_gates(modules, plan, _inputs(model), model.dtype, devices=layer_devices(model))
     _take_own_configs(model)
     _put(model, plan, modules, drop_projections(model, plan))
+    try:
+        take_own_heads(model)
+    except MoaCompressError:
+        detach(model)
+        raise
     model.config.quantization_config = MoaCompressConfig(plan=plan, weights=weight_types(model))
     return model
 
@@ -128,6 +144,12 @@ def attached_plan(model: torch.nn.Module) -> Plan | None:
     if attachment is None or not attachment.plan.selects:
         return attachment.plan if attachment is not None else None
     return replace(attachment.plan, gate_weights=gates_on(attention_modules(model)))
+
+
+def own_plan(model: torch.nn.Module) -> Plan | None:
+    """Returns the plan of what of a model is here, which is that of its cache: all, or the KV heads of a rank; or None."""
+    attachment: _Attachment | None = getattr(model, "_moacompress", None)
+    return None if attachment is None else attachment.own
 
 
 def give_notes(model: PreTrainedModel, plan: Plan) -> None:
@@ -190,8 +212,9 @@ def _put(model: PreTrainedModel, plan: Plan, modules: list[torch.nn.Module], dro
     stack = Stack(read_layers) if are_fused(getattr(decoder, "layers", ())) else None
     hook = DecoderHook(plan, decoder, LayerOrder(decoder, modules), stack)
     handles = [decoder.register_forward_pre_hook(hook, with_kwargs=True)]
-    for layer, module in enumerate(modules):
-        handles.append(module.register_forward_pre_hook(AttentionHook(_context(plan, layer)), with_kwargs=True))
+    layer_hooks = [AttentionHook(_context(plan, layer)) for layer in range(len(modules))]
+    for module, layer_hook in zip(modules, layer_hooks, strict=True):
+        handles.append(module.register_forward_pre_hook(layer_hook, with_kwargs=True))
     implementations = []
     for config in _configs_around(model, decoder):
         before = config._attn_implementation_internal
@@ -203,9 +226,37 @@ def _put(model: PreTrainedModel, plan: Plan, modules: list[torch.nn.Module], dro
         setattr(model, name, partial(override, model))  # a bound method cannot be pickled: it is looked up by its name
     head = model.get_output_embeddings()
     taken = head if isinstance(head, torch.nn.Module) and take(head) else None
-    model.__dict__["_moacompress"] = _Attachment(plan, handles, implementations, taken, dropped)
+    model.__dict__["_moacompress"] = _Attachment(
+        plan, plan, hook, layer_hooks, handles, implementations, taken, dropped
+    )
     if limit is not None:
         keep_prefixes(model, limit)
+
+
+def take_own_heads(model: PreTrainedModel) -> None:
+    """Has a model under a plan attend by the part of it that is of the KV heads of this rank, once its weights are known.
+
+    Raises:
+        ModelError: its KV heads do not divide by the ranks of tensor parallelism, or it is not known which are here.
+        PlanError: layers share attention.
+    """
+    attachment: _Attachment = model.__dict__["_moacompress"]
+    plan, modules = attachment.plan, attention_modules(model)
+    found = {own_heads(model, layer, module, plan.model.kv_heads) for layer, module in enumerate(modules)}
+    if found == {None}:
+        return
+    if weight_types(model):
+        raise UnsupportedError(
+            "weights in blocks are not split over ranks; export with --weights dense, or load the model without tp_plan"
+        )
+    heads = next(each for each in found if each is not None)
+    own = plan.of_heads(heads)
+    if found != {heads}:
+        raise UnsupportedError("some layers are split over ranks and others are not; load the model without tp_plan")
+    attachment.own = own
+    attachment.decoder_hook.take(own)
+    for layer, hook in enumerate(attachment.layer_hooks):
+        hook.context, hook.heads = _context(own, layer), slice(heads.start, heads.stop)
 
 
 def _configs_around(model: PreTrainedModel, decoder: torch.nn.Module) -> list[Any]:

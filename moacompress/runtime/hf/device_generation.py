@@ -18,7 +18,7 @@ from moacompress.core.errors import UnsupportedError
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.compat.alternates import cache_argument
 from moacompress.runtime.decode.routes import RingStep
-from moacompress.runtime.hf.attaching import attached_plan
+from moacompress.runtime.hf.attaching import own_plan
 
 LOOK_EVERY = 16
 """Steps between two looks at whether all rows have ended."""
@@ -194,7 +194,7 @@ def generate_on_device(
     Raises:
         UnsupportedError: the model has no plan, no token is asked for, or a prompt ends in padding.
     """
-    plan = attached_plan(model)
+    plan = own_plan(model)
     if plan is None:
         raise UnsupportedError("generate_on_device needs a model under a plan; use model.generate for this one")
     if max_new_tokens < 1 or look_every < 1:

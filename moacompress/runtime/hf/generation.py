@@ -52,11 +52,11 @@ def _prepare_cache(
             f"cache_implementation={generation_config.cache_implementation!r} is not supported: a compressed model brings "
             "its own cache; leave it out, as `transformers serve` does without --compile"
         )
-    cache = check_cache(model_kwargs.get(CACHE), attachment.plan.key())
+    cache = check_cache(model_kwargs.get(CACHE), attachment.own.key())
     if cache is not None:
         cache._is_user_defined = True
     elif generation_config.use_cache is not False:
-        new = PlanCache(attachment.plan, reserve=max_cache_length)
+        new = PlanCache(attachment.own, reserve=max_cache_length)
         cache = kept_cache(self, generation_config, model_kwargs, generation_mode, batch_size, new)
         model_kwargs[CACHE] = cache
         if generation_config.is_assistant:

@@ -39,11 +39,14 @@ class DecoderHook:
 
     def __init__(self, plan: Plan, decoder: torch.nn.Module, order: LayerOrder, stack: Stack | None = None) -> None:
         self.order, self.stack = order, stack
-        self.plan = plan
-        self.plan_key = plan.key()
+        self.take(plan)
         parameters = inspect.signature(type(decoder).forward).parameters
         self.names = [name for name in parameters if name not in ("self", "args", "kwargs")]
         self.cache_name = next((name for name in CACHE_NAMES if name in self.names), CACHE)
+
+    def take(self, plan: Plan) -> None:
+        """Goes by another plan from now on, such as that of a rank's KV heads."""
+        self.plan, self.plan_key = plan, plan.key()
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Runs before the decoder; see `torch.nn.Module.register_forward_pre_hook`."""

@@ -30,7 +30,7 @@ from moacompress.runtime.compat.http_errors import refusal
 from moacompress.runtime.compat.untested import check_installed
 from moacompress.runtime.decode import attention
 from moacompress.runtime.decode.context import NAME
-from moacompress.runtime.hf.attaching import install
+from moacompress.runtime.hf.attaching import install, take_own_heads
 from moacompress.runtime.hf.config import METHOD, MoaCompressConfig
 from moacompress.runtime.huge_pages import move_weights
 
@@ -86,6 +86,7 @@ class MoaCompressQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         settle_scales(model)
+        take_own_heads(model)
         # what is trained are float weights: without this transformers refuses .half(), .to(dtype) and the Trainer
         model.__dict__["is_quantized"] = False
         model.__dict__.pop(private_names.MISSING_WEIGHTS, None)

@@ -1,0 +1,59 @@
+"""Tensor parallelism of transformers (`tp_plan="auto"`): which KV heads of a layer a rank has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from moacompress.core.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
+"""Names of the projections that make keys."""
+SPLIT = "colwise"
+"""Style of such a projection whose outputs stay with their rank; other styles gather them."""
+
+
+def own_heads(model: Any, layer: int, module: nn.Module, kv_heads: int) -> range | None:
+    """Returns the KV heads that this rank attends with in a layer; None where they are all here.
+
+    Args:
+        model: with its weights.
+        layer: number of the layer.
+        module: its attention.
+        kv_heads: KV heads of the layer, over all ranks.
+
+    Raises:
+        ModelError: they do not divide by the ranks, or it is not known what makes the keys.
+    """
+    sharded = [name for name, weight in module.named_parameters() if is_sharded(weight)]
+    if not sharded:
+        return None
+    name = next((name for name in PROJECTIONS if hasattr(module, name)), None)
+    if name is None:
+        raise ModelError(
+            f"layer {layer} is split over ranks by {sharded[0]} and has none of {', '.join(PROJECTIONS)}, so it is not known "
+            "which KV heads are here; load this model without tp_plan"
+        )
+    styles = {style for part, style in model.tp_plan.items() if part.rpartition(".")[2] == name}
+    key = getattr(module, name).weight
+    if not is_sharded(key) or SPLIT not in styles:
+        return None
+    mesh: Any = key.device_mesh
+    ranks = int(mesh.size())
+    if kv_heads % ranks:
+        raise ModelError(
+            f"layer {layer} has {kv_heads} KV heads, which do not divide by {ranks} ranks of tensor parallelism "
+            f"({kv_heads / ranks:.2f} each); start as many ranks as divide {kv_heads}"
+        )
+    first, each = int(mesh.get_local_rank()), kv_heads // ranks
+    return range(first * each, (first + 1) * each)
+
+
+def is_sharded(weight: torch.Tensor) -> bool:
+    """Returns whether a rank has a part of a weight alone."""
+    placements: Any = getattr(weight, "placements", ())
+    return any(placement.is_shard() for placement in placements)
