@@ -43,6 +43,8 @@ Estimator = Literal["robust", "fisher", "sample", "moa", "mass", "gold-fisher", 
 Solver = Literal["lagrange", "milp"]
 Generator = Literal["needle", "multi-needle", "key-value", "records", "recall"]
 HealObjective = Literal["kl", "echoatt"]
+INFLUENCE = "influence"
+"""What gates are fitted to by default."""
 TrainedPart = Literal["full", "lora", "reuse", "gates"]
 
 
@@ -200,6 +202,12 @@ class ProfileRecipe(_Section):
     anchors: int = Field(0, ge=0, le=64, description="earlier layers whose attention every layer is tried with")
     gates: bool = Field(
         False, description="train a gate for every KV head, which scores tokens, and profile rules that keep its choice"
+    )
+    scorer: str = Field(
+        INFLUENCE,
+        min_length=1,
+        max_length=64,
+        description="what gates are fitted to: influence, value-norm, keydiff, expected-attention, or an installed one",
     )
     gate_samples: int = Field(
         24,

@@ -26,7 +26,7 @@ from moacompress.core.artefact_names import (
 from moacompress.core.errors import ArtefactError, MoaCompressError, one_line
 from moacompress.core.files import BrokenJson, fingerprint, read_json, remove, sweep_files, write_json, write_text
 from moacompress.core.version import own_version
-from moacompress.recipe import ProfileRecipe, Recipe
+from moacompress.recipe import INFLUENCE, ProfileRecipe, Recipe
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.rule import SINKS, Rule
 
@@ -218,6 +218,7 @@ def request_fingerprint(
             "files": files,
             **({"computes_in": computes_in} if other else {}),
             **({"gate_samples": recipe.profile.gate_samples} if trains else {}),
+            **({"scorer": recipe.profile.scorer} if trains and recipe.profile.scorer != INFLUENCE else {}),
         }
     )
 

@@ -18,6 +18,7 @@ from moacompress.calibration.data.answer_store import AnswerStore
 from moacompress.calibration.data.answers import SampleDraft, answer_drafts
 from moacompress.calibration.data.samples import Sample, save_samples
 from moacompress.calibration.gates.gate_samples import GATE_SEED, gate_drafts
+from moacompress.calibration.gates.scorers import find_scorer, scored_by
 from moacompress.calibration.gates.training import Gates, train_gates
 from moacompress.calibration.profile.manifest import Manifest, prepare, request_fingerprint
 from moacompress.calibration.profile.rounding_loss import measure_rounding
@@ -155,6 +156,7 @@ def _profiled(
     from moacompress.calibration.data.sample_sources import check_data
 
     out = Path(out)
+    find_scorer(recipe.profile.scorer)  # an unknown one is said before anything is read
     join()
     if not rank():
         check_writable(out)
@@ -295,7 +297,11 @@ def _train_gates(
         draws, seed = manifest.recipe.profile.draws, manifest.recipe.seed + GATE_SEED
         return token_influence(source.model, source.shape, samples[index], draws, seed, index)
 
-    return train_gates(source.model, samples, influence, progress)
+    scorer = find_scorer(manifest.recipe.profile.scorer)
+    if scorer is None:
+        return train_gates(source.model, samples, influence, progress)
+    gates = train_gates(source.model, samples, scored_by(scorer, source.model, source.shape, samples), progress)
+    return replace(gates, report={**gates.report, "scorer": scorer.name})
 
 
 def _answers(out: Path, source: SourceModel, manifest: Manifest) -> AnswerStore:

@@ -66,6 +66,14 @@ FormatsOption = Annotated[
         "that are profiled.",
     ),
 ]
+ScorerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--scorer",
+        metavar="NAME",
+        help="What gates are fitted to: influence (by default), value-norm, keydiff or expected-attention.",
+    ),
+]
 ClassesOption = Annotated[
     int | None,
     typer.Option(

@@ -18,6 +18,7 @@ from moacompress.cli.options import (
     Overwrite,
     RecipeFile,
     Samples,
+    ScorerOption,
     Sources,
     Text,
     TextSamples,
@@ -113,6 +114,7 @@ def profile(
             help="Train a gate for every KV head, which scores tokens, and profile rules that keep those of highest score.",
         ),
     ] = None,
+    scorer: ScorerOption = None,
     source: Sources = None,
     text: Text = None,
     around: Annotated[
@@ -187,6 +189,7 @@ def profile(
         profile__heads=heads,
         profile__anchors=anchors,
         profile__gates=gates,
+        profile__scorer=scorer,
     )
     name = required_model(model, resolved.model)
     resolved = resolved.override(model=name)

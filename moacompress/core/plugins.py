@@ -22,6 +22,9 @@ BASELINES = "moacompress.baselines"
 FORMATS = "moacompress.formats"
 """Formats of keys and values, as instances of `moacompress.kernels.kv_format.KVFormat`."""
 
+SCORERS = "moacompress.scorers"
+"""Scores that gates can be fitted to, as classes of `moacompress.calibration.gates.scorers.Scorer`."""
+
 
 @functools.cache
 def plugins(group: str) -> tuple[tuple[str, Any], ...]:

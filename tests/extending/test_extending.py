@@ -82,3 +82,20 @@ def test_the_names_of_all_are_in_the_refusal(compressed: Path) -> None:
     done = run("eval", compressed, "--against", "zzzz")
     assert done.returncode == 2
     assert "keydiff, kvzip, newest-half, " in " ".join(done.stderr.split())
+
+
+def test_gates_are_fitted_to_a_score_from_outside(tiny_folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "calibration: {sources: [{generator: needle}], lengths: [500], samples: 2, validation_samples: 1, text_samples: 0, "
+        "answer_tokens: 2}\nprofile: {draws: 1, gates: true, gate_samples: 2, scorer: key-norm}\n"
+    )
+    done = run("profile", tiny_folder, "--recipe", recipe, "-o", tmp_path / "profile", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["gates"]["scorer"] == "key-norm"
+    said = " ".join(done.stderr.split())
+    assert "no-scorer, an entry point of moacompress.scorers, is no class of a scorer and is left out" in said
+    refused = run("profile", tiny_folder, "--recipe", recipe, "--scorer", "snapkv", "-o", tmp_path / "other")
+    assert refused.returncode == 2
+    assert "no gate can be fitted to snapkv" in " ".join(refused.stderr.split())
+    assert "expected-attention, key-norm" in " ".join(refused.stderr.split())

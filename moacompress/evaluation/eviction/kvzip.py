@@ -68,12 +68,12 @@ def most_attention(query: Tensor, cached: Tensor, key: Tensor, scaling: float) -
         key: of the tokens that are fed, which queries see up to themselves, `[kv_heads, fed, head_dim]`.
         scaling: factor on the scores.
     """
-    fed, size = query.shape[1], cached.shape[1]
-    later = torch.ones(fed, size + fed, dtype=torch.bool).triu(size + 1)
-    most = torch.zeros(cached.shape[:2])
-    for head, queries in enumerate(query):  # one at a time: the matrix is large
+    later = torch.ones(query.shape[1], query.shape[1], dtype=torch.bool).triu(1)
+    most = torch.full(cached.shape[:2], -torch.inf)
+    for head, queries in enumerate(query):  # one at a time: the matrices are large
         own = head * len(key) // len(query)
-        logits = queries @ torch.cat([cached[own], key[own]]).T * scaling
-        weights = logits.masked_fill_(later, -torch.inf).softmax(-1)[:, :size]
-        most[own] = torch.maximum(most[own], weights.amax(0))
-    return most
+        logits = queries @ cached[own].T * scaling
+        repeated = (queries @ key[own].T * scaling).masked_fill_(later, -torch.inf)
+        whole = torch.logaddexp(logits.logsumexp(-1), repeated.logsumexp(-1))
+        most[own] = torch.maximum(most[own], logits.sub_(whole[:, None]).amax(0))
+    return most.exp()
