@@ -52,8 +52,17 @@ ANSWERS = {  # match, most tokens generated (0: as the reference), what a refere
     "legal-codes": ("all", 0, r"[A-Z]{2}-\d{4}"),
     "table-lookup": ("all", 0, r"\d{4}"),
     "dialogue-fact": ("all", 0, r"\d{4}"),
+    "code-completion": ("all", 0, r"\d{4}"),
+    "tool-call": ("json", 0, r'\{"name": "[a-z]+_ticket", "arguments": \{"ticket_number": "\d{5}"\}\}'),
 }
-LONG = ("needle-distractors-uuids", "niah-multikey-3", "document-question", "qa-squad", "dialogue-fact")
+LONG = (
+    "needle-distractors-uuids",
+    "niah-multikey-3",
+    "document-question",
+    "qa-squad",
+    "dialogue-fact",
+    "code-completion",
+)
 CHAT = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -118,6 +127,8 @@ def test_every_task(task: str, length: int, bpe: PreTrainedTokenizerBase, resour
         assert len(case.is_value) == len(case.answer_ids)
         values = [str(bpe.decode([i])) for i, counts in zip(case.answer_ids, case.is_value, strict=True) if counts]
         wanted = case.references[:1] if match == "any" else case.references
+        if match == "json":  # the call but for its number stands before the answer
+            wanted = tuple(re.findall(r"\d+", wanted[0]))
         if TASKS[task].is_number:
             assert values == [digit for number in wanted for digit in number]  # the digits and nothing else
         else:
@@ -127,6 +138,8 @@ def test_every_task(task: str, length: int, bpe: PreTrainedTokenizerBase, resour
         assert all(text.count(value) >= 1 for value in wanted)
         assert text.count("<|im_start|>assistant") == {
             "recall": 0,
+            "code-completion": 0,
+            "tool-call": 2,
             "cwe": 2,
             "common-words": 2,
             "second-question": 2,

@@ -1,9 +1,11 @@
-"""Legal prose, tables and dialogue, against prompts written out by hand, and what they share with calibration: nothing."""
+"""Unseen tasks against prompts written out by hand, and what they share with calibration: nothing."""
 
 from __future__ import annotations
 
 import ast
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -12,9 +14,11 @@ import pytest
 
 import moacompress.evaluation.tasks.unseen as unseen
 from moacompress.core.errors import DataError
+from moacompress.evaluation.scoring.prompts import match_share
+from moacompress.evaluation.tasks.cases import Case
 from moacompress.evaluation.tasks.drafts import encode_draft
 from moacompress.evaluation.tasks.registry import make_cases
-from moacompress.evaluation.tasks.unseen import dialogue_fact, legal_codes, table_lookup
+from moacompress.evaluation.tasks.unseen import code_completion, dialogue_fact, legal_codes, table_lookup, tool_call
 from moacompress.evaluation.tasks.unseen.dialogue_fact import SaidFact
 from moacompress.evaluation.tasks.unseen.legal_codes import FiledCode
 from moacompress.evaluation.tasks.unseen.names import NAMES, SPEAKERS, draw_names
@@ -26,7 +30,7 @@ from moacompress.recipe import Generator
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-UNSEEN = ("legal-codes", "table-lookup", "dialogue-fact")
+UNSEEN = ("legal-codes", "table-lookup", "dialogue-fact", "code-completion", "tool-call")
 
 
 def drawn(task: str, length: int, count: int, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
@@ -135,6 +139,78 @@ def test_drawn_dialogues(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     assert 5 < firsts < 25
 
 
+def test_code_completion(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    functions = [
+        code_completion.Function("flush_ashford", ("depth", "width"), 4821, 2),
+        code_completion.Function("join_beckham", ("zone", "mode"), 1234, 4),
+    ]
+    draft = code_completion.render(functions, 0)
+    (text,) = draft.messages
+    assert text.endswith("    @staticmethod\n    def flush_ashford(depth, width=")
+    assert (draft.prefix, draft.answer.text, draft.references, draft.plain) == ("", "4821):", ("4821",), True)
+    assert values_of(draft, tiny_tokenizer) == "4821"
+    ast.parse(f"{text}{draft.answer.text}\n        ...")
+
+
+def test_drawn_modules(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """They are Python, and say the default once, in the definition of the function that is begun again."""
+    for text, value in drawn("code-completion", 1500, 10, tiny_tokenizer):
+        module = ast.parse(f"{text}0):\n        ...")
+        *functions, remote = [node for node in module.body if not isinstance(node, ast.Expr)]
+        (again,) = [node for node in ast.walk(remote) if isinstance(node, ast.FunctionDef)]
+        (first,) = [node for node in functions if isinstance(node, ast.FunctionDef) and node.name == again.name]
+        assert ast.literal_eval(first.args.defaults[0]) == int(value)
+        assert [arg.arg for arg in first.args.args] == [arg.arg for arg in again.args.args]
+        assert len(functions) > 10
+
+
+def test_tool_call(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    draft = tool_call.render(["Ashford: Hello?"], "Beckham", tool_call.TOOLS[1], "Ashford", 12345)
+    assert draft.messages == (
+        "These messages came in.\n\nAshford: Hello?\n\nCall Beckham.",
+        '{"name": "call_customer", "arguments": {"customer": "Beckham"}}',
+        "Escalate the ticket of Ashford.",
+    )
+    assert draft.prefix == '{"name": "escalate_ticket", "arguments": {"ticket_number": "'
+    assert draft.answer.text == '12345"}}'
+    assert values_of(draft, tiny_tokenizer) == "12345"
+    assert all(f"{tool.name}(ticket_number): {tool.does}" in draft.system for tool in tool_call.TOOLS)
+
+
+def test_drawn_calls(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    depths = []
+    for case in make_cases("tool-call", 1500, 20, 0, tiny_tokenizer):
+        text = str(tiny_tokenizer.decode(case.prompt_ids))
+        said = json.loads(case.references[0])
+        number = said["arguments"]["ticket_number"]
+        ((name, stated),) = re.findall(r"^(\w+): \1's ticket number is (\d+)\.$", text, re.MULTILINE)
+        assert (number, text.count(number)) == (stated, 1)
+        assert f"ticket of {name}." in text
+        assert json.loads(case.opening + str(tiny_tokenizer.decode(case.answer_ids))) == said
+        depths.append(text.index(number) / len(text))
+    assert min(depths) < 0.3
+    assert max(depths) > 0.6
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ('7"}}', True),
+        ('7"}}\nDone.', True),
+        ('7" } }', True),
+        ('7"}', False),
+        ("7", False),
+        ('8"}}', False),
+        ("7, 7", False),
+        ("", False),
+    ],
+)
+def test_a_call_is_right_that_parses_and_is_the_one_asked_for(answer: str, right: bool) -> None:
+    case = Case("t", 9, [1], [1], [True], ('{"name": "f", "arguments": {"x": "7"}}',), "json", 9)
+    case = replace(case, opening='{"name": "f", "arguments": {"x": "')
+    assert match_share(case, answer) == right
+
+
 @pytest.fixture
 def calibrated(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> str:
     """Returns prompts of every generator, haystack and kind of value that calibration and validation draw."""
@@ -183,4 +259,11 @@ def test_nothing_but_the_registry_of_tasks_reads_them() -> None:
         }
         if any(str(module).startswith(unseen.__name__) for module in modules):
             readers.add(file.name)
-    assert readers == {"registry.py", "legal_codes.py", "table_lookup.py", "dialogue_fact.py"}
+    assert readers == {
+        "registry.py",
+        "legal_codes.py",
+        "table_lookup.py",
+        "dialogue_fact.py",
+        "code_completion.py",
+        "tool_call.py",
+    }

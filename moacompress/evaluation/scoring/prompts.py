@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,9 +118,21 @@ def match_share(case: Case, answer: str) -> float:
         said = re.findall(r"[0-9]+", answer)
         wanted = {reference.strip().lstrip("0") for reference in case.references}
         return float(bool(said) and said[-1].lstrip("0") in wanted)
+    if case.match == "json":
+        said_object = _first_object(case.opening + answer)
+        return float(said_object is not None and said_object in map(_first_object, case.references))
     text = answer.casefold()
     found = [reference.casefold() in text for reference in case.references]
     return float(any(found)) if case.match == "any" else sum(found) / len(found)
+
+
+def _first_object(text: str) -> Any:
+    """Returns the JSON object that begins at the first brace of a text; None where none does."""
+    begin = text.find("{")
+    try:
+        return None if begin < 0 else json.JSONDecoder().raw_decode(text, begin)[0]
+    except ValueError:
+        return None
 
 
 def read_on(

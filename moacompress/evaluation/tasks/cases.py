@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Match = Literal["all", "any", "last-integer"]
+Match = Literal["all", "any", "last-integer", "json"]
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,13 @@ class Case:
             number, the value's tokens otherwise; at least one does.
         references: strings looked for in the greedy answer, whatever their case.
         match: how. `all`: the share of references found; `any`: 1 if one is found (question answering);
-            `last-integer`: 1 if the last integer of the answer is the reference.
+            `last-integer`: 1 if the last integer of the answer is the reference; `json`: 1 if the first JSON object of
+            `opening` and answer is the reference's.
         new_tokens: most tokens generated.
         turn_at: `prompt_ids[turn_at:]` is a second turn, fed as a forward of its own on the cache of the first part;
             None for a prompt of one part.
         question_at: `prompt_ids[question_at:]` is what is asked, with all that follows it; None where that is not known.
+        opening: the text of the answer that the prompt ends with.
     """
 
     task: str
@@ -39,6 +41,7 @@ class Case:
     new_tokens: int
     turn_at: int | None = None
     question_at: int | None = None
+    opening: str = ""
 
     @property
     def tokens(self) -> int:

@@ -28,7 +28,7 @@ from moacompress.evaluation.tasks.needles import Needles, make_needles
 from moacompress.evaluation.tasks.prompt_request import PromptRequest, Resources
 from moacompress.evaluation.tasks.second_question import make_second_question
 from moacompress.evaluation.tasks.tracking import TRACKING, make_tracking
-from moacompress.evaluation.tasks.unseen import dialogue_fact, legal_codes, table_lookup
+from moacompress.evaluation.tasks.unseen import code_completion, dialogue_fact, legal_codes, table_lookup, tool_call
 from moacompress.evaluation.tasks.vocabulary import WORDS
 from moacompress.prompts.generators import ANSWER_ROOM, PAIRS, Values, make_prompt
 from moacompress.prompts.pools import ADJECTIVES, NOUNS, SPLITS
@@ -245,6 +245,21 @@ _OURS = (
         lambda: dialogue_fact.SENTENCES,
         is_number=True,
     ),
+    EvaluationTask(
+        "code-completion",
+        "a default in a module of functions, one of which is begun again",
+        code_completion.make_code_completion,
+        lambda: code_completion.SENTENCES,
+        is_number=True,
+    ),
+    EvaluationTask(
+        "tool-call",
+        "a tool to be called as JSON, with a number that a customer wrote",
+        tool_call.make_tool_call,
+        lambda: tool_call.SENTENCES,
+        is_number=True,
+        match="json",
+    ),
 )
 _RULERS = (
     _rulers("niah-single-1", "one number in noise", Needles("noise")),
@@ -431,4 +446,5 @@ def _make_case(task: EvaluationTask, request: PromptRequest, draft: PromptDraft)
         new_tokens=max(task.new_tokens, needed) if task.given is not None else task.new_tokens or needed,
         turn_at=ids.turn_at,
         question_at=ids.question_at,
+        opening=draft.prefix,
     )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 _FIRST = """
 Ald Ash Barn Beck Bex Bram Brock Cald Carl Chal Cold Dal Dun Eld Far Fen Gar Gos Hal Hart Hat Holm Hurst Kel Ken Kirk
@@ -33,6 +36,6 @@ def draw_names(rng: np.random.Generator, count: int) -> list[str]:
     return ["".join(parts[int(at)] for parts, at in zip(_PARTS, pick, strict=True)) for pick in picks]
 
 
-def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
+def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
     """Returns one of the options."""
     return options[int(rng.integers(len(options)))]
