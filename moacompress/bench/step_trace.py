@@ -15,7 +15,8 @@ import torch
 
 from moacompress.bench.sides import DecodeTurn
 from moacompress.core.errors import UsageError
-from moacompress.kernels.backend import Backend, PhaseTime
+from moacompress.kernels.backend import Backend
+from moacompress.kernels.capabilities import PhaseTime
 
 FRAMEWORK = "Python and framework"
 """What of a step is in no phase of the kernels."""

@@ -1,11 +1,9 @@
-"""What a backend can do; `arguments` has what its calls take."""
+"""What a backend does; `arguments` has what its calls take, `capabilities` what it says of itself."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -25,6 +23,8 @@ from moacompress.kernels.arguments import (
     SelectedView,
 )
 from moacompress.kernels.block_products import block_linear
+from moacompress.kernels.bound import BoundLayers, BoundRing
+from moacompress.kernels.capabilities import Capabilities, PhaseTime, Status
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.weight_blocks import WeightType
 from moacompress.rules.rule_table import RuleTable
@@ -36,174 +36,6 @@ TOKENS_AT_ONCE = 1 << 16
 """Of a chunk that are copied on their way into a cache."""
 FEW_ROWS = 8
 """Rows up to which compiled products that read a weight as it lies are as fast as oneDNN's; at 16 they are slower."""
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """What a backend can do beside `decode` and `prefill`.
-
-    Attributes:
-        prefill_gradients: `prefill` without a cache has gradients.
-        traced: `prefill` without a cache, and its gradients, can be in a graph of `torch.compile`.
-        cached_gradients: `decode`, and `prefill` over a cache, have gradients.
-        decode_selecting: `Backend.decode_selecting`.
-        step: `Backend.step`.
-        ring: `Backend.bind_ring`.
-        step_hidden: `Backend.step_hidden`.
-        step_layer: `Backend.step_layer`.
-        stack: `Backend.read_layers`.
-        linear: `Backend.linear`.
-        linear_blocks: `Backend.linear_blocks` reads the blocks as they lie, without a dense copy of a few outputs at a time.
-        profile: `Backend.profile_backward`.
-        profile_sums: `Backend.profile_sums`.
-        trace: `Backend.start_trace`.
-        outside_formats: keeps formats of installed packages, as `KVPart` does.
-    """
-
-    prefill_gradients: bool = False
-    traced: bool = False
-    cached_gradients: bool = False
-    decode_selecting: bool = False
-    step: bool = False
-    ring: bool = False
-    step_hidden: bool = False
-    step_layer: bool = False
-    stack: bool = False
-    linear: bool = False
-    linear_blocks: bool = False
-    profile: bool = False
-    profile_sums: bool = False
-    trace: bool = False
-    outside_formats: bool = False
-
-
-class Status(NamedTuple):
-    """Whether a backend can run in this process.
-
-    Attributes:
-        works: whether it can.
-        reason: why it cannot, and what to do; or why it is there.
-        isa: instruction set or card that it runs on, or None.
-    """
-
-    works: bool
-    reason: str
-    isa: str | None = None
-
-
-class PhaseTime(NamedTuple):
-    """The time of one phase of steps.
-
-    Attributes:
-        seconds: on the threads that made the steps.
-        busy: in which any thread was at work in it, added up over all threads, s.
-    """
-
-    seconds: float
-    busy: float
-
-
-class BoundRing(ABC):
-    """A layer's cache as a backend has read it, for steps on its device. It keeps the tensors as long as it lives."""
-
-    @abstractmethod
-    def step(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scores: Scores,
-        gate_scores: torch.Tensor | None = None,
-        taken: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Puts one more token of every row into the cache and attends to it; without gradients.
-
-        The host waits for nothing, and nothing that is launched depends on the lengths of the rows.
-
-        Args:
-            query: `[rows, heads, 1, head_dim]`.
-            key: `[rows, kv_heads, 1, head_dim]`.
-            value: `[rows, kv_heads, 1, value_dim]`.
-            scores: how scores are made.
-            gate_scores: of the tokens, int16 `[rows, kv_heads]`; None where no rule selects.
-            taken: 1 where a row's token is real and 0 where it is padding, which is not put into the cache and sees what the
-                row's last real token sees, int64 `[rows]`; None where all are real. Rows have a real token.
-
-        Returns:
-            `[rows, 1, heads, value_dim]`.
-        """
-
-    @abstractmethod
-    def reuse(self, *, head_map: Ints, value_sets: Ints, value_formats: Ints) -> BoundReuse:
-        """Reads what a layer that shares the attention has beside the blocks' own values; after a first step.
-
-        Args:
-            head_map: KV head whose attention each of its KV heads has, int64 `[kv_heads]`.
-            value_sets: which of `RingState.shared_values` are those of each, likewise.
-            value_formats: code of the format of each, likewise.
-        """
-
-
-class BoundReuse(ABC):
-    """A layer that shares the attention of one with a cache in rings."""
-
-    @abstractmethod
-    def step(self, value: torch.Tensor, *, scores: Scores) -> torch.Tensor:
-        """Puts the values of a token beside those of the shared layer's step, which has been made, and attends as that did.
-
-        No key is read, and the host waits for nothing; without gradients.
-
-        Args:
-            value: `[rows, kv_heads, 1, value_dim]`.
-            scores: how scores were made; learned logits are those of the query heads whose attention each of its own has.
-
-        Returns:
-            `[rows, 1, heads, value_dim]`.
-        """
-
-
-class BoundCaches(ABC):
-    """The caches of all decoder layers as a backend has read them."""
-
-    @abstractmethod
-    def read_again(self, layer: int, state: CacheState) -> None:
-        """Reads the cache of one layer, by its index, again: there is another tensor in the place of one."""
-
-    @abstractmethod
-    def step(
-        self, hidden: torch.Tensor, rotary: Rotary, first: int
-    ) -> tuple[torch.Tensor, int, AllocationShortfall | None]:
-        """Runs the decoder layers from `first` on for one token of every row; it must not be traced.
-
-        Args:
-            hidden: what comes into that layer, `[rows, 1, hidden]`.
-            rotary: of the token.
-            first: index of the first layer.
-
-        Returns:
-            What came out of the last layer that was done, `[rows, 1, hidden]`, if any was; how many layers are done, those
-            before `first` included; and what the next one lacks, None if these are all.
-
-        Raises:
-            WeightsMoved: a weight is not in the memory any more that it was read in; nothing is done.
-        """
-
-
-class BoundLayers(ABC):
-    """All decoder layers as a backend has read them. It keeps their tensors as long as it lives."""
-
-    @abstractmethod
-    def read_caches(self, states: Sequence[CacheState | None]) -> BoundCaches:
-        """Reads the caches of the layers.
-
-        Args:
-            states: of each layer, with one lag; None of one that shares attention. All tensors are written to in steps.
-        """
-
-
-class WeightsMoved(Exception):
-    """A weight is in another memory than it was read in."""
 
 
 class Backend(ABC):

@@ -16,7 +16,8 @@ import torch
 
 from moacompress.core.errors import UnsupportedError, UsageError
 from moacompress.core.plugins import BACKENDS, plugins
-from moacompress.kernels.backend import FEW_ROWS, Backend, Capabilities
+from moacompress.kernels.backend import FEW_ROWS, Backend
+from moacompress.kernels.capabilities import Capabilities
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.kv_format import refuse_outside
 from moacompress.kernels.reference.reference_backend import ReferenceBackend

@@ -12,7 +12,7 @@ from moacompress.bench.benchmark import run_bench
 from moacompress.bench.sides import DecodeTurn, filled_cache, random_ids
 from moacompress.bench.step_trace import FRAMEWORK, trace_of, trace_steps
 from moacompress.core.errors import UnsupportedError, UsageError
-from moacompress.kernels.backend import PhaseTime
+from moacompress.kernels.capabilities import PhaseTime
 from moacompress.kernels.cpu import cpu_backend
 from moacompress.kernels.cpu.cpu_backend import PHASES, CpuBackend
 from moacompress.kernels.dispatch import REFERENCE

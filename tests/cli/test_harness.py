@@ -26,7 +26,7 @@ from moacompress.core.errors import BudgetError, ModelError
 from moacompress.core.progress import Progress
 from moacompress.core.tables import facts
 from moacompress.kernels import dispatch
-from moacompress.kernels.backend import Status
+from moacompress.kernels.capabilities import Status
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.triton.triton_backend import TritonBackend
 from moacompress.recipe import Recipe

@@ -13,7 +13,7 @@ import torch
 
 from moacompress.core.errors import UnsupportedError, UsageError
 from moacompress.kernels import dispatch
-from moacompress.kernels.backend import Status
+from moacompress.kernels.capabilities import Status
 from moacompress.kernels.cpu import library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.dispatch import REFERENCE, Choice, choose
@@ -154,7 +154,7 @@ except MoaCompressError as error:
 
 def test_a_gpu_runs_on_triton_where_it_works(from_scratch, monkeypatch):
     """Whatever the processor runs on."""
-    from moacompress.kernels.backend import Status
+    from moacompress.kernels.capabilities import Status
     from moacompress.kernels.triton.triton_backend import TritonBackend
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

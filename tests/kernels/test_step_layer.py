@@ -22,7 +22,7 @@ from moacompress.kernels.arguments import (
     Scores,
     as_tensors,
 )
-from moacompress.kernels.backend import BoundCaches, WeightsMoved
+from moacompress.kernels.bound import BoundCaches, WeightsMoved
 from moacompress.kernels.cpu import library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.dispatch import REFERENCE

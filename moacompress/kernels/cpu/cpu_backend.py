@@ -24,17 +24,10 @@ from moacompress.kernels.arguments import (
     Scores,
     SelectedView,
 )
-from moacompress.kernels.backend import (
-    Backend,
-    BoundCaches,
-    BoundLayers,
-    Capabilities,
-    PhaseTime,
-    Status,
-    WeightsMoved,
-    refuse_gradients,
-)
+from moacompress.kernels.backend import Backend, refuse_gradients
 from moacompress.kernels.block_products import block_linear
+from moacompress.kernels.bound import BoundCaches, BoundLayers, WeightsMoved
+from moacompress.kernels.capabilities import Capabilities, PhaseTime, Status
 from moacompress.kernels.cpu import library
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.weight_blocks import NATIVE, WeightType

@@ -8,7 +8,8 @@ import torch
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import CacheView, Passing, Scores
-from moacompress.kernels.backend import Backend, Capabilities, Status
+from moacompress.kernels.backend import Backend
+from moacompress.kernels.capabilities import Capabilities, Status
 from moacompress.kernels.kv_format import check_codes
 from moacompress.kernels.kv_parts import KVPart, read_tokens
 from moacompress.kernels.reference.passing import attend_passing, merged

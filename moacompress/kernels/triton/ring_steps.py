@@ -15,7 +15,7 @@ import torch
 
 from moacompress.core.arrays import Ints
 from moacompress.kernels.arguments import RingState, Scores
-from moacompress.kernels.backend import BoundReuse, BoundRing
+from moacompress.kernels.bound import BoundReuse, BoundRing
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.reference.codes import rotated
 from moacompress.kernels.triton import append_kernels, select_kernels

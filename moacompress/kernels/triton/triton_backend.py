@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from moacompress.kernels.arguments import CacheView, Passing, RingState, Scores, SelectedView, as_tensors
-from moacompress.kernels.backend import BoundRing, Capabilities, Status, refuse_gradients
+from moacompress.kernels.backend import refuse_gradients
+from moacompress.kernels.bound import BoundRing
+from moacompress.kernels.capabilities import Capabilities, Status
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.reference.reference_backend import ReferenceBackend
 from moacompress.kernels.reference.rounding import as_kept

@@ -11,7 +11,7 @@ import torch
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import CacheView, Scores
-from moacompress.kernels.backend import BoundReuse
+from moacompress.kernels.bound import BoundReuse
 from moacompress.rules.share import Share
 from moacompress.runtime.cache.commit import write_shared_values
 from moacompress.runtime.cache.layer_cache import CacheLayer, PlanCacheLayer

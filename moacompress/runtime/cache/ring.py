@@ -14,7 +14,8 @@ import torch
 
 from moacompress.core.arrays import Bools, Ints, ragged_ranges
 from moacompress.kernels.arguments import RingState, Scores
-from moacompress.kernels.backend import Backend, BoundReuse
+from moacompress.kernels.backend import Backend
+from moacompress.kernels.bound import BoundReuse
 from moacompress.rules.windows import BLOCK, whole_blocks
 from moacompress.runtime.cache.block_runs import BEGIN, END, kept_runs
 from moacompress.runtime.cache.layer_blocks import LayerBlocks

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import LayerWeights, Rotary
-from moacompress.kernels.backend import WeightsMoved
+from moacompress.kernels.bound import WeightsMoved
 from moacompress.kernels.dispatch import backend_for, capabilities_for, few_rows
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.plan_cache import PlanCache
