@@ -30,7 +30,7 @@ from moacompress.core.arrays import Floats
 from moacompress.core.artefact_names import GATES_FILE
 from moacompress.core.errors import DataError
 from moacompress.core.progress import SILENT, Progress
-from moacompress.core.ranks import rank, world_size
+from moacompress.core.ranks import turns
 from moacompress.models.least_squares import Normal, in_memory
 from moacompress.models.modules import attention_modules, given_hidden
 from moacompress.models.processes import gathered, shared
@@ -168,7 +168,8 @@ def fitted_together(model: PreTrainedModel) -> list[Sequence[int]]:
 
     Processes of one run take turns layer by layer, so a gate is the same whatever their number.
     """
-    layers = range(rank(), len(attention_modules(model)), world_size())
+    first, step = turns()
+    layers = range(first, len(attention_modules(model)), step)
     return in_memory(layers, model.config.get_text_config(decoder=True).hidden_size + 1)
 
 

@@ -81,9 +81,16 @@ class Recording:
         keep: bool = False,
         values: bool = False,
         gates: GateWeights | None = None,
+        heads: range | None = None,
     ) -> Recording:
-        """Returns a recording without collectors; with `keep` it keeps queries and keys, with `values` the values too."""
+        """Returns a recording without collectors; with `keep` it keeps queries and keys, with `values` the values too.
+
+        It is of the KV heads `heads` where a rank has no others; plan and gates are of all.
+        """
         plans: list[RuleTable | None] = [None] * shape.layers
+        if heads is not None and len(heads) < shape.kv_heads:
+            plan = None if plan is None else plan.of_heads(heads)
+            gates = None if gates is None else gates.of_heads(heads)
         for layer, rules in enumerate(plan.rules if plan is not None else ()):
             if plan is not None and not all(rule.is_full for rule in rules):
                 plans[layer] = RuleTable.of(rules, plan.min_window, shape.native_windows[layer])

@@ -41,7 +41,7 @@ from moacompress.core.files import digest_files, remove
 from moacompress.core.lock_holders import own_folder
 from moacompress.core.place import check_writable, no_empty_folder
 from moacompress.core.progress import SILENT, Progress
-from moacompress.core.ranks import rank, world_size
+from moacompress.core.ranks import rank, turns, world_size
 from moacompress.core.version import own_version
 from moacompress.models.modules import attention_modules
 from moacompress.models.processes import agreed, check_alike, gathered, join, shared
@@ -485,7 +485,8 @@ def _run_samples(
             gates,
         )
         seconds = time.perf_counter() - begin
-        write_sample(out, index, statistics, manifest.owner, seconds)
+        if turns()[0] == rank():
+            write_sample(out, index, statistics, manifest.owner, seconds)
         if not rank():
             finished[index] = statistics, seconds
         return rank(), statistics.not_finite()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,7 +29,9 @@ from moacompress.calibration.profile.passes import Cotangent, Recording, Tape, o
 from moacompress.calibration.profile.precision import PrecisionSums
 from moacompress.calibration.profile.sharing import CopySums, copyable
 from moacompress.calibration.profile.statistics import DRAWN, Floats32, Statistics
+from moacompress.core.errors import UsageError
 from moacompress.models.placement import input_device, layer_devices
+from moacompress.models.tensor_parallel import heads_here, of_all_ranks
 from moacompress.recipe import ProfileRecipe
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.model_shape import ModelShape
@@ -125,7 +128,10 @@ def sample_statistics(
         gates: what rules that select choose by, those of the plan too.
 
     Returns:
-        See `store.Statistics`; the numbers may be not finite.
+        See `store.Statistics`; the numbers may be not finite. Where ranks have KV heads of their own, all return those of all.
+
+    Raises:
+        UsageError: copies of earlier layers, where a rank does not have all KV heads.
     """
     assert around is None or not around.selects or gates is not None
     rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1).to(input_device(model))
@@ -134,18 +140,25 @@ def sample_statistics(
     if around is not None:
         with recorded(model, Recording.of(shape, table)):  # attention as below: around a full plan nothing differs
             dense = target_states(model, ids, rows)
-    size, devices = (shape.kv_heads, len(table)), layer_devices(model)
-    recording = Recording.of(shape, table, around, keep=chosen.anchors > 0, gates=gates)
+    own = heads_here(model, shape.kv_heads)
+    if chosen.anchors and len(own) < shape.kv_heads:
+        raise UsageError(
+            f"copies of {chosen.anchors} earlier layers need all KV heads of a layer in one process, and ranks have {len(own)} "
+            f"of {shape.kv_heads}; profile without anchors, or without --tensor-parallel"
+        )
+    here, size, devices = len(own), (len(own), len(table)), layer_devices(model)
+    stacked = partial(_stacked, heads=own, kv_heads=shape.kv_heads)
+    recording = Recording.of(shape, table, around, keep=chosen.anchors > 0, gates=gates, heads=own)
     influence = [InfluenceSums(*size, device) for device in devices]
     rounding = [
-        PrecisionSums(shape.kv_heads, chosen.formats, plan, device)
+        PrecisionSums(here, chosen.formats, plan, device)
         for plan, device in zip(recording.plans, devices, strict=True)
         if chosen.formats
     ]
     found: dict[str, Tensor] = {}
-    heads = [HeadSums(shape.kv_heads, device) for device in (devices if chosen.heads else ())]
+    heads = [HeadSums(here, device) for device in (devices if chosen.heads else ())]
     copies = [
-        CopySums(recording.attended, layer, may, shape.kv_heads, devices[layer])
+        CopySums(recording.attended, layer, may, here, devices[layer])
         for layer, may in enumerate(copyable(shape.native_windows, chosen.anchors).tolist())
         if recording.attended is not None
     ]
@@ -153,14 +166,14 @@ def sample_statistics(
         if dense is not None:
             divergence = Divergence(model, dense)
             tape.backward(divergence, _by_layer(influence, rounding), last=False)
-            sums = _stacked(influence) | (_stacked(rounding) if rounding else {})
+            sums = stacked(influence) | (stacked(rounding) if rounding else {})
             found |= {name.replace("total", "first"): sums[name] for name in DRAWN if name in sums}
             found["harm"] = torch.tensor([max(divergence.kl, 0.0)])
         if chosen.baselines:
             baselines = [BaselineSums(*size, device) for device in devices]
             _reset(influence)
             tape.backward(label_cotangent(ids[rows + 1]), _by_layer(influence, baselines), last=False)
-            found |= {f"gold_{name}": value for name, value in _stacked(influence).items()} | _stacked(baselines)
+            found |= {f"gold_{name}": value for name, value in stacked(influence).items()} | stacked(baselines)
         drawn = []
         for draw in range(chosen.draws):
             _reset([*influence, *rounding])
@@ -169,11 +182,11 @@ def sample_statistics(
             tape.backward(cotangent, wanted, last=draw + 1 == chosen.draws)
             for copied in copies:
                 copied.end()
-            drawn.append(_stacked(influence) | (_stacked(rounding) if rounding else {}))
+            drawn.append(stacked(influence) | (stacked(rounding) if rounding else {}))
     for name in drawn[0]:
         every = torch.stack([one[name] for one in drawn])
         found[name] = every if name in DRAWN else every.mean(0)
-    found |= (_stacked(heads) if heads else {}) | (_stacked(copies) if copies else {})
+    found |= (stacked(heads) if heads else {}) | (stacked(copies) if copies else {})
     return Statistics({name: value.float().cpu().numpy() for name, value in found.items()})
 
 
@@ -192,12 +205,13 @@ def token_influence(
     """
     rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1).to(input_device(model))
     ids = torch.from_numpy(sample.input_ids).to(input_device(model))
-    sums = [TokenSums(shape.kv_heads, len(ids), LAG, device) for device in layer_devices(model)]
+    heads = heads_here(model, shape.kv_heads)
+    sums = [TokenSums(len(heads), len(ids), LAG, device) for device in layer_devices(model)]
     with Tape(model, Recording.of(shape, RuleTable.of([Rule.FULL], 1)), ids, rows) as tape:
         for draw in range(draws):
             cotangent = fisher_cotangent(len(rows), cotangent_generator(seed, index, draw))
             tape.backward(cotangent, _by_layer(sums), last=draw + 1 == draws)
-    found: Floats32 = (_stacked(sums)["of_tokens"] / draws).float().cpu().numpy()
+    found: Floats32 = (_stacked(sums, heads, shape.kv_heads)["of_tokens"] / draws).float().cpu().numpy()
     return found
 
 
@@ -213,7 +227,16 @@ def _reset(collectors: Sequence[InfluenceSums | PrecisionSums]) -> None:
 
 def _stacked(
     collectors: Sequence[InfluenceSums | PrecisionSums | BaselineSums | HeadSums | CopySums | TokenSums],
+    heads: range,
+    kv_heads: int,
 ) -> dict[str, Tensor]:
-    """Returns the sums of all layers by name, layers in front, on the device of the first."""
+    """Returns the sums of all layers by name, `[layers, kv_heads, ...]`, on the device of the first.
+
+    Args:
+        collectors: of the KV heads that are here.
+        heads: which these are.
+        kv_heads: how many there are over all ranks.
+    """
     layers = [sums.tensors() for sums in collectors]
-    return {name: torch.stack([layer[name].to(of.device) for layer in layers]) for name, of in layers[0].items()}
+    together = {name: torch.stack([layer[name].to(of.device) for layer in layers]) for name, of in layers[0].items()}
+    return {name: of_all_ranks(each, heads, kv_heads, dim=1) for name, each in together.items()}

@@ -12,6 +12,7 @@ from moacompress.cli.options import (
     Devices,
     LengthsOption,
     Overwrite,
+    TensorParallel,
     Text,
     TrustRemoteCode,
     asked_devices,
@@ -20,6 +21,9 @@ from moacompress.cli.options import (
 )
 from moacompress.core.errors import UsageError
 from moacompress.core.ranks import rank
+
+SPLIT = ("dense", "uniform", "uniform-elastic", "per-layer", "split")
+"""What can be measured beside a model that is split over ranks: the dense model, and other plans."""
 
 
 @command(
@@ -107,6 +111,7 @@ def evaluate(
     dry_run: Annotated[bool, dry_run_option("Say how long it would take, and measure nothing.")] = False,
     devices: Devices = None,
     overwrite: Overwrite = False,
+    tensor_parallel: TensorParallel = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Measure a compressed model beside dense and others.
@@ -146,6 +151,8 @@ def evaluate(
     own, names = own_tasks(source or ()), task_names(chosen)
     thresholds = parse_thresholds(fail_under, (*own, *names))
     others = tuple(name for name in split_list(against) or () if name != "none")
+    if tensor_parallel:
+        _check_tensor_parallel(dry_run, harness, others)
     if dry_run:
         from moacompress.evaluation.baselines.compared_models import check_names
         from moacompress.evaluation.eval_estimate import estimate_eval
@@ -197,6 +204,26 @@ def evaluate(
         say("below the threshold: " + "; ".join(failed))
     data = report if fail_under is None else {**report, "failures": failed}
     return Output(data, evaluation_tables(report), exit_code=int(bool(failed)))
+
+
+def _check_tensor_parallel(dry_run: bool, harness: tuple[str, ...], against: tuple[str, ...]) -> None:
+    """Refuses what cannot be measured of a model that is split over ranks.
+
+    Raises:
+        UsageError: says what.
+    """
+    if dry_run:
+        raise UsageError("--dry-run times one process; leave --tensor-parallel out, or run it")
+    if harness:
+        raise UsageError(
+            "lm-evaluation-harness deals prompts out to ranks, so it takes no --tensor-parallel; leave one of them out"
+        )
+    unknown = [name for name in against if name not in SPLIT]
+    if unknown:
+        raise UsageError(
+            f"{unknown[0]} has a cache of its own or other weights, and is not measured with --tensor-parallel; "
+            f"give some of {', '.join(SPLIT)}"
+        )
 
 
 def _list_tasks() -> Output:

@@ -25,7 +25,7 @@ from moacompress.cli.kernel_line import kernel_line
 from moacompress.core.errors import ArtefactError, MoaCompressError, UsageError
 from moacompress.core.files import finite_json
 from moacompress.core.progress import Progress
-from moacompress.core.ranks import named_rank, rank, world_size
+from moacompress.core.ranks import named_rank, rank, splitting, world_size
 from moacompress.core.urls import without_password
 from moacompress.recipe import Recipe
 
@@ -209,6 +209,12 @@ class Command:
 
     def _checked(self, run: CommandRun, arguments: Mapping[str, Any]) -> Output:
         """Runs the command, once its device and the other processes of the run are known to be there."""
+        splits = bool(arguments.get("tensor_parallel"))
+        if splits and world_size() == 1:
+            raise UsageError(
+                "--tensor-parallel splits a model over the processes of torchrun, and there is one; start it with torchrun "
+                "--nproc-per-node N -m moacompress"
+            )
         if world_size() > 1:
             if not self._shared:
                 raise UsageError(
@@ -226,7 +232,8 @@ class Command:
 
             self._check_map(device)
             checked_placement(device)
-        return self._work(replace(run, device_check=self._check_map), **arguments)
+        with splitting(splits):
+            return self._work(replace(run, device_check=self._check_map), **arguments)
 
     def _check_map(self, device: str) -> None:
         """Refuses a device map that the command cannot use.

@@ -22,6 +22,13 @@ Overwrite = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the model, in this run.")
 ]
+TensorParallel = Annotated[
+    bool,
+    typer.Option(
+        "--tensor-parallel",
+        help="Split every layer over the processes of torchrun, which otherwise hold a model each and share the work.",
+    ),
+]
 Budgets = Annotated[
     list[str] | None,
     typer.Option(

@@ -20,6 +20,7 @@ from moacompress.cli.options import (
     Samples,
     ScorerOption,
     Sources,
+    TensorParallel,
     Text,
     TextSamples,
     TrustRemoteCode,
@@ -145,15 +146,19 @@ def profile(
     ] = False,
     devices: Devices = None,
     overwrite: Overwrite = False,
+    tensor_parallel: TensorParallel = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Predict what every KV head loses by each rule.
 
     Writes a profile of MODEL at several lengths. A run that was stopped resumes with the same command. With --audit the
     predictions are compared with measured KL, in DIR/audit.json and DIR/audit.html.
-    Under torchrun (torchrun --standalone --nproc-per-node 2 -m moacompress profile ...) processes share the samples.
+    Under torchrun (torchrun --standalone --nproc-per-node 2 -m moacompress profile ...) processes share the samples, or with
+    --tensor-parallel the model.
     """
     count = asked_devices(devices, dry_run)
+    if dry_run and tensor_parallel:
+        raise UsageError("--dry-run times one process; leave --tensor-parallel out, or run it")
     if merge:
         return _merged([name for name in (model, *(others or ())) if name], out, overwrite, run)
     if others:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from moacompress.core.errors import UsageError
 
@@ -21,6 +23,34 @@ def world_size() -> int:
 def local_rank() -> int:
     """Returns the number of this process among those of the run on this machine."""
     return _number("LOCAL_RANK", 0) if world_size() > 1 else 0
+
+
+_split = False
+
+
+@contextmanager
+def splitting(model: bool) -> Iterator[None]:
+    """Has the processes of the run hold one model together while the block runs, each a part of every layer, or one each.
+
+    Args:
+        model: whether they hold one together: tensor parallelism. Then all do the same work, in the same order.
+    """
+    global _split
+    before, _split = _split, model
+    try:
+        yield
+    finally:
+        _split = before
+
+
+def splits_model() -> bool:
+    """Returns whether the processes of the run hold one model together."""
+    return _split and world_size() > 1
+
+
+def turns() -> tuple[int, int]:
+    """Returns whose turn this process takes where work is dealt out, and of how many: all of it where they do the same."""
+    return (0, 1) if splits_model() else (rank(), world_size())
 
 
 def named_rank() -> str:

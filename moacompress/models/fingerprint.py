@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moacompress.models.placement import tensor_in_memory
+from moacompress.models.tensor_parallel import is_sharded
 from moacompress.rules.plan import weights_version
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _all_numbers(model: torch.nn.Module) -> str:
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
         for name, tensor in tensors.items():
-            place = places[name] = (name,) if tensor.is_meta else _place(tensor)
+            place = places[name] = (name,) if tensor.is_meta or is_sharded(tensor) else _place(tensor)
             numbers = _Numbers(tensor_in_memory(model, name, tensor), kinds.get(name))
             shapes[name] = numbers.shape
             if place in parts:

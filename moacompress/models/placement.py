@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from moacompress.core.errors import ArtefactError, ModelError, UsageError, did_you_mean
 from moacompress.core.files import read_json
-from moacompress.core.ranks import world_size
+from moacompress.core.ranks import splits_model, world_size
 from moacompress.models.device import check_device
 
 if TYPE_CHECKING:
@@ -52,12 +52,18 @@ def is_device_map(device: str) -> bool:
 def loading_arguments(device: str) -> dict[str, Any]:
     """Returns what `from_pretrained` is given so that a model lies where it was asked for; nothing for a single device.
 
+    Where the processes of the run hold one model together, it is split as transformers does.
+
     Args:
         device: a device, a map of `AUTOMATIC`, or a file.
 
     Raises:
         UsageError: accelerate is not installed, the file is no device map, or `torchrun` started several processes.
     """
+    if splits_model():
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
     if not is_device_map(device):
         return {}
     if importlib.util.find_spec("accelerate") is None:
@@ -186,7 +192,7 @@ def in_memory(module: nn.Module) -> Iterator[None]:
 
 
 def tensor_in_memory(model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a tensor of a model, read from where it is offloaded to if it is.
+    """Returns a tensor of a model, read from where it is offloaded to if it is, and put together if ranks have parts of it.
 
     Args:
         model: the model.
@@ -196,6 +202,9 @@ def tensor_in_memory(model: nn.Module, name: str, tensor: torch.Tensor) -> torch
     Raises:
         ModelError: it is on "meta", and nothing says where its numbers are.
     """
+    whole: Any = getattr(tensor, "full_tensor", None)  # of what is split over ranks, which all have to ask for it
+    if whole is not None:
+        return cast("torch.Tensor", whole())
     if not tensor.is_meta:
         return tensor
     owner, _, own = name.rpartition(".")

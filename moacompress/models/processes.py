@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from moacompress.core.errors import MoaCompressError, ModelError, UsageError
-from moacompress.core.ranks import local_rank, rank, world_size
+from moacompress.core.ranks import local_rank, rank, splits_model, world_size
 
 Task = TypeVar("Task")
 
@@ -117,6 +117,8 @@ def check_alike(facts: Mapping[str, str]) -> None:
 def shared(tasks: Sequence[Task], work: Callable[[Task], Any], done: Callable[[Task, Any], None]) -> None:
     """Does each task in one of the processes, whichever has time first; every process must call it with the same tasks.
 
+    Processes that hold one model together do every task together, and are told what the first one has.
+
     Args:
         tasks: the longest first, so that no process waits long for the last one.
         work: does a task and returns JSON values; what else it makes stays in its process.
@@ -125,9 +127,9 @@ def shared(tasks: Sequence[Task], work: Callable[[Task], Any], done: Callable[[T
     Raises:
         MoaCompressError: another process failed; and whatever `work` and `done` raise.
     """
-    if world_size() == 1:
+    if world_size() == 1 or splits_model():
         for task in tasks:
-            done(task, work(task))
+            done(task, agreed(work(task)))
         return
     store, name, told = _store(), f"tasks {next(_lists)}", 0
 

@@ -18,7 +18,7 @@ from moacompress.models.fingerprint import weights_fingerprint, weights_like
 from moacompress.models.gguf_model import load_gguf
 from moacompress.models.hub import hub_arguments, is_hub_name
 from moacompress.models.modules import check_supported
-from moacompress.models.placement import checked_placement
+from moacompress.models.placement import checked_placement, is_device_map
 from moacompress.models.shape import config_shape
 from moacompress.models.support import TORCHAO, config_problems, quantization_method, stored_problems
 from moacompress.models.tokenizer_files import tokenizer_problems
@@ -174,14 +174,18 @@ def _check_can_place(device: str, weights: str, is_gguf: bool) -> None:
     """
     if is_gguf:
         raise UsageError(
-            f"the device map {device} places weights of safetensors files as they are read, and a .gguf file has none; give "
-            "one device, or write the model as safetensors first (`save_pretrained`)"
+            f"{_placing(device)} places weights of safetensors files as they are read, and a .gguf file has none; give one "
+            "device, or write the model as safetensors first (`save_pretrained`)"
         )
     if weights not in (KEEP, DENSE):
         raise UsageError(
-            f"weights that are to be {weights} are rounded in memory, and the device map {device} may leave some elsewhere; "
-            "give one device"
+            f"weights that are to be {weights} are rounded in memory, and {_placing(device)} may leave some elsewhere; give "
+            "one device"
         )
+
+
+def _placing(device: str) -> str:
+    return f"the device map {device}" if is_device_map(device) else "--tensor-parallel"
 
 
 def locate_source(source: str | Path) -> tuple[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ from moacompress.core.errors import ModelError
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
 
 PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
@@ -51,6 +52,41 @@ def own_heads(model: Any, layer: int, module: nn.Module, kv_heads: int) -> range
         )
     first, each = int(mesh.get_local_rank()), kv_heads // ranks
     return range(first * each, (first + 1) * each)
+
+
+def heads_here(model: PreTrainedModel, kv_heads: int) -> range:
+    """Returns the KV heads that a model attends with in this process: all, or those of its rank.
+
+    Args:
+        model: with its weights.
+        kv_heads: KV heads of a layer, over all ranks.
+
+    Raises:
+        ModelError: as `own_heads`.
+    """
+    from moacompress.models.modules import attention_modules
+
+    own = own_heads(model, 0, attention_modules(model)[0], kv_heads)
+    return range(kv_heads) if own is None else own
+
+
+def of_all_ranks(own: torch.Tensor, heads: range, kv_heads: int, dim: int) -> torch.Tensor:
+    """Returns a tensor of all KV heads, on every rank.
+
+    Args:
+        own: of those that are here.
+        heads: which these are; `heads_here`.
+        kv_heads: how many there are over all ranks.
+        dim: the axis of KV heads.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if len(heads) == kv_heads:
+        return own
+    parts = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(kv_heads // len(heads))]
+    dist.all_gather(parts, own.contiguous())
+    return torch.cat(parts, dim)
 
 
 def is_sharded(weight: torch.Tensor) -> bool:

@@ -40,6 +40,10 @@ class GateWeights:
             found.update(np.ascontiguousarray(part, "<f4").tobytes())
         return found.hexdigest()[:DIGITS]
 
+    def of_heads(self, heads: range) -> GateWeights:
+        """Returns those of some neighbouring KV heads of every layer."""
+        return GateWeights(self.weight[:, heads.start : heads.stop], self.bias[:, heads.start : heads.stop])
+
     def save(self, path: Path, notes: Mapping[str, str] | None = None) -> None:
         """Writes them as safetensors, atomically.
 

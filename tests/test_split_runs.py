@@ -1,0 +1,116 @@
+"""`profile` and `eval` of a model that is split over two ranks with gloo: the numbers are those of one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import moacompress
+from moacompress.calibration.profile.store import Profile
+from moacompress.cli import app
+from moacompress.exporter.exporting import export
+from moacompress.models.source import load_source
+from moacompress.recipe import Recipe
+from tests import plan_kinds
+from tests.torchrun import torchrun
+
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def dense(tiny_model, tiny_tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("split") / "dense"
+    tiny_model("llama", **HEADS).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.heavy
+def test_profile(dense, small_run, tmp_path):
+    calibration = {**small_run["calibration"], "lengths": [300], "samples": 2}
+    profile = {"draws": 1, "gates": True, "gate_samples": 2, "heads": True, "baselines": True}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"calibration": calibration, "profile": profile}))
+    command = ["profile", str(dense), "--recipe", str(recipe)]
+    done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "one")])
+    assert done.exit_code == 0, done.output
+    split = torchrun(2, *command, "-o", tmp_path / "two", "--tensor-parallel")
+    assert split.returncode == 0, split.stderr[-3000:]
+    one, two = (Profile.load(tmp_path / name) for name in ("one", "two"))
+    assert two.shape == one.shape
+    assert two.statistics.arrays.keys() == one.statistics.arrays.keys()
+    for name, wanted in one.statistics.arrays.items():
+        # prices of formats: where a number lies between two codes, the last bit of a sum of two ranks decides which it gets
+        apart = 5e-2 if name.startswith(("key_", "value_")) else 1e-5
+        found = np.abs(two.statistics.arrays[name] - wanted).max() / np.abs(wanted).max()
+        assert found < apart, name
+    gates = one.gate_weights.weight
+    assert np.abs(two.gate_weights.weight - gates).max() < 1e-3 * np.abs(gates).max()
+    search = Recipe.from_dict({"budget": "50%", "search": {"trials": 1, "ablations": 0, "rounds": 0, "moves": 2}})
+    plans = [
+        moacompress.find_plan(profile, recipe=search, out=tmp_path / f"{profile.path.name}.json").plan
+        for profile in (one, two)
+    ]
+    assert plans[0].rules == plans[1].rules
+
+
+@pytest.mark.heavy
+def test_eval(dense, tmp_path):
+    source = load_source(dense)
+    plan = plan_kinds.formats(source.model)
+    folder = export(source, plan, tmp_path / "model")
+    command = [
+        "eval",
+        str(folder),
+        "--tasks",
+        "needle-noise",
+        "--lengths",
+        "300",
+        "--prompts",
+        "1",
+        "--against",
+        "dense",
+    ]
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    assert CliRunner().invoke(app, [*command, "-o", str(one)]).exit_code == 0
+    split = torchrun(2, *command, "-o", two, "--tensor-parallel")
+    assert split.returncode == 0, split.stderr[-3000:]
+    wanted, found = (json.loads(file.read_text())["results"] for file in (one, two))
+    assert len(wanted) == len(found)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours["value"] == pytest.approx(theirs["value"], rel=1e-3, abs=1e-6)
+        assert {**ours, "value": 0, "ci95": 0} == {**theirs, "value": 0, "ci95": 0}
+
+
+def test_what_is_not_split(dense, compressed):
+    """What is said before anything runs."""
+    runs = {
+        ("profile", dense, "-o", "nowhere"): "splits a model over the processes of torchrun, and there is one",
+        ("eval", compressed): "splits a model over the processes of torchrun, and there is one",
+    }
+    for command, said in runs.items():
+        done = CliRunner().invoke(app, [*map(str, command), "--tensor-parallel"])
+        assert done.exit_code == 2
+        assert said in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--dry-run", "--dry-run times one process"),
+        ("--lm-eval arc_easy", "lm-evaluation-harness deals prompts out to ranks"),
+        ("--against dense,snapkv", "snapkv has a cache of its own or other weights"),
+    ],
+)
+def test_what_is_not_measured_of_a_split_model(options, said, compressed, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("moacompress.models.processes.join", lambda: None)
+    done = CliRunner().invoke(app, ["eval", str(compressed), "--tensor-parallel", *options.split()])
+    assert done.exit_code == 2
+    assert said in done.stderr
