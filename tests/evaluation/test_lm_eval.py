@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,3 +203,60 @@ def test_not_installed(
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(UsageError, match=r"No module named 'lm_eval.*pip install 'moacompress\[eval\]'"):
         run_lm_eval(tiny_model("llama"), tiny_tokenizer, ["tiny_text"])
+
+
+@pytest.mark.heavy
+def test_a_checkpoint_in_lm_eval_itself(
+    tiny_model: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    random_plan: Callable[..., Plan],
+    folder: Path,
+    tmp_path: Path,
+) -> None:
+    """Its own command loads a checkpoint, also where accelerate has two processes share the documents."""
+    model: Any = tiny_model("llama")
+    attach(model, random_plan(model_shape(model), seed=1))
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    start = [
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--num_processes",
+    ]
+    results = []
+    for name, program in {"one": [], "two": [*start, "2", "--dynamo_backend", "no"]}.items():
+        arguments = f"pretrained={tmp_path / 'model'},dtype=float32"
+        given = [
+            "--model_args",
+            arguments,
+            "--tasks",
+            "tiny,tiny_answer",
+            "--include_path",
+            str(folder),
+            "--device",
+            "cpu",
+        ]
+        command = [*program, "-m", "lm_eval", "--model", "hf", *given, "--output_path", str(tmp_path / name)]
+        done = subprocess.run(
+            [sys.executable, *command],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        (found,) = (tmp_path / name).rglob("results_*.json")
+        results.append(json.loads(found.read_text())["results"])
+    under_plan = run_lm_eval(model, tiny_tokenizer, ["tiny_text"], include_path=folder)
+    (perplexity,) = (row["value"] for row in under_plan if row["metric"] == "word_perplexity")
+    assert results[0]["tiny_text"]["word_perplexity,none"] == pytest.approx(perplexity, rel=1e-4)
+    assert {"tiny_choice", "tiny_text", "tiny_answer"} <= set(results[0])
+    for task, numbers in results[0].items():
+        values = {name: value for name, value in numbers.items() if isinstance(value, float) and "stderr" not in name}
+        assert values == pytest.approx({name: results[1][task][name] for name in values}, rel=1e-5)
