@@ -1,5 +1,7 @@
 """The way of a model on a device that is not there; see `pretend_device`. What it computes is what the CPU does."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,11 @@ import torch
 import moacompress
 from moacompress.bench.bench_request import BenchRequest
 from moacompress.bench.benchmark import run_bench
+from moacompress.evaluation.eviction.attention import attending
+from moacompress.evaluation.eviction.baseline import PromptBaseline
+from moacompress.evaluation.eviction.reading import read_prompt
+from moacompress.evaluation.eviction.registry import EVICTIONS
+from moacompress.evaluation.eviction.stream_cache import StreamCache
 from moacompress.models.source import model_shape
 from moacompress.pipeline import compress
 from moacompress.recipe import Recipe
@@ -15,6 +22,7 @@ from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.real_tokens import Chunk
+from moacompress.runtime.compat.alternates import cache_argument
 from tests import plan_kinds
 from tests.pretend_device import KIND
 
@@ -107,6 +115,31 @@ def test_bench(compressed, pretend_device):
     assert decode["kv_bytes_plan"] == plan.kv_bytes(96, 2)
     assert all(row[f"{side}_ms"] > 0 for row in (decode, prefill) for side in sides)
     assert decode["kernel"] == "reference"
+
+
+def test_known_ways_to_evict(tiny_model, tiny_tokenizer, pretend_device):
+    """What they keep of a prompt is what they keep on the CPU."""
+    ids = torch.arange(100).remainder(37).add(5).tolist()
+    kept = []
+    for device in ("cpu", f"{KIND}:0"):
+        model = tiny_model("llama")
+        with pretend_device() if device != "cpu" else nullcontext(), torch.no_grad():
+            reading = read_prompt(model.to(device), tiny_tokenizer, ids)
+            prompt = reading.until(80)
+            for kind in EVICTIONS.values():
+                baseline = kind()
+                if isinstance(baseline, PromptBaseline):
+                    mask = baseline.allocate(baseline.scores(prompt, baseline.prepare(prompt)), 200, 1)
+                    store = reading.kept(mask)
+                    kept.append(mask.to("cpu"))
+                else:
+                    store = StreamCache(baseline, baseline.allocate(200, 1, 3, 2))
+                with attending(model):
+                    last = model(input_ids=torch.tensor([ids[80:]], device=device), **cache_argument(store)).logits
+                kept.append(last.to("cpu"))
+    half = len(kept) // 2
+    for here, there in zip(kept[:half], kept[half:], strict=True):
+        torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.heavy

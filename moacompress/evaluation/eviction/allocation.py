@@ -35,7 +35,7 @@ def best_of_each(scores: Tensor, counts: Tensor) -> Tensor:
     """
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     ranks = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
-    return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, ranks < counts.to(scores.device)[..., None])
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, ranks < counts.to(order.device)[..., None])
 
 
 def best_of_all(scores: Tensor, count: int) -> Tensor:

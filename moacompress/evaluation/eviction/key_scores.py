@@ -49,7 +49,7 @@ class ExpectedAttention(PromptBaseline):
         """Returns the expected attention times the norm of the value; the sinks get infinity."""
         kv_heads, n = reading.key.shape[:2]
         if n <= self.sinks + 1:
-            return torch.full((kv_heads, n), torch.inf)
+            return reading.key.new_full((kv_heads, n), torch.inf)
         cos, sin = later_rotations(reading.cos, reading.sin, self.future)
         query = reading.query_as_at(cos.mean(0), sin.mean(0))[:, self.sinks :].unflatten(0, (kv_heads, -1))
         key, value = reading.key[:, self.sinks :], reading.value[:, self.sinks :]

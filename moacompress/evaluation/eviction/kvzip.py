@@ -40,7 +40,7 @@ class KVzip(PromptBaseline):
     def prepare(self, prompt: PromptReading) -> list[Tensor]:
         """Reads the prompt again; returns the scores of each layer, `[kv_heads, n]`."""
         asked: list[int] = prompt.tokenizer(self.request, add_special_tokens=False)["input_ids"]
-        found = [torch.zeros(reading.key.shape[:2]) for reading in prompt.layers]
+        found = [reading.key.new_zeros(reading.key.shape[:2]) for reading in prompt.layers]
         for begin in range(0, len(prompt.ids), self.chunk):
             end = min(begin + self.chunk, len(prompt.ids))
             fed: Sequence[int] = [*asked, *prompt.ids[max(begin - self.before, 0) : end]]
@@ -68,8 +68,8 @@ def most_attention(query: Tensor, cached: Tensor, key: Tensor, scaling: float) -
         key: of the tokens that are fed, which queries see up to themselves, `[kv_heads, fed, head_dim]`.
         scaling: factor on the scores.
     """
-    later = torch.ones(query.shape[1], query.shape[1], dtype=torch.bool).triu(1)
-    most = torch.full(cached.shape[:2], -torch.inf)
+    later = torch.ones(query.shape[1], query.shape[1], dtype=torch.bool, device=query.device).triu(1)
+    most = cached.new_full(cached.shape[:2], -torch.inf)
     for head, queries in enumerate(query):  # one at a time: the matrices are large
         own = head * len(key) // len(query)
         logits = queries @ cached[own].T * scaling

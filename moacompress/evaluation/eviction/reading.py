@@ -57,7 +57,9 @@ class DenseReading:
         return KeptCache(mask, [key[:, :, :end] for key in self.keys], [value[:, :, :end] for value in self.values])
 
     def _read_on(self, end: int, fed: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        everything = torch.ones(len(self.keys), self.keys[0].shape[1], end, dtype=torch.bool)
+        everything = torch.ones(
+            len(self.keys), self.keys[0].shape[1], end, dtype=torch.bool, device=self.keys[0].device
+        )
         cache = _Watched(everything, *([each[:, :, :end] for each in held] for held in (self.keys, self.values)))
         _feed(self.model, fed, cache)
         return [

@@ -49,7 +49,7 @@ class StreamCache(WholeCache):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Takes the new tokens in one after the other, and attends from each to what is kept then."""
-        tokens, room = query.shape[2], self.room[layer]
+        tokens, room = query.shape[2], self.room[layer].to(query.device)
         first = key.shape[2] - tokens
         if layer not in self.slots:
             self.slots[layer] = _empty(key[0], value[0], int(room.max()))
@@ -71,7 +71,7 @@ class StreamCache(WholeCache):
             key: `[kv_heads, head_dim]`.
             value: `[kv_heads, value_dim]`.
         """
-        heads, now = torch.arange(len(room)), slots.read
+        heads, now = torch.arange(len(room), device=room.device), slots.read
         at = torch.full_like(room, now)
         if now >= int(room.min()):
             scores = self.baseline.scores(slots.positions, slots.received, now, room)
@@ -87,10 +87,10 @@ class StreamCache(WholeCache):
 
 
 def _empty(key: Tensor, value: Tensor, size: int) -> _Slots:
-    kv_heads = len(key)
+    places = len(key), size
     return _Slots(
-        torch.zeros(kv_heads, size, key.shape[-1]),
-        torch.zeros(kv_heads, size, value.shape[-1]),
-        torch.full((kv_heads, size), -1),
-        torch.zeros(kv_heads, size),
+        torch.zeros(*places, key.shape[-1], device=key.device),
+        torch.zeros(*places, value.shape[-1], device=key.device),
+        torch.full(places, -1, device=key.device),
+        torch.zeros(places, device=key.device),
     )
