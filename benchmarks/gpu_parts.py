@@ -362,7 +362,7 @@ def profile(runner: Runner) -> Iterator[Row]:
     from moacompress.calibration.data.samples import Sample
     from moacompress.calibration.profile.passes import frozen
     from moacompress.calibration.profile.sample_statistics import sample_statistics
-    from moacompress.recipe import ProfileRecipe
+    from moacompress.recipe_sections import ProfileRecipe
     from moacompress.rules.candidates import candidate_rules
 
     model, length = runner.model(runner.sizes.layers), runner.sizes.sample

@@ -55,7 +55,7 @@ def measure(model: str, dtype: str, length: int, times: int, cpu_time: bool, gat
     from moacompress.calibration.profile.sample_statistics import sample_statistics
     from moacompress.kernels import dispatch
     from moacompress.models.source import load_source
-    from moacompress.recipe import ProfileRecipe
+    from moacompress.recipe_sections import ProfileRecipe
     from moacompress.rules.candidates import candidate_rules, gated_rules
     from moacompress.rules.gate_weights import GateWeights
     from moacompress.rules.rule_table import RuleTable

@@ -23,7 +23,8 @@ from moacompress.models.fingerprint import weights_fingerprint
 from moacompress.models.placement import check_one_device, input_device, is_offloaded, layer_devices
 from moacompress.models.source import load_source, model_shape
 from moacompress.pipeline import compress
-from moacompress.recipe import ProfileRecipe, Recipe
+from moacompress.recipe import Recipe
+from moacompress.recipe_sections import ProfileRecipe
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable

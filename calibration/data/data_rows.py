@@ -11,7 +11,7 @@ from moacompress.core.errors import DataError
 from moacompress.core.files import canonical_json
 from moacompress.prompts.pools import Split, read_documents
 from moacompress.prompts.squad import parse_articles
-from moacompress.recipe import SourceRecipe
+from moacompress.recipe_sections import SourceRecipe
 
 DataRow = Mapping[str, Any]
 RowKind = Literal["messages", "prompt", "question", "text"]

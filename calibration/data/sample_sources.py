@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from moacompress.calibration.data.answer_store import AnswerStore
     from moacompress.core.progress import Progress
     from moacompress.models.source import SourceModel
-    from moacompress.recipe import Recipe, SourceRecipe
+    from moacompress.recipe import Recipe
+    from moacompress.recipe_sections import SourceRecipe
 
 logger = logging.getLogger(__name__)
 

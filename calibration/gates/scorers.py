@@ -25,7 +25,7 @@ from moacompress.core.errors import ModelError, UsageError, did_you_mean
 from moacompress.core.plugins import SCORERS as OUTSIDE
 from moacompress.core.plugins import plugins
 from moacompress.models.modules import attention_modules, given_hidden
-from moacompress.recipe import INFLUENCE
+from moacompress.recipe_sections import INFLUENCE
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable

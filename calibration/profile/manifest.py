@@ -26,7 +26,8 @@ from moacompress.core.artefact_names import (
 from moacompress.core.errors import ArtefactError, MoaCompressError, one_line
 from moacompress.core.files import BrokenJson, fingerprint, read_json, remove, sweep_files, write_json, write_text
 from moacompress.core.version import own_version
-from moacompress.recipe import INFLUENCE, ProfileRecipe, Recipe
+from moacompress.recipe import Recipe
+from moacompress.recipe_sections import INFLUENCE, ProfileRecipe
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.rule import SINKS, Rule
 

@@ -27,7 +27,8 @@ from moacompress.estimate.rates import REPEATS, Rates
 from moacompress.kernels.arguments import Choices
 from moacompress.models.placement import input_device
 from moacompress.models.source import SourceModel
-from moacompress.recipe import ProfileRecipe, Recipe
+from moacompress.recipe import Recipe
+from moacompress.recipe_sections import ProfileRecipe
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable

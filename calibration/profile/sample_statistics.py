@@ -32,7 +32,7 @@ from moacompress.calibration.profile.statistics import DRAWN, Floats32, Statisti
 from moacompress.core.errors import UsageError
 from moacompress.models.placement import input_device, layer_devices
 from moacompress.models.tensor_parallel import heads_here, of_all_ranks
-from moacompress.recipe import ProfileRecipe
+from moacompress.recipe_sections import ProfileRecipe
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan

@@ -16,7 +16,8 @@ from moacompress.calibration.profile.store import read_samples
 from moacompress.core.artefact_names import CALIBRATION_FILE, VALIDATION_FILE
 from moacompress.core.errors import ArtefactError
 from moacompress.prompts import field_records, generators, pools, recall, sentences
-from moacompress.recipe import Recipe, SourceRecipe
+from moacompress.recipe import Recipe
+from moacompress.recipe_sections import SourceRecipe
 
 logger = logging.getLogger(__name__)
 

@@ -168,7 +168,6 @@ def bench(
             batch,
             tokens,
             repeats,
-            (weights, head_weights),
             overwrite,
             trust_remote_code,
         )
@@ -269,7 +268,6 @@ def _cost_table(
     batch: str | None,
     tokens: int | None,
     repeats: int | None,
-    weights: tuple[str | None, str | None],
     overwrite: bool,
     trust_remote_code: bool,
 ) -> Output:
@@ -278,7 +276,7 @@ def _cost_table(
     from moacompress.report.cost_table_tables import cost_table_tables, fitted_rows
     from moacompress.rules.budget import parse_lengths
 
-    recipe = run.recipe(weights=weights[0], head_weights=weights[1])
+    recipe = run.recipe()
     if recipe.weights == AUTO:
         raise UsageError(
             "--weights auto is for a search, which chooses them; a cost table is of weights as they are loaded"

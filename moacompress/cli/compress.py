@@ -29,11 +29,11 @@ from moacompress.cli.options import (
     ValidationSamples,
     WeightsOption,
     dry_run_option,
-    read_sources,
     required_model,
     split_list,
     with_memory,
 )
+from moacompress.cli.recipe_options import recipe_option
 from moacompress.core.errors import UsageError
 from moacompress.efforts import Effort, effort_recipe
 from moacompress.rules.loss import one_limit
@@ -66,16 +66,15 @@ def compress(
     weights: WeightsOption = None,
     head_weights: HeadWeightsOption = None,
     formats: FormatsOption = None,
-    gates: Annotated[
-        bool | None,
-        typer.Option("--gates", help="Also offer rules that keep tokens which a gate chooses, and train these."),
-    ] = None,
+    gates: Annotated[bool | None, recipe_option("profile.gates", "--gates")] = None,
     scorer: ScorerOption = None,
     classes: ClassesOption = None,
     cost_table: CostTableOption = None,
-    trials: Annotated[int | None, typer.Option(help="Measured trials of the search.")] = None,
-    tasks: Annotated[str | None, typer.Option(metavar="LIST", help="Tasks of the evaluation.")] = None,
-    prompts: Annotated[int | None, typer.Option(help="Prompts of each task and length of the evaluation.")] = None,
+    trials: Annotated[int | None, recipe_option("search.trials", states_default=False)] = None,
+    tasks: Annotated[
+        str | None, recipe_option("evaluation.tasks", metavar="LIST", read=split_list, states_default=False)
+    ] = None,
+    prompts: Annotated[int | None, recipe_option("evaluation.prompts", states_default=False)] = None,
     effort: Annotated[
         Effort | None,
         typer.Option(
@@ -100,23 +99,7 @@ def compress(
         recipe,
         base=None if recipe else effort_recipe(effort or "standard", prose=text is not None),
         **one_limit(with_memory(budget, memory), max_loss),
-        weights=weights,
-        head_weights=head_weights,
-        calibration__lengths=lengths,
-        calibration__samples=samples,
-        calibration__text_samples=text_samples,
-        calibration__validation_samples=validation_samples,
-        calibration__sources=read_sources(source),
-        calibration__text=text,
-        profile__gates=gates,
-        profile__scorer=scorer,
-        search__formats=formats,
-        search__classes=classes,
-        search__cost_table=None if cost_table is None else str(cost_table),
-        search__trials=trials,
-        evaluation__tasks=split_list(tasks),
         evaluation__lengths=lengths if recipe is None else None,
-        evaluation__prompts=prompts,
     )
     resolved = resolved.override(model=required_model(model, resolved.model))
 

@@ -14,7 +14,6 @@ from moacompress.cli.options import (
     Sources,
     Text,
     TrustRemoteCode,
-    read_sources,
     required_model,
 )
 
@@ -40,12 +39,7 @@ def preview(
 
     They are among those that `moacompress profile` would make of the same options, the answers of MODEL included.
     """
-    resolved = run.recipe(
-        recipe,
-        calibration__sources=read_sources(source),
-        calibration__text=text,
-        calibration__lengths=lengths,
-    )
+    resolved = run.recipe(recipe)
     name = required_model(model, resolved.model)
 
     from moacompress.calibration.data.answers import answer_drafts

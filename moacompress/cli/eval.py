@@ -10,7 +10,6 @@ import typer
 from moacompress.cli.harness import CommandRun, Output, command, say
 from moacompress.cli.options import (
     Devices,
-    LengthsOption,
     Overwrite,
     TensorParallel,
     Text,
@@ -19,6 +18,7 @@ from moacompress.cli.options import (
     dry_run_option,
     split_list,
 )
+from moacompress.cli.recipe_options import recipe_option
 from moacompress.core.errors import UsageError
 from moacompress.core.ranks import rank
 
@@ -64,13 +64,18 @@ def evaluate(
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(metavar="LIST", help="Tasks, such as needle-noise, or ruler, all, and text for long text."),
+        recipe_option(
+            "evaluation.tasks",
+            metavar="LIST",
+            more="Such as needle-noise, or ruler, all, and text for long text.",
+            read=split_list,
+        ),
     ] = None,
     list_tasks: Annotated[
         bool, typer.Option("--list-tasks", help="Say which tasks there are and what they need, and measure nothing.")
     ] = False,
-    lengths: LengthsOption = None,
-    prompts: Annotated[int | None, typer.Option(help="Prompts of each task and length.")] = None,
+    lengths: Annotated[str | None, recipe_option("evaluation.lengths", metavar="LIST")] = None,
+    prompts: Annotated[int | None, recipe_option("evaluation.prompts")] = None,
     text: Text = None,
     squad: Annotated[Path | None, typer.Option(metavar="FILE", help="SQuAD as JSON, for question answering.")] = None,
     source: Annotated[
@@ -131,12 +136,7 @@ def evaluate(
     harness = split_list(lm_eval) or ()
     if lm_eval is not None and not harness:
         raise UsageError("no tasks of lm-evaluation-harness given; name some, or leave --lm-eval out")
-    recipe = run.recipe(
-        evaluation__tasks=named,
-        evaluation__lengths=lengths,
-        evaluation__prompts=prompts,
-        calibration__text=text,
-    )
+    recipe = run.recipe()
 
     from moacompress.evaluation.runner import evaluate as evaluate_model
     from moacompress.evaluation.runner import task_names

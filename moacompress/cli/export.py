@@ -58,7 +58,7 @@ def export(
     from moacompress.report.inspection import inspect_plan, kv_table
 
     loaded = read_plan(find_plan_file(plan))
-    chosen = run.recipe(weights=weights, head_weights=head_weights)
+    chosen = run.recipe()
     if run.common.dtype not in (None, "auto"):
         loaded = loaded.in_dtype(run.recipe().dtype)
     if dry_run:

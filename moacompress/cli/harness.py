@@ -22,6 +22,7 @@ from rich.console import Console, RenderableType
 
 from moacompress.cli.bars import RichProgress
 from moacompress.cli.kernel_line import kernel_line
+from moacompress.cli.recipe_options import collected, recipe_option
 from moacompress.core.errors import ArtefactError, MoaCompressError, UsageError
 from moacompress.core.files import finite_json
 from moacompress.core.progress import Progress
@@ -62,19 +63,9 @@ class Common:
     ] = 0
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but errors.")] = False
     debug: Annotated[bool, typer.Option("--debug", help="Log everything, and show the traceback of an error.")] = False
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DEVICE",
-            help="Torch device, such as cpu or cuda. profile, search, export, eval and compress take a device map too: auto, "
-            "balanced, sequential, or a JSON FILE of one.",
-        ),
-    ] = None
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="To compute in: auto (the checkpoint's), float32, bfloat16 or float16."),
-    ] = None
+    seed: Annotated[int | None, recipe_option("seed", collected=False)] = None
+    device: Annotated[str | None, recipe_option("device", metavar="DEVICE", collected=False)] = None
+    dtype: Annotated[str | None, recipe_option("dtype", collected=False)] = None
     log_file: Annotated[
         Path | None,
         typer.Option(
@@ -109,12 +100,14 @@ class CommandRun:
         progress: is told how far it is.
         out: the standard output, which is not `sys.stdout` while a command runs.
         device_check: refuses a device that the command cannot use.
+        given: what its options set of a recipe, as `Recipe.override` takes it.
     """
 
     common: Common
     progress: Progress
     out: TextIO = field(default_factory=lambda: sys.stdout)
     device_check: Callable[[str], None] = lambda device: None
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, text: str) -> None:
         """Writes a piece of what the person asked for."""
@@ -138,7 +131,7 @@ class CommandRun:
         Args:
             file: the file of `--recipe`.
             base: the recipe where neither a file nor a flag says anything.
-            **flags: dotted keys as in `Recipe.override`; None is not given.
+            **flags: what the command sets beside its options, dotted keys as in `Recipe.override`; None is not given.
 
         Raises:
             RecipeError: from the file or from a flag.
@@ -146,7 +139,7 @@ class CommandRun:
         """
         recipe = Recipe.load(file) if file is not None else base or Recipe()
         flags |= {"seed": self.common.seed, "device": self.common.device, "dtype": self.common.dtype}
-        given = {name: value for name, value in flags.items() if value is not None}
+        given = {**self.given, **{name: value for name, value in flags.items() if value is not None}}
         for name, value in given.items():
             text = without_password(value) if isinstance(value, str) else value
             logger.info("%s = %s, from the command line", name.replace("__", "."), text)
@@ -186,7 +179,9 @@ class Command:
         self.epilog = "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
         self.__name__ = function.__name__
         self.__annotations__: dict[str, Any] = {}  # Typer asks for it; the signature has all
-        self.__signature__ = inspect.Signature([*_own_parameters(function), *_common_parameters()])
+        own = _own_parameters(function)
+        self._parameters = {parameter.name: parameter for parameter in own}
+        self.__signature__ = inspect.Signature([*own, *_common_parameters()])
 
     def __call__(self, **arguments: Any) -> None:
         """Runs the command, prints its result and raises `typer.Exit` unless all is well."""
@@ -232,8 +227,9 @@ class Command:
 
             self._check_map(device)
             checked_placement(device)
+        given = collected(self._parameters, arguments)
         with splitting(splits):
-            return self._work(replace(run, device_check=self._check_map), **arguments)
+            return self._work(replace(run, device_check=self._check_map, given=given), **arguments)
 
     def _check_map(self, device: str) -> None:
         """Refuses a device map that the command cannot use.

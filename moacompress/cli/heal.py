@@ -9,7 +9,8 @@ import typer
 from rich.console import RenderableType
 
 from moacompress.cli.harness import CommandRun, Output, command
-from moacompress.cli.options import LengthsOption, Overwrite, RecipeFile, Text, TrustRemoteCode, dry_run_option
+from moacompress.cli.options import Overwrite, RecipeFile, Text, TrustRemoteCode, dry_run_option
+from moacompress.cli.recipe_options import recipe_option
 
 
 @command(
@@ -36,49 +37,25 @@ def heal(
         str | None,
         typer.Option(metavar="MODEL", help="The dense model; by default the one that was profiled."),
     ] = None,
-    objective: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="kl: KL to the dense model; echoatt: EchoAtt's two stages, first states of layers, KL and tokens, then "
-            "tokens alone.",
-        ),
-    ] = None,
-    train: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PART",
-            help="full: all weights; lora: LoRA, merged at the end; reuse: layers that reuse attention; gates: the gates "
-            "that choose tokens, and nothing else.",
-        ),
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(help="Training samples: those of the profile first, then new ones.")
-    ] = None,
-    lengths: LengthsOption = None,
+    objective: Annotated[str | None, recipe_option("heal.objective")] = None,
+    train: Annotated[str | None, recipe_option("heal.train")] = None,
+    samples: Annotated[int | None, recipe_option("heal.samples")] = None,
+    lengths: Annotated[str | None, recipe_option("heal.lengths", metavar="LIST")] = None,
     text: Text = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    max_minutes: Annotated[float | None, typer.Option(help="Minutes of training after which it ends.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Tokens of an optimizer step.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Largest learning rate.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of LoRA.")] = None,
-    modules: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LIST", help="Linear layers that LoRA is trained in, such as o_proj,down_proj; by default all."
-        ),
-    ] = None,
-    hidden_weight: Annotated[float | None, typer.Option(help="EchoAtt: weight of the states of layers.")] = None,
-    soft_weight: Annotated[float | None, typer.Option(help="EchoAtt: weight of KL to dense.")] = None,
-    hard_weight: Annotated[float | None, typer.Option(help="EchoAtt: weight of the answers' own tokens.")] = None,
-    evaluations: Annotated[int | None, typer.Option(help="Times that held-out KL is measured on the way.")] = None,
-    patience: Annotated[
-        int | None, typer.Option(help="Evaluations in a row without a new best that end the training.")
-    ] = None,
-    held_out: Annotated[int | None, typer.Option(help="Validation samples that it is measured on.")] = None,
+    steps: Annotated[int | None, recipe_option("heal.steps")] = None,
+    max_minutes: Annotated[float | None, recipe_option("heal.max_minutes")] = None,
+    batch: Annotated[int | None, recipe_option("heal.batch")] = None,
+    lr: Annotated[float | None, recipe_option("heal.lr")] = None,
+    rank: Annotated[int | None, recipe_option("heal.rank")] = None,
+    modules: Annotated[str | None, recipe_option("heal.modules", metavar="LIST")] = None,
+    hidden_weight: Annotated[float | None, recipe_option("heal.hidden_weight")] = None,
+    soft_weight: Annotated[float | None, recipe_option("heal.soft_weight")] = None,
+    hard_weight: Annotated[float | None, recipe_option("heal.hard_weight")] = None,
+    evaluations: Annotated[int | None, recipe_option("heal.evaluations")] = None,
+    patience: Annotated[int | None, recipe_option("heal.patience")] = None,
+    held_out: Annotated[int | None, recipe_option("heal.held_out")] = None,
     checkpointing: Annotated[
-        bool | None,
-        typer.Option("--checkpointing/--no-checkpointing", help="Compute layers twice, and keep less in memory."),
+        bool | None, recipe_option("heal.checkpointing", "--checkpointing/--no-checkpointing")
     ] = None,
     dry_run: Annotated[
         bool, dry_run_option("Say what it would take (tokens, time, memory), and train nothing.")
@@ -93,27 +70,7 @@ def heal(
     bfloat16; weights are trained in float32.
     Under torchrun (torchrun --standalone --nproc-per-node 2 -m moacompress heal ...) processes share the samples.
     """
-    resolved = run.recipe(
-        recipe,
-        heal__objective=objective,
-        heal__train=train,
-        heal__samples=samples,
-        heal__lengths=lengths,
-        heal__steps=steps,
-        heal__max_minutes=max_minutes,
-        heal__batch=batch,
-        heal__lr=lr,
-        heal__rank=rank,
-        heal__modules=modules,
-        heal__hidden_weight=hidden_weight,
-        heal__soft_weight=soft_weight,
-        heal__hard_weight=hard_weight,
-        heal__evaluations=evaluations,
-        heal__patience=patience,
-        heal__held_out=held_out,
-        heal__checkpointing=checkpointing,
-        calibration__text=text,
-    )
+    resolved = run.recipe(recipe)
     if dry_run:
         from moacompress.healer.heal_estimate import estimate_heal
 

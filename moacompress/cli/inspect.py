@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moacompress.cli.harness import CommandRun, Output, command
-from moacompress.cli.options import LengthsOption, TrustRemoteCode
+from moacompress.cli.options import TrustRemoteCode
 from moacompress.core.errors import UsageError
 from moacompress.models.locate import find_plan_file
 
@@ -23,7 +23,9 @@ from moacompress.models.locate import find_plan_file
 def inspect(
     run: CommandRun,
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Compressed model, folder of a run, or plan file.")],
-    lengths: LengthsOption = None,
+    lengths: Annotated[
+        str | None, typer.Option("--lengths", metavar="LIST", help="Lengths in tokens, such as 1k,4k.")
+    ] = None,
     show_tokens: Annotated[
         Path | None,
         typer.Option(

@@ -9,8 +9,9 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from moacompress.cli.recipe_options import recipe_option
 from moacompress.core.errors import UsageError, did_you_mean
-from moacompress.recipe import Generator
+from moacompress.recipe_sections import Generator
 
 ModelArgument = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file.", show_default=False)
@@ -31,19 +32,9 @@ TensorParallel = Annotated[
 ]
 Budgets = Annotated[
     list[str] | None,
-    typer.Option(
-        "--budget", metavar="BUDGET", help="25%, 0.25, 25%@8k, 512MiB@32k or latency=0.8@8kx8; repeated: all must hold."
-    ),
+    recipe_option("budget", metavar="BUDGET", more="May be repeated.", collected=False),
 ]
-MaxLossOption = Annotated[
-    str | None,
-    typer.Option(
-        "--max-loss",
-        metavar="LOSS",
-        help="Instead of a budget: find the smallest one whose plan raises the perplexity of the dense model's own "
-        "answers by at most this, such as 1%.",
-    ),
-]
+MaxLossOption = Annotated[str | None, recipe_option("max_loss", metavar="LOSS", collected=False)]
 MemoryOption = Annotated[
     str | None,
     typer.Option(
@@ -52,69 +43,28 @@ MemoryOption = Annotated[
         help="Most bytes of weights and of the KV cache of L tokens together, such as 6GiB@8k: the budget memory=6GiB@8k.",
     ),
 ]
-LengthsOption = Annotated[
-    str | None, typer.Option("--lengths", metavar="LIST", help="Lengths in tokens, such as 1k,4k.")
-]
-CostTableOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--cost-table",
-        metavar="FILE",
-        help="What a step takes on this machine, of `bench MODEL --cost-table FILE`: budgets such as latency=0.8@8kx8 go by "
-        "it, and the plan's step is predicted.",
-    ),
-]
-FormatsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--formats",
-        metavar="LIST",
-        help="Formats of keys and values on offer beside native, such as int8,int4; native for spans alone. By default all "
-        "that are profiled.",
-    ),
-]
-ScorerOption = Annotated[
-    str | None,
-    typer.Option(
-        "--scorer",
-        metavar="NAME",
-        help="What gates are fitted to: influence (by default), value-norm, keydiff or expected-attention.",
-    ),
-]
-ClassesOption = Annotated[
-    int | None,
-    typer.Option(
-        "--classes",
-        metavar="N",
-        help="Most different rules of a plan: KV heads of equal rules form a class. For servers that free memory by class, "
-        "such as vLLM with --classes 18. By default any number.",
-    ),
-]
-WeightsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--weights",
-        metavar="KIND",
-        help="Weights of linear layers: keep a .gguf file's blocks of codes (the default), dense, or rounded to int8 or int4; "
-        "auto: as the search chooses for each within --memory.",
-    ),
-]
-HeadWeightsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--head-weights",
-        metavar="KIND",
-        help="What embedding and output layer are rounded to, int8 or int4, where --weights rounds. By default not.",
-    ),
-]
+LengthsOption = Annotated[str | None, recipe_option("calibration.lengths", metavar="LIST", states_default=False)]
+CostTableOption = Annotated[Path | None, recipe_option("search.cost_table", metavar="FILE", read=str)]
+FormatsOption = Annotated[str | None, recipe_option("search.formats", metavar="LIST")]
+ScorerOption = Annotated[str | None, recipe_option("profile.scorer", metavar="NAME")]
+ClassesOption = Annotated[int | None, recipe_option("search.classes", metavar="N")]
+WeightsOption = Annotated[str | None, recipe_option("weights")]
+HeadWeightsOption = Annotated[str | None, recipe_option("head_weights")]
 Sources = Annotated[
     list[str] | None,
-    typer.Option("--source", metavar="NAME", help="Generator, data file or hub set; may be repeated."),
+    recipe_option(
+        "calibration.sources",
+        "--source",
+        metavar="NAME",
+        more="May be repeated.",
+        read=lambda given: read_sources(given),
+        states_default=False,
+    ),
 ]
-Samples = Annotated[int | None, typer.Option(help="Calibration samples, over all lengths.")]
-TextSamples = Annotated[int | None, typer.Option(help="Samples of plain text from --text beside them.")]
-ValidationSamples = Annotated[int | None, typer.Option(help="Samples on which plans are measured.")]
-Text = Annotated[str | None, typer.Option("--text", metavar="PATH", help="File or folder of long prose.")]
+Samples = Annotated[int | None, recipe_option("calibration.samples", states_default=False)]
+TextSamples = Annotated[int | None, recipe_option("calibration.text_samples", states_default=False)]
+ValidationSamples = Annotated[int | None, recipe_option("calibration.validation_samples", states_default=False)]
+Text = Annotated[str | None, recipe_option("calibration.text", metavar="PATH")]
 
 
 def dry_run_option(text: str) -> Any:

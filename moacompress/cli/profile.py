@@ -28,9 +28,9 @@ from moacompress.cli.options import (
     WeightsOption,
     asked_devices,
     dry_run_option,
-    read_sources,
     required_model,
 )
+from moacompress.cli.recipe_options import recipe_option
 from moacompress.core.artefact_names import PROFILE_FOLDER
 from moacompress.core.errors import UsageError
 from moacompress.core.ranks import rank, world_size
@@ -90,31 +90,12 @@ def profile(
     samples: Samples = None,
     text_samples: TextSamples = None,
     validation_samples: ValidationSamples = None,
-    draws: Annotated[int | None, typer.Option(help="Random logit cotangents a sample.")] = None,
-    estimator: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="What the search goes by: robust, fisher, sample, or a baseline: moa, mass, gold-fisher, gold-sample.",
-        ),
-    ] = None,
-    baselines: Annotated[
-        bool | None,
-        typer.Option("--baselines", help="Also profile MoA's estimator, attention mass and the gold label."),
-    ] = None,
-    heads: Annotated[
-        bool | None, typer.Option("--heads", help="Also profile distances, sink mass and entropy of every KV head.")
-    ] = None,
-    anchors: Annotated[
-        int | None, typer.Option(metavar="N", help="Also profile sharing with N earlier layers of every layer.")
-    ] = None,
-    gates: Annotated[
-        bool | None,
-        typer.Option(
-            "--gates",
-            help="Train a gate for every KV head, which scores tokens, and profile rules that keep those of highest score.",
-        ),
-    ] = None,
+    draws: Annotated[int | None, recipe_option("profile.draws")] = None,
+    estimator: Annotated[str | None, recipe_option("profile.estimator")] = None,
+    baselines: Annotated[bool | None, recipe_option("profile.baselines", "--baselines")] = None,
+    heads: Annotated[bool | None, recipe_option("profile.heads", "--heads")] = None,
+    anchors: Annotated[int | None, recipe_option("profile.anchors", metavar="N")] = None,
+    gates: Annotated[bool | None, recipe_option("profile.gates", "--gates")] = None,
     scorer: ScorerOption = None,
     source: Sources = None,
     text: Text = None,
@@ -180,21 +161,7 @@ def profile(
     resolved = run.recipe(
         recipe,
         base=earlier,
-        weights=weights,
-        head_weights=head_weights,
-        calibration__lengths=lengths,
-        calibration__samples=samples,
-        calibration__text_samples=text_samples,
-        calibration__validation_samples=validation_samples,
-        calibration__sources=read_sources(source),
-        calibration__text=text,
-        profile__draws=draws,
-        profile__estimator=estimator,
-        profile__baselines=baselines if audit is None else True,
-        profile__heads=heads,
-        profile__anchors=anchors,
-        profile__gates=gates,
-        profile__scorer=scorer,
+        profile__baselines=None if audit is None else True,
     )
     name = required_model(model, resolved.model)
     resolved = resolved.override(model=name)

@@ -41,7 +41,6 @@ def init(
     recipe = run.recipe(
         base=effort_recipe(effort, prose=text is not None),
         model=model,
-        calibration__text=text,
         **one_limit(budget, max_loss),
     )
     write_text(out, recipe_yaml(recipe))
@@ -59,7 +58,7 @@ def validate(
     from moacompress.report.recipe_text import changed_settings
     from moacompress.run_checks import check_recipe
 
-    recipe = run.recipe(path, calibration__text=text)
+    recipe = run.recipe(path)
     check_recipe(recipe)
     changed = changed_settings(recipe)
     return Output(

@@ -25,6 +25,7 @@ from moacompress.cli.options import (
     dry_run_option,
     with_memory,
 )
+from moacompress.cli.recipe_options import recipe_option
 from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import BudgetError, UsageError
 from moacompress.rules.loss import one_limit
@@ -57,11 +58,7 @@ def search(
     ] = None,
     budget: Annotated[
         list[str] | None,
-        typer.Option(
-            "--budget",
-            metavar="BUDGET",
-            help="25%, 0.25, 25%@8k, 512MiB@32k or latency=0.8@8kx8; repeated: all must hold; with commas: one plan each.",
-        ),
+        recipe_option("budget", metavar="BUDGET", more="May be repeated; with commas: one plan each.", collected=False),
     ] = None,
     memory: MemoryOption = None,
     weights: WeightsOption = None,
@@ -73,56 +70,20 @@ def search(
     ] = False,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="File of the plan.")] = Path(PLAN_FILE),
     recipe: RecipeFile = None,
-    trials: Annotated[int | None, typer.Option(help="Measured trials.")] = None,
-    rounds: Annotated[
-        int | None, typer.Option(help="Times that the best plan is profiled around and improved.")
-    ] = None,
-    moves: Annotated[int | None, typer.Option(help="KV heads measured with more, and with less, at the end.")] = None,
-    timeout: Annotated[
-        float | None,
-        typer.Option(
-            help="Seconds that all of it may take, loading included: it ends within the measurement of one sample after them."
-        ),
-    ] = None,
+    trials: Annotated[int | None, recipe_option("search.trials")] = None,
+    rounds: Annotated[int | None, recipe_option("search.rounds")] = None,
+    moves: Annotated[int | None, recipe_option("search.moves")] = None,
+    timeout: Annotated[float | None, recipe_option("search.timeout")] = None,
     formats: FormatsOption = None,
-    gates: Annotated[
-        bool | None,
-        typer.Option("--gates/--no-gates", help="Offer rules that keep tokens which a gate chooses, or none of them."),
-    ] = None,
-    share: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WHICH",
-            help="Layers that attend as an earlier one does and keep values alone: off (the default), a number of them, or "
-            "layers=12:11,18:17 with their anchors. With auto some trials share and others do not, and measured KL decides. "
-            "Needs a profile with --anchors.",
-        ),
-    ] = None,
-    assume_repaired: Annotated[
-        bool | None,
-        typer.Option(
-            "--assume-repaired",
-            help="Predict and measure shared attention after a repair of the layers that share: export with --repair.",
-        ),
-    ] = None,
-    assume_healed: Annotated[
-        float | None,
-        typer.Option(
-            metavar="F",
-            help="Count so much of the KL of shared attention, 0.3 for three tenths: for those who will heal the result.",
-        ),
-    ] = None,
+    gates: Annotated[bool | None, recipe_option("search.gates", "--gates/--no-gates")] = None,
+    share: Annotated[str | None, recipe_option("search.share", metavar="WHICH")] = None,
+    assume_repaired: Annotated[bool | None, recipe_option("search.assume_repaired", "--assume-repaired")] = None,
+    assume_healed: Annotated[float | None, recipe_option("search.assume_healed", metavar="F")] = None,
     classes: ClassesOption = None,
     cost_table: CostTableOption = None,
-    solver: Annotated[str | None, typer.Option(help="Solver inside each trial: lagrange or milp.")] = None,
+    solver: Annotated[str | None, recipe_option("search.solver")] = None,
     storage: Annotated[
-        str | None,
-        typer.Option(
-            metavar="STORAGE",
-            envvar="MOACOMPRESS_STORAGE",
-            help="Where the study is: a file ending in .journal, or a URL of SQLite, PostgreSQL or MySQL. The same command in "
-            "other processes, or on other machines, shares the work.",
-        ),
+        str | None, recipe_option("search.storage", metavar="STORAGE", envvar="MOACOMPRESS_STORAGE")
     ] = None,
     status: Annotated[
         str | None,
@@ -160,21 +121,6 @@ def search(
         recipe,
         base=loaded.recipe,
         **one_limit(list(asked[0]) if len(asked) == 1 else [] if asked else None, max_loss),
-        weights=weights,
-        head_weights=head_weights,
-        search__trials=trials,
-        search__rounds=rounds,
-        search__moves=moves,
-        search__timeout=timeout,
-        search__formats=formats,
-        search__gates=gates,
-        search__share=share,
-        search__assume_repaired=assume_repaired,
-        search__assume_healed=assume_healed,
-        search__classes=classes,
-        search__cost_table=None if cost_table is None else str(cost_table),
-        search__solver=solver,
-        search__storage=storage,
     )
     if dry_run:
         if front:

@@ -16,7 +16,8 @@ from moacompress.healer.trained_weights import LEARNING_RATES, WeightBytes, chec
 from moacompress.healer.training_data import heal_lengths
 from moacompress.models.source import SourceModel, load_source
 from moacompress.models.stored_plan import checkpoint_weights, stored_bytes
-from moacompress.recipe import HealRecipe, Recipe
+from moacompress.recipe import Recipe
+from moacompress.recipe_sections import HealRecipe
 from moacompress.rules.plan import Plan
 from moacompress.runtime.checkpoint import Checkpoint, compressed_folder, load_checkpoint, profile_folder
 

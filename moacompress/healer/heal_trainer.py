@@ -25,7 +25,7 @@ from moacompress.healer.heal_history import Evaluated, HealHistory, save_best
 from moacompress.healer.teacher import HeldOut, Teacher, target_rows
 from moacompress.healer.trained_weights import as_written, written_tensors
 from moacompress.models import processes
-from moacompress.recipe import HealRecipe
+from moacompress.recipe_sections import HealRecipe
 
 WARM_UP = 0.05
 """Share of the heal in which the learning rate rises."""

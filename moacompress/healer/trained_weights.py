@@ -21,7 +21,7 @@ from moacompress.models.block_layers import (
     with_dense_weight,
 )
 from moacompress.models.modules import decoder_layers
-from moacompress.recipe import HealRecipe
+from moacompress.recipe_sections import HealRecipe
 from moacompress.rules.plan import Plan
 from moacompress.runtime.gate import TokenGate
 

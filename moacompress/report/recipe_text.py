@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from moacompress.recipe import Recipe
 SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
 WIDTH = 10_000
 """Of a value in YAML: it stays on its line."""
+LINE = 128
+"""Columns that a line with its comment may take; a longer comment stands above its key."""
 
 
 def recipe_yaml(recipe: Recipe, *, everything: bool = True) -> str:
@@ -60,14 +63,28 @@ def _lines(section: BaseModel, default: BaseModel, everything: bool, indent: str
                 yield f"{indent}{name}:  # {described}"
                 yield from inner
         elif everything or value != usual:
-            comment = f"  # {field.description}" if field.description else ""
             if name == "sources":
-                yield f"{indent}{name}:{comment}"
+                yield from _explained(f"{indent}{name}:", field.description, indent)
                 for source in value:
                     given = source.model_dump(mode="json", exclude_defaults=True)  # of many keys it has few
                     yield f"{indent}  - {_flow(given)}"
             else:
-                yield f"{indent}{name}: {_flow(section.model_dump(mode='json', include={name})[name])}{comment}"
+                written = _flow(section.model_dump(mode="json", include={name})[name])
+                yield from _explained(f"{indent}{name}: {written}", field.description, indent)
+
+
+def _explained(line: str, description: str | None, indent: str) -> Iterator[str]:
+    """Yields a key's line with its comment, behind it or above it."""
+    whole = f"{line}  # {description}"
+    if description and len(whole) > LINE:
+        yield from textwrap.wrap(
+            description,
+            LINE - 28,
+            initial_indent=f"{indent}# ",
+            subsequent_indent=f"{indent}# ",
+            break_on_hyphens=False,
+        )
+    yield whole if description and len(whole) <= LINE else line
 
 
 def _flow(value: Any) -> str:

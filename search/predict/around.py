@@ -26,7 +26,8 @@ from moacompress.core.errors import ArtefactError, ModelError
 from moacompress.core.files import fingerprint
 from moacompress.core.progress import Progress
 from moacompress.models.source import SourceModel
-from moacompress.recipe import ProfileRecipe, Recipe
+from moacompress.recipe import Recipe
+from moacompress.recipe_sections import ProfileRecipe
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule_table import RuleTable
 from moacompress.search.deadline import Deadline

@@ -29,7 +29,8 @@ from moacompress.core.progress import Progress
 from moacompress.core.tables import readable_seconds
 from moacompress.estimate.live_bytes import Line, LiveBytes
 from moacompress.models.source import SourceModel, model_shape
-from moacompress.recipe import ProfileRecipe, Recipe
+from moacompress.recipe import Recipe
+from moacompress.recipe_sections import ProfileRecipe
 from moacompress.rules.candidates import candidate_rules
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule

@@ -16,7 +16,7 @@ from moacompress.calibration.profile.influence import AttentionSpec, attend_back
 from moacompress.calibration.profile.manifest import DISTANCE_BINS
 from moacompress.calibration.profile.sample_statistics import sample_statistics
 from moacompress.models.source import model_shape
-from moacompress.recipe import ProfileRecipe
+from moacompress.recipe_sections import ProfileRecipe
 from moacompress.rules.rule import SINKS, Rule
 from moacompress.rules.rule_table import RuleTable
 

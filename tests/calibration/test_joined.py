@@ -19,7 +19,7 @@ from moacompress.evaluation.tasks.squad_questions import Questions
 from moacompress.prompts.pools import SPLITS, Split
 from moacompress.prompts.recall import WORDS
 from moacompress.prompts.sentences import DOCUMENTS
-from moacompress.recipe import SourceRecipe
+from moacompress.recipe_sections import SourceRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

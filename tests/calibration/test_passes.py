@@ -32,7 +32,7 @@ from moacompress.calibration.profile.statistics import Statistics
 from moacompress.estimate.live_bytes import LiveBytes
 from moacompress.models.modules import attention_modules, decoder_layers
 from moacompress.models.source import model_shape
-from moacompress.recipe import ProfileRecipe
+from moacompress.recipe_sections import ProfileRecipe
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 

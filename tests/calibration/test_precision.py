@@ -20,7 +20,7 @@ from moacompress.calibration.profile.sample_statistics import sample_statistics
 from moacompress.kernels.reference.codes import decode, encode, rotated
 from moacompress.kernels.reference.rounding import round_to, rounded
 from moacompress.models.source import model_shape
-from moacompress.recipe import ProfileRecipe
+from moacompress.recipe_sections import ProfileRecipe
 from moacompress.rules.formats import CODED, FORMATS
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan

@@ -19,7 +19,8 @@ from moacompress.calibration.data.samples import Sample, fingerprint_samples
 from moacompress.core.errors import DataError
 from moacompress.prompts.pools import SPLITS, Prose
 from moacompress.prompts.templates import encode_conversation
-from moacompress.recipe import Generator, Recipe
+from moacompress.recipe import Recipe
+from moacompress.recipe_sections import Generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

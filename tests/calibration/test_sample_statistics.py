@@ -15,7 +15,7 @@ from moacompress.calibration.profile import passes
 from moacompress.calibration.profile.sample_statistics import logit_cotangent, sample_statistics
 from moacompress.models.modules import decoder_layers
 from moacompress.models.source import SourceModel, model_shape
-from moacompress.recipe import ProfileRecipe
+from moacompress.recipe_sections import ProfileRecipe
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable

@@ -26,7 +26,8 @@ from moacompress.calibration.profile.sharing import Attended, CopySums, best_hea
 from moacompress.calibration.profile.statistics import Statistics
 from moacompress.core.errors import PlanError, UsageError
 from moacompress.models.source import SourceModel, model_shape
-from moacompress.recipe import ProfileRecipe, Recipe
+from moacompress.recipe import Recipe
+from moacompress.recipe_sections import ProfileRecipe
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule

@@ -25,7 +25,7 @@ from moacompress.evaluation.tasks.unseen.names import NAMES, SPEAKERS, draw_name
 from moacompress.evaluation.tasks.unseen.table_lookup import CellTable
 from moacompress.prompts.generators import TASKS, Values, make_prompt
 from moacompress.prompts.pools import Prose, draw_codes
-from moacompress.recipe import Generator
+from moacompress.recipe_sections import Generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -31,7 +31,7 @@ from moacompress.kernels.arguments import Choices, as_tensors
 from moacompress.kernels.cpu import library
 from moacompress.kernels.dispatch import REFERENCE
 from moacompress.models.source import model_shape
-from moacompress.recipe import ProfileRecipe
+from moacompress.recipe_sections import ProfileRecipe
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import COLUMNS, RuleTable
 from moacompress.rules.windows import Span, visible_intervals

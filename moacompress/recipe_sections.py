@@ -1,0 +1,349 @@
+"""The sections of a recipe: what is profiled, how it is searched, what is measured at the end, and how weights are healed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from moacompress.core.errors import MoaCompressError, did_you_mean
+from moacompress.rules.asked_shares import AskedShares
+from moacompress.rules.budget import parse_length
+from moacompress.rules.formats import CODED, NATIVE, all_formats, find_format, is_format
+from moacompress.rules.rule import MIN_WINDOWS, SINKS
+
+Estimator = Literal["robust", "fisher", "sample", "moa", "mass", "gold-fisher", "gold-sample"]
+Solver = Literal["lagrange", "milp"]
+Generator = Literal["needle", "multi-needle", "key-value", "records", "recall"]
+HealObjective = Literal["kl", "echoatt"]
+INFLUENCE = "influence"
+"""What gates are fitted to by default."""
+TrainedPart = Literal["full", "lora", "reuse", "gates"]
+
+
+def _lengths(value: Any) -> Any:
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    try:
+        return tuple(sorted({parse_length(str(item)) for item in items}))
+    except MoaCompressError as error:
+        raise ValueError(str(error)) from error
+
+
+def _names(value: Any) -> Any:
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str) and item.strip() for item in items):
+        raise ValueError("must be names, such as o_proj,down_proj")
+    return tuple(sorted({item.strip() for item in items}))
+
+
+def _formats(value: Any) -> Any:
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    names = [str(item).strip() for item in items]
+    for name in names:
+        if not is_format(name):
+            known = all_formats()
+            hint = did_you_mean(name, known, f"known are {', '.join(known)}")
+            raise ValueError(f"unknown format {name!r}; {hint}")
+    return tuple(sorted({*names} - {NATIVE}, key=lambda name: find_format(name).code))
+
+
+def _share(value: Any) -> Any:
+    try:
+        return AskedShares.parse("off" if value is False else value).text  # YAML reads off as False
+    except MoaCompressError as error:
+        raise ValueError(str(error)) from error
+
+
+Formats = Annotated[tuple[str, ...], BeforeValidator(_formats, json_schema_input_type=str | list[str])]
+"""Names of formats beside the native one, which is always on offer."""
+Lengths = Annotated[tuple[int, ...], BeforeValidator(_lengths, json_schema_input_type=str | int | list[str | int])]
+
+
+class Section(BaseModel):
+    """A part of a recipe, whose keys are all known."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    ALWAYS_HASHED: ClassVar[frozenset[str]] = frozenset()
+    """Keys that fingerprints have whatever their value. A key that is new is not added here; see `hashed`."""
+
+    def hashed(self) -> dict[str, Any]:
+        """Returns the choices that go into a fingerprint, as JSON values.
+
+        Of keys that are not in `ALWAYS_HASHED` those are left out that have their default: so a key that is new does not make
+        another fingerprint of what was asked for before there was one.
+        """
+        chosen = {
+            name
+            for name, field in type(self).model_fields.items()
+            if name in self.ALWAYS_HASHED or getattr(self, name) != field.get_default(call_default_factory=True)
+        }
+        return self.model_dump(mode="json", include=chosen)
+
+
+class SourceRecipe(Section):
+    """One source of calibration samples: exactly one of `generator`, `path`, `dataset`."""
+
+    ALWAYS_HASHED = frozenset(
+        {"generator", "path", "dataset", "config", "split", "haystack", "values", "weight"},
+    )
+    generator: Generator | None = Field(None, description="synthetic task with known long-range dependency")
+    path: str | None = Field(None, description="local .jsonl, .json, .parquet or .txt file")
+    dataset: str | None = Field(None, description="hub id of a `datasets` set")
+    config: str | None = Field(None, description="configuration name of the hub set")
+    split: str = Field("train", description="split of the hub set")
+    haystack: Literal["noise", "prose"] = Field("noise", description="filler of a generator; prose needs `text`")
+    values: Literal["numbers", "uuids", "codes"] = Field(
+        "numbers", description="what needles, key-value pairs and records hide"
+    )
+    weight: float = Field(1.0, gt=0, le=1000, description="share of the samples, relative to the other sources")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> SourceRecipe:
+        if sum(kind is not None for kind in (self.generator, self.path, self.dataset)) != 1:
+            raise ValueError("a source names exactly one of generator, path, dataset")
+        if self.values != "numbers" and self.generator not in ("needle", "multi-needle", "key-value", "records"):
+            raise ValueError(f"only needles, key-value pairs and records have values; {self._name} has none to choose")
+        return self
+
+    @property
+    def _name(self) -> str:
+        return str(self.generator or self.path or self.dataset)
+
+
+class CalibrationRecipe(Section):
+    """What the heads are profiled on."""
+
+    ALWAYS_HASHED = frozenset(
+        {
+            "sources",
+            "text",
+            "lengths",
+            "samples",
+            "text_samples",
+            "validation_samples",
+            "longer_samples",
+            "answer_tokens",
+        }
+    )
+    sources: tuple[SourceRecipe, ...] = Field(
+        (
+            SourceRecipe(generator="needle"),
+            SourceRecipe(generator="multi-needle"),
+            SourceRecipe(generator="key-value", weight=0.5),
+        ),
+        min_length=1,
+        description="where calibration samples come from: generators, data files and hub sets, each with its weight",
+    )
+    text: str | None = Field(None, description="file or folder of long prose, the haystack of `prose` sources")
+    lengths: Lengths = Field(
+        (512, 1024), min_length=1, max_length=8, description="lengths in tokens that are profiled, such as 1k,4k"
+    )
+    samples: int = Field(96, ge=1, le=100_000, description="calibration samples, over all lengths")
+    text_samples: int = Field(0, ge=0, le=100_000, description="samples of plain text from `text` beside them")
+    validation_samples: int = Field(12, ge=1, le=10_000, description="samples on which plans are measured")
+    longer_samples: int = Field(
+        2, ge=0, le=10_000, description="of generators, twice as long as the longest, beside the validation samples"
+    )
+    answer_tokens: int = Field(32, ge=1, le=4096, description="longest answer of the dense model, tokens")
+
+    def hashed(self) -> dict[str, Any]:
+        """Returns the settings that count for the fingerprint, those of the sources likewise."""
+        return {**super().hashed(), "sources": [part.hashed() for part in self.sources]}
+
+
+class ProfileRecipe(Section):
+    """How influence is estimated."""
+
+    draws: int = Field(2, ge=1, le=64, description="random logit cotangents a sample")
+    estimator: Estimator = Field(
+        "robust", description="statistic that the search goes by; moa, mass, gold-fisher and gold-sample are baselines"
+    )
+    baselines: bool = Field(False, description="also record the statistics of moa, mass and the gold label")
+    heads: bool = Field(False, description="also record distances, sink mass and entropy of every KV head")
+    anchors: int = Field(0, ge=0, le=64, description="earlier layers whose attention every layer is tried with")
+    gates: bool = Field(
+        False, description="train a gate for every KV head, which scores tokens, and profile rules that keep its choice"
+    )
+    scorer: str = Field(
+        INFLUENCE,
+        min_length=1,
+        max_length=64,
+        description="what gates are fitted to: influence, value-norm, keydiff, expected-attention, or an installed one",
+    )
+    gate_samples: int = Field(
+        24,
+        ge=2,
+        le=100_000,
+        description="samples of the shortest length that gates are trained on, and nothing else is",
+    )
+    formats: Formats = Field(CODED, description="formats of keys and values that are profiled")
+    min_window: int = Field(32, description="smallest window of any KV head, tokens")
+    sinks: tuple[int, ...] = Field(SINKS, min_length=1, description="sink sizes on offer, tokens")
+
+    @model_validator(mode="after")
+    def _recorded(self) -> ProfileRecipe:
+        if self.estimator not in ("robust", "fisher", "sample"):
+            object.__setattr__(self, "baselines", True)  # what the search goes by must be there
+        return self
+
+    @field_validator("min_window")
+    @classmethod
+    def _min_window(cls, value: int) -> int:
+        if value not in MIN_WINDOWS:
+            raise ValueError(f"min_window is one of {', '.join(map(str, MIN_WINDOWS))}")
+        return value
+
+    @field_validator("sinks")
+    @classmethod
+    def _sinks(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not set(value) <= set(SINKS):
+            raise ValueError(f"sinks are some of {', '.join(map(str, SINKS))}")
+        return tuple(sorted(set(value)))
+
+
+class SearchRecipe(Section):
+    """How the plan is found."""
+
+    trials: int = Field(16, ge=1, le=100_000, description="measured trials, the pure surrogate's (trial 0) included")
+    timeout: float | None = Field(
+        None,
+        gt=0,
+        description="seconds that a search may take, loading included: it ends within the measurement of one "
+        "sample after them",
+    )
+    text_weight: float = Field(0.25, ge=0, le=1000, description="weight of plain text beside answers, if profiled")
+    formats: Formats | None = Field(
+        None,
+        description="formats of keys and values on offer beside native, such as int8,int4; native for spans "
+        "alone; by default all that are profiled",
+    )
+    gates: bool = Field(True, description="offer rules that keep tokens which a gate chooses, where they are profiled")
+    solver: Solver = Field("lagrange", description="solver inside each trial")
+    share: Annotated[str, BeforeValidator(_share, json_schema_input_type=str | bool | int)] = Field(
+        "off",
+        description="layers that attend as an earlier one does and keep values alone: off, a number of them, "
+        "layers=12:11,18:17 with their anchors, or auto, where some trials share and measured KL "
+        "decides; needs a profile with anchors",
+    )
+    segments: bool = Field(False, description="layers that share follow their anchor at once, with none between")
+    assume_repaired: bool = Field(
+        False,
+        description="predict and measure shared attention after the repair of the layers that share: export with "
+        "--repair",
+    )
+    assume_healed: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the KL of shared attention that healing is assumed to leave, 0.3 for three tenths",
+    )
+    classes: int | None = Field(
+        None,
+        ge=1,
+        le=100_000,
+        description="most different rules of a plan, whose KV heads form a class: for servers that free memory by"
+        " class, such as vLLM with 18; by default any number",
+    )
+    ablations: int = Field(12, ge=0, le=10_000, description="single KV heads measured to calibrate the surrogate")
+    alternatives: bool = Field(
+        True, description="measure baselines beside the found plan, and what a limit of classes costs"
+    )
+    rounds: int = Field(3, ge=0, le=100, description="times that the best plan is profiled around and improved")
+    round_samples: int = Field(16, ge=1, le=100_000, description="calibration samples of a round")
+    round_trials: int = Field(4, ge=1, le=1_000, description="plans that a round measures")
+    moves: int = Field(10, ge=0, le=10_000, description="KV heads measured with more, and with less, at the end")
+    floors: dict[int, float] = Field({}, description="smallest share of its KV bytes that a layer keeps, by layer")
+    cost_table: str | None = Field(
+        None,
+        description="file of `bench MODEL --cost-table FILE`, what a step takes on this machine: budgets such as "
+        "latency=0.8@8kx8 go by it, and the plan's step is predicted",
+    )
+    storage: str | None = Field(
+        None,
+        description="where the study is: a file ending in .journal, or a URL of SQLite, PostgreSQL or MySQL; the "
+        "same command in other processes, or on other machines, shares the work",
+    )
+
+    @field_validator("floors")
+    @classmethod
+    def _floors(cls, value: dict[int, float]) -> dict[int, float]:
+        for layer, share in value.items():
+            if layer < 0 or not 0 < share <= 1:
+                raise ValueError(f"floor {share:g} of layer {layer} is not a share in (0, 1] of a layer from 0 up")
+        return value
+
+
+class EvaluationRecipe(Section):
+    """What is measured at the end."""
+
+    tasks: tuple[str, ...] = Field(("needle-noise",), min_length=1, description="tasks of the evaluation")
+    lengths: Lengths = Field(
+        (1024,), min_length=1, max_length=16, description="lengths in tokens of the prompts, such as 1k,4k"
+    )
+    prompts: int = Field(20, ge=1, le=100_000, description="prompts of each task and length of the evaluation")
+
+
+class HealRecipe(Section):
+    """How the weights of a compressed model are distilled from the dense model."""
+
+    ALWAYS_HASHED = frozenset(
+        {
+            "objective",
+            "train",
+            "samples",
+            "text_share",
+            "lengths",
+            "steps",
+            "batch",
+            "lr",
+            "rank",
+            "hidden_weight",
+            "soft_weight",
+            "hard_weight",
+            "first_stage",
+            "evaluations",
+            "patience",
+            "held_out",
+        }
+    )
+    objective: HealObjective = Field(
+        "kl",
+        description="what is lowered: kl, the KL to dense; echoatt, EchoAtt's two stages: first states of layers,"
+        " KL and tokens, then tokens alone",
+    )
+    train: TrainedPart = Field(
+        "lora",
+        description="what is trained: full, all weights; lora, LoRA of linear layers, merged at the end; reuse, "
+        "layers that reuse attention; gates, the gates that choose tokens, and nothing else",
+    )
+    samples: int = Field(96, ge=1, le=1_000_000, description="training samples, those of the profile first")
+    text_share: float = Field(0.25, ge=0, le=1, description="share of plain text in them, where there is prose")
+    lengths: Lengths | None = Field(
+        None,
+        min_length=1,
+        max_length=8,
+        description="lengths in tokens of training samples; by default those of the profile",
+    )
+    steps: int = Field(100, ge=1, le=10_000_000, description="optimizer steps")
+    max_minutes: float | None = Field(None, gt=0, description="minutes of training after which it ends")
+    batch: int = Field(8192, ge=1, le=2**30, description="tokens of an optimizer step")
+    lr: float | None = Field(None, gt=0, le=1, description="largest learning rate; by default what suits `train`")
+    rank: int = Field(16, ge=1, le=4096, description="rank of LoRA")
+    modules: Annotated[tuple[str, ...], BeforeValidator(_names, json_schema_input_type=str | list[str])] | None = Field(
+        None,
+        min_length=1,
+        description="linear layers that LoRA is trained in, such as o_proj,down_proj; by default all",
+    )
+    hidden_weight: float = Field(1.0, ge=0, description="weight of the states of layers, in EchoAtt's first stage")
+    soft_weight: float = Field(1.0, ge=0, description="weight of KL to dense, likewise")
+    hard_weight: float = Field(1.0, ge=0, description="weight of the answers' own tokens, likewise")
+    first_stage: float = Field(0.7, ge=0, le=1, description="share of the steps that EchoAtt's first stage takes")
+    evaluations: int = Field(8, ge=1, le=10_000, description="times that held-out KL is measured on the way")
+    patience: int = Field(3, ge=1, le=10_000, description="evaluations in a row without a new best that end it")
+    held_out: int | None = Field(
+        None, ge=1, description="validation samples that held-out KL is measured on; by default all"
+    )
+    checkpointing: bool | None = Field(
+        None, description="compute layers twice and keep less; by default for samples beyond 1,536 tokens"
+    )
