@@ -1,4 +1,4 @@
-"""`profile` and `eval` of a model that is split over two ranks with gloo: the numbers are those of one process."""
+"""`profile`, `search` and `eval` of a model that is split over two ranks with gloo: the numbers are those of one process."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-import moacompress
 from moacompress.calibration.profile.store import Profile
 from moacompress.cli import app
 from moacompress.exporter.exporting import export
 from moacompress.models.source import load_source
-from moacompress.recipe import Recipe
+from moacompress.rules.plan import Plan
 from tests import plan_kinds
 from tests.torchrun import torchrun
 
@@ -31,11 +30,12 @@ def dense(tiny_model, tiny_tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.mark.heavy
-def test_profile(dense, small_run, tmp_path):
+def test_profile_and_search(dense, small_run, tmp_path):
     calibration = {**small_run["calibration"], "lengths": [300], "samples": 2}
     profile = {"draws": 1, "gates": True, "gate_samples": 2, "heads": True, "baselines": True}
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({"calibration": calibration, "profile": profile}))
+    search = {"trials": 1, "ablations": 1, "rounds": 1, "round_samples": 2, "round_trials": 1, "moves": 0}
+    recipe.write_text(yaml.safe_dump({"calibration": calibration, "profile": profile, "search": search}))
     command = ["profile", str(dense), "--recipe", str(recipe)]
     done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "one")])
     assert done.exit_code == 0, done.output
@@ -51,12 +51,15 @@ def test_profile(dense, small_run, tmp_path):
         assert found < apart, name
     gates = one.gate_weights.weight
     assert np.abs(two.gate_weights.weight - gates).max() < 1e-3 * np.abs(gates).max()
-    search = Recipe.from_dict({"budget": "50%", "search": {"trials": 1, "ablations": 0, "rounds": 0, "moves": 2}})
-    plans = [
-        moacompress.find_plan(profile, recipe=search, out=tmp_path / f"{profile.path.name}.json").plan
-        for profile in (one, two)
-    ]
+    options = ["--budget", "50%", "--recipe", str(recipe)]
+    done = CliRunner().invoke(app, ["search", str(tmp_path / "one"), *options, "-o", str(tmp_path / "one.json")])
+    assert done.exit_code == 0, done.output
+    split = torchrun(2, "search", tmp_path / "two", *options, "-o", tmp_path / "two.json", "--tensor-parallel")
+    assert split.returncode == 0, split.stderr[-3000:]
+    plans = [Plan.load(tmp_path / name) for name in ("one.json", "two.json")]
     assert plans[0].rules == plans[1].rules
+    harms = [plan.quality["measured_harm"]["plan"] for plan in plans]
+    assert harms[1] == pytest.approx(harms[0], rel=1e-3)
 
 
 @pytest.mark.heavy
@@ -97,6 +100,25 @@ def test_what_is_not_split(dense, compressed):
         done = CliRunner().invoke(app, [*map(str, command), "--tensor-parallel"])
         assert done.exit_code == 2
         assert said in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--front", "searches one plan of given budgets"),
+        ("--storage sqlite:///study.db", "workers with a model each"),
+        ("--timeout 60", "would not stop at the same plan"),
+        ("--dry-run", "--dry-run times one process"),
+    ],
+)
+def test_what_is_not_searched_with_a_split_model(options, said, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("moacompress.models.processes.join", lambda: None)
+    golden = Path(__file__).parent / "golden" / "profile"
+    done = CliRunner().invoke(app, ["search", str(golden), "--budget", "50%", "--tensor-parallel", *options.split()])
+    assert done.exit_code == 2, done.output
+    assert said in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ class Command:
                 "--nproc-per-node N -m moacompress"
             )
         if world_size() > 1:
-            if not self._shared:
+            if not (self._shared or splits):
                 raise UsageError(
                     f"{self.__name__} runs in one process, and this is one of {world_size()}; start it without torchrun "
                     "(or unset WORLD_SIZE)"

@@ -19,6 +19,7 @@ from moacompress.cli.options import (
     MemoryOption,
     Overwrite,
     RecipeFile,
+    TensorParallel,
     TrustRemoteCode,
     WeightsOption,
     asked_devices,
@@ -32,6 +33,7 @@ from moacompress.rules.loss import one_limit
 
 if TYPE_CHECKING:
     from moacompress.calibration.profile.store import Profile
+    from moacompress.recipe import Recipe
     from moacompress.search.result.search_result import SearchResult
 
 
@@ -95,11 +97,13 @@ def search(
     dry_run: Annotated[bool, dry_run_option("Say how long it would take, and search nothing.")] = False,
     devices: Devices = None,
     overwrite: Overwrite = False,
+    tensor_parallel: TensorParallel = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Find the plan of lowest KL within a budget.
 
-    Plans are measured on the model of PROFILE. A search that was stopped resumes with the same command.
+    Plans are measured on the model of PROFILE. A search that was stopped resumes with the same command. Under torchrun it takes
+    --tensor-parallel.
     """
     started = time.monotonic()
     count = asked_devices(devices, dry_run)
@@ -122,6 +126,8 @@ def search(
         base=loaded.recipe,
         **one_limit(list(asked[0]) if len(asked) == 1 else [] if asked else None, max_loss),
     )
+    if tensor_parallel:
+        _check_tensor_parallel(dry_run, front or len(asked) > 1 or resolved.max_loss is not None, resolved)
     if dry_run:
         if front:
             raise UsageError("--dry-run knows what a search of single plans takes; leave out --front")
@@ -135,18 +141,41 @@ def search(
     from moacompress.search.deadline import Deadline
 
     deadline = Deadline(resolved.search.timeout, started)
-    options: dict[str, Any] = {"recipe": resolved, "out": out, "overwrite": overwrite, "progress": run.progress}
+    options: dict[str, Any] = {"recipe": resolved, "overwrite": overwrite, "progress": run.progress}
     options |= {"deadline": deadline, "trust_remote_code": trust_remote_code}
     if front:
         from moacompress.search.front import find_front
 
         shares = [part for budgets in asked for part in budgets] or list(resolved.budget)
-        return _several(loaded, find_front(loaded, shares, **options))
+        return _several(loaded, find_front(loaded, shares, out=out, **options))
     from moacompress.search.plan_sets import find_asked, find_plans
 
     if len(asked) > 1:
-        return _several(loaded, find_plans(loaded, asked, **options))
-    return _one(loaded, find_asked(loaded, **options), out)
+        return _several(loaded, find_plans(loaded, asked, out=out, **options))
+    if tensor_parallel:
+        from moacompress.models.processes import own_files
+
+        with own_files(out) as place:
+            return _one(loaded, find_asked(loaded, out=place, **options), out)
+    return _one(loaded, find_asked(loaded, out=out, **options), out)
+
+
+def _check_tensor_parallel(dry_run: bool, several: bool, recipe: Recipe) -> None:
+    """Refuses what ranks that hold one model together cannot search for alike.
+
+    Raises:
+        UsageError: says what.
+    """
+    if dry_run:
+        raise UsageError("--dry-run times one process; leave --tensor-parallel out, or run it")
+    if several:
+        raise UsageError(
+            "--tensor-parallel searches one plan of given budgets; leave out --front, --max-loss and several"
+        )
+    if recipe.search.storage is not None:
+        raise UsageError("--storage shares a search among workers with a model each; leave it or --tensor-parallel out")
+    if recipe.search.timeout is not None:
+        raise UsageError("ranks would not stop at the same plan; leave --timeout or --tensor-parallel out")
 
 
 def _status(storage: str) -> Output:

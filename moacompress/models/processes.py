@@ -9,11 +9,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -94,6 +97,32 @@ def gathered(values: dict[Any, Any]) -> dict[Any, Any]:
     parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, values)
     return {key: value for part in parts for key, value in part.items()}
+
+
+@contextmanager
+def own_files(file: Path) -> Iterator[Path]:
+    """Gives each process that holds a part of one model a place to write to: the first the file, the others a copy of it.
+
+    So all can do the same work and write what they do, and what the first one has written stays.
+
+    Args:
+        file: which need not be there; what is beside it with a name that begins as its stem does goes with it.
+
+    Yields:
+        The file, in a temporary folder in all processes but the first.
+
+    Raises:
+        ModelError: the processes do not see the same files.
+    """
+    there = [path for path in file.parent.glob("*") if path.name.partition(".")[0] == file.name.partition(".")[0]]
+    check_alike({f"files beside {file.name}": ", ".join(sorted(path.name for path in there)) or "none"})
+    with TemporaryDirectory(prefix="moacompress-") as folder:
+        if rank():
+            for path in there:
+                copy = shutil.copytree if path.is_dir() else shutil.copyfile
+                copy(path, Path(folder) / path.name)
+        gathered({})  # nothing is written before all have their copy
+        yield Path(folder) / file.name if rank() else file
 
 
 def check_alike(facts: Mapping[str, str]) -> None:

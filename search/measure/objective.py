@@ -14,7 +14,9 @@ import torch
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.passes import answer_logits
 from moacompress.core.errors import DataError, ModelError
+from moacompress.core.ranks import splits_model
 from moacompress.models.kl import MAX_DENSE_BYTES, kl_divergence
+from moacompress.models.processes import agreed
 from moacompress.repair.projections import Weights, with_weights
 from moacompress.rules.plan import Plan
 from moacompress.search.measure.prefix import first_changed, record, resumed
@@ -144,6 +146,8 @@ class Objective:
 
 
 def _finite(kl: float, number: int) -> float:
+    if splits_model():
+        kl = agreed(kl)  # ranks go on alike, to the last bit
     if not math.isfinite(kl):
         raise ModelError(f"the logits of validation sample {number} are not finite; try --dtype float32")
     return kl
