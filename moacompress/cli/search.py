@@ -78,6 +78,14 @@ def search(
     timeout: Annotated[float | None, recipe_option("search.timeout")] = None,
     formats: FormatsOption = None,
     gates: Annotated[bool | None, recipe_option("search.gates", "--gates/--no-gates")] = None,
+    scorer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What the gates must be fitted to, as `profile --scorer` did: influence, value-norm, keydiff or "
+            "expected-attention. A profile of others is refused.",
+        ),
+    ] = None,
     share: Annotated[str | None, recipe_option("search.share", metavar="WHICH")] = None,
     assume_repaired: Annotated[bool | None, recipe_option("search.assume_repaired", "--assume-repaired")] = None,
     assume_healed: Annotated[float | None, recipe_option("search.assume_healed", metavar="F")] = None,
@@ -121,6 +129,10 @@ def search(
         )
     asked = split_budgets(budget) if budget else []
     loaded = Profile.load(profile)
+    if scorer is not None:
+        from moacompress.calibration.gates.scorers import check_scored
+
+        check_scored(loaded, scorer)
     resolved = run.recipe(
         recipe,
         base=loaded.recipe,
