@@ -19,7 +19,7 @@ from moacompress.evaluation.scoring.prompts import match_share
 from rivals.environments import python_of
 from rivals.processes import Runner, RunnerError, runner
 from rivals.prompts import SEEN, UNSEEN, Prompt
-from rivals.settings import OURS, REQUIREMENTS, Setting
+from rivals.settings import DENSE, OURS, REQUIREMENTS, Setting, chosen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,27 +112,34 @@ def measure_quality(
     stop: Sequence[int],
     questions: Sequence[str] = (SEEN, UNSEEN),
 ) -> Failures:
-    """Lets every setting answer every prompt, those that evict once with the question seen and unseen.
+    """Lets the dense model answer every prompt, and every setting those that it answers right.
+
+    Settings that evict once answer with the question seen and unseen.
 
     Returns:
         What could not be measured.
     """
     failures: Failures = {}
+    (dense,) = chosen([":".join(DENSE)], {})
     tokens = max(len(prompt.case.prompt_ids) + prompt.new_tokens for prompt in prompts) + 1
+
+    def key(setting: Setting, way: str, prompt: Prompt) -> str:
+        of = bench.key(setting, "quality", list(stop))
+        return fingerprint([of, way, prompt.case.prompt_ids, prompt.new_tokens])
 
     def rows(setting: Setting) -> None:
         asked = [way for way in (SEEN, UNSEEN) if way in questions] if setting.once else [SEEN]
-        of = bench.key(setting, "quality", list(stop))
         wanted = [
-            (fingerprint([of, way, prompt.case.prompt_ids, prompt.new_tokens]), way, prompt)
+            (key(setting, way, prompt), way, prompt)
             for way in asked
             for prompt in prompts
+            if setting == dense or (bench.records.get(key(dense, SEEN, prompt)) or {}).get("match") == 1.0
         ]
         left = [one for one in wanted if bench.records.get(one[0]) is None]
         if not left or bench.late():
             return
         with bench.started(setting, tokens) as process:
-            for done, (key, way, prompt) in enumerate(left):
+            for done, (row_key, way, prompt) in enumerate(left):
                 if bench.late():
                     return
                 case = prompt.case
@@ -153,12 +160,12 @@ def measure_quality(
                 }
                 where = {"task": case.task, "length": case.length, "index": prompt.index}
                 question = way if setting.once else ""
-                bench.file(key, numbers, process, setting, measure="quality", question=question, **where)
+                bench.file(row_key, numbers, process, setting, measure="quality", question=question, **where)
                 seconds = time.perf_counter() - begin
                 told = f"{setting.full_name} {question} {case.task}: {numbers['match']:g} ({seconds:.1f} s)"
                 print(f"{told}, {done + 1} of {len(left)}", file=sys.stderr)
 
-    for setting in settings:
+    for setting in (dense, *(one for one in settings if one != dense)):
         _try(failures, setting, rows)
     return failures
 
