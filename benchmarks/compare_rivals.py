@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+from rivals.kept import measure_kept
 from rivals.measures import Bench, measure_quality, measure_speed
 from rivals.prompts import SEEN, UNSEEN, make_prompts, stop_tokens_of
 from rivals.settings import SETTINGS, chosen
@@ -28,7 +29,7 @@ from moacompress.core.errors import MoaCompressError
 from moacompress.core.records import Records, named_numbers
 from moacompress.rules.budget import parse_lengths
 
-MEASURES = ("quality", "speed")
+MEASURES = ("quality", "speed", "kept")
 
 
 def machine() -> str:
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--gguf", type=Path, help="the same model as a .gguf file, for llama.cpp")
     found.add_argument("--rivals", default="transformers,moacompress", help="comma-separated: rivals, or rival:setting")
-    found.add_argument("--measure", default=",".join(MEASURES), help="comma-separated: quality, speed")
+    found.add_argument("--measure", default="quality,speed", help=f"comma-separated: {', '.join(MEASURES)}")
     found.add_argument("--tasks", default="niah-single-2,niah-single-3,niah-multikey-1", help="of moacompress eval")
     found.add_argument("--lengths", type=parse_lengths, default=parse_lengths("1k"), help="of prompts, and for speed")
     found.add_argument("--prompts", type=int, default=12, help="of each task and length")
@@ -75,7 +76,8 @@ def run(given: argparse.Namespace) -> int:
     deadline = None if given.seconds is None else time.monotonic() + given.seconds
     bench = Bench(given.dense, given.gguf, given.environments, given.threads, records, machine(), deadline)
     failures: dict[str, str] = {}
-    if "quality" in given.measure.split(","):
+    measures = given.measure.split(",")
+    if {"quality", "kept"} & set(measures):
         from transformers import AutoTokenizer
 
         from moacompress.evaluation.tasks.registry import Resources
@@ -83,9 +85,13 @@ def run(given: argparse.Namespace) -> int:
 
         tokenizer, stop = AutoTokenizer.from_pretrained(given.dense), stop_tokens_of(given.dense)
         texts = Resources(prose=None if given.text is None else Prose.load(given.text))
-        prompts = make_prompts(tokenizer, stop, given.tasks.split(","), given.lengths, given.prompts, texts)
-        failures |= measure_quality(bench, settings, prompts, tokenizer, stop, given.questions.split(","))
-    if "speed" in given.measure.split(","):
+        prompts = make_prompts(tokenizer, given.tasks.split(","), given.lengths, given.prompts, texts)
+        questions = given.questions.split(",")
+        if "quality" in measures:
+            failures |= measure_quality(bench, settings, prompts, tokenizer, stop, questions)
+        if "kept" in measures:
+            failures |= measure_kept(bench, settings, prompts, questions)
+    if "speed" in measures:
         failures |= measure_speed(bench, settings, given.lengths, given.steps, given.turns)
     print(tables(read_rows(given.out)))
     for name in failures:

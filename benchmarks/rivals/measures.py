@@ -56,8 +56,8 @@ class Bench:
         return self.deadline is not None and time.monotonic() > self.deadline
 
     @contextmanager
-    def started(self, setting: Setting, tokens: int) -> Iterator[Runner]:
-        """Starts the process of a setting, with room for so many tokens.
+    def started(self, setting: Setting, tokens: int, **more: Any) -> Iterator[Runner]:
+        """Starts the process of a setting, with room for so many tokens; its runner is told `more` besides.
 
         Raises:
             UsageError: it needs a file that was not given, or its environment cannot be made.
@@ -68,6 +68,7 @@ class Bench:
         python = python_of(setting.rival, self.environments)
         task = {
             **setting.options,
+            **more,
             "dense": str(self.dense),
             "gguf": str(self.gguf),
             "folder": str(self.environments / setting.rival),
@@ -81,7 +82,7 @@ class Bench:
     def key(self, setting: Setting, *parts: Any) -> str:
         """Returns what a row is filed under: setting, versions and model, and what it is a row of."""
         if setting.rival == OURS:
-            of = _digest(Path(setting.options["checkpoint"]))
+            of = _digest(Path(setting.options["checkpoint"])) if "checkpoint" in setting.options else ""
         else:
             of = (REQUIREMENTS / f"{setting.rival}.txt").read_text("utf-8")
         return fingerprint([setting.rival, dict(setting.options), of, _digest(self.dense), *parts])
@@ -166,7 +167,7 @@ def measure_quality(
                 print(f"{told}, {done + 1} of {len(left)}", file=sys.stderr)
 
     for setting in (dense, *(one for one in settings if one != dense)):
-        _try(failures, setting, rows)
+        attempt(failures, setting, rows)
     return failures
 
 
@@ -194,7 +195,7 @@ def measure_speed(
 
         missing = {setting.full_name: setting for _, setting, _, _ in left}
         for setting in missing.values():
-            _try(failures, setting, start)
+            attempt(failures, setting, start)
         for key, setting, length, turn in left:
             if bench.late():
                 break
@@ -207,11 +208,11 @@ def measure_speed(
                 print(f"{setting.full_name} at {length}: {times}", file=sys.stderr)
 
             if setting.full_name not in failures:
-                _try(failures, setting, row)
+                attempt(failures, setting, row)
     return failures
 
 
-def _try(failures: Failures, setting: Setting, run: Callable[[Setting], None]) -> None:
+def attempt(failures: Failures, setting: Setting, run: Callable[[Setting], None]) -> None:
     """Runs something of a setting; that its process fails is noted, and others go on."""
     try:
         run(setting)

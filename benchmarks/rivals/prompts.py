@@ -39,7 +39,6 @@ class Prompt:
 
 def make_prompts(
     tokenizer: PreTrainedTokenizerBase,
-    stop: Sequence[int],
     tasks: Sequence[str],
     lengths: Sequence[int],
     count: int,
@@ -50,7 +49,6 @@ def make_prompts(
 
     Args:
         tokenizer: the model's.
-        stop: tokens that end a turn.
         tasks: names of evaluation tasks.
         lengths: tokens of a prompt, its answer included.
         count: of each task and length.
@@ -59,30 +57,19 @@ def make_prompts(
 
     Raises:
         UsageError: an unknown task.
-        DataError: a text is missing, or a prompt has no line of its own for the question.
+        DataError: a text is missing, or a prompt does not say where its question begins.
     """
-    return [
-        Prompt(
-            case, index, question_at(tokenizer, stop, case), min(case.new_tokens, len(case.answer_ids) + ANSWER_ROOM)
-        )
-        for task in tasks
-        for length in lengths
-        for index, case in enumerate(make_cases(task, length, count, seed, tokenizer, resources))
-    ]
-
-
-def question_at(tokenizer: PreTrainedTokenizerBase, stop: Sequence[int], case: Case) -> int:
-    """Returns where the last line of a prompt's last turn of the user begins, in tokens.
-
-    Raises:
-        DataError: there is no such line.
-    """
-    ids = case.prompt_ids
-    end = max((index for index, token in enumerate(ids) if token in stop), default=len(ids))
-    for index in range(end - 1, 0, -1):
-        if "\n" in str(tokenizer.decode(ids[index : index + 1])):
-            return index + 1
-    raise DataError(f"a prompt of {case.task} has no line of its own for the question, so that none can be left unseen")
+    found = []
+    for task in tasks:
+        for length in lengths:
+            for index, case in enumerate(make_cases(task, length, count, seed, tokenizer, resources)):
+                if case.question_at is None:
+                    raise DataError(
+                        f"a prompt of {task} does not say where its question begins, so that none can be left unseen"
+                    )
+                new_tokens = min(case.new_tokens, len(case.answer_ids) + ANSWER_ROOM)
+                found.append(Prompt(case, index, case.question_at, new_tokens))
+    return found
 
 
 def stop_tokens_of(folder: Path) -> list[int]:

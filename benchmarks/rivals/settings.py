@@ -25,6 +25,7 @@ class Setting:
         options: what its runner is told.
         once: it evicts once, when the prompt is read, so that it matters whether the question is part of that.
         note: for a reader of the table; empty for none.
+        ours: name of our own baseline of the same method, whose kept keys are compared; empty where there is none.
     """
 
     rival: str
@@ -32,6 +33,7 @@ class Setting:
     options: Mapping[str, Any] = field(default_factory=dict)
     once: bool = False
     note: str = ""
+    ours: str = ""
 
     @property
     def full_name(self) -> str:
@@ -40,6 +42,15 @@ class Setting:
 
 
 MASKS = "masks only: the keys stay in memory"
+_SAME = {
+    "keydiff": "keydiff",
+    "snapkv": "snapkv",
+    "pyramidkv": "pyramidkv",
+    "expected": "expected-attention",
+    "adakv-snapkv": "adakv",
+    "kvzip": "kvzip",
+}
+"""Our baselines of the same methods as presses."""
 _PRESSES: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "streaming": ({"press": "StreamingLLMPress"}, ""),
     "knorm": ({"press": "KnormPress"}, ""),
@@ -61,7 +72,14 @@ _PRESSES: Mapping[str, tuple[Mapping[str, Any], str]] = {
 
 def _kvpress() -> list[Setting]:
     return [
-        Setting("kvpress", f"{name}-{kept:g}", {**options, "ratio": 1 - kept / 100}, once=True, note=note)
+        Setting(
+            "kvpress",
+            f"{name}-{kept:g}",
+            {**options, "ratio": 1 - kept / 100},
+            once=True,
+            note=note,
+            ours=_SAME.get(name, ""),
+        )
         for name, (options, note) in _PRESSES.items()
         for kept in (25, 12.5)
     ]

@@ -58,7 +58,7 @@ def read_rows(path: Path) -> list[Row]:
 def tables(rows: Iterable[Row]) -> str:
     """Returns all tables as Markdown, with what they were made with; a part that has no rows is left out."""
     rows = [*rows]
-    parts = [quality_table(rows), speed_table(rows), made_with(rows)]
+    parts = [quality_table(rows), kept_table(rows), speed_table(rows), made_with(rows)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -126,6 +126,24 @@ def _beside(one: Answers, ours: Sequence[Answers], right: set[Which]) -> tuple[s
     value, (low, high) = paired_difference([mine.match[which] for which in both], [one.match[which] for which in both])
     verdict = "ours" if low > 0 else "**the rival**" if high < 0 else "even"
     return f"{mine.setting}: {value:+.2f} [{low:+.2f}, {high:+.2f}]", verdict
+
+
+def kept_table(rows: Sequence[Row]) -> str:
+    """Returns the table of kept keys that are the same as our baseline's; empty without such rows."""
+    groups: dict[tuple[str, str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.get("measure") == "kept":
+            groups.setdefault((row["rival"], row["setting"], row["ours"], row["question"]), []).append(row)
+    if not groups:
+        return ""
+    heads = ("", "setting", "our baseline", "question", "prompts", "keeps", "the same keys", "least")
+    lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
+    for names, some in groups.items():
+        found = [row["numbers"]["same"] for row in some]
+        share = statistics.mean(row["numbers"]["share"] for row in some)
+        cells = [*names, str(len(some)), f"{share:.3f}", f"{statistics.mean(found):.3f}", f"{min(found):.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def speed_table(rows: Sequence[Row]) -> str:

@@ -40,6 +40,12 @@ class Fake(SteppedEngine):
         print("a library says something")
         return self.task["says"][min(len(self.log) - 2, len(self.task["says"]) - 1)]
 
+    def kept(self, job):
+        if "keeps" not in self.task:
+            return super().kept(job)
+        positions = list(range(len(job["prompt"])))[self.task["keeps"] :]
+        return {{"kept": [[positions, positions[: job.get("count")]]]}}
+
     def kv_bytes(self):
         return 4 * self.tokens
 
@@ -55,6 +61,7 @@ def rivals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     """Returns the benchmark's modules by their names; any rival is the fake one, in this Python."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import rivals.environments
+    import rivals.kept
     import rivals.measures
     import rivals.processes
     import rivals.prompts
@@ -70,7 +77,7 @@ def rivals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     for module in (rivals.measures, rivals.environments):
         monkeypatch.setattr(module, "REQUIREMENTS", requirements)
     monkeypatch.setattr(rivals.measures, "python_of", lambda rival, folder: Path(sys.executable))
-    names = ("environments", "measures", "processes", "prompts", "settings", "table")
+    names = ("environments", "kept", "measures", "processes", "prompts", "settings", "table")
     return SimpleNamespace(**{name: getattr(rivals, name) for name in names}, requirements=requirements)
 
 

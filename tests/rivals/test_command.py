@@ -28,7 +28,7 @@ def command(rivals: SimpleNamespace, load_script: Any, monkeypatch: pytest.Monke
     ("arguments", "why"),
     [
         (["--rivals", "transformers"], "the dense model and a file of rows"),
-        (["model/", "-o", "rows.jsonl", "--measure", "taste"], "--measure takes quality, speed"),
+        (["model/", "-o", "rows.jsonl", "--measure", "taste"], "--measure takes quality, speed, kept"),
         (["model/", "-o", "rows.jsonl", "--questions", "never"], "--questions seen and unseen"),
         (["model/", "-o", "rows.jsonl", "--ours", "folder"], "--ours takes NAME=FOLDER"),
     ],
@@ -51,7 +51,8 @@ def test_a_run_of_the_fake_rival(
     capsys: Any,
 ) -> None:
     fake = rivals.settings.Setting("transformers", "dense", {"says": [9, 2]})
-    monkeypatch.setattr(command.script, "chosen", lambda names, ours: [fake])
+    for module in (command.script, rivals.measures):
+        monkeypatch.setattr(module, "chosen", lambda names, ours: [fake])
     out = str(tmp_path / "rows.jsonl")
     options = [
         "--tasks",

@@ -18,19 +18,22 @@ STOP = [2]
 
 @pytest.fixture
 def prompts(rivals: SimpleNamespace, tiny_tokenizer: Any) -> list[Any]:
-    def prompt(index: int, word: str) -> Any:
-        ids = tiny_tokenizer(f"a text with {word}\nwhich?", add_special_tokens=False)["input_ids"]
+    def prompt(index: int, text: str, word: str) -> Any:
+        ids = tiny_tokenizer(f"{text} with {word}\nwhich?", add_special_tokens=False)["input_ids"]
         answer = tiny_tokenizer(word, add_special_tokens=False)["input_ids"]
         case = Case("made-up", 64, ids, answer, [True] * len(answer), (word,), "all", 8)
         return rivals.prompts.Prompt(case, index, len(ids) - 6, len(answer) + 1)
 
-    return [prompt(0, "cat"), prompt(1, "dog")]
+    return [prompt(0, "a text", "cat"), prompt(1, "one", "cat"), prompt(2, "a text", "dog")]
 
 
 @pytest.fixture
-def says(tiny_tokenizer: Any) -> list[int]:
-    """What the fake rival answers: the first prompt's word."""
-    return [*tiny_tokenizer("cat", add_special_tokens=False)["input_ids"], *STOP]
+def says(rivals: SimpleNamespace, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What the fake rival answers, and the dense model too: the first two prompts' word."""
+    said = [*tiny_tokenizer("cat", add_special_tokens=False)["input_ids"], *STOP]
+    dense = rivals.settings.Setting(*rivals.settings.DENSE, {"says": said})
+    monkeypatch.setattr(rivals.measures, "chosen", lambda names, checkpoints: [dense])
+    return said
 
 
 def rows(rivals: SimpleNamespace, tmp_path: Path) -> list[dict[str, Any]]:
@@ -46,15 +49,18 @@ def test_answers_are_scored_and_not_asked_for_again(
     assert not (tmp_path / "rows.jsonl").exists()
     for _ in range(2):
         rivals.measures.measure_quality(bench(), [setting], prompts[:1], tiny_tokenizer, STOP, ["unseen"])
-    assert len(rows(rivals, tmp_path)) == 1
+    assert len(rows(rivals, tmp_path)) == 2
     assert rivals.measures.measure_quality(bench(), [setting], prompts, tiny_tokenizer, STOP) == {}
-    found = rows(rivals, tmp_path)
+    everything = rows(rivals, tmp_path)
+    found = [row for row in everything if row["setting"] == "one"]
+    assert [row["numbers"]["match"] for row in everything if row["setting"] == "dense"] == [1.0, 1.0, 0.0]
     assert [(row["question"], row["index"], row["numbers"]["match"]) for row in found] == [
         ("unseen", 0, 1.0),
         ("seen", 0, 1.0),
-        ("seen", 1, 0.0),
-        ("unseen", 1, 0.0),
+        ("seen", 1, 1.0),
+        ("unseen", 1, 1.0),
     ]
+    found = [row for row in found if row["index"] == 0]
     tokens = len(prompts[0].case.prompt_ids) + 3  # the word, whose last token and the stop were not read
     assert all(row["numbers"]["tokens"] == tokens for row in found)
     assert all((row["numbers"]["kv_bytes"], row["numbers"]["masked_bytes"]) == (4 * tokens, 8) for row in found)
@@ -87,7 +93,7 @@ def test_a_rival_that_fails_is_named_and_the_others_are_measured(
     assert list(failures) == ["fake:bad"]
     assert "the process of fake:bad ended with 1" in failures["fake:bad"]
     assert why in failures["fake:bad"]
-    assert {row["setting"] for row in rows(rivals, tmp_path)} == {"good"}
+    assert {row["setting"] for row in rows(rivals, tmp_path)} == {"dense", "good"}
     failures = rivals.measures.measure_speed(bench(), settings, [8], 2, 1)
     assert list(failures) == ["fake:bad"]
     assert [row["setting"] for row in rows(rivals, tmp_path) if row["measure"] == "speed"] == ["good"]
@@ -110,6 +116,38 @@ def test_turns_alternate_and_are_resumed(
     assert all(row["numbers"]["peak_bytes"] > 2**20 and row["numbers"]["step_ms"] > 0 for row in found)
 
 
+def test_kept_keys_are_compared_at_as_many(
+    rivals: SimpleNamespace, bench: Callable[..., Any], prompts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The counterpart is the same fake rival: it is told the number of kept keys, and keeps those from the tenth on."""
+    monkeypatch.setattr(rivals.kept, "OURS", "fake")
+    settings = [
+        rivals.settings.Setting("fake", "one", {"keeps": 8}, ours="mine"),
+        rivals.settings.Setting("fake", "alone", {"keeps": 8}),
+    ]
+    failures = rivals.kept.measure_kept(bench(), settings, prompts[:1], ["unseen"])
+    assert "does not say which tokens it keeps" in failures["fake:one"]  # our baseline is not told `keeps`
+    monkeypatch.setattr(rivals.kept, "Setting", lambda *given: rivals.settings.Setting("fake", "mine", {"keeps": 10}))
+    for _ in range(2):
+        assert rivals.kept.measure_kept(bench(), settings, prompts[:1], ["seen", "unseen"]) == {}
+    size = len(prompts[0].case.prompt_ids)
+    found = {row["question"]: row["numbers"] for row in rows(rivals, tmp_path)}
+    assert found["seen"] == pytest.approx({"same": (size - 11) / (size - 9), "share": (size - 9) / (size - 1)})
+    read = prompts[0].question_at
+    assert found["unseen"] == pytest.approx({"same": (read - 10) / (read - 8), "share": (read - 8) / read})
+
+
+def test_our_baseline_keeps_as_many_as_it_is_told(rivals: SimpleNamespace, tiny_folder: Path) -> None:
+    from rivals.runners.moacompress import make
+
+    engine = make({"dense": str(tiny_folder), "threads": 1, "baseline": "keydiff", "dtype": "float32"})
+    kept = engine.kept({"prompt": list(range(4, 44)), "count": 3 * 2 * 7})["kept"]
+    assert [[len(row) for row in layer] for layer in kept] == [[7, 7]] * 3
+    for what in (engine.answer, engine.turn):
+        with pytest.raises(NotImplementedError):
+            what({})
+
+
 def test_llama_cpp_needs_its_file(rivals: SimpleNamespace, bench: Callable[..., Any]) -> None:
     (setting,) = rivals.settings.chosen(["llamacpp:bf16-q8_0"], {})
     (rivals.requirements / "llamacpp.txt").touch()
@@ -120,7 +158,7 @@ def test_llama_cpp_needs_its_file(rivals: SimpleNamespace, bench: Callable[..., 
 def test_a_question_begins_on_its_line(rivals: SimpleNamespace, tiny_tokenizer: Any) -> None:
     from moacompress.evaluation.tasks.registry import Resources
 
-    made = rivals.prompts.make_prompts(tiny_tokenizer, STOP, ["needle-noise"], [900], 2, Resources())
+    made = rivals.prompts.make_prompts(tiny_tokenizer, ["needle-noise"], [900], 2, Resources())
     assert [prompt.index for prompt in made] == [0, 1]
     for prompt in made:
         before = tiny_tokenizer.decode(prompt.case.prompt_ids[: prompt.question_at])

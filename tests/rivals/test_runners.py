@@ -105,7 +105,7 @@ def test_a_press_is_used_as_its_pipeline_does(
     assert read == [30]
     assert engine.tokens == len(PROMPT) + 4
     assert found["kv_bytes"] == 3 * 2 * (len(PROMPT) + 4 - 10) * 2 * 16 * 2
-    kept = engine.kept(job(30))["kept"]
+    kept = engine.kept({"prompt": PROMPT[:30]})["kept"]
     assert kept == [[list(range(10, 30))] * 2] * 3
 
 
@@ -116,7 +116,7 @@ def test_what_a_library_prints_is_no_answer(rivals: SimpleNamespace, tmp_path: P
         assert process.ready["vocabulary"] == 50
         assert process.do("answer", prompt=[1, 2, 3], question_at=None, new_tokens=4, stop=[2])["ids"] == [7, 2]
         with pytest.raises(rivals.processes.RunnerError, match="does not say which tokens it keeps"):
-            process.do("kept", prompt=[1], question_at=None)
+            process.do("kept", prompt=[1])
 
 
 def test_a_runner_starts_by_its_name(tiny_folder: Path) -> None:

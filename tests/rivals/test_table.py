@@ -90,6 +90,24 @@ def test_times_are_medians_and_the_best_is_bold(rivals: SimpleNamespace) -> None
     assert cells(table, "b")[2:] == ["1", "4.0", "**5.0**", "4.00", "**5.00**", "4", "**5**"]
 
 
+def test_kept_keys_beside_our_baseline(rivals: SimpleNamespace) -> None:
+    rows = [
+        {
+            "key": str(same),
+            "numbers": {"same": same, "share": 0.25},
+            "rival": "other",
+            "setting": "press-25",
+            "ours": "mine",
+            "question": "unseen",
+            "measure": "kept",
+            **NOTES,
+        }
+        for same in (1.0, 0.5)
+    ]
+    assert cells(rivals.table.kept_table(rows), "press-25")[2:] == ["mine", "unseen", "2", "0.250", "0.750", "0.500"]
+    assert rivals.table.kept_table([]) == ""
+
+
 def test_a_file_of_rows_becomes_tables(rivals: SimpleNamespace, tmp_path: Path) -> None:
     rows = [*answers("transformers", "dense", [1.0], 1), *times("a", 256, [3])]
     path = tmp_path / "rows.jsonl"

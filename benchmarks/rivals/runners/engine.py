@@ -7,8 +7,8 @@ The first line out says that it is ready: `{"vocabulary": ..., "versions": {pack
   "masked_bytes": ...}`. With `question_at` the prompt is compressed before its question is read.
 - `{"do": "turn", "length": n, "steps": n, "seed": n}`: a prompt of random tokens and some steps behind it:
   `{"prompt_ms": ..., "step_ms": ..., "peak_bytes": ...}`, the median step, and the most memory that the process had meanwhile.
-- `{"do": "kept", "prompt": ids, "question_at": index or null}`: which tokens of the prompt each KV head keeps: `{"kept":
-  lists of positions by layer and KV head}`.
+- `{"do": "kept", "prompt": ids}`: which tokens of the prompt each KV head keeps: `{"kept": lists of positions by layer and
+  KV head}`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from rivals.runners.engine import Job, SteppedEngine
 
 
 class HfEngine(SteppedEngine):
-    """A model of transformers in bfloat16, with the cache that it makes by itself."""
+    """A model of transformers, in bfloat16 unless `dtype` says otherwise, with the cache that it makes by itself."""
 
     packages: tuple[str, ...] = ("transformers", "torch")
 
@@ -20,7 +20,8 @@ class HfEngine(SteppedEngine):
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(task["threads"])
-        self.model: Any = AutoModelForCausalLM.from_pretrained(task["dense"], dtype=torch.bfloat16).eval()
+        wanted: Any = getattr(torch, task.get("dtype", "bfloat16"))
+        self.model: Any = AutoModelForCausalLM.from_pretrained(task["dense"], dtype=wanted).eval()
         self.vocabulary = self.model.config.vocab_size
         known = inspect.signature(self.model.model.forward).parameters
         self._name = "cache" if "cache" in known else "_".join(("past", "key", "values"))

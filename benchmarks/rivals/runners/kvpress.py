@@ -49,7 +49,7 @@ class Pressed(HfEngine):
 
     def kept(self, job: Job) -> Job:
         """Finds the kept keys among those of the same prompt without a press; a press that masks says what it masks."""
-        ids = torch.tensor([job["prompt"][: job.get("question_at")]])
+        ids = torch.tensor([job["prompt"]])
         whole, pressed = self.new_cache(), self.new_cache()
         with torch.inference_mode():
             self.model.model(input_ids=ids, **self.argument(whole))

@@ -1,4 +1,7 @@
-"""Ours, beside the rivals: a compressed checkpoint in bfloat16, in the environment that the benchmark itself runs in."""
+"""Ours, beside the rivals: a compressed checkpoint in bfloat16, or a baseline, of which only the kept keys are asked.
+
+It runs in the environment that the benchmark itself runs in.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ from typing import Any
 
 import torch
 
+from moacompress.evaluation.eviction.reading import read_prompt
+from moacompress.evaluation.eviction.registry import known_evictions
 from moacompress.runtime.checkpoint import load_checkpoint
 from moacompress.runtime.compat.alternates import cache_argument, returned_cache
-from rivals.runners.engine import Job, SteppedEngine, serve
+from rivals.runners.engine import Engine, Job, SteppedEngine, serve
 
 
 class Ours(SteppedEngine):
@@ -51,9 +56,41 @@ class Ours(SteppedEngine):
         return int(self._plan.kv_bytes(self._tokens))
 
 
-def make(task: Job) -> Ours:
-    """Returns the engine of a checkpoint."""
-    return Ours(task)
+class OurBaseline(Engine):
+    """Our baseline of a rival's method: `baseline` is its name; it keeps as many keys as a job says (`count`)."""
+
+    packages = ("moacompress", "transformers", "torch")
+
+    def __init__(self, task: Job) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        torch.set_num_threads(task["threads"])
+        wanted: Any = getattr(torch, task.get("dtype", "bfloat16"))
+        self._model: Any = AutoModelForCausalLM.from_pretrained(task["dense"], dtype=wanted).eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(task["dense"])
+        self._baseline: Any = known_evictions()[task["baseline"]]()
+        self.vocabulary = self._model.config.vocab_size
+
+    def answer(self, job: Job) -> Job:
+        """Is not asked for: `moacompress eval --against` has the answers of baselines."""
+        raise NotImplementedError("answers of baselines are measured by moacompress eval --against")
+
+    def turn(self, job: Job) -> Job:
+        """Is not asked for: a baseline masks and frees nothing."""
+        raise NotImplementedError("a baseline masks and frees nothing, so that there is no speed to measure")
+
+    def kept(self, job: Job) -> Job:
+        """As `Engine`."""
+        with torch.inference_mode():
+            prompt = read_prompt(self._model, self._tokenizer, job["prompt"]).until(len(job["prompt"]))
+            scores = self._baseline.scores(prompt, self._baseline.prepare(prompt))
+            mask = self._baseline.allocate(scores, job["count"], 1)
+        return {"kept": [[row.nonzero()[:, 0].tolist() for row in layer] for layer in mask]}
+
+
+def make(task: Job) -> Engine:
+    """Returns the engine of a checkpoint, or of a baseline."""
+    return OurBaseline(task) if "baseline" in task else Ours(task)
 
 
 def main() -> None:
