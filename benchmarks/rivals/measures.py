@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moacompress.core.errors import UsageError
-from moacompress.core.files import digest_files, fingerprint
+from moacompress.core.files import digest_files, fingerprint, read_json
 from moacompress.core.records import Records
 from moacompress.evaluation.scoring.prompts import match_share
 from rivals.environments import python_of
 from rivals.processes import Runner, RunnerError, runner
 from rivals.prompts import SEEN, UNSEEN, Prompt
-from rivals.settings import DENSE, OURS, REQUIREMENTS, Setting, chosen
+from rivals.settings import DENSE, NEED_GGUF, OURS, REQUIREMENTS, Setting, chosen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,8 +63,8 @@ class Bench:
             UsageError: it needs a file that was not given, or its environment cannot be made.
             RunnerError: it ends before it is ready.
         """
-        if setting.rival == "llamacpp" and self.gguf is None:
-            raise UsageError("llama.cpp needs the model as a .gguf file (--gguf FILE)")
+        if setting.rival in NEED_GGUF and self.gguf is None:
+            raise UsageError(f"{setting.rival} needs the model as a .gguf file (--gguf FILE)")
         python = python_of(setting.rival, self.environments)
         task = {
             **setting.options,
@@ -75,6 +75,7 @@ class Bench:
             "model_key": _digest(self.gguf or self.dense),
             "threads": self.threads,
             "tokens": tokens,
+            "vocabulary": read_json(self.dense / "config.json", "model config")["vocab_size"],
         }
         with runner(python, setting.rival, setting.full_name, task) as process:
             yield process

@@ -99,7 +99,13 @@ _TRANSFORMERS = [
     Setting("transformers", "hqq-4", {"backend": "hqq", "bits": 4, "axis": 1}),
     Setting("transformers", "quanto-4", {"backend": "quanto", "bits": 4, "axis": 0}),
 ]
-SETTINGS: tuple[Setting, ...] = (*_TRANSFORMERS, *_llamacpp(), *_kvpress())
+_OPENVINO = [
+    *(Setting("openvino", name, {"precision": name}) for name in ("bf16", "u8", "u4")),
+    Setting("openvino", "evict-256", {"precision": "u8", "tokens_kept": 256}, note="keeps 256 tokens, in u8"),
+]
+SETTINGS: tuple[Setting, ...] = (*_TRANSFORMERS, *_llamacpp(), *_OPENVINO, *_kvpress())
+NEED_GGUF = ("llamacpp", "openvino")
+"""Rivals that load a `.gguf` file."""
 
 
 def chosen(names: Sequence[str], checkpoints: Mapping[str, str]) -> list[Setting]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moacompress.evaluation.scoring.stats import paired_difference, rate, retained
+from moacompress.evaluation.scoring.stats import Interval, paired_difference, rate, retained
 from moacompress.rules.budget import format_length
 from rivals.settings import DENSE, OURS
 
@@ -123,9 +123,20 @@ def _beside(one: Answers, ours: Sequence[Answers], right: set[Which]) -> tuple[s
     both = [which for which in one.match if which in mine.match and which in right]
     if not both:
         return "", ""
-    value, (low, high) = paired_difference([mine.match[which] for which in both], [one.match[which] for which in both])
-    verdict = "ours" if low > 0 else "**the rival**" if high < 0 else "even"
+    value, (low, high) = _difference([mine.match[which] for which in both], [one.match[which] for which in both])
+    verdict = "ours" if low > 0 else "**the rival**" if high < 0 else "not told apart"
     return f"{mine.setting}: {value:+.2f} [{low:+.2f}, {high:+.2f}]", verdict
+
+
+def _difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, Interval]:
+    """Returns the mean paired difference and its interval.
+
+    Where it is the same on all prompts a bootstrap sees no spread; then the interval is as wide as the two rates' own allow.
+    """
+    if len({mine - other for mine, other in zip(ours, theirs, strict=True)}) > 1:
+        return paired_difference(ours, theirs)
+    (mine, (low, high)), (other, (least, most)) = rate(ours), rate(theirs)
+    return mine - other, (low - most, high - least)
 
 
 def kept_table(rows: Sequence[Row]) -> str:

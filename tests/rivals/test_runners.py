@@ -109,6 +109,49 @@ def test_a_press_is_used_as_its_pipeline_does(
     assert kept == [[list(range(10, 30))] * 2] * 3
 
 
+def test_openvino_is_asked_for_a_whole_prompt(rivals: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its pipeline is told, and that the bytes are those of blocks in use."""
+    from rivals.runners.openvino import make
+
+    told: dict[str, Any] = {}
+
+    class Pipeline:
+        def __init__(self, model: str, plan: Any, device: str, options: dict[str, Any]) -> None:
+            told.update(model=model, plan=plan, options=options)
+
+        def generate(self, prompts: list[Any], wanted: list[Any]) -> list[Any]:
+            told.update(prompt=prompts[0].tolist()[0], wanted=wanted[0])
+            clock = SimpleNamespace(
+                get_ttft=lambda: SimpleNamespace(mean=30.0), get_tpot=lambda: SimpleNamespace(mean=2.0)
+            )
+            return [SimpleNamespace(m_generation_ids=[[7, 2]], perf_metrics=clock)]
+
+        def get_metrics(self) -> Any:
+            return SimpleNamespace(kv_cache_size_in_bytes=1000, cache_usage=25.0)
+
+    genai = SimpleNamespace(
+        SchedulerConfig=SimpleNamespace,
+        GenerationConfig=SimpleNamespace,
+        AggregationMode=SimpleNamespace(NORM_SUM="sum"),
+        CacheEvictionConfig=lambda *given: given,
+        ContinuousBatchingPipeline=Pipeline,
+    )
+    monkeypatch.setitem(sys.modules, "openvino_genai", genai)
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Tensor=lambda array: array))
+    task = {"gguf": "m.gguf", "tokens": 100, "threads": 2, "vocabulary": 9, "precision": "u8", "tokens_kept": 256}
+    engine = make(task)
+    assert told["options"] == {"KV_CACHE_PRECISION": "u8", "INFERENCE_NUM_THREADS": 2}
+    assert told["plan"].num_kv_blocks == 4 + 2
+    assert told["plan"].cache_eviction_config == (32, 128, 256, "sum")
+    assert engine.answer({**job(), "stop": [2]}) == {"ids": [7, 2], "kv_bytes": 250, "masked_bytes": 0}
+    assert told["prompt"] == PROMPT
+    assert (told["wanted"].max_new_tokens, told["wanted"].ignore_eos, told["wanted"].eos_token_id) == (5, False, 2)
+    assert engine.turn({"length": 8, "steps": 3, "seed": 0}) == {"prompt_ms": 30.0, "step_ms": 2.0}
+    assert (len(told["prompt"]), told["wanted"].max_new_tokens, told["wanted"].ignore_eos) == (8, 4, True)
+    with pytest.raises(SystemExit, match="with its question"):
+        engine.answer(job(30))
+
+
 def test_what_a_library_prints_is_no_answer(rivals: SimpleNamespace, tmp_path: Path) -> None:
     """Through a process, as a rival is run."""
     task = {"threads": 1, "says": [7, 2]}

@@ -69,14 +69,14 @@ def test_answers_beside_ours_at_the_bytes(rivals: SimpleNamespace) -> None:
         "**the rival**",
         "a note",
     ]
-    assert cells(table, "loses")[4:7] == ["0.00 [0.00, 0.16]", "large: +1.00 [+1.00, +1.00]", "ours"]
+    assert cells(table, "loses")[4:7] == ["0.00 [0.00, 0.16]", "large: +1.00 [+0.68, +1.00]", "ours"]
     assert cells(table, "tiny")[4:7] == ["1.00 [0.57, 1.00] of 5", "", ""]
     assert cells(table, "masks")[2:7] == [
         "seen",
         "0.260, 1.00 in memory",
         "1.00 [0.84, 1.00]",
-        "large: +0.00 [+0.00, +0.00]",
-        "even",
+        "large: +0.00 [-0.16, +0.16]",
+        "not told apart",
     ]
     order = [line.split("|")[2].strip() for line in table.splitlines()[4:]]
     assert order == ["tiny", "small", "wins", "large", "masks", "loses", "dense"]
