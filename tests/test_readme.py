@@ -15,20 +15,11 @@ from torch.distributed.run import get_args_parser
 
 import moacompress
 from moacompress.cli import app
+from tests.doc_commands import BLOCKS, COMMANDS, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("**/*.md"))]
 SOURCES = ("moacompress", "search", "calibration", "benchmarks", "recipes", "tests")
-PAGES = [README, *(path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("**/*.md")))]
-BLOCKS = [block for page in PAGES for block in re.findall(r"^```(\w+)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)]
-COMMANDS = [
-    line.split("#")[0].strip()
-    for language, block in BLOCKS
-    if language == "bash"
-    for line in block.replace("\\\n", " ").splitlines()
-    if line.split("#")[0].strip()
-]
 TORCHRUN = {
     name
     for action in get_args_parser()._actions

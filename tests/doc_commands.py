@@ -1,0 +1,77 @@
+"""The commands of the README and of docs: which of them `make test` runs, and why it does not run the others."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [path.read_text("utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))]
+BLOCKS = [block for page in PAGES for block in re.findall(r"^```(\w+)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)]
+COMMANDS = [
+    line.split("#")[0].strip()
+    for language, block in BLOCKS
+    if language == "bash"
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.split("#")[0].strip()
+]
+"""Every command line, in the order of the pages."""
+
+CANNOT = {
+    r"^make (demo|test)": "a target of the Makefile, which runs tests or the demo itself",
+    r"^(\S+/)?pip |-m venv ": "installs packages from a registry",
+    r"^serve/bin/|\.cache/vllm/": "needs vLLM in an environment of its own; `make test-vllm` runs the plugin",
+    r"^optuna-dashboard|transformers serve": "a server, which runs until it is stopped",
+    r"HuggingFaceTB/|Qwen/": "downloads a model from the hub",
+    r"--nnodes|node-1": "needs a cluster",
+    r"^torchrun": "starts processes of its own; tests/test_clusters.py, tests/torchrun.py and those of shared runs have them",
+    r"--device (cuda|auto)|gpu\w*\.py|--tensor-parallel": "needs a GPU",
+    r"^(\S+=\S+ )?python (benchmarks|tests)/(?!scale\.py)": "a measurement of minutes or hours; tests/test_benchmarks.py runs "
+    "small ones",
+    r"smollm2|SmolLM2|gemma|\.cache/|runs/demo|rotated/": "a measurement on a real model and texts, of minutes or "
+    "hours, as the page says",
+    r"--memory 6GiB|--budget 512MiB@32k|latency=|cost-table": "its budget is of a model with billions of weights, or of a "
+    "machine that was timed; tests/cli/test_steps.py has them for a tiny one",
+    r"^(\S+=\S+ )?moacompress bench ": "times this machine for minutes; tests/cli/test_bench.py and tests/bench run small ones",
+    r"quantized:": "needs the extra rivals",
+    r"--merge profile-1/": "needs eight shards; tests/calibration/test_shards.py merges some",
+}
+"""Why a command whose line matches is only parsed."""
+
+QUICK = {
+    "moacompress doctor path/to/model",
+    "moacompress doctor model/",
+    "moacompress inspect model/",
+    "moacompress inspect runs/quarter",
+    "moacompress inspect runs/mine",
+    "moacompress inspect docs/plans/smollm2-135m-quarter.json --lengths 512,1k,2k,4k,8k",
+    "moacompress eval --list-tasks",
+    "moacompress eval runs/mine --tasks ruler --lengths 4k --dry-run --devices 8",
+    "moacompress export path/to/model plan.json -o model/",
+    "moacompress data preview path/to/model --source needle --source squad.json --lengths 1k",
+    "moacompress data preview path/to/model --source support.jsonl --lengths 1k",
+    "moacompress convert path/to/pattern --from duo-attention --model path/to/model --sparsity 0.5 -o plan.json",
+    "moacompress convert moa_alpha_beta.json --from moa --model path/to/model --at 8k -o plan.json",
+    "moacompress convert plan.json --to moa -o moa_alpha_beta.json",
+    "moacompress convert path/to/checkpoint --from modelopt --model path/to/model -o plan.json",
+    "moacompress convert plan.json --to llm-compressor -o quantization.json",
+    "moacompress report runs/mine",
+    "moacompress report runs/mine --card",
+    "moacompress recipe init path/to/model --budget 25% -o recipe.yaml",
+    "moacompress recipe validate recipe.yaml",
+    "moacompress recipe show runs/quarter",
+    "moacompress compress tests/configs/qwen3-8b --recipe recipes/qwen3-8b/quarter.yaml --text README.md --dry-run",
+    "python benchmarks/scale.py --tflops 200",
+}
+"""Run by `make test`, on a tiny model and on files: seconds each."""
+
+
+def reason(command: str) -> str | None:
+    """Returns why a command is only parsed; None where it is run."""
+    if command in QUICK:
+        return None
+    return next((why for pattern, why in CANNOT.items() if re.search(pattern, command)), None)
+
+
+SLOW = [command for command in dict.fromkeys(COMMANDS) if command not in QUICK and reason(command) is None]
+"""Minutes each, on a tiny model too: only parsed; the tests of each command run its options at small sizes."""

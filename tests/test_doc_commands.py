@@ -1,0 +1,116 @@
+"""Commands in the README and in docs are run where they take seconds, and each that is not has a reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from moacompress.cli import app
+from moacompress.doctor import checks
+from moacompress.recipe import Recipe
+from moacompress.report.recipe_text import recipe_yaml
+from moacompress.rules.plan import Plan
+from tests.doc_commands import CANNOT, COMMANDS, QUICK, ROOT, SLOW, reason
+
+
+def test_every_command_is_run_or_has_a_reason() -> None:
+    assert set(COMMANDS) >= QUICK, "a quick command is in no page any more"
+    found = {command: reason(command) for command in COMMANDS}
+    assert all(why for command, why in found.items() if command not in QUICK and command not in SLOW)
+    for pattern in CANNOT:
+        assert any(re.search(pattern, command) for command in COMMANDS), f"{pattern} matches no command any more"
+    assert len(QUICK) + len(SLOW) > 60
+
+
+@pytest.fixture(scope="module")
+def place(tiny_folder: Path, compressed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the commands of the pages name."""
+    place = tmp_path_factory.mktemp("place")
+    shutil.copytree(tiny_folder, place / "path" / "to" / "model")
+    done = CliRunner().invoke(
+        app, ["export", str(tiny_folder), str(compressed / "model" / "plan.json"), "-o", str(place / "model")]
+    )
+    assert done.exit_code == 0, done.output
+    for run in ("mine", "quarter"):
+        shutil.copytree(place / "model", place / "runs" / run / "model")
+        shutil.copy(compressed / "model" / "plan.json", place / "runs" / run / "plan.json")
+        (place / "runs" / run / "recipe.json").write_text(json.dumps(Recipe(budget=("25%",)).resolved()))
+    shutil.copy(compressed / "model" / "plan.json", place)
+    (place / "recipe.yaml").write_text(recipe_yaml(Recipe(model="path/to/model", budget=("25%",))))
+    sentences = " ".join(f"The {number}th day was much like the one before it." for number in range(3000))
+    (place / "prose").mkdir()
+    for name in ("one", "two", "three", "four"):
+        (place / "prose" / f"{name}.txt").write_text(f"{name}. {sentences}")
+    for name, lengths in {"support": (700, 1600), "qa": (400, 800), "held-out": (3400,), "mine": (3400,)}.items():
+        rows = [
+            {"prompt": f"What is {number}? {sentences[:length]}", "answer": str(number)}
+            for length in lengths
+            for number in range(320 if len(lengths) > 1 else 40)
+        ]
+        (place / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (place / "squad.json").write_text(json.dumps(squad()))
+    shape = Plan.load(place / "plan.json").model
+    pattern, checkpoint = place / "path" / "to" / "pattern", place / "path" / "to" / "checkpoint"
+    pattern.mkdir()
+    checkpoint.mkdir()
+    (pattern / "config.json").write_text(json.dumps({"sink_size": 64, "recent_size": 256}))
+    heads = np.random.default_rng(0).random((shape.layers, shape.kv_heads))
+    np.savetxt(pattern / "full_attention_heads.tsv", heads, delimiter="\t")
+    spans = {name: [[value] * shape.heads] * shape.layers for name, value in (("alphas", 64), ("betas", 0.25))}
+    (place / "moa_alpha_beta.json").write_text(json.dumps(spans))
+    quantized = {"quantization": {"kv_cache_quant_algo": "FP8"}}
+    (checkpoint / "hf_quant_config.json").write_text(json.dumps(quantized))
+    return place
+
+
+def squad() -> dict[str, Any]:
+    """Returns questions in SQuAD's form."""
+
+    def paragraph(article: int, number: int) -> dict[str, Any]:
+        context = f"In town {article} house {number} is painted in colour {article * 7 + number}. " * 3
+        answer = f"colour {article * 7 + number}"
+        answers = [{"text": answer, "answer_start": context.index(answer)}]
+        question = f"How is house {number} of town {article} painted?"
+        return {"context": context, "qas": [{"id": f"{article}-{number}", "question": question, "answers": answers}]}
+
+    return {"data": [{"title": f"Town {a}", "paragraphs": [paragraph(a, n) for n in range(6)]} for a in range(40)]}
+
+
+def perform(command: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str = "") -> None:
+    """Runs a command in a copy of the place, beside the repository's own folders."""
+    here = tmp_path / "here"
+    shutil.copytree(place, here)
+    for name in ("docs", "recipes", "tests", "benchmarks", "README.md"):
+        (here / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(checks, "_check_autoload", lambda: {"registered": True, "switch": None, "reason": None})
+    words = shlex.split(f"{command} {more}")
+    while re.fullmatch(r"\w+=\S+", words[0]):
+        monkeypatch.setenv(*words.pop(0).split("=", 1))
+    if words[0] == "python":
+        monkeypatch.setattr(sys, "argv", words[1:])
+        runpy.run_path(words[1], run_name="__main__")
+        return
+    if "-o" in words:  # what is written is new
+        out = here / words[words.index("-o") + 1]
+        shutil.rmtree(out, ignore_errors=True)
+        out.unlink(missing_ok=True)
+        os.makedirs(out.parent, exist_ok=True)
+    done = CliRunner().invoke(app, words[1:], input="What is it?\n")
+    assert done.exit_code == 0 or ("--fail-under" in words and done.exit_code == 1), done.output
+
+
+@pytest.mark.parametrize("command", sorted(QUICK))
+def test_quick(command: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    perform(command, place, tmp_path, monkeypatch)
