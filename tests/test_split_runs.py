@@ -63,6 +63,21 @@ def test_profile_and_search(dense, small_run, tmp_path):
 
 
 @pytest.mark.heavy
+def test_gates_by_another_score(dense, small_run, tmp_path):
+    calibration = {**small_run["calibration"], "lengths": [300], "samples": 2, "validation_samples": 1}
+    profile = {"draws": 1, "gates": True, "gate_samples": 2, "scorer": "expected-attention", "sinks": [4]}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"calibration": calibration, "profile": profile}))
+    command = ["profile", str(dense), "--recipe", str(recipe)]
+    done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "one")])
+    assert done.exit_code == 0, done.output
+    split = torchrun(2, *command, "-o", tmp_path / "two", "--tensor-parallel")
+    assert split.returncode == 0, split.stderr[-3000:]
+    one, two = (Profile.load(tmp_path / name).gate_weights.weight for name in ("one", "two"))
+    assert np.abs(two - one).max() < 1e-3 * np.abs(one).max()
+
+
+@pytest.mark.heavy
 def test_eval(dense, tmp_path):
     source = load_source(dense)
     plan = plan_kinds.formats(source.model)

@@ -25,6 +25,7 @@ from moacompress.core.errors import ModelError, UsageError, did_you_mean
 from moacompress.core.plugins import SCORERS as OUTSIDE
 from moacompress.core.plugins import plugins
 from moacompress.models.modules import attention_modules, given_hidden
+from moacompress.models.tensor_parallel import heads_here, of_all_ranks
 from moacompress.recipe_sections import INFLUENCE
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.rule import Rule
@@ -252,8 +253,10 @@ def scored_by(
             if not prepared:
                 prepared.append(scorer.prepare(read_layers(model, shape, sample) for sample in samples))
             layers = read_layers(model, shape, samples[index])
-            found = [scorer.importance(layer, tokens, prepared[0]) for layer, tokens in enumerate(layers)]
-        return np.stack([each.float().cpu().numpy() for each in found])
+            found = [scorer.importance(layer, tokens, prepared[0]).float() for layer, tokens in enumerate(layers)]
+            here = torch.stack([each.to(found[0].device) for each in found])
+            every = of_all_ranks(here, heads_here(model, shape.kv_heads), shape.kv_heads, dim=1)
+        return np.asarray(every.cpu())
 
     return importance
 
