@@ -10,6 +10,7 @@ import typer
 from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import HeadWeightsOption, Overwrite, TrustRemoteCode, WeightsOption
 from moacompress.core.artefact_names import MODEL_FOLDER
+from moacompress.core.errors import UsageError
 from moacompress.models.locate import find_plan_file
 
 
@@ -17,6 +18,7 @@ from moacompress.models.locate import find_plan_file
     "moacompress export path/to/model plan.json -o model/",
     "moacompress export path/to/model plan.json -o model/ --overwrite --json",
     "moacompress export path/to/model plan.json -o model/ --repair profile/",
+    "moacompress export path/to/model plan.json -o model/ --ranks 4",
     on_device=True,
     maps=True,
 )
@@ -36,6 +38,13 @@ def export(
             metavar="PROFILE",
             help="Folder that `profile` made: refit the output projections of attention to the plan with its samples, where "
             "that lowers measured KL. The weights change.",
+        ),
+    ] = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            help="Of tensor parallelism that it is for: KV heads change places, and their weights with them, so that ranks "
+            "have caches alike in bytes."
         ),
     ] = None,
     weights: WeightsOption = None,
@@ -61,6 +70,8 @@ def export(
     chosen = run.recipe()
     if run.common.dtype not in (None, "auto"):
         loaded = loaded.in_dtype(run.recipe().dtype)
+    if dry_run and ranks is not None:
+        raise UsageError("--dry-run moves no KV heads; leave --ranks out, or run it")
     if dry_run:
         from moacompress.exporter.exporting import estimate_export
 
@@ -81,6 +92,7 @@ def export(
         loaded,
         out,
         repair=repair,
+        ranks=ranks,
         device=chosen.device,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,

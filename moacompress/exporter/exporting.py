@@ -20,6 +20,7 @@ from moacompress.core.place import check_writable
 from moacompress.core.progress import Progress
 from moacompress.estimate.estimate import Estimate
 from moacompress.exporter.card import model_card
+from moacompress.exporter.dealt_heads import deal_heads
 from moacompress.exporter.export_estimate import export_estimate
 from moacompress.exporter.fresh import Continuation, verify_fresh
 from moacompress.exporter.licences import licence_files
@@ -46,6 +47,7 @@ def export(
     weights: str = KEEP,
     head_weights: str | None = None,
     repair: Profile | str | Path | None = None,
+    ranks: int | None = None,
     device: str = "cpu",
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -65,6 +67,8 @@ def export(
         repair: a finished profile of the model, or its folder: the output projections of attention are refitted with its
             samples, where that lowers measured KL; see `moacompress.repair.plans`. A loaded model has its own weights
             again afterwards.
+        ranks: of tensor parallelism that the checkpoint is for: KV heads change places so that each has much the same bytes,
+            and their weights with them; see `dealt_heads`. The checkpoint's plan is then of these weights.
         device: of a model that is not loaded yet: a torch device, or a device map. Repair takes one device.
         overwrite: replace a compressed checkpoint; any other folder is left alone, and one that holds the model, or is in it.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
@@ -75,7 +79,8 @@ def export(
 
     Raises:
         PlanError: the plan is not for this model, or names weights to be rounded that it does not have.
-        UsageError: a repair of a plan whose weights a search chose, or a device that is not here.
+        UsageError: a repair of a plan whose weights a search chose, ranks that do not divide the KV heads, or beside a repair;
+            or a device that is not here.
         ModelError: the profile is of another model; or weights are offloaded that the plan or the repair changes.
         DataError: the profile has too few samples to repair with.
         ArtefactError: `out` holds something else, or cannot be written; nothing is left half-written. Or the profile cannot be
@@ -88,6 +93,8 @@ def export(
 
     progress = progress or Progress()
     out = Path(out)
+    if ranks is not None and repair is not None:
+        raise UsageError("a repair fits weights where they are, and ranks move them; give one of --repair and --ranks")
     sweep_folders(out)
     progress.start("export", 3)
     plan, profile, source, inputs, reused = _prepared(
@@ -109,6 +116,9 @@ def export(
         repaired = _repaired(source, model, plan, profile, trust_remote_code, progress)
         plan, changed = _with_repair(plan, repaired.report), repaired.weights
         progress.start("export", 2)
+    if ranks is not None:
+        check_in_memory(source.model, "moving KV heads for ranks")
+        plan, changed = deal_heads(source.model, plan, ranks)
     with new_folder(out, overwrite) as aside:
         formats = planned_weights(plan) or {}
         with RoundedLayers(source.model).in_place(formats), with_weights(source.model, changed):

@@ -1,0 +1,148 @@
+"""KV heads in another order, so that the ranks of tensor parallelism, which take neighbouring ones, have caches alike in bytes.
+
+The weights of a KV head move with it: its keys and values, the queries that read it, what the output projection makes of
+them. The model computes the same but for the order in which its output projections add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from moacompress.core.errors import ModelError, PlanError, UsageError
+from moacompress.models.block_layers import weight_types
+from moacompress.models.fingerprint import weights_fingerprint
+from moacompress.models.modules import attention_modules
+from moacompress.repair.projections import with_weights
+from moacompress.rules.gate_weights import GateWeights
+from moacompress.rules.plan import Plan
+from moacompress.rules.planned_weights import planned_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+Orders = tuple[tuple[int, ...], ...]
+"""Of every layer: which of its KV heads comes first, second, and so on."""
+MOVED = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def dealt(costs: Sequence[Sequence[int]], ranks: int) -> Orders:
+    """Returns orders in which ranks have much the same, each as many neighbouring KV heads of a layer as the others.
+
+    Layer by layer, those with the largest spread first, the costliest head left goes to the rank that has least so far and has
+    room.
+
+    Args:
+        costs: `[layer][kv_head]`.
+        ranks: how many; they divide the KV heads of a layer.
+    """
+    totals = [0] * ranks
+    found: dict[int, tuple[int, ...]] = {}
+    for layer in sorted(range(len(costs)), key=lambda layer: min(costs[layer]) - max(costs[layer])):
+        row, room = costs[layer], len(costs[layer]) // ranks
+        parts: list[list[int]] = [[] for _ in range(ranks)]
+        for head in sorted(range(len(row)), key=lambda head: -row[head]):
+            rank = min((rank for rank in range(ranks) if len(parts[rank]) < room), key=lambda rank: totals[rank])
+            parts[rank].append(head)
+            totals[rank] += row[head]
+        found[layer] = tuple(head for part in parts for head in sorted(part))
+    return tuple(found[layer] for layer in range(len(costs)))
+
+
+def bytes_of_ranks(plan: Plan, ranks: int, n: int) -> list[int]:
+    """Returns the bytes of the cache of each rank at `n` tokens, batch 1."""
+    each = plan.model.kv_heads // ranks
+    rows = plan.head_bytes(n)
+    return [sum(sum(row[rank * each : (rank + 1) * each]) for row in rows) for rank in range(ranks)]
+
+
+def deal_heads(model: PreTrainedModel, plan: Plan, ranks: int) -> tuple[Plan, dict[str, Tensor]]:
+    """Returns a plan with its KV heads dealt out to ranks, and the weights that have to change with it, by name.
+
+    Args:
+        model: dense, with its own weights.
+        plan: of the model.
+        ranks: how many there will be.
+
+    Raises:
+        UsageError: the KV heads do not divide by them.
+        PlanError: layers share attention.
+        ModelError: weights in blocks, or attention with parts that it is not known how to move.
+    """
+    shape = plan.model
+    if ranks < 2 or shape.kv_heads % ranks:
+        raise UsageError(
+            f"the model has {shape.kv_heads} KV heads in a layer, which {ranks} ranks cannot share evenly; give a number of 2 "
+            f"or more that divides {shape.kv_heads}"
+        )
+    if plan.shares:
+        raise PlanError(
+            "layers of the plan share attention, which ranks of tensor parallelism cannot; export without --ranks"
+        )
+    if weight_types(model) or planned_weights(plan):
+        raise ModelError(
+            "the model has weights in blocks of codes, or the plan chooses some, and blocks may span KV heads, so these cannot "
+            "be moved; export with --weights dense"
+        )
+    length = plan.stated_lengths[-1]
+    orders = dealt(plan.head_bytes(length), ranks)
+    weights = _moved(model, plan, orders)
+    with with_weights(model, weights):
+        fingerprint = weights_fingerprint(model)
+    gates = plan.gate_weights
+    made = replace(
+        plan,
+        model=replace(shape, weights_fingerprint=fingerprint),
+        rules=tuple(tuple(row[head] for head in order) for row, order in zip(plan.rules, orders, strict=True)),
+        **({} if gates is None else _gates(gates, orders)),
+    )
+    note = {
+        "ranks": ranks,
+        "length": length,
+        "bytes_before": bytes_of_ranks(plan, ranks, length),
+        "bytes": bytes_of_ranks(made, ranks, length),
+        "kv_heads": [list(order) for order in orders],
+    }
+    return made.with_notes(provenance={**plan.provenance, "dealt_heads": note}), weights
+
+
+def _gates(gates: GateWeights, orders: Orders) -> dict[str, Any]:
+    import numpy as np
+
+    at = np.array(orders)
+    weight = np.take_along_axis(gates.weight, at[:, :, None], axis=1)
+    found = GateWeights(weight, np.take_along_axis(gates.bias, at, axis=1))
+    return {"gates": found.fingerprint, "gate_weights": found}
+
+
+def _moved(model: PreTrainedModel, plan: Plan, orders: Orders) -> dict[str, Tensor]:
+    """Returns the weights of attention with their KV heads in another order."""
+    import torch
+
+    names = {id(module): name for name, module in model.named_modules()}
+    size, group = plan.model.head_dim, plan.model.heads // plan.model.kv_heads
+    found: dict[str, Tensor] = {}
+    for layer, (module, order) in enumerate(zip(attention_modules(model), orders, strict=True)):
+        heads = torch.tensor(order)
+        numbers = {
+            1: (heads[:, None] * size + torch.arange(size)).flatten(),
+            group: (heads[:, None] * group * size + torch.arange(group * size)).flatten(),
+        }
+        for name, weight in module.named_parameters():
+            owner, _, part = name.rpartition(".")
+            if owner not in MOVED:
+                if not owner.endswith("norm") or weight.numel() != size:  # norms of single heads are the same for all
+                    raise ModelError(
+                        f"layer {layer} has the weight {name} of {weight.numel()} numbers in its attention, and it is not "
+                        "known how to move KV heads there; export without --ranks"
+                    )
+                continue
+            at = numbers[1 if owner in ("k_proj", "v_proj") else group].to(weight.device)
+            if owner == "o_proj":
+                if part == "weight":
+                    found[f"{names[id(module)]}.{name}"] = weight.detach().index_select(1, at)
+            else:
+                found[f"{names[id(module)]}.{name}"] = weight.detach().index_select(0, at)
+    return found
