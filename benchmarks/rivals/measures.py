@@ -73,6 +73,7 @@ class Bench:
             "gguf": str(self.gguf),
             "folder": str(self.environments / setting.rival),
             "model_key": _digest(self.gguf or self.dense),
+            "dense_key": _digest(self.dense),
             "threads": self.threads,
             "tokens": tokens,
             "vocabulary": read_json(self.dense / "config.json", "model config")["vocab_size"],

@@ -103,7 +103,15 @@ _OPENVINO = [
     *(Setting("openvino", name, {"precision": name}) for name in ("bf16", "u8", "u4")),
     Setting("openvino", "evict-256", {"precision": "u8", "tokens_kept": 256}, note="keeps 256 tokens, in u8"),
 ]
-SETTINGS: tuple[Setting, ...] = (*_TRANSFORMERS, *_llamacpp(), *_OPENVINO, *_kvpress())
+_ONNX = [
+    Setting("onnxruntime", name, {"scheme": scheme}, note=note)
+    for name, scheme, note in (
+        ("f32", "none", "float32"),
+        ("int8", "int8_per_channel", "float32 but for the cache"),
+        ("int4", "int4_per_channel", "float32 but for the cache"),
+    )
+]
+SETTINGS: tuple[Setting, ...] = (*_TRANSFORMERS, *_llamacpp(), *_OPENVINO, *_ONNX, *_kvpress())
 NEED_GGUF = ("llamacpp", "openvino")
 """Rivals that load a `.gguf` file."""
 

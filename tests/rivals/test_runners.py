@@ -152,6 +152,59 @@ def test_openvino_is_asked_for_a_whole_prompt(rivals: SimpleNamespace, monkeypat
         engine.answer(job(30))
 
 
+def test_onnx_runtime_is_built_once_and_fed_tokens(
+    rivals: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_folder: Path
+) -> None:
+    """With scales of the model's own keys and values, which the real builder is handed as a file."""
+    import rivals.runners.onnxruntime as module
+
+    fed: list[list[int]] = []
+    built: list[list[str]] = []
+
+    class Generator:
+        def __init__(self, model: Any, params: Any) -> None:
+            fed.clear()
+
+        def append_tokens(self, ids: Any) -> None:
+            fed.append(ids.tolist()[0])
+
+        def get_logits(self) -> Any:
+            return torch.eye(9)[len(fed)][None, None].numpy()
+
+        def get_output(self, name: str) -> Any:
+            return torch.zeros(1, 2, 64, 16, dtype=torch.int8).numpy()
+
+    genai = SimpleNamespace(
+        Config=lambda folder: SimpleNamespace(overlay=lambda text: fed.append(json.loads(text))),
+        Model=lambda config: config,
+        GeneratorParams=lambda model: SimpleNamespace(set_search_options=lambda **options: None),
+        Generator=Generator,
+    )
+
+    def run(command: list[str], **options: Any) -> None:
+        built.append(command)
+        folder = Path(command[command.index("-o") + 1])
+        config = {"model": {"vocab_size": 9, "decoder": {"num_hidden_layers": 3}}}
+        (folder / "genai_config.json").write_text(json.dumps(config))
+
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", genai)
+    monkeypatch.setattr(subprocess, "run", run)
+    task = {"dense": str(tiny_folder), "dense_key": "key", "folder": str(tmp_path), "scheme": "int8_per_channel"}
+    for _ in range(2):
+        engine = module.make({**task, "threads": 1, "tokens": 64})
+    assert len(built) == 1
+    assert "kv_cache_quant_scheme=int8_per_channel" in built[0]
+    scales = json.loads((tmp_path / "key-int8_per_channel/scales.json").read_text())["scales"]
+    assert {name: (len(rows), len(rows[0])) for name, rows in scales.items()} == {
+        "k_scales": (3, 32),
+        "v_scales": (3, 32),
+    }
+    assert all(number > 0 for rows in scales.values() for row in rows for number in row)
+    assert engine.answer({**job(), "new_tokens": 2})["ids"] == [2, 3]
+    assert fed == [PROMPT[:-1], PROMPT[-1:], [2]]
+    assert engine.kv_bytes() == 3 * 2 * (len(PROMPT) + 1) * 2 * 16
+
+
 def test_what_a_library_prints_is_no_answer(rivals: SimpleNamespace, tmp_path: Path) -> None:
     """Through a process, as a rival is run."""
     task = {"threads": 1, "says": [7, 2]}
