@@ -1,4 +1,4 @@
-"""The commands of the README and of docs: which of them `make test` runs, and why it does not run the others."""
+"""The commands of the README and of docs: what runs each, `make test` or `make test-all`, or why nothing does."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ CANNOT = {
     r"--memory 6GiB|--budget 512MiB@32k|latency=|cost-table": "its budget is of a model with billions of weights, or of a "
     "machine that was timed; tests/cli/test_steps.py has them for a tiny one",
     r"^(\S+=\S+ )?moacompress bench ": "times this machine for minutes; tests/cli/test_bench.py and tests/bench run small ones",
+    r"--tasks ruler --lengths 1k,2k": "a token of the tiny tokenizer is a character: RULER's shortest prompts are longer",
     r"quantized:": "needs the extra rivals",
     r"--merge profile-1/": "needs eight shards; tests/calibration/test_shards.py merges some",
 }
@@ -65,6 +66,23 @@ QUICK = {
 }
 """Run by `make test`, on a tiny model and on files: seconds each."""
 
+SMALLER = {
+    "profile": "--samples 2 --validation-samples 2 --draws 1",
+    "search": "--trials 1 --rounds 0 --moves 0",
+    "eval": "--prompts 2",
+    "compress": "--samples 2 --text-samples 0 --validation-samples 2 --trials 1 --prompts 1 --lengths 1k",
+    "heal": "--steps 2 --samples 2 --batch 1024 --evaluations 1",
+}
+"""Put behind a command that is run by `make test-all`: less of the same work."""
+
+
+def smaller(command: str) -> str:
+    """Returns what is put behind a command that `make test-all` runs."""
+    verb = command.split()[1]
+    if "--shard" in command:
+        return "--samples 16 --validation-samples 8 --draws 1"  # or a shard has no samples
+    return "" if verb == "eval" and "--dry-run" in command else SMALLER.get(verb, "")
+
 
 def reason(command: str) -> str | None:
     """Returns why a command is only parsed; None where it is run."""
@@ -74,4 +92,4 @@ def reason(command: str) -> str | None:
 
 
 SLOW = [command for command in dict.fromkeys(COMMANDS) if command not in QUICK and reason(command) is None]
-"""Minutes each, on a tiny model too: only parsed; the tests of each command run its options at small sizes."""
+"""Run by `make test-all`, on a tiny model, with less of the same work."""

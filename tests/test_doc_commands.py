@@ -1,4 +1,4 @@
-"""Commands in the README and in docs are run where they take seconds, and each that is not has a reason."""
+"""Commands in the README and in docs are run: quick ones here, others by `make test-all`, and each that is not has a reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moacompress.doctor import checks
 from moacompress.recipe import Recipe
 from moacompress.report.recipe_text import recipe_yaml
 from moacompress.rules.plan import Plan
-from tests.doc_commands import CANNOT, COMMANDS, QUICK, ROOT, SLOW, reason
+from tests.doc_commands import CANNOT, COMMANDS, QUICK, ROOT, SLOW, SMALLER, reason, smaller
 
 
 def test_every_command_is_run_or_has_a_reason() -> None:
@@ -109,6 +109,45 @@ def perform(command: str, place: Path, tmp_path: Path, monkeypatch: pytest.Monke
         os.makedirs(out.parent, exist_ok=True)
     done = CliRunner().invoke(app, words[1:], input="What is it?\n")
     assert done.exit_code == 0 or ("--fail-under" in words and done.exit_code == 1), done.output
+
+
+@pytest.fixture(scope="module")
+def worked(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with what earlier commands of the pages leave: a profile of everything, and a whole run."""
+    folder = tmp_path_factory.mktemp("worked") / "place"
+    shutil.copytree(place, folder)
+    few = SMALLER["profile"].split()
+    lines = [
+        ["profile", folder / "path" / "to" / "model", "-o", folder / "profile", "--lengths", "512,1k", "--gates", *few],
+        [
+            "compress",
+            folder / "path" / "to" / "model",
+            "--budget",
+            "25%",
+            "-o",
+            folder / "runs" / "mine",
+            "--overwrite",
+        ],
+        ["search", folder / "profile", "--budget", "50%", "-o", folder / "found.json", *SMALLER["search"].split()],
+    ]
+    lines[0] += ["--anchors", "2", "--source", "needle"]
+    lines[1] += SMALLER["compress"].split()
+    lines[2] += ["--storage", folder / "shared" / "study.journal"]
+    shutil.rmtree(folder / "runs" / "mine")
+    (folder / "shared").mkdir()
+    for line in lines:
+        done = CliRunner().invoke(app, list(map(str, line)))
+        assert done.exit_code == 0, done.output
+    for name in ("repaired", "healed"):
+        shutil.copytree(folder / "model", folder / name)
+    shutil.copytree(folder / "runs" / "mine" / "model", folder / "runs" / "quarter" / "model", dirs_exist_ok=True)
+    return folder
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("command", SLOW)
+def test_slow(command: str, worked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    perform(command, worked, tmp_path, monkeypatch, smaller(command))
 
 
 @pytest.mark.parametrize("command", sorted(QUICK))
