@@ -13,7 +13,7 @@ from moacompress.core.tables import Row, readable_bytes, section
 from moacompress.rules.budget import format_length
 
 RowGroup = dict[str, dict[str, Row]]
-NAME_WIDTH = 25
+NAME_WIDTH = 20
 CSV_COLUMNS = (
     "kind", "model", "task", "length", "metric", "value", "low", "high", "prompts", "kv_bytes", "kv_bytes_of_model",
     "tokens", "sink", "window", "formats",
