@@ -233,6 +233,7 @@ def opened(
             measured = objective.with_rounding(rounded)
         evaluator = PlanEvaluator.of(study_storage, request.as_healed(measured), request.recipe.seed, deadline)
         evaluator = replace(evaluator, plain=objective) if request.weights is not None else evaluator
+        objective.order = measured.order = evaluator.order
         folder, shared = (out, None) if alone else (None, claims)
         around, trainer = _improvers(request, source, rounded, folder, deadline, shared)
         yield SearchContext(

@@ -120,18 +120,19 @@ def test_what_is_not_split(dense, compressed):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--front", "searches one plan of given budgets"),
-        ("--storage sqlite:///study.db", "workers with a model each"),
+        ("--front", "one plan of given budgets is searched"),
+        ("--storage sqlite:///study.db", "workers that each begin by themselves"),
         ("--timeout 60", "would not stop at the same plan"),
         ("--dry-run", "--dry-run times one process"),
     ],
 )
-def test_what_is_not_searched_with_a_split_model(options, said, monkeypatch):
+@pytest.mark.parametrize("split", ["--tensor-parallel", ""])
+def test_what_is_not_searched_by_ranks(options, said, split, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr("moacompress.models.processes.join", lambda: None)
     golden = Path(__file__).parent / "golden" / "profile"
-    done = CliRunner().invoke(app, ["search", str(golden), "--budget", "50%", "--tensor-parallel", *options.split()])
+    done = CliRunner().invoke(app, ["search", str(golden), "--budget", "50%", *split.split(), *options.split()])
     assert done.exit_code == 2, done.output
     assert said in done.stderr
 

@@ -29,6 +29,7 @@ from moacompress.cli.options import (
 from moacompress.cli.recipe_options import recipe_option
 from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import BudgetError, UsageError
+from moacompress.core.ranks import world_size
 from moacompress.rules.loss import one_limit
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     "moacompress search --status sqlite:///study.db",
     computes=True,
     maps=True,
+    shared=True,
 )
 def search(
     run: CommandRun,
@@ -110,8 +112,8 @@ def search(
 ) -> Output:
     """Find the plan of lowest KL within a budget.
 
-    Plans are measured on the model of PROFILE. A search that was stopped resumes with the same command. Under torchrun it takes
-    --tensor-parallel.
+    Plans are measured on the model of PROFILE. A search that was stopped resumes with the same command. Under torchrun
+    (torchrun --standalone --nproc-per-node 2 -m moacompress search ...) processes share the samples of every measurement.
     """
     started = time.monotonic()
     count = asked_devices(devices, dry_run)
@@ -138,8 +140,9 @@ def search(
         base=loaded.recipe,
         **one_limit(list(asked[0]) if len(asked) == 1 else [] if asked else None, max_loss),
     )
-    if tensor_parallel:
-        _check_tensor_parallel(dry_run, front or len(asked) > 1 or resolved.max_loss is not None, resolved)
+    together = world_size() > 1
+    if together:
+        _check_ranks(dry_run, front or len(asked) > 1 or resolved.max_loss is not None, resolved)
     if dry_run:
         if front:
             raise UsageError("--dry-run knows what a search of single plans takes; leave out --front")
@@ -164,7 +167,7 @@ def search(
 
     if len(asked) > 1:
         return _several(loaded, find_plans(loaded, asked, out=out, **options))
-    if tensor_parallel:
+    if together:
         from moacompress.models.processes import own_files
 
         with own_files(out) as place:
@@ -172,22 +175,24 @@ def search(
     return _one(loaded, find_asked(loaded, out=out, **options), out)
 
 
-def _check_tensor_parallel(dry_run: bool, several: bool, recipe: Recipe) -> None:
-    """Refuses what ranks that hold one model together cannot search for alike.
+def _check_ranks(dry_run: bool, several: bool, recipe: Recipe) -> None:
+    """Refuses what the processes of one run cannot search for alike, be it with a model each or with one together.
 
     Raises:
         UsageError: says what.
     """
     if dry_run:
-        raise UsageError("--dry-run times one process; leave --tensor-parallel out, or run it")
+        raise UsageError("--dry-run times one process; start it without torchrun, or run it")
     if several:
         raise UsageError(
-            "--tensor-parallel searches one plan of given budgets; leave out --front, --max-loss and several"
+            "under torchrun one plan of given budgets is searched; leave out --front, --max-loss and several"
         )
     if recipe.search.storage is not None:
-        raise UsageError("--storage shares a search among workers with a model each; leave it or --tensor-parallel out")
+        raise UsageError(
+            "--storage shares a search among workers that each begin by themselves; leave it or torchrun out"
+        )
     if recipe.search.timeout is not None:
-        raise UsageError("ranks would not stop at the same plan; leave --timeout or --tensor-parallel out")
+        raise UsageError("processes of one run would not stop at the same plan; leave --timeout or torchrun out")
 
 
 def _status(storage: str) -> Output:

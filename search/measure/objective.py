@@ -14,9 +14,9 @@ import torch
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.passes import answer_logits
 from moacompress.core.errors import DataError, ModelError
-from moacompress.core.ranks import splits_model
+from moacompress.core.ranks import splits_model, turns
 from moacompress.models.kl import MAX_DENSE_BYTES, kl_divergence
-from moacompress.models.processes import agreed
+from moacompress.models.processes import agreed, gathered
 from moacompress.repair.projections import Weights, with_weights
 from moacompress.rules.plan import Plan
 from moacompress.search.measure.prefix import first_changed, record, resumed
@@ -53,6 +53,9 @@ def own_weights(plan: Plan) -> Weights:
 class Objective:
     """The real model under a plan, against itself dense.
 
+    Where the processes of a run have a model each, they share what is measured: each takes another sample, or another plan, and
+    all are told of each number. They must ask for the same in the same order.
+
     Args:
         model: a transformers causal LM, dense, in eval mode.
         samples: validation samples with answer tokens.
@@ -61,6 +64,7 @@ class Objective:
 
     Attributes:
         size: number of samples.
+        order: their numbers as they are mostly asked for: processes measure ahead in it.
 
     Raises:
         DataError: there is no sample.
@@ -77,6 +81,7 @@ class Objective:
             raise DataError("there are no validation samples to measure plans on; profile again")
         self.model, self.samples, self.size = model, list(samples), len(samples)
         self._weights_of, self._rounding = weights_of, rounding
+        self.order: Sequence[int] = range(self.size)
         self._dense: dict[int, torch.Tensor] = {}
 
     def with_rounding(self, rounding: Callable[[], AbstractContextManager[None]]) -> Objective:
@@ -91,7 +96,7 @@ class Objective:
         with ExitStack() as running:
             runs = False
 
-            def kl(number: int) -> float:
+            def measured(number: int) -> float:
                 nonlocal runs
                 if runs and number not in self._dense:
                     running.close()
@@ -100,9 +105,25 @@ class Objective:
                 if not runs:
                     running.enter_context(self._running(plan))
                     runs = True
-                return _finite(kl_divergence(dense, answer_logits(self.model, self.samples[number])), number)
+                return kl_divergence(dense, answer_logits(self.model, self.samples[number]))
+
+            ahead: dict[int, float] = {}
+
+            def kl(number: int) -> float:
+                if number not in ahead:
+                    ahead.update(self._by_ranks(number, measured))
+                return _finite(ahead.pop(number), number)
 
             yield kl
+
+    def _by_ranks(self, number: int, measured: SampleKl) -> dict[int, float]:
+        """Returns the KL of a sample; with it those of the next ones, as many as there are processes with a model each."""
+        turn, ranks = turns()
+        if ranks == 1:
+            return {number: measured(number)}
+        at = self.order.index(number)
+        own = self.order[at : at + ranks][turn : turn + 1]
+        return gathered({each: measured(each) for each in own})
 
     @contextmanager
     def _running(self, plan: Plan) -> Iterator[None]:
@@ -120,11 +141,14 @@ class Objective:
         """Yields the KL of every plan on one sample; a plan is run from the first layer in which it differs from `base`."""
         from moacompress import runtime
 
-        numbered = dict(enumerate(plans))
+        turn, ranks = turns()
+        numbered = {at: plan for at, plan in enumerate(plans) if at % ranks == turn}
         dense = self._dense_logits(number)
         with self._rounding():
             try:
                 found = kls_of_sample(self.model, self.samples[number], numbered, dense, base, self._weights_of)
+                if ranks > 1:
+                    found = iter(sorted(gathered(dict(found)).items()))
                 for _, kl in found:
                     yield _finite(kl, number)
             finally:
