@@ -81,10 +81,10 @@ def newer() -> Iterator[None]:
     """Makes this a later version, whose recipes have one more key in every section, with a default."""
     from pydantic.fields import FieldInfo
 
-    from moacompress import recipe
+    from moacompress import Recipe, recipe_sections
 
-    names = ("Source", "Calibration", "Profile", "Search", "Evaluation", "Heal", "")
-    sections: list[Any] = [getattr(recipe, f"{name}Recipe") for name in names]
+    names = ("Source", "Calibration", "Profile", "Search", "Evaluation", "Heal")
+    sections: list[Any] = [*(getattr(recipe_sections, f"{name}Recipe") for name in names), Recipe]
     made_before = [field.default for section in sections for field in section.model_fields.values()]
     made_before += [part for value in made_before if isinstance(value, tuple) for part in value]
     instances = [value for value in made_before if isinstance(value, tuple(sections))]

@@ -107,7 +107,9 @@ def test_status_says_who_is_alive_and_what_is_done(run: Callable[..., SearchRun]
         [(second.pid, "dead"), (first.pid, "alive")],
     )
     assert begun.trials == {"done": 0, "running": 0, "failed": 0, "wanted": 5}
-    assert begun.measurements == {"done": 0, "running": 1, "failed": 1}
+    failed = begun.measurements["failed"]  # a claim that was another's by a moment is one, too
+    assert begun.measurements == {"done": 0, "running": 1, "failed": failed}
+    assert failed in (1, 2)
     assert (begun.best_kl, begun.seconds_left) == (None, None)
     shared.kill(first)
     shared.barrier = None
