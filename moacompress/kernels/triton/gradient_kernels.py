@@ -43,12 +43,11 @@ def score_gradients(query, cotangent, key, value, lse, delta, seen, scaling, sof
 
 
 @triton.jit
-def visible_keys(n, position, rule, kv_heads):
-    """Returns which keys queries see, bool `[rows, tokens]`.
+def bounds_of(n, rule, kv_heads):
+    """Returns `first, sink_end, start` of `visible_bounds`, int32 as `n`.
 
     Args:
-        n: tokens up to each query, itself included, int32 `[rows]`.
-        position: of the keys, int32 `[tokens]`.
+        n: tokens up to each query, itself included, int32.
         rule: the columns of a KV head, see `Rules` of `of_queries`.
         kv_heads: of a row.
     """
@@ -60,9 +59,23 @@ def visible_keys(n, position, rule, kv_heads):
         tl.load(rule + 3 * kv_heads),
         tl.load(rule + 4 * kv_heads),
     )
+    return first.to(tl.int32), sink_end.to(tl.int32), start.to(tl.int32)
+
+
+@triton.jit
+def visible_keys(n, first, sink_end, start, position):
+    """Returns which keys queries see, bool `[rows, tokens]`.
+
+    Args:
+        n: tokens up to each query, itself included, int32 `[rows]`.
+        first: see `bounds_of`; likewise the next two.
+        sink_end: see first.
+        start: see first.
+        position: of the keys, int32 `[tokens]`.
+    """
     at = position[None, :]
-    seen = (at >= first.to(tl.int32)[:, None]) & (at < sink_end.to(tl.int32)[:, None])
-    return seen | ((at >= start.to(tl.int32)[:, None]) & (at < n[:, None]))
+    seen = (at >= first[:, None]) & (at < sink_end[:, None])
+    return seen | ((at >= start[:, None]) & (at < n[:, None]))
 
 
 @triton.jit
@@ -171,19 +184,15 @@ def of_queries(
     # tiles of the sinks, then those of the window
     low = tile * TOKENS + 1
     high = tl.minimum((tile + 1) * TOKENS, valid)
-    sink = tl.load(rule)
-    alpha = tl.load(rule + kv_heads)
-    beta_q = tl.load(rule + 2 * kv_heads)
-    min_window = tl.load(rule + 3 * kv_heads)
-    native_window = tl.load(rule + 4 * kv_heads)
-    low_first, _, low_start = visible_bounds(low.to(tl.int64), sink, alpha, beta_q, min_window, native_window)
-    _, high_sink_end, _ = visible_bounds(high.to(tl.int64), sink, alpha, beta_q, min_window, native_window)
-    first_tile = low_first.to(tl.int32) // TILE
-    window_tile = low_start.to(tl.int32) // TILE
-    sink_tiles = (tl.minimum(high_sink_end, low_start).to(tl.int32) + TILE - 1) // TILE
+    low_first, _, low_start = bounds_of(low, rule, kv_heads)
+    _, high_sink_end, _ = bounds_of(high, rule, kv_heads)
+    first_tile = low_first // TILE
+    window_tile = low_start // TILE
+    sink_tiles = (tl.minimum(high_sink_end, low_start) + TILE - 1) // TILE
     sink_tiles = tl.maximum(tl.minimum(sink_tiles, window_tile) - first_tile, 0)
     total = tl.where(high >= low, sink_tiles + (high + TILE - 1) // TILE - window_tile, 0)
 
+    first, sink_end, start = bounds_of(token + 1, rule, kv_heads)
     found = tl.zeros([TOKENS * GROUP, HEAD], tl.float32)
     for at in tl.range(0, total, num_stages=STAGES):
         own = tl.where(at < sink_tiles, first_tile + at, window_tile + at - sink_tiles)
@@ -191,7 +200,7 @@ def of_queries(
         there = position < high
         key = chunk_numbers(keys, position, there, key_token, HEAD_DIM, HEAD, 0).to(query.dtype)
         value = chunk_numbers(values, position, there, value_token, VALUE_DIM, VALUE, 0).to(query.dtype)
-        seen = visible_keys(token + 1, position, rule, kv_heads) & real[:, None]
+        seen = visible_keys(token + 1, first, sink_end, start, position) & real[:, None]
         _weight, grad = score_gradients(query, cotangent, key, value, lse, delta, seen, scaling, softcap, SOFTCAP)
         found = tl.dot(grad.to(query.dtype), key, found, input_precision="ieee")
     d = tl.arange(0, HEAD)
@@ -370,7 +379,8 @@ def of_keys(
             VALUE,
             WIDE,
         )
-        seen = visible_keys(token + 1, position, rule, kv_heads) & real[:, None]
+        first, sink_end, start = bounds_of(token + 1, rule, kv_heads)
+        seen = visible_keys(token + 1, first, sink_end, start, position) & real[:, None]
         weight, grad = score_gradients(query, cotangent, key, value, lse, delta, seen, scaling, softcap, SOFTCAP)
         from_values = tl.dot(tl.trans(weight.to(query.dtype)), cotangent, from_values, input_precision="ieee")
         from_keys = tl.dot(tl.trans(grad.to(query.dtype)), query, from_keys, input_precision="ieee")
