@@ -7,7 +7,6 @@ one of these is a linear probe like any other and runs like it; `Gates.report` s
 from __future__ import annotations
 
 import functools
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from moacompress.calibration.profile.passes import Recording, read_through, reco
 from moacompress.calibration.profile.statistics import Floats32
 from moacompress.core.errors import ModelError, UsageError, did_you_mean
 from moacompress.core.plugins import SCORERS as OUTSIDE
-from moacompress.core.plugins import plugins
+from moacompress.core.plugins import named_plugins
 from moacompress.models.modules import attention_modules, given_hidden
 from moacompress.models.tensor_parallel import heads_here, of_all_ranks
 from moacompress.recipe_sections import INFLUENCE
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from moacompress.calibration.data.samples import Sample
     from moacompress.calibration.profile.store import Profile
 
-logger = logging.getLogger(__name__)
 
 LATER = 512
 """Next positions over which a rotation is averaged."""
@@ -183,16 +181,13 @@ def known_scorers() -> dict[str, type[Scorer]]:
     These are classes, in the entry points of `moacompress.scorers`. What is none, or has a name that is taken, is left out
     with a warning.
     """
-    found = dict(SCORERS)
-    for name, kind in plugins(OUTSIDE):
-        what = f"{name}, an entry point of {OUTSIDE},"
-        if not (isinstance(kind, type) and issubclass(kind, Scorer)):
-            logger.warning("%s is no class of a scorer and is left out: %r", what, kind)
-        elif kind.name in (*found, *NEED_LATER, INFLUENCE):
-            logger.warning("%s has the name of another scorer, %s, and is left out", what, kind.name)
-        else:
-            found[kind.name] = kind
-    return found
+    outside = named_plugins(
+        OUTSIDE,
+        "class of a scorer",
+        lambda given: isinstance(given, type) and issubclass(given, Scorer),
+        lambda name: name in (*SCORERS, *NEED_LATER, INFLUENCE),
+    )
+    return {**SCORERS, **outside}
 
 
 def find_scorer(name: str) -> Scorer | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -21,7 +22,6 @@ BASELINES = "moacompress.baselines"
 """Ways to evict tokens that a plan is measured against, as classes of `moacompress.evaluation.eviction.baseline`."""
 FORMATS = "moacompress.formats"
 """Formats of keys and values, as instances of `moacompress.kernels.kv_format.KVFormat`."""
-
 SCORERS = "moacompress.scorers"
 """Scores that gates can be fitted to, as classes of `moacompress.calibration.gates.scorers.Scorer`."""
 
@@ -36,3 +36,25 @@ def plugins(group: str) -> tuple[tuple[str, Any], ...]:
         except Exception as error:  # whatever another package fails with, ours goes on
             logger.warning("%s of %s cannot be loaded and is left out: %s", entry.name, entry.value, error)
     return tuple(found)
+
+
+def named_plugins(group: str, kind: str, fits: Callable[[Any], bool], taken: Callable[[str], bool]) -> dict[str, Any]:
+    """Returns the objects of a group by the `name` that each has; what is not to be used is left out with a warning.
+
+    Args:
+        group: of entry points.
+        kind: what such an object is, for warnings: the last word is what its name is that of.
+        fits: whether an object is one.
+        taken: whether a name is not to be given.
+    """
+    found: dict[str, Any] = {}
+    for entry, given in plugins(group):
+        what = f"{entry}, an entry point of {group},"
+        if not fits(given):
+            logger.warning("%s is no %s and is left out: %r", what, kind, given)
+        elif given.name in found or taken(given.name):
+            noun = kind.rpartition(" ")[2]
+            logger.warning("%s has the name of another %s, %s, and is left out", what, noun, given.name)
+        else:
+            found[given.name] = given
+    return found

@@ -6,7 +6,6 @@ Prompts come from the pools that neither calibration nor validation draw from, a
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -16,7 +15,7 @@ import numpy as np
 
 from moacompress.core.errors import DataError, UsageError, did_you_mean
 from moacompress.core.plugins import TASKS as OUTSIDE
-from moacompress.core.plugins import plugins
+from moacompress.core.plugins import named_plugins
 from moacompress.evaluation.tasks import ruler
 from moacompress.evaluation.tasks.associative_recall import make_recall
 from moacompress.evaluation.tasks.cases import Case, Match
@@ -49,7 +48,6 @@ __all__ = [
     "make_cases",
 ]
 
-logger = logging.getLogger(__name__)
 
 S = TypeVar("S")
 Need = Literal["prose", "squad"]
@@ -322,16 +320,9 @@ def known_tasks() -> dict[str, EvaluationTask]:
 @functools.cache
 def _installed_tasks() -> dict[str, EvaluationTask]:
     """Returns the tasks of installed packages; what is none, or has a name that is taken, is left out with a warning."""
-    found: dict[str, EvaluationTask] = {}
-    for name, task in plugins(OUTSIDE):
-        what = f"{name}, an entry point of {OUTSIDE},"
-        if not isinstance(task, EvaluationTask):
-            logger.warning("%s is no task and is left out: %r", what, task)
-        elif task.name in (*TASKS, *GROUPS, *found):
-            logger.warning("%s has the name of another task, %s, and is left out", what, task.name)
-        else:
-            found[task.name] = task
-    return found
+    return named_plugins(
+        OUTSIDE, "task", lambda given: isinstance(given, EvaluationTask), lambda name: name in (*TASKS, *GROUPS)
+    )
 
 
 def find_task(name: str, resources: Resources | None = None) -> EvaluationTask:
