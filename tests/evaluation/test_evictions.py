@@ -473,6 +473,28 @@ def test_the_answer_is_scored_under_the_mask(compressed: Path) -> None:
     assert found.nll == pytest.approx(nll, abs=1e-4)
 
 
+def test_methods_answer_side_by_side_as_each_does_alone(compressed: Path) -> None:
+    checkpoint = load_checkpoint(compressed / "model", "auto", "cpu")
+    plan, case = _windows(checkpoint.plan.model), replace(a_case(), new_tokens=12)
+    models = [compared(name, question, plan) for name in PROMPTED for question in (SEEN, UNSEEN)]
+    models.insert(3, compared(STREAMED[0], None, plan))
+    together = score_evictions(checkpoint, case, models)
+    for one, found in zip(models, together, strict=True):
+        (alone,) = score_evictions(checkpoint, case, [one])
+        assert found.nll == pytest.approx(alone.nll, abs=1e-4)
+        assert (found.exact_match, found.accuracy) == (alone.exact_match, alone.accuracy)
+    assert len({round(score.nll, 3) for score in together}) > len(PROMPTED)
+
+
+def test_rows_share_the_prompt(reading: DenseReading) -> None:
+    mask = torch.ones(LAYERS, KV_HEADS, 90, dtype=torch.bool)
+    store = reading.kept(mask, ~mask, mask)
+    for layer, (key, value) in enumerate(zip(reading.keys, reading.values, strict=True)):
+        assert store.keys[layer].data_ptr() == key.data_ptr()
+        assert store.values[layer].data_ptr() == value.data_ptr()
+    assert store.get_seq_length() == 90
+
+
 def test_one_dense_reading_is_shared(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = load_checkpoint(compressed / "model", "auto", "cpu")
     plan, read = _windows(checkpoint.plan.model), []

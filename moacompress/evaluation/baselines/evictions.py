@@ -11,7 +11,7 @@ and all that is read after the eviction, up to the end of the reference answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -158,8 +158,10 @@ def compared_eviction(name: str, plan: Plan, tokens: int) -> ComparedEviction:
     )
 
 
-def score_evictions(checkpoint: Checkpoint, case: Case, compared: Sequence[ComparedEviction]) -> Iterator[Score]:
-    """Yields the score of each way to evict on one prompt, which is read densely once at most.
+def score_evictions(checkpoint: Checkpoint, case: Case, compared: Sequence[ComparedEviction]) -> list[Score]:
+    """Returns the score of each way to evict on one prompt, which is read densely once at most.
+
+    Those that evict at the same place answer side by side, as rows of one batch.
 
     Args:
         checkpoint: gives the dense model.
@@ -167,18 +169,22 @@ def score_evictions(checkpoint: Checkpoint, case: Case, compared: Sequence[Compa
         compared: what is scored, in this order.
     """
     model = checkpoint.without_plan()
-    reading: DenseReading | None = None
-    for one in compared:
-        end, baseline = one.end(case), one.baseline
-        if isinstance(baseline, StreamBaseline):
+    scores: dict[int, Score] = {}
+    evicting: dict[int, list[int]] = {}
+    for number, one in enumerate(compared):
+        if isinstance(one.baseline, StreamBaseline):
             shape = one.plan.model
-            room = baseline.allocate(one.bytes_before(case), one.token_bytes, shape.layers, shape.kv_heads)
-            yield _answered(checkpoint, model, case, StreamCache(baseline, room), 0)
-            continue
-        assert isinstance(baseline, PromptBaseline)
-        if reading is None:
-            reading = read_prompt(model, checkpoint.tokenizer, case.prompt_ids[:-1])
-        yield _answered(checkpoint, model, case, reading.kept(kept_mask(one, case, reading)), end)
+            room = one.baseline.allocate(one.bytes_before(case), one.token_bytes, shape.layers, shape.kv_heads)
+            (scores[number],) = _answered(checkpoint, model, [case], StreamCache(one.baseline, room), 0)
+        else:
+            evicting.setdefault(one.end(case), []).append(number)
+    if evicting:
+        reading = read_prompt(model, checkpoint.tokenizer, case.prompt_ids[:-1])
+        for end, together in evicting.items():
+            store = reading.kept(*(kept_mask(compared[number], case, reading) for number in together))
+            answered = _answered(checkpoint, model, [case] * len(together), store, end)
+            scores |= zip(together, answered, strict=True)
+    return [scores[number] for number in range(len(compared))]
 
 
 def kept_mask(one: ComparedEviction, case: Case, reading: DenseReading) -> torch.Tensor:
@@ -197,12 +203,13 @@ def kept_mask(one: ComparedEviction, case: Case, reading: DenseReading) -> torch
         return baseline.allocate(scores, one.bytes_before(case), one.token_bytes)
 
 
-def _answered(checkpoint: Checkpoint, model: PreTrainedModel, case: Case, store: WholeCache, end: int) -> Score:
-    """Returns the score of a prompt whose first `end` tokens are in a cache."""
+def _answered(
+    checkpoint: Checkpoint, model: PreTrainedModel, cases: Sequence[Case], store: WholeCache, end: int
+) -> list[Score]:
+    """Returns the score of each row of a cache that holds the first `end` tokens of a prompt."""
     with attending(model):
-        last, held = read_on(model, [case], store, end)
-        (score,) = score_answers(model, checkpoint.tokenizer, [case], last, held)
-    return score
+        last, held = read_on(model, cases, store, end)
+        return score_answers(model, checkpoint.tokenizer, cases, last, held)
 
 
 def _settings(kind: type[Baseline]) -> tuple[str, ...]:

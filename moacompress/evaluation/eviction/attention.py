@@ -52,37 +52,54 @@ class WholeCache(DynamicCache, Attending):
                 query, key, value, is_causal=True, scale=scaling, enable_gqa=True
             )
             return out
-        return masked_attention(query, key, value, scaling, self.visible(layer, query.shape[2], key))
-
-    def visible(self, layer: int, tokens: int, key: Tensor) -> Tensor:
-        """Returns what the last `tokens` queries see of all keys, bool `[kv_heads or 1, tokens, all]`."""
-        return causal(tokens, key.shape[2], key.device)[None]
+        return masked_attention(query, key, value, scaling, causal(query.shape[2], key.shape[2], key.device)[None])
 
 
 class KeptCache(WholeCache):
-    """Shows of a prompt only what is kept of it, and everything after.
+    """Shows of a prompt only what is kept of it, and everything after; a row for each way to keep.
+
+    The prompt stands here once for all rows; what transformers' part holds is what each row has read after it.
 
     Args:
-        kept: of every layer, bool `[layers, kv_heads, n]`.
+        kept: of every row and layer, bool `[rows, layers, kv_heads, n]`.
         keys: of the prompt, of each layer `[1, kv_heads, n, head_dim]`.
         values: likewise.
     """
 
     def __init__(self, kept: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
         super().__init__()
-        self.kept = kept
-        for layer, pair in enumerate(zip(keys, values, strict=True)):
-            super().update(*pair, layer)
+        self.kept, self.keys, self.values = kept, keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Returns how many tokens were read, those of the prompt with them."""
+        return int(self.kept.shape[-1] + super().get_seq_length(layer_idx))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Attends to what is kept, and to later tokens up to each query."""
-        return masked_attention(query, key, value, scaling, self.visible(layer, query.shape[2], key))
+        """Attends to what is kept, and to later tokens of the row up to each query, `[rows, heads, tokens, value_dim]`.
 
-    def visible(self, layer: int, tokens: int, key: Tensor) -> Tensor:
-        """Returns what the last `tokens` queries see of all keys, bool `[kv_heads, tokens, all]`."""
-        kept = self.kept[layer].to(key.device)
-        shown = functional.pad(kept, (0, key.shape[2] - kept.shape[1]), value=True)
-        return shown[:, None] & causal(tokens, key.shape[2], key.device)
+        Args:
+            layer: its index.
+            query: of the new tokens, `[rows, heads, tokens, head_dim]`.
+            key: of the tokens after the prompt, `[rows, kv_heads, after, head_dim]`.
+            value: likewise.
+            scaling: factor on the scores.
+        """
+        (rows, _, tokens), kv_heads, after = query.shape[:3], *key.shape[1:3]
+        shown = self.kept[:, layer].to(key.device).transpose(0, 1)  # [kv_heads, rows, n]
+        own = torch.eye(rows, dtype=torch.bool, device=key.device)[:, None, :, None]
+        later = (own & causal(tokens, after, key.device)[None, :, None]).flatten(2)  # [rows, tokens, rows * after]
+        visible = torch.cat(
+            (shown[:, :, None].expand(-1, -1, tokens, -1), later.expand(kv_heads, -1, -1, -1)), -1
+        )  # [kv_heads, rows, tokens, n + rows * after]
+        # rows become tokens of one row, so that the prompt is not repeated: [1, heads, rows * tokens, head_dim]
+        asked = query.transpose(0, 1).flatten(1, 2)[None]
+        all_keys, all_values = (
+            torch.cat((of_prompt[layer], of_rows.transpose(0, 1).flatten(1, 2)[None]), 2)
+            for of_prompt, of_rows in ((self.keys, key), (self.values, value))
+        )
+        out = masked_attention(asked, all_keys, all_values, scaling, visible.flatten(1, 2))
+        in_rows: Tensor = out[0].unflatten(1, (rows, tokens)).transpose(0, 1)
+        return in_rows
 
 
 def causal(tokens: int, total: int, device: torch.device) -> Tensor:

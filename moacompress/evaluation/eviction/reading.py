@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from moacompress.runtime.compat.alternates import CACHE_NAMES, cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Kept = TypeVar("Kept", bound=KeptCache)
 
 
 @dataclass
@@ -47,28 +49,27 @@ class DenseReading:
         read_on = partial(self._read_on, end)
         return PromptReading(self.ids[:end], tuple(layer.until(end) for layer in self.layers), read_on, self.tokenizer)
 
-    def kept(self, mask: Tensor) -> KeptCache:
-        """Returns a cache of the first tokens of the prompt that shows only what is kept.
+    def kept(self, *masks: Tensor) -> KeptCache:
+        """Returns a cache of the first tokens of the prompt that shows only what is kept, a row for each mask.
 
         Args:
-            mask: bool `[layers, kv_heads, end]`.
+            masks: bool `[layers, kv_heads, end]` each.
         """
-        end = mask.shape[2]
-        return KeptCache(mask, [key[:, :, :end] for key in self.keys], [value[:, :, :end] for value in self.values])
+        return self._shown(KeptCache, torch.stack(masks))
 
     def _read_on(self, end: int, fed: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        everything = torch.ones(
-            len(self.keys), self.keys[0].shape[1], end, dtype=torch.bool, device=self.keys[0].device
-        )
-        cache = _Watched(everything, *([each[:, :, :end] for each in held] for held in (self.keys, self.values)))
+        first = self.keys[0]
+        cache = self._shown(_Watched, first.new_ones(1, len(self.keys), first.shape[1], end, dtype=torch.bool))
         _feed(self.model, fed, cache)
-        return [
-            (query[0].float(), key[0, :, end:].float()) for query, key in zip(cache.queries, cache.seen, strict=True)
-        ]
+        return [(query[0].float(), key[0].float()) for query, key in zip(cache.queries, cache.seen, strict=True)]
+
+    def _shown(self, kind: type[Kept], masks: Tensor) -> Kept:
+        end = masks.shape[-1]
+        return kind(masks, *([each[:, :, :end] for each in held] for held in (self.keys, self.values)))
 
 
 class _Watched(KeptCache):
-    """Remembers the queries of every layer, and the keys that they were asked of."""
+    """Remembers the queries of every layer, and the keys of the tokens after the prompt."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)

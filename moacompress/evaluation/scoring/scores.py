@@ -76,7 +76,7 @@ class Scorer:
         def score(number: int) -> list[Entry]:
             known = [self.records.get(key) for key in jobs[number].keys]
             missing = [compared for compared, entry in zip(evictions, known, strict=True) if entry is None]
-            scored = score_evictions(self.checkpoint, cases[number], missing)
+            scored = iter(score_evictions(self.checkpoint, cases[number], missing))
             return [asdict(next(scored)) if entry is None else entry for entry in known]
 
         self._share(jobs, score)
