@@ -19,13 +19,14 @@ import torch
 
 from moacompress.core.errors import DataError, InfeasibleBudgetError, UsageError
 from moacompress.core.files import fingerprint
-from moacompress.evaluation.eviction.attention import WholeCache, attending
+from moacompress.evaluation.eviction.attention import SideBySide, WholeCache, attending
 from moacompress.evaluation.eviction.baseline import Baseline, PromptBaseline, StreamBaseline
 from moacompress.evaluation.eviction.reading import DenseReading, read_prompt
 from moacompress.evaluation.eviction.registry import known_evictions
 from moacompress.evaluation.eviction.stream_cache import StreamCache
 from moacompress.evaluation.scoring.prompts import Score, read_on, score_answers
 from moacompress.evaluation.tasks.cases import Case
+from moacompress.models.placement import input_device
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 
@@ -161,7 +162,7 @@ def compared_eviction(name: str, plan: Plan, tokens: int) -> ComparedEviction:
 def score_evictions(checkpoint: Checkpoint, case: Case, compared: Sequence[ComparedEviction]) -> list[Score]:
     """Returns the score of each way to evict on one prompt, which is read densely once at most.
 
-    Those that evict at the same place answer side by side, as rows of one batch.
+    Those that evict at the same place read on side by side, and all of them answer so, as rows of one batch.
 
     Args:
         checkpoint: gives the dense model.
@@ -169,21 +170,31 @@ def score_evictions(checkpoint: Checkpoint, case: Case, compared: Sequence[Compa
         compared: what is scored, in this order.
     """
     model = checkpoint.without_plan()
-    scores: dict[int, Score] = {}
+    stores: list[
+        tuple[WholeCache, int, list[int]]
+    ] = []  # with how many tokens have been read, and what is scored by it
     evicting: dict[int, list[int]] = {}
     for number, one in enumerate(compared):
         if isinstance(one.baseline, StreamBaseline):
             shape = one.plan.model
             room = one.baseline.allocate(one.bytes_before(case), one.token_bytes, shape.layers, shape.kv_heads)
-            (scores[number],) = _answered(checkpoint, model, [case], StreamCache(one.baseline, room), 0)
+            stores.append((StreamCache(one.baseline, room), 0, [number]))
         else:
             evicting.setdefault(one.end(case), []).append(number)
     if evicting:
         reading = read_prompt(model, checkpoint.tokenizer, case.prompt_ids[:-1])
-        for end, together in evicting.items():
-            store = reading.kept(*(kept_mask(compared[number], case, reading) for number in together))
-            answered = _answered(checkpoint, model, [case] * len(together), store, end)
-            scores |= zip(together, answered, strict=True)
+        for end, numbers in evicting.items():
+            masks = [kept_mask(compared[number], case, reading) for number in numbers]
+            stores.append((reading.kept(*masks), end, numbers))
+    with attending(model):
+        for store, end, numbers in stores:
+            read_on(model, [case] * len(numbers), store, end)
+        together = SideBySide([(store, len(numbers)) for store, _, numbers in stores])
+        cases = [case] * len(compared)
+        last = torch.tensor([case.prompt_ids[-1:]] * len(cases), device=input_device(model))
+        found = score_answers(model, checkpoint.tokenizer, cases, last, together)
+    order = [number for *_, numbers in stores for number in numbers]
+    scores = dict(zip(order, found, strict=True))
     return [scores[number] for number in range(len(compared))]
 
 
@@ -201,15 +212,6 @@ def kept_mask(one: ComparedEviction, case: Case, reading: DenseReading) -> torch
         prompt = reading.until(one.end(case))
         scores = baseline.scores(prompt, baseline.prepare(prompt))
         return baseline.allocate(scores, one.bytes_before(case), one.token_bytes)
-
-
-def _answered(
-    checkpoint: Checkpoint, model: PreTrainedModel, cases: Sequence[Case], store: WholeCache, end: int
-) -> list[Score]:
-    """Returns the score of each row of a cache that holds the first `end` tokens of a prompt."""
-    with attending(model):
-        last, held = read_on(model, cases, store, end)
-        return score_answers(model, checkpoint.tokenizer, cases, last, held)
 
 
 def _settings(kind: type[Baseline]) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -100,6 +100,36 @@ class KeptCache(WholeCache):
         out = masked_attention(asked, all_keys, all_values, scaling, visible.flatten(1, 2))
         in_rows: Tensor = out[0].unflatten(1, (rows, tokens)).transpose(0, 1)
         return in_rows
+
+
+class SideBySide(WholeCache):
+    """Rows of one batch that each attend by a cache of their own; all have read as many tokens.
+
+    Args:
+        parts: a cache and how many rows it has, in the order of the rows.
+    """
+
+    def __init__(self, parts: Sequence[tuple[WholeCache, int]]) -> None:
+        super().__init__()
+        self.parts = [each for each, _ in parts]
+        self._rows = [rows for _, rows in parts]
+        self._held: list[tuple[Tensor, Tensor]] = []
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Returns how many tokens were read."""
+        return self.parts[0].get_seq_length(layer_idx)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Adds the new tokens of every row to its own cache, and is what attends next."""
+        given = zip(self.parts, key_states.split(self._rows), value_states.split(self._rows), strict=True)
+        self._held = [part.update(key, value, layer_idx, *args, **kwargs) for part, key, value in given]
+        _at_work.set(self)
+        return key_states, value_states
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Attends from each row to what its cache shows, `[rows, heads, tokens, value_dim]`."""
+        asked = zip(self.parts, query.split(self._rows), self._held, strict=True)
+        return torch.cat([part.attend(layer, each, *held, scaling) for part, each, held in asked])
 
 
 def causal(tokens: int, total: int, device: torch.device) -> Tensor:
