@@ -16,6 +16,7 @@ from moacompress.core.lock_holders import readable_age
 from moacompress.core.tables import readable_seconds
 from moacompress.search.measure.claims import CLAIMS, attributes
 from moacompress.search.measure.storages import guarded, journal_file, open_storage, quiet_optuna, shown
+from moacompress.search.measure.study_storage import TRIAL
 from moacompress.search.measure.workers import Worker
 
 if TYPE_CHECKING:
@@ -134,22 +135,22 @@ def _is_there(storage: str) -> bool:
 
 
 def _status(storage: BaseStorage, name: str) -> SearchStatus:
-    beside = storage.get_all_trials(storage.get_study_id_from_name(name + CLAIMS), deepcopy=False)
-    trials = storage.get_all_trials(storage.get_study_id_from_name(name), deepcopy=False)
-    workers = [worker for worker in map(Worker.of, beside) if worker is not None]
-    claims = [trial for trial in beside if "name" in trial.user_attrs]
+    kept = storage.get_all_trials(storage.get_study_id_from_name(name + CLAIMS), deepcopy=False)
+    workers = [worker for worker in map(Worker.of, kept) if worker is not None]
+    claims = [trial for trial in kept if "name" in trial.user_attrs]
+    trials = [trial for trial in claims if trial.user_attrs["name"].startswith(name + TRIAL)]
+    beside = [trial for trial in claims if not trial.user_attrs["name"].startswith(name + TRIAL)]
     now = time.time()
     alive = {worker.holder.token for worker in workers if _is_alive(worker, now)}
-    shown_workers = tuple(_worker(worker, [*claims, *trials], alive, now) for worker in workers)
+    shown_workers = tuple(_worker(worker, claims, alive, now) for worker in workers)
     wanted = max((worker.trials for worker in workers if worker.trials), default=None)
-    counts = _counts(trials, alive)
     done = [trial for trial in trials if trial.state.name == "COMPLETE"]
     best = _best(done)
     return SearchStatus(
         study=name,
         workers=shown_workers,
-        trials={**counts, "wanted": wanted},
-        measurements=_counts(claims, alive),
+        trials={**_counts(trials, alive), "wanted": wanted},
+        measurements=_counts(beside, alive),
         best_kl=None if best is None else best[0],
         best_trial=None if best is None else best[1],
         seconds_left=_left(done, wanted, len(alive)),
@@ -183,12 +184,11 @@ def _counts(trials: Sequence[FrozenTrial], alive: set[str]) -> dict[str, int]:
 def _best(done: Sequence[FrozenTrial]) -> tuple[float, int] | None:
     """Returns the lowest mean KL of the trials that were measured on all samples, and the trial's index."""
     found = []
-    for number, trial in enumerate(done):
+    for trial in done:
         kept = attributes(trial)
-        notes = kept.get("notes", kept)  # earlier versions kept each for itself
+        notes = kept["result"]["notes"]
         if notes.get("harms") and not notes.get("pruned"):
-            index = int(str(kept["name"]).rpartition(":")[2]) if "name" in kept else number
-            found.append((float(np.mean(notes["harms"])), index))
+            found.append((float(np.mean(notes["harms"])), int(kept["name"].rpartition(":")[2])))
     return min(found, default=None)
 
 

@@ -26,7 +26,7 @@ import optuna
 
 from moacompress.calibration.profile.store import Profile
 from moacompress.recipe import Recipe
-from moacompress.search.measure.claims import CLAIMS
+from moacompress.search.measure.claims import CLAIMS, attributes
 from moacompress.search.measure.storages import open_storage, quiet_optuna
 from tests.search.conftest import FakeObjective
 
@@ -72,6 +72,7 @@ class SearchRun:
         folder: for what the workers write.
         out: place of the plan.
         seconds: that a measurement takes.
+        keep_seconds: of measuring after which numbers are kept; by default each as it is measured.
         barrier: that all workers pass before their first measurement, or None.
         workers: the processes.
         killed: how many of them were killed.
@@ -82,6 +83,7 @@ class SearchRun:
     folder: Path
     out: Path
     seconds: float = 0.002
+    keep_seconds: float = 0.0
     barrier: Barrier | None = None
     workers: list[ForkProcess] = field(default_factory=list)
     killed: int = 0
@@ -132,23 +134,28 @@ class SearchRun:
         lines = notes.read_text().splitlines() if notes.exists() else []
         return Counter(line.partition(" ")[2] for line in lines)
 
-    def kept(self) -> Counter[tuple[str, int]]:
-        """Returns how often every measurement is in the storage: by the name of its claim, and its number in it."""
-        found: Counter[tuple[str, int]] = Counter()
+    def kept(self) -> tuple[Counter[str], Counter[str]]:
+        """Returns what is in the storage, by names: how many numbers are kept, and how many claims are done."""
+        numbers: Counter[str] = Counter()
+        done: Counter[str] = Counter()
         with quiet_optuna():
             storage = open_storage(self.storage)
-            for name in optuna.get_all_study_names(storage):
-                if name.endswith(CLAIMS):
-                    for trial in optuna.load_study(study_name=name, storage=storage).trials:
-                        found.update((trial.user_attrs.get("name", ""), step) for step in trial.intermediate_values)
-        return found
+            for study in optuna.get_all_study_names(storage):
+                if study.endswith(CLAIMS):
+                    for trial in optuna.load_study(study_name=study, storage=storage).trials:
+                        name = trial.user_attrs.get("name", "")
+                        numbers[name] = max(numbers[name], len(attributes(trial).get("numbers", ())))
+                        done[name] += trial.state.name == "COMPLETE" and name != ""
+        return numbers, done
 
     def _work(self, number: int, out: Path) -> None:
         from moacompress.search import study
+        from moacompress.search.measure import claims
 
         profile = self.profile
         objective = SlowObjective(profile, self.folder / "measured.txt", self.seconds, self.barrier)
         fakes: list[tuple[Any, str, Any]] = [
+            (claims, "KEEP_SECONDS", self.keep_seconds),
             (study, "Objective", lambda *arguments: objective),
             (study, "ProfileAround", lambda *arguments: objective.around),
             (Profile, "calibration_samples", lambda profile: profile.validation),
@@ -203,11 +210,11 @@ def killed_at_random(run: SearchRun, seed: int, workers: int = 3, kills: int = 4
 
 def check_nothing_is_lost_or_doubled(run: SearchRun) -> None:
     """Checks what the workers of a finished search measured against what is in its storage."""
-    kept = run.kept()
-    assert max(kept.values()) == 1, [name for name, count in kept.items() if count > 1]
+    numbers, done = run.kept()
+    assert max(done.values()) == 1, [name for name, count in done.items() if count > 1]
     measured = run.measured().total()
     # what a worker had measured when it was killed, and had not kept yet
-    assert kept.total() <= measured <= kept.total() + run.killed
+    assert numbers.total() <= measured <= numbers.total() + run.killed
     written = [result for result in run.results() if result["written"]]
     assert written
     assert run.out.exists()

@@ -3,18 +3,17 @@
 Everything that is measured has a name. A worker that is about to measure it adds a trial to a study, with the name and its
 own mark, and has the claim if no trial of that name with a lower number is done or is a live worker's; otherwise it withdraws.
 So two that claim in the same moment agree on who has it, as trials get their numbers one after the other. The numbers that
-are measured go into the trial one by one, and what has come of them when it ends: it then cannot be changed any more. A claim
-of a dead worker is marked as failed, and another one made, which begins with the numbers that were there. A worker that was
-held for dead and comes back finds its claim failed and leaves its result: a name has at most one.
+are measured are noted every few seconds, and what has come of them when the trial ends: it then cannot be changed any more. A
+claim of a dead worker is marked as failed, and another one made, which begins with the numbers that were there. A worker that
+was held for dead and comes back finds its claim failed and leaves its result: a name has at most one.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,8 +24,6 @@ from moacompress.search.measure.storages import guarded, open_storage, shown
 from moacompress.search.measure.workers import Worker, Workers
 
 if TYPE_CHECKING:
-    from optuna import Study
-    from optuna.distributions import BaseDistribution
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
@@ -35,10 +32,11 @@ logger = logging.getLogger(__name__)
 CHOOSE_STORAGE = "choose another one with --storage"
 CLAIMS = "-claims"
 """End of the name of the study that a search's workers and claims are in."""
-CLAIMED = ("name", "worker", "mark")
-"""Notes of every claim: what is measured, who measures it, and which claim of that it is."""
 PIECE = 16_000
 """Characters of the longest text that is written as one: MySQL's are of 65,535 bytes at most."""
+KEEP_SECONDS = 5.0
+"""Seconds of measuring after which the numbers so far are kept: what a worker that is killed loses at most, besides the
+measurement that it was at. Keeping each alone would take much of the time of short ones."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
 """Seconds after which a worker that waits looks again: more each time."""
 SAID_AFTER = 5.0
@@ -82,19 +80,18 @@ class Claims:
         self._progress = progress
         self.beaten_by = 0
         self._mine: set[int] = set()
+        self._unkept: dict[int, list[float]] = {}
+        self._kept_at = 0.0
         self._pause, self._waited, self._said = FIRST_PAUSE, 0.0, False
+        self._seen: list[FrozenTrial] | None = None
 
-    def of(self, study: Study) -> Claims:
-        """Returns the claims in another study of the same workers."""
-        with guarded(self.where):
-            study_id = self.storage.get_study_id_from_name(study.study_name)
-        return Claims(self.storage, study_id, self.workers, self.where, self._progress)
+    def trials(self, fresh: bool = True) -> list[FrozenTrial]:
+        """Returns the trials that stand for claims, in the order of their numbers.
 
-    def trials(self) -> list[FrozenTrial]:
-        """Returns the trials that stand for claims, in the order of their numbers."""
-        with guarded(self.where):
-            found = self.storage.get_all_trials(self.study_id, deepcopy=False)
-        return [trial for trial in found if "name" in trial.user_attrs]
+        Args:
+            fresh: look into the storage; otherwise they are as they were at the last look.
+        """
+        return [trial for trial in self._look(fresh) if "name" in trial.user_attrs]
 
     def result(self, name: str) -> Any:
         """Returns what was kept under a name, or None."""
@@ -102,13 +99,12 @@ class Claims:
         return None if done is None else attributes(done).get("result")
 
     def free(self, names: Sequence[str]) -> list[str]:
-        """Returns the names that are neither done nor claimed by a live worker, as far as one look says."""
+        """Returns the names that are neither done nor claimed by a live worker, as far as the last look says."""
         taken, alive = set(), {self.workers.token: True}
-        for trial in self.trials():
+        for trial in self.trials(fresh=False):
             name, token = trial.user_attrs["name"], trial.user_attrs.get("worker", "")
             if trial.state.name == "RUNNING" and token not in alive:
-                with guarded(self.where):
-                    alive[token] = self.workers.alive(token)
+                alive[token] = self._alive(token)
             if trial.state.name == "COMPLETE" or (trial.state.name == "RUNNING" and alive[token]):
                 taken.add(name)
         return [name for name in names if name not in taken]
@@ -121,10 +117,11 @@ class Claims:
         from optuna.trial import TrialState, create_trial
 
         self.beaten_by = 0
-        if self._taken(self._named(name)):
+        if any(trial.state.name != "FAIL" for trial in self._named(name, fresh=False)) and self._taken(
+            self._named(name)
+        ):
             return None
-        mark = secrets.token_hex(8)
-        notes = {"name": name, "worker": self.workers.token, "mark": mark}
+        notes = {"name": name, "worker": self.workers.token}
         with guarded(self.where):
             trial_id = self.storage.create_new_trial(
                 self.study_id, create_trial(state=TrialState.RUNNING, user_attrs=notes)
@@ -133,7 +130,7 @@ class Claims:
         claim = Claim(name, trial_id)
         try:
             named = self._named(name)
-            number = next(trial.number for trial in named if trial.user_attrs.get("mark") == mark)
+            number = max(trial.number for trial in named if trial.user_attrs.get("worker") == self.workers.token)
             earlier = [trial for trial in named if trial.number < number]
             if self._taken(earlier):
                 self.beaten_by = len(earlier)
@@ -143,31 +140,26 @@ class Claims:
             self.release(claim)
             raise
         self._pause, self._waited, self._said = FIRST_PAUSE, 0.0, False
+        self._kept_at = time.monotonic()
         # a dead worker may have kept a number between the look at its claim and the end of that
         later = any(trial.state.name == "RUNNING" for trial in earlier)
-        return Claim(name, trial_id, _begun(self._named(name) if later else named))
+        return Claim(name, trial_id, _begun(self._named(name) if later else earlier))
 
-    def put(self, claim: Claim, step: int, number: float) -> None:
-        """Keeps one of the numbers that a claim is about.
-
-        Raises:
-            ClaimLost: another worker has it.
-        """
-        with self._changing():
-            self.storage.set_trial_intermediate_value(claim.trial_id, step, number)
-
-    def set_parameters(
-        self, claim: Claim, parameters: Mapping[str, float], distributions: Mapping[str, BaseDistribution]
-    ) -> None:
-        """Keeps the search parameters of a claimed trial.
+    def put(self, claim: Claim, numbers: Sequence[float]) -> None:
+        """Keeps the numbers that a claim is about, as far as they are measured; those of the last seconds later on.
 
         Raises:
             ClaimLost: another worker has it.
         """
-        with self._changing():
-            for name, distribution in distributions.items():
-                value = distribution.to_internal_repr(parameters[name])
-                self.storage.set_trial_param(claim.trial_id, name, value, distribution)
+        self._unkept[claim.trial_id] = list(numbers)
+        if time.monotonic() - self._kept_at >= KEEP_SECONDS:
+            self._keep_numbers(claim)
+
+    def _keep_numbers(self, claim: Claim) -> None:
+        numbers = self._unkept.pop(claim.trial_id, None)
+        if numbers is not None:
+            self.note(claim, numbers=numbers)
+        self._kept_at = time.monotonic()
 
     def note(self, claim: Claim, **notes: Any) -> None:
         """Keeps JSON values with a claim.
@@ -193,16 +185,19 @@ class Claims:
         """
         from optuna.trial import TrialState
 
+        self._unkept.pop(claim.trial_id, None)
         self.note(claim, **notes)
         with self._changing():
             self.storage.set_trial_state_values(claim.trial_id, TrialState.COMPLETE, list(values))
         self._mine.discard(claim.trial_id)
 
     def release(self, claim: Claim) -> None:
-        """Gives up a claim for others to take, unless it is finished."""
+        """Gives up a claim for others to take, with what was measured of it, unless it is finished."""
         if claim.trial_id in self._mine:
             self._mine.discard(claim.trial_id)
             with suppress(Exception):  # where the storage is gone this worker's claims go with it
+                with suppress(ClaimLost):
+                    self._keep_numbers(claim)
                 self._fail(claim.trial_id)
 
     def keep(self, name: str, value: Any) -> None:
@@ -240,8 +235,20 @@ class Claims:
         who = ", ".join(f"process {worker.holder.pid} on {worker.holder.host}" for worker in found)
         return f"waiting for what {who or 'another worker'} measures"
 
-    def _named(self, name: str) -> list[FrozenTrial]:
-        return [trial for trial in self.trials() if trial.user_attrs["name"] == name]
+    def _look(self, fresh: bool = True) -> list[FrozenTrial]:
+        """Returns all trials of the study, workers and claims."""
+        if fresh or self._seen is None:
+            with guarded(self.where):
+                self._seen = self.storage.get_all_trials(self.study_id, deepcopy=False)
+        return self._seen
+
+    def _named(self, name: str, fresh: bool = True) -> list[FrozenTrial]:
+        return [trial for trial in self.trials(fresh) if trial.user_attrs["name"] == name]
+
+    def _alive(self, token: str) -> bool:
+        """Returns whether a worker is alive, as far as the last look says of one of another machine."""
+        with guarded(self.where):
+            return self.workers.alive(token, self._look(fresh=False))
 
     def _taken(self, trials: Sequence[FrozenTrial]) -> bool:
         """Returns whether one of the trials of a name is finished, or a live worker's; those of dead ones fail."""
@@ -254,7 +261,7 @@ class Claims:
                 trial_id = self.storage.get_trial_id_from_study_id_trial_number(self.study_id, trial.number)
                 token = trial.user_attrs.get("worker", "")
                 left = token == self.workers.token and trial_id not in self._mine  # by an interrupt
-                if not left and self.workers.alive(token):
+                if not left and self._alive(token):
                     return True
                 if not self._fail(trial_id) and self.storage.get_trial(trial_id).state.name == "COMPLETE":
                     return True  # it has ended meanwhile
@@ -303,14 +310,9 @@ def _pieces(name: str, value: Any) -> dict[str, Any]:
 
 
 def _begun(trials: Sequence[FrozenTrial]) -> tuple[float, ...]:
-    """Returns the numbers that the claims of a name have measured, as far as none is missing; the first claim's count."""
-    found: dict[int, float] = {}
-    for trial in trials:
-        found = {**trial.intermediate_values, **found}
-    numbers: list[float] = []
-    while len(numbers) in found:
-        numbers.append(float(found[len(numbers)]))
-    return tuple(numbers)
+    """Returns the most numbers that a claim of a name has kept; the first of those that kept as many counts."""
+    kept = (attributes(trial).get("numbers", ()) for trial in trials)
+    return tuple(map(float, max(kept, key=len, default=())))
 
 
 @contextmanager

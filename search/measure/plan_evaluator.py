@@ -108,7 +108,7 @@ class PlanEvaluator:
                 while len(found) < job.count:
                     self.deadline.check()
                     found.append(next(kls))
-                    claims.put(claim, len(found) - 1, found[-1])
+                    claims.put(claim, found)
             claims.finish(claim, [float(np.mean(found)) if found else 0.0], result=found)
         except ClaimLost:
             return None

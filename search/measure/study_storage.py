@@ -1,33 +1,40 @@
 """The study storage of a search: an Optuna study that holds everything measured, so that nothing is measured twice.
 
 A search that was killed and started again finds its finished trials, ablations and baselines here and resumes as if it
-had never stopped, and many processes may work on one study: each trial has an index, and who works on it has its claim. The
-sampler is made again for every trial, from the seed and the index, of the trials that are finished and of those that others
-are at, so that no random state is lost and nothing depends on who samples.
+had never stopped, and many processes may work on one study: each trial has an index, and who works on it has its claim, in
+which all of it is kept; the finished ones are put into the study as trials of Optuna's, for its own tools. The sampler is made
+again for every trial, from the seed and the index, of the trials that are finished and of those that others are at, so that
+no random state is lost and nothing depends on who samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moacompress.core.errors import ArtefactError
-from moacompress.search.measure.claims import CLAIMED, Claim, ClaimLost, Claims, attributes
+from moacompress.search.measure.claims import Claim, ClaimLost, Claims, attributes
 from moacompress.search.measure.storages import guarded
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
 
 STARTUP_TRIALS = 5
 """Trials, the first included, before the Gaussian process has anything to say."""
-TRIAL = "trial:"
-"""Begin of the name of a trial's claim; its index follows."""
+TRIAL = ":trial:"
+"""Stands in the name of a trial's claim, between the name of its study and its index."""
+SHOWN = "index"
+"""Note of a trial that Optuna's own tools are shown: its index."""
+SHORT = (bool, int, float, str)
+"""Notes of these types are shown with a trial in Optuna's tools."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,13 @@ class StartedTrial:
         index: its index.
         parameters: its search parameters.
         claim: on it.
+        begun: when.
     """
 
     index: int
     parameters: dict[str, float]
     claim: Claim
+    begun: datetime = field(default_factory=datetime.now)
 
 
 class StudyStorage:
@@ -97,8 +106,7 @@ class StudyStorage:
             if dict(start) not in self._queue:
                 self._queue.append(dict(start))
         self._study = self._open(profile)
-        self._trials = claims.of(self._study)
-        self._fail_unclaimed()
+        self._fail_unfinished()
 
     def recall(self, name: str) -> Any:
         """Returns what was kept under this name, or None."""
@@ -107,20 +115,10 @@ class StudyStorage:
 
     def finished(self) -> list[FinishedTrial]:
         """Returns the finished trials, in the order of their indices."""
-        with guarded(self.claims.where):
-            trials = self._study.get_trials(deepcopy=False)
-        found = {}
-        unnamed = 0  # those of earlier versions count in the order in which they finished
-        for trial in trials:
-            if trial.state.name != "COMPLETE":
-                continue
-            name = trial.user_attrs.get("name")
-            index = unnamed if name is None else int(name.removeprefix(TRIAL))
-            unnamed += name is None
-            kept = attributes(trial)
-            own = {key: value for key, value in kept.items() if key not in CLAIMED}
-            notes = kept.get("notes", own)  # earlier versions kept each for itself
-            found[index] = FinishedTrial(index, self._ordered(trial.params), list(trial.values), notes)
+        found = dict(self._finished_before)
+        for trial in self._claimed("COMPLETE"):
+            index, kept = self._index(trial.user_attrs["name"]), attributes(trial)["result"]
+            found[index] = FinishedTrial(index, self._ordered(kept["parameters"]), kept["values"], kept["notes"])
         return [found[index] for index in sorted(found)]
 
     def importances(self) -> dict[str, float]:
@@ -145,19 +143,18 @@ class StudyStorage:
             limit: number of trials that there are to be.
             finished: indices of those that are known to be finished.
         """
-        names = self._trials.free([f"{TRIAL}{index}" for index in range(limit) if index not in finished])
-        at = 0
+        names, at = self.claims.free(self._names(limit, finished)), 0
         while at < len(names):
-            claim = self._trials.take(names[at])
+            claim = self.claims.take(names[at])
             if claim is not None:
                 try:
-                    return self._started(int(names[at].removeprefix(TRIAL)), claim)
+                    return self._started(self._index(names[at]), claim)
                 except ClaimLost:
                     pass
                 except BaseException:
-                    self._trials.release(claim)
+                    self.claims.release(claim)
                     raise
-            at += max(1, self._trials.beaten_by)  # each of those that come in the same moment goes to another one
+            at += max(1, self.claims.beaten_by)  # each of those that come in the same moment goes to another one
         return None
 
     def tell(self, started: StartedTrial, value: float | Sequence[float], **notes: Any) -> None:
@@ -167,11 +164,13 @@ class StudyStorage:
             ClaimLost: another worker has the trial.
         """
         values = [value] if isinstance(value, float) else list(value)
-        self._trials.finish(started.claim, values, notes=notes)
+        result = {"parameters": started.parameters, "values": values, "notes": notes}
+        self.claims.finish(started.claim, [0.0], result=result)
+        self._show(started, values, notes)
 
     def release(self, started: StartedTrial) -> None:
         """Gives up a trial, unless it is finished: another run, or another worker, begins it again."""
-        self._trials.release(started.claim)
+        self.claims.release(started.claim)
 
     def pause(self, limit: int, finished: Container[int], longest: float | None = None) -> None:
         """Waits a moment for the trials of other workers: see `Claims.pause`.
@@ -181,7 +180,7 @@ class StudyStorage:
             finished: indices of those that are known to be finished.
             longest: seconds that it may take.
         """
-        self._trials.pause([f"{TRIAL}{index}" for index in range(limit) if index not in finished], longest)
+        self.claims.pause(self._names(limit, finished), longest)
 
     def sampled(self, index: int, pending: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
         """Returns the search parameters that the sampler chooses for a trial.
@@ -202,6 +201,53 @@ class StudyStorage:
         """What earlier versions kept, which had no claims."""
         with guarded(self.claims.where):
             return dict(self._study.user_attrs)
+
+    @cached_property
+    def _finished_before(self) -> dict[int, FinishedTrial]:
+        """The finished trials that earlier versions kept in the study itself."""
+        with guarded(self.claims.where):
+            trials = self._study.get_trials(deepcopy=False)
+        found: dict[int, FinishedTrial] = {}
+        unnamed = 0  # the earliest count in the order in which they finished
+        for trial in trials:
+            if trial.state.name == "COMPLETE" and SHOWN not in trial.user_attrs:
+                name = trial.user_attrs.get("name")
+                index = unnamed if name is None else int(name.rpartition(":")[2])
+                unnamed += name is None
+                kept = attributes(trial)
+                notes = kept.get("notes", kept)
+                found[index] = FinishedTrial(index, self._ordered(trial.params), list(trial.values), notes)
+        return found
+
+    def _names(self, limit: int, finished: Container[int]) -> list[str]:
+        """Returns the names of the trials below a limit that are not finished."""
+        return [f"{self.name}{TRIAL}{index}" for index in range(limit) if index not in finished]
+
+    def _index(self, name: str) -> int:
+        return int(name.removeprefix(self.name + TRIAL))
+
+    def _claimed(self, *states: str, fresh: bool = True) -> list[FrozenTrial]:
+        """Returns the claims on this study's trials that are in one of some states, in the order of their numbers."""
+        return [
+            trial
+            for trial in self.claims.trials(fresh)
+            if trial.state.name in states and trial.user_attrs["name"].startswith(self.name + TRIAL)
+        ]
+
+    def _show(self, started: StartedTrial, values: Sequence[float], notes: Mapping[str, Any]) -> None:
+        """Puts a finished trial into the study, where Optuna's own tools look."""
+        from optuna.trial import create_trial
+
+        short = {name: note for name, note in notes.items() if isinstance(note, SHORT)}
+        trial = create_trial(
+            params=started.parameters,
+            distributions=self._distributions,
+            values=list(values),
+            user_attrs={SHOWN: started.index, **short},
+        )
+        trial.datetime_start = started.begun
+        with guarded(self.claims.where):
+            self._study.add_trial(trial)
 
     def _open(self, profile: str) -> Study:
         import optuna
@@ -224,40 +270,40 @@ class StudyStorage:
             )
         return study
 
-    def _fail_unclaimed(self) -> None:
-        """Marks what earlier versions had queued or had begun as failed: they had no claims."""
+    def _fail_unfinished(self) -> None:
+        """Marks what earlier versions had queued or had begun in the study itself as failed."""
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
         storage = self.claims.storage
         with guarded(self.claims.where):
+            study_id = storage.get_study_id_from_name(self.name)
             for trial in self._study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING)):
-                if "name" not in trial.user_attrs:
-                    trial_id = storage.get_trial_id_from_study_id_trial_number(self._trials.study_id, trial.number)
-                    with suppress(UpdateFinishedTrialError):
-                        storage.set_trial_state_values(trial_id, TrialState.FAIL)
+                trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
+                with suppress(UpdateFinishedTrialError):
+                    storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
     def _started(self, index: int, claim: Claim) -> StartedTrial:
         """Returns a claimed trial with its search parameters: those that an earlier claim of it had, or new ones."""
-        named = [trial for trial in self._trials.trials() if trial.user_attrs["name"] == claim.name]
-        begun = [trial.params for trial in named if set(trial.params) == set(self._distributions)]
+        unfinished = [
+            trial
+            for trial in self._claimed("FAIL", "RUNNING", fresh=False)  # as when it was claimed
+            if "parameters" in trial.user_attrs
+        ]
+        begun = [trial for trial in unfinished if trial.user_attrs["name"] == claim.name]
         if begun:
-            parameters = self._ordered(begun[0])
+            parameters = self._ordered(begun[0].user_attrs["parameters"])
         elif index < len(self._queue):
             parameters = self._ordered(self._queue[index])
         else:
-            parameters = self.sampled(index, self._pending())
-        self._trials.set_parameters(claim, parameters, self._distributions)
+            running = {
+                trial.user_attrs["name"]: self._ordered(trial.user_attrs["parameters"])
+                for trial in unfinished
+                if trial.state.name == "RUNNING"
+            }
+            parameters = self.sampled(index, [running[name] for name in sorted(running)])
+        self.claims.note(claim, parameters=parameters)
         return StartedTrial(index, parameters, claim)
-
-    def _pending(self) -> list[dict[str, float]]:
-        """Returns the search parameters of the trials that are not finished, in the order of their names."""
-        running = {
-            trial.user_attrs["name"]: self._ordered(trial.params)
-            for trial in self._trials.trials()
-            if trial.state.name == "RUNNING" and set(trial.params) == set(self._distributions)
-        }
-        return [running[name] for name in sorted(running)]
 
     def _in_memory(self, finished: Sequence[FinishedTrial], pending: Sequence[Mapping[str, float]]) -> Study:
         """Returns a study of its own of finished trials and of some that are not finished."""

@@ -222,7 +222,7 @@ class Trials:
                 else:
                     self.deadline.check()
                     kls.append(kl(number))
-                    self.study_storage.claims.put(claim, step, kls[-1])
+                    self.study_storage.claims.put(claim, kls)
                 if trial.started.index and step + 1 < len(self.order):
                     tried = tried or self.finished()
                     if tried and is_hopeless(kls, tried):

@@ -8,7 +8,7 @@ whoever looks has seen the same beat for `SILENT_SECONDS`, by its own clock: no 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -102,15 +102,28 @@ class Workers:
         running = [worker for worker in self.all() if worker.state == "RUNNING"]
         return [worker for worker in running if worker.holder.token != self.token and self._is_alive(worker)]
 
-    def by_token(self, token: str) -> Worker | None:
-        """Returns the last one of a token."""
-        return next((worker for worker in reversed(self.all()) if worker.holder.token == token), None)
+    def by_token(self, token: str, trials: Sequence[FrozenTrial] | None = None) -> Worker | None:
+        """Returns the last one of a token.
 
-    def alive(self, token: str) -> bool:
-        """Returns whether what is marked with a token is being worked on."""
+        Args:
+            token: what its claims are marked with.
+            trials: of the study, where they are known.
+        """
+        if trials is None:
+            trials = self._storage.get_all_trials(self._study_id, deepcopy=False)
+        workers = map(Worker.of, reversed(trials))
+        return next((worker for worker in workers if worker is not None and worker.holder.token == token), None)
+
+    def alive(self, token: str, trials: Sequence[FrozenTrial] | None = None) -> bool:
+        """Returns whether what is marked with a token is being worked on.
+
+        Args:
+            token: what it is marked with.
+            trials: of the study, where they are known.
+        """
         if token == self.token:
             return True
-        worker = self.by_token(token)
+        worker = self.by_token(token, trials)
         return worker is not None and worker.state == "RUNNING" and self._is_alive(worker)
 
     @contextmanager

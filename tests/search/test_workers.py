@@ -6,14 +6,19 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import optuna
 import pytest
 
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import ArtefactError
 from moacompress.core.urls import without_password
 from moacompress.rules.plan import Plan
+from moacompress.search.measure import claims as claims_module
+from moacompress.search.measure.claims import open_claims
+from moacompress.search.measure.storages import open_storage, quiet_optuna
 from moacompress.search.search_status import search_status
 from tests.search_workers import FORK, SearchRun, check_nothing_is_lost_or_doubled, killed_at_random
 
@@ -52,7 +57,7 @@ def test_workers_find_what_one_alone_finds(
     assert shared.out.read_bytes() == (tmp_path / "alone.json").read_bytes()
     assert all(Plan.from_dict(result["plan"]) == alone.plan for result in results)
     check_nothing_is_lost_or_doubled(shared)
-    assert shared.measured().total() == shared.kept().total() >= len(fake.calls)
+    assert shared.measured().total() == shared.kept()[0].total() >= len(fake.calls)
     assert len({line.split()[0] for line in (tmp_path / "measured.txt").read_text().splitlines()}) == workers
     again, fake = search(shared.profile, recipe=shared.recipe, out=tmp_path / "again.json")
     assert fake.calls == []
@@ -70,6 +75,49 @@ def test_what_killed_workers_had_is_taken_over(
     assert shared.killed
     assert shared.out.read_bytes() == (tmp_path / "alone.json").read_bytes()
     check_nothing_is_lost_or_doubled(shared)
+
+
+@pytest.mark.parametrize("kind", STORAGES)
+def test_numbers_are_kept_every_few_seconds_and_where_a_claim_is_given_up(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(claims_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    with quiet_optuna(), open_claims(storage_in(tmp_path, kind), "s", alone=False) as claims:
+
+        def kept() -> list[Any]:
+            return [trial.user_attrs.get("numbers") for trial in claims.trials()]
+
+        claim = claims.take("x")
+        assert claim is not None
+        claims.put(claim, [1.0])
+        assert kept() == [None]
+        clock[0] += claims_module.KEEP_SECONDS
+        claims.put(claim, [1.0, 2.0])
+        assert kept() == [[1.0, 2.0]]
+        claims.put(claim, [1.0, 2.0, 3.0])
+        assert kept() == [[1.0, 2.0]]
+        claims.release(claim)
+        assert kept() == [[1.0, 2.0, 3.0]]
+        again = claims.take("x")
+        assert again is not None
+        assert again.begun == (1.0, 2.0, 3.0)
+        claims.put(again, [1.0, 2.0, 3.0, 4.0])
+        claims.finish(again, [2.5], result="done")
+        assert claims.result("x") == "done"
+        assert claims.take("x") is None
+
+
+def test_optunas_own_tools_see_the_finished_trials(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+    result, _ = search(profiles(), out=tmp_path / "plan.json")
+    name = f"moacompress-{result.plan.provenance['search']}"
+    with quiet_optuna():
+        study = optuna.load_study(study_name=name, storage=open_storage(str(tmp_path / "plan.study.journal")))
+    assert [trial.user_attrs["index"] for trial in study.trials] == list(range(result.trials))
+    assert {trial.state.name for trial in study.trials} == {"COMPLETE"}
+    assert study.trials[0].value == 0.0
+    assert set(study.best_trial.params) == set(study.trials[0].params) != set()
+    assert all(trial.datetime_complete >= trial.datetime_start for trial in study.trials)
 
 
 def test_a_password_is_neither_shown_nor_kept(profiles: Profiles) -> None:
