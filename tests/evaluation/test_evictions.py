@@ -30,7 +30,7 @@ from moacompress.evaluation.baselines.evictions import (
     score_evictions,
 )
 from moacompress.evaluation.eviction.allocation import best_of_all, best_of_each, even_counts, rounded_counts
-from moacompress.evaluation.eviction.attention import attending
+from moacompress.evaluation.eviction.attention import MORE, attending
 from moacompress.evaluation.eviction.baseline import PromptBaseline, StreamBaseline
 from moacompress.evaluation.eviction.key_scores import ExpectedAttention, KeyDiff, later_rotations
 from moacompress.evaluation.eviction.kvzip import KVzip
@@ -486,13 +486,15 @@ def test_methods_answer_side_by_side_as_each_does_alone(compressed: Path) -> Non
     assert len({round(score.nll, 3) for score in together}) > len(PROMPTED)
 
 
-def test_rows_share_the_prompt(reading: DenseReading) -> None:
+def test_rows_share_the_prompt(model: PreTrainedModel, reading: DenseReading, ids: list[int]) -> None:
     mask = torch.ones(LAYERS, KV_HEADS, 90, dtype=torch.bool)
-    store = reading.kept(mask, ~mask, mask)
-    for layer, (key, value) in enumerate(zip(reading.keys, reading.values, strict=True)):
-        assert store.keys[layer].data_ptr() == key.data_ptr()
-        assert store.values[layer].data_ptr() == value.data_ptr()
-    assert store.get_seq_length() == 90
+    store = reading.kept(mask, mask.roll(1), mask)
+    with attending(model):
+        for size in (50, 1, 1):
+            model(input_ids=torch.tensor([ids[:size]] * 3), use_cache=True, **cache_argument(store))
+    assert store.get_seq_length() == 142
+    held = {size for pair in store._held for each in pair for size in each.shape[:3]}
+    assert held == {1, KV_HEADS, 90 + 3 * (50 + MORE)}
 
 
 def test_one_dense_reading_is_shared(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,9 @@ from moacompress.core.errors import ModelError
 NAME = "moacompress_eviction"
 """Name of the attention among transformers' attention functions."""
 
+MORE = 32
+"""Tokens for which a cache makes room at a time."""
+
 _at_work: ContextVar[Attending] = ContextVar("moacompress_eviction_at_work")
 
 
@@ -52,13 +55,17 @@ class WholeCache(DynamicCache, Attending):
                 query, key, value, is_causal=True, scale=scaling, enable_gqa=True
             )
             return out
-        return masked_attention(query, key, value, scaling, causal(query.shape[2], key.shape[2], key.device)[None])
+        mask = causal(query.shape[2], key.shape[2], key.device)
+        seen: Tensor = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
+        )
+        return seen
 
 
 class KeptCache(WholeCache):
     """Shows of a prompt only what is kept of it, and everything after; a row for each way to keep.
 
-    The prompt stands here once for all rows; what transformers' part holds is what each row has read after it.
+    The prompt stands here once for all rows, and behind it what the rows have read: of each token, all rows.
 
     Args:
         kept: of every row and layer, bool `[rows, layers, kv_heads, n]`.
@@ -68,11 +75,26 @@ class KeptCache(WholeCache):
 
     def __init__(self, kept: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
         super().__init__()
-        self.kept, self.keys, self.values = kept, keys, values
+        self.kept, self._after = kept, [0] * len(keys)
+        self._held = [list(pair) for pair in zip(keys, values, strict=True)]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Returns how many tokens were read, those of the prompt with them."""
-        return int(self.kept.shape[-1] + super().get_seq_length(layer_idx))
+        return int(self.kept.shape[-1]) + self._after[layer_idx]
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Adds the new tokens of every row, `[rows, kv_heads, tokens, head_dim]`, and is what attends next."""
+        rows, _, tokens = key_states.shape[:3]
+        first = self.kept.shape[-1] + rows * self._after[layer_idx]
+        for which, states in enumerate((key_states, value_states)):
+            held = self._held[layer_idx][which]
+            if held.shape[2] < first + rows * tokens:
+                held = functional.pad(held, (0, 0, 0, rows * (tokens + MORE)))
+                self._held[layer_idx][which] = held
+            held[0, :, first : first + rows * tokens] = states.permute(1, 2, 0, 3).flatten(1, 2)
+        self._after[layer_idx] += tokens
+        _at_work.set(self)
+        return key_states, value_states
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Attends to what is kept, and to later tokens of the row up to each query, `[rows, heads, tokens, value_dim]`.
@@ -80,24 +102,21 @@ class KeptCache(WholeCache):
         Args:
             layer: its index.
             query: of the new tokens, `[rows, heads, tokens, head_dim]`.
-            key: of the tokens after the prompt, `[rows, kv_heads, after, head_dim]`.
+            key: of the new tokens, which have been added.
             value: likewise.
             scaling: factor on the scores.
         """
-        (rows, _, tokens), kv_heads, after = query.shape[:3], *key.shape[1:3]
+        rows, tokens, after = len(query), query.shape[2], self._after[layer]
         shown = self.kept[:, layer].to(key.device).transpose(0, 1)  # [kv_heads, rows, n]
-        own = torch.eye(rows, dtype=torch.bool, device=key.device)[:, None, :, None]
-        later = (own & causal(tokens, after, key.device)[None, :, None]).flatten(2)  # [rows, tokens, rows * after]
+        own = torch.eye(rows, dtype=torch.bool, device=key.device)[:, None, None]
+        later = (own & causal(tokens, after, key.device)[..., None]).flatten(2)  # [rows, tokens, after * rows]
         visible = torch.cat(
-            (shown[:, :, None].expand(-1, -1, tokens, -1), later.expand(kv_heads, -1, -1, -1)), -1
-        )  # [kv_heads, rows, tokens, n + rows * after]
+            (shown[:, :, None].expand(-1, -1, tokens, -1), later.expand(len(shown), -1, -1, -1)), -1
+        )  # [kv_heads, rows, tokens, n + after * rows]
         # rows become tokens of one row, so that the prompt is not repeated: [1, heads, rows * tokens, head_dim]
         asked = query.transpose(0, 1).flatten(1, 2)[None]
-        all_keys, all_values = (
-            torch.cat((of_prompt[layer], of_rows.transpose(0, 1).flatten(1, 2)[None]), 2)
-            for of_prompt, of_rows in ((self.keys, key), (self.values, value))
-        )
-        out = masked_attention(asked, all_keys, all_values, scaling, visible.flatten(1, 2))
+        keys, values = (held[:, :, : visible.shape[-1]] for held in self._held[layer])
+        out = masked_attention(asked, keys, values, scaling, visible.flatten(1, 2))
         in_rows: Tensor = out[0].unflatten(1, (rows, tokens)).transpose(0, 1)
         return in_rows
 

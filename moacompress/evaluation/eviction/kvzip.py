@@ -12,6 +12,8 @@ from torch import Tensor
 from moacompress.evaluation.eviction.allocation import best_of_all
 from moacompress.evaluation.eviction.baseline import LayerReading, PromptBaseline, PromptReading
 
+BLOCK = 128
+"""Queries whose scores are made at a time."""
 REQUEST = "\n\nRepeat the text above, word for word.\n\n"
 
 
@@ -68,12 +70,17 @@ def most_attention(query: Tensor, cached: Tensor, key: Tensor, scaling: float) -
         key: of the tokens that are fed, which queries see up to themselves, `[kv_heads, fed, head_dim]`.
         scaling: factor on the scores.
     """
-    later = torch.ones(query.shape[1], query.shape[1], dtype=torch.bool, device=query.device).triu(1)
     most = cached.new_full(cached.shape[:2], -torch.inf)
-    for head, queries in enumerate(query):  # one at a time: the matrices are large
+    later = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=query.device).triu(1)
+    for head, queries in enumerate(query):
         own = head * len(key) // len(query)
-        logits = queries @ cached[own].T * scaling
-        repeated = (queries @ key[own].T * scaling).masked_fill_(later, -torch.inf)
-        whole = torch.logaddexp(logits.logsumexp(-1), repeated.logsumexp(-1))
-        most[own] = torch.maximum(most[own], logits.sub_(whole[:, None]).amax(0))
+        for begin in range(
+            0, len(queries), BLOCK
+        ):  # so few at a time that their scores stay in a processor's own memory
+            asked = queries[begin : begin + BLOCK] * scaling
+            end = begin + len(asked)
+            logits, repeated = asked @ cached[own].T, asked @ key[own, :end].T
+            repeated[:, begin:].masked_fill_(later[: len(asked), : len(asked)], -torch.inf)
+            whole = torch.logaddexp(logits.logsumexp(-1), repeated.logsumexp(-1))
+            most[own] = torch.maximum(most[own], logits.sub_(whole[:, None]).amax(0))
     return most.exp()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,6 @@ from moacompress.runtime.compat.alternates import CACHE_NAMES, cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Kept = TypeVar("Kept", bound=KeptCache)
 
 
 @dataclass
@@ -55,26 +53,31 @@ class DenseReading:
         Args:
             masks: bool `[layers, kv_heads, end]` each.
         """
-        return self._shown(KeptCache, torch.stack(masks))
+        kept = torch.stack(masks)
+        return KeptCache(kept, *self._first(kept.shape[-1]))
 
     def _read_on(self, end: int, fed: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        first = self.keys[0]
-        cache = self._shown(_Watched, first.new_ones(1, len(self.keys), first.shape[1], end, dtype=torch.bool))
-        _feed(self.model, fed, cache)
-        return [(query[0].float(), key[0].float()) for query, key in zip(cache.queries, cache.seen, strict=True)]
+        watched = _Watched(*self._first(end))
+        _feed(self.model, fed, watched)
+        return [
+            (query[0].float(), key[0, :, end:].float())
+            for query, key in zip(watched.queries, watched.seen, strict=True)
+        ]
 
-    def _shown(self, kind: type[Kept], masks: Tensor) -> Kept:
-        end = masks.shape[-1]
-        return kind(masks, *([each[:, :, :end] for each in held] for held in (self.keys, self.values)))
+    def _first(self, end: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns keys and values of the first tokens."""
+        return [key[:, :, :end] for key in self.keys], [value[:, :, :end] for value in self.values]
 
 
-class _Watched(KeptCache):
-    """Remembers the queries of every layer, and the keys of the tokens after the prompt."""
+class _Watched(WholeCache):
+    """Remembers the queries of every layer, and the keys that they were asked of."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
+        super().__init__()
         self.queries: list[Tensor] = []
         self.seen: list[Tensor] = []
+        for layer, pair in enumerate(zip(keys, values, strict=True)):
+            self.update(*pair, layer)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         self.queries.append(query)

@@ -29,6 +29,30 @@ class _Slots:
     received: Tensor
     read: int = 0
 
+    def put(self, heads: Tensor, slot: Tensor | int, key: Tensor, value: Tensor) -> None:
+        """Puts the next token into a slot of each KV head; what was there is gone.
+
+        Args:
+            heads: all KV heads, `[kv_heads]`.
+            slot: of each, or one of all.
+            key: `[kv_heads, head_dim]`.
+            value: `[kv_heads, value_dim]`.
+        """
+        self.key[heads, slot], self.value[heads, slot] = key, value
+        self.positions[heads, slot], self.received[heads, slot] = self.read, 0.0
+        self.read += 1
+
+    def attended(self, query: Tensor) -> Tensor:
+        """Returns what one token gets, `[kv_heads, group, value_dim]`, and notes the attention that it gives.
+
+        Args:
+            query: `[kv_heads, group, head_dim]`, times the factor on the scores.
+        """
+        logits = (query @ self.key.transpose(1, 2)).masked_fill((self.positions < 0)[:, None], -torch.inf)
+        weights = logits.softmax(-1)
+        self.received += weights.mean(1)
+        return weights @ self.value
+
 
 class StreamCache(WholeCache):
     """Runs a `StreamBaseline`; transformers' part of it only counts tokens. One row.
@@ -53,37 +77,19 @@ class StreamCache(WholeCache):
         first = key.shape[2] - tokens
         if layer not in self.slots:
             self.slots[layer] = _empty(key[0], value[0], int(room.max()))
-        slots = self.slots[layer]
+        slots, heads, least = self.slots[layer], torch.arange(len(room), device=room.device), int(room.min())
         grouped = query[0].unflatten(0, (len(room), -1)).float() * scaling
-        out = [
-            self._step(slots, room, grouped[:, :, at], key[0, :, first + at], value[0, :, first + at])
-            for at in range(tokens)
-        ]
+        keys, values = key[0, :, first:].float(), value[0, :, first:].float()
+        out = []
+        for asked, new_key, new_value in zip(grouped.unbind(2), keys.unbind(1), values.unbind(1), strict=True):
+            slot: Tensor | int = slots.read
+            if slots.read >= least:
+                scores = self.baseline.scores(slots.positions, slots.received, slots.read, room)
+                lowest = scores.masked_fill(slots.positions < 0, torch.inf).argmin(1)
+                slot = torch.where(room > slots.read, slots.read, lowest)
+            slots.put(heads, slot, new_key, new_value)
+            out.append(slots.attended(asked))
         return torch.stack(out, 2).flatten(0, 1)[None].to(value.dtype)
-
-    def _step(self, slots: _Slots, room: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Returns what one token gets, `[kv_heads, group, value_dim]`.
-
-        Args:
-            slots: of the layer; changed.
-            room: how many tokens each KV head keeps.
-            query: `[kv_heads, group, head_dim]`, times the factor on the scores.
-            key: `[kv_heads, head_dim]`.
-            value: `[kv_heads, value_dim]`.
-        """
-        heads, now = torch.arange(len(room), device=room.device), slots.read
-        at = torch.full_like(room, now)
-        if now >= int(room.min()):
-            scores = self.baseline.scores(slots.positions, slots.received, now, room)
-            lowest = scores.masked_fill(slots.positions < 0, torch.inf).argmin(1)
-            at = torch.where(now < room, at, lowest)
-        slots.key[heads, at], slots.value[heads, at] = key.float(), value.float()
-        slots.positions[heads, at], slots.received[heads, at] = now, 0.0
-        logits = (query @ slots.key.transpose(1, 2)).masked_fill((slots.positions < 0)[:, None], -torch.inf)
-        weights = logits.softmax(-1)
-        slots.received += weights.mean(1)
-        slots.read = now + 1
-        return weights @ slots.value
 
 
 def _empty(key: Tensor, value: Tensor, size: int) -> _Slots:
