@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from multiprocessing.context import ForkProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -73,6 +73,7 @@ class SearchRun:
         out: place of the plan.
         seconds: that a measurement takes.
         keep_seconds: of measuring after which numbers are kept; by default each as it is measured.
+        find: searches; it is given the profile and what `find_plan` takes by name, and returns one result or more.
         barrier: that all workers pass before their first measurement, or None.
         workers: the processes.
         killed: how many of them were killed.
@@ -84,6 +85,7 @@ class SearchRun:
     out: Path
     seconds: float = 0.002
     keep_seconds: float = 0.0
+    find: Callable[..., Any] | None = None
     barrier: Barrier | None = None
     workers: list[ForkProcess] = field(default_factory=list)
     killed: int = 0
@@ -149,7 +151,7 @@ class SearchRun:
         return numbers, done
 
     def _work(self, number: int, out: Path) -> None:
-        from moacompress.search import study
+        from moacompress.search import front, study
         from moacompress.search.measure import claims
 
         profile = self.profile
@@ -157,6 +159,7 @@ class SearchRun:
         fakes: list[tuple[Any, str, Any]] = [
             (claims, "KEEP_SECONDS", self.keep_seconds),
             (study, "Objective", lambda *arguments: objective),
+            (front, "Objective", lambda *arguments: objective),
             (study, "ProfileAround", lambda *arguments: objective.around),
             (Profile, "calibration_samples", lambda profile: profile.validation),
         ]
@@ -164,12 +167,19 @@ class SearchRun:
             setattr(place, name, fake)
         source: Any = SimpleNamespace(model=None, source="model", shape=profile.shape, computes_in=profile.shape.dtype)
         try:
-            found = study.find_plan(profile, "50%", recipe=self.recipe, out=out, model=source)
+            find = self.find or partial(study.find_plan, budget="50%")
+            results = find(profile, recipe=self.recipe, out=out, model=source)
         except BaseException as error:
             (self.folder / f"error-{number}.txt").write_text(f"{type(error).__name__}: {error}")
             raise
-        said = {"written": found.written, "path": str(found.path), "plan": found.plan.to_dict(), "trials": found.trials}
-        (self.folder / f"result-{number}.json").write_text(json.dumps(said))
+        for which, found in enumerate(results if isinstance(results, list) else [results]):
+            said = {
+                "written": found.written,
+                "path": str(found.path),
+                "plan": found.plan.to_dict(),
+                "trials": found.trials,
+            }
+            (self.folder / f"result-{number}-{which}.json").write_text(json.dumps(said))
 
 
 @cache

@@ -15,10 +15,14 @@ import pytest
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import ArtefactError
 from moacompress.core.urls import without_password
+from moacompress.rules.budget import split_budgets
+from moacompress.rules.loss import Loss
 from moacompress.rules.plan import Plan
+from moacompress.search.front import find_front
 from moacompress.search.measure import claims as claims_module
 from moacompress.search.measure.claims import open_claims
 from moacompress.search.measure.storages import open_storage, quiet_optuna
+from moacompress.search.plan_sets import find_plans, find_smallest
 from moacompress.search.search_status import search_status
 from tests.search_workers import FORK, SearchRun, check_nothing_is_lost_or_doubled, killed_at_random
 
@@ -75,6 +79,44 @@ def test_what_killed_workers_had_is_taken_over(
     assert shared.killed
     assert shared.out.read_bytes() == (tmp_path / "alone.json").read_bytes()
     check_nothing_is_lost_or_doubled(shared)
+
+
+def the_front(profile: Profile, **options: Any) -> Any:
+    return find_front(profile, ["60%", "25%"], **options)
+
+
+def two_budgets(profile: Profile, **options: Any) -> Any:
+    return find_plans(profile, split_budgets(["50%,25%"]), **options)
+
+
+def the_smallest(profile: Profile, **options: Any) -> Any:
+    return find_smallest(profile, Loss.parse("20%"), **options)
+
+
+@pytest.mark.parametrize(("find", "at_once"), [(the_front, True), (two_budgets, True), (the_smallest, False)])
+def test_workers_share_several_searches(
+    find: Callable[..., Any], at_once: bool, run: Callable[..., SearchRun], tmp_path: Path
+) -> None:
+    """A front, several budgets, the smallest budget for a loss: as one worker alone, and nothing measured twice."""
+    shared = run("journal", trials=4)
+    (tmp_path / "alone").mkdir()
+    alone = SearchRun(
+        shared.profile, str(tmp_path / "alone.journal"), tmp_path / "alone", tmp_path / "alone" / "plan.json"
+    )
+    shared.find = alone.find = find
+    alone.start()
+    assert alone.wait() == [0], alone.errors()
+    shared.barrier = FORK.Barrier(2) if at_once else None  # the searches of the smallest begin with a single trial
+    for _ in range(2):
+        shared.start()
+    assert shared.wait() == [0, 0], shared.errors()
+    written = [Path(result["path"]) for result in shared.results() if result["written"]]
+    assert sorted(path.name for path in written) == sorted(Path(result["path"]).name for result in alone.results())
+    for path in written:
+        assert path.read_bytes() == (tmp_path / "alone" / path.name).read_bytes()
+    assert shared.measured() == alone.measured()
+    measured = (tmp_path / "measured.txt").read_text().splitlines()
+    assert len({line.split()[0] for line in measured}) == 2 or not at_once
 
 
 @pytest.mark.parametrize("kind", STORAGES)
