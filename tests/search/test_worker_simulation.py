@@ -118,6 +118,7 @@ class Simulated:
 
     def _work(self) -> None:
         real: Any = self.storage
+        self.run.begun.wait()
         holder = LockHolder(f"host{self.number}", f"boot{self.number}", "", 1, "1", 0.0, f"token{self.number}")
         try:
             study = optuna.create_study(storage=real, study_name="s" + CLAIMS, load_if_exists=True)
@@ -156,12 +157,14 @@ class Run:
         seed: of all that goes wrong.
         measured: how often every plan was measured on every sample.
         errors: of workers that were not killed.
+        begun: set once the first workers are all there.
     """
 
     def __init__(self, seed: int, journal: Path | None) -> None:
         self.seed, self.lock = seed, threading.Lock()
         self.measured: Counter[tuple[str, int]] = Counter()
         self.errors: list[str] = []
+        self.begun = threading.Event()
         self._journal = journal
         self._memory = open_storage(None)
         self.killed = self.stalled = 0
@@ -174,6 +177,7 @@ class Run:
         """Runs it to its end."""
         drawn = Random(self.seed)
         workers = [Simulated(self, number) for number in range(WORKERS)]
+        self.begun.set()
         ends = time.monotonic() + longest
         whats = [*(["kill"] * KILLS), *(["stall"] * STALLS)]
         drawn.shuffle(whats)
