@@ -117,9 +117,8 @@ class Claims:
         from optuna.trial import TrialState, create_trial
 
         self.beaten_by = 0
-        if any(trial.state.name != "FAIL" for trial in self._named(name, fresh=False)) and self._taken(
-            self._named(name)
-        ):
+        seen = any(trial.state.name != "FAIL" for trial in self._named(name, fresh=False))
+        if seen and self._taken(self._named(name)):
             return None
         notes = {"name": name, "worker": self.workers.token}
         with guarded(self.where):

@@ -170,9 +170,8 @@ def score_evictions(checkpoint: Checkpoint, case: Case, compared: Sequence[Compa
         compared: what is scored, in this order.
     """
     model = checkpoint.without_plan()
-    stores: list[
-        tuple[WholeCache, int, list[int]]
-    ] = []  # with how many tokens have been read, and what is scored by it
+    # caches, each with how many tokens it holds and what it scores
+    stores: list[tuple[WholeCache, int, list[int]]] = []
     evicting: dict[int, list[int]] = {}
     for number, one in enumerate(compared):
         if isinstance(one.baseline, StreamBaseline):

@@ -13,7 +13,7 @@ from moacompress.evaluation.eviction.allocation import best_of_all
 from moacompress.evaluation.eviction.baseline import LayerReading, PromptBaseline, PromptReading
 
 BLOCK = 128
-"""Queries whose scores are made at a time."""
+"""Queries whose scores are made at a time: so few that they stay in a processor's caches."""
 REQUEST = "\n\nRepeat the text above, word for word.\n\n"
 
 
@@ -74,9 +74,7 @@ def most_attention(query: Tensor, cached: Tensor, key: Tensor, scaling: float) -
     later = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=query.device).triu(1)
     for head, queries in enumerate(query):
         own = head * len(key) // len(query)
-        for begin in range(
-            0, len(queries), BLOCK
-        ):  # so few at a time that their scores stay in a processor's own memory
+        for begin in range(0, len(queries), BLOCK):
             asked = queries[begin : begin + BLOCK] * scaling
             end = begin + len(asked)
             logits, repeated = asked @ cached[own].T, asked @ key[own, :end].T
