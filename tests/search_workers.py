@@ -72,7 +72,6 @@ class SearchRun:
         folder: for what the workers write.
         out: place of the plan.
         seconds: that a measurement takes.
-        keep_seconds: of measuring after which numbers are kept; by default each as it is measured.
         find: searches; it is given the profile and what `find_plan` takes by name, and returns one result or more.
         barrier: that all workers pass before their first measurement, or None.
         workers: the processes.
@@ -84,7 +83,6 @@ class SearchRun:
     folder: Path
     out: Path
     seconds: float = 0.002
-    keep_seconds: float = 0.0
     find: Callable[..., Any] | None = None
     barrier: Barrier | None = None
     workers: list[ForkProcess] = field(default_factory=list)
@@ -145,9 +143,10 @@ class SearchRun:
             for study in optuna.get_all_study_names(storage):
                 if study.endswith(CLAIMS):
                     for trial in optuna.load_study(study_name=study, storage=storage).trials:
-                        name = trial.user_attrs.get("name", "")
-                        numbers[name] = max(numbers[name], len(attributes(trial).get("numbers", ())))
-                        done[name] += trial.state.name == "COMPLETE" and name != ""
+                        name = trial.user_attrs.get("name")
+                        if name is not None:
+                            numbers[name] = max(numbers[name], len(attributes(trial).get("numbers", ())))
+                            done[name] += trial.state.name == "COMPLETE"
         return numbers, done
 
     def _work(self, number: int, out: Path) -> None:
@@ -157,7 +156,7 @@ class SearchRun:
         profile = self.profile
         objective = SlowObjective(profile, self.folder / "measured.txt", self.seconds, self.barrier)
         fakes: list[tuple[Any, str, Any]] = [
-            (claims, "KEEP_SECONDS", self.keep_seconds),
+            (claims, "KEEP_SECONDS", 0.0),  # each number as it is measured
             (study, "Objective", lambda *arguments: objective),
             (front, "Objective", lambda *arguments: objective),
             (study, "ProfileAround", lambda *arguments: objective.around),

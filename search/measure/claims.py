@@ -1,7 +1,7 @@
 """Claims: which worker measures what, so that nothing is measured twice and nothing is lost.
 
-Everything that is measured has a name. A worker that is about to measure it adds a trial to a study, with the name and its
-own mark, and has the claim if no trial of that name with a lower number is done or is a live worker's; otherwise it withdraws.
+Everything that is measured has a name. A worker that is about to measure it adds a trial to a study, with that name and its
+own, and has the claim if no trial of that name with a lower number is done or is a live worker's; otherwise it withdraws.
 So two that claim in the same moment agree on who has it, as trials get their numbers one after the other. The numbers that
 are measured are noted every few seconds, and what has come of them when the trial ends: it then cannot be changed any more. A
 claim of a dead worker is marked as failed, and another one made, which begins with the numbers that were there. A worker that
@@ -230,7 +230,8 @@ class Claims:
             for trial in self.trials()
             if trial.state.name == "RUNNING" and trial.user_attrs["name"] in set(names)
         }
-        found = [worker for worker in map(self.workers.by_token, sorted(tokens)) if worker is not None]
+        asked = [self.workers.by_token(token, self._look(fresh=False)) for token in sorted(tokens)]
+        found = [worker for worker in asked if worker is not None]
         who = ", ".join(f"process {worker.holder.pid} on {worker.holder.host}" for worker in found)
         return f"waiting for what {who or 'another worker'} measures"
 

@@ -92,9 +92,14 @@ class Workers:
         """What this worker's claims are marked with."""
         return self.holder.token
 
-    def all(self) -> list[Worker]:
-        """Returns all workers that the study has had, in the order of their coming."""
-        trials = self._storage.get_all_trials(self._study_id, deepcopy=False)
+    def all(self, trials: Sequence[FrozenTrial] | None = None) -> list[Worker]:
+        """Returns all workers that the study has had, in the order of their coming.
+
+        Args:
+            trials: of the study, where they are known.
+        """
+        if trials is None:
+            trials = self._storage.get_all_trials(self._study_id, deepcopy=False)
         return [worker for worker in map(Worker.of, trials) if worker is not None]
 
     def others(self) -> list[Worker]:
@@ -109,10 +114,7 @@ class Workers:
             token: what its claims are marked with.
             trials: of the study, where they are known.
         """
-        if trials is None:
-            trials = self._storage.get_all_trials(self._study_id, deepcopy=False)
-        workers = map(Worker.of, reversed(trials))
-        return next((worker for worker in workers if worker is not None and worker.holder.token == token), None)
+        return next((worker for worker in reversed(self.all(trials)) if worker.holder.token == token), None)
 
     def alive(self, token: str, trials: Sequence[FrozenTrial] | None = None) -> bool:
         """Returns whether what is marked with a token is being worked on.

@@ -1,0 +1,254 @@
+"""Known ways to evict tokens as compared models: their bytes, their scores, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from moacompress.core.errors import DataError, InfeasibleBudgetError, UsageError
+from moacompress.evaluation import evaluate
+from moacompress.evaluation.baselines import evictions
+from moacompress.evaluation.baselines.compared_models import make_comparison
+from moacompress.evaluation.baselines.evictions import (
+    SEEN,
+    UNSEEN,
+    ComparedEviction,
+    eviction_names,
+    expanded,
+    kept_mask,
+    score_evictions,
+)
+from moacompress.evaluation.eviction.reading import DenseReading, read_prompt
+from moacompress.evaluation.eviction.registry import EVICTIONS
+from moacompress.evaluation.scoring.prompts import score_batch
+from moacompress.evaluation.tasks.cases import Case
+from moacompress.evaluation.tasks.registry import TASKS, Resources, make_cases
+from moacompress.models.source import model_shape
+from moacompress.prompts.pools import Prose
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+from moacompress.runtime.checkpoint import load_checkpoint
+from tests.evaluation.under_masks import KV_HEADS, LAYERS, PROMPTED, STREAMED, logits_after
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Build = Callable[..., "PreTrainedModel"]
+
+
+@pytest.fixture
+def model(tiny_model: Build) -> PreTrainedModel:
+    """Groups of two query heads."""
+    return tiny_model("llama")
+
+
+def a_case(size: int = 150, question_at: int | None = 130) -> Case:
+    drawn = np.random.default_rng(size).integers(4, 100, size + 4).tolist()
+    return Case("t", 160, drawn[:size], drawn[size:], [True] * 4, ("~~",), "all", 3, None, question_at)
+
+
+def _windows(shape: Any) -> Plan:
+    full = Plan.full(shape)
+    return replace(full, rules=tuple(tuple(Rule(4, 92, 0) for _ in row) for row in full.rules))
+
+
+def compared(name: str, question: str | None, plan: Plan) -> ComparedEviction:
+    return ComparedEviction(EVICTIONS[name](), question, plan, 0)
+
+
+@pytest.mark.parametrize("question", [SEEN, UNSEEN])
+def test_prompt_and_answer_take_the_plans_bytes(
+    question: str, model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    plan, case = _windows(model_shape(model)), a_case()
+    reading = read_prompt(model, tiny_tokenizer, case.prompt_ids[:-1])
+    for name in PROMPTED:
+        one = compared(name, question, plan)
+        mask = kept_mask(one, case, reading)
+        end = 149 if question == SEEN else 130
+        assert mask.shape == (LAYERS, KV_HEADS, end)
+        taken = int(mask.sum()) + LAYERS * KV_HEADS * (case.tokens - end)
+        room = plan.kv_bytes(case.tokens) - taken * one.token_bytes
+        assert 0 <= room < one.token_bytes
+
+
+def test_where_all_is_kept_scores_are_dense(compressed: Path) -> None:
+    checkpoint = load_checkpoint(compressed / "model", "auto", "cpu")
+    plan, case = Plan.full(checkpoint.plan.model), a_case()
+    (dense,) = score_batch(checkpoint.without_plan(), checkpoint.tokenizer, [case])
+    models = [compared(name, question, plan) for name in PROMPTED for question in (SEEN, UNSEEN)]
+    models += [compared(name, None, plan) for name in STREAMED]
+    for score in score_evictions(checkpoint, case, models):
+        assert score.nll == pytest.approx(dense.nll, abs=1e-4)
+        assert (score.exact_match, score.accuracy) == (dense.exact_match, dense.accuracy)
+
+
+def test_the_answer_is_scored_under_the_mask(compressed: Path) -> None:
+    """As where the prompt is read whole under the mask, and then the answer token by token."""
+    checkpoint = load_checkpoint(compressed / "model", "auto", "cpu")
+    plan, case = _windows(checkpoint.plan.model), a_case()
+    one = compared("keydiff", UNSEEN, plan)
+    (found,) = score_evictions(checkpoint, case, [one])
+    model = checkpoint.without_plan()
+    reading = read_prompt(model, checkpoint.tokenizer, case.prompt_ids[:-1])
+    fed = [*case.prompt_ids, *case.answer_ids[:-1]]
+    logits = logits_after(model, fed, 130, reading.kept(kept_mask(one, case, reading)), (1,) * 30)
+    nll = -float(logits[-4:].log_softmax(-1)[range(4), case.answer_ids].mean())
+    assert found.nll == pytest.approx(nll, abs=1e-4)
+
+
+def test_methods_answer_side_by_side_as_each_does_alone(compressed: Path) -> None:
+    checkpoint = load_checkpoint(compressed / "model", "auto", "cpu")
+    plan, case = _windows(checkpoint.plan.model), replace(a_case(), new_tokens=12)
+    models = [compared(name, question, plan) for name in PROMPTED for question in (SEEN, UNSEEN)]
+    models.insert(3, compared(STREAMED[0], None, plan))
+    together = score_evictions(checkpoint, case, models)
+    for one, found in zip(models, together, strict=True):
+        (alone,) = score_evictions(checkpoint, case, [one])
+        assert found.nll == pytest.approx(alone.nll, abs=1e-4)
+        assert (found.exact_match, found.accuracy) == (alone.exact_match, alone.accuracy)
+    assert len({round(score.nll, 3) for score in together}) > len(PROMPTED)
+
+
+def test_one_dense_reading_is_shared(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = load_checkpoint(compressed / "model", "auto", "cpu")
+    plan, read = _windows(checkpoint.plan.model), []
+
+    def counted(*given: Any) -> DenseReading:
+        read.append(1)
+        return read_prompt(*given)
+
+    monkeypatch.setattr(evictions, "read_prompt", counted)
+    models = [compared(name, question, plan) for name in PROMPTED for question in (SEEN, UNSEEN)]
+    assert len(list(score_evictions(checkpoint, a_case(), models))) == len(models)
+    assert len(read) == 1
+    assert len(list(score_evictions(checkpoint, a_case(), [compared(name, None, plan) for name in STREAMED]))) == 2
+    assert len(read) == 1
+
+
+ASKED: dict[str, Any] = {"tasks": ("needle-noise",), "lengths": (700,), "prompts": 2}
+
+
+def test_rows_beside_the_others(compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = evaluate(compressed, against=("dense", "snapkv", "h2o"), out=tmp_path / "eval.json", **ASKED)
+    rows = {(row["model"], row["metric"]): row for row in report["results"]}
+    names = ["plan", "dense", "snapkv:unseen", "snapkv:seen", "h2o"]
+    assert [name for name, metric in rows if metric == "nll"] == names
+    assert [row["model"] for row in report["differences"] if row["metric"] == "nll"] == names[1:]
+    plan = rows["plan", "nll"]["kv_bytes"]
+    for name in names[2:]:
+        row = rows[name, "nll"]
+        assert row["kv_bytes"] <= plan < row["kv_bytes"] + 200
+        assert (row["readings"], row["freed"]) == (1, False)
+        assert math.isfinite(row["value"])
+    assert rows["snapkv:seen", "nll"]["value"] != rows["snapkv:unseen", "nll"]["value"]
+
+    def refuse(*given: Any) -> Any:
+        raise AssertionError("what is known is not scored again")
+
+    monkeypatch.setattr(evictions, "read_prompt", refuse)
+    again = evaluate(compressed, against=("dense", "snapkv:seen", "h2o"), out=tmp_path / "eval.json", **ASKED)
+    assert [row for row in again["results"] if row["model"] != "snapkv:unseen"] == [
+        row for row in report["results"] if row["model"] != "snapkv:unseen"
+    ]
+    with pytest.raises(AssertionError, match="not scored again"):
+        evaluate(compressed, against=("keydiff",), out=tmp_path / "eval.json", **ASKED)
+    monkeypatch.undo()
+    resumed = evaluate(compressed, against=("snapkv", "keydiff:seen"), out=tmp_path / "eval.json", **ASKED)
+    alone = evaluate(compressed, against=("keydiff:seen",), **ASKED)
+    value = {row["metric"]: row["value"] for row in alone["results"] if row["model"] == "keydiff:seen"}
+    assert value == {row["metric"]: row["value"] for row in resumed["results"] if row["model"] == "keydiff:seen"}
+
+
+def test_names() -> None:
+    assert expanded(("dense", "kvzip", "snapkv:seen", "h2o", "snapkv")) == (
+        "dense", "kvzip:unseen", "kvzip:seen", "snapkv:seen", "h2o", "snapkv:unseen",
+    )  # fmt: skip
+    assert {"snapkv", "snapkv:unseen", "kvzip:seen", "h2o", "streaming-llm"} <= set(eviction_names())
+    assert "h2o:seen" not in eviction_names()
+    assert [EVICTIONS[name].readings for name in ("kvzip", "snapkv", "h2o")] == [2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("snapkw", "cannot evaluate against 'snapkw'; did you mean 'snapkv'"),
+        ("h2o:seen", "cannot evaluate against 'h2o:seen'; known are dense, .*, h2o, "),
+        ("zzzz", "known are dense, .*streaming-llm, h2o, snapkv, pyramidkv, adakv, expected-attention, keydiff, kvzip"),
+    ],
+)
+def test_unknown_names_are_refused(name: str, message: str, compressed: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        evaluate(compressed, against=(name,), **ASKED)
+
+
+def test_a_prompt_of_one_line_has_no_question_to_leave_out(compressed: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "mine.jsonl"
+    rows.write_text('{"prompt": "What is the capital of the country in the story above?", "answer": "A"}\n')
+    asked: dict[str, Any] = {"tasks": (), "sources": (str(rows),), "lengths": (700,), "prompts": 1}
+    with pytest.raises(
+        DataError, match="^keydiff:unseen evicts before the question is read, and a prompt of mine does not"
+    ):
+        evaluate(compressed, against=("keydiff",), **asked)
+
+
+def test_bytes_that_leave_nothing(model: PreTrainedModel) -> None:
+    one = compared("snapkv", UNSEEN, _windows(model_shape(model)))
+    one.check(a_case(150, 80))
+    with pytest.raises(InfeasibleBudgetError, match="^snapkv:unseen keeps the 134 tokens of a prompt of t that follow"):
+        one.check(a_case(150, 20))
+
+
+def test_layers_with_windows_of_their_own(
+    tiny_model: Build, tiny_tokenizer: Any, random_plan: Callable[..., Any], tmp_path: Path
+) -> None:
+    from moacompress.runtime import attach
+
+    model = tiny_model("gemma3_text")
+    attach(model, random_plan(model_shape(model), seed=1)).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    comparison = make_comparison(load_checkpoint(tmp_path, "auto", "cpu"), ("h2o",), None, True)
+    with pytest.raises(UsageError, match="^h2o cannot be measured on this model: its layers have sliding windows"):
+        comparison.at(700, 8)
+
+
+BEGINS = {
+    "needle-noise": "What is the number of",
+    "key-value": "Which value does it have",
+    "multi-query-prose": "What are the numbers of",
+    "variable-chain": "Which variables end up with",
+    "common-words": "Which ten words are they?",
+    "frequent-words": "Leaving out the dots",
+    "document-question": "Question: ",
+    "line-lookup": "Which number is on the line of",
+    "second-question": "What is the number of",
+    "legal-codes": "What is the ",
+    "table-lookup": "In the table above, ",
+    "dialogue-fact": "What is ",
+}
+LONGER = {"variable-chain": 3000, "common-words": 4000}
+"""Tokens, where a prompt needs more of them: they are characters here."""
+
+
+@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if not task.ruler])
+def test_where_the_question_begins(task: str, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    prose = tmp_path / "prose.txt"
+    prose.write_text(" ".join(f"Sentence {i} says little." for i in range(2000)))
+    squad = tmp_path / "squad.json"
+    asked = [{"question": "Which is blue?", "answers": [{"text": "lake"}]}]
+    articles = [{"paragraphs": [{"context": f"The lake {index} is blue.", "qas": asked}]} for index in range(6)]
+    squad.write_text(json.dumps({"data": articles}))
+    (case,) = make_cases(
+        task, LONGER.get(task, 2000), 1, 0, tiny_tokenizer, Resources(prose=Prose.load(prose), squad=squad)
+    )
+    assert case.question_at is not None
+    said = str(tiny_tokenizer.decode(case.prompt_ids[case.question_at :]))
+    assert said.startswith(BEGINS.get(task, ""))
+    assert 0 < len(said) < 400
