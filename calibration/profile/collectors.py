@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moacompress.calibration.profile.influence import TileView
 from moacompress.calibration.profile.sweep import LayerSums
+from moacompress.calibration.profile.tiles import TileView
 
 
 class InfluenceSums:

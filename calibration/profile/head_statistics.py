@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moacompress.calibration.profile.influence import TileView
 from moacompress.calibration.profile.manifest import DISTANCE_BINS
+from moacompress.calibration.profile.tiles import TileView
 from moacompress.rules.rule import SINKS
 
 EDGES = torch.tensor([2**power for power in range(DISTANCE_BINS - 1)])

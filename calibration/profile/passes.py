@@ -25,8 +25,9 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.choices import choosing
-from moacompress.calibration.profile.influence import AttentionSpec, Collector, GradientCollector, ProfiledAttention
+from moacompress.calibration.profile.influence import ProfiledAttention
 from moacompress.calibration.profile.sharing import Attended
+from moacompress.calibration.profile.tiles import AttentionSpec, Collector, GradientCollector
 from moacompress.core.errors import ModelError
 from moacompress.kernels.arguments import Choices
 from moacompress.kernels.reference.rounding import as_kept

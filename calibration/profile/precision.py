@@ -14,8 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from moacompress.calibration.profile.influence import CachedPart
 from moacompress.calibration.profile.statistics import SIDES
+from moacompress.calibration.profile.tiles import CachedPart
 from moacompress.kernels.kv_format import KVFormat, outside_of, rounded_by
 from moacompress.kernels.reference.codes import rotated, stored
 from moacompress.kernels.reference.rounding import BITS

@@ -17,11 +17,12 @@ from moacompress.calibration.gates.training import LAG, fitted_together
 from moacompress.calibration.profile.choices import choices_of
 from moacompress.calibration.profile.collectors import BaselineSums, InfluenceSums, TokenSums
 from moacompress.calibration.profile.head_statistics import HeadSums
-from moacompress.calibration.profile.influence import TILE, Collector, attend, attend_backward
+from moacompress.calibration.profile.influence import TILE, attend, attend_backward
 from moacompress.calibration.profile.passes import Cotangent, Recording, Tape, checkpointed, chunks, output_logits
 from moacompress.calibration.profile.profiler import rules_on_offer
 from moacompress.calibration.profile.sample_statistics import fisher_cotangent
 from moacompress.calibration.profile.sharing import Attended, CopySums, copyable
+from moacompress.calibration.profile.tiles import Collector
 from moacompress.estimate.live_bytes import Line, LiveBytes, weight_bytes
 from moacompress.estimate.rates import REPEATS, Rates
 from moacompress.kernels.arguments import Choices

@@ -24,11 +24,11 @@ from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.gates.training import LAG
 from moacompress.calibration.profile.collectors import BaselineSums, InfluenceSums, TokenSums
 from moacompress.calibration.profile.head_statistics import HeadSums
-from moacompress.calibration.profile.influence import Collector, GradientCollector
 from moacompress.calibration.profile.passes import Cotangent, Recording, Tape, output_logits, recorded, target_states
 from moacompress.calibration.profile.precision import PrecisionSums
 from moacompress.calibration.profile.sharing import CopySums, copyable
 from moacompress.calibration.profile.statistics import DRAWN, Floats32, Statistics
+from moacompress.calibration.profile.tiles import Collector, GradientCollector
 from moacompress.core.errors import UsageError
 from moacompress.models.placement import input_device, layer_devices
 from moacompress.models.tensor_parallel import heads_here, of_all_ranks

@@ -23,8 +23,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moacompress.calibration.profile.influence import AttentionSpec, Tile, TileView, tile_probabilities
 from moacompress.calibration.profile.statistics import POWER, Statistics, power_mean
+from moacompress.calibration.profile.tiles import AttentionSpec, Tile, TileView, tile_probabilities
 from moacompress.core.errors import UsageError
 from moacompress.kernels.arguments import as_tensors
 from moacompress.rules.rule_table import RuleTable

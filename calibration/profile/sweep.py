@@ -12,7 +12,7 @@ from moacompress.kernels.dispatch import backend_for
 from moacompress.rules.rule_table import RuleTable
 
 if TYPE_CHECKING:
-    from moacompress.calibration.profile.influence import AttentionSpec
+    from moacompress.calibration.profile.tiles import AttentionSpec
 
 
 class LayerSums(NamedTuple):

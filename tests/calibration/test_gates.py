@@ -25,11 +25,12 @@ from moacompress.calibration.gates.training import (
 )
 from moacompress.calibration.profile.choices import choices_of
 from moacompress.calibration.profile.collectors import InfluenceSums, TokenSums
-from moacompress.calibration.profile.influence import AttentionSpec, attend, attend_backward
+from moacompress.calibration.profile.influence import attend, attend_backward
 from moacompress.calibration.profile.passes import read_through
 from moacompress.calibration.profile.profiler import profile
 from moacompress.calibration.profile.sample_statistics import token_influence
 from moacompress.calibration.profile.store import Profile
+from moacompress.calibration.profile.tiles import AttentionSpec
 from moacompress.core.artefact_names import GATES_FILE
 from moacompress.core.errors import ArtefactError, DataError
 from moacompress.models.modules import attention_modules

@@ -9,13 +9,8 @@ import torch
 from torch import Tensor
 
 from moacompress.calibration.profile.collectors import BaselineSums, InfluenceSums
-from moacompress.calibration.profile.influence import (
-    AttentionSpec,
-    ProfiledAttention,
-    TileView,
-    attend,
-    attend_backward,
-)
+from moacompress.calibration.profile.influence import ProfiledAttention, attend, attend_backward
+from moacompress.calibration.profile.tiles import AttentionSpec, TileView
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 

@@ -20,7 +20,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile import passes
 from moacompress.calibration.profile.collectors import InfluenceSums
-from moacompress.calibration.profile.influence import Collector, TileView
 from moacompress.calibration.profile.passes import Recording, Tape, hidden_states, output_logits
 from moacompress.calibration.profile.sample_statistics import (
     cotangent_generator,
@@ -29,6 +28,7 @@ from moacompress.calibration.profile.sample_statistics import (
     sample_statistics,
 )
 from moacompress.calibration.profile.statistics import Statistics
+from moacompress.calibration.profile.tiles import Collector, TileView
 from moacompress.estimate.live_bytes import LiveBytes
 from moacompress.models.modules import attention_modules, decoder_layers
 from moacompress.models.source import model_shape

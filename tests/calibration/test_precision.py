@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile import passes
-from moacompress.calibration.profile.influence import AttentionSpec, CachedPart, ProfiledAttention, attend
+from moacompress.calibration.profile.influence import ProfiledAttention, attend
 from moacompress.calibration.profile.precision import TOKENS, PrecisionSums, columns, rotate_quickly, rounding_errors
 from moacompress.calibration.profile.sample_statistics import sample_statistics
+from moacompress.calibration.profile.tiles import AttentionSpec, CachedPart
 from moacompress.kernels.reference.codes import decode, encode, rotated
 from moacompress.kernels.reference.rounding import round_to, rounded
 from moacompress.models.source import model_shape

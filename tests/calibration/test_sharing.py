@@ -19,11 +19,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile import passes, profiler
 from moacompress.calibration.profile.choices import choices_of
-from moacompress.calibration.profile.influence import AttentionSpec, Tile, attend, attend_backward
+from moacompress.calibration.profile.influence import attend, attend_backward
 from moacompress.calibration.profile.profiler import profile
 from moacompress.calibration.profile.sample_statistics import cotangent_generator, fisher_cotangent, sample_statistics
 from moacompress.calibration.profile.sharing import Attended, CopySums, best_head_map, copy_influence, copyable
 from moacompress.calibration.profile.statistics import Statistics
+from moacompress.calibration.profile.tiles import AttentionSpec, Tile
 from moacompress.core.errors import PlanError, UsageError
 from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import Recipe

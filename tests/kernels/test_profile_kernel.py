@@ -17,15 +17,9 @@ from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile import influence
 from moacompress.calibration.profile.choices import choices_of
 from moacompress.calibration.profile.collectors import BaselineSums, InfluenceSums, TokenSums
-from moacompress.calibration.profile.influence import (
-    AttentionSpec,
-    Collector,
-    ProfiledAttention,
-    TileView,
-    attend,
-    attend_backward,
-)
+from moacompress.calibration.profile.influence import ProfiledAttention, attend, attend_backward
 from moacompress.calibration.profile.sample_statistics import sample_statistics
+from moacompress.calibration.profile.tiles import AttentionSpec, Collector, TileView
 from moacompress.kernels import dispatch
 from moacompress.kernels.arguments import Choices, as_tensors
 from moacompress.kernels.cpu import library

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moacompress.calibration.profile import influence
 from moacompress.calibration.profile.collectors import BaselineSums, InfluenceSums
-from moacompress.calibration.profile.influence import AttentionSpec, attend
+from moacompress.calibration.profile.influence import attend
+from moacompress.calibration.profile.tiles import AttentionSpec
 from moacompress.kernels import sdpa
 from moacompress.kernels.arguments import Scores
 from moacompress.rules.rule import Rule
