@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -11,35 +9,53 @@ from moacompress.evaluation.eviction.attention import WholeCache
 from moacompress.evaluation.eviction.baseline import StreamBaseline
 
 
-@dataclass
 class _Slots:
-    """The kept tokens of one layer, by slot; those that hold nothing have the position -1.
+    """The kept tokens of one layer, by slot.
+
+    Args:
+        key: of any token, `[kv_heads, any, head_dim]`.
+        value: likewise.
+        room: how many slots each KV head has, `[kv_heads]`.
 
     Attributes:
-        key: `[kv_heads, slots, head_dim]`.
-        value: `[kv_heads, slots, value_dim]`.
-        positions: `[kv_heads, slots]`.
+        positions: `[kv_heads, slots]`, -1 in a slot that holds nothing.
         received: attention so far, likewise.
         read: how many tokens came in.
     """
 
-    key: Tensor
-    value: Tensor
-    positions: Tensor
-    received: Tensor
-    read: int = 0
+    def __init__(self, key: Tensor, value: Tensor, room: Tensor) -> None:
+        heads, self._room = len(key), room
+        self._least, self._most = int(room.min()), int(room.max())
+        places = heads, self._most
+        self._first = torch.arange(heads, device=key.device) * self._most
+        self._held = torch.zeros(*places, key.shape[-1] + value.shape[-1], device=key.device)
+        self._key, self._value = self._held.split((key.shape[-1], value.shape[-1]), -1)
+        self.positions = torch.full(places, -1, device=key.device)
+        self.received = torch.zeros(places, device=key.device)
+        self.read = 0
 
-    def put(self, heads: Tensor, slot: Tensor | int, key: Tensor, value: Tensor) -> None:
-        """Puts the next token into a slot of each KV head; what was there is gone.
+    @property
+    def _some_empty(self) -> bool:
+        """Whether there are slots that hold nothing, as a KV head with less room than another has at its end."""
+        return self.read < self._most or self._least < self._most
+
+    def put(self, baseline: StreamBaseline, token: Tensor) -> None:
+        """Takes the next token in, in place of the one of the lowest score where a KV head is full.
 
         Args:
-            heads: all KV heads, `[kv_heads]`.
-            slot: of each, or one of all.
-            key: `[kv_heads, head_dim]`.
-            value: `[kv_heads, value_dim]`.
+            baseline: what scores.
+            token: its key with its value behind it, `[kv_heads, head_dim + value_dim]`.
         """
-        self.key[heads, slot], self.value[heads, slot] = key, value
-        self.positions[heads, slot], self.received[heads, slot] = self.read, 0.0
+        slot = self._first + self.read
+        if self.read >= self._least:
+            scores = baseline.scores(self.positions, self.received, self.read, self._room)
+            if self._some_empty:
+                scores = scores.masked_fill(self.positions < 0, torch.inf)
+            lowest = self._first + scores.argmin(1)
+            slot = lowest if self.read >= self._most else torch.where(self._room > self.read, slot, lowest)
+        self._held.flatten(0, 1).index_copy_(0, slot, token)
+        self.positions.view(-1).index_fill_(0, slot, self.read)
+        self.received.view(-1).index_fill_(0, slot, 0.0)
         self.read += 1
 
     def attended(self, query: Tensor) -> Tensor:
@@ -48,10 +64,13 @@ class _Slots:
         Args:
             query: `[kv_heads, group, head_dim]`, times the factor on the scores.
         """
-        logits = (query @ self.key.transpose(1, 2)).masked_fill((self.positions < 0)[:, None], -torch.inf)
+        logits = query @ self._key.transpose(1, 2)
+        if self._some_empty:
+            logits = logits.masked_fill((self.positions < 0)[:, None], -torch.inf)
         weights = logits.softmax(-1)
         self.received += weights.mean(1)
-        return weights @ self.value
+        out: Tensor = weights @ self._value
+        return out
 
 
 class StreamCache(WholeCache):
@@ -73,30 +92,14 @@ class StreamCache(WholeCache):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Takes the new tokens in one after the other, and attends from each to what is kept then."""
-        tokens, room = query.shape[2], self.room[layer].to(query.device)
-        first = key.shape[2] - tokens
+        first = key.shape[2] - query.shape[2]
         if layer not in self.slots:
-            self.slots[layer] = _empty(key[0], value[0], int(room.max()))
-        slots, heads, least = self.slots[layer], torch.arange(len(room), device=room.device), int(room.min())
-        grouped = query[0].unflatten(0, (len(room), -1)).float() * scaling
-        keys, values = key[0, :, first:].float(), value[0, :, first:].float()
+            self.slots[layer] = _Slots(key[0], value[0], self.room[layer].to(key.device))
+        slots = self.slots[layer]
+        grouped = query[0].unflatten(0, (len(key[0]), -1)).float() * scaling
+        tokens = torch.cat((key[0, :, first:], value[0, :, first:]), -1).float()
         out = []
-        for asked, new_key, new_value in zip(grouped.unbind(2), keys.unbind(1), values.unbind(1), strict=True):
-            slot: Tensor | int = slots.read
-            if slots.read >= least:
-                scores = self.baseline.scores(slots.positions, slots.received, slots.read, room)
-                lowest = scores.masked_fill(slots.positions < 0, torch.inf).argmin(1)
-                slot = torch.where(room > slots.read, slots.read, lowest)
-            slots.put(heads, slot, new_key, new_value)
+        for asked, token in zip(grouped.unbind(2), tokens.unbind(1), strict=True):
+            slots.put(self.baseline, token)
             out.append(slots.attended(asked))
         return torch.stack(out, 2).flatten(0, 1)[None].to(value.dtype)
-
-
-def _empty(key: Tensor, value: Tensor, size: int) -> _Slots:
-    places = len(key), size
-    return _Slots(
-        torch.zeros(*places, key.shape[-1], device=key.device),
-        torch.zeros(*places, value.shape[-1], device=key.device),
-        torch.full(places, -1, device=key.device),
-        torch.zeros(places, device=key.device),
-    )
