@@ -8,10 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+
+from moacompress.prompts.pools import Prose
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -106,3 +110,58 @@ def test_rotated_weights_compute_the_same(load_script: Callable[[Path], Any], ti
         rotated.rotate(model)
         assert torch.allclose(model(ids).logits, before, atol=1e-3 * float(before.abs().max()))
     assert not torch.allclose(model.model.layers[0].mlp.up_proj.weight, weight, atol=1e-2)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 40])
+def test_streaming_heads_see_sinks_and_window(load_script: Callable[[Path], Any], tokens: int) -> None:
+    script, back = load_script(FOLDER / "duo_attention.py"), torch.arange(tokens)[:, None] - torch.arange(tokens)
+    query, key, value = (torch.randn(1, 3, tokens, 16) for _ in range(3))
+    seen = (back >= 0) & ((back < 8) | (torch.arange(tokens) < 5))
+    wanted = torch.softmax((query @ key.mT / 4).masked_fill(~seen, -torch.inf), -1) @ value
+    assert torch.allclose(script.streaming_attention(query, key, value, 5, 8, 0.25), wanted, atol=1e-6)
+
+
+def test_weights_of_heads_are_trained_and_go_on(
+    load_script: Callable[[Path], Any], tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    script, model = load_script(FOLDER / "duo_attention.py"), tiny_model("llama")
+    shape = model.config.num_hidden_layers, model.config.num_key_value_heads
+
+    def prompt(step: int) -> tuple[list[int], int]:
+        return torch.randint(3, 60, (50,), generator=torch.Generator().manual_seed(step)).tolist(), 9
+
+    def trained(out: str, steps: int, price: float, whole: int = 6) -> torch.Tensor:
+        heads = script.Heads(shape, 4, 8)
+        script.train(
+            model, heads, lambda step: prompt(step) if step < steps else 1 / 0, tmp_path / out, whole, price, 1
+        )
+        return heads.weights.detach()
+
+    whole = trained("whole", 6, 0.05)
+    with pytest.raises(ZeroDivisionError):
+        trained("parts", 3, 0.05)
+    assert torch.equal(trained("parts", 6, 0.05), whole)
+    assert 0.8 < whole.min() < 1
+    assert trained("free", 6, 0.0).mean() > whole.mean()
+    pattern = tmp_path / "whole"
+    read = [
+        [float(each) for each in row.split("\t")]
+        for row in (pattern / "full_attention_heads.tsv").read_text().splitlines()
+    ]
+    assert torch.allclose(torch.tensor(read), whole)
+    assert json.loads((pattern / "config.json").read_text()) == {"sink_size": 4, "recent_size": 8}
+
+
+def test_pass_phrases_stand_in_the_text(
+    load_script: Callable[[Path], Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    script = load_script(FOLDER / "duo_attention.py")
+    (tmp_path / "text.txt").write_text("It rained all day. Nobody went out of the house. " * 200)
+    prose, source = Prose.load(tmp_path / "text.txt"), SimpleNamespace(tokenizer=tiny_tokenizer)
+    ids, answer = script.make_prompt(source, prose, np.random.default_rng(0), 600, 3, 2)
+    said = tiny_tokenizer.decode(ids[-answer:])
+    asked = tiny_tokenizer.decode(ids[:-answer])
+    for name in ("first", "second", "third"):
+        (line,) = [part for part in said.split(". ") if f"The {name} pass" in part]
+        assert line.strip().rstrip(".") in asked
+    assert abs(len(ids) - 600) < 60
