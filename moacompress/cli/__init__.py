@@ -29,6 +29,7 @@ from moacompress.cli import (
     search,
 )
 from moacompress.cli.harness import resumes_with, say
+from moacompress.cli.result_stream import open_streams
 
 COMMANDS = {
     "profile": profile.profile,
@@ -83,6 +84,7 @@ def _root(
 
 def main() -> None:
     """Runs the command line."""
+    open_streams()
     try:
         app()
     except KeyboardInterrupt:

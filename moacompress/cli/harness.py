@@ -23,6 +23,7 @@ from rich.console import Console, RenderableType
 from moacompress.cli.bars import RichProgress
 from moacompress.cli.kernel_line import kernel_line
 from moacompress.cli.recipe_options import collected, recipe_option
+from moacompress.cli.result_stream import for_the_result
 from moacompress.core.errors import ArtefactError, MoaCompressError, UsageError
 from moacompress.core.files import finite_json
 from moacompress.core.progress import Progress
@@ -322,11 +323,9 @@ def _guarded(work: Callable[[CommandRun], Output], common: Common, interrupted: 
     first = partial(kernel_line, common.device) if computes else None
     progress = Progress() if common.quiet or rank() else RichProgress(console, first)
     try:
-        # what a library prints must not mix with the result
-        run = CommandRun(common, progress)
-        with _quiet_libraries(common, console), contextlib.redirect_stdout(sys.stderr):
+        with _quiet_libraries(common, console), for_the_result() as out:
             try:
-                return work(run)
+                return work(CommandRun(common, progress, out))
             except Exception:
                 if common.log_file is not None:
                     logger.exception("failed%s", named_rank(), extra={_FILE_ALONE: True})

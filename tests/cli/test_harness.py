@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import subprocess
 import sys
@@ -88,6 +89,52 @@ def test_nothing_heavy_is_imported(arguments: list[str], tmp_path: Path) -> None
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert done.stderr.strip() == "[]"
+
+
+PRINTING = """
+import ctypes, os, subprocess, sys
+import typer
+from moacompress.cli.harness import Output, command, group
+
+def prints(run):
+    print("python")
+    ctypes.CDLL(None).puts(b"held back by C")
+    os.write(1, b"system\\n")
+    subprocess.run([sys.executable, "-c", "print('child')"], check=True)
+    run.write("asked for\\n")
+    if len(sys.argv) > 2:
+        raise RuntimeError("no")
+    return Output({"found": 1}, ["one"])
+
+group("", {"prints": command()(prints)})()
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_libraries_print_goes_to_stderr(fails: bool) -> None:
+    arguments = ["prints", "--json", *(["--quiet"] if fails else [])]
+    code = PRINTING.replace("> 2", "> 3")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},  # C would not hold back
+    )
+    assert done.returncode == int(fails), done.stderr
+    assert done.stdout == "asked for\n" + ("" if fails else '{"found": 1}\n')
+    assert {"python", "held back by C", "system", "child"} <= set(done.stderr.splitlines())
+
+
+PLAN = Path(__file__).resolve().parents[2] / "docs" / "plans" / "smollm2-135m-quarter.json"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_stream_may_be_closed(closed: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m moacompress inspect {shlex.quote(str(PLAN))} --json {closed}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert bool(done.stdout) == (">&-" not in closed.split())
 
 
 def test_version() -> None:
