@@ -211,6 +211,10 @@ class Recipe(Section):
         search = self.search.model_copy(update={"cost_table": None})
         return self.model_copy(update={"search": search})
 
+    def of_profile(self, profiled: Recipe) -> Recipe:
+        """Returns the recipe of a search as it was run: with the calibration and the rules of what had been profiled."""
+        return self.model_copy(update={"calibration": profiled.calibration, "profile": profiled.profile})
+
     def shared(self, source: str) -> dict[str, Any]:
         """Returns `resolved` as it goes into plans and checkpoints, which leave the machine.
 

@@ -257,6 +257,6 @@ def _noted(request: SearchRequest, key: str, point: _Point, trials: int) -> Plan
             "measured_plans": trials,
             "best_trial": point.index,
             "versions": versions(),
-            "recipe": request.recipe.shared(profile.source),
+            "recipe": request.recipe.of_profile(profile.recipe).shared(profile.source),
         },
     )

@@ -191,7 +191,7 @@ def _with_notes(
         made: how far its search has come.
     """
     profile, recipe = request.profile, request.recipe
-    shared = recipe.shared(profile.source)
+    shared = recipe.of_profile(profile.recipe).shared(profile.source)
     shared["budget"] = list(request.asked)
     return plan.with_notes(
         budget={

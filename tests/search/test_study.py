@@ -59,6 +59,16 @@ def test_search_finds_a_plan_within_the_budget(search: Search, profiles: Profile
     assert optuna.logging.get_verbosity() == optuna.logging.INFO
 
 
+def test_the_recipe_of_a_plan_says_what_was_profiled(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+    profile = profiles(trials=1)
+    other = profile.recipe.override(calibration__samples=99, profile__draws=7, search__moves=0)
+    found, _ = search(profile, out=tmp_path / "plan.json", recipe=other)
+    recipe = found.plan.provenance["recipe"]
+    assert recipe["calibration"]["samples"] == profile.recipe.calibration.samples != 99
+    assert recipe["profile"]["draws"] == profile.recipe.profile.draws != 7
+    assert recipe["search"]["moves"] == 0
+
+
 def test_bits_are_spent_where_they_are_worth_it(search: Search, profiles: Profiles, tmp_path: Path) -> None:
     profile = profiles(layers=12, formats=True, trials=4, rounds=1, moves=3)
     spans, _ = search(profile, "25%", recipe=profile.recipe.override(search__formats="native"))
