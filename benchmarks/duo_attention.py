@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--sink", type=int, default=16)
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--price", type=float, default=0.05, help="of the mean of the weights")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--every", type=int, default=20, help="steps between two writes")
     parser.add_argument("-o", "--out", type=Path, required=True)
     arguments = parser.parse_args()

@@ -225,7 +225,10 @@ def test_few_chunks_are_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("file", sorted(PLANS.glob("*.json")), ids=lambda file: file.name)
-def test_published_plans_know_their_model(file: Path, smollm2: Path) -> None:
-    plan, source = Plan.load(file), load_source(smollm2)
-    plan.check_model(source.shape, weights=source.weights_like)
+@pytest.mark.parametrize("model", ["smollm2", pytest.param("gemma", marks=pytest.mark.heavy)])
+def test_published_plans_know_their_model(model: str, request: pytest.FixtureRequest) -> None:
+    source = load_source(request.getfixturevalue(model))
+    files = sorted(PLANS.glob(f"{model}*.json"))
+    assert files
+    for file in files:
+        Plan.load(file).check_model(source.shape, weights=source.weights_like)
