@@ -31,10 +31,11 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from moacompress.calibration.profile.passes import attending_as
-from moacompress.cli.convert import CONFIG_FILE, HEADS_FILE
+from moacompress.cli.convert import write_pattern
 from moacompress.models.source import SourceModel, load_source
 from moacompress.prompts.pools import Prose, draw_keys
 from moacompress.prompts.templates import encode_prompt, encode_text
+from moacompress.rules.foreign_plans import DuoPattern
 
 MIXED = "duo_attention_mixed"
 STATE_FILE = "state.safetensors"
@@ -204,11 +205,8 @@ def resumed(out: Path, heads: Heads, optimizer: torch.optim.Optimizer) -> int:
 
 def write(out: Path, heads: Heads, step: int, optimizer: torch.optim.Optimizer) -> None:
     """Writes the pattern, and what goes on from it."""
-    out.mkdir(parents=True, exist_ok=True)
     weights, held = heads.weights.detach(), optimizer.state[heads.weights]
-    rows = "".join("\t".join(f"{weight:.6e}" for weight in row) + "\n" for row in weights.tolist())
-    (out / HEADS_FILE).write_text(rows)
-    (out / CONFIG_FILE).write_text(json.dumps({"sink_size": heads.sink, "recent_size": heads.window}))
+    write_pattern(out, DuoPattern(weights.tolist(), heads.sink, heads.window))
     moments = torch.stack((held["exp_avg"], held["exp_avg_sq"]))
     state = {"weights": weights.clone(), "moments": moments, "step": torch.tensor(step)}
     save_file(state, out / (STATE_FILE + ".new"))

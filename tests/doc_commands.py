@@ -36,7 +36,7 @@ CANNOT = {
     r"--tasks ruler --lengths 1k,2k": "a token of the tiny tokenizer is a character: RULER's shortest prompts are longer",
     r"quantized:": "needs the extra rivals",
     r"--ranks 4": "the tiny model has two KV heads; tests/exporter/test_dealt_heads.py deals more out",
-    r"search by-keydiff/": "needs a profile with such gates; tests/calibration/test_scorers.py has one",
+    r"search by-keydiff/": "needs a profile with such gates; tests/calibration/test_scorers.py has what a search checks of one",
     r"--merge profile-1/": "needs eight shards; tests/calibration/test_shards.py merges some",
 }
 """Why a command whose line matches is only parsed."""

@@ -14,6 +14,7 @@ from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import ArtefactError, PlanError, UsageError
 
 if TYPE_CHECKING:
+    from moacompress.rules.foreign_plans import DuoPattern
     from moacompress.rules.model_shape import ModelShape
     from moacompress.rules.plan import Plan
 
@@ -86,10 +87,15 @@ def convert(
         _write(out, json.dumps(config, indent=1) + "\n")
     else:
         pattern, notes = duo_of_plan(ours)
-        rows = "".join("\t".join(f"{value:.6e}" for value in row) + "\n" for row in pattern.heads)
-        _write(out / HEADS_FILE, rows)
-        _write(out / CONFIG_FILE, json.dumps({"sink_size": pattern.sink, "recent_size": pattern.recent}))
+        write_pattern(out, pattern)
     return Output({"written": str(out), "lost": notes}, [f"Written: {out}", *(f"Lost: {note}." for note in notes)])
+
+
+def write_pattern(folder: Path, pattern: DuoPattern) -> None:
+    """Writes a pattern as DuoAttention's own two files."""
+    rows = "".join("\t".join(f"{value:.6e}" for value in row) + "\n" for row in pattern.heads)
+    _write(folder / HEADS_FILE, rows)
+    _write(folder / CONFIG_FILE, json.dumps({"sink_size": pattern.sink, "recent_size": pattern.recent}))
 
 
 def _read(

@@ -93,7 +93,6 @@ def test_nothing_heavy_is_imported(arguments: list[str], tmp_path: Path) -> None
 
 PRINTING = """
 import ctypes, os, subprocess, sys
-import typer
 from moacompress.cli.harness import Output, command, group
 
 def prints(run):
@@ -102,7 +101,7 @@ def prints(run):
     os.write(1, b"system\\n")
     subprocess.run([sys.executable, "-c", "print('child')"], check=True)
     run.write("asked for\\n")
-    if len(sys.argv) > 2:
+    if "--quiet" in sys.argv:
         raise RuntimeError("no")
     return Output({"found": 1}, ["one"])
 
@@ -113,9 +112,8 @@ group("", {"prints": command()(prints)})()
 @pytest.mark.parametrize("fails", [False, True])
 def test_what_libraries_print_goes_to_stderr(fails: bool) -> None:
     arguments = ["prints", "--json", *(["--quiet"] if fails else [])]
-    code = PRINTING.replace("> 2", "> 3")
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-c", PRINTING, *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -129,12 +127,20 @@ def test_what_libraries_print_goes_to_stderr(fails: bool) -> None:
 PLAN = Path(__file__).resolve().parents[2] / "docs" / "plans" / "smollm2-135m-quarter.json"
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+CLOSING = """
+import os, sys
+for number in sys.argv.pop(1).split(","):
+    os.close(int(number))
+os.execv(sys.executable, [sys.executable, "-m", "moacompress", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize("closed", ["1", "2", "1,2"])
 def test_a_stream_may_be_closed(closed: str) -> None:
-    command = f"{shlex.quote(sys.executable)} -m moacompress inspect {shlex.quote(str(PLAN))} --json {closed}"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", CLOSING, closed, "inspect", str(PLAN), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert bool(done.stdout) == (">&-" not in closed.split())
+    assert bool(done.stdout) == ("1" not in closed)
 
 
 def test_version() -> None:
