@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,12 @@ import pytest
 from moacompress.core.errors import DataError, InfeasibleBudgetError, UsageError
 from moacompress.evaluation import evaluate
 from moacompress.evaluation.baselines import evictions
-from moacompress.evaluation.baselines.compared_models import make_comparison
+from moacompress.evaluation.baselines.compared_models import check_names, make_comparison
 from moacompress.evaluation.baselines.evictions import (
     SEEN,
     UNSEEN,
     ComparedEviction,
+    compared_eviction,
     eviction_names,
     expanded,
     kept_mask,
@@ -27,6 +29,7 @@ from moacompress.evaluation.baselines.evictions import (
 )
 from moacompress.evaluation.eviction.reading import DenseReading, read_prompt
 from moacompress.evaluation.eviction.registry import EVICTIONS
+from moacompress.evaluation.eviction.window_scores import AdaKV
 from moacompress.evaluation.scoring.prompts import score_batch
 from moacompress.evaluation.tasks.cases import Case
 from moacompress.evaluation.tasks.registry import TASKS, Resources, make_cases
@@ -174,6 +177,51 @@ def test_names() -> None:
     assert {"snapkv", "snapkv:unseen", "kvzip:seen", "h2o", "streaming-llm"} <= set(eviction_names())
     assert "h2o:seen" not in eviction_names()
     assert [EVICTIONS[name].readings for name in ("kvzip", "snapkv", "h2o")] == [2, 1, 1]
+
+
+def test_settings_are_part_of_the_name(model: PreTrainedModel) -> None:
+    plan = _windows(model_shape(model))
+    assert expanded(("snapkv:window=016", "snapkv:kernel=5:seen", "h2o:recent=0.25")) == (
+        "snapkv:window=16:unseen", "snapkv:window=16:seen", "snapkv:seen", "h2o:recent=0.25",
+    )  # fmt: skip
+    one = compared_eviction("adakv:safeguard=0.5:window=16:seen", plan, 160)
+    assert one.baseline == AdaKV(window=16, safeguard=0.5)
+    assert one.name == "adakv:window=16:safeguard=0.5:seen"
+    assert compared_eviction("expected-attention:covariance=False:seen", plan, 160).name == (
+        "expected-attention:covariance=false:seen"
+    )
+    assert one.key() != compared_eviction("adakv:window=16:seen", plan, 160).key()
+
+
+def test_settings_reach_the_masks(model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    plan, case = _windows(model_shape(model)), a_case()
+    reading = read_prompt(model, tiny_tokenizer, case.prompt_ids[:-1])
+    kept = [
+        kept_mask(compared_eviction(name, plan, case.tokens), case, reading)
+        for name in ("snapkv:window=8:seen", "snapkv:window=32:seen")
+    ]
+    assert all(bool(mask[:, :, -8:].all()) for mask in kept)
+    assert bool(kept[1][:, :, -32:].all())
+    assert not bool(kept[0][:, :, -32:].all())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("snapkv:windw=3", "'snapkv:windw=3': snapkv has no setting 'windw'; did you mean 'window'"),
+        ("keydiff:window=3", "keydiff has no setting 'window'; it has none"),
+        ("snapkv:window=0", "window is 0, and must be at least 1"),
+        ("snapkv:kernel=4:seen", "kernel is 4, and must be odd"),
+        ("snapkv:window=x", "window is 'x', and must be a whole number"),
+        ("h2o:recent=nan", "recent is nan, and must be from 0 to 1"),
+        ("kvzip:request=3", "kvzip has no setting 'request'"),
+        ("expected-attention:covariance=2", "covariance is '2', and must be true or false"),
+        ("snapkv:window=8:later", "cannot evaluate against 'snapkv:window=8:later'; "),
+    ],
+)
+def test_settings_that_a_method_cannot_have(name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=f".*{re.escape(message)}"):
+        check_names((name,))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import PlanError, UsageError, did_you_mean
 from moacompress.core.files import fingerprint
-from moacompress.evaluation.baselines.evictions import compared_eviction, eviction_names, expanded
+from moacompress.evaluation.baselines.evictions import compared_eviction, eviction_names, expanded, is_eviction
 from moacompress.evaluation.baselines.quantized_caches import QUANTIZED, ComparedQuantizedCache
 from moacompress.rules.formats import CODED, NATIVE, is_format
 from moacompress.rules.plan import Plan
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PLAN, DENSE = "plan", "dense"
 NAMED = (DENSE, *BASELINES, *(f"uniform:{sink}" for sink in SINKS), *QUANTIZED)
-"""What can be measured against by name besides `eviction_names`; anything else is another compressed checkpoint."""
+"""What can be measured against by name besides `is_eviction`; anything else is another compressed checkpoint."""
 NEED_PROFILE = ("per-layer", "split", "moa")
 
 
@@ -188,7 +188,7 @@ class Comparison:
                 kind = QUANTIZED[name]
                 held = kind.measured_bytes(self.checkpoint.model, shape, tokens, last)
                 found.append(ComparedQuantizedCache(kind, held))
-            elif name in eviction_names():
+            elif is_eviction(name):
                 found.append(compared_eviction(name, self.plan, tokens))
             elif name in self.others:
                 found.append(_other_model(name, self.others[name], tokens))
@@ -227,7 +227,7 @@ def make_comparison(
 
     Args:
         checkpoint: the checkpoint.
-        against: see `NAMED` and `eviction_names`, or folders of other compressed checkpoints that were made from the same dense
+        against: see `NAMED` and `is_eviction`, or folders of other compressed checkpoints that were made from the same dense
             model.
         profile: folder of a profile of the same weights, for `NEED_PROFILE`.
         every_candidate: see `Comparison`.
@@ -238,8 +238,7 @@ def make_comparison(
     """
     names = expanded(against)
     found = _profile(checkpoint, names, profile)
-    known = (*NAMED, *eviction_names())
-    others = {name: _other(checkpoint, name) for name in names if name not in known}
+    others = {name: _other(checkpoint, name) for name in names if name not in NAMED and not is_eviction(name)}
     return Comparison(checkpoint, names, others, found, every_candidate)
 
 
@@ -253,7 +252,7 @@ def check_names(against: Sequence[str]) -> None:
     for name in against:
         if name in QUANTIZED:
             QUANTIZED[name].check_installed()
-        if name in known:
+        if name in known or is_eviction(name):
             continue
         if Path(name).exists():
             compressed_folder(Path(name))

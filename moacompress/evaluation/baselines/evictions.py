@@ -22,7 +22,7 @@ from moacompress.core.files import fingerprint
 from moacompress.evaluation.eviction.attention import SideBySide, WholeCache, attending
 from moacompress.evaluation.eviction.baseline import Baseline, PromptBaseline, StreamBaseline
 from moacompress.evaluation.eviction.reading import DenseReading, read_prompt
-from moacompress.evaluation.eviction.registry import known_evictions
+from moacompress.evaluation.eviction.registry import baseline_name, known_evictions, read_baseline
 from moacompress.evaluation.eviction.stream_cache import StreamCache
 from moacompress.evaluation.scoring.prompts import Score, read_on, score_answers
 from moacompress.evaluation.tasks.cases import Case
@@ -56,8 +56,8 @@ class ComparedEviction:
 
     @property
     def name(self) -> str:
-        """Name in tables and on the command line, such as `snapkv:seen`."""
-        return self.baseline.name if self.question is None else f"{self.baseline.name}:{self.question}"
+        """Name in tables and on the command line, such as `snapkv:seen` and `snapkv:window=16:seen`."""
+        return ":".join((baseline_name(self.baseline), *([] if self.question is None else [self.question])))
 
     @property
     def unit(self) -> int:
@@ -123,24 +123,40 @@ class ComparedEviction:
 
 
 def eviction_names() -> tuple[str, ...]:
-    """Returns all names of known ways to evict: of a method, and of it with the question seen or unseen."""
+    """Returns the names of known ways to evict without settings: of a method, and of it with the question seen or unseen."""
     known = known_evictions()
-    return (*known, *(name for kind in known.values() for name in _settings(kind) if name != kind.name))
+    return (*known, *(f"{name}:{question}" for name in known for question in _questions(known[name]) if question))
+
+
+def is_eviction(name: str) -> bool:
+    """Returns whether a name is that of a way to evict, with settings or without.
+
+    Raises:
+        UsageError: a setting that the method does not have, or a value that it cannot have.
+    """
+    found = read_baseline(name)
+    return found is not None and found[1] in (None, *_questions(type(found[0])))
 
 
 def expanded(names: Iterable[str]) -> tuple[str, ...]:
     """Returns the names with a method that evicts after a prompt in both its settings, without repeats."""
-    known = known_evictions()
-    return tuple(
-        dict.fromkeys(each for name in names for each in (_settings(known[name]) if name in known else (name,)))
-    )
+    return tuple(dict.fromkeys(each for name in names for each in _with_questions(name)))
+
+
+def _with_questions(name: str) -> tuple[str, ...]:
+    found = read_baseline(name) if is_eviction(name) else None
+    if found is None:
+        return (name,)
+    baseline, question = found
+    asked = _questions(type(baseline)) if question is None else (question,)
+    return tuple(":".join((baseline_name(baseline), *([each] if each else []))) for each in asked)
 
 
 def compared_eviction(name: str, plan: Plan, tokens: int) -> ComparedEviction:
-    """Returns one of `eviction_names` that is not ambiguous, as `expanded` gives it.
+    """Returns a known way to evict by a name that is not ambiguous, as `expanded` gives it.
 
     Args:
-        name: of a method, with `:seen` or `:unseen` where it evicts after a prompt.
+        name: of a method and its settings, with `:seen` or `:unseen` where it evicts after a prompt.
         plan: whose bytes it gets.
         tokens: of a prompt and its answer.
 
@@ -152,11 +168,10 @@ def compared_eviction(name: str, plan: Plan, tokens: int) -> ComparedEviction:
             f"{name} cannot be measured on this model: its layers have sliding windows of their own, and known ways to evict "
             "share bytes among layers that see all tokens; leave it out"
         )
-    method, _, question = name.partition(":")
+    found = read_baseline(name)
+    assert found is not None
     token_bytes = plan.model.token_bytes(Rule.FULL)
-    return ComparedEviction(
-        known_evictions()[method](), question or None, plan, plan.kv_bytes(tokens) // token_bytes * token_bytes
-    )
+    return ComparedEviction(*found, plan, plan.kv_bytes(tokens) // token_bytes * token_bytes)
 
 
 def score_evictions(checkpoint: Checkpoint, case: Case, compared: Sequence[ComparedEviction]) -> list[Score]:
@@ -213,7 +228,6 @@ def kept_mask(one: ComparedEviction, case: Case, reading: DenseReading) -> torch
         return baseline.allocate(scores, one.bytes_before(case), one.token_bytes)
 
 
-def _settings(kind: type[Baseline]) -> tuple[str, ...]:
-    if issubclass(kind, StreamBaseline):
-        return (kind.name,)
-    return tuple(f"{kind.name}:{question}" for question in (UNSEEN, SEEN))
+def _questions(kind: type[Baseline]) -> tuple[str | None, ...]:
+    """Returns what a method may know of the question as it evicts; None where that is not asked."""
+    return (None,) if issubclass(kind, StreamBaseline) else (UNSEEN, SEEN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from moacompress.core.errors import UsageError
 from moacompress.core.files import fingerprint
 from moacompress.evaluation.eviction.allocation import best_of_each, even_counts
 
@@ -102,6 +104,17 @@ class Baseline(ABC):
         """Returns what its masks depend on: class and parameters."""
         parameters = asdict(self) if is_dataclass(self) else vars(self)
         return fingerprint([self.name, type(self).__qualname__, repr(sorted(parameters.items()))])
+
+
+def check_setting(name: str, value: float, least: float, most: float = math.inf) -> None:
+    """Refuses a setting of a way to evict that is not between two numbers, these included.
+
+    Raises:
+        UsageError: it is not, or it is no number.
+    """
+    if not least <= value <= most:
+        wanted = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise UsageError(f"{name} is {value}, and must be {wanted}")
 
 
 class PromptBaseline(Baseline):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moacompress.evaluation.eviction.baseline import LayerReading, PromptBaseline
+from moacompress.evaluation.eviction.baseline import LayerReading, PromptBaseline, check_setting
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ class ExpectedAttention(PromptBaseline):
     sinks: int = 4
     covariance: bool = True
     epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_setting("future", self.future, 1)
+        check_setting("sinks", self.sinks, 0)
+        check_setting("epsilon", self.epsilon, 0)
 
     def layer_scores(self, reading: LayerReading, prepared: Any) -> Tensor:
         """Returns the expected attention times the norm of the value; the sinks get infinity."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moacompress.evaluation.eviction.allocation import best_of_all
-from moacompress.evaluation.eviction.baseline import LayerReading, PromptBaseline, PromptReading
+from moacompress.evaluation.eviction.baseline import LayerReading, PromptBaseline, PromptReading, check_setting
 
 BLOCK = 128
 """Queries whose scores are made at a time: so few that they stay in a processor's caches."""
@@ -38,6 +38,11 @@ class KVzip(PromptBaseline):
     before: int = 8
     sinks: int = 4
     request: str = REQUEST
+
+    def __post_init__(self) -> None:
+        check_setting("chunk", self.chunk, 1)
+        check_setting("before", self.before, 0)
+        check_setting("sinks", self.sinks, 0)
 
     def prepare(self, prompt: PromptReading) -> list[Tensor]:
         """Reads the prompt again; returns the scores of each layer, `[kv_heads, n]`."""

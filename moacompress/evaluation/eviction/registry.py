@@ -1,9 +1,16 @@
-"""The known ways to evict tokens by name: ours, and those of installed packages."""
+"""The known ways to evict tokens by name: ours, and those of installed packages.
+
+`snapkv:window=16:seen` is a method, settings of its own that differ from its defaults, and whether it has seen the question.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from dataclasses import Field, fields, is_dataclass
+from typing import Any
 
+from moacompress.core.errors import UsageError, did_you_mean
 from moacompress.core.plugins import BASELINES as OUTSIDE
 from moacompress.core.plugins import named_plugins
 from moacompress.evaluation.eviction.baseline import Baseline, PromptBaseline, StreamBaseline
@@ -41,3 +48,61 @@ def known_evictions() -> dict[str, type[Baseline]]:
         lambda name: name in (*EVICTIONS, *PLANS, "dense", "plan") or ":" in name,
     )
     return {**EVICTIONS, **outside}
+
+
+def read_baseline(name: str) -> tuple[Baseline, str | None] | None:
+    """Returns a way to evict as its name says it, and what stands behind its settings; None where no method is named.
+
+    Args:
+        name: such as `snapkv`, `h2o:recent=0.25` or `snapkv:window=16:kernel=7:seen`.
+
+    Raises:
+        UsageError: a setting that the method does not have, or a value that it cannot have.
+    """
+    method, *parts = name.split(":")
+    kind = known_evictions().get(method)
+    behind = parts.pop() if parts and "=" not in parts[-1] else None
+    if kind is None or not all("=" in part for part in parts):
+        return None
+    try:
+        return kind(**_settings(kind, parts)), behind
+    except UsageError as error:
+        raise UsageError(f"cannot evaluate against {name!r}: {error}") from error
+
+
+def baseline_name(baseline: Baseline) -> str:
+    """Returns the name by which `read_baseline` makes an equal one."""
+    if not is_dataclass(baseline):
+        return baseline.name
+    values = [(one, getattr(baseline, one.name)) for one in fields(baseline)]
+    changed = [f"{one.name}={_said(value)}" for one, value in values if value != one.default]
+    return ":".join((baseline.name, *changed))
+
+
+def _said(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _settings(kind: type[Baseline], parts: Sequence[str]) -> dict[str, Any]:
+    """Returns the settings of `name=value` each, as numbers of the kind that the default is."""
+    known = {one.name: one for one in fields(kind) if _is_number(one)} if is_dataclass(kind) else {}
+    found: dict[str, Any] = {}
+    for part in parts:
+        setting, _, value = part.partition("=")
+        if setting not in known:
+            listed = f"it has {', '.join(known)}" if known else "it has none"
+            raise UsageError(f"{kind.name} has no setting {setting!r}; {did_you_mean(setting, known, listed)}")
+        default = known[setting].default
+        try:
+            found[setting] = _BOOLEANS[value.lower()] if isinstance(default, bool) else type(default)(value)
+        except (KeyError, ValueError) as error:
+            raise UsageError(f"{setting} is {value!r}, and must be {_KINDS[type(default)]}") from error
+    return found
+
+
+_BOOLEANS = {"true": True, "false": False}
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
+
+
+def _is_number(one: Field[Any]) -> bool:
+    return type(one.default) in _KINDS

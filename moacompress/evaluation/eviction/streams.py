@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moacompress.evaluation.eviction.baseline import StreamBaseline
+from moacompress.evaluation.eviction.baseline import StreamBaseline, check_setting
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,9 @@ class StreamingLLM(StreamBaseline):
 
     name = "streaming-llm"
     sinks: int = 4
+
+    def __post_init__(self) -> None:
+        check_setting("sinks", self.sinks, 0)
 
     def scores(self, positions: Tensor, received: Tensor, now: int, room: Tensor) -> Tensor:
         """Returns the position, and infinity for the first tokens as far as there is room for more than them."""
@@ -40,6 +43,9 @@ class H2O(StreamBaseline):
 
     name = "h2o"
     recent: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_setting("recent", self.recent, 0, 1)
 
     def scores(self, positions: Tensor, received: Tensor, now: int, room: Tensor) -> Tensor:
         """Returns the attention that each token got, and infinity for the newest."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moacompress.core.errors import UsageError
 from moacompress.evaluation.eviction.allocation import best_of_all, best_of_each, even_counts, rounded_counts
-from moacompress.evaluation.eviction.baseline import LayerReading, PromptBaseline
+from moacompress.evaluation.eviction.baseline import LayerReading, PromptBaseline, check_setting
 
 
 def window_attention(reading: LayerReading, window: int) -> Tensor:
@@ -40,6 +41,12 @@ class SnapKV(PromptBaseline):
     window: int = 64
     kernel: int = 5
 
+    def __post_init__(self) -> None:
+        check_setting("window", self.window, 1)
+        check_setting("kernel", self.kernel, 1)
+        if self.kernel % 2 == 0:
+            raise UsageError(f"kernel is {self.kernel}, and must be odd")
+
     def layer_scores(self, reading: LayerReading, prepared: Any) -> Tensor:
         """Returns the smoothed attention, and more than 1 for the last tokens."""
         heads, n = reading.key.shape[:2]
@@ -66,6 +73,10 @@ class PyramidKV(SnapKV):
     name = "pyramidkv"
     beta: float = 20.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_setting("beta", self.beta, 1)
+
     def allocate(self, scores: Tensor, kv_bytes: int, token_bytes: int) -> Tensor:
         """Returns the mask; within a layer every KV head keeps as many."""
         layers, kv_heads, n = scores.shape
@@ -90,6 +101,10 @@ class AdaKV(SnapKV):
 
     name = "adakv"
     safeguard: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_setting("safeguard", self.safeguard, 0, 1)
 
     def allocate(self, scores: Tensor, kv_bytes: int, token_bytes: int) -> Tensor:
         """Returns the mask; every layer keeps as many."""
