@@ -7,14 +7,16 @@ import pytest
 import torch
 
 import moacompress
+from moacompress.bench import cost_table
 from moacompress.bench.bench_request import BenchRequest
 from moacompress.bench.benchmark import run_bench
+from moacompress.bench.cost_table import CostTableRequest, measure_cost_table, probes
 from moacompress.evaluation.eviction.attention import attending
 from moacompress.evaluation.eviction.baseline import PromptBaseline
 from moacompress.evaluation.eviction.reading import read_prompt
 from moacompress.evaluation.eviction.registry import EVICTIONS
 from moacompress.evaluation.eviction.stream_cache import StreamCache
-from moacompress.models.source import model_shape
+from moacompress.models.source import load_source, model_shape
 from moacompress.pipeline import compress
 from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
@@ -101,20 +103,51 @@ def test_what_fails_on_a_device_fails(pretend_device):
         assert there.sum().item() == 3
         assert (there * torch.tensor(2.0)).cpu().tolist() == [2, 2, 2]
         assert len(device.waits) == 2
+        there[there > 2] = there[there > 0][:0]  # as many as are found
+        assert device.waits[2:] == ["aten.index.Tensor", "aten.index_put_.default"]
+        there[torch.tensor([0, 2])] = torch.zeros(2, device=KIND)
+        assert len(device.waits) == 4
+        assert device.doubles == []
+        there.double()
+        torch.zeros(1, dtype=torch.float64, device=KIND)
+        assert len(device.doubles) == 2
 
 
-def test_bench(compressed, pretend_device):
+@pytest.mark.parametrize("kind", ["formats", "gates"])
+def test_bench(kind, tiny_model, tiny_tokenizer, tmp_path, pretend_device):
     """Steps and prompts of all sides that are not compiled."""
+    model = tiny_model("llama")
+    plan = PLANS[kind](model)
+    moacompress.attach(model, plan).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
     sides = ("plan", "full_span", "dense")
     request = BenchRequest(
         (96,), (2,), ("float32",), sides, tokens=2, repeats=1, prefill_repeats=1, peak=False, device=f"{KIND}:0"
     )
     with pretend_device():
-        decode, prefill = run_bench(compressed, request)["runs"]
-    plan = Plan.load(compressed / "model" / "plan.json")
+        decode, prefill = run_bench(tmp_path, request)["runs"]
     assert decode["kv_bytes_plan"] == plan.kv_bytes(96, 2)
     assert all(row[f"{side}_ms"] > 0 for row in (decode, prefill) for side in sides)
     assert decode["kernel"] == "reference"
+
+
+def test_a_cost_table(tiny_folder, tmp_path, pretend_device, monkeypatch):
+    """Steps at full span and with gates, whose caches are filled with scores."""
+    request = CostTableRequest((256,), (2,), tokens=1, repeats=1, device=f"{KIND}:0")
+    monkeypatch.setattr(cost_table, "probes", lambda *given: [each for each in probes(*given) if not _windows(each)])
+    with pretend_device():
+        source = load_source(str(tiny_folder), device=request.device)
+        table = measure_cost_table(source, request, tmp_path / "costs.json", clock=iter((0, 3, 3, 5, 5, 7)).__next__)
+    (cell,) = table.cells
+    assert table.configuration.device == KIND
+    assert [point.name for point in cell.points] == ["full span", "native/native, gate 0.25", "int8/int4, gate 0.25"]
+    assert [point.ms for point in cell.points] == [3000, 2000, 2000]
+    assert all(group.gated for point in cell.points[1:] for group in point.groups)
+
+
+def _windows(probe):
+    """Whether it is none of the plans whose steps differ in what they do on a device."""
+    return probe.use != "full_span" and not probe.name.endswith("gate 0.25")
 
 
 def test_known_ways_to_evict(tiny_model, tiny_tokenizer, pretend_device):

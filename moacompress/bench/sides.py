@@ -120,8 +120,8 @@ class FilledPlanCache:
             layer.update(key, value)
             scores = None
             if isinstance(layer, PlanCacheLayer) and layer.rules.selects:
-                generator = torch.Generator().manual_seed(seed)
-                scores = torch.randint(-(1 << 15), 1 << 15, key.shape[:3], generator=generator, dtype=torch.int16)
+                generator, size = torch.Generator(device).manual_seed(seed), key.shape[:3]
+                scores = torch.randint(-(1 << 15), 1 << 15, size, generator=generator, dtype=torch.int16, device=device)
             layer.commit(Chunk(cell.length), scores)  # type: ignore[arg-type]
 
     def fresh(self) -> PlanCache:
