@@ -1,4 +1,4 @@
-"""moacompress: gives every KV head of a language model the attention span it needs, under a budget of KV bytes.
+"""Per-head KV-cache compression for language models: windows, int8/int4 and learned eviction, under a budget of bytes.
 
 Importing this package is cheap: it imports neither torch nor transformers. Functions are imported when they are used.
 """
@@ -6,11 +6,11 @@ Importing this package is cheap: it imports neither torch nor transformers. Func
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import TYPE_CHECKING, Any
 
 from _moacompress_autoload import autoload
 from moacompress.core.version import own_version
+from moacompress.report.notebook import register
 
 if TYPE_CHECKING:
     from moacompress.bench.benchmark import benchmark
@@ -67,11 +67,7 @@ _HOMES = {
 __version__ = own_version()
 
 autoload()
-
-if "IPython" in sys.modules:
-    from moacompress.report.notebook import register
-
-    register()
+register()
 
 
 def __getattr__(name: str) -> Any:

@@ -30,6 +30,7 @@ from moacompress.core.files import is_within, read_json, remove, sweep_files, sw
 from moacompress.core.lock_holders import own_file, own_folder
 from moacompress.core.place import check_writable, no_empty_folder
 from moacompress.core.progress import Progress
+from moacompress.core.shown import ShownDict
 from moacompress.estimate.estimate import Estimate
 from moacompress.exporter.exporting import as_exported, check_reusable, export, exported_plan, unrepaired
 from moacompress.models.placement import checked_placement, input_device
@@ -52,6 +53,10 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
+class Summary(ShownDict):
+    """What a run came to, as in `summary.json`."""
+
+
 def compress(
     recipe: Recipe,
     out: str | Path,
@@ -59,7 +64,7 @@ def compress(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Summary:
     """Profiles, searches, exports and evaluates; steps that are done already are reused.
 
     Args:
@@ -70,7 +75,7 @@ def compress(
         progress: is told of the steps.
 
     Returns:
-        The summary, as in `summary.json`.
+        The summary, as in `summary.json`; a notebook shows it as the command does.
 
     Raises:
         RecipeError: no model in the recipe, or neither a budget nor a loss.
@@ -116,7 +121,7 @@ def estimate(
 
 def fill(
     recipe: Recipe, out: Path, progress: Progress, from_scratch: bool = False, *, trust_remote_code: bool = False
-) -> dict[str, Any]:
+) -> Summary:
     """Does what `compress` does, in a folder that this process owns.
 
     Args:
@@ -157,7 +162,7 @@ def fill(
         "eval",
         lambda: measured_kv_bytes(out / MODEL_FOLDER, measured_at, recipe.device, trust_remote_code=trust_remote_code),
     )
-    summary = {
+    fields = {
         "model": shared_name(plan.provenance["source"]),
         "budget": list(plan.budget["asked"]),
         **({} if recipe.max_loss is None else {"max_loss": recipe.max_loss}),
@@ -181,9 +186,9 @@ def fill(
         **({"step_ms": found.step_ms} if found.step_ms else {}),
         "versions": {name: version(name) for name in ("moacompress", "torch", "transformers", "optuna")},
     }
-    write_json(out / SUMMARY_FILE, summary)
+    write_json(out / SUMMARY_FILE, fields)
     _write_page(out)
-    return summary
+    return Summary(fields)
 
 
 def _write_page(out: Path) -> None:

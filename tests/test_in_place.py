@@ -1,10 +1,8 @@
-"""A loaded model compressed where it is: what it then runs under, what is left behind, and how results are shown."""
+"""A loaded model compressed where it is: what it then runs under, and what is left behind."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,33 +105,7 @@ def test_inspect_takes_whatever_holds_a_plan(compressed: Path) -> None:
         moacompress.inspect("nowhere")
 
 
-def test_benchmark_is_bench(compressed: Path) -> None:
-    found = moacompress.benchmark(
-        compressed, lengths=[64], sides=["plan", "dense"], tokens=2, repeats=1, prefill_repeats=1, peak=False
-    )
-    assert {(row["phase"], row["length"]) for row in found["runs"]} == {("prefill", 64), ("decode", 64)}
-
-
 def test_plans_are_said_in_a_line(compressed: Path) -> None:
     text = str(Plan.load(compressed / "model" / "plan.json"))
     assert text.startswith("plan for llama, ")
     assert "of the KV bytes at 4,096 tokens" in text
-
-
-def test_a_notebook_shows_tables(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moacompress.report import notebook
-
-    notebook.register()  # there is none: nothing happens
-    shown: dict[str, Any] = {}
-    html = SimpleNamespace(for_type_by_name=lambda module, name, show: shown.update({f"{module}.{name}": show}))
-    shell = SimpleNamespace(display_formatter=SimpleNamespace(formatters={"text/html": html}))
-    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
-    notebook.register()
-    for name in shown:
-        module, _, attribute = name.rpartition(".")
-        __import__(module)
-        assert hasattr(sys.modules[module], attribute)
-    page = shown["moacompress.rules.plan.Plan"](Plan.load(compressed / "model" / "plan.json"))
-    assert "KV cache, batch 1" in page
-    assert "Kept share of each KV head" in page
-    assert page.count("<pre") == page.count("</pre>") == 1

@@ -36,6 +36,7 @@ from moacompress.calibration.profile.statistics import (
 from moacompress.core.artefact_names import CALIBRATION_FILE, GATES_FILE, INFLUENCE_FILE, VALIDATION_FILE, sample_file
 from moacompress.core.errors import ArtefactError, ModelError, UsageError
 from moacompress.core.files import write_bytes
+from moacompress.core.shown import Shown
 from moacompress.recipe import Recipe
 from moacompress.rules.candidates import in_formats
 from moacompress.rules.model_shape import ModelShape
@@ -52,7 +53,7 @@ KINDS: tuple[SampleKind, ...] = get_args(SampleKind)
 
 
 @dataclass(frozen=True, eq=False)
-class Profile:
+class Profile(Shown):
     """How much every rule on every KV head is predicted to cost.
 
     Attributes:

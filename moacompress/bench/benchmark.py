@@ -38,6 +38,7 @@ from moacompress.core.lock_holders import own_file
 from moacompress.core.machine import processor_name
 from moacompress.core.memory import available_bytes
 from moacompress.core.progress import SILENT, Progress
+from moacompress.core.shown import ShownDict
 from moacompress.core.version import own_version
 from moacompress.kernels import dispatch
 from moacompress.models.stored_plan import stored_plan
@@ -57,6 +58,10 @@ BUSY = 0.5
 """Load of the machine per core from which on times are doubted."""
 
 
+class BenchReport(ShownDict):
+    """What a benchmark measured, as `run_bench` describes it."""
+
+
 def benchmark(
     target: str | Path,
     *,
@@ -68,7 +73,7 @@ def benchmark(
     overwrite: bool = False,
     progress: Progress | None = None,
     **options: Any,
-) -> dict[str, Any]:
+) -> BenchReport:
     """Measures how fast a compressed checkpoint is, and what memory it takes, beside the dense model: `moacompress bench`.
 
     Args:
@@ -83,7 +88,7 @@ def benchmark(
         **options: other attributes of `BenchRequest`, such as `repeats` or `device`.
 
     Returns:
-        As `run_bench`, whose errors are raised.
+        As `run_bench`, whose errors are raised; a notebook shows it as the command does.
     """
     shown = (tuple(lengths), tuple(batches), tuple(dtypes), tuple(sides))
     return run_bench(target, BenchRequest(*shown, **options), out=out, overwrite=overwrite, progress=progress)
@@ -97,7 +102,7 @@ def run_bench(
     overwrite: bool = False,
     progress: Progress | None = None,
     clock: Clock = time.perf_counter,
-) -> dict[str, Any]:
+) -> BenchReport:
     """Measures how fast a compressed checkpoint is, and what memory it takes, beside the dense model.
 
     All sides have the same weights in memory. They are timed in turn, so that what else the machine does meets all alike.
@@ -142,7 +147,7 @@ def run_bench(
         }
         if path is not None:
             write_json(path, report)
-        return report
+        return BenchReport(report)
 
 
 def environment() -> dict[str, Any]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import RenderableType
 
 from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import Overwrite, RecipeFile, Text, TrustRemoteCode, dry_run_option
@@ -96,11 +95,7 @@ def heal(
         trust_remote_code=trust_remote_code,
         progress=run.progress,
     )
-    from moacompress.report.heal_tables import heal_table
+    from moacompress.report.heal_tables import heal_tables
 
     data = {"model": str(healed.folder), **healed.notes, "losses": list(healed.losses)}
-    shown: list[RenderableType] = [
-        heal_table(healed.notes),
-        f'Load it with AutoModelForCausalLM.from_pretrained("{healed.folder}")',
-    ]
-    return Output(data, shown)
+    return Output(data, heal_tables(healed.folder, healed.notes))

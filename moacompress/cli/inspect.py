@@ -41,15 +41,7 @@ def inspect(
     """
     from moacompress.models.source import find_model_folder
     from moacompress.models.stored_plan import read_plan
-    from moacompress.report.inspection import (
-        formats_map,
-        formats_table,
-        gates_map,
-        inspect_plan,
-        kept_map,
-        kv_table,
-        overview,
-    )
+    from moacompress.report.inspection import inspect_plan, inspection_tables
     from moacompress.rules.budget import parse_lengths
 
     device = run.common.device or "cpu"
@@ -60,12 +52,7 @@ def inspect(
     file = find_plan_file(path)
     plan = read_plan(file)
     data = inspect_plan(plan, parse_lengths(lengths) if lengths else None, find_model_folder(file.parent))
-    shown = Output(data, [overview(plan, data), kv_table(data), kept_map(plan, data["reference_length"])])
-    chosen, bits = gates_map(plan, data["reference_length"]), formats_map(plan)
-    if chosen is not None:
-        shown.show.append(chosen)
-    if bits is not None:
-        shown.show.extend((formats_table(data["formats"], data["bits"]), bits))
+    shown = Output(data, inspection_tables(data))
     if show_tokens is None:
         return shown
     from moacompress.report.shown_tokens import selected_tokens, token_tables

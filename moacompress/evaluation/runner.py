@@ -16,6 +16,7 @@ from moacompress.core.lock_holders import own_file
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.ranks import rank
 from moacompress.core.records import Records, named_numbers
+from moacompress.core.shown import ShownDict
 from moacompress.core.version import own_version
 from moacompress.evaluation.baselines.compared_models import ComparedModel, Comparison, check_names, make_comparison
 from moacompress.evaluation.baselines.evictions import ComparedEviction
@@ -50,6 +51,10 @@ from moacompress.runtime.checkpoint import Checkpoint, compressed_folder, load_c
 logger = logging.getLogger(__name__)
 
 
+class EvaluationReport(ShownDict):
+    """What an evaluation found, as `evaluate` describes it."""
+
+
 def evaluate(
     target: str | Path,
     *,
@@ -73,7 +78,7 @@ def evaluate(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> EvaluationReport:
     """Measures a compressed model on held-out prompts and text.
 
     All models are the same loaded weights, run by the same kernels on the same prompts in the same batches: under the
@@ -119,7 +124,7 @@ def evaluate(
         progress: told about every score.
 
     Returns:
-        A report with these parts:
+        A report with these parts, which a notebook shows as the command does:
 
         - `checkpoint`: fingerprints of what was measured, `plan` and `weights`.
         - `wording`: for every task a digest of what its prompts say. Numbers of two wordings are of two tasks.
@@ -199,7 +204,7 @@ def evaluate(
         if path is not None:
             write_json(path, report)
         agreed(None)  # no process ends before the report is there
-        return report
+        return EvaluationReport(report)
 
 
 def _warn_of_calibration(sources: Iterable[str], plan: Plan) -> None:

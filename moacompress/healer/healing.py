@@ -33,6 +33,7 @@ from moacompress.core.files import new_folder, read_json, remove, sweep_folders,
 from moacompress.core.lock_holders import own_folder
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.ranks import rank, world_size
+from moacompress.core.shown import Shown
 from moacompress.exporter.exporting import check_place, exported_plan, write_checkpoint
 from moacompress.exporter.fresh import verify_fresh
 from moacompress.healer.heal_history import Evaluated, HealHistory, last_checkpoint, load_best
@@ -53,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class HealResult:
+class HealResult(Shown):
     """A healed checkpoint.
 
     Attributes:

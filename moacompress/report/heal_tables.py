@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 
 from moacompress.core.tables import facts, readable_bytes, readable_types
 from moacompress.exporter.card import healed_bytes_text
@@ -32,6 +33,16 @@ def _trained_part(notes: Mapping[str, Any]) -> str:
     """Returns `lora of o_proj, v_proj`, or `lora` where all linear layers are trained."""
     modules = notes.get("recipe", {}).get("modules")
     return f"{notes['train']} of {', '.join(modules)}" if modules else str(notes["train"])
+
+
+def heal_tables(folder: Path, notes: Mapping[str, Any]) -> list[RenderableType]:
+    """Returns the result of a heal, and how to load it.
+
+    Args:
+        folder: the healed checkpoint.
+        notes: `heal` in the provenance of its plan.
+    """
+    return [heal_table(notes), f'Load it with AutoModelForCausalLM.from_pretrained("{folder}")']
 
 
 def heal_table(notes: Mapping[str, Any]) -> Group:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from moacompress.core.errors import ArtefactError
+from moacompress.core.shown import ShownDict
 from moacompress.core.tables import facts, readable_bytes, readable_types, section
 from moacompress.exporter.card import repair_text
 from moacompress.models.locate import find_plan_file
@@ -39,7 +40,24 @@ MAP_COLUMNS = 80
 """Most layers in one row of the map."""
 
 
-def inspect(target: Plan | str | Path, lengths: Sequence[int] | None = None) -> dict[str, Any]:
+class Inspection(ShownDict):
+    """The fields of `inspect --json`, and the plan that they are of.
+
+    Attributes:
+        plan: the plan.
+    """
+
+    plan: Plan
+
+    @staticmethod
+    def of(plan: Plan, fields: Mapping[str, Any]) -> Inspection:
+        """Returns what was found of a plan."""
+        found = Inspection(fields)
+        found.plan = plan
+        return found
+
+
+def inspect(target: Plan | str | Path, lengths: Sequence[int] | None = None) -> Inspection:
     """Returns what a plan keeps and costs; no model is loaded.
 
     Args:
@@ -47,7 +65,7 @@ def inspect(target: Plan | str | Path, lengths: Sequence[int] | None = None) -> 
         lengths: where KV bytes are stated, tokens; by default those in the plan.
 
     Returns:
-        The fields of `inspect --json`.
+        The fields of `inspect --json`; a notebook shows them as the command does.
 
     Raises:
         PlanError, ArtefactError: there is no plan, or what is there is damaged.
@@ -58,7 +76,7 @@ def inspect(target: Plan | str | Path, lengths: Sequence[int] | None = None) -> 
     return inspect_plan(read_plan(file), lengths, find_model_folder(file.parent))
 
 
-def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path | None = None) -> dict[str, Any]:
+def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path | None = None) -> Inspection:
     """Returns the fields of `inspect --json`.
 
     Args:
@@ -74,7 +92,7 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
     profiled = [n for n in plan.provenance.get("lengths", []) if isinstance(n, int)] or own or chosen
     reference = reference_length([Budget.parse(text) for text in plan.budget.get("asked", [])], profiled)
     parameters = None if folder is None else count_parameters(folder, plan)
-    return {
+    fields = {
         "density": plan.density(reference),
         "bits": kept_bits(plan, reference),
         "formats": format_rows(plan, reference),
@@ -99,6 +117,7 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
         "planned_weights": planned_weights(plan),
         "healed": plan.provenance.get("heal"),
     }
+    return Inspection.of(plan, fields)
 
 
 def _flops(plan: Plan, n: int) -> dict[str, dict[str, int]]:
@@ -155,6 +174,26 @@ def _numbers(tensor: StoredTensor, kind: str | None) -> int:
     if kind not in WEIGHT_TYPES or len(tensor.shape) != 2:
         raise ArtefactError(f"the weights of the checkpoint are in blocks of an unknown type, {kind[:40]!r}")
     return tensor.shape[0] * WEIGHT_TYPES[kind].inputs(tensor.shape[1])
+
+
+def inspection_tables(found: Inspection) -> list[RenderableType]:
+    """Returns what `inspect` shows: facts, bytes, formats where there are several, and maps of the KV heads."""
+    plan, n = found.plan, found["reference_length"]
+    shown: list[RenderableType] = [overview(plan, found), kv_table(found)]
+    if not all(rule.is_native for row in plan.rules for rule in row):
+        shown.append(formats_table(found["formats"], found["bits"]))
+    return [*shown, *plan_maps(plan, n)]
+
+
+def plan_maps(plan: Plan, n: int) -> list[Text]:
+    """Returns the maps that say something of a plan: of kept shares, of gates, of formats.
+
+    Args:
+        plan: the plan.
+        n: tokens so far.
+    """
+    maps = (kept_map(plan, n), gates_map(plan, n), formats_map(plan))
+    return [each for each in maps if each is not None]
 
 
 def overview(plan: Plan, data: dict[str, Any]) -> Group:

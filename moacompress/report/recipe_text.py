@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,6 +13,9 @@ from pydantic import BaseModel
 from moacompress.recipe import Recipe
 
 SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
+SCHEMA_TITLE = "moacompress recipe"
+SCHEMA_LINE = "# yaml-language-server: $schema={place}\n"
+"""A line of a YAML file by which editors find its schema, at a place relative to the file."""
 WIDTH = 10_000
 """Of a value in YAML: it stays on its line."""
 LINE = 128
@@ -39,7 +43,12 @@ def changed_settings(recipe: Recipe) -> dict[str, Any]:
 
 def recipe_schema() -> dict[str, Any]:
     """Returns the JSON schema of recipes: what editors complete and check a YAML file by."""
-    return {"$schema": SCHEMA_ID, "title": "moacompress recipe", **Recipe.model_json_schema(mode="validation")}
+    return {"$schema": SCHEMA_ID, **Recipe.model_json_schema(mode="validation"), "title": SCHEMA_TITLE}
+
+
+def schema_text() -> str:
+    """Returns the schema as it is written to a file."""
+    return json.dumps(recipe_schema(), indent=1) + "\n"
 
 
 def _flat(values: Mapping[str, Any], before: str) -> Iterator[tuple[str, Any]]:

@@ -23,7 +23,8 @@ class ModelShape:
         head_dim: numbers in a key and in a value.
         dtype: dtype of the checkpoint's weights, which is that of its cache.
         native_windows: per layer the model's own sliding window in tokens, or None.
-        weights_fingerprint: of the weights, in any version that is known; see `moacompress.models.fingerprint`.
+        weights_fingerprint: of the weights, in any version that is known; see `moacompress.models.fingerprint`. Empty for a
+            config alone.
     """
 
     model_type: str

@@ -13,6 +13,7 @@ from typing import Any
 from moacompress.core.artefact_names import gates_file
 from moacompress.core.errors import ArtefactError, PlanError
 from moacompress.core.files import MAX_JSON_BYTES, fingerprint, finite_json, read_json, write_json
+from moacompress.core.shown import Shown
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan_form import (
@@ -69,7 +70,7 @@ _SAID = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """One rule for every KV head of every layer, with where it came from and what it was measured to do.
 
     Attributes:
@@ -246,7 +247,8 @@ class Plan:
         Args:
             model: the model at hand.
             weights: returns the fingerprint of its weights in the version of a given one, `SourceModel.weights_like`; None
-                where only the shape counts (search and export compare weights, loading does not).
+                where only the shape counts (search and export compare weights, loading does not). A plan made of a config
+                alone has no fingerprint, and takes any weights of its shape.
 
         Raises:
             PlanError: naming the first difference.
@@ -258,7 +260,7 @@ class Plan:
                     f"the plan is for another model: it is for {_SAID[name].format(short(ours))}, and this model has "
                     f"{_SAID[name].format(short(theirs))}; make a plan for this model with `moacompress search`"
                 )
-        if weights is None:
+        if weights is None or not self.model.weights_fingerprint:
             return
         found = weights(self.model.weights_fingerprint)
         if found != self.model.weights_fingerprint:

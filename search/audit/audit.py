@@ -26,6 +26,7 @@ from moacompress.core.errors import ArtefactError, DataError
 from moacompress.core.files import fingerprint, finite_json, read_json, remove, write_json
 from moacompress.core.lock_holders import own_file
 from moacompress.core.progress import SILENT, Progress
+from moacompress.core.shown import Shown
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.budget import Budget
@@ -49,7 +50,7 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class Audit:
+class Audit(Shown):
     """What an audit found.
 
     Attributes:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moacompress.core.artefact_names import explanation_file
 from moacompress.core.errors import ArtefactError, PlanError
 from moacompress.core.files import read_json
+from moacompress.core.shown import Shown
 from moacompress.rules.budget import Budget, memory_budgets
 from moacompress.rules.constraints import Latency
 from moacompress.rules.formats import NATIVE
@@ -25,7 +26,7 @@ PACKAGES = ("moacompress", "torch", "transformers", "optuna", "numpy", "scipy")
 
 
 @dataclass(frozen=True)
-class SearchResult:
+class SearchResult(Shown):
     """A found plan and how it was found.
 
     Attributes:
