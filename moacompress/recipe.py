@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from moacompress.core.deprecation import new_key, with_new_keys
 from moacompress.core.errors import MoaCompressError, RecipeError, did_you_mean
 from moacompress.core.urls import without_password
 from moacompress.recipe_sections import (
@@ -112,6 +113,11 @@ class Recipe(Section):
             )
         return {key: value for key, value in data.items() if key != CONSENT}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _new_names(cls, data: Any) -> Any:
+        return with_new_keys(data) if isinstance(data, dict) else data
+
     @model_validator(mode="after")
     def _head(self) -> Recipe:
         if self.head_weights is not None and self.weights not in ("int8", "int4", AUTO):
@@ -192,7 +198,7 @@ class Recipe(Section):
         for key, value in flags.items():
             if value is None:
                 continue
-            *sections, name = key.split("__")
+            *sections, name = new_key(key.replace("__", ".")).split(".")
             target = data
             for section in sections:
                 target = target[section]

@@ -28,7 +28,7 @@ from moacompress.cli import (
     report,
     search,
 )
-from moacompress.cli.harness import resumes_with, say
+from moacompress.cli.harness import add_command, resumes_with, say
 from moacompress.cli.result_stream import open_streams
 
 COMMANDS = {
@@ -57,7 +57,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 for _name, _command in COMMANDS.items():
-    app.command(_name, help=_command.help, epilog=_command.epilog)(_command)
+    add_command(app, _name, _command)
 for _name, _group in GROUPS.items():
     app.add_typer(_group, name=_name)
 
@@ -79,7 +79,7 @@ def _root(
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Gives every KV head of a language model the attention span it needs, under a budget of KV bytes."""
+    """Per-head KV-cache compression: windows, int8/int4 and learned eviction, searched under a budget of bytes."""
 
 
 def main() -> None:
