@@ -1,4 +1,4 @@
-"""Every recipe that is shipped loads, names its model, can be asked for, and resolves to the settings on record.
+"""Every recipe that is shipped loads, names its model, resolves to the settings on record, and runs on a tiny model.
 
 `MOACOMPRESS_WRITE_GOLDEN=1 pytest tests/test_recipes.py` records them again, for a change that is meant to change them.
 """
@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import moacompress
 from moacompress.recipe import Recipe
 from moacompress.rules.budget import Budget
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 FILES = sorted(FOLDER.rglob("*.yaml"))
@@ -111,6 +116,136 @@ def test_one_profile_serves_every_budget() -> None:
             (recipes[0].calibration, recipes[0].profile, recipes[0].dtype, recipes[0].seed, recipes[0].model)
         )
         assert (recipe.search.trials, recipe.search.rounds, recipe.search.moves) == (6, 0, 12)
+
+
+LENGTHS, LONGER = [500, 600], 700
+"""Where recipes are profiled on tiny models, characters; and where they are evaluated, and a budget may be asked for."""
+COUNTS = {"text_samples": 2, "validation_samples": 2, "answer_tokens": 4, "longer_samples": 1}
+FAMILIES = {
+    "effort": "llama",
+    "gemma3-270m": "gemma3_text",
+    "llama-3.1-8b": "llama",
+    "mistral-7b": "mistral",
+    "qwen3-30b-a3b": "qwen3_moe",
+    "qwen3-8b": "qwen3",
+    "smollm2-135m": "llama",
+}
+"""Of tiny models, for each folder of recipes."""
+SMALL = ("gemma3-270m", "smollm2-135m")
+"""Folders of recipes that `make test` runs; those of large models are counted from configs in `test_run_counts`."""
+
+
+def cut(recipe: Recipe) -> Recipe:
+    """Returns a recipe of the same settings with few and short samples, one trial, and one prompt of each task."""
+    search = recipe.search
+    smaller = {name: min(value, getattr(recipe.calibration, name)) for name, value in COUNTS.items()}
+    return recipe.override(
+        **{f"calibration__{name}": value for name, value in smaller.items()},
+        calibration__samples=len(recipe.calibration.sources),
+        calibration__lengths=LENGTHS[: len(recipe.calibration.lengths)],
+        profile__gate_samples=2,
+        search__trials=1,
+        search__ablations=min(search.ablations, 1),
+        search__moves=min(search.moves, 1),
+        search__rounds=min(search.rounds, 1),
+        budget=[re.sub("@.*", f"@{LONGER}", text) for text in recipe.budget],
+        evaluation__lengths=[LONGER],
+        evaluation__prompts=1,
+        device="cpu",
+    )
+
+
+def of_tiny(file: Path, tiny_of: Callable[[str], Path], prose: Path) -> Recipe:
+    """Returns a recipe cut, and of a tiny model of its family."""
+    recipe = cut(Recipe.load(file))
+    model = tiny_of(FAMILIES[file.parent.name])
+    return recipe.override(model=str(model), calibration__text=str(prose), budget=recipe.budget or ["25%"])
+
+
+def first_of_their_shape() -> list[str]:
+    """Returns a recipe of each shape, of those of the small models: what differs in budget, counts and evaluation has one."""
+    found: dict[str, str] = {}
+    for name, file in zip(NAMES, FILES, strict=True):
+        if file.parent.name in SMALL:
+            made = settings(cut(Recipe.load(file))) | {"budget": None, "evaluation.tasks": None}
+            found.setdefault(json.dumps(made, sort_keys=True), name)
+    return list(found.values())
+
+
+@pytest.fixture(scope="module")
+def tiny_of(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> Callable[[str], Path]:
+    """Returns a function that makes the folder of a tiny model of a family."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            tiny_model(family).save_pretrained(made[family])
+            tiny_tokenizer.save_pretrained(made[family])
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder of long texts."""
+    folder = tmp_path_factory.mktemp("prose")
+    for name in ("a", "b", "c"):
+        lines = (f"On day {n} of {name} there were {n * n} of them, and nobody said a word." for n in range(400))
+        (folder / f"{name}.txt").write_text("\n\n".join(lines))
+    return folder
+
+
+def check_plan(recipe: Recipe, out: Path) -> None:
+    """Checks what a run left against its recipe."""
+    from moacompress.rules.plan import Plan
+    from moacompress.search.study import find_plan
+
+    plan = Plan.load(out / "model" / "plan.json")
+    (budget,) = map(Budget.parse, recipe.budget)
+    assert budget.share is not None
+    for length in [budget.length] if budget.length else recipe.calibration.lengths:
+        assert plan.kv_share(length) <= budget.share
+    assert plan.provenance["recipe"]["search"] == recipe.resolved()["search"]
+    assert (out / "profile" / "gates.safetensors").is_file() == recipe.profile.gates
+    if recipe.profile.anchors:  # what such a profile is for
+        shared = find_plan(out / "profile", recipe=recipe.override(search__share="1"))
+        assert sum(share is not None for share in shared.plan.shares) == 1
+
+
+@pytest.mark.parametrize("name", first_of_their_shape())
+def test_a_recipe_makes_a_checkpoint(name: str, tiny_of: Callable[[str], Path], prose: Path, tmp_path: Path) -> None:
+    """Profile, search and export; and of every task of the evaluation a prompt."""
+    from moacompress.calibration.profile.profiler import profile
+    from moacompress.exporter.exporting import export
+    from moacompress.run_checks import check_recipe, check_with_model
+    from moacompress.runtime.ready_model import load_for
+    from moacompress.search.study import find_plan
+
+    recipe = of_tiny(FOLDER / name, tiny_of, prose)
+    source = load_for(recipe, str(recipe.model))
+    check_recipe(recipe)
+    check_with_model(recipe, source)
+    profiled = profile(source, tmp_path / "profile", recipe)
+    found = find_plan(profiled, recipe=recipe, out=tmp_path / "plan.json", model=source)
+    export(source, found.plan, tmp_path / "model")
+    check_plan(recipe, tmp_path)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_a_recipe_runs(file: Path, tiny_of: Callable[[str], Path], prose: Path, tmp_path: Path) -> None:
+    from moacompress.pipeline import compress
+
+    recipe = of_tiny(file, tiny_of, prose)
+    summary = compress(recipe, tmp_path / "out")
+    assert len(summary["quality"]) == len(recipe.evaluation.tasks)
+    check_plan(recipe, tmp_path / "out")
 
 
 PLANS = sorted((FOLDER.parent / "docs" / "plans").glob("*.json"))

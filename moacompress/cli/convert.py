@@ -45,7 +45,10 @@ def convert(
     source: Annotated[Form | None, typer.Option("--from", help="Whose plan PATH is.")] = None,
     target: Annotated[Form | None, typer.Option("--to", help="Whose plan is to be written of ours.")] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The model that a plan from outside is for.")
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="The model that a plan from outside is for; a folder with its config.json is enough."
+        ),
     ] = None,
     sparsity: Annotated[
         float | None,
@@ -63,6 +66,7 @@ def convert(
     What the other form cannot say is listed. Nothing is measured: export a plan that came in, and `eval` it.
     """
     from moacompress.models.locate import find_plan_file
+    from moacompress.models.skeleton import is_described
     from moacompress.models.stored_plan import read_plan
     from moacompress.rules.foreign_formats import compressed_tensors_of_plan, modelopt_of_plan
     from moacompress.rules.foreign_plans import duo_of_plan, moa_of_plan
@@ -77,7 +81,10 @@ def convert(
         plan, notes = _read(path, source, model, sparsity, at, run, trust_remote_code)
         plan.save(out)
         shown = [f"The plan is {out}: {plan}", *(f"Not as it was: {note}." for note in notes)]
-        return Output({"plan": str(out), "lost": notes}, [*shown, f"Next: moacompress export {model} {out} -o model/"])
+        if is_described(model):
+            shown.append("There were no weights to say whose it is, so any of this shape are taken.")
+        named = "MODEL" if is_described(model) else model
+        return Output({"plan": str(out), "lost": notes}, [*shown, f"Next: moacompress export {named} {out} -o model/"])
     ours = read_plan(find_plan_file(path))
     if target == "moa":
         spans, notes = moa_of_plan(ours)
@@ -102,19 +109,17 @@ def _read(
     path: Path, source: Form, model: str, sparsity: float | None, at: str, run: CommandRun, trust_remote_code: bool
 ) -> tuple[Plan, list[str]]:
     from moacompress.core.files import read_json
-    from moacompress.models.source import load_source
     from moacompress.rules.budget import parse_length
     from moacompress.rules.foreign_plans import DuoPattern, MoaSpans, plan_of_duo, plan_of_moa
 
     length = parse_length(at)
     if source in ("modelopt", "llm-compressor"):
-        return _read_formats(path, source, load_source(model, trust_remote_code=trust_remote_code).shape)
+        return _read_formats(path, source, _shape(model, trust_remote_code))
     if source == "moa":
         found = read_json(path, "plan of MoA")
         if not isinstance(found, dict) or not {"alphas", "betas"} <= set(found):
             raise ArtefactError(f"{path} is no plan of MoA: it needs `alphas` and `betas`")
-        shape = load_source(model, trust_remote_code=trust_remote_code).shape
-        return plan_of_moa(MoaSpans(found["alphas"], found["betas"]), shape, length)
+        return plan_of_moa(MoaSpans(found["alphas"], found["betas"]), _shape(model, trust_remote_code), length)
     config = read_json(path / CONFIG_FILE, "pattern of DuoAttention")
     sizes = [config.get(name) if isinstance(config, dict) else None for name in ("sink_size", "recent_size")]
     if not all(isinstance(size, int) and not isinstance(size, bool) for size in sizes):
@@ -122,8 +127,19 @@ def _read(
             f"{path / CONFIG_FILE} is no pattern of DuoAttention: it needs `sink_size` and `recent_size`"
         )
     heads = _table(path / HEADS_FILE)
-    shape = load_source(model, trust_remote_code=trust_remote_code).shape
-    return plan_of_duo(DuoPattern(heads, *map(int, sizes)), shape, sparsity)  # type: ignore[arg-type]
+    pattern = DuoPattern(heads, *map(int, sizes))  # type: ignore[arg-type]
+    return plan_of_duo(pattern, _shape(model, trust_remote_code), sparsity)
+
+
+def _shape(model: str, trust_remote_code: bool) -> ModelShape:
+    """Returns the shape of MODEL; of a config alone it has no fingerprint of weights."""
+    from moacompress.models.skeleton import is_described
+    from moacompress.models.source import load_source
+    from moacompress.run_counts import read_counts
+
+    if is_described(model):
+        return read_counts(model, trust_remote_code).shape
+    return load_source(model, trust_remote_code=trust_remote_code).shape
 
 
 def _read_formats(path: Path, source: Form, shape: ModelShape) -> tuple[Plan, list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +13,8 @@ from moacompress.core.artefact_names import RECIPE_FILE
 from moacompress.core.errors import ArtefactError, RecipeError
 from moacompress.efforts import Effort, effort_recipe
 from moacompress.rules.loss import one_limit
+
+SCHEMA_FILE = "recipe.schema.json"
 
 
 @command(
@@ -32,20 +33,26 @@ def init(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The recipe.")] = Path("recipe.yaml"),
     overwrite: Overwrite = False,
 ) -> Output:
-    """Write a recipe with every setting in it, each with what it is for."""
+    """Write a recipe with every setting in it, each with what it is for, and beside it the schema for editors."""
     from moacompress.core.files import write_text
-    from moacompress.report.recipe_text import recipe_yaml
+    from moacompress.report.recipe_text import SCHEMA_LINE, recipe_yaml, schema_text
 
     if out.exists() and not overwrite:
         raise ArtefactError(f"{out} exists already; choose another file or pass --overwrite")
+    beside = out.with_name(SCHEMA_FILE)
+    _check_schema(beside, out)
     recipe = run.recipe(
         base=effort_recipe(effort, prose=text is not None),
         model=model,
         **one_limit(budget, max_loss),
     )
-    write_text(out, recipe_yaml(recipe))
+    write_text(beside, schema_text())
+    write_text(out, SCHEMA_LINE.format(place=SCHEMA_FILE) + recipe_yaml(recipe))
     next_step = f"moacompress compress --recipe {out} -o runs/mine"
-    return Output({"recipe": str(out), "settings": recipe.resolved()}, [f"The recipe is {out}", f"Next: {next_step}"])
+    return Output(
+        {"recipe": str(out), "schema": str(beside), "settings": recipe.resolved()},
+        [f"The recipe is {out}; editors complete it by {beside}", f"Next: {next_step}"],
+    )
 
 
 @command("moacompress recipe validate recipe.yaml", "moacompress recipe validate recipe.yaml --text prose/ --json")
@@ -90,10 +97,26 @@ def show(
 @command("moacompress recipe schema > recipe.schema.json")
 def schema(run: CommandRun) -> Output:
     """Print the JSON schema of recipes, by which editors complete and check them."""
-    from moacompress.report.recipe_text import recipe_schema
+    from moacompress.report.recipe_text import recipe_schema, schema_text
 
-    found = recipe_schema()
-    return Output(found, [json.dumps(found, indent=1)])
+    return Output(recipe_schema(), [schema_text().rstrip()])
+
+
+def _check_schema(beside: Path, out: Path) -> None:
+    """Refuses a place for the schema of recipes that holds something else.
+
+    Raises:
+        ArtefactError: says what.
+    """
+    from moacompress.core.files import read_json
+    from moacompress.report.recipe_text import SCHEMA_TITLE
+
+    if out == beside:
+        raise ArtefactError(f"{SCHEMA_FILE} is the name of the schema; give the recipe another, such as recipe.yaml")
+    if beside.exists():
+        found = read_json(beside, "schema")
+        if not isinstance(found, dict) or found.get("title") != SCHEMA_TITLE:
+            raise ArtefactError(f"{beside} is no schema of recipes, and it would be replaced; choose another folder")
 
 
 def _recipe_at(path: Path) -> Any:

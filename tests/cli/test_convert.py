@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+import moacompress
 from moacompress.cli import app
+from moacompress.cli.convert import write_pattern
+from moacompress.core.errors import PlanError
+from moacompress.rules.foreign_plans import DuoPattern
 from moacompress.rules.plan import Plan
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def invoke(*arguments: str | Path) -> Any:
@@ -87,6 +95,35 @@ def test_a_quantized_cache_comes_in_and_goes_out(form: str, tiny_folder: Path, s
     assert f"cannot be read as a config of {form}: it must hold an object" in said(
         invoke(folder, "--from", form, "--model", tiny_folder, "-o", again, "--overwrite")
     )
+
+
+def test_a_config_alone_is_model_enough(tiny_folder: Path, shape: Any, tmp_path: Path) -> None:
+    described, plan = tmp_path / "described", tmp_path / "plan.json"
+    described.mkdir()
+    shutil.copyfile(tiny_folder / "config.json", described / "config.json")
+    pattern = tmp_path / "pattern"
+    heads = [[float((layer + head) % 2) for head in range(shape.kv_heads)] for layer in range(shape.layers)]
+    write_pattern(pattern, DuoPattern(heads, 64, 256))
+    done = invoke(pattern, "--from", "duo-attention", "--model", described, "-o", plan)
+    assert done.exit_code == 0, done.output
+    assert "any of this shape are taken. Next: moacompress export MODEL" in said(done)
+    made = Plan.load(plan)
+    assert made.model == replace(shape, weights_fingerprint="")
+    folder = moacompress.export(tiny_folder, made, tmp_path / "model")
+    assert Plan.load(folder / "plan.json").rules == made.rules
+    assert moacompress.export(tiny_folder, plan, folder) == folder  # it is this plan's
+    other = {**made.to_dict()["model"], "weights_fingerprint": "2-0123456789abcdef"}
+    with pytest.raises(PlanError, match="the plan is for other weights"):
+        moacompress.export(tiny_folder, Plan.from_dict({**made.to_dict(), "model": other}), tmp_path / "other")
+
+
+def test_the_config_of_a_large_model_is_enough(tmp_path: Path) -> None:
+    config = ROOT / "tests" / "configs" / "qwen3-8b"
+    write_pattern(tmp_path / "pattern", DuoPattern([[1.0, 0.0] * 4] * 36, 64, 256))
+    done = invoke(tmp_path / "pattern", "--from", "duo-attention", "--model", config, "-o", tmp_path / "plan.json")
+    assert done.exit_code == 0, done.output
+    plan = Plan.load(tmp_path / "plan.json")
+    assert (plan.model.layers, plan.model.kv_heads, plan.model.dtype) == (36, 8, "bfloat16")
 
 
 @pytest.mark.parametrize(

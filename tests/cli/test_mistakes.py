@@ -311,7 +311,7 @@ def test_a_run_that_is_given_where_a_plan_is(
 
 
 def test_stopped_midway(tiny_folder: Path, tmp_path: Path) -> None:
-    """Ctrl-C names the command that resumes; what it resumes from is tested with kills in `test_pipeline.py`."""
+    """Ctrl-C names the command that resumes; what it resumes from is tested with kills in `tests/pipeline`."""
     out = tmp_path / "out"
     arguments = [
         "compress",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 from moacompress.cli import app
 from moacompress.efforts import effort_recipe
 from moacompress.recipe import Recipe
-from moacompress.report.recipe_text import changed_settings, recipe_schema, recipe_yaml
+from moacompress.report.recipe_text import changed_settings, recipe_schema, recipe_yaml, schema_text
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = ROOT / "docs" / "recipe.schema.json"
@@ -51,6 +52,9 @@ def test_init_then_validate(tmp_path: Path) -> None:
     recipe = Recipe.load(file)
     assert recipe == effort_recipe("quick", prose=False).override(model="some/model", budget=["12.5%"])
     assert "moacompress compress --recipe" in done.output
+    first = file.read_text().splitlines()[0]
+    assert first == "# yaml-language-server: $schema=recipe.schema.json"
+    jsonschema.validate(yaml.safe_load(file.read_text()), json.loads((tmp_path / "recipe.schema.json").read_text()))
     assert invoke("init", "-o", file).exit_code == 1
     assert Recipe.load(file) == recipe
     assert invoke("init", "--max-loss", "1%", "-o", file, "--overwrite").exit_code == 0
@@ -58,6 +62,25 @@ def test_init_then_validate(tmp_path: Path) -> None:
     found = json.loads(invoke("validate", file, "--json").stdout)
     assert found["valid"]
     assert found["changed"]["max_loss"] == "1%"
+
+
+def test_init_replaces_no_file_but_a_schema(tmp_path: Path) -> None:
+    schema = tmp_path / "recipe.schema.json"
+    schema.write_text(json.dumps({**recipe_schema(), "properties": {}}))  # of another version
+    assert invoke("init", "-o", tmp_path / "a.yaml").exit_code == 0
+    assert json.loads(schema.read_text()) == recipe_schema()
+    schema.write_text('{"title": "Bread"}')
+    done = invoke("init", "-o", tmp_path / "b.yaml", "--overwrite")
+    assert "is no schema of recipes" in " ".join(done.output.split())
+    assert schema.read_text() == '{"title": "Bread"}'
+    assert not (tmp_path / "b.yaml").exists()
+    assert invoke("init", "-o", schema, "--overwrite").exit_code == 1
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_editors_find_the_schema_of_every_recipe(path: Path) -> None:
+    places = re.findall(r"^# yaml-language-server: \$schema=(.+)$", path.read_text(), re.MULTILINE)
+    assert [(path.parent / place).resolve() for place in places] == [SCHEMA]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +118,7 @@ def test_show_reads_whatever_carries_a_recipe(tmp_path: Path, compressed: Path) 
 
 def test_the_published_schema_is_of_this_version() -> None:
     """Written again by MOACOMPRESS_WRITE_GOLDEN=1, as recorded recipes are."""
-    text = json.dumps(recipe_schema(), indent=1) + "\n"
+    text = schema_text()
     if os.environ.get("MOACOMPRESS_WRITE_GOLDEN") == "1":
         SCHEMA.write_text(text)
     assert SCHEMA.read_text() == text

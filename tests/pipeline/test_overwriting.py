@@ -1,0 +1,262 @@
+"""Runs in a folder that holds something: what `--overwrite` removes, what another process is at, and what a kill costs."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moacompress import pipeline
+from moacompress.core.artefact_names import of_compress
+from moacompress.core.errors import ArtefactError
+from moacompress.core.files import remove
+from moacompress.core.lock_holders import own_file, own_folder
+from moacompress.pipeline import compress
+
+
+def test_a_run_whose_storage_has_a_password_is_its_own(recipe, tmp_path):
+    asked = recipe.override(search__storage="postgresql://me:secret@host/studies")
+    pipeline._claim(tmp_path, asked)
+    assert "secret" not in (tmp_path / "recipe.json").read_text()
+    pipeline._refuse_other(tmp_path, asked)
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(ArtefactError, match="holds another run"):
+        pipeline._refuse_other(tmp_path, recipe)
+
+
+USERS = ("notes.txt", "plan-mine.json", "text/prose.txt", "dense/mine.txt", "profile/notes.txt", "models/model.txt")
+"""Files of the user's beside those of a run, and in folders of names that are a demo's."""
+
+
+@pytest.mark.parametrize("seed", [0, 1], ids=["the same recipe", "another recipe"])
+def test_overwrite_leaves_nothing_of_the_run_before_and_all_of_the_users(finished, recipe, tmp_path, seed):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    ours = {path.relative_to(out) for path in out.rglob("*")}
+    before = (
+        "bench.json",
+        "bench.cells.jsonl",
+        "profile/audit.json",
+        "profile/samples/99.safetensors",
+        "model/x",
+        "plan.scouts/9",
+    )
+    for name in (
+        *before,
+        "plan.baselines/old.json",
+        "plan.rounds/x",
+        ".summary.json.abcdefgh.tmp",
+        ".model.abcdefgh.partial/x",
+    ):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text('{"provenance": {"baseline": "old"}}' if name.endswith("old.json") else "of before")
+    with ExitStack() as held:  # an open file keeps its inode from being given to another
+        files = [path for path in out.rglob("*") if path.is_file()]
+        inodes = {os.fstat(held.enter_context(path.open()).fileno()).st_ino for path in files}
+        for name in USERS:
+            (out / name).parent.mkdir(exist_ok=True)
+            (out / name).write_text("mine")
+        summary = compress(recipe.override(seed=seed), out, overwrite=True)
+        assert not inodes & {path.stat().st_ino for path in out.rglob("*") if path.is_file()}
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert json.loads((out / "recipe.json").read_text())["seed"] == seed
+    assert all((out / name).read_text() == "mine" for name in USERS)
+    users = {Path(name) for name in USERS} | {Path(name).parent for name in USERS}
+    left = {path.relative_to(out) for path in out.rglob("*")} - users
+    if seed == 0:
+        assert left == ours - users
+    assert not [
+        path for path in left if path.name in ("x", "old.json", "9", "99.safetensors", ".model.abcdefgh.partial")
+    ]
+
+
+def test_an_overwrite_that_is_interrupted_is_recovered_from(finished, recipe, tmp_path, monkeypatch):
+    """After every removal in turn: the same recipe can go on, and another is refused as before."""
+    steps = []
+    monkeypatch.setattr(pipeline, "load_for", lambda recipe, model, **_: steps.append(model))
+    monkeypatch.setattr(pipeline, "check_with_model", lambda *arguments: None)
+    monkeypatch.setattr(
+        pipeline,
+        "fill",
+        lambda recipe, out, progress, from_scratch, **_: pipeline._begin(recipe, out, from_scratch, False),
+    )
+    count = len([path for path in of_compress(tmp_path) if path.parent == tmp_path])
+    for stop in range(count):
+        out = tmp_path / str(stop)
+        shutil.copytree(finished[0], out)
+
+        def removing(paths, stop=stop):
+            remove(paths[:stop])
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(pipeline, "remove", removing)
+            with pytest.raises(KeyboardInterrupt):
+                compress(recipe.override(seed=1), out, overwrite=True)
+        assert not (out / "model").exists() or (out / "model" / "plan.json").exists()
+        empty = ("recipe.json", "seconds.json", "profile.json")
+        if any(path.exists() for path in of_compress(out) if path.name not in empty):
+            with pytest.raises(ArtefactError, match="holds another run .* pass --overwrite"):
+                compress(recipe.override(seed=1), out)
+        compress(recipe, out)
+        compress(recipe.override(seed=1), out, overwrite=True)
+        assert [path.name for path in out.iterdir()] == ["recipe.json"]
+    assert len(steps) == 3 * count
+
+
+def test_a_run_that_failed_at_once_is_no_other_run(recipe, tmp_path, monkeypatch):
+    """What it left (a recipe, a clock, a profile without a sample) is replaced; what somebody else left is not."""
+    monkeypatch.setattr(pipeline, "load_for", lambda recipe, model, **_: None)
+    monkeypatch.setattr(pipeline, "check_with_model", lambda *arguments: None)
+    monkeypatch.setattr(
+        pipeline,
+        "fill",
+        lambda recipe, out, progress, from_scratch, **_: pipeline._begin(recipe, out, from_scratch, False),
+    )
+    out, wrong = tmp_path / "out", recipe.override(model="a-typo")
+    compress(wrong, out)
+    (out / "seconds.json").write_text('{"profile": 3.5}')
+    (out / "profile").mkdir()
+    (out / "profile" / "profile.json").write_text("{}")
+    compress(recipe, out)
+    assert json.loads((out / "recipe.json").read_text()) == recipe.resolved()
+    assert not (out / "seconds.json").exists()
+    (out / "profile" / "answers.jsonl").write_text("{}")
+    with pytest.raises(ArtefactError, match=r"holds another run \(profile/answers.jsonl\)"):
+        compress(wrong, out)
+    (tmp_path / "food").mkdir()
+    (tmp_path / "food" / "recipe.json").write_text('{"flour": 2}')
+    with pytest.raises(ArtefactError, match=r"holds another run \(recipe.json\)"):
+        compress(recipe, tmp_path / "food")
+
+
+def test_overwrite_never_costs_what_no_run_left_or_what_is_read(finished, recipe, tiny_folder, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(tiny_folder, out / "model")
+    with pytest.raises(ArtefactError, match="model exists already and no run left it"):
+        compress(recipe, out, overwrite=True)
+    shutil.move(out / "model", tmp_path / "moved")
+    (out / "profile" / "samples").mkdir(parents=True)
+    with pytest.raises(ArtefactError, match="profile exists already and no run left it"):
+        compress(recipe, out, overwrite=True)
+    assert (out / "profile" / "samples").exists()
+    whole = tmp_path / "whole"
+    shutil.copytree(finished[0], whole)
+    shutil.copytree(tiny_folder, whole / "dense")
+    (whole / "demo.json").write_text("{}")
+    (tmp_path / "link").symlink_to(whole / "dense")
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    for model in (whole / "dense", tmp_path / "link"):
+        with pytest.raises(ArtefactError, match="would be removed with .*dense; choose another folder for the run"):
+            compress(recipe.override(model=str(model)), whole, overwrite=True)
+    with pytest.raises(ArtefactError, match="would be removed with .*answers.jsonl"):
+        compress(recipe.override(calibration__text=str(whole / "profile" / "answers.jsonl")), whole, overwrite=True)
+    changed = [path for path, stamp in before.items() if path.is_file() and path.stat().st_mtime_ns != stamp]
+    assert changed == []
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_overwrite_reaches_a_study_in_another_place(recipe, tmp_path, monkeypatch, overwrite):
+    asked = []
+
+    def find_plan(*arguments, **options):
+        asked.append(options["overwrite"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moacompress.calibration.profile.profiler.profile", lambda *arguments, **options: None)
+    monkeypatch.setattr("moacompress.search.plan_sets.find_plan", find_plan)
+    with pytest.raises(KeyboardInterrupt):
+        compress(recipe.override(search__storage=str(tmp_path / "s.log")), tmp_path / "out", overwrite=overwrite)
+    assert asked == [overwrite]
+
+
+@pytest.mark.parametrize("name", ["profile/x", "plan.json", "eval.json", "bench.json"])
+def test_overwrite_is_refused_where_another_verb_is_at_work(finished, recipe, tmp_path, name):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    owned = own_folder(out / "profile") if "/" in name else own_file(out / name)
+    with owned, pytest.raises(ArtefactError, match=f"{Path(name).parts[0]} is in use"):
+        compress(recipe, out, overwrite=True)
+    assert {path.name for path in out.iterdir()} == {path.name for path in finished[0].iterdir()}
+
+
+def test_another_recipe_is_refused(finished, recipe, tmp_path):
+    out, _ = finished
+    with pytest.raises(ArtefactError, match="holds another run"):
+        compress(recipe.override(seed=1), out)
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(ArtefactError, match=r"holds another run \(plan.json\)"):
+        compress(recipe, tmp_path)
+    assert (tmp_path / "plan.json").read_text() == "{}"
+
+
+PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+HOLDING = """
+import sys, torch
+from pathlib import Path
+from moacompress.pipeline import compress
+from moacompress.core.progress import Progress
+from moacompress.recipe import Recipe
+torch.set_num_threads(1)
+class Hold(Progress):
+    def start(self, what, total):
+        print("at work", flush=True)
+        sys.stdin.readline()
+compress(Recipe.load(Path(sys.argv[1])), sys.argv[2], progress=Hold())
+"""
+
+
+def test_a_second_run_is_refused_while_the_first_lives(finished, recipe, tmp_path):
+    file, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(recipe.resolved()))
+    with subprocess.Popen([sys.executable, "-c", HOLDING, str(file), str(out)], **PIPES) as process:
+        try:
+            assert process.stdout.readline() == "at work\n"
+            for overwrite in (False, True):
+                with pytest.raises(ArtefactError, match=rf"out is in use: process {process.pid} on .* another folder"):
+                    compress(recipe, out, overwrite=overwrite)
+        finally:
+            process.kill()
+    compress(recipe, out)
+    assert [path for path in out.rglob("*") if path.suffix == ".owner"] == []
+    assert _comparable(out) == _comparable(finished[0])
+
+
+def _run(recipe_file, out, kill_after=None):
+    """Runs `compress` in a process of its own; kills it without warning after some seconds."""
+    command = [sys.executable, "-m", "moacompress", "compress", "--recipe", str(recipe_file), "-o", str(out), "-q"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        _, errors = process.communicate(timeout=kill_after)
+        assert process.returncode == 0, errors
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+
+
+def _comparable(out):
+    plan = json.loads((out / "plan.json").read_text())
+    results = json.loads((out / "eval.json").read_text())["results"]
+    profile = (out / "profile" / "influence.safetensors").read_bytes()
+    return plan, results, profile
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.heavy)])
+def test_killed_at_random_points_ends_the_same(kills, finished, recipe, tmp_path):
+    whole, _ = finished
+    file, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(recipe.resolved()))
+    rng = random.Random(kills)
+    for _ in range(kills):
+        _run(file, out, kill_after=rng.uniform(4, 16))
+    _run(file, out)
+    assert _comparable(out) == _comparable(whole)
+    leftovers = [path for path in out.rglob("*") if path.name.endswith((".tmp", ".partial"))]
+    assert leftovers == []
