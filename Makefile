@@ -29,8 +29,9 @@ COLLECT_moby-dick = printf '%s\n' package/data/chapter_*.txt | sort -t_ -k2n | \
 # vLLM wants versions of its own, of torch and transformers too. The two packages that are removed are built for CUDA, and vLLM
 # imports them where they are.
 VLLM := $(CACHE)/vllm
+TRITON := $(CACHE)/triton-3.6
 
-.PHONY: help setup demo test test-all test-builds test-oldest test-peers test-versions test-services test-vllm test-data gemma texts no-texts lint format docs release clean
+.PHONY: help setup demo test test-all test-builds test-oldest test-peers test-triton test-versions test-services test-vllm test-data gemma texts no-texts lint format docs release clean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -120,6 +121,13 @@ test-versions: $(READY) ## the runtime's tests on every tested version of transf
 
 test-oldest: $(READY) ## the same on the oldest version alone
 	$(BIN)/python -m tests.versions --oldest --jobs $(JOBS)
+
+$(TRITON)/.ready: $(READY)
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(TRITON) "triton==3.6.*"
+	touch $@
+
+test-triton: $(TRITON)/.ready ## compile the Triton kernels with the Triton of the oldest torch
+	PYTHONPATH=$(TRITON) $(BIN)/python benchmarks/triton_resources.py --cards sm_80,sm_90,sm_100,gfx942 --dims 128 --bits 16/16,8/4
 
 docs: $(READY) ## the documentation as a site: docs/_build/index.html
 	$(BIN)/sphinx-build --fail-on-warning --quiet docs docs/_build

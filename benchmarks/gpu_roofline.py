@@ -22,10 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from triton_resources import GROUP, PAIRS, compiled, decode_resources, pool_types  # beside this script
+from triton_resources import PAIRS, Model, decode_resources, split_compiled  # beside this script
 
-from moacompress.kernels.triton import decode_kernels
-from moacompress.kernels.triton.tile_sizes import split_constants
 from moacompress.kernels.triton.work_lists import LONGEST, PROGRAMS
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.windows import BLOCK
@@ -106,15 +104,13 @@ def loop_instructions(assembly: str) -> int:
 
 def kernel_of(card: str, bits: tuple[int, int]) -> Kernel:
     """Compiles the decode kernel for a card and a pair of formats."""
-    tiles, constants = split_constants(GROUP, DIM, DIM, bits, softcap=False, wide=False, item_size=2)
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    found = compiled(card, decode_kernels.split, constants, pool_types(bits), options)
+    tiles, found = split_compiled(card, Model(DIM), bits)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(found.asm["cubin"])
         said = subprocess.run([tool, "--dump-sass", binary], capture_output=True, text=True, check=True).stdout
-    at_once = decode_resources(card, DIM, bits)["at once"]
+    at_once = decode_resources(card, Model(DIM), bits)["at once"]
     tile_bytes = tiles.TILE * token_bytes(bits)
     return Kernel(tiles.TILE, tile_bytes, tiles.num_stages, tiles.num_warps, at_once, loop_instructions(said))
 

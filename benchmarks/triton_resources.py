@@ -2,13 +2,15 @@
 
     python benchmarks/triton_resources.py --cards sm_80,sm_90,sm_100,gfx942 --dims 64,128,256
 
-Each kernel is compiled as the backend would have it, for models in bfloat16 with four query heads to a KV head. A row says how
-many registers a thread has and how many bytes of them it had to spill; how much shared memory a program has; and how many
-programs a processor holds at once by either (`at once`). Of those that attend, how many reads of 16 bytes the loops over tiles
-issue, ahead of use where the card can (`ahead`). `ring-keep` keeps its scores for layers that share the
-attention, and `ring-reuse` reads them in place of keys. Of `append`, which rounds to the bit, how many operations are
-contracted, or not rounded to nearest (`inexact`). `select` lets a token compete that leaves a window; `profile` sums what rules
-would move; `gradients-q` and `gradients-kv` are those of queries, and of keys and values.
+Each kernel is compiled as the backend would have it, for models in bfloat16 with four query heads to a KV head, or for others
+(`--dtype`, `--group`, `--bounded`). A row says how many registers a thread has and how many bytes of them it had to spill;
+how much shared memory a program has; and how many programs a processor holds at once by either (`at once`). Of those that
+attend, how many reads of 16 bytes the loops over tiles issue, ahead of use where the card can (`ahead`). `ring-keep` keeps its
+scores for layers that share the attention, and `ring-reuse` reads them in place of keys; `merge` adds up parts.
+`prefill-first` is that of a prompt without a past, and `prefill-careful` that of programs with numbers that are not finite. Of
+`append`, which rounds to the bit, how many operations are contracted, or not rounded to nearest (`inexact`). `select` lets a
+token compete that leaves a window, and `move` copies tokens; `profile` sums what rules would move, and `profile-selected` what
+those that select show; `gradients-q` and `gradients-kv` are those of queries, and of keys and values.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -36,14 +38,19 @@ from moacompress.kernels.triton import (
     prefill_kernels,
     profile_kernels,
     select_kernels,
+    selected_sum_kernels,
 )
+from moacompress.kernels.triton.cards import CARDS, named
 from moacompress.kernels.triton.tile_sizes import (
     APPEND_WARPS,
-    NEWER,
+    MERGE_WARPS,
     SELECT_WARPS,
+    TileSizes,
     append_constants,
     append_next_constants,
     gradient_constants,
+    merge_constants,
+    move_constants,
     prefill_constants,
     profile_constants,
     select_constants,
@@ -53,7 +60,7 @@ from moacompress.rules.formats import FORMATS
 
 REGISTERS = 65536
 """Of a processor of the NVIDIA cards here."""
-SHARED = {"sm_80": 164, "sm_90": 228, "sm_100": 228}
+SHARED = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}
 """KiB of shared memory of a processor."""
 PROGRAMS = 32
 """Most that a processor of these cards holds."""
@@ -63,64 +70,91 @@ PAIRS = ((0, 0), (8, 8), (8, 4), (4, 4))
 """Bits of keys and values; 0 for the model's own numbers."""
 REUSED = "-"
 """Bits of keys that are not read."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Of models."""
+OF_MODEL = ("Query", "Key", "Value", "ChunkKeys", "ChunkValues", "Cotangent", "SinkLogits", "Out", "KeyOut", "ValueOut")
+"""Pointers to numbers of the model's dtype."""
 POINTERS = {
-    **dict.fromkeys(("Query", "Key", "Value", "ChunkKeys", "ChunkValues", "Cotangent", "SinkLogits", "Out"), "*bf16"),
-    **dict.fromkeys(("Partial", "PartialLse", "Lse", "Kept", "Delta", "Windows", "Prefixes"), "*fp32"),
-    **dict.fromkeys(("KeyOut", "ValueOut"), "*bf16"),
-    **dict.fromkeys(("Suspect", "Starts", "Sinks", "Events", "Counts"), "*i32"),
+    **dict.fromkeys(("Partial", "PartialLse", "Lse", "Kept", "Delta", "Windows", "Prefixes", "Sums"), "*fp32"),
+    **dict.fromkeys(("Suspect", "Starts", "Sinks", "Events", "Counts", "Ways", "Left"), "*i32"),
 }
 """Types of pointers that are not to integers of 64 bits."""
 FLOATS = ("scaling", "softcap")
-IN_RING = {"Table": "*i32", "Selected": "*i32", "GateScores": "*i16"}
+IN_RING = {"Table": "*i32", "Selected": "*i32", "GateScores": "*i16", "Counts": "*i64"}
 """Types of pointers of the kernels of a step in rings."""
-OF_GATES = {"Kept": "*i16"}
+OF_GATES = {"Kept": "*i16", "Counts": "*i64"}
 """Types of pointers of the kernels that write and compare scores of tokens."""
-KERNELS = (
-    "decode",
-    "append",
-    "select",
-    "prefill",
-    "ring-decode",
-    "ring-keep",
-    "ring-reuse",
-    "ring-append",
-    "ring-select",
-    "profile",
-    "gradients-q",
-    "gradients-kv",
-)
+NATIVE = ("merge", "prefill-first", "profile", "profile-selected", "gradients-q", "gradients-kv")
+"""Kernels that formats are no matter of."""
+
+
+class Model(NamedTuple):
+    """What kernels are compiled for beside formats.
+
+    Attributes:
+        dim: numbers of a key and of a value.
+        group: query heads of a KV head.
+        dtype: one of `DTYPES`.
+        bounded: whether scores are bounded by tanh, and there are learned logits.
+    """
+
+    dim: int
+    group: int = GROUP
+    dtype: str = "bf16"
+    bounded: bool = False
+
+    @property
+    def sides(self) -> tuple[int, int, int]:
+        """Query heads of a KV head, and numbers of a key and of a value."""
+        return self.group, self.dim, self.dim
+
+    @property
+    def products(self) -> dict[str, Any]:
+        """What the constants of attention depend on beside those."""
+        wide = self.dtype == "fp32"
+        return {"softcap": self.bounded, "wide": wide, "item_size": DTYPES[self.dtype].itemsize}
 
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cards", default="sm_80,sm_90,sm_100", help="sm_80, sm_90, sm_100 or gfx942, with commas")
-    parser.add_argument("--dims", default="64,128,256", help="numbers of a key and of a value, with commas")
-    parser.add_argument("--kernels", default=",".join(KERNELS), help="which, with commas")
-    parser.add_argument("--json", action="store_true", help="write one JSON object")
-    given = parser.parse_args()
-    resources: dict[str, Callable[[str, int, tuple[int, int]], dict[str, Any]]] = {
+    resources: dict[str, Callable[[str, Model, tuple[int, int]], dict[str, Any]]] = {
         "decode": decode_resources,
+        "merge": merge_resources,
         "append": append_resources,
         "select": select_resources,
+        "move": move_resources,
         "prefill": prefill_resources,
+        "prefill-first": partial(prefill_resources, cached=False),
+        "prefill-careful": partial(prefill_resources, careful=True),
         "ring-decode": partial(decode_resources, ring=True),
         "ring-keep": partial(decode_resources, ring=True, keep=True),
         "ring-reuse": partial(decode_resources, ring=True, reuse=True),
         "ring-append": partial(append_resources, ring=True),
         "ring-select": partial(select_resources, ring=True),
-        "profile": profile_resources,
+        "profile": partial(profile_resources, profile_kernels.sum_outward),
+        "profile-selected": partial(profile_resources, selected_sum_kernels.sum_selected),
         "gradients-q": partial(gradient_resources, gradient_kernels.of_queries),
         "gradients-kv": partial(gradient_resources, gradient_kernels.of_keys),
     }
-    pairs = {"ring-reuse": PAIRS[:3], **dict.fromkeys(("profile", "gradients-q", "gradients-kv"), PAIRS[:1])}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cards", default="sm_80,sm_90,sm_100", help=f"some of {', '.join(CARDS)}, with commas")
+    parser.add_argument("--dims", default="64,128,256", help="numbers of a key and of a value, with commas")
+    parser.add_argument("--kernels", default=",".join(resources), help="which, with commas")
+    parser.add_argument("--bits", help="of keys and values, as 16/16,8/4; all pairs that a kernel has unless given")
+    parser.add_argument("--group", type=int, default=GROUP, help="query heads of a KV head")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the model")
+    parser.add_argument("--bounded", action="store_true", help="bounds of scores by tanh, and learned logits")
+    parser.add_argument("--json", action="store_true", help="write one JSON object")
+    given = parser.parse_args()
+    pairs = {"ring-reuse": PAIRS[:3], **dict.fromkeys(NATIVE, PAIRS[:1])}
     found = {
         kernel: [
             {"card": card, "dim": dim, "bits": bits_of(pair, reused=kernel == "ring-reuse")}
-            | resources[kernel](card, int(dim), pair)
+            | resources[kernel](card, Model(int(dim), given.group, given.dtype, given.bounded), pair)
             for card in given.cards.split(",")
             for dim in given.dims.split(",")
             for pair in pairs.get(kernel, PAIRS)
+            if given.bits is None or bits_of(pair, reused=False) in given.bits.split(",")
         ]
         for kernel in given.kernels.split(",")
     }
@@ -142,105 +176,110 @@ def bits_of(pair: tuple[int, int], *, reused: bool) -> str:
     return f"{REUSED if reused else key}/{value}"
 
 
-def decode_resources(
-    card: str, dim: int, bits: tuple[int, int], *, ring: bool = False, keep: bool = False, reuse: bool = False
-) -> dict[str, Any]:
-    """Compiles the decode kernel for a card; returns what it takes."""
+def split_compiled(
+    card: str, model: Model, bits: tuple[int, int], *, ring: bool = False, keep: bool = False, reuse: bool = False
+) -> tuple[TileSizes, Any]:
+    """Compiles the decode kernel for a card; returns its tiles too."""
     bits = (0, bits[1]) if reuse else bits
     tiles, constants = split_constants(
-        GROUP, dim, dim, bits, softcap=False, wide=False, item_size=2, ring=ring, keep=keep, reuse=reuse
+        *model.sides, bits, **model.products, card=named(card), ring=ring, keep=keep, reuse=reuse
     )
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    types = pool_types(bits) | (IN_RING if ring else {})
-    found = compiled(card, decode_kernels.split, constants, types, options)
+    types = pool_types(model, bits) | (IN_RING if ring else {})
+    return tiles, compiled(card, decode_kernels.split, constants, types, tiles.options)
+
+
+def decode_resources(card: str, model: Model, bits: tuple[int, int], **of_ring: bool) -> dict[str, Any]:
+    """Compiles the decode kernel for a card; returns what it takes."""
+    tiles, found = split_compiled(card, model, bits, **of_ring)
     return {"tile": tiles.TILE, **_taken(card, found, tiles.num_warps)}
 
 
-def append_resources(card: str, dim: int, bits: tuple[int, int], *, ring: bool = False) -> dict[str, Any]:
+def merge_resources(card: str, model: Model, bits: tuple[int, int]) -> dict[str, Any]:
+    """Compiles the kernel that adds up parts for a card; returns what it takes."""
+    constants = merge_constants(model.group, model.dim, logits=model.bounded)
+    found = compiled(card, decode_kernels.merge, constants, pool_types(model, bits), {"num_warps": MERGE_WARPS})
+    return _without_reads(_taken(card, found, MERGE_WARPS))
+
+
+def append_resources(card: str, model: Model, bits: tuple[int, int], *, ring: bool = False) -> dict[str, Any]:
     """Compiles the kernel that writes tokens for a card; returns what it takes, and how many operations are contracted."""
-    kernel, constants = append_kernels.append, append_constants(*kv_parts_of(dim, bits))
+    kernel, constants = append_kernels.append, append_constants(*kv_parts_of(model, bits))
     if ring:
-        kernel, constants = append_kernels.append_next, append_next_constants(*kv_parts_of(dim, bits), scored=True)
+        kernel, constants = append_kernels.append_next, append_next_constants(*kv_parts_of(model, bits), scored=True)
     options = {"num_warps": APPEND_WARPS, "enable_fp_fusion": False}
-    found = compiled(card, kernel, constants, pool_types(bits) | IN_RING | OF_GATES, options)
-    taken = _taken(card, found, APPEND_WARPS)
+    found = compiled(card, kernel, constants, pool_types(model, bits) | IN_RING | OF_GATES, options)
+    taken = _without_reads(_taken(card, found, APPEND_WARPS))
     inexact = (
         None if card.startswith("gfx") else len(re.findall(r"\b(?:fma|div\.full|div\.approx)\b", found.asm["ptx"]))
     )
-    del taken["ahead"], taken["read"]
     return {**taken, "inexact": inexact}
 
 
-def select_resources(card: str, dim: int, bits: tuple[int, int], *, ring: bool = False) -> dict[str, Any]:
+def select_resources(card: str, model: Model, bits: tuple[int, int], *, ring: bool = False) -> dict[str, Any]:
     """Compiles the kernel that selects tokens for a card; returns what it takes."""
-    constants, options = select_constants(*kv_parts_of(dim, bits), ring=ring), {"num_warps": SELECT_WARPS}
-    types = pool_types(bits) | OF_GATES | (IN_RING if ring else {})
+    constants, options = select_constants(*kv_parts_of(model, bits), ring=ring), {"num_warps": SELECT_WARPS}
+    types = pool_types(model, bits) | OF_GATES | (IN_RING if ring else {})
     found = compiled(card, select_kernels.select, constants, types, options)
-    taken = _taken(card, found, SELECT_WARPS)
-    del taken["ahead"], taken["read"]
-    return taken
+    return _without_reads(_taken(card, found, SELECT_WARPS))
 
 
-def kv_parts_of(dim: int, bits: tuple[int, int]) -> tuple[KVPart, KVPart]:
-    """Returns how keys and values are kept in codes of so many bits, of a model in bfloat16."""
-    codes = [next(each.code for each in FORMATS.values() if each.bits == side) for side in bits]
-    return KVPart(codes[0], dim, torch.bfloat16), KVPart(codes[1], dim, torch.bfloat16, values=True)
+def move_resources(card: str, model: Model, bits: tuple[int, int]) -> dict[str, Any]:
+    """Compiles the kernel that copies tokens for a card; returns what it takes."""
+    constants, options = move_constants(*kv_parts_of(model, bits)), {"num_warps": SELECT_WARPS}
+    found = compiled(card, select_kernels.move, constants, pool_types(model, bits) | OF_GATES, options)
+    return _without_reads(_taken(card, found, SELECT_WARPS))
 
 
-def prefill_resources(card: str, dim: int, bits: tuple[int, int]) -> dict[str, Any]:
-    """Compiles the kernel for chunks, of selected tokens too, for a card; returns what it takes."""
+def kv_parts_of(model: Model, bits: tuple[int, int]) -> tuple[KVPart, KVPart]:
+    """Returns how keys and values are kept in codes of so many bits."""
+    codes, dtype = (
+        [next(each.code for each in FORMATS.values() if each.bits == side) for side in bits],
+        DTYPES[model.dtype],
+    )
+    return KVPart(codes[0], model.dim, dtype), KVPart(codes[1], model.dim, dtype, values=True)
+
+
+def prefill_resources(
+    card: str, model: Model, bits: tuple[int, int], *, cached: bool = True, careful: bool = False
+) -> dict[str, Any]:
+    """Compiles the kernel for chunks, of selected tokens too where there is a past, for a card; returns what it takes."""
     tiles, constants = prefill_constants(
-        GROUP,
-        dim,
-        dim,
+        *model.sides,
         bits,
-        softcap=False,
-        logits=False,
-        cached=True,
-        passing=True,
-        wide=False,
-        item_size=2,
-        newer=is_newer(card),
+        **model.products,
+        logits=model.bounded,
+        cached=cached,
+        passing=cached,
+        card=named(card),
     )
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    found = compiled(
-        card,
-        prefill_kernels.attend_chunk,
-        {**constants, "CAREFUL": False},
-        pool_types(bits) | {"Out": "*fp32" if bits[1] else "*bf16"},
-        options,
-    )
+    types = pool_types(model, bits) | ({"Out": "*fp32"} if bits[1] else {})
+    found = compiled(card, prefill_kernels.attend_chunk, {**constants, "CAREFUL": careful}, types, tiles.options)
     return {"tokens": constants["TOKENS"], "tile": tiles.TILE, **_taken(card, found, tiles.num_warps)}
 
 
-def is_newer(card: str) -> bool:
-    """Returns whether a card is one of those with larger tiles; see `tile_sizes.prefill_tiles`."""
-    return not card.startswith("sm_") or int(card.removeprefix("sm_")) >= 10 * NEWER
-
-
-def profile_resources(card: str, dim: int, bits: tuple[int, int]) -> dict[str, Any]:
-    """Compiles the kernel of the profile's sums for a card; returns what it takes. Formats are no matter of it."""
-    tiles, constants = profile_constants(GROUP, dim, dim, softcap=False, wide=False, item_size=2, newer=is_newer(card))
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    found = compiled(card, profile_kernels.sum_outward, constants, {}, options)
+def profile_resources(kernel: Any, card: str, model: Model, bits: tuple[int, int]) -> dict[str, Any]:
+    """Compiles a kernel of the profile's sums for a card; returns what it takes."""
+    tiles, constants = profile_constants(*model.sides, **model.products, card=named(card))
+    types = pool_types(model, bits) | {"Evicted": "*i32"}
+    found = compiled(card, kernel, constants, types, tiles.options)
     return {"tokens": constants["TOKENS"], "tile": tiles.TILE, **_taken(card, found, tiles.num_warps)}
 
 
-def gradient_resources(kernel: Any, card: str, dim: int, bits: tuple[int, int]) -> dict[str, Any]:
-    """Compiles a kernel of gradients for a card; returns what it takes. Formats are no matter of it."""
-    tiles, constants = gradient_constants(GROUP, dim, dim, softcap=False, wide=False, item_size=2, newer=is_newer(card))
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    found = compiled(card, kernel, constants, {}, options)
+def gradient_resources(kernel: Any, card: str, model: Model, bits: tuple[int, int]) -> dict[str, Any]:
+    """Compiles a kernel of gradients for a card; returns what it takes."""
+    tiles, constants = gradient_constants(*model.sides, **model.products, card=named(card))
+    found = compiled(card, kernel, constants, pool_types(model, bits), tiles.options)
     return {"tokens": constants["TOKENS"], "tile": tiles.TILE, **_taken(card, found, tiles.num_warps)}
 
 
-def pool_types(bits: tuple[int, int]) -> dict[str, str]:
-    """Returns the types of the pointers to keys and values."""
-    return {name: "*u8" if each else "*bf16" for name, each in zip(("Keys", "Values"), bits, strict=True)}
+def pool_types(model: Model, bits: tuple[int, int]) -> dict[str, str]:
+    """Returns the types of the pointers to keys and values, and to numbers of the model."""
+    pools = {name: "*u8" if each else f"*{model.dtype}" for name, each in zip(("Keys", "Values"), bits, strict=True)}
+    return dict.fromkeys(OF_MODEL, f"*{model.dtype}") | pools
 
 
 def compiled(card: str, kernel: Any, constants: dict[str, Any], types: dict[str, str], options: dict[str, Any]) -> Any:
-    """Compiles a kernel for a card, as for pointers and strides that are multiples of 16.
+    """Compiles a kernel for a card, as for pointers and strides that are multiples of 16, and for any other integers.
 
     Args:
         card: which.
@@ -276,6 +315,10 @@ def _taken(card: str, found: Any, warps: int) -> dict[str, Any]:
     by_registers = REGISTERS // (counts["registers"] * 32 * warps)
     at_once = min(by_registers, SHARED[card] * 1024 // max(shared, 1), PROGRAMS)
     return {**counts, "shared": shared, "at once": at_once}
+
+
+def _without_reads(taken: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in taken.items() if name not in ("ahead", "read")}
 
 
 def _nvidia(compiled: Any) -> dict[str, int]:

@@ -59,10 +59,15 @@ def core_files() -> Iterator[Path]:
 
 
 def triton_files() -> Iterator[Path]:
-    """Yields the Triton kernels, and what compiles them."""
-    yield from (ROOT / "moacompress" / "kernels" / "triton").glob("*.py")
-    yield ROOT / "benchmarks" / "triton_resources.py"
-    yield ROOT / "tests" / "kernels" / "test_triton_resources.py"
+    """Yields the Triton kernels, what they take their constants from, and what compiles them."""
+    package = ROOT / "moacompress"
+    yield from (package / "kernels" / "triton").glob("*.py")
+    for name in ("kernels/kv_parts.py", "kernels/reference/codes.py", "rules/formats.py", "rules/windows.py"):
+        yield package / name
+    for name in ("triton_resources", "gpu_roofline"):
+        yield ROOT / "benchmarks" / f"{name}.py"
+    for name in ("triton_resources", "gpu_roofline"):
+        yield ROOT / "tests" / "kernels" / f"test_{name}.py"
 
 
 def arm_files() -> Iterator[Path]:

@@ -14,15 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests import builds
+from tests import builds, gpu
 
-INTERPRET = "TRITON_INTERPRET"
-if importlib.util.find_spec("triton") is not None and shutil.which("nvidia-smi") is None:
-    # Triton's own functions are what they are from the first import on; kernels are when a test runs on them
-    os.environ[INTERPRET] = "1"
-    importlib.import_module("triton.language")
-    del os.environ[INTERPRET]
-
+gpu.begin(sys.argv[1:])
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -92,8 +86,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out builds that are recorded as they are."""
+    """Leaves out builds that are recorded as they are, and tests that are for other processes than this."""
     builds.leave_out(items, none=config.getoption("builds"))
+    others = gpu.leave_out(items)
+    if others:
+        config.hook.pytest_deselected(items=others)
 
 
 SEEDS = 30
@@ -101,10 +98,11 @@ SEEDS = 30
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Gives a test marked `seeds(count)` its `seed`; those from `SEEDS` on are heavy."""
+    """Gives a test marked `seeds(count)` its `seed`; those from `SEEDS` on are heavy. See `gpu.parametrize` too."""
     for mark in metafunc.definition.iter_markers("seeds"):
         rest = (pytest.param(seed, marks=pytest.mark.heavy) for seed in range(SEEDS, *mark.args))
         metafunc.parametrize("seed", [*range(SEEDS), *rest])
+    gpu.parametrize(metafunc)
 
 
 @pytest.fixture(autouse=True)
@@ -349,19 +347,30 @@ def _wanted_backend(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture
 def use_backend(
-    counting: Any, kernels_cannot_run: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
+    counting: Any,
+    kernels_cannot_run: Callable[[str | None], None],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> Iterator[Callable[[str], Any]]:
-    """Returns a function that makes all attention of the test run on a backend, by its name, and returns it."""
-    import torch
+    """Returns a function that makes all attention of the test run on a backend, by its name, and returns it.
 
+    Triton's is its interpreter's on the CPU; by the name `gpu.TRITON`, or where the fixture is given that, it is on a card.
+    """
     from moacompress.kernels import dispatch
 
     registered, before = {backend.name for backend in dispatch.backends()}, os.environ.get(dispatch.VARIABLE)
 
     def use(name: str) -> Any:
-        if name == "triton" and not torch.cuda.is_available():
+        if name == "triton":
+            name = getattr(request, "param", name)
+        if name == gpu.TRITON:
+            from tests.on_device import OnDevice
+
+            name = OnDevice.name
+            monkeypatch.setattr(dispatch, "_backends", {**dispatch._backends, name: OnDevice("cuda")})
+        elif name == "triton" and not gpu.asked():
             pytest.importorskip("triton")
-            monkeypatch.setenv(INTERPRET, "1")
+            monkeypatch.setenv(gpu.INTERPRET, "1")
         if name == counting.name:
             dispatch.register(counting)
         backend = next(backend for backend in dispatch.backends() if backend.name == name)

@@ -7,7 +7,8 @@ wait for the card is noted: numbers read by the host, results whose size depends
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -30,7 +31,7 @@ WAITS = {
     aten.unique_dim.default,
     aten.bincount.default,
 }
-"""Operations for whose result the host waits."""
+"""Operations for whose result the host waits; so it does where masks on the device are indices."""
 ACROSS = {aten.copy_.default, aten._to_copy.default, aten._foreach_copy_.default}
 """Operations that take tensors of two devices: copies."""
 INDEXING = {
@@ -41,6 +42,16 @@ INDEXING = {
     aten._unsafe_index.Tensor,
 }
 """Operations whose indices may be on the CPU."""
+LAUNCHED = {
+    "append_kernels": ("append", "append_next"),
+    "decode_kernels": ("split", "merge"),
+    "gradient_kernels": ("of_queries", "of_keys"),
+    "prefill_kernels": ("attend_chunk",),
+    "profile_kernels": ("sum_outward",),
+    "select_kernels": ("select", "move"),
+    "selected_sum_kernels": ("sum_selected",),
+}
+"""The kernels in Triton, by their modules."""
 
 
 class PretendTensor(torch.Tensor):
@@ -74,7 +85,7 @@ class PretendTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        return _run(func, args, kwargs or {}, [])
+        return _run(func, args, kwargs or {}, [], [])
 
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.held.untyped_storage()
@@ -97,14 +108,16 @@ class PretendDevice(TorchDispatchMode):
 
     Attributes:
         waits: what the host waited for, in order: names of operations.
+        doubles: operations that made float64 there, which cards are slow at.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
+        self.doubles: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, kwargs or {}, self.waits)
+        return _run(func, args, kwargs or {}, self.waits, self.doubles)
 
 
 class _Indexed(TorchFunctionMode):
@@ -151,7 +164,7 @@ def _numbered(name: str | torch.device) -> str | torch.device:
     return torch.device(f"{KIND}:0") if str(name) == KIND else name
 
 
-def _run(func: Any, args: Any, kwargs: dict[str, Any], waits: list[str]) -> Any:
+def _run(func: Any, args: Any, kwargs: dict[str, Any], waits: list[str], doubles: list[str]) -> Any:
     tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, torch.Tensor)]
     pretending = [each for each in tensors if isinstance(each, PretendTensor)]
     wanted = kwargs.get("device")
@@ -161,7 +174,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], waits: list[str]) -> Any:
     device = pretending[0].device if pretending else _indexed(wanted)
     if func not in ACROSS:
         _same_device(func, args, tensors)
-    if func in WAITS:
+    if func in WAITS or (func in INDEXING and any(map(_is_mask, args[1]))):
         waits.append(str(func))
     given, named = tree_map_only(PretendTensor, lambda each: each.held, (args, kwargs))
     if wanted is not None:
@@ -175,6 +188,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], waits: list[str]) -> Any:
         if wanted is not None and wanted.type != KIND:
             waits.append("to the host")
             return found
+        if found.dtype == torch.float64:
+            doubles.append(str(func))
         return PretendTensor(found, _indexed(wanted) if wanted is not None else device)
     if func is aten.copy_.default and not isinstance(args[0], PretendTensor):
         waits.append("to the host")
@@ -184,10 +199,17 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], waits: list[str]) -> Any:
     goes = _indexed(wanted) if wanted is not None else device
     if wanted is not None and wanted.type != KIND:
         return out
+    if any(isinstance(each, torch.Tensor) and each.dtype == torch.float64 for each in tree_flatten(out)[0]):
+        doubles.append(str(func))
     own = {id(each.held): each for each in pretending}  # what is written to in place comes back
     return tree_map_only(
         torch.Tensor, lambda each: own[id(each)] if id(each) in own else PretendTensor(each, goes), out
     )
+
+
+def _is_mask(index: Any) -> bool:
+    """Whether where to look is found by counting on the device, for whose result the host waits."""
+    return isinstance(index, PretendTensor) and index.dtype in (torch.bool, torch.uint8)
 
 
 def _indexed(device: torch.device | None) -> torch.device:
@@ -221,3 +243,37 @@ def pretend_device() -> Iterator[PretendDevice]:
             yield mode
         finally:
             torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+class Launched:
+    """A kernel in Triton for tensors on the device, which Triton's interpreter would not read.
+
+    Args:
+        kernel: the kernel.
+        cpu_too: whether it may be given tensors of the CPU alone.
+    """
+
+    def __init__(self, kernel: Any, cpu_too: bool) -> None:
+        self.kernel, self.arg_names, self.cpu_too = kernel, kernel.arg_names, cpu_too
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*given: Any, **constants: Any) -> None:
+            there = {isinstance(each, PretendTensor) for each in given if isinstance(each, torch.Tensor)}
+            if there != {True} and not (self.cpu_too and there == {False}):
+                raise RuntimeError(f"{self.kernel.__name__} is given a tensor of the CPU")
+            self.kernel[grid](*(each.held if isinstance(each, PretendTensor) else each for each in given), **constants)
+
+        return launch
+
+
+def launch_there(patch: Any, *, cpu_too: bool = False) -> None:
+    """Has the kernels in Triton take tensors on the device; those of the CPU among them are an error, as on a card.
+
+    Args:
+        patch: pytest's `monkeypatch`.
+        cpu_too: whether a kernel may be given tensors of the CPU alone.
+    """
+    for name, kernels in LAUNCHED.items():
+        module = importlib.import_module(f"moacompress.kernels.triton.{name}")
+        for kernel in kernels:
+            patch.setattr(module, kernel, Launched(getattr(module, kernel), cpu_too))

@@ -140,12 +140,16 @@ def attend_backward(
                     collector.add(view)
         return found
     scores = spec.scores(sink_logit)
-    if plan is None and choices is None:
-        collectors = summed(*chunk, scores, table, collectors)
-        if not collectors and sdpa.suits(query, scores):
-            return sdpa.dense_gradients(grad, query, key, value, spec.scaling, native)
-        if not collectors and backend_for(query).capabilities.profile_sums:
-            return _plain_gradients(query, key, value, grad, spec, sink_logit)
+    sums = plan is None and backend_for(query).capabilities.profile_sums
+    if sums:
+        tiled = summed(*chunk, scores, table, collectors, choices)
+        for view, *_ in _views(*chunk, spec, sink_logit, table, None, tile, choices) if tiled else ():
+            for other in tiled:
+                other.add(view)
+    if plan is None and (sums or not collectors) and sdpa.suits(query, scores):
+        return sdpa.dense_gradients(grad, query, key, value, spec.scaling, native)
+    if sums:
+        return _plain_gradients(query, key, value, grad, spec, sink_logit)
     (heads, n, size), work = query.shape[1:], _work_dtype(query)
     grad_query = torch.zeros(heads, n, size, dtype=work, device=query.device)
     grad_keys, grad_values = (torch.zeros_like(tensor[0], dtype=work) for tensor in (key, value))  # newest key first
@@ -195,6 +199,8 @@ def _views(
     """
     kv_heads, size, work = key.shape[1], query.shape[3], _work_dtype(query)
     table, plan = as_tensors(table, query.device), None if plan is None else as_tensors(plan, query.device)
+    if choices is not None:
+        choices = choices._replace(evicted=choices.evicted.to(query.device))
     keys, values = (tensor[0].to(work).flip(1) for tensor in (key, value))
     sink = None if sink_logit is None else sink_logit.to(work).view(kv_heads, -1, 1, 1)
     alive = grad[0].ne(0).any(-1).any(0).nonzero()[:, 0]

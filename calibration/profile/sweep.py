@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from moacompress.kernels.dispatch import backend_for
 from moacompress.rules.rule_table import RuleTable
 
 if TYPE_CHECKING:
-    from moacompress.calibration.profile.tiles import AttentionSpec
+    from moacompress.calibration.profile.tiles import AttentionSpec, Collector
 
 
 class LayerSums(NamedTuple):
@@ -58,9 +58,10 @@ def summed(
     grad: Tensor,
     scores: Scores,
     table: RuleTable,
-    collectors: Sequence[Any],
-) -> Sequence[Any]:
-    """Gives collectors what every rule moves of a dense layer, where the backend sums that by itself and all need no more.
+    collectors: Sequence[Collector],
+    choices: Choices | None,
+) -> list[Collector]:
+    """Gives what every rule moves of a dense layer to collectors that need no more; the backend has `profile_sums`.
 
     Args:
         query: `[1, heads, N, head_dim]`.
@@ -68,20 +69,24 @@ def summed(
         value: as `key`.
         grad: cotangent of the output, `[1, heads, N, head_dim]`.
         scores: how scores are made.
-        table: the rules, for this layer, in numpy; those that select are taken for their sinks and windows.
+        table: the rules, for this layer, in numpy.
         collectors: of any kind.
+        choices: what rules that select choose; without them they are taken for their sinks and windows alone.
 
     Returns:
-        The collectors that were given nothing: all, or none.
+        The other collectors.
     """
-    backend = backend_for(query)
-    few = all(isinstance(each, SumCollector) and not each.baselines and each.lag is None for each in collectors)
-    if not collectors or not few or not backend.capabilities.profile_sums:
-        return collectors
-    squares, total = backend.profile_sums(grad, query, key, value, rules=table, scores=scores)
-    for collector in collectors:
-        collector.take(LayerSums(squares, total, None, None, 0))
-    return ()
+    tiled: list[Collector] = []
+    found: LayerSums | None = None
+    for each in collectors:
+        if not isinstance(each, SumCollector) or each.baselines or each.lag is not None:
+            tiled.append(each)
+            continue
+        if found is None:
+            sums = backend_for(query).profile_sums(grad, query, key, value, rules=table, scores=scores, choices=choices)
+            found = LayerSums(sums[0], sums[1], None, None, 0)
+        each.take(found)
+    return tiled
 
 
 def swept(

@@ -206,14 +206,20 @@ class TileView:
             return []
         keys = torch.arange(self.tile.high - 1, self.tile.low - 1, -1, device=self.rows.device)
         found = []
-        for number, way in enumerate(self.choices.of_rule.tolist()):
+        for number, (way, sink) in enumerate(zip(self.choices.of_rule.tolist(), self._sinks, strict=True)):
             if way < 0:
                 continue
-            admitted = keys - int(self.table.span.sink[number]) + 1
-            evicted = self.choices.evicted[:, way].to(keys.device)[:, None, keys]
+            admitted = keys - sink + 1
+            evicted = self.choices.evicted[:, way][:, None, keys]
             now = self._left[:, number, None]
             found.append((number, (admitted > 0) & (admitted <= now) & (now < evicted)))
         return found
+
+    @cached_property
+    def _sinks(self) -> list[int]:
+        """The sink of every rule; a wait of the host, once a tile."""
+        sinks: list[int] = self.table.span.sink.tolist()
+        return sinks
 
     @cached_property
     def _left(self) -> Tensor:
@@ -240,7 +246,7 @@ class TileView:
     @cached_property
     def _oldest(self) -> int:
         """Columns that may be sinks. What the native window hides has probability 0: sums begin at the tile's oldest."""
-        return max(0, min(int(self.table.span.sink.max()), self.tile.high) - self.tile.low)
+        return max(0, min(max(self._sinks), self.tile.high) - self.tile.low)
 
     @cached_property
     def _sink_at(self) -> Tensor:

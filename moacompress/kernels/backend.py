@@ -390,6 +390,7 @@ class Backend(ABC):
         *,
         rules: RuleTable,
         scores: Scores,
+        choices: Choices | None = None,
     ) -> torch.Tensor:
         """Returns what every rule would move of a dense layer's output, without gradients.
 
@@ -398,8 +399,9 @@ class Backend(ABC):
             query: `[1, heads, tokens, head_dim]`.
             key: `[1, kv_heads, tokens, head_dim]`.
             value: `[1, kv_heads, tokens, value_dim]`.
-            rules: every KV head is asked what each of them would do, by sinks and window alone; one native window.
+            rules: every KV head is asked what each of them would do; one native window.
             scores: how scores are made.
+            choices: what rules that select choose; without them they are taken for their sinks and windows alone.
 
         Returns:
             Sums of squares and of the deltas, float64 `[2, kv_heads, rules]`.

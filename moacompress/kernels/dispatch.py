@@ -26,6 +26,8 @@ from moacompress.rules.formats import FORMATS
 
 VARIABLE = "MOACOMPRESS_KERNEL"
 REFERENCE = ReferenceBackend()
+REFERENCE_TIMES = "13 to 16"
+"""How many times as long as with compiled kernels a decode step on a CPU takes in plain PyTorch: docs/results.md."""
 logger = logging.getLogger(__name__)
 _backends: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), TritonBackend(), REFERENCE)}
 
@@ -113,6 +115,33 @@ def choose(wanted: str | None, backends: Sequence[Backend]) -> Choice:
             return Choice(backend.name, status.isa, failed or status.reason)
         failed = failed or status.reason
     raise UnsupportedError(f"no kernel can run: {failed}")
+
+
+def choice_on_cpu(choice: Choice) -> Choice:
+    """Returns what runs on the CPU where a choice was made: the same, unless that is for GPUs and was not asked for."""
+    if choice.asked or _backends[choice.name].supports("cpu", torch.float32):
+        return choice
+    return choose(None, [backend for backend in backends() if backend.supports("cpu", torch.float32)])
+
+
+def why_plain(device: str) -> str:
+    """Returns why attention is plain PyTorch's on a type of device, and how much slower it is; for devices that are no CPU.
+
+    Raises:
+        UsageError, UnsupportedError: as `chosen`.
+    """
+    choice = chosen()
+    if choice.asked:
+        reason = f"{VARIABLE} is {choice.name}"
+    else:
+        statuses = (backend.status() for backend in backends() if backend.supports(device, torch.bfloat16))
+        reason = next((status.reason for status in statuses if not status.works), f"no kernels know {device}")
+    return f"{reason}; how much slower that is there was not measured"
+
+
+def slower_on_cpu() -> str:
+    """Returns how much slower plain PyTorch is on a CPU."""
+    return f"a decode step takes {REFERENCE_TIMES} times as long as with compiled kernels"
 
 
 @functools.cache

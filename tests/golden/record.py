@@ -99,12 +99,32 @@ def published_logits(model: PreTrainedModel, checkout: Path = ROOT) -> list[torc
     import moacompress
 
     ids = torch.from_numpy(np.random.RandomState(0).randint(100, 40_000, (1, PROMPT + STEPS)))
-    moacompress.attach(model, moacompress.Plan.load(checkout / PUBLISHED))
+    return logits_under(model, moacompress.Plan.load(checkout / PUBLISHED), ids, STEPS)
+
+
+def logits_under(model: PreTrainedModel, plan: Any, ids: torch.Tensor, steps: int) -> list[torch.Tensor]:
+    """Returns the logits of a model under a plan: of a prompt's last token, and of each decode step.
+
+    Args:
+        model: the dense model; it is dense again when this returns.
+        plan: the plan.
+        ids: tokens of the prompt and of the steps, `[1, tokens]`.
+        steps: how many of them are fed one by one.
+
+    Returns:
+        `steps + 1` tensors `[vocabulary]`.
+    """
+    import torch
+
+    import moacompress
+
+    prompt = ids.shape[1] - steps
+    moacompress.attach(model, plan)
     try:
         with torch.no_grad():
-            out: Any = model(ids[:, :PROMPT], logits_to_keep=1)
+            out: Any = model(ids[:, :prompt], logits_to_keep=1)
             logits = [out.logits[0, -1]]
-            for at in range(PROMPT, PROMPT + STEPS):
+            for at in range(prompt, prompt + steps):
                 step: Any = model(ids[:, at : at + 1], cache=out.cache)
                 logits.append(step.logits[0, -1])
     finally:

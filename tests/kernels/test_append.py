@@ -13,6 +13,7 @@ from moacompress.core.errors import UnsupportedError
 from moacompress.kernels import backend as protocol
 from moacompress.kernels.backend import Backend
 from moacompress.kernels.kv_parts import KVPart
+from tests import gpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DIMS = (1, 9, 16, 20, 33, 64, 80, 96, 100, 128, 192, 256)
@@ -20,7 +21,7 @@ BLOCKS = 24
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
+@pytest.fixture(params=["reference", "cpu", *gpu.PLACES])
 def backend(request: pytest.FixtureRequest, use_backend: Callable[[str], Any]) -> Any:
     return use_backend(request.param)
 

@@ -7,6 +7,7 @@ import torch
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.dispatch import REFERENCE
+from tests import gpu
 
 
 def oracle(case, row, head, query, n, at):
@@ -26,7 +27,7 @@ def oracle(case, row, head, query, n, at):
     return weights @ torch.stack([v for _, v in pairs]), scores.logsumexp(0)
 
 
-@pytest.fixture(params=["reference", "counting", "cpu", "triton"])
+@pytest.fixture(params=["reference", "counting", "cpu", *gpu.PLACES])
 def backend(request, use_backend):
     return use_backend(request.param)
 

@@ -308,8 +308,7 @@ def test_the_reference_of_the_kernels(seeds, what, number, dtype, op, random_cas
 
 @pytest.mark.parametrize("op", ["decode", "prefill"])
 @pytest.mark.parametrize(("what", "number"), PLANTS)
-def test_triton(what, number, op, random_case, attended, unchanged_or_as, use_backend):
-    triton = use_backend("triton")
+def test_triton(what, number, op, random_case, attended, unchanged_or_as, triton):
     for seed in (0, 2, 4) if op == "decode" else (0,):
         other, case, *exact = planted(random_case, attended, seed, torch.float32, op, what, number)
         results = (c.decoded(triton) if op == "decode" else c.prefilled(triton) for c in (other, case))

@@ -23,6 +23,7 @@ from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import competing_tokens, eviction_schedule
 from moacompress.rules.windows import BLOCK
+from tests import gpu
 from tests.kernels.conftest import TOLERANCE
 
 TOKENS, WIDTH, GROUP, MIN_WINDOW = 150, 16, 2, 8
@@ -137,9 +138,10 @@ def copied(pool: Pool) -> Pool:
     return other
 
 
+@pytest.mark.parametrize("name", gpu.PLACES)
 @pytest.mark.parametrize("seed", range(8))
 def test_triton_selects_to_the_bit(
-    seed: int, use_backend: Callable[[str], Backend], kernels_cannot_run: Callable[[str | None], None]
+    seed: int, name: str, use_backend: Callable[[str], Backend], kernels_cannot_run: Callable[[str | None], None]
 ) -> None:
     """Where the compiled kernels have selected for a while, a step by Triton is theirs, and writes the same bytes."""
     if library.load().isa is None:
@@ -154,7 +156,7 @@ def test_triton_selects_to_the_bit(
     rules, few = RuleTable.of(drawn, MIN_WINDOW), rng.choice((2, 20, 30000))
     heads, pool = len(drawn) * GROUP, Pool(rules, dtype)
     scores = Scores(WIDTH**-0.5, rng.choice((0.0, 5.0)), rng.choice((None, torch.randn(heads))))
-    triton, watched = use_backend("triton"), {*rng.sample(range(8, TOKENS), 7)}
+    triton, watched = use_backend(name), {*rng.sample(range(8, TOKENS), 7)}
     changed = 0
     for token in range(TOKENS):
         key, value = (torch.randn(ROWS, len(drawn), WIDTH, dtype=dtype) for _ in "kv")
@@ -175,9 +177,9 @@ def test_triton_selects_to_the_bit(
         ]
         if token in watched:
             assert (found[0] - found[1]).abs().max() < TOLERANCE[dtype]
-            for name in ("keys", "values", "scores"):
+            for memory in ("keys", "values", "scores"):
                 for of_cpu, of_triton, old in zip(
-                    *(getattr(own, name) for own in (pool, steps[1][1], before)), strict=True
+                    *(getattr(own, memory) for own in (pool, steps[1][1], before)), strict=True
                 ):
                     assert torch.equal(*(part.view(torch.uint8) for part in (of_cpu, of_triton)))
                     changed += not torch.equal(*(part.view(torch.uint8) for part in (of_cpu, old)))
@@ -185,7 +187,7 @@ def test_triton_selects_to_the_bit(
     assert changed
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("name", ["reference", "cpu", *gpu.PLACES])
 def test_tokens_are_moved_with_their_scores(name: str, use_backend: Callable[[str], Backend]) -> None:
     backend = use_backend(name)
     drawn = [

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moacompress.kernels.reference.reference_backend import ReferenceBackend
+from moacompress.kernels.triton.cards import WITHOUT
 from moacompress.kernels.triton.tile_sizes import gradient_constants
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
@@ -130,6 +131,6 @@ def test_kernels_are_given_what_they_take(triton):
     """The interpreter passes over other constants; a compiler does not."""
     from moacompress.kernels.triton import gradient_kernels
 
-    _, constants = gradient_constants(4, 64, 64, softcap=True, wide=False, item_size=2, newer=True)
+    _, constants = gradient_constants(4, 64, 64, softcap=True, wide=False, item_size=2, card=WITHOUT)
     for kernel in (gradient_kernels.of_queries, gradient_kernels.of_keys):
         assert {name for name in inspect.signature(kernel.fn).parameters if name.isupper()} == constants.keys()

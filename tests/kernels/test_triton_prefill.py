@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moacompress.kernels.reference.reference_backend import ReferenceBackend
+from moacompress.kernels.triton.cards import WITHOUT
 from moacompress.kernels.triton.tile_sizes import prefill_constants, split_constants
 from tests.kernels.test_triton import PAIRS
 
@@ -93,9 +94,9 @@ def test_a_kernel_is_given_what_it_takes(triton):
     """The interpreter passes over other constants; a compiler does not."""
     from moacompress.kernels.triton import decode_kernels, prefill_kernels
 
-    sizes = {"softcap": True, "wide": False, "item_size": 2}
+    sizes = {"softcap": True, "wide": False, "item_size": 2, "card": WITHOUT}
     _, decode = split_constants(4, 64, 64, (8, 4), **sizes)
-    _, prefill = prefill_constants(4, 64, 64, (8, 4), logits=True, cached=True, passing=True, newer=True, **sizes)
+    _, prefill = prefill_constants(4, 64, 64, (8, 4), logits=True, cached=True, passing=True, **sizes)
     for kernel, constants in (
         (decode_kernels.split, decode),
         (prefill_kernels.attend_chunk, {**prefill, "CAREFUL": 1}),

@@ -7,108 +7,187 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+import torch
+
+from moacompress.kernels.triton.cards import CARDS, OTHER, Card, card_of, named
+from moacompress.kernels.triton.tile_sizes import prefill_tiles
 
 SCRIPT = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "triton_resources.py"
+COMPILED = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+"""Cards that kernels are compiled for."""
+LEAST = {**CARDS, "sm_80": CARDS["sm_86"]}
+"""Cards with the least shared memory of those that have the same tiles and instructions."""
 
 
-def resources(cards: str, dims: str, kernel: str) -> list[dict[str, object]]:
+class Bounds(NamedTuple):
+    """What a compiled kernel holds to, in bfloat16 with four query heads to a KV head.
+
+    Attributes:
+        registers: most of a thread on each of `COMPILED`.
+        at_once: least programs of a processor on NVIDIA's cards; 2 where there is little shared memory.
+        ahead: least reads of 16 bytes ahead of use there.
+        dims: numbers of a head.
+    """
+
+    registers: tuple[int, int, int, int, int]
+    at_once: int
+    ahead: int = 0
+    dims: str = "64,128"
+
+
+BOUNDS = {
+    "decode": Bounds((248, 240, 184, 184, 256), 3, 8),
+    "merge": Bounds((48, 48, 40, 48, 48), 10),
+    "append": Bounds((72, 72, 72, 80, 48), 24, dims="64,96,128,256"),
+    "select": Bounds((56, 40, 40, 56, 32), 9),
+    "move": Bounds((32, 32, 32, 32, 16), 16),
+    "prefill": Bounds((255, 255, 255, 255, 312), 2, 8),
+    "ring-decode": Bounds((255, 255, 255, 248, 264), 3, 8),
+    "ring-keep": Bounds((255, 255, 255, 224, 280), 2, 8),
+    "ring-reuse": Bounds((168, 184, 152, 144, 128), 2, 2),
+    "ring-append": Bounds((56, 56, 56, 56, 24), 24),
+    "ring-select": Bounds((56, 40, 40, 40, 32), 9),
+    "profile": Bounds((224, 216, 240, 208, 272), 2, 32),
+    "profile-selected": Bounds((224, 176, 240, 216, 232), 2),
+    "gradients-q": Bounds((136, 144, 152, 160, 296), 2, 8),
+    "gradients-kv": Bounds((168, 184, 168, 168, 288), 2, 8),
+}
+FLOAT32, LARGE_FLOAT32 = "float32", "float32, heads of 256"
+SPILLS = {
+    ("prefill-careful", "sm_90", ""): 416,
+    ("ring-select", "sm_90", ""): 8,
+    ("ring-select", "sm_100", ""): 8,
+    ("ring-decode", "sm_90", "heads of 32"): 16,
+    ("ring-keep", "sm_90", "heads of 32"): 24,
+    ("prefill", "sm_90", FLOAT32): 8,
+    ("profile", "sm_90", FLOAT32): 8,
+    ("prefill", "sm_90", LARGE_FLOAT32): 336,
+    ("decode", "sm_90", LARGE_FLOAT32): 232,
+    ("profile", "sm_90", LARGE_FLOAT32): 160,
+    ("profile-selected", "sm_90", LARGE_FLOAT32): 120,
+    ("gradients-q", "gfx942", LARGE_FLOAT32): 30,
+}
+"""Most bytes of registers that do not fit, by kernel, card and model ("" for those of `BOUNDS`); nothing else spills."""
+ATTENTION = "prefill,decode,profile,profile-selected,gradients-q,gradients-kv"
+MODELS = {
+    "heads of 32": (",".join(BOUNDS), "--dims", "32"),
+    "heads of 96": (",".join(BOUNDS), "--dims", "96"),
+    "heads of 256": (",".join(BOUNDS), "--dims", "256"),
+    "float16": (ATTENTION, "--dims", "128", "--dtype", "fp16"),
+    FLOAT32: (ATTENTION, "--dims", "64,128", "--dtype", "fp32"),
+    LARGE_FLOAT32: (ATTENTION, "--dims", "256", "--dtype", "fp32"),
+    "groups of 1": (ATTENTION, "--dims", "128", "--group", "1"),
+    "groups of 8": (ATTENTION, "--dims", "128", "--group", "8"),
+    "groups of 16": (ATTENTION, "--dims", "128", "--group", "16"),
+    "bounds and logits": (ATTENTION, "--dims", "128", "--bounded"),
+}
+"""Other heads, groups, dtypes and scores, and the kernels that are compiled for them."""
+
+
+def resources(*arguments: str) -> dict[str, list[dict[str, Any]]]:
+    """Returns rows by kernel."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--cards", cards, "--dims", dims, "--kernels", kernel, "--json"],
+        [sys.executable, SCRIPT, *arguments, "--json"],
         capture_output=True,
         text=True,
         check=False,
         env={**environment, "TRITON_DEFAULT_FP_FUSION": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)[kernel]
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def check(kernel: str, row: dict[str, Any], model: str = "") -> None:
+    """It fits the card, and nothing but `SPILLS` has spilled; what rounds to the bit is not contracted."""
+    assert row["shared"] <= LEAST[row["card"]].shared, (kernel, row)
+    assert row["spilled"] <= SPILLS.get((kernel, row["card"], model), 0), (kernel, row)
+    assert not row.get("inexact"), (kernel, row)
 
 
 @pytest.mark.builds("triton")
-def test_what_they_take():
-    """No spills; reads of 16 bytes, ahead of use; and several programs to a processor."""
-    rows = resources("sm_80,sm_90,sm_100,gfx942", "64,128", "decode")
-    assert len(rows) == 4 * 2 * 4
+@pytest.mark.parametrize("kernel", BOUNDS)
+def test_what_a_kernel_takes(kernel: str) -> None:
+    """Few enough registers, several programs to a processor, and reads of 16 bytes; ahead of use where the card can."""
+    bounds = BOUNDS[kernel]
+    most = dict(zip(COMPILED, bounds.registers, strict=True))
+    rows = resources("--cards", ",".join(COMPILED), "--dims", bounds.dims, "--kernels", kernel)[kernel]
+    assert {row["card"] for row in rows} == set(COMPILED)
     for row in rows:
-        assert row["spilled"] == 0, row
-        if row["card"] == "gfx942":
-            assert row["read"] > 0 or row["bits"] == "4/4", row
-        else:
-            assert row["ahead"] >= 4, row
-            assert row["at once"] >= 3, row
-
-
-@pytest.mark.builds("triton")
-def test_what_those_take_that_round():
-    """No spills, many programs to a processor, and nothing that rounds otherwise than docs/formats.md says."""
-    for row in resources("sm_80,sm_90,sm_100,gfx942", "96,128,256", "append"):
-        assert row["spilled"] == 0, row
-        assert not row["inexact"], row
-        assert row["card"] == "gfx942" or row["at once"] >= 24, row
-
-
-@pytest.mark.builds("triton")
-def test_what_a_step_in_rings_takes():
-    """As without rings, and as much where scores are kept for layers that share attention, or read."""
-    cards = "sm_80,sm_90,sm_100,gfx942"
-    for kernel, ahead, at_once in (("ring-decode", 4, 3), ("ring-keep", 4, 2), ("ring-reuse", 2, 2)):
-        for row in resources(cards, "64,128", kernel):
-            assert row["spilled"] == 0, row
-            assert row["card"] == "gfx942" or (row["ahead"] >= ahead and row["at once"] >= at_once), row
-    for kernel in ("ring-append", "ring-select"):
-        for row in resources(cards, "128", kernel):
-            assert row["spilled"] == 0, row
-            assert not row.get("inexact"), row
-
-
-@pytest.mark.builds("triton")
-def test_what_selecting_takes():
-    """No spills, and several programs to a processor."""
-    for row in resources("sm_80,sm_90,sm_100,gfx942", "128", "select"):
-        assert row["spilled"] == 0, row
-        assert row["card"] == "gfx942" or row["at once"] >= 8, row
-
-
-@pytest.mark.builds("triton")
-def test_what_the_profile_takes():
-    """No spills, and reads of 16 bytes ahead of use."""
-    rows = resources("sm_80,sm_90,sm_100", "64,128", "profile")
-    assert len(rows) == 6
-    for row in rows:
-        assert row["spilled"] == 0, row
-        assert row["ahead"] >= 8, row
-
-
-@pytest.mark.builds("triton")
-@pytest.mark.parametrize("kernel", ["gradients-q", "gradients-kv"])
-def test_what_gradients_take(kernel):
-    """No spills, reads of 16 bytes ahead of use, and two programs to a processor."""
-    for row in resources("sm_80,sm_90,sm_100,gfx942", "64,128", kernel):
-        assert row["spilled"] == 0, row
-        assert row["card"] == "gfx942" or (row["ahead"] >= 8 and row["at once"] >= 2), row
-
-
-def test_what_chunks_take():
-    """No spills, and reads of 16 bytes ahead of use."""
-    for row in resources("sm_80,sm_90,sm_100", "64,128", "prefill"):
-        assert row["spilled"] == 0, row
-        assert row["ahead"] >= 8, row
-        assert row["at once"] >= 2, row
+        check(kernel, row)
+        assert row["registers"] <= most[row["card"]], row
+        if row["card"].startswith("sm_"):
+            assert row["at once"] >= (2 if row["card"] == "sm_120" else bounds.at_once), row
+            assert row.get("ahead", 0) >= bounds.ahead, row
+        elif bounds.ahead:
+            assert row["read"] > 0 or row["bits"].endswith("/4"), row
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(("cards", "dims"), [("sm_80,sm_90,sm_100", "256"), ("gfx942", "64,128")])
-def test_what_chunks_of_large_heads_and_of_other_cards_take(cards, dims):
-    for row in resources(cards, dims, "prefill"):
-        assert row["spilled"] == 0, row
+@pytest.mark.parametrize("model", MODELS)
+def test_what_other_models_take(model: str) -> None:
+    """They fit, in two pairs of formats, on cards with the largest tiles and with the least shared memory."""
+    kernels, *rest = MODELS[model]
+    found = resources("--cards", "sm_90,gfx942", "--bits", "16/16,8/4", "--kernels", kernels, *rest)
+    for kernel, rows in found.items():
+        for row in rows:
+            check(kernel, row, model)
 
 
 @pytest.mark.heavy
-def test_what_large_heads_take():
-    for row in resources("sm_80,sm_90,sm_100", "256", "decode"):
-        assert row["spilled"] == 0, row
-        assert row["ahead"] >= 4, row
-        assert row["at once"] >= 2, row
+@pytest.mark.parametrize("kernel", ["prefill-first", "prefill-careful"])
+def test_what_prompts_and_second_launches_take(kernel: str) -> None:
+    for row in resources("--cards", "sm_90,sm_120,gfx942", "--dims", "64,128", "--kernels", kernel)[kernel]:
+        check(kernel, row)
+
+
+def told() -> Card:
+    """Returns what the first device is told to be."""
+    card_of.cache_clear()
+    found = card_of(torch.device("cuda", 0))
+    card_of.cache_clear()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [((8, 0), "sm_80"), ((8, 9), "sm_89"), ((9, 0), "sm_90"), ((10, 3), "sm_103"), ((12, 0), "sm_120"), ((7, 5), "")],
+)
+def test_a_card_is_told_by_its_capability(
+    capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Consumers' cards of the same generation have less shared memory, and the tiles of older ones."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.9.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    found = told()
+    assert found == CARDS.get(name, OTHER)
+    tiles, queries = prefill_tiles(128, 128, 2, False, found)
+    large = capability[0] in (9, 10)
+    assert (tiles.TILE, queries) == ((64, 64) if large else (32, 32))
+
+
+def test_an_older_triton_has_smaller_tiles_of_cards_with_tensor_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3.6 fails to compile the larger ones for them."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    assert named("sm_100") == CARDS["sm_100"]._replace(large=False)
+    assert named("sm_90") == CARDS["sm_90"]
+
+
+def test_a_card_of_amd_is_told_by_its_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tiles of a chunk fit 64 KiB."""
+
+    class Properties:
+        gcnArchName = "gfx942:sramecc+:xnack-"
+
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    found = told()
+    assert found == CARDS["gfx942"]
+    assert prefill_tiles(128, 128, 2, False, found)[0].TILE == 32

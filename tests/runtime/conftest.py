@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.runtime import attach
 from moacompress.runtime.decode import all_layers
-from tests.pretend_device import PretendTensor
+from tests.pretend_device import launch_there
 
 _MASKS: dict[int, torch.Tensor] = {}
 
@@ -99,6 +99,27 @@ def token_ids() -> Callable[..., torch.Tensor]:
     return draw
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a test's cache is: on the CPU, for Triton's interpreter, and on a GPU."""
+    return str(request.param)
+
+
+@pytest.fixture
+def triton(use_backend: Callable[[str], Any]) -> Any:
+    """The kernels in Triton, for all attention of the test: by the interpreter, or on the GPU where a process is for that."""
+    return use_backend("triton")
+
+
+@pytest.fixture
+def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Blocks are full of NaN until something is written there."""
+    on_a_gpu = request.node.get_closest_marker("gpu") is not None  # where some of what is called has no other way
+    torch.use_deterministic_algorithms(True, warn_only=on_a_gpu)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture
 def compiled_kernels(kernels_cannot_run: Callable[[str | None], None]) -> None:
     """Skips a test where the compiled kernels do not run; see `kernels_cannot_run`."""
@@ -165,33 +186,14 @@ def one_by_one(monkeypatch: pytest.MonkeyPatch, steps: Callable[..., torch.Tenso
     return run
 
 
-class _Launched:
-    """A kernel that takes tensors on the pretended device."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel, self.arg_names = kernel, kernel.arg_names
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*given: Any, **constants: Any) -> None:
-            self.kernel[grid](*(each.held if isinstance(each, PretendTensor) else each for each in given), **constants)
-
-        return launch
-
-
 class _OnPretendDevice:
     """Triton's kernels, which take tensors on the pretended device."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from moacompress.kernels.triton import append_kernels, decode_kernels, select_kernels, triton_backend
+        from moacompress.kernels.triton import triton_backend
 
         self.patch = monkeypatch
-        for module, names in (
-            (append_kernels, ("append", "append_next")),
-            (decode_kernels, ("split", "merge")),
-            (select_kernels, ("select", "move")),
-        ):
-            for name in names:
-                monkeypatch.setattr(module, name, _Launched(getattr(module, name)))
+        launch_there(monkeypatch, cpu_too=True)
         monkeypatch.setattr(triton_backend.TritonBackend, "supports", lambda backend, device, dtype: True)
 
     def forbid_copies(self) -> None:

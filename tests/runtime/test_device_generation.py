@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +15,11 @@ from moacompress.core.errors import UnsupportedError
 from moacompress.models.source import model_shape
 from moacompress.rules.share import Share
 from moacompress.runtime import PlanCache, generate_on_device
+from moacompress.runtime.hf import ops
 from moacompress.runtime.hf.attaching import attached_plan
 from moacompress.runtime.hf.device_generation import DeviceSteps, Sampling, greedy
 from tests import plan_kinds
 from tests.pretend_device import KIND
-from tests.runtime.test_ring import triton as triton
 from tests.runtime.test_sharing import with_shares
 
 PLANS: dict[str, Callable[[Any], Any]] = {
@@ -199,6 +201,20 @@ def test_a_step_asks_the_host_for_nothing(
         assert torch.equal(steps.tokens.cpu(), wanted[:, 20:])
 
 
+def test_nothing_else_captures_a_step(under_plan: Callable[[str], Any]) -> None:
+    """What the host does in a step would be left out: `generate` is told so of caches, and compilers of every operator."""
+    model = under_plan("shares")
+    plan = attached_plan(model)
+    assert plan is not None
+    cache = PlanCache(plan)
+    assert not cache.is_compileable
+    assert not any(layer.is_compileable for layer in cache.layers)
+    names = re.findall(r"define\(\s*\"(\w+)\(", inspect.getsource(ops))
+    assert {"begin", "attend", "attend_hidden", "step_layer"} <= {*names}
+    for name in names:
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.moacompress, name).default.tags, name
+
+
 def test_steps_that_the_device_made_are_counted(under_plan: Callable[[str], Any], triton: Any) -> None:
     """As if twice a step had been replayed: lengths, columns and blocks are those of a cache that was fed the tokens."""
     model = under_plan("shares")
@@ -218,7 +234,6 @@ def test_steps_that_the_device_made_are_counted(under_plan: Callable[[str], Any]
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a graph is captured on a GPU")
 @pytest.mark.parametrize("kind", PLANS)
 def test_a_captured_step_is_the_step(kind: str, under_plan: Callable[[str], Any]) -> None:
     model = under_plan(kind).to("cuda", torch.bfloat16)

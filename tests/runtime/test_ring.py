@@ -31,26 +31,31 @@ DIM, GROUP, MIN_WINDOW = 16, 2, 16
 SCORES = Scores(DIM**-0.5)
 
 
-@pytest.fixture
-def triton(use_backend: Callable[[str], Any]) -> Any:
-    return use_backend("triton")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    """Blocks are full of NaN until something is written there."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 class Pair:
-    """A layer's cache that steps in rings, and one that does not; both are fed the same."""
+    """A layer's cache that steps in rings, and one that does not; both are fed the same.
+
+    Args:
+        rules: of the KV heads.
+        rows: of the batch.
+        seed: of all tokens.
+        reserve: tokens of a row that memory is taken for.
+        drafts: whether tokens may be taken back.
+        device: where all of it is.
+    """
 
     def __init__(
-        self, rules: RuleTable, rows: int, seed: int, reserve: int | None = None, drafts: bool = False
+        self,
+        rules: RuleTable,
+        rows: int,
+        seed: int,
+        reserve: int | None = None,
+        drafts: bool = False,
+        device: str = "cpu",
     ) -> None:
-        self.rules, self.rows = rules, rows
+        self.device, self.rules, self.rows = device, rules, rows
         self.generator = torch.Generator().manual_seed(seed)
         self.layers = [PlanCacheLayer(rules, reserve) for _ in range(2)]
         for layer in self.layers:
@@ -59,9 +64,13 @@ class Pair:
     def tokens(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Returns keys, values and scores of so many tokens, `[rows, kv_heads, count, ...]`."""
         sizes = (self.rows, len(self.rules), count)
-        key, value = (torch.randn(*sizes, DIM, generator=self.generator) for _ in "kv")
-        scores = torch.randint(-9, 9, sizes, generator=self.generator).to(torch.int16)
+        key, value = (self.normal(*sizes, DIM) for _ in "kv")
+        scores = torch.randint(-9, 9, sizes, generator=self.generator).to(self.device, torch.int16)
         return key, value, scores if self.rules.selects else None
+
+    def normal(self, *sizes: int) -> torch.Tensor:
+        """Returns random numbers, the same ones on every device."""
+        return torch.randn(*sizes, generator=self.generator).to(self.device)
 
     def chunk(self, count: int, *padding: int) -> None:
         """Feeds tokens, of which so many are padding at the front of the first rows."""
@@ -76,14 +85,19 @@ class Pair:
     def step(self, backend: Any) -> None:
         """Feeds one token of every row, and compares what is attended to."""
         key, value, scores = self.tokens(1)
-        query = torch.randn(self.rows, GROUP * len(self.rules), 1, DIM, generator=self.generator)
+        query = self.normal(self.rows, GROUP * len(self.rules), 1, DIM)
         ringed, plain = self.layers
         for layer in self.layers:
             layer.update(key, value)
-        found = ringed.step_in_ring(query, SCORES, None if scores is None else scores[:, :, 0], backend)
         plain.commit(Chunk(1), scores)
-        if found is None:  # rows are repeated again and again, which rings do not follow
-            assert ringed._repeated
+        found = None
+        if ringed.can_step_in_ring(query, scored=self.rules.selects):
+            found = ringed.step_in_ring(query, SCORES, None if scores is None else scores[:, :, 0], backend)
+            assert found is not None or ringed._repeated  # again and again, which rings do not follow
+        else:  # drafts under gates
+            assert ringed.record_past
+            assert self.rules.selects
+        if found is None:
             ringed.commit(Chunk(1), scores)
             return
         held = plain.blocks_held()
@@ -156,6 +170,8 @@ RULE = st.builds(
     st.sampled_from(sorted(FORMATS)),
     st.sampled_from(sorted(FORMATS)),
 )
+GATE = st.sampled_from(((0, 0), (9, 0), (3, 300)))
+"""How many tokens a KV head selects."""
 OPERATION = st.one_of(
     st.tuples(st.just("step"), st.integers(1, 20)),
     st.tuples(st.just("step"), st.integers(1, 20)),
@@ -164,8 +180,8 @@ OPERATION = st.one_of(
 
 
 @pytest.mark.parametrize("examples", [4, pytest.param(40, marks=pytest.mark.heavy)])
-def test_rings_hold_what_tables_hold(examples: int, triton: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the rules, lengths and padding; between steps chunks, drafts that are rolled back, forks and repeated rows."""
+def test_rings_hold_what_tables_hold(examples: int, device: str, triton: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever rules, gates, lengths and padding; between steps chunks, drafts that are rolled back, forks, repeated rows."""
     monkeypatch.setattr(ring, "AHEAD", 24)  # rings are full soon, and are made anew
 
     @settings(
@@ -177,7 +193,7 @@ def test_rings_hold_what_tables_hold(examples: int, triton: Any, monkeypatch: py
     )
     @given(
         st.lists(RULE, min_size=1, max_size=3),
-        st.sampled_from(((0, 0), (9, 0), (3, 300))),
+        st.lists(GATE, min_size=3, max_size=3),
         st.sampled_from((None, None, 30)),
         st.tuples(st.integers(1, 2), st.integers(1, 90), st.integers(0, 9)),
         st.sampled_from((None, 200)),
@@ -186,7 +202,7 @@ def test_rings_hold_what_tables_hold(examples: int, triton: Any, monkeypatch: py
     )
     def check(
         rules: list[Rule],
-        select: tuple[int, int],
+        gates: list[tuple[int, int]],
         native: int | None,
         sizes: tuple[int, int, int],
         reserve: int | None,
@@ -194,10 +210,13 @@ def test_rings_hold_what_tables_hold(examples: int, triton: Any, monkeypatch: py
         seed: int,
     ) -> None:
         if native is None:
-            rules[0] = replace(rules[0], select_alpha=select[0], select_beta_q=select[1])
+            rules = [
+                replace(rule, select_alpha=alpha, select_beta_q=beta_q)
+                for rule, (alpha, beta_q) in zip(rules, gates, strict=False)
+            ]
         table = RuleTable.of(rules, MIN_WINDOW, native)
         drafts = any(name == "draft" for name, _ in operations) and not table.selects
-        pair = Pair(table, sizes[0], seed, reserve, drafts)
+        pair = Pair(table, sizes[0], seed, reserve, drafts, device)
         pair.chunk(sizes[1], min(sizes[2], sizes[1] - 1))
         others = []
         for name, count in operations:
@@ -206,7 +225,11 @@ def test_rings_hold_what_tables_hold(examples: int, triton: Any, monkeypatch: py
                     pair.step(triton)
             elif name == "chunk":
                 pair.chunk(count)
-            elif name == "draft" and drafts:
+            elif name == "draft":
+                if table.selects:  # what was selected before is remembered from now on, and rings are left
+                    for layer in pair.layers:
+                        layer.activate_past_recording()
+                    pair.chunk(count)
                 for layer in pair.layers:
                     layer.roll_back(np.full(pair.rows, min(count, int(layer.lengths.min()))), count)
             elif name == "fork":
@@ -227,9 +250,9 @@ def test_rings_hold_what_tables_hold(examples: int, triton: Any, monkeypatch: py
 
 
 @pytest.mark.parametrize("padding", [(0, 5, 11), pytest.param(tuple(range(16)), marks=pytest.mark.heavy)], ids=str)
-def test_blocks_are_written_over_in_their_turn(padding: tuple[int, ...], triton: Any) -> None:
+def test_blocks_are_written_over_in_their_turn(padding: tuple[int, ...], device: str, triton: Any) -> None:
     """From every place in a block: a window of a few blocks, until its ring has come round."""
-    pair = Pair(RuleTable.of([Rule(4, 20, 0, "int8", "int4", 9)], MIN_WINDOW), len(padding), 0)
+    pair = Pair(RuleTable.of([Rule(4, 20, 0, "int8", "int4", 9)], MIN_WINDOW), len(padding), 0, device=device)
     pair.chunk(56, *padding)
     for _ in range(26):
         pair.step(triton)
@@ -240,10 +263,12 @@ def test_blocks_are_written_over_in_their_turn(padding: tuple[int, ...], triton:
 
 
 @pytest.mark.parametrize("select", [0, 9])
-def test_blocks_that_are_shared_are_copied_where_they_would_be_written_over(select: int, triton: Any) -> None:
+def test_blocks_that_are_shared_are_copied_where_they_would_be_written_over(
+    select: int, device: str, triton: Any
+) -> None:
     """The fork keeps what it had; sinks, and windows that never end, stay shared."""
     rules = [Rule(20, 20, 0, select_alpha=select), Rule.FULL]
-    pair = Pair(RuleTable.of(rules, MIN_WINDOW), 1, 0)
+    pair = Pair(RuleTable.of(rules, MIN_WINDOW), 1, 0, device=device)
     pair.chunk(120)
     forks = [layer.fork() for layer in pair.layers]
     for _ in range(40):
@@ -258,9 +283,9 @@ def test_blocks_that_are_shared_are_copied_where_they_would_be_written_over(sele
     assert ours.pool.used == 0
 
 
-def test_beams_stay_in_block_tables(triton: Any) -> None:
+def test_beams_stay_in_block_tables(device: str, triton: Any) -> None:
     """Rows that are repeated after every step would be copied for one step each."""
-    pair = Pair(RuleTable.of([Rule(4, 20, 0)], MIN_WINDOW), 2, 0)
+    pair = Pair(RuleTable.of([Rule(4, 20, 0)], MIN_WINDOW), 2, 0, device=device)
     pair.chunk(50)
     pair.step(triton)
     assert pair.layers[0].ring is not None
@@ -272,8 +297,10 @@ def test_beams_stay_in_block_tables(triton: Any) -> None:
     pair.compare()
 
 
-def test_blocks_that_wait_are_given_back(triton: Any) -> None:
-    pair = Pair(RuleTable.of([Rule(4, 0, 1024), Rule(4, 20, 0, select_alpha=9)], MIN_WINDOW), 1, 0, reserve=400)
+def test_blocks_that_wait_are_given_back(device: str, triton: Any) -> None:
+    pair = Pair(
+        RuleTable.of([Rule(4, 0, 1024), Rule(4, 20, 0, select_alpha=9)], MIN_WINDOW), 1, 0, reserve=400, device=device
+    )
     pair.chunk(50)
     pair.step(triton)
     layer = pair.layers[0]
@@ -290,7 +317,7 @@ def test_blocks_that_wait_are_given_back(triton: Any) -> None:
 def test_a_step_asks_the_host_for_nothing(
     select: int, triton: Any, launched: Any, pretend_device: Callable[[], Any]
 ) -> None:
-    """No copy to the host; and none from it but of what a layer's first step reads of the rings."""
+    """No copy to the host, none from it but of what a layer's first step reads of the rings, and no float64."""
     rules = RuleTable.of([Rule(4, 20, 0, "int8", "int4", select), Rule(4, 0, 1024)], MIN_WINDOW)
     pair = Pair(rules, 2, 0)
     layer = pair.layers[0]
@@ -310,3 +337,16 @@ def test_a_step_asks_the_host_for_nothing(
             assert out is not None
             assert out.device.type == KIND
             assert len(device.waits) == waits
+            assert not device.doubles
+
+
+def test_all_of_a_pair_is_on_its_device(triton: Any, launched: Any, pretend_device: Callable[[], Any]) -> None:
+    """As it has to be on a GPU: tensors of the CPU among those of the device are an error."""
+    rules = [Rule(4, 20, 0, "int8", "int4", 9), Rule(4, 0, 1024)]
+    with pretend_device():
+        pair = Pair(RuleTable.of(rules, MIN_WINDOW), 2, 0, device=KIND)
+        pair.chunk(40, 5)
+        for _ in range(2):
+            pair.step(triton)
+        assert pair.layers[0].ring is not None
+        pair.compare()

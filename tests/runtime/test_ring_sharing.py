@@ -25,7 +25,6 @@ from moacompress.runtime.cache.real_tokens import Chunk
 from moacompress.runtime.cache.reuse_layer import ReuseCacheLayer
 from moacompress.runtime.sharing.shared_keys import SharedKeys
 from tests.pretend_device import KIND
-from tests.runtime.test_ring import triton as triton
 from tests.runtime.test_sharing import with_shares
 
 DIM, GROUP, MIN_WINDOW = 16, 2, 16
@@ -112,7 +111,7 @@ class Layers:
         return found
 
 
-def drawn(seed: int) -> tuple[Any, tuple[Share | None, ...], Scores]:
+def drawn(seed: int, device: str = "cpu") -> tuple[Any, tuple[Share | None, ...], Scores]:
     """Returns rules, shares and scores of an anchor and one or two layers that share its attention."""
     draw = random.Random(seed)
     heads, layers = draw.choice((1, 2)), draw.choice((2, 3))
@@ -125,21 +124,22 @@ def drawn(seed: int) -> tuple[Any, tuple[Share | None, ...], Scores]:
 
     rules = [[rule() for _ in range(heads)] for _ in range(layers)]
     shares = (None, *(Share(0, tuple(draw.choices(range(heads), k=heads))) for _ in range(layers - 1)))
-    logits = torch.randn(heads * GROUP) if seed % 2 else None
+    logits = torch.randn(heads * GROUP).to(device) if seed % 2 else None
     return with_shared_rules(rules, shares), shares, Scores(DIM**-0.5, draw.choice((0.0, 2.0)), logits)
 
 
 @pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.heavy) for seed in range(4, 30))])
-def test_rings_do_as_tables_do(seed: int, triton: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rings_do_as_tables_do(seed: int, device: str, triton: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a row is fed padding, and where a chunk comes in between."""
     monkeypatch.setattr(ring, "AHEAD", 12)
     torch.manual_seed(seed)
-    rules, shares, scores = drawn(seed)
+    rules, shares, scores = drawn(seed, device)
     rows, heads = 2, len(rules[0])
     both = [Layers(rules, shares, scores, rows) for _ in range(2)]
 
     def tokens(count: int) -> tuple[Any, list[Any]]:
-        return torch.randn(rows, heads, count, DIM), [torch.randn(rows, heads, count, DIM) for _ in rules]
+        key, *values = (torch.randn(rows, heads, count, DIM).to(device) for _ in range(1 + len(rules)))
+        return key, values
 
     for count in (40, 5):
         real = np.ones((rows, count), np.bool_)
@@ -148,7 +148,7 @@ def test_rings_do_as_tables_do(seed: int, triton: Any, monkeypatch: pytest.Monke
         for each in both:
             each.chunk(key, values, Chunk(count, real))
         for number in range(3):
-            (key, values), query = tokens(1), torch.randn(rows, heads * GROUP, 1, DIM)
+            (key, values), query = tokens(1), torch.randn(rows, heads * GROUP, 1, DIM).to(device)
             given = np.array([True, False]) if number == 1 else None
             found = both[0].step(query, key, values, given, triton)
             wanted = both[1].step_by_tables(query, key, values, given)
@@ -209,3 +209,4 @@ def test_a_step_asks_the_host_for_nothing(triton: Any, launched: Any, pretend_de
             for out in layers.step(query, key, values, None, triton):
                 assert out.device.type == KIND
             assert len(device.waits) == waits
+            assert not device.doubles

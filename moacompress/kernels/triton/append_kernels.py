@@ -109,7 +109,7 @@ def write(
         tl.store(numbers + BLOCK, zero, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "columns"])
 def append(
     Key,
     Value,
@@ -187,7 +187,7 @@ def append(
     write(value, Values, tl.load(ValuePlaces + block), place, there, VALUE_DIM, VALUE_BITS, VALUE_NORM, True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "width"])
 def append_next(
     Key,
     Value,

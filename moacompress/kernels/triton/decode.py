@@ -11,13 +11,11 @@ from moacompress.core.arrays import Ints
 from moacompress.kernels.arguments import CacheView, Scores
 from moacompress.kernels.reference.codes import rotated
 from moacompress.kernels.triton import decode_kernels
-from moacompress.kernels.triton.tile_sizes import TileSizes, padded, split_constants
+from moacompress.kernels.triton.cards import card_of
+from moacompress.kernels.triton.tile_sizes import MERGE_WARPS, TileSizes, merge_constants, split_constants
 from moacompress.kernels.triton.work_lists import Memory, memory_of, sent, work_lists
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
-
-PARTS = 16
-"""Results of parts that are added up at once."""
 
 
 class Stretches(NamedTuple):
@@ -98,6 +96,7 @@ def attend_step(
             softcap=bool(scores.softcap),
             wide=wide,
             item_size=query.element_size(),
+            card=card_of(device),
         )
         for number in range(len(held)):
             work = next(of_work)
@@ -153,7 +152,7 @@ def launch_split(
         over.table.shape[-1],
         over.chunk,
         **constants,
-        num_warps=tiles.num_warps,
+        **tiles.options,
     )
 
 
@@ -182,11 +181,8 @@ def add_up(
         out,
         lse,
         heads // group,
-        G=group,
-        VALUE_DIM=value_dim,
-        VALUE=padded(value_dim),
-        LOGITS=scores.sink_logits is not None,
-        PARTS=PARTS,
+        **merge_constants(group, value_dim, logits=scores.sink_logits is not None),
+        num_warps=MERGE_WARPS,
     )
 
 

@@ -14,7 +14,7 @@ from moacompress.kernels.triton.half_codes import add_halves, code_scores, divid
 from moacompress.kernels.triton.tiles import BLOCK, in_ring, native_numbers, ring_of, softmax_step, visible_bounds
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "chunk"])
 def split(
     Query,
     Keys,

@@ -78,7 +78,7 @@ def visible_keys(n, first, sink_end, start, position):
     return seen | ((at >= start[:, None]) & (at < n[:, None]))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def of_queries(
     Query,
     Key,
@@ -263,7 +263,7 @@ def asked_tile(
     return query, cotangent, lse, delta
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def of_keys(
     Query,
     Key,

@@ -14,7 +14,8 @@ import torch
 from moacompress.core.arrays import Ints
 from moacompress.kernels.arguments import CacheView, Scores
 from moacompress.kernels.triton import gradient_kernels
-from moacompress.kernels.triton.prefill import attend_chunk, is_newer
+from moacompress.kernels.triton.cards import card_of
+from moacompress.kernels.triton.prefill import attend_chunk
 from moacompress.kernels.triton.tile_sizes import gradient_constants
 from moacompress.kernels.triton.work_lists import sent
 from moacompress.rules.rule_table import RuleTable
@@ -130,7 +131,7 @@ def _gradients(
         softcap=bool(scores.softcap),
         wide=wide,
         item_size=query.element_size(),
-        newer=is_newer(device),
+        card=card_of(device),
     )
     found = tuple(torch.empty(part.shape, dtype=part.dtype, device=device) for part in tensors)
     if not found[0].numel() or not found[2].numel():
@@ -141,11 +142,9 @@ def _gradients(
     numbers = (float(scores.scaling), float(scores.softcap), kv_heads, tokens)
     strides = query.stride()[:3] + key.stride()[:3] + value.stride()[:3]
     by_queries = (-(-tokens // int(constants["TOKENS"])), kv_heads, rows)
-    gradient_kernels.of_queries[by_queries](
-        *given, found[0], *numbers, *strides, **constants, num_warps=tiles.num_warps
-    )
+    gradient_kernels.of_queries[by_queries](*given, found[0], *numbers, *strides, **constants, **tiles.options)
     gradient_kernels.of_keys[(ends.shape[1], kv_heads, rows)](
-        *given, last, *found[1:], *numbers, *strides, **constants, num_warps=tiles.num_warps
+        *given, last, *found[1:], *numbers, *strides, **constants, **tiles.options
     )
     return found[0], found[1], found[2]
 

@@ -10,8 +10,9 @@ from moacompress.kernels.arguments import CacheView, Passing, Scores
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.reference.codes import decode, encode, rotated
 from moacompress.kernels.triton import prefill_kernels
+from moacompress.kernels.triton.cards import card_of
 from moacompress.kernels.triton.decode import turned_back
-from moacompress.kernels.triton.tile_sizes import NEWER, prefill_constants
+from moacompress.kernels.triton.tile_sizes import prefill_constants
 from moacompress.kernels.triton.work_lists import block_places, check_table, first_of, kinds_of, sent
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK, visible_intervals
@@ -80,7 +81,7 @@ def attend_chunk(
             passing=passing is not None,
             wide=wide,
             item_size=query.element_size(),
-            newer=is_newer(device),
+            card=card_of(device),
         )
         asking = turned if kv_parts[0].bits else plain
         chunk = [_as_kept(*pair, launched, wide) for pair in zip(kv_parts, (key, value), strict=True)]
@@ -118,7 +119,7 @@ def attend_chunk(
                 *(asking.stride()[:3] + chunk[0].stride()[:3] + chunk[1].stride()[:3]),
                 **constants,
                 CAREFUL=careful,
-                num_warps=tiles.num_warps,
+                **tiles.options,
             )
     return (turned_back(out, coded[1], group).to(query.dtype) if rotates else out), lse
 
@@ -145,11 +146,6 @@ def _as_kept(kv_part: KVPart, chunk: torch.Tensor, heads: torch.Tensor, wide: bo
         return chunk
     found = decode(encode(chunk.index_select(1, heads), kv_part.bits))
     return found if wide else found.to(chunk.dtype)
-
-
-def is_newer(device: torch.device) -> bool:
-    """Whether a card is one of those with larger tiles; what runs a kernel without a card takes those too."""
-    return device.type != "cuda" or bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= NEWER
 
 
 def _nothing(past: torch.Tensor) -> Passing:

@@ -126,7 +126,7 @@ def passing_numbers(
     return low, high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "tokens"])
 def attend_chunk(
     Query,
     Keys,

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from moacompress.core.arrays import Ints
-from moacompress.kernels.arguments import Scores
-from moacompress.kernels.triton import profile_kernels
-from moacompress.kernels.triton.prefill import is_newer
+from moacompress.kernels.arguments import Choices, Scores
+from moacompress.kernels.triton import profile_kernels, selected_sum_kernels
+from moacompress.kernels.triton.cards import card_of
 from moacompress.kernels.triton.tile_sizes import profile_constants
 from moacompress.rules.rule_table import RuleTable
+from moacompress.rules.windows import selected
 
 
 class Outward(NamedTuple):
@@ -94,6 +95,7 @@ def rule_sums(
     attended: tuple[torch.Tensor, torch.Tensor],
     rules: RuleTable,
     scores: Scores,
+    choices: Choices | None,
     *,
     wide: bool,
 ) -> torch.Tensor:
@@ -107,6 +109,7 @@ def rule_sums(
         attended: the output and the log of its denominator, `[1, heads, tokens]`.
         rules: in numpy.
         scores: how scores are made.
+        choices: what rules that select choose, or None.
         wide: whether products are in float32.
     """
     (heads, tokens, head_dim), (kv_heads, _, value_dim), device = query.shape[1:], value.shape[1:], query.device
@@ -118,7 +121,7 @@ def rule_sums(
         softcap=bool(scores.softcap),
         wide=wide,
         item_size=query.element_size(),
-        newer=is_newer(device),
+        card=card_of(device),
     )
     plan = outward(rules, tokens, int(constants["TOKENS"]), tiles.TILE)
     arrays = (plan.starts, plan.sinks, plan.events, plan.counts)
@@ -128,52 +131,102 @@ def rule_sums(
     asked, keys, values = (part[0] if part.stride(-1) == 1 else part[0].contiguous() for part in (query, key, value))
     windows = torch.zeros(len(plan.starts) + 1, 2, heads, tokens, dtype=torch.float32, device=device)
     prefixes = windows.new_zeros(max(plan.sink_tiles, 1), len(plan.sinks), 2, heads, tokens)
+    given = (asked, keys, values, pulled, lse, delta)
+    numbers = (float(scores.scaling), float(scores.softcap), tokens)
+    strides = asked.stride()[:2] + keys.stride()[:2] + values.stride()[:2]
     profile_kernels.sum_outward[(len(plan.counts), kv_heads)](
-        asked,
-        keys,
-        values,
-        pulled,
-        lse,
-        delta,
+        *given,
         starts,
         sinks,
         events,
         counts,
         windows,
         prefixes,
-        float(scores.scaling),
-        float(scores.softcap),
-        tokens,
+        *numbers,
         int(rules.span.native_window[0]) or tokens,
         kv_heads,
         len(plan.starts),
         len(plan.sinks),
         plan.sink_tiles,
         plan.events.shape[1],
-        *(asked.stride()[:2] + keys.stride()[:2] + values.stride()[:2]),
+        *strides,
         **constants,
-        num_warps=tiles.num_warps,
+        **tiles.options,
     )
+    chosen = None
+    selecting = selecting_rules(rules, choices, tokens)
+    if selecting is not None:
+        assert choices is not None
+        chosen = torch.zeros(len(selecting.rules), 2, heads, tokens, dtype=torch.float32, device=device)
+        selected_sum_kernels.sum_selected[(len(plan.counts), kv_heads)](
+            *given,
+            *(torch.from_numpy(each).to(device) for each in (selecting.sinks, selecting.ways, selecting.left)),
+            choices.evicted.to(device).contiguous(),
+            chosen,
+            *numbers,
+            kv_heads,
+            len(selecting.rules),
+            choices.evicted.shape[1],
+            *strides,
+            **constants,
+            **tiles.options,
+        )
     escaped = torch.zeros_like(lse)
     if scores.sink_logits is not None:
         escaped = torch.exp(scores.sink_logits.float()[:, None] - lse)
-    return _summed(plan, windows, prefixes.sum(0), delta, escaped, kv_heads)
+    return _summed(plan, windows, prefixes.sum(0), (selecting, chosen), delta, escaped, kv_heads)
+
+
+class SelectingRules(NamedTuple):
+    """The rules of a layer that select; see `selected_sum_kernels.sum_selected`.
+
+    Attributes:
+        rules: their numbers.
+        sinks: of each, int32.
+        ways: likewise.
+        left: tokens that have left the window as each query attends, int32 `[rules, tokens]`.
+        hides: which queries a rule hides something from all the same, bool `[rules, tokens]`.
+    """
+
+    rules: list[int]
+    sinks: np.ndarray
+    ways: np.ndarray
+    left: np.ndarray
+    hides: np.ndarray
+
+
+def selecting_rules(rules: RuleTable, choices: Choices | None, tokens: int) -> SelectingRules | None:
+    """Returns the rules that select in a sample of so many tokens; None where there are none."""
+    which = np.flatnonzero(choices.of_rule.numpy() >= 0) if choices is not None else np.empty(0, np.int64)
+    if not len(which):
+        return None
+    assert choices is not None
+    some = RuleTable(np.ascontiguousarray(rules.columns[:, which]))
+    (_, sink_end), (start, _) = (
+        np.broadcast_arrays(*bounds) for bounds in some.visible_intervals(np.arange(1, tokens + 1))
+    )
+    left = np.maximum(start - sink_end, 0)  # [tokens, rules]
+    ways = choices.of_rule.numpy()[which]
+    sinks, ways, then = (np.ascontiguousarray(each, np.int32) for each in (some.span.sink, ways, left.T))
+    return SelectingRules(which.tolist(), sinks, ways, then, (selected(left, *some.select) < left).T)
 
 
 def _summed(
     plan: Outward,
     windows: torch.Tensor,
     sinks: torch.Tensor,
+    chosen: tuple[SelectingRules | None, torch.Tensor | None],
     delta: torch.Tensor,
     escaped: torch.Tensor,
     kv_heads: int,
 ) -> torch.Tensor:
-    """Returns the sums of squares and of deltas, float64 `[2, kv_heads, rules]`, from those of windows and of sinks.
+    """Returns the sums of squares and of deltas, float64 `[2, kv_heads, rules]`, from those of windows, sinks and selections.
 
     Args:
         plan: what belongs to which rule.
         windows: see `profile_kernels.sum_outward`.
         sinks: of all tiles, `[sinks, 2, heads, tokens]`.
+        chosen: rules that select, and what `selected_sum_kernels.sum_selected` found of them.
         delta: what was taken off G, `[heads, tokens]`.
         escaped: probability of the learned logit, likewise.
         kv_heads: of the layer.
@@ -182,11 +235,16 @@ def _summed(
     taken_off = escaped * delta
     mass, pull = windows[-1]
     rest = (pull - taken_off) / (mass + escaped).clamp_min(tiny)  # D as P and G say, less what was taken off
-    hides = torch.from_numpy(plan.hides).to(delta.device)
+    hides, added = plan.hides.copy(), dict[int, torch.Tensor]()
+    selecting, sums = chosen
+    if selecting is not None and sums is not None:
+        hides[selecting.rules] = selecting.hides
+        added = dict(zip(selecting.rules, sums, strict=True))
+    hidden = torch.from_numpy(hides).to(delta.device)
     found = torch.zeros(2, kv_heads, len(plan.window), dtype=torch.float64, device=delta.device)
     for rule, (window, sink) in enumerate(zip(plan.window.tolist(), plan.sink.tolist(), strict=True)):
-        mass, pull = windows[window] + sinks[sink]
+        mass, pull = windows[window] + sinks[sink] + added.get(rule, 0.0)
         moved = (pull - taken_off) / (mass + escaped).clamp_min(tiny) - rest
-        deltas = (moved.view(kv_heads, -1, delta.shape[-1]).sum(1) * hides[rule]).double()
+        deltas = (moved.view(kv_heads, -1, delta.shape[-1]).sum(1) * hidden[rule]).double()
         found[0, :, rule], found[1, :, rule] = deltas.square().sum(1), deltas.sum(1)
     return found

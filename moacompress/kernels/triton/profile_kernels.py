@@ -51,7 +51,7 @@ def tile_sums(
     return t, weight, tl.where(seen, weight * pulled, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "native_window", "windows", "sinks", "sink_tiles", "most_events"])
 def sum_outward(
     Query,
     Key,

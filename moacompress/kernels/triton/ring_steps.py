@@ -20,6 +20,7 @@ from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.reference.codes import rotated
 from moacompress.kernels.triton import append_kernels, select_kernels
 from moacompress.kernels.triton.cache_writes import by_kind, score_memory
+from moacompress.kernels.triton.cards import card_of
 from moacompress.kernels.triton.decode import Stretches, add_up, launch_split
 from moacompress.kernels.triton.tile_sizes import (
     APPEND_WARPS,
@@ -265,6 +266,7 @@ class RingSteps(BoundRing):
                 softcap=bool(scores.softcap),
                 wide=self.wide,
                 item_size=query.element_size(),
+                card=card_of(query.device),
                 ring=not number,
                 keep=self.kept is not None,
             )
@@ -327,6 +329,7 @@ class ReuseSteps(BoundReuse):
                 softcap=bool(scores.softcap),
                 wide=anchor.wide,
                 item_size=value.element_size(),
+                card=card_of(value.device),
                 ring=True,
                 reuse=True,
             )

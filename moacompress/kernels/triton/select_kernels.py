@@ -112,7 +112,7 @@ def copy_token(
     tl.store(Kept + tl.load(ScorePlaces + into) * (UNIT // 2) + at, score)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def move(
     Keys,
     Values,
@@ -168,7 +168,7 @@ def move(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "width", "selected_width"])
 def select(
     Keys,
     Values,

@@ -1,4 +1,8 @@
-"""How large the tiles of the kernels are, from a table: what is compiled never depends on a measurement."""
+"""How large the tiles of the kernels are, from a table: what is compiled never depends on a measurement.
+
+Nor does it depend on lengths, counts and widths, which are in each kernel's `do_not_specialize`. It does on strides: vectors
+are read 16 bytes at a time where those are known to be multiples of 16, as they are for every length where head dimensions are.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moacompress.kernels.kv_parts import KVPart
+from moacompress.kernels.triton.cards import KIB, Card
 
 SMALLEST = 16
 """Of each side of a product of matrices."""
@@ -14,14 +19,22 @@ LARGEST = 64
 """Tokens of the largest tile."""
 APPEND_WARPS = 1
 """Of a program of `append_kernels.append`, which writes one token of a KV head."""
+MERGE_WARPS = 4
+"""Of a program of `decode_kernels.merge`."""
+PARTS = 16
+"""Results of parts that it adds up at once."""
 SELECT_WARPS = 4
 """Of a program of `select_kernels`."""
 SELECT_TILE = 512
 """Scores that such a program looks at at once."""
 PASSING_TILE = 16
 """Selected tokens that a chunk attends to at once."""
-NEWER = 9
-"""Major version of CUDA's cards from which a processor keeps larger tiles of a chunk in its registers."""
+ROOMY = 128 * KIB
+"""Bytes of shared memory of a program that hold the largest tiles of a chunk."""
+FLOAT32 = 4
+"""Bytes of a number that cards multiply one by one, which takes registers: tiles are small."""
+LANES = 256
+"""Of a program with heads of many numbers."""
 
 
 class TileSizes(NamedTuple):
@@ -37,8 +50,13 @@ class TileSizes(NamedTuple):
     num_stages: int
     num_warps: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch is given beside arguments: stages for loops that do not name their own."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
-def decode_tiles(head_dim: int, value_dim: int, item_size: int, coded: bool) -> TileSizes:
+
+def decode_tiles(head_dim: int, value_dim: int, item_size: int, coded: bool, card: Card) -> TileSizes:
     """Returns the tiles of a decode step.
 
     Args:
@@ -46,8 +64,11 @@ def decode_tiles(head_dim: int, value_dim: int, item_size: int, coded: bool) -> 
         value_dim: numbers of a value.
         item_size: bytes of what is multiplied: 4 where that is float32.
         coded: whether keys or values have codes, which take more registers.
+        card: that they run on.
     """
     wide = max(head_dim, value_dim) * item_size
+    if coded and item_size == FLOAT32 and not card.interpreted:
+        return TileSizes(SMALLEST, 2, 8)
     if wide <= 256:
         # fewer warps repeat less of what is the same for all queries: scales, zero points and bounds
         return TileSizes(LARGEST, 3, 2 if coded else 4)
@@ -65,6 +86,7 @@ def split_constants(
     softcap: bool,
     wide: bool,
     item_size: int,
+    card: Card,
     ring: bool = False,
     keep: bool = False,
     reuse: bool = False,
@@ -79,11 +101,12 @@ def split_constants(
         softcap: whether scores have a bound.
         wide: whether products are in float32.
         item_size: bytes of the query's numbers.
+        card: that they run on.
         ring: whether blocks lie in rings.
         keep: whether scores are kept for layers that share the attention.
         reuse: whether they are such a layer's, and no keys are read.
     """
-    tiles = decode_tiles(head_dim, value_dim, 4 if wide else item_size, coded=any(bits) and not reuse)
+    tiles = decode_tiles(head_dim, value_dim, FLOAT32 if wide else item_size, any(bits) and not reuse, card)
     sides = _side_constants(group, head_dim, value_dim, bits, softcap=softcap, wide=wide)
     return tiles, {
         **sides,
@@ -94,6 +117,17 @@ def split_constants(
         "KEEP": keep,
         "REUSE": reuse,
     }
+
+
+def merge_constants(group: int, value_dim: int, *, logits: bool) -> dict[str, int | bool]:
+    """Returns all that `decode_kernels.merge` is compiled for, by the names of its arguments.
+
+    Args:
+        group: query heads of a KV head.
+        value_dim: numbers of a value.
+        logits: whether there are learned logits.
+    """
+    return {"G": group, "VALUE_DIM": value_dim, "VALUE": padded(value_dim), "LOGITS": logits, "PARTS": PARTS}
 
 
 def _side_constants(
@@ -121,7 +155,7 @@ def rotation_norm(dim: int) -> float:
     return float(np.float32((dim & -dim) ** -0.5))
 
 
-def prefill_tiles(head_dim: int, value_dim: int, item_size: int, coded: bool, newer: bool) -> tuple[TileSizes, int]:
+def prefill_tiles(head_dim: int, value_dim: int, item_size: int, coded: bool, card: Card) -> tuple[TileSizes, int]:
     """Returns the tiles of a chunk, and how many queries one has, those of a group counted each.
 
     Args:
@@ -129,13 +163,17 @@ def prefill_tiles(head_dim: int, value_dim: int, item_size: int, coded: bool, ne
         value_dim: numbers of a value.
         item_size: bytes of what is multiplied: 4 where that is float32.
         coded: whether keys or values have codes.
-        newer: whether the card is one of those since `NEWER`.
+        card: that they run on.
     """
+    if item_size == FLOAT32 and not card.interpreted:
+        return TileSizes(SMALLEST, 2, LANES // card.lanes), SMALLEST
     if max(head_dim, value_dim) > 128:
-        return TileSizes(32, 2, 8), SMALLEST
-    if newer:
-        return TileSizes(32, 3, 4) if coded else decode_tiles(head_dim, value_dim, item_size, False), 64
-    return TileSizes(32, 2, 4), 32
+        return TileSizes(32, 2, LANES // card.lanes), SMALLEST
+    if not card.large:
+        return TileSizes(32, 2, 4), 32
+    if coded or (max(head_dim, value_dim) > 64 and card.shared < ROOMY):
+        return TileSizes(32, 3, 4), 64
+    return decode_tiles(head_dim, value_dim, item_size, False, card), 64
 
 
 def prefill_constants(
@@ -150,7 +188,7 @@ def prefill_constants(
     passing: bool,
     wide: bool,
     item_size: int,
-    newer: bool,
+    card: Card,
 ) -> tuple[TileSizes, dict[str, int | bool]]:
     """Returns the tiles of `prefill_kernels.attend_chunk`, and all that it is compiled for but CAREFUL, by their names.
 
@@ -165,9 +203,9 @@ def prefill_constants(
         passing: whether there are selected tokens.
         wide: whether products are in float32.
         item_size: bytes of the query's numbers.
-        newer: see `prefill_tiles`.
+        card: that they run on.
     """
-    tiles, rows = prefill_tiles(head_dim, value_dim, 4 if wide else item_size, any(bits), newer)
+    tiles, rows = prefill_tiles(head_dim, value_dim, FLOAT32 if wide else item_size, any(bits), card)
     together = 1 << (group - 1).bit_length()
     return tiles, {
         **_side_constants(group, head_dim, value_dim, bits, softcap=softcap, wide=wide),
@@ -182,25 +220,27 @@ def prefill_constants(
     }
 
 
-def profile_tiles(head_dim: int, value_dim: int, item_size: int, newer: bool) -> tuple[TileSizes, int]:
+def profile_tiles(head_dim: int, value_dim: int, item_size: int, card: Card) -> tuple[TileSizes, int]:
     """Returns the tiles of the profile's sums, and how many queries one has, those of a group counted each.
 
     Args:
         head_dim: numbers of a key.
         value_dim: numbers of a value.
         item_size: bytes of what is multiplied.
-        newer: see `prefill_tiles`.
+        card: that they run on.
     """
     wide = max(head_dim, value_dim)
+    if item_size == FLOAT32 and not card.interpreted:
+        return TileSizes(SMALLEST, 2, LANES // card.lanes), SMALLEST
     if wide > 128:
         return TileSizes(32, 2, 8), SMALLEST
-    if newer:
+    if card.large:
         return TileSizes(LARGEST if wide * item_size <= 256 else 32, 2, 4), 64
     return TileSizes(LARGEST if wide * item_size <= 128 else 32, 2, 4), 32
 
 
 def profile_constants(
-    group: int, head_dim: int, value_dim: int, *, softcap: bool, wide: bool, item_size: int, newer: bool
+    group: int, head_dim: int, value_dim: int, *, softcap: bool, wide: bool, item_size: int, card: Card
 ) -> tuple[TileSizes, dict[str, int | bool]]:
     """Returns the tiles of `profile_kernels.sum_outward`, and all that it is compiled for, by their names.
 
@@ -211,29 +251,31 @@ def profile_constants(
         softcap: whether scores have a bound.
         wide: whether products are in float32.
         item_size: bytes of the query's numbers.
-        newer: see `prefill_tiles`.
+        card: that they run on.
     """
-    tiles = profile_tiles(head_dim, value_dim, 4 if wide else item_size, newer)
+    tiles = profile_tiles(head_dim, value_dim, FLOAT32 if wide else item_size, card)
     return tiles[0], _whole_constants(group, head_dim, value_dim, tiles, softcap=softcap, wide=wide)
 
 
-def gradient_tiles(head_dim: int, value_dim: int, item_size: int, newer: bool) -> tuple[TileSizes, int]:
+def gradient_tiles(head_dim: int, value_dim: int, item_size: int, card: Card) -> tuple[TileSizes, int]:
     """Returns the tiles of gradients, and how many queries one has, those of a group counted each.
 
     Args:
         head_dim: numbers of a key.
         value_dim: numbers of a value.
         item_size: bytes of what is multiplied.
-        newer: see `prefill_tiles`.
+        card: that they run on.
     """
     wide = max(head_dim, value_dim) * item_size
+    if item_size == FLOAT32 and not card.interpreted:
+        return TileSizes(SMALLEST, 1, 8), SMALLEST
     if wide > 256:
-        return TileSizes(32 if newer else SMALLEST, 1, 8), SMALLEST
-    return TileSizes(LARGEST if newer and wide <= 128 else 32, 2, 4), 32
+        return TileSizes(32 if card.large and card.shared >= ROOMY else SMALLEST, 1, 8), SMALLEST
+    return TileSizes(LARGEST if card.large and wide <= 128 else 32, 2, 4), 32
 
 
 def gradient_constants(
-    group: int, head_dim: int, value_dim: int, *, softcap: bool, wide: bool, item_size: int, newer: bool
+    group: int, head_dim: int, value_dim: int, *, softcap: bool, wide: bool, item_size: int, card: Card
 ) -> tuple[TileSizes, dict[str, int | bool]]:
     """Returns the tiles of both kernels of `gradient_kernels`, and all that they are compiled for, by their names.
 
@@ -244,9 +286,9 @@ def gradient_constants(
         softcap: whether scores have a bound.
         wide: whether products are in float32.
         item_size: bytes of the query's numbers.
-        newer: see `prefill_tiles`.
+        card: that they run on.
     """
-    tiles = gradient_tiles(head_dim, value_dim, 4 if wide else item_size, newer)
+    tiles = gradient_tiles(head_dim, value_dim, FLOAT32 if wide else item_size, card)
     return tiles[0], _whole_constants(group, head_dim, value_dim, tiles, softcap=softcap, wide=wide)
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from moacompress.kernels.arguments import CacheView, Passing, RingState, Scores, SelectedView, as_tensors
+from moacompress.kernels.arguments import CacheView, Choices, Passing, RingState, Scores, SelectedView, as_tensors
 from moacompress.kernels.backend import refuse_gradients
 from moacompress.kernels.bound import BoundRing
 from moacompress.kernels.capabilities import Capabilities, Status
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.reference.reference_backend import ReferenceBackend
 from moacompress.kernels.reference.rounding import as_kept
+from moacompress.kernels.triton import toolchain
 from moacompress.kernels.triton.work_lists import kinds_of
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
@@ -33,12 +33,13 @@ class TritonBackend(ReferenceBackend):
 
     def status(self) -> Status:
         """See `Backend`."""
-        if importlib.util.find_spec("triton") is None:
-            return Status(False, "Triton is not installed: pip install triton")
+        if not (_interpreted() or torch.cuda.is_available()):
+            return Status(False, "there is no CUDA device")
+        problem = toolchain.import_problem() or (None if _interpreted() else toolchain.build_problem())
+        if problem is not None:
+            return Status(False, problem)
         if _interpreted():
             return Status(True, f"{INTERPRET} is set: Triton's interpreter runs its kernels, slowly", "interpreter")
-        if not torch.cuda.is_available():
-            return Status(False, "there is no CUDA device")
         return Status(True, "Triton and a GPU are there", torch.cuda.get_device_name())
 
     def supports(self, device: str, dtype: torch.dtype) -> bool:
@@ -243,8 +244,12 @@ class TritonBackend(ReferenceBackend):
         *,
         rules: RuleTable,
         scores: Scores,
+        choices: Choices | None = None,
     ) -> torch.Tensor:
-        """See `Backend.profile_sums`; one pass over keys and values, after a forward pass for the denominators."""
+        """See `Backend.profile_sums`; one pass over keys and values, after a forward pass for the denominators.
+
+        Where rules select it is two.
+        """
         from moacompress.kernels.triton.profile import rule_sums
 
         native = int(rules.span.native_window[0])
@@ -264,7 +269,7 @@ class TritonBackend(ReferenceBackend):
         )
         assert lse is not None
         in_numpy = RuleTable(np.asarray(rules.columns))
-        return rule_sums(dout, query, key, value, (out, lse), in_numpy, scores, wide=_is_wide(query.dtype))
+        return rule_sums(dout, query, key, value, (out, lse), in_numpy, scores, choices, wide=_is_wide(query.dtype))
 
 
 def _is_wide(dtype: torch.dtype) -> bool:

@@ -21,6 +21,8 @@ from moacompress.rules.windows import BLOCK, whole_blocks
 
 UNIT = 16
 """Bytes that places of blocks count in."""
+ALIGNED = 2
+"""Integers of 64 bits in so many."""
 PROGRAMS = 512
 """How many programs a launch should have at least, where there is enough to do: a few for every processor of a large card."""
 LONGEST = 64
@@ -176,10 +178,17 @@ def kinds_of(rules: RuleTable, head_dim: int, value_dim: int, dtype: torch.dtype
 
 
 def sent(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """Returns integers on a device, int64 of the arrays' shapes; they go there together."""
-    together = torch.from_numpy(np.concatenate([each.ravel().astype(np.int64) for each in arrays])).to(device)
-    parts = together.split([each.size for each in arrays])
-    return [part.view(each.shape) for part, each in zip(parts, arrays, strict=True)]
+    """Returns integers on a device, int64 of the arrays' shapes; they go there together.
+
+    Each begins at a multiple of `UNIT` bytes, whatever the sizes: Triton compiles a kernel for that and for its opposite.
+    """
+    sizes = [-(-each.size // ALIGNED) * ALIGNED for each in arrays]
+    begins = np.cumsum([0, *sizes]).tolist()
+    together = np.zeros(begins[-1], np.int64)
+    for begin, each in zip(begins, arrays, strict=False):
+        together[begin : begin + each.size] = each.ravel()
+    on_device = torch.from_numpy(together).to(device)
+    return [on_device[begin : begin + each.size].view(each.shape) for begin, each in zip(begins, arrays, strict=False)]
 
 
 def check_table(cache: CacheView, runs: Ints, kv_parts: Sequence[tuple[KVPart, KVPart]], lengths: Ints) -> None:

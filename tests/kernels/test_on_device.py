@@ -1,0 +1,129 @@
+"""Cases that are given a device: every tensor of theirs is there, laid out as it was, and what is written comes back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from moacompress.kernels import dispatch
+from moacompress.kernels.arguments import Passing
+from moacompress.kernels.dispatch import REFERENCE
+from moacompress.kernels.triton.triton_backend import TritonBackend
+from tests import gpu
+from tests.kernels import test_append, test_selecting, test_triton_gradients, test_triton_profile
+from tests.on_device import Copies, OnDevice
+from tests.pretend_device import KIND, PretendTensor, launch_there
+
+
+@pytest.fixture
+def on_device(
+    use_backend: Callable[[str], Any], pretend_device: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """Triton's kernels on the device that is not there: given a tensor of the CPU, they fail."""
+    use_backend("triton")
+    launch_there(monkeypatch)
+    found = OnDevice(f"{KIND}:0")
+    monkeypatch.setattr(dispatch, "_backends", {**dispatch._backends, found.name: found})
+    dispatch.forget()
+    with pretend_device():
+        yield found
+
+
+def test_memory_is_laid_out_as_it_was(pretend_device: Callable[[], Any]) -> None:
+    memory = torch.arange(40, dtype=torch.float32)
+    apart, shifted = memory.view(10, 4)[::2], memory[3:19].view(4, 4).t()
+    with pretend_device():
+        there = Copies(torch.device(f"{KIND}:0"))
+        for own in (apart, shifted):
+            copied = there.of(own)
+            assert isinstance(copied, PretendTensor)
+            assert (copied.stride(), copied.storage_offset()) == (own.stride(), own.storage_offset())
+            assert torch.equal(copied.cpu(), own)
+        there.of(apart).fill_(-1)
+        there.write_back()
+    assert (apart == -1).all()
+    assert shifted[0, 0] == -1  # the same memory
+    assert (memory != -1).sum() == 20
+
+
+@pytest.mark.parametrize("formats", [None, "any"])
+def test_decode_and_prefill(formats: str | None, on_device: OnDevice, random_case: Any, close: Any) -> None:
+    case = random_case(211, torch.float32, tokens=5, past=60, rows=2, cuts=2, logits=True, formats=formats, dim=16)
+    close(case.decoded(on_device), case.decoded(REFERENCE), torch.float32)
+    case = case.keeping(random.Random(0))
+    assert isinstance(case.passing, Passing)
+    close(case.prefilled(on_device), case.prefilled(REFERENCE), torch.float32)
+
+
+def test_gradients(on_device: OnDevice, random_case: Any) -> None:
+    case = random_case(1, torch.float32, past=0, cuts=0, scaling=0.25, tokens=33, dim=16, value_dim=16, logits=True)
+    test_triton_gradients.check(on_device, case, torch.float32)
+
+
+def test_tokens_are_written(on_device: OnDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in (0, 4):  # of which the second writes values alone
+        test_append.test_bytes_are_those_of_the_definition(seed, on_device, monkeypatch)
+
+
+def test_tokens_are_selected_and_moved(
+    on_device: OnDevice, kernels_cannot_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(test_selecting, "TOKENS", 60)
+    given: Callable[[str], Any] = {"triton": on_device, "cpu": None}.__getitem__
+    test_selecting.test_triton_selects_to_the_bit(1, "triton", given, kernels_cannot_run)
+    test_selecting.test_tokens_are_moved_with_their_scores("triton", given)
+
+
+def test_sums_of_a_profile(on_device: OnDevice, use_backend: Callable[[str], Any]) -> None:
+    assert dispatch.backend_for(torch.empty(0)) is on_device
+    test_triton_profile.test_sums(0, on_device, use_backend)
+
+
+def test_a_kernel_that_is_given_a_tensor_of_the_cpu_fails(on_device: OnDevice, random_case: Any) -> None:
+    case = random_case(3, torch.float32, tokens=1, past=40)
+    there = Copies(on_device.device)
+    with pytest.raises(RuntimeError, match="(is given a tensor of the CPU|on the same device)"):
+        TritonBackend().decode(
+            there.of(case.query[:, :, 0]), cache=case.cache, lengths=case.past, rules=case.rules, scores=case.scores
+        )
+
+
+def test_which_tests_run_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process has the interpreter, or a GPU; those on a GPU are left out without one, and are alone with one."""
+
+    class Item:
+        """A test."""
+
+        def __init__(self, marked: bool) -> None:
+            self.marked, self.skipped = marked, ""
+
+        def get_closest_marker(self, name: str) -> Any:
+            return "a mark" if self.marked else None
+
+        def add_marker(self, mark: Any) -> None:
+            self.skipped = mark.kwargs["reason"]
+
+    def sorted_out() -> tuple[list[str], int]:
+        items: Any = [Item(False), Item(True)]
+        left = gpu.leave_out(items)
+        return [each.skipped for each in items], len(left)
+
+    monkeypatch.delenv(gpu.VARIABLE, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert sorted_out() == (["", "there is no GPU"], 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert sorted_out() == (["", "Triton is there for its interpreter; `pytest -m gpu` runs tests on the GPU"], 0)
+    for arguments, asked in (
+        (["-m", "not heavy"], False),
+        (["-m", "heavy and not gpu"], False),
+        (["tests", "-m", "gpu and not heavy"], True),
+        (["-mgpu"], True),
+    ):
+        monkeypatch.setenv(gpu.VARIABLE, "")
+        gpu.begin(arguments)
+        assert gpu.asked() == asked, arguments
+    assert sorted_out() == ([""], 1)
