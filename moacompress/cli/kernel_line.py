@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-REFERENCE_TIMES = "13 to 16"
-"""How many times as long a decode step takes without compiled kernels: docs/results.md."""
-
 
 def kernel_line(device: str | None) -> str:
     """Returns the line.
@@ -24,12 +21,13 @@ def kernel_line(device: str | None) -> str:
     choice = dispatch.chosen()
     device = None if device is None else first_device(device)
     if device is not None and not device.startswith("cpu"):
-        name = dispatch.backend_on(device.partition(":")[0], torch.bfloat16).name
+        kind = device.partition(":")[0]
+        name = dispatch.backend_on(kind, torch.bfloat16).name
         if name == ReferenceBackend.name:
-            return f"kernels: plain PyTorch on {device}, which saves memory and no time"
+            return f"kernels: plain PyTorch on {device}, as {dispatch.why_plain(kind)}"
         return f"kernels: {name} on {device}, whose speed there has not been measured"
+    choice = dispatch.choice_on_cpu(choice)
     if choice.name != ReferenceBackend.name:
         isa = f" ({choice.isa})" if choice.isa else ""
         return f"kernels: {choice.name}{isa}, {torch.get_num_threads()} threads"
-    slower = f"a decode step takes {REFERENCE_TIMES} times as long as with compiled ones"
-    return f"kernels: plain PyTorch, as {choice.reason}; {slower}"
+    return f"kernels: plain PyTorch, as {choice.reason}; {dispatch.slower_on_cpu()}"

@@ -361,25 +361,31 @@ def _kernel() -> dict[str, str | None]:
     try:
         from moacompress.kernels import dispatch
 
-        choice = dispatch.choose(os.environ.get(dispatch.VARIABLE), dispatch.backends())
+        choice = dispatch.choice_on_cpu(dispatch.choose(os.environ.get(dispatch.VARIABLE), dispatch.backends()))
     except (MoaCompressError, ImportError) as error:
         return {"name": None, "isa": None, "reason": one_line(error)}
-    return {"name": choice.name, "isa": choice.isa, "reason": choice.reason}
+    slow = f"; {dispatch.slower_on_cpu()}" if choice.name == dispatch.REFERENCE.name else ""
+    return {"name": choice.name, "isa": choice.isa, "reason": choice.reason + slow}
 
 
 def _gpu_kernel(gpus: Sequence[str]) -> str | None:
     """Returns which attention kernels would run on the GPUs, and what is known of their speed; None without a GPU."""
     if not gpus:
         return None
-    import torch
+    try:
+        import torch
 
-    from moacompress.kernels import dispatch
+        from moacompress.kernels import dispatch
 
-    triton = next(backend for backend in dispatch.backends() if backend.name == "triton")
-    status = triton.status()
-    if status.works and triton.supports("cuda", torch.bfloat16):
-        return "triton for all attention but gradients; its speed on a GPU has not been measured"
-    return f"plain PyTorch, slower than the dense model's: {status.reason}"
+        name = dispatch.backend_on("cuda", torch.bfloat16).name
+        if name == dispatch.REFERENCE.name:
+            return f"plain PyTorch: {dispatch.why_plain('cuda')}"
+    except (MoaCompressError, ImportError) as error:
+        return f"none: {one_line(error)}"
+    return (
+        f"{name} for attention, and for the gradients of prompts; those of cached and of selected tokens are plain PyTorch's; "
+        "its speed on a GPU has not been measured"
+    )
 
 
 def _kernel_for(dtype: str) -> str:
