@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from moacompress.core.errors import UsageError, did_you_mean
@@ -85,14 +85,16 @@ def _said(value: Any) -> str:
 
 def _settings(kind: type[Baseline], parts: Sequence[str]) -> dict[str, Any]:
     """Returns the settings of `name=value` each, as numbers of the kind that the default is."""
-    known = {one.name: one for one in fields(kind) if _is_number(one)} if is_dataclass(kind) else {}
+    known: dict[str, Any] = {}
+    if is_dataclass(kind):
+        known = {one.name: one.default for one in fields(kind) if type(one.default) in _KINDS}
     found: dict[str, Any] = {}
     for part in parts:
         setting, _, value = part.partition("=")
         if setting not in known:
             listed = f"it has {', '.join(known)}" if known else "it has none"
             raise UsageError(f"{kind.name} has no setting {setting!r}; {did_you_mean(setting, known, listed)}")
-        default = known[setting].default
+        default = known[setting]
         try:
             found[setting] = _BOOLEANS[value.lower()] if isinstance(default, bool) else type(default)(value)
         except (KeyError, ValueError) as error:
@@ -102,7 +104,3 @@ def _settings(kind: type[Baseline], parts: Sequence[str]) -> dict[str, Any]:
 
 _BOOLEANS = {"true": True, "false": False}
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
-
-
-def _is_number(one: Field[Any]) -> bool:
-    return type(one.default) in _KINDS
