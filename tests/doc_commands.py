@@ -1,4 +1,4 @@
-"""The commands of the README and of docs: what runs each, `make test` or `make test-all`, or why nothing does."""
+"""The commands and Python blocks of the README and docs: what runs each, `make test` or `make test-all`, or why nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [path.read_text("utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))]
+FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))
+PAGES = [path.read_text("utf-8") for path in FILES]
 BLOCKS = [block for page in PAGES for block in re.findall(r"^```(\w+)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)]
 COMMANDS = [
     line.split("#")[0].strip()
@@ -16,6 +17,15 @@ COMMANDS = [
     if line.split("#")[0].strip()
 ]
 """Every command line, in the order of the pages."""
+PYTHON = {
+    str(path.relative_to(ROOT)): re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    for path, page in zip(FILES, PAGES, strict=True)
+    if "\n```python\n" in page and path.parent.name != "lab"
+}
+"""The Python blocks of every page that has some, but for the dated ones of docs/lab, which are of the day that they were run.
+
+Those of a page are run one after the other, with the names of the earlier ones.
+"""
 
 CANNOT = {
     r"^make (demo|test)": "a target of the Makefile, which runs tests or the demo itself",
@@ -95,3 +105,15 @@ def reason(command: str) -> str | None:
 
 SLOW = [command for command in dict.fromkeys(COMMANDS) if command not in QUICK and reason(command) is None]
 """Run by `make test-all`, on a tiny model, with less of the same work."""
+
+PYTHON_CANNOT = {
+    "OpenAI(": "asks a server; tests/runtime/test_other_programs.py and tests/serving start some",
+    "DistributedConfig": "is of two processes; tests/runtime/ranks_of_tensor_parallelism.py is run in them",
+}
+"""Why a block with this in it is only checked for names."""
+
+PYTHON_SLOW = ("torch.compile(", "moacompress.profile(", "compress_(")
+"""Blocks with one of these are left to `make test-all`."""
+
+PYTHON_SMALLER = {'"calibration__samples": 20': '"calibration__samples": 4', "data=prompts": "data=prompts[::8]"}
+"""What stands in their place there: less of the same work."""

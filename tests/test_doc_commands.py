@@ -21,7 +21,20 @@ from moacompress.doctor import checks
 from moacompress.recipe import Recipe
 from moacompress.report.recipe_text import recipe_yaml
 from moacompress.rules.plan import Plan
-from tests.doc_commands import CANNOT, COMMANDS, QUICK, ROOT, SLOW, SMALLER, reason, smaller
+from tests.doc_commands import (
+    CANNOT,
+    COMMANDS,
+    PYTHON,
+    PYTHON_CANNOT,
+    PYTHON_SLOW,
+    PYTHON_SMALLER,
+    QUICK,
+    ROOT,
+    SLOW,
+    SMALLER,
+    reason,
+    smaller,
+)
 
 
 def test_every_command_is_run_or_has_a_reason() -> None:
@@ -87,13 +100,19 @@ def squad() -> dict[str, Any]:
     return {"data": [{"title": f"Town {a}", "paragraphs": [paragraph(a, n) for n in range(6)]} for a in range(40)]}
 
 
-def perform(command: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str = "") -> None:
-    """Runs a command in a copy of the place, beside the repository's own folders."""
+def go(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Goes into a copy of the place, beside the repository's own folders."""
     here = tmp_path / "here"
     shutil.copytree(place, here)
     for name in ("docs", "recipes", "tests", "benchmarks", "README.md"):
         (here / name).symlink_to(ROOT / name)
     monkeypatch.chdir(here)
+    return here
+
+
+def perform(command: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str = "") -> None:
+    """Runs a command in a copy of the place, beside the repository's own folders."""
+    here = go(place, tmp_path, monkeypatch)
     monkeypatch.setattr(checks, "_check_autoload", lambda: {"registered": True, "switch": None, "reason": None})
     words = shlex.split(f"{command} {more}")
     while re.fullmatch(r"\w+=\S+", words[0]):
@@ -129,10 +148,13 @@ def worked(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--overwrite",
         ],
         ["search", folder / "profile", "--budget", "50%", "-o", folder / "found.json", *SMALLER["search"].split()],
+        ["search", folder / "profile", "--budget", "50%", "--share", "1", "-o", folder / "shared.json"],
+        ["export", folder / "path" / "to" / "model", folder / "shared.json", "-o", folder / "sharing"],
     ]
     lines[0] += ["--anchors", "2", "--source", "needle"]
     lines[1] += SMALLER["compress"].split()
     lines[2] += ["--storage", folder / "shared" / "study.journal"]
+    lines[3] += SMALLER["search"].split()
     shutil.rmtree(folder / "runs" / "mine")
     (folder / "shared").mkdir()
     for line in lines:
@@ -153,3 +175,38 @@ def test_slow(command: str, worked: Path, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("command", sorted(QUICK))
 def test_quick(command: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     perform(command, place, tmp_path, monkeypatch)
+
+
+def test_what_is_said_of_python_blocks_is_of_some() -> None:
+    blocks = [block for page in PYTHON.values() for block in page]
+    assert len(blocks) >= 13
+    for mark in (*PYTHON_CANNOT, *PYTHON_SLOW, *PYTHON_SMALLER):
+        assert any(mark in block for block in blocks), f"{mark} is in no block any more"
+
+
+def run_blocks(page: str, *, slow: bool) -> None:
+    """Runs the Python blocks of a page in one process, each with the names of those before it, as a reader pastes them."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in PYTHON[page]:
+        if any(mark in block for mark in PYTHON_CANNOT) or (not slow and any(mark in block for mark in PYTHON_SLOW)):
+            continue
+        for large, small in PYTHON_SMALLER.items():
+            block = block.replace(large, small)
+        exec(compile(block, page, "exec"), names)
+
+
+@pytest.mark.parametrize("page", PYTHON)
+def test_python_blocks(page: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(place, tmp_path, monkeypatch)
+    run_blocks(page, slow=False)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "page", [page for page, blocks in PYTHON.items() if any(mark in "".join(blocks) for mark in PYTHON_SLOW)]
+)
+def test_slow_python_blocks(page: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = go(place, tmp_path, monkeypatch)
+    shutil.rmtree(here / "model")
+    (here / "plan.json").unlink()
+    run_blocks(page, slow=True)

@@ -1,17 +1,23 @@
-"""The documentation builds without a warning, has every page, and says of the Python interface what there is."""
+"""The documentation builds without a warning, has every page, and says what there is: of Python, of variables, of packages."""
 
 from __future__ import annotations
 
+import ast
 import html
+import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
 import moacompress
+import moacompress.runtime
+from moacompress.core import plugins
+from tests.doc_commands import PYTHON
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,10 +52,85 @@ def test_every_page_is_in_the_site_and_in_its_contents(site: Path) -> None:
 
 
 def test_the_python_interface_is_described(site: Path) -> None:
-    text = html.unescape(re.sub(r"<[^>]+>", "", (site / "api.html").read_text("utf-8")))
+    page = (site / "api.html").read_text("utf-8")
+    text = html.unescape(re.sub(r"<[^>]+>", "", page))
     for name in set(moacompress.__all__) - {"__version__"}:
-        assert f"moacompress.{name}" in text
+        assert f'id="moacompress.{name}"' in page
+    for name in set(moacompress.runtime.__all__) - set(moacompress.__all__):
+        assert f'id="moacompress.runtime.{name}"' in page
     assert "Measures a compressed model on held-out prompts and text" in text  # docstrings are there, not names alone
+
+
+def imported(source: str) -> set[tuple[str, str]]:
+    """Returns what Python code imports of moacompress: modules and names."""
+    return {
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "moacompress"
+        for alias in node.names
+    }
+
+
+def described(page: str, module: str, name: str) -> bool:
+    """Returns whether the page has a name, or a class that it is derived from."""
+    found = getattr(importlib.import_module(module), name)
+    homes = {(module, name), *((each.__module__, each.__name__) for each in getattr(found, "__mro__", ()))}
+    return any(f'id="{home}.{each}"' in page for home, each in homes)
+
+
+def test_what_a_page_or_an_extension_imports_is_described(site: Path) -> None:
+    outside = sorted((ROOT / "tests" / "extending" / "outside").glob("*.py"))
+    sources = [block for blocks in PYTHON.values() for block in blocks] + [path.read_text("utf-8") for path in outside]
+    names = set().union(*map(imported, sources))
+    assert {name for _, name in names} >= {"PlanCache", "keep_prefixes", "EvaluationTask", "PromptBaseline", "KVFormat"}
+    page = (site / "api.html").read_text("utf-8")
+    assert [f"{module}.{name}" for module, name in sorted(names) if not described(page, module, name)] == []
+
+
+def test_every_variable_is_on_its_page() -> None:
+    sources = [
+        ROOT / "setup.py",
+        *(path for top in ("moacompress", "search", "calibration") for path in (ROOT / top).rglob("*.py")),
+    ]
+    read = {name for path in sources for name in re.findall(r"\bMOACOMPRESS_[A-Z_]+\b", path.read_text("utf-8"))}
+    told = set(
+        re.findall(r"^\| `(MOACOMPRESS_\w+)`", (ROOT / "docs" / "environment.md").read_text("utf-8"), re.MULTILINE)
+    )
+    assert read == told
+    tests = [path.read_text("utf-8") for path in (ROOT / "tests").rglob("*.py")]
+    read_by_tests = {name for text in tests for name in re.findall(r"\bMOACOMPRESS_[A-Z_]+\b", text)}
+    contributing = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    assert [name for name in sorted(read_by_tests - told) if f"`{name}" not in contributing] == []
+
+
+def test_the_map_of_the_packages_is_that_of_the_contract() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["id"] == "layers")
+    page = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    assert "```text\n" + "\n".join(layers) + "\n```" in page
+    rows = "\n".join(re.findall(r"^\| (`[^|]+) \|", page, re.MULTILINE))
+    named = re.findall(r"`(?:moacompress/)?(\w+)(?:/|\.py)`", rows)
+    known = [name for layer in layers for name in layer.split(" | ")]
+    assert [name for name in named if name in known] == known
+
+
+def test_every_entry_point_is_promised_something_and_has_an_example() -> None:
+    groups = [value for name, value in vars(plugins).items() if name.isupper()]
+    assert len(groups) >= 5
+    stability, extending = ((ROOT / "docs" / f"{name}.md").read_text("utf-8") for name in ("stability", "extending"))
+    for group in groups:
+        assert f"`{group}`" in stability or f"`.{group.partition('.')[2]}`" in stability
+        assert f'[project.entry-points."{group}"]' in extending
+
+
+def test_a_version_has_what_a_release_needs() -> None:
+    version = moacompress.__version__.split("+")[0]
+    steps = (ROOT / "RELEASING.md").read_text("utf-8")
+    record = ROOT / "tests" / "golden" / "recipes" / f"{version}.json"
+    assert record.is_file(), f"{record.name} is missing; RELEASING.md says how it is recorded"
+    targets = re.findall(r"^(test-\w+|release):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    assert {"test-all", "test-versions"} <= set(targets)
+    assert [name for name in targets if name not in ("test-data", "test-oldest") and f"make {name}" not in steps] == []
 
 
 def test_every_page_is_named_in_the_readme() -> None:
