@@ -143,6 +143,7 @@ def _dies_and_hangs(connection, asked):
 def test_another_process_goes_on_behind_a_task_in_which_one_ended(monkeypatch):
     import gpu_worker
 
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2])  # where the other process finds this module
     monkeypatch.setattr(gpu_worker, "GRACE", 0.5)
     found = []
     gpu_worker.run_parts(gpu_worker.Asked("cpu", True, ("a", "b"), 0.0), found.append, _dies_and_hangs)

@@ -93,6 +93,7 @@ def test_rows_share_no_blocks(models, checkpoint):
         ids = layer.held.table.ids[layer.held.table.ids >= 0]
         assert len(ids) == len(np.unique(ids))
         keys = torch.cat([segment.flatten(1) for segment in layer.held.pool.keys])[np.unique(ids)]
+        keys = keys[keys.ne(0).any(1)]  # memory that nothing was written to yet may be all zeros
         assert len(keys.unique(dim=0)) == len(keys)  # and no two hold the same
 
 
