@@ -51,6 +51,51 @@ def tile_sums(
     return t, weight, tl.where(seen, weight * pulled, 0.0)
 
 
+@triton.jit
+def asked_rows(
+    Query,
+    Cotangent,
+    Lse,
+    Delta,
+    tokens,
+    query_head,
+    query_token,
+    G: tl.constexpr,
+    GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Returns a program's rows, one for each of its tokens and query heads, and whether some cotangent is not 0.
+
+    Of a row its position, its place among all, whether it is there, query, cotangent, Lse and Delta.
+    """
+    tile = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    m = tl.arange(0, TOKENS * GROUP)
+    g = m % GROUP
+    position = tile * TOKENS + m // GROUP
+    real = (g < G) & (position < tokens)
+    d = tl.arange(0, HEAD)
+    v = tl.arange(0, VALUE)
+    own = head * G + g
+    asked = Query + (own * query_head + position.to(tl.int64) * query_token)[:, None] + d[None, :]
+    query = tl.load(asked, mask=real[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+    place = own * tokens + position
+    pulls = Cotangent + (place * VALUE_DIM)[:, None] + v[None, :]
+    cotangent = tl.load(pulls, mask=real[:, None] & (v < VALUE_DIM)[None, :], other=0.0)
+    if WIDE:
+        query = query.to(tl.float32)
+        cotangent = cotangent.to(tl.float32)
+    lse = tl.load(Lse + place, mask=real, other=0.0)
+    delta = tl.load(Delta + place, mask=real, other=0.0)
+    alive = tl.max(tl.max((cotangent != 0).to(tl.int32), 1), 0) > 0
+    return position, place, real, query, cotangent, lse, delta, alive
+
+
 @triton.jit(do_not_specialize=["tokens", "native_window", "windows", "sinks", "sink_tiles", "most_events"])
 def sum_outward(
     Query,
@@ -136,24 +181,23 @@ def sum_outward(
     """
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    m = tl.arange(0, TOKENS * GROUP)
-    g = m % GROUP
-    position = tile * TOKENS + m // GROUP
-    real = (g < G) & (position < tokens)
-    d = tl.arange(0, HEAD)
-    v = tl.arange(0, VALUE)
-    own = head * G + g
-    asked = Query + (own * query_head + position.to(tl.int64) * query_token)[:, None] + d[None, :]
-    query = tl.load(asked, mask=real[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-    place = own * tokens + position
-    pulls = Cotangent + (place * VALUE_DIM)[:, None] + v[None, :]
-    cotangent = tl.load(pulls, mask=real[:, None] & (v < VALUE_DIM)[None, :], other=0.0)
-    if WIDE:
-        query = query.to(tl.float32)
-        cotangent = cotangent.to(tl.float32)
-    lse = tl.load(Lse + place, mask=real, other=0.0)
-    delta = tl.load(Delta + place, mask=real, other=0.0)
-    alive = tl.max(tl.max((cotangent != 0).to(tl.int32), 1), 0) > 0
+    position, place, real, query, cotangent, lse, delta, alive = asked_rows(
+        Query,
+        Cotangent,
+        Lse,
+        Delta,
+        tokens,
+        query_head,
+        query_token,
+        G,
+        GROUP,
+        TOKENS,
+        HEAD_DIM,
+        HEAD,
+        VALUE_DIM,
+        VALUE,
+        WIDE,
+    )
     first = tile * TOKENS
     top = (tl.minimum(first + TOKENS, tokens) - 1) // TILE
     bottom = tl.maximum(first - native_window + 1, 0) // TILE

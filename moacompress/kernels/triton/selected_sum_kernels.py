@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moacompress.kernels.triton.profile_kernels import tile_sums
+from moacompress.kernels.triton.profile_kernels import asked_rows, tile_sums
 
 
 @triton.jit(do_not_specialize=["tokens", "rules", "ways"])
@@ -88,24 +88,23 @@ def sum_selected(
     """
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    m = tl.arange(0, TOKENS * GROUP)
-    g = m % GROUP
-    position = tile * TOKENS + m // GROUP
-    real = (g < G) & (position < tokens)
-    d = tl.arange(0, HEAD)
-    v = tl.arange(0, VALUE)
-    own = head * G + g
-    asked = Query + (own * query_head + position.to(tl.int64) * query_token)[:, None] + d[None, :]
-    query = tl.load(asked, mask=real[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-    place = own * tokens + position
-    pulls = Cotangent + (place * VALUE_DIM)[:, None] + v[None, :]
-    cotangent = tl.load(pulls, mask=real[:, None] & (v < VALUE_DIM)[None, :], other=0.0)
-    if WIDE:
-        query = query.to(tl.float32)
-        cotangent = cotangent.to(tl.float32)
-    lse = tl.load(Lse + place, mask=real, other=0.0)
-    delta = tl.load(Delta + place, mask=real, other=0.0)
-    alive = tl.max(tl.max((cotangent != 0).to(tl.int32), 1), 0) > 0
+    position, place, real, query, cotangent, lse, delta, alive = asked_rows(
+        Query,
+        Cotangent,
+        Lse,
+        Delta,
+        tokens,
+        query_head,
+        query_token,
+        G,
+        GROUP,
+        TOKENS,
+        HEAD_DIM,
+        HEAD,
+        VALUE_DIM,
+        VALUE,
+        WIDE,
+    )
     last = tl.minimum(tile * TOKENS + TOKENS, tokens) - 1
     keys = Key + head * key_head
     values = Value + head * value_head
