@@ -81,9 +81,10 @@ def convert(
         plan, notes = _read(path, source, model, sparsity, at, run, trust_remote_code)
         plan.save(out)
         shown = [f"The plan is {out}: {plan}", *(f"Not as it was: {note}." for note in notes)]
+        named = model
         if is_described(model):
             shown.append("There were no weights to say whose it is, so any of this shape are taken.")
-        named = "MODEL" if is_described(model) else model
+            named = "MODEL"
         return Output({"plan": str(out), "lost": notes}, [*shown, f"Next: moacompress export {named} {out} -o model/"])
     ours = read_plan(find_plan_file(path))
     if target == "moa":

@@ -57,7 +57,7 @@ class ComparedEviction:
     @property
     def name(self) -> str:
         """Name in tables and on the command line, such as `snapkv:seen` and `snapkv:window=16:seen`."""
-        return ":".join((baseline_name(self.baseline), *([] if self.question is None else [self.question])))
+        return _full_name(self.baseline, self.question)
 
     @property
     def unit(self) -> int:
@@ -134,8 +134,7 @@ def is_eviction(name: str) -> bool:
     Raises:
         UsageError: a setting that the method does not have, or a value that it cannot have.
     """
-    found = read_baseline(name)
-    return found is not None and found[1] in (None, *_questions(type(found[0])))
+    return _read(name) is not None
 
 
 def expanded(names: Iterable[str]) -> tuple[str, ...]:
@@ -144,12 +143,23 @@ def expanded(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _with_questions(name: str) -> tuple[str, ...]:
-    found = read_baseline(name) if is_eviction(name) else None
+    found = _read(name)
     if found is None:
         return (name,)
     baseline, question = found
     asked = _questions(type(baseline)) if question is None else (question,)
-    return tuple(":".join((baseline_name(baseline), *([each] if each else []))) for each in asked)
+    return tuple(_full_name(baseline, each) for each in asked)
+
+
+def _read(name: str) -> tuple[Baseline, str | None] | None:
+    """Returns a way to evict and what it knows of the question, None where the name leaves that open; None of other names."""
+    found = read_baseline(name)
+    return found if found is not None and found[1] in (None, *_questions(type(found[0]))) else None
+
+
+def _full_name(baseline: Baseline, question: str | None) -> str:
+    name = baseline_name(baseline)
+    return name if question is None else f"{name}:{question}"
 
 
 def compared_eviction(name: str, plan: Plan, tokens: int) -> ComparedEviction:
@@ -168,7 +178,7 @@ def compared_eviction(name: str, plan: Plan, tokens: int) -> ComparedEviction:
             f"{name} cannot be measured on this model: its layers have sliding windows of their own, and known ways to evict "
             "share bytes among layers that see all tokens; leave it out"
         )
-    found = read_baseline(name)
+    found = _read(name)
     assert found is not None
     token_bytes = plan.model.token_bytes(Rule.FULL)
     return ComparedEviction(*found, plan, plan.kv_bytes(tokens) // token_bytes * token_bytes)

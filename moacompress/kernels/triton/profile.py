@@ -25,7 +25,7 @@ class Outward(NamedTuple):
         window: of every rule, int64 `[rules]`.
         sinks: numbers of sinks, int32.
         sink: of every rule, int64 `[rules]`.
-        hides: which queries each rule hides something from, bool `[rules, tokens]`.
+        left: how many tokens have left the window of each rule as a query attends, `[rules, tokens]`.
         sink_tiles: tiles in which sinks lie.
         events: see `profile_kernels.sum_outward`.
         counts: likewise.
@@ -35,7 +35,7 @@ class Outward(NamedTuple):
     window: Ints
     sinks: np.ndarray
     sink: Ints
-    hides: np.ndarray
+    left: Ints
     sink_tiles: int
     events: np.ndarray
     counts: np.ndarray
@@ -80,7 +80,7 @@ def _outward(columns: bytes, shape: tuple[int, ...], tokens: int, queries: int, 
         window.reshape(-1),
         sinks.astype(np.int32),
         sink.reshape(-1),
-        (start > sink_end).T,
+        np.maximum(start - sink_end, 0).T,
         sink_tiles,
         events.astype(np.int32),
         counts.astype(np.int32),
@@ -124,8 +124,8 @@ def rule_sums(
         card=card_of(device),
     )
     plan = outward(rules, tokens, int(constants["TOKENS"]), tiles.TILE)
-    arrays = (plan.starts, plan.sinks, plan.events, plan.counts)
-    starts, sinks, events, counts = (torch.from_numpy(each).to(device) for each in arrays)
+    of_spans = (plan.starts, plan.sinks, plan.events, plan.counts)
+    starts, sinks, events, counts = (torch.from_numpy(each).to(device) for each in of_spans)
     pulled, lse = dout[0].contiguous(), attended[1][0].float().contiguous()
     delta = (pulled.float() * attended[0][0].float()).sum(-1)
     asked, keys, values = (part[0] if part.stride(-1) == 1 else part[0].contiguous() for part in (query, key, value))
@@ -153,69 +153,39 @@ def rule_sums(
         **constants,
         **tiles.options,
     )
-    chosen = None
-    selecting = selecting_rules(rules, choices, tokens)
-    if selecting is not None:
-        assert choices is not None
-        chosen = torch.zeros(len(selecting.rules), 2, heads, tokens, dtype=torch.float32, device=device)
+    hides, added = plan.left > 0, dict[int, torch.Tensor]()
+    if choices is not None and (choices.of_rule >= 0).any():
+        selecting = np.flatnonzero(choices.of_rule.numpy() >= 0)
+        some, left = RuleTable(rules.columns[:, selecting]), plan.left[selecting]
+        hides[selecting] = selected(left, *(each[:, None] for each in some.select)) < left
+        arrays = (some.span.sink, choices.of_rule.numpy()[selecting], left)
+        chosen = windows.new_zeros(len(selecting), 2, heads, tokens)
         selected_sum_kernels.sum_selected[(len(plan.counts), kv_heads)](
             *given,
-            *(torch.from_numpy(each).to(device) for each in (selecting.sinks, selecting.ways, selecting.left)),
+            *(torch.from_numpy(np.ascontiguousarray(each, np.int32)).to(device) for each in arrays),
             choices.evicted.to(device).contiguous(),
             chosen,
             *numbers,
             kv_heads,
-            len(selecting.rules),
+            len(selecting),
             choices.evicted.shape[1],
             *strides,
             **constants,
             **tiles.options,
         )
+        added = dict(zip(selecting.tolist(), chosen, strict=True))
     escaped = torch.zeros_like(lse)
     if scores.sink_logits is not None:
         escaped = torch.exp(scores.sink_logits.float()[:, None] - lse)
-    return _summed(plan, windows, prefixes.sum(0), (selecting, chosen), delta, escaped, kv_heads)
-
-
-class SelectingRules(NamedTuple):
-    """The rules of a layer that select; see `selected_sum_kernels.sum_selected`.
-
-    Attributes:
-        rules: their numbers.
-        sinks: of each, int32.
-        ways: likewise.
-        left: tokens that have left the window as each query attends, int32 `[rules, tokens]`.
-        hides: which queries a rule hides something from all the same, bool `[rules, tokens]`.
-    """
-
-    rules: list[int]
-    sinks: np.ndarray
-    ways: np.ndarray
-    left: np.ndarray
-    hides: np.ndarray
-
-
-def selecting_rules(rules: RuleTable, choices: Choices | None, tokens: int) -> SelectingRules | None:
-    """Returns the rules that select in a sample of so many tokens; None where there are none."""
-    which = np.flatnonzero(choices.of_rule.numpy() >= 0) if choices is not None else np.empty(0, np.int64)
-    if not len(which):
-        return None
-    assert choices is not None
-    some = RuleTable(np.ascontiguousarray(rules.columns[:, which]))
-    (_, sink_end), (start, _) = (
-        np.broadcast_arrays(*bounds) for bounds in some.visible_intervals(np.arange(1, tokens + 1))
-    )
-    left = np.maximum(start - sink_end, 0)  # [tokens, rules]
-    ways = choices.of_rule.numpy()[which]
-    sinks, ways, then = (np.ascontiguousarray(each, np.int32) for each in (some.span.sink, ways, left.T))
-    return SelectingRules(which.tolist(), sinks, ways, then, (selected(left, *some.select) < left).T)
+    return _summed(plan, windows, prefixes.sum(0), added, torch.from_numpy(hides).to(device), delta, escaped, kv_heads)
 
 
 def _summed(
     plan: Outward,
     windows: torch.Tensor,
     sinks: torch.Tensor,
-    chosen: tuple[SelectingRules | None, torch.Tensor | None],
+    added: dict[int, torch.Tensor],
+    hides: torch.Tensor,
     delta: torch.Tensor,
     escaped: torch.Tensor,
     kv_heads: int,
@@ -226,7 +196,8 @@ def _summed(
         plan: what belongs to which rule.
         windows: see `profile_kernels.sum_outward`.
         sinks: of all tiles, `[sinks, 2, heads, tokens]`.
-        chosen: rules that select, and what `selected_sum_kernels.sum_selected` found of them.
+        added: of each rule that selects, what `selected_sum_kernels.sum_selected` found, `[2, heads, tokens]`.
+        hides: which queries each rule hides something from, bool `[rules, tokens]`.
         delta: what was taken off G, `[heads, tokens]`.
         escaped: probability of the learned logit, likewise.
         kv_heads: of the layer.
@@ -235,16 +206,10 @@ def _summed(
     taken_off = escaped * delta
     mass, pull = windows[-1]
     rest = (pull - taken_off) / (mass + escaped).clamp_min(tiny)  # D as P and G say, less what was taken off
-    hides, added = plan.hides.copy(), dict[int, torch.Tensor]()
-    selecting, sums = chosen
-    if selecting is not None and sums is not None:
-        hides[selecting.rules] = selecting.hides
-        added = dict(zip(selecting.rules, sums, strict=True))
-    hidden = torch.from_numpy(hides).to(delta.device)
     found = torch.zeros(2, kv_heads, len(plan.window), dtype=torch.float64, device=delta.device)
     for rule, (window, sink) in enumerate(zip(plan.window.tolist(), plan.sink.tolist(), strict=True)):
         mass, pull = windows[window] + sinks[sink] + added.get(rule, 0.0)
         moved = (pull - taken_off) / (mass + escaped).clamp_min(tiny) - rest
-        deltas = (moved.view(kv_heads, -1, delta.shape[-1]).sum(1) * hidden[rule]).double()
+        deltas = (moved.view(kv_heads, -1, delta.shape[-1]).sum(1) * hides[rule]).double()
         found[0, :, rule], found[1, :, rule] = deltas.square().sum(1), deltas.sum(1)
     return found

@@ -21,7 +21,7 @@ from moacompress.rules.windows import BLOCK, whole_blocks
 
 UNIT = 16
 """Bytes that places of blocks count in."""
-ALIGNED = 2
+ALIGNED = UNIT // 8
 """Integers of 64 bits in so many."""
 PROGRAMS = 512
 """How many programs a launch should have at least, where there is enough to do: a few for every processor of a large card."""
