@@ -83,7 +83,9 @@ def test_a_published_plan(
 
     model = AutoModelForCausalLM.from_pretrained(smollm2).eval()
     plan = Plan.load(load_script(HERE / "record.py").ROOT / "docs/plans/smollm2-135m-eighth-gates.json")
-    rules = tuple(tuple(replace(rule, key_format="native", value_format="native") for rule in row) for row in plan.rules)
+    rules = tuple(
+        tuple(replace(rule, key_format="native", value_format="native") for rule in row) for row in plan.rules
+    )
     if not gates:
         rules = tuple(tuple(replace(rule, select_alpha=0, select_beta_q=0) for rule in row) for row in rules)
     ids = torch.randint(100, 40_000, (1, 96 + STEPS), generator=torch.Generator().manual_seed(0))
