@@ -116,8 +116,8 @@ class Runner:
                 made: Any = LlamaForCausalLM(config)
         finally:
             torch.set_default_dtype(before)
-        found: LlamaForCausalLM = made.eval().requires_grad_(False)
-        return found
+        found: LlamaForCausalLM = made.eval()
+        return found  # not frozen: PyTorch copies a frozen head to multiply a prompt's last state
 
     def shape(self, model: LlamaForCausalLM) -> ModelShape:
         """Returns a model's shape; its weights, which nobody else has, are not read for a fingerprint."""

@@ -46,14 +46,27 @@ def make_models(model: PreTrainedModel, plan: Plan) -> dict[str, PreTrainedModel
         del config.quantization_config
         config._attn_implementation = None
         made: Any = type(model)(config)
-        dense = made.to(model.device, model.dtype).eval().requires_grad_(False)
-        return {"plan": model, "full_span": attach(same_weights(dense), Plan.full(plan.model)), "dense": dense}
-    dense = detach(model).requires_grad_(False)
+        dense = _not_frozen(made.to(model.device, model.dtype).eval())
+        full_span = attach(same_weights(dense), Plan.full(plan.model))
+        return {"plan": _not_frozen(model), "full_span": full_span, "dense": dense}
+    dense = _not_frozen(detach(model))
     return {
         "plan": attach(same_weights(dense), plan),
         "full_span": attach(same_weights(dense), Plan.full(plan.model)),
         "dense": dense,
     }
+
+
+def _not_frozen(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns a model whose weights ask for gradients, as those of `from_pretrained` do.
+
+    PyTorch multiplies a prompt's last state by frozen weights only after it has copied them: a dense model's prompts take
+    longer so, and as much more memory as its head.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_()
+    return model
 
 
 def same_weights(model: PreTrainedModel) -> PreTrainedModel:

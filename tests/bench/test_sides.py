@@ -6,6 +6,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moacompress.bench.bench_request import Cell
 from moacompress.bench.sides import STATIC, DecodeTurn, FilledPlanCache, PrefillTurn, filled_cache, random_ids
@@ -36,6 +37,28 @@ def test_weights_are_there_once(models, checkpoint):
     assert all(rule.is_full for row in attached_plan(models["full_span"]).rules for rule in row)
     assert attached_plan(models["dense"]) is None
     assert models["dense"].config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("side", SIDES[:3])
+def test_a_prompts_last_state_is_multiplied_without_copies_of_weights(side, models):
+    """PyTorch has a batched product in place of a plain one where weights are frozen, and copies them for it."""
+    with Products() as products:
+        PrefillTurn(models[side], random_ids((1, 40), 160, 3, "cpu"), "cpu").run()
+    assert products.plain
+    assert not products.batched
+
+
+class Products(TorchDispatchMode):
+    """Counts products of matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain = self.batched = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.plain += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        self.batched += func is torch.ops.aten.bmm.default
+        return func(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("length", [200, 256])
