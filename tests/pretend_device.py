@@ -251,13 +251,18 @@ class Launched:
     Args:
         kernel: the kernel.
         cpu_too: whether it may be given tensors of the CPU alone.
+
+    Attributes:
+        launches: how often it was launched.
     """
 
     def __init__(self, kernel: Any, cpu_too: bool) -> None:
         self.kernel, self.arg_names, self.cpu_too = kernel, kernel.arg_names, cpu_too
+        self.launches = 0
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*given: Any, **constants: Any) -> None:
+            self.launches += 1
             there = {isinstance(each, PretendTensor) for each in given if isinstance(each, torch.Tensor)}
             if there != {True} and not (self.cpu_too and there == {False}):
                 raise RuntimeError(f"{self.kernel.__name__} is given a tensor of the CPU")
@@ -266,14 +271,20 @@ class Launched:
         return launch
 
 
-def launch_there(patch: Any, *, cpu_too: bool = False) -> None:
+def launch_there(patch: Any, *, cpu_too: bool = False) -> dict[str, Launched]:
     """Has the kernels in Triton take tensors on the device; those of the CPU among them are an error, as on a card.
 
     Args:
         patch: pytest's `monkeypatch`.
         cpu_too: whether a kernel may be given tensors of the CPU alone.
+
+    Returns:
+        What stands in the kernels' places, by their names.
     """
+    found = {}
     for name, kernels in LAUNCHED.items():
         module = importlib.import_module(f"moacompress.kernels.triton.{name}")
         for kernel in kernels:
-            patch.setattr(module, kernel, Launched(getattr(module, kernel), cpu_too))
+            found[kernel] = Launched(getattr(module, kernel), cpu_too)
+            patch.setattr(module, kernel, found[kernel])
+    return found

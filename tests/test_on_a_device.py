@@ -1,5 +1,6 @@
 """The way of a model on a device that is not there; see `pretend_device`. What it computes is what the CPU does."""
 
+import json
 from contextlib import nullcontext
 
 import numpy as np
@@ -11,11 +12,13 @@ from moacompress.bench import cost_table
 from moacompress.bench.bench_request import BenchRequest
 from moacompress.bench.benchmark import run_bench
 from moacompress.bench.cost_table import CostTableRequest, measure_cost_table, probes
+from moacompress.calibration.profile.profiler import profile
 from moacompress.evaluation.eviction.attention import attending
 from moacompress.evaluation.eviction.baseline import PromptBaseline
 from moacompress.evaluation.eviction.reading import read_prompt
 from moacompress.evaluation.eviction.registry import EVICTIONS
 from moacompress.evaluation.eviction.stream_cache import StreamCache
+from moacompress.kernels import sdpa
 from moacompress.models.source import load_source, model_shape
 from moacompress.pipeline import compress
 from moacompress.recipe import Recipe
@@ -25,8 +28,9 @@ from moacompress.rules.rule_table import RuleTable
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.real_tokens import Chunk
 from moacompress.runtime.compat.alternates import cache_argument
+from moacompress.search.study import find_plan
 from tests import plan_kinds
-from tests.pretend_device import KIND
+from tests.pretend_device import KIND, launch_there
 
 PLANS = {
     "spans": lambda model: plan_kinds.random_plan(model_shape(model), 1),
@@ -185,3 +189,48 @@ def test_a_whole_run(tiny_folder, small_run, tmp_path, pretend_device):
         summary = compress(recipe.override(device=f"{KIND}:0"), tmp_path / "out")
     assert Plan.load(tmp_path / "out" / "plan.json").rules == Plan.load(tmp_path / "cpu" / "plan.json").rules
     assert summary["kv_bytes"] == there["kv_bytes"]
+
+
+@pytest.mark.heavy
+def test_a_plan_is_found_by_a_cards_kernels(tiny_folder, tmp_path, pretend_device, use_backend, monkeypatch):
+    """As on a card, with gates, heads and formats: Triton's kernels, and PyTorch's attention for dense passes of a profile."""
+    rows, words = tmp_path / "rows.jsonl", "The code of the house by the lake is what we look for in the letters here."
+    lines = [json.dumps({"prompt": f"{words} {number:04d}"}) for number in range(40)]
+    rows.write_text("\n".join(lines))
+    calibration = {"sources": [{"path": str(rows)}], "lengths": [128, 160], "samples": 4, "validation_samples": 2}
+    recipe = Recipe.from_dict(
+        {
+            "model": str(tiny_folder),
+            "budget": "50%",
+            "calibration": {**calibration, "answer_tokens": 4},
+            "profile": {"draws": 1, "heads": True, "gates": True},
+            "search": {"trials": 2, "rounds": 0, "ablations": 0},
+        }
+    )
+    torch.set_num_threads(1)
+    here = _found(recipe, tmp_path / "cpu")
+    triton = use_backend("triton")
+    kernels = launch_there(monkeypatch)
+    monkeypatch.setattr(type(triton), "supports", lambda backend, device, dtype: device == KIND)
+    monkeypatch.setattr(sdpa, "DEVICES", (KIND,))
+    with pretend_device():
+        there = _found(recipe.override(device=f"{KIND}:0"), tmp_path / "out")
+    for one, other in zip(here[:2], there[:2], strict=True):
+        assert np.abs(one - other).max() < 1e-3 * np.abs(one).max()
+    used = {name for name, kernel in kernels.items() if kernel.launches}
+    assert used >= {"attend_chunk", "sum_outward", "sum_selected"}
+    assert here[2] == there[2]
+    assert np.abs(here[3] - there[3]).max() < 0.05
+
+
+def _found(recipe, folder):
+    """Returns influence by both estimates, the bytes of the plan found, and logits under it."""
+    source = load_source(recipe.model, device=recipe.device)
+    profiled = profile(source, folder / "profile", recipe)
+    plan = find_plan(profiled, recipe=recipe, out=folder / "plan.json", model=source).plan
+    model = moacompress.attach(source.model, plan)
+    ids = torch.arange(150).remainder(97).add(5)[None].to(recipe.device)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    estimates = [profiled.influence(name) for name in ("fisher", "sample")]
+    return *estimates, plan.kv_bytes(150), logits.float().cpu().numpy()
