@@ -17,7 +17,7 @@ from moacompress.evaluation.eviction.attention import attending
 from moacompress.evaluation.eviction.baseline import PromptBaseline
 from moacompress.evaluation.eviction.reading import read_prompt
 from moacompress.evaluation.eviction.registry import EVICTIONS
-from moacompress.evaluation.eviction.stream_cache import StreamCache
+from moacompress.evaluation.eviction.stream_cache import stream_cache
 from moacompress.kernels import sdpa
 from moacompress.models.source import load_source, model_shape
 from moacompress.pipeline import compress
@@ -170,7 +170,7 @@ def test_known_ways_to_evict(tiny_model, tiny_tokenizer, pretend_device):
                     store = reading.kept(mask)
                     kept.append(mask.to("cpu"))
                 else:
-                    store = StreamCache(baseline, baseline.allocate(200, 1, 3, 2))
+                    store = stream_cache(baseline, baseline.allocate(200, 1, 3, 2))
                 with attending(model):
                     last = model(input_ids=torch.tensor([ids[80:]], device=device), **cache_argument(store)).logits
                 kept.append(last.to("cpu"))

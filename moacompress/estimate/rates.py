@@ -10,6 +10,7 @@ from torch import nn
 
 from moacompress.estimate.stopwatch import Stopwatch
 from moacompress.runtime.compat.alternates import cache_argument, returned_cache
+from moacompress.runtime.linear import use_kernels
 
 WARM = 16
 """Tokens of a first pass that is not timed: what is made once is made in it."""
@@ -84,11 +85,13 @@ class TimedRates(Rates):
         return self._steps[tokens]
 
 
+@torch.no_grad()
 def product_seconds(model: nn.Module, dtype: torch.dtype) -> float:
     """Returns the seconds of one of the model's largest products of matrices in a dtype: what two dtypes are compared by."""
     layers = (module for module in model.modules() if isinstance(module, nn.Linear))
     largest = max(layers, key=lambda layer: min(layer.in_features, layer.out_features))
-    device = largest.weight.device
-    weight = torch.ones(largest.out_features, largest.in_features, dtype=dtype, device=device)
-    x = torch.ones(ROWS, largest.in_features, dtype=dtype, device=device)
-    return Stopwatch(weight.device).least(lambda: nn.functional.linear(x, weight), REPEATS)
+    device, inputs = largest.weight.device, largest.in_features
+    layer = nn.Linear(inputs, largest.out_features, bias=False, device=device, dtype=dtype)
+    use_kernels(layer)
+    x = torch.ones(ROWS, inputs, dtype=dtype, device=device)
+    return Stopwatch(device).least(lambda: layer(x), REPEATS)

@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.weight_blocks import WeightType, dequantized, weight_type
+from moacompress.kernels.widened_products import is_widened, parts
 
 NUMBERS_AT_ONCE = 1 << 20
 """Of a weight that are dequantized at a time; 2 MiB in bfloat16 stay in a processor's cache until they are multiplied."""
@@ -59,12 +60,11 @@ def _parts(
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yields outputs and their weights, `[some, inputs]`, which the next ones may be written over."""
     inputs = kind.inputs(blocks.shape[1])
-    step = max(1, NUMBERS_AT_ONCE // max(1, inputs))
-    room = torch.empty(step if compiled else 0, inputs, dtype=dtype)
-    for first in range(0, blocks.shape[0], step):
-        outputs = slice(first, min(first + step, blocks.shape[0]))
+    room = torch.empty(0, inputs, dtype=dtype)
+    for outputs in parts(blocks.shape[0], inputs, NUMBERS_AT_ONCE):
         if compiled:
-            weight = room[: outputs.stop - first]
+            room = room if len(room) else torch.empty(outputs.stop, inputs, dtype=dtype)
+            weight = room[: outputs.stop - outputs.start]
             torch.ops.moacompress_cpu.expand_blocks(blocks[outputs], kind.code, weight)
             yield outputs, weight
         else:
@@ -77,8 +77,9 @@ def _linear(
     kind = weight_type(code)
     check_blocks(x, blocks, kind)
     out = x.new_empty(*x.shape[:-1], blocks.shape[0])
-    for outputs, weight in _parts(blocks, kind, x.dtype, compiled):
-        out[..., outputs] = linear(x, weight, None if bias is None else bias[outputs])
+    given = x.float() if is_widened(x) else x
+    for outputs, weight in _parts(blocks, kind, given.dtype, compiled):
+        out[..., outputs] = linear(given, weight, None if bias is None else bias[outputs].to(given.dtype))
     return out
 
 
@@ -86,8 +87,9 @@ def _linear_backward(grad: torch.Tensor, blocks: torch.Tensor, code: int, compil
     kind = weight_type(code)
     wide = torch.promote_types(grad.dtype, torch.float32)
     found = grad.new_zeros(*grad.shape[:-1], kind.inputs(blocks.shape[1]), dtype=wide)
-    for outputs, weight in _parts(blocks, kind, grad.dtype, compiled):
-        found += grad[..., outputs] @ weight
+    given = grad.float() if is_widened(grad) else grad
+    for outputs, weight in _parts(blocks, kind, given.dtype, compiled):
+        found += given[..., outputs] @ weight
     return found.to(grad.dtype)
 
 

@@ -1,8 +1,10 @@
-"""Products with weights: what is left of a step on a CPU once attention is cheap.
+"""Products with weights: what is left of a step on a CPU once attention is cheap, and most of what a prompt takes.
 
 A few rows, as of a decode step, are multiplied by the compiled kernels, which read a weight as it lies and are quicker to call
-than torch. More rows go through torch, which hands products in float32 to MKL; on AMD's processors that leaves much of the
-machine unused, so there they go to oneDNN, which torch brings too and which reads the same weight. No weight is held twice.
+than torch. More rows go through torch, with two exceptions. torch hands products in float32 to MKL; on AMD's processors that
+does not use AVX-512, so where they have it products go to oneDNN, which torch brings too and which reads the same weight. And
+16-bit numbers are multiplied in float32 where a processor has no instructions for them, see `kernels.widened_products`. No
+weight is held twice.
 """
 
 from __future__ import annotations
@@ -16,13 +18,18 @@ from moacompress.core.machine import processor_name
 from moacompress.kernels.backend import FEW_ROWS
 from moacompress.kernels.dispatch import backend_for, capabilities_for, few_rows
 from moacompress.kernels.weight_blocks import WeightType
+from moacompress.kernels.widened_products import is_widened, widened_linear
 
-ON_AMD = "AMD" in processor_name() and torch.backends.mkldnn.is_available()
-"""Whether products of many rows in float32 are oneDNN's: on AMD's processors, where this torch brings it."""
+ON_AMD = (
+    "AMD" in processor_name()
+    and torch.backends.mkldnn.is_available()
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+)
+"""Whether products of many rows in float32 are oneDNN's: on AMD's processors with AVX-512, where this torch brings it."""
 _LINEAR = nn.Linear.forward
 
 _LIBRARY = torch.library.Library("moacompress", "FRAGMENT")
-_LIBRARY.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_LIBRARY.define("float32_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
 def onednn_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -37,20 +44,32 @@ def onednn_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     return cast(torch.Tensor, product)
 
 
+def float32_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Returns `x @ weight.T + bias`, `[..., outputs]`, in the dtype of `x`: multiplied in float32, without gradients.
+
+    Args:
+        x: float32, bfloat16 or float16, `[..., inputs]`.
+        weight: `[outputs, inputs]`, strided in any way.
+        bias: `[outputs]`, or None.
+    """
+    product = onednn_product if ON_AMD else nn.functional.linear
+    return product(x, weight, bias) if x.dtype == torch.float32 else widened_linear(x, weight, bias, product)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.save_for_backward(inputs[1])
 
 
 def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
     (weight,) = ctx.saved_tensors
-    return torch.ops.moacompress.onednn_linear(grad, weight.t(), None), None, None
+    return torch.ops.moacompress.float32_linear(grad, weight.t(), None), None, None
 
 
-_LIBRARY.impl("onednn_linear", onednn_product, "CPU")
+_LIBRARY.impl("float32_linear", float32_product, "CPU")
 torch.library.register_fake(
-    "moacompress::onednn_linear", lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0])
+    "moacompress::float32_linear", lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0])
 )
-torch.library.register_autograd("moacompress::onednn_linear", _gradients, setup_context=_setup)
+torch.library.register_autograd("moacompress::float32_linear", _gradients, setup_context=_setup)
 
 
 class KernelLinear(nn.Linear):
@@ -58,6 +77,8 @@ class KernelLinear(nn.Linear):
 
     IS_PLAIN = True
     """As `models.block_layers.can_hold_blocks` asks: it computes what `torch.nn.Linear` does."""
+    stays: bool = False
+    """Whether it was asked for by itself, and is not only part of a plan: `leave` does nothing then."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Returns `input @ weight.T + bias`, `[..., out_features]`."""
@@ -70,13 +91,12 @@ class KernelLinear(nn.Linear):
             return nn.functional.linear(input, weight, bias)
         if has_few_rows(input) and capabilities_for(input).linear:
             return backend_for(input).linear(input, weight, bias)
-        if input.dtype != torch.float32 or input.device.type != "cpu" or not input.numel() or not ON_AMD:
-            return nn.functional.linear(input, weight, bias)
-        if torch.is_autocast_enabled("cpu"):
+        ours = is_widened(input) or (ON_AMD and input.dtype == torch.float32 and input.device.type == "cpu")
+        if not ours or not input.numel() or torch.is_autocast_enabled("cpu"):
             return nn.functional.linear(input, weight, bias)
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            return onednn_product(input, weight, bias)  # an operator takes as long again as a small product
-        return cast(torch.Tensor, torch.ops.moacompress.onednn_linear(input, weight, bias))
+            return float32_product(input, weight, bias)  # an operator takes as long again as a small product
+        return cast(torch.Tensor, torch.ops.moacompress.float32_linear(input, weight, bias))
 
 
 def use_kernels(*models: nn.Module) -> int:
@@ -87,8 +107,13 @@ def use_kernels(*models: nn.Module) -> int:
     Returns:
         How many layers changed.
     """
-    layers = [layer for model in models for layer in model.modules() if type(layer) is nn.Linear]
-    return sum(take(layer) for layer in layers if layer.weight.device.type == "cpu")
+    layers = [layer for model in models for layer in model.modules() if type(layer) in (nn.Linear, KernelLinear)]
+    changed = 0
+    for layer in layers:
+        if layer.weight.device.type == "cpu":
+            changed += take(layer)
+            cast(KernelLinear, layer).stays = True
+    return changed
 
 
 def take(layer: nn.Module) -> bool:
@@ -104,8 +129,8 @@ def take(layer: nn.Module) -> bool:
 
 
 def leave(layer: nn.Module) -> None:
-    """Gives a linear layer back to torch."""
-    if type(layer) is KernelLinear:
+    """Gives a linear layer back to torch, unless `use_kernels` took it too."""
+    if type(layer) is KernelLinear and not layer.stays:
         layer.__class__ = nn.Linear  # type: ignore[assignment]
 
 

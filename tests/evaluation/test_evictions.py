@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from moacompress.core.errors import ModelError
+from moacompress.evaluation.eviction import stream_cache as stream_cache_module
 from moacompress.evaluation.eviction.allocation import best_of_all, best_of_each, even_counts, rounded_counts
 from moacompress.evaluation.eviction.attention import MORE, attending
 from moacompress.evaluation.eviction.baseline import PromptBaseline, StreamBaseline
@@ -22,7 +23,7 @@ from moacompress.evaluation.eviction.key_scores import ExpectedAttention, KeyDif
 from moacompress.evaluation.eviction.kvzip import KVzip
 from moacompress.evaluation.eviction.reading import DenseReading, read_prompt
 from moacompress.evaluation.eviction.registry import EVICTIONS
-from moacompress.evaluation.eviction.stream_cache import StreamCache
+from moacompress.evaluation.eviction.stream_cache import stream_cache
 from moacompress.evaluation.eviction.streams import H2O, StreamingLLM
 from moacompress.evaluation.eviction.window_scores import AdaKV, PyramidKV, SnapKV
 from moacompress.runtime.compat.alternates import cache_argument
@@ -341,19 +342,45 @@ def streamed(name: str, room: list[int], kept: dict[int, list[set[int]]], layer:
 
 @pytest.mark.parametrize("room", [[20, 20], [13, 12], [3, 2], [1, 1]])
 @pytest.mark.parametrize("name", STREAMED)
-def test_what_evicts_as_it_reads(name: str, room: list[int], model: PreTrainedModel, ids: list[int]) -> None:
+def test_what_evicts_as_it_reads(
+    name: str, room: list[int], model: PreTrainedModel, ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_cache_module, "AT_ONCE", 16)
     baseline = EVICTIONS[name]()
     assert isinstance(baseline, StreamBaseline)
     kept: dict[int, list[set[int]]] = {}
     for layer in range(LAYERS):
         _VISIBLE[layer] = streamed(name, room, kept, layer)
     expected = logits_by_definition(model, ids)
-    store = StreamCache(baseline, torch.tensor([room] * LAYERS))
+    store = stream_cache(baseline, torch.tensor([room] * LAYERS))
     found = logits_after(model, ids, 0, store, (50, 1, 30, 1))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     for layer in range(LAYERS):
         assert [set(row) for row in store.kept(layer)] == kept[layer]
         assert [len(row) for row in store.kept(layer)] == room
+
+
+def test_positions_alone_decide_as_if_they_were_exchanged_one_by_one(model: PreTrainedModel, ids: list[int]) -> None:
+    """With room that differs from layer to layer, and another score of positions than the known one."""
+
+    class Sparse(StreamBaseline):
+        """Keeps every third token, and of the others the newest."""
+
+        name = "sparse"
+
+        def scores(self, positions: Tensor, received: Tensor, now: int, room: Tensor) -> Tensor:
+            return positions.double() + (positions % 3 == 0) * len(ids)
+
+    class SparseByPosition(Sparse):
+        by_position = True
+
+    room = torch.tensor([[7, 30], [30, 8], [200, 7]])
+    one_by_one, known = stream_cache(Sparse(), room), stream_cache(SparseByPosition(), room)
+    assert type(one_by_one) is not type(known)
+    expected, found = (logits_after(model, ids, 0, store, (60, 1, 20, 1)) for store in (one_by_one, known))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    for layer in range(LAYERS):
+        assert known.kept(layer) == one_by_one.kept(layer)
 
 
 def test_rows_share_the_prompt(model: PreTrainedModel, reading: DenseReading, ids: list[int]) -> None:

@@ -105,6 +105,15 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
+def mean_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Returns the root mean square of the difference as a share of that of the expected numbers.
+
+    Where products differ in a last bit, as from one processor to the next, a number may be rounded to the next code, which few
+    logits tell.
+    """
+    return float((found - expected).norm() / expected.norm())
+
+
 @pytest.fixture(
     params=[(name, backend) for backend in BACKENDS for name in (ALL if backend is None else SEVERAL)], ids=str
 )
@@ -158,10 +167,10 @@ def test_formats_are_the_stock_model_with_rounded_keys_and_values(
     ids = token_ids(2, 150)
     expected = stock_logits(model, plan, ids)
     native = replace(plan, rules=tuple(tuple(Rule(*rule.to_list()[:3]) for rule in row) for row in plan.rules))
-    assert difference(expected, stock_logits(model, native, ids)) > 2 * FLIPS, "the formats must change the model"
+    assert mean_difference(expected, stock_logits(model, native, ids)) > 10 * FLIPS, "the formats must change the model"
     attach(model, plan)
-    assert difference(logits(model, ids, use_cache=False), expected) < FLIPS
-    assert difference(in_parts(model, plan, ids), expected) < FLIPS
+    assert mean_difference(logits(model, ids, use_cache=False), expected) < FLIPS
+    assert mean_difference(in_parts(model, plan, ids), expected) < FLIPS
 
 
 def test_generated_tokens_are_the_argmax_of_a_cacheless_forward(sparse: tuple[Any, Plan], token_ids: Any) -> None:

@@ -23,7 +23,7 @@ from moacompress.evaluation.eviction.attention import SideBySide, WholeCache, at
 from moacompress.evaluation.eviction.baseline import Baseline, PromptBaseline, StreamBaseline
 from moacompress.evaluation.eviction.reading import DenseReading, read_prompt
 from moacompress.evaluation.eviction.registry import baseline_name, known_evictions, read_baseline
-from moacompress.evaluation.eviction.stream_cache import StreamCache
+from moacompress.evaluation.eviction.stream_cache import stream_cache
 from moacompress.evaluation.scoring.prompts import Score, read_on, score_answers
 from moacompress.evaluation.tasks.cases import Case
 from moacompress.models.placement import input_device
@@ -202,7 +202,7 @@ def score_evictions(checkpoint: Checkpoint, case: Case, compared: Sequence[Compa
         if isinstance(one.baseline, StreamBaseline):
             shape = one.plan.model
             room = one.baseline.allocate(one.bytes_before(case), one.token_bytes, shape.layers, shape.kv_heads)
-            stores.append((StreamCache(one.baseline, room), 0, [number]))
+            stores.append((stream_cache(one.baseline, room), 0, [number]))
         else:
             evicting.setdefault(one.end(case), []).append(number)
     if evicting:

@@ -156,7 +156,13 @@ class StreamBaseline(Baseline):
 
     Before a token attends, the KV head gives up the token of the lowest score if there is no room for the new one, which is
     then attended to like the others that are kept.
+
+    Attributes:
+        by_position: whether scores depend on positions alone. What is kept is then known before anything attends, and many
+            tokens are read at a time.
     """
+
+    by_position: ClassVar[bool] = False
 
     @abstractmethod
     def scores(self, positions: Tensor, received: Tensor, now: int, room: Tensor) -> Tensor:
@@ -165,7 +171,7 @@ class StreamBaseline(Baseline):
         Args:
             positions: of the kept tokens, `[kv_heads, slots]`.
             received: the attention that each has got so far, summed over the queries since it was read and averaged over
-                the KV head's group, `[kv_heads, slots]`.
+                the KV head's group, `[kv_heads, slots]`; zeros where scores are by position.
             now: position of the token that needs room.
             room: how many tokens each KV head may keep, `[kv_heads]`.
         """

@@ -22,6 +22,7 @@ class StreamingLLM(StreamBaseline):
     """
 
     name = "streaming-llm"
+    by_position = True
     sinks: int = 4
 
     def __post_init__(self) -> None:

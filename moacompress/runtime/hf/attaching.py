@@ -47,6 +47,7 @@ class _Attachment:
         own: of the KV heads that are here: all, or those of a rank of tensor parallelism.
         decoder_hook: has `own`.
         layer_hooks: have its layers.
+        linear: layers whose products go to what is quickest.
     """
 
     plan: Plan
@@ -55,7 +56,7 @@ class _Attachment:
     layer_hooks: list[AttentionHook]
     handles: list[Any]
     implementations: list[tuple[Any, str | None]]
-    head: torch.nn.Module | None
+    linear: list[torch.nn.Module]
     dropped: list[Dropped] | None
     prefixes: KeptPrefixes | None = None
 
@@ -124,8 +125,8 @@ def detach(model: Model) -> Model:
     for module in model.modules():
         unfuse(module)
     take_gates_off(attention_modules(model))
-    if attachment.head is not None:
-        leave(attachment.head)
+    for layer in attachment.linear:
+        leave(layer)
     for name in (*OVERRIDES, GENERATE):
         model.__dict__.pop(name, None)
     for config, implementation in attachment.implementations:
@@ -225,7 +226,8 @@ def _put(model: PreTrainedModel, plan: Plan, modules: list[torch.nn.Module], dro
     for name, override in OVERRIDES.items():
         setattr(model, name, partial(override, model))  # a bound method cannot be pickled: it is looked up by its name
     head = model.get_output_embeddings()
-    taken = head if isinstance(head, torch.nn.Module) and take(head) else None
+    parts = [*decoder.modules(), *([head] if isinstance(head, torch.nn.Module) else [])]
+    taken = [part for part in parts if take(part)]
     model.__dict__["_moacompress"] = _Attachment(
         plan, plan, hook, layer_hooks, handles, implementations, taken, dropped
     )
