@@ -118,6 +118,23 @@ def test_tiles_are_products_with_dequantized_weights(kind, isa, threads, random_
 
 @every_kind
 @pytest.mark.parametrize("name", library.ISAS)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("size", [1e3, 1e6])
+def test_a_large_number_takes_no_more_than_last_bits_from_those_beside_it(name, kind, rows, size, isa, random_blocks):
+    """Where inputs are made whole numbers these are of 15 bits and a sign at least, for 32 numbers at a time."""
+    isa(name)
+    x, blocks = torch.randn(rows, 512).bfloat16(), random_blocks(kind, 18, inputs=512)
+    x[:, 100] *= size
+    weight = dequantized(blocks, kind, torch.float64)
+    found = torch.ops.moacompress_cpu.linear_blocks(x, blocks, kind.code, None)
+    expected = linear(x.double(), weight)
+    lost = 2.0**-15 * x.double().unflatten(-1, (-1, 32)).abs().amax(-1) @ weight.unflatten(-1, (-1, 32)).abs().sum(-1).T
+    allowed = bound(x, weight, expected, x.dtype) + lost
+    assert bool(((found.double() - expected).abs() <= allowed).all())
+
+
+@every_kind
+@pytest.mark.parametrize("name", library.ISAS)
 @pytest.mark.parametrize("rows", [7, 21])
 def test_nan_reaches_its_row_or_its_output_alone(name, kind, rows, isa, random_blocks):
     isa(name)

@@ -17,6 +17,11 @@ inline void nibble_codes(const uint8_t* p, V* to) {
 inline void byte_codes(const uint8_t* codes, V* to) {
   for (int v = 0; v < STRIP_VECTORS; v++) to[v] = load_codes(codes + v * W);
 }
+// 16 in each byte of which the bit is set, the lowest first.
+inline uint64_t sixteens(uint8_t bits) {
+  const uint64_t own = bits * uint64_t(0x0101010101010101) & 0x8040201008040201;
+  return (own + 0x7f7f7f7f7f7f7f7f) >> 3 & 0x1010101010101010;
+}
 
 // Scales, and where there are any bases, of blocks with one float16 of each in front.
 template <class B> inline void front_scales(const uint8_t* row, int64_t blocks, [[maybe_unused]] uint16_t* halves, float* scale, float* base) {
@@ -97,13 +102,12 @@ template <> struct Blocks<Q5_0> {
   }
   static inline void codes(const uint8_t* block, int, V* to) {
     uint32_t fifth;  // bit i is that of number i
+    uint64_t nibbles[2], whole[4];
     memcpy(&fifth, block + 2, 4);
-    uint8_t whole[STRIP];
-    for (int i = 0; i < 16; i++) {
-      whole[i] = uint8_t((block[6 + i] & 15) | (fifth >> i & 1) << 4);
-      whole[16 + i] = uint8_t(block[6 + i] >> 4 | (fifth >> (16 + i) & 1) << 4);
-    }
-    byte_codes(whole, to);
+    memcpy(nibbles, block + 6, 16);
+    constexpr uint64_t NIBBLE = 0x0f0f0f0f0f0f0f0f;
+    for (int i = 0; i < 4; i++) whole[i] = (nibbles[i % 2] >> (i / 2 * 4) & NIBBLE) | sixteens(uint8_t(fifth >> (8 * i)));
+    byte_codes((const uint8_t*)whole, to);
   }
 };
 
@@ -252,6 +256,13 @@ namespace moacompress {
 namespace {
 template <int KIND> struct StripsOf<bf16, KIND> { typedef ByteSteps<KIND> type; };
 template <int KIND> struct StripsOf<f16, KIND> { typedef ByteSteps<KIND> type; };
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+}  // namespace
+}  // namespace moacompress
+#include "blocks_words.inl"
+namespace moacompress {
+namespace {
+template <int KIND> struct StripsOf<bf16, KIND> { typedef WordStrips<KIND> type; };
 #endif
 
 // Some rows of the input, of which there are at most ROWS, with all outputs; what lies in the next ones' place is read ahead.
