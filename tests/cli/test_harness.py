@@ -34,6 +34,7 @@ from moacompress.recipe import Recipe
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
+from tests.weight_blocks import types_of, write_gguf
 
 RUNNER = CliRunner()
 HEAVY = ("torch", "transformers", "optuna", "datasets")
@@ -141,6 +142,26 @@ def test_a_stream_may_be_closed(closed: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert bool(done.stdout) == ("1" not in closed)
+
+
+def test_quiet_is_quiet_where_a_library_has_a_bar_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    file = write_gguf(tmp_path / "tiny.gguf", types_of("Q8_0"))
+    command = [
+        sys.executable,
+        "-m",
+        "moacompress",
+        "profile",
+        str(file),
+        "--weights",
+        "dense",
+        "--lengths",
+        "128",
+        "-q",
+        "--dry-run",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_version() -> None:
