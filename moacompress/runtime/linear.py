@@ -1,9 +1,9 @@
 """Products with weights: what is left of a step on a CPU once attention is cheap, and most of what a prompt takes.
 
 A few rows, as of a decode step, are multiplied by the compiled kernels, which read a weight as it lies and are quicker to call
-than torch. More rows go through torch, with two exceptions. torch hands products in float32 to MKL; on AMD's processors that
-does not use AVX-512, so where they have it products go to oneDNN, which torch brings too and which reads the same weight. And
-16-bit numbers are multiplied in float32 where a processor has no instructions for them, see `kernels.widened_products`. No
+than torch. More rows go through torch, with two exceptions. torch hands products in float32 to MKL, which makes no use of
+AVX-512 on AMD's processors; where they have it, products go to oneDNN, which torch brings too and which reads the same weight.
+And 16-bit numbers are multiplied in float32 where a processor has no instructions for them, see `kernels.widened_products`. No
 weight is held twice.
 """
 
