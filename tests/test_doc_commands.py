@@ -21,6 +21,7 @@ from moacompress.doctor import checks
 from moacompress.recipe import Recipe
 from moacompress.report.recipe_text import recipe_yaml
 from moacompress.rules.plan import Plan
+from tests.browser import needs_browser
 from tests.doc_commands import (
     CANNOT,
     COMMANDS,
@@ -112,6 +113,8 @@ def go(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def perform(command: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str = "") -> None:
     """Runs a command in a copy of the place, beside the repository's own folders."""
+    if "--card" in shlex.split(command):
+        needs_browser()
     here = go(place, tmp_path, monkeypatch)
     monkeypatch.setattr(checks, "_check_autoload", lambda: {"registered": True, "switch": None, "reason": None})
     words = shlex.split(f"{command} {more}")

@@ -28,6 +28,7 @@ from moacompress.rules.cost import kept_bits
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import Share, with_shared_rules
+from tests.browser import needs_browser
 
 RUNNER = CliRunner()
 AUDIT = {
@@ -37,7 +38,6 @@ AUDIT = {
     "precision_points": [{"predicted": 1e-5, "measured": 2e-5}],
     "plans": [{"calibrated": {"robust": 0.1}, "measured": 0.0}],
 }
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--virtual-time-budget=15000", "--dump-dom",
@@ -219,9 +219,7 @@ def test_kl_and_history_are_those_of_the_search(run_folder: Path, page: str) -> 
 
 
 def test_a_browser_draws_it(page: str, run_folder: Path, tmp_path: Path) -> None:
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip("no Chrome or Chromium is installed")
+    browser = needs_browser()
     (tmp_path / "page.html").write_text(page.replace("</body>", SPY + "</body>"), "utf-8")
     url = f"file://{tmp_path / 'page.html'}"
     done = subprocess.run(
