@@ -24,18 +24,18 @@ from moacompress.core.machine import processor_name
 from moacompress.runtime.linear import float32_product, onednn_product
 
 
-def medians_ms(taken_in_turns: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
+def medians_ms(ways: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
     """Returns milliseconds of each way, after one turn that is not timed."""
-    taken: dict[str, list[float]] = {name: [] for name in taken_in_turns}
+    taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(turns + 1):
-        for name, way in taken_in_turns.items():
+        for name, way in ways.items():
             begun = perf_counter()
             way()
             taken[name].append(1e3 * (perf_counter() - begun))
     return {name: median(times[1:]) for name, times in taken.items()}
 
 
-def ways(x: torch.Tensor, weight: torch.Tensor) -> dict[str, Callable[[], object]]:
+def products(x: torch.Tensor, weight: torch.Tensor) -> dict[str, Callable[[], object]]:
     """Returns the products of a dtype by name."""
     found: dict[str, Callable[[], object]] = {"torch": partial(linear, x, weight)}
     if x.dtype != torch.float32:
@@ -65,7 +65,7 @@ def main() -> None:
         weight = torch.randn(outputs, inputs).to(dtype)
         for rows in map(int, given.rows.split(",")):
             with torch.inference_mode():
-                found = medians_ms(ways(torch.randn(rows, inputs).to(dtype), weight), given.turns)
+                found = medians_ms(products(torch.randn(rows, inputs).to(dtype), weight), given.turns)
             print(
                 f"{shape}, {rows} rows: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in found.items()), flush=True
             )

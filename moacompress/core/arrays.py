@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TypeAlias
 
 import numpy as np
@@ -28,3 +29,10 @@ def ragged_ranges(low: Ints, high: Ints) -> tuple[Ints, Ints]:
     owner = np.repeat(np.arange(len(low)), sizes)
     number = np.arange(total) - np.repeat(np.cumsum(sizes) - sizes, sizes) + np.repeat(low, sizes)
     return owner, number
+
+
+def row_parts(rows: int, columns: int, numbers: int) -> Iterator[slice]:
+    """Yields slices of rows, one after the other, which have about so many numbers each and at least one row."""
+    step = max(1, numbers // max(1, columns))
+    for first in range(0, rows, step):
+        yield slice(first, min(first + step, rows))

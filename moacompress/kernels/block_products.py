@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+from moacompress.core.arrays import row_parts
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.weight_blocks import WeightType, dequantized, weight_type
-from moacompress.kernels.widened_products import is_widened, parts
+from moacompress.kernels.widened_products import is_widened
 
 NUMBERS_AT_ONCE = 1 << 20
 """Of a weight that are dequantized at a time; 2 MiB in bfloat16 stay in a processor's cache until they are multiplied."""
@@ -61,7 +62,7 @@ def _parts(
     """Yields outputs and their weights, `[some, inputs]`, which the next ones may be written over."""
     inputs = kind.inputs(blocks.shape[1])
     room = torch.empty(0, inputs, dtype=dtype)
-    for outputs in parts(blocks.shape[0], inputs, NUMBERS_AT_ONCE):
+    for outputs in row_parts(blocks.shape[0], inputs, NUMBERS_AT_ONCE):
         if compiled:
             room = room if len(room) else torch.empty(outputs.stop, inputs, dtype=dtype)
             weight = room[: outputs.stop - outputs.start]

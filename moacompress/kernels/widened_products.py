@@ -1,16 +1,19 @@
 """Products of 16-bit numbers in float32, for processors that have no instructions for them.
 
 torch hands products in bfloat16 and float16 to oneDNN where oneDNN takes them, which on x86-64 needs AVX-512. Elsewhere it has
-loops of its own, which take five to seven times as long as to make float32 of both factors and multiply these (an EPYC without
-AVX-512, `python benchmarks/linear.py --dtype bfloat16`). A part of a weight is made float32 at a time, and forgotten again.
+loops of its own, which take four to seven times as long from 128 rows on as to make float32 of both factors and multiply these
+(an EPYC without AVX-512, `python benchmarks/linear.py --dtype bfloat16`). A part of a weight is made float32 at a time, and
+forgotten again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch.nn.functional import linear
+
+from moacompress.core.arrays import row_parts
 
 NUMBERS_AT_ONCE = 1 << 20
 """Of a factor that are float32 at a time: 4 MiB."""
@@ -47,16 +50,9 @@ def widened_linear(
     """
     rows = x.reshape(-1, x.shape[-1])
     out = x.new_empty(len(rows), len(weight))
-    for some in parts(*rows.shape):
+    for some in row_parts(len(rows), rows.shape[1], NUMBERS_AT_ONCE):
         wide = rows[some].float()
-        for outputs in parts(*weight.shape):
+        for outputs in row_parts(len(weight), weight.shape[1], NUMBERS_AT_ONCE):
             added = None if bias is None else bias[outputs].float()
             out[some, outputs] = product(wide, weight[outputs].float(), added)
     return out.view(*x.shape[:-1], len(weight))
-
-
-def parts(rows: int, columns: int, numbers: int = NUMBERS_AT_ONCE) -> Iterator[slice]:
-    """Yields slices of rows that have about so many numbers each."""
-    step = max(1, numbers // max(1, columns))
-    for first in range(0, rows, step):
-        yield slice(first, min(first + step, rows))

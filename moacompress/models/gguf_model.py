@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from moacompress.core.arrays import row_parts
 from moacompress.core.errors import ModelError
 from moacompress.core.tables import readable_bytes
 from moacompress.models.modules import needed_weights
@@ -171,9 +172,8 @@ def _numbers(tensor: Any, dtype: torch.dtype, offset: float) -> torch.Tensor:
 
     shape = [int(size) for size in reversed(tensor.shape)]
     out = torch.empty(shape, dtype=dtype)
-    step = max(1, NUMBERS_AT_ONCE // max(1, math.prod(shape[1:])))
-    for first in range(0, shape[0] if len(shape) > 1 else 1, step):
-        part = slice(first, first + step) if len(shape) > 1 else slice(None)
+    parts = row_parts(shape[0], math.prod(shape[1:]), NUMBERS_AT_ONCE) if len(shape) > 1 else [slice(None)]
+    for part in parts:
         found = torch.from_numpy(np.array(dequantize(tensor.data[part], tensor.tensor_type)))
         out[part] = (found - offset if offset else found).to(dtype)
     return out

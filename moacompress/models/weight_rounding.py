@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moacompress.core.arrays import row_parts
 from moacompress.core.errors import ModelError, PlanError
 from moacompress.kernels.weight_blocks import WEIGHT_TYPES, WeightType
 from moacompress.models.block_layers import can_hold_blocks, put_block_layer
@@ -38,13 +39,12 @@ def rounded(weight: torch.Tensor, kind: WeightType) -> torch.Tensor:
         ModelError: a number is not finite, or too large for a scale in float16.
     """
     inputs = weight.shape[1]
-    step = max(1, NUMBERS_AT_ONCE // max(1, inputs))
     out = torch.empty(len(weight), kind.row_bytes(inputs), dtype=torch.uint8, device=weight.device)
-    for first in range(0, len(weight), step):
-        part = weight[first : first + step].float().unflatten(1, (inputs // kind.numbers, kind.numbers))
+    for rows in row_parts(len(weight), inputs, NUMBERS_AT_ONCE):
+        part = weight[rows].float().unflatten(1, (inputs // kind.numbers, kind.numbers))
         if not part.isfinite().all() or float(part.abs().max()) > _LARGEST:
             raise ModelError("a weight is not finite, or too large for blocks; keep the weights dense")
-        out[first : first + step] = _BLOCKS[kind.name](part).flatten(1)
+        out[rows] = _BLOCKS[kind.name](part).flatten(1)
     return out
 
 

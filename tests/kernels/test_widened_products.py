@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moacompress.core.arrays import row_parts
 from moacompress.kernels import widened_products as module
 from moacompress.kernels.block_products import block_linear
 from moacompress.kernels.weight_blocks import WEIGHT_TYPES, dequantized
-from moacompress.kernels.widened_products import WIDENED, is_widened, parts, widened_linear
+from moacompress.kernels.widened_products import WIDENED, is_widened, widened_linear
 from moacompress.runtime import linear as layers
 from moacompress.runtime import use_kernels
 from tests.weight_blocks import random_blocks
@@ -26,7 +27,7 @@ def widened(monkeypatch):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("numbers", [1, 100, 1 << 20])
 def test_a_product_is_rounded_once(dtype, bias, numbers, monkeypatch):
-    monkeypatch.setattr(module.parts, "__defaults__", (numbers,))
+    monkeypatch.setattr(module, "NUMBERS_AT_ONCE", numbers)
     x, weight = torch.randn(2, 5, 48).to(dtype), torch.randn(31, 48).to(dtype)
     added = torch.randn(31).to(dtype) if bias else None
     exact = x.double() @ weight.double().T + (0 if added is None else added.double())
@@ -38,9 +39,11 @@ def test_a_product_is_rounded_once(dtype, bias, numbers, monkeypatch):
 
 @pytest.mark.parametrize(("rows", "columns", "numbers"), [(7, 3, 6), (7, 0, 6), (0, 3, 6), (5, 100, 6), (6, 2, 100)])
 def test_parts_are_all_rows_once(rows, columns, numbers):
-    found = [at for part in parts(rows, columns, numbers) for at in range(rows)[part]]
+    found = [at for part in row_parts(rows, columns, numbers) for at in range(rows)[part]]
     assert found == [*range(rows)]
-    assert all((part.stop - part.start) * columns <= max(numbers, columns) for part in parts(rows, columns, numbers))
+    assert all(
+        (part.stop - part.start) * columns <= max(numbers, columns) for part in row_parts(rows, columns, numbers)
+    )
 
 
 @pytest.mark.usefixtures("widened")

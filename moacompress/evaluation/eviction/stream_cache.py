@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-
 import torch
 from torch import Tensor
 
@@ -102,9 +100,9 @@ class StreamCache(WholeCache):
         super().__init__()
         self.baseline, self.room = baseline, room
 
-    @abstractmethod
     def kept(self, layer: int) -> list[list[int]]:
         """Returns the positions that each KV head keeps, rising."""
+        raise NotImplementedError
 
 
 class ExchangingCache(StreamCache):
