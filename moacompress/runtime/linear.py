@@ -86,17 +86,28 @@ class KernelLinear(nn.Linear):
         weight, bias = own.get("weight"), own.get("bias")
         if weight is None or "bias" not in own or nn.Linear.forward is not _LINEAR:
             return super().forward(input)  # pruned, a parametrization in its place, or somebody else's kernels
-        trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
-        if trained or not lies_ready(weight, input) or not (bias is None or lies_ready(bias, input)):
-            return nn.functional.linear(input, weight, bias)
-        if has_few_rows(input) and capabilities_for(input).linear:
-            return backend_for(input).linear(input, weight, bias)
-        ours = is_widened(input) or (ON_AMD and input.dtype == torch.float32 and input.device.type == "cpu")
-        if not ours or not input.numel() or torch.is_autocast_enabled("cpu"):
-            return nn.functional.linear(input, weight, bias)
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            return float32_product(input, weight, bias)  # an operator takes as long again as a small product
-        return cast(torch.Tensor, torch.ops.moacompress.float32_linear(input, weight, bias))
+        return quickest_linear(input, weight, bias)
+
+
+def quickest_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Returns `x @ weight.T + bias`, `[..., outputs]`, by what is quickest here; by torch where the weight is trained.
+
+    Args:
+        x: `[..., inputs]`.
+        weight: `[outputs, inputs]`.
+        bias: `[outputs]`, or None.
+    """
+    trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    if trained or not lies_ready(weight, x) or not (bias is None or lies_ready(bias, x)):
+        return nn.functional.linear(x, weight, bias)
+    if has_few_rows(x) and capabilities_for(x).linear:
+        return backend_for(x).linear(x, weight, bias)
+    ours = is_widened(x) or (ON_AMD and x.dtype == torch.float32 and x.device.type == "cpu")
+    if not ours or not x.numel() or torch.is_autocast_enabled("cpu"):
+        return nn.functional.linear(x, weight, bias)
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        return float32_product(x, weight, bias)  # an operator takes as long again as a small product
+    return cast(torch.Tensor, torch.ops.moacompress.float32_linear(x, weight, bias))
 
 
 def use_kernels(*models: nn.Module) -> int:

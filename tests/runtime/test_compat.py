@@ -60,7 +60,10 @@ REMOVALS: dict[str, Removal] = {
     "transformers.cache_utils.Cache._is_user_defined": read_no_mark,
     "transformers.modeling_utils.PreTrainedModel.all_tied_weights_keys": tie_nothing,
     "torch.Tensor._version": covered(torch.Tensor, "_version"),
-    "torch.ops.mkldnn._linear_pointwise": covered(torch.ops.mkldnn, "_linear_pointwise"),
+    **{
+        f"torch.ops.mkldnn.{name}": covered(torch.ops.mkldnn, name)
+        for name in ("_linear_pointwise", "_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported")
+    },
 }
 """How names are taken away that are no attribute of the class or module which holds them."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from moacompress.models.source import model_shape
 from moacompress.runtime import attach, detach, use_kernels
 from moacompress.runtime import linear as module
 from moacompress.runtime.linear import KernelLinear
+from moacompress.runtime.sharing.projections import PartProjection
 
 
 def linear(inputs=24, outputs=40, bias=True, dtype=torch.float32):
@@ -161,6 +163,19 @@ def test_a_few_rows_without_gradients_are_for_the_kernels(dtype, few, use_backen
     assert kernel not in called(layer, x.clone().requires_grad_())
     use_backend("reference")
     assert kernel not in called(layer, x)
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_projection_of_which_some_rows_are_made_multiplies_likewise(bias):
+    made, layer = np.array([0, 3, 4, 39]), linear(bias=bias)
+    part = PartProjection(layer, made)
+    assert "moacompress_cpu::linear" in called(part, torch.randn(1, 24))
+    for rows in (1, 130):
+        x = torch.randn(rows, 24)
+        expected = torch.zeros(rows, 40)
+        expected[:, made] = layer(x)[:, made]
+        torch.testing.assert_close(part(x), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_other_layers_are_left_alone():

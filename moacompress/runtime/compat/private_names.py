@@ -352,6 +352,8 @@ _TENSORS = (
         "torch.Tensor._version", "telling whether weights that made a cache were changed", checks.counts_writes
     ),
     PrivateName("torch.ops.mkldnn._linear_pointwise", "products of many rows in float32 on AMD", checks.is_onednns),
+    PrivateName("torch.ops.mkldnn._is_mkldnn_bf16_supported", "products of many rows in bfloat16", checks.is_onednns),
+    PrivateName("torch.ops.mkldnn._is_mkldnn_fp16_supported", "products of many rows in float16", checks.is_onednns),
     PrivateName("torch.library.get_ctx", "sizes that a compiled model does not know"),
     PrivateName("torch._library.fake_impl.FakeImplCtx.new_dynamic_size", "sizes that a compiled model does not know"),
     PrivateName("torch.utils._python_dispatch.TorchDispatchMode", "the memory of profiling"),

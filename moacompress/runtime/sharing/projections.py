@@ -20,6 +20,7 @@ from moacompress.core.errors import ModelError
 from moacompress.models.block_layers import kind_of, multiplied
 from moacompress.models.modules import attention_modules
 from moacompress.rules.plan import Plan
+from moacompress.runtime.linear import quickest_linear
 
 SIDES = "qk"
 """Queries and keys, which a reuse layer takes from its anchor."""
@@ -73,7 +74,10 @@ class PartProjection(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns `[..., out_features]`."""
-        made = multiplied(x, self.weight, self.bias, self.kind)
+        if self.kind is None:
+            made = quickest_linear(x, self.weight, self.bias)
+        else:
+            made = multiplied(x, self.weight, self.bias, self.kind)
         out = made.new_zeros(*made.shape[:-1], self.out_features)
         return out.index_copy(-1, torch.tensor(self._rows, device=made.device), made)
 
