@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from moacompress.evaluation.scoring.prompts import Score
+from moacompress.evaluation.scoring.result_rows import Measured, TaskCell, pooled_rows, result_rows
 from moacompress.prompts.pools import Prose
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -161,3 +163,46 @@ def test_pass_phrases_stand_in_the_text(
         (line,) = [part for part in said.split(". ") if f"The {name} pass" in part]
         assert line.strip().rstrip(".") in asked
     assert abs(len(ids) - 600) < 60
+
+
+def test_tables_of_ways_to_evict(load_script: Callable[[Path], Any], tmp_path: Path) -> None:
+    """Rows made by the product of known scores: shares, retention and differences are those that stand in the tables."""
+    script, cells, fields = load_script(FOLDER / "eviction_tables.py"), [], []
+    matches = {"easy": {"plan": "1111", "dense": "1111", "poor": "0011", "other:seen": "0111"}}
+    matches["hard"] = {"plan": "1001", "dense": "1101", "poor": "0000", "other:seen": "0000"}
+    matches["none"] = dict.fromkeys(matches["hard"], "0000")
+    taken = {"plan": 130, "dense": 1000, "poor": 131, "other:seen": 130}
+    for task, sides in matches.items():
+        cells.append(TaskCell(task, 2048, 4, 2000))
+        fields.append([
+            Measured(SimpleNamespace(name=name, kv_bytes=taken[name], description=lambda tokens: {}), [
+                Score(float(match), float(match), 0.25 + number) for match in said
+            ])
+            for number, (name, said) in enumerate(sides.items())
+        ])  # fmt: skip
+    pooled, pooled_differences = pooled_rows(fields, 0)
+    found = {
+        "results": [
+            *(row for cell, field in zip(cells, fields, strict=True) for row in result_rows(cell, field, 0)),
+            *pooled,
+        ],
+        "differences": pooled_differences,
+    }
+    (tmp_path / "eval.json").write_text(json.dumps(found))
+    evaluation = script.Evaluation(tmp_path / "eval.json")
+    lines = script.side_table(evaluation).splitlines()
+    assert "retention, of 7 |" in lines[0]
+    assert lines[2].startswith("| `plan` | 13.0% | 0.86 [")
+    assert lines[2].endswith("| 0.250 |  |  |")
+    assert lines[4].startswith("| `poor` | 13.1% | 0.29 [")
+    assert "] | 2.250 | +0.57 [+" in lines[4]
+    assert lines[4].endswith("| -2.00 [-2.00, -2.00] |")
+    assert script.task_table([evaluation, evaluation], ["other:seen"]).splitlines()[2:] == [
+        "| `easy` | 4 of 4, 4 of 4 | 1.00, 1.00 | 0.75, 0.75 | 0.50, 0.50 |",
+        "| `hard` | 3 of 4, 3 of 4 | 0.67, 0.67 | 0.00, 0.00 | 0.00, 0.00 |",
+        "| `none` | 0 of 4, 0 of 4 | -, - | -, - | -, - |",
+    ]
+    found["results"] = [row for row in found["results"] if row["task"] != "easy"]
+    (tmp_path / "one.json").write_text(json.dumps({**found, "results": found["results"][:13]}))
+    with pytest.raises(SystemExit, match=r"one\.json: an evaluation of two tasks or more"):
+        script.Evaluation(tmp_path / "one.json")

@@ -1,0 +1,128 @@
+"""Markdown tables of evaluations: each side at the plan's bytes, and what each task keeps at every length.
+
+    python benchmarks/eviction_tables.py eighth.1k.json eighth.2k.json --sides kvzip:unseen,kvzip:seen,quantized:hqq-4
+
+A file is what `moacompress eval plan/ --against dense,... -o` wrote of prompts of one length and more tasks than one. Retention
+is of the prompts of all tasks that dense answers right, NLL in nats a token. Brackets are 95% intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from moacompress.evaluation.baselines.compared_models import DENSE, PLAN
+from moacompress.evaluation.scoring.result_rows import POOLED
+from moacompress.rules.budget import format_length
+
+METRICS = ("retention", "nll")
+Row = dict[str, Any]
+
+
+class Evaluation:
+    """What was measured at one length.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        length: nominal, tokens.
+        tasks: in the order of the file.
+        sides: likewise; the plan and dense first.
+
+    Raises:
+        SystemExit: the file has no rows of dense, or of several tasks of one length.
+    """
+
+    def __init__(self, path: Path) -> None:
+        found = json.loads(path.read_text("utf-8"))
+        self._results, self._differences = (
+            {(row["model"], row["task"], row["metric"]): row for row in found[kind]}
+            for kind in ("results", "differences")
+        )
+        lengths = {row["length"] for row in found["results"]} - {None}
+        self.tasks = [*dict.fromkeys(row["task"] for row in found["results"] if row["task"] != POOLED)]
+        self.sides = [*dict.fromkeys(row["model"] for row in found["results"])]
+        if len(lengths) != 1 or len(self.tasks) < 2 or DENSE not in self.sides:
+            raise SystemExit(
+                f"{path}: an evaluation of two tasks or more, of one length, with dense among its sides is wanted"
+            )
+        (self.length,) = lengths
+
+    def row(self, side: str, task: str, metric: str) -> Row | None:
+        """Returns a row of results; None where dense answers none of a task, so that nothing can be retained."""
+        return self._results.get((side, task, metric))
+
+    def less(self, side: str, metric: str) -> Row | None:
+        """Returns the row of the plan less another side, of all tasks together; None for the plan."""
+        return self._differences.get((side, POOLED, metric))
+
+    def share(self, side: str) -> float:
+        """Returns the bytes of a side as a share of dense's."""
+        ours, theirs = (self._results[name, POOLED, "nll"]["kv_bytes"] for name in (side, DENSE))
+        return float(ours / theirs)
+
+    def right(self, task: str) -> tuple[int, int]:
+        """Returns how many prompts of a task dense answers right, and how many there are."""
+        row, kept = self._results[DENSE, task, "exact_match"], self.row(DENSE, task, "retention")
+        return (0 if kept is None else kept["prompts"]), row["prompts"]
+
+
+def side_table(found: Evaluation) -> str:
+    """Returns all sides at one length, a line each."""
+    count, _ = found.right(POOLED)
+    rest = ("plan less this, retention", "plan less this, NLL")
+    lines = [_line("", "KV bytes, of dense", f"retention, of {count}", "NLL", *rest), _line(*["---"] * 6)]
+    for side in found.sides:
+        kept, nll = (found.row(side, POOLED, metric) for metric in METRICS)
+        assert nll is not None
+        said = "" if kept is None else f"{kept['value']:.2f} {_interval(kept, '.2f')}"
+        less = (found.less(side, metric) for metric in METRICS)
+        apart = ("" if row is None else f"{row['value']:+.2f} {_interval(row, '+.2f')}" for row in less)
+        lines.append(_line(f"`{side}`", f"{found.share(side):.1%}", said, f"{nll['value']:.3f}", *apart))
+    return "\n".join(lines)
+
+
+def task_table(all_found: list[Evaluation], sides: list[str]) -> str:
+    """Returns what is retained of each task at every length, by the plan, by `sides`, and by the best of the others."""
+    lengths = ", ".join(format_length(found.length) for found in all_found)
+    heads = ("task", f"dense is right at {lengths}", PLAN, *(f"`{side}`" for side in sides), "best of the others")
+    lines = [_line(*heads), _line(*["---"] * len(heads))]
+    for task in dict.fromkeys(task for found in all_found for task in found.tasks):
+        right = ", ".join("{} of {}".format(*found.right(task)) if task in found.tasks else "-" for found in all_found)
+        cells = [", ".join(_kept(found, [side], task) for found in all_found) for side in (PLAN, *sides)]
+        others = [[side for side in found.sides if side not in (PLAN, DENSE, *sides)] for found in all_found]
+        best = ", ".join(_kept(found, names, task) for found, names in zip(all_found, others, strict=True))
+        lines.append(_line(f"`{task}`", right, *cells, best))
+    return "\n".join(lines)
+
+
+def _kept(found: Evaluation, sides: list[str], task: str) -> str:
+    rows = [row for side in sides if (row := found.row(side, task, "retention")) is not None]
+    return f"{max(row['value'] for row in rows):.2f}" if rows else "-"
+
+
+def _interval(row: Row, form: str) -> str:
+    return "[{}]".format(", ".join(format(end, form) for end in row["ci95"]))
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="of `moacompress eval -o`")
+    parser.add_argument("--sides", default="", help="comma-separated: columns of their own in the table of tasks")
+    given = parser.parse_args()
+    all_found = [Evaluation(path) for path in given.files]
+    for found in all_found:
+        print(f"At {found.length:,} tokens:\n\n{side_table(found)}\n")
+    print(f"Retention by task:\n\n{task_table(all_found, [side for side in given.sides.split(',') if side])}")
+
+
+if __name__ == "__main__":
+    main()
