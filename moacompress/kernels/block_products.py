@@ -109,6 +109,16 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return to_x, None, None, to_bias, None
 
 
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, blocks, ctx.code, ctx.compiled = inputs
+    ctx.save_for_backward(blocks)
+
+
+def _gradients_of_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    (blocks,) = ctx.saved_tensors
+    return torch.ops.moacompress_blocks.linear(grad, blocks, ctx.code, None, ctx.compiled), None, None, None
+
+
 def _fake_linear(x: torch.Tensor, blocks: torch.Tensor, *rest: Any) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], blocks.shape[0])
 
@@ -122,3 +132,6 @@ _LIBRARY.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("moacompress_blocks::linear", _fake_linear)
 torch.library.register_fake("moacompress_blocks::linear_backward", _fake_backward)
 torch.library.register_autograd("moacompress_blocks::linear", _gradients, setup_context=_setup)
+torch.library.register_autograd(
+    "moacompress_blocks::linear_backward", _gradients_of_backward, setup_context=_setup_backward
+)

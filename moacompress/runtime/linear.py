@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from moacompress.core.machine import processor_name
 from moacompress.kernels.backend import FEW_ROWS
@@ -100,10 +101,12 @@ def quickest_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     if trained or not lies_ready(weight, x) or not (bias is None or lies_ready(bias, x)):
         return nn.functional.linear(x, weight, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        return nn.functional.linear(x, weight, bias)
     if has_few_rows(x) and capabilities_for(x).linear:
         return backend_for(x).linear(x, weight, bias)
     ours = is_widened(x) or (ON_AMD and x.dtype == torch.float32 and x.device.type == "cpu")
-    if not ours or not x.numel() or torch.is_autocast_enabled("cpu"):
+    if not ours or not x.numel():
         return nn.functional.linear(x, weight, bias)
     if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         return float32_product(x, weight, bias)  # an operator takes as long again as a small product
@@ -147,9 +150,14 @@ def leave(layer: nn.Module) -> None:
 
 def has_few_rows(x: torch.Tensor) -> bool:
     """Returns whether an input, `[..., in_features]`, has few enough rows for the compiled kernels, and no gradients."""
-    if x.requires_grad and torch.is_grad_enabled():
+    if (x.requires_grad and torch.is_grad_enabled()) or in_forward_mode():
         return False
     return x.numel() <= FEW_ROWS * x.shape[-1] or x.numel() <= few_rows(x) * x.shape[-1]
+
+
+def in_forward_mode() -> bool:
+    """Returns whether derivatives are taken in forward mode (`torch.func.jvp`), which compiled kernels would drop."""
+    return forward_ad._current_level >= 0
 
 
 def lies_ready(tensor: object, x: torch.Tensor, kind: WeightType | None = None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedC
 from moacompress.core.errors import PlanError
 from moacompress.models.source import model_shape
 from moacompress.runtime import PlanCache, attach, detach
+from tests import plan_kinds
 
 COMPOSITE = "llava"
 """A model whose decoder has a part of the whole model's config."""
@@ -106,3 +108,14 @@ def test_a_refused_plan_leaves_the_config_where_it_is(tiny_model, random_plan):
     with pytest.raises(PlanError, match="it is for 2 layers"):
         attach(model, random_plan(model_shape(tiny_model(num_hidden_layers=2)), 3))
     assert model.config is config
+
+
+def test_a_refused_plan_leaves_the_one_before_on_the_model(tiny_model, random_plan, token_ids):
+    model, ids = tiny_model(), token_ids(1, 60)
+    attach(model, random_plan(model_shape(model), 3))
+    expected = model(ids).logits
+    lacking = replace(plan_kinds.gates(tiny_model()), gate_weights=None)
+    for plan, match in ((random_plan(model_shape(tiny_model(num_hidden_layers=2)), 3), "2 layers"), (lacking, "gates")):
+        with pytest.raises(PlanError, match=match):
+            attach(model, plan)
+        assert torch.equal(model(ids).logits, expected)

@@ -149,6 +149,18 @@ def test_gradients_of_inputs(twins):
     assert apart(*found) < 1e-4
 
 
+def test_gradients_of_gradients_of_a_layer(twins):
+    blocks, dense = twins()
+    x, found = torch.randn(12, dense.config.hidden_size), []
+    for model in (blocks, dense):
+        given = x.clone().requires_grad_()
+        made = model.model.layers[0].mlp(given).square().sum()
+        (first,) = torch.autograd.grad(made, given, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), given)[0])
+    assert found[0].abs().max() > 1e-3
+    assert apart(*found) < 1e-3
+
+
 def test_adapters_train_on_blocks_as_on_numbers_and_are_not_merged(twins, token_ids):
     peft = pytest.importorskip("peft")
     blocks, dense = twins()

@@ -19,6 +19,7 @@ from moacompress.runtime import attach
 from moacompress.runtime.cache.block_runs import LAG
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.cache.pool import LEAST_GROWTH, SLACK
+from tests import plan_kinds
 
 
 def settings(**more):
@@ -380,3 +381,22 @@ def test_batch_operations(tiny_model, random_plan, token_ids):
     assert cache.batch_size == -1
     with pytest.raises(UnsupportedError, match="holds 3 rows, the input has 2"):
         model(ids[:2, :1], cache=model(ids).cache)
+
+
+@pytest.mark.parametrize("backend", ["compiled", "reference"])
+@pytest.mark.parametrize("kind", [plan_kinds.windows, plan_kinds.formats, plan_kinds.gates])
+def test_a_cache_of_inference_mode_goes_on_outside(kind, backend, tiny_model, token_ids, request, use_backend):
+    if backend == "compiled":
+        request.getfixturevalue("compiled_kernels")
+    else:
+        use_backend("reference")
+    model, ids = tiny_model(), token_ids(1, 140)
+    attach(model, kind(model))
+    with torch.no_grad():
+        cache = model(ids[:, :110]).cache
+        expected = [model(ids[:, 110:130], cache=cache).logits, model(ids[:, 130:131], cache=cache).logits]
+    with torch.inference_mode():
+        cache = model(ids[:, :110]).cache
+    with torch.no_grad():
+        found = [model(ids[:, 110:130], cache=cache).logits, model(ids[:, 130:131], cache=cache).logits]
+    assert all(map(torch.equal, found, expected))

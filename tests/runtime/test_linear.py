@@ -129,11 +129,21 @@ def test_copies_and_pickles_have_weights_of_their_own():
     assert set(layer.state_dict()) == {"weight", "bias"}
 
 
-def test_autocast_decides(onednn):
+@pytest.mark.parametrize("rows", [1, 8, 130])
+def test_autocast_decides(rows, onednn):
     layer = linear()
     use_kernels(layer)
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer(torch.randn(130, 24)).dtype == linear()(torch.randn(130, 24)).dtype == torch.bfloat16
+        assert layer(torch.randn(rows, 24)).dtype == linear()(torch.randn(rows, 24)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rows", [1, 130])
+def test_forward_mode_has_its_tangents(rows):
+    layer, x, tangent = linear(), torch.randn(rows, 24), torch.randn(rows, 24)
+    expected = torch.func.jvp(layer, (x,), (tangent,))[1]
+    assert expected.abs().max() > 0.1
+    use_kernels(layer)
+    torch.testing.assert_close(torch.func.jvp(layer, (x,), (tangent,))[1], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_compiled_layer_is_one_graph(onednn):

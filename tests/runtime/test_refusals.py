@@ -116,6 +116,46 @@ def test_packed_sequences(model, ids):
     refuses("packed", lambda: model(ids, use_cache=False, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds))
 
 
+def test_positions_that_stand_in_the_cache_already(model, ids):
+    """A forward that is given none counts them itself, so they are known all the same."""
+    cache = model(ids).cache
+    refuses("tokens that the cache has already", lambda: model(ids, position_ids=torch.arange(20)[None], cache=cache))
+    refuses(
+        "tokens that the cache has already", lambda: model(ids[:, :1], position_ids=torch.tensor([[0]]), cache=cache)
+    )
+    model(ids[:, :1], cache=cache)
+    model(ids, position_ids=torch.arange(21, 41)[None], cache=cache)
+    elsewhere = model(ids, position_ids=torch.arange(5, 25)[None]).cache
+    model(ids, cache=elsewhere)  # which jumps back to 20, as it does without a plan; where it is now is not known
+    model(ids, position_ids=torch.arange(90, 110)[None], cache=elsewhere)
+
+
+def test_another_dtype_behind_a_cache(model, ids):
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            cache = model(ids).cache
+        for more in (ids, ids[:, :1]):
+            refuses("in bfloat16, and this forward makes them in float32", lambda more=more: model(more, cache=cache))
+        with torch.autocast("cpu", torch.bfloat16):
+            model(ids, cache=cache)
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+def test_gradients_of_gradients(model, ids):
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    loss = model(inputs_embeds=embedded, use_cache=False).logits.square().sum()
+    (found,) = torch.autograd.grad(loss, embedded, create_graph=True)
+    refuses("no gradients of gradients", lambda: torch.autograd.grad(found.square().sum(), embedded))
+
+
+def test_derivatives_in_forward_mode(model, ids):
+    def logits(x):
+        return model(inputs_embeds=x, use_cache=False).logits
+
+    embedded = model.get_input_embeddings()(ids).detach()
+    refuses("no derivatives in forward mode", lambda: torch.func.jvp(logits, (embedded,), (embedded,)))
+
+
 def test_masks_that_are_not_two_dimensional(model, ids):
     mask = torch.zeros(2, 1, 20, 20)
     refuses("mask of shape", lambda: model(ids, attention_mask=mask))

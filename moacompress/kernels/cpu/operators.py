@@ -120,6 +120,13 @@ def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
     return dquery, dkey, dvalue, [], [], *[None] * 6, dlogits, []
 
 
+def _twice(ctx: Any, *grads: torch.Tensor | None) -> None:
+    raise UnsupportedError(
+        "compiled attention has no gradients of gradients (create_graph=True, torch.func.hessian); with "
+        "MOACOMPRESS_KERNEL=reference it has"
+    )
+
+
 def register() -> None:
     """Registers them; the library is loaded."""
     fakes: dict[str, Callable[..., Any]] = {
@@ -137,3 +144,4 @@ def register() -> None:
     for name, fake in fakes.items():
         torch.library.register_fake(f"moacompress_cpu::{name}", fake)
     torch.library.register_autograd("moacompress_cpu::prefill", _backward, setup_context=_keep)
+    torch.library.register_autograd("moacompress_cpu::prefill_backward", _twice)

@@ -182,13 +182,14 @@ class Pool:
 
     def _add(self, kind: int, blocks: int) -> None:
         keys, values = self.layout.kinds[kind]
-        self.keys.append(keys.new(blocks, self.device))
-        self.values.append(values.new(blocks, self.device))
-        self.shared_values.append(
-            tuple(kv_part.new(blocks, self.device) for kv_part in self.layout.shared_values[kind])
-        )
         scored = BLOCK if self.layout.scored[kind] else 0
-        self.scores.append(torch.empty(blocks, scored, dtype=torch.int16, device=self.device))
+        with torch.inference_mode(False):  # what is made in inference mode cannot be written to outside
+            self.keys.append(keys.new(blocks, self.device))
+            self.values.append(values.new(blocks, self.device))
+            self.shared_values.append(
+                tuple(kv_part.new(blocks, self.device) for kv_part in self.layout.shared_values[kind])
+            )
+            self.scores.append(torch.empty(blocks, scored, dtype=torch.int16, device=self.device))
         self.kinds = np.concatenate([self.kinds, np.full(blocks, kind, np.int64)])
         self.refs = np.concatenate([self.refs, np.zeros(blocks, np.int32)])
 

@@ -354,6 +354,11 @@ _TENSORS = (
     PrivateName("torch.ops.mkldnn._linear_pointwise", "products of many rows in float32 on AMD", checks.is_onednns),
     PrivateName("torch.ops.mkldnn._is_mkldnn_bf16_supported", "products of many rows in bfloat16", checks.is_onednns),
     PrivateName("torch.ops.mkldnn._is_mkldnn_fp16_supported", "products of many rows in float16", checks.is_onednns),
+    PrivateName(
+        "torch.autograd.forward_ad._current_level",
+        "telling whether derivatives are taken in forward mode",
+        checks.is_a(int),
+    ),
     PrivateName("torch.library.get_ctx", "sizes that a compiled model does not know"),
     PrivateName("torch._library.fake_impl.FakeImplCtx.new_dynamic_size", "sizes that a compiled model does not know"),
     PrivateName("torch.utils._python_dispatch.TorchDispatchMode", "the memory of profiling"),

@@ -25,7 +25,7 @@ from moacompress.runtime.compat.untested import check_installed
 from moacompress.runtime.decode.all_layers import Stack
 from moacompress.runtime.decode.context import NAME, AttentionHook, LayerContext
 from moacompress.runtime.decode.fused import are_fused, fuse, read_layers, unfuse
-from moacompress.runtime.gate import gates_on, put_gates, take_gates_off
+from moacompress.runtime.gate import gates_of, gates_on, put_gates, take_gates_off
 from moacompress.runtime.hf import ops  # noqa: F401  registers what a compiled model calls
 from moacompress.runtime.hf.config import MoaCompressConfig
 from moacompress.runtime.hf.generation import OVERRIDES
@@ -64,8 +64,9 @@ class _Attachment:
 def attach(model: Model, plan: Plan | str | Path) -> Model:
     """Makes a loaded dense model run under a plan, in place, without an export.
 
-    Another plan on the model is replaced. `save_pretrained` then writes a compressed checkpoint. The model gets a config of its
-    own, a copy, in place of the one that it may share with other models and the caller; `detach` leaves it that.
+    Another plan on the model is replaced, and stays where this one is refused. `save_pretrained` then writes a compressed
+    checkpoint. The model gets a config of its own, a copy, in place of the one that it may share with other models and the
+    caller; `detach` leaves it that.
 
     Args:
         model: a causal LM that transformers loaded.
@@ -84,11 +85,11 @@ def attach(model: Model, plan: Plan | str | Path) -> Model:
     if not isinstance(plan, Plan):
         plan = Plan.load(plan)
     check_supported(model)
-    if getattr(model, "_moacompress", None) is not None:
-        detach(model)
-    if getattr(model.config, "quantization_config", None) is not None:
+    if not isinstance(getattr(model.config, "quantization_config", None), MoaCompressConfig | None):
         raise PlanError("the model's weights are quantized; attach a plan to a model with float weights")
     modules = _fitting_modules(model, plan)
+    gates_of(plan, _inputs(model))  # which are at hand, and fit
+    detach(model)
     put_gates(modules, plan, _inputs(model), model.dtype, devices=layer_devices(model))
     _take_own_configs(model)
     _put(model, plan, modules, drop_projections(model, plan))

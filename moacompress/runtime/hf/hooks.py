@@ -22,6 +22,7 @@ from moacompress.runtime.compat.http_errors import refusal
 from moacompress.runtime.decode.all_layers import RUN, Stack
 from moacompress.runtime.decode.attention import MASK_SHAPE
 from moacompress.runtime.hf.layer_order import LayerOrder
+from moacompress.runtime.linear import in_forward_mode
 from moacompress.runtime.sharing.shared_keys import SHARED_KEYS, AnchorKeys
 
 _LEFT_PADDED = "say which tokens are padding with a 2-D attention_mask, and leave position_ids out"
@@ -72,6 +73,10 @@ class DecoderHook:
             handle = None if cache is None else cache.handle
             kwargs[fed] = torch.ops.moacompress.begin(kwargs[fed], handle, as_tensor(mask), as_tensor(positions))
             return (), kwargs
+        if in_forward_mode():
+            raise UnsupportedError(
+                "a compressed model has no derivatives in forward mode (torch.func.jvp, jacfwd), only gradients"
+            )
         rows, tokens = kwargs[fed].shape[:2]
         real = begin(cache, mask, positions, rows, tokens)
         if real is None or real[:, real.shape[1] - tokens :].all():
@@ -212,11 +217,14 @@ def _check_positions(
     """Refuses position ids that do not count on from one real token of a row to the next, where no padding is between them.
 
     Returns:
-        The last position of every row, `[rows]`, -1 where it is not known; None where the caller gave none.
+        The last position of every row, `[rows]`, -1 where it is not known; None where none is.
     """
     if positions is None:
-        return None
-    message = "position_ids that do not count on (packed sequences, or gaps) are not supported by a compressed model; "
+        return _counted_positions(cache, real, rows, tokens)
+    message = (
+        "position_ids that do not count on (packed sequences, gaps, or tokens that the cache has already) are not "
+    )
+    message += "supported by a compressed model; "
     if not isinstance(positions, torch.Tensor) or positions.ndim != 2 or positions.shape[1] != tokens:
         raise UnsupportedError(message + _LEFT_PADDED)
     last = cache.last_position if cache is not None else None
@@ -243,6 +251,19 @@ def _check_positions(
         # a row that ends in padding continues from that, wherever it is put
         ends[row] = found[row, -1] if columns[-1] == tokens - 1 else -1
     return ends
+
+
+def _counted_positions(cache: PlanCache | None, real: Bools | None, rows: int, tokens: int) -> Ints | None:
+    """Returns the last position of every row where the caller gives none, `[rows]`: models count the columns themselves.
+
+    None where that is not known: with padding, and behind tokens that stand elsewhere.
+    """
+    if cache is None or real is not None:
+        return None
+    past, last = cache.get_seq_length(), cache.last_position
+    if past and (last is None or (last != past - 1).any()):
+        return None
+    return np.full(rows, past + tokens - 1, np.int64)
 
 
 def _check_rest(module: Any, kwargs: dict[str, Any]) -> None:
