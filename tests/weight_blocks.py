@@ -46,6 +46,8 @@ def write_gguf(
     intermediate: int = 512,
     head: str | None = None,
     seed: int = 0,
+    keys: dict[str, str | int | float] | None = None,
+    more: dict[str, np.ndarray] | None = None,
     **changed: Any,
 ) -> Path:
     """Writes a model of random weights.
@@ -59,6 +61,8 @@ def write_gguf(
         intermediate: of the feed-forward.
         head: type of the output's blocks; None where it is the embedding.
         seed: of the numbers.
+        keys: of the architecture beside those that it needs.
+        more: tensors that it does not need.
         **changed: tensors in the place of some, by the file's names; None leaves one out.
     """
     import gguf
@@ -116,6 +120,11 @@ def write_gguf(
             add(f"blk.{layer}.{name}", (rows.get(name, hidden), inputs), types[name])
             if architecture == "qwen2" and name in ("attn_q", "attn_k", "attn_v"):
                 add(f"blk.{layer}.{name}.bias", (rows.get(name, hidden),))
+    adding = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+    for key, value in (keys or {}).items():
+        adding[type(value)](f"{architecture}.{key}", value)
+    for name, numbers in (more or {}).items():
+        writer.add_tensor(name, numbers)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

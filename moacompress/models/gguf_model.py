@@ -19,6 +19,7 @@ import numpy.typing as npt
 from moacompress.core.arrays import row_parts
 from moacompress.core.errors import ModelError
 from moacompress.core.tables import readable_bytes
+from moacompress.models.gguf_positions import FREQUENCIES
 from moacompress.models.modules import needed_weights
 
 if TYPE_CHECKING:
@@ -56,12 +57,13 @@ ARCHITECTURES = {
 """Architectures that are read here, by the file's name for them; others are left to transformers."""
 
 
-def load_gguf(file: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel | None:
+def load_gguf(file: Path, reader: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel | None:
     """Loads a `.gguf` file with its matrices as they are.
 
     Args:
-        file: the file; it is not trusted.
-        config: of the model, as transformers reads it from the file.
+        file: the file, for messages.
+        reader: of it; it is not trusted.
+        config: of the model.
         dtype: what the model computes in.
 
     Returns:
@@ -72,12 +74,10 @@ def load_gguf(file: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel | 
     """
     import torch
     from accelerate import init_empty_weights
-    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM
 
     from moacompress.models.block_layers import can_hold_blocks, put_block_layer
 
-    reader: Any = GGUFReader(file)
     tensors = {str(tensor.name): tensor for tensor in reader.tensors}
     kinds = {name: _kind(tensor) for name, tensor in tensors.items()}
     if not any(kinds.values()):
@@ -125,6 +125,29 @@ def load_gguf(file: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel | 
         del model.config.quantization_config
     loaded: PreTrainedModel = model.eval().requires_grad_(False)
     return loaded
+
+
+def check_all_read(file: Path, reader: Any, model: PreTrainedModel) -> None:
+    """Refuses a model that was loaded from a file of which it has not all tensors: it would compute something else.
+
+    Args:
+        file: the file, for messages.
+        reader: of it.
+        model: the model; of architectures that are not read here nothing is known.
+
+    Raises:
+        ModelError: there are such tensors.
+    """
+    named = _architecture(reader)
+    if named not in ARCHITECTURES:
+        return
+    known = {*_names(model, named).values(), FREQUENCIES}
+    left = [name for tensor in reader.tensors if (name := str(tensor.name)) not in known]
+    if left:
+        raise ModelError(
+            f"{file} holds {len(left)} tensors that transformers' model of the architecture {named} has no place for, such as "
+            f"{left[0]}; give the checkpoint that it was made from"
+        )
 
 
 def _kind(tensor: Any) -> WeightType | None:

@@ -15,7 +15,8 @@ from moacompress.core.artefact_names import DENSE_FOLDER, MODEL_FOLDER, PLAN_FIL
 from moacompress.core.errors import ArtefactError, MoaCompressError, ModelError, UsageError, did_you_mean, one_line
 from moacompress.core.files import read_json
 from moacompress.models.fingerprint import weights_fingerprint, weights_like
-from moacompress.models.gguf_model import load_gguf
+from moacompress.models.gguf_model import check_all_read, load_gguf
+from moacompress.models.gguf_positions import put_scaling
 from moacompress.models.hub import hub_arguments, is_hub_name
 from moacompress.models.modules import check_supported
 from moacompress.models.placement import checked_placement, is_device_map
@@ -108,7 +109,10 @@ def load_source(
     arguments["trust_remote_code"] = trust_remote_code
     try:
         if is_gguf:
-            own: str | None = gguf_dtype(Path(source))
+            from gguf import GGUFReader
+
+            reader = GGUFReader(source)
+            own: str | None = gguf_dtype(reader)
         else:
             check_family(Path(name), trust_remote_code)
             config = AutoConfig.from_pretrained(name, **arguments)
@@ -124,14 +128,20 @@ def load_source(
         wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
         model: Any = None
         missing: list[str] = []
-        if is_gguf and weights == KEEP:
-            model = load_gguf(Path(source), AutoConfig.from_pretrained(name, **arguments), wanted)
+        if is_gguf:
+            config = AutoConfig.from_pretrained(name, **arguments)
+            put_scaling(config, reader, Path(source))
+            model = load_gguf(Path(source), reader, config, wanted) if weights == KEEP else None
+            arguments["config"] = config
         if model is None:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name, dtype=wanted, output_loading_info=True, **arguments, **placed
             )
             model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
-        arguments.pop("use_safetensors", None)
+        if is_gguf:
+            check_all_read(Path(source), reader, model)
+        for only_for_model in ("use_safetensors", "config"):
+            arguments.pop(only_for_model, None)
         tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
     except MoaCompressError:
         raise

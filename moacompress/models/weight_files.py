@@ -215,14 +215,12 @@ def gguf_problems(file: Path) -> list[str]:
     return found
 
 
-def gguf_dtype(file: Path) -> str:
+def gguf_dtype(reader: Any) -> str:
     """Returns the dtype that a `.gguf` file stands for: that of its matrices, bfloat16 where they are quantized or several.
 
     The file does not say what was quantized; nearly always it was bfloat16, and its rounding is far below that of the codes.
     """
-    from gguf import GGUFReader
-
-    kinds = {str(tensor.tensor_type.name) for tensor in GGUFReader(file).tensors if len(tensor.shape) > 1}
+    kinds = {str(tensor.tensor_type.name) for tensor in reader.tensors if len(tensor.shape) > 1}
     return FLOAT_NAMES.get(kinds.pop(), "bfloat16") if len(kinds) == 1 else "bfloat16"
 
 

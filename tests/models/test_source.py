@@ -231,7 +231,7 @@ def test_the_dtype_of_a_gguf_file(tmp_path: Path) -> None:
         for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
             write()
         writer.close()
-        assert gguf_dtype(path) == expected
+        assert gguf_dtype(gguf.GGUFReader(path)) == expected
 
 
 def test_a_loaded_model_tells_its_fingerprint_in_every_version(tiny_folder: Path) -> None:
