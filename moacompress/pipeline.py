@@ -265,9 +265,17 @@ def _produce(
 
 
 def _is_earlier(plan: Plan, other: Plan) -> bool:
-    """Whether a plan is another one of the same search, which its timeout stopped and which then resumed."""
+    """Whether a plan is another one of the same search, which its timeout stopped and which then resumed.
+
+    The smallest budget for a loss is found by a search of every budget that is tried.
+    """
     ours, theirs = (unrepaired(as_exported(one)).to_dict() for one in (plan, other))
-    return plan.provenance.get("search") == other.provenance["search"] and ours != theirs
+    return ours != theirs and _search_of(plan) == _search_of(other)
+
+
+def _search_of(plan: Plan) -> tuple[str | None, str | None]:
+    loss = plan.budget.get("max_loss")
+    return loss, plan.provenance.get("search" if loss is None else "profile")
 
 
 def measured_kv_bytes(folder: Path, length: int, device: str = "cpu", *, trust_remote_code: bool = False) -> int:

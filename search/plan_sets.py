@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from moacompress.core.progress import Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.rules.budget import any_memory, label
-from moacompress.rules.cost import smallest_bytes
+from moacompress.rules.cost import layer_floors, smallest_bytes
 from moacompress.rules.loss import Loss
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
@@ -25,6 +26,7 @@ from moacompress.search.deadline import Deadline, TimeUp
 from moacompress.search.plan_place import plan_place
 from moacompress.search.result.search_result import SearchResult
 from moacompress.search.search_request import ParameterValues, SearchRequest, offered
+from moacompress.search.sharing.share_choice import ShareChoice
 from moacompress.search.study import find_plan
 
 LOWER = 0.9
@@ -219,6 +221,12 @@ def _smallest(
 
     held: list[SearchResult] = []
 
+    def possible(searched: Callable[[], SearchResult]) -> SearchResult | None:
+        try:
+            return searched()
+        except InfeasibleBudgetError:  # KV heads that are to have one rule may take more than `smallest`
+            return None
+
     def holds(result: SearchResult) -> bool:
         kl = result.harm["plan"]
         if kl is None:
@@ -229,7 +237,7 @@ def _smallest(
         return True
 
     def narrowed() -> SearchResult:
-        smallest = math.ceil(100 * smallest_share(offered(profile, recipe)))
+        smallest = math.ceil(100 * smallest_share(offered(profile, recipe), recipe))
         bad, good = smallest - 1, 99
         if not holds(scout(good)):
             raise InfeasibleBudgetError(
@@ -238,10 +246,11 @@ def _smallest(
             )
         while good - bad > 1:
             middle = (bad + good) // 2
-            bad, good = (bad, middle) if holds(scout(middle)) else (middle, good)
+            found = possible(partial(scout, middle))
+            bad, good = (bad, middle) if found is not None and holds(found) else (middle, good)
         for share in sorted({max(smallest, int(good * LOWER)), good}):
-            found = search(share, scouts_folder(out) / f"whole-{share}.json")
-            if holds(found):
+            found = possible(partial(search, share, scouts_folder(out) / f"whole-{share}.json"))
+            if found is not None and holds(found):
                 return found
         return scout(good)  # the surrogate's own plan does
 
@@ -270,8 +279,14 @@ def _claim(out: Path, profile: Profile, loss: Loss, overwrite: bool) -> None:
         raise ArtefactError(f"{out} exists already and is of another search; choose another file or pass --overwrite")
 
 
-def smallest_share(profile: Profile) -> float:
-    """Returns the share of the dense bytes that the smallest plan takes, at the length where that is most."""
-    shape = profile.shape
-    smallest = smallest_bytes(shape, profile.rules, profile.min_window, list(profile.lengths))
+def smallest_share(profile: Profile, recipe: Recipe) -> float:
+    """Returns the share of the dense bytes that the smallest plan takes, at the length where that is most.
+
+    Args:
+        profile: with the formats on offer.
+        recipe: has floors, and layers that are to share whatever the plan.
+    """
+    shape, sharing = profile.shape, ShareChoice.of(profile, recipe)
+    floors, shares = layer_floors(recipe.search.floors, shape), () if sharing is None else sharing.fixed
+    smallest = smallest_bytes(shape, profile.rules, profile.min_window, list(profile.lengths), floors, shares)
     return max(smallest[n] / shape.dense_kv_bytes(n) for n in profile.lengths)

@@ -6,7 +6,7 @@ recipe; what is saved where a trial is given up half-way, or where a change begi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from moacompress.calibration.profile.estimate import dry_run
 from moacompress.calibration.profile.store import Profile
@@ -100,18 +100,18 @@ def search_seconds_on(recipe: Recipe, forwards: Iterable[tuple[int, float]], dev
 def estimate_search(
     profile: Profile,
     recipe: Recipe,
-    plans: int,
+    asked: Sequence[Sequence[str]] = (),
     progress: Progress | None = None,
     *,
     devices: int = 1,
     trust_remote_code: bool = False,
 ) -> Estimate:
-    """Returns what a search of so many plans would take, each alone.
+    """Returns what a search would take, of each plan alone.
 
     Args:
         profile: what is searched.
         recipe: of the search.
-        plans: how many.
+        asked: budgets of each of several plans; by default one, of the recipe's.
         progress: told of the timing.
         devices: workers that share it, each on a device as fast as this one.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
@@ -121,9 +121,12 @@ def estimate_search(
         BudgetError, UsageError: a budget of memory that does not fit, or weights that cannot be chosen.
     """
     source = load_for(recipe, profile.source, trust_remote_code=trust_remote_code)
-    memory = []
-    if recipe.weights == AUTO or any_memory(recipe.budget):
-        memory = [memory_text(SearchRequest.of(profile, None, recipe, model=source))]
+    plans = max(1, len(asked))
+    memory = [
+        memory_text(SearchRequest.of(profile, budgets, recipe, model=source))
+        for budgets in asked or [recipe.budget]
+        if recipe.weights == AUTO or any_memory(budgets)
+    ]
     timed = dry_run(source, profile.recipe, progress)
     forwards = [(part.validation_samples, part.forward_seconds) for part in timed.lengths]
     seconds, timeout = plans * search_seconds(recipe, forwards), recipe.search.timeout

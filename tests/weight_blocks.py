@@ -120,7 +120,7 @@ def write_gguf(
             add(f"blk.{layer}.{name}", (rows.get(name, hidden), inputs), types[name])
             if architecture == "qwen2" and name in ("attn_q", "attn_k", "attn_v"):
                 add(f"blk.{layer}.{name}.bias", (rows.get(name, hidden),))
-    adding = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+    adding: dict[type, Any] = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
     for key, value in (keys or {}).items():
         adding[type(value)](f"{architecture}.{key}", value)
     for name, numbers in (more or {}).items():

@@ -330,8 +330,14 @@ class _RowPicker:
         self.encoded: dict[int, tuple[list[int], list[bool]]] = {}
 
     def pick(self, count: int, length: int, answer_tokens: int, split: Split) -> list[SampleDraft]:
-        """Returns `count` drafts whose prompt and answer take more than half of `length` and at most all of it."""
-        low, high = max(length // 2, SHORTEST) - answer_tokens + 1, length - answer_tokens
+        """Returns `count` drafts whose prompt and longest answer take more than half of `length` and at most all of it."""
+        low, high = max(length // 2 - answer_tokens, SHORTEST) + 1, length - answer_tokens
+        if low > high:
+            raise DataError(
+                f"samples of {length:,} tokens leave no room for a prompt of {self.name} beside an answer of "
+                f"{answer_tokens:,}; a prompt must be longer than the largest sink, {SHORTEST} tokens: ask for longer samples "
+                "or shorter answers (calibration.answer_tokens)"
+            )
         chosen: list[int] = []
         for index in self.left:
             if len(chosen) == count:

@@ -308,7 +308,7 @@ def prepare(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest:
         _remove_all_but_the_manifest(folder)
         found = manifest
     else:
-        recipe = _with_recorded(manifest.recipe, found.recipe)
+        recipe = with_recorded(manifest, found).recipe
         if (found.recipe, found.source) == (recipe, manifest.source):
             return found
         wanted = replace(found, recipe=recipe, source=manifest.source)
@@ -344,15 +344,16 @@ def _remove_all_but_the_manifest(folder: Path) -> None:
     remove([path for path in of_profile(folder) if path != folder / MANIFEST_FILE])
 
 
-def _with_recorded(recipe: Recipe, earlier: Recipe) -> Recipe:
-    """Returns the recipe with the statistics that an earlier run recorded beside those it asks for."""
-    ours, theirs = recipe.profile, earlier.profile
-    return recipe.override(
+def with_recorded(manifest: Manifest, earlier: Manifest) -> Manifest:
+    """Returns a manifest with the statistics that an earlier run recorded beside those that it asks for."""
+    ours, theirs = manifest.recipe.profile, earlier.recipe.profile
+    recipe = manifest.recipe.override(
         profile__baselines=ours.baselines or theirs.baselines,
         profile__heads=ours.heads or theirs.heads,
         profile__anchors=max(ours.anchors, theirs.anchors),
         profile__formats=[*ours.formats, *theirs.formats],
     )
+    return replace(manifest, recipe=recipe)
 
 
 def _same_request(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from moacompress.calibration.data.samples import Sample, save_samples
 from moacompress.calibration.gates.training import Gates
-from moacompress.calibration.profile.manifest import Manifest, prepare
+from moacompress.calibration.profile.manifest import Manifest, begun_profile, prepare, with_recorded
 from moacompress.calibration.profile.rounding_loss import rounding_of, write_rounding
 from moacompress.calibration.profile.shard import Shard
 from moacompress.calibration.profile.skipped import check_skipped
@@ -94,6 +94,8 @@ def merge_shards(
     samples, held_out = ([found[number] for number in sorted(found)] for found in (calibration, validation))
     with no_empty_folder(out), own_folder(out):
         first = parts[0].head
+        if not overwrite:
+            _check_statistics(first, out)
         head = prepare(out, replace(first, shard=None, skipped=(), gates="", seconds=0.0, complete=False), overwrite)
         if head.complete:
             return Profile.load(out)
@@ -122,6 +124,27 @@ def merge_shards(
         head = replace(head, skipped=skipped, seconds=round(total, 3))
         merge(out, head, samples, [found[number][0] for number in sorted(found)])
         return Profile.load(out)
+
+
+def _check_statistics(head: Manifest, out: Path) -> None:
+    """Refuses shards that would have to add to a profile, and lack what it has beside: nothing of it is touched.
+
+    Args:
+        head: of a shard.
+        out: the folder of the profile.
+
+    Raises:
+        ArtefactError: the profile of the same request has statistics that the shards lack; or it is none that can be read.
+    """
+    there = begun_profile(out)
+    if there is None or there.request != head.request:
+        return
+    lacking = sorted(with_recorded(head, there).array_shapes.keys() - head.array_shapes.keys())
+    if lacking:
+        raise ArtefactError(
+            f"{out} holds a profile with statistics that the shards lack ({', '.join(lacking)}); make them with these too, "
+            "merge into another folder, or pass --overwrite"
+        )
 
 
 def _parts(folders: Sequence[Path], out: Path) -> list[_Part]:

@@ -125,10 +125,12 @@ def required_model(given: str | None, recipe_model: str | None) -> str:
 
 
 def with_memory(budgets: list[str] | None, memory: str | None) -> list[str] | None:
-    """Returns budgets with that of `--memory` behind them; None where neither is given."""
+    """Returns budgets with those of `--memory` behind them; None where neither is given."""
     from moacompress.rules.budget import MEMORY
 
-    return budgets if memory is None else [*(budgets or ()), f"{MEMORY}{memory}"]
+    if memory is None:
+        return budgets
+    return [*(budgets or ()), ",".join(f"{MEMORY}{part.strip()}" for part in memory.split(","))]
 
 
 def read_sources(given: list[str] | None) -> list[dict[str, Any]] | None:

@@ -148,9 +148,9 @@ def search(
             raise UsageError("--dry-run knows what a search of single plans takes; leave out --front")
         from moacompress.search.search_estimate import estimate_search
 
-        plans = max(1, len(asked))
+        several = asked if len(asked) > 1 else []
         expected = estimate_search(
-            loaded, resolved, plans, run.progress, devices=count, trust_remote_code=trust_remote_code
+            loaded, resolved, several, run.progress, devices=count, trust_remote_code=trust_remote_code
         )
         return Output(expected.to_dict(), [*expected.lines()])
     from moacompress.search.deadline import Deadline

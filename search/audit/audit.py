@@ -156,7 +156,7 @@ def audit(
         raise DataError("there are no held-out samples to measure on; profile with validation samples")
     request = SearchRequest.of(profile, budget, profile.recipe, model=model)
     masking = masking_rules(
-        profile.shape, profile.spans, profile.min_window, [len(sample.input_ids) for sample in samples]
+        profile.shape, request.profile.spans, profile.min_window, [len(sample.input_ids) for sample in samples]
     )
     check_counts(profile.shape, masking, count, plans)
     path = profile.path / AUDIT_FILE if out is None else Path(out)

@@ -35,12 +35,14 @@ class Knapsack:
         limits: the most of each, int64 [constraints].
         solver: "lagrange" or "milp".
         classes: how many different rules there may be, or None for any number.
+        forbidden: rules that a KV head may not have, bool [layers, kv_heads, rules], or None. They take what the first does.
     """
 
     sizes: Ints
     limits: Ints
     solver: str
     classes: ClassLimit | None = None
+    forbidden: Mask | None = None
 
     @staticmethod
     def of(request: SearchRequest) -> Knapsack:
@@ -49,11 +51,14 @@ class Knapsack:
         arguments = (constraints, profile.shape, profile.rules, profile.min_window)
         sizes = cost_tables(*arguments)
         below = below_floors_at(*arguments, layer_floors(request.recipe.search.floors, profile.shape))
-        return Knapsack(np.where(below, sizes[..., :1], sizes), limit_array(constraints), request.recipe.search.solver)
+        sizes = np.where(below, sizes[..., :1], sizes)
+        return Knapsack(sizes, limit_array(constraints), request.recipe.search.solver, forbidden=below)
 
     def choose(self, costs: Floats) -> Ints:
         """Returns the rule of every KV head of least total cost, int64 [layers, kv_heads]; costs have the rules last."""
         count, layers, kv_heads, rules = self.sizes.shape
+        if self.forbidden is not None:  # dearer than the first rule, and no smaller
+            costs = np.where(self.forbidden, costs[..., :1] + np.ptp(costs) + 1e-9, costs)
         costs, sizes = costs.reshape(-1, rules), self.sizes.reshape(count, -1, rules)
         if self.classes is None:
             choice = solve(costs, sizes, self.limits, solver=self.solver).choice
@@ -70,8 +75,7 @@ class Knapsack:
         """
         count, layers, kv_heads, rules = self.sizes.shape
         sizes = self.sizes.reshape(count, -1, rules)
-        may = None if self.classes is None else self.classes.may
-        found = fill(choice.reshape(-1), costs.reshape(-1, rules), sizes, self.limits, grow=True, may=may)
+        found = fill(choice.reshape(-1), costs.reshape(-1, rules), sizes, self.limits, grow=True, may=self.may)
         return found.reshape(layers, kv_heads)
 
     def may(self, choice: Ints, changes: int = 1) -> Mask:
@@ -81,16 +85,17 @@ class Knapsack:
             choice: the present rule of every row, `[rows]`.
             changes: rows that change together.
         """
-        if self.classes is None:
-            return np.ones((len(choice), self.sizes.shape[-1]), bool)
-        return self.classes.may(choice, changes)
+        rules = self.sizes.shape[-1]
+        found = np.ones((len(choice), rules), bool) if self.classes is None else self.classes.may(choice, changes)
+        return found if self.forbidden is None else found & ~self.forbidden.reshape(-1, rules)
 
     def merged(self, groups: HeadGroups) -> Knapsack:
         """Returns the knapsack of groups of rows that have one rule."""
         count, rules = len(self.sizes), self.sizes.shape[-1]
         sizes = groups.summed(self.sizes.reshape(count, -1, rules))[:, :, None]
         classes = None if self.classes is None else self.classes.merged(groups)
-        return replace(self, sizes=sizes, classes=classes)
+        forbidden = None if self.forbidden is None else groups.any_of(self.forbidden)[:, None]
+        return replace(self, sizes=sizes, classes=classes, forbidden=forbidden)
 
 
 def total_cost(costs: Floats, choice: Ints) -> float:

@@ -63,14 +63,16 @@ class PlanSpace:
         sizes = cost_tables(*arguments, shares)
         below = below_floors_at(*arguments, layer_floors(search.floors, profile.shape), shares)
         groups = HeadGroups.of(profile.shape, shares) if shares else None
+        forbidden = below
         if groups is not None:  # a rule that one of a group may not have none of it may have
-            of_groups = groups.summed(below.reshape(-1, below.shape[-1]).astype(np.int64))
-            below = groups.spread(of_groups) > 0
+            of_groups = groups.any_of(below)
+            below, forbidden = of_groups[groups.of_head], of_groups[:, None]
         limit = None if classes is None else ClassLimit.of(classes, profile.shape, profile.rules, below, groups)
         sizes = np.where(below, sizes[..., :1], sizes)
         if groups is not None:
             sizes = groups.summed(sizes.reshape(len(sizes), -1, sizes.shape[-1]))[:, :, None]
-        return PlanSpace(profile, shares, groups, Knapsack(sizes, limit_array(constraints), search.solver, limit))
+        knapsack = Knapsack(sizes, limit_array(constraints), search.solver, limit, forbidden)
+        return PlanSpace(profile, shares, groups, knapsack)
 
     def costs(self, costs: Floats) -> Floats:
         """Returns the costs of the rows, from those of single KV heads, `[layers, kv_heads, rules]`."""

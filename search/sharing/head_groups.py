@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from moacompress.core.arrays import Floats, Ints
 from moacompress.rules.model_shape import ModelShape
@@ -50,6 +51,11 @@ class HeadGroups:
         """
         found = np.zeros((*table.shape[:-2], self.size, table.shape[-1]), table.dtype)
         np.add.at(np.moveaxis(found, -2, 0), self.of_head.reshape(-1), np.moveaxis(table, -2, 0))
+        return found
+
+    def any_of(self, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Returns what holds of any KV head of every group, `[groups, last]`, from `[..., last]` of all KV heads."""
+        found: npt.NDArray[np.bool_] = self.summed(mask.reshape(-1, mask.shape[-1]).astype(np.int64)) > 0
         return found
 
     def spread(self, choice: Ints) -> Ints:

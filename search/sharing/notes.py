@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moacompress.core.errors import InfeasibleBudgetError
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import LayerShares
 from moacompress.search.measure.trials import Tried
@@ -30,8 +31,9 @@ def sharing_notes(request: SearchRequest, surrogate: Surrogate, plan: Plan, trie
         layer's attention output, and so of its KL as it is counted here; `assume_healed`, the share that is counted beside;
         `most`, layers that a trial could let share, or None; `shared`, layers of the plan that share; `counts`: for no copy,
         one, and every number that was tried or asked for, `layers`; `pairs` of a layer and its anchor, as chosen for this
-        number; `copies`, their predicted KL; `predicted`, that of the solver's plan with them; and of the best trial that
-        shared so many, `harm`, None where none was measured on all samples, and `log_ratio` to trial 0. KLs in nats.
+        number; `copies`, their predicted KL; `predicted`, that of the solver's plan with them, None where none fits; and of
+        the best trial that shared so many, `harm`, None where none was measured on all samples, and `log_ratio` to trial 0.
+        KLs in nats.
     """
     choice = request.sharing
     assert choice is not None
@@ -48,14 +50,17 @@ def sharing_notes(request: SearchRequest, surrogate: Surrogate, plan: Plan, trie
     rows = []
     for count, shares in sorted(known.items()):
         space = request.space(shares)
-        made = space.plan(space.knapsack.choose(space.costs(surrogate.costs())))
+        try:
+            made = space.plan(space.knapsack.choose(space.costs(surrogate.costs())))
+        except InfeasibleBudgetError:  # only what shares more fits
+            made = None
         found = best.get(count)
         rows.append(
             {
                 "layers": count,
                 "pairs": [[layer, share.anchor] for layer, share in enumerate(shares) if share is not None],
                 "copies": choice.costs.cost(shares, surrogate.calibration),
-                "predicted": request.predicted(surrogate, made),
+                "predicted": None if made is None else request.predicted(surrogate, made),
                 "harm": None if found is None or found.pruned else float(np.mean(found.kls)),
                 "log_ratio": None if found is None else found.value,
             }

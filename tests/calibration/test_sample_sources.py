@@ -124,6 +124,18 @@ def test_prompt_rows_are_answered_by_the_model(source: SourceModel, tmp_path: Pa
     assert not seen["calibration"] & seen["validation"]
 
 
+def test_an_answer_that_takes_all_the_room_is_refused_before_the_model_answers(
+    source: SourceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer may be shorter than its room, so the prompt alone must be long enough for a sample."""
+    path = write_rows(tmp_path / "rows.jsonl", prompts(12, 30))
+    monkeypatch.setattr(type(source.model), "generate", lambda *args, **kwargs: pytest.fail("it answered"))
+    missing, no_room = "0 calibration prompts of 65 to 128 tokens left", "leave no room for a prompt of"
+    for room, match in ((128, missing), (192, no_room), (900, no_room)):
+        with pytest.raises(DataError, match=match):
+            build_samples(source, recipe([{"path": path}], answer_tokens=room), "calibration")
+
+
 def test_messages_rows(source: SourceModel, tmp_path: Path) -> None:
     rows = [
         {

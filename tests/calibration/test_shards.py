@@ -168,6 +168,22 @@ def test_what_cannot_be_merged_is_named(shards: Folders, whole: Profile, tmp_pat
         Profile.load(two)
 
 
+def test_a_profile_with_more_statistics_is_not_merged_into(shards: Folders, tmp_path: Path) -> None:
+    out = merge_shards(list(shards.values()), tmp_path / "profile").path
+    head = json.loads((out / "profile.json").read_text())
+    head["recipe"]["profile"]["baselines"] = True
+    (out / "profile.json").write_text(json.dumps(head))
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    more = {
+        number: changed(folder, tmp_path / str(number), lambda head: head["recipe"]["profile"].update(heads=True))
+        for number, folder in shards.items()
+    }
+    for folders in (shards, more):
+        with pytest.raises(ArtefactError, match=r"that the shards lack \(gold_squares, gold_total, mass, moa\)"):
+            merge_shards(list(folders.values()), out)
+        assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
 def test_a_head_with_samples_that_there_are_not_is_refused(shards: Folders, tmp_path: Path) -> None:
     wrong: list[Any] = [[0, 99], [1, 0], [-1], "all"]
     for number in range(len(wrong)):

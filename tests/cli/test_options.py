@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from moacompress.cli.options import read_sources, required_model, split_list
+from moacompress.cli.options import read_sources, required_model, split_list, with_memory
 from moacompress.core.errors import ArtefactError, UsageError
 from moacompress.models.locate import find_plan_file
 from moacompress.recipe import Recipe
+from moacompress.rules.budget import any_memory, split_budgets
 
 
 def test_lists() -> None:
@@ -67,3 +68,12 @@ def test_folders(tmp_path: Path) -> None:
     assert find_plan_file(model / "plan.json") == model / "plan.json"
     with pytest.raises(ArtefactError, match="does not exist"):
         find_plan_file(tmp_path / "none")
+
+
+def test_every_budget_of_memory_is_one_of_memory() -> None:
+    assert with_memory(None, None) is None
+    assert with_memory(["25%"], None) == ["25%"]
+    assert with_memory(["25%"], "6GiB@8k, 4GiB@8k") == ["25%", "memory=6GiB@8k,memory=4GiB@8k"]
+    asked = split_budgets(with_memory(None, "700KiB@320,650KiB@320") or [])
+    assert len(asked) == 2
+    assert all(any_memory(budgets) for budgets in asked)

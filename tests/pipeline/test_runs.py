@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,28 @@ def test_a_plan_that_became_better_is_exported_again(finished, recipe, tmp_path)
     exported(search="another")
     with pytest.raises(PlanError, match="holds another model"):
         compress(recipe, out)
+
+
+def test_a_smaller_budget_for_the_same_loss_is_exported_again(finished):
+    """Each budget is a search of its own; a run that goes on may end with another."""
+    plan = Plan.load(finished[0] / "plan.json")
+    other = replace(plan, rules=tuple(reversed(plan.rules)))
+
+    def noted(one, loss, search, profile="p"):
+        budget = {**one.budget, "max_loss": loss} if loss else {**one.budget}
+        return one.with_notes(budget=budget, provenance={**one.provenance, "search": search, "profile": profile})
+
+    assert other.rules != plan.rules
+    for first, second, same in (
+        (("5%", "a"), ("5%", "b"), True),
+        (("5%", "a"), ("9%", "a"), False),
+        (("5%", "a"), ("5%", "b", "q"), False),
+        ((None, "a"), (None, "a"), True),
+        ((None, "a"), (None, "b"), False),
+        ((None, "a"), ("5%", "a"), False),
+    ):
+        assert pipeline._is_earlier(noted(other, *first), noted(plan, *second)) == same
+        assert not pipeline._is_earlier(noted(plan, *first), noted(plan, *first))
 
 
 def test_what_is_missing_is_said_before_anything_is_written(recipe, tmp_path):

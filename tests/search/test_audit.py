@@ -344,6 +344,30 @@ def test_an_audit_end_to_end(audited: Profile, source: SourceModel, tmp_path: Pa
     assert data["audit"]["fisher"]["spearman"] > 0.5  # second order is right about a tiny smooth model
 
 
+def test_without_gates_on_offer_ablations_are_of_the_spans_that_are(source: SourceModel, tmp_path: Path) -> None:
+    """They are numbered as the search numbers rules, which leaves out those that select."""
+    recipe = Recipe.from_dict(
+        {
+            "calibration": {
+                "sources": [{"generator": "needle"}],
+                "lengths": [400],
+                "samples": 2,
+                "validation_samples": 1,
+                "longer_samples": 0,
+                "answer_tokens": 4,
+            },
+            "profile": {"draws": 1, "gates": True, "gate_samples": 2, "formats": "int8,int4"},
+            "search": {"gates": False},
+        }
+    )
+    profile = profile_model(source, tmp_path / "profile", recipe)
+    assert any(rule.selects for rule in profile.spans)
+    points = audit(profile, source, 30, 0, BUDGET, out=tmp_path / "audit.json").data["points"]
+    rules = [point["rule"] for point in points]
+    assert len(rules) == 30
+    assert {(rule["key_format"], rule["value_format"]) for rule in rules} == {("native", "native")}
+
+
 def test_measured_kl_is_that_of_the_objective(audited: Profile, source: SourceModel, tmp_path: Path) -> None:
     data = run(audited, source, tmp_path).data
     objective = Objective(source.model, audited.validation)

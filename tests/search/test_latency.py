@@ -205,3 +205,19 @@ def test_classes_keep_a_latency(profiles: Profiles, table: Path) -> None:
     plan = asked.plan(asked.surrogate, asked.parameters.neutral)
     assert len(classes_of(plan)) <= 4
     assert all(isinstance(one.cost, Latency) and one.holds(plan) for one in asked.constraints)
+
+
+def test_a_cost_table_that_is_given_later_is_noted(
+    search: Callable[..., Any], profiles: Profiles, table: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "plan.json"
+    first = search(profiles(trials=1), "50%", out=out)[0]
+    assert first.step_ms == {}
+    again, fake = search(profiles(trials=1, cost_table=str(table)), "50%", out=out)
+    assert fake.calls == []
+    assert set(again.step_ms) == {"256x4", "512x4"}
+    assert Plan.load(out).budget["step_ms"] == again.step_ms
+    assert again.plan.rules == first.plan.rules
+    written = out.read_bytes()
+    search(profiles(trials=1, cost_table=str(table)), "50%", out=out)
+    assert out.read_bytes() == written

@@ -17,6 +17,7 @@ from moacompress.core.artefact_names import of_front, plans_of_front
 from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, OutOfTimeError, UsageError
 from moacompress.core.lock_holders import own_file
 from moacompress.rules.budget import label, split_budgets
+from moacompress.rules.cost import layer_floors, meets
 from moacompress.rules.loss import Loss
 from moacompress.rules.plan import Plan
 from moacompress.search import front, study
@@ -146,7 +147,7 @@ def test_the_smallest_budget_for_a_loss(fake: Any, profiles: Profiles, tmp_path:
     assert json.loads((tmp_path / "plan.explain.json").read_text()) == found.explanation
     # somewhat less does not hold, by the surrogate's own plan
     kept = int(found.plan.budget["asked"][0][:-1])
-    if kept * 0.8 / 100 > smallest_share(profile):
+    if kept * 0.8 / 100 > smallest_share(profile, profile.recipe):
         less = find_plan(profile, f"{int(kept * 0.8)}%", recipe=profile.recipe, model=model(profile))
         assert (less.harm["trial0"] or 0.0) > loss.kl
     calls = len(fake.calls)
@@ -154,6 +155,24 @@ def test_the_smallest_budget_for_a_loss(fake: Any, profiles: Profiles, tmp_path:
     assert len(fake.calls) == calls
     with pytest.raises(ArtefactError, match="of another search"):
         find_smallest(profile, Loss.parse("3%"), recipe=profile.recipe, out=out, model=model(profile))
+
+
+def test_the_smallest_budget_keeps_floors_and_counts_layers_that_share(
+    fake: Any, profiles: Profiles, tmp_path: Path
+) -> None:
+    profile = profiles(trials=1, floors={0: 1.0, 1: 0.8})
+    assert smallest_share(profile, profile.recipe) > smallest_share(profile, profile.recipe.override(search__floors={}))
+    kept = []
+    for loss in ("50%", "100%"):
+        found = find_smallest(
+            profile, Loss.parse(loss), recipe=profile.recipe, out=tmp_path / f"{loss}.json", model=model(profile)
+        )
+        assert meets(found.plan, layer_floors({0: 1.0, 1: 0.8}, profile.shape), profile.lengths)
+        kept.append(found.plan.kv_bytes(512))
+    assert kept[1] <= kept[0]
+    shared = profiles(layers=9, anchors=2, copying=1e-6)
+    with_copies = shared.recipe.override(search__share="3")
+    assert smallest_share(shared, with_copies) < smallest_share(shared, shared.recipe)
 
 
 def test_overwrite_starts_a_front_anew(fake: Any, profiles: Profiles, tmp_path: Path) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from moacompress.calibration.profile.statistics import Statistics
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import InfeasibleBudgetError
+from moacompress.rules.cost import layer_floors, meets
+from moacompress.rules.rule import Rule
 from moacompress.rules.share import LayerShares, Share
 from moacompress.search.problem.plan_space import PlanSpace
 from moacompress.search.problem.quadratic import Quadratic
@@ -113,6 +117,23 @@ def test_floors_hold_in_groups(profiles: Profiles) -> None:
     assert plan.rules[1][0].is_full
     assert not plan.rules[1][1].is_full
     assert all(plan.kv_bytes(n) <= limit for n, limit in zip((256, 512), space.knapsack.limits.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_floors_hold_where_influences_cancel(profiles: Profiles, seed: int) -> None:
+    """Layers that move the logits apart make a smaller rule look better than the whole: no form may take that below a floor."""
+    floors = {0: 1.0, 3: 0.6}
+    profile = profiles(seed=seed, floors=floors)
+    signs = np.random.default_rng(seed).choice([-1, 1], profile.statistics.arrays["total"].shape[:4])[..., None]
+    arrays = {name: np.concatenate([array] * 4) for name, array in profile.statistics.arrays.items()}
+    arrays["total"] = np.concatenate([profile.statistics.arrays["total"] * signs] * 4).astype(np.float32)
+    lengths, kinds = np.concatenate([profile.sample_lengths] * 4), profile.sample_kinds * 4
+    profile = replace(profile, statistics=Statistics(arrays), sample_lengths=lengths, sample_kinds=kinds)
+    request = SearchRequest.of(profile, "60%", profile.recipe)
+    for coherence in (0.0, 0.3, 0.8):
+        plan = request.plan(request.surrogate, {**request.parameters.neutral, "coherence": coherence})
+        assert meets(plan, layer_floors(floors, profile.shape), profile.lengths)
+        assert plan.rules[0] == (Rule.FULL, Rule.FULL)
 
 
 def test_sharing_makes_smaller_budgets_possible(profiles: Profiles) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from moacompress.calibration.profile.store import Profile
+from moacompress.core.errors import InfeasibleBudgetError
 from moacompress.core.progress import SILENT
 from moacompress.repair.copies import CopyRepair
 from moacompress.report.search_tables import explanation_tables
@@ -52,6 +53,18 @@ def test_copies_that_cost_nothing_are_found(search: Search, profiles: Profiles) 
     assert one["layers"] == 1
     assert one["predicted"] < first["predicted"]
     assert found.plan.quality["predicted_harm"] is not None
+
+
+def test_a_budget_that_only_sharing_makes_possible(search: Search, profiles: Profiles) -> None:
+    profile = profiles(layers=9, anchors=2, copying=1e-6, trials=2, share="3")
+    with pytest.raises(InfeasibleBudgetError):
+        SearchRequest.of(profile, "18%", profile.recipe.override(search__share="off"))
+    found = search(profile, "18%")[0]
+    assert fits(found.plan, profile, "18%")
+    alone, three = found.explanation["sharing"]["counts"]
+    assert (alone["layers"], alone["predicted"]) == (0, None)
+    assert three["predicted"] is not None
+    assert [*explanation_tables(found.explanation)]
 
 
 def test_copies_that_cost_much_are_left_and_that_is_said(search: Search, profiles: Profiles) -> None:
