@@ -122,8 +122,8 @@ def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
 
 def _twice(ctx: Any, *grads: torch.Tensor | None) -> None:
     raise UnsupportedError(
-        "compiled attention has no gradients of gradients (create_graph=True, torch.func.hessian), as torch's own has none; take "
-        "them of the dense model with eager attention"
+        "compiled attention has no gradients of gradients (create_graph=True, torch.func.hessian), as torch's own has none; "
+        "take them of the dense model with eager attention"
     )
 
 
