@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moacompress.core.artefact_names import PLAN_FILE, PROFILE_FOLDER
-from moacompress.core.errors import UsageError, one_line
+from moacompress.core.errors import DataError, UsageError, one_line
+from moacompress.core.files import fingerprint, write_text
 from moacompress.core.progress import Progress
 from moacompress.efforts import Effort, effort_recipe
 from moacompress.models.placement import input_device
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from moacompress.models.source import SourceModel
     from moacompress.search.result.search_result import SearchResult
 
-ROWS = "rows.jsonl"
+ROWS = "rows-{}.jsonl"
 """Name of the file that rows in memory are calibration data from."""
 
 
@@ -139,10 +140,22 @@ def _source_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 
 
 def _write_rows(folder: Path, data: Sequence[str | Mapping[str, Any]]) -> Path:
-    rows = [{"prompt": row} if isinstance(row, str) else dict(row) for row in data]
+    """Writes rows to a file that is named by what they are: those of another call, maybe at work, are left alone.
+
+    Raises:
+        DataError: a row that JSON cannot hold.
+    """
+    lines = []
+    for number, row in enumerate(data):
+        try:
+            lines.append(json.dumps({"prompt": row} if isinstance(row, str) else dict(row), ensure_ascii=False) + "\n")
+            lines[-1].encode()
+        except (TypeError, ValueError) as error:
+            raise DataError(f"row {number} of data cannot be written as JSON: {one_line(error)}") from error
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / ROWS
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    file = folder / ROWS.format(fingerprint(lines))
+    if not file.exists():
+        write_text(file, "".join(lines))
     return file
 
 

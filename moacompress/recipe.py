@@ -31,6 +31,7 @@ from moacompress.recipe_sections import (
     ProfileRecipe,
     SearchRecipe,
     Section,
+    file_name,
 )
 from moacompress.rules.budget import Budget
 from moacompress.rules.formats import dtype_name
@@ -181,7 +182,7 @@ class Recipe(Section):
             data = yaml.safe_load(path.read_text("utf-8"))
         except OSError as error:
             raise RecipeError(f"cannot read recipe {path}: {error.strerror or error}") from error
-        except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        except (ValueError, yaml.YAMLError, RecursionError) as error:  # a date that there is not is a ValueError
             raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
         return Recipe.from_dict(data, f"recipe {path}")
 
@@ -233,24 +234,20 @@ class Recipe(Section):
         data = self.resolved()
         data["model"] = shared_name(source)
         calibration = data["calibration"]
-        calibration["text"] = _file_name(calibration["text"])
+        calibration["text"] = file_name(calibration["text"])
         for part in calibration["sources"]:
-            part["path"] = _file_name(part["path"])
+            part["path"] = file_name(part["path"])
             dataset = part["dataset"]
             if dataset is not None:  # a hub id, or a folder, which may look like one
-                part["dataset"] = _file_name(dataset) if Path(dataset).exists() else shared_name(dataset)
+                part["dataset"] = file_name(dataset) if Path(dataset).exists() else shared_name(dataset)
         data["search"]["storage"] = None
-        data["search"]["cost_table"] = _file_name(data["search"]["cost_table"])
+        data["search"]["cost_table"] = file_name(data["search"]["cost_table"])
         return data
 
 
 def shared_name(place: str) -> str:
     """Returns the last part of an absolute path; anything else, such as a hub id, as it is."""
     return os.path.basename(os.path.abspath(place)) if Path(place).is_absolute() else place
-
-
-def _file_name(path: str | None) -> str | None:
-    return None if path is None else os.path.basename(os.path.abspath(path))
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -81,6 +82,11 @@ class Section(BaseModel):
         return self.model_dump(mode="json", include=chosen)
 
 
+def file_name(path: str | None) -> str | None:
+    """Returns the last part of a path, however it is spelled."""
+    return None if path is None else os.path.basename(os.path.abspath(path))
+
+
 class SourceRecipe(Section):
     """One source of calibration samples: exactly one of `generator`, `path`, `dataset`."""
 
@@ -148,8 +154,12 @@ class CalibrationRecipe(Section):
     answer_tokens: int = Field(32, ge=1, le=4096, description="longest answer of the dense model, tokens")
 
     def hashed(self) -> dict[str, Any]:
-        """Returns the settings that count for the fingerprint, those of the sources likewise."""
-        return {**super().hashed(), "sources": [part.hashed() for part in self.sources]}
+        """Returns the settings that count for the fingerprint, those of the sources likewise.
+
+        Of files there are the names alone: what is in them counts beside it, wherever they are.
+        """
+        sources = [{**part.hashed(), "path": file_name(part.path)} for part in self.sources]
+        return {**super().hashed(), "text": file_name(self.text), "sources": sources}
 
 
 class ProfileRecipe(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import moacompress
-from moacompress.core.errors import MoaCompressError, UsageError
+from moacompress.core.errors import ArtefactError, DataError, MoaCompressError, UsageError
 from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
 from moacompress.runtime.hf.attaching import attached_plan
@@ -52,11 +53,20 @@ def test_rows_in_memory_are_what_it_is_calibrated_on(loaded: Any, recipe: Recipe
     options: dict[str, Any] = {"lengths": "200,300", "recipe": recipe, "work": work}
     found = moacompress.compress_(loaded, "50%", rows, **options)
     assert found.path == work / "plan.json"
-    assert [part["path"] for part in found.plan.provenance["recipe"]["calibration"]["sources"]] == ["rows.jsonl"]
+    assert [part["path"] for part in found.plan.provenance["recipe"]["calibration"]["sources"]] == [
+        path.name for path in work.glob("rows-*.jsonl")
+    ]
     moacompress.detach(loaded)
-    again = moacompress.compress_(loaded, "50%", rows, **options)
+    again = moacompress.compress_(loaded, "50%", rows, **{**options, "work": os.path.relpath(work)})
     assert again.plan == found.plan
     assert again.trials == found.trials
+    moacompress.detach(loaded)
+    before = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
+    with pytest.raises(ArtefactError, match="another"):
+        moacompress.compress_(loaded, "50%", rows[::-1], **options)
+    assert {path: path.read_bytes() for path in before} == before
+    with pytest.raises(DataError, match="row 1 of data cannot be written as JSON"):
+        moacompress.compress_(loaded, "50%", ["a", {"prompt": {1, 2}}], **options)
 
 
 def test_what_fails_leaves_the_model_as_it_was(loaded: Any, recipe: Recipe) -> None:

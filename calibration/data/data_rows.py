@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,10 +79,29 @@ def split_rows(count: int, split: Split, name: str) -> list[int]:
     return [index for index in range(count) if (index % _EVERY == 1) == (split == "validation")]
 
 
-def split_text(text: str, split: Split) -> str:
-    """Returns a split's part of a single document: the last third is for validation."""
-    cut = len(text) * (_EVERY - 1) // _EVERY
-    return text[cut:] if split == "validation" else text[:cut]
+def first_of_each(rows: Sequence[DataRow], kind: RowKind, name: str) -> list[int]:
+    """Returns the indices of rows that make samples of their own: of several with one prompt and other answers the first.
+
+    The answers of rows are not used for calibration, so these make one sample, which must not be in two splits.
+    """
+    if isinstance(rows, list):
+        read: Iterable[DataRow] = rows
+    else:  # of a hub set the other columns need not be read
+        read = rows.select_columns(list(COLUMNS[kind])) if hasattr(rows, "select_columns") else rows
+    first: dict[str, int] = {}
+    for index, row in enumerate(read):
+        first.setdefault(_used(row, kind, name, index), index)
+    return list(first.values())
+
+
+def _used(row: DataRow, kind: RowKind, name: str, index: int) -> str:
+    """Returns what of a row goes into a sample; of a damaged one anything of its own."""
+    try:
+        if kind == "messages":
+            return canonical_json(conversation(row, name, index))
+        return field(row, COLUMNS[kind][0], name, index)
+    except DataError:
+        return f"row {index}"
 
 
 def field(row: DataRow, column: str, name: str, index: int) -> str:
@@ -94,7 +113,23 @@ def field(row: DataRow, column: str, name: str, index: int) -> str:
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"row {index} of {name} has no text under {column!r} but {_short(value)}")
+    check_whole(value, f"row {index} of {name}")
     return value
+
+
+def check_whole(text: str, where: str) -> None:
+    """Refuses a text with half a character, a lone surrogate, which no tokenizer takes.
+
+    Raises:
+        DataError: says where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} has half a character (U+{ord(text[error.start]):04X} alone, as where JSON was cut off) behind "
+            f"{text[max(error.start - 20, 0) : error.start]!r}; remove it"
+        ) from error
 
 
 def conversation(row: DataRow, name: str, index: int) -> list[dict[str, str]]:
@@ -111,6 +146,7 @@ def conversation(row: DataRow, name: str, index: int) -> list[dict[str, str]]:
         role, content = turn.get("role"), turn.get("content")
         if not isinstance(role, str) or not isinstance(content, str):
             raise DataError(f"turn {number} of row {index} of {name} needs a role and a content, both texts")
+        check_whole(content, f"turn {number} of row {index} of {name}")
         messages.append({"role": role, "content": content})
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()

@@ -19,11 +19,11 @@ from moacompress.calibration.data.data_rows import (
     DataRow,
     conversation,
     field,
+    first_of_each,
     read_rows,
     row_kind,
     source_name,
     split_rows,
-    split_text,
 )
 from moacompress.calibration.data.joined import joined_drafts
 from moacompress.calibration.data.plain import chop
@@ -32,7 +32,7 @@ from moacompress.core.errors import DataError
 from moacompress.core.ranks import rank
 from moacompress.models.processes import agreed
 from moacompress.prompts.generators import ANSWER_ROOM, TASKS, make_prompt
-from moacompress.prompts.pools import SPLITS, CalibrationPart, Prose, Split, texts_of_part
+from moacompress.prompts.pools import SPLITS, CalibrationPart, Prose, Split, pool_of, texts_of_part
 from moacompress.prompts.templates import encode_conversation, encode_prompt, encode_text
 
 if TYPE_CHECKING:
@@ -290,16 +290,16 @@ def _from_rows(
     kind = row_kind(rows, name)
     rng = np.random.default_rng(seed)
     if kind == "text":
-        if len(rows) == 1:
-            documents = [split_text(field(rows[0], "text", name, 0), split)]
-        else:
-            documents = [field(rows[i], "text", name, i) for i in split_rows(len(rows), split, name)]
+        documents = pool_of(
+            [field(rows[index], "text", name, index) for index in first_of_each(rows, kind, name)], split
+        )
         if part is not None:
             documents = texts_of_part(documents, part)
         return chop(documents, wanted, name, rng, tokenizer)
     if kind == "question":
         return joined_drafts(rows, name, wanted, split, seed, tokenizer, answer_tokens, part)
-    order = rng.permutation(split_rows(len(rows), split, name)).tolist()
+    first = first_of_each(rows, kind, name)
+    order = [first[number] for number in rng.permutation(split_rows(len(first), split, name)).tolist()]
     picker = _RowPicker(rows, order, name, kind == "messages", tokenizer, used)
     return [draft for length, n in wanted.items() for draft in picker.pick(n, length, answer_tokens, split)]
 

@@ -48,6 +48,7 @@ from moacompress.models.processes import agreed, check_alike, gathered, join, sh
 from moacompress.models.source import SourceModel
 from moacompress.prompts.pools import Split
 from moacompress.recipe import Recipe
+from moacompress.recipe_sections import file_name
 from moacompress.rules.candidates import candidate_rules, gated_rules
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.model_shape import ModelShape
@@ -354,9 +355,13 @@ def check_lengths(context: int, recipe: Recipe) -> None:
 
 
 def _local_files(recipe: Recipe) -> dict[str, str]:
-    """Returns the digest of every local file or folder that samples are made of, by its name in the recipe."""
+    """Returns the digest of every local file or folder that samples are made of, by its name; of several alike all."""
     named = [*(source.path for source in recipe.calibration.sources), recipe.calibration.text]
-    return {name: digest_files(Path(name)) for name in named if name}
+    found: dict[str, dict[str, None]] = {}
+    for path in named:
+        if path:
+            found.setdefault(str(file_name(path)), {})[digest_files(Path(path))] = None
+    return {name: " ".join(digests) for name, digests in found.items()}
 
 
 def check_samples(source: SourceModel, recipe: Recipe, out: Path | None = None, around: Plan | None = None) -> None:

@@ -14,6 +14,7 @@ from transformers import TextStreamer
 from moacompress.core.errors import DataError
 from moacompress.core.tables import readable_bytes
 from moacompress.models.source import context_length
+from moacompress.prompts.templates import encode_text
 from moacompress.rules.cost import holds_from
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.checkpoint import compressed_folder, load_checkpoint
@@ -152,9 +153,8 @@ class ChatSession:
         """Returns a conversation as tokens, up to where the model continues; the bare texts where it has no template."""
         if self._tokenizer.chat_template:
             found = self._tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)
-        else:
-            found = self._tokenizer("\n\n".join(entry["content"] for entry in said))
-        return list(found["input_ids"])
+            return list(found["input_ids"])
+        return encode_text(self._tokenizer, "\n\n".join(entry["content"] for entry in said))
 
 
 class _Streamer(TextStreamer):

@@ -151,6 +151,19 @@ def _pool(documents: Sequence[tuple[str, ...]], split: Split) -> tuple[tuple[str
     return tuple(words[len(words) * index // parts : len(words) * (index + 1) // parts] for words in documents)
 
 
+def pool_of(documents: Sequence[str], split: Split) -> list[str]:
+    """Returns a split's documents, or parts of documents: those that `Prose` has of the same, as texts."""
+    index, parts = SPLITS.index(split), len(SPLITS)
+    if len(documents) >= parts:
+        return list(documents[index::parts])
+    found = []
+    for text in documents:
+        begins = [*(word.start() for word in re.finditer(r"\S+", text)), len(text)]
+        words = len(begins) - 1
+        found.append(text[begins[words * index // parts] : begins[words * (index + 1) // parts]])
+    return found
+
+
 _Text = TypeVar("_Text", str, tuple[str, ...])
 
 

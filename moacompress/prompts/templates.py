@@ -36,8 +36,20 @@ class Prompt:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> list[int]:
-    """Returns the token ids of plain text, with the tokenizer's own special tokens if `special`."""
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    """Returns the token ids of a text that goes on, if `special` behind what the tokenizer puts before a text."""
+    ids = list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    return _without_end(tokenizer, text, ids) if special else ids
+
+
+def _without_end(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int]:
+    """Returns the ids of a text without the special tokens that a tokenizer puts behind it: the text goes on."""
+    if not ids or ids[-1] not in tokenizer.all_special_ids:
+        return ids
+    plain = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    ends = (
+        begin + len(plain) for begin in range(len(ids) - len(plain) + 1) if ids[begin : begin + len(plain)] == plain
+    )
+    return ids[: next(ends, len(ids))]
 
 
 def render_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, generate: bool) -> str:
@@ -98,7 +110,7 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
         return _encode_turns(tokenizer, messages)
     ids = encode_text(tokenizer, render_messages(tokenizer, messages, generate=True), special=False)
     mask = [False] * len(ids)
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [number for number in range(len(messages)) if _answers(messages, number)]
     if not turns:
         return ids, mask
     if "{% generation" in str(tokenizer.chat_template) or "{%- generation" in str(tokenizer.chat_template):
@@ -117,8 +129,8 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
 def _encode_turns(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[bool]]:
     """Returns `encode_conversation` of a base model; a token that spans a turn's boundary belongs to the answer."""
     text, answers = "", []
-    for message in messages:
-        if message["role"] == "assistant":
+    for number, message in enumerate(messages):
+        if _answers(messages, number):
             answers.append((len(text), len(text) + len(message["content"])))
         text += f"{message['content']}\n"
     if not answers:
@@ -133,7 +145,14 @@ def _encode_turns(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tup
         ) from error
     places = encoded["offset_mapping"]
     mask = [any(max(first, begin) < min(last, end) for begin, end in answers) for first, last in places]
-    return list(encoded["input_ids"]), mask
+    ids = _without_end(tokenizer, text, list(encoded["input_ids"]))
+    return ids, mask[: len(ids)]
+
+
+def _answers(messages: Messages, number: int) -> bool:
+    """Returns whether a turn is the assistant's answer to a user, and not the greeting that a conversation begins with."""
+    asked = any(message["role"] == "user" for message in messages[:number])
+    return asked and messages[number]["role"] == "assistant"
 
 
 def _prefix_length(tokenizer: PreTrainedTokenizerBase, messages: Messages, ids: list[int], *, generate: bool) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections import UserList
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,12 @@ import pytest
 
 from moacompress.calibration.data.answer_store import AnswerStore
 from moacompress.calibration.data.answers import SampleDraft, generate_greedy
+from moacompress.calibration.data.data_rows import first_of_each
 from moacompress.calibration.data.sample_sources import build_samples, longer_counts, make_drafts, spread, varied
 from moacompress.calibration.data.samples import Sample, fingerprint_samples
 from moacompress.core.errors import DataError
 from moacompress.prompts.pools import SPLITS, Prose
-from moacompress.prompts.templates import encode_conversation
+from moacompress.prompts.templates import encode_conversation, encode_prompt, encode_text
 from moacompress.recipe import Recipe
 from moacompress.recipe_sections import Generator
 
@@ -136,6 +138,82 @@ def test_an_answer_that_takes_all_the_room_is_refused_before_the_model_answers(
             build_samples(source, recipe([{"path": path}], answer_tokens=room), "calibration")
 
 
+def test_a_prompt_with_several_answers_is_one_sample_of_one_split(source: SourceModel, tmp_path: Path) -> None:
+    """Answers of rows are not used, so rows that differ in them alone are the same prompt."""
+    asked = [row["prompt"] for row in prompts(18)]
+    pairs = [(prompt, answer) for prompt in asked for answer in "abc"]
+    turns = [
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for prompt, answer in pairs
+    ]
+    for number, rows in enumerate(
+        ([{"prompt": prompt, "answer": answer} for prompt, answer in pairs], [{"messages": each} for each in turns])
+    ):
+        path = write_rows(tmp_path / f"{number}.jsonl", rows)
+        seen = {}
+        for split, count in (("calibration", 12), ("validation", 6)):
+            drafts = make_drafts(source, recipe([{"path": path}], samples=count), split)
+            seen[split] = {tuple(draft.ids) for draft in drafts}
+            assert len(seen[split]) == count
+        assert not seen["calibration"] & seen["validation"]
+    rows_of_hub = HubRows(rows)
+    assert first_of_each(rows_of_hub, "messages", "hub") == list(range(0, 54, 3))
+    assert rows_of_hub.columns == ["messages"]
+
+
+class HubRows(UserList[Any]):
+    """As of `datasets`: no list, and asked for the columns that are wanted."""
+
+    columns: list[str] | None = None
+
+    def select_columns(self, columns: list[str]) -> HubRows:
+        self.columns = columns
+        return self
+
+
+def test_a_greeting_answers_nobody(source: SourceModel) -> None:
+    turns = [("assistant", "hello"), ("user", "hi"), ("assistant", "so"), ("user", "and?")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    for tokenizer in (source.tokenizer, without_template(source.tokenizer)):
+        ids, mask = encode_conversation(tokenizer, messages)
+        answered = tokenizer.decode([token for token, answer in zip(ids, mask, strict=True) if answer])
+        assert "so" in answered
+        assert "hello" not in answered
+
+
+def test_what_a_tokenizer_puts_behind_a_text_is_left_out_where_it_goes_on(source: SourceModel) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    base = without_template(source.tokenizer)
+    conversation = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
+    plain = encode_prompt(base, "What?", " So"), encode_conversation(base, conversation), encode_text(base, "a", False)
+    base.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>",
+        special_tokens=[(name, base.convert_tokens_to_ids(name)) for name in ("<|im_start|>", "<|im_end|>")],
+    )
+    begin, end = (base.convert_tokens_to_ids(name) for name in ("<|im_start|>", "<|im_end|>"))
+    assert base("a")["input_ids"] == [begin, *plain[2], end]
+    assert encode_prompt(base, "What?", " So") == [begin, *plain[0]]
+    ids, mask = encode_conversation(base, conversation)
+    assert (ids, mask) == ([begin, *plain[1][0]], [False, *plain[1][1]])
+    assert encode_text(base, "a<|im_end|>") == [begin, *plain[2], end]
+
+
+@pytest.mark.parametrize("documents", [1, 2, 7])
+def test_a_text_has_the_split_that_evaluation_gives_it(source: SourceModel, tmp_path: Path, documents: int) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(documents):
+        words = (f"d{number}w{word}" for word in range(900))
+        (folder / f"{number}.txt").write_text(" ".join(words))
+    pools = Prose.load(folder).pools
+    for split in ("calibration", "validation"):
+        own = {word for document in pools[split] for word in document}
+        drafts = make_drafts(source, recipe([{"path": str(folder)}], samples=3), split)
+        said = {word for draft in drafts for word in source.tokenizer.decode(draft.ids[1:]).split()[1:-1]}
+        assert said
+        assert said <= own
+
+
 def test_messages_rows(source: SourceModel, tmp_path: Path) -> None:
     rows = [
         {
@@ -200,6 +278,11 @@ def test_hub_set_without_network(source: SourceModel) -> None:
         ("dict.json", "{}", r"dict.json must hold a list of rows, not dict, or be in SQuAD's form"),
         ("empty.json", "[]", r"file:empty.json has no rows"),
         ("blank.txt", " ", r"blank.txt has no text"),
+        (
+            "half.jsonl",
+            '{"prompt": "\\ud83d"}\n{"prompt": "b\\ud83d"}',
+            r"row \d of file:half.jsonl has half a character",
+        ),
         ("squad.json", '{"data": 5}', r"squad.json is not a SQuAD file: TypeError"),
         ("squad.json", '{"data": [{"paragraphs": [{"context": 1, "qas": []}]}]}', r"context is int, not text"),
         ("squad.json", '{"data": []}', r"squad.json has no answerable question"),
@@ -251,7 +334,7 @@ def test_hub_set_without_network(source: SourceModel) -> None:
         ),
         ("long.json", json.dumps(prompts(9, 400)), r"0 calibration prompts of 121 to 248 .*have 419 to 419"),
         ("few.json", json.dumps(prompts(4)), r"has 3 calibration prompts of 121 to 248 .*of 4 needed"),
-        ("short.txt", "word " * 50, r"the longest of 1 texts .*has 166 tokens; stretches of 256"),
+        ("short.txt", "word " * 50, r"the longest of 1 texts .*has 80 tokens; stretches of 256"),
     ],
 )
 def test_bad_data(source: SourceModel, tmp_path: Path, name: str, content: str | None, message: str) -> None:
@@ -371,6 +454,7 @@ def test_turns_of_a_base_model_are_found_by_where_tokens_stand(source: SourceMod
 
     class Slow:
         chat_template = None
+        all_special_ids = (0,)
 
         def __call__(self, text: str, **options: Any) -> Any:
             if options.get("return_offsets_mapping"):

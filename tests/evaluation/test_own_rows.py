@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from moacompress.cli import app
 from moacompress.core.errors import DataError, UsageError
 from moacompress.evaluation import evaluate
+from moacompress.evaluation.scoring.prompts import match_share
 from moacompress.evaluation.tasks.own_rows import own_tasks
 from moacompress.evaluation.tasks.registry import Resources, find_task, make_cases
 
@@ -66,6 +67,24 @@ def test_rows_in_order_that_fit(tmp_path: Path, tiny_tokenizer: Any) -> None:
     assert len(make_cases("mine", 10_000, 8, 0, tiny_tokenizer, resources)) == 8
 
 
+def test_white_space_around_an_answer_is_none_of_it(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": " Ann\r\n"}]
+    rows = [{"prompt": "Who?", "answer": " Ann\n"}, {"prompt": "Who?", "answer": ["Ann\t", "Bo "]}, {"messages": turns}]
+    for number, row in enumerate(rows):
+        resources = Resources(own=own_tasks([write(tmp_path / f"mine{number}.jsonl", [row])]))
+        (case,) = make_cases(f"mine{number}", 200, 1, 0, tiny_tokenizer, resources)
+        assert case.references[0] == "Ann"
+        assert match_share(case, "It is Ann.") == 1.0
+
+
+def test_accents_count_however_they_are_put_together(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    row = {"prompt": "Where?", "answer": "cafe\u0301"}
+    resources = Resources(own=own_tasks([write(tmp_path / "mine.jsonl", [row])]))
+    (case,) = make_cases("mine", 200, 1, 0, tiny_tokenizer, resources)
+    assert match_share(case, "In a caf\u00e9.") == 1.0
+    assert match_share(case, "In a cafe.") == 0.0
+
+
 def test_other_rows_are_another_wording(tmp_path: Path) -> None:
     first = own_tasks([write(tmp_path / "mine.jsonl", [PROMPT])])["mine"].wording
     assert own_tasks([write(tmp_path / "mine.jsonl", [PROMPT])])["mine"].wording == first
@@ -83,6 +102,8 @@ def test_other_rows_are_another_wording(tmp_path: Path) -> None:
         ({"text": "prose"}, "is plain text, which has no answers; give it as --text"),
         ({"words": "?"}, "has the columns words; rows need"),
         ({"messages": CHAT["messages"][:-1]}, "the assistant's last, .* it has the roles user, assistant, user"),
+        ({"prompt": "What?", "answer": "so\ud83d"}, "the answer of row 0 of file:mine.jsonl has half a character"),
+        ({"prompt": "What\ud83d", "answer": "so"}, "row 0 of file:mine.jsonl has half a character"),
         ({"messages": []}, r"it has the roles \(none\)"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}, "needs turns"),
     ],

@@ -10,6 +10,7 @@ import copy
 import itertools
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -121,9 +122,14 @@ def match_share(case: Case, answer: str) -> float:
     if case.match == "json":
         said_object = _first_object(case.opening + answer)
         return float(said_object is not None and said_object in map(_first_object, case.references))
-    text = answer.casefold()
-    found = [reference.casefold() in text for reference in case.references]
+    text = _comparable(answer)
+    found = [_comparable(reference) in text for reference in case.references]
     return float(any(found)) if case.match == "any" else sum(found) / len(found)
+
+
+def _comparable(text: str) -> str:
+    """Returns a text with upper and lower case alike, and letters with accents alike however they are put together."""
+    return unicodedata.normalize("NFC", text).casefold()
 
 
 def _first_object(text: str) -> Any:

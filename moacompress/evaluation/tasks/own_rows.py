@@ -16,6 +16,7 @@ from moacompress.calibration.data.data_rows import (
     SUFFIXES,
     DataRow,
     RowKind,
+    check_whole,
     field,
     read_rows,
     row_kind,
@@ -103,7 +104,9 @@ def _answered(messages: tuple[str, ...], prefix: str, references: tuple[str, ...
 def _references(row: DataRow, where: str, index: int) -> tuple[str, ...]:
     value = row.get("answer")
     texts: Sequence[object] = value if isinstance(value, list | tuple) else [value]
-    given = tuple(text for text in texts if isinstance(text, str) and text.strip())
+    given = tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
+    for text in given:
+        check_whole(text, f"the answer of row {index} of {where}")
     if not given or len(given) != len(texts):
         raise DataError(
             f"row {index} of {where} has no answer to measure against; give every row `answer`, a text or a list of texts "
@@ -124,4 +127,6 @@ def _conversation(row: DataRow, where: str, index: int) -> PromptDraft:
             f"before them at most one of the system; it has the roles {', '.join(map(str, roles)) or '(none)'}"
         )
     *messages, answer = (str(text) for _, text in said)
-    return _answered(tuple(messages), "", (answer,), system)
+    for text in (system, *messages, answer):
+        check_whole(text, f"row {index} of {where}")
+    return _answered(tuple(messages), "", (answer.strip(),), system)
