@@ -19,7 +19,7 @@ import numpy.typing as npt
 from moacompress.core.arrays import row_parts
 from moacompress.core.errors import ModelError
 from moacompress.core.tables import readable_bytes
-from moacompress.models.gguf_positions import FREQUENCIES
+from moacompress.models.gguf_config import FREQUENCIES
 from moacompress.models.modules import needed_weights
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from moacompress.core.artefact_names import DENSE_FOLDER, MODEL_FOLDER, PLAN_FIL
 from moacompress.core.errors import ArtefactError, MoaCompressError, ModelError, UsageError, did_you_mean, one_line
 from moacompress.core.files import read_json
 from moacompress.models.fingerprint import weights_fingerprint, weights_like
+from moacompress.models.gguf_config import complete_config
 from moacompress.models.gguf_model import check_all_read, load_gguf
-from moacompress.models.gguf_positions import put_scaling
 from moacompress.models.hub import hub_arguments, is_hub_name
 from moacompress.models.modules import check_supported
 from moacompress.models.placement import checked_placement, is_device_map
@@ -130,7 +130,7 @@ def load_source(
         missing: list[str] = []
         if is_gguf:
             config = AutoConfig.from_pretrained(name, **arguments)
-            put_scaling(config, reader, Path(source))
+            complete_config(config, reader, Path(source))
             model = load_gguf(Path(source), reader, config, wanted) if weights == KEEP else None
             arguments["config"] = config
         if model is None:

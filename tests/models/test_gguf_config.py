@@ -1,16 +1,19 @@
-"""Scaled rotary embeddings of .gguf files: in the config, so that transformers turns by the file's frequencies; or refused."""
+"""What transformers does not read of .gguf files: in the config, so that it computes as the file says; or refused."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
 from moacompress.core.errors import ModelError
-from moacompress.models.gguf_positions import FREQUENCIES, llama3_factors
+from moacompress.models.gguf_config import FREQUENCIES, complete_config, llama3_factors
 from moacompress.models.source import load_source
 from tests.weight_blocks import types_of, write_gguf
 
@@ -50,8 +53,19 @@ def test_frequencies_of_a_published_model():
 
 
 @pytest.mark.parametrize("weights", ["keep", "dense"])
-def test_linear_scaling(weights, tmp_path):
-    file = write_gguf(tmp_path / "tiny.gguf", BLOCKS, keys=scaling("linear", factor=8.0))
+@pytest.mark.parametrize(
+    "keys",
+    [
+        scaling("linear", factor=8.0),
+        {"rope.scaling.factor": 8.0},
+        {"rope.scale_linear": 8.0},
+        {**scaling("linear"), "rope.scale_linear": 8.0},
+        {"rope.scaling.factor": 8.0, "rope.scale_linear": 2.0},
+    ],
+)
+def test_linear_scaling(weights, keys, tmp_path):
+    """In all forms that llama.cpp takes for it."""
+    file = write_gguf(tmp_path / "tiny.gguf", BLOCKS, keys=keys)
     torch.testing.assert_close(turns(file, weights) * 8, PLAIN)
 
 
@@ -78,9 +92,17 @@ def test_yarn(tmp_path):
     torch.testing.assert_close((PLAIN / rotary.inv_freq)[[0, -1]], torch.tensor([1.0, 4.0]))
 
 
-@pytest.mark.parametrize(("kind", "factors"), [("none", None), (None, np.ones(32, np.float32))])
-def test_what_scales_nothing(kind, factors, tmp_path):
-    keys = None if kind is None else scaling(kind)
+@pytest.mark.parametrize(
+    ("keys", "factors"),
+    [
+        (scaling("none"), None),
+        (scaling("none", factor=8.0), None),
+        ({"rope.scaling.factor": 1.0}, None),
+        ({"rope.scale_linear": 0.0}, None),
+        ({}, np.ones(32, np.float32)),
+    ],
+)
+def test_what_scales_nothing(keys, factors, tmp_path):
     more = None if factors is None else {FREQUENCIES: factors}
     file = write_gguf(tmp_path / "tiny.gguf", BLOCKS, keys=keys, more=more)
     torch.testing.assert_close(turns(file), PLAIN)
@@ -107,3 +129,21 @@ def test_refusals(weights, keys, more, match, tmp_path):
     with pytest.raises(ModelError, match=match) as caught:
         load_source(file, dtype="float32", weights=weights)
     assert "tiny.gguf" in str(caught.value)
+
+
+@pytest.mark.parametrize(("family", "largest"), [("gemma2", 46), ("gemma3_text", 62)])
+def test_scores_of_gemmas_largest_models_are_divided_by_their_width(family, largest):
+    """As llama.cpp does it; those of the others by the size of a key, whatever transformers' default is."""
+    nothing = SimpleNamespace(fields={}, tensors=[])
+    for layers, scalar in ((26, 96), (largest, 64)):
+        config = AutoConfig.for_model(
+            family, num_hidden_layers=layers, hidden_size=512, num_attention_heads=8, num_key_value_heads=4, head_dim=96
+        )
+        complete_config(config, nothing, Path("gemma.gguf"))
+        assert config.query_pre_attn_scalar == scalar
+
+
+@pytest.mark.parametrize("weights", ["keep", "dense"])
+def test_a_models_attention_has_that_scale(weights, tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf", BLOCKS, architecture="gemma3")
+    assert load_source(file, dtype="float32", weights=weights).model.model.layers[0].self_attn.scaling == 64**-0.5

@@ -1,7 +1,8 @@
-"""How a `.gguf` file scales the rotary embedding, which transformers does not read: put into the config, or refused.
+"""What of a `.gguf` file's model transformers does not read: put into the config, or refused.
 
-A file names linear scaling or YaRN in its keys. That of Llama 3 is only there as what each frequency is divided by, in a tensor
-`rope_freqs.weight`, from which the numbers of the config are found again.
+That is how the rotary embedding is scaled, and what Gemma's largest models divide their scores by. A file names linear scaling
+or YaRN in its keys. That of Llama 3 is only there as what each frequency is divided by, in a tensor `rope_freqs.weight`, from
+which the numbers of the config are found again.
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ ORIGINAL_LENGTHS = (8192, 4096, 2048, 16384, 32768, 65536, 131072)
 LOW_FREQUENCY, HIGH_FREQUENCY = 1.0, 4.0
 """Llama 3's numbers of turns within the original length, below and above which a frequency is scaled whole and not at all."""
 SCALING = ".rope.scaling."
+OLD_FACTOR = ".rope.scale_linear"
+"""Key of older files for the factor of linear scaling."""
+SCORES_BY_WIDTH = {"gemma2": 46, "gemma3_text": 62}
+"""Layers of the models whose scores are divided by the root of the hidden size of a head, and not of the size of its keys."""
 NEUTRAL = {"attn_factor": (1.0,), "yarn_attn_factor": (1.0,), "yarn_ext_factor": (1.0, -1.0)}
 """Keys that no config has, and what they may say: what holds where they say nothing."""
 
 
-def put_scaling(config: Any, reader: Any, file: Path) -> None:
-    """Gives a config the scaling of the rotary embedding that its file has, where it lacks it.
+def complete_config(config: Any, reader: Any, file: Path) -> None:
+    """Gives a config what its file says and transformers does not read.
 
     Args:
         config: of the model, as transformers reads it from the file.
@@ -37,7 +42,16 @@ def put_scaling(config: Any, reader: Any, file: Path) -> None:
     Raises:
         ModelError: the scaling is one that no config has, or its numbers are none.
     """
-    of_all = getattr(config.get_text_config(decoder=True), "rope_parameters", None)
+    text = config.get_text_config(decoder=True)
+    layers = SCORES_BY_WIDTH.get(text.model_type)
+    if layers is not None:
+        by_width = text.num_hidden_layers == layers
+        text.query_pre_attn_scalar = text.hidden_size // text.num_attention_heads if by_width else text.head_dim
+    _put_scaling(text, reader, file)
+
+
+def _put_scaling(text: Any, reader: Any, file: Path) -> None:
+    of_all = getattr(text, "rope_parameters", None)
     if not isinstance(of_all, dict):
         return
     # layers with windows of their own are not scaled
@@ -54,7 +68,10 @@ def put_scaling(config: Any, reader: Any, file: Path) -> None:
 def _named_scaling(reader: Any, file: Path) -> dict[str, Any]:
     """Returns what the keys of a file say, {} for nothing."""
     found = {key.partition(SCALING)[2]: _value(field) for key, field in reader.fields.items() if SCALING in key}
-    kind = str(found.get("type", "none"))
+    older = next((_value(field) for key, field in reader.fields.items() if key.endswith(OLD_FACTOR)), None)
+    found.setdefault("factor", older)
+    # llama.cpp takes a factor for one of linear scaling where there is no type; 0 and 1 are none
+    kind = str(found.get("type", "linear" if found["factor"] not in (None, 0.0, 1.0) else "none"))
     if kind == "none":
         return {}
     if kind not in ("linear", "yarn"):
