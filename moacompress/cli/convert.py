@@ -73,6 +73,10 @@ def convert(
 
     if (source is None) == (target is None):
         raise UsageError("say where the plan comes from, or for whom it is: one of --from and --to")
+    if target is not None and out == Path(PLAN_FILE):
+        raise UsageError(f"say where the plan for {target} goes (--out PATH): {PLAN_FILE} would be one of ours")
+    if out.resolve() == path.resolve():
+        raise UsageError(f"{out} is what is read; choose another place for what is written (--out PATH)")
     if out.exists() and not overwrite:
         raise ArtefactError(f"{out} exists already; choose another place or pass --overwrite")
     if source is not None:
@@ -179,5 +183,8 @@ def _table(file: Path) -> list[list[float]]:
 def _write(file: Path, text: str) -> None:
     from moacompress.core.files import write_text
 
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtefactError(f"cannot make the folder {file.parent}: {error.strerror or error}") from error
     write_text(file, text)

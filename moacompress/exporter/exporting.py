@@ -19,6 +19,7 @@ from moacompress.core.files import is_within, new_folder, sweep_folders, write_t
 from moacompress.core.place import check_writable
 from moacompress.core.progress import Progress
 from moacompress.estimate.estimate import Estimate
+from moacompress.exporter.cache_settings import with_its_cache
 from moacompress.exporter.card import model_card
 from moacompress.exporter.dealt_heads import deal_heads
 from moacompress.exporter.export_estimate import export_estimate
@@ -97,8 +98,8 @@ def export(
         raise UsageError("a repair fits weights where they are, and ranks move them; give one of --repair and --ranks")
     sweep_folders(out)
     progress.start("export", 3)
-    plan, profile, source, inputs, reused = _prepared(
-        model, plan, out, (weights, head_weights), repair, device, overwrite, trust_remote_code
+    plan, changed, profile, source, inputs, reused = _prepared(
+        model, plan, out, (weights, head_weights), repair, ranks, device, overwrite, trust_remote_code
     )
     if reused:
         progress.done()
@@ -110,18 +111,18 @@ def export(
             "--repair PROFILE"
         )
     plan = as_exported(plan)
-    changed: Mapping[str, Any] = {}
     progress.step("model loaded")
     if profile is not None:
         repaired = _repaired(source, model, plan, profile, trust_remote_code, progress)
         plan, changed = _with_repair(plan, repaired.report), repaired.weights
         progress.start("export", 2)
-    if ranks is not None:
-        check_in_memory(source.model, "moving KV heads for ranks")
-        plan, changed = deal_heads(source.model, plan, ranks)
     with new_folder(out, overwrite) as aside:
         formats = planned_weights(plan) or {}
-        with RoundedLayers(source.model).in_place(formats), with_weights(source.model, changed):
+        with (
+            RoundedLayers(source.model).in_place(formats),
+            with_weights(source.model, changed),
+            with_its_cache(source.model),
+        ):
             attach(source.model, plan)
             try:
                 expected = write_checkpoint(source, plan, aside)
@@ -139,7 +140,8 @@ class _Prepared(NamedTuple):
     """What an export is made of, once nothing is left that can be wrong with the request.
 
     Attributes:
-        plan: without notes of a checkpoint's weights.
+        plan: without notes of a checkpoint's weights; with its KV heads dealt out where that is asked for.
+        changed: weights that move with them, by name.
         profile: to repair with, or None.
         source: the model, in the plan's dtype.
         inputs: what the command reads, where it may replace something.
@@ -147,6 +149,7 @@ class _Prepared(NamedTuple):
     """
 
     plan: Plan
+    changed: Mapping[str, Any]
     profile: Profile | None
     source: SourceModel
     inputs: Iterable[str | Path]
@@ -159,6 +162,7 @@ def _prepared(
     out: Path,
     weights: tuple[str, str | None],
     repair: Profile | str | Path | None,
+    ranks: int | None,
     device: str,
     overwrite: bool,
     trust_remote_code: bool,
@@ -173,7 +177,7 @@ def _prepared(
     inputs = _read_places(model, profile) if overwrite else ()
     check_place(out, inputs)
     reused = not overwrite and _holds_something(out)
-    if reused and not _is_export_of(out, plan, profile.fingerprint if profile else None):
+    if reused and ranks is None and not _is_export_of(out, plan, profile.fingerprint if profile else None):
         raise ArtefactError(
             f"{out} exists already and is not of this plan{_other_repair(out, plan)}; choose another folder or pass --overwrite"
         )
@@ -185,7 +189,15 @@ def _prepared(
         raise ArtefactError(
             f"{out} exists already and has weights of other types; choose another folder or pass --overwrite"
         )
-    return _Prepared(plan, profile, source, inputs, reused)
+    changed: Mapping[str, Any] = {}
+    if ranks is not None:
+        check_in_memory(source.model, "moving KV heads for ranks")
+        plan, changed = deal_heads(source.model, as_exported(plan), ranks)
+        if reused and not _is_export_of(out, plan):
+            raise ArtefactError(
+                f"{out} exists already and is not of this plan for {ranks} ranks; choose another folder or pass --overwrite"
+            )
+    return _Prepared(plan, changed, profile, source, inputs, reused)
 
 
 def _with_chosen_weights(
@@ -228,7 +240,7 @@ def estimate_export(
     from moacompress.models.weight_rounding import saved_bytes
 
     out = Path(out)
-    found = _prepared(model, plan, out, (weights, head_weights), repair, device, overwrite, trust_remote_code)
+    found = _prepared(model, plan, out, (weights, head_weights), repair, None, device, overwrite, trust_remote_code)
     warn_of_budget(found.plan)
     size = sum(weight.nbytes for weight in found.source.model.state_dict().values())
     size -= saved_bytes(found.source.model, planned_weights(found.plan) or {})

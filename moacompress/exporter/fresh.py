@@ -54,8 +54,8 @@ class Repeat(LogitsProcessor):
 
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trusted == "True")
 out = model.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), max_new_tokens=len(tokens),
-                     min_new_tokens=len(tokens), do_sample=False, num_beams=1, logits_processor=[Repeat()],
-                     output_logits=True, return_dict_in_generate=True)
+                     min_new_tokens=len(tokens), do_sample=False, num_beams=1, num_return_sequences=1, stop_strings=None,
+                     logits_processor=[Repeat()], output_logits=True, return_dict_in_generate=True)
 cache = out[named]
 notes = {"cache": type(cache).__name__, "plan": str(getattr(cache, "plan_key", ""))}
 save_file({"logits": torch.cat(out.logits).float().contiguous()}, answer, metadata=notes)
@@ -96,6 +96,8 @@ class Continuation:
             min_new_tokens=NEW_TOKENS,
             do_sample=False,
             num_beams=1,
+            num_return_sequences=1,
+            stop_strings=None,
             output_logits=True,
             return_dict_in_generate=True,
         )

@@ -7,7 +7,7 @@ for.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,6 +171,11 @@ def load_source(
         model.to(device)
     model.eval().requires_grad_(False)
     shape = model_shape(model, own)
+    if dtype == "float16" and own in ("bfloat16", "float32") and not (placed or is_gguf):
+        # float16 loses bits of small numbers: whose weights these are is said by those of the files
+        kinds: dict[str, Any] = {"weights": weights, "head_weights": head_weights}
+        kept = load_source(source, dtype=own, trust_remote_code=trust_remote_code, **kinds).shape
+        shape = replace(shape, weights_fingerprint=kept.weights_fingerprint)
     context = context_length(model)
     place = str(Path(source).resolve()) if is_gguf else name
     return SourceModel(model, tokenizer, place, shape, context)

@@ -109,7 +109,8 @@ def repair(
     if chosen[0] is not None:
         tried = kls.under(chosen[1], judging)
         change = _mean(tried[judging] - before[judging])
-        if change["mean"] + CAUTION * (change["error"] or 0.0) < 0:
+        sure = change["error"] is not None and change["mean"] + CAUTION * change["error"] < 0
+        if sure:  # one sample alone has no error, and tells nothing
             after = tried
         else:
             chosen, not_enough = (None, {}), {"not_enough": change}

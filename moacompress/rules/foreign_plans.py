@@ -129,7 +129,9 @@ def plan_of_moa(spans: MoaSpans, shape: ModelShape, length: int) -> tuple[Plan, 
         [f"{differing} KV heads have query heads of different spans, and get the largest at {at}"] if differing else []
     )
     if bent:
-        notes.append(f"{bent} spans have a negative alpha: they are the same at {at}, and larger at shorter ones")
+        notes.append(
+            f"{bent} spans have a negative alpha: they are the same at {at}, larger at shorter ones and smaller at longer ones"
+        )
     return Plan(shape, 64, rules), notes
 
 
@@ -154,7 +156,7 @@ def _elastic(alpha: float, beta: float, length: int) -> Rule:
         return Rule.FULL
     if alpha < 0:
         alpha, beta = 0.0, max(0.0, alpha / length + beta)
-    return Rule(MOA_SINK, min(math.ceil(alpha), MAX_ALPHA), min(math.ceil(beta * BETA_ONE), BETA_ONE))
+    return Rule(MOA_SINK, math.ceil(min(alpha, MAX_ALPHA)), math.ceil(min(beta, 1.0) * BETA_ONE))
 
 
 def _lost(plan: Plan) -> list[str]:
@@ -183,7 +185,7 @@ def _min_window(recent: int) -> int:
 def _matrix(rows: Matrix, layers: int, heads: int, what: str) -> np.ndarray:
     try:
         found = np.asarray(rows, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise PlanError(f"its {what} are no table of numbers: {error}") from error
     if found.shape != (layers, heads):
         raise PlanError(f"its {what} are of shape {found.shape}; the model has {layers} layers of {heads} heads")

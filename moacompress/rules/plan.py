@@ -328,8 +328,11 @@ class Plan(Shown):
         return plan
 
     def save(self, path: str | Path) -> None:
-        """Writes the plan as JSON, atomically, and its gates beside it."""
-        if self.gate_weights is not None:
+        """Writes the plan as JSON, atomically, and its gates beside it.
+
+        Gates that were read off a model's weights, where they are rounded, are not those that the plan names, and stay there.
+        """
+        if self.gate_weights is not None and self.gate_weights.fingerprint == self.gates:
             self.gate_weights.save(gates_file(Path(path)))
         write_json(Path(path), self.to_dict())
 

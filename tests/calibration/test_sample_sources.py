@@ -19,7 +19,7 @@ from moacompress.calibration.data.data_rows import first_of_each
 from moacompress.calibration.data.sample_sources import build_samples, longer_counts, make_drafts, spread, varied
 from moacompress.calibration.data.samples import Sample, fingerprint_samples
 from moacompress.core.errors import DataError
-from moacompress.prompts.pools import SPLITS, Prose
+from moacompress.prompts.pools import SPLITS, Prose, Split
 from moacompress.prompts.templates import encode_conversation, encode_prompt, encode_text
 from moacompress.recipe import Recipe
 from moacompress.recipe_sections import Generator
@@ -145,12 +145,12 @@ def test_a_prompt_with_several_answers_is_one_sample_of_one_split(source: Source
     turns = [
         [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for prompt, answer in pairs
     ]
-    for number, rows in enumerate(
-        ([{"prompt": prompt, "answer": answer} for prompt, answer in pairs], [{"messages": each} for each in turns])
-    ):
+    prompt_rows: list[Any] = [{"prompt": prompt, "answer": answer} for prompt, answer in pairs]
+    splits: tuple[tuple[Split, int], ...] = (("calibration", 12), ("validation", 6))
+    for number, rows in enumerate((prompt_rows, [{"messages": each} for each in turns])):
         path = write_rows(tmp_path / f"{number}.jsonl", rows)
         seen = {}
-        for split, count in (("calibration", 12), ("validation", 6)):
+        for split, count in splits:
             drafts = make_drafts(source, recipe([{"path": path}], samples=count), split)
             seen[split] = {tuple(draft.ids) for draft in drafts}
             assert len(seen[split]) == count
@@ -206,10 +206,10 @@ def test_a_text_has_the_split_that_evaluation_gives_it(source: SourceModel, tmp_
         words = (f"d{number}w{word}" for word in range(900))
         (folder / f"{number}.txt").write_text(" ".join(words))
     pools = Prose.load(folder).pools
-    for split in ("calibration", "validation"):
+    for split in SPLITS[:2]:
         own = {word for document in pools[split] for word in document}
         drafts = make_drafts(source, recipe([{"path": str(folder)}], samples=3), split)
-        said = {word for draft in drafts for word in source.tokenizer.decode(draft.ids[1:]).split()[1:-1]}
+        said = {word for draft in drafts for word in str(source.tokenizer.decode([*draft.ids[1:]])).split()[1:-1]}
         assert said
         assert said <= own
 

@@ -152,3 +152,39 @@ def test_what_is_wrong_is_said(
     assert done.exit_code in (1, 2)
     assert message in said(done)
     assert not Path("out.json").exists()
+
+
+def test_what_is_read_is_never_replaced(compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = tmp_path / "plan.json"
+    shutil.copyfile(compressed / "model" / "plan.json", plan)
+    before = plan.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    for arguments, match in (
+        ((plan, "--to", "moa", "--overwrite"), "say where the plan for moa goes (--out PATH)"),
+        ((plan, "--to", "moa", "--overwrite", "-o", tmp_path / "." / "plan.json"), "plan.json is what is read"),
+    ):
+        done = invoke(*arguments)
+        assert done.exit_code == 2
+        assert match in said(done)
+    (tmp_path / "file").write_text("")
+    done = invoke(plan, "--to", "duo-attention", "-o", tmp_path / "file", "--overwrite")
+    assert done.exit_code == 1
+    assert "cannot make the folder" in said(done)
+    assert plan.read_bytes() == before
+
+
+def test_spans_beyond_all_numbers(tiny_folder: Path, shape: Any, tmp_path: Path) -> None:
+    file, plan = tmp_path / "moa.json", tmp_path / "plan.json"
+
+    def read(alpha: Any, beta: Any) -> Any:
+        spans = {name: [[value] * shape.heads] * shape.layers for name, value in (("alphas", alpha), ("betas", beta))}
+        file.write_text(json.dumps(spans))
+        return invoke(file, "--from", "moa", "--model", tiny_folder, "-o", plan, "--overwrite")
+
+    done = read(10**400, 0)
+    assert done.exit_code == 1
+    assert "its alphas are no table of numbers" in said(done)
+    for alpha, beta in ((-1.0, 1e306), (1e300, 0.5)):
+        assert read(alpha, beta).exit_code == 0
+        assert Plan.load(plan).model == shape
+    assert "smaller at longer ones" in said(read(-4096, 0.75))

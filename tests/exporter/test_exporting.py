@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moacompress.core.errors import ArtefactError, MoaCompressError, PlanError
+from moacompress.core.errors import ArtefactError, MoaCompressError, PlanError, UsageError
 from moacompress.exporter import exporting
 from moacompress.exporter.card import model_card
 from moacompress.exporter.exporting import (
@@ -19,12 +19,15 @@ from moacompress.exporter.exporting import (
     warn_of_budget,
 )
 from moacompress.exporter.licences import licence_files
-from moacompress.models.source import load_source
+from moacompress.models.source import SourceModel, load_source, model_shape
 from moacompress.report.inspection import inspect_plan
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import Share, with_shared_rules
+from moacompress.runtime.checkpoint import load_checkpoint
+from moacompress.runtime.compat.alternates import returned_cache
 from moacompress.runtime.hf.attaching import attached_plan
+from tests import plan_kinds
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +158,54 @@ def test_an_export_of_the_same_plan_is_left_as_it_is(exported, tiny_folder, tiny
     tiny_tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(PlanError, match="other weights"):
         export(tmp_path / "other", plan, exported)
+
+
+@pytest.mark.parametrize("place", ["config.json", "generation_config.json"])
+def test_a_model_that_was_saved_without_its_cache_has_the_plans(place, tiny_folder, plan, tmp_path, caplog):
+    """As fine-tunes are that were trained with gradient checkpointing."""
+    folder = tmp_path / "dense"
+    shutil.copytree(tiny_folder, folder)
+    config = json.loads((folder / place).read_text())
+    beside = {"num_return_sequences": 2, "num_beams": 2, "cache_implementation": "static"}
+    (folder / place).write_text(json.dumps({**config, "use_cache": False, **(beside if "gen" in place else {})}))
+    source = load_source(folder)
+    out = export(source, plan, tmp_path / "model")
+    assert "use_cache: false" in caplog.text
+    assert False in (source.model.config.use_cache, source.model.generation_config.use_cache)
+    model, ids = AutoModelForCausalLM.from_pretrained(out), torch.arange(3, 60)[None]
+    model.generation_config.num_return_sequences = model.generation_config.num_beams = 1
+    found = model.generate(ids, max_new_tokens=2, return_dict_in_generate=True)
+    assert type(returned_cache(found)).__name__ == "PlanCache"
+
+
+def test_ranks_are_a_part_of_what_an_export_is_of(tiny_model, tiny_tokenizer, tmp_path):
+    model = tiny_model("llama", num_attention_heads=8, num_key_value_heads=4)
+    source = SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)
+    plan = plan_kinds.windows(model)
+    whole, dealt = (export(source, plan, tmp_path / name, ranks=ranks) for name, ranks in (("1", None), ("2", 2)))
+    before = {path: path.stat().st_mtime_ns for folder in (whole, dealt) for path in folder.iterdir()}
+    assert export(source, plan, dealt, ranks=2) == dealt
+    assert export(source, plan, whole) == whole
+    for folder, ranks in ((whole, 2), (dealt, None), (dealt, 4)):
+        with pytest.raises(ArtefactError, match="exists already and is not of this plan"):
+            export(source, plan, folder, ranks=ranks)
+    with pytest.raises(UsageError, match="which 3 ranks cannot share evenly"):
+        export(source, plan, whole, ranks=3)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_gates_that_come_from_a_models_weights_stay_there(tiny_model, tiny_tokenizer, tmp_path):
+    """They are rounded as the weights are, and are not those that the plan names."""
+    model = tiny_model("llama").to(torch.bfloat16)
+    source = SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)
+    folder = export(source, plan_kinds.gates(model), tmp_path / "model")
+    (folder / "plan.gates.safetensors").unlink()
+    plan = load_checkpoint(folder, "auto", "cpu").plan
+    assert plan.gate_weights.fingerprint != plan.gates
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").gate_weights is None
+    again = export(source, plan, tmp_path / "again")
+    assert load_checkpoint(again, "auto", "cpu").plan.key() == plan.key()
 
 
 def test_overwrite_never_replaces_what_is_not_a_model(tiny_folder, plan, tmp_path):

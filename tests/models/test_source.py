@@ -190,6 +190,21 @@ def test_one_checkpoint_has_one_fingerprint_and_one_dtype(tiny_folder: Path) -> 
     assert (single.shape.dtype, single.computes_in, half.computes_in) == ("float32", "float32", "bfloat16")
 
 
+def test_in_float16_weights_are_still_the_checkpoints(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """It loses bits of small numbers; a plan that is made in it is for the checkpoint all the same."""
+    for own in (torch.float32, torch.bfloat16):
+        model = tiny_model("llama", initializer_range=0.002).to(own)
+        assert any((weight.half().bfloat16() != weight.bfloat16()).any() for weight in model.parameters())
+        model.save_pretrained(tmp_path)
+        tiny_tokenizer.save_pretrained(tmp_path)
+        half, whole = load_source(tmp_path, dtype="float16"), load_source(tmp_path)
+        assert half.computes_in == "float16"
+        assert half.shape == whole.shape
+        assert half.model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("own", ["float32", "bfloat16", "float16"])
 def test_the_dtype_is_the_config_s_or_that_of_the_weights(

@@ -83,10 +83,10 @@ def test_none_is_kept_that_the_other_half_does_not_confirm(
     def kept(*kls: float) -> Any:
         class RepairedKl:
             def __init__(self, *args: Any) -> None:
-                self.numbers = [0, 1, 2, 3, 4, 5]
+                self.numbers = [*range(len(kls))]
 
             def under(self, weights: Any, numbers: Any = None) -> np.ndarray[Any, Any]:
-                return np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) if not weights else np.array(kls)
+                return np.arange(1.0, 1 + len(kls)) if not weights else np.array(kls)
 
         monkeypatch.setattr(repairing, "_RepairedKl", RepairedKl)
         monkeypatch.setattr(repairing, "repaired_weights", lambda *args: [{"weight": torch.ones(1)}])
@@ -100,6 +100,7 @@ def test_none_is_kept_that_the_other_half_does_not_confirm(
         assert done.report["harm"]["change"]["mean"] == 0
         tried = np.array(doubtful)[1::2] - [2, 4, 6]
         assert done.report["harm"]["not_enough"]["mean"] == pytest.approx(tried.mean())
+    assert kept(0.1, 0.1, 0.1).report["penalty"] is None  # one sample judges, and says nothing of its error
     done = kept(0.5, 1.5, 2.5, 3.4, 4.5, 5.5)
     assert done.report["penalty"] == 0.1
     assert "not_enough" not in done.report["harm"]
