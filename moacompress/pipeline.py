@@ -33,6 +33,7 @@ from moacompress.core.progress import Progress
 from moacompress.core.shown import ShownDict
 from moacompress.estimate.estimate import Estimate
 from moacompress.exporter.exporting import as_exported, check_reusable, export, exported_plan, unrepaired
+from moacompress.models.locate import find_running_plan
 from moacompress.models.placement import checked_placement, input_device
 from moacompress.models.skeleton import is_described
 from moacompress.models.source import is_compressed
@@ -197,7 +198,7 @@ def _write_page(out: Path) -> None:
     from moacompress.report.page.report_page import write_page
 
     try:
-        write_page(Findings.load(out / PLAN_FILE), out / REPORT_FILE)
+        write_page(Findings.load(find_running_plan(out)), out / REPORT_FILE)
     except (MoaCompressError, LookupError, TypeError, ValueError) as error:  # a page must not cost a run that is done
         logger.warning("no %s: %s", REPORT_FILE, one_line(error))
 

@@ -138,18 +138,24 @@ def evaluate(
     if lm_eval is not None and not harness:
         raise UsageError("no tasks of lm-evaluation-harness given; name some, or leave --lm-eval out")
     recipe = run.recipe()
+    if csv is not None:
+        _check_csv(csv, out)
 
     from moacompress.evaluation.runner import evaluate as evaluate_model
     from moacompress.evaluation.runner import task_names
     from moacompress.evaluation.scoring.text_rows import TEXT
     from moacompress.evaluation.scoring.thresholds import failures, parse_thresholds
     from moacompress.evaluation.tasks.own_rows import own_tasks
+    from moacompress.evaluation.tasks.registry import Resources
+    from moacompress.prompts.pools import Prose
     from moacompress.report.evaluation_tables import csv_text, evaluation_tables
 
     chosen = recipe.evaluation.tasks
     if named is None:
         chosen = () if harness or source else (*chosen, TEXT) if text is not None else chosen
-    own, names = own_tasks(source or ()), task_names(chosen)
+    own = own_tasks(source or ())
+    prose = None if recipe.calibration.text is None else Prose.load(recipe.calibration.text)
+    names = task_names(chosen, Resources(prose=prose, squad=squad, own=own))
     thresholds = parse_thresholds(fail_under, (*own, *names))
     others = tuple(name for name in split_list(against) or () if name != "none")
     if tensor_parallel:
@@ -205,6 +211,22 @@ def evaluate(
         say("below the threshold: " + "; ".join(failed))
     data = report if fail_under is None else {**report, "failures": failed}
     return Output(data, evaluation_tables(report), exit_code=int(bool(failed)))
+
+
+def _check_csv(csv: Path, out: Path | None) -> None:
+    """Refuses a place of the table where it cannot go, before anything is measured.
+
+    Raises:
+        UsageError: it is that of the report.
+        ArtefactError: something else is there, or it cannot be written.
+    """
+    from moacompress.core.place import check_replaceable, check_writable
+    from moacompress.report.evaluation_tables import CSV_COLUMNS
+
+    if out is not None and csv.resolve() == out.resolve():
+        raise UsageError(f"{csv} is where the report goes; give --csv and --out two files")
+    check_replaceable(csv, lambda text: text.splitlines()[:1] == [",".join(CSV_COLUMNS)], "a table of scores")
+    check_writable(csv.absolute().parent)
 
 
 def _check_tensor_parallel(dry_run: bool, harness: tuple[str, ...], against: tuple[str, ...]) -> None:

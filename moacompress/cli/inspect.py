@@ -10,7 +10,7 @@ import typer
 from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import TrustRemoteCode
 from moacompress.core.errors import UsageError
-from moacompress.models.locate import find_plan_file
+from moacompress.models.locate import find_running_plan
 
 
 @command(
@@ -49,7 +49,7 @@ def inspect(
         raise UsageError(
             f"inspect computes nothing without --show-tokens, so --device {device} has no meaning; leave it out"
         )
-    file = find_plan_file(path)
+    file = find_running_plan(path)
     plan = read_plan(file)
     data = inspect_plan(plan, parse_lengths(lengths) if lengths else None, find_model_folder(file.parent))
     shown = Output(data, inspection_tables(data))

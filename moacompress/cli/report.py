@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moacompress.cli.harness import CommandRun, Output, command
-from moacompress.models.locate import find_plan_file
+from moacompress.models.locate import find_running_plan
 
 
 @command(
@@ -44,7 +44,7 @@ def report(
     from moacompress.report.page.report_page import write_page
     from moacompress.report.page.still_pictures import illustrate_card, write_pictures
 
-    found = Findings.load(find_plan_file(path), profile)
+    found = Findings.load(find_running_plan(path), profile)
     page = out or report_file(found)
     data = write_page(found, page)
     drawn = [

@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moacompress.core.errors import ArtefactError
+
+
+def check_replaceable(file: Path, is_ours: Callable[[str], bool], what: str) -> None:
+    """Refuses a file that is not of the kind that is to be written there.
+
+    Args:
+        file: where something goes.
+        is_ours: told the first 4,096 characters of what is there.
+        what: is written, with its article.
+
+    Raises:
+        ArtefactError: a folder, or something else that is not empty.
+    """
+    if not file.exists():
+        return
+    try:
+        with file.open(encoding="utf-8", errors="replace") as stream:
+            there = stream.read(4096)
+    except OSError as error:
+        raise ArtefactError(f"{file} cannot be replaced by {what}: {error.strerror or error}") from error
+    if there and not is_ours(there):
+        raise ArtefactError(f"{file} exists already and is not {what}; choose another file")
 
 
 def check_writable(folder: Path) -> None:

@@ -116,6 +116,8 @@ class ChatSession:
         """
         said = [*self._said, {"role": "user", "content": question}]
         ids = self._ids(said)
+        if not ids:
+            raise DataError("the question is empty, and the model's tokenizer puts nothing before it; ask something")
         longest = context_length(self._model)
         if longest and len(ids) + max_new_tokens > longest:
             raise DataError(

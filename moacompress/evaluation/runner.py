@@ -42,7 +42,14 @@ from moacompress.evaluation.scoring.text_rows import (
 )
 from moacompress.evaluation.tasks.cases import Case, mean_answer_tokens, mean_tokens
 from moacompress.evaluation.tasks.own_rows import own_tasks
-from moacompress.evaluation.tasks.registry import Resources, check_resources, expand_tasks, find_task, make_cases
+from moacompress.evaluation.tasks.registry import (
+    Resources,
+    check_resources,
+    expand_tasks,
+    find_task,
+    make_cases,
+    rows_left_out,
+)
 from moacompress.models.processes import agreed, check_alike, join
 from moacompress.prompts.pools import Prose
 from moacompress.rules.plan import Plan
@@ -342,12 +349,14 @@ class _Evaluation:
         cases = self._cases(task, length, self.prompts)
         if not cases:
             raise DataError(f"no row of {task} fits into {length:,} tokens, its answer included; give longer --lengths")
-        if len(cases) < min(len(given), self.prompts):
+        left, looked = rows_left_out(task, length, self.prompts, self.checkpoint.tokenizer, self.resources)
+        if left:
             logger.warning(
-                "%d of %d rows of %s do not fit into %s tokens, answers included, and are left out; longer --lengths takes "
+                "%d of %s%d rows of %s do not fit into %s tokens, answers included, and are left out; longer --lengths takes "
                 "them in",
-                len(given) - len(cases),
-                len(given),
+                left,
+                "" if looked == len(given) else "the first ",
+                looked,
                 task,
                 f"{length:,}",
             )

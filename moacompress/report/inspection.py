@@ -14,7 +14,7 @@ from moacompress.core.errors import ArtefactError
 from moacompress.core.shown import ShownDict
 from moacompress.core.tables import facts, readable_bytes, readable_types, section
 from moacompress.exporter.card import repair_text
-from moacompress.models.locate import find_plan_file
+from moacompress.models.locate import find_running_plan
 from moacompress.models.source import find_model_folder
 from moacompress.models.stored_plan import checkpoint_weights, read_plan
 from moacompress.models.weight_files import StoredTensor, bytes_by_type, read_header
@@ -72,7 +72,7 @@ def inspect(target: Plan | str | Path, lengths: Sequence[int] | None = None) -> 
     """
     if isinstance(target, Plan):
         return inspect_plan(target, lengths)
-    file = find_plan_file(Path(target))
+    file = find_running_plan(Path(target))
     return inspect_plan(read_plan(file), lengths, find_model_folder(file.parent))
 
 

@@ -56,6 +56,8 @@ def selected_tokens(
         words = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {text}: {error}") from error
+    if not words.strip():
+        raise DataError(f"{text} has no text; give a longer one")
     checkpoint = load_checkpoint(folder, "auto", device, trust_remote_code=trust_remote_code)
     plan = checkpoint.plan
     ids = checkpoint.tokenizer(words, return_tensors="pt").input_ids[:, :MOST_TOKENS]

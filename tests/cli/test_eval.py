@@ -245,3 +245,28 @@ def test_not_a_compressed_model(place: Path, tiny_folder: Path, tmp_path: Path) 
     assert "is a model but not a compressed one; compress it first" in problem(tiny_folder)
     assert "no compressed checkpoint" in problem(tmp_path)
     assert "is a model but not a compressed one" in problem(place, "--against", tiny_folder)
+
+
+def test_a_table_never_replaces_what_is_no_table(place: Path, tmp_path: Path) -> None:
+    """And that is said before anything is measured."""
+    plan, folder, table = place / "plan.json", tmp_path / "folder", tmp_path / "table.csv"
+    folder.mkdir()
+    before = plan.read_bytes()
+    ask = (place, "--against", "none", "--tasks", "needle-noise", *SMALL)
+    assert "exists already and is not a table of scores" in problem(*ask, "--csv", plan, exit_code=1)
+    assert "cannot be replaced by a table of scores" in problem(*ask, "--csv", folder, exit_code=1)
+    assert "is where the report goes" in problem(*ask, "--csv", table, "-o", tmp_path / "." / "table.csv")
+    assert "is not a folder" in problem(*ask, "--csv", plan / "table.csv", exit_code=1)
+    assert plan.read_bytes() == before
+    for _ in range(2):
+        measure(*ask, "--csv", table)
+    with table.open() as stream:
+        assert len([*csv.DictReader(stream)]) > 1
+
+
+def test_a_threshold_may_be_of_all_that_is_measured(place: Path, tmp_path: Path) -> None:
+    """`all` has the tasks of prose where there is some."""
+    (tmp_path / "prose.txt").write_text("It rained all day. Nobody went out of the house. " * 900)
+    ask = (place, "--tasks", "all", "--text", tmp_path / "prose.txt", "--fail-under", "needle-prose:accuracy=0.1")
+    assert "needle-prose" not in problem(*ask, "--lengths", "8", exit_code=1)
+    assert "unknown task" in problem(place, "--tasks", "all", "--fail-under", "needle-prose:accuracy=0.1")

@@ -143,6 +143,18 @@ def test_an_evaluation_of_own_rows(compressed: Path, tmp_path: Path, caplog: pyt
         evaluate(compressed, tasks=(), sources=[mine], lengths=(8,), prompts=20, against=())
 
 
+def test_rows_that_do_not_fit_are_counted_though_enough_do(
+    compressed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": f"{'long ' * (400 if n < 3 else 1)}number {n} is", "answer": str(n)} for n in range(8)]
+    mine = write(tmp_path / "mine.jsonl", rows)
+    evaluate(compressed, tasks=(), sources=[mine], lengths=(200,), prompts=2, against=())
+    assert "3 of the first 5 rows of mine do not fit into 200 tokens" in caplog.text
+    caplog.clear()
+    evaluate(compressed, tasks=(), sources=[mine], lengths=(200,), prompts=20, against=())
+    assert "3 of 8 rows of mine do not fit into 200 tokens" in caplog.text
+
+
 def test_rows_of_the_calibration_are_said(compressed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     import moacompress.evaluation.runner as runner
     from moacompress.rules.plan import Plan

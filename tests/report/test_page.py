@@ -19,6 +19,7 @@ from moacompress.cli import app
 from moacompress.core.errors import ArtefactError
 from moacompress.pipeline import compress
 from moacompress.recipe import Recipe
+from moacompress.report.page.cost_figures import peak_picture
 from moacompress.report.page.figure_style import OTHERS, roles_of
 from moacompress.report.page.findings import Findings
 from moacompress.report.page.head_figures import head_map, head_shades, rule_text
@@ -437,3 +438,24 @@ def test_pictures_for_a_card(run_folder: Path, tmp_path: Path, monkeypatch: pyte
     )
     assert result.exit_code == 2
     assert "PNG files need kaleido and a Chrome" in result.output
+
+
+def test_a_page_replaces_pages_alone(run_folder: Path, tmp_path: Path) -> None:
+    plan, other, page = tmp_path / "plan.json", tmp_path / "other.html", tmp_path / "page.html"
+    shutil.copyfile(run_folder / "plan.json", plan)
+    other.write_text("<!DOCTYPE html><title>mine</title>")
+    for file, match in ((plan, "is not a page"), (other, "is not a page"), (tmp_path, "cannot be replaced")):
+        done = RUNNER.invoke(app, ["report", str(run_folder), "-o", str(file)])
+        assert done.exit_code == 1
+        assert match in " ".join(done.output.split())
+    assert plan.read_bytes() == (run_folder / "plan.json").read_bytes()
+    page.write_text("")
+    for _ in range(2):
+        assert RUNNER.invoke(app, ["report", str(run_folder), "-o", str(page)]).exit_code == 0
+
+
+def test_a_benchmark_of_a_server_alone_has_no_peaks(run_folder: Path) -> None:
+    assert peak_picture({"runs": []}) is None
+    found = Findings.load(run_folder / "plan.json")
+    assert found.bench is not None
+    assert page_sections(replace(found, bench={**found.bench, "runs": [], "ratios": []}))

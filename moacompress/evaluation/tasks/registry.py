@@ -423,6 +423,21 @@ def make_cases(
     return [_make_case(known, request(0), draft) for draft in islice(fitting, prompts)]
 
 
+def rows_left_out(
+    task: str, length: int, prompts: int, tokenizer: PreTrainedTokenizerBase, resources: Resources
+) -> tuple[int, int]:
+    """Returns how many given prompts `make_cases` leaves out because they do not fit, and how many it looks at."""
+    known, fitting, looked = find_task(task, resources), 0, 0
+    rng = np.random.default_rng(0)
+    request = PromptRequest(task, length, 0, 0, rng, tokenizer, known.new_tokens, resources)
+    for draft in known.given or ():
+        if fitting == prompts:
+            break
+        looked += 1
+        fitting += request.tokens(draft) <= length
+    return looked - fitting, looked
+
+
 def _make_case(task: EvaluationTask, request: PromptRequest, draft: PromptDraft) -> Case:
     ids = encode_draft(request.tokenizer, draft)
     needed = len(ids.answer_ids) + ANSWER_ROOM

@@ -144,6 +144,8 @@ def trace_picture(bench: Finding) -> Picture | None:
 
 def peak_picture(bench: Finding) -> Picture | None:
     """Returns the most memory that a process took, beside weights and caches; None where no peak was measured."""
+    if not bench["runs"]:  # requests to a server were timed alone
+        return None
     columns, table = memory_rows(bench["runs"])
     names = [row[0] for row in table]
     traces: list[Trace] = [

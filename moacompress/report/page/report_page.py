@@ -15,6 +15,7 @@ from typing import Any
 from moacompress.core.artefact_names import BENCH_FILE, EVALUATION_FILE, MODEL_FOLDER, PLAN_FILE
 from moacompress.core.errors import UsageError
 from moacompress.core.files import finite_json, write_text
+from moacompress.core.place import check_replaceable
 from moacompress.core.tables import readable_types
 from moacompress.core.version import own_version
 from moacompress.exporter.card import WEIGHTS, repair_text
@@ -37,6 +38,8 @@ from moacompress.rules.planned_weights import memory_lines
 from moacompress.rules.step_time import step_lines
 
 ASSETS = "moacompress.report.page"
+GENERATOR = '<meta name="generator" content="moacompress">'
+"""In the head of every page, which is known by it."""
 CONFIG_NAME = "config.json"
 NEEDS = 'the page needs plotly and jinja2; pip install "moacompress[report]" and run `moacompress report` on the folder'
 
@@ -72,14 +75,16 @@ def write_page(found: Findings, out: Path) -> dict[str, Any]:
 
     Args:
         found: what is known of the plan.
-        out: the file; what was there is replaced.
+        out: the file; an earlier page there is replaced.
 
     Returns:
         `report`, its path; `sections` that it shows; `missing`, a list of `what` and `command`; `passed_over`.
 
     Raises:
         UsageError: plotly or jinja2 is not installed.
+        ArtefactError: something else than a page is there.
     """
+    check_replaceable(out, lambda text: GENERATOR in text, "a page of this command")
     if not all(map(find_spec, ("jinja2", "plotly"))):
         raise UsageError(NEEDS)
     sections = page_sections(found)
