@@ -26,7 +26,7 @@ from moacompress.cli.kernel_line import kernel_line
 from moacompress.cli.recipe_options import collected, recipe_option
 from moacompress.cli.result_stream import for_the_result
 from moacompress.core.deprecation import with_new_options
-from moacompress.core.errors import ArtefactError, MoaCompressError, UsageError
+from moacompress.core.errors import ArtefactError, MoaCompressError, UsageError, one_line
 from moacompress.core.files import finite_json
 from moacompress.core.progress import Progress
 from moacompress.core.ranks import named_rank, rank, splitting, world_size
@@ -193,14 +193,14 @@ class Command:
         _check_rank()
         interrupted = resumes_with(sys.argv, overwrite=bool(arguments.get("overwrite")))
         output = _guarded(lambda run: self._checked(run, arguments), common, interrupted, self._computes)
-        if rank():
-            pass
-        elif common.as_json:
-            print(json.dumps(finite_json(output.data), allow_nan=False), flush=True)
-        else:
-            console = out_console()
-            for part in output.show:
-                console.print(part, markup=False, soft_wrap=isinstance(part, str))
+        if not rank():
+            try:
+                _print(output, common.as_json)
+            except BrokenPipeError:
+                raise  # whoever reads has seen enough
+            except (OSError, UnicodeError) as error:
+                say(f"error: the result cannot be printed: {one_line(error)}")
+                raise typer.Exit(1) from None
         if (
             output.exit_code and not rank()
         ):  # torchrun ends the others when one fails, be it before the first has printed
@@ -315,6 +315,22 @@ def say(message: str) -> None:
 
 
 _COMMON = tuple(item.name for item in fields(Common))
+
+
+def _print(output: Output, as_json: bool) -> None:
+    """Prints the result, as one line of JSON or for people.
+
+    Raises:
+        OSError, UnicodeError: standard output takes no more, or not these characters.
+    """
+    if as_json:
+        print(json.dumps(finite_json(output.data), allow_nan=False), flush=True)
+        return
+    console = out_console()
+    for part in output.show:
+        console.print(part, markup=False, soft_wrap=isinstance(part, str))
+    if sys.stdout is not None:  # closed
+        sys.stdout.flush()
 
 
 def _own_parameters(function: Callable[..., Output]) -> list[inspect.Parameter]:

@@ -164,6 +164,21 @@ def test_quiet_is_quiet_where_a_library_has_a_bar_of_its_own(tmp_path: Path) -> 
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk that is always full")
+@pytest.mark.parametrize("json_too", [(), ("--json",)])
+def test_a_result_that_cannot_be_printed_is_said_in_a_line(json_too: tuple[str, ...], compressed: Path) -> None:
+    ask = [sys.executable, "-m", "moacompress", "inspect", str(compressed), *json_too]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(ask, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "error: the result cannot be printed: " in done.stderr
+    assert "Traceback" not in done.stderr
+    latin = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(ask, capture_output=True, encoding="latin-1", env=latin, check=False)
+    assert done.returncode == (0 if json_too else 1)
+    assert "Traceback" not in done.stderr
+
+
 def test_version() -> None:
     result = RUNNER.invoke(app, ["--version"])
     assert (result.exit_code, result.stdout) == (0, f"moacompress {moacompress.__version__}\n")
