@@ -141,8 +141,8 @@ def evaluate(
     if csv is not None:
         _check_csv(csv, out)
 
+    from moacompress.evaluation.runner import check_request, task_names
     from moacompress.evaluation.runner import evaluate as evaluate_model
-    from moacompress.evaluation.runner import task_names
     from moacompress.evaluation.scoring.text_rows import TEXT
     from moacompress.evaluation.scoring.thresholds import failures, parse_thresholds
     from moacompress.evaluation.tasks.own_rows import own_tasks
@@ -155,7 +155,8 @@ def evaluate(
         chosen = () if harness or source else (*chosen, TEXT) if text is not None else chosen
     own = own_tasks(source or ())
     prose = None if recipe.calibration.text is None else Prose.load(recipe.calibration.text)
-    names = task_names(chosen, Resources(prose=prose, squad=squad, own=own))
+    resources = Resources(prose=prose, squad=squad, own=own)
+    names = task_names(chosen, resources)
     thresholds = parse_thresholds(fail_under, (*own, *names))
     others = tuple(name for name in split_list(against) or () if name != "none")
     if tensor_parallel:
@@ -163,9 +164,13 @@ def evaluate(
     if dry_run:
         from moacompress.evaluation.baselines.compared_models import check_names
         from moacompress.evaluation.eval_estimate import estimate_eval
+        from moacompress.evaluation.lm_harness import check_lm_eval
 
         check_names(others)
         settings = recipe.evaluation
+        check_request([*names, *own], settings.lengths, settings.prompts, resources, harness=bool(harness))
+        if harness:
+            check_lm_eval(harness)
         expected = estimate_eval(
             path,
             others,
@@ -178,7 +183,8 @@ def evaluate(
             devices=count,
             trust_remote_code=trust_remote_code,
         )
-        return Output(expected.to_dict(), [f"It would take {expected.line()} Nothing was measured."])
+        besides = " Tasks of lm-evaluation-harness are not counted." if harness else ""
+        return Output(expected.to_dict(), [f"It would take {expected.line()}{besides} Nothing was measured."])
     report = evaluate_model(
         path,
         against=others,

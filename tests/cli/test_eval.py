@@ -270,3 +270,9 @@ def test_a_threshold_may_be_of_all_that_is_measured(place: Path, tmp_path: Path)
     ask = (place, "--tasks", "all", "--text", tmp_path / "prose.txt", "--fail-under", "needle-prose:accuracy=0.1")
     assert "needle-prose" not in problem(*ask, "--lengths", "8", exit_code=1)
     assert "unknown task" in problem(place, "--tasks", "all", "--fail-under", "needle-prose:accuracy=0.1")
+
+
+def test_a_dry_run_checks_what_the_run_does(place: Path) -> None:
+    assert "needs prose" in problem(place, "--tasks", "needle-prose", "--dry-run", exit_code=1)
+    with_harness = ("--lm-eval", "no_such_task", "--dry-run")
+    assert "no_such_task" in problem(place, *with_harness, exit_code=2)
