@@ -21,7 +21,7 @@ def check_replaceable(file: Path, is_ours: Callable[[str], bool], what: str) -> 
     Raises:
         ArtefactError: a folder, or something else that is not empty.
     """
-    if not file.exists():
+    if not file.is_file() and not file.is_dir():  # nothing, or a pipe, of which nothing must be read
         return
     try:
         with file.open(encoding="utf-8", errors="replace") as stream:
