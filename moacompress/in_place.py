@@ -152,7 +152,6 @@ def _write_rows(folder: Path, data: Sequence[str | Mapping[str, Any]]) -> Path:
             lines[-1].encode()
         except (TypeError, ValueError) as error:
             raise DataError(f"row {number} of data cannot be written as JSON: {one_line(error)}") from error
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / ROWS.format(fingerprint(lines))
     if not file.exists():
         write_text(file, "".join(lines))

@@ -12,6 +12,7 @@ from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import Overwrite, TrustRemoteCode
 from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import ArtefactError, PlanError, UsageError
+from moacompress.core.files import read_json, write_text
 
 if TYPE_CHECKING:
     from moacompress.rules.foreign_plans import DuoPattern
@@ -93,10 +94,10 @@ def convert(
     ours = read_plan(find_plan_file(path))
     if target == "moa":
         spans, notes = moa_of_plan(ours)
-        _write(out, json.dumps({"alphas": spans.alphas, "betas": spans.betas}))
+        write_text(out, json.dumps({"alphas": spans.alphas, "betas": spans.betas}))
     elif target in ("modelopt", "llm-compressor"):
         config, notes = (modelopt_of_plan if target == "modelopt" else compressed_tensors_of_plan)(ours)
-        _write(out, json.dumps(config, indent=1) + "\n")
+        write_text(out, json.dumps(config, indent=1) + "\n")
     else:
         pattern, notes = duo_of_plan(ours)
         write_pattern(out, pattern)
@@ -106,14 +107,13 @@ def convert(
 def write_pattern(folder: Path, pattern: DuoPattern) -> None:
     """Writes a pattern as DuoAttention's own two files."""
     rows = "".join("\t".join(f"{value:.6e}" for value in row) + "\n" for row in pattern.heads)
-    _write(folder / HEADS_FILE, rows)
-    _write(folder / CONFIG_FILE, json.dumps({"sink_size": pattern.sink, "recent_size": pattern.recent}))
+    write_text(folder / HEADS_FILE, rows)
+    write_text(folder / CONFIG_FILE, json.dumps({"sink_size": pattern.sink, "recent_size": pattern.recent}))
 
 
 def _read(
     path: Path, source: Form, model: str, sparsity: float | None, at: str, run: CommandRun, trust_remote_code: bool
 ) -> tuple[Plan, list[str]]:
-    from moacompress.core.files import read_json
     from moacompress.rules.budget import parse_length
     from moacompress.rules.foreign_plans import DuoPattern, MoaSpans, plan_of_duo, plan_of_moa
 
@@ -148,7 +148,6 @@ def _shape(model: str, trust_remote_code: bool) -> ModelShape:
 
 
 def _read_formats(path: Path, source: Form, shape: ModelShape) -> tuple[Plan, list[str]]:
-    from moacompress.core.files import read_json
     from moacompress.rules.foreign_formats import layers_of_compressed_tensors, layers_of_modelopt, plan_of_layers
 
     if path.is_dir():
@@ -178,13 +177,3 @@ def _table(file: Path) -> list[list[float]]:
         raise ArtefactError(f"cannot read {file}: {error.strerror or error}") from error
     except ValueError as error:
         raise ArtefactError(f"{file} is no table of numbers: {error}") from error
-
-
-def _write(file: Path, text: str) -> None:
-    from moacompress.core.files import write_text
-
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArtefactError(f"cannot make the folder {file.parent}: {error.strerror or error}") from error
-    write_text(file, text)

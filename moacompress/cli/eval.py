@@ -154,7 +154,9 @@ def evaluate(
     if named is None:
         chosen = () if harness or source else (*chosen, TEXT) if text is not None else chosen
     own = own_tasks(source or ())
-    prose = None if recipe.calibration.text is None else Prose.load(recipe.calibration.text)
+    # `evaluate` reads the text itself; here it is only asked which tasks there are
+    needed = recipe.calibration.text if dry_run or fail_under is not None else None
+    prose = None if needed is None else Prose.load(needed)
     resources = Resources(prose=prose, squad=squad, own=own)
     names = task_names(chosen, resources)
     thresholds = parse_thresholds(fail_under, (*own, *names))

@@ -127,8 +127,9 @@ class Prose:
         Raises:
             DataError: missing, unreadable, or without text.
         """
-        documents = [tuple(text.split()) for text in read_documents(path)]
-        return Prose(str(path), {split: _pool(documents, split) for split in SPLITS})
+        texts = read_documents(path)
+        pools = {split: tuple(tuple(text.split()) for text in pool_of(texts, split)) for split in SPLITS}
+        return Prose(str(path), pools)
 
     def of_part(self, part: CalibrationPart) -> Prose:
         """Returns the same text with a part of calibration's pool in its place."""
@@ -144,15 +145,8 @@ class Prose:
         return words[start:] + words[:start]
 
 
-def _pool(documents: Sequence[tuple[str, ...]], split: Split) -> tuple[tuple[str, ...], ...]:
-    index, parts = SPLITS.index(split), len(SPLITS)
-    if len(documents) >= parts:
-        return tuple(documents[index::parts])
-    return tuple(words[len(words) * index // parts : len(words) * (index + 1) // parts] for words in documents)
-
-
 def pool_of(documents: Sequence[str], split: Split) -> list[str]:
-    """Returns a split's documents, or parts of documents: those that `Prose` has of the same, as texts."""
+    """Returns a split's documents; of fewer than there are splits, its part of the words of each."""
     index, parts = SPLITS.index(split), len(SPLITS)
     if len(documents) >= parts:
         return list(documents[index::parts])

@@ -99,9 +99,8 @@ def quickest_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         bias: `[outputs]`, or None.
     """
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    if trained or not lies_ready(weight, x) or not (bias is None or lies_ready(bias, x)):
-        return nn.functional.linear(x, weight, bias)
-    if torch.is_autocast_enabled(x.device.type):
+    ready = lies_ready(weight, x) and (bias is None or lies_ready(bias, x))
+    if trained or not ready or torch.is_autocast_enabled(x.device.type):
         return nn.functional.linear(x, weight, bias)
     if has_few_rows(x) and capabilities_for(x).linear:
         return backend_for(x).linear(x, weight, bias)

@@ -13,6 +13,7 @@ from moacompress.core.errors import DataError
 from moacompress.core.progress import Progress
 from moacompress.prompts.templates import encode_conversation, encode_prompt, encode_text
 from moacompress.runtime.compat.alternates import returned_cache
+from tests.templates import without_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,12 +24,6 @@ CHAT = [
     {"role": "assistant", "content": "yes."},
     {"role": "user", "content": "sure?"},
 ]
-
-
-def without_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    base = copy.deepcopy(tokenizer)
-    base.chat_template = None
-    return base
 
 
 def marked(tokenizer: Any, ids: list[int], mask: list[bool]) -> str:

@@ -169,7 +169,7 @@ def test_what_is_read_is_never_replaced(compressed: Path, tmp_path: Path, monkey
     (tmp_path / "file").write_text("")
     done = invoke(plan, "--to", "duo-attention", "-o", tmp_path / "file", "--overwrite")
     assert done.exit_code == 1
-    assert "cannot make the folder" in said(done)
+    assert f"cannot write {tmp_path / 'file'}" in said(done)
     assert plan.read_bytes() == before
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import uuid
@@ -41,6 +40,7 @@ from moacompress.prompts.pools import (
 from moacompress.prompts.recall import WORDS
 from moacompress.prompts.sentences import NOISE
 from moacompress.prompts.templates import encode_prompt
+from tests.templates import without_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,12 +84,6 @@ def test_prose_begins_at_a_sentence_and_wraps(prose: Prose) -> None:
     for seed in range(20):
         first = prose.words(rng(seed), "validation")[0]
         assert int(first[1:].rstrip(".")) % 7 == 0
-
-
-def without_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    base: Any = copy.deepcopy(tokenizer)
-    base.chat_template = None
-    return base
 
 
 @pytest.mark.parametrize(

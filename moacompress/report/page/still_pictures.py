@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moacompress.core.artefact_names import MODEL_FOLDER
-from moacompress.core.errors import ArtefactError, UsageError, one_line
+from moacompress.core.errors import UsageError, one_line
 from moacompress.core.files import write_bytes, write_text
 from moacompress.report.page.figure_style import Picture
 from moacompress.report.page.findings import Findings
@@ -32,12 +32,8 @@ def write_pictures(found: Findings, folder: Path) -> dict[Path, str]:
 
     Raises:
         UsageError: kaleido is not installed, or it finds no browser.
-        ArtefactError: the folder cannot be made.
+        ArtefactError: the folder cannot be made, or written to.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArtefactError(f"cannot make the folder {folder}: {error.strerror or error}") from error
     files = {}
     for section in page_sections(found):
         for picture in section.all_pictures:

@@ -223,8 +223,8 @@ def _check_positions(
         return _counted_positions(cache, real, rows, tokens)
     message = (
         "position_ids that do not count on (packed sequences, gaps, or tokens that the cache has already) are not "
+        "supported by a compressed model; "
     )
-    message += "supported by a compressed model; "
     if not isinstance(positions, torch.Tensor) or positions.ndim != 2 or positions.shape[1] != tokens:
         raise UnsupportedError(message + _LEFT_PADDED)
     last = cache.last_position if cache is not None else None
