@@ -59,7 +59,7 @@ QUICK = {
     "moacompress inspect runs/mine",
     "moacompress inspect docs/plans/smollm2-135m-quarter.json --lengths 512,1k,2k,4k,8k",
     "moacompress eval --list-tasks",
-    "moacompress eval runs/mine --tasks ruler --lengths 4k --dry-run --devices 8",
+    "moacompress eval runs/mine --tasks ruler --lengths 4k --text prose/ --squad squad.json --dry-run --devices 8",
     "moacompress export path/to/model plan.json -o model/",
     "moacompress data preview path/to/model --source needle --source squad.json --lengths 1k",
     "moacompress data preview path/to/model --source support.jsonl --lengths 1k",

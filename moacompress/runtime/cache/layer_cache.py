@@ -224,10 +224,10 @@ class PlanCacheLayer(CacheLayer):
         if self._held is None:
             self.lazy_initialization(key_states, value_states)
         self.check_rows(key_states.shape[0])
-        held, given = (
-            str(dtype).removeprefix("torch.") for dtype in (self.blocks_held().pool.layout.dtype, key_states.dtype)
-        )
-        if held != given:
+        assert self._held is not None
+        dtypes = self._held.pool.layout.dtype, key_states.dtype
+        if dtypes[0] != dtypes[1]:
+            held, given = (str(dtype).removeprefix("torch.") for dtype in dtypes)
             raise UnsupportedError(
                 f"the cache holds keys and values in {held}, and this forward makes them in {given}; go on in the dtype, and "
                 "under the autocast, that the cache was filled in, or start a new one"
