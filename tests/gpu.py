@@ -7,6 +7,7 @@ runs these alone, on the card. `MOACOMPRESS_TEST_GPU=1` asks for such a process 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import os
@@ -42,6 +43,9 @@ def begin(arguments: list[str]) -> None:
     os.environ[INTERPRET] = "1"  # kernels are what they are when a test runs on them
     importlib.import_module("triton.language")
     del os.environ[INTERPRET]
+    builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
+    # sums that overflow are looked for, at twice the time, and told to nobody unless `debug` is on
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 def parametrize(metafunc: pytest.Metafunc) -> None:

@@ -83,14 +83,21 @@ def check_can_round(model: Any, formats: Mapping[str, str]) -> None:
         formats: of layers by name, each one of `ROUNDED`; names may come from a file that is not trusted.
 
     Raises:
-        PlanError: the model has no such layer, or none that can hold such blocks.
+        PlanError: the model has no such layer, or none that can hold such blocks, or one whose weight is that of another layer,
+            which is not rounded alike.
     """
     modules = dict(model.named_modules()) if formats else {}
+    sharing: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        sharing.setdefault(id(getattr(module, "weight", None)), []).append(name)
     for name, kind in formats.items():
         problem = can_hold_blocks(modules.get(name), WEIGHT_TYPES[ROUNDED[kind]])
         if problem is not None:
             what = problem if name in modules else "the model has no such layer"
             raise PlanError(f"the weight of {name[:80]} cannot be rounded to {kind}: {what}")
+        for other in sharing[id(modules[name].weight)]:
+            if formats.get(other) != kind:
+                raise PlanError(f"{name} and {other} have one weight; a plan rounds both to one format, or neither")
 
 
 def saved_bytes(model: Any, formats: Mapping[str, str]) -> int:

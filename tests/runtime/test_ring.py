@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from moacompress.rules.formats import FORMATS
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
-from moacompress.runtime.cache import ring
+from moacompress.runtime.cache import pool, ring
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.real_tokens import Chunk
 from tests.pretend_device import KIND
@@ -36,6 +38,8 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 class Pair:
     """A layer's cache that steps in rings, and one that does not; both are fed the same.
+
+    On the CPU all but the steps in rings is the reference's work, which takes the interpreter of Triton's kernels minutes.
 
     Args:
         rules: of the KV heads.
@@ -72,6 +76,10 @@ class Pair:
         """Returns random numbers, the same ones on every device."""
         return torch.randn(*sizes, generator=self.generator).to(self.device)
 
+    def plainly(self) -> AbstractContextManager[object]:
+        """Returns a `with` in which layers write as `Pair` says."""
+        return patch.object(pool, "backend_for", lambda _: REFERENCE) if self.device == "cpu" else nullcontext()
+
     def chunk(self, count: int, *padding: int) -> None:
         """Feeds tokens, of which so many are padding at the front of the first rows."""
         key, value, scores = self.tokens(count)
@@ -80,7 +88,8 @@ class Pair:
             real[row, :beginning] = False
         for layer in self.layers:
             layer.update(key, value)
-            layer.commit(Chunk(count, None if real.all() else real), scores)
+            with self.plainly():
+                layer.commit(Chunk(count, None if real.all() else real), scores)
 
     def step(self, backend: Any) -> None:
         """Feeds one token of every row, and compares what is attended to."""
@@ -89,7 +98,8 @@ class Pair:
         ringed, plain = self.layers
         for layer in self.layers:
             layer.update(key, value)
-        plain.commit(Chunk(1), scores)
+        with self.plainly():
+            plain.commit(Chunk(1), scores)
         found = None
         if ringed.can_step_in_ring(query, scored=self.rules.selects):
             found = ringed.step_in_ring(query, SCORES, None if scores is None else scores[:, :, 0], backend)
@@ -98,7 +108,8 @@ class Pair:
             assert ringed.record_past
             assert self.rules.selects
         if found is None:
-            ringed.commit(Chunk(1), scores)
+            with self.plainly():
+                ringed.commit(Chunk(1), scores)
             return
         held = plain.blocks_held()
         lengths = held.lengths
@@ -322,10 +333,10 @@ def test_a_step_asks_the_host_for_nothing(
     pair = Pair(rules, 2, 0)
     layer = pair.layers[0]
     with pretend_device() as device:
-        key, value, scores = pair.tokens(50)
+        key, value, scores = pair.tokens(30)
         layer.update(key.to(KIND), value.to(KIND))
-        layer.commit(Chunk(50), None if scores is None else scores.to(KIND))
-        for number in range(20):
+        layer.commit(Chunk(30), None if scores is None else scores.to(KIND))
+        for number in range(4):  # into a new block
             key, value, scores = pair.tokens(1)
             gated = None if scores is None else scores[:, :, 0].to(KIND)
             query = torch.randn(2, 2 * GROUP, 1, DIM).to(KIND)
