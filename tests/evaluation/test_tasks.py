@@ -112,6 +112,24 @@ def bpe() -> PreTrainedTokenizerBase:
     return wrapped
 
 
+def test_questions_of_long_documents_make_way_for_others(bpe: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """In a small file too, no prompt asks what the next one does."""
+
+    def article(number: int) -> dict[str, Any]:
+        text = " ".join(WORDS[number : number + (900 if number % 12 == 2 else 40)])
+        question = {"question": f"What is {number}?", "answers": [{"text": text[:9]}]}
+        return {"paragraphs": [{"context": text, "qas": [question]}]}
+
+    (tmp_path / "squad.json").write_text(json.dumps({"data": [article(number) for number in range(180)]}))
+    texts = Resources(squad=tmp_path / "squad.json")
+    asked = [
+        re.findall(r"What is \d+", str(bpe.decode(case.prompt_ids)))
+        for case in make_cases("document-question", 512, 12, 0, bpe, texts)
+    ]
+    assert all(len(each) == 1 for each in asked)
+    assert len({each[0] for each in asked}) == 12
+
+
 @pytest.mark.parametrize("length", [1024, 2048])
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task(task: str, length: int, bpe: PreTrainedTokenizerBase, resources: Resources) -> None:

@@ -16,14 +16,17 @@ from moacompress.evaluation.tasks.squad_questions import Question, Questions
 from moacompress.prompts.sentences import DocumentSentences
 
 STRIDE = 1000
-"""A question whose document is too long makes way for the one so many places further on."""
+"""A question whose document is too long makes way for the one so many places further on; in a smaller file `TURN` of its places."""
+TURN = 0.381966
+"""The golden section, whose multiples stay apart from each other and from where they began."""
 TRIES = 50
 
 
 def make_question(request: PromptRequest, sentences: DocumentSentences) -> PromptDraft:
     """Returns a prompt of one question; documents of its article are taken first, then any, as many as fit.
 
-    Two prompts of one seed share a question only beyond `STRIDE` prompts.
+    Two prompts of one seed share a question only beyond `STRIDE` prompts, or in a smaller file beyond a fifth of its questions
+    where a few documents are too long.
 
     Args:
         request: the prompt to write.
@@ -34,7 +37,7 @@ def make_question(request: PromptRequest, sentences: DocumentSentences) -> Promp
     """
     known = request.resources.questions
     order = np.random.default_rng(request.seed).permutation(len(known.questions))
-    stride = STRIDE if len(order) > STRIDE else 1
+    stride = STRIDE if len(order) > STRIDE else max(int(TURN * len(order)), 1)
     tried = [known.questions[order[(request.index + i * stride) % len(order)]] for i in range(TRIES)]
     alone = ((question, render(question, (question.document,), known, sentences)) for question in tried)
     question = next((question for question, draft in alone if request.tokens(draft) <= request.length), tried[0])
