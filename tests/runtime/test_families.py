@@ -119,8 +119,13 @@ def mean_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+CASES = [(name, backend) for backend in BACKENDS for name in (ALL if backend is None else SEVERAL)]
+INTERPRETED_LLAMA = ("llama", "triton")
+"""Has nothing that the other two of Triton's have not, and its kernels step through models in tests of devices."""
+
+
 @pytest.fixture(
-    params=[(name, backend) for backend in BACKENDS for name in (ALL if backend is None else SEVERAL)], ids=str
+    params=[pytest.param(case, marks=[pytest.mark.heavy] * (case == INTERPRETED_LLAMA)) for case in CASES], ids=str
 )
 def family(request: pytest.FixtureRequest, use_backend: Callable[[str], Any], counting: Any) -> Iterator[str]:
     """Every family by the kernels that this machine has, and those that differ most by every backend."""
