@@ -40,6 +40,7 @@ from moacompress.models.source import is_compressed
 from moacompress.models.stored_plan import stored_bytes
 from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.plan import Plan
+from moacompress.rules.planned_weights import own_weights
 from moacompress.run_checks import check_recipe, check_with_model, check_with_shape
 from moacompress.run_counts import RunCounts, count_run, read_counts
 from moacompress.run_estimate import asked_length, estimate_run, measured_length
@@ -146,7 +147,7 @@ def fill(
         "eval",
         lambda: evaluate(
             out / MODEL_FOLDER,
-            dense=recipe.model if plan.shares else None,
+            dense=recipe.model if plan.shares or own_weights(plan) else None,
             tasks=evaluation.tasks,
             lengths=evaluation.lengths,
             prompts=evaluation.prompts,

@@ -53,6 +53,7 @@ from moacompress.evaluation.tasks.registry import (
 from moacompress.models.processes import agreed, check_alike, join
 from moacompress.prompts.pools import Prose
 from moacompress.rules.plan import Plan
+from moacompress.rules.planned_weights import own_weights
 from moacompress.runtime.checkpoint import Checkpoint, compressed_folder, load_checkpoint, with_dense
 
 logger = logging.getLogger(__name__)
@@ -179,12 +180,12 @@ def evaluate(
             f"{folder} has layers that share attention and no queries and keys of their own, so dense and baselines cannot be "
             "made of it; give the model it was made from (--dense MODEL), or leave them out (--against none)"
         )
-    elif checkpoint.plan.changed_weights and against:
+    elif own_weights(checkpoint.plan) and against:
         logger.warning(
             "the weights of %s were %s: what is called dense here, and the baselines, have these weights too; give the model "
             "it was made from (--dense MODEL)",
             folder,
-            checkpoint.plan.changed_weights,
+            own_weights(checkpoint.plan),
         )
     comparison = make_comparison(checkpoint, against, profile, every_candidate)
     path = None if out is None or rank() else Path(out)

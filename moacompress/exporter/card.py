@@ -9,15 +9,16 @@ from typing import Any
 from moacompress.rules.budget import format_length
 from moacompress.rules.cost import chosen_share, format_rows, kept_bits
 from moacompress.rules.plan import Plan
-from moacompress.rules.planned_weights import formats_text, memory_lines, planned_weights
+from moacompress.rules.planned_weights import formats_text, memory_lines, own_weights, planned_weights
 from moacompress.rules.step_time import step_lines
 
 WEIGHTS = {
     None: "the same weights",
     "repaired": "weights that were repaired for it",
     "healed": "weights that were distilled from its own",
+    "rounded": "its weights, some of them rounded",
 }
-"""What a card says of a checkpoint's weights, by `Plan.changed_weights`."""
+"""What a card says of a checkpoint's weights, by `own_weights`."""
 
 
 def model_card(plan: Plan, stored: Mapping[str, int] | None = None) -> str:
@@ -32,7 +33,7 @@ def model_card(plan: Plan, stored: Mapping[str, int] | None = None) -> str:
     parts = [
         _front_matter(source),
         f"# {name}, compressed",
-        f"`{name}` with a smaller KV cache: {WEIGHTS[plan.changed_weights]}, and for each of its {plan.model.layers} x "
+        f"`{name}` with a smaller KV cache: {WEIGHTS[own_weights(plan)]}, and for each of its {plan.model.layers} x "
         f"{plan.model.kv_heads} KV heads its own sinks, attention window and formats of keys and values, found by "
         "moacompress.",
         "```python\nfrom transformers import AutoModelForCausalLM  # with moacompress installed\n\n"

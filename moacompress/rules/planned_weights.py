@@ -41,6 +41,17 @@ def planned_weights(plan: Plan) -> dict[str, str] | None:
     return dict(formats)
 
 
+def own_weights(plan: Plan) -> str | None:
+    """Returns how a checkpoint's weights came to be its own: "healed", "repaired", or "rounded" where the search chose some.
+
+    None where they are the dense model's. Gates are no weights of the dense model.
+
+    Raises:
+        PlanError: as `planned_weights`.
+    """
+    return plan.changed_weights or ("rounded" if planned_weights(plan) else None)
+
+
 def count_formats(formats: Iterable[str]) -> dict[str, int]:
     """Returns how many layers have each format, `int8` first."""
     found = list(formats)

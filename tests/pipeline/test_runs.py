@@ -13,7 +13,9 @@ from transformers import LlamaForCausalLM
 from moacompress import pipeline
 from moacompress.core.artefact_names import of_compress
 from moacompress.core.errors import BudgetError, InfeasibleBudgetError, PlanError, RecipeError
+from moacompress.core.files import read_json
 from moacompress.core.progress import Progress
+from moacompress.evaluation.runner import evaluate
 from moacompress.exporter.exporting import export
 from moacompress.models.fingerprint import weights_like
 from moacompress.models.source import load_source
@@ -325,7 +327,7 @@ def test_a_run_on_rounded_weights_says_what_they_cost(recipe, tmp_path):
     export(recipe.model, tmp_path / "out" / "plan.json", tmp_path / "same", weights="int8", head_weights="int4")
 
 
-def test_a_run_chooses_weights_within_a_total_of_memory(recipe, tmp_path):
+def test_a_run_chooses_weights_within_a_total_of_memory(recipe, tmp_path, caplog):
     source = load_source(recipe.model)
     limit = 300 * 1024
     assert limit < checkpoint_bytes(source.model, source.shape.dtype)
@@ -342,6 +344,12 @@ def test_a_run_chooses_weights_within_a_total_of_memory(recipe, tmp_path):
     assert "Formats of linear layers were chosen with the plan." in texts
     assert "Memory at 800 tokens" in (tmp_path / "out" / "report.html").read_text()
     assert compress(chosen, tmp_path / "out")["memory"] == summary["memory"]  # all of it is reused
+    asked = chosen.evaluation
+    request = {"tasks": asked.tasks, "lengths": asked.lengths, "prompts": asked.prompts, "seed": chosen.seed}
+    rounded = evaluate(tmp_path / "out" / "model", **request)["results"]
+    assert "were rounded" in caplog.text  # what is called dense there is rounded too
+    ours = read_json(tmp_path / "out" / "eval.json", "eval.json")["results"]
+    assert ours == evaluate(tmp_path / "out" / "model", **request, dense=chosen.model)["results"] != rounded
 
 
 def test_a_total_of_memory_that_nothing_fits_is_refused_before_anything_runs(recipe, tmp_path):

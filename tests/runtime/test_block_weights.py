@@ -71,6 +71,17 @@ def test_every_route(family, twins, steps, monkeypatch):
         assert cache.step_routes == {name: LAYERS}
 
 
+@pytest.mark.usefixtures("compiled_kernels")
+@pytest.mark.parametrize("plain", range(LAYERS))
+def test_a_layer_of_plain_numbers_among_others_in_blocks(plain, twins, steps):
+    blocks, dense = twins()
+    for name, module in dense.model.layers[plain].named_modules():
+        if isinstance(module, torch.nn.Linear):
+            blocks.model.layers[plain].set_submodule(name, copy.deepcopy(module))
+    plan = plan_kinds.windows(dense)
+    assert apart(steps(attach(blocks, plan), 2, 6), steps(attach(dense, plan), 2, 6)) < 3e-5
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3"])
 @pytest.mark.parametrize("kind", plan_kinds.KINDS)
 def test_prompts_and_steps_under_every_kind_of_plan(family, kind, twins, steps):

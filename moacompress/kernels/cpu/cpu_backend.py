@@ -258,7 +258,7 @@ class CpuBackend(Backend):
         weights = (
             [*projections.weights, *norms_and_mlp.weights],
             list(projections.biases),
-            _kinds(layer),
+            _kinds([layer]),
             list(norms_and_mlp.norms),
             norms_and_mlp.eps,
         )
@@ -361,7 +361,7 @@ class _CpuLayers(BoundLayers):
         shares: LayerShares,
     ) -> None:
         weights = [[*layer.projections.weights, *layer.norms_and_mlp.weights] for layer in layers]
-        kinds = [*chain.from_iterable(map(_kinds, layers))]
+        kinds = _kinds(layers)
         biases, norms = (
             ([*layer.projections.biases] for layer in layers),
             ([*layer.norms_and_mlp.norms] for layer in layers),
@@ -434,9 +434,9 @@ def _has_tiles() -> bool:
     return library.load().isa == library.TILES
 
 
-def _kinds(layer: LayerWeights) -> list[int]:
+def _kinds(layers: Sequence[LayerWeights]) -> list[int]:
     """Returns the code of each weight's type of blocks, `NATIVE` of one of plain numbers; none where all are that."""
-    parts = layer.projections, layer.norms_and_mlp
+    parts = [part for layer in layers for part in (layer.projections, layer.norms_and_mlp)]
     if not any(part.kinds for part in parts):
         return []
     return [*chain.from_iterable(part.kinds or (NATIVE,) * len(part.weights) for part in parts)]

@@ -34,7 +34,7 @@ from moacompress.report.page.search_figures import (
 )
 from moacompress.report.search_tables import STEP_COLUMNS, class_lines, step_rows
 from moacompress.rules.budget import format_length
-from moacompress.rules.planned_weights import memory_lines
+from moacompress.rules.planned_weights import memory_lines, own_weights
 from moacompress.rules.step_time import step_lines
 
 ASSETS = "moacompress.report.page"
@@ -250,7 +250,7 @@ def verdict(found: Findings) -> str:
     return (
         f"At {format_length(n)} tokens the KV cache takes {ours} instead of {dense}, {share} of it (asked for: {asked}). Each "
         f"of {plan.model.layers} x {plan.model.kv_heads} KV heads has its own {' and '.join(parts)}{also}. It has "
-        f"{WEIGHTS[plan.changed_weights]}."
+        f"{WEIGHTS[own_weights(plan)]}."
         + "".join(
             f" {line}"
             for line in (*step_lines(plan.budget.get("step_ms", {})), *memory_lines(plan.budget.get("memory", {})))
