@@ -170,7 +170,7 @@ def test_later_rotations_go_on_where_the_known_ones_end(known: int) -> None:
 def test_kvzip_is_the_most_attention_of_a_second_reading(
     chunk: int, model: PreTrainedModel, reading: DenseReading, ids: list[int], tiny_tokenizer: Any
 ) -> None:
-    """The model reads the prompt, the request and a chunk again: plain attention, normalised over chunk and repetition."""
+    """The model reads the prompt, the request and a chunk again: plain attention, over sinks, chunk and repetition."""
     end, before = 60, 8
     baseline = KVzip(chunk, before)
     found = scores_of(baseline, reading, end)
@@ -185,8 +185,10 @@ def test_kvzip_is_the_most_attention_of_a_second_reading(
                 most = torch.zeros(last - begin)
                 for own in (2 * head, 2 * head + 1):
                     for at in range(end, end + len(fed)):
-                        row = weights(by_hand.query[layer][own, at], torch.cat([key[begin:last], key[end : at + 1]]))
-                        most = torch.maximum(most, row[: last - begin])
+                        sinks = min(baseline.sinks, begin)
+                        seen = torch.cat([key[:sinks], key[begin:last], key[end : at + 1]])
+                        row = weights(by_hand.query[layer][own, at], seen)
+                        most = torch.maximum(most, row[sinks : sinks + last - begin])
                 skipped = max(baseline.sinks - begin, 0)
                 torch.testing.assert_close(
                     found[layer, head, begin + skipped : last], most[skipped:], rtol=2e-3, atol=1e-6

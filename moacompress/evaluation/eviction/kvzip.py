@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from moacompress.core.files import fingerprint
 from moacompress.evaluation.eviction.allocation import best_of_all
 from moacompress.evaluation.eviction.baseline import LayerReading, PromptBaseline, PromptReading, check_setting
 
@@ -21,9 +22,9 @@ REQUEST = "\n\nRepeat the text above, word for word.\n\n"
 class KVzip(PromptBaseline):
     """KVzip (arXiv 2505.23416): keeps what the model needs to write the prompt down again.
 
-    The prompt is repeated a chunk at a time. Attention of a chunk's repetition is normalised over the chunk's own cached tokens
-    and the tokens of the repetition up to each query, and the score is the most that any query of any head of the group gives.
-    All layers and KV heads compete for the bytes.
+    The prompt is repeated a chunk at a time. Attention of a chunk's repetition is normalised over the sinks, the chunk's own
+    cached tokens and the tokens of the repetition up to each query, and the score is the most that any query of any head of the
+    group gives. All layers and KV heads compete for the bytes.
 
     Attributes:
         chunk: tokens that are repeated at a time.
@@ -52,8 +53,15 @@ class KVzip(PromptBaseline):
             end = min(begin + self.chunk, len(prompt.ids))
             fed: Sequence[int] = [*asked, *prompt.ids[max(begin - self.before, 0) : end]]
             for layer, (reading, (query, key)) in enumerate(zip(prompt.layers, prompt.read_on(fed), strict=True)):
-                found[layer][:, begin:end] = most_attention(query, reading.key[:, begin:end], key, reading.scaling)
+                sinks = reading.key[:, : min(self.sinks, begin)]  # those before the chunk
+                cached = torch.cat([sinks, reading.key[:, begin:end]], 1)
+                most = most_attention(query, cached, key, reading.scaling)
+                found[layer][:, begin:end] = most[:, sinks.shape[1] :]
         return found
+
+    def key(self) -> str:
+        """Returns what its masks depend on; with longer prompts they are others since sinks count in every chunk."""
+        return fingerprint([super().key(), "sinks in every chunk"])
 
     def layer_scores(self, reading: LayerReading, prepared: Any) -> Tensor:
         """Returns the most attention that each token got; the sinks get infinity."""
