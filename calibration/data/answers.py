@@ -57,7 +57,7 @@ def generate_greedy(
 ) -> list[list[int]]:
     """Returns the model's greedy continuations, through `generate` and the model's own cache.
 
-    Sampling and penalties that the checkpoint's generation config may hold are left out.
+    What the checkpoint's generation config may hold, such as sampling and penalties, is left out, but for what ends an answer.
 
     Args:
         model: dense or under a plan.
@@ -75,21 +75,20 @@ def generate_greedy(
     config = GenerationConfig(
         max_new_tokens=new_tokens,
         do_sample=False,
-        num_beams=1,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         eos_token_id=sorted(stop) or None,
         pad_token_id=min(stop, default=0),
         use_cache=True,
     )
     ids = torch.tensor([list(prompt) for prompt in prompts], device=input_device(model))
-    with torch.inference_mode():
-        output: Any = generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, **cache_argument(cache)
-        )
+    own = model.generation_config
+    model.generation_config = GenerationConfig()  # where `generate` looks for what a config leaves open
+    try:
+        with torch.inference_mode():
+            output: Any = generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, **cache_argument(cache)
+            )
+    finally:
+        model.generation_config = own
     return [_until_stop(row, stop) for row in output[:, ids.shape[1] :].tolist()]
 
 

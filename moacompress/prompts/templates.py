@@ -117,7 +117,9 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
         encoded: Any = tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, return_dict=True, return_assistant_tokens_mask=True
         )
-        return list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
+        first = _prefix_length(tokenizer, messages[: turns[0]], ids, generate=False)
+        flags = enumerate(encoded["assistant_masks"])
+        return list(encoded["input_ids"]), [bool(flag) and number >= first for number, flag in flags]
     for turn in turns:
         start = _prefix_length(tokenizer, messages[:turn], ids, generate=True)
         end = _prefix_length(tokenizer, messages[: turn + 1], ids, generate=False)

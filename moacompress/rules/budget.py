@@ -11,6 +11,7 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from moacompress.core.errors import BudgetError, InfeasibleBudgetError
 from moacompress.rules.model_shape import ModelShape
@@ -152,7 +153,8 @@ class Budget:
         if self.bytes is not None:
             return dict.fromkeys(lengths, self.bytes)
         assert self.share is not None
-        return {length: int(self.share * shape.dense_kv_bytes(length)) for length in lengths}
+        share = Fraction(self.share).limit_denominator(10**9)  # as it was written: 29% of 1,000 is more than int(0.29 * 1000)
+        return {length: int(share * shape.dense_kv_bytes(length)) for length in lengths}
 
 
 def _parse_latency(given: str) -> Budget:

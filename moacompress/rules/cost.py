@@ -117,7 +117,7 @@ def holds_from(plan: Plan) -> int | None:
     """
     budgets = map(Budget.parse, plan.budget.get("asked", ()))
     asked = [budget for budget in budgets if budget.share is not None and budget.rows is None]
-    found = [_holds_from(plan, budget.share or 0.0, budget.length or min(plan.stated_lengths)) for budget in asked]
+    found = [_holds_from(plan, budget.share or 0.0, budget.length or min(plan.profiled_lengths)) for budget in asked]
     return max((n for n in found if n is not None), default=None) if None not in found else None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -24,6 +25,8 @@ THRESHOLD = 0.5
 """Weight from which on a KV head is full."""
 MOA_SINK = 64
 """First tokens that MoA always keeps: its global block."""
+MOA_LEAST = 64
+"""Smallest window of a plan that is made of MoA's spans: one of its blocks."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,10 @@ def plan_of_duo(pattern: DuoPattern, shape: ModelShape, sparsity: float | None =
     sink, notes = _nearest_sink(pattern.sink)
     rule = Rule(sink, pattern.recent, 0)
     rules = tuple(tuple(rule if each else Rule.FULL for each in row) for row in streaming)
-    return Plan(shape, _min_window(pattern.recent), rules), notes
+    least = _min_window(pattern.recent)
+    if pattern.recent < least and streaming.any():
+        notes.append(f"its window of {pattern.recent} tokens is one of {least} here, the smallest that there is")
+    return Plan(shape, least, rules), notes
 
 
 def duo_of_plan(plan: Plan) -> tuple[DuoPattern, list[str]]:
@@ -132,7 +138,10 @@ def plan_of_moa(spans: MoaSpans, shape: ModelShape, length: int) -> tuple[Plan, 
         notes.append(
             f"{bent} spans have a negative alpha: they are the same at {at}, larger at shorter ones and smaller at longer ones"
         )
-    return Plan(shape, 64, rules), notes
+    narrow = sum(not rule.sees_all and rule.alpha + rule.beta_q * length // BETA_ONE < MOA_LEAST for rule in chain(*rules))
+    if narrow:
+        notes.append(f"windows of {narrow} KV heads are smaller at {at} than {MOA_LEAST} tokens, and have so many here")
+    return Plan(shape, MOA_LEAST, rules), notes
 
 
 def moa_of_plan(plan: Plan) -> tuple[MoaSpans, list[str]]:

@@ -125,6 +125,13 @@ class Plan(Shown):
         return sorted(int(length) for length in self.budget.get("bytes", {})) or [1024, 4096]
 
     @property
+    def profiled_lengths(self) -> list[int]:
+        """Lengths in tokens that it was searched at; the stated ones where its notes do not say."""
+        noted = self.provenance.get("lengths")
+        found = [n for n in noted if isinstance(n, int)] if isinstance(noted, list) else []
+        return found or self.stated_lengths
+
+    @property
     def selects(self) -> bool:
         """Whether some KV head keeps tokens that a gate chooses."""
         return any(rule.selects for row in self.rules for rule in row)

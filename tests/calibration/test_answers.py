@@ -86,6 +86,7 @@ def test_greedy_is_greedy_and_stops(tiny_model: Build) -> None:
     model.generation_config.eos_token_id = None
     model.generation_config.do_sample = True
     model.generation_config.repetition_penalty = 5.0
+    model.generation_config.suppress_tokens = wanted
     assert generate_greedy(model, [prompt, prompt], 6) == [wanted, wanted]
     model.generation_config.eos_token_id = [wanted[2], 3]
     assert stop_tokens(model) == {wanted[2], 3}

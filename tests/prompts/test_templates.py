@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,7 +18,14 @@ if TYPE_CHECKING:
 def test_a_greeting_answers_nobody(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     turns = [("assistant", "hello"), ("user", "hi"), ("assistant", "so"), ("user", "and?")]
     messages = [{"role": role, "content": content} for role, content in turns]
-    for tokenizer in (tiny_tokenizer, without_template(tiny_tokenizer)):
+    marked = copy.deepcopy(tiny_tokenizer)
+    marked.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    for tokenizer in (tiny_tokenizer, without_template(tiny_tokenizer), marked):
         ids, mask = encode_conversation(tokenizer, messages)
         answered = tokenizer.decode([token for token, answer in zip(ids, mask, strict=True) if answer])
         assert "so" in answered

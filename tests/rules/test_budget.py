@@ -103,6 +103,16 @@ def test_a_share_holds_at_every_length_and_the_smallest_limit_counts() -> None:
         byte_limits([], SHAPE, [512])
 
 
+def test_a_share_is_what_was_written() -> None:
+    """`int(0.29 * bytes)` is one byte, and so one block of the cache, less where the product is whole."""
+    lengths = range(16, 4001, 16)
+    for percent in range(1, 101):
+        limits = Budget.parse(f"{percent}%").limits(SHAPE, lengths)
+        assert limits == {n: SHAPE.dense_kv_bytes(n) * percent // 100 for n in lengths}
+    thousandths = Budget.parse("33.3%").limits(SHAPE, lengths)
+    assert thousandths == {n: SHAPE.dense_kv_bytes(n) * 333 // 1000 for n in lengths}
+
+
 def test_reference_length_is_the_longest_unless_named() -> None:
     assert reference_length([Budget.parse("25%")], [512, 2048]) == 2048
     assert reference_length([Budget.parse("25%"), Budget.parse("25%@1k")], [512, 2048]) == 1024

@@ -45,6 +45,8 @@ def test_a_sink_that_there_is_not_is_said() -> None:
     assert plan.rules[0][0].sink == 64
     assert plan.min_window == 16
     assert notes == ["its sink of 128 tokens is one of 64 here"]
+    plan, notes = plan_of_duo(DuoPattern([[0.0] * 4] * 3, 4, 8), SHAPE)
+    assert notes == ["its window of 8 tokens is one of 16 here, the smallest that there is"]
 
 
 def test_what_a_pattern_cannot_say_is_full_or_listed() -> None:
@@ -82,6 +84,9 @@ def test_a_kv_head_gets_the_largest_span_of_its_query_heads() -> None:
         assert (np.array(got) >= asked).all()
         assert (np.array(got) <= asked + length / 1024 + 1).all()
         assert any("the largest at" in note for note in notes)
+    narrow = MoaSpans([[10.0] * 4 + [64.0] * 4] * 3, [[0.0] * 8] * 3)
+    plan, notes = plan_of_moa(narrow, SHAPE, 8192)
+    assert notes == ["windows of 6 KV heads are smaller at 8,192 tokens than 64 tokens, and have so many here"]
 
 
 def test_gates_and_sinks_are_listed() -> None:

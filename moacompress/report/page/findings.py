@@ -62,8 +62,8 @@ class Findings:
     @property
     def reference(self) -> int:
         """The reference length, tokens."""
-        lengths = [n for n in self.plan.provenance.get("lengths", []) if isinstance(n, int)] or self.plan.stated_lengths
-        return reference_length([Budget.parse(text) for text in self.plan.budget.get("asked", [])], lengths)
+        asked = [Budget.parse(text) for text in self.plan.budget.get("asked", [])]
+        return reference_length(asked, self.plan.profiled_lengths)
 
     @property
     def model_name(self) -> str:
