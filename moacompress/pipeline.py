@@ -36,9 +36,9 @@ from moacompress.exporter.exporting import as_exported, check_reusable, export, 
 from moacompress.models.locate import find_running_plan
 from moacompress.models.placement import checked_placement, input_device
 from moacompress.models.skeleton import is_described
-from moacompress.models.source import is_compressed
+from moacompress.models.source import KEEP, is_compressed
 from moacompress.models.stored_plan import stored_bytes
-from moacompress.recipe import Recipe, shared_name
+from moacompress.recipe import AUTO, Recipe, shared_name
 from moacompress.rules.plan import Plan
 from moacompress.rules.planned_weights import own_weights
 from moacompress.run_checks import check_recipe, check_with_model, check_with_shape
@@ -256,6 +256,8 @@ def _produce(
                 source,
                 found.plan,
                 model,
+                weights=KEEP if recipe.weights == AUTO else recipe.weights,  # a plan says itself what a search chose
+                head_weights=None if recipe.weights == AUTO else recipe.head_weights,
                 repair=repair,
                 device=recipe.device,
                 overwrite=stale,

@@ -52,6 +52,8 @@ LAUNCHED = {
     "selected_sum_kernels": ("sum_selected",),
 }
 """The kernels in Triton, by their modules."""
+BACKWARD = ("of_queries", "of_keys")
+"""Those that autograd launches, from a thread of the tensors' GPU."""
 
 
 class PretendTensor(torch.Tensor):
@@ -251,18 +253,20 @@ class Launched:
     Args:
         kernel: the kernel.
         cpu_too: whether it may be given tensors of the CPU alone.
+        chosen: tensors whose GPU is the current one, the last one's now.
 
     Attributes:
         launches: how often it was launched.
     """
 
-    def __init__(self, kernel: Any, cpu_too: bool) -> None:
-        self.kernel, self.arg_names, self.cpu_too = kernel, kernel.arg_names, cpu_too
+    def __init__(self, kernel: Any, cpu_too: bool, chosen: list[torch.Tensor]) -> None:
+        self.kernel, self.arg_names, self.cpu_too, self.chosen = kernel, kernel.arg_names, cpu_too, chosen
         self.launches = 0
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*given: Any, **constants: Any) -> None:
             self.launches += 1
+            assert self.kernel.__name__ in BACKWARD or self.chosen, "launched on the GPU that happens to be the current one"
             there = {isinstance(each, PretendTensor) for each in given if isinstance(each, torch.Tensor)}
             if there != {True} and not (self.cpu_too and there == {False}):
                 raise RuntimeError(f"{self.kernel.__name__} is given a tensor of the CPU")
@@ -281,10 +285,18 @@ def launch_there(patch: Any, *, cpu_too: bool = False) -> dict[str, Launched]:
     Returns:
         What stands in the kernels' places, by their names.
     """
-    found = {}
+    found, chosen = {}, list[torch.Tensor]()
+
+    @contextlib.contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        chosen.append(tensor)
+        yield
+        chosen.pop()
+
+    patch.setattr(torch.cuda, "device_of", device_of)
     for name, kernels in LAUNCHED.items():
         module = importlib.import_module(f"moacompress.kernels.triton.{name}")
         for kernel in kernels:
-            found[kernel] = Launched(getattr(module, kernel), cpu_too)
+            found[kernel] = Launched(getattr(module, kernel), cpu_too, chosen)
             patch.setattr(module, kernel, found[kernel])
     return found

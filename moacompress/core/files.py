@@ -136,7 +136,8 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         target: the folder to make.
-        overwrite: replace an existing `target`; otherwise it is refused, before the block runs if it is there by then.
+        overwrite: replace an existing `target`; otherwise it is refused, before the block runs if it is there by then, unless
+            it is empty.
 
     Raises:
         ArtefactError: `target` exists and `overwrite` is False, or the folder cannot be written.
@@ -213,7 +214,7 @@ def sweep_files(path: Path) -> None:
 
 
 def _refuse(target: Path) -> None:
-    if target.exists():
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ArtefactError(f"{target} exists already; choose another folder or pass --overwrite")
 
 

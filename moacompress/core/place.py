@@ -46,6 +46,19 @@ def check_writable(folder: Path) -> None:
         raise ArtefactError(f"cannot write to {folder}: {name} may not be written; choose another folder")
 
 
+def named_folder(folder: str | Path) -> Path:
+    """Returns a folder by a path that ends in its name, which `.` does not.
+
+    Raises:
+        ArtefactError: it has none, as `/`.
+    """
+    path = Path(folder)
+    path = path if path.name else path.absolute()
+    if not path.name:
+        raise ArtefactError(f"{folder} is no folder that can be made; choose another one")
+    return path
+
+
 @contextmanager
 def no_empty_folder(folder: Path) -> Iterator[None]:
     """Removes the folders that were made for `folder` while the block ran, where it fails and nothing is in them."""

@@ -9,7 +9,7 @@ from typing import Any
 from moacompress.rules.budget import format_length
 from moacompress.rules.cost import chosen_share, format_rows, kept_bits
 from moacompress.rules.plan import Plan
-from moacompress.rules.planned_weights import formats_text, memory_lines, own_weights, planned_weights
+from moacompress.rules.planned_weights import formats_text, memory_lines, own_weights, plan_memory, planned_weights
 from moacompress.rules.step_time import step_lines
 
 WEIGHTS = {
@@ -113,7 +113,7 @@ def _bytes_table(plan: Plan) -> str:
         rows.append(f"| {format_length(length)} | {dense:,} | {kept:,} | {kept / dense:.1%} |")
     asked = plan.budget.get("asked")
     note = f"\n\nBudget asked for: {', '.join(map(str, asked))}." if asked else ""
-    lines = [*step_lines(plan.budget.get("step_ms", {})), *memory_lines(plan.budget.get("memory", {}))]
+    lines = [*step_lines(plan.budget.get("step_ms", {})), *memory_lines(plan_memory(plan))]
     note += "".join(f"\n\n{line}" for line in lines)
     return "\n".join(rows) + f"\n\nIn whole blocks of 16 tokens, batch 1, {plan.model.dtype}." + note
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,5 +140,14 @@ def load_best(folder: Path) -> dict[str, torch.Tensor]:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """Returns the last whole checkpoint of transformers' Trainer in a folder."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE).is_file()]
+    found = [path for path in folder.glob("checkpoint-*") if _is_whole(path)]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the file that the Trainer writes last is there and was not cut, as by a full disk."""
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(state, dict) and str(state.get("global_step")) == checkpoint.name.rpartition("-")[2]

@@ -196,7 +196,7 @@ class HealCallback(TrainerCallback):
         stopped = bool(processes.agreed(self._stop.is_set()))
         mark = math.floor(share * parts.heal.evaluations + 1e-9)
         last = history.evaluations[-1].mark if history.evaluations else 0
-        if mark > last and not stopped:
+        if mark > last:  # also where a stop was asked for: no later step makes up for it
             better = history.add(parts.measure(self._trainer.model, state.global_step, mark))
             if better and rank() == 0:
                 save_best(parts.work, written_tensors(self._trainer.model, parts.dtype))
@@ -205,14 +205,15 @@ class HealCallback(TrainerCallback):
         old = bool(processes.agreed(time.monotonic() - self._saved > SAVE_SECONDS))
         control.should_save |= stopped or old or history.finished
         control.should_training_stop |= stopped or history.finished
+        if control.should_save and rank() == 0:
+            # before the checkpoint: a run that ends in between forgets what is newer than the checkpoint it goes on from
+            history.seconds = parts.training.seconds
+            history.write(parts.work)
         self._progress.step(self._note(loss))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Runs after a checkpoint was written."""
         self._saved = time.monotonic()
-        self._parts.history.seconds = self._parts.training.seconds
-        if rank() == 0:
-            self._parts.history.write(self._parts.work)
 
     def _note(self, loss: float) -> str:
         history = self._parts.history

@@ -29,11 +29,13 @@ from moacompress.core.artefact_names import (
     of_heal,
 )
 from moacompress.core.errors import ArtefactError
-from moacompress.core.files import new_folder, read_json, remove, sweep_folders, write_json
+from moacompress.core.files import new_folder, read_json, remove, sweep_files, sweep_folders, write_json
 from moacompress.core.lock_holders import own_folder
+from moacompress.core.place import named_folder
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.ranks import rank, world_size
 from moacompress.core.shown import Shown
+from moacompress.exporter.cache_settings import with_its_cache
 from moacompress.exporter.exporting import check_place, exported_plan, write_checkpoint
 from moacompress.exporter.fresh import verify_fresh
 from moacompress.healer.heal_history import Evaluated, HealHistory, last_checkpoint, load_best
@@ -110,7 +112,7 @@ def heal(
         MoaCompressError: a fresh process cannot load the written checkpoint, or computes something else with it.
     """
     processes.join()
-    out, progress = Path(out), progress or SILENT
+    out, progress = named_folder(out), progress or SILENT
     request = HealRequest.of(target, profile, teacher, recipe or Recipe(), trust_remote_code)
     done = _already_there(out, request, overwrite)
     if done is not None:
@@ -169,6 +171,7 @@ def trainer_arguments(request: HealRequest, work: Path | None) -> Any:
         average_tokens_across_devices=False,
     )
     _ = arguments.device
+    arguments._n_gpu = 1  # of a machine with more, where each process has one: a batch is one sample
     return arguments
 
 
@@ -188,6 +191,7 @@ def _already_there(out: Path, request: HealRequest, overwrite: bool) -> HealResu
 
 def _claim(work: Path, request: HealRequest, overwrite: bool) -> None:
     """Makes the work folder this heal's, or refuses it. This process owns it."""
+    _sweep(work)
     mark = work / HEAL_FILE
     held = set(work.iterdir()) - {holder_of_folder(work)}
     if held and not mark.is_file():
@@ -205,7 +209,14 @@ def _claim(work: Path, request: HealRequest, overwrite: bool) -> None:
     write_json(mark, {"request": request.key, "recipe": request.recipe.shared(request.teacher.source)["heal"]})
 
 
+def _sweep(work: Path) -> None:
+    """Removes what killed runs left of the files that they were writing."""
+    for path in of_heal(work):
+        sweep_files(path)
+
+
 def _tidy(work: Path) -> None:
+    _sweep(work)
     remove(of_heal(work))
     if not any(work.iterdir()):
         work.rmdir()
@@ -347,9 +358,7 @@ def _write(
         put_written(fresh.model, load_best(work))
     give_notes(fresh.model, plan)
     source = SourceModel(fresh.model, fresh.tokenizer, str(folder), plan.model, context_length(fresh.model))
-    if result.folder.is_dir() and not any(result.folder.iterdir()):
-        result.folder.rmdir()
-    with new_folder(result.folder, overwrite) as aside:
+    with new_folder(result.folder, overwrite) as aside, with_its_cache(source.model):
         expected = write_checkpoint(source, plan, aside)
         progress.step("written")
         verify_fresh(aside, expected, trust_remote_code=request.trust_remote_code)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -58,6 +58,25 @@ def distilled_layers(plan: Plan) -> tuple[int, ...]:
     return reuse_layers(plan) or tuple(range(plan.model.layers))
 
 
+def linear_layers(model: PreTrainedModel, modules: Sequence[str] | None = None) -> list[str]:
+    """Returns the full names of the linear layers that LoRA is put around, not the output layer.
+
+    By last names PEFT would find what is no layer too: experts that are one tensor, projections that a plan has no use for.
+
+    Args:
+        model: under a plan.
+        modules: last names of those that are wanted; by default all.
+    """
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and module is not head
+        and (modules is None or name.rpartition(".")[2] in modules)
+    ]
+
+
 def check_trainable(plan: Plan, heal: HealRecipe, model: PreTrainedModel) -> None:
     """Refuses what there is nothing of.
 
@@ -74,12 +93,7 @@ def check_trainable(plan: Plan, heal: HealRecipe, model: PreTrainedModel) -> Non
     if heal.modules is not None:
         if train != "lora":
             raise UsageError(f"--modules names the layers that LoRA is trained in; it says nothing of --train {train}")
-        head = model.get_output_embeddings()
-        layers = {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and module is not head
-        }
+        layers = {name.rpartition(".")[2] for name in linear_layers(model)}
         unknown = sorted(set(heal.modules) - layers)
         if unknown:
             raise UsageError(
@@ -113,7 +127,7 @@ def make_trainable(model: PreTrainedModel, plan: Plan, heal: HealRecipe, seed: i
             r=heal.rank,
             lora_alpha=2 * heal.rank,
             lora_dropout=0.0,
-            target_modules="all-linear" if heal.modules is None else list(heal.modules),
+            target_modules=linear_layers(model, heal.modules),
         )
         return get_peft_model(model, chosen)
     if heal.train == "gates":

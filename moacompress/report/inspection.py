@@ -23,7 +23,7 @@ from moacompress.rules.budget import Budget, format_length, reference_length
 from moacompress.rules.cost import attention_flops, chosen_share, format_rows, kept_bits
 from moacompress.rules.formats import find_format
 from moacompress.rules.plan import Plan
-from moacompress.rules.planned_weights import formats_text, memory_lines, planned_weights
+from moacompress.rules.planned_weights import formats_text, memory_lines, plan_memory, planned_weights
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_classes import classes_of
 from moacompress.rules.step_time import step_lines
@@ -113,7 +113,7 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
         "min_window": plan.min_window,
         "budget": list(plan.budget.get("asked", [])),
         "step_ms": dict(plan.budget.get("step_ms", {})),
-        "memory": dict(plan.budget.get("memory", {})),
+        "memory": plan_memory(plan),
         "planned_weights": planned_weights(plan),
         "healed": plan.provenance.get("heal"),
     }

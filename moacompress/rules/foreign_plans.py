@@ -138,7 +138,9 @@ def plan_of_moa(spans: MoaSpans, shape: ModelShape, length: int) -> tuple[Plan, 
         notes.append(
             f"{bent} spans have a negative alpha: they are the same at {at}, larger at shorter ones and smaller at longer ones"
         )
-    narrow = sum(not rule.sees_all and rule.alpha + rule.beta_q * length // BETA_ONE < MOA_LEAST for rule in chain(*rules))
+    narrow = sum(
+        not rule.sees_all and rule.alpha + rule.beta_q * length // BETA_ONE < MOA_LEAST for rule in chain(*rules)
+    )
     if narrow:
         notes.append(f"windows of {narrow} KV heads are smaller at {at} than {MOA_LEAST} tokens, and have so many here")
     return Plan(shape, MOA_LEAST, rules), notes

@@ -64,6 +64,14 @@ def formats_text(formats: Mapping[str, str]) -> str:
     return ", ".join(f"{count} in {kind}" for kind, count in counts.items()) or "all as they were"
 
 
+def plan_memory(plan: Plan) -> dict[str, dict[str, int]]:
+    """Returns what weights and cache take by length, as `memory_lines` takes it; of a healed checkpoint as they are now."""
+    healed = plan.provenance.get("heal")
+    sizes = healed.get("weight_bytes") if isinstance(healed, dict) else None
+    now = {"weights": sum(sizes["after"].values())} if isinstance(sizes, dict) else {}
+    return {length: {**row, **now} for length, row in plan.budget.get("memory", {}).items()}
+
+
 def memory_lines(memory: Mapping[str, Mapping[str, int]]) -> list[str]:
     """Returns what weights and cache take, a sentence for each length that a budget of memory names.
 
@@ -72,9 +80,15 @@ def memory_lines(memory: Mapping[str, Mapping[str, int]]) -> list[str]:
     """
     return [
         f"Memory at {format_length(int(length))} tokens: weights {row['weights']:,} bytes and KV cache {row['kv_bytes']:,}, "
-        f"{row['weights'] + row['kv_bytes']:,} of the {row['limit']:,} asked for."
+        f"{row['weights'] + row['kv_bytes']:,} {_of_limit(row)}."
         for length, row in memory.items()
     ]
+
+
+def _of_limit(row: Mapping[str, int]) -> str:
+    if row["weights"] + row["kv_bytes"] > row["limit"]:
+        return f"where {row['limit']:,} were asked for: weights that were trained are numbers again"
+    return f"of the {row['limit']:,} asked for"
 
 
 def without_planned_weights(plan: Plan) -> Plan:

@@ -127,7 +127,10 @@ def test_below_the_length_that_the_budget_holds_from_it_says_so(
     assert plan.kv_share(start) <= 0.25 < plan.kv_share(start - 16)
     assert f"25% from {start} tokens on" in short
     assert "from" not in long
-    notes = {"asked": ["25%", "100%@256"], "bytes": {"256": {}, "512": {}, "1024": {}}}  # searched at 512 and 1,024 tokens
+    notes = {
+        "asked": ["25%", "100%@256"],
+        "bytes": {"256": {}, "512": {}, "1024": {}},
+    }  # searched at 512 and 1,024 tokens
     assert holds_from(plan.with_notes(budget=notes, provenance={"lengths": [512, 1024]})) == start
     assert holds_from(plan) is None  # nobody asked for a budget
     assert holds_from(plan.with_notes(budget={"asked": ["1MiB@1k"]})) is None

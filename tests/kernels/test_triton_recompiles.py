@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import random
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -94,6 +96,14 @@ def variants(interpreted: Any) -> Iterator[Variants]:
     found = Variants()
     yield found
     found.stop()
+
+
+def test_numbers_that_may_be_one_have_no_methods(variants: Variants) -> None:
+    """A 1 is a constant to Triton unless it is told otherwise, and a constant cannot be cast by `to`, as with one KV head."""
+    for kernel in variants.kernels:
+        cast = set(re.findall(r"\b([a-z]\w*)\.to\(", inspect.getsource(kernel.fn)))
+        numbers = {name for name in kernel.arg_names if name.islower()}
+        assert cast & numbers <= set(kernel.kwargs["do_not_specialize"] or ())
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 3, 16), (17, 0, 5)], ids=str)

@@ -248,6 +248,40 @@ def test_a_recording_cache_stays_bounded(tiny_model, token_ids):
     assert max(layer.blocks for layer in cache.layers) <= per_head * plan.model.kv_heads
 
 
+def test_what_gates_selected_is_remembered_of_few_lengths(tiny_model, token_ids):
+    """And is there again wherever a record lets go back to, after steps and chunks of any size."""
+    model = tiny_model()
+    attach(model, plan_kinds.gates(model))
+    cache, ids, at = PlanCache(model._moacompress.plan), token_ids(1, 700), 0
+    cache.activate_past_recording()
+    with torch.no_grad():
+        for size in (90, *[1] * 200, 127, *[1] * 30, 100, 60):
+            model(ids[:, at : at + size], cache=cache, logits_to_keep=1)
+            at += size
+            assert max(len(layer._held.past) for layer in cache.layers) <= 5
+        for count in (1, 77, LAG):
+            cache.crop(-count)
+            again = model(ids[:, at - count : at], cache=cache).logits
+            fresh = PlanCache(model._moacompress.plan)
+            model(ids[:, : at - count], cache=fresh, logits_to_keep=1)
+            expected = model(ids[:, at - count : at], cache=fresh).logits
+            assert (again - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["windows", "formats", "gates"])
+def test_another_default_device_is_left_alone(kind, tiny_model, token_ids):
+    model = tiny_model()
+    attach(model, plan_kinds.KINDS[kind](model))
+    ids, places = token_ids(1, 40), torch.arange(40)[None]
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits[:, 39:]
+        with torch.device("meta"):
+            cache = PlanCache(model._moacompress.plan)
+            model(ids[:, :39], cache=cache, position_ids=places[:, :39])
+            found = model(ids[:, 39:], cache=cache, position_ids=places[:, 39:]).logits
+    assert (found - expected).abs().max() < 1e-4
+
+
 def test_a_full_span_cache_rolls_back_without_a_record(tiny_model, token_ids):
     model = tiny_model()
     attach(model, Plan.full(model_shape(model)))

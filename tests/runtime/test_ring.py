@@ -24,7 +24,7 @@ from moacompress.rules.formats import FORMATS
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
-from moacompress.runtime.cache import pool, ring
+from moacompress.runtime.cache import layer_cache, pool, ring
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.real_tokens import Chunk
 from tests.pretend_device import KIND
@@ -294,7 +294,7 @@ def test_blocks_that_are_shared_are_copied_where_they_would_be_written_over(
     assert ours.pool.used == 0
 
 
-def test_beams_stay_in_block_tables(device: str, triton: Any) -> None:
+def test_beams_stay_in_block_tables(device: str, triton: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that are repeated after every step would be copied for one step each."""
     pair = Pair(RuleTable.of([Rule(4, 20, 0)], MIN_WINDOW), 2, 0, device=device)
     pair.chunk(50)
@@ -305,6 +305,34 @@ def test_beams_stay_in_block_tables(device: str, triton: Any) -> None:
             layer.select(np.array(rows))
         pair.step(triton)
         assert pair.layers[0].ring is None
+    monkeypatch.setattr(layer_cache, "ring_for", None)  # is not asked again soon, which takes the host longer than a step
+    pair.step(triton)
+    pair.compare()
+
+
+def test_a_row_without_tokens_has_no_rings(triton: Any) -> None:
+    """As a slot of a server that waits: none are made, to be left at once."""
+    rules = RuleTable.of([Rule(4, 20, 0)], MIN_WINDOW)
+    layer, real = PlanCacheLayer(rules, 400), np.array([[False] * 30, [True] * 30])
+    key = torch.randn(2, 1, 30, DIM)
+    layer.update(key, key)
+    with patch.object(pool, "backend_for", lambda _: REFERENCE):
+        layer.commit(Chunk(30, real))
+    used = layer.blocks
+    layer.update(key[:, :, :1], key[:, :, :1])
+    query = torch.randn(2, GROUP, 1, DIM)
+    assert layer.step_in_ring(query, SCORES, None, triton, np.array([False, True])) is None
+    assert (layer.ring, layer.blocks) == (None, used)
+    assert layer.step_in_ring(query, SCORES, None, triton, np.array([True, True])) is not None
+    assert layer.ring is not None
+
+
+def test_rings_of_inference_mode_go_on_outside(device: str, triton: Any) -> None:
+    pair = Pair(RuleTable.of([Rule(4, 20, 0, select_alpha=9)], MIN_WINDOW), 2, 0, device=device)
+    with torch.inference_mode():
+        pair.chunk(40)
+        pair.step(triton)
+    pair.step(triton)
     pair.compare()
 
 

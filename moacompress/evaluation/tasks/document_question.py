@@ -16,7 +16,7 @@ from moacompress.evaluation.tasks.squad_questions import Question, Questions
 from moacompress.prompts.sentences import DocumentSentences
 
 STRIDE = 1000
-"""A question whose document is too long makes way for the one so many places further on; in a smaller file `TURN` of its places."""
+"""A question whose document is too long makes way for the one so many places further on, in a smaller file `TURN` of all."""
 TURN = 0.381966
 """The golden section, whose multiples stay apart from each other and from where they began."""
 TRIES = 50

@@ -368,7 +368,7 @@ class _CpuLayers(BoundLayers):
         )
         lists = [list(chain.from_iterable(tensors)) for tensors in (weights, biases, norms)]
         tables = [table.columns for table in rules]
-        none = torch.empty(0)
+        none = torch.empty(0, device="cpu")
         gates = [t for layer in layers for t in (layer.gate or (none, none))] if any(one.gate for one in layers) else []
         self.number: int = torch.ops.moacompress_cpu.read_layers(
             *lists[:2],
@@ -482,7 +482,7 @@ def _shares(shares: LayerShares, kv_heads: int) -> torch.Tensor:
 def _all_parts(cache: CacheState) -> list[torch.Tensor]:
     """Returns `_parts`, and what gates select, of no numbers where no rule selects."""
     if cache.selected is None or cache.left is None:
-        return [*_parts(cache), *[torch.empty(0)] * 2]
+        return [*_parts(cache), *[torch.empty(0, device="cpu")] * 2]
     return [*_parts(cache), cache.selected, cache.left]
 
 

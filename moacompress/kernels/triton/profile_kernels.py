@@ -96,7 +96,7 @@ def asked_rows(
     return position, place, real, query, cotangent, lse, delta, alive
 
 
-@triton.jit(do_not_specialize=["tokens", "native_window", "windows", "sinks", "sink_tiles", "most_events"])
+@triton.jit(do_not_specialize=["tokens", "kv_heads", "native_window", "windows", "sinks", "sink_tiles", "most_events"])
 def sum_outward(
     Query,
     Key,

@@ -160,23 +160,26 @@ class RingSteps(BoundRing):
         taken: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `BoundRing.step`."""
-        (rows, heads), kv_heads = query.shape[:2], key.shape[1]
-        key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (key.detach(), value.detach()))
-        self.taken = self._all_rows if taken is None else taken
-        self._write(key, value, gate_scores)
-        self.ring.lengths.add_(self.taken)
-        group = heads // kv_heads
-        if self._parts is None:
-            self._parts = new_parts(self._places, rows, heads, group, self.dims[1], like=query)
-            if self.ring.shared_values:
-                tokens = self.ring.table.shape[-1] * BLOCK
-                self.kept = torch.empty(rows, kv_heads, group, tokens, dtype=torch.float32, device=query.device)
-        plain = query[:, :, 0].contiguous()
-        turned = rotated(plain).to(query.dtype) if self._turns_queries else plain
-        for kind in self._kinds:
-            self._attend(kind, turned if kind.kv_parts[0].bits else plain, scores, group)
-        turns = self._turned if self._turns_outputs else None
-        return added_up(self._parts, self._begins, scores, turns, query.dtype)
+        with torch.cuda.device_of(query):  # Triton launches on the current GPU
+            (rows, heads), kv_heads = query.shape[:2], key.shape[1]
+            key, value = (
+                part if part.stride(-1) == 1 else part.contiguous() for part in (key.detach(), value.detach())
+            )
+            self.taken = self._all_rows if taken is None else taken
+            self._write(key, value, gate_scores)
+            self.ring.lengths.add_(self.taken)
+            group = heads // kv_heads
+            if self._parts is None:
+                self._parts = new_parts(self._places, rows, heads, group, self.dims[1], like=query)
+                if self.ring.shared_values:
+                    tokens = self.ring.table.shape[-1] * BLOCK
+                    self.kept = torch.empty(rows, kv_heads, group, tokens, dtype=torch.float32, device=query.device)
+            plain = query[:, :, 0].contiguous()
+            turned = rotated(plain).to(query.dtype) if self._turns_queries else plain
+            for kind in self._kinds:
+                self._attend(kind, turned if kind.kv_parts[0].bits else plain, scores, group)
+            turns = self._turned if self._turns_outputs else None
+            return added_up(self._parts, self._begins, scores, turns, query.dtype)
 
     def reuse(self, *, head_map: Ints, value_sets: Ints, value_formats: Ints) -> BoundReuse:
         """See `BoundRing.reuse`."""
@@ -314,31 +317,32 @@ class ReuseSteps(BoundReuse):
 
     def step(self, value: torch.Tensor, *, scores: Scores) -> torch.Tensor:
         """See `BoundReuse.step`."""
-        anchor, value = self._anchor, value.detach()
-        assert anchor.kept is not None
-        group = anchor.kept.shape[2]
-        value = value if value.stride(-1) == 1 else value.contiguous()
-        for kind in self._kinds:
-            token, memory = (value, value, anchor.rings), (kind.memory,) * 3
-            anchor.append(token, memory, kind.heads, append_next_constants(None, kind.value, scored=False))
-            tiles, constants = split_constants(
-                group,
-                kind.value.dim,
-                kind.value.dim,
-                (0, kind.value.bits),
-                softcap=bool(scores.softcap),
-                wide=anchor.wide,
-                item_size=value.element_size(),
-                card=card_of(value.device),
-                ring=True,
-                reuse=True,
-            )
-            stretches = anchor.stretches(kind.work, kind.chunk)
-            launch_split(
-                value, (kind.memory,) * 2, stretches, anchor.kept, self._parts.partial, scores, (tiles, constants)
-            )
-        turns = self._turned if self._turns_outputs else None
-        return added_up(self._parts, self._begins, scores, turns, value.dtype)
+        with torch.cuda.device_of(value):
+            anchor, value = self._anchor, value.detach()
+            assert anchor.kept is not None
+            group = anchor.kept.shape[2]
+            value = value if value.stride(-1) == 1 else value.contiguous()
+            for kind in self._kinds:
+                token, memory = (value, value, anchor.rings), (kind.memory,) * 3
+                anchor.append(token, memory, kind.heads, append_next_constants(None, kind.value, scored=False))
+                tiles, constants = split_constants(
+                    group,
+                    kind.value.dim,
+                    kind.value.dim,
+                    (0, kind.value.bits),
+                    softcap=bool(scores.softcap),
+                    wide=anchor.wide,
+                    item_size=value.element_size(),
+                    card=card_of(value.device),
+                    ring=True,
+                    reuse=True,
+                )
+                stretches = anchor.stretches(kind.work, kind.chunk)
+                launch_split(
+                    value, (kind.memory,) * 2, stretches, anchor.kept, self._parts.partial, scores, (tiles, constants)
+                )
+            turns = self._turned if self._turns_outputs else None
+            return added_up(self._parts, self._begins, scores, turns, value.dtype)
 
 
 def new_parts(places: int, rows: int, heads: int, group: int, value_dim: int, *, like: torch.Tensor) -> Parts:

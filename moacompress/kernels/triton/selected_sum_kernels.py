@@ -8,7 +8,7 @@ import triton.language as tl
 from moacompress.kernels.triton.profile_kernels import asked_rows, tile_sums
 
 
-@triton.jit(do_not_specialize=["tokens", "rules", "ways"])
+@triton.jit(do_not_specialize=["tokens", "kv_heads", "rules", "ways"])
 def sum_selected(
     Query,
     Key,

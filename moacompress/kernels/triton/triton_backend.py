@@ -25,7 +25,10 @@ INTERPRET = "TRITON_INTERPRET"
 
 
 class TritonBackend(ReferenceBackend):
-    """Triton on a GPU, for float32, bfloat16 and float16; and on the CPU where its interpreter is asked for."""
+    """Triton on a GPU, for float32, bfloat16 and float16; and on the CPU where its interpreter is asked for.
+
+    Triton launches kernels on the current GPU, so its tensors' GPU is that meanwhile: layers may lie on several.
+    """
 
     name = "triton"
     known = f"float32, bfloat16 and float16 on CUDA, and on the CPU where {INTERPRET}=1"
@@ -65,7 +68,8 @@ class TritonBackend(ReferenceBackend):
         from moacompress.kernels.triton.decode import attend_step
 
         in_numpy = RuleTable(rules.columns.cpu().numpy())
-        return attend_step(query, cache, lengths.numpy(), in_numpy, scores, wide=_is_wide(query.dtype))
+        with torch.cuda.device_of(query):
+            return attend_step(query, cache, lengths.numpy(), in_numpy, scores, wide=_is_wide(query.dtype))
 
     def decode_selecting(
         self,
@@ -89,9 +93,10 @@ class TritonBackend(ReferenceBackend):
         in_numpy, numbers = RuleTable(rules.columns.cpu().numpy()), lengths.numpy()
         counts = in_numpy.selected(numbers)
         kept = CacheView(cache.keys, cache.values, selected.table, cache.value_dim), counts
-        out, _ = attend_step(query, cache, numbers, in_numpy, scores, wide=_is_wide(query.dtype), selected=kept)
-        kinds = kinds_of(in_numpy, query.shape[-1], cache.size_of_values, query.dtype)
-        cache_writes.select_next(kinds.of_head, cache, selected, numbers, in_numpy)
+        with torch.cuda.device_of(query):
+            out, _ = attend_step(query, cache, numbers, in_numpy, scores, wide=_is_wide(query.dtype), selected=kept)
+            kinds = kinds_of(in_numpy, query.shape[-1], cache.size_of_values, query.dtype)
+            cache_writes.select_next(kinds.of_head, cache, selected, numbers, in_numpy)
         return out
 
     def bind_ring(
@@ -122,7 +127,8 @@ class TritonBackend(ReferenceBackend):
             return
         from moacompress.kernels.triton import cache_writes
 
-        cache_writes.append(kv_parts, key, value, keys, values, (sources.numpy(), slots.numpy()))
+        with torch.cuda.device_of(value):
+            cache_writes.append(kv_parts, key, value, keys, values, (sources.numpy(), slots.numpy()))
 
     def move_selected(
         self,
@@ -142,7 +148,8 @@ class TritonBackend(ReferenceBackend):
         """
         from moacompress.kernels.triton import cache_writes
 
-        cache_writes.move(kv_parts, (keys, values, scores), heads.numpy(), slots.numpy(), to.numpy())
+        with torch.cuda.device_of(values[0]):
+            cache_writes.move(kv_parts, (keys, values, scores), heads.numpy(), slots.numpy(), to.numpy())
 
     def prefill(
         self,
@@ -181,18 +188,19 @@ class TritonBackend(ReferenceBackend):
             return self._with_gradients(query, key, value, valid, rules, scores)
         from moacompress.kernels.triton.prefill import attend_chunk
 
-        return attend_chunk(
-            query,
-            key,
-            value,
-            cache=cache,
-            past=past,
-            valid=valid,
-            rules=RuleTable(rules.columns.cpu().numpy()),
-            scores=scores,
-            passing=passing,
-            wide=_is_wide(query.dtype),
-        )
+        with torch.cuda.device_of(query):
+            return attend_chunk(
+                query,
+                key,
+                value,
+                cache=cache,
+                past=past,
+                valid=valid,
+                rules=RuleTable(rules.columns.cpu().numpy()),
+                scores=scores,
+                passing=passing,
+                wide=_is_wide(query.dtype),
+            )
 
     def _with_gradients(
         self,
@@ -232,7 +240,8 @@ class TritonBackend(ReferenceBackend):
             return out, lse
 
         wide, native = _is_wide(query.dtype), RuleTable(rules.columns.numpy())
-        out, lse = attend_whole(query, key, value, valid=valid, rules=native, scores=scores, wide=wide, again=again)
+        with torch.cuda.device_of(query):
+            out, lse = attend_whole(query, key, value, valid=valid, rules=native, scores=scores, wide=wide, again=again)
         return out.to(dtype), lse
 
     def profile_sums(
@@ -269,7 +278,8 @@ class TritonBackend(ReferenceBackend):
         )
         assert lse is not None
         in_numpy = RuleTable(np.asarray(rules.columns))
-        return rule_sums(dout, query, key, value, (out, lse), in_numpy, scores, choices, wide=_is_wide(query.dtype))
+        with torch.cuda.device_of(query):
+            return rule_sums(dout, query, key, value, (out, lse), in_numpy, scores, choices, wide=_is_wide(query.dtype))
 
 
 def _is_wide(dtype: torch.dtype) -> bool:

@@ -34,7 +34,7 @@ from moacompress.report.page.search_figures import (
 )
 from moacompress.report.search_tables import STEP_COLUMNS, class_lines, step_rows
 from moacompress.rules.budget import format_length
-from moacompress.rules.planned_weights import memory_lines, own_weights
+from moacompress.rules.planned_weights import memory_lines, own_weights, plan_memory
 from moacompress.rules.step_time import step_lines
 
 ASSETS = "moacompress.report.page"
@@ -253,7 +253,7 @@ def verdict(found: Findings) -> str:
         f"{WEIGHTS[own_weights(plan)]}."
         + "".join(
             f" {line}"
-            for line in (*step_lines(plan.budget.get("step_ms", {})), *memory_lines(plan.budget.get("memory", {})))
+            for line in (*step_lines(plan.budget.get("step_ms", {})), *memory_lines(plan_memory(plan)))
         )
     )
 

@@ -28,6 +28,9 @@ from moacompress.runtime.cache.ring import Ring, ring_for
 from moacompress.runtime.cache.roll_back import check_roll_back, roll_back
 from moacompress.runtime.cache.selected_tokens import go_back, remember
 
+WITHOUT_RINGS = 64
+"""Tokens that go by before rings are looked for again where there were none to be had: as beams are, for many steps."""
+
 StepCall = Callable[[CacheState], tuple[torch.Tensor, AllocationShortfall | None]]
 """A call of a backend that takes one more token of every row into the cache."""
 
@@ -157,6 +160,7 @@ class PlanCacheLayer(CacheLayer):
     def _clear(self) -> None:
         self.columns = 0
         self._ring: Ring | None = None
+        self._look_again = 0  # columns before which no ring is looked for
         self._repeated = False  # in the midst of steps: as beams are, where copies for a ring would serve one step
         self._held: LayerBlocks | None = None
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -349,13 +353,17 @@ class PlanCacheLayer(CacheLayer):
             repeated time and again, as of beams, so that blocks are shared.
         """
         assert self._pending is not None
+        assert self._held is not None
+        if self._ring is None and self.columns < self._look_again:
+            return None
+        before = self._held.lengths if self._ring is None else self._ring.lengths
+        if real is not None and not (before + real).all():
+            return None
         if self._ring is None or self._ring.is_full:
             held = self.blocks_held()
             self._ring = ring_for(held, self.reserve, self.lag, backend, copies=not self._repeated)
         if self._ring is None:
-            return None
-        before = self._ring.lengths
-        if real is not None and not (before + real).all():
+            self._look_again = self.columns + WITHOUT_RINGS
             return None
         self.stepping = True
         out = self._ring.step(query, *self._pending, scores, gate_scores, real)
@@ -412,9 +420,10 @@ class PlanCacheLayer(CacheLayer):
         """Takes in the chunk of the running forward, and remembers what is selected every `LAG` tokens."""
         assert self._pending is not None
         for first in range(0, chunk.columns, LAG):
-            at = slice(first, first + LAG)
+            at = slice(first, min(first + LAG, chunk.columns))
             key, value = (tensor[:, :, at] for tensor in self._pending)
-            remember(held, self.lag)
+            if not held.past or (held.lengths + (at.stop - first) - held.past[-1].lengths > LAG).any():
+                remember(held, self.lag)
             commit(held, key, value, chunk.part(at), scores=scores[:, :, at], lag=self.lag)
         self.columns += chunk.columns
         self._pending = None

@@ -15,7 +15,7 @@ import torch
 from moacompress.core.arrays import Bools, Ints, ragged_ranges
 from moacompress.kernels.arguments import RingState, Scores
 from moacompress.kernels.backend import Backend
-from moacompress.kernels.bound import BoundReuse
+from moacompress.kernels.bound import BoundReuse, BoundRing
 from moacompress.rules.windows import BLOCK, whole_blocks
 from moacompress.runtime.cache.block_runs import BEGIN, END, kept_runs
 from moacompress.runtime.cache.layer_blocks import LayerBlocks
@@ -45,6 +45,12 @@ class Ring:
         self._held, self._lag, self._sizes = held, lag, sizes
         self._until = until
         self.taken = np.zeros(len(held.lengths), np.int64)
+        with torch.inference_mode(False):  # what is made in inference mode cannot be written to outside
+            self._steps = self._bound(backend)
+
+    def _bound(self, backend: Backend) -> BoundRing:
+        """Takes the blocks that will be asked for, and returns the steps that write into them."""
+        held, until, sizes = self._held, self._until, self._sizes
         pool, rules, device = held.pool, held.rules, held.pool.device
         with pool.lock:
             held.table.ids = _ring_table(held, until, sizes)
@@ -60,7 +66,7 @@ class Ring:
             elif any(layout.shared_values):
                 state = state._replace(shared_values=pool.value_sets())
         kv_dims = layout.kinds[0][0].dim, layout.value_dim
-        self._steps = backend.bind_ring(state, rules=rules, kv_dims=kv_dims, dtype=layout.dtype)
+        return backend.bind_ring(state, rules=rules, kv_dims=kv_dims, dtype=layout.dtype)
 
     @property
     def is_full(self) -> bool:

@@ -181,6 +181,8 @@ def generate_on_device(
 ) -> torch.Tensor:
     """Returns prompts and new tokens, as `model.generate` does by greedy search or sampling, int64 `[rows, tokens]`.
 
+    Of the model's generation config only the tokens that end and pad rows count: no penalties, and nothing suppressed.
+
     Args:
         model: under a plan.
         input_ids: prompts, padded on the left, int64 `[rows, tokens]`.
