@@ -266,7 +266,9 @@ class Launched:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*given: Any, **constants: Any) -> None:
             self.launches += 1
-            assert self.kernel.__name__ in BACKWARD or self.chosen, "launched on the GPU that happens to be the current one"
+            assert self.kernel.__name__ in BACKWARD or self.chosen, (
+                "launched on the GPU that happens to be the current one"
+            )
             there = {isinstance(each, PretendTensor) for each in given if isinstance(each, torch.Tensor)}
             if there != {True} and not (self.cpu_too and there == {False}):
                 raise RuntimeError(f"{self.kernel.__name__} is given a tensor of the CPU")

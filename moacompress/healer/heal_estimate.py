@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,11 @@ def estimate_heal(
     answering = rates.answer(known.recipe.calibration.answer_tokens) if counts.new_answers else 0.0
     progress.step("an answer")
     progress.done()
-    world, evaluations = world_size(), heal.evaluations + 1  # the start is measured too
-    seen = heal.steps * accumulation(request) * world
+    world, evaluations = world_size(), min(heal.evaluations, heal.steps) + 1  # the start is measured too
+    together = accumulation(request) * world
+    seen = round(
+        heal.steps * heal.samples / math.ceil(heal.samples / together)
+    )  # the last step of an epoch has what is left
     asked = seen if heal.objective == "echoatt" else min(seen, heal.samples)  # what the teacher says is kept
     mean = sum(lengths) / len(lengths) / len(sample.input_ids)  # of a sample, as a share of the one that was timed
     measured = sum(len(one.input_ids) for one in held_out) / len(sample.input_ids)

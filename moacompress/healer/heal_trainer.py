@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.core.errors import ModelError
@@ -170,6 +170,15 @@ class HealTrainer(Trainer):
         tokens = processes.gathered({rank(): float(self.step_tokens)})
         self.step_losses, self.step_tokens = [], 0
         return sum(losses.values()) / len(losses), int(sum(tokens.values()))
+
+
+class OneGpuArguments(TrainingArguments):
+    """Arguments of a process that trains on one GPU, also where it sees several: a batch is one sample."""
+
+    @property
+    def n_gpu(self) -> int:
+        """One."""
+        return 1
 
 
 class HealCallback(TrainerCallback):

@@ -144,10 +144,10 @@ def trainer_arguments(request: HealRequest, work: Path | None) -> Any:
         request: what is asked for.
         work: the work folder; None where nothing is written.
     """
-    from transformers import TrainingArguments
+    from moacompress.healer.heal_trainer import OneGpuArguments
 
     heal, longest = request.heal, max(heal_lengths(request.profile, request.recipe))
-    arguments = TrainingArguments(
+    arguments = OneGpuArguments(
         output_dir=str(work / HEAL_CHECKPOINTS_FOLDER) if work is not None else None,
         max_steps=heal.steps,
         per_device_train_batch_size=1,
@@ -171,7 +171,6 @@ def trainer_arguments(request: HealRequest, work: Path | None) -> Any:
         average_tokens_across_devices=False,
     )
     _ = arguments.device
-    arguments._n_gpu = 1  # of a machine with more, where each process has one: a batch is one sample
     return arguments
 
 

@@ -220,7 +220,8 @@ def _new_drafts(
     )
     drafts = make_drafts(teacher, wanted, "calibration")
     texts = [draft for draft in drafts if draft.kind == "text"]
-    return [*(draft for draft in drafts if draft.kind == "answer" and counts.new_answers), *texts]
+    answers = [draft for draft in drafts if draft.kind == "answer"]
+    return [*answers[: counts.new_answers], *texts]
 
 
 def _with_more_targets(sample: Sample, rng: np.random.Generator) -> Sample:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -21,14 +22,14 @@ from transformers import AutoModelForCausalLM
 
 import moacompress
 from moacompress.calibration.data.samples import load_samples
-from moacompress.core.artefact_names import heal_folder
+from moacompress.core.artefact_names import TEMPORARY, heal_folder
 from moacompress.core.errors import ArtefactError, DataError, ModelError, PlanError, UsageError
 from moacompress.core.progress import Progress
-from moacompress.healer.heal_history import HealHistory
+from moacompress.healer.heal_history import HealHistory, last_checkpoint
 from moacompress.healer.healing import heal
 from moacompress.healer.teacher import HeldOut, Teacher
 from moacompress.healer.trained_weights import as_written, make_trainable, written_tensors
-from moacompress.models.source import load_source
+from moacompress.models.source import load_source, model_shape
 from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import Share, with_shared_rules
@@ -79,9 +80,17 @@ def test_held_out_kl_falls_and_is_that_of_what_is_written(
     assert loaded.provenance["heal"] == done.notes
 
 
-@pytest.mark.parametrize("train", ["lora", "reuse", "full"])
+@pytest.mark.parametrize(
+    ("train", "modules"), [("lora", None), ("lora", ("q_proj", "up_proj")), ("reuse", None), ("full", None)]
+)
 def test_layers_that_share_attention_are_healed(
-    train: str, healable: Place, small: Make, tmp_path: Path, quick: None, tiny_tokenizer: Any
+    train: str,
+    modules: tuple[str, ...] | None,
+    healable: Place,
+    small: Make,
+    tmp_path: Path,
+    quick: None,
+    tiny_tokenizer: Any,
 ) -> None:
     """Their checkpoint has no queries and keys of theirs, and neither has the healed one."""
     source = load_source(healable["dense"])
@@ -92,7 +101,7 @@ def test_layers_that_share_attention_are_healed(
     source.model.save_pretrained(tmp_path / "shared")
     tiny_tokenizer.save_pretrained(tmp_path / "shared")
     plan.save(tmp_path / "shared" / "plan.json")
-    flags = {"steps": 16, "batch": 1000, "train": train, "lr": 1e-2 if train == "lora" else 3e-3}
+    flags = {"steps": 16, "batch": 1000, "train": train, "lr": 1e-2 if train == "lora" else 3e-3, "modules": modules}
     done = heal(
         tmp_path / "shared",
         tmp_path / "out",
@@ -169,13 +178,13 @@ class StopAfter(Progress):
                 os.kill(os.getpid(), 2)
 
 
-@pytest.mark.parametrize("train", ["full", "lora"])
+@pytest.mark.parametrize(("train", "stops"), [("full", (1, 1)), ("lora", (1, 1)), ("full", (4,))])
 def test_a_stopped_heal_ends_as_one_that_was_not(
-    train: str, healable: Place, small: Make, tmp_path: Path, quick: None
+    train: str, stops: tuple[int, ...], healable: Place, small: Make, tmp_path: Path, quick: None
 ) -> None:
     arguments: dict[str, Any] = {"profile": healable["profile"], "recipe": small(train=train, steps=5, evaluations=2)}
     whole = heal(healable["model"], tmp_path / "whole", **arguments)
-    for stop in (1, 1):
+    for stop in stops:  # in the step after so many
         with pytest.raises(KeyboardInterrupt):
             heal(healable["model"], tmp_path / "out", progress=StopAfter(stop), **arguments)
         assert not (tmp_path / "out").exists()
@@ -381,6 +390,18 @@ def test_a_dry_run_says_the_cost_and_writes_nothing(healable: Place, small: Make
     assert said.exit_code == 0, said.stderr
     data = json.loads(said.stdout)
     assert (data["steps"], data["tokens"], data["held_out_samples"], data["new_samples"]) == (7, 7 * 3 * 160, 6, 0)
+    fewer = [
+        "--steps",
+        "2",
+        "--samples",
+        "4",
+        "--batch",
+        "5760",
+        "--evaluations",
+        "8",
+    ]  # a step takes each sample once at most
+    few = json.loads(CliRunner().invoke(app, [*command, *fewer, "--json"]).stdout)
+    assert (few["tokens"], few["evaluations"]) == (2 * 4 * 160, 3)
     assert data["train_seconds"] > 0
     assert data["evaluation_seconds"] > 0
     assert data["peak_bytes"] > 4 * data["trained_parameters"]
@@ -403,6 +424,53 @@ def test_a_busy_machine_is_said(healable: Place, small: Make, monkeypatch: pytes
     assert found.to_dict()["slowdown"] == pytest.approx(10, rel=0.05)
     assert "The machine is busy" in found.lines()[-1]
     assert "busy" not in replace(found, slowdown=1.1).lines()[-1]
+
+
+def test_adapters_are_for_linear_layers_alone(tiny_model: Any, small: Make) -> None:
+    """The experts of a mixture are one tensor, which is none."""
+    model = tiny_model("qwen3_moe")
+    plan = Plan.full(model_shape(model))
+    moacompress.attach(model, plan)
+    trained = make_trainable(model, plan, small(train="lora").heal, 0)
+    found = written_tensors(trained, torch.float32)
+    assert {name.rpartition(".weight")[0].rpartition(".")[2] for name in found} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+    }
+
+
+def test_a_batch_is_one_sample_where_a_process_sees_several_gpus(tmp_path: Path) -> None:
+    from moacompress.healer.heal_trainer import OneGpuArguments
+
+    arguments = OneGpuArguments(output_dir=str(tmp_path), per_device_train_batch_size=1, use_cpu=True, report_to=[])
+    arguments._n_gpu = 4
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 1)
+
+
+def test_a_checkpoint_that_was_cut_is_not_the_last(tmp_path: Path) -> None:
+    for step, state in (
+        (2, '{"global_step": 2}'),
+        (4, '{"global_step": 4}'),
+        (6, ""),
+        (8, '{"global_step": 2}'),
+        (10, None),
+    ):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+
+
+def test_what_a_kill_left_of_the_best_state_is_in_nobody_s_way(
+    healable: Place, small: Make, tmp_path: Path, quick: None
+) -> None:
+    arguments: dict[str, Any] = {"profile": healable["profile"], "recipe": small(steps=2, evaluations=2)}
+    killed = Mock(side_effect=KeyboardInterrupt)
+    with patch("moacompress.healer.heal_trainer.save_best", killed), pytest.raises(KeyboardInterrupt):
+        heal(healable["model"], tmp_path / "out", **arguments)
+    left = heal_folder(tmp_path / "out") / f".best.safetensors.abcd_123{TEMPORARY}"
+    left.write_bytes(b"half")
+    assert heal(healable["model"], tmp_path / "out", **arguments).notes["improved"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 def test_a_damaged_history_is_said(tmp_path: Path) -> None:

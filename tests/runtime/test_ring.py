@@ -305,7 +305,9 @@ def test_beams_stay_in_block_tables(device: str, triton: Any, monkeypatch: pytes
             layer.select(np.array(rows))
         pair.step(triton)
         assert pair.layers[0].ring is None
-    monkeypatch.setattr(layer_cache, "ring_for", None)  # is not asked again soon, which takes the host longer than a step
+    monkeypatch.setattr(
+        layer_cache, "ring_for", None
+    )  # is not asked again soon, which takes the host longer than a step
     pair.step(triton)
     pair.compare()
 

@@ -252,8 +252,7 @@ def verdict(found: Findings) -> str:
         f"of {plan.model.layers} x {plan.model.kv_heads} KV heads has its own {' and '.join(parts)}{also}. It has "
         f"{WEIGHTS[own_weights(plan)]}."
         + "".join(
-            f" {line}"
-            for line in (*step_lines(plan.budget.get("step_ms", {})), *memory_lines(plan_memory(plan)))
+            f" {line}" for line in (*step_lines(plan.budget.get("step_ms", {})), *memory_lines(plan_memory(plan)))
         )
     )
 
