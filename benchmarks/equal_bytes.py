@@ -60,6 +60,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on one line")
     given = parser.parse_args()
     profile, n = Profile.load(given.profile), parse_length(given.length)
+    if profile.gates is None:
+        parser.error("PROFILE has no gates; make one with moacompress profile --gates")
     model: Any = load_for(profile.recipe.override(dtype="float32"), profile.source).model
 
     def answers(samples: list[Sample]) -> list[Sample]:

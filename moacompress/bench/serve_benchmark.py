@@ -190,7 +190,8 @@ def _rows(
                     store.begin()  # what can be wrong with the request was found by now
                 load = load_per_core()
                 progress.start(f"serving, {side}, {dtype}", len(mix))
-                found = _served(side, models[side], plan.in_dtype(dtype), request, mix, progress, clock, sleep)
+                bytes_of = _bytes_of(side, plan.in_dtype(dtype))
+                found = _served(side, models[side], plan, bytes_of, request, mix, progress, clock, sleep)
                 progress.done()
                 found |= {"load_per_core": load}
                 store.add(key, found)
@@ -202,13 +203,14 @@ def _served(
     side: str,
     model: PreTrainedModel,
     plan: Plan,
+    bytes_of: Callable[[int], int],
     request: ServeRequest,
     mix: Sequence[Request],
     progress: Progress,
     clock: Clock,
     sleep: Callable[[float], None],
 ) -> dict[str, Any]:
-    """Returns what serving with one model came to."""
+    """Returns what serving with one model, under the checkpoint's plan, came to."""
     vocabulary = vocabulary_size(model)
 
     def prompt_of(number: int) -> torch.Tensor:
@@ -221,7 +223,6 @@ def _served(
     for _ in range(WARM_STEPS):
         tokens = warm.step(tokens)
     rows = running_rows(side, model, plan)
-    bytes_of = _bytes_of(side, plan)
     served = serve(rows, mix, prompt_of, bytes_of, request.kv_memory, clock=clock, sleep=sleep, progress=progress)
     probe = torch.empty(0, dtype=model.dtype, device=request.device)
     return {**served.row(mix), "kernel": None if side == "dense" else dispatch.backend_for(probe).name}

@@ -27,23 +27,23 @@ def explanation_tables(explanation: Mapping[str, Any]) -> list[RenderableType]:
     if not explanation:
         return []
     steps = section("What each step gave (validation samples)", ("", *STEP_COLUMNS), step_rows(explanation))
-    heads = section(
-        "KV heads whose bytes are worth most",
-        ("layer", "KV head", "keeps", "of", "keys/values", "KL at the average share instead, nats"),
-        [
-            (
-                str(row["layer"]),
-                str(row["kv_head"]),
-                str(row["kept"]),
-                str(row["of"]),
-                _formats_of(row["rule"]),
-                f"+{readable_number(row['saves'])}",
-            )
-            for row in explanation["heads"][:HEADS]
-            if row["saves"]
-        ],
-    )
-    shown: list[RenderableType] = [steps, heads, *class_lines(explanation)]
+    heads = [
+        (
+            str(row["layer"]),
+            str(row["kv_head"]),
+            str(row["kept"]),
+            str(row["of"]),
+            _formats_of(row["rule"]),
+            f"+{readable_number(row['saves'])}",
+        )
+        for row in explanation["heads"]
+        if (row["saves"] or 0) > 0
+    ]
+    columns = ("layer", "KV head", "keeps", "of", "keys/values", "KL at the average share instead, nats")
+    shown: list[RenderableType] = [steps]
+    if heads:
+        shown.append(section("KV heads whose bytes are worth most", columns, heads[:HEADS]))
+    shown.extend(class_lines(explanation))
     formats = explanation.get("formats")  # what an older search left has none
     if formats and any(
         pair["key_format"] != pair["value_format"] or pair["key_format"] != NATIVE for pair in formats["pairs"]

@@ -186,6 +186,13 @@ def test_serving_a_checkpoint(compressed: Path, tmp_path: Path, monkeypatch: pyt
         run_serving(compressed, replace(SMALL, count=7), out=out)
 
 
+def test_serving_in_another_dtype_than_the_checkpoint_s(compressed: Path) -> None:
+    sides = ("dense", "plan", "full_span")
+    asked = replace(SMALL, dtypes=("bfloat16",), sides=sides)
+    rows = run_serving(compressed, asked)["serve"]
+    assert [(row["side"], row["dtype"], row["requests"]) for row in rows] == [(side, "bfloat16", 6) for side in sides]
+
+
 def test_what_cannot_be_served_is_refused(compressed: Path) -> None:
     with pytest.raises(UsageError, match=r"tokens takes .* of KV cache under dense, and --kv-memory is 9\.8 KiB"):
         run_serving(compressed, replace(SMALL, kv_memory=10_000))

@@ -152,6 +152,7 @@ def test_an_explanation_says_where_the_bytes_are() -> None:
         "heads": [
             {**head, "rule": {**rule, "key_format": "int8", "value_format": "int4"}},
             {**head, "rule": rule},  # of an older search
+            {**head, "layer": 9, "saves": -0.125, "rule": rule},
         ],
         "knobs": {"precision": 1.0},
         "predicted": {"pairs": [], "spearman": None},
@@ -171,6 +172,8 @@ def test_an_explanation_says_where_the_bytes_are() -> None:
     assert ["native", "native", "1", "25%"] in rows
     assert any(row[:5] == ["1", "0", "80", "512", "int8/int4"] for row in rows)
     assert any(row[:5] == ["1", "0", "80", "512", "native/native"] for row in rows)
+    assert not any(row[:1] == ["9"] for row in rows)  # its bytes are worth less than the average head's
+    assert "worth most" not in shown(*explanation_tables({**told, "heads": told["heads"][2:]}))
     assert "answer 0.12, text 0.5" in text
     plain = {key: value for key, value in told.items() if key not in ("kinds", "formats")}
     assert "bits" not in shown(*explanation_tables(plain))

@@ -299,9 +299,21 @@ def test_the_card_names_the_model(source, title, base, plan):
     assert (base in card) if base else ("base_model" not in card)
 
 
-def test_a_plan_of_an_older_fingerprint_is_exported(tiny_folder, plan, tmp_path):
+def test_the_card_counts_the_weights_that_a_heal_left(plan):
+    row = {"limit": 700, "weights": 100, "kv_bytes": 500}
+    chosen = plan.with_notes(budget={"memory": {"800": row}})
+    assert "weights 100 bytes and KV cache 500, 600 of the 700 asked for." in model_card(chosen)
+    sizes = {"before": {"Q8_0": 100}, "after": {"float32": 290, "Q8_0": 10}}
+    kl = {name: {"mean": 0.5, "standard_error": 0.1} for name in ("before", "after", "difference")}
+    heal = {"train": "full", "improved": True, "weight_bytes": sizes, "held_out_kl": {**kl, "samples": 6}}
+    card = model_card(chosen.with_notes(provenance={"heal": heal}))
+    assert "weights 300 bytes and KV cache 500, 800 where 700 were asked for" in card
+
+
+def test_a_plan_of_an_older_fingerprint_is_exported_into_an_empty_folder(tiny_folder, plan, tmp_path):
     source = load_source(tiny_folder)
     old = replace(plan, model=replace(plan.model, weights_fingerprint=source.weights_like("0" * 16)))
+    (tmp_path / "model").mkdir()
     assert exported_plan(export(source, old, tmp_path / "model")) == old
     wrong = replace(plan, model=replace(plan.model, weights_fingerprint="0" * 16))
     with pytest.raises(PlanError, match=f"fingerprint {'0' * 16}, the model has {old.model.weights_fingerprint}"):

@@ -308,6 +308,16 @@ def test_clock_adds_up_over_runs(tmp_path):
     assert json.loads((tmp_path / "seconds.json").read_text())["step"] >= 0.1
 
 
+def test_rounded_weights_in_another_dtype_than_the_model_s(recipe, tmp_path):
+    source = load_source(recipe.model)
+    source.model.bfloat16().save_pretrained(tmp_path / "model")
+    source.tokenizer.save_pretrained(tmp_path / "model")
+    asked = recipe.override(model=str(tmp_path / "model"), dtype="float32", weights="int4", search__ablations=0)
+    summary = compress(asked, tmp_path / "out")
+    assert summary["rounded_weights"]["weights"] == "int4"
+    assert set(summary["weights"]) == {"Q4_1", "bfloat16"}
+
+
 def test_a_run_on_rounded_weights_says_what_they_cost(recipe, tmp_path):
     rounded = recipe.override(weights="int8", head_weights="int4")
     summary = compress(rounded, tmp_path / "out")
