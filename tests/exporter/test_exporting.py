@@ -22,6 +22,7 @@ from moacompress.exporter.licences import licence_files
 from moacompress.models.source import SourceModel, load_source, model_shape
 from moacompress.report.inspection import inspect_plan
 from moacompress.rules.plan import Plan
+from moacompress.rules.planned_weights import memory_lines, plan_memory
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import Share, with_shared_rules
 from moacompress.runtime.checkpoint import load_checkpoint
@@ -304,10 +305,9 @@ def test_the_card_counts_the_weights_that_a_heal_left(plan):
     chosen = plan.with_notes(budget={"memory": {"800": row}})
     assert "weights 100 bytes and KV cache 500, 600 of the 700 asked for." in model_card(chosen)
     sizes = {"before": {"Q8_0": 100}, "after": {"float32": 290, "Q8_0": 10}}
-    kl = {name: {"mean": 0.5, "standard_error": 0.1} for name in ("before", "after", "difference")}
-    heal = {"train": "full", "improved": True, "weight_bytes": sizes, "held_out_kl": {**kl, "samples": 6}}
-    card = model_card(chosen.with_notes(provenance={"heal": heal}))
-    assert "weights 300 bytes and KV cache 500, 800 where 700 were asked for" in card
+    healed = chosen.with_notes(provenance={"heal": {"weight_bytes": sizes}})
+    (said,) = memory_lines(plan_memory(healed))
+    assert "weights 300 bytes and KV cache 500, 800 where 700 were asked for" in said
 
 
 def test_a_plan_of_an_older_fingerprint_is_exported_into_an_empty_folder(tiny_folder, plan, tmp_path):
