@@ -16,7 +16,7 @@ WEIGHTS = {
     None: "the same weights",
     "repaired": "weights that were repaired for it",
     "healed": "weights that were distilled from its own",
-    "rounded": "its weights, some of them rounded",
+    "rounded": "the same weights, some of them rounded",
 }
 """What a card says of a checkpoint's weights, by `own_weights`."""
 

@@ -59,10 +59,8 @@ def estimate_heal(
     progress.step("an answer")
     progress.done()
     world, evaluations = world_size(), min(heal.evaluations, heal.steps) + 1  # the start is measured too
-    together = accumulation(request) * world
-    seen = round(
-        heal.steps * heal.samples / math.ceil(heal.samples / together)
-    )  # the last step of an epoch has what is left
+    epoch = math.ceil(heal.samples / (accumulation(request) * world))  # steps, of which the last has what is left
+    seen = round(heal.steps * heal.samples / epoch)
     asked = seen if heal.objective == "echoatt" else min(seen, heal.samples)  # what the teacher says is kept
     mean = sum(lengths) / len(lengths) / len(sample.input_ids)  # of a sample, as a share of the one that was timed
     measured = sum(len(one.input_ids) for one in held_out) / len(sample.input_ids)

@@ -214,10 +214,10 @@ class HealCallback(TrainerCallback):
         old = bool(processes.agreed(time.monotonic() - self._saved > SAVE_SECONDS))
         control.should_save |= stopped or old or history.finished
         control.should_training_stop |= stopped or history.finished
-        if control.should_save and rank() == 0:
-            # before the checkpoint: a run that ends in between forgets what is newer than the checkpoint it goes on from
+        if control.should_save:
             history.seconds = parts.training.seconds
-            history.write(parts.work)
+            if rank() == 0:  # before the checkpoint: a run that goes on from an older one forgets what is newer
+                history.write(parts.work)
         self._progress.step(self._note(loss))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -88,8 +88,8 @@ def check_can_round(model: Any, formats: Mapping[str, str]) -> None:
     """
     modules = dict(model.named_modules()) if formats else {}
     sharing: dict[int, list[str]] = {}
-    for name, module in modules.items():
-        sharing.setdefault(id(getattr(module, "weight", None)), []).append(name)
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        sharing.setdefault(id(parameter), []).append(path.removesuffix(".weight"))
     for name, kind in formats.items():
         problem = can_hold_blocks(modules.get(name), WEIGHT_TYPES[ROUNDED[kind]])
         if problem is not None:

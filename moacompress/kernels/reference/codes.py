@@ -39,9 +39,8 @@ def rotated(x: torch.Tensor) -> torch.Tensor:
         low, high = y.view(*x.shape[:-1], dim // (2 * stage), 2, stage).unbind(-2)
         y = torch.stack((low + high, low - high), -2).view(x.shape)
         stage *= 2
-    return y * torch.tensor(
-        block**-0.5, dtype=torch.float32, device="cpu"
-    )  # a number, which other devices take from there
+    norm = torch.tensor(block**-0.5, dtype=torch.float32, device="cpu")  # a number, which other devices take from there
+    return y * norm
 
 
 def encode(x: torch.Tensor, bits: int) -> Codes:
