@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -57,6 +58,27 @@ def named_folder(folder: str | Path) -> Path:
     if not path.name:
         raise ArtefactError(f"{folder} is no folder that can be made; choose another one")
     return path
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Says in one error what libraries say of files that they cannot write, as on a full disk, each in its own way.
+
+    Raises:
+        ArtefactError: one of them could not.
+    """
+    try:
+        yield
+    except Exception as error:
+        texts = [str(error)] if isinstance(error, RuntimeError) else []
+        of_torch = any(part in text for text in texts for part in ("inline_container", "iostream error"))
+        if not (of_torch or isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
+            raise
+        free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        raise ArtefactError(
+            f"cannot write to {folder}: {reason}; {free:,} bytes are free there: make room and run the same command again"
+        ) from error
 
 
 @contextmanager

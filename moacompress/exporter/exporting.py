@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from moacompress.core.artefact_names import PLAN_FILE, RECIPE_FILE
 from moacompress.core.errors import ArtefactError, BudgetError, PlanError, UsageError
 from moacompress.core.files import is_within, new_folder, sweep_folders, write_text
-from moacompress.core.place import check_writable
+from moacompress.core.place import check_writable, writing_to
 from moacompress.core.progress import Progress
 from moacompress.estimate.estimate import Estimate
 from moacompress.exporter.cache_settings import with_its_cache
@@ -348,7 +348,8 @@ def write_checkpoint(source: SourceModel, plan: Plan, folder: Path) -> Continuat
     """
     from moacompress.models.block_layers import stored_bytes, weight_types
 
-    source.model.save_pretrained(folder)
+    with writing_to(folder):
+        source.model.save_pretrained(folder)
     expected = Continuation.of(source, plan)
     source.tokenizer.save_pretrained(folder)
     plan.save(folder / PLAN_FILE)

@@ -31,7 +31,7 @@ from moacompress.core.artefact_names import (
 from moacompress.core.errors import ArtefactError
 from moacompress.core.files import new_folder, read_json, remove, sweep_files, sweep_folders, write_json
 from moacompress.core.lock_holders import own_folder
-from moacompress.core.place import named_folder
+from moacompress.core.place import named_folder, writing_to
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.ranks import rank, world_size
 from moacompress.core.shown import Shown
@@ -280,7 +280,7 @@ def _trained(
     progress.start("healing", heal.steps)
     for _ in range(step):
         progress.step("done before")
-    with stopping(stop):
+    with stopping(stop), writing_to(work):
         trainer.train(resume_from_checkpoint=None if begun is None else str(begun))
     if processes.agreed(stop.is_set()):
         raise KeyboardInterrupt
