@@ -114,9 +114,19 @@ def test_a_failure_inside_leaves_nothing(overwrite: bool, tmp_path: Path) -> Non
 
 def test_an_existing_folder_is_refused_before_the_block_runs(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
     with pytest.raises(ArtefactError, match="exists already; choose another folder or pass --overwrite"):
         new_folder(tmp_path / "out").__enter__()
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "new").write_text("new")
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["new"]
 
 
 def test_overwrite_replaces_the_whole_folder(tmp_path: Path) -> None:
