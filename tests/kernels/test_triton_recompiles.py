@@ -7,6 +7,7 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -197,12 +198,19 @@ def test_tokens_that_are_selected_in_tables(interpreted: Any, variants: Variants
     assert len(variants.keys["split"]) == 1
 
 
+class InterpretedPair(Pair):
+    """One whose chunks are written by the kernels too."""
+
+    def plainly(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+
 def test_steps_in_rings(interpreted: Any, variants: Variants) -> None:
     """Chunks of any length between them, and rings of any size; copies of selected tokens, too."""
     rules = RuleTable.of([Rule(4, 0, 0, select_alpha=5), Rule(4, 0, 300, select_alpha=17)], MIN_WINDOW)
     counts = []
     for reserve, prompt in ((None, 30), (200, 24), (512, 33)):
-        pair = Pair(rules, 1, 0, reserve)
+        pair = InterpretedPair(rules, 1, 0, reserve)
         layer = pair.layers[0]
         del pair.layers[1:]
         for tokens in (prompt, 16, 1):

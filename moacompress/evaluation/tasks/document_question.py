@@ -5,8 +5,9 @@ The sentences are an argument.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 
@@ -37,7 +38,7 @@ def make_question(request: PromptRequest, sentences: DocumentSentences) -> Promp
     """
     known = request.resources.questions
     order = np.random.default_rng(request.seed).permutation(len(known.questions))
-    stride = STRIDE if len(order) > STRIDE else max(int(TURN * len(order)), 1)
+    stride = STRIDE if len(order) > STRIDE else _all_round(len(order))
     tried = [known.questions[order[(request.index + i * stride) % len(order)]] for i in range(TRIES)]
     alone = ((question, render(question, (question.document,), known, sentences)) for question in tried)
     question = next((question for question, draft in alone if request.tokens(draft) <= request.length), tried[0])
@@ -49,6 +50,11 @@ def make_question(request: PromptRequest, sentences: DocumentSentences) -> Promp
         return render(question, chosen, known, sentences)
 
     return request.fit(write, len(others))
+
+
+def _all_round(places: int) -> int:
+    """Returns the stride nearest above `TURN` that comes to all places before it is back where it began."""
+    return next(stride for stride in count(max(int(TURN * places), 1)) if math.gcd(stride, places) == 1)
 
 
 def render(question: Question, chosen: Sequence[int], known: Questions, sentences: DocumentSentences) -> PromptDraft:
