@@ -32,11 +32,11 @@ ROWS = "rows-{}.jsonl"
 def compress_(
     model: PreTrainedModel,
     budget: str | Sequence[str] | None = None,
-    data: Sequence[str | Mapping[str, Any]] | None = None,
+    data: Sequence[str | Mapping[str, Any]] | str | Path | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_loss: str | None = None,
-    lengths: str | Sequence[int] | None = None,
+    lengths: str | int | Sequence[int] | None = None,
     text: str | Path | None = None,
     effort: Effort | None = None,
     recipe: Recipe | None = None,
@@ -51,7 +51,8 @@ def compress_(
         model: a dense causal LM that transformers loaded, on its device and in its dtype. It is in `eval` mode meanwhile.
         budget: such as "25%", or several that must all hold; by default the recipe's.
         data: calibration rows: prompts as texts, or mappings such as `{"prompt": ...}`, `{"messages": [...]}`,
-            `{"context": ..., "question": ...}` or `{"text": ...}`, all of one kind. By default the effort's synthetic tasks.
+            `{"context": ..., "question": ...}` or `{"text": ...}`, all of one kind; or a file of such rows. By default the
+            effort's synthetic tasks.
         tokenizer: the model's; by default the one at `model.name_or_path`.
         max_loss: in place of a budget, such as "1%": the smallest budget whose plan raises the perplexity of the model's own
             answers by at most that.
@@ -77,16 +78,16 @@ def compress_(
         raise UsageError("the model runs under a plan already; take it off first: moacompress.detach(model)")
     if recipe is not None and effort is not None:
         raise UsageError("a recipe says how much is measured, and so does an effort; give one of them")
-    source = _source_of(model, tokenizer)
+    source, lengths = _source_of(model, tokenizer), [lengths] if isinstance(lengths, int) else lengths
     with ExitStack() as around:
         folder = Path(work) if work is not None else Path(around.enter_context(tempfile.TemporaryDirectory()))
         around.enter_context(_in_eval(model))
         resolved = (recipe or effort_recipe(effort or "quick", prose=text is not None)).override(
             **one_limit([budget] if isinstance(budget, str) else budget, max_loss),
             device=str(input_device(model)),
-            calibration__lengths=lengths if isinstance(lengths, str) or lengths is None else list(lengths),
+            calibration__lengths=lengths if isinstance(lengths, str) or lengths is None else [*lengths],
             calibration__text=None if text is None else str(text),
-            calibration__sources=None if data is None else [{"path": str(_write_rows(folder, data))}],
+            calibration__sources=None if data is None else [{"path": str(_file_of(data, folder))}],
         )
         if not resolved.budget and resolved.max_loss is None:
             raise UsageError('no budget given; give budget="25%", or max_loss="1%" to have it found')
@@ -139,12 +140,16 @@ def _source_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     return SourceModel(model, tokenizer, name or type(model).__name__, model_shape(model), context_length(model))
 
 
-def _write_rows(folder: Path, data: Sequence[str | Mapping[str, Any]]) -> Path:
-    """Writes rows to a file that is named by what they are: those of another call, maybe at work, are left alone.
+def _file_of(data: Sequence[str | Mapping[str, Any]] | str | Path, folder: Path) -> Path:
+    """Returns the file of calibration rows: the given one, or one in `folder`.
+
+    Rows are written to a file that is named by what they are: those of another call, maybe at work, are left alone.
 
     Raises:
         DataError: a row that JSON cannot hold.
     """
+    if isinstance(data, str | Path):
+        return Path(data)
     lines = []
     for number, row in enumerate(data):
         try:

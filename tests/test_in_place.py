@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,17 @@ def test_rows_in_memory_are_what_it_is_calibrated_on(loaded: Any, recipe: Recipe
     assert {path: path.read_bytes() for path in before} == before
     with pytest.raises(DataError, match="row 1 of data cannot be written as JSON"):
         moacompress.compress_(loaded, "50%", ["a", {"prompt": {1, 2}}], **options)
+
+
+def test_rows_in_a_file_are_what_it_is_calibrated_on(loaded: Any, recipe: Recipe, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    with pytest.raises(DataError, match=r"mine\.jsonl"):
+        moacompress.compress_(loaded, "50%", file, lengths=200, recipe=recipe)
+    file.write_text("".join(json.dumps({"prompt": f"{'words ' * 20} number {n} is"}) + "\n" for n in range(16)))
+    found = moacompress.compress_(loaded, "50%", str(file), lengths=200, recipe=recipe)
+    noted = found.plan.provenance["recipe"]["calibration"]
+    assert [part["path"] for part in noted["sources"]] == ["mine.jsonl"]
+    assert found.plan.profiled_lengths == [200]
 
 
 def test_what_fails_leaves_the_model_as_it_was(loaded: Any, recipe: Recipe) -> None:
