@@ -78,14 +78,16 @@ def compress_(
         raise UsageError("the model runs under a plan already; take it off first: moacompress.detach(model)")
     if recipe is not None and effort is not None:
         raise UsageError("a recipe says how much is measured, and so does an effort; give one of them")
-    source, lengths = _source_of(model, tokenizer), [lengths] if isinstance(lengths, int) else lengths
+    source = _source_of(model, tokenizer)
+    if isinstance(lengths, int):
+        lengths = [lengths]
     with ExitStack() as around:
         folder = Path(work) if work is not None else Path(around.enter_context(tempfile.TemporaryDirectory()))
         around.enter_context(_in_eval(model))
         resolved = (recipe or effort_recipe(effort or "quick", prose=text is not None)).override(
             **one_limit([budget] if isinstance(budget, str) else budget, max_loss),
             device=str(input_device(model)),
-            calibration__lengths=lengths if isinstance(lengths, str) or lengths is None else [*lengths],
+            calibration__lengths=lengths if isinstance(lengths, str) or lengths is None else list(lengths),
             calibration__text=None if text is None else str(text),
             calibration__sources=None if data is None else [{"path": str(_file_of(data, folder))}],
         )

@@ -26,7 +26,7 @@ from moacompress.core.artefact_names import (
     of_demo,
 )
 from moacompress.core.errors import ArtefactError, MoaCompressError, RecipeError, one_line
-from moacompress.core.files import is_within, read_json, remove, sweep_files, sweep_folders, write_json
+from moacompress.core.files import holds_something, is_within, read_json, remove, sweep_files, sweep_folders, write_json
 from moacompress.core.lock_holders import own_file, own_folder
 from moacompress.core.place import check_writable, no_empty_folder
 from moacompress.core.progress import Progress
@@ -381,7 +381,7 @@ def refuse_foreign(out: Path, inputs: Iterable[str | Path]) -> list[Path]:
     going = [*of_compress(out), *(of_demo(out) if (out / DEMO_FILE).exists() else ())]
     for folder, is_ours in ((profile, is_profile), (out / MODEL_FOLDER, is_compressed)):
         # not even with --overwrite: a mistyped folder must not cost somebody's files
-        if folder.exists() and not is_ours(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        if holds_something(folder) and not is_ours(folder):
             raise ArtefactError(f"{folder} exists already and no run left it; choose another folder for the run")
     check_baselines(out / PLAN_FILE)
     for name in inputs:

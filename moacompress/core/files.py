@@ -213,8 +213,13 @@ def sweep_files(path: Path) -> None:
         (path.parent / found).unlink(missing_ok=True)
 
 
+def holds_something(path: Path) -> bool:
+    """Whether there is a file, or a folder that is not empty."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
 def _refuse(target: Path) -> None:
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if holds_something(target):
         raise ArtefactError(f"{target} exists already; choose another folder or pass --overwrite")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -70,8 +71,7 @@ def writing_to(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        texts = [str(error)] if isinstance(error, RuntimeError) else []
-        of_torch = any(part in text for text in texts for part in ("inline_container", "iostream error"))
+        of_torch = isinstance(error, RuntimeError) and re.search("inline_container|iostream error", str(error))
         if not (of_torch or isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
             raise
         free = shutil.disk_usage(folder).free if folder.is_dir() else 0

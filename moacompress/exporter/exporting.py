@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moacompress.core.artefact_names import PLAN_FILE, RECIPE_FILE
 from moacompress.core.errors import ArtefactError, BudgetError, PlanError, UsageError
-from moacompress.core.files import is_within, new_folder, sweep_folders, write_text
+from moacompress.core.files import holds_something, is_within, new_folder, sweep_folders, write_text
 from moacompress.core.place import check_writable, writing_to
 from moacompress.core.progress import Progress
 from moacompress.estimate.estimate import Estimate
@@ -176,7 +176,7 @@ def _prepared(
     profile = _read_profile(repair)
     inputs = _read_places(model, profile) if overwrite else ()
     check_place(out, inputs)
-    reused = not overwrite and _holds_something(out)
+    reused = not overwrite and holds_something(out)
     if reused and ranks is None and not _is_export_of(out, plan, profile.fingerprint if profile else None):
         raise ArtefactError(
             f"{out} exists already and is not of this plan{_other_repair(out, plan)}; choose another folder or pass --overwrite"
@@ -244,7 +244,7 @@ def estimate_export(
     warn_of_budget(found.plan)
     size = sum(weight.nbytes for weight in found.source.model.state_dict().values())
     size -= saved_bytes(found.source.model, planned_weights(found.plan) or {})
-    return export_estimate(out, found.reused, _holds_something(out), size, found.profile is not None)
+    return export_estimate(out, found.reused, holds_something(out), size, found.profile is not None)
 
 
 def check_place(out: Path, inputs: Iterable[str | Path] = ()) -> None:
@@ -257,7 +257,7 @@ def check_place(out: Path, inputs: Iterable[str | Path] = ()) -> None:
     Raises:
         ArtefactError: there is something else, or one of the inputs lies in `out` or around it; links are followed.
     """
-    if not _holds_something(out):
+    if not holds_something(out):
         return
     if not _is_checkpoint(out):
         raise ArtefactError(f"{out} exists already and is not a compressed model; choose another folder")
@@ -265,10 +265,6 @@ def check_place(out: Path, inputs: Iterable[str | Path] = ()) -> None:
         parts = [name, *(Path(name).iterdir() if Path(name).is_dir() else ())]
         if is_within(out, name) or any(is_within(part, out) for part in parts):
             raise ArtefactError(f"{out} cannot be replaced: {name} is read by this command; choose another folder")
-
-
-def _holds_something(out: Path) -> bool:
-    return out.exists() and (not out.is_dir() or any(out.iterdir()))
 
 
 def _is_checkpoint(folder: Path) -> bool:

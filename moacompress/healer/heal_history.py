@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,7 +146,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 def _is_whole(checkpoint: Path) -> bool:
     """Whether the file that the Trainer writes last is there and was not cut, as by a full disk."""
     try:
-        state = json.loads((checkpoint / TRAINER_STATE).read_text())
-    except (OSError, ValueError):
+        state = read_json(checkpoint / TRAINER_STATE, "state")
+    except ArtefactError:
         return False
     return isinstance(state, dict) and str(state.get("global_step")) == checkpoint.name.rpartition("-")[2]

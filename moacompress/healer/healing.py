@@ -29,7 +29,15 @@ from moacompress.core.artefact_names import (
     of_heal,
 )
 from moacompress.core.errors import ArtefactError
-from moacompress.core.files import new_folder, read_json, remove, sweep_files, sweep_folders, write_json
+from moacompress.core.files import (
+    holds_something,
+    new_folder,
+    read_json,
+    remove,
+    sweep_files,
+    sweep_folders,
+    write_json,
+)
 from moacompress.core.lock_holders import own_folder
 from moacompress.core.place import named_folder, writing_to
 from moacompress.core.progress import SILENT, Progress
@@ -180,7 +188,7 @@ def _already_there(out: Path, request: HealRequest, overwrite: bool) -> HealResu
         raise ArtefactError(f"{out} is the model that is to be healed; choose another folder")
     sweep_folders(out)
     check_place(out, request.places if overwrite else ())
-    if overwrite or not out.exists() or not any(out.iterdir()):
+    if overwrite or not holds_something(out):
         return None
     plan = exported_plan(out)
     if plan is None or plan.provenance.get("heal", {}).get("request") != request.key:

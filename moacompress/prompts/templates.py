@@ -117,9 +117,12 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
         encoded: Any = tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, return_dict=True, return_assistant_tokens_mask=True
         )
-        first = _prefix_length(tokenizer, messages[: turns[0]], ids, generate=False)
-        flags = enumerate(encoded["assistant_masks"])
-        return list(encoded["input_ids"]), [bool(flag) and number >= first for number, flag in flags]
+        marked = [bool(flag) for flag in encoded["assistant_masks"]]
+        before = messages[: turns[0]]
+        if any(message["role"] == "assistant" for message in before):  # a greeting, which answers nobody
+            first = _prefix_length(tokenizer, before, ids, generate=False)
+            marked[:first] = [False] * first
+        return list(encoded["input_ids"]), marked
     for turn in turns:
         start = _prefix_length(tokenizer, messages[:turn], ids, generate=True)
         end = _prefix_length(tokenizer, messages[: turn + 1], ids, generate=False)

@@ -153,9 +153,7 @@ class Budget:
         if self.bytes is not None:
             return dict.fromkeys(lengths, self.bytes)
         assert self.share is not None
-        share = Fraction(self.share).limit_denominator(
-            10**9
-        )  # as it was written: 29% of 1,000 is more than int(0.29 * 1000)
+        share = Fraction(self.share).limit_denominator(10**9)  # as it was written: floats lose a byte of 29%
         return {length: int(share * shape.dense_kv_bytes(length)) for length in lengths}
 
 

@@ -18,7 +18,7 @@ from moacompress.core.errors import PlanError
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import MAX_ALPHA, SINKS, Rule
-from moacompress.rules.windows import BETA_ONE
+from moacompress.rules.windows import BETA_ONE, window
 
 Matrix = Sequence[Sequence[float]]
 THRESHOLD = 0.5
@@ -138,9 +138,7 @@ def plan_of_moa(spans: MoaSpans, shape: ModelShape, length: int) -> tuple[Plan, 
         notes.append(
             f"{bent} spans have a negative alpha: they are the same at {at}, larger at shorter ones and smaller at longer ones"
         )
-    narrow = sum(
-        not rule.sees_all and rule.alpha + rule.beta_q * length // BETA_ONE < MOA_LEAST for rule in chain(*rules)
-    )
+    narrow = sum(window(length, rule.alpha, rule.beta_q, 0) < MOA_LEAST for rule in chain(*rules) if not rule.sees_all)
     if narrow:
         notes.append(f"windows of {narrow} KV heads are smaller at {at} than {MOA_LEAST} tokens, and have so many here")
     return Plan(shape, MOA_LEAST, rules), notes

@@ -32,6 +32,18 @@ def test_a_greeting_answers_nobody(tiny_tokenizer: PreTrainedTokenizerBase) -> N
         assert "hello" not in answered
 
 
+def test_marks_of_a_template_need_no_beginnings_that_are_alike(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Only a greeting is looked for in the beginning of a conversation; others a template may render as it likes."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{{ messages | length }}{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
+        "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    turns = [("user", "hi"), ("assistant", "so"), ("user", "and?")]
+    ids, mask = encode_conversation(tokenizer, [{"role": role, "content": content} for role, content in turns])
+    assert tokenizer.decode([token for token, answer in zip(ids, mask, strict=True) if answer]) == "so"
+
+
 def test_what_a_tokenizer_puts_behind_a_text_is_left_out_where_it_goes_on(
     tiny_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
