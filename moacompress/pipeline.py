@@ -99,11 +99,23 @@ def compress(
 
 
 def estimate(
-    recipe: Recipe, progress: Progress | None = None, *, trust_remote_code: bool = False
+    recipe: Recipe,
+    progress: Progress | None = None,
+    *,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> Estimate | RunCounts:
     """Estimates what `compress` would take, after the same checks; nothing is written.
 
     Of a folder that has a config and no weights, what can be counted is counted, and nothing is timed.
+
+    Args:
+        recipe: names the model, and the budget or the loss.
+        progress: told of the timing.
+        out: the folder of the run, looked at as `compress` would; None to look at none.
+        overwrite: what a run left in `out` would be removed.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
 
     Raises:
         RecipeError: no model in the recipe.
@@ -111,13 +123,18 @@ def estimate(
     """
     if recipe.model is None:
         raise RecipeError("no model given; name one as MODEL or as `model:` in the recipe")
+    kept = None
+    if out is not None:
+        check_writable(Path(out))
+        _check_place(Path(out), recipe, overwrite)
+        kept = None if overwrite else Path(out) / PROFILE_FOLDER
     check_recipe(recipe)
     if is_described(recipe.model):
         counts = read_counts(recipe.model, trust_remote_code)
         check_with_shape(recipe, counts.shape, counts.context)
         return count_run(recipe, counts)
     source = load_for(recipe, recipe.model, trust_remote_code=trust_remote_code)
-    check_with_model(recipe, source)
+    check_with_model(recipe, source, kept)
     return estimate_run(recipe, source, progress)
 
 
@@ -212,15 +229,11 @@ def _begin(recipe: Recipe, out: Path, from_scratch: bool, trust_remote_code: boo
         MoaCompressError: from the checks.
     """
     assert recipe.model is not None
-    inputs = inputs_of(recipe)
-    if from_scratch:
-        refuse_foreign(out, inputs)
-    else:
-        _refuse_other(out, recipe)
+    _check_place(out, recipe, from_scratch)
     source = load_for(recipe, recipe.model, trust_remote_code=trust_remote_code)
     check_with_model(recipe, source, None if from_scratch else out / PROFILE_FOLDER)
     if from_scratch:
-        clear_run(out, inputs)
+        clear_run(out, inputs_of(recipe))
     _claim(out, recipe)
     return source
 
@@ -400,6 +413,14 @@ def _claim(out: Path, recipe: Recipe) -> None:
         _refuse_other(out, recipe)
         remove([out / SECONDS_FILE])
         write_json(out / RECIPE_FILE, recipe.resolved())
+
+
+def _check_place(out: Path, recipe: Recipe, from_scratch: bool) -> None:
+    """Refuses a folder that this run may not fill, or whose files it may not replace; nothing is changed."""
+    if from_scratch:
+        refuse_foreign(out, inputs_of(recipe))
+    else:
+        _refuse_other(out, recipe)
 
 
 def _is_of(out: Path, recipe: Recipe) -> bool:

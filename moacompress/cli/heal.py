@@ -75,9 +75,11 @@ def heal(
 
         expected = estimate_heal(
             path,
+            out,
             profile=profile,
             teacher=teacher,
             recipe=resolved,
+            overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             progress=run.progress,
         )

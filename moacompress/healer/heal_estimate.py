@@ -13,6 +13,7 @@ from moacompress.calibration.data.answers import generate_greedy
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.memory import peak_rss
+from moacompress.core.place import named_folder
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.ranks import world_size
 from moacompress.core.tables import readable_bytes
@@ -22,7 +23,8 @@ from moacompress.healer.distillation import soft_loss
 from moacompress.healer.heal_request import HealRequest, accumulation
 from moacompress.healer.teacher import HeldOut, Teacher, target_rows
 from moacompress.healer.trained_weights import make_trainable
-from moacompress.healer.training_data import count_samples, heal_lengths, held_out_samples
+from moacompress.healer.healing import check_out
+from moacompress.healer.training_data import count_samples, heal_drafts, heal_lengths, held_out_samples
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 
@@ -32,22 +34,28 @@ ADAM_BYTES = 8
 
 def estimate_heal(
     target: str | Path,
+    out: str | Path | None = None,
     *,
     profile: str | Path | Profile | None = None,
     teacher: str | SourceModel | None = None,
     recipe: Recipe | None = None,
+    overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Estimate:
-    """Estimates what `heal` would take with the same arguments. Nothing is written.
+    """Estimates what `heal` would take with the same arguments, from the beginning. Nothing is written.
 
-    Arguments and errors are those of `heal`.
+    Arguments and errors are those of `heal`; without `out` no place is looked at.
     """
     request = HealRequest.of(target, profile, teacher, recipe or Recipe(), trust_remote_code)
     progress = progress or SILENT
+    if out is not None and check_out(named_folder(out), request, overwrite) is not None:
+        there = f"{out} is of this very heal already; it would be left as it is."
+        return Estimate(seconds=0.0, text=[there], facts={"exists": True})
     known, heal = request.profile, request.heal
     calibration = known.calibration_samples()
     counts = count_samples(known, calibration, request.recipe)
+    heal_drafts(known, request.teacher, request.recipe, counts)  # whether they can be made
     lengths = heal_lengths(known, request.recipe)
     longest = max(lengths)
     held_out = held_out_samples(known, request.recipe)
@@ -69,6 +77,7 @@ def estimate_heal(
     evaluation_seconds = (evaluations * rates.measure + rates.teacher) * measured / world
     training = train_seconds + evaluation_seconds
     facts = {
+        "exists": False,
         "steps": heal.steps,
         "tokens": round(seen * sum(lengths) / len(lengths)),
         "new_samples": counts.new_answers + counts.new_texts,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from moacompress.core.files import read_json, write_bytes, write_json
 
 TRAINER_STATE = "trainer_state.json"
 """What transformers writes last into a checkpoint: one without it is half-written."""
+TORCH_FILES = (".pt", ".pth", ".bin")
+"""Names of what torch writes end so."""
 
 
 @dataclass
@@ -144,9 +147,25 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether the file that the Trainer writes last is there and was not cut, as by a full disk."""
+    """Whether the file that the Trainer writes last is there, and none was cut, as by a full disk or a power cut."""
     try:
         state = read_json(checkpoint / TRAINER_STATE, "state")
     except ArtefactError:
         return False
-    return isinstance(state, dict) and str(state.get("global_step")) == checkpoint.name.rpartition("-")[2]
+    named = isinstance(state, dict) and str(state.get("global_step")) == checkpoint.name.rpartition("-")[2]
+    return named and all(map(_has_its_end, checkpoint.iterdir()))
+
+
+def _has_its_end(file: Path) -> bool:
+    """Whether a file of tensors has all bytes that its own table counts; nothing of it is unpacked."""
+    from safetensors import SafetensorError, safe_open
+
+    if file.suffix in TORCH_FILES:
+        return is_zipfile(file)  # a table stands at the end
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, "pt"):
+                return True
+        except (OSError, SafetensorError):
+            return False
+    return True

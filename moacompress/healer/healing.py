@@ -24,6 +24,7 @@ from moacompress.core.artefact_names import (
     HEAL_CHECKPOINTS_FOLDER,
     HEAL_FILE,
     HEAL_HISTORY_FILE,
+    TEMPORARY,
     heal_folder,
     holder_of_folder,
     of_heal,
@@ -39,7 +40,7 @@ from moacompress.core.files import (
     write_json,
 )
 from moacompress.core.lock_holders import own_folder
-from moacompress.core.place import named_folder, writing_to
+from moacompress.core.place import check_writable, named_folder, writing_to
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.ranks import rank, world_size
 from moacompress.core.shown import Shown
@@ -122,7 +123,8 @@ def heal(
     processes.join()
     out, progress = named_folder(out), progress or SILENT
     request = HealRequest.of(target, profile, teacher, recipe or Recipe(), trust_remote_code)
-    done = _already_there(out, request, overwrite)
+    sweep_folders(out)
+    done = check_out(out, request, overwrite)
     if done is not None:
         return done
     work = heal_folder(out)
@@ -182,13 +184,26 @@ def trainer_arguments(request: HealRequest, work: Path | None) -> Any:
     return arguments
 
 
-def _already_there(out: Path, request: HealRequest, overwrite: bool) -> HealResult | None:
-    """Returns what this very heal made, or None; refuses anything else that is at `out`."""
+def check_out(out: Path, request: HealRequest, overwrite: bool) -> HealResult | None:
+    """Refuses a place where this heal may not write, or whose work folder is another one's; nothing is changed.
+
+    Args:
+        out: where the checkpoint is to go.
+        request: what is asked for.
+        overwrite: whether a checkpoint, and what another heal left, may be replaced.
+
+    Returns:
+        What this very heal made, where it is there already; else None.
+
+    Raises:
+        ArtefactError: something else is there.
+    """
     if out.resolve() == request.checkpoint.folder.resolve():
         raise ArtefactError(f"{out} is the model that is to be healed; choose another folder")
-    sweep_folders(out)
+    check_writable(out)
     check_place(out, request.places if overwrite else ())
     if overwrite or not holds_something(out):
+        _is_begun(heal_folder(out), request, overwrite)
         return None
     plan = exported_plan(out)
     if plan is None or plan.provenance.get("heal", {}).get("request") != request.key:
@@ -199,21 +214,30 @@ def _already_there(out: Path, request: HealRequest, overwrite: bool) -> HealResu
 def _claim(work: Path, request: HealRequest, overwrite: bool) -> None:
     """Makes the work folder this heal's, or refuses it. This process owns it."""
     _sweep(work)
+    if _is_begun(work, request, overwrite):
+        return
     mark = work / HEAL_FILE
-    held = set(work.iterdir()) - {holder_of_folder(work)}
-    if held and not mark.is_file():
-        raise ArtefactError(f"{work} exists already and no heal left it; choose another --out")
-    if mark.is_file() and not overwrite:
-        found = read_json(mark, "heal")
-        if isinstance(found, dict) and found.get("request") == request.key:
-            return
-        if (work / HEAL_HISTORY_FILE).exists():
-            raise ArtefactError(
-                f"{work} holds another heal, which was stopped; choose another --out or pass --overwrite"
-            )
-    else:
+    if overwrite or not mark.is_file():
         remove(of_heal(work))
     write_json(mark, {"request": request.key, "recipe": request.recipe.shared(request.teacher.source)["heal"]})
+
+
+def _is_begun(work: Path, request: HealRequest, overwrite: bool) -> bool:
+    """Returns whether a work folder has this very heal's beginnings, to be taken up; refuses what no heal or another one left."""
+    mark = work / HEAL_FILE
+    if not mark.is_file():
+        held = [path for path in work.iterdir() if path.suffix != TEMPORARY] if work.is_dir() else []
+        if any(path != holder_of_folder(work) for path in held):
+            raise ArtefactError(f"{work} exists already and no heal left it; choose another --out")
+        return False
+    if overwrite:
+        return False
+    found = read_json(mark, "heal")
+    if isinstance(found, dict) and found.get("request") == request.key:
+        return True
+    if (work / HEAL_HISTORY_FILE).exists():
+        raise ArtefactError(f"{work} holds another heal, which was stopped; choose another --out or pass --overwrite")
+    return False
 
 
 def _sweep(work: Path) -> None:

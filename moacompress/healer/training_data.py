@@ -136,17 +136,15 @@ def make_heal_data(
             cannot have.
         ArtefactError: the profile's samples cannot be read, or answers not be written.
     """
-    refuse_evaluation_text(recipe.calibration.text, profile.recipe.calibration.text)
-    lengths = heal_lengths(profile, recipe)
-    check_counts(lengths, len(lengths), teacher.context, "calibration")
     calibration = profile.calibration_samples()
     counts = count_samples(profile, calibration, recipe)
+    drafts = heal_drafts(profile, teacher, recipe, counts)
+    lengths = heal_lengths(profile, recipe)
     rng = np.random.default_rng(recipe.seed)
     chosen: list[Sample] = []
     for kind, wanted in (("answer", counts.answers), ("text", counts.texts)):
         here = [sample for sample in calibration if sample.kind == kind and sample.length in lengths]
         chosen += [here[number] for number in sorted(rng.permutation(len(here))[:wanted].tolist())]
-    drafts = _new_drafts(profile, teacher, recipe, counts, lengths)
     made = answer_drafts(teacher.model, drafts, progress, answers) if drafts else []
     known = {fingerprint_sample(sample) for sample in chosen}
     chosen += [sample for sample in made if fingerprint_sample(sample) not in known]
@@ -154,6 +152,31 @@ def make_heal_data(
         raise DataError("there are no training samples; ask for more (--samples)")
     refuse_seen(chosen, profile.validation)
     return HealData([_with_more_targets(sample, rng) for sample in chosen], held_out_samples(profile, recipe))
+
+
+def heal_drafts(profile: Profile, teacher: SourceModel, recipe: Recipe, counts: SampleCounts) -> list[SampleDraft]:
+    """Returns what the dense model is still to answer or to read: of the profile's recipe, with a seed that it did not use.
+
+    Raises:
+        DataError: data that are missing, or that an evaluation uses too; lengths that the model or samples cannot have.
+    """
+    refuse_evaluation_text(recipe.calibration.text, profile.recipe.calibration.text)
+    lengths = heal_lengths(profile, recipe)
+    check_counts(lengths, len(lengths), teacher.context, "calibration")
+    if not counts.new_answers + counts.new_texts:
+        return []
+    ours = profile.recipe.calibration.text if recipe.calibration.text is None else recipe.calibration.text
+    wanted = profile.recipe.override(
+        seed=(profile.recipe.seed + 1 + recipe.seed) % 2**31,
+        calibration__text=ours,
+        calibration__lengths=lengths,
+        calibration__samples=max(counts.new_answers, len(lengths)),
+        calibration__text_samples=counts.new_texts,
+    )
+    drafts = make_drafts(teacher, wanted, "calibration")
+    texts = [draft for draft in drafts if draft.kind == "text"]
+    answers = [draft for draft in drafts if draft.kind == "answer"]
+    return [*answers[: counts.new_answers], *texts]
 
 
 def refuse_seen(training: Sequence[Sample], held_out: Sequence[Sample]) -> None:
@@ -202,26 +225,6 @@ def _documents_of(documents: Sequence[str], split: Split) -> Sequence[str]:
 
 def _fingerprint_text(text: str) -> str:
     return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
-
-
-def _new_drafts(
-    profile: Profile, teacher: SourceModel, recipe: Recipe, counts: SampleCounts, lengths: Sequence[int]
-) -> list[SampleDraft]:
-    """Returns what the dense model is still to answer: of the profile's recipe, with a seed that the profile did not use."""
-    if not counts.new_answers + counts.new_texts:
-        return []
-    ours = profile.recipe.calibration.text if recipe.calibration.text is None else recipe.calibration.text
-    wanted = profile.recipe.override(
-        seed=(profile.recipe.seed + 1 + recipe.seed) % 2**31,
-        calibration__text=ours,
-        calibration__lengths=lengths,
-        calibration__samples=max(counts.new_answers, len(lengths)),
-        calibration__text_samples=counts.new_texts,
-    )
-    drafts = make_drafts(teacher, wanted, "calibration")
-    texts = [draft for draft in drafts if draft.kind == "text"]
-    answers = [draft for draft in drafts if draft.kind == "answer"]
-    return [*answers[: counts.new_answers], *texts]
 
 
 def _with_more_targets(sample: Sample, rng: np.random.Generator) -> Sample:

@@ -163,22 +163,42 @@ def load_source(
         del model.config.quantization_config
         model.hf_quantizer = None
         model.is_quantized = False
-    if weights in ROUNDING:
-        from moacompress.models.weight_rounding import round_weights
+    exact: SourceModel | None = None
+    rounds = weights in ROUNDING
+    if own is not None and _loses_bits(own, dtype, rounds) and not placed and (rounds or not is_gguf):
+        kinds: dict[str, Any] = {"weights": weights, "head_weights": head_weights}
+        exact = load_source(source, dtype=own, trust_remote_code=trust_remote_code, **kinds)
+    if rounds:
+        from moacompress.models.weight_rounding import round_like, round_weights
 
-        round_weights(model, weights, head_weights)
+        if exact is not None:
+            round_like(model, exact.model)
+        else:
+            round_weights(model, weights, head_weights)
     if not placed:
         model.to(device)
     model.eval().requires_grad_(False)
     shape = model_shape(model, own)
-    if dtype == "float16" and own in ("bfloat16", "float32") and not (placed or is_gguf):
-        # float16 loses bits of small numbers: whose weights these are is said by those of the files
-        kinds: dict[str, Any] = {"weights": weights, "head_weights": head_weights}
-        kept = load_source(source, dtype=own, trust_remote_code=trust_remote_code, **kinds).shape
-        shape = replace(shape, weights_fingerprint=kept.weights_fingerprint)
+    if exact is not None:
+        shape = replace(shape, weights_fingerprint=exact.shape.weights_fingerprint)
     context = context_length(model)
     place = str(Path(source).resolve()) if is_gguf else name
     return SourceModel(model, tokenizer, place, shape, context)
+
+
+def _loses_bits(own: str, dtype: str, rounds: bool) -> bool:
+    """Returns whether numbers of a model in `dtype` no longer say whose they are, or what they would be rounded to.
+
+    Args:
+        own: dtype of the files.
+        dtype: what the model computes in, or "auto".
+        rounds: whether they are to be rounded to blocks.
+    """
+    import torch
+
+    if dtype == "auto" or torch.promote_types(getattr(torch, own), wanted := getattr(torch, dtype)) == wanted:
+        return False
+    return rounds or dtype == "float16"  # which loses bits of small numbers; fingerprints are those of bfloat16
 
 
 def _check_can_place(device: str, weights: str, is_gguf: bool) -> None:

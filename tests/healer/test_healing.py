@@ -18,6 +18,7 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import moacompress
@@ -25,6 +26,7 @@ from moacompress.calibration.data.samples import load_samples
 from moacompress.core.artefact_names import TEMPORARY, heal_folder
 from moacompress.core.errors import ArtefactError, DataError, ModelError, PlanError, UsageError
 from moacompress.core.progress import Progress
+from moacompress.healer.heal_estimate import estimate_heal
 from moacompress.healer.heal_history import HealHistory, last_checkpoint
 from moacompress.healer.healing import heal
 from moacompress.healer.teacher import HeldOut, Teacher
@@ -330,8 +332,9 @@ def test_a_mistyped_folder_costs_nobody_s_files(healable: Place, small: Make, tm
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine.txt").write_text("mine")
     for name, match in (("out", "is not a compressed model"), ("other", "no heal left it")):
-        with pytest.raises(ArtefactError, match=match):
-            heal(healable["model"], tmp_path / name, profile=healable["profile"], recipe=small(), overwrite=True)
+        for asked in (heal, estimate_heal):
+            with pytest.raises(ArtefactError, match=match):
+                asked(healable["model"], tmp_path / name, profile=healable["profile"], recipe=small(), overwrite=True)
     assert len(list(tmp_path.rglob("mine.txt"))) == 2
     with pytest.raises(ArtefactError, match="is the model that is to be healed"):
         heal(healable["model"], healable["model"], profile=healable["profile"], recipe=small(), overwrite=True)
@@ -362,10 +365,15 @@ def test_held_out_samples_are_not_trained_on(
 def test_a_request_that_failed_before_it_trained_is_in_nobody_s_way(
     healable: Place, small: Make, tmp_path: Path, quick: None
 ) -> None:
-    with pytest.raises(DataError, match="takes at least 265 tokens; 128 were asked for"):
-        heal(healable["model"], tmp_path / "out", profile=healable["profile"], recipe=small(samples=50))
+    for asked in (estimate_heal, heal):
+        with pytest.raises(DataError, match="takes at least 265 tokens; 128 were asked for"):
+            asked(healable["model"], tmp_path / "out", profile=healable["profile"], recipe=small(samples=50))
     done = heal(healable["model"], tmp_path / "out", profile=healable["profile"], recipe=small(steps=1))
     assert done.notes["steps"] == 1
+    found = estimate_heal(healable["model"], tmp_path / "out", profile=healable["profile"], recipe=small(steps=1))
+    assert (found.seconds, found.facts["exists"]) == (0, True)
+    with pytest.raises(ArtefactError, match="is not of this heal; choose another folder or pass --overwrite"):
+        estimate_heal(healable["model"], tmp_path / "out", profile=healable["profile"], recipe=small(steps=2))
 
 
 def test_a_dry_run_says_the_cost_and_writes_nothing(healable: Place, small: Make, tmp_path: Path) -> None:
@@ -411,8 +419,6 @@ def test_a_dry_run_says_the_cost_and_writes_nothing(healable: Place, small: Make
 
 def test_a_busy_machine_is_said(healable: Place, small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     from moacompress.estimate import stopwatch
-    from moacompress.healer.heal_estimate import estimate_heal
-
     begun, clock = time.perf_counter(), time.thread_time
     # the thread computes as it does, and a clock goes by ten times as fast
     stand_in = SimpleNamespace(perf_counter=lambda: begun + 10 * clock(), thread_time=clock)
@@ -458,6 +464,14 @@ def test_a_checkpoint_that_was_cut_is_not_the_last(tmp_path: Path) -> None:
         if state is not None:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    for name, write in (("optimizer.pt", torch.save), ("adapter_model.safetensors", save_file)):
+        file = tmp_path / "checkpoint-4" / name
+        write({"moment": torch.zeros(50)}, file)
+        assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-100])
+        assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+        file.write_bytes(whole)
 
 
 def test_what_a_kill_left_of_the_best_state_is_in_nobody_s_way(

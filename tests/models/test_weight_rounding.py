@@ -112,6 +112,22 @@ def test_a_source_is_rounded_as_it_is_loaded(tiny_folder, tmp_path):
     assert "lm_head" not in types
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_numbers_are_rounded_before_they_lose_bits(dtype, tiny_folder):
+    """Else the same weights would be others where a model is profiled, or healed, in another dtype than it is stored in."""
+    stored, narrow = (load_source(tiny_folder, dtype=name, weights="int4", head_weights="int8") for name in ("auto", dtype))
+    types = weight_types(stored.model)
+    assert weight_types(narrow.model) == types
+    assert (stored.computes_in, narrow.computes_in) == ("float32", dtype)
+    assert narrow.shape.weights_fingerprint == stored.shape.weights_fingerprint
+    for name in types:
+        assert torch.equal(narrow.model.get_parameter(f"{name}.weight"), stored.model.get_parameter(f"{name}.weight"))
+    ids = torch.arange(3, 40)[None]
+    logits = narrow.model(ids).logits
+    assert logits.dtype == getattr(torch, dtype)
+    assert (logits.float() - stored.model(ids).logits).abs().mean() < 0.05 * logits.float().std()
+
+
 def test_a_head_is_rounded_with_the_rest_alone():
     assert Recipe.from_dict({"weights": "int4", "head_weights": "int8"}).head_weights == "int8"
     with pytest.raises(RecipeError, match="head_weights is int8 but weights is keep"):

@@ -131,6 +131,8 @@ def test_a_run_that_failed_at_once_is_no_other_run(recipe, tmp_path, monkeypatch
     (out / "profile" / "answers.jsonl").write_text("{}")
     with pytest.raises(ArtefactError, match=r"holds another run \(profile/answers.jsonl\)"):
         compress(wrong, out)
+    with pytest.raises(ArtefactError, match=r"holds another run \(profile/answers.jsonl\)"):
+        pipeline.estimate(wrong, out=out)
     (tmp_path / "food").mkdir()
     (tmp_path / "food" / "recipe.json").write_text('{"flour": 2}')
     with pytest.raises(ArtefactError, match=r"holds another run \(recipe.json\)"):
