@@ -40,6 +40,8 @@ def main() -> None:
     parser.add_argument("--beside", type=Path, nargs="*", default=[], help="other plans, measured on the same samples")
     parser.add_argument("--json", action="store_true", help="write one JSON object")
     options = parser.parse_args()
+    if options.samples < 2:
+        parser.error("intervals need 2 samples or more")
     profile, found = Profile.load(options.profile), Plan.load(options.plan)
     stages = read_json(explanation_file(options.plan), "explanation")["stages"]
     names = [stage["name"] for stage in stages if stage["kept"]]

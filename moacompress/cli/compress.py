@@ -106,9 +106,7 @@ def compress(
     if dry_run:
         from moacompress.pipeline import estimate
 
-        expected = estimate(
-            resolved, run.progress, out=out, overwrite=overwrite, trust_remote_code=trust_remote_code
-        )
+        expected = estimate(resolved, run.progress, out=out, overwrite=overwrite, trust_remote_code=trust_remote_code)
         return Output(expected.to_dict(), [f"It would take {expected.line()} Nothing was done."])
 
     from moacompress.pipeline import compress as compress_model

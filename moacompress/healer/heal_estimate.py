@@ -21,9 +21,9 @@ from moacompress.estimate.estimate import Estimate
 from moacompress.estimate.stopwatch import Stopwatch
 from moacompress.healer.distillation import soft_loss
 from moacompress.healer.heal_request import HealRequest, accumulation
+from moacompress.healer.healing import check_out
 from moacompress.healer.teacher import HeldOut, Teacher, target_rows
 from moacompress.healer.trained_weights import make_trainable
-from moacompress.healer.healing import check_out
 from moacompress.healer.training_data import count_samples, heal_drafts, heal_lengths, held_out_samples
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe

@@ -223,7 +223,7 @@ def _claim(work: Path, request: HealRequest, overwrite: bool) -> None:
 
 
 def _is_begun(work: Path, request: HealRequest, overwrite: bool) -> bool:
-    """Returns whether a work folder has this very heal's beginnings, to be taken up; refuses what no heal or another one left."""
+    """Returns whether a work folder is that of this very heal, to be taken up; refuses what no heal or another one left."""
     mark = work / HEAL_FILE
     if not mark.is_file():
         held = [path for path in work.iterdir() if path.suffix != TEMPORARY] if work.is_dir() else []

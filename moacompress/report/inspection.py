@@ -28,8 +28,6 @@ from moacompress.rules.rule import Rule
 from moacompress.rules.rule_classes import classes_of
 from moacompress.rules.step_time import step_lines
 
-DEFAULT_LENGTHS = (1024, 2048, 4096)
-"""Lengths shown for a plan that does not say which it was made for."""
 SHADES = "▁▂▃▄▅▆▇█"
 NATIVE_MARK = "·"
 _OF_LAYER = re.compile(r"(.*\.(?:layers|h)\.)(\d+)(\..+)")
@@ -87,10 +85,8 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
     Raises:
         ArtefactError: the checkpoint's weights cannot be read.
     """
-    own = sorted(int(n) for n in plan.budget.get("bytes", {}) if str(n).isdecimal() and int(n) > 0)
-    chosen = list(lengths or own or DEFAULT_LENGTHS)
-    profiled = [n for n in plan.provenance.get("lengths", []) if isinstance(n, int)] or own or chosen
-    reference = reference_length([Budget.parse(text) for text in plan.budget.get("asked", [])], profiled)
+    chosen = list(lengths or plan.stated_lengths)
+    reference = reference_length([Budget.parse(text) for text in plan.budget.get("asked", [])], plan.profiled_lengths)
     parameters = None if folder is None else count_parameters(folder, plan)
     fields = {
         "density": plan.density(reference),

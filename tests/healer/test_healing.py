@@ -419,6 +419,7 @@ def test_a_dry_run_says_the_cost_and_writes_nothing(healable: Place, small: Make
 
 def test_a_busy_machine_is_said(healable: Place, small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     from moacompress.estimate import stopwatch
+
     begun, clock = time.perf_counter(), time.thread_time
     # the thread computes as it does, and a clock goes by ten times as fast
     stand_in = SimpleNamespace(perf_counter=lambda: begun + 10 * clock(), thread_time=clock)

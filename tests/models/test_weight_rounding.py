@@ -115,7 +115,9 @@ def test_a_source_is_rounded_as_it_is_loaded(tiny_folder, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_numbers_are_rounded_before_they_lose_bits(dtype, tiny_folder):
     """Else the same weights would be others where a model is profiled, or healed, in another dtype than it is stored in."""
-    stored, narrow = (load_source(tiny_folder, dtype=name, weights="int4", head_weights="int8") for name in ("auto", dtype))
+    stored, narrow = (
+        load_source(tiny_folder, dtype=name, weights="int4", head_weights="int8") for name in ("auto", dtype)
+    )
     types = weight_types(stored.model)
     assert weight_types(narrow.model) == types
     assert (stored.computes_in, narrow.computes_in) == ("float32", dtype)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moacompress
 from moacompress.core.errors import PlanError
 from moacompress.rules import plan as plan_module
 from moacompress.rules.model_shape import ModelShape
@@ -149,6 +150,19 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     assert loaded == plan
     assert loaded.key() == plan.key()
     assert loaded.diff(plan) == []
+
+
+@pytest.mark.parametrize(
+    "noted", [{"abc": 1, "-5": 1, "0": 1, "9" * 5000: 1}, ["1024"], 3, {"2048": 1, "512": 2, "x": 3}]
+)
+def test_lengths_in_notes_that_somebody_else_wrote(noted: Any) -> None:
+    known = Plan(shape(), 32, Plan.full(shape()).rules, budget={"bytes": noted}, provenance={"lengths": noted})
+    assert known.stated_lengths == (
+        [512, 2048] if "2048" in (noted if isinstance(noted, dict) else {}) else [1024, 4096]
+    )
+    assert known.profiled_lengths == known.stated_lengths
+    assert str(known).startswith("plan for")
+    assert moacompress.inspect(known)["kv_bytes"]
 
 
 def test_key_ignores_notes_and_weights() -> None:
