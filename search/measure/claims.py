@@ -13,12 +13,13 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moacompress.core.errors import InUseError
+from moacompress.core.lock_holders import SILENT_SECONDS, readable_age
 from moacompress.core.progress import SILENT, Progress
 from moacompress.search.measure.storages import guarded, open_storage, shown
 from moacompress.search.measure.workers import Worker, Workers
@@ -39,6 +40,8 @@ KEEP_SECONDS = 5.0
 measurement that it was at. Keeping each alone would take much of the time of short ones."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
 """Seconds after which a worker that waits looks again: more each time."""
+LOOK_SECONDS = 5.0
+"""Seconds after which it is looked again whether a worker elsewhere has been heard of."""
 SAID_AFTER = 5.0
 """Seconds of waiting after which it says so."""
 
@@ -330,7 +333,8 @@ def open_claims(
     Args:
         storage: as that of `open_storage`.
         name: of the search's study; those of its steps begin with it.
-        alone: refuse to work beside others, and refuse them.
+        alone: refuse to work beside others, and refuse them; then `storage` is of one process at a time, whose lock this
+            one holds.
         from_scratch: forget what was measured.
         trials: how many this worker wants, for whoever asks how far the search is.
         progress: told where this worker waits for others.
@@ -357,14 +361,12 @@ def open_claims(
     backend = open_storage(storage)
     found = claims()
     if from_scratch:
+        _refuse(_living(found, alone, lambda other: True, progress), what, "leave out --overwrite")
         with guarded(where):
-            _refuse(found.workers.others(), what, "leave out --overwrite")
             _forget(backend, name)
         found = claims()
     with _joined(found, alone, trials):
-        with guarded(where):
-            others = found.workers.others()
-        _refuse([other for other in others if alone or other.alone], what, CHOOSE_STORAGE)
+        _refuse(_living(found, alone, lambda other: alone or other.alone, progress), what, CHOOSE_STORAGE)
         yield found
 
 
@@ -378,6 +380,35 @@ def _joined(claims: Claims, alone: bool, trials: int | None) -> Iterator[None]:
         yield
     finally:
         joined.__exit__(None, None, None)
+
+
+def _living(claims: Claims, alone: bool, in_the_way: Callable[[Worker], bool], progress: Progress) -> list[Worker]:
+    """Returns the workers in the way that live; waits where only time tells, of one elsewhere that has not been heard of.
+
+    Args:
+        claims: of the search.
+        alone: whether this process holds a lock without which no other would have been alone.
+        in_the_way: whether a worker matters.
+        progress: told what is waited for.
+    """
+    workers, said = claims.workers, False
+    while True:
+        with guarded(claims.where):
+            others = [other for other in workers.others() if in_the_way(other)]
+            if alone:
+                for other in [one for one in others if one.alone and not one.holder.is_here]:
+                    workers.mark_dead(other)  # by a reboot, or with its container or machine
+                    others.remove(other)
+        heard = [other for other in others if workers.is_heard(other)]
+        if heard or not others:
+            return heard
+        if not said:
+            said, holder = True, others[0].holder
+            progress.say(
+                f"waiting to hear of process {holder.pid} on {holder.host}, for {readable_age(SILENT_SECONDS)} at most: it was "
+                "at work on this search when it was last heard of"
+            )
+        time.sleep(LOOK_SECONDS)
 
 
 def _refuse(others: Sequence[Worker], what: str, choose: str) -> None:

@@ -86,6 +86,7 @@ class Workers:
         self._notes: dict[str, Any] = {}
         self._beats = 0
         self._seen: dict[int, tuple[int, float]] = {}
+        self._first: dict[int, int] = {}
 
     @property
     def token(self) -> str:
@@ -106,6 +107,19 @@ class Workers:
         """Returns the other workers that are alive."""
         running = [worker for worker in self.all() if worker.state == "RUNNING"]
         return [worker for worker in running if worker.holder.token != self.token and self._is_alive(worker)]
+
+    def is_heard(self, worker: Worker) -> bool:
+        """Returns whether a worker is known to live, and not only not yet known to be dead."""
+        return worker.holder.is_here or self._first.get(worker.number, worker.beat) != worker.beat
+
+    def mark_dead(self, worker: Worker) -> None:
+        """Notes that a worker has died, so that nobody else need find it out."""
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import TrialState
+
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, worker.number)
+        with suppress(UpdateFinishedTrialError):
+            self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
     def by_token(self, token: str, trials: Sequence[FrozenTrial] | None = None) -> Worker | None:
         """Returns the last one of a token.
@@ -173,20 +187,16 @@ class Workers:
             self._trial_id = None
 
     def _is_alive(self, worker: Worker) -> bool:
-        """Returns whether a running worker lives; a dead one is marked, so that nobody else need find it out."""
-        from optuna.exceptions import UpdateFinishedTrialError
-        from optuna.trial import TrialState
-
+        """Returns whether a running worker lives; a dead one is marked."""
         if worker.holder.is_alive(lambda: self._silence(worker)):
             return True
-        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, worker.number)
-        with suppress(UpdateFinishedTrialError):
-            self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+        self.mark_dead(worker)
         return False
 
     def _silence(self, worker: Worker) -> float:
         """Returns for how many seconds this process has seen the same beat of a worker."""
         now = self._monotonic()
+        self._first.setdefault(worker.number, worker.beat)
         beat, since = self._seen.get(worker.number, (None, now))
         if beat != worker.beat:
             since = now

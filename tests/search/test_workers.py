@@ -8,18 +8,22 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import optuna
 import pytest
 
 from moacompress.calibration.profile.store import Profile
-from moacompress.core.errors import ArtefactError
+from moacompress.core.errors import ArtefactError, InUseError
+from moacompress.core.lock_holders import LockHolder
+from moacompress.core.progress import Progress
 from moacompress.core.urls import without_password
 from moacompress.rules.budget import split_budgets
 from moacompress.rules.loss import Loss
 from moacompress.rules.plan import Plan
 from moacompress.search.front import find_front
 from moacompress.search.measure import claims as claims_module
+from moacompress.search.measure import workers as workers_module
 from moacompress.search.measure.claims import open_claims
 from moacompress.search.measure.storages import open_storage, quiet_optuna
 from moacompress.search.plan_sets import find_plans, find_smallest
@@ -148,6 +152,63 @@ def test_numbers_are_kept_every_few_seconds_and_where_a_claim_is_given_up(
         claims.finish(again, [2.5], result="done")
         assert claims.result("x") == "done"
         assert claims.take("x") is None
+
+
+def elsewhere(storage: str, alone: bool) -> tuple[Any, int]:
+    """Leaves a worker of another boot, or machine, in a study, as a kill does; returns the storage and its trial."""
+    holder = LockHolder("elsewhere", "another boot", "", 7, "1", time.time() - 86400, "its token")
+    with quiet_optuna():
+        backend = open_storage(storage)
+        study = optuna.create_study(storage=backend, study_name="s" + claims_module.CLAIMS, load_if_exists=True)
+        notes = {"holder": holder.to_dict(), "beat": [3, holder.begun], "alone": alone}
+        trial = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING, user_attrs=notes)
+        return backend, backend.create_new_trial(backend.get_study_id_from_name(study.study_name), trial)
+
+
+def test_a_search_goes_on_after_a_reboot(tmp_path: Path) -> None:
+    """Whoever has the plan's lock knows that the one before has gone: its beat need not be waited for."""
+    storage = storage_in(tmp_path, "journal")
+    backend, trial = elsewhere(storage, alone=True)
+    begun = time.monotonic()
+    with quiet_optuna(), open_claims(storage, "s", alone=True) as claims:
+        assert claims.take("measured") is not None
+    assert time.monotonic() - begun < claims_module.LOOK_SECONDS
+    assert backend.get_trial(trial).state.name == "FAIL"
+
+
+@pytest.mark.parametrize("kind", STORAGES)
+def test_from_scratch_waits_to_hear_of_workers_elsewhere(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, beats = SimpleNamespace(now=0.0), list[int]()
+    monkeypatch.setattr(workers_module.Workers.__init__, "__defaults__", (None, lambda: clock.now))
+    storage = storage_in(tmp_path, kind)
+    backend, trial = elsewhere(storage, alone=False)
+
+    def sleep(seconds: float) -> None:
+        clock.now += seconds
+        if clock.now > 60 and beats:
+            backend.set_trial_user_attr(trial, "beat", [beats.pop(), 0.0])
+
+    monkeypatch.setattr(claims_module.time, "sleep", sleep)
+    with quiet_optuna():
+        beats.append(4)
+        said = Mock(spec=Progress)
+        with (
+            pytest.raises(InUseError, match="process 7 on elsewhere has been at work on it for 1 day"),
+            open_claims(storage, "s", alone=False, from_scratch=True, progress=said),
+        ):
+            pass
+        assert clock.now < 100
+        assert said.say.call_args_list[0].args[0].startswith("waiting to hear of process 7 on elsewhere, for 5 minutes")
+        assert said.say.call_count == 1
+        clock.now = 0.0
+        with open_claims(storage, "s", alone=False) as beside:  # one that works beside it needs not wait
+            assert clock.now == 0
+            assert [worker.holder.pid for worker in beside.workers.others()] == [7]
+        with open_claims(storage, "s", alone=False, from_scratch=True) as claims:
+            assert claims.workers.others() == []
+        assert 300 <= clock.now < 320
 
 
 def test_optunas_own_tools_see_the_finished_trials(search: Search, profiles: Profiles, tmp_path: Path) -> None:
