@@ -21,6 +21,7 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import of_search, rounds_folder, study_journal
 from moacompress.core.files import remove, sweep_files, sweep_folders
 from moacompress.core.progress import SILENT, Progress
+from moacompress.models.processes import check_alike
 from moacompress.models.source import SourceModel
 from moacompress.models.weight_rounding import RoundedLayers
 from moacompress.recipe import Recipe
@@ -211,6 +212,7 @@ def opened(
         InUseError: other workers are alive, and are not to be.
         ArtefactError: the storage cannot be used.
     """
+    check_alike({"profile or recipe": request.key})
     profile, name = request.profile, f"moacompress-{request.key}"
     storage = request.recipe.search.storage
     alone, trials = storage is None, request.recipe.search.trials

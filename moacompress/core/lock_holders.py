@@ -209,7 +209,7 @@ def release_dead(file: Path) -> bool:
 
 
 @contextmanager
-def heard_of(beat: Callable[[], None]) -> Iterator[None]:
+def heard_of(beat: Callable[[], object]) -> Iterator[None]:
     """Calls `beat` from time to time as long as the block runs; what it raises is left for the work itself to find."""
     over = threading.Event()
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from moacompress.core.errors import DataError, MoaCompressError, UsageError, did_you_mean
 from moacompress.core.memory import available_bytes
-from moacompress.core.ranks import rank, world_size
+from moacompress.core.ranks import rank, turns, world_size
 from moacompress.models.placement import input_device
 from moacompress.models.processes import agreed
 
@@ -102,6 +102,11 @@ def run_lm_eval(
             raise
         except (OSError, ValueError, KeyError, ImportError) as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if turns()[1] > 1 and "did not find any docs" in first:
+                first = (
+                    f"one of {turns()[1]} processes has no document to score; start as many as the smallest task has, or "
+                    f"fewer{'' if limit is None else f', and no more than the {limit} that were asked for'}"
+                )
             raise DataError(f"lm-evaluation-harness cannot run {', '.join(tasks)}: {first}") from error
     return list(agreed(None if rank() else _rows(found, name)))
 
@@ -165,12 +170,22 @@ def _rows_that_fit(length: int, vocabulary: int, free: int) -> int:
     return 1 << max(0, int(fit).bit_length() - 1)
 
 
-def check_lm_eval(tasks: Sequence[str]) -> None:
+def check_lm_eval(tasks: Sequence[str], limit: int | None = None) -> None:
     """Refuses tasks of lm-evaluation-harness that there are not, before a model is loaded.
 
+    Args:
+        tasks: names.
+        limit: documents of a task; None for all.
+
     Raises:
-        UsageError: lm-evaluation-harness is not installed, or an unknown task.
+        UsageError: lm-evaluation-harness is not installed, an unknown task, or fewer documents than processes.
     """
+    ranks = turns()[1]
+    if limit is not None and limit < ranks:
+        raise UsageError(
+            f"{limit} documents of a task of lm-evaluation-harness were asked for, and each of the {ranks} processes takes "
+            f"one or more; ask for {ranks}, or start fewer"
+        )
     _, manager_class, _ = _harness()
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for results, and the harness prints
         _manager(manager_class, tasks, None)

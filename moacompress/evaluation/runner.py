@@ -169,7 +169,7 @@ def evaluate(
     names = task_names((*own, *tasks), resources)
     check_request(names, lengths, prompts, resources, harness=bool(lm_eval))
     if lm_eval:
-        check_lm_eval(lm_eval)
+        check_lm_eval(lm_eval, lm_eval_limit)
     checkpoint = load_checkpoint(folder, dtype, device, trust_remote_code=trust_remote_code)
     use_kernels(checkpoint.model)
     checkpoint.check_lengths(lengths)

@@ -125,6 +125,8 @@ def heal(
     request = HealRequest.of(target, profile, teacher, recipe or Recipe(), trust_remote_code)
     sweep_folders(out)
     done = check_out(out, request, overwrite)
+    alike = {"request to heal": request.key, f"state of {out}": "healed" if done is not None else "not healed"}
+    processes.check_alike(alike)
     if done is not None:
         return done
     work = heal_folder(out)
@@ -280,6 +282,8 @@ def _trained(
     heal = request.heal
     begun = last_checkpoint(work / HEAL_CHECKPOINTS_FOLDER)
     history = HealHistory.read(work)
+    so_far = f"{begun.name if begun is not None else 'no checkpoint'}, {len(history.evaluations)} evaluations"
+    processes.check_alike({f"view of {work}": so_far, "training data": data.fingerprint})
     teacher = Teacher(request.teacher.model)
     held_out = HeldOut(teacher, data.held_out)
     if history.start is None:  # of the checkpoint as it is: weights in blocks are still blocks

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from moacompress.core.errors import MoaCompressError, ModelError, UsageError
+from moacompress.core.lock_holders import BEAT_SECONDS, SILENT_SECONDS, heard_of, readable_age
 from moacompress.core.ranks import local_rank, rank, splits_model, world_size
 
 Task = TypeVar("Task")
@@ -35,7 +36,9 @@ POLL_SECONDS = 0.05
 """Between two looks whether another process has done its task."""
 REPORT_SECONDS = 10.0
 """A process that fails after another one waits so long for the other's message, as its own end may end the other."""
-_FAILURES, _REPORTED = "failures", "reported"
+_FAILURES, _REPORTED, _BEAT = "failures", "reported", "beat"
+_beats = ExitStack()
+"""Lets the others know that this process lives, from `join` to `leave`."""
 _lists = itertools.count()
 """Numbers the lists of tasks; all processes share out the same ones in the same order."""
 
@@ -59,6 +62,7 @@ def join() -> None:
     on_gpus = torch.cuda.is_available()
     if on_gpus and local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())
+    _beats.enter_context(heard_of(lambda: _store().add(f"{_BEAT} {rank()}", 1)))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
         store=PrefixStore("group", _store()),
@@ -70,6 +74,7 @@ def join() -> None:
 
 def leave() -> None:
     """Takes the group down, if there is one."""
+    _beats.close()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -161,6 +166,7 @@ def shared(tasks: Sequence[Task], work: Callable[[Task], Any], done: Callable[[T
             done(task, agreed(work(task)))
         return
     store, name, told = _store(), f"tasks {next(_lists)}", 0
+    others = _Others(store)
 
     def tell(wait: bool) -> None:
         nonlocal told
@@ -171,6 +177,7 @@ def shared(tasks: Sequence[Task], work: Callable[[Task], Any], done: Callable[[T
                     return
                 if store.add(_FAILURES, 0):
                     raise MoaCompressError("another process of the run failed; its message says why")
+                others.check()
                 time.sleep(POLL_SECONDS)
             number, result = json.loads(store.get(key))
             told += 1
@@ -181,6 +188,40 @@ def shared(tasks: Sequence[Task], work: Callable[[Task], Any], done: Callable[[T
         store.set(f"{name} result {store.add(f'{name} finished', 1) - 1}", result)
         tell(wait=False)
     tell(wait=True)
+
+
+class _Others:
+    """Which processes of the run are heard of; a launcher knows of those of its own machine alone.
+
+    Args:
+        store: of the run.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._seen: dict[int, tuple[int, float]] = {}
+        self._looked = time.monotonic()
+
+    def check(self) -> None:
+        """Looks from time to time.
+
+        Raises:
+            MoaCompressError: one was not heard of for too long.
+        """
+        now = time.monotonic()
+        if now - self._looked < BEAT_SECONDS:
+            return
+        self._looked = now
+        for number in range(world_size()):
+            beat = self._store.add(f"{_BEAT} {number}", 0)
+            before, since = self._seen.get(number, (None, now))
+            if beat != before:
+                self._seen[number] = beat, now
+            elif now - since > SILENT_SECONDS:
+                raise MoaCompressError(
+                    f"rank {number} of the run was not heard of for {readable_age(now - since)}: it was killed, or its machine "
+                    "is gone; start the run again, and it resumes"
+                )
 
 
 def fails_first() -> bool:

@@ -14,7 +14,8 @@ import torch
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.passes import answer_logits
 from moacompress.core.errors import DataError, ModelError
-from moacompress.core.ranks import splits_model, turns
+from moacompress.core.files import fingerprint
+from moacompress.core.ranks import rank, splits_model, turns
 from moacompress.models.kl import MAX_DENSE_BYTES, kl_divergence
 from moacompress.models.processes import agreed, gathered
 from moacompress.repair.projections import Weights, with_weights
@@ -108,22 +109,29 @@ class Objective:
                 return kl_divergence(dense, answer_logits(self.model, self.samples[number]))
 
             ahead: dict[int, float] = {}
+            name = plan.key() if turns()[1] > 1 else ""
 
             def kl(number: int) -> float:
                 if number not in ahead:
-                    ahead.update(self._by_ranks(number, measured))
+                    ahead.update(self._by_ranks(number, measured, name))
                 return _finite(ahead.pop(number), number)
 
             yield kl
 
-    def _by_ranks(self, number: int, measured: SampleKl) -> dict[int, float]:
-        """Returns the KL of a sample; with it those of the next ones, as many as there are processes with a model each."""
+    def _by_ranks(self, number: int, measured: SampleKl, name: str) -> dict[int, float]:
+        """Returns the KL of a sample; with it those of the next ones, as many as there are processes with a model each.
+
+        Args:
+            number: of the sample.
+            measured: measures one.
+            name: of the plan.
+        """
         turn, ranks = turns()
         if ranks == 1:
             return {number: measured(number)}
         at = self.order.index(number)
         own = self.order[at : at + ranks][turn : turn + 1]
-        return gathered({each: measured(each) for each in own})
+        return _gathered({each: measured(each) for each in own}, name)
 
     @contextmanager
     def _running(self, plan: Plan) -> Iterator[None]:
@@ -148,7 +156,8 @@ class Objective:
             try:
                 found = kls_of_sample(self.model, self.samples[number], numbered, dense, base, self._weights_of)
                 if ranks > 1:
-                    found = iter(sorted(gathered(dict(found)).items()))
+                    name = fingerprint([plan.key() for plan in (base, *plans)])
+                    found = iter(sorted(_gathered(dict(found), name).items()))
                 for _, kl in found:
                     yield _finite(kl, number)
             finally:
@@ -167,6 +176,25 @@ class Objective:
         if logits.nbytes + sum(kept.nbytes for kept in self._dense.values()) <= MAX_DENSE_BYTES:
             self._dense[number] = logits
         return logits
+
+
+def _gathered(kls: dict[int, float], name: str) -> dict[int, float]:
+    """Returns the KLs of all processes together.
+
+    Args:
+        kls: this process's.
+        name: of the plans that they are of.
+
+    Raises:
+        ModelError: another process measured other plans.
+    """
+    found = gathered({rank(): (name, kls)})
+    if any(theirs != name for theirs, _ in found.values()):
+        raise ModelError(
+            "the processes of the search came to different plans, as those on unlike processors, or with other versions of a "
+            "library, can; start them on machines that are alike, or as workers of one search with --storage"
+        )
+    return {number: kl for _, part in found.values() for number, kl in part.items()}
 
 
 def _finite(kl: float, number: int) -> float:

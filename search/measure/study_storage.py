@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moacompress.core.errors import ArtefactError
+from moacompress.models.processes import agreed
 from moacompress.search.measure.claims import Claim, ClaimLost, Claims, attributes
 from moacompress.search.measure.storages import guarded
 
@@ -194,7 +195,7 @@ class StudyStorage:
         seed = int(np.random.SeedSequence([self._seed, index]).generate_state(1)[0])
         study = self._in_memory(self.finished(), pending)
         study.sampler = GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS, warn_independent_sampling=False)
-        return self._ordered(study.ask(self._distributions).params)
+        return self._ordered(agreed(study.ask(self._distributions).params))
 
     @cached_property
     def _kept_before(self) -> dict[str, Any]:

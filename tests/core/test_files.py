@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -342,6 +343,20 @@ def test_only_what_is_named_is_removed(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     remove(tmp_path / name for name in ("model", "link", "none", "mine/below"))
     assert {path.name for path in tmp_path.rglob("*")} == {"elsewhere", "c", "mine"}
+
+
+def test_what_another_process_removes_meanwhile_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "samples").mkdir()
+    real = os.replace
+
+    def slower(path: Any, to: Any) -> None:
+        if Path(path).name == "samples":
+            (tmp_path / "samples").rmdir()
+        real(path, to)
+
+    monkeypatch.setattr(os, "replace", slower)
+    remove([tmp_path / "samples"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_is_removed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

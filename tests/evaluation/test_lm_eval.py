@@ -16,7 +16,7 @@ import torch
 
 from moacompress.core.errors import DataError, UsageError
 from moacompress.evaluation import lm_harness
-from moacompress.evaluation.lm_harness import run_lm_eval
+from moacompress.evaluation.lm_harness import check_lm_eval, run_lm_eval
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.runtime import attach
@@ -260,3 +260,9 @@ def test_a_checkpoint_in_lm_eval_itself(
     for task, numbers in results[0].items():
         values = {name: value for name, value in numbers.items() if isinstance(value, float) and "stderr" not in name}
         assert values == pytest.approx({name: results[1][task][name] for name in values}, rel=1e-5)
+
+
+def test_every_process_needs_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UsageError, match=r"3 documents .* each of the 4 processes takes one or more"):
+        check_lm_eval(["anything"], 3)

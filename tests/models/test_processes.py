@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moacompress.core import lock_holders
 from moacompress.core.errors import MoaCompressError, ModelError, UsageError
 from moacompress.core.ranks import local_rank, named_rank, rank, world_size
 from moacompress.models import processes
@@ -106,6 +108,31 @@ def test_who_waits_for_a_process_that_failed_ends_and_one_alone_says_why(monkeyp
 
     found = in_processes(2, work, monkeypatch)
     assert sorted(found) == [(False, "another process of the run failed; its message says why"), (True, "numbers")]
+
+
+def test_who_waits_for_a_process_on_a_machine_that_is_gone_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher stops the processes of its own machine alone."""
+    monkeypatch.setattr(lock_holders, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(processes, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(processes, "SILENT_SECONDS", 1.0)
+
+    def work() -> Any:
+        def do(task: int) -> int:
+            processes._store().add("begun", 1)
+            while processes._store().add("begun", 0) < 2:
+                pass
+            if rank() == 1:
+                processes._beats.close()  # as killed
+                time.sleep(4)
+            return task
+
+        done: list[int] = []
+        processes.shared(range(2), do, lambda task, _: done.append(task))
+        return done
+
+    slow, gone = in_processes(2, work, monkeypatch)
+    assert slow.startswith("MoaCompressError: rank 1 of the run was not heard of for")
+    assert sorted(gone) == [0, 1]
 
 
 def test_processes_with_other_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

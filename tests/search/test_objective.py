@@ -135,3 +135,13 @@ def test_bad_input(tiny_model: Any, samples: list[Sample], monkeypatch: pytest.M
     torch.nn.init.constant_(model.lm_head.weight, float("nan"))
     with pytest.raises(ModelError, match="sample 0 are not finite"):
         measure.kls(Plan.full(model_shape(model)))
+
+
+def test_processes_that_came_to_other_plans_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def others(values: Any) -> Any:
+        return {**values, 1: ("another plan", {1: 0.5})}
+
+    monkeypatch.setattr(objective, "gathered", others)
+    assert objective._gathered({0: 0.25}, "another plan") == {0: 0.25, 1: 0.5}
+    with pytest.raises(ModelError, match="came to different plans"):
+        objective._gathered({0: 0.25}, "a plan")
