@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from importlib import resources
-from typing import Literal
+from typing import Literal, get_args
 
+from moacompress.core.errors import UsageError
 from moacompress.recipe import Recipe
 
 Effort = Literal["quick", "standard", "thorough"]
@@ -17,9 +18,14 @@ def effort_recipe(effort: Effort, *, prose: bool) -> Recipe:
     Args:
         effort: its name.
         prose: whether the run is given long texts.
+
+    Raises:
+        UsageError: there is no such effort.
     """
     import yaml
 
+    if effort not in get_args(Effort):
+        raise UsageError(f"no effort is called {effort!r}; there are {', '.join(get_args(Effort))}")
     data = yaml.safe_load(resources.files("moacompress.recipes").joinpath(FOLDER, f"{effort}.yaml").read_text("utf-8"))
     if not prose:
         from moacompress.evaluation.tasks.registry import find_task

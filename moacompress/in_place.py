@@ -15,6 +15,7 @@ from moacompress.core.errors import DataError, UsageError, one_line
 from moacompress.core.files import fingerprint, write_text
 from moacompress.core.progress import Progress
 from moacompress.efforts import Effort, effort_recipe
+from moacompress.models.modules import check_unwrapped
 from moacompress.models.placement import input_device
 from moacompress.recipe import Recipe
 from moacompress.rules.loss import one_limit
@@ -74,6 +75,7 @@ def compress_(
     from moacompress.runtime.hf.attaching import attach, attached_plan
     from moacompress.search.plan_sets import find_asked
 
+    check_unwrapped(model)
     if attached_plan(model) is not None:
         raise UsageError("the model runs under a plan already; take it off first: moacompress.detach(model)")
     if recipe is not None and effort is not None:
@@ -102,7 +104,7 @@ def compress_(
 
 @contextmanager
 def applied(model: PreTrainedModel, plan: Any) -> Iterator[PreTrainedModel]:
-    """Has a loaded model run under a plan within a `with` block; after it the model is as it was.
+    """Has a loaded model run under a plan within a `with` block; after it the model is as it was, its kept prefixes empty.
 
     Args:
         model: a causal LM that transformers loaded, dense or under another plan.
@@ -115,8 +117,9 @@ def applied(model: PreTrainedModel, plan: Any) -> Iterator[PreTrainedModel]:
         MoaCompressError: as `attach`.
     """
     from moacompress.runtime.hf.attaching import attach, attached_plan, detach
+    from moacompress.runtime.hf.prefixes import keep_prefixes, kept_limit
 
-    before = attached_plan(model)
+    before, limit = attached_plan(model), kept_limit(model)
     attach(model, plan)
     try:
         yield model
@@ -124,6 +127,7 @@ def applied(model: PreTrainedModel, plan: Any) -> Iterator[PreTrainedModel]:
         detach(model)
         if before is not None:
             attach(model, before)
+            keep_prefixes(model, limit)
 
 
 def _source_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> SourceModel:

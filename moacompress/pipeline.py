@@ -31,6 +31,7 @@ from moacompress.core.lock_holders import own_file, own_folder
 from moacompress.core.place import check_writable, no_empty_folder
 from moacompress.core.progress import Progress
 from moacompress.core.shown import ShownDict
+from moacompress.core.version import own_version
 from moacompress.estimate.estimate import Estimate
 from moacompress.exporter.exporting import as_exported, check_reusable, export, exported_plan, unrepaired
 from moacompress.models.locate import find_running_plan
@@ -203,7 +204,8 @@ def fill(
         "measured_plans": found.measured_plans,
         **({} if found.classes is None else {"classes": found.classes}),
         **({"step_ms": found.step_ms} if found.step_ms else {}),
-        "versions": {name: version(name) for name in ("moacompress", "torch", "transformers", "optuna")},
+        "versions": {"moacompress": own_version()}
+        | {name: version(name) for name in ("torch", "transformers", "optuna")},
     }
     write_json(out / SUMMARY_FILE, fields)
     _write_page(out)
@@ -397,6 +399,9 @@ def refuse_foreign(out: Path, inputs: Iterable[str | Path]) -> list[Path]:
         if holds_something(folder) and not is_ours(folder):
             raise ArtefactError(f"{folder} exists already and no run left it; choose another folder for the run")
     check_baselines(out / PLAN_FILE)
+    held = [path for path in going if path.exists() and not is_within(path, profile) and path != out / MODEL_FOLDER]
+    if held and not (_is_begun(out / RECIPE_FILE) or (out / DEMO_FILE).exists()):
+        raise ArtefactError(f"{held[0]} exists already and no run left it; choose another folder for the run")
     for name in inputs:
         for path in going:
             if is_within(name, path):
@@ -444,10 +449,14 @@ def _refuse_other(out: Path, recipe: Recipe) -> None:
     if _is_of(out, recipe):
         return
     mark = out / RECIPE_FILE
-    found = read_json(mark, "recipe") if mark.exists() else None
-    begun = isinstance(found, dict) and {"model", "budget", "calibration"} <= found.keys()
-    empty = (mark, out / SECONDS_FILE) if begun else ()
+    empty = (mark, out / SECONDS_FILE) if _is_begun(mark) else ()
     refuse_held(out, [path for path in of_compress(out) if path not in empty])
+
+
+def _is_begun(mark: Path) -> bool:
+    """Whether a file is the recipe that a run leaves in its folder."""
+    found = read_json(mark, "recipe") if mark.exists() else None
+    return isinstance(found, dict) and {"model", "budget", "calibration"} <= found.keys()
 
 
 def refuse_held(out: Path, paths: Iterable[Path]) -> None:

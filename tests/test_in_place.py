@@ -11,10 +11,13 @@ import pytest
 import torch
 
 import moacompress
-from moacompress.core.errors import ArtefactError, DataError, MoaCompressError, UsageError
+from moacompress.core.errors import ArtefactError, DataError, MoaCompressError, ModelError, UsageError
+from moacompress.efforts import effort_recipe
 from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
 from moacompress.runtime.hf.attaching import attached_plan
+from moacompress.runtime.hf.prefixes import keep_prefixes, kept_limit
+from tests.plan_kinds import gates
 
 
 @pytest.fixture
@@ -116,6 +119,33 @@ def test_a_plan_for_a_while(loaded: Any, compressed: Path) -> None:
     earlier = attached_plan(loaded)
     assert earlier is not None
     assert earlier.key() == Plan.full(plan.model).key()
+    keep_prefixes(loaded, "1MiB")
+    with moacompress.applied(loaded, plan):
+        assert kept_limit(loaded) is None
+    assert kept_limit(loaded) == 1 << 20
+
+
+def test_what_is_around_a_model_is_refused(loaded: Any, compressed: Path, recipe: Recipe) -> None:
+    """A plan would be on what is around, and what it changes on the model inside, which could not be had back."""
+    from peft import LoraConfig, get_peft_model
+
+    plan = Plan.load(compressed / "model" / "plan.json")
+    ids = torch.arange(300)[None] % loaded.config.vocab_size
+    with torch.no_grad():
+        dense = loaded(ids).logits
+    adapted = get_peft_model(loaded, LoraConfig(target_modules=["q_proj"]))
+    for around, inside in ((torch.compile(loaded), "_orig_mod"), (adapted, r"get_base_model\(\)")):
+        with pytest.raises(ModelError, match=rf"is around a model; give the one inside \(`model\.{inside}`\)"):
+            moacompress.attach(around, plan)
+        with pytest.raises(ModelError, match="is around a model"):
+            moacompress.compress_(around, budget="40%", recipe=recipe)
+    with pytest.raises(ModelError, match="a Linear is not a causal LM"):
+        moacompress.attach(torch.nn.Linear(2, 2), plan)
+    moacompress.attach(adapted.get_base_model(), plan)
+    with torch.no_grad():
+        assert not torch.allclose(adapted(ids).logits, dense)
+        moacompress.detach(adapted.get_base_model())
+        assert torch.equal(adapted(ids).logits, dense)
 
 
 def test_inspect_takes_whatever_holds_a_plan(compressed: Path) -> None:
@@ -125,6 +155,24 @@ def test_inspect_takes_whatever_holds_a_plan(compressed: Path) -> None:
     assert moacompress.inspect(compressed)["parameters"]["plan"] > 0
     with pytest.raises(MoaCompressError, match="does not exist"):
         moacompress.inspect("nowhere")
+    for wrong in ([0], [-5], ["4k"], [True]):
+        with pytest.raises(UsageError, match="lengths are numbers of tokens above 0"):
+            moacompress.inspect(plan, wrong)
+    with pytest.raises(UsageError, match="no effort is called 'fast'; there are quick, standard, thorough"):
+        effort_recipe("fast", prose=False)  # type: ignore[arg-type]
+
+
+def test_parameters_of_gates_are_counted_once(tiny_model: Any, tmp_path: Path) -> None:
+    """They are in the checkpoint's weights, and in a file beside the plan."""
+    model = tiny_model("llama")
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    moacompress.attach(model, gates(model))
+    model.save_pretrained(tmp_path)
+    plan = Plan.load(tmp_path / "plan.json")
+    assert plan.gate_weights is not None
+    found = moacompress.inspect(tmp_path)["parameters"]
+    assert found["dense"] == dense
+    assert dense < found["plan"] == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_plans_are_said_in_a_line(compressed: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moacompress.cli.harness import CommandRun, Output, command
+from moacompress.cli.harness import CommandRun, Output, command, readable
 from moacompress.cli.options import TrustRemoteCode
 from moacompress.core.errors import MoaCompressError, UsageError
 
@@ -48,6 +48,7 @@ def chat(
     run.progress.say(f"{NEW} begins a new conversation, {END[0]} ends")
     recipe = run.recipe()
     torch.manual_seed(recipe.seed)
+    system = readable(system)
     session = ChatSession(path, system, recipe.device, run.common.dtype or "auto", trust_remote_code=trust_remote_code)
     turns: list[dict[str, Any]] = []
 
@@ -60,7 +61,7 @@ def chat(
             run.note(turn.sentence())
 
     for question in ask or ():
-        answer(question)
+        answer(readable(question))
     while not ask:
         line = run.read("> ")
         if line is None or line in END:

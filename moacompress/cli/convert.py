@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -56,8 +57,9 @@ def convert(
         typer.Option(help="Share of the KV heads that DuoAttention's pattern has not full. [default: below 0.5]"),
     ] = None,
     at: Annotated[
-        str, typer.Option(metavar="LENGTH", help="Where the spans of MoA's query heads are compared.")
-    ] = "8k",
+        str | None,
+        typer.Option(metavar="LENGTH", help="Where the spans of MoA's query heads are compared. [default: 8k]"),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="PATH", help="What is written.")] = Path(PLAN_FILE),
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -76,21 +78,29 @@ def convert(
         raise UsageError("say where the plan comes from, or for whom it is: one of --from and --to")
     if target is not None and out == Path(PLAN_FILE):
         raise UsageError(f"say where the plan for {target} goes (--out PATH): {PLAN_FILE} would be one of ours")
-    if out.resolve() == path.resolve():
+    for name, given, meant in (("--model", model, source), ("--sparsity", sparsity, source), ("--at", at, source)):
+        of = {"--sparsity": "duo-attention", "--at": "moa"}.get(name, source)
+        if given is not None and (meant is None or meant != of):
+            raise UsageError(f"{name} is for plans that come from {of or 'outside'} (--from); leave it out")
+    read = {path, *(path / name for name in (HEADS_FILE, CONFIG_FILE, MODELOPT_FILE) if source is not None)}
+    if target is not None:
+        read.add(find_plan_file(path))
+    if out.resolve() in {each.resolve() for each in read}:
         raise UsageError(f"{out} is what is read; choose another place for what is written (--out PATH)")
     if out.exists() and not overwrite:
         raise ArtefactError(f"{out} exists already; choose another place or pass --overwrite")
     if source is not None:
         if model is None:
             raise UsageError(f"a plan of {source} does not know its model; give it (--model MODEL)")
-        plan, notes = _read(path, source, model, sparsity, at, run, trust_remote_code)
+        plan, notes = _read(path, source, model, sparsity, at or "8k", run, trust_remote_code)
         plan.save(out)
         shown = [f"The plan is {out}: {plan}", *(f"Not as it was: {note}." for note in notes)]
         named = model
         if is_described(model):
             shown.append("There were no weights to say whose it is, so any of this shape are taken.")
             named = "MODEL"
-        return Output({"plan": str(out), "lost": notes}, [*shown, f"Next: moacompress export {named} {out} -o model/"])
+        following = shlex.join(["moacompress", "export", str(named), str(out), "-o", "model/"])
+        return Output({"plan": str(out), "lost": notes}, [*shown, f"Next: {following}"])
     ours = read_plan(find_plan_file(path))
     if target == "moa":
         spans, notes = moa_of_plan(ours)

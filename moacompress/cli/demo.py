@@ -49,6 +49,7 @@ def demo(
         squad,
         dtype=run.common.dtype or "auto",
         device=run.common.device or "cpu",
+        seed=run.common.seed,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         progress=run.progress,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import json
 import logging
 import os
@@ -95,6 +96,11 @@ class Output:
     exit_code: int = 0
 
 
+def readable(text: str) -> str:
+    """Returns text with the bytes that are no UTF-8 replaced, which Python hands on as halves of characters."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 @dataclass(frozen=True)
 class CommandRun:
     """One run of a command: its common options, where it reports, and the person who started it.
@@ -124,10 +130,16 @@ class CommandRun:
 
     def read(self, prompt: str) -> str | None:
         """Returns the next line of the input, without blanks around it; None at its end. A person sees the prompt."""
+        if sys.stdin is None:  # it was closed
+            return None
         if sys.stdin.isatty():
             self.write(prompt)
+        reconfigure = getattr(sys.stdin, "reconfigure", None)
+        with contextlib.suppress(io.UnsupportedOperation):  # which it is once something has been read
+            if reconfigure is not None:
+                reconfigure(errors="replace")
         line = sys.stdin.readline()
-        return line.strip() if line else None
+        return readable(line).strip() if line else None
 
     def recipe(self, file: Path | None = None, base: Recipe | None = None, **flags: Any) -> Recipe:
         """Returns the recipe of this run: flags win over `file`, which wins over `base`, which wins over the defaults.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -221,7 +222,7 @@ def profile(
         data["audit_samples"] = found.data["samples"]
         show += audit_tables(found.data)
     if plan is None:
-        show.append(f"Next: moacompress search {out} --budget 25% -o plan.json")
+        show.append(f"Next: moacompress search {shlex.quote(str(out))} --budget 25% -o plan.json")
     return Output(data, show)
 
 
@@ -244,7 +245,7 @@ def _merged(folders: list[str], out: Path, overwrite: bool, run: CommandRun) -> 
         raise UsageError("--merge runs in one process; start it without torchrun")
     made = merge_shards(folders, out, overwrite=overwrite, progress=run.progress)
     data, show = _profile_output(made, out)
-    return Output(data, [*show, f"Next: moacompress search {out} --budget 25% -o plan.json"])
+    return Output(data, [*show, f"Next: moacompress search {shlex.quote(str(out))} --budget 25% -o plan.json"])
 
 
 def _shard_output(part: Manifest, out: Path) -> Output:
@@ -259,7 +260,10 @@ def _shard_output(part: Manifest, out: Path) -> Output:
         "seconds": part.seconds,
     }
     text = f"Profiled {mine} of {all_samples} samples, shard {part.shard.name}, in {part.seconds:.0f} s."
-    return Output(data, [text, f"Next, once all shards are there: moacompress profile --merge {out} ... -o profile"])
+    return Output(
+        data,
+        [text, f"Next, once all shards are there: moacompress profile --merge {shlex.quote(str(out))} ... -o profile"],
+    )
 
 
 def _profile_output(made: Profile, out: Path) -> tuple[dict[str, Any], list[RenderableType]]:

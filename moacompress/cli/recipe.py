@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,7 +49,7 @@ def init(
     )
     write_text(beside, schema_text())
     write_text(out, SCHEMA_LINE.format(place=SCHEMA_FILE) + recipe_yaml(recipe))
-    next_step = f"moacompress compress --recipe {out} -o runs/mine"
+    next_step = shlex.join(["moacompress", "compress", "--recipe", str(out), "-o", "runs/mine"])
     return Output(
         {"recipe": str(out), "schema": str(beside), "settings": recipe.resolved()},
         [f"The recipe is {out}; editors complete it by {beside}", f"Next: {next_step}"],

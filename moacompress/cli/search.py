@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -202,6 +203,10 @@ def _status(storage: str) -> Output:
     return Output({"searches": [one.to_dict() for one in found]}, [line for one in found for line in one.lines()])
 
 
+def _following(profile: Profile, plan: object) -> str:
+    return "Next: " + shlex.join(["moacompress", "export", str(profile.source), str(plan), "-o", "model/"])
+
+
 def _one(profile: Profile, found: SearchResult, out: Path) -> Output:
     from moacompress.report.search_tables import explanation_tables, weight_tables
     from moacompress.report.summary_tables import kl_table
@@ -218,7 +223,7 @@ def _one(profile: Profile, found: SearchResult, out: Path) -> Output:
             *explanation_tables(found.explanation),
             _measured(found),
             *_elsewhere([found]),
-            f"Next: moacompress export {profile.source} {out} -o model/",
+            _following(profile, out),
         ],
     )
 
@@ -247,7 +252,7 @@ def _several(profile: Profile, found: list[SearchResult]) -> Output:
         [
             front_table(found),
             *_elsewhere(found),
-            f"Next: moacompress export {profile.source} {found[0].path} -o model/",
+            _following(profile, found[0].path),
         ],
     )
 

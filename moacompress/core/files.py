@@ -83,10 +83,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Like `write_text`, for bytes."""
+    """Like `write_text`, for bytes; into a device or a pipe, which no file may replace, it writes as it is."""
     path = Path(path)
     temporary = None
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            with path.open("wb") as there:
+                there.write(data)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
         with os.fdopen(handle, "wb") as file:

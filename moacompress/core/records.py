@@ -97,6 +97,8 @@ class Records(Generic[V]):
                 continue
             line = _parsed(text)
             if self._wanted is not None and self.header is None:
+                if not line and len(lines) == 1:  # a first line that was cut off
+                    return
                 self.header = line if line.keys() == self._wanted.keys() else {}
                 if not self.header:  # of something else: no line of it counts
                     return

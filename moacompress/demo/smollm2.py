@@ -29,6 +29,7 @@ def run_demo(
     *,
     dtype: str = "auto",
     device: str = "cpu",
+    seed: int | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -41,6 +42,7 @@ def run_demo(
         squad: SQuAD as JSON, whose articles are the prose haystack.
         dtype: of `dense/`, and so of the cache whose bytes are counted; "auto" for the model's own, which is bfloat16.
         device: torch device.
+        seed: of everything random; None for the recipe's own.
         overwrite: start from scratch: all that a run left in `out` is removed, and nothing else.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         progress: is told of the steps.
@@ -53,7 +55,7 @@ def run_demo(
     out, model, squad, dtype = Path(out), Path(model), Path(squad), dtype_name(dtype)
     dense, text = out / DENSE_FOLDER, out / TEXT_FOLDER
     with own_folder(out):
-        _claim(out, model, squad, dtype, overwrite)
+        _claim(out, model, squad, dtype, seed, overwrite)
         if not text.exists():
             articles_to_text(squad, text)
         if not dense.exists():
@@ -62,14 +64,22 @@ def run_demo(
         data["model"] = str(dense)
         data.setdefault("calibration", {})["text"] = str(text)
         data["device"] = device
+        if seed is not None:
+            data["seed"] = seed
         recipe = Recipe.from_dict(data, f"recipe {RECIPE}")
         return fill(recipe, out, progress or Progress(), trust_remote_code=trust_remote_code)
 
 
-def _claim(out: Path, model: Path, squad: Path, dtype: str, overwrite: bool) -> None:
+def _claim(out: Path, model: Path, squad: Path, dtype: str, seed: int | None, overwrite: bool) -> None:
     """Makes `out` the folder of a demo of this model, in this dtype, and these texts, or refuses."""
     mark = out / DEMO_FILE
-    wanted = {"name": model.name, "model": digest_files(model), "squad": digest_files(squad), "dtype": dtype}
+    wanted: dict[str, Any] = {
+        "name": model.name,
+        "model": digest_files(model),
+        "squad": digest_files(squad),
+        "dtype": dtype,
+    }
+    wanted |= {} if seed is None else {"seed": seed}
     sweep_files(mark)
     if overwrite:
         others = [path for path in of_demo(out) if path.exists() and not mark.exists()]

@@ -150,13 +150,14 @@ class _Checkpoint:
         self.weights: dict[str, str] = {}
         self.files: list[Path] = []
         self.stopping: list[str] = []
+        self._beside: list[str] = []
         with self._noting():
             stored = _stored(config)
             self.plan, self.weights = stored.plan, stored.weights
             self.plan.check_model(config_shape(config, dtype=self.plan.model.dtype), weights=None)
         with self._noting():
             self._check_model(config, folder, trust_remote_code)
-        self.problems = [*self.stopping, *self._plan_file_problems(folder)]
+        self.problems = [*self.stopping, *self._beside, *self._plan_file_problems(folder)]
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
@@ -186,6 +187,7 @@ class _Checkpoint:
             lost = missing_weights(self.files, expected, getattr(skeleton, "all_tied_weights_keys", None) or {})
             if lost is not None:
                 self.stopping.append(f"{lost}; export the model again")
+            self._beside = _tokenizer_problems(folder, trust_remote_code)
 
     def _plan_file_problems(self, folder: Path | None) -> list[str]:
         if folder is None or self.plan is None or not (folder / PLAN_FILE).is_file():
@@ -313,11 +315,11 @@ def _stored(config: PreTrainedConfig) -> MoaCompressConfig:
 
 def _check_autoload() -> dict[str, Any]:
     """Asks a fresh process that imports nothing but transformers."""
-    if os.environ.get(SWITCH) == "0":
+    if os.environ.get(SWITCH, "1") != "1":  # as torch reads it
         return {
             "registered": False,
             "switch": "0",
-            "reason": f"{SWITCH}=0 turns it off; unset it, or import moacompress",
+            "reason": f"{SWITCH}={os.environ[SWITCH]} turns it off; unset it, or import moacompress",
         }
     try:
         done = subprocess.run(

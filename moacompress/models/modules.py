@@ -49,6 +49,23 @@ def needed_weights(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not left_out.search(name)}
 
 
+def check_unwrapped(model: Any) -> None:
+    """Refuses what is around a model: a plan would run inside and could not be found, or taken off, from there.
+
+    Raises:
+        ModelError: it is not transformers' own.
+    """
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        return
+    inside = next((name for name in ("get_base_model", "_orig_mod", "module") if hasattr(model, name)), None)
+    if inside is None:
+        raise ModelError(f"a {type(model).__name__} is not a causal LM that transformers loaded")
+    given = f"{inside}()" if inside == "get_base_model" else inside
+    raise ModelError(f"a {type(model).__name__} is around a model; give the one inside (`model.{given}`)")
+
+
 def check_supported(model: PreTrainedModel) -> None:
     """Refuses a model whose attention moacompress cannot replace.
 

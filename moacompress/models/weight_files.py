@@ -148,6 +148,12 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return files
 
 
+def loaded_files(folder: Path) -> list[Path]:
+    """Returns what `checkpoint_files` does; nothing for a folder that has no weights at all."""
+    there = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+    return checkpoint_files(folder) if there else []
+
+
 def missing_weights(
     files: Sequence[Path], expected: Mapping[str, Sequence[int]], tied: Mapping[str, str]
 ) -> str | None:

@@ -10,14 +10,14 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from moacompress.core.errors import ArtefactError
+from moacompress.core.errors import ArtefactError, UsageError
 from moacompress.core.shown import ShownDict
 from moacompress.core.tables import facts, readable_bytes, readable_types, section
 from moacompress.exporter.card import repair_text
 from moacompress.models.locate import find_running_plan
 from moacompress.models.source import find_model_folder
 from moacompress.models.stored_plan import checkpoint_weights, read_plan
-from moacompress.models.weight_files import StoredTensor, bytes_by_type, read_header
+from moacompress.models.weight_files import StoredTensor, bytes_by_type, loaded_files, read_header
 from moacompress.report.heal_tables import heal_sentence
 from moacompress.rules.budget import Budget, format_length, reference_length
 from moacompress.rules.cost import attention_flops, chosen_share, format_rows, kept_bits
@@ -66,6 +66,7 @@ def inspect(target: Plan | str | Path, lengths: Sequence[int] | None = None) -> 
         The fields of `inspect --json`; a notebook shows them as the command does.
 
     Raises:
+        UsageError: a length that is none.
         PlanError, ArtefactError: there is no plan, or what is there is damaged.
     """
     if isinstance(target, Plan):
@@ -86,6 +87,8 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
         ArtefactError: the checkpoint's weights cannot be read.
     """
     chosen = list(lengths or plan.stated_lengths)
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in chosen):
+        raise UsageError(f"lengths are numbers of tokens above 0, not {chosen}")
     reference = reference_length([Budget.parse(text) for text in plan.budget.get("asked", [])], plan.profiled_lengths)
     parameters = None if folder is None else count_parameters(folder, plan)
     fields = {
@@ -104,7 +107,9 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
             {"layer": layer, **share.to_dict()} for layer, share in enumerate(plan.shares) if share is not None
         ],
         "parameters": parameters,
-        "weights": None if folder is None or parameters is None else bytes_by_type(_files(folder), _in_blocks(folder)),
+        "weights": None
+        if folder is None or parameters is None
+        else bytes_by_type(loaded_files(folder), _in_blocks(folder)),
         "repair": plan.provenance.get("repair"),
         "min_window": plan.min_window,
         "budget": list(plan.budget.get("asked", [])),
@@ -138,7 +143,7 @@ def count_parameters(folder: Path, plan: Plan) -> dict[str, int] | None:
     in_blocks = _in_blocks(folder)
     held = {
         name: _numbers(tensor, in_blocks.get(name.removesuffix(".weight")))
-        for file in _files(folder)
+        for file in loaded_files(folder)
         for name, tensor in read_header(file).items()
     }
     if not held:
@@ -151,10 +156,6 @@ def count_parameters(folder: Path, plan: Plan) -> dict[str, int] | None:
                 dropped += max(0, numbers - held.get(f"{part[1]}{layer}{part[3]}", 0))
     gates = sum(numbers for name, numbers in held.items() if _OF_GATE.search(name)) if plan.selects else 0
     return {"dense": sum(held.values()) + dropped - gates, "plan": sum(held.values())}
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
 
 
 def _in_blocks(folder: Path) -> dict[str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,14 @@ def test_a_conversation_is_typed(folder: Path) -> None:
     first, second = (line for line in result.stderr.splitlines() if "KV cache" in line)
     assert first.split(";")[:2] == second.split(";")[:2]  # /new forgot the first
     assert "never" not in result.stdout
+
+
+def test_bytes_that_are_no_text_do_not_end_a_conversation(folder: Path) -> None:
+    command = [sys.executable, "-m", "moacompress", "chat", str(folder), "--max-new-tokens", "2", "--json"]
+    done = subprocess.run(command, input=b"caf\xe9\nhello\n", capture_output=True, check=True)
+    assert [turn["question"] for turn in json.loads(done.stdout)["turns"]] == ["caf\ufffd", "hello"]
+    closed = subprocess.run(["/bin/sh", "-c", '"$@" <&-', "sh", *command], capture_output=True, check=True)
+    assert json.loads(closed.stdout)["turns"] == []
 
 
 def test_one_object(folder: Path) -> None:

@@ -137,6 +137,12 @@ def test_the_config_of_a_large_model_is_enough(tmp_path: Path) -> None:
         (["d", "--from", "duo-attention", "--model", "m"], "it needs `sink_size` and `recent_size`"),
         (["e", "--from", "duo-attention", "--model", "m"], "is no table of numbers"),
         (["nowhere", "--to", "moa"], "does not exist"),
+        (
+            ["d", "--from", "moa", "--model", "m", "--sparsity", "0.5"],
+            "--sparsity is for plans that come from duo-attention",
+        ),
+        (["d", "--from", "duo-attention", "--model", "m", "--at", "4k"], "--at is for plans that come from moa"),
+        (["d", "--to", "moa", "--model", "m"], "--model is for plans that come from outside"),
     ],
 )
 def test_what_is_wrong_is_said(
@@ -166,6 +172,14 @@ def test_what_is_read_is_never_replaced(compressed: Path, tmp_path: Path, monkey
         done = invoke(*arguments)
         assert done.exit_code == 2
         assert match in said(done)
+    (tmp_path / "run").mkdir()
+    shutil.copyfile(plan, tmp_path / "run" / "plan.json")
+    (tmp_path / "run" / "config.json").write_text("{}")
+    done = invoke("run", "--to", "moa", "--overwrite", "-o", "run/plan.json")
+    assert "plan.json is what is read" in said(done)
+    assert (tmp_path / "run" / "plan.json").read_bytes() == before
+    done = invoke("run", "--from", "modelopt", "--model", "run", "--overwrite", "-o", "run/config.json")
+    assert "config.json is what is read" in said(done)
     (tmp_path / "file").write_text("")
     done = invoke(plan, "--to", "duo-attention", "-o", tmp_path / "file", "--overwrite")
     assert done.exit_code == 1

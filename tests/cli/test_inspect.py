@@ -53,7 +53,7 @@ def test_a_bare_plan(tmp_path: Path) -> None:
 
 def test_lengths_are_those_asked_for_or_in_the_plan_or_the_usual() -> None:
     assert list(inspect_plan(plan(**NOTES), [300])["kv_bytes"]) == ["300"]
-    assert list(inspect_plan(plan())["kv_bytes"]) == ["1024", "2048", "4096"]
+    assert list(inspect_plan(plan())["kv_bytes"]) == ["1024", "4096"]
     assert inspect_plan(plan())["reference_length"] == 4096
     assert inspect_plan(plan(provenance={"lengths": [512, 2048]}))["reference_length"] == 2048
 
@@ -67,6 +67,9 @@ def test_a_checkpoint_has_parameters(where: str, tmp_path: Path) -> None:
     plan(**NOTES).save(tmp_path / "out" / "plan.json")
     save_file({"a": np.zeros((3, 5), np.float32)}, folder / "model-1.safetensors", {"format": "pt"})
     save_file({"b": np.zeros(7, np.float32), "c": np.zeros((), np.float32)}, folder / "model-2.safetensors")
+    save_file({"d": np.zeros(99, np.float32)}, folder / "plan.gates.safetensors")  # beside the model's
+    named = {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-2.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
     result = RUNNER.invoke(app, ["inspect", str(tmp_path / where), "--json"])
     assert json.loads(result.stdout)["parameters"] == {"dense": 23, "plan": 23}
 
@@ -75,7 +78,7 @@ def test_a_checkpoint_has_parameters(where: str, tmp_path: Path) -> None:
     "content", [b"", b"\xff" * 8, b"\x05\x00\x00\x00\x00\x00\x00\x00{}", b"\x02" + b"\x00" * 7 + b"[]"]
 )
 def test_weights_that_are_damaged(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "x.safetensors").write_bytes(content)
+    (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ArtefactError, match="is not a whole safetensors file"):
         count_parameters(tmp_path, plan())
 

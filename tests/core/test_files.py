@@ -345,6 +345,18 @@ def test_only_what_is_named_is_removed(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.rglob("*")} == {"elsewhere", "c", "mine"}
 
 
+def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "stdout").symlink_to("/dev/null")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for name in ("stdout", "pipe"):
+        write_text(tmp_path / name, "text")
+    assert os.read(reader, 99) == b"text"
+    os.close(reader)
+    assert (tmp_path / "stdout").is_char_device()
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_what_another_process_removes_meanwhile_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "samples").mkdir()
     real = os.replace

@@ -84,6 +84,12 @@ def test_a_header_comes_first_and_tells_other_files(path: Path, caplog: pytest.L
     assert path.read_text().count("configuration") == 1
     path.write_text("a diary\n")
     assert scores(path, header=header).header == {}
+    path.write_text('{"configuration": {"thr')  # by a full disk
+    begun = scores(path, header=header)
+    assert begun.header is None
+    begun.begin()
+    begun.append(line("a", x=1.0))
+    assert scores(path, header=header).get("a") == {"x": 1.0}
     assert not caplog.text
 
 

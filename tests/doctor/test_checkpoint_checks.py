@@ -77,6 +77,15 @@ def test_where_it_would_not_load_is_said(checkpoint: Path, environment: dict[str
     assert check_model(str(checkpoint), environment=broken)["checkpoint"]["kernel"] is None
 
 
+def test_a_checkpoint_without_a_tokenizer_is_not_whole(checkpoint: Path, environment: dict[str, Any]) -> None:
+    for file in checkpoint.glob("tokenizer*"):
+        file.unlink()
+    found = check_model(str(checkpoint), environment=environment)
+    assert found["checkpoint"]["loads"]
+    assert len(found["problems"]) == 1
+    assert "tokenizer" in found["problems"][0]
+
+
 def other_rule(plan: dict[str, Any]) -> None:
     plan["layers"][1]["alpha"][0] += 16
 
@@ -187,6 +196,7 @@ def test_what_is_damaged_is_said(name: str, checkpoint: Path, environment: dict[
 def test_every_family_is_whole(
     family: str,
     tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
     random_plan: Callable[..., Plan],
     tmp_path: Path,
     environment: dict[str, Any],
@@ -195,6 +205,7 @@ def test_every_family_is_whole(
     model = tiny_model(family)
     plan = random_plan(model_shape(model))
     attach(model, plan).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
     plan.save(tmp_path / "plan.json")
     found = check_model(str(tmp_path), environment=environment)
     assert (found["problems"], found["checkpoint"]["loads"]) == ([], True)
@@ -204,11 +215,16 @@ def test_every_family_is_whole(
 
 
 def test_weights_in_several_files(
-    tiny_model: Callable[..., Any], random_plan: Callable[..., Plan], tmp_path: Path, environment: dict[str, Any]
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    random_plan: Callable[..., Plan],
+    tmp_path: Path,
+    environment: dict[str, Any],
 ) -> None:
     model = tiny_model("llama", tie_word_embeddings=True)
     plan = random_plan(model_shape(model))
     attach(model, plan).save_pretrained(tmp_path, max_shard_size="100KB")
+    tiny_tokenizer.save_pretrained(tmp_path)
     plan.save(tmp_path / "plan.json")
     found = check_model(str(tmp_path), environment=environment)
     assert found["problems"] == []

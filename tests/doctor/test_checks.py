@@ -125,8 +125,10 @@ def test_doctor_says_what_is_missing_where_the_runtime_cannot_be_imported() -> N
 
 
 def test_a_switched_off_autoload_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-    assert any("TORCH_DEVICE_BACKEND_AUTOLOAD=0 turns it off" in problem for problem in check_environment()["problems"])
+    for value in ("0", "false"):
+        monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", value)
+        problems = check_environment()["problems"]
+        assert any(f"TORCH_DEVICE_BACKEND_AUTOLOAD={value} turns it off" in problem for problem in problems)
 
 
 def test_an_autoload_that_fails_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,6 +149,12 @@ def test_overwrite_never_costs_what_no_run_left_or_what_is_read(finished, recipe
     with pytest.raises(ArtefactError, match="profile exists already and no run left it"):
         compress(recipe, out, overwrite=True)
     assert (out / "profile" / "samples").exists()
+    for name in ("recipe.json", "report.html", "plan.rounds/mine"):
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / name).write_text("{}")
+    with pytest.raises(ArtefactError, match="exists already and no run left it"):
+        compress(recipe, tmp_path / "mine", overwrite=True)
+    assert len([path for path in (tmp_path / "mine").rglob("*") if path.is_file()]) == 3
     whole = tmp_path / "whole"
     shutil.copytree(finished[0], whole)
     shutil.copytree(tiny_folder, whole / "dense")

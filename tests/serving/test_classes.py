@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 
 from moacompress.core.errors import UsageError
+from moacompress.models.stored_plan import read_plan
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
@@ -18,6 +20,8 @@ from moacompress.rules.windows import BLOCK, Span, selected, tokens_left
 from moacompress.serving.vllm.classes import kv_classes, kv_heads
 from moacompress.serving.vllm.selected_blocks import selected_blocks
 from tests.plan_kinds import random_plan
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def shape(layers: int = 6, kv_heads: int = 3, native: tuple[int | None, ...] | None = None) -> ModelShape:
@@ -65,6 +69,13 @@ def test_more_classes_hold_less():
     sizes = [kv_classes(plan, torch.bfloat16, most, 3000).held_bytes(3000) for most in (1, 2, 4, 8, 18)]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] < sizes[0] * 0.8
+
+
+@pytest.mark.parametrize("name", ["gemma3-270m-quarter-8k", "smollm2-135m-quarter-gates", "smollm2-135m-eighth"])
+def test_more_classes_than_heads_could_fill_cost_nothing(name):
+    plan = read_plan(ROOT / "docs" / "plans" / f"{name}.json")
+    few, many = (kv_classes(plan, torch.bfloat16, most, 2048).held_bytes(2048) for most in (18, 400))
+    assert many <= few
 
 
 def test_formats_take_their_bytes():

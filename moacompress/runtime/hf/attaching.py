@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from moacompress.core.errors import MoaCompressError, PlanError, UnsupportedError
 from moacompress.kernels.dispatch import check_formats
 from moacompress.models.block_layers import weight_types
-from moacompress.models.modules import attention_modules, check_supported
+from moacompress.models.modules import attention_modules, check_supported, check_unwrapped
 from moacompress.models.placement import layer_devices
 from moacompress.models.shape import config_shape
 from moacompress.models.tensor_parallel import own_heads
@@ -82,6 +82,7 @@ def attach(model: Model, plan: Plan | str | Path) -> Model:
             format of an installed package, which the kernel does not keep.
     """
     check_installed()
+    check_unwrapped(model)
     if not isinstance(plan, Plan):
         plan = Plan.load(plan)
     check_supported(model)

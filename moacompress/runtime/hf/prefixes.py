@@ -78,6 +78,13 @@ def keep_prefixes(model: Model, limit: str | int | None) -> Model:
     return model
 
 
+def kept_limit(model: Model) -> int | None:
+    """Returns the most bytes of prefixes that a model keeps; None where it keeps none."""
+    attachment = getattr(model, "_moacompress", None)
+    prefixes = None if attachment is None else attachment.prefixes
+    return None if prefixes is None else prefixes.limit
+
+
 def limit_in_environment(model: PreTrainedModel) -> int | None:
     """Returns the bytes that the environment variable names for a model; None where it is not set.
 

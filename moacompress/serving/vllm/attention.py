@@ -18,7 +18,7 @@ from moacompress.kernels.dispatch import backend_for
 from moacompress.rules.rule_table import RuleTable
 from moacompress.serving.vllm.class_layers import ClassLayer, PlanBackend, class_layers
 from moacompress.serving.vllm.config import PlanConfig
-from moacompress.serving.vllm.gates import LayerGate
+from moacompress.serving.vllm.gates import LayerGate, holder_of
 from moacompress.serving.vllm.layer_memory import LayerMemory
 from moacompress.serving.vllm.selection import Selection
 from moacompress.serving.vllm.step import Steps
@@ -208,6 +208,10 @@ def take_over(layer: Attention, prefix: str, config: PlanConfig) -> None:
         (getattr(impl, "alibi_slopes", None) is not None, "biases by distance (ALiBi)"),
         (layer.kv_sharing_target_layer_name is not None, "layers that take keys and values from another"),
         (layer.head_size_v != layer.head_size, "values of another size than keys"),
+        (
+            layer.use_mm_prefix,
+            "images whose tokens see each other (`--limit-mm-per-prompt '{\"image\": 0}'` serves its text alone)",
+        ),
     ):
         if lacks:
             raise UnsupportedError(
@@ -221,7 +225,9 @@ def take_over(layer: Attention, prefix: str, config: PlanConfig) -> None:
     layer.plan_view = layer.plan_gate = None
     if any(rule.selects for rule in plan.rules[index]):
         inputs = vllm_config.model_config.get_hidden_size()
-        layer.plan_gate = config.gates[index] = LayerGate(layer.num_kv_heads, inputs, layer.kv_cache_torch_dtype)
+        layer.plan_gate = config.gates[holder_of(prefix)] = LayerGate(
+            layer.num_kv_heads, inputs, layer.kv_cache_torch_dtype
+        )
     if config.class_layers is None:
         config.class_layers = class_layers(config, layer.kv_cache_torch_dtype, vllm_config, impl)
     object.__setattr__(layer, "plan_classes", config.class_layers)  # no submodules: they have no weights

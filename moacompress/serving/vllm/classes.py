@@ -28,7 +28,7 @@ from moacompress.serving.vllm.selected_blocks import SelectedBlocks, selected_bl
 MOST_CLASSES = 18
 """How many classes there are at most where nobody says otherwise."""
 _ALIGNMENT = 64
-_SIZES = 64
+_SIZES = 128
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _sizes(sizes: Ints, most: int) -> list[int]:
     """Returns the sizes of a block that are tried out, ascending: sums of some first heads, and of all."""
     whole = int(sizes.sum())
     sums = {-(-max(int(one), int(sizes.max())) // _ALIGNMENT) * _ALIGNMENT for one in sizes.cumsum()}
-    wanted = sorted(size for size in sums if whole <= size * most < 4 * whole)
+    wanted = sorted(size for size in sums if whole <= size * most)
     return [*wanted[:: -(-len(wanted) // _SIZES) or 1], -(-whole // _ALIGNMENT) * _ALIGNMENT]
 
 

@@ -9,12 +9,12 @@ import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
+from vllm.model_executor.models.utils import WeightsMapper
 
-from moacompress.core.errors import UnsupportedError
+from moacompress.core.errors import PlanError, UnsupportedError
 from moacompress.rules.plan import Plan
 from moacompress.serving.vllm.base_config import BaseConfig
-from moacompress.serving.vllm.gates import LayerGate, ScoringLinearMethod
+from moacompress.serving.vllm.gates import LayerGate, ScoringLinearMethod, holder_of
 
 
 class PlanConfig(BaseConfig):
@@ -23,21 +23,24 @@ class PlanConfig(BaseConfig):
     Attributes:
         plan: of the checkpoint.
         class_layers: classes of its KV heads as layers of vLLM; None until the first attention layer is taken over.
-        gates: those of attention layers, by their indices.
+        gates: those of attention layers, by the names of what holds these and their projections.
     """
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
         self.class_layers: list[Any] | None = None
-        self.gates: dict[int, LayerGate] = {}
+        self.gates: dict[str, LayerGate] = {}
 
     @staticmethod
     def get_checkpoint_weight_mapper() -> WeightsMapper:
         """Puts the weights of gates where they are here, and leaves the plan's own file of them out, which lies beside."""
         return WeightsMapper(
-            orig_to_new_substr={".self_attn.gate.": ".self_attn.attn.plan_gate."},
-            orig_to_new_regex={re.compile(r"^(weight|bias)$"): None},
+            # not as parts of names, which a model's own mapper would have changed before
+            orig_to_new_regex={
+                re.compile(r"\.self_attn\.gate\."): ".self_attn.attn.plan_gate.",
+                re.compile(r"^(weight|bias)$"): None,
+            },
         )
 
     @classmethod
@@ -45,9 +48,13 @@ class PlanConfig(BaseConfig):
         """Reads the plan.
 
         Raises:
-            PlanError: it is malformed or too new.
+            PlanError: it is missing, malformed or too new.
             UnsupportedError: it has layers that share attention, or the checkpoint has weights in blocks.
         """
+        unknown = sorted(config.keys() - {"quant_method", "plan", "weights"})
+        if unknown or "plan" not in config:
+            what = f"an unknown entry, {unknown[0][:40]!r}" if unknown else "no plan"
+            raise PlanError(f"quantization_config of the checkpoint has {what}; export it again, or update moacompress")
         if config.get("weights"):
             raise UnsupportedError(
                 "vLLM cannot serve this checkpoint: its weights are in blocks of codes; export it with `--weights dense`, or "
@@ -69,7 +76,7 @@ class PlanConfig(BaseConfig):
             take_over(layer, prefix, self)
             return None
         if isinstance(layer, QKVParallelLinear) and self.plan.selects:
-            return ScoringLinearMethod(self.gates, extract_layer_index(prefix))
+            return ScoringLinearMethod(self.gates, holder_of(prefix))
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
 

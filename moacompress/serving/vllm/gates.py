@@ -14,6 +14,11 @@ from moacompress.core.errors import PlanError, UnsupportedError
 from moacompress.kernels.gate_scores import rounded_scores, scored
 
 
+def holder_of(prefix: str) -> str:
+    """Returns the name of what holds a layer: the same for attention and its projections, another one in a tower of images."""
+    return prefix.rpartition(".")[0]
+
+
 class LayerGate(nn.Module):
     """A linear probe for each KV head of a layer.
 
@@ -76,17 +81,17 @@ class ScoringLinearMethod(UnquantizedLinearMethod):
     """Projections as they are, whose inputs a gate scores.
 
     Args:
-        gates: by layer; those there are when the model runs.
-        layer: index of the projections' layer.
+        gates: of layers, by the names of what holds them; those there are when the model runs.
+        holder: name of what holds the projections.
     """
 
-    def __init__(self, gates: Mapping[int, LayerGate], layer: int) -> None:
+    def __init__(self, gates: Mapping[str, LayerGate], holder: str) -> None:
         super().__init__()
-        self.gates, self.layer = gates, layer
+        self.gates, self.holder = gates, holder
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Returns the projections of `x`, `[tokens, inputs]`."""
-        if self.layer in self.gates:
-            self.gates[self.layer].score(x)
+        if self.holder in self.gates:
+            self.gates[self.holder].score(x)
         found: torch.Tensor = super().apply(layer, x, bias)
         return found

@@ -63,7 +63,16 @@ def refuse(vllm_config: VllmConfig) -> None:
             "with drafts where its gates choose tokens",
             "leave out --speculative-config: what a rejected draft has replaced is gone",
         ),
-        (vllm_config.kv_transfer_config is not None, "with a KV connector", "leave out --kv-transfer-config"),
+        (
+            vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None,
+            "with a KV connector",
+            "leave out --kv-transfer-config and --kv-offloading-size",
+        ),
+        (
+            model.using_transformers_backend(),
+            "where vLLM runs a model by transformers' code (`--model-impl transformers`, or a family that it has no code of)",
+            "serve it with `transformers serve`",
+        ),
         (
             vllm_config.scheduler_config.disable_hybrid_kv_cache_manager is True,
             "without the hybrid KV cache manager",
@@ -105,10 +114,22 @@ def limit_chunks(vllm_config: VllmConfig) -> None:
         )
 
 
+def check_weights(vllm_config: VllmConfig) -> None:
+    """Has vLLM read safetensors alone, and refuse a checkpoint that lacks weights, which by itself it does of dense ones."""
+    load = vllm_config.load_config
+    if load.load_format in ("auto", "hf"):
+        load.load_format = "safetensors"  # a pickle can run code when it is opened
+    extra = load.model_loader_extra_config
+    if load.load_format == "safetensors" and isinstance(extra, dict):
+        load.model_loader_extra_config = {"enable_weights_track": True, **extra}
+
+
 def in_flight(vllm_config: VllmConfig) -> int:
     """Returns how many tokens of a sequence are computed at most, beside other sequences, before what they free is freed."""
     scheduler = vllm_config.scheduler_config
     chunk = scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens
+    if scheduler.long_prefill_token_threshold_adaptive:  # an even share, of two sequences or more
+        chunk = max(chunk, scheduler.max_num_batched_tokens // 2)
     return int(min(chunk * vllm_config.max_concurrent_batches, vllm_config.max_in_flight_tokens))
 
 
@@ -129,4 +150,5 @@ class _Asked(VerifyAndUpdateConfig):
             refuse(vllm_config)
             leave_out_prefixes(vllm_config)
             limit_chunks(vllm_config)
+            check_weights(vllm_config)
         super().verify_and_update_config(vllm_config)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from moacompress.core.arrays import Bools, Ints
+from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import Passing, SelectedView
 from moacompress.kernels.backend import Backend
 from moacompress.kernels.kv_parts import KVPart
@@ -65,6 +66,12 @@ class SelectedMemory:
         self.keys, self.values = [*keys], [*values]
         self._scores = {head: part.window_scores.numpy() for head, part in parts.items()}
         self._ids: dict[int, tuple[Ints, Ids]] = {}
+        units = max(len(part.units) for part in parts.values())
+        if (len(keys) + units * len(parts)) * self.blocks >= 1 << 31:
+            raise UnsupportedError(
+                f"vLLM cannot serve a plan with gates in so large a KV cache: {self.blocks:,} blocks; give it less memory "
+                "(`--kv-cache-memory-bytes`)"
+            )
         segments = [torch.empty(self.blocks, 0, dtype=torch.uint8) for _ in keys]
         for head, part in parts.items():
             segments[head] = part.window_scores.view(torch.uint8)

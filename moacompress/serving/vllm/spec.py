@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
+from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -150,6 +150,7 @@ class ClassManager(SingleTypeKVCacheManager):
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """Returns the longest prefix whose sinks and window are cached, null blocks in the places of what lies between."""
         groups = range(len(kv_cache_group_ids))
+        block_hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, BLOCK)
         most = min(max_length // BLOCK, len(block_hashes))
         cached = [block_pool.get_cached_block(block_hashes[index], kv_cache_group_ids) for index in range(most)]
         missing = [0]

@@ -98,10 +98,11 @@ def test_other_families(engine, checkpoints, expected, poisoned, family):
     assert poisoned
 
 
-def test_prefixes_are_found_again(engine, checkpoints, expected):
+@pytest.mark.parametrize("unit", [None, 8])
+def test_prefixes_are_found_again(engine, checkpoints, expected, unit):
     """Sinks and windows are there, null blocks between; what is cached may be evicted for others."""
     folder, model = checkpoints(spans)
-    served = engine(folder, enable_prefix_caching=True, kv_cache_memory_bytes=6 << 20)
+    served = engine(folder, enable_prefix_caching=True, kv_cache_memory_bytes=6 << 20, prefix_match_unit=unit)
     shared = prompts(9, (400,))[0]
     at_once = served.ask([shared[:150], shared[:300], shared])  # each begins with blocks that the one before fills
     assert [answer.cached for answer in at_once] == [0, 144, 288]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from moacompress.core.errors import MoaCompressError
+from moacompress.core.errors import MoaCompressError, PlanError
 from tests.plan_kinds import gates
 from tests.serving.engine.conftest import Answer
 from tests.serving.engine.test_exact import CLOSE, agree, spans
@@ -23,6 +26,8 @@ from tests.serving.engine.test_exact import CLOSE, agree, spans
         ({"tensor_parallel_size": 2}, "tensor or pipeline parallel"),
         ({"pipeline_parallel_size": 2}, "tensor or pipeline parallel"),
         ({"disable_hybrid_kv_cache_manager": True}, "leave out --disable-hybrid-kv-cache-manager"),
+        ({"kv_offloading_size": 1}, "leave out --kv-transfer-config and --kv-offloading-size"),
+        ({"model_impl": "transformers"}, "by transformers' code"),
         ({"additional_config": {"moacompress": {"classes": 0}}}, "classes"),
         ({"additional_config": {"moacompress": {"klasses": 3}}}, "klasses"),
     ],
@@ -31,6 +36,34 @@ def test_refused_in_a_sentence(engine, checkpoints, options, says):
     folder, _ = checkpoints(spans)
     with pytest.raises((MoaCompressError, ValueError), match=says):
         engine(folder, **options)
+
+
+@pytest.mark.parametrize("lacks", ["model.layers.1.input_layernorm.weight", "model.norm.weight", "safetensors"])
+def test_weights_that_are_not_there_are_not_made_up(engine, checkpoints, lacks, tmp_path):
+    """vLLM by itself leaves what a quantized checkpoint lacks as the memory was, and opens pickles."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints(spans)[0], folder)
+    weights = load_file(folder / "model.safetensors")
+    if lacks == "safetensors":
+        torch.save(weights, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    else:
+        save_file({name: weight for name, weight in weights.items() if name != lacks}, folder / "model.safetensors")
+    with pytest.raises((ValueError, RuntimeError), match=lacks):
+        engine(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"plan": None}, "no plan"), ({"newer": 1}, "an unknown entry, 'newer'")],
+    ids=["none", "newer"],
+)
+def test_a_config_that_is_not_ours_is_refused(checkpoints, change, says):
+    from moacompress.serving.vllm.config import PlanConfig
+
+    config = json.loads((checkpoints(spans)[0] / "config.json").read_text())["quantization_config"]
+    with pytest.raises(PlanError, match=says):
+        PlanConfig.from_config({name: value for name, value in (config | change).items() if value is not None})
 
 
 def test_a_plan_for_another_model_is_refused(engine, checkpoints):
