@@ -71,6 +71,8 @@ def compress_(
         UsageError: the model has a plan already, its tokenizer is not to be found, or there are both a recipe and an effort.
         MoaCompressError: as `profile` and `find_plan`. The model is then as it was.
     """
+    import torch
+
     from moacompress.calibration.profile.profiler import profile
     from moacompress.runtime.hf.attaching import attach, attached_plan
     from moacompress.search.plan_sets import find_asked
@@ -86,6 +88,8 @@ def compress_(
     with ExitStack() as around:
         folder = Path(work) if work is not None else Path(around.enter_context(tempfile.TemporaryDirectory()))
         around.enter_context(_in_eval(model))
+        around.enter_context(torch.inference_mode(False))
+        around.enter_context(torch.autocast(input_device(model).type, enabled=False))
         resolved = (recipe or effort_recipe(effort or "quick", prose=text is not None)).override(
             **one_limit([budget] if isinstance(budget, str) else budget, max_loss),
             device=str(input_device(model)),

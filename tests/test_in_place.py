@@ -36,7 +36,8 @@ def test_a_loaded_model_gets_a_plan(loaded: Any, recipe: Recipe, tmp_path: Path)
     loaded.train()
     frozen = next(loaded.parameters()).requires_grad_(False)
     weights = {name: value.clone() for name, value in loaded.state_dict().items()}
-    found = moacompress.compress_(loaded, budget="40%", recipe=recipe)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):  # as a program may have them on for all it does
+        found = moacompress.compress_(loaded, budget="40%", recipe=recipe)
     plan = attached_plan(loaded)
     assert plan is not None
     assert plan.key() == found.plan.key()
@@ -133,14 +134,16 @@ def test_what_is_around_a_model_is_refused(loaded: Any, compressed: Path, recipe
     ids = torch.arange(300)[None] % loaded.config.vocab_size
     with torch.no_grad():
         dense = loaded(ids).logits
-    adapted = get_peft_model(loaded, LoraConfig(target_modules=["q_proj"]))
-    for around, inside in ((torch.compile(loaded), "_orig_mod"), (adapted, r"get_base_model\(\)")):
+    adapted: Any = get_peft_model(loaded, LoraConfig(target_modules=["q_proj"]))
+    compiled: Any = torch.compile(loaded)
+    layer: Any = torch.nn.Linear(2, 2)
+    for around, inside in ((compiled, "_orig_mod"), (adapted, r"get_base_model\(\)")):
         with pytest.raises(ModelError, match=rf"is around a model; give the one inside \(`model\.{inside}`\)"):
             moacompress.attach(around, plan)
         with pytest.raises(ModelError, match="is around a model"):
             moacompress.compress_(around, budget="40%", recipe=recipe)
     with pytest.raises(ModelError, match="a Linear is not a causal LM"):
-        moacompress.attach(torch.nn.Linear(2, 2), plan)
+        moacompress.attach(layer, plan)
     moacompress.attach(adapted.get_base_model(), plan)
     with torch.no_grad():
         assert not torch.allclose(adapted(ids).logits, dense)
@@ -155,6 +158,7 @@ def test_inspect_takes_whatever_holds_a_plan(compressed: Path) -> None:
     assert moacompress.inspect(compressed)["parameters"]["plan"] > 0
     with pytest.raises(MoaCompressError, match="does not exist"):
         moacompress.inspect("nowhere")
+    wrong: Any
     for wrong in ([0], [-5], ["4k"], [True]):
         with pytest.raises(UsageError, match="lengths are numbers of tokens above 0"):
             moacompress.inspect(plan, wrong)

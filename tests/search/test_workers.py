@@ -190,7 +190,7 @@ def test_from_scratch_waits_to_hear_of_workers_elsewhere(
         if clock.now > 60 and beats:
             backend.set_trial_user_attr(trial, "beat", [beats.pop(), 0.0])
 
-    monkeypatch.setattr(claims_module.time, "sleep", sleep)
+    monkeypatch.setattr(time, "sleep", sleep)
     with quiet_optuna():
         beats.append(4)
         said = Mock(spec=Progress)
