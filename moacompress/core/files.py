@@ -182,10 +182,7 @@ def remove(paths: Iterable[Path]) -> None:
                     os.replace(path, aside)
             else:
                 path.unlink(missing_ok=True)
-        except (
-            NotADirectoryError,
-            FileNotFoundError,
-        ):  # a file where its folder would be; or another process was faster
+        except (NotADirectoryError, FileNotFoundError):  # no such folder, or another process was faster
             continue
         except OSError as error:
             raise ArtefactError(f"cannot remove {path}: {error.strerror or error}") from error

@@ -318,7 +318,7 @@ def _check_autoload() -> dict[str, Any]:
     if os.environ.get(SWITCH, "1") != "1":  # as torch reads it
         return {
             "registered": False,
-            "switch": "0",
+            "switch": os.environ[SWITCH],
             "reason": f"{SWITCH}={os.environ[SWITCH]} turns it off; unset it, or import moacompress",
         }
     try:
