@@ -140,7 +140,7 @@ lint: $(READY) ## ruff, mypy, and the order of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers $(JOBS)
 
 format: $(READY) ## sort imports and format
 	$(BIN)/ruff check --select I --fix .

@@ -234,6 +234,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="session")
+def environment() -> dict[str, Any]:
+    """Returns the environment as `doctor` sees it, which does not change; a fresh process is asked for it."""
+    from moacompress.doctor.checks import check_environment
+
+    return check_environment()
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(
     tmp_path_factory: pytest.TempPathFactory,
     tiny_model: Callable[..., PreTrainedModel],

@@ -15,9 +15,9 @@ pytestmark = pytest.mark.real
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = ROOT / "docs/plans/smollm2-135m-eighth-gates.json"
 TASKS = ("needle-noise", "needle-prose", "needle-prose-uuids", "multi-needle-prose")
-LENGTH, PROMPTS = 768, 4
-RIGHT, RETENTION, KL = 10, 0.85, 0.02
-"""At least so many prompts that dense answers, the share of them that the plan keeps, and at most nats an answer token."""
+LENGTH = 768
+RIGHT, RETENTION, KL = 0.6, 0.85, 0.02
+"""The share of prompts that dense answers, and of those the share that the plan keeps, at least; nats an answer token at most."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,8 @@ def read(model: Any, case: Case) -> tuple[int | None, torch.Tensor]:
     return held, torch.cat((first.logits, rest), 1)[0].log_softmax(-1)
 
 
-def test_a_published_plan_keeps_what_it_promises(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("prompts", [2, pytest.param(4, marks=pytest.mark.heavy)])
+def test_a_published_plan_keeps_what_it_promises(prompts: int, model: Any, tokenizer: Any, tmp_path: Path) -> None:
     """An eighth of the bytes, to the byte, with most right answers kept and little KL, by prefill and cached decode."""
     import moacompress
     from moacompress.demo.smollm2 import articles_to_text
@@ -71,7 +72,7 @@ def test_a_published_plan_keeps_what_it_promises(model: Any, tokenizer: Any, tmp
 
     articles_to_text(next((ROOT / ".cache").glob("**/squad.json")), tmp_path / "articles")
     resources = Resources(Prose.load(tmp_path / "articles"))
-    cases = [case for task in TASKS for case in make_cases(task, LENGTH, PROMPTS, 0, tokenizer, resources)]
+    cases = [case for task in TASKS for case in make_cases(task, LENGTH, prompts, 0, tokenizer, resources)]
     dense = [read(model, case)[1] for case in cases]
     plan = moacompress.Plan.load(PLAN)
     moacompress.attach(model, plan)
@@ -86,7 +87,7 @@ def test_a_published_plan_keeps_what_it_promises(model: Any, tokenizer: Any, tmp
         rights, kept = rights + hits[0], kept + all(hits)
         kls.append(float((expected.exp() * (expected - found)).sum(-1).mean()))
     said = f"{kept} of {rights} kept, {sum(kls) / len(kls):.4f} nats"
-    assert rights >= RIGHT, said
+    assert rights >= RIGHT * len(cases), said
     assert kept >= RETENTION * rights, said
     assert sum(kls) / len(kls) < KL, said
     print(said)

@@ -136,11 +136,11 @@ def test_a_checkpoint_is_put_under_other_plans(exported: Path, file: Path, plan:
     assert checkpoint.weights == plan.model.weights_fingerprint
 
 
-def test_types_and_bytes_are_said(exported: Path, file: Path, plan: Plan, tmp_path: Path) -> None:
+def test_types_and_bytes_are_said(exported: Path, file: Path, plan: Plan, environment, tmp_path: Path) -> None:
     sizes = {"Q8_0": 320 * 272, "Q4_1": 2 * (2 * 256 + 128 + 2 * 512) * 160, "Q5_0": 2 * 128 * 176}
     sizes |= {"Q6_K": 2 * 256 * 420, "bfloat16": 5 * 512}
     card = (exported / "README.md").read_text()
-    found = check_model(str(exported))
+    found = check_model(str(exported), environment=environment)
     assert found["problems"] == []
     assert found["checkpoint"]["weight_types"] == sizes
     inspected = inspect_plan(plan, None, exported)
@@ -193,11 +193,11 @@ Q = "model__layers__0__self_attn__q_proj__weight"
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(damage, message: str, copied: Path) -> None:
+def test_what_does_not_fit_is_refused(damage, message: str, copied: Path, environment) -> None:
     damage(copied)
     with pytest.raises((MoaCompressError, ValueError), match=message):
         AutoModelForCausalLM.from_pretrained(copied)
-    found = check_model(str(copied))
+    found = check_model(str(copied), environment=environment)
     assert any(message in problem or "holds U8 tensors" in problem for problem in found["problems"])
     assert not found["checkpoint"]["loads"]
 

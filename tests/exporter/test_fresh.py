@@ -66,7 +66,7 @@ def test_a_near_tie_may_fall_either_way(
 
 
 @pytest.mark.fresh_process
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.heavy)])
 def test_other_kernels_pass(
     dtype: str, tiny_folder: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,7 +95,6 @@ def test_a_short_context_is_kept(tiny_model: Callable[..., Any], tiny_tokenizer:
 def test_swapped_layers_are_noticed(copied: Path, expected: Continuation) -> None:
     from safetensors.torch import load_file, save_file
 
-    verify_fresh(copied, expected)
     weights = load_file(copied / "model.safetensors")
     other = {name.replace("layers.0.", "layers.@.").replace("layers.1.", "layers.0."): name for name in weights}
     swapped = {new.replace("layers.@.", "layers.1."): weights[name] for new, name in other.items()}

@@ -54,7 +54,7 @@ def rms(error: torch.Tensor) -> float:
     return float(error.double().square().mean().sqrt())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.heavy)], ids=str)
 def test_the_golden_plan(dtype: torch.dtype, load_script: Callable[[Path], Any], by_both: Callable[..., Any]) -> None:
     """What rounding to the dtype makes of the logits is no more than it is on the CPU."""
     record, golden = load_script(HERE / "record.py"), json.loads((HERE / "plan.json").read_text("utf-8"))

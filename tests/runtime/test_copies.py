@@ -44,7 +44,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 """The two ways to compile a model."""
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=["pickle", "deepcopy", pytest.param("torch.save", marks=pytest.mark.heavy)])
 def copied(request: pytest.FixtureRequest) -> Callable[[Any], Any]:
     """Copies a model, in every way in turn."""
     return WAYS[request.param]

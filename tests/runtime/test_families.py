@@ -120,13 +120,12 @@ def mean_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 CASES = [(name, backend) for backend in BACKENDS for name in (ALL if backend is None else SEVERAL)]
-INTERPRETED_LLAMA = ("llama", "triton")
-"""Has nothing that the other two of Triton's have not, and its kernels step through models in tests of devices."""
+HEAVY = (("llama", "triton"), ("gemma2", "triton"))
+"""The interpreter takes minutes. GPT-OSS has sinks and windows of its own; the kernels' tests have capped scores; Llama steps
+through tests of devices."""
 
 
-@pytest.fixture(
-    params=[pytest.param(case, marks=[pytest.mark.heavy] * (case == INTERPRETED_LLAMA)) for case in CASES], ids=str
-)
+@pytest.fixture(params=[pytest.param(case, marks=[pytest.mark.heavy] * (case in HEAVY)) for case in CASES], ids=str)
 def family(request: pytest.FixtureRequest, use_backend: Callable[[str], Any], counting: Any) -> Iterator[str]:
     """Every family by the kernels that this machine has, and those that differ most by every backend."""
     name, backend = request.param
