@@ -170,10 +170,10 @@ def test_parameters_of_gates_are_counted_once(tiny_model: Any, tmp_path: Path) -
     """They are in the checkpoint's weights, and in a file beside the plan."""
     model = tiny_model("llama")
     dense = sum(parameter.numel() for parameter in model.parameters())
-    moacompress.attach(model, gates(model))
-    model.save_pretrained(tmp_path)
-    plan = Plan.load(tmp_path / "plan.json")
-    assert plan.gate_weights is not None
+    plan = gates(model)
+    moacompress.attach(model, plan).save_pretrained(tmp_path)
+    plan.save(tmp_path / "plan.json")
+    assert (tmp_path / "plan.gates.safetensors").is_file()
     found = moacompress.inspect(tmp_path)["parameters"]
     assert found["dense"] == dense
     assert dense < found["plan"] == sum(parameter.numel() for parameter in model.parameters())

@@ -87,11 +87,11 @@ def test_a_conversation_is_typed(folder: Path) -> None:
 
 
 def test_bytes_that_are_no_text_do_not_end_a_conversation(folder: Path) -> None:
-    command = [sys.executable, "-m", "moacompress", "chat", str(folder), "--max-new-tokens", "2", "--json"]
+    command = [sys.executable, "-m", "moacompress", "chat", str(folder), "--max-new-tokens", "2"]
     done = subprocess.run(command, input=b"caf\xe9\nhello\n", capture_output=True, check=True)
-    assert [turn["question"] for turn in json.loads(done.stdout)["turns"]] == ["caf\ufffd", "hello"]
+    assert done.stderr.count(b"KV cache") == 2  # of two turns
     closed = subprocess.run(["/bin/sh", "-c", '"$@" <&-', "sh", *command], capture_output=True, check=True)
-    assert json.loads(closed.stdout)["turns"] == []
+    assert b"KV cache" not in closed.stderr
 
 
 def test_one_object(folder: Path) -> None:

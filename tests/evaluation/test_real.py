@@ -17,7 +17,7 @@ PLAN = ROOT / "docs/plans/smollm2-135m-eighth-gates.json"
 TASKS = ("needle-noise", "needle-prose", "needle-prose-uuids", "multi-needle-prose")
 LENGTH = 768
 RIGHT, RETENTION, KL = 0.6, 0.85, 0.02
-"""The share of prompts that dense answers, and of those the share that the plan keeps, at least; nats an answer token at most."""
+"""The share of prompts that dense answers, and of those which the plan keeps, at least; nats an answer token, at most."""
 
 
 @pytest.fixture(scope="module")
