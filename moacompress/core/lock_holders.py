@@ -208,6 +208,38 @@ def release_dead(file: Path) -> bool:
     return True
 
 
+class Beats:
+    """For how long each of several processes has had the same beat: no two clocks are compared, only this process's is asked.
+
+    Args:
+        monotonic: its clock, in seconds.
+    """
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._monotonic = monotonic
+        self._seen: dict[int, tuple[int, float]] = {}
+        self._heard: set[int] = set()
+
+    def silence(self, number: int, beat: int) -> float:
+        """Returns for how many seconds a process has been seen with a beat that it has now.
+
+        Args:
+            number: of the process.
+            beat: how often it was heard of.
+        """
+        now = self._monotonic()
+        before, since = self._seen.get(number, (beat, now))
+        if beat != before:
+            since = now
+            self._heard.add(number)
+        self._seen[number] = beat, since
+        return now - since
+
+    def is_heard(self, number: int) -> bool:
+        """Returns whether a process has been seen with more than one beat."""
+        return number in self._heard
+
+
 @contextmanager
 def heard_of(beat: Callable[[], object]) -> Iterator[None]:
     """Calls `beat` from time to time as long as the block runs; what it raises is left for the work itself to find."""

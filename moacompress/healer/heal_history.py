@@ -13,6 +13,7 @@ import torch
 from moacompress.core.artefact_names import HEAL_BEST_FILE, HEAL_HISTORY_FILE
 from moacompress.core.errors import ArtefactError
 from moacompress.core.files import read_json, write_bytes, write_json
+from moacompress.models.weight_files import read_header
 
 TRAINER_STATE = "trainer_state.json"
 """What transformers writes last into a checkpoint: one without it is half-written."""
@@ -158,14 +159,11 @@ def _is_whole(checkpoint: Path) -> bool:
 
 def _has_its_end(file: Path) -> bool:
     """Whether a file of tensors has all bytes that its own table counts; nothing of it is unpacked."""
-    from safetensors import SafetensorError, safe_open
-
     if file.suffix in TORCH_FILES:
         return is_zipfile(file)  # a table stands at the end
     if file.suffix == ".safetensors":
         try:
-            with safe_open(file, "pt"):
-                return True
-        except (OSError, SafetensorError):
+            read_header(file)
+        except ArtefactError:
             return False
     return True

@@ -25,7 +25,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from moacompress.core.errors import MoaCompressError, ModelError, UsageError
-from moacompress.core.lock_holders import BEAT_SECONDS, SILENT_SECONDS, heard_of, readable_age
+from moacompress.core.lock_holders import BEAT_SECONDS, SILENT_SECONDS, Beats, heard_of, readable_age
 from moacompress.core.ranks import local_rank, rank, splits_model, world_size
 
 Task = TypeVar("Task")
@@ -198,8 +198,7 @@ class _Others:
     """
 
     def __init__(self, store: Store) -> None:
-        self._store = store
-        self._seen: dict[int, tuple[int, float]] = {}
+        self._store, self._beats = store, Beats()
         self._looked = time.monotonic()
 
     def check(self) -> None:
@@ -213,13 +212,10 @@ class _Others:
             return
         self._looked = now
         for number in range(world_size()):
-            beat = self._store.add(f"{_BEAT} {number}", 0)
-            before, since = self._seen.get(number, (None, now))
-            if beat != before:
-                self._seen[number] = beat, now
-            elif now - since > SILENT_SECONDS:
+            silence = self._beats.silence(number, self._store.add(f"{_BEAT} {number}", 0))
+            if silence > SILENT_SECONDS:
                 raise MoaCompressError(
-                    f"rank {number} of the run was not heard of for {readable_age(now - since)}: it was killed, or its machine "
+                    f"rank {number} of the run was not heard of for {readable_age(silence)}: it was killed, or its machine "
                     "is gone; start the run again, and it resumes"
                 )
 

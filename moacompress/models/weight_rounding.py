@@ -17,7 +17,7 @@ from torch import nn
 from moacompress.core.arrays import row_parts
 from moacompress.core.errors import ModelError, PlanError
 from moacompress.kernels.weight_blocks import WEIGHT_TYPES, WeightType
-from moacompress.models.block_layers import BlockEmbedding, BlockLinear, can_hold_blocks, put_block_layer
+from moacompress.models.block_layers import can_hold_blocks, put_block_layer, weight_types
 
 ROUNDED = {"int8": "Q8_0", "int4": "Q4_1"}
 """Types of blocks that weights are rounded to, by what a recipe calls them."""
@@ -82,10 +82,8 @@ def round_like(model: Any, exact: Any) -> None:
         model: a causal language model, in any dtype.
         exact: the same model, as `round_weights` left it.
     """
-    for name, module in [*exact.named_modules()]:
-        kind = getattr(module, "kind", None)
-        if isinstance(module, BlockLinear | BlockEmbedding) and kind is not None:
-            put_block_layer(model, name, kind, module.weight.detach())
+    for name, kind in weight_types(exact).items():
+        put_block_layer(model, name, WEIGHT_TYPES[kind], exact.get_parameter(f"{name}.weight").detach())
     model.tie_weights()
 
 

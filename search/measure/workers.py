@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moacompress.core.lock_holders import LockHolder, heard_of, held
+from moacompress.core.lock_holders import Beats, LockHolder, heard_of, held
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -80,13 +80,12 @@ class Workers:
         holder: LockHolder | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._storage, self._study_id, self._monotonic = storage, study_id, monotonic
+        self._storage, self._study_id = storage, study_id
         self.holder = holder or LockHolder.new()
         self._trial_id: int | None = None
         self._notes: dict[str, Any] = {}
         self._beats = 0
-        self._seen: dict[int, tuple[int, float]] = {}
-        self._first: dict[int, int] = {}
+        self._beats_of_others = Beats(monotonic)
 
     @property
     def token(self) -> str:
@@ -110,7 +109,7 @@ class Workers:
 
     def is_heard(self, worker: Worker) -> bool:
         """Returns whether a worker is known to live, and not only not yet known to be dead."""
-        return worker.holder.is_here or self._first.get(worker.number, worker.beat) != worker.beat
+        return worker.holder.is_here or self._beats_of_others.is_heard(worker.number)
 
     def mark_dead(self, worker: Worker) -> None:
         """Notes that a worker has died, so that nobody else need find it out."""
@@ -188,17 +187,7 @@ class Workers:
 
     def _is_alive(self, worker: Worker) -> bool:
         """Returns whether a running worker lives; a dead one is marked."""
-        if worker.holder.is_alive(lambda: self._silence(worker)):
+        if worker.holder.is_alive(lambda: self._beats_of_others.silence(worker.number, worker.beat)):
             return True
         self.mark_dead(worker)
         return False
-
-    def _silence(self, worker: Worker) -> float:
-        """Returns for how many seconds this process has seen the same beat of a worker."""
-        now = self._monotonic()
-        self._first.setdefault(worker.number, worker.beat)
-        beat, since = self._seen.get(worker.number, (None, now))
-        if beat != worker.beat:
-            since = now
-        self._seen[worker.number] = worker.beat, since
-        return now - since
