@@ -23,6 +23,8 @@ class RichProgress(Progress):
         first: gives a line that is shown before the first task.
     """
 
+    shows = True
+
     def __init__(self, console: Console, first: Callable[[], str] | None = None) -> None:
         self._console = console
         self._first = first

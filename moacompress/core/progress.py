@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class Progress:
-    """Receives the progress of one task after another; this one ignores it. Subclasses show it."""
+    """Receives the progress of one task after another; this one ignores it. Subclasses show it.
+
+    Attributes:
+        shows: whether anything is shown, and so whether a library may show its own.
+    """
+
+    shows: ClassVar[bool] = False
 
     def start(self, what: str, total: int) -> None:
         """Begins a task.

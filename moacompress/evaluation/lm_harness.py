@@ -10,6 +10,7 @@ import contextlib
 import copy
 import importlib
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,8 @@ def run_lm_eval(
     seed: int = 0,
     name: str = "plan",
     batch_size: int | str = AUTO,
+    *,
+    quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Runs tasks of lm-evaluation-harness on a model.
 
@@ -59,6 +62,7 @@ def run_lm_eval(
         batch_size: requests at once: a number, "auto", or "auto:N" to find it N times, as requests become shorter. The harness
             finds it on a GPU by trying. On a CPU, where trying too many ends the process, it is the power of two up to
             `MOST_ROWS` whose logits at the model's context fit a quarter of the memory that is free.
+        quiet: whether the harness's bars and remarks are not shown.
 
     Returns:
         Rows of `model, task, length` (None)`, metric, value, ci95, prompts`. `metric` is the harness's own, followed by
@@ -73,7 +77,7 @@ def run_lm_eval(
     evaluator, manager_class, model_class = _harness()
     if not tasks or (limit is not None and limit < 1):
         raise UsageError(f"nothing to evaluate: {len(tasks)} tasks of lm-evaluation-harness, limit {limit}")
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for results, and the harness prints
+    with _printing(quiet):
         manager = _manager(manager_class, tasks, include_path)
         with _quiet("lm_eval"):  # it warns of every model that is loaded already
             harnessed = _of_ranks(model_class)(
@@ -187,7 +191,7 @@ def check_lm_eval(tasks: Sequence[str], limit: int | None = None) -> None:
             f"one or more; ask for {ranks}, or start fewer"
         )
     _, manager_class, _ = _harness()
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for results, and the harness prints
+    with _printing():
         _manager(manager_class, tasks, None)
 
 
@@ -255,6 +259,16 @@ def _documents(found: dict[str, Any], task: str) -> int:
     if task in found["n-samples"]:
         return int(found["n-samples"][task]["effective"])
     return sum(_documents(found, part) for part in found["group_subtasks"].get(task, ()))
+
+
+@contextlib.contextmanager
+def _printing(quiet: bool = False) -> Iterator[None]:
+    """Lets the harness print to stderr, as stdout is for results; or nowhere, its bars with it."""
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(open(os.devnull, "w", encoding="utf-8")) if quiet else sys.stderr
+        stack.enter_context(contextlib.redirect_stdout(place))
+        stack.enter_context(contextlib.redirect_stderr(place))
+        yield
 
 
 @contextlib.contextmanager

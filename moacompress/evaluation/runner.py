@@ -315,10 +315,10 @@ def _lm_eval_rows(
     """Returns the rows of lm-evaluation-harness, whose prompts have any length: so there are no baselines at equal bytes."""
     compared_models = comparison.without_baselines()
     progress.start("lm-evaluation-harness", len(compared_models))
-    rows = []
+    rows, quiet = [], not progress.shows
     for compared in compared_models:
-        model = compared.put_on(checkpoint)
-        rows += run_lm_eval(model, checkpoint.tokenizer, tasks, limit, seed=seed, name=compared.name, batch_size=batch)
+        model, name = compared.put_on(checkpoint), compared.name
+        rows += run_lm_eval(model, checkpoint.tokenizer, tasks, limit, None, seed, name, batch, quiet=quiet)
         progress.step(compared.name)
     progress.done()
     return rows

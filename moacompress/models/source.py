@@ -6,6 +6,7 @@ for.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from moacompress.core.files import read_json
 from moacompress.models.fingerprint import weights_fingerprint, weights_like
 from moacompress.models.gguf_config import complete_config
 from moacompress.models.gguf_model import check_all_read, load_gguf
+from moacompress.models.gguf_reading import reading_once
 from moacompress.models.hub import hub_arguments, is_hub_name
 from moacompress.models.modules import check_supported
 from moacompress.models.placement import checked_placement, is_device_map
@@ -108,41 +110,42 @@ def load_source(
         _check_can_place(device, weights, is_gguf)
     arguments["trust_remote_code"] = trust_remote_code
     try:
-        if is_gguf:
-            from gguf import GGUFReader
+        with reading_once() if is_gguf else contextlib.nullcontext():
+            if is_gguf:
+                from gguf import GGUFReader
 
-            reader = GGUFReader(source)
-            own: str | None = gguf_dtype(reader)
-        else:
-            check_family(Path(name), trust_remote_code)
-            config = AutoConfig.from_pretrained(name, **arguments)
-            problems = [*stored_problems(config), *config_problems(config), *weight_problems(Path(name))]
-            if Path(name).is_dir() and not trust_remote_code:
-                problems += tokenizer_problems(Path(name))
-            if problems:
-                raise ModelError(f"{source} cannot be used: {problems[0]}")
-            own = _dtype_name(config.dtype) if config.dtype is not None else stored_dtype(Path(name))
-            arguments["use_safetensors"] = True  # a pickle can run code when it is opened
-        if dtype == "auto" and is_gguf and own is not None:
-            dtype = own
-        wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
-        model: Any = None
-        missing: list[str] = []
-        if is_gguf:
-            config = AutoConfig.from_pretrained(name, **arguments)
-            complete_config(config, reader, Path(source))
-            model = load_gguf(Path(source), reader, config, wanted) if weights == KEEP else None
-            arguments["config"] = config
-        if model is None:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name, dtype=wanted, output_loading_info=True, **arguments, **placed
-            )
-            model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
-        if is_gguf:
-            check_all_read(Path(source), reader, model)
-        for only_for_model in ("use_safetensors", "config"):
-            arguments.pop(only_for_model, None)
-        tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
+                reader = GGUFReader(source)
+                own: str | None = gguf_dtype(reader)
+            else:
+                check_family(Path(name), trust_remote_code)
+                config = AutoConfig.from_pretrained(name, **arguments)
+                problems = [*stored_problems(config), *config_problems(config), *weight_problems(Path(name))]
+                if Path(name).is_dir() and not trust_remote_code:
+                    problems += tokenizer_problems(Path(name))
+                if problems:
+                    raise ModelError(f"{source} cannot be used: {problems[0]}")
+                own = _dtype_name(config.dtype) if config.dtype is not None else stored_dtype(Path(name))
+                arguments["use_safetensors"] = True  # a pickle can run code when it is opened
+            if dtype == "auto" and is_gguf and own is not None:
+                dtype = own
+            wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+            model: Any = None
+            missing: list[str] = []
+            if is_gguf:
+                config = AutoConfig.from_pretrained(name, **arguments)
+                complete_config(config, reader, Path(source))
+                model = load_gguf(Path(source), reader, config, wanted) if weights == KEEP else None
+                arguments["config"] = config
+            if model is None:
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    name, dtype=wanted, output_loading_info=True, **arguments, **placed
+                )
+                model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
+            if is_gguf:
+                check_all_read(Path(source), reader, model)
+            for only_for_model in ("use_safetensors", "config"):
+                arguments.pop(only_for_model, None)
+            tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
     except MoaCompressError:
         raise
     except ImportError as error:

@@ -150,6 +150,21 @@ def test_full_span_is_dense(
     assert [row["value"] for row in sparse] != pytest.approx([row["value"] for row in dense], rel=1e-3)
 
 
+@pytest.mark.parametrize("quiet", [False, True])
+def test_it_says_nothing_where_nothing_is_to_be_said(
+    tiny_model: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    capfd: pytest.CaptureFixture[str],
+    quiet: bool,
+) -> None:
+    tasks = [str(folder / "tiny_text.yaml")]
+    run_lm_eval(tiny_model("llama"), tiny_tokenizer, tasks, limit=1, quiet=quiet)
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert (said.err == "") == quiet
+
+
 def test_loglikelihood_is_the_models_own(
     tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:

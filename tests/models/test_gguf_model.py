@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,36 @@ def test_what_does_not_fit_is_refused(tmp_path):
     file = write_gguf(tmp_path / "narrow.gguf", types_of("Q8_0"), **changed)
     with pytest.raises(ModelError, match=r"blk\.1\.ffn_up\.weight of shape \[512, 136\], the model needs \[512, 256\]"):
         load_source(file, weights="keep")
+
+
+def test_a_file_is_read_once(tmp_path, monkeypatch):
+    import gguf
+
+    file, kind, made = write_gguf(tmp_path / "tiny.gguf", MIXED), gguf.GGUFReader, []
+    real = kind.__init__
+    monkeypatch.setattr(kind, "__init__", lambda self, *args: (made.append(args), real(self, *args))[1])
+    for weights in ("keep", "dense"):
+        before = len(made)
+        load_source(file, weights=weights)
+        assert len(made) == before + 1
+        assert gguf.GGUFReader is kind
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(ModelError, match="damaged"):
+        load_source(damaged)
+    assert gguf.GGUFReader is kind
+
+
+def test_threads_read_files_of_their_own(tmp_path):
+    """One after the other, and what a thread puts back is not what another has put there."""
+    import gguf
+
+    kind, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    files = [write_gguf(tmp_path / f"{head}.gguf", MIXED, head=head) for head in (None, "Q6_K")]
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(load_source, files * 2))
+    assert [model.model.config.tie_word_embeddings for model in loaded] == [True, False] * 2
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (kind, names)
 
 
 @pytest.mark.real

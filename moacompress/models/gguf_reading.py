@@ -1,0 +1,36 @@
+"""One reading of a `.gguf` file for all who want something of it.
+
+transformers opens such a file anew for the configuration, the weights and the tokenizer, and each time the package `gguf` makes
+an array of every word of the vocabulary, which takes seconds. For the weights it also makes the table of tensor names once for
+each module of the model.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_one_at_a_time = threading.RLock()
+
+
+@contextmanager
+def reading_once() -> Iterator[None]:
+    """Lets every `gguf.GGUFReader` of a file that is made in here be the same one, and the tables of names too."""
+    gguf: Any = importlib.import_module("gguf")
+    with _one_at_a_time:
+        made, named = functools.cache(gguf.GGUFReader), functools.cache(gguf.get_tensor_name_map)
+
+        def reader(path: os.PathLike[str] | str, *mode: str) -> Any:
+            return made(os.path.realpath(path), *mode)
+
+        before = gguf.GGUFReader, gguf.get_tensor_name_map
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, named
+        try:
+            yield
+        finally:
+            gguf.GGUFReader, gguf.get_tensor_name_map = before
