@@ -38,15 +38,15 @@ help: ## show the targets
 
 setup: $(READY) ## make .venv with everything in it
 
-# torch comes before the package, which is built without isolation, by this setuptools. What takes longest to compile is compiled
-# while pip fetches; what the compiler says is said by the package's own build, which takes what was made.
+# torch comes before the package, which is built without isolation, by this setuptools. The kernels compile while pip fetches, into
+# the folder that an editable package is used from.
 $(READY): $(SOURCES)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it with make PYTHON=..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "setuptools>=77" wheel
-	$(BIN)/python setup.py --quiet build_ext > /dev/null 2>&1 & \
-		$(BIN)/pip install --quiet "torch>=2.10" && \
-		$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev,demo]"
+	$(BIN)/python setup.py --quiet build_ext --inplace & kernels=$$!; \
+	$(BIN)/pip install --quiet "torch>=2.10" && MOACOMPRESS_REQUIRE_EXT= MOACOMPRESS_NO_EXT=1 \
+		$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev,demo]" && wait $$kernels
 	touch $@
 
 test-data: $(DATA:%=$(CACHE)/%) texts ## fetch the demo's model and data, and long texts, into .cache

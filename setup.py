@@ -2,14 +2,13 @@
 
 They declare what they call of torch's stable ABI themselves (`torch_abi.h`), and name torch's library without being linked to
 it, so an isolated `pip install .` builds them in a minute and downloads no torch for it. Without a compiler the package
-installs all the same and runs on its reference. What is missing is said; `MOACOMPRESS_REQUIRE_EXT=1` makes it an error.
+installs all the same and runs on its reference. What is missing is said; `MOACOMPRESS_REQUIRE_EXT=1` makes it an error, and
+with `MOACOMPRESS_NO_EXT=1` they are not built.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
 import os
 import platform
 import re
@@ -17,7 +16,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,8 +25,6 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 FOLDER = "moacompress/kernels/cpu"
-OBJECTS = Path("build/kernels")
-"""What was compiled, for the next build with the same sources, flags and compiler; pip's own builds have a folder each."""
 REQUIRE = os.environ.get("MOACOMPRESS_REQUIRE_EXT") == "1"
 TORCH_LIBRARY = "torch_cpu"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra")
@@ -70,6 +66,8 @@ def compiler() -> list[str] | None:
 
 def missing() -> str | None:
     """Returns what keeps the kernels from being built, or None."""
+    if os.environ.get("MOACOMPRESS_NO_EXT") == "1":
+        return "MOACOMPRESS_NO_EXT=1"
     if sys.platform not in ("linux", "darwin"):
         return f"they are built on Linux and macOS only, this is {sys.platform}"
     if compiler() is None:
@@ -117,27 +115,21 @@ class BuildKernels(build_ext):
         if command is None:
             raise CompileError(f"the CPU kernels cannot be built: {missing()}")
         target = Path(self.get_ext_fullpath(ext.name))
-        OBJECTS.mkdir(parents=True, exist_ok=True)
+        objects = Path(self.build_temp) / "kernels"
+        objects.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
-        headers = [Path(path).read_bytes() for path in ext.depends]
 
         def compile_source(source: str) -> str:
             name = Path(source).name
             flags = [*FLAGS, *instruction_flags(name), *shlex.split(os.environ.get("CXXFLAGS", ""))]
-            made = OBJECTS / f"{name}.{_digest([version, command, flags, headers, Path(source).read_bytes()])}.o"
-            if not made.exists():
-                for old in OBJECTS.glob(f"{name}.*"):
-                    old.unlink(missing_ok=True)
-                partial = made.with_suffix(".partial")
-                _run([*command, *flags, "-c", source, "-o", str(partial)])
-                partial.replace(made)
-            return str(made)
+            made = str(objects / f"{name}.o")
+            _run([*command, *flags, "-c", source, "-o", made])
+            return made
 
-        with _alone(OBJECTS), ThreadPoolExecutor(cores()) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             longest_first = sorted(ext.sources, key=lambda source: not Path(source).name.startswith("isa_"))
             made = list(pool.map(compile_source, longest_first))
-            _run([*command, "-shared", "-o", str(target), *made, *link_torch(command, OBJECTS)])
+        _run([*command, "-shared", "-o", str(target), *made, *link_torch(command, objects)])
 
 
 def cores() -> int:
@@ -174,21 +166,6 @@ class PlatformWheel(bdist_wheel):
         """Returns `(python, abi, platform)`."""
         python, abi, plat = super().get_tag()
         return ("py3", "none", plat) if self.distribution.has_ext_modules() else (python, abi, plat)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Waits for other builds in a folder, where its file system can tell."""
-    import fcntl
-
-    with open(folder / "lock", "w") as lock:
-        with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _digest(of: object) -> str:
-    return hashlib.sha256(repr(of).encode()).hexdigest()[:16]
 
 
 def _run(command: list[str]) -> None:

@@ -55,3 +55,14 @@ def test_on_macos_the_stub_has_every_function_of_torch(
 def test_windows_has_no_kernels(setup: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup, "sys", SimpleNamespace(platform="win32"))
     assert setup.missing() == "they are built on Linux and macOS only, this is win32"
+
+
+def test_kernels_can_be_left_out(setup: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOACOMPRESS_NO_EXT", "1")
+    assert setup.missing() == "MOACOMPRESS_NO_EXT=1"
+    assert setup.extensions() == []
+    monkeypatch.setattr(setup, "REQUIRE", True)
+    with pytest.raises(
+        SystemExit, match="MOACOMPRESS_REQUIRE_EXT=1, but the CPU kernels cannot be built: MOACOMPRESS_NO_EXT=1"
+    ):
+        setup.extensions()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import math
 import random
 
 import pytest
@@ -306,8 +307,16 @@ def test_the_reference_of_the_kernels(seeds, what, number, dtype, op, random_cas
         unchanged_or_as(*results, *exact, 3e-5 if dtype == torch.float32 else 1e-12, bits=False)
 
 
-@pytest.mark.parametrize("op", ["decode", "prefill"])
-@pytest.mark.parametrize(("what", "number"), PLANTS)
+@pytest.mark.parametrize(
+    ("what", "number", "op"),
+    [
+        pytest.param(
+            what, number, op, marks=[pytest.mark.heavy] * (op == "prefill" and math.isinf(number) and what != "logit")
+        )
+        for what, number in PLANTS
+        for op in ("decode", "prefill")
+    ],
+)
 def test_triton(what, number, op, random_case, attended, unchanged_or_as, triton):
     for seed in (0, 2, 4) if op == "decode" else (0,):
         other, case, *exact = planted(random_case, attended, seed, torch.float32, op, what, number)
