@@ -117,7 +117,7 @@ def test_what_fails_on_a_device_fails(pretend_device):
         assert len(device.doubles) == 2
 
 
-@pytest.mark.parametrize("kind", ["formats", "gates"])
+@pytest.mark.parametrize("kind", [pytest.param("formats", marks=pytest.mark.heavy), "gates"])
 def test_bench(kind, tiny_model, tiny_tokenizer, tmp_path, pretend_device):
     """Steps and prompts of all sides that are not compiled."""
     model = tiny_model("llama")
@@ -135,6 +135,7 @@ def test_bench(kind, tiny_model, tiny_tokenizer, tmp_path, pretend_device):
     assert decode["kernel"] == "reference"
 
 
+@pytest.mark.heavy
 def test_a_cost_table(tiny_folder, tmp_path, pretend_device, monkeypatch):
     """Steps at full span and with gates, whose caches are filled with scores."""
     request = CostTableRequest((256,), (2,), tokens=1, repeats=1, device=f"{KIND}:0")

@@ -117,6 +117,7 @@ def test_what_is_refused_leaves_nothing_behind(compressed, tmp_path, tiny_folder
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.heavy
 def test_a_compiled_step_whose_graph_breaks_is_never_the_best(compressed, monkeypatch):
     from transformers.models.llama.modeling_llama import LlamaMLP
 

@@ -74,7 +74,9 @@ print(os.environ.get("OMP_WAIT_POLICY"))
 """
 
 
-@pytest.mark.parametrize(("options", "wanted"), [(["--dry-run"], "passive"), ([], "None")])
+@pytest.mark.parametrize(
+    ("options", "wanted"), [(["--dry-run"], "passive"), pytest.param([], "None", marks=pytest.mark.heavy)]
+)
 def test_threads_that_wait_sleep_where_seconds_are_estimated(options: list[str], wanted: str) -> None:
     """OpenMP reads it when torch is loaded; time that threads spin on a busy machine would be counted as work."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}

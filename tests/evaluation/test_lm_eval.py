@@ -202,6 +202,7 @@ def test_bad_requests(
         run_lm_eval(model, tiny_tokenizer, [str(tmp_path / "broken.yaml")])
 
 
+@pytest.mark.heavy  # one of the harness's own tasks is tried by the command's test
 def test_unknown_task(
     tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:

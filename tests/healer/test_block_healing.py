@@ -74,7 +74,7 @@ def put_to_the_test(folder: Path, start: Path, trained: set[str], tmp_path: Path
     return model
 
 
-@pytest.mark.parametrize("modules", [None, "o_proj, down_proj"])
+@pytest.mark.parametrize("modules", [pytest.param(None, marks=pytest.mark.heavy), "o_proj, down_proj"])
 def test_adapters_are_merged_into_the_layers_that_they_are_of(
     modules: str | None, in_blocks: Place, small: Make, tmp_path: Path, quick: None
 ) -> None:
@@ -107,7 +107,7 @@ def _samples(place: Place) -> Any:
     return load_samples(place["profile"] / "validation.safetensors")[:6]
 
 
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compute", [pytest.param("float32", marks=pytest.mark.heavy), "bfloat16"])
 def test_the_types_of_a_gguf_file(
     compute: str,
     small: Make,

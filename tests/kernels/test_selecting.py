@@ -139,7 +139,7 @@ def copied(pool: Pool) -> Pool:
 
 
 @pytest.mark.parametrize("name", gpu.PLACES)
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.heavy) for seed in range(4, 8))])
 def test_triton_selects_to_the_bit(
     seed: int, name: str, use_backend: Callable[[str], Backend], kernels_cannot_run: Callable[[str | None], None]
 ) -> None:

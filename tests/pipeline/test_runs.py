@@ -159,7 +159,7 @@ def places_in(folder, places):
     return found
 
 
-@pytest.mark.parametrize("how", ["absolute", "relative"])
+@pytest.mark.parametrize("how", [pytest.param("absolute", marks=pytest.mark.heavy), "relative"])
 def test_nothing_that_is_shared_names_a_place(how, recipe, tiny_folder, tmp_path, monkeypatch):
     work = tmp_path / "work"
     model, prose, notes = work / "models" / "dense", work / "texts" / "prose", work / "texts" / "notes.txt"

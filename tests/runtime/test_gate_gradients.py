@@ -86,7 +86,7 @@ def expected(case: Case, grad: torch.Tensor, softcap: float, sinks: torch.Tensor
 @pytest.mark.parametrize(
     ("extras", "formats"), [(False, False), (True, False), (False, True)], ids=["plain", "softcap and sinks", "formats"]
 )
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.heavy) for seed in range(4, 8))])
 def test_scores_get_what_outputs_gain(seed: int, extras: bool, formats: bool) -> None:
     case = Case(seed, formats, torch.float32 if formats else torch.float64)
     case.n = min(case.n, 90)

@@ -201,7 +201,9 @@ def test_padded_rows_are_as_alone(seed: int) -> None:
                 assert torch.allclose(found[row, columns], expected[row, at], atol=1e-9)
 
 
-@pytest.mark.parametrize("seed", range(300, 315))
+@pytest.mark.parametrize(
+    "seed", [*range(300, 308), *(pytest.param(seed, marks=pytest.mark.heavy) for seed in range(308, 315))]
+)
 def test_forks_and_rows_go_their_own_ways(seed: int) -> None:
     case = Case(seed)
     cut = case.rng.randint(1, case.n - 1)

@@ -260,7 +260,7 @@ def test_rings_hold_what_tables_hold(examples: int, device: str, triton: Any, mo
     check()
 
 
-@pytest.mark.parametrize("padding", [(0, 5, 11), pytest.param(tuple(range(16)), marks=pytest.mark.heavy)], ids=str)
+@pytest.mark.parametrize("padding", [(0, 11), pytest.param(tuple(range(16)), marks=pytest.mark.heavy)], ids=str)
 def test_blocks_are_written_over_in_their_turn(padding: tuple[int, ...], device: str, triton: Any) -> None:
     """From every place in a block: a window of a few blocks, until its ring has come round."""
     pair = Pair(RuleTable.of([Rule(4, 20, 0, "int8", "int4", 9)], MIN_WINDOW), len(padding), 0, device=device)
@@ -273,7 +273,7 @@ def test_blocks_are_written_over_in_their_turn(padding: tuple[int, ...], device:
     pair.compare()
 
 
-@pytest.mark.parametrize("select", [0, 9])
+@pytest.mark.parametrize("select", [pytest.param(0, marks=pytest.mark.heavy), 9])
 def test_blocks_that_are_shared_are_copied_where_they_would_be_written_over(
     select: int, device: str, triton: Any
 ) -> None:

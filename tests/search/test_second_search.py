@@ -88,7 +88,7 @@ def test_a_second_search_is_refused_while_the_first_lives(
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".owner"] == []
 
 
-@pytest.mark.parametrize("kind", ["beside", "sqlite"])
+@pytest.mark.parametrize("kind", [pytest.param("beside", marks=pytest.mark.heavy), "sqlite"])
 def test_a_killed_search_is_taken_over(
     search: Search, profiles: Profiles, measuring: Measuring, tmp_path: Path, kind: str
 ) -> None:
