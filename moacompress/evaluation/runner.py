@@ -315,10 +315,18 @@ def _lm_eval_rows(
     """Returns the rows of lm-evaluation-harness, whose prompts have any length: so there are no baselines at equal bytes."""
     compared_models = comparison.without_baselines()
     progress.start("lm-evaluation-harness", len(compared_models))
-    rows, quiet = [], not progress.shows
+    rows = []
     for compared in compared_models:
-        model, name = compared.put_on(checkpoint), compared.name
-        rows += run_lm_eval(model, checkpoint.tokenizer, tasks, limit, None, seed, name, batch, quiet=quiet)
+        rows += run_lm_eval(
+            compared.put_on(checkpoint),
+            checkpoint.tokenizer,
+            tasks,
+            limit,
+            seed=seed,
+            name=compared.name,
+            batch_size=batch,
+            quiet=not progress.shows,
+        )
         progress.step(compared.name)
     progress.done()
     return rows

@@ -15,7 +15,7 @@ from tests.conftest import TINY
 from tests.plan_kinds import gated_plan
 
 TOLERANCE = 1e-4
-DIFFERENT = ("llama", "gemma2", "gemma3_text", "gpt_neox", "cohere2", "qwen3_moe", "gpt_oss")
+DIFFERENT = ("llama", "gemma2", "gemma3_text", "phi3", "smollm3", "gpt_neox", "cohere2", "qwen3_moe", "gpt_oss")
 """Families whose layers are put together in ways of their own; the others are for `make test-all`."""
 
 

@@ -324,10 +324,9 @@ def test_refusals_take_no_memory(folder: Path, tmp_path: Path) -> None:
         folders.append(shutil.copytree(folder, tmp_path / change.__name__))
         change(folders[-1])
         if change in (claims_a_header, claims_a_tensor):
-            with (folders[-1] / "model.safetensors").open(
-                "r+b"
-            ) as stream:  # the bytes that it claims are there, as a hole
-                stream.truncate((folders[-1] / "model.safetensors").stat().st_size + GiB10)
+            file = folders[-1] / "model.safetensors"
+            with file.open("r+b") as stream:  # the bytes that the file claims are there, as a hole
+                stream.truncate(file.stat().st_size + GiB10)
     done = subprocess.run([sys.executable, "-c", LIMITED, *folders], capture_output=True, text=True, timeout=300)
     said = done.stdout.splitlines()
     assert len(said) == len(folders), done.stderr[-600:]
