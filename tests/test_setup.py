@@ -59,6 +59,7 @@ def test_windows_has_no_kernels(setup: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_kernels_can_be_left_out(setup: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOACOMPRESS_NO_EXT", "1")
+    monkeypatch.setattr(setup, "REQUIRE", False)
     assert setup.missing() == "MOACOMPRESS_NO_EXT=1"
     assert setup.extensions() == []
     monkeypatch.setattr(setup, "REQUIRE", True)

@@ -122,6 +122,7 @@ def test_blinding_any_other_head_is_harmless(
 
 
 @pytest.mark.real
+@pytest.mark.heavy
 def test_the_retrieval_head_of_the_real_model(smollm2: Path) -> None:
     """The KV head of largest influence is one of 90; blind, it costs a needle, another one of its model not a tenth of that."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

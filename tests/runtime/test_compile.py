@@ -70,14 +70,14 @@ def test_every_family_has_no_breaks(family, tiny_model, random_plan, token_ids):
     assert_no_breaks(model, token_ids(2, 112), 90)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.heavy), "gemma3_text"])
 def test_nor_have_gates(family, tiny_model, token_ids):
     model = tiny_model(family)
     attach(model, gated_plan(model, 5))
     assert_no_breaks(model, token_ids(2, 112), 90)
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("family", ["gemma3_text", pytest.param("gpt_oss", marks=pytest.mark.heavy)])
 def test_nor_has_padding(family, tiny_model, random_plan, token_ids):
     model = tiny_model(family)
     attach(model, random_plan(model_shape(model), 5))
