@@ -55,7 +55,7 @@ QUICK = {
     "moacompress doctor path/to/model",
     "moacompress doctor model/",
     "moacompress inspect model/",
-    "moacompress inspect runs/quarter",
+    "moacompress inspect runs/quarter --lengths 4k,32k",
     "moacompress inspect runs/mine",
     "moacompress inspect docs/plans/smollm2-135m-quarter.json --lengths 512,1k,2k,4k,8k",
     "moacompress eval --list-tasks",

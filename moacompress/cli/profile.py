@@ -179,6 +179,10 @@ def profile(
 
         check_data(resolved)
         if plan is None and is_described(name):
+            if devices is not None:
+                raise UsageError(
+                    f"{name} has no weights, so operations are counted and nothing is timed; --devices is for times"
+                )
             return _counted(resolved, name, trust_remote_code)
         loaded = load_for(resolved, name, trust_remote_code=trust_remote_code)
         expected = estimate(loaded, resolved, run.progress, around=plan, devices=count)

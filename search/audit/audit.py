@@ -33,6 +33,7 @@ from moacompress.rules.budget import Budget
 from moacompress.rules.candidates import candidate_rules, in_formats
 from moacompress.rules.constraints import budget_constraints
 from moacompress.rules.model_shape import ModelShape
+from moacompress.runtime.ready_model import load_for
 from moacompress.search.audit.precision import assess_formats, choose_format_picks, format_plans
 from moacompress.search.audit.sharing import assess_copies, audit_repairs, choose_copy_picks, copy_costs, copy_plans
 from moacompress.search.audit.split_half import split_half
@@ -111,7 +112,7 @@ def check_audit(shape: ModelShape, recipe: Recipe, count: int, plans: int, budge
 
 def audit(
     profile: Profile,
-    model: SourceModel,
+    model: str | Path | SourceModel,
     count: int,
     plans: int = 40,
     budget: str = "25%",
@@ -120,6 +121,7 @@ def audit(
     out: str | Path | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> Audit:
     """Measures ablations and plans and compares every estimator of a profile with them.
 
@@ -131,7 +133,7 @@ def audit(
 
     Args:
         profile: of the dense model.
-        model: the model that was profiled.
+        model: MODEL that was profiled, or the model itself, loaded.
         count: ablations of single KV heads.
         plans: plans of equal bytes.
         budget: of the plans.
@@ -140,6 +142,7 @@ def audit(
         out: the file of the result; by default `audit.json` in the profile's folder.
         progress: told of every measurement.
         overwrite: start from scratch: the audit at `out` is removed, and what was measured for it.
+        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
 
     Raises:
         UsageError: counts that there cannot be, a budget that does not parse, or a profile around a plan.
@@ -148,6 +151,7 @@ def audit(
         ModelError: another model than the profile's, or logits that are not finite.
         ArtefactError: `out` is something else, cannot be written, or another process is at work on it.
     """
+    model = load_for(profile.recipe, model, trust_remote_code=trust_remote_code)
     profile.check_model(model, "audit")
     if samples is None:
         samples = [sample for sample in profile.validation if sample.length in profile.lengths]

@@ -290,7 +290,7 @@ def audited(
         return profile_model(source, tmp_path_factory.mktemp("audited") / "profile", recipe)
 
 
-def run(profile: Profile, source: SourceModel, out: Path, **more: Any) -> Any:
+def run(profile: Profile, source: Path | SourceModel, out: Path, **more: Any) -> Any:
     return audit(profile, source, COUNT, PLANS, BUDGET, out=out / "audit.json", **more)
 
 
@@ -405,8 +405,11 @@ def test_a_second_run_measures_nothing(audited: Profile, source: SourceModel, tm
     first = run(audited, source, tmp_path)
     before = (tmp_path / "audit.json").stat().st_mtime_ns
     done = len(measured)
-    again = run(audited, source, tmp_path)
-    assert (again.request, again.data) == (first.request, first.data)
+    source.model.save_pretrained(tmp_path / "model")
+    source.tokenizer.save_pretrained(tmp_path / "model")
+    for model in (source, tmp_path / "model"):  # loaded, or to be loaded
+        again = run(audited, model, tmp_path)
+        assert (again.request, again.data) == (first.request, first.data)
     assert len(measured) == done
     assert (tmp_path / "audit.json").stat().st_mtime_ns == before
     with pytest.raises(ArtefactError, match="audit of another request .* or pass --overwrite"):
