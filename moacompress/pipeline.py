@@ -325,6 +325,9 @@ def measured_kv_bytes(folder: Path, length: int, device: str = "cpu", *, trust_r
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=1,
         do_sample=False,
+        num_beams=1,
+        num_return_sequences=1,
+        stop_strings=None,
         return_dict_in_generate=True,
     )
     return int(returned_cache(out).kv_bytes())

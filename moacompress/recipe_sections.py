@@ -24,6 +24,10 @@ TrainedPart = Literal["full", "lora", "reuse", "gates"]
 
 def _lengths(value: Any) -> Any:
     items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    if not all(
+        isinstance(item, str | int) for item in items
+    ):  # a file of some bytes can say a list of lists without end
+        raise ValueError("must be lengths, such as 1k,4k")
     try:
         return tuple(sorted({parse_length(str(item)) for item in items}))
     except MoaCompressError as error:
@@ -39,7 +43,9 @@ def _names(value: Any) -> Any:
 
 def _formats(value: Any) -> Any:
     items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-    names = [str(item).strip() for item in items]
+    if not all(isinstance(item, str) for item in items):
+        raise ValueError("must be names of formats, such as int8,int4")
+    names = [item.strip() for item in items]
     for name in names:
         if not is_format(name):
             known = all_formats()
@@ -63,7 +69,7 @@ Lengths = Annotated[tuple[int, ...], BeforeValidator(_lengths, json_schema_input
 class Section(BaseModel):
     """A part of a recipe, whose keys are all known."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     ALWAYS_HASHED: ClassVar[frozenset[str]] = frozenset()
     """Keys that fingerprints have whatever their value. A key that is new is not added here; see `hashed`."""

@@ -119,10 +119,12 @@ class _ThisProcess:
     def run(command: list[str], **_: Any) -> SimpleNamespace:
         import torch
 
-        given, sys.argv = sys.argv, ["-c", *command[3:]]
+        given = sys.argv
+        script = command.index("-c") + 1
+        sys.argv = ["-c", *command[script + 1 :]]
         try:
             with torch.random.fork_rng(devices=[]):
-                exec(command[2], {"__name__": "__main__"})
+                exec(command[script], {"__name__": "__main__"})
         except Exception as error:
             return SimpleNamespace(returncode=1, stderr=f"{type(error).__name__}: {error}")
         finally:

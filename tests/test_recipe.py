@@ -212,3 +212,18 @@ def test_dtypes_have_other_names(given, name):
     assert Recipe(dtype=given).dtype == name
     assert Recipe().override(dtype=given).dtype == name
     assert BenchRequest(lengths=(8,), batches=(1,), dtypes=(given, "auto")).dtypes == (name, "auto")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("calibration: {lengths: [[1k], [2k]]}", "must be lengths, such as 1k,4k"),
+        ("profile: {formats: [[int8], [int4]]}", "must be names of formats, such as int8,int4"),
+        ("search: {timeout: .inf}", "timeout: .* finite"),
+        ("heal: {hidden_weight: .nan}", "hidden_weight: .* finite"),
+    ],
+)
+def test_values_that_yaml_can_say_and_no_run_can_have(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=said):
+        Recipe.load(tmp_path / "recipe.yaml")

@@ -44,7 +44,7 @@ def peak_bytes(folder: Path, side: str, cell: Cell, request: BenchRequest) -> di
     task = {"folder": str(folder), "side": side, "prefill": request.prefill_repeats > 0, **asdict(cell)}
     task |= {"seed": request.seed, "device": request.device}
     task["trust_remote_code"] = request.trust_remote_code
-    command = [sys.executable, "-m", "moacompress.bench.peak", json.dumps(task)]
+    command = [sys.executable, "-P", "-m", "moacompress.bench.peak", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         found: dict[str, int] = json.loads(done.stdout.strip().splitlines()[-1])

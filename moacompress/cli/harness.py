@@ -29,6 +29,7 @@ from moacompress.cli.result_stream import for_the_result
 from moacompress.core.deprecation import with_new_options
 from moacompress.core.errors import ArtefactError, MoaCompressError, UsageError, one_line
 from moacompress.core.files import finite_json
+from moacompress.core.printable import printable
 from moacompress.core.progress import Progress
 from moacompress.core.ranks import named_rank, rank, splitting, world_size
 from moacompress.core.urls import without_password
@@ -121,12 +122,12 @@ class CommandRun:
 
     def write(self, text: str) -> None:
         """Writes a piece of what the person asked for."""
-        self.out.write(text)
+        self.out.write(printable(text))
         self.out.flush()
 
     def note(self, text: str) -> None:
         """Writes a remark to stderr."""
-        error_console().print(text, style="dim", markup=False, soft_wrap=True)
+        error_console().print(printable(text), style="dim", markup=False, soft_wrap=True)
 
     def read(self, prompt: str) -> str | None:
         """Returns the next line of the input, without blanks around it; None at its end. A person sees the prompt."""
@@ -323,7 +324,7 @@ def error_console() -> Console:
 
 def say(message: str) -> None:
     """Writes one line to stderr."""
-    print("moacompress: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    print("moacompress: " + printable(" ".join(message.split())), file=sys.stderr, flush=True)
 
 
 _COMMON = tuple(item.name for item in fields(Common))
@@ -340,7 +341,10 @@ def _print(output: Output, as_json: bool) -> None:
         return
     console = out_console()
     for part in output.show:
-        console.print(part, markup=False, soft_wrap=isinstance(part, str))
+        if isinstance(part, str):
+            console.print(printable(part), markup=False, soft_wrap=True)
+        else:
+            console.print(part, markup=False)
     if sys.stdout is not None:  # closed
         sys.stdout.flush()
 
@@ -478,6 +482,6 @@ class _ConsoleHandler(logging.Handler):
             return
         try:
             text = f"moacompress: {record.levelname.lower()}: {record.getMessage()}"
-            self._console.print(text, markup=False, soft_wrap=True)
+            self._console.print(printable(text), markup=False, soft_wrap=True)
         except Exception:
             self.handleError(record)

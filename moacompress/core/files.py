@@ -147,6 +147,8 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         ArtefactError: `target` exists and `overwrite` is False, or the folder cannot be written.
     """
     target = Path(target)
+    if target.is_symlink():  # the folder that it leads to is made, on the disk where that is
+        target = Path(os.path.realpath(target))
     sweep_folders(target)
     if not overwrite:
         _refuse(target)

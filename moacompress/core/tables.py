@@ -10,6 +10,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from moacompress.core.printable import printable
+
 Row: TypeAlias = Mapping[str, Any]
 """One row of a result, as its JSON has it."""
 
@@ -20,7 +22,7 @@ def section(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -
     for index, name in enumerate(columns):
         table.add_column(name, justify="right" if index else "left")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*map(_cell, row))
     return Group(Text(title, style="bold"), table)
 
 
@@ -30,8 +32,12 @@ def facts(title: str, rows: Mapping[str, str]) -> Group:
     table.add_column(no_wrap=True)
     table.add_column()
     for name, value in rows.items():
-        table.add_row(Text(name), Text(value))
+        table.add_row(_cell(name), _cell(value))
     return Group(Text(title, style="bold"), table, "")
+
+
+def _cell(text: str) -> Text:
+    return Text(printable(text))
 
 
 def readable_bytes(count: int) -> str:

@@ -323,7 +323,7 @@ def _check_autoload() -> dict[str, Any]:
         }
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=AUTOLOAD_SECONDS, check=False
+            [sys.executable, "-P", "-c", _PROBE], capture_output=True, text=True, timeout=AUTOLOAD_SECONDS, check=False
         )
         said = done.stdout.strip().splitlines()[-1:] == ["registered"]
         lines = done.stderr.strip().splitlines()

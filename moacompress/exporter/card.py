@@ -11,6 +11,7 @@ from moacompress.rules.cost import chosen_share, format_rows, kept_bits
 from moacompress.rules.plan import Plan
 from moacompress.rules.planned_weights import formats_text, memory_lines, own_weights, plan_memory, planned_weights
 from moacompress.rules.step_time import step_lines
+from moacompress.rules.untrusted import reading_notes
 
 WEIGHTS = {
     None: "the same weights",
@@ -21,12 +22,16 @@ WEIGHTS = {
 """What a card says of a checkpoint's weights, by `own_weights`."""
 
 
+@reading_notes("what was measured and done")
 def model_card(plan: Plan, stored: Mapping[str, int] | None = None) -> str:
     """Returns the card as Markdown; every number in it is in the plan, but for the bytes of weights.
 
     Args:
         plan: the plan of the checkpoint, with its budget, quality and provenance.
         stored: bytes of the checkpoint's weights by their types; None of one with no weights in blocks.
+
+    Raises:
+        PlanError: the plan's notes are not what moacompress writes.
     """
     source = str(plan.provenance.get("source", "a dense model"))
     name = source.rstrip("/").rsplit("/", 1)[-1]
@@ -64,8 +69,13 @@ def model_card(plan: Plan, stored: Mapping[str, int] | None = None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+@reading_notes("a repair")
 def repair_text(plan: Plan) -> str:
-    """Returns what a repair did to the weights of a checkpoint, and what it gained; empty where there was none."""
+    """Returns what a repair did to the weights of a checkpoint, and what it gained; empty where there was none.
+
+    Raises:
+        PlanError: the plan's notes of it are not what moacompress writes.
+    """
     notes = plan.provenance.get("repair")
     if not isinstance(notes, dict):
         return ""

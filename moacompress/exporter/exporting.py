@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moacompress.core.artefact_names import PLAN_FILE, RECIPE_FILE
+from moacompress.core.artefact_names import MODEL_FOLDER, PLAN_FILE, RECIPE_FILE
 from moacompress.core.errors import ArtefactError, BudgetError, PlanError, UsageError
 from moacompress.core.files import holds_something, is_within, new_folder, sweep_folders, write_text
 from moacompress.core.place import check_writable, writing_to
@@ -255,8 +256,14 @@ def check_place(out: Path, inputs: Iterable[str | Path] = ()) -> None:
         inputs: files and folders that the command reads, where it may replace what is at `out`; none of them goes with it.
 
     Raises:
-        ArtefactError: there is something else, or one of the inputs lies in `out` or around it; links are followed.
+        ArtefactError: there is something else, a file system begins there, or one of the inputs lies in `out` or around it;
+            links are followed.
     """
+    if os.path.ismount(os.path.realpath(out)):
+        raise ArtefactError(
+            f"{out} is where a file system is mounted, so that no finished folder can be moved there; choose one in it, such "
+            f"as {out / MODEL_FOLDER}"
+        )
     if not holds_something(out):
         return
     if not _is_checkpoint(out):

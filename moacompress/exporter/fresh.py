@@ -126,7 +126,17 @@ def verify_fresh(folder: Path, expected: Continuation, *, trust_remote_code: boo
     with TemporaryDirectory(prefix="moacompress-") as place:
         asked, answer = Path(place) / "asked.safetensors", Path(place) / "answer.safetensors"
         save_file({"prompt": np.array(expected.prompt), "tokens": np.array(expected.tokens)}, asked)
-        arguments = [sys.executable, "-c", _SCRIPT, str(folder), str(asked), str(answer), str(trust_remote_code), CACHE]
+        arguments = [
+            sys.executable,
+            "-P",
+            "-c",
+            _SCRIPT,
+            str(folder),
+            str(asked),
+            str(answer),
+            str(trust_remote_code),
+            CACHE,
+        ]
         done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
         if done.returncode or not answer.is_file():
             last = (done.stderr.strip().splitlines() or ["no output"])[-1]

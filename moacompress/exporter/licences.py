@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
+from moacompress.core.files import is_within
+
 logger = logging.getLogger(__name__)
 
 LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
@@ -99,4 +101,12 @@ def _recorded(record: Path) -> set[str]:
 
 def _matching(folder: Path) -> list[Path]:
     found: Iterable[Path] = (file for pattern in LICENCE_PATTERNS for file in folder.glob(pattern))
-    return sorted({file for file in found if file.is_file()})
+    return sorted({file for file in found if file.is_file() and _is_beside(file)})
+
+
+def _is_beside(file: Path) -> bool:
+    """Whether a file lies in its folder, or where the cache of a hub keeps the files of it; a link may lead to anything."""
+    real, folder = file.resolve(), file.parent.resolve()
+    return is_within(real, folder) or (
+        folder.parent.name == "snapshots" and real.parent == folder.parent.parent / "blobs"
+    )

@@ -102,12 +102,18 @@ class HealRequest:
         """Loads and compares all that is asked for.
 
         Raises:
-            UsageError: not a compressed model, no profile, nothing to train, a missing package, float16, or all weights of a
-                checkpoint that has some in blocks.
+            UsageError: not a compressed model, no profile, nothing to train, a missing package, float16, a GPU that is not the
+                first, or all weights of a checkpoint that has some in blocks.
             ModelError: the dense model is not there, or not the one that was profiled.
             PlanError: the dense model, or the profile, is not what the plan was made for.
         """
         check_installed(recipe.heal.train)
+        if recipe.device.startswith("cuda:") and recipe.device != "cuda:0" and world_size() == 1:
+            number = recipe.device.removeprefix("cuda:")
+            raise UsageError(
+                f"heal cannot train on {recipe.device}: transformers' Trainer takes the first GPU that it sees; set "
+                f"CUDA_VISIBLE_DEVICES={number} and give cuda"
+            )
         folder = compressed_folder(Path(target), DENSE_GIVEN)
         types = checkpoint_weights(folder)
         if recipe.heal.train == "full" and types:

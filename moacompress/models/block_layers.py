@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from moacompress.core.errors import ModelError, UnsupportedError
 from moacompress.kernels.dispatch import backend_for
 from moacompress.kernels.weight_blocks import WEIGHT_TYPES, WeightType, dequantized
+from moacompress.models.placement import tensors_once
 
 SCALED = "embed_scale"
 """The buffer of an embedding that scales its rows, as Gemma's does."""
@@ -213,11 +214,8 @@ def put_numbers(module: BlockLinear, weight: torch.Tensor) -> None:
 
 def stored_bytes(model: nn.Module) -> dict[str, int]:
     """Returns the bytes of a model's weights by their types, those of blocks or dtypes; a shared weight counts once."""
-    kinds, found, seen = block_weights(model), dict[str, int](), set[int]()
-    for name, tensor in model.state_dict().items():
-        if tensor.numel() and tensor.data_ptr() in seen:
-            continue
-        seen.add(tensor.data_ptr())
+    kinds, found = block_weights(model), dict[str, int]()
+    for name, tensor in tensors_once(model):
         key = kinds[name].name if name in kinds else str(tensor.dtype).removeprefix("torch.")
         found[key] = found.get(key, 0) + tensor.nbytes
     return found

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import socket
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from moacompress.core.errors import ModelError
+from moacompress.models.weight_files import INDEX_FILE
 
 SECONDS = 3.0
 """How long the hub may take to answer a connection."""
@@ -43,6 +45,23 @@ def hub_arguments(name: str) -> dict[str, Any]:
         f"there is no folder {name}, {why}, and the cache in {constants.HF_HUB_CACHE} does not have it; give a model folder "
         "or a .gguf file, or connect to the network"
     )
+
+
+def index_of(name: str, arguments: dict[str, Any]) -> Path | None:
+    """Returns the index of the weights of a name on the hub, fetched where that is allowed; None for weights in one file.
+
+    Args:
+        name: on the hub.
+        arguments: as `hub_arguments` returns them.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    only_local = bool(arguments.get("local_files_only", False))
+    try:
+        return Path(hf_hub_download(name, INDEX_FILE, local_files_only=only_local))
+    except EntryNotFoundError:
+        return None
 
 
 def can_reach(endpoint: str) -> bool:

@@ -248,3 +248,20 @@ def check_in_memory(model: nn.Module, what: str) -> None:
     """
     if is_offloaded(model):
         raise ModelError(f"{what} needs all weights in memory, and the device map offloads some; give --device cpu")
+
+
+def tensors_once(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the tensors of a model's state with their names, a shared one once, wherever they lie.
+
+    What is offloaded, or split over processes, has no address; of that the model says which weights are tied.
+    """
+    import torch
+
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    seen = set[int | str]()
+    for name, tensor in model.state_dict().items():
+        address = 0 if tensor.is_meta or type(tensor) is not torch.Tensor else tensor.data_ptr()
+        place = address or tied.get(name, name)
+        if place not in seen:
+            seen.add(place)
+            yield name, tensor

@@ -19,13 +19,13 @@ from moacompress.models.fingerprint import weights_fingerprint, weights_like
 from moacompress.models.gguf_config import complete_config
 from moacompress.models.gguf_model import check_all_read, load_gguf
 from moacompress.models.gguf_reading import reading_once
-from moacompress.models.hub import hub_arguments, is_hub_name
+from moacompress.models.hub import hub_arguments, index_of, is_hub_name
 from moacompress.models.modules import check_supported
 from moacompress.models.placement import checked_placement, is_device_map
 from moacompress.models.shape import config_shape
 from moacompress.models.support import TORCHAO, config_problems, quantization_method, stored_problems
 from moacompress.models.tokenizer_files import tokenizer_problems
-from moacompress.models.weight_files import gguf_dtype, stored_dtype, weight_problems
+from moacompress.models.weight_files import check_index, gguf_dtype, stored_dtype, weight_problems
 from moacompress.rules.formats import DTYPE_BYTES, dtype_name
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import weights_version
@@ -124,6 +124,8 @@ def load_source(
                     problems += tokenizer_problems(Path(name))
                 if problems:
                     raise ModelError(f"{source} cannot be used: {problems[0]}")
+                if not Path(name).is_dir() and (index := index_of(name, arguments)) is not None:
+                    check_index(index)
                 own = _dtype_name(config.dtype) if config.dtype is not None else stored_dtype(Path(name))
                 arguments["use_safetensors"] = True  # a pickle can run code when it is opened
             if dtype == "auto" and is_gguf and own is not None:
@@ -153,6 +155,11 @@ def load_source(
     except Exception as error:  # damaged files raise whatever their parsers raise
         reason = f"{one_line(error).rstrip('.')}{_if_name_only(source)}"
         raise ModelError(f"{source} is not a causal language model that transformers can load: {reason}") from error
+    if getattr(model, "peft_config", None):
+        raise ModelError(
+            f"{source} has an adapter beside its weights (adapter_config.json), which a checkpoint would leave out; merge it "
+            "with PEFT's merge_and_unload and save the model, or move the adapter's files away"
+        )
     if missing:
         raise ModelError(
             f"{source} lacks {len(missing)} of its weights, such as {missing[0]}, which would be drawn at random"
@@ -185,7 +192,7 @@ def load_source(
     if exact is not None:
         shape = replace(shape, weights_fingerprint=exact.shape.weights_fingerprint)
     context = context_length(model)
-    place = str(Path(source).resolve()) if is_gguf else name
+    place = str(Path(name) / arguments["gguf_file"]) if is_gguf else name
     return SourceModel(model, tokenizer, place, shape, context)
 
 
@@ -248,7 +255,7 @@ def locate_source(source: str | Path) -> tuple[str, dict[str, Any]]:
                 f"{source} needs the package {' and '.join(lacking)}, with which transformers reads .gguf files: "
                 "`pip install 'moacompress[demo]'`"
             )
-        return str(path.resolve().parent), {"gguf_file": path.name}
+        return str(path.parent.resolve()), {"gguf_file": path.name}  # of a link to a blob only the link has the name
     if path.exists():
         folder = f"; give its folder {path.parent}" if (path.parent / "config.json").is_file() else ""
         raise ModelError(f"{source} is neither a model folder nor a .gguf file{folder}")

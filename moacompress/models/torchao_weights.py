@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from moacompress.core.errors import ModelError
 from moacompress.core.tables import readable_bytes
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def with_floats(model: Any, trust_remote_code: bool = False) -> Any:
     count = before = after = 0
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, TorchAOBaseTensor):
-            numbers[name] = tensor.dequantize().to(model.dtype).contiguous()
+            numbers[name] = _numbers(name, tensor).to(model.dtype).contiguous()
             count, before, after = count + 1, before + _bytes(tensor), after + numbers[name].nbytes
         else:
             numbers[name] = tensor
@@ -53,6 +54,22 @@ def with_floats(model: Any, trust_remote_code: bool = False) -> Any:
     made.tie_weights()
     made.generation_config = model.generation_config
     return made
+
+
+def _numbers(name: str, tensor: Any) -> torch.Tensor:
+    """Returns the numbers of one of torchao's tensors.
+
+    Raises:
+        ModelError: its type has no way back to numbers.
+    """
+    try:
+        found: torch.Tensor = tensor.dequantize()
+    except (AttributeError, NotImplementedError) as error:
+        raise ModelError(
+            f"{name} is a {type(tensor).__name__} of torchao, which gives no numbers back; take the model before it was "
+            "quantized, and --weights int4 rounds it"
+        ) from error
+    return found
 
 
 def _bytes(tensor: Any) -> int:

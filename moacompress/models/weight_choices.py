@@ -13,6 +13,7 @@ from torch import nn
 from moacompress.core.arrays import Ints
 from moacompress.kernels.weight_blocks import WEIGHT_TYPES
 from moacompress.models.block_layers import can_hold_blocks
+from moacompress.models.placement import tensors_once
 from moacompress.models.weight_rounding import ROUNDED
 from moacompress.rules.formats import DTYPE_BYTES, NATIVE
 
@@ -29,11 +30,8 @@ def checkpoint_bytes(model: nn.Module, dtype: str) -> int:
         model: as it would be saved; blocks stay as they are.
         dtype: that its floats are saved in, where they are in the model's own now.
     """
-    own, total, seen = getattr(model, "dtype", None), HEADER_BYTES, set[int]()
-    for name, tensor in model.state_dict().items():
-        if tensor.numel() and tensor.data_ptr() in seen:
-            continue
-        seen.add(tensor.data_ptr())
+    own, total = getattr(model, "dtype", None), HEADER_BYTES
+    for name, tensor in tensors_once(model):
         total += _stored(tensor, own, dtype) + len(name.encode()) + HEADER_BYTES
     return total
 

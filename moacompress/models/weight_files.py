@@ -22,6 +22,9 @@ FLOAT_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bf
 OTHER_BYTES = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U64": 8, "U32": 4, "U16": 2}
 """Types of buffers, which may stand beside the weights."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+"""Says which of several files holds which weight; transformers opens whatever it names."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,10 @@ def weight_problems(folder: Path, blocks: Container[str] = ()) -> list[str]:
             f"{folder} has its weights only in {pickles[0].name}, a pickle, which can run code when it is opened; save the "
             "model as safetensors"
         ]
+    index = folder / INDEX_FILE
     try:
+        if index.is_file() and not (folder / WEIGHTS_FILE).is_file():
+            check_index(index)
         tensors = {name: (file, tensor) for file in files for name, tensor in read_header(file).items()}
     except ArtefactError as error:
         return [str(error)]
@@ -132,25 +138,41 @@ def checkpoint_files(folder: Path) -> list[Path]:
     Raises:
         ArtefactError: there are none, or not all that the index names.
     """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
     if single.is_file():
         return [single]
     if not index.is_file():
         raise ArtefactError(f"{folder} has no weights: there is no {single.name} and no {index.name}")
-    data = read_json(index, "index of weights")
-    named = data.get("weight_map") if isinstance(data, dict) else None
-    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
-        raise ArtefactError(f"{index} does not say which file holds which weight; export the model again")
-    files = [folder / Path(name).name for name in sorted(set(named.values()))]
+    files = [folder / Path(name).name for name in check_index(index)]
     lost = [file.name for file in files if not file.is_file()]
     if lost:
         raise ArtefactError(f"{folder} lacks {len(lost)} of its {len(files)} weight files, such as {lost[0]}")
     return files
 
 
+def check_index(index: Path) -> list[str]:
+    """Returns the names of the files that an index of weights names, which are safetensors.
+
+    Raises:
+        ArtefactError: it is no index, or it names something else, such as a pickle.
+    """
+    data = read_json(index, "index of weights")
+    named = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise ArtefactError(f"{index} does not say which file holds which weight; save the model again")
+    names = sorted(set(named.values()))
+    other = next((name for name in names if not name.endswith(".safetensors")), None)
+    if other is not None:
+        raise ArtefactError(
+            f"{index} names {other[:80]!r}, which is not a safetensors file, and nothing else is read: a pickle can run code "
+            "when it is opened; save the model as safetensors"
+        )
+    return names
+
+
 def loaded_files(folder: Path) -> list[Path]:
     """Returns what `checkpoint_files` does; nothing for a folder that has no weights at all."""
-    there = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+    there = any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
     return checkpoint_files(folder) if there else []
 
 

@@ -10,13 +10,18 @@ from rich.console import Group, RenderableType
 
 from moacompress.core.tables import facts, readable_bytes, readable_types
 from moacompress.exporter.card import healed_bytes_text
+from moacompress.rules.untrusted import reading_notes
 
 
+@reading_notes("a heal")
 def heal_sentence(notes: Mapping[str, Any]) -> str:
     """Returns what was trained and what it gave.
 
     Args:
         notes: `heal` in the provenance of a plan.
+
+    Raises:
+        PlanError: they are not what moacompress writes.
     """
     kl = notes["held_out_kl"]
     before, after = (f"{kl[name]['mean']:.4g} ± {kl[name]['standard_error']:.2g}" for name in ("before", "after"))

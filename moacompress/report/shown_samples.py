@@ -13,6 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from moacompress.calibration.data.samples import Sample
+from moacompress.core.printable import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,17 +107,12 @@ class ShownSample:
             if piece.text is None:
                 body.append(f"\n… {piece.tokens:,} tokens left out …\n", style="dim italic")
             elif piece.counts and coloured:
-                body.append(_printable(piece.text), style="bold black on green")
+                body.append(printable(piece.text), style="bold black on green")
             else:
-                text = _printable(piece.text)
+                text = printable(piece.text)
                 body.append(f"{OPEN}{text}{CLOSE}" if piece.counts else text)
         yield body
         yield Text()
-
-
-def _printable(text: str) -> str:
-    """Returns text whose control characters, which a terminal would obey, are spelt out."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1] for letter in text)
 
 
 def as_json(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

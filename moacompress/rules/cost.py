@@ -5,24 +5,27 @@ All numbers are integers from `moacompress.rules.rule_table`, so that the solver
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from moacompress.core.arrays import Ints
+from moacompress.core.arrays import Floats, Ints
 from moacompress.core.errors import BudgetError
 from moacompress.rules.budget import Budget
 from moacompress.rules.formats import find_format
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
-from moacompress.rules.rule import Rule
+from moacompress.rules.rule import MIN_WINDOWS, Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.share import LayerShares
 from moacompress.rules.windows import BLOCK
 
 Shares: TypeAlias = npt.NDArray[np.float64]
+AT_ONCE = 1 << 20
+"""Numbers of tokens that are counted at a time."""
 
 
 def byte_table(
@@ -122,11 +125,25 @@ def holds_from(plan: Plan) -> int | None:
 
 
 def _holds_from(plan: Plan, share: float, n: int) -> int | None:
-    if plan.kv_share(n) > share:
-        return None
-    while n > BLOCK and plan.kv_share(n - BLOCK) <= share:
-        n -= BLOCK
-    return n
+    lengths = np.arange(n, 0, -BLOCK, dtype=np.int64)
+    beyond = np.flatnonzero(kv_shares(plan, lengths) > share)
+    within = int(beyond[0]) if len(beyond) else len(lengths)
+    return int(lengths[within - 1]) if within else None
+
+
+def kv_shares(plan: Plan, lengths: Ints) -> Floats:
+    """Returns the cache's bytes as a share of the dense model's at many numbers of tokens, as `Plan.kv_share` at one."""
+    shape, held = plan.model, Counter[tuple[Rule, int | None, int]]()
+    for layer, (row, native) in enumerate(zip(plan.rules, shape.native_windows, strict=True)):
+        size = shape.token_bytes if plan.share(layer) is None else shape.value_bytes
+        held.update((rule, native, size(rule)) for rule in row)
+    dense = Counter(shape.native_windows)
+    full = shape.kv_heads * shape.token_bytes(Rule.FULL)
+    kept = sum(
+        count * size * rule.slots(lengths, plan.min_window, native) for (rule, native, size), count in held.items()
+    )
+    whole = sum(count * full * Rule.FULL.slots(lengths, MIN_WINDOWS[0], native) for native, count in dense.items())
+    return np.asarray(kept / whole)
 
 
 def kept_bits(plan: Plan, n: int) -> dict[str, float]:
@@ -179,15 +196,16 @@ def attention_flops(plan: Plan, n: int) -> dict[str, int]:
     """
     shape = plan.model
     each = 4 * shape.head_dim * (shape.heads // shape.kv_heads)
-    lengths = np.arange(1, n + 1, dtype=np.int64)
-    kept: dict[tuple[Rule, int | None], Ints] = {}
+    heads = Counter(
+        (rule, native) for row, native in zip(plan.rules, shape.native_windows, strict=True) for rule in row
+    )
     prefill = decode = 0
-    for row, native in zip(plan.rules, shape.native_windows, strict=True):
-        for rule in row:
-            if (rule, native) not in kept:
-                kept[rule, native] = np.asarray(rule.kept(lengths, plan.min_window, native), np.int64)
-            prefill += int(kept[rule, native].sum())
-            decode += int(kept[rule, native][-1])
+    for begin in range(1, n + 1, AT_ONCE):
+        lengths = np.arange(begin, min(begin + AT_ONCE, n + 1), dtype=np.int64)
+        for (rule, native), count in heads.items():
+            prefill += count * int(np.sum(rule.kept(lengths, plan.min_window, native)))
+    for (rule, native), count in heads.items():
+        decode += count * int(rule.kept(n, plan.min_window, native))
     return {"prefill": each * prefill, "decode": each * decode}
 
 

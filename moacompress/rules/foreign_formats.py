@@ -36,7 +36,7 @@ SCHEMA_VERSION = 1
 """Of ModelOpt's map of layers."""
 ATTENTION = {"gpt_neox": "gpt_neox.layers.{}.attention"}
 """Names of a family's attention modules, where they are not `model.layers.{}.self_attn`."""
-MAX_PATTERNS, MAX_PATTERN, MAX_REPEATS = 64, 200, 4
+MAX_PATTERNS, MAX_PATTERN, MAX_REPEATS, MAX_CHOICES = 64, 200, 4, 8
 """Most regular expressions of a list of targets, longest one, and most repetitions in it: more can take for ever."""
 
 
@@ -298,11 +298,11 @@ def _layers_named(targets: Any, shape: ModelShape, *, classes: bool = False) -> 
 
 def _pattern(target: str) -> re.Pattern[str]:
     pattern = target.removeprefix("re:")
-    repeats = len(re.findall(r"[*+{]", pattern))
-    if len(pattern) > MAX_PATTERN or repeats > MAX_REPEATS or re.search(r"\)[*+{]", pattern):
+    repeats, choices = (len(re.findall(each, pattern)) for each in (r"[*+{]", r"[?|]"))
+    if len(pattern) > MAX_PATTERN or repeats > MAX_REPEATS or choices > MAX_CHOICES or re.search(r"\)[*+{]", pattern):
         raise PlanError(
-            f"its target {short(target)} is too long a pattern; at most {MAX_PATTERN} characters and {MAX_REPEATS} "
-            "repetitions, of no group, are read"
+            f"its target {short(target)} is too long a pattern; at most {MAX_PATTERN} characters, {MAX_REPEATS} "
+            f"repetitions, of no group, and {MAX_CHOICES} choices (? and |) are read"
         )
     try:
         return re.compile(pattern)

@@ -37,9 +37,11 @@ def weights_version(fingerprint: str) -> int:
     """Returns the version of a weights fingerprint: the number in front, as in `2-0123456789abcdef`, or 1.
 
     Raises:
-        PlanError: newer than is known.
+        PlanError: newer than is known, or none.
     """
     version = _version_in(fingerprint)
+    if version < 1:
+        raise PlanError(f"the weights fingerprint {short(fingerprint)} has version {version}, and the first is 1")
     if version > WEIGHTS_VERSION:
         raise PlanError(
             f"the weights fingerprint {short(fingerprint)} has version {short(version)}, this moacompress knows up to "

@@ -96,7 +96,7 @@ def _is_fingerprint(found: str) -> str:
 
 
 def _are_by_length(sizes: dict[Any, Any]) -> dict[Any, Any]:
-    if not all(str(n).isdecimal() and len(str(n)) <= 9 and int(n) for n in sizes):
+    if not all(str(n).isdecimal() and len(str(n)) <= 9 and 1 <= int(n) <= MAX_ALPHA for n in sizes):
         raise ValueError(f"must be an object of lengths, not {short(list(sizes))!r}")
     return sizes
 

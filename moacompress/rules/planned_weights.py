@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from moacompress.core.errors import PlanError
 from moacompress.rules.budget import format_length
 from moacompress.rules.plan import Plan
+from moacompress.rules.untrusted import reading_notes
 
 WEIGHTS_NOTE = "weights"
 """Key of the note in a plan's provenance: `{"formats": {"model.layers.0.mlp.up_proj": "int4"}, "bytes": int}`."""
@@ -64,6 +65,7 @@ def formats_text(formats: Mapping[str, str]) -> str:
     return ", ".join(f"{count} in {kind}" for kind, count in counts.items()) or "all as they were"
 
 
+@reading_notes("memory")
 def plan_memory(plan: Plan) -> dict[str, dict[str, int]]:
     """Returns what weights and cache take by length, as `memory_lines` takes it; of a healed checkpoint as they are now."""
     healed = plan.provenance.get("heal")

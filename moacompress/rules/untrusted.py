@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from pydantic import (
@@ -26,6 +26,7 @@ from pydantic_core import ErrorDetails
 
 from moacompress.core.errors import MoaCompressError, PlanError
 from moacompress.core.files import finite_json
+from moacompress.core.printable import printable
 
 T = TypeVar("T")
 Loc = tuple[int | str, ...]
@@ -112,7 +113,7 @@ def as_many(size: Callable[[dict[str, Any]], int]) -> BeforeValidator:
 
 def short(value: Any) -> str:
     """Returns a value as an error shows it."""
-    text = json.dumps(finite_json(value)) if isinstance(value, list | tuple) else str(value)
+    text = json.dumps(finite_json(value)) if isinstance(value, list | tuple) else printable(str(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -136,5 +137,21 @@ def _sentence(error: ErrorDetails, name: Callable[[Loc], str]) -> str:
     kind, path = error["type"], error["loc"]
     if kind == "missing":
         return f"{name(path[:-1])} lacks the key {path[-1]!r}"
-    sentence = _SENTENCES.get(kind, "is {input}; " + error["msg"])
-    return f"{name(path)} {sentence.format(input=short(error['input']), **error.get('ctx', {}))}"
+    given = short(error["input"])
+    if kind not in _SENTENCES:
+        return f"{name(path)} is {given}; {error['msg']}"
+    return f"{name(path)} {_SENTENCES[kind].format(input=given, **error.get('ctx', {}))}"
+
+
+@contextmanager
+def reading_notes(what: str) -> Iterator[None]:
+    """Says in one sentence what a plan's notes are not, of which only some have a form that is checked as they are loaded.
+
+    Raises:
+        PlanError: the block found something else than it wanted.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        why = short(f"{type(error).__name__}: {error}")
+        raise PlanError(f"what the plan's notes say of {what} is damaged: {why}") from error

@@ -157,7 +157,9 @@ def test_all_sides_compiled(compressed):
         assert graphs["graph_calls"] == graphs["steps"]
 
 
-def test_peaks_come_from_processes_of_their_own(compressed):
+def test_peaks_come_from_processes_of_their_own(compressed, tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise SystemExit('a file of the current folder was run')")
+    monkeypatch.chdir(tmp_path)
     cell, request = Cell("bfloat16", 1024, 2), replace(ONE, prefill_repeats=1)
     found = peak.peak_bytes(compressed / "model", "dense", cell, request)
     assert set(found) == {"loaded", "decode", "prefill"}

@@ -202,3 +202,17 @@ def test_what_gates_choose_is_shown(tmp_path: Path) -> None:
 )
 def test_classes_of_tokens(token: str, name: str) -> None:
     assert token_class(token) == name
+
+
+def test_what_a_terminal_would_obey_is_spelt_out(tmp_path: Path) -> None:
+    made = replace(plan(), model=replace(plan().model, model_type="llama\x1b]0;mine\x07"))
+    made.save(tmp_path / "plan.json")
+    done = RUNNER.invoke(app, ["inspect", str(tmp_path / "plan.json")])
+    assert done.exit_code == 0, done.stderr
+    assert r"llama\x1b]0;mine\x07" in done.stdout
+    assert "\x1b" not in done.stdout
+    text = (tmp_path / "plan.json").read_text("utf-8").replace('"min_window": 32', '"min_window": "\\u001b[2J"')
+    (tmp_path / "plan.json").write_text(text, "utf-8")
+    done = RUNNER.invoke(app, ["inspect", str(tmp_path / "plan.json")])
+    assert done.exit_code == 1
+    assert r"min_window is \x1b[2J, not one of" in done.stderr

@@ -368,3 +368,10 @@ def test_not_a_model(tmp_path: Path) -> None:
     assert "without config.json" in check_model(str(tmp_path))["problems"][0]
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     assert "x.gguf is not a model that transformers knows" in check_model(str(tmp_path / "x.gguf"))["problems"][0]
+
+
+def test_nothing_of_the_current_folder_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checks, "_PROBE", "import mine")
+    assert "No module named 'mine'" in str(checks._check_autoload())

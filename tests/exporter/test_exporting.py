@@ -12,6 +12,7 @@ from moacompress.core.errors import ArtefactError, MoaCompressError, PlanError, 
 from moacompress.exporter import exporting
 from moacompress.exporter.card import model_card
 from moacompress.exporter.exporting import (
+    check_place,
     check_reusable,
     export,
     exported_plan,
@@ -20,7 +21,7 @@ from moacompress.exporter.exporting import (
 )
 from moacompress.exporter.licences import licence_files
 from moacompress.models.source import SourceModel, load_source, model_shape
-from moacompress.report.inspection import inspect_plan
+from moacompress.report.inspection import inspect, inspect_plan, inspection_tables
 from moacompress.rules.plan import Plan
 from moacompress.rules.planned_weights import memory_lines, plan_memory
 from moacompress.rules.rule import Rule
@@ -391,3 +392,46 @@ def test_a_licence_beside_a_gguf_is_taken_where_all_is_of_models(tmp_path, caplo
     caplog.clear()
     assert licence_files(str(gguf)) == []
     assert caplog.text == ""
+
+
+def test_a_licence_that_leads_elsewhere_is_left_out(tmp_path):
+    (tmp_path / "secret").write_text("mine")
+    folder = tmp_path / "hub" / "snapshots" / "rev"
+    folder.mkdir(parents=True)
+    (folder / "LICENSE").symlink_to(tmp_path / "secret")
+    (folder / "COPYING").write_text("of all")
+    (folder / "LICENSE.txt").symlink_to("COPYING")
+    blobs = tmp_path / "hub" / "blobs"
+    blobs.mkdir()
+    (blobs / "01").write_text("of the hub")
+    (folder / "NOTICE").symlink_to(blobs / "01")
+    assert [file.name for file in licence_files(str(folder))] == ["COPYING", "LICENSE.txt", "NOTICE"]
+
+
+def test_a_link_to_a_folder_stays_one(tiny_folder, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "model").symlink_to(tmp_path / "disk")
+    save_dense(tiny_folder, tmp_path / "model")
+    assert (tmp_path / "model").is_symlink()
+    assert (tmp_path / "disk" / "config.json").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "disk"}
+
+
+def test_where_a_file_system_begins_nothing_can_be_moved(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.path.ismount", lambda path: path == str(tmp_path.resolve()))
+    with pytest.raises(ArtefactError, match=f"mounted, .* such as {tmp_path}/model"):
+        check_place(tmp_path)
+    check_place(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [{"heal": {}}, {"heal": 5}, {"repair": {}}, {"heal": {"weight_bytes": {}}}],
+    ids=str,
+)
+def test_notes_that_nobody_wrote_are_one_error(notes, plan):
+    odd = plan.with_notes(provenance=notes)
+    with pytest.raises(PlanError, match="notes say of .* is damaged"):
+        model_card(odd)
+    with pytest.raises(PlanError, match="notes say of .* is damaged"):
+        inspection_tables(inspect(odd))

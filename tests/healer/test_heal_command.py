@@ -11,6 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from moacompress.cli import app
+from moacompress.core.errors import UsageError
+from moacompress.healer.heal_request import HealRequest
+from moacompress.recipe import Recipe
 
 RUNNER = CliRunner()
 OPTIONS = ["--train", "full", "--lr", "1e-3", "--steps", "2", "--batch", "576", "--samples", "12", "--evaluations", "1"]
@@ -83,3 +86,8 @@ def test_values_out_of_range(options: list[str], message: str, command: list[str
     done = RUNNER.invoke(app, [*command, *options])
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+def test_another_gpu_than_the_first(command: list[str]) -> None:
+    with pytest.raises(UsageError, match="cannot train on cuda:1: .* set CUDA_VISIBLE_DEVICES=1 and give cuda"):
+        HealRequest.of(command[1], None, None, Recipe().override(device="cuda:1"))

@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import EntryNotFoundError
 
 from moacompress.core.errors import ModelError
 from moacompress.models import hub
@@ -75,3 +76,19 @@ def test_whether_a_server_takes_connections(monkeypatch: pytest.MonkeyPatch) -> 
     assert not can_reach(f"http://127.0.0.1:{port}")
     monkeypatch.setenv("http_proxy", "http://proxy.invalid:1")
     assert can_reach(f"http://127.0.0.1:{port}")  # it would be asked by the proxy
+
+
+def test_the_index_of_a_name(tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, file, local_files_only):
+        asked.append((name, file, local_files_only))
+        if name == "owner/one-file":
+            raise EntryNotFoundError("404")
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    file = "model.safetensors.index.json"
+    assert hub.index_of("owner/name", {}) == tmp_path / file
+    assert hub.index_of("owner/one-file", {"local_files_only": True}) is None
+    assert asked == [("owner/name", file, False), ("owner/one-file", file, True)]

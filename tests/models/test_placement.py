@@ -7,8 +7,10 @@ import torch
 
 from moacompress.core.errors import ModelError, UsageError
 from moacompress.models import placement
+from moacompress.models.block_layers import stored_bytes
 from moacompress.models.placement import checked_placement, first_device, is_device_map, tensor_in_memory
 from moacompress.models.source import load_source
+from moacompress.models.weight_choices import checkpoint_bytes
 
 
 def test_one_device_is_no_map():
@@ -77,3 +79,10 @@ def test_weights_on_meta_without_a_map(tiny_model):
     model = tiny_model("llama").to("meta")
     with pytest.raises(ModelError, match=r"model.norm.weight is on the device 'meta', and no device map"):
         tensor_in_memory(model, "model.norm.weight", model.model.norm.weight)
+
+
+def test_what_is_offloaded_is_counted_whole(tiny_model):
+    model = tiny_model("gemma2")  # its embedding is its output layer
+    counted = checkpoint_bytes(model, "float32"), stored_bytes(model)
+    assert counted[1] == {"float32": sum(tensor.nbytes for tensor in model.parameters())}
+    assert (checkpoint_bytes(model.to("meta"), "float32"), stored_bytes(model)) == counted

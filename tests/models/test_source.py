@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from moacompress.core.errors import ModelError, PlanError
+from moacompress.core.errors import MoaCompressError, ModelError, PlanError
 from moacompress.exporter.exporting import save_dense
 from moacompress.models.fingerprint import weights_like
 from moacompress.models.modules import check_supported
@@ -154,6 +155,45 @@ def test_a_weights_file_that_is_cut_short(tiny_folder: Path, tmp_path: Path) -> 
         (tmp_path / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
     with pytest.raises(ModelError, match=r"bytes\) is not a whole safetensors file: .* file not fully covered"):
         load_source(tmp_path)
+
+
+def test_an_index_that_names_a_pickle(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "pytorch_model.bin"}}))
+    with pytest.raises(ModelError, match=r"names 'pytorch_model.bin', which is not a safetensors file"):
+        load_source(folder)
+    # the same on a hub
+    monkeypatch.setattr("moacompress.models.source.locate_source", lambda source: (str(source), {}))
+    monkeypatch.setattr("moacompress.models.source.index_of", lambda name, arguments: index)
+    (folder / "model.safetensors").symlink_to(folder / "other.safetensors")
+    monkeypatch.setattr(Path, "is_dir", lambda path: False)
+    with pytest.raises(MoaCompressError, match=r"names 'pytorch_model.bin', which is not a safetensors file"):
+        load_source(folder)
+
+
+def test_weights_with_an_adapter_beside_them(tiny_folder: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(str(folder))
+    with pytest.raises(ModelError, match=r"has an adapter beside its weights .* merge it"):
+        load_source(folder)
+
+
+def test_a_gguf_by_a_link_to_a_blob(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "0123").touch()
+    (tmp_path / "snapshots").mkdir()
+    link = tmp_path / "snapshots" / "model.gguf"
+    link.symlink_to(tmp_path / "blobs" / "0123")
+    assert locate_source(link) == (str(tmp_path / "snapshots"), {"gguf_file": "model.gguf"})
 
 
 def test_native_windows(tiny_model: Callable[..., Any]) -> None:

@@ -16,6 +16,7 @@ from moacompress.exporter.exporting import export
 from moacompress.models.block_layers import weight_types
 from moacompress.models.source import load_source
 from moacompress.models.support import TORCHAO
+from moacompress.models.torchao_weights import _numbers
 
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec(TORCHAO) is None, reason="needs the package torchao")
 
@@ -88,3 +89,10 @@ def test_it_is_exported_as_floats_or_rounded_again(quantized, random_plan, tmp_p
     assert set(weight_types(rounded.model).values()) == {"Q8_0"}
     apart = load_source(folder).model.lm_head.weight - rounded.model.lm_head.weight
     assert float(apart.abs().max()) == 0  # the output layer is rounded by head_weights alone
+
+
+def test_a_type_without_numbers_is_named():
+    with pytest.raises(
+        ModelError, match=r"model.a.weight is a object of torchao, which gives no numbers back; .* --weights int4"
+    ):
+        _numbers("model.a.weight", object())

@@ -20,7 +20,7 @@ from moacompress.exporter.exporting import export
 from moacompress.models.fingerprint import weights_like
 from moacompress.models.source import load_source
 from moacompress.models.weight_choices import checkpoint_bytes
-from moacompress.pipeline import compress, quality_table
+from moacompress.pipeline import compress, measured_kv_bytes, quality_table
 from moacompress.recipe import Recipe
 from moacompress.report.summary_tables import closing_lines, summary_tables
 from moacompress.rules.plan import Plan
@@ -289,6 +289,14 @@ def test_budget_that_no_plan_meets(finished, recipe, tmp_path):
         find_plan(out / "profile", "1%")
     with pytest.raises(BudgetError, match="did you mean '25%'"):
         find_plan(out / "profile", "25")
+
+
+def test_what_a_cache_takes_is_measured_whatever_the_model_generates_by(compressed, tmp_path):
+    shutil.copytree(compressed / "model", tmp_path / "model")
+    settings = {"stop_strings": ["end"], "num_return_sequences": 2, "num_beams": 2}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    plan = Plan.load(tmp_path / "model" / "plan.json")
+    assert measured_kv_bytes(tmp_path / "model", 300) == plan.kv_bytes(300)
 
 
 def test_quality_table():

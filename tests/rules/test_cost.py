@@ -12,7 +12,9 @@ from moacompress.rules.cost import (
     byte_table,
     bytes_by_formats,
     floored,
+    holds_from,
     kept_bits,
+    kv_shares,
     layer_floors,
     smallest_bytes,
 )
@@ -73,6 +75,21 @@ def test_flops_count_what_is_kept(profiles: Profiles) -> None:
     assert found["decode"] == each * shape.layers * rule.kept(n, profile.min_window)
     assert found["prefill"] == each * shape.layers * sum(rule.kept(i, profile.min_window) for i in range(1, n + 1))
     assert attention_flops(Plan.full(shape), n)["prefill"] == each * shape.layers * n * (n + 1) // 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_shares_at_many_lengths_are_those_at_each(profiles: Profiles, seed: int) -> None:
+    offer, rng = profiles(), np.random.default_rng(seed)
+    rules = [tuple(offer.rules[i] for i in rng.integers(len(offer.rules), size=offer.shape.kv_heads)) for _ in range(6)]
+    plan = Plan(offer.shape, offer.min_window, tuple(rules))
+    lengths = np.arange(1, 3000, 37)
+    assert kv_shares(plan, lengths).tolist() == [plan.kv_share(int(n)) for n in lengths]
+    share = plan.kv_share(2048) * 1.2
+    asked = plan.with_notes(budget={"asked": [f"{share:.6f}@2048"]}, provenance={"lengths": [2048]})
+    n = 2048
+    while n > 16 and plan.kv_share(n - 16) <= float(f"{share:.6f}"):
+        n -= 16
+    assert holds_from(asked) == n
 
 
 def test_floors_stand_for_the_full_rule(profiles: Profiles) -> None:

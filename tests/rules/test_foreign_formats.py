@@ -107,6 +107,7 @@ def test_groups_of_attention_modules() -> None:
         (["model.layers.1.self_attn"], {1}),
         ([r"re:.*layers\.(0|3)\.self_attn$"], {0, 3}),
         (["re:.*self_attn$"], {0, 1, 2, 3}),
+        ([r"re:model\.layers\.[02]\.(self_attn|attn)(\.fused)?$"], {0, 2}),
         (["LlamaAttention"], {0, 1, 2, 3}),
     ):
         groups = {"group_0": linear, "group_1": {"targets": targets, "input_activations": arguments}}
@@ -166,6 +167,8 @@ WRONG_SCHEMES: list[tuple[Any, str]] = [
     ({"config_groups": {"a": {"targets": "Linear"}}}, "targets must be a list of names"),
     ({"config_groups": {"a": {"targets": ["re:(.*)*$"]}}}, "too long a pattern"),
     ({"config_groups": {"a": {"targets": ["re:" + ".*" * 9]}}}, "too long a pattern"),
+    ({"config_groups": {"a": {"targets": ["re:" + ".?" * 34 + "Z"]}}}, "too long a pattern"),
+    ({"config_groups": {"a": {"targets": ["re:" + "(.|.|.)" * 20 + "Z"]}}}, "too long a pattern"),
     ({"config_groups": {"a": {"targets": ["re:("]}}}, "no regular expression"),
     ({"config_groups": {"a": {"targets": [f"re:{i}" for i in range(65)]}}}, "65 patterns"),
     ({"config_groups": {str(i): {} for i in range(65)}}, "65 config_groups"),

@@ -249,6 +249,9 @@ REFUSED: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (without("layers", 0, "value_format"), "layer 0 lacks the key 'value_format'"),
     (at("layers", 0, "share", value={"anchor": 0}), "share of layer 0 lacks the key 'kind'"),
     (at("quality", value=[1]), "quality must be an object"),
+    (at("budget", value={"memory": {"0": {}}}), "pattern '^[1-9]"),
+    (at("budget", value={"bytes": {"999999999": {}}}), "must be an object of lengths"),
+    (at("min_window", value="\x1b[2J"), r"min_window is \x1b[2J, not one of"),
 ]
 
 
