@@ -39,11 +39,14 @@ class Evaluation:
     def __init__(self, path: Path) -> None:
         found = json.loads(path.read_text("utf-8"))
         self._results, self._differences = (
-            {(row["model"], row["task"], row["metric"]): row for row in found[kind]}
+            {
+                (row["model"], row["task"], row["metric"]): row
+                for row in (*found[kind], *found.get("pooled", {}).get(kind, ()))
+            }
             for kind in ("results", "differences")
         )
-        lengths = {row["length"] for row in found["results"]} - {None}
-        self.tasks = [*dict.fromkeys(row["task"] for row in found["results"] if row["task"] != POOLED)]
+        lengths = {row["length"] for row in found["results"]}
+        self.tasks = [*dict.fromkeys(row["task"] for row in found["results"])]
         self.sides = [*dict.fromkeys(row["model"] for row in found["results"])]
         if len(lengths) != 1 or len(self.tasks) < 2 or DENSE not in self.sides:
             raise SystemExit(

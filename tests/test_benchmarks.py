@@ -180,13 +180,10 @@ def test_tables_of_ways_to_evict(load_script: Callable[[Path], Any], tmp_path: P
             ])
             for number, (name, said) in enumerate(sides.items())
         ])  # fmt: skip
-    pooled, pooled_differences = pooled_rows(fields, 0)
     found = {
-        "results": [
-            *(row for cell, field in zip(cells, fields, strict=True) for row in result_rows(cell, field, 0)),
-            *pooled,
-        ],
-        "differences": pooled_differences,
+        "results": [row for cell, field in zip(cells, fields, strict=True) for row in result_rows(cell, field, 0)],
+        "differences": [],
+        "pooled": dict(zip(("results", "differences"), pooled_rows(fields, 0), strict=True)),
     }
     (tmp_path / "eval.json").write_text(json.dumps(found))
     evaluation = script.Evaluation(tmp_path / "eval.json")
