@@ -262,7 +262,7 @@ class SearchRequest:
                 "moves": search.moves,
                 "floors": search.floors,
                 "alternatives": search.alternatives,
-                "starts": [dict(parameters) for parameters in self.starts],
+                "starts": [],  # what is tried first decides which trials there are, and a search that goes on has some already
                 "moa": self.measures_moa,
                 "seed": self.recipe.seed,
                 **({"formats": self.profile.formats} if self.profile.formats else {}),

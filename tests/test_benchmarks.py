@@ -180,7 +180,7 @@ def test_tables_of_ways_to_evict(load_script: Callable[[Path], Any], tmp_path: P
             ])
             for number, (name, said) in enumerate(sides.items())
         ])  # fmt: skip
-    found = {
+    found: dict[str, Any] = {
         "results": [row for cell, field in zip(cells, fields, strict=True) for row in result_rows(cell, field, 0)],
         "differences": [],
         "pooled": dict(zip(("results", "differences"), pooled_rows(fields, 0), strict=True)),

@@ -182,7 +182,7 @@ def _is_json(row: DataRow) -> bool:
 
 def _read_json(path: Path) -> list[Any]:
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -196,7 +196,7 @@ def _read_json(path: Path) -> list[Any]:
                 raise DataError(f"{path} must hold a list of rows, not {type(rows).__name__}, or be in SQuAD's form")
             return rows
         return [_parse_line(line, path, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits too
         raise DataError(f"{path} is not valid JSON: {error}") from error
 
 
@@ -212,7 +212,7 @@ def _squad_rows(data: Any, path: Path) -> list[Any]:
 def _parse_line(line: str, path: Path, number: int) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # a number of thousands of digits too
         raise DataError(f"line {number} of {path} is not valid JSON: {error}") from error
 
 

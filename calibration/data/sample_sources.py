@@ -136,7 +136,14 @@ def make_drafts(
         wanted = {length: row[number] for length, row in zip(lengths, shares, strict=True) if row[number]}
         seed = (recipe.seed, SPLITS.index(split), number)
         if given.generator is not None:
+            longer = {length: wanted.pop(length) for length in [*wanted] if length not in calibration.lengths}
             drafts += _generated(given, wanted, split, seed, tokenizer, prose, calibration.answer_tokens)
+            try:
+                drafts += _generated(given, longer, split, seed, tokenizer, prose, calibration.answer_tokens)
+            except DataError as error:
+                logger.warning(
+                    "no plan will be measured on %s beyond the lengths that were asked for: %s", given.generator, error
+                )
         elif wanted:
             drafts += _from_rows(given, wanted, split, seed, tokenizer, calibration.answer_tokens, part, used)
     drafts.sort(key=lambda draft: draft.length)

@@ -75,6 +75,7 @@ class Profile(Shown):
         around: key of the plan that was profiled around; empty for the dense model.
         formats: of keys and values that `rules` has beside the native one; see `offering`.
         gates_fingerprint: of the gates that rules which select choose by; empty where no rule does.
+        skipped: indices of the calibration samples that were left out because a number was not finite.
     """
 
     path: Path
@@ -94,6 +95,7 @@ class Profile(Shown):
     around: str = ""
     formats: tuple[str, ...] = ()
     gates_fingerprint: str = ""
+    skipped: tuple[int, ...] = ()
 
     @property
     def estimators(self) -> tuple[str, ...]:
@@ -237,12 +239,13 @@ class Profile(Shown):
         return replace(self, rules=rules, statistics=Statistics(arrays), gates_fingerprint="")
 
     def calibration_samples(self) -> list[Sample]:
-        """Reads the samples that were profiled, those left out included.
+        """Reads the samples that were profiled, without those that were left out: their numbers are not finite again.
 
         Raises:
             ArtefactError: they are not there, or not those that were profiled.
         """
-        return _samples(self.path / CALIBRATION_FILE, self.calibration_fingerprint)
+        samples = _samples(self.path / CALIBRATION_FILE, self.calibration_fingerprint)
+        return [sample for index, sample in enumerate(samples) if index not in self.skipped]
 
     def check_model(self, source: SourceModel, doing: str) -> None:
         """Refuses a model that is not the one that was profiled.
@@ -336,6 +339,7 @@ class Profile(Shown):
             statistics=statistics,
             around=head.around,
             gates_fingerprint=head.gates,
+            skipped=head.skipped,
         )
 
 

@@ -136,6 +136,9 @@ class ChatSession:
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=max_new_tokens,
+            num_beams=1,
+            num_return_sequences=1,
+            tokenizer=self._tokenizer,  # for stop strings of the model's own settings
             return_dict_in_generate=True,
             streamer=_Streamer(self._tokenizer, on_text),
             **cache_argument(cache),

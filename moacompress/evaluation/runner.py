@@ -206,6 +206,8 @@ def evaluate(
         report: dict[str, Any] = {"checkpoint": subject, "wording": wording, **bench.measured(wanted)}
         progress.done()
         if lm_eval:
+            if path is not None:
+                write_json(path, report)  # the harness may fail, after hours
             report["lm_eval"] = _lm_eval_rows(
                 checkpoint, comparison, lm_eval, lm_eval_limit, lm_eval_batch, seed, progress
             )

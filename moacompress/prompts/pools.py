@@ -182,7 +182,7 @@ def sentence_ends(words: Sequence[str]) -> list[int]:
 
 
 def read_documents(path: str | Path) -> list[str]:
-    """Returns the texts of a `.txt` file or of the `.txt` files in a folder, by name, blank ones left out.
+    """Returns the texts of a `.txt` file or of the `.txt` files in a folder, by name, without blank ones and repeats.
 
     Raises:
         DataError: missing, unreadable, or without text.
@@ -199,7 +199,7 @@ def read_documents(path: str | Path) -> list[str]:
             raise DataError(f"cannot read {file}: {error.strerror or error}") from error
         except UnicodeDecodeError as error:
             raise DataError(f"{file} is not UTF-8 text: byte {error.start} is invalid; convert it first") from error
-    texts = [text for text in texts if text.strip()]
+    texts = [text for text in dict.fromkeys(texts) if text.strip()]  # two of one text would be in different splits
     if not texts:
         raise DataError(f"{path} has no text in its {len(files)} .txt file(s)")
     return texts

@@ -46,6 +46,8 @@ def _without_end(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) 
     if not ids or ids[-1] not in tokenizer.all_special_ids:
         return ids
     plain = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    if not plain:  # of no text all of them are special
+        return [token for token in ids if token == tokenizer.bos_token_id]
     ends = (
         begin + len(plain) for begin in range(len(ids) - len(plain) + 1) if ids[begin : begin + len(plain)] == plain
     )

@@ -118,6 +118,8 @@ def _round(number: int, incumbent: Incumbent, forms: Forms, context: SearchConte
         context.progress,
         lambda done: f"{done[-1].parameters['moved']:.0%} moved: {np.expm1(done[-1].value):+.0%} KL",
     )
+    if not tried:  # the time was over before another worker had measured the plan as it is
+        return None
     won = best_trial(tried, ROUND_CAUTION)
     others = [trial for trial in tried[1:] if not trial.pruned]
     shown = least_trial(others) if others and not won.index else won

@@ -130,6 +130,11 @@ def test_a_skipped_sample_is_not_merged(tmp_path: Path) -> None:
     merge(out, begun, PROFILED, [statistics(0), bad, statistics(2)])
     profile = Profile.load(out)
     assert profile.sample_lengths.tolist() == [128, 256]
+    assert profile.skipped == (1,)
+    save_samples(out / "calibration.safetensors", PROFILED)
+    profile = replace(profile, calibration_fingerprint=fingerprint_samples(PROFILED))
+    left = [sample.input_ids.tolist() for sample in profile.calibration_samples()]
+    assert left == [PROFILED[index].input_ids.tolist() for index in (0, 2)]
     assert np.isfinite(profile.influence("fisher")).all()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -144,3 +145,14 @@ def test_below_the_length_that_the_budget_holds_from_it_says_so(
     assert holds_from(plan.with_notes(budget=notes, provenance={"lengths": [512, 1024]})) == start
     assert holds_from(plan) is None  # nobody asked for a budget
     assert holds_from(plan.with_notes(budget={"asked": ["1MiB@1k"]})) is None
+
+
+def test_a_model_with_settings_of_its_own(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    settings = {"num_beams": 3, "num_return_sequences": 2, "stop_strings": ["no such end"]}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    turns = [
+        ChatSession(each, dtype="float32").ask("one two three", max_new_tokens=4)
+        for each in (folder, tmp_path / "model")
+    ]
+    assert turns[0].answer == turns[1].answer

@@ -124,9 +124,9 @@ def test_why_it_is_not_built(tmp_path: Path):
 def test_a_library_that_cannot_be_loaded(tmp_path: Path, monkeypatch):
     broken = tmp_path / "libmoacompress_cpu.so"
     monkeypatch.setattr(library, "LIBRARY", broken)
-    assert (library.load.__wrapped__().reason or "").startswith("the extension is not built")
+    assert (library._load.__wrapped__().reason or "").startswith("the extension is not built")
     broken.write_bytes(b"not a library")
-    found = library.load.__wrapped__()
+    found = library._load.__wrapped__()
     assert found.isa is None
     assert (found.reason or "").startswith("libmoacompress_cpu.so cannot be loaded")
 

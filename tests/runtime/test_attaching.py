@@ -11,9 +11,13 @@ import pytest
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedModel
 
-from moacompress.core.errors import PlanError
+from moacompress.core.errors import BudgetError, ModelError, PlanError
 from moacompress.models.source import model_shape
+from moacompress.rules.plan import Plan
+from moacompress.rules.share import Share, with_shared_rules
 from moacompress.runtime import PlanCache, attach, detach
+from moacompress.runtime.hf import attaching
+from moacompress.runtime.hf.attaching import attached_plan
 from tests import plan_kinds
 
 COMPOSITE = "llava"
@@ -119,3 +123,47 @@ def test_a_refused_plan_leaves_the_one_before_on_the_model(tiny_model, random_pl
         with pytest.raises(PlanError, match=match):
             attach(model, plan)
         assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_bytes_of_prefixes_that_are_none_change_nothing(earlier, tiny_model, random_plan, token_ids, monkeypatch):
+    model, ids = tiny_model(num_hidden_layers=3), token_ids(2, 70)
+    own, other = random_plan(model_shape(model), 1), random_plan(model_shape(model), 2)
+    if earlier:
+        attach(model, own)
+    expected = model(ids).logits
+    monkeypatch.setenv("MOACOMPRESS_PREFIXES", "lots")
+    shares = (None, Share(0, (1, 0)), None)
+    shared = Plan(other.model, other.min_window, with_shared_rules(other.rules, shares), shares=shares)
+    with pytest.raises(BudgetError, match="MOACOMPRESS_PREFIXES: size 'lots'"):
+        attach(model, shared)
+    monkeypatch.delenv("MOACOMPRESS_PREFIXES")
+    assert attached_plan(model) == (own if earlier else None)
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_plan_that_fails_later_leaves_the_one_before(tiny_model, random_plan, token_ids, monkeypatch):
+    model, ids = tiny_model(), token_ids(2, 70)
+    own, other = random_plan(model_shape(model), 1), random_plan(model_shape(model), 2)
+    expected = attach(model, own)(ids).logits
+    heads = attaching.take_own_heads
+
+    def fails(model):
+        if attached_plan(model) == other:
+            raise ModelError("no")
+        heads(model)
+
+    monkeypatch.setattr(attaching, "take_own_heads", fails)
+    with pytest.raises(ModelError, match="no"):
+        attach(model, other)
+    assert attached_plan(model) == own
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_plan_from_inference_mode_can_be_trained_under(tiny_model, random_plan, token_ids):
+    model, ids = tiny_model(), token_ids(2, 70)
+    with torch.inference_mode():
+        attach(model, random_plan(model_shape(model), 1))
+    model.requires_grad_(True).train()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().max() > 0

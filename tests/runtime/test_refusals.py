@@ -11,6 +11,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from moacompress.core.errors import UnsupportedError
 from moacompress.models.source import model_shape
 from moacompress.runtime import attach
+from moacompress.runtime.compat.alternates import CACHE, returned_cache
 
 
 @pytest.fixture
@@ -63,6 +64,23 @@ def test_other_ways_of_generating(mode, model):
 @pytest.mark.parametrize("kind", ["static", "offloaded", "quantized", "dynamic", "offloaded_static"])
 def test_other_cache_implementations(kind, model, ids):
     refuses("brings its own cache", lambda: model.generate(ids, cache_implementation=kind, max_new_tokens=2))
+
+
+def test_a_cache_implementation_of_the_model_itself(model, ids):
+    model.generation_config.cache_implementation = "static"
+    refuses("set model.generation_config.cache_implementation to None", lambda: model.generate(ids, max_new_tokens=2))
+    model.generation_config.cache_implementation = None
+    model.generate(ids, max_new_tokens=2)
+
+
+def test_drafts_on_a_cache_of_an_earlier_turn(model, ids):
+    row = ids[:1]
+    first = model.generate(row, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    again = torch.cat((first.sequences, row), 1)
+    given = {CACHE: returned_cache(first), "max_new_tokens": 4, "do_sample": False}
+    refuses("leave the cache out", lambda: model.generate(again, prompt_lookup_num_tokens=3, **given))
+    expected = model.generate(again, max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(again, **given), expected)
 
 
 def test_paged_and_continuous_batching(model, ids):

@@ -333,6 +333,16 @@ def test_gradients_are_those_of_the_definition(
             assert difference(weight.grad, expected[name]) < 1e-4, name
 
 
+def test_reentrant_checkpointing_is_refused(llama: Callable[..., tuple[Any, Plan]], token_ids: Any) -> None:
+    model, plan = llama(3)
+    attach(model, plan).requires_grad_(True).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(UnsupportedError, match="reentrant gradient checkpointing .*'use_reentrant': False"):
+        model(token_ids(2, 40), use_cache=False)
+    model.eval()
+    model(token_ids(2, 40), use_cache=False)
+
+
 def test_compiled_is_eager(tiny_model: Callable[..., Any], random_plan: Callable[..., Plan], token_ids: Any) -> None:
     model = tiny_model("llama")
     shares = (None, Share(0, (1, 1)), Share(0, (1, 0)))

@@ -247,3 +247,16 @@ def test_a_loss_that_nothing_holds(fake: Any, profiles: Profiles, tmp_path: Path
 def test_losses_that_are_none(text: str) -> None:
     with pytest.raises(UsageError, match="is not understood"):
         Loss.parse(text)
+
+
+@pytest.mark.parametrize("more", [6, 12])
+def test_several_budgets_go_on_with_more_trials(fake: Any, profiles: Profiles, more: int, tmp_path: Path) -> None:
+    """What won at the first budget is tried first at the second, which is no other search for that."""
+    knobs = []
+    for trials in (1, more):
+        profile = profiles(trials=trials)
+        options: dict[str, Any] = {"recipe": profile.recipe, "out": tmp_path / "plan.json", "model": model(profile)}
+        found = find_plans(profile, split_budgets(["60%,40%"]), **options)
+        assert [result.trials for result in found] == [trials, trials]
+        knobs.append(found[0].plan.provenance["knobs"])
+    assert knobs[0] != knobs[1]

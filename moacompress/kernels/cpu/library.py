@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ TILES = X86_ISAS[-1]
 """The one with products of tiles."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COMPILERS = ("c++", "g++", "clang++")
+_one_at_a_time = threading.Lock()
 SYSTEMS = {"linux": "Linux", "darwin": "macOS"}
 """Those that the library is built on."""
 
@@ -49,13 +51,18 @@ class Built:
     reason: str | None = None
 
 
-@functools.cache
 def load() -> Built:
-    """Loads the library and registers what torch needs of its operators, once.
+    """Loads the library and registers what torch needs of its operators, once, whichever thread is the first.
 
     Raises:
         UsageError: MOACOMPRESS_ISA names no instruction set of this processor.
     """
+    with _one_at_a_time:
+        return _load()
+
+
+@functools.cache
+def _load() -> Built:
     if not LIBRARY.exists():
         return Built(None, missing(os.environ))
     try:

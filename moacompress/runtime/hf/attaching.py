@@ -90,15 +90,20 @@ def attach(model: Model, plan: Plan | str | Path) -> Model:
         raise PlanError("the model's weights are quantized; attach a plan to a model with float weights")
     modules = _fitting_modules(model, plan)
     gates_of(plan, _inputs(model))  # which are at hand, and fit
-    detach(model)
-    put_gates(modules, plan, _inputs(model), model.dtype, devices=layer_devices(model))
-    _take_own_configs(model)
-    _put(model, plan, modules, drop_projections(model, plan))
-    try:
-        take_own_heads(model)
-    except MoaCompressError:
+    limit, earlier = limit_in_environment(model), attached_plan(model)
+    with torch.inference_mode(False):  # what a plan puts on a model may take part in its training
         detach(model)
-        raise
+        try:
+            dropped = drop_projections(model, plan)
+            put_gates(modules, plan, _inputs(model), model.dtype, devices=layer_devices(model))
+            _take_own_configs(model)
+            _put(model, plan, modules, dropped, limit)
+            take_own_heads(model)
+        except MoaCompressError:
+            detach(model)
+            if earlier is not None:
+                attach(model, earlier)
+            raise
     model.config.quantization_config = MoaCompressConfig(plan=plan, weights=weight_types(model))
     return model
 
@@ -178,10 +183,10 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
     Raises:
         PlanError: the plan is for a model of another shape.
     """
-    modules = _fitting_modules(model, plan)
+    modules, limit = _fitting_modules(model, plan), limit_in_environment(model)
     drop_projections(model, plan)
     put_gates(modules, plan, _inputs(model), model.dtype, empty=True)
-    _put(model, plan, modules, None)
+    _put(model, plan, modules, None, limit)
 
 
 def _fitting_modules(model: PreTrainedModel, plan: Plan) -> list[torch.nn.Module]:
@@ -207,8 +212,13 @@ def _take_own_configs(model: PreTrainedModel) -> None:
                 setattr(module, name, copy.deepcopy(held, copies))
 
 
-def _put(model: PreTrainedModel, plan: Plan, modules: list[torch.nn.Module], dropped: list[Dropped] | None) -> None:
-    limit = limit_in_environment(model)
+def _put(
+    model: PreTrainedModel,
+    plan: Plan,
+    modules: list[torch.nn.Module],
+    dropped: list[Dropped] | None,
+    limit: int | None,
+) -> None:
     decoder = model.get_decoder() or model.base_model
     for part in model.modules():
         fuse(part)

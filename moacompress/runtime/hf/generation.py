@@ -47,12 +47,20 @@ def _prepare_cache(
             f"assistant_early_exit={generation_config.assistant_early_exit} is not supported by a compressed model, whose "
             "cache is that of all its layers; use prompt_lookup_num_tokens or an assistant_model"
         )
-    if generation_config.cache_implementation is not None:
+    implementation = generation_config.cache_implementation
+    if implementation is not None:
+        own = self.generation_config.cache_implementation == implementation
+        instead = "set model.generation_config.cache_implementation to None" if own else "leave it out"
         raise refusal(
-            f"cache_implementation={generation_config.cache_implementation!r} is not supported: a compressed model brings "
-            "its own cache; leave it out, as `transformers serve` does without --compile"
+            f"cache_implementation={implementation!r} is not supported: a compressed model brings its own cache; {instead}, "
+            "as `transformers serve` does without --compile"
         )
     cache = check_cache(model_kwargs.get(CACHE), attachment.own.key())
+    if cache is not None and cache.get_seq_length() and generation_mode is GenerationMode.ASSISTED_GENERATION:
+        raise refusal(
+            "a cache that has tokens already is not supported with an assistant_model or prompt_lookup_num_tokens, with which "
+            "transformers reads the whole prompt again; leave the cache out, or generate without them"
+        )
     if cache is not None:
         cache._is_user_defined = True
     elif generation_config.use_cache is not False:
