@@ -24,9 +24,8 @@ TrainedPart = Literal["full", "lora", "reuse", "gates"]
 
 def _lengths(value: Any) -> Any:
     items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-    if not all(
-        isinstance(item, str | int) for item in items
-    ):  # a file of some bytes can say a list of lists without end
+    # a file of some bytes can say a list of lists without end, of which no text is made
+    if not all(isinstance(item, str | int) for item in items):
         raise ValueError("must be lengths, such as 1k,4k")
     try:
         return tuple(sorted({parse_length(str(item)) for item in items}))

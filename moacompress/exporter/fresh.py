@@ -126,18 +126,10 @@ def verify_fresh(folder: Path, expected: Continuation, *, trust_remote_code: boo
     with TemporaryDirectory(prefix="moacompress-") as place:
         asked, answer = Path(place) / "asked.safetensors", Path(place) / "answer.safetensors"
         save_file({"prompt": np.array(expected.prompt), "tokens": np.array(expected.tokens)}, asked)
-        arguments = [
-            sys.executable,
-            "-P",
-            "-c",
-            _SCRIPT,
-            str(folder),
-            str(asked),
-            str(answer),
-            str(trust_remote_code),
-            CACHE,
-        ]
-        done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
+        # nothing of the current folder is imported
+        script = [sys.executable, "-P", "-c", _SCRIPT]
+        arguments = [*map(str, (folder, asked, answer, trust_remote_code)), CACHE]
+        done = subprocess.run([*script, *arguments], capture_output=True, text=True, env=environment, check=False)
         if done.returncode or not answer.is_file():
             last = (done.stderr.strip().splitlines() or ["no output"])[-1]
             raise MoaCompressError(f"the exported checkpoint did not load and generate in a fresh process: {last}")
