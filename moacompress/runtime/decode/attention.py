@@ -73,7 +73,7 @@ def attention_forward(
         value = value.to(query.device)  # where the anchor's blocks are, if the layers are on two devices
         attention_mask = None if attention_mask is None else attention_mask.to(query.device)
     elif context.serves and shared_keys is not None:
-        shared_keys.by_layer[context.layer] = SharedKeys(query, key, s_aux)
+        shared_keys.put(context.layer, SharedKeys(query, key, s_aux))
     scores = Scores(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap or 0.0, s_aux)
     tensors = (query, key, value, attention_mask)
     if not autocast.is_on(query):

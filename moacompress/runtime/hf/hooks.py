@@ -55,7 +55,6 @@ class DecoderHook:
         _check_rest(module, kwargs)
         self.order.check(module)
         if self.plan.shares:
-            _check_checkpointing(module)
             kwargs[SHARED_KEYS] = AnchorKeys()
         name = self.cache_name
         for other in CACHE_NAMES:  # a cache under a name of another version would be swallowed
@@ -210,17 +209,6 @@ def read_mask(mask: Any, cache: PlanCache | None, rows: int, tokens: int) -> Boo
             "cannot hide or show them later, so start a new one"
         )
     return None if real.all() else real
-
-
-def _check_checkpointing(decoder: Any) -> None:
-    """Refuses gradient checkpointing that would lose what reuse layers say of their anchors' queries and keys."""
-    if decoder.training and getattr(decoder, "gradient_checkpointing", False) and torch.is_grad_enabled():
-        function = getattr(decoder, "_gradient_checkpointing_func", None)
-        if getattr(function, "keywords", {}).get("use_reentrant"):
-            raise UnsupportedError(
-                "reentrant gradient checkpointing runs layers without gradients first, so that those of layers that share "
-                "attention are lost; enable it with gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
 
 
 def _check_positions(

@@ -50,6 +50,21 @@ class AnchorKeys:
 
     def __init__(self) -> None:
         self.by_layer: dict[int, SharedKeys] = {}
+        self._with_gradients = torch.is_grad_enabled()
+
+    def put(self, layer: int, shared: SharedKeys) -> None:
+        """Takes what an anchor shares.
+
+        Raises:
+            UnsupportedError: it would have no gradients, in a forward that has some.
+        """
+        if self._with_gradients and not torch.is_grad_enabled():
+            raise UnsupportedError(
+                f"layer {layer} shares its attention and runs without gradients first, as by reentrant gradient checkpointing, "
+                "which loses those of the layers that reuse it; enable it with "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        self.by_layer[layer] = shared
 
 
 def taken(shared_keys: Any, layer: int, share: Share) -> SharedKeys:

@@ -57,7 +57,7 @@ def test_starts_are_tried_first(search: Search, profiles: Profiles) -> None:
     parameters = dict.fromkeys(search(profiles(trials=1))[0].plan.provenance["knobs"], 0.5)
     found = search(profiles(trials=2), starts=[parameters])[0]
     other = search(profiles(trials=2))[0]
-    assert found.plan.provenance["search"] != other.plan.provenance["search"]
+    assert found.plan.provenance["search"] == other.plan.provenance["search"]
     bent, sampled = (result.explanation["predicted"]["pairs"] for result in (found, other))
     assert bent[0] == sampled[0]
     assert bent[1:] != sampled[1:]
