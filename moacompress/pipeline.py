@@ -34,6 +34,7 @@ from moacompress.core.shown import ShownDict
 from moacompress.core.version import own_version
 from moacompress.estimate.estimate import Estimate
 from moacompress.exporter.exporting import as_exported, check_reusable, export, exported_plan, unrepaired
+from moacompress.exporter.fresh import GREEDY
 from moacompress.models.locate import find_running_plan
 from moacompress.models.placement import checked_placement, input_device
 from moacompress.models.skeleton import is_described
@@ -324,10 +325,7 @@ def measured_kv_bytes(folder: Path, length: int, device: str = "cpu", *, trust_r
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=1,
-        do_sample=False,
-        num_beams=1,
-        num_return_sequences=1,
-        stop_strings=None,
+        **GREEDY,
         return_dict_in_generate=True,
     )
     return int(returned_cache(out).kv_bytes())

@@ -48,7 +48,7 @@ def _chop(
     rng: np.random.Generator,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[SampleDraft]:
-    start_ids = encode_text(tokenizer, "")
+    start_ids = [token for token in encode_text(tokenizer, "") if token == tokenizer.bos_token_id]
     body = length - len(start_ids)
     long: list[list[int]] = []
     longest = 0

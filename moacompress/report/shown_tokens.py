@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.text import Text
 
 from moacompress.core.errors import DataError, UsageError
+from moacompress.core.printable import printable
 from moacompress.core.tables import section
 from moacompress.models.modules import attention_modules
 from moacompress.models.placement import input_device
@@ -140,7 +141,7 @@ def token_tables(data: Mapping[str, Any]) -> Group:
         f"What the gates of {data['kv_heads']} KV heads keep of the tokens that have left their windows, mean over them"
     )
     text = Text()
-    for token, share in zip(data["tokens"], data["kept"], strict=True):
+    for token, share in zip(map(printable, data["tokens"]), data["kept"], strict=True):
         if share is None:
             text.append(token)
         elif share >= MARKED:

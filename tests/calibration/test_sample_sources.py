@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections import UserList
@@ -11,17 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-import numpy as np
 import pytest
 
 from moacompress.calibration.data.answer_store import AnswerStore
 from moacompress.calibration.data.answers import SampleDraft, generate_greedy
 from moacompress.calibration.data.data_rows import first_of_each
-from moacompress.calibration.data.plain import chop
 from moacompress.calibration.data.sample_sources import build_samples, longer_counts, make_drafts, spread, varied
 from moacompress.calibration.data.samples import Sample, fingerprint_samples
 from moacompress.core.errors import DataError
-from moacompress.prompts.pools import SPLITS, Prose, Split, read_documents
+from moacompress.prompts.pools import SPLITS, Prose, Split
 from moacompress.recipe import Recipe
 from moacompress.recipe_sections import Generator
 from tests.templates import without_template
@@ -223,32 +220,6 @@ def test_plain_text(source: SourceModel, tmp_path: Path, documents: int) -> None
             assert not sample.answer_mask[: sample.length // 2].any()
         words[split] = {word for sample in samples for word in text_of(source, sample).split()[1:-1]}
     assert not words["calibration"] & words["validation"]
-
-
-def test_plain_text_begins_as_the_tokenizer_begins_any(source: SourceModel) -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = copy.deepcopy(source.tokenizer)
-    begin, end = tokenizer.bos_token, tokenizer.eos_token
-    ids = [(begin, tokenizer.bos_token_id), (end, tokenizer.eos_token_id)]
-    assert begin != end
-    text = " ".join(f"w{i:04d}" for i in range(300))
-    for template, first in (
-        (f"{begin} $A", [tokenizer.bos_token_id]),
-        (f"{begin} $A {end}", [tokenizer.bos_token_id]),
-        ("$A", []),
-    ):
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=ids)
-        (draft,) = chop([text], {256: 1}, "text", np.random.default_rng(0), tokenizer)
-        assert len(draft.ids) == 256
-        assert draft.ids[: len(first)] == first
-        assert not {*draft.ids[len(first) :]} & {*tokenizer.all_special_ids}
-
-
-def test_texts_that_are_there_twice_are_read_once(tmp_path: Path) -> None:
-    for name, text in (("a", "one text"), ("b", "another"), ("c", "one text"), ("d", " ")):
-        (tmp_path / f"{name}.txt").write_text(text)
-    assert read_documents(tmp_path) == ["one text", "another"]
 
 
 def test_text_for_the_lengths_but_not_for_twice_the_longest(

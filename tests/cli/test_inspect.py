@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
@@ -16,7 +18,7 @@ from moacompress.cli import app
 from moacompress.core.errors import ArtefactError
 from moacompress.core.tables import readable_bytes, readable_number
 from moacompress.report.inspection import count_parameters, formats_map, inspect_plan, kept_map
-from moacompress.report.shown_tokens import token_class
+from moacompress.report.shown_tokens import token_class, token_tables
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -211,6 +213,10 @@ def test_what_a_terminal_would_obey_is_spelt_out(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     assert r"llama\x1b]0;mine\x07" in done.stdout
     assert "\x1b" not in done.stdout
+    file = StringIO()
+    console = Console(file=file, width=200, no_color=True)
+    console.print(token_tables({"kv_heads": 1, "classes": [], "tokens": ["a", "\x1b[2Jb"], "kept": [None, 0.9]}))
+    assert "a[\\x1b[2Jb]" in file.getvalue()
     text = (tmp_path / "plan.json").read_text("utf-8").replace('"min_window": 32', '"min_window": "\\u001b[2J"')
     (tmp_path / "plan.json").write_text(text, "utf-8")
     done = RUNNER.invoke(app, ["inspect", str(tmp_path / "plan.json")])
