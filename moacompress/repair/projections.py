@@ -105,7 +105,7 @@ class PassState:
     """
 
     returned: Any = None
-    shared_keys: AnchorKeys = field(default_factory=AnchorKeys)
+    shared_keys: AnchorKeys = field(default_factory=lambda: AnchorKeys(with_gradients=False))
 
 
 class _Stop(Exception):

@@ -156,7 +156,7 @@ def feed(plan, world, tokens, real, generator, same=False):
         mask = None
     world.cache.real = read_mask(mask, world.cache, batch, tokens)
     chunk_mask = None if real.all() else torch.from_numpy(real)
-    shared_keys, chunks = AnchorKeys(), {}
+    shared_keys, chunks = AnchorKeys(with_gradients=False), {}
     for layer in range(shape.layers):
         dtype = world.rows[0][layer][0].dtype
         query = torch.randn(batch, shape.heads, tokens, DIM, generator=generator, dtype=dtype)

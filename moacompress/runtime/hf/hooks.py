@@ -55,7 +55,7 @@ class DecoderHook:
         _check_rest(module, kwargs)
         self.order.check(module)
         if self.plan.shares:
-            kwargs[SHARED_KEYS] = AnchorKeys()
+            kwargs[SHARED_KEYS] = AnchorKeys(torch.is_grad_enabled())
         name = self.cache_name
         for other in CACHE_NAMES:  # a cache under a name of another version would be swallowed
             if other != name and kwargs.get(other) is not None:

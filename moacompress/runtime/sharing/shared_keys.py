@@ -46,11 +46,12 @@ class AnchorKeys:
 
     Attributes:
         by_layer: by the anchor's layer.
+        with_gradients: whether the forward is one that gradients are taken of.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, with_gradients: bool) -> None:
         self.by_layer: dict[int, SharedKeys] = {}
-        self._with_gradients = torch.is_grad_enabled()
+        self.with_gradients = with_gradients
 
     def put(self, layer: int, shared: SharedKeys) -> None:
         """Takes what an anchor shares.
@@ -58,7 +59,7 @@ class AnchorKeys:
         Raises:
             UnsupportedError: it would have no gradients, in a forward that has some.
         """
-        if self._with_gradients and not torch.is_grad_enabled():
+        if self.with_gradients and not torch.is_grad_enabled():
             raise UnsupportedError(
                 f"layer {layer} shares its attention and runs without gradients first, as by reentrant gradient checkpointing, "
                 "which loses those of the layers that reuse it; enable it with "
