@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from gpu_rows import Row, said_as, table  # beside this script
 from gpu_ruler import ruler
 from gpu_targets import TARGETS, targets
 from gpu_worker import WEIGHTS, Asked, run_parts
+
+from moacompress.core.records import end_last_line
 
 
 def main() -> None:
@@ -65,11 +68,12 @@ def main() -> None:
         if not torch.cuda.is_available():
             parser.error("there is no CUDA device; --device cpu --small tries the parts, and measures nothing")
     until = time.monotonic() + given.minutes * 60
-    begin = given.out.stat().st_size if given.out.exists() else 0
-    with given.out.open("a") as file:
+    with given.out.open("a+b") as file:
+        end_last_line(file)  # of a run that was killed
+        begin = file.seek(0, 2)
 
         def write(row: Row) -> None:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row).encode() + b"\n")
             file.flush()
 
         ordered = tuple(part for part in WEIGHTS if part in parts)
@@ -81,10 +85,19 @@ def main() -> None:
 
 
 def read_rows(out: Path, begin: int = 0) -> list[Row]:
-    """Returns results from a byte of a file on."""
-    with out.open() as file:
-        file.seek(begin)
-        return [json.loads(line) for line in file]
+    """Returns results from a byte of a file on; lines that cannot be read are left out, and it is said."""
+    rows = []
+    lines = out.read_bytes()[begin:].splitlines()
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    if len(rows) < len(lines):
+        print(f"{out}: {len(lines) - len(rows)} lines cannot be read and are left out", file=sys.stderr)
+    return rows
 
 
 def targets_of(rows: Sequence[Row]) -> list[Row]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -64,7 +65,7 @@ async def soak(address: str, process: psutil.Process, given: argparse.Namespace)
     client = openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=600)
     rng, counts = random.Random(given.seed), {"answered": 0, "left": 0, "errors": 0}
     mix = requests(given.seed, 10_000)
-    began, number, samples = time.monotonic(), iter(range(len(mix))), []
+    began, number, samples = time.monotonic(), itertools.count(), []
 
     async def say(prompt: str) -> str:
         made = await client.completions.create(model="soaked", prompt=prompt, max_tokens=24, temperature=0)

@@ -185,6 +185,7 @@ def fill(
     )
     fields = {
         "model": shared_name(plan.provenance["source"]),
+        "plan": plan.key(),
         "budget": list(plan.budget["asked"]),
         **({} if recipe.max_loss is None else {"max_loss": recipe.max_loss}),
         "reference_length": length,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests import builds, gpu
+from tests.preloaded import Preloaded
 
 gpu.begin(sys.argv[1:])
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -93,6 +95,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=others)
 
 
+def pytest_collection_finish() -> None:
+    """Takes what is imported by now out of garbage collections: each would look through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Has the interpreter end as ever."""
+    gc.unfreeze()
+
+
 SEEDS = 30
 """Seeds of a test marked `seeds(count)` that `make test` runs: all instruction sets, dtypes and formats occur in them."""
 
@@ -145,6 +158,14 @@ def _fresh_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """Gives a test marked `fresh_process` what the product does."""
     if request.node.get_closest_marker("fresh_process"):
         monkeypatch.setattr("moacompress.exporter.fresh.subprocess", subprocess)
+
+
+@pytest.fixture(scope="session")
+def preloaded() -> Iterator[Preloaded]:
+    """Returns what runs commands in processes of their own that need not import anything."""
+    made = Preloaded()
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

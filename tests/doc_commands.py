@@ -28,7 +28,7 @@ Those of a page are run one after the other, with the names of the earlier ones.
 """
 
 CANNOT = {
-    r"^make (demo|test)": "a target of the Makefile, which runs tests or the demo itself",
+    r"^make (demo|setup|test)": "a target of the Makefile: the environment, tests or the demo itself",
     r"^(\S+/)?pip |-m venv ": "installs packages from a registry",
     r"^serve/bin/|\.cache/vllm/": "needs vLLM in an environment of its own; `make test-vllm` runs the plugin",
     r"^optuna-dashboard|transformers serve": "a server, which runs until it is stopped",

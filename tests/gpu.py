@@ -8,11 +8,13 @@ runs these alone, on the card. `MOACOMPRESS_TEST_GPU=1` asks for such a process 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import os
 import re
 import sys
+from typing import Any
 
 import pytest
 
@@ -43,9 +45,43 @@ def begin(arguments: list[str]) -> None:
     os.environ[INTERPRET] = "1"  # kernels are what they are when a test runs on them
     importlib.import_module("triton.language")
     del os.environ[INTERPRET]
-    builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
+    _hurry(importlib.import_module("triton.runtime.interpreter"))
+
+
+def _hurry(interpreter: Any) -> None:
+    """Has the interpreter leave out what it does over and over, which is more than half of its time."""
+    builder = interpreter.interpreter_builder
     # sums that overflow are looked for, at twice the time, and told to nobody unless `debug` is on
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    if not hasattr(interpreter, "_LangPatchScope"):  # an earlier Triton
+        return
+    made = interpreter._get_np_dtype  # makes a table of all dtypes each time
+    known = functools.cache(made)
+    interpreter._get_np_dtype = lambda kind: (made if kind.scalar.is_ptr() else known)(kind.scalar)
+    # the language is patched for a kernel, and again for every function that it calls
+    patch, now = interpreter._patch_lang, set[int]()
+    modules = {id(interpreter.tl), id(interpreter.tl.core)}
+
+    @functools.cache
+    def named(fn: Any) -> set[int]:
+        return {id(value) for value in fn.__globals__.values()} & modules
+
+    def once(fn: Any) -> Any:
+        wanted = named(fn)
+        if wanted and wanted <= now:
+            return interpreter._LangPatchScope()  # a function's is never restored: the kernel's is, when it ends
+        scope = patch(fn)
+        now.update(wanted)
+        restore = scope.restore
+
+        def restored() -> None:
+            now.clear()
+            restore()
+
+        scope.restore = restored
+        return scope
+
+    interpreter._patch_lang = once
 
 
 def parametrize(metafunc: pytest.Metafunc) -> None:

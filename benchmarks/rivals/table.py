@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from rivals.settings import DENSE, OURS
 Row = dict[str, Any]
 Which = tuple[str, int, int]
 """Task, length and index of a prompt."""
+COMMON = {"quality": ("model",), "kept": ("model",), "speed": ("model", "machine", "threads", "steps")}
+"""What all rows of a measure have in common, for their numbers to stand in one table."""
 MORE_BYTES = 1.05
 """A checkpoint of ours may take so many times a rival's bytes and still be compared with it."""
 
@@ -56,10 +59,43 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def tables(rows: Iterable[Row]) -> str:
-    """Returns all tables as Markdown, with what they were made with; a part that has no rows is left out."""
-    rows = [*rows]
+    """Returns all tables as Markdown, with what they were made with; a part that has no rows is left out.
+
+    A file may have rows of several runs: tables are of those that belong to the newest, and how many do not is said.
+    """
+    rows = newest([*rows])
     parts = [quality_table(rows), kept_table(rows), speed_table(rows), made_with(rows)]
     return "\n\n".join(part for part in parts if part)
+
+
+def newest(rows: Sequence[Row]) -> list[Row]:
+    """Returns the rows that are of what the newest are of: those of their measure, and then those of their setting.
+
+    What a row does not say, as of older files, it has in common with any.
+
+    Args:
+        rows: oldest first.
+    """
+    kept = _like_the_last(rows, ("measure",), COMMON)
+    kept = _like_the_last(kept, ("measure", "rival", "setting"), dict.fromkeys(COMMON, ("made_of",)))
+    if len(kept) < len(rows):
+        print(
+            f"{len(rows) - len(kept)} of {len(rows)} rows are left out: newer ones are of another model, checkpoint or "
+            "setting, or were timed on another machine, with other threads or steps",
+            file=sys.stderr,
+        )
+    return kept
+
+
+def _like_the_last(rows: Sequence[Row], group: Sequence[str], names: Mapping[str, Sequence[str]]) -> list[Row]:
+    """Returns the rows that say the same under some names, by measure, as the last one of their group does."""
+
+    def places(row: Row) -> list[tuple[Any, ...]]:
+        named = (name for name in names.get(row.get("measure", ""), ()) if name in row)
+        return [(name, *(row.get(part) for part in group)) for name in named]
+
+    last = {place: row[place[0]] for row in rows for place in places(row)}
+    return [row for row in rows if all(row[place[0]] == last[place] for place in places(row))]
 
 
 def quality_table(rows: Sequence[Row]) -> str:

@@ -202,7 +202,7 @@ def _read_json(path: Path) -> list[Any]:
 
 def _squad_rows(data: Any, path: Path) -> list[Any]:
     return [
-        {"context": paragraph.context, "question": asked.text, "answer": asked.answers[0], ARTICLE: number}
+        {"context": paragraph.context, "question": asked.text, "answer": list(asked.answers), ARTICLE: number}
         for number, article in enumerate(parse_articles(data, path))
         for paragraph in article
         for asked in paragraph.questions

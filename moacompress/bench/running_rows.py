@@ -108,15 +108,20 @@ class PlanRows(_Rows):
 
 
 class DenseRows(_Rows):
-    """Rows of the dense model in transformers' default cache, padded on the left to the longest of them."""
+    """Rows of the dense model in transformers' default cache, padded on the left to the longest of them.
+
+    A layer with a window keeps its last tokens, and counts those that it has seen.
+    """
 
     def _beside(self) -> DynamicCache:
-        return DynamicCache()
+        return DynamicCache(config=self.model.config)
 
     def _joined(self, joins: Any) -> Any:
         for layer, other in zip(self.cache.layers, joins.layers, strict=True):
+            longest = max(layer.get_seq_length(), other.get_seq_length())
             layer.keys = _padded_together(layer.keys, other.keys)
             layer.values = _padded_together(layer.values, other.values)
+            _count(layer, longest)
         return self.cache
 
     def _keep(self, rows: torch.Tensor) -> None:
@@ -124,6 +129,7 @@ class DenseRows(_Rows):
         for layer in self.cache.layers:
             kept = rows.to(layer.keys.device)
             layer.keys, layer.values = (held[kept, :, -longest:] for held in (layer.keys, layer.values))
+            _count(layer, longest)
 
     def _mask(self) -> dict[str, torch.Tensor]:
         longest = int(self.lengths.max())
@@ -132,6 +138,12 @@ class DenseRows(_Rows):
         columns = torch.arange(longest + 1)
         mask = (columns >= (longest - self.lengths)[:, None]).to(torch.int64)
         return {"attention_mask": mask.to(self.model.device)}
+
+
+def _count(layer: Any, tokens: int) -> None:
+    """Lets a layer with a window know how many tokens its longest row has seen; others count their keys."""
+    if hasattr(layer, "cumulative_length"):
+        layer.cumulative_length = tokens
 
 
 def _padded_together(held: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

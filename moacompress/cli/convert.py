@@ -13,7 +13,7 @@ from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import Overwrite, TrustRemoteCode
 from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import ArtefactError, PlanError, UsageError
-from moacompress.core.files import read_json, write_text
+from moacompress.core.files import read_json, write_text, write_texts
 
 if TYPE_CHECKING:
     from moacompress.rules.foreign_plans import DuoPattern
@@ -114,10 +114,10 @@ def convert(
 
 
 def write_pattern(folder: Path, pattern: DuoPattern) -> None:
-    """Writes a pattern as DuoAttention's own two files."""
+    """Writes a pattern as DuoAttention's own two files; what else is in the folder stays."""
     rows = "".join("\t".join(f"{value:.6e}" for value in row) + "\n" for row in pattern.heads)
-    write_text(folder / HEADS_FILE, rows)
-    write_text(folder / CONFIG_FILE, json.dumps({"sink_size": pattern.sink, "recent_size": pattern.recent}))
+    config = json.dumps({"sink_size": pattern.sink, "recent_size": pattern.recent})
+    write_texts({folder / HEADS_FILE: rows, folder / CONFIG_FILE: config})
 
 
 def _read(

@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -85,24 +85,55 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Like `write_text`, for bytes; into a device or a pipe, which no file may replace, it writes as it is."""
     path = Path(path)
-    temporary = None
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             with path.open("wb") as there:
                 there.write(data)
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
+    except OSError as error:
+        raise ArtefactError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
+    _write_and_move({path: data})
+
+
+def write_texts(texts: Mapping[Path, str]) -> None:
+    """Writes files that are of one another: all are whole on the disk before the first is moved into its place.
+
+    Raises:
+        ArtefactError: one of them cannot be written; names it, and what was moved before.
+    """
+    _write_and_move({path: text.encode() for path, text in texts.items()})
+
+
+def _write_and_move(contents: Mapping[Path, bytes]) -> None:
+    aside, moved, path = dict[Path, Path](), list[str](), Path()
+    try:
+        for path, data in contents.items():
+            aside[path] = _write_aside(path, data)
+        for path, temporary in aside.items():
+            os.replace(temporary, path)
+            moved.append(str(path))
+    except OSError as error:
+        for temporary in aside.values():
+            temporary.unlink(missing_ok=True)
+        done = f"{', '.join(moved)} was written" if moved else "nothing was changed"
+        raise ArtefactError(f"cannot write {path}: {error.strerror or error}; {done}") from error
+
+
+def _write_aside(path: Path, data: bytes) -> Path:
+    """Writes what a file is to hold to the disk beside its place, and returns where; where that fails nothing is left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
+    temporary = Path(name)
+    try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise ArtefactError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
 
 
 def write_json(path: Path, value: Any) -> None:

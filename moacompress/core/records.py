@@ -139,7 +139,7 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
-            _end_last_line(file)
+            end_last_line(file)
             file.write(data)
     except OSError as error:
         raise ArtefactError(
@@ -147,8 +147,12 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _end_last_line(file: BinaryIO) -> None:
-    """Ends a last line that lacks its end, or cuts it off where it is not whole."""
+def end_last_line(file: BinaryIO) -> None:
+    """Ends a last line that lacks its end, or cuts it off where it is not whole.
+
+    Args:
+        file: JSON lines, opened to be read and appended to (`a+b`).
+    """
     size = file.seek(0, 2)
     if not size:
         return

@@ -45,10 +45,13 @@ EXTRAS = {
     "eval": ("accelerate", "lm_eval"),
     "heal": ("accelerate", "peft"),
     "offload": ("accelerate",),
-    "report": ("jinja2", "plotly"),
+    "postgresql": ("psycopg2",),
+    "report": ("jinja2", "kaleido", "plotly"),
     "rivals": ("hqq", "optimum.quanto"),
+    "torchao": ("torchao",),
+    "vllm": ("vllm",),
 }
-"""Modules that each extra brings."""
+"""Modules that each extra brings; those for work on moacompress itself are left out."""
 SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 """torch's own variable; "0" keeps torch from calling the entry point that registers moacompress."""
 AUTOLOAD_SECONDS = 120

@@ -54,6 +54,7 @@ from moacompress.models.processes import agreed, check_alike, join
 from moacompress.prompts.pools import Prose
 from moacompress.rules.plan import Plan
 from moacompress.rules.planned_weights import own_weights
+from moacompress.rules.untrusted import reading_notes
 from moacompress.runtime.checkpoint import Checkpoint, compressed_folder, load_checkpoint, with_dense
 
 logger = logging.getLogger(__name__)
@@ -218,9 +219,14 @@ def evaluate(
 
 
 def _warn_of_calibration(sources: Iterable[str], plan: Plan) -> None:
-    """Warns of rows that a plan was calibrated on, as far as the name of their file tells."""
-    recipe = plan.provenance.get("recipe") or {}
-    seen = {part.get(key) for part in recipe.get("calibration", {}).get("sources", ()) for key in ("path", "dataset")}
+    """Warns of rows that a plan was calibrated on, as far as the name of their file tells.
+
+    Raises:
+        PlanError: the plan's recipe is damaged.
+    """
+    with reading_notes("its recipe"):
+        calibration = (plan.provenance.get("recipe") or {}).get("calibration", {})
+        seen = {part.get(key) for part in calibration.get("sources", ()) for key in ("path", "dataset")}
     for name in sources:
         if name in seen or Path(name).name in seen:
             logger.warning(

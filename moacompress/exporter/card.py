@@ -79,6 +79,8 @@ def repair_text(plan: Plan) -> str:
     notes = plan.provenance.get("repair")
     if not isinstance(notes, dict):
         return ""
+    if notes.get("tokens") == 0:
+        return "There was nothing to repair: every KV head attends to all that it did, in the numbers that it did."
     fitted = f"{notes.get('tokens'):,} tokens of the profile {notes.get('profile')}"
     if notes.get("penalty") is None:
         tried = notes.get("harm", {}).get("not_enough")

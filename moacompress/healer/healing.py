@@ -208,7 +208,8 @@ def check_out(out: Path, request: HealRequest, overwrite: bool) -> HealResult | 
         _is_begun(heal_folder(out), request, overwrite)
         return None
     plan = exported_plan(out)
-    if plan is None or plan.provenance.get("heal", {}).get("request") != request.key:
+    notes = None if plan is None else plan.provenance.get("heal")
+    if plan is None or not isinstance(notes, dict) or notes.get("request") != request.key:
         raise ArtefactError(f"{out} exists already and is not of this heal; choose another folder or pass --overwrite")
     return HealResult(out, plan)
 

@@ -40,8 +40,7 @@ def dense_attention(
     mask = None
     if native_window is not None and native_window < tokens:
         at = torch.arange(tokens, device=query.device)
-        behind = at[:, None] - at
-        mask = (behind >= 0) & (behind < native_window)
+        mask = (at <= at[:, None]).logical_and_(at > at[:, None] - native_window)
     as_groups = mask is None and query.dtype in HALVES
     if group > 1 and not as_groups:
         key, value = (part.repeat_interleave(group, 1) for part in (key, value))

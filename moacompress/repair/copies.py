@@ -166,6 +166,8 @@ def copied(own: Attended, anchor: Attended, share: Share) -> Tensor:
         share: what it takes from it.
     """
     assert own.value is not None
-    taken = SharedKeys(anchor.query, anchor.key, anchor.sink_logit).taken(share)
+    device = own.value.device  # its anchor may lie on another one
+    logits = None if anchor.sink_logit is None else anchor.sink_logit.to(device)
+    taken = SharedKeys(anchor.query.to(device), anchor.key.to(device), logits).taken(share)
     out = attend(taken.query, taken.key, own.value, anchor.spec, taken.sink_logits)
     return out[0].transpose(0, 1).flatten(1)

@@ -51,7 +51,8 @@ class Repaired:
         report: `penalty` and `answer_share` of the setting, None where nothing was changed; `harm` in nats per answer token,
             each of `before`, `after` and `change` with its `mean` and standard `error`, on samples that had no part in the
             choice, and the change that would have been where it was `not_enough`; `tokens` and `samples` that were fitted to,
-            `validation_samples` that judged, `seconds`.
+            `validation_samples` that judged, `seconds`. Of a plan that keeps everything as it is, `tokens` are 0 and
+            nothing was judged.
     """
 
     weights: Weights
@@ -92,7 +93,7 @@ def repair(
     tokens = sum(len(sample.input_ids) for sample in samples)
     counts = {"tokens": tokens, "samples": len(samples)}
     if not plan.shares and all(rule.is_full for row in plan.rules for rule in row):
-        return Repaired({}, {"penalty": None, "answer_share": None, **counts, "seconds": 0.0})
+        return Repaired({}, {"penalty": None, "answer_share": None, "tokens": 0, "samples": 0, "seconds": 0.0})
     kls = _RepairedKl(source.model, plan, validation)
     choosing, judging = kls.numbers[::2], kls.numbers[1::2]
     before = kls.under({})

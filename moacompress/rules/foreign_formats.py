@@ -99,7 +99,9 @@ def layers_of_modelopt(config: Any, layers: int) -> tuple[list[LayerFormats], li
         algorithms = [None] * layers
         for name, each in named.items():
             layer = _layer(name, layers)
-            algorithms[layer] = each.get("quant_algo") if isinstance(each, dict) else each
+            if isinstance(each, dict) and "quant_algo" not in each:
+                raise PlanError(f"its kv_cache_quantized_layers has no quant_algo for {short(name)}")
+            algorithms[layer] = each["quant_algo"] if isinstance(each, dict) else each
     formats = [(NATIVE, NATIVE) if name is None else _known(name) for name in algorithms]
     return formats, _rounded(Counter(name for name in algorithms if name is not None), len(formats))
 
@@ -239,7 +241,7 @@ def _of_scheme(scheme: Any, layers: int) -> tuple[list[LayerFormats], list[str]]
         raise PlanError(f"its scheme {short(scheme)} has no num_bits from 1 to 16 of the type int or float")
     name = FOUR if bits <= 4 else EIGHT if bits <= 8 else NATIVE
     written = f"{kind} of {bits} bits, {scheme.get('strategy') or 'tensor'}"
-    exactly = {key: scheme.get(key) for key in _scheme(EIGHT)} == _scheme(name) if name != NATIVE else False
+    exactly = name == NATIVE or {key: scheme.get(key) for key in _scheme(EIGHT)} == _scheme(name)
     return [(name, name)] * layers, [] if exactly else _rounded({written: layers}, layers)
 
 

@@ -35,6 +35,8 @@ MAX_DEPTH = 64
 """Deepest nesting of a plan's notes."""
 MAX_TEXT = 256
 """Most characters of a text."""
+WRONG_FORM = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
+"""What reading JSON raises that is of another form than was thought."""
 _SENTENCES = {
     "model_type": "must be an object, not {input!r}",
     "dict_type": "must be an object, not {input!r}",
@@ -152,6 +154,6 @@ def reading_notes(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+    except WRONG_FORM as error:
         why = short(f"{type(error).__name__}: {error}")
         raise PlanError(f"what the plan's notes say of {what} is damaged: {why}") from error

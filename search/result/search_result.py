@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,10 +207,12 @@ def baseline_note(plan: Plan, kl: float, lengths: Iterable[int]) -> dict[str, An
 
 def versions() -> dict[str, str]:
     """Returns the versions of the packages that decide a search."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
+    return {package: _version(package) for package in PACKAGES}
+
+
+@cache  # reading a package's description takes a millisecond, and every plan of a search notes them
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

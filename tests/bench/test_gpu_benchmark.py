@@ -51,6 +51,20 @@ def test_results_are_lines_and_tables_that_say_that_nothing_was_measured(tmp_pat
     assert run(tmp_path, "--show").stdout == done.stdout
 
 
+def test_what_a_killed_run_left_half_written(load_script, tmp_path, monkeypatch, capsys):
+    script, out = load_script(SCRIPT), tmp_path / "gpu.json"
+    out.write_text('{"part": "ceiling"}\nnonsense\n{"part": "dec')
+    monkeypatch.setattr("sys.argv", ["gpu.py", "-o", str(out), "--device", "cpu", "--small"])
+    monkeypatch.setattr(script, "run_parts", lambda asked, write: write({"part": "ceiling", "what": "a"}))
+    script.main()
+    lines = out.read_text().splitlines()
+    assert lines[:3] == ['{"part": "ceiling"}', "nonsense", '{"part": "ceiling", "what": "a"}']
+    assert {json.loads(line)["part"] for line in lines[3:]} == {"targets"}
+    assert capsys.readouterr().err == ""  # what this run wrote can all be read
+    assert [row["part"] for row in script.read_rows(out)][:2] == ["ceiling", "ceiling"]
+    assert "1 lines cannot be read and are left out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -18,9 +18,11 @@ from moacompress.bench import serve_benchmark
 from moacompress.bench.request_mix import ANSWERS, PROMPTS, Lengths, Request, requests
 from moacompress.bench.running_rows import running_rows
 from moacompress.bench.serve_benchmark import ServeRequest, run_serving
-from moacompress.bench.serving import serve
+from moacompress.bench.serving import RunningRows, serve
 from moacompress.core.errors import ArtefactError, DataError, UsageError
+from moacompress.models.source import model_shape
 from moacompress.models.stored_plan import stored_plan
+from moacompress.rules.plan import Plan
 
 SMALL = ServeRequest(
     count=6, kv_memory=400_000, prompt=Lengths(200, 0.3, 100, 300), new=Lengths(8, 0.5, 1, 20), dtypes=("float32",)
@@ -122,42 +124,66 @@ def test_requests_are_waited_for() -> None:
     assert served([Request(10, 1)], 1000)[0]["token_s"] is None
 
 
-@pytest.mark.parametrize("side", ["plan", "full_span", "dense"])
-def test_rows_get_the_tokens_that_they_would_get_alone(side: str, models: Any, checkpoint: Any) -> None:
-    model, given = models[side], [Request(70, 5), Request(20, 12), Request(120, 9), Request(33, 1)]
-    prompts = [
+def prompts_of(given: Sequence[Request]) -> list[torch.Tensor]:
+    """Returns a random prompt of every request."""
+    return [
         torch.randint(3, 150, (1, one.prompt_tokens), generator=torch.Generator().manual_seed(number))
         for number, one in enumerate(given)
     ]
 
-    def answers(memory: int) -> list[list[int]]:
-        rows, found, order = running_rows(side, model, checkpoint.plan), [list[int]() for _ in given], list[int]()
-        add, step, keep = rows.add, rows.step, rows.keep
 
-        class Noted:
-            def add(self, prompt: torch.Tensor) -> int:
-                number = next(at for at, one in enumerate(prompts) if one is prompt)
-                order.append(number)
-                found[number].append(add(prompt))
-                return found[number][-1]
+def answers(rows: RunningRows, given: Sequence[Request], memory: int) -> list[list[int]]:
+    """Returns the tokens of every request, each of which takes one of `memory` places."""
+    prompts = prompts_of(given)
+    found, order = [list[int]() for _ in given], list[int]()
 
-            def step(self, tokens: Sequence[int]) -> list[int]:
-                new = step(tokens)
-                for number, token in zip(order, new, strict=True):
-                    found[number].append(token)
-                return new
+    class Noted:
+        def add(self, prompt: torch.Tensor) -> int:
+            number = next(at for at, one in enumerate(prompts) if one is prompt)
+            order.append(number)
+            found[number].append(rows.add(prompt))
+            return found[number][-1]
 
-            def keep(self, rows: Sequence[int]) -> None:
-                order[:] = [order[number] for number in rows]
-                keep(rows)
+        def step(self, tokens: Sequence[int]) -> list[int]:
+            new = rows.step(tokens)
+            for number, token in zip(order, new, strict=True):
+                found[number].append(token)
+            return new
 
-        serve(Noted(), given, prompts.__getitem__, lambda tokens: 1, memory)
-        return found
+        def keep(self, kept: Sequence[int]) -> None:
+            order[:] = [order[number] for number in kept]
+            rows.keep(kept)
 
-    alone = answers(1)
+    serve(Noted(), given, prompts.__getitem__, lambda tokens: 1, memory)
+    return found
+
+
+@pytest.mark.parametrize("side", ["plan", "full_span", "dense"])
+def test_rows_get_the_tokens_that_they_would_get_alone(side: str, models: Any, checkpoint: Any) -> None:
+    given = [Request(70, 5), Request(20, 12), Request(120, 9), Request(33, 1)]
+    alone = answers(running_rows(side, models[side], checkpoint.plan), given, 1)
     assert [len(one) for one in alone] == [5, 12, 9, 1]
     assert len({tuple(one[:1]) for one in alone}) > 1
-    assert answers(3) == alone
+    assert answers(running_rows(side, models[side], checkpoint.plan), given, 3) == alone
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "mistral"])
+def test_dense_rows_keep_no_more_than_the_windows_of_the_model(family: str, tiny_model: Any) -> None:
+    """Rows below the window of 80, beyond it, and that come beyond it join and leave."""
+    model = tiny_model(family)
+    plan = Plan.full(model_shape(model))
+    given = [Request(70, 30), Request(20, 25), Request(170, 9), Request(85, 3), Request(33, 70), Request(10, 12)]
+    alone = answers(running_rows("dense", model, plan), given, 1)
+    assert answers(running_rows("dense", model, plan), given, 3) == alone
+    for prompt, found in zip(prompts_of(given), alone, strict=True):
+        logits = model(input_ids=torch.cat([prompt, torch.tensor([found[:-1]])], 1), use_cache=False).logits[0]
+        assert logits[prompt.shape[1] - 1 :].argmax(-1).tolist() == found
+    rows = running_rows("dense", model, plan)
+    for tokens in (200, 30):
+        rows.add(torch.full((1, tokens), 5))
+    rows.step([5, 5])
+    held = [layer.keys.shape[2] for layer in rows.cache.layers]  # type: ignore[attr-defined]
+    assert held == [201 if native is None else 79 for native in plan.model.native_windows]
 
 
 def test_serving_a_checkpoint(compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

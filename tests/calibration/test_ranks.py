@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from moacompress.calibration.profile.store import Profile
 from moacompress.cli import app
 from moacompress.core.artefact_names import GATES_FILE, SAMPLES_FOLDER
+from tests.preloaded import Preloaded
 from tests.torchrun import torchrun
 
 OPTIONS = ("--lengths", "700,800", "--samples", "6", "--validation-samples", "2", "--draws", "1", "--gates", "--json")
@@ -44,10 +45,12 @@ def alone(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Profil
     return Profile.load(out)
 
 
-def test_a_killed_run_of_two_processes_is_finished_by_three(alone: Profile, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_killed_run_of_two_processes_is_finished_by_three(
+    alone: Profile, tiny_folder: Path, tmp_path: Path, preloaded: Preloaded
+) -> None:
     out, script = tmp_path / "profile", tmp_path / "killed.py"
     script.write_text(KILLED)
-    killed = torchrun(2, script, "profile", tiny_folder, "-o", out, *OPTIONS)
+    killed = preloaded.run(script, "profile", tiny_folder, "-o", out, *OPTIONS, ranks=2)
     assert killed.returncode != 0
     assert killed.stdout == ""
     samples = {path: path.stat().st_mtime_ns for path in (out / SAMPLES_FOLDER).glob("*.safetensors")}
@@ -56,7 +59,7 @@ def test_a_killed_run_of_two_processes_is_finished_by_three(alone: Profile, tiny
     with pytest.raises(Exception, match="not finished"):
         Profile.load(out)
 
-    resumed = torchrun(3, "profile", tiny_folder, "-o", out, *OPTIONS, "--log-file", tmp_path / "run.log")
+    resumed = preloaded.run("profile", tiny_folder, "-o", out, *OPTIONS, "--log-file", tmp_path / "run.log", ranks=3)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert resumed.stdout.count("\n") == 1
     assert json.loads(resumed.stdout)["samples"] == 6

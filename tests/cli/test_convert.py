@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import moacompress
 from moacompress.cli import app
 from moacompress.cli.convert import write_pattern
+from moacompress.core import files
 from moacompress.core.errors import PlanError
 from moacompress.rules.foreign_plans import DuoPattern
 from moacompress.rules.plan import Plan
@@ -53,6 +54,25 @@ def test_a_pattern_comes_in_and_goes_out(tiny_folder: Path, shape: Any, tmp_path
     ]
     assert json.loads((tmp_path / "again" / "config.json").read_text()) == {"sink_size": 64, "recent_size": 256}
     assert "exists already" in said(invoke(plan, "--to", "duo-attention", "-o", tmp_path / "again"))
+
+
+def test_a_pattern_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be written leaves an earlier pattern's two files as they were, and others in the folder are left alone."""
+    (tmp_path / "state.safetensors").write_text("")
+    write_pattern(tmp_path, DuoPattern([[1.0]], 64, 256))
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert set(before) == {"state.safetensors", "full_attention_heads.tsv", "config.json"}
+    write = files._write_aside
+
+    def stopped(path: Path, data: bytes) -> Path:
+        if path.name == "config.json":
+            raise KeyboardInterrupt
+        return write(path, data)
+
+    monkeypatch.setattr(files, "_write_aside", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write_pattern(tmp_path, DuoPattern([[0.0]], 16, 64))
+    assert {name: (tmp_path / name).read_text() for name in before} == before
 
 
 def test_spans_go_out_and_come_in(compressed: Path, tiny_folder: Path, shape: Any, tmp_path: Path) -> None:

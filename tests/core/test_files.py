@@ -27,6 +27,7 @@ from moacompress.core.files import (
     write_bytes,
     write_json,
     write_text,
+    write_texts,
 )
 from moacompress.core.lock_holders import own_file
 
@@ -59,6 +60,34 @@ def test_files_are_replaced_whole_and_nothing_is_left_beside(tmp_path: Path, mon
         write_bytes(path, b"new")
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_files_of_one_another_are_whole_before_one_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    write_texts({first: "1", second: "1"})
+    assert [path.read_text() for path in (first, second)] == ["1", "1"]
+    write, move = files._write_aside, os.replace
+
+    def full_disk(path: Path, data: bytes) -> Path:
+        if path == second:
+            raise OSError(28, "No space left on device")
+        return write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_write_aside", full_disk)
+        with pytest.raises(ArtefactError, match="cannot write .*second: No space left on device; nothing was changed"):
+            write_texts({first: "2", second: "2"})
+    assert [path.read_text() for path in (first, second)] == ["1", "1"]
+
+    def refuse(source: Path, target: Path) -> None:
+        if target == second:
+            raise OSError(1, "Operation not permitted")
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(ArtefactError, match="cannot write .*second: Operation not permitted; .*first was written"):
+        write_texts({first: "2", second: "2"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
 
 
 def test_a_file_where_a_folder_is_needed(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_environment(environment: dict[str, Any]) -> None:
     assert environment["autoload"] == {"registered": True, "switch": None, "reason": None}
     assert environment["versions"]["torch"]
     assert environment["cpu"]["cores"] >= 1
-    assert set(environment["extras"]) == {"demo", "eval", "heal", "offload", "report", "rivals"}
+    assert set(environment["extras"]) == set(checks.EXTRAS)
     json.dumps(environment)
 
 

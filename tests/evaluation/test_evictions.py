@@ -166,6 +166,16 @@ def test_later_rotations_go_on_where_the_known_ones_end(known: int) -> None:
         torch.testing.assert_close(found, all_of[known : known + 100], atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_later_rotations_are_rotations_in_16_bits(dtype: torch.dtype) -> None:
+    at = torch.arange(712)[:, None] * torch.logspace(0, -4, 32).double()
+    cos, sin = (each.to(dtype).float() for each in (at.cos(), at.sin()))
+    later = torch.complex(*later_rotations(cos[:200], sin[:200], 512))
+    wanted = torch.complex(at.cos(), at.sin())[200:]
+    assert (later.abs() - 1).abs().max() < 0.01
+    assert (later - wanted).abs().max() < 0.05
+
+
 @pytest.mark.parametrize("chunk", [1000, 40])
 def test_kvzip_is_the_most_attention_of_a_second_reading(
     chunk: int, model: PreTrainedModel, reading: DenseReading, ids: list[int], tiny_tokenizer: Any

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moacompress.cli import app
-from moacompress.core.errors import DataError, UsageError
+from moacompress.core.errors import DataError, PlanError, UsageError
 from moacompress.evaluation import evaluate
 from moacompress.evaluation.scoring.prompts import match_share
 from moacompress.evaluation.tasks.own_rows import own_tasks
@@ -51,7 +51,7 @@ def test_every_kind_of_row(tmp_path: Path, tiny_tokenizer: Any) -> None:
         assert whole.rstrip().endswith(answer)
         assert tiny_tokenizer.decode(case.answer_ids).strip() == answer
         assert any(case.is_value)
-        assert case.match == "any"
+        assert case.match == "any-words"
     assert own_tasks([str(tmp_path / "prompts.jsonl")])["prompts"].given[0].references == tuple(PROMPT["answer"])  # type: ignore[index]
     with pytest.raises(UsageError, match="unknown task 'prompts'"):
         find_task("prompts")
@@ -83,6 +83,28 @@ def test_accents_count_however_they_are_put_together(tmp_path: Path, tiny_tokeni
     (case,) = make_cases("mine", 200, 1, 0, tiny_tokenizer, resources)
     assert match_share(case, "In a caf\u00e9.") == 1.0
     assert match_share(case, "In a cafe.") == 0.0
+
+
+def test_an_answer_is_found_as_whole_words(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    resources = Resources(own=own_tasks([write(tmp_path / "mine.jsonl", [{"prompt": "Is it?", "answer": "no"}])]))
+    (case,) = make_cases("mine", 200, 1, 0, tiny_tokenizer, resources)
+    assert match_share(case, "Yes, as is well known.") == 0.0
+    assert match_share(case, "No, it is not.") == 1.0
+
+
+def test_all_answers_of_a_squad_file_are_right(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    asked = {"question": "Who?", "answers": [{"text": "Ann"}, {"text": "Ann Bo"}, {"text": "Ann"}, {"text": "her"}]}
+    data = {"data": [{"paragraphs": [{"context": "Ann Bo did it.", "qas": [asked]}]}]}
+    (tmp_path / "squad.json").write_text(json.dumps(data))
+    own = own_tasks([str(tmp_path / "squad.json")])
+    (case,) = make_cases("squad", 700, 1, 0, tiny_tokenizer, Resources(own=own))
+    assert case.references == ("Ann", "Ann Bo", "her")
+    assert str(tiny_tokenizer.decode(case.answer_ids)).strip() == "Ann"
+
+
+def test_a_hub_set_is_named_by_the_last_part_of_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moacompress.evaluation.tasks.own_rows.read_rows", lambda source: [PROMPT])
+    assert [*own_tasks(["org/mmlu-0.5", "org/my set", str(tmp_path / "v0.5.jsonl")])] == ["mmlu-0.5", "my-set", "v0.5"]
 
 
 def test_other_rows_are_another_wording(tmp_path: Path) -> None:
@@ -167,6 +189,10 @@ def test_rows_of_the_calibration_are_said(compressed: Path, tmp_path: Path, capl
     caplog.clear()
     runner._warn_of_calibration(["other.jsonl"], seen)
     assert not caplog.text
+    for recipe in ("x", {"calibration": "x"}, {"calibration": {"sources": ["x"]}}):
+        damaged = plan.with_notes(provenance={**plan.provenance, "recipe": recipe})
+        with pytest.raises(PlanError, match="what the plan's notes say of its recipe is damaged"):
+            runner._warn_of_calibration(["other.jsonl"], damaged)
 
 
 def test_the_command(compressed: Path, tmp_path: Path) -> None:

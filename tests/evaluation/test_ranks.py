@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moacompress.cli import app
-from tests.torchrun import torchrun
+from tests.preloaded import Preloaded
 
 TASK = {
     "task": "even",
@@ -25,7 +25,9 @@ TASK = {
 """Its documents are of an odd number: one process has one more than the other."""
 
 
-def test_two_processes_measure_what_one_does(compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_measure_what_one_does(
+    compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preloaded: Preloaded
+) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     prose = tmp_path / "prose"
     prose.mkdir()
@@ -60,7 +62,7 @@ def test_two_processes_measure_what_one_does(compressed: Path, tmp_path: Path, m
     lines = scores.read_text().splitlines(keepends=True)
     kept.write_text("".join(lines[::2]))  # every batch of several prompts lacks some
     csv, low = tmp_path / "rows.csv", ("--fail-under", "exact_match=0.99")
-    ran = torchrun(2, "eval", compressed, *options, "-o", begun, "--csv", csv, *low)
+    ran = preloaded.run("eval", compressed, *options, "-o", begun, "--csv", csv, *low, ranks=2)
     assert ran.returncode != 0  # the plan of a random model is below the threshold
     found = json.loads(ran.stdout)
     assert len(found.pop("failures")) == 1

@@ -117,7 +117,7 @@ def test_a_second_turn_is_a_forward_of_its_own(
     assert (score.exact_match, score.accuracy) == (expected.exact_match, expected.accuracy)
 
 
-@pytest.mark.parametrize("match", ["all", "any", "last-integer"])
+@pytest.mark.parametrize("match", ["all", "any", "any-words", "last-integer"])
 @pytest.mark.parametrize("references", [(1, 3), (2, 9), (30, 40)])
 def test_stopping_early_changes_no_score(
     model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase, match: Match, references: tuple[int, int]
@@ -166,11 +166,27 @@ def test_generation_ends_with_the_last_reference_or_a_closing_token(
         ("all", ("Abc",), "aBC.", 1.0),
         ("any", ("x", "Denver Broncos"), "the denver broncos", 1.0),
         ("any", ("x",), "y", 0.0),
+        ("any", ("no",), "Yes, as is well known.", 1.0),
+        ("any-words", ("no",), "Yes, as is well known.", 0.0),
+        ("any-words", ("no",), "Nobody knows, so NO.", 1.0),
+        ("any-words", ("no",), "no", 1.0),
+        ("any-words", ("A",), "a1, Bach", 0.0),
+        ("any-words", ("1", "B"), "It is (B).", 1.0),
+        ("any-words", ("1",), "12 or 1_000", 0.0),
+        ("any-words", (" Denver Broncos ",), "the denver broncos' win", 1.0),
+        ("any-words", ("caf",), "caf\u00e9", 0.0),
+        ("any-words", ("\u0930\u093e\u092e",), "\u0930\u093e\u092e\u093e", 0.0),  # a vowel sign goes on with the word
+        ("any-words", ("\u5317\u4eac",), "\u9996\u90fd\u662f\u5317\u4eac\u5e02", 1.0),  # Chinese puts no spaces
+        ("any-words", ("\uc11c\uc6b8",), "\uc11c\uc6b8\uc740", 1.0),  # Korean puts particles behind words
         ("last-integer", ("345",), "line 12 holds <345>.", 1.0),
         ("last-integer", ("345",), "<345> of line 12", 0.0),
         ("last-integer", ("345",), "none", 0.0),
         ("last-integer", ("345",), "00345", 1.0),
         ("last-integer", ("345",), "3451", 0.0),
+        ("last-integer", ("12345",), "It has the number 12,345.", 1.0),
+        ("last-integer", ("12345",), "12,3456", 0.0),
+        ("last-integer", ("345",), "1, 2,345", 0.0),
+        ("last-integer", ("34",), "12,34", 1.0),
     ],
 )
 def test_match_rules(match: Match, references: tuple[str, ...], answer: str, share: float) -> None:
@@ -181,6 +197,22 @@ def test_match_rules(match: Match, references: tuple[str, ...], answer: str, sha
 def test_what_is_found_stays_found(answer: str, more: str, reference: str, match: Match) -> None:
     case = replace(CASE, match=match, references=(reference, answer[2:5] or "x"))
     assert match_share(case, answer + more) >= match_share(case, answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "settled"),
+    [("no", False), ("no\ufffd", False), ("nob", False), ("no.", True), ("no, nob", True), ("nobody\n", False)],
+)
+def test_a_word_has_ended_with_the_character_behind_it(answer: str, settled: bool) -> None:
+    case = replace(CASE, match="any-words", references=("no",))
+    assert match_share(case, answer, ended=False) == settled
+
+
+@given(st.text("nobdy .\u00e9\u0301\u5317_", max_size=12), st.text("nobdy .\u0301\u5317", max_size=4))
+def test_words_that_have_ended_stay_found(answer: str, more: str) -> None:
+    case = replace(CASE, match="any-words", references=("no", "o\u5317", "body"))
+    if match_share(case, answer, ended=False) == 1.0:
+        assert match_share(case, answer) == match_share(case, answer + more) == 1.0
 
 
 def test_batches_are_of_one_length_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ ANSWERS = {  # match, most tokens generated (0: as the reference), what a refere
     "variable-chain": ("all", 0, "[A-Z]{5}"),
     "common-words": ("all", 0, "[a-z]+"),
     "frequent-words": ("all", 0, "[a-z]{6}"),
-    "document-question": ("any", 32, ".+"),
+    "document-question": ("any-words", 32, ".+"),
     "line-lookup": ("last-integer", 40, r"\d{1,5}"),
     **dict.fromkeys(("niah-single-1", "niah-single-2", "niah-multikey-1", "niah-multikey-2"), ("all", 128, r"\d{7}")),
     **dict.fromkeys(("niah-multivalue", "niah-multiquery"), ("all", 128, r"\d{7}")),
@@ -144,10 +144,10 @@ def test_every_task(task: str, length: int, bpe: PreTrainedTokenizerBase, resour
         assert all(re.fullmatch(reference, text) for text in case.references)
         assert len(case.is_value) == len(case.answer_ids)
         values = [str(bpe.decode([i])) for i, counts in zip(case.answer_ids, case.is_value, strict=True) if counts]
-        wanted = case.references[:1] if match == "any" else case.references
+        wanted = case.references[:1] if match.startswith("any") else case.references
         if match == "json":  # the call but for its number stands before the answer
             wanted = tuple(re.findall(r"\d+", wanted[0]))
-        if TASKS[task].is_number:
+        if all(map(str.isdigit, wanted)):
             assert values == [digit for number in wanted for digit in number]  # the digits and nothing else
         else:
             assert re.sub("[ -]", "", "".join(values)) == re.sub("[ -]", "", "".join(wanted))

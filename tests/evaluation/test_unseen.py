@@ -111,6 +111,19 @@ def test_drawn_tables(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
         make_cases("table-lookup", 400_000, 1, 0, tiny_tokenizer)
 
 
+def test_tables_where_a_token_has_several_digits() -> None:
+    """A row of a CSV file takes 13 tokens or fewer there."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(r"\d{1,3}|[a-z]{1,6}|[A-Z][a-z]{1,4}|\n|[^\w\n]"), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    for length in (1024, 4096):
+        for case in make_cases("table-lookup", length, 6, 0, tokenizer):
+            assert length - 30 < case.tokens <= length
+
+
 def test_dialogue_fact(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     draft = dialogue_fact.render(
         ["Olga", "Hugo", "Mei"], ["Olga: Hello.", "Hugo: Yes."], SaidFact("Mei", "room number", "1234")

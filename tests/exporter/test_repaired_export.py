@@ -131,6 +131,7 @@ def test_a_repair_that_does_not_help_is_noted(profiled: Profile, plan: Plan) -> 
     card = model_card(plan.with_notes(provenance={"repair": notes}))
     assert "the same weights" in card
     assert "changed nothing" in card
+    assert "nothing to repair" in model_card(plan.with_notes(provenance={"repair": {**notes, "tokens": 0}}))
 
 
 def test_bad_profiles(profiled: Profile, plan: Plan, tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.preloaded import Preloaded
+
 OUTSIDE = Path(__file__).resolve().parent / "outside"
-ROOT = OUTSIDE.parents[2]
-
-
-def run(*arguments: str | Path, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Runs the program where the package from outside is installed."""
-    environment = os.environ | {"PYTHONPATH": f"{OUTSIDE}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1", **settings}
-    command = [sys.executable, "-m", "moacompress", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def listed() -> subprocess.CompletedProcess[str]:
+def run() -> Iterator[Run]:
+    """Returns what runs the program where the package from outside is installed."""
+    made = Preloaded(OUTSIDE)
+    yield made.run
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def listed(run: Run) -> subprocess.CompletedProcess[str]:
     return run("eval", "--list-tasks", "--json")
 
 
@@ -40,7 +42,7 @@ def test_what_cannot_be_used_is_left_out_and_said(listed: subprocess.CompletedPr
     assert "again, an entry point of moacompress.tasks, has the name of another task, recall, and is left out" in said
 
 
-def test_a_task_and_a_backend_from_outside_are_used(compressed: Path, tmp_path: Path) -> None:
+def test_a_task_and_a_backend_from_outside_are_used(run: Run, compressed: Path, tmp_path: Path) -> None:
     ask: list[Any] = ["--tasks", "colours", "--lengths", "500", "--prompts", "2", "--against", "dense", "--json"]
     done = run("eval", compressed, *ask, "--log-file", tmp_path / "log", "-v")
     assert done.returncode == 0, done.stderr
@@ -52,7 +54,7 @@ def test_a_task_and_a_backend_from_outside_are_used(compressed: Path, tmp_path: 
     assert json.loads(ours.stdout)["results"] == found["results"]
 
 
-def test_a_way_to_evict_from_outside_is_measured(compressed: Path, tmp_path: Path) -> None:
+def test_a_way_to_evict_from_outside_is_measured(run: Run, compressed: Path, tmp_path: Path) -> None:
     ask: list[Any] = [
         "--tasks",
         "needle-noise",
@@ -78,13 +80,13 @@ def test_a_way_to_evict_from_outside_is_measured(compressed: Path, tmp_path: Pat
     )
 
 
-def test_the_names_of_all_are_in_the_refusal(compressed: Path) -> None:
+def test_the_names_of_all_are_in_the_refusal(run: Run, compressed: Path) -> None:
     done = run("eval", compressed, "--against", "zzzz")
     assert done.returncode == 2
     assert "keydiff, kvzip, newest-half, " in " ".join(done.stderr.split())
 
 
-def test_gates_are_fitted_to_a_score_from_outside(tiny_folder: Path, tmp_path: Path) -> None:
+def test_gates_are_fitted_to_a_score_from_outside(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "calibration: {sources: [{generator: needle}], lengths: [500], samples: 2, validation_samples: 1, text_samples: 0, "

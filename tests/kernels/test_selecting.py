@@ -18,6 +18,7 @@ from moacompress.kernels.cpu import library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.dispatch import REFERENCE
 from moacompress.kernels.kv_parts import KVPart
+from moacompress.kernels.reference.passing import merged
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
@@ -271,3 +272,35 @@ def test_what_does_not_fit_is_refused() -> None:
     wrong[-2] = -1
     with pytest.raises(RuntimeError, match="selects -1 tokens"):
         step(pool.selected, pool.scores, 13, wrong)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize("part", [1, 2], ids=["key", "value"])
+def test_a_selected_token_that_is_not_finite_reaches_those_who_see_it(
+    part: int, number: float, isa: Callable[[str], None]
+) -> None:
+    """All of a chunk's selected tokens are multiplied together, with queries from before they were there too."""
+    isa(library.ISAS[0])
+    rules = RuleTable.of([Rule(4, 16, 0, select_alpha=64)], 16)
+    torch.manual_seed(0)
+    given = [torch.randn(1, count, 80, WIDTH) for count in (GROUP, 1, 1)]
+    given[part][0, 0, 40, 0] = number
+    query, key, value = (tensor.requires_grad_() for tensor in given)
+    scores, passing = Scores(0.3), passing_of(rules, torch.zeros(80, 1, dtype=torch.int16))
+    out = prefill_alone(REFERENCE, query, key, value, rules=as_tensors(rules), scores=scores, passing=passing)[0]
+    assert out[:, :40].isfinite().all()
+    assert not out[:, 60:].isfinite().all()
+    out[:, :40].sum().backward()
+    assert query.grad is not None
+    assert query.grad[:, :, :40].isfinite().all()
+    with torch.no_grad():
+        other = prefill_alone(CpuBackend(), query, key, value, rules=as_tensors(rules), scores=scores, passing=passing)[
+            0
+        ]
+    assert torch.equal(other.isfinite(), out.isfinite())
+
+
+def test_scores_of_minus_infinity_have_no_weight_beside_others() -> None:
+    nothing, one = (torch.full((2, 4), torch.nan), torch.full((2,), -torch.inf)), (torch.ones(2, 4), torch.zeros(2))
+    for both in ((nothing, one), (one, nothing)):
+        assert merged(*both)[0].eq(1).all()

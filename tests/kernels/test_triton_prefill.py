@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
+from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.reference.reference_backend import ReferenceBackend
 from moacompress.kernels.triton.cards import WITHOUT
 from moacompress.kernels.triton.tile_sizes import prefill_constants, split_constants
+from moacompress.rules.windows import BLOCK
 from tests.kernels.test_triton import PAIRS
 
 REFERENCE = ReferenceBackend()
@@ -62,6 +65,23 @@ def test_sizes(group, dim, value_dim, triton, random_case, close):
     sizes = {"group": group, "dim": dim, "value_dim": value_dim, "kv_heads": 3, "rows": 1, "past": 60, "tokens": 20}
     case = random_case(dim, torch.float32, formats=formats, **sizes).keeping(random.Random(dim))
     close(case.prefilled(triton), case.prefilled(REFERENCE), torch.float32)
+
+
+@pytest.mark.parametrize("pair", PAIRS[1:], ids=str)
+def test_codes_behind_a_token_that_outweighs_the_others(pair, triton, random_case):
+    """Products of weights and scales alone would be too small for float16."""
+    sizes = {"rows": 1, "kv_heads": 1, "group": 1, "dim": 64, "value_dim": 64, "tokens": 1, "native_window": 0}
+    sizes |= {"logits": False, "cuts": 0, "softcap": 0.0}
+    case = random_case(7, torch.float16, past=600, rules=[(4, 0, 1024)], formats=[pair], **sizes)
+    t = torch.arange(600)
+    slots = case.table[0, 0][t // BLOCK].long() * BLOCK + t % BLOCK
+    keys, values = torch.zeros(600, 64), torch.randn(600, 64) * 0.05 + 0.1
+    keys[0], values[0] = 1, 0
+    for code, memory, numbers in zip(pair, (case.keys, case.values), (keys, values), strict=True):
+        KVPart(code, 64, torch.float16, values=numbers is values).write(memory[0], slots, numbers.half())
+    case = replace(case, query=torch.full_like(case.query, 12 / 64 / case.scaling))
+    (found, _), (wanted, _) = case.prefilled(triton), case.to(torch.float32).prefilled(REFERENCE)
+    assert (found.float() - wanted).abs().max() < 4e-3 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])

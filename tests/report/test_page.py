@@ -16,15 +16,16 @@ import pytest
 from typer.testing import CliRunner
 
 from moacompress.cli import app
-from moacompress.core.errors import ArtefactError
+from moacompress.core.errors import ArtefactError, PlanError
 from moacompress.pipeline import compress
 from moacompress.recipe import Recipe
 from moacompress.report.page.cost_figures import peak_picture
 from moacompress.report.page.figure_style import OTHERS, roles_of
-from moacompress.report.page.findings import Findings
+from moacompress.report.page.findings import FRONTS, Findings
 from moacompress.report.page.head_figures import head_map, head_shades, rule_text
 from moacompress.report.page.quality_figures import quality_pictures, side_names
 from moacompress.report.page.report_page import embedded, page_sections, seen_from, write_page
+from moacompress.report.page.still_pictures import write_pictures
 from moacompress.rules.cost import kept_bits
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -278,6 +279,118 @@ def test_another_plans_numbers_are_left_out(run_folder: Path, tmp_path: Path) ->
         Findings.load(tmp_path / "plan.json")
 
 
+def test_an_evaluation_of_earlier_weights_is_left_out(run_folder: Path, tmp_path: Path) -> None:
+    """A checkpoint that was repaired, or healed once more, in its place."""
+    out = tmp_path / "out"
+    shutil.copytree(run_folder, out)
+    plan, evaluation = Plan.load(out / "model" / "plan.json"), json.loads((out / "eval.json").read_text())
+    measured = evaluation["checkpoint"]["weights"]
+    assert measured == plan.model.weights_fingerprint
+    heal = {"improved": True, "train": "lora", "from_weights": "2-0000000000000000"}
+
+    def passed(weights: str, **notes: Any) -> list[str]:
+        changed = plan.with_notes(provenance={**plan.provenance, **notes})
+        changed.save(out / "model" / "plan.json")
+        config = json.loads((out / "model" / "config.json").read_text())
+        config["quantization_config"]["plan"] = changed.to_dict()
+        (out / "model" / "config.json").write_text(json.dumps(config))
+        of = {**evaluation["checkpoint"], "weights": weights}
+        (out / "eval.json").write_text(json.dumps({**evaluation, "checkpoint": of}))
+        found = [Findings.load(out / file) for file in ("plan.json", "model/plan.json")]
+        assert all((one.evaluation is None) == bool(one.passed_over) for one in found)
+        assert found[0].passed_over == found[1].passed_over
+        return found[0].passed_over
+
+    said = ["eval.json is of weights that the checkpoint no longer has"]
+    assert passed(measured) == []
+    assert passed(measured, repair={"penalty": None}) == []
+    assert passed(measured, repair={"penalty": 0.1}) == said
+    assert passed("2-1111111111111111", repair={"penalty": 0.1}) == []
+    assert passed(measured, heal=heal) == said
+    assert passed(str(heal["from_weights"]), heal=heal) == said
+    assert passed("2-1111111111111111", heal=heal) == []
+    assert passed(measured, heal={**heal, "train": "gates", "changed_weights": False}) == []
+
+
+def test_the_summary_of_another_plan_is_left_out(run_folder: Path, tmp_path: Path) -> None:
+    summary = json.loads((run_folder / "summary.json").read_text())
+    plan = Plan.load(run_folder / "plan.json")
+    assert summary["plan"] == plan.key()
+    plan.save(tmp_path / "plan.json")
+    for noted, there in ((plan.key(), True), (None, True), ("0" * 16, False)):
+        of = {} if noted is None else {"plan": noted}
+        (tmp_path / "summary.json").write_text(json.dumps({"seconds": {"search": 3.0}, **of}))
+        found = Findings.load(tmp_path / "plan.json")
+        assert (found.summary is not None) == there
+        assert found.passed_over == ([] if there else ["summary.json is of another plan"])
+
+
+def test_broken_files_of_others_cost_no_page(run_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(run_folder / "plan.json", tmp_path / "plan.json")
+    shutil.copy(run_folder / "plan.explain.json", tmp_path / "plan.explain.json")
+    for name, text in (("a.explain.json", "{"), ("a.front.json", "["), ("b.front.json", "{}"), ("c.front.json", "[]")):
+        (tmp_path / name).write_text(text)
+    found = Findings.load(tmp_path / "plan.json")
+    assert found.explanation is not None
+    assert found.passed_over == [
+        "a.explain.json cannot be read",
+        "a.front.json cannot be read",
+        "b.front.json lists no plans",
+        "c.front.json cannot be read",
+    ]
+    write_page(found, tmp_path / "page.html")
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [
+        {"quality": {"measured_harm": {"plan": "x"}}},
+        {"quality": {"measured_harm": {"plan": 0.1, "uniform": "x"}}},
+        {"quality": {"measured_harm": ["plan"]}},
+        {"quality": {"measured_harm": "plan"}},
+        {"provenance": {"versions": "x"}},
+        {"provenance": {"heal": {}}},
+        {"provenance": {"repair": {"penalty": 1, "tokens": 3}}},
+    ],
+    ids=str,
+)
+def test_damaged_notes_are_one_sentence(run_folder: Path, tmp_path: Path, notes: dict[str, Any]) -> None:
+    plan = Plan.load(run_folder / "plan.json")
+    plan.with_notes(**{name: {**getattr(plan, name), **note} for name, note in notes.items()}).save(
+        tmp_path / "plan.json"
+    )
+    with pytest.raises(PlanError, match=r"what the plan's notes say of .* is damaged: "):
+        write_page(Findings.load(tmp_path / "plan.json"), tmp_path / "page.html")
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "content"),
+    [
+        ("evaluation", "eval.json", {}),
+        ("evaluation", "eval.json", {"results": [{"model": "plan"}]}),
+        ("evaluation", "eval.json", {"results": [], "pooled": [1]}),
+        ("bench", "bench.json", {}),
+        ("bench", "bench.json", {"environment": {}, "runs": []}),
+        ("bench", "bench.json", {"environment": {}, "runs": "x"}),
+        ("explanation", "*.explain.json", {"stages": [], "harm": "x"}),
+        ("explanation", "*.explain.json", {"stages": [], "heads": [{}]}),
+        ("explanation", "*.explain.json", {"stages": [], "predicted": {"pairs": [1, 2]}}),
+        ("explanation", "*.explain.json", {}),
+        ("front", FRONTS, {"points": [{"plan": "plan.json"}]}),
+        ("audit", "audit.json", {"estimator": "robust"}),
+        ("summary", "summary.json", {"seconds": "x"}),
+    ],
+)
+def test_files_of_another_form_are_one_sentence(
+    run_folder: Path, tmp_path: Path, part: str, name: str, content: dict[str, Any]
+) -> None:
+    changed: dict[str, Any] = {part: content}
+    found = replace(Findings.load(run_folder / "plan.json"), **changed)
+    with pytest.raises(ArtefactError, match=rf"^{re.escape(name)} is not what its name says \("):
+        write_page(found, tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_what_was_left_beside_under_other_names(run_folder: Path, tmp_path: Path) -> None:
     """As searches of several budgets and of a loss leave it: notes are known by their plan, a front by the file it lists."""
     shutil.copy(run_folder / "plan.json", tmp_path / "plan-50.json")
@@ -438,6 +551,18 @@ def test_pictures_for_a_card(run_folder: Path, tmp_path: Path, monkeypatch: pyte
     )
     assert result.exit_code == 2
     assert "PNG files need kaleido and a Chrome" in result.output
+
+
+def test_pictures_stay_in_their_folder(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a benchmark's file calls its phases."""
+    monkeypatch.setattr("moacompress.report.page.still_pictures.png", lambda picture: b"")
+    found = Findings.load(run_folder / "plan.json")
+    assert found.bench is not None
+    runs = [{**row, "phase": "../../evil", "batch": "/etc\0.png"} for row in found.bench["runs"]]
+    folder = tmp_path / "a" / "b" / "png"
+    files = write_pictures(replace(found, bench={**found.bench, "runs": runs}), folder)
+    assert folder / f"______evil-_etc__png-{runs[0]['dtype']}.png" in files
+    assert {path.parent for path in tmp_path.rglob("*") if path.is_file()} == {folder}
 
 
 def test_a_page_replaces_pages_alone(run_folder: Path, tmp_path: Path) -> None:

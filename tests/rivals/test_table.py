@@ -108,6 +108,34 @@ def test_kept_keys_beside_our_baseline(rivals: SimpleNamespace) -> None:
     assert rivals.table.kept_table([]) == ""
 
 
+def test_rows_of_other_runs_are_left_out(rivals: SimpleNamespace, capsys: Any) -> None:
+    def of(rows: list[dict[str, Any]], **notes: Any) -> list[dict[str, Any]]:
+        return [{**row, **notes} for row in rows]
+
+    tables = rivals.table.tables
+    one = {"model": "m", "made_of": "a", "threads": 1}
+    mine = [
+        *of(answers("transformers", "dense", [1.0, 1.0], 1), model="m", made_of="d"),
+        *of(answers("moacompress", "gates", [1.0, 0.0], 0.25), **one),
+        *of(times("a", 256, [3, 2]), **one, steps=24),
+        *of(times("b", 256, [4]), **one, steps=24),
+        *of(times("older", 256, [5])),  # which do not say what they are of
+    ]
+    wanted = tables(mine)
+    assert capsys.readouterr().err == ""
+    before = [
+        *of(answers("moacompress", "gates", [0.0, 0.0], 0.5), **{**one, "made_of": "another checkpoint"}),
+        *of(answers("transformers", "dense", [1.0, 0.0], 1), model="another model", made_of="e"),
+        *of(answers("moacompress", "of-another-model", [1.0, 0.0], 0.3), model="another model", made_of="f"),
+        *of(times("a", 256, [9]), **{**one, "threads": 4}, steps=24),
+        *of(times("a", 256, [9]), **one, steps=8),
+        *of(times("b", 256, [9]), **one, steps=24, machine="another"),
+        *of(times("b", 256, [9]), **{**one, "made_of": "b"}, steps=24),
+    ]
+    assert tables([*before, *mine]) == wanted
+    assert capsys.readouterr().err.startswith("10 of 18 rows are left out: newer ones are of another model, checkpoint")
+
+
 def test_a_file_of_rows_becomes_tables(rivals: SimpleNamespace, tmp_path: Path) -> None:
     rows = [*answers("transformers", "dense", [1.0], 1), *times("a", 256, [3])]
     path = tmp_path / "rows.jsonl"

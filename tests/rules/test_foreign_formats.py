@@ -98,6 +98,9 @@ def test_a_scheme_of_all_layers() -> None:
     assert formats == [("int8", "int8")] * 4
     assert notes[0].startswith("float of 8 bits, tensor of 4 of 4 layers is rounded as here")
     assert layers_of_compressed_tensors({"kv_cache_scheme": {"num_bits": 3}}, SHAPE)[0] == [("int4", "int4")] * 4
+    for more in (9, 16):
+        kept = {**fp8, "num_bits": more}
+        assert layers_of_compressed_tensors({"kv_cache_scheme": kept}, SHAPE) == ([FULL] * 4, [])
 
 
 def test_groups_of_attention_modules() -> None:
@@ -155,6 +158,7 @@ WRONG: list[tuple[Any, str]] = [
     ),
     ({"kv_cache_quantized_layers": {"head": {"quant_algo": "FP8"}}}, "none of the model's 4 layers"),
     ({"kv_cache_quantized_layers": {LAYER: {"quant_algo": 8}}}, "has the format 8"),
+    ({"kv_cache_quantized_layers": {LAYER: {"algo": "FP8"}}}, f"no quant_algo for {LAYER}"),
     ({"kv_cache_quantized_layers": {}, "kv_cache_schema_version": 2}, "kv_cache_schema_version is 2; known is 1"),
 ]
 WRONG_SCHEMES: list[tuple[Any, str]] = [

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from moacompress.cli import app
 from moacompress.rules.plan import Plan
-from tests.torchrun import torchrun
+from tests.preloaded import Preloaded
 
 COUNTED = """
 import atexit, os, pathlib, sys
@@ -32,7 +32,9 @@ main()
 """
 
 
-def test_processes_share_what_is_measured(tiny_folder: Path, small_run: dict[str, Any], tmp_path: Path) -> None:
+def test_processes_share_what_is_measured(
+    tiny_folder: Path, small_run: dict[str, Any], tmp_path: Path, preloaded: Preloaded
+) -> None:
     """Trials, ablations, a round and moves; also where ranks are more than samples are left."""
     search = {"trials": 3, "ablations": 3, "rounds": 1, "round_samples": 2, "round_trials": 1, "moves": 2}
     calibration = {**small_run["calibration"], "lengths": [300], "samples": 2, "validation_samples": 3}
@@ -47,7 +49,7 @@ def test_processes_share_what_is_measured(tiny_folder: Path, small_run: dict[str
         out = tmp_path / f"{ranks}" / "plan.json"
         out.parent.mkdir()
         options = ["--budget", "50%", "--recipe", str(recipe), "-o", str(out), "--json"]
-        found = torchrun(ranks, script, out.parent, "search", tmp_path / "profile", *options)
+        found = preloaded.run(script, out.parent, "search", tmp_path / "profile", *options, ranks=ranks)
         assert found.returncode == 0, found.stderr[-3000:]
         assert len(found.stdout.splitlines()) == 1  # the first process prints
         plans.append((Plan.load(out), json.loads(found.stdout)))

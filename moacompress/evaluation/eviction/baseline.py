@@ -72,14 +72,14 @@ class PromptReading:
 
     Attributes:
         ids: its `n` tokens.
-        layers: what each layer attended with.
+        layers: what each layer attended with; made as it is asked for, so that few are in float32 at a time.
         read_on: feeds further tokens to the dense model after the first `n` and returns for each layer their queries and keys,
             `[heads, tokens, head_dim]` and `[kv_heads, tokens, head_dim]`; they are forgotten again.
         tokenizer: the model's.
     """
 
     ids: Sequence[int]
-    layers: tuple[LayerReading, ...]
+    layers: Sequence[LayerReading]
     read_on: Callable[[Sequence[int]], list[tuple[Tensor, Tensor]]]
     tokenizer: PreTrainedTokenizerBase
 
@@ -131,7 +131,8 @@ class PromptBaseline(Baseline):
             prompt: as the dense model read it.
             prepared: what `prepare` returned.
         """
-        return torch.stack([self.layer_scores(reading, prepared) for reading in prompt.layers])
+        found = [self.layer_scores(reading, prepared) for reading in prompt.layers]
+        return torch.stack([scores.to(found[0].device) for scores in found])  # layers may lie on several devices
 
     @abstractmethod
     def layer_scores(self, reading: LayerReading, prepared: Any) -> Tensor:

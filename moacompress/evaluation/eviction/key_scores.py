@@ -73,6 +73,8 @@ class ExpectedAttention(PromptBaseline):
 def later_rotations(cos: Tensor, sin: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Returns the cosines and sines of the next positions, `[count, rotated numbers]` each, by adding up angles.
 
+    Numbers of 16 bits say an angle to some thousandths only; over many positions it is known that much better.
+
     Args:
         cos: of the first positions, from 0 on, `[n, rotated numbers]`, all times one factor.
         sin: likewise.
@@ -80,11 +82,13 @@ def later_rotations(cos: Tensor, sin: Tensor, count: int) -> tuple[Tensor, Tenso
     """
     scale = cos[:1].double()  # the cosine of 0, times the factor
     turn = torch.complex(cos.double(), sin.double()) / scale
-    unit = turn[1:2] if len(turn) > 1 else turn[:1]
-    steps = unit
-    while len(steps) < count:  # steps[i] turns by i + 1 positions
-        steps = torch.cat([steps, steps * steps[-1:]])
+    angle, at = turn[min(1, len(turn) - 1)].angle(), 1
+    while 2 * at < len(turn):  # what an angle of so many positions is beside twice that of half of them
+        at *= 2
+        angle = angle + (turn[at] * torch.polar(torch.ones_like(angle), -angle * at)).angle() / at
+    behind = torch.arange(1, count + 1, dtype=torch.float64, device=angle.device)[:, None]
+    steps = torch.polar(torch.ones_like(behind * angle), behind * angle)
     known = turn[1 : count + 1]
-    steps = torch.cat([known, steps[len(known) : count]])
+    steps[: len(known)] = known
     later = turn[-1:] * steps * scale
     return later.real.to(cos.dtype), later.imag.to(cos.dtype)

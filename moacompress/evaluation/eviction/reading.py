@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class DenseReading:
         model: the dense model.
         tokenizer: its tokenizer.
         ids: the prompt.
-        layers: what each layer attended with.
+        layers: what each layer attended with, in the model's dtype.
         keys: as they are cached, of each layer `[1, kv_heads, n, head_dim]`, in the model's dtype.
         values: likewise.
     """
@@ -45,7 +45,7 @@ class DenseReading:
     def until(self, end: int) -> PromptReading:
         """Returns the reading of the first `end` tokens, for scores."""
         read_on = partial(self._read_on, end)
-        return PromptReading(self.ids[:end], tuple(layer.until(end) for layer in self.layers), read_on, self.tokenizer)
+        return PromptReading(self.ids[:end], _Widened(self.layers, end), read_on, self.tokenizer)
 
     def kept(self, *masks: Tensor) -> KeptCache:
         """Returns a cache of the first tokens of the prompt that shows only what is kept, a row for each mask.
@@ -67,6 +67,27 @@ class DenseReading:
     def _first(self, end: int) -> tuple[list[Tensor], list[Tensor]]:
         """Returns keys and values of the first tokens."""
         return [key[:, :, :end] for key in self.keys], [value[:, :, :end] for value in self.values]
+
+
+@dataclass(frozen=True)
+class _Widened(Sequence[LayerReading]):
+    """The layers' first tokens in float32, each layer anew as it is asked for."""
+
+    layers: Sequence[LayerReading]
+    end: int
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @overload
+    def __getitem__(self, at: int) -> LayerReading: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[LayerReading]: ...
+    def __getitem__(self, at: int | slice) -> LayerReading | Sequence[LayerReading]:
+        if isinstance(at, slice):
+            return _Widened(self.layers[at], self.end)
+        own = self.layers[at].until(self.end)
+        return replace(own, query=own.query.float(), key=own.key.float(), value=own.value.float())
 
 
 class _Watched(WholeCache):
@@ -127,9 +148,9 @@ def read_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids:
     layers = [
         LayerReading(
             layer,
-            query[0].float(),
-            key[0].float(),
-            value[0].float(),
+            query[0],
+            key[0],
+            value[0],
             scaling,
             partial(_query_as_at, model, *call),
             *(each[0].float() for each in call[1]["position_embeddings"]),

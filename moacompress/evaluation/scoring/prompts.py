@@ -30,6 +30,10 @@ BATCH_TOKENS = 8192
 """Prompts of equal length are scored together, up to this many tokens in the cache; a longer prompt goes alone."""
 LOGITS = 1 << 27
 """Most numbers in the logits of a teacher-forced pass, where more than one prompt is in it."""
+INTEGER = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+")
+"""An integer, its thousands set apart by commas or not."""
+UNSPACED = ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR")
+"""How Unicode's names begin of characters that no space sets apart from the next word, or from a particle."""
 
 
 @dataclass(frozen=True)
@@ -113,16 +117,24 @@ def score_answers(
     ]
 
 
-def match_share(case: Case, answer: str) -> float:
-    """Returns how much of a case's reference is in an answer, 0 to 1; upper and lower case are the same."""
+def match_share(case: Case, answer: str, ended: bool = True) -> float:
+    """Returns how much of a case's reference is in an answer, 0 to 1; upper and lower case are the same.
+
+    Args:
+        case: the case.
+        answer: the answer, or how it begins.
+        ended: nothing follows. Otherwise what the next character could undo does not count, and 1 is final.
+    """
     if case.match == "last-integer":
-        said = re.findall(r"[0-9]+", answer)
+        said = INTEGER.findall(answer)
         wanted = {reference.strip().lstrip("0") for reference in case.references}
-        return float(bool(said) and said[-1].lstrip("0") in wanted)
+        return float(ended and bool(said) and said[-1].replace(",", "").lstrip("0") in wanted)
     if case.match == "json":
         said_object = _first_object(case.opening + answer)
         return float(said_object is not None and said_object in map(_first_object, case.references))
     text = _comparable(answer)
+    if case.match == "any-words":
+        return float(any(_has_words(text, _comparable(reference.strip()), ended) for reference in case.references))
     found = [_comparable(reference) in text for reference in case.references]
     return float(any(found)) if case.match == "any" else sum(found) / len(found)
 
@@ -130,6 +142,31 @@ def match_share(case: Case, answer: str) -> float:
 def _comparable(text: str) -> str:
     """Returns a text with upper and lower case alike, and letters with accents alike however they are put together."""
     return unicodedata.normalize("NFC", text).casefold()
+
+
+def _has_words(text: str, wanted: str, ended: bool) -> bool:
+    """Returns whether a text has another one in it that is not part of a longer word.
+
+    Args:
+        text: the text.
+        wanted: what is looked for.
+        ended: whether the end of the text is that of a word; a last character may be there in part, as U+FFFD.
+    """
+    text = text if ended else text.rstrip("\ufffd")
+    begin = text.find(wanted)
+    while begin >= 0:
+        before, after = text[:begin][-1:], text[begin + len(wanted) :][:1]
+        if not _joins_words(before) and (not _joins_words(after) if after else ended):
+            return True
+        begin = text.find(wanted, begin + 1)
+    return False
+
+
+def _joins_words(character: str) -> bool:
+    """Returns whether a word goes on with a character: a letter, digit, mark or underscore of a script with spaces."""
+    if not character or unicodedata.name(character, "").startswith(UNSPACED):
+        return False
+    return character.isalnum() or character == "_" or unicodedata.category(character).startswith("M")
 
 
 def _first_object(text: str) -> Any:
@@ -198,8 +235,8 @@ def _greedy(
 ) -> list[str]:
     """Returns the greedy answers as text, up to where more of them could not change the score; `cache` is used up.
 
-    An answer ends at a closing token, at `new_tokens`, or once all that is looked for is in it: what is found stays
-    found in a longer answer, because decoding only ever appends.
+    An answer ends at a closing token, at `new_tokens`, or once all that is looked for is in it, as whole words with the
+    character behind them where words count: what is found stays found in a longer answer, because decoding only ever appends.
     """
     stop = stop_tokens(model)
     said: list[list[int]] = [[] for _ in cases]
@@ -215,7 +252,7 @@ def _greedy(
             answers[index] = str(
                 tokenizer.decode(said[index], skip_special_tokens=True, clean_up_tokenization_spaces=False)
             )
-            settled = case.match != "last-integer" and match_share(case, answers[index]) == 1.0
+            settled = match_share(case, answers[index], ended=False) == 1.0
             if chosen[index] in stop or len(said[index]) >= case.new_tokens or settled:
                 open_rows.remove(index)
     return answers

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Match = Literal["all", "any", "last-integer", "json"]
+Match = Literal["all", "any", "any-words", "last-integer", "json"]
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Case:
         is_value: for each of `answer_ids` whether it counts in accuracy and NLL: the digits where the answer is a
             number, the value's tokens otherwise; at least one does.
         references: strings looked for in the greedy answer, whatever their case.
-        match: how. `all`: the share of references found; `any`: 1 if one is found (question answering);
-            `last-integer`: 1 if the last integer of the answer is the reference; `json`: 1 if the first JSON object of
-            `opening` and answer is the reference's.
+        match: how. `all`: the share of references found; `any`: 1 if one is found, as RULER scores question answering;
+            `any-words`: 1 if one is found that is not part of a longer word; `last-integer`: 1 if the last integer of the
+            answer is the reference; `json`: 1 if the first JSON object of `opening` and answer is the reference's.
         new_tokens: most tokens generated.
         turn_at: `prompt_ids[turn_at:]` is a second turn, fed as a forward of its own on the cache of the first part;
             None for a prompt of one part.

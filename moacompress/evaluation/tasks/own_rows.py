@@ -64,7 +64,8 @@ def _own_task(place: str) -> EvaluationTask:
     if kind == "text":
         raise DataError(f"{where} is plain text, which has no answers; give it as --text, and the task text")
     given = tuple(_draft(row, kind, where, index) for index, row in enumerate(rows))
-    name = re.sub(r"[^\w.-]+", "-", Path(place).stem)
+    stem = place.rpartition("/")[2] if source.dataset is not None else Path(place).stem
+    name = re.sub(r"[^\w.-]+", "-", stem)
 
     def write(request: PromptRequest) -> PromptDraft:
         return given[request.index]
@@ -74,9 +75,8 @@ def _own_task(place: str) -> EvaluationTask:
         f"the rows of {where}",
         write,
         lambda: tuple((draft.system, draft.messages, draft.references) for draft in given),
-        is_number=False,
         new_tokens=SENTENCE,
-        match="any",
+        match="any-words",
         given=given,
     )
 

@@ -67,7 +67,6 @@ class EvaluationTask:
         description: one line for a reader.
         write: makes the draft of one prompt.
         sentences: returns all that its prompts say but for what is drawn, for `wording`.
-        is_number: the values are numbers, so that only digits count in teacher-forced scores.
         new_tokens: most tokens generated, or of given prompts what they are at least; 0 for as many as the reference takes
             and a few more.
         match: how an answer is compared, see `Case`.
@@ -80,7 +79,6 @@ class EvaluationTask:
     description: str
     write: Callable[[PromptRequest], PromptDraft]
     sentences: Callable[[], object]
-    is_number: bool
     new_tokens: int = 0
     match: Match = "all"
     needs: Need | None = None
@@ -126,9 +124,7 @@ def _calibrated(
         )
         return PromptDraft((prompt.user,), f"\n{prompt.prefix}", Answer.of(prompt.answer), (prompt.answer,))
 
-    return EvaluationTask(
-        name, description, write, lambda: (NEEDLES, PAIRS), is_number=values == "numbers", needs=needs
-    )
+    return EvaluationTask(name, description, write, lambda: (NEEDLES, PAIRS), needs=needs)
 
 
 def _worded(
@@ -162,7 +158,6 @@ def _needles(
         description,
         lambda request, said: make_needles(request, needles, said),
         sentences,
-        is_number=needles.kind == "number",
         needs="prose" if needles.haystack == "prose" else None,
         **options,
     )
@@ -184,23 +179,21 @@ _OURS = (
     _needles("needle-distractors-uuids", "one UUID of a UUID among needles like it", _UUIDS),
     _needles("multi-value-prose", "four numbers of one key in prose", Needles("prose", values=4)),
     _needles("multi-query-prose", "four keys in prose, all asked for", Needles("prose", keys=4, queries=4)),
-    _worded("variable-chain", "variables of a chain of four hops", make_tracking, lambda: TRACKING, is_number=False),
+    _worded("variable-chain", "variables of a chain of four hops", make_tracking, lambda: TRACKING),
     EvaluationTask(
         "common-words",
         "the ten common words of a list",
         lambda request: make_common(request, COMMON),
         lambda: (COMMON, WORDS),
-        is_number=False,
     ),
-    _worded("frequent-words", "the three most frequent words", make_frequent, lambda: FREQUENT, is_number=False),
+    _worded("frequent-words", "the three most frequent words", make_frequent, lambda: FREQUENT),
     _worded(
         "document-question",
         "a SQuAD question among documents",
         make_question,
         lambda: DOCUMENTS,
-        is_number=False,
         new_tokens=32,
-        match="any",
+        match="any-words",
         needs="squad",
     ),
     EvaluationTask(
@@ -208,54 +201,45 @@ _OURS = (
         "the number of one line of a list, in a sentence",
         make_lines,
         lambda: SAID,
-        is_number=True,
         new_tokens=40,
         match="last-integer",
     ),
-    EvaluationTask(
-        "recall", "pairs of words as plain text, then one key again", make_recall, lambda: WORDS, is_number=False
-    ),
+    EvaluationTask("recall", "pairs of words as plain text, then one key again", make_recall, lambda: WORDS),
     EvaluationTask(
         "second-question",
         "a second needle asked for on a context already read",
         make_second_question,
         lambda: NEEDLES,
-        is_number=True,
     ),
     EvaluationTask(
         "legal-codes",
         "a reference code stated once in legal prose",
         legal_codes.make_legal_codes,
         lambda: legal_codes.SENTENCES,
-        is_number=False,
     ),
     EvaluationTask(
         "table-lookup",
         "a cell of a table, by row and column",
         table_lookup.make_table_lookup,
         lambda: table_lookup.SENTENCES,
-        is_number=True,
     ),
     EvaluationTask(
         "dialogue-fact",
         "a number that one of several speakers said once",
         dialogue_fact.make_dialogue_fact,
         lambda: dialogue_fact.SENTENCES,
-        is_number=True,
     ),
     EvaluationTask(
         "code-completion",
         "a default in a module of functions, one of which is begun again",
         code_completion.make_code_completion,
         lambda: code_completion.SENTENCES,
-        is_number=True,
     ),
     EvaluationTask(
         "tool-call",
         "a tool to be called as JSON, with a number that a customer wrote",
         tool_call.make_tool_call,
         lambda: tool_call.SENTENCES,
-        is_number=True,
         match="json",
     ),
 )
@@ -273,7 +257,6 @@ _RULERS = (
         "RULER: variables of a chain of four hops",
         make_tracking,
         ruler.tracking,
-        is_number=False,
         new_tokens=30,
         ruler=True,
     ),
@@ -282,7 +265,6 @@ _RULERS = (
         "RULER: the ten common words of a list",
         make_common,
         ruler.common_words,
-        is_number=False,
         new_tokens=120,
         ruler=True,
     ),
@@ -291,7 +273,6 @@ _RULERS = (
         "RULER: the three most frequent coded words",
         make_frequent,
         ruler.frequent_words,
-        is_number=False,
         new_tokens=50,
         ruler=True,
     ),
@@ -300,7 +281,6 @@ _RULERS = (
         "RULER: a SQuAD question among documents",
         make_question,
         ruler.documents,
-        is_number=False,
         new_tokens=32,
         match="any",
         needs="squad",

@@ -12,12 +12,7 @@ import torch
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
 
 
-def all_finite(*tensors: torch.Tensor) -> bool:
-    """Whether no number is NaN or infinite."""
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
-
-
-def attend_apart(
+def attend_as_seen(
     together: Attention,
     alone: Attention,
     query: torch.Tensor,
@@ -25,19 +20,41 @@ def attend_apart(
     values: torch.Tensor,
     sees: Callable[[int], torch.Tensor],
 ) -> tuple[torch.Tensor, ...]:
-    """Attends with zeros for what is not finite; what that makes wrong is made again, each row of what it sees alone.
+    """Attends so that what is not finite reaches the rows that see it, and no others.
 
     Args:
-        together: attention of all rows; it returns tensors `[..., group, rows]` or `[..., group, rows, dim]`.
+        together: attention of all rows; it returns tensors `[..., group, rows]` or `[..., group, rows, dim]`, the output first.
         alone: the same for one row that sees all keys it is given.
         query: `[..., group, rows, head_dim]`.
         keys: `[..., columns, head_dim]`.
         values: `[..., columns, value_dim]`.
-        sees: returns which keys a row sees, bool `[columns]`.
+        sees: returns which keys a row sees, bool `[columns]`; of a row that sees none the output is not looked at.
 
     Returns:
         As `together`.
     """
+    found = together(query, keys, values)
+    out = found[0]
+    # what is not finite shows in the output, or in gradients; or it makes zeros: torch's fused attention of scores of -inf
+    suspect = ~out.isfinite().all(-1) | ~out.any(-1)
+    if not (out.requires_grad or bool(suspect.any())) or _all_finite(query, keys, values):
+        return found
+    return _attend_apart(together, alone, query, keys, values, sees)
+
+
+def _all_finite(*tensors: torch.Tensor) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _attend_apart(
+    together: Attention,
+    alone: Attention,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    sees: Callable[[int], torch.Tensor],
+) -> tuple[torch.Tensor, ...]:
+    """Attends with zeros for what is not finite; what that makes wrong is made again, each row of what it sees alone."""
     wild_query = ~query.isfinite().all(-1)
     wild_key, wild_value = ~keys.isfinite().all(-1), ~values.isfinite()
     dim = query.ndim - 2
@@ -47,7 +64,7 @@ def attend_apart(
         seen = sees(row).nonzero()[:, 0]
         weights = wild_query[..., row] | wild_key[..., seen].any(-1, keepdim=True)
         numbers = weights[..., None] | wild_value[..., seen, :].any(-2, keepdim=True)
-        if not bool(numbers.any()):
+        if not len(seen) or not bool(numbers.any()):
             continue
         exact = alone(query.narrow(dim, row, 1), keys.index_select(-2, seen), values.index_select(-2, seen))
         for rows, tensor in zip(found, exact, strict=True):

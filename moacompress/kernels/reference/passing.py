@@ -8,6 +8,7 @@ their denominators.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import CacheView, Passing, Scores
 from moacompress.kernels.kv_parts import KVPart, read_tokens
+from moacompress.kernels.reference.nonfinite import attend_as_seen
 from moacompress.kernels.reference.rounding import rounded
 from moacompress.kernels.reference.tiled import attend
 from moacompress.rules.rule_table import RuleTable
@@ -32,15 +34,16 @@ def merged(base: PartOfSoftmax, more: PartOfSoftmax) -> PartOfSoftmax:
     """Returns attention over two sets of keys together, `[..., value_dim]` of the first output's dtype, and its denominator.
 
     Args:
-        base: over one of them, where every query sees something, or nothing in either.
+        base: over one of them, where every query sees something, or nothing in either; scores of -inf alone have no weight.
         more: over the other; where a query sees nothing there, the log of its denominator is -inf.
     """
     (out, lse), (other, other_lse) = base, more
     peak = torch.maximum(lse, other_lse).detach().clamp_min(torch.finfo(lse.dtype).min)
     ours, theirs = (torch.exp(each - peak)[..., None] for each in (lse, other_lse))
     total = ours + theirs
-    whole = (out.to(ours.dtype) * ours + other.to(ours.dtype) * theirs) / total
     nothing = other_lse.isneginf()
+    seen = out.masked_fill((lse.isneginf() & ~nothing)[..., None], 0)  # scores of -inf alone make NaN
+    whole = (seen.to(ours.dtype) * ours + other.to(ours.dtype) * theirs) / total
     return torch.where(nothing[..., None], out, whole.to(out.dtype)), torch.where(
         nothing, lse, peak + total[..., 0].log()
     )
@@ -122,7 +125,7 @@ def _vectors(slots: Tensor, kv_part: KVPart, own: Tensor, segments: Sequence[Ten
 def _attend(
     query: Tensor, vectors: tuple[Tensor, Tensor], times: tuple[Tensor, Tensor], now: Tensor, scores: Scores
 ) -> tuple[Tensor, Tensor]:
-    """`attend_passing` of one row and KV head.
+    """`attend_passing` of one row and KV head; what is not finite reaches the queries that see it, and no others.
 
     Args:
         query: `[group, tokens, head_dim]`.
@@ -145,14 +148,15 @@ def _attend(
         visible = (admitted[at] <= here[:, None]) & (here[:, None] < evicted[at])
         visible = torch.nn.functional.pad(visible, (0, 0, 0, size - len(here)))  # what is padding sees nothing
         none = ~visible.any(-1)
-        visible[:, 0] |= none  # a softmax of nothing has no gradient
-        out, lse = attend(
+        something = visible.clone()
+        something[:, 0] |= none  # a softmax of nothing has no gradient
+        out, lse = attend_as_seen(
+            partial(attend, visible=something, scores=scores, with_lse=True),
+            partial(attend, visible=None, scores=scores, with_lse=True),
             query[None, None, :, first : first + size],
             keys[at][None, None],
             values[at][None, None],
-            visible,
-            scores,
-            with_lse=True,
+            visible.__getitem__,
         )
         outs.append(out[0, 0].masked_fill(none[:, None], 0))
         denominators.append(lse[0, 0].masked_fill(none, -torch.inf))

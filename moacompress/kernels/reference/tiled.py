@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from moacompress.kernels.arguments import Scores
-from moacompress.kernels.reference.nonfinite import all_finite, attend_apart
+from moacompress.kernels.reference.nonfinite import attend_as_seen
 from moacompress.rules.windows import BETA_ONE, Span, visible_intervals, window
 
 TILE_SCORES = 1 << 22
@@ -136,22 +136,13 @@ def sparse_attention(
         do in torch's softmax, and no others.
     """
 
-    def together(query: torch.Tensor, keys: Keys) -> tuple[torch.Tensor, ...]:
-        return _in_tiles(query, keys, n, span, scores, with_lse)
-
     def sees(row: int) -> torch.Tensor:
+        positions = keys.positions()
         length = positions.new_tensor([[n - query.shape[3] + row + 1]])
         return visible_keys(length, positions, span)[0]
 
-    found = together(query, keys)
-    out = found[0]
-    # what is not finite shows in the output, or in gradients; or it makes zeros: torch's fused attention of scores of -inf
-    suspect = ~out.isfinite().all(-1) | ~out.any(-1)
-    if not (out.requires_grad or bool(suspect.any())) or all_finite(query, keys.keys, keys.values):
-        return found
-    positions = keys.positions()
-    return attend_apart(
-        lambda q, k, v: together(q, Keys(k, v, keys.pieces)),
+    return attend_as_seen(
+        lambda q, k, v: _in_tiles(q, Keys(k, v, keys.pieces), n, span, scores, with_lse),
         lambda q, k, v: _by_scores(q, k, v, None, scores)[: 1 + with_lse],
         query,
         keys.keys,

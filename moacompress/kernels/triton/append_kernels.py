@@ -275,6 +275,7 @@ def append_next(
     block = tl.load(Table + pair * width + in_ring(n // BLOCK, sinks, size, True)).to(tl.int64) + one
     place = n % BLOCK + one
     there = taken + one > 0
+    block = tl.where(there, block, 0)  # a row that is given no token may have none
     d = tl.arange(0, HEAD)[None, :]
     v = tl.arange(0, VALUE)[None, :]
     if WITH_KEYS:

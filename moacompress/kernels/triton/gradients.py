@@ -6,6 +6,7 @@ What is cached, or selected by gates, has its gradients in plain PyTorch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -136,9 +137,10 @@ def _gradients(
     found = tuple(torch.empty(part.shape, dtype=part.dtype, device=device) for part in tensors)
     if not found[0].numel() or not found[2].numel():
         return found[0].zero_(), found[1].zero_(), found[2].zero_()
-    ends = last_queries(rules, tokens, tiles.TILE)
-    valids, columns, last = sent((valid.numpy(), np.asarray(rules.columns), ends), device)
-    given = (query, key, value, cotangent, of_softmax[0], of_softmax[1].contiguous(), valids, columns)
+    columns = np.asarray(rules.columns)
+    ends = _last_queries(columns.tobytes(), columns.shape, tokens, tiles.TILE)
+    valids, table, last = sent((valid.numpy(), columns, ends), device)
+    given = (query, key, value, cotangent, of_softmax[0], of_softmax[1].contiguous(), valids, table)
     numbers = (float(scores.scaling), float(scores.softcap), kv_heads, tokens)
     strides = query.stride()[:3] + key.stride()[:3] + value.stride()[:3]
     by_queries = (-(-tokens // int(constants["TOKENS"])), kv_heads, rows)
@@ -172,6 +174,11 @@ def last_queries(rules: RuleTable, tokens: int, tile: int) -> Ints:
         by_sinks = np.where(sink_ends[by_sinks - 1] > begins, by_sinks, 0)
         found.append(np.maximum(np.searchsorted(starts, ends), by_sinks))
     return np.stack(found)
+
+
+@lru_cache(maxsize=64)
+def _last_queries(columns: bytes, shape: tuple[int, ...], tokens: int, tile: int) -> Ints:
+    return last_queries(RuleTable(np.frombuffer(columns, np.int64).reshape(shape)), tokens, tile)
 
 
 def _again(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moacompress.kernels.triton.tiles import UNIT, code_bytes, scale_and_zero
+from moacompress.kernels.triton.tiles import UNIT, code_bytes, inverse_of, scale_and_zero
 from moacompress.rules import windows
 
 BLOCK = tl.constexpr(windows.BLOCK)
@@ -179,7 +179,7 @@ def add_halves(
     wanted = weight * scale[None, :]
     before = unit * shrunk
     unit = tl.maximum(before, tl.max(wanted, 1))
-    inverse = 1 / tl.where(unit > 0, unit, 1.0)
+    inverse = inverse_of(unit)
     scaled = (wanted * inverse[:, None]).to(dtype)
     # the zero points are weighed by what the codes are: their errors cancel
     real = scale > 0

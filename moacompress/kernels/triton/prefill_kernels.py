@@ -305,6 +305,7 @@ def attend_chunk(
         out = tl.zeros([TOKENS * GROUP, VALUE], tl.float32)
         out_high = tl.zeros([TOKENS * GROUP, VALUE if VALUE_BITS == 4 else 1], tl.float32)
         zeros = tl.zeros([TOKENS * GROUP], tl.float32)
+        unit = tl.zeros([TOKENS * GROUP], tl.float32)
         t = tl.arange(0, TILE)
 
         if CACHED:
@@ -336,21 +337,21 @@ def attend_chunk(
                 weight, shrunk, peak, denominator = softmax_step(
                     score, seen, peak, denominator, scaling, softcap, SOFTCAP
                 )
-                out = out * shrunk[:, None]
                 value_at = tl.load(ValuePlaces + block_id, mask=there, other=0)
                 if VALUE_BITS == 0:
                     value = native_numbers(Values, value_at, place, read, VALUE_DIM, VALUE).to(query.dtype)
-                    out = add_numbers(out, weight, value, seen, CAREFUL, TILE)
+                    out = add_numbers(out * shrunk[:, None], weight, value, seen, CAREFUL, TILE)
                 else:
                     quad_x = at + u // (BLOCK // 4)
                     quad_there = quad_x < total
                     quad_block = tl.where(quad_x < sinks, first_block + quad_x, window_block + quad_x - sinks)
                     quad_id = tl.load(table + quad_block, mask=quad_there, other=0)
                     quad_at = tl.load(ValuePlaces + quad_id, mask=quad_there, other=0)
-                    out, out_high, zeros = add_codes(
+                    out, out_high, zeros, unit = add_codes(
                         out,
-                        out_high * shrunk[:, None],
+                        out_high,
                         zeros,
+                        unit,
                         weight,
                         shrunk,
                         seen,
@@ -366,6 +367,10 @@ def attend_chunk(
                         VALUE_BITS,
                         query.dtype,
                     )
+            if VALUE_BITS > 0:
+                out = out * unit[:, None]
+                if VALUE_BITS == 4:
+                    out_high = out_high * unit[:, None]
 
         key_number = head
         if KEY_BITS > 0:

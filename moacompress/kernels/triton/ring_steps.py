@@ -208,6 +208,7 @@ class RingSteps(BoundRing):
                     **select_constants(*kind.kv_parts, ring=True),
                     num_warps=SELECT_WARPS,
                 )
+            assert kind.scores is None or gate_scores is not None
             self.append(
                 (key, value, self.rings if gate_scores is None else gate_scores.contiguous()),
                 (*kind.memory, kind.scores or kind.memory[0]),
@@ -271,7 +272,7 @@ class RingSteps(BoundRing):
                 item_size=query.element_size(),
                 card=card_of(query.device),
                 ring=not number,
-                keep=self.kept is not None,
+                keep=self.kept is not None and not number,
             )
             launch_split(query, kind.memory, stretches, self.kept, parts.partial, scores, (tiles, constants))
 

@@ -183,10 +183,18 @@ def softmax_step(score, seen, peak, denominator, scaling, softcap, SOFTCAP: tl.c
 
 
 @triton.jit
+def inverse_of(unit):
+    """Returns `1 / unit`, 0 where it is so small that there is no such number."""
+    usable = unit > 1e-37
+    return tl.where(usable, 1 / tl.where(usable, unit, 1.0), 0.0)
+
+
+@triton.jit
 def add_codes(
     out,
     out_high,
     zeros,
+    unit,
     weight,
     shrunk,
     seen,
@@ -205,9 +213,11 @@ def add_codes(
     """Adds weighted values that have codes.
 
     Args:
-        out: of the values, of 4 bits of their first halves, float32 `[rows, WIDTH]`; multiplied by `shrunk`.
+        out: of the values, of 4 bits of their first halves, in units of `unit`, float32 `[rows, WIDTH]`.
         out_high: of second halves, likewise.
-        zeros: of zero points, float32 `[rows]`; not yet multiplied by `shrunk`.
+        zeros: of zero points, float32 `[rows]`.
+        unit: the largest weight times a scale so far, `[rows]`; before `shrunk`, as all sums are. Without it such products are
+            too small for float16 behind a token that outweighs all others.
         weight: of the tokens, float32 `[rows, tokens]`.
         shrunk: see `softmax_step`.
         seen: which count, bool, broadcasting with `weight`.
@@ -224,18 +234,24 @@ def add_codes(
         dtype: that is multiplied in.
 
     Returns:
-        `out, out_high, zeros`.
+        `out, out_high, zeros, unit`.
     """
     BYTES: tl.constexpr = code_bytes(DIM, BITS)
     scale, zero = scale_and_zero(Values.to(tl.pointer_type(tl.float16)), offset, place, read, BYTES)
-    scaled = tl.where(seen, weight * scale[None, :], 0.0).to(dtype)
+    wanted = tl.where(seen, weight * scale[None, :], 0.0)
+    before = unit * shrunk
+    unit = tl.maximum(before, tl.max(wanted, 1))
+    inverse = inverse_of(unit)
+    scaled = (wanted * inverse[:, None]).to(dtype)
     # the zero points are weighed by what the codes are: their errors cancel
-    weight = tl.where(scale[None, :] > 0, scaled.to(tl.float32) / scale[None, :], weight)
+    weight = tl.where(scale[None, :] > 0, scaled.to(tl.float32) * unit[:, None] / scale[None, :], weight)
     zeros = zeros * shrunk + tl.sum(tl.where(seen, weight * zero[None, :], 0.0), 1)
     found = value_words(Values.to(tl.pointer_type(tl.int32)), quad_offset, quad, quad_there, BYTES, WIDTH)
+    out = out * (before * inverse)[:, None]
     if BITS == 4:
+        out_high = out_high * (before * inverse)[:, None]
         out = tl.dot(scaled, (found & 15).to(dtype), out, input_precision="ieee")
         out_high = tl.dot(scaled, (found >> 4).to(dtype), out_high, input_precision="ieee")
     else:
         out = tl.dot(scaled, found.to(dtype), out, input_precision="ieee")
-    return out, out_high, zeros
+    return out, out_high, zeros, unit

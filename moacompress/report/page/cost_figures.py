@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from moacompress.core.artefact_names import BENCH_FILE
 from moacompress.core.tables import readable_bytes
 from moacompress.report.bench_tables import memory_rows
 from moacompress.report.page.figure_style import Picture, Trace, axis, lines
-from moacompress.report.page.findings import Finding, Findings
+from moacompress.report.page.findings import Finding, Findings, reading_file
 from moacompress.rules.budget import format_length
 from moacompress.rules.plan import Plan
 
@@ -52,8 +53,13 @@ def length_ticks(lengths: list[int]) -> dict[str, Any]:
     return {"tickvals": shown, "ticktext": [format_length(n) for n in shown]}
 
 
+@reading_file(BENCH_FILE)
 def speed_pictures(bench: Finding) -> list[Picture]:
-    """Returns the pictures of times, of where they go if that was traced, and of peaks of memory if these were measured."""
+    """Returns the pictures of times, of where they go if that was traced, and of peaks of memory if these were measured.
+
+    Raises:
+        ArtefactError: `bench.json` is of another form.
+    """
     more = (trace_picture(bench), peak_picture(bench))
     return [*latency_pictures(bench), *(picture for picture in more if picture is not None)]
 
@@ -186,8 +192,13 @@ def _speedup(row: Any) -> str:
     return f"{found['value']:.2f}" + ("" if found["ci95"] is None else " [{:.2f}, {:.2f}]".format(*found["ci95"]))
 
 
+@reading_file(BENCH_FILE)
 def machine_text(bench: Finding) -> str:
-    """Returns where times were taken."""
+    """Returns where times were taken.
+
+    Raises:
+        ArtefactError: `bench.json` is of another form.
+    """
     machine = bench["environment"]
     isa = f" ({machine['isa']})" if machine.get("isa") else ""
     return (

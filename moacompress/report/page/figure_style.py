@@ -6,6 +6,7 @@ own too. A trace names its side in `meta.role`, and the page gives it the colour
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,11 @@ class Picture:
     note: str = ""
     columns: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
+
+    @property
+    def file_stem(self) -> str:
+        """Its name as that of a file: a name may hold what a file says, and a file's may lead nowhere else."""
+        return re.sub(r"[^A-Za-z0-9_-]", "_", self.name)
 
     def figure(self) -> dict[str, Any]:
         """Returns the figure as JSON values, checked by plotly.

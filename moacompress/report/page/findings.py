@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,30 @@ from moacompress.core.artefact_names import (
 from moacompress.core.errors import ArtefactError, MoaCompressError
 from moacompress.core.files import read_json
 from moacompress.exporter.exporting import unrepaired
-from moacompress.models.stored_plan import read_plan
+from moacompress.models.source import is_compressed
+from moacompress.models.stored_plan import read_plan, stored_plan
 from moacompress.rules.budget import Budget, reference_length
 from moacompress.rules.plan import Plan
+from moacompress.rules.planned_weights import own_weights
+from moacompress.rules.untrusted import WRONG_FORM, short
 
 Finding = Mapping[str, Any]
+EXPLANATIONS, FRONTS = explanation_file(Path("*.json")).name, front_file(Path("*.json")).name
+"""Patterns of the names of files that are known by what they hold."""
+
+
+@contextmanager
+def reading_file(name: str) -> Iterator[None]:
+    """Says in one sentence that a file beside a plan is not of the form that its name promises.
+
+    Raises:
+        ArtefactError: the block found something else than it wanted.
+    """
+    try:
+        yield
+    except WRONG_FORM as error:
+        why = short(f"{type(error).__name__}: {error}")
+        raise ArtefactError(f"{name} is not what its name says ({why}); make it again, or move it away") from error
 
 
 @dataclass(frozen=True)
@@ -67,10 +87,15 @@ class Findings:
 
     @property
     def model_name(self) -> str:
-        """Name of the dense model, without where it lay."""
+        """Name of the dense model, without where it lay.
+
+        Raises:
+            ArtefactError: the demo's file is damaged.
+        """
         demo = self.folder / DEMO_FILE
         if demo.is_file():
-            return str(read_json(demo, DEMO_FILE).get("name", "the demo's model")).removesuffix(".gguf")
+            with reading_file(DEMO_FILE):
+                return str(read_json(demo, DEMO_FILE).get("name", "the demo's model")).removesuffix(".gguf")
         return str(self.plan.provenance.get("source", "a model")).rstrip("/").rsplit("/", 1)[-1]
 
     @staticmethod
@@ -89,9 +114,10 @@ class Findings:
         if folder.name == MODEL_FOLDER and (folder.parent / PLAN_FILE).is_file():
             folder = folder.parent
         plan, passed = read_plan(plan_file), list[str]()
-        searched = unrepaired(plan).key()
+        key, searched = plan.key(), unrepaired(plan).key()
+        replaced = _replaced_weights(folder, plan)
 
-        def read(path: Path, belongs: Callable[[Finding], bool] = lambda found: True) -> Finding | None:
+        def read(path: Path, belongs: Callable[[Finding], bool]) -> Finding | None:
             if not path.is_file():
                 return None
             found = read_json(path, path.name)
@@ -105,42 +131,82 @@ class Findings:
             passed.append(f"{path.name} is of another plan")
             return None
 
+        evaluation = read(folder / EVALUATION_FILE, lambda found: found["checkpoint"]["plan"] == key)
+        if evaluation is not None and evaluation["checkpoint"].get("weights") in replaced:
+            passed.append(f"{EVALUATION_FILE} is of weights that the checkpoint no longer has")
+            evaluation = None
         return Findings(
             folder=folder,
             plan=plan,
             profile=_profile(folder, plan, profile, passed),
             explanation=_of_plan(plan_file.parent, folder, searched, passed),
-            evaluation=read(folder / EVALUATION_FILE, lambda found: found["checkpoint"]["plan"] == plan.key()),
-            bench=read(folder / BENCH_FILE, lambda found: found["configuration"]["plan"] == plan.key()),
-            summary=read(folder / SUMMARY_FILE),
+            evaluation=evaluation,
+            bench=read(folder / BENCH_FILE, lambda found: found["configuration"]["plan"] == key),
+            summary=read(folder / SUMMARY_FILE, lambda found: found.get("plan", key) == key),
             audit=read(
                 (profile or folder / PROFILE_FOLDER) / AUDIT_FILE,
                 lambda found: found["profile"] == plan.provenance.get("profile"),
             ),
-            front=_front(plan_file),
+            front=_front(plan_file, passed),
             passed_over=passed,
         )
 
 
 def _of_plan(near: Path, folder: Path, key: str, passed: list[str]) -> Finding | None:
     """Returns the notes of the search that found a plan: those of its key, whatever the plan's file is called."""
-    files = sorted({file for place in (near, folder) for file in place.glob(explanation_file(Path("*.json")).name)})
-    for file in files:
-        found = read_json(file, file.name)
-        if isinstance(found, dict) and found.get("plan") == key:
+    others = []
+    for file, found in _readable({file for place in (near, folder) for file in place.glob(EXPLANATIONS)}, passed):
+        if found.get("plan") == key:
             return found
-    if files:
-        passed.append(f"{files[0].name} is of another plan")
+        others.append(file.name)
+    if others:
+        passed.append(f"{others[0]} is of another plan")
     return None
 
 
-def _front(plan_file: Path) -> Finding | None:
+def _front(plan_file: Path, passed: list[str]) -> Finding | None:
     """Returns the front that lists a plan's file; None where none does."""
-    for file in sorted(plan_file.parent.glob(front_file(Path("*.json")).name)):
-        found = read_json(file, file.name)
-        if isinstance(found, dict) and any(point["plan"] == plan_file.name for point in found["points"]):
-            return found
+    for file, found in _readable(plan_file.parent.glob(FRONTS), passed):
+        try:
+            if any(point["plan"] == plan_file.name for point in found["points"]):
+                return found
+        except (KeyError, TypeError):
+            passed.append(f"{file.name} lists no plans")
     return None
+
+
+def _readable(files: Iterable[Path], passed: list[str]) -> Iterator[tuple[Path, Finding]]:
+    """Yields the JSON objects of files in the order of their names; what is none is named in `passed`."""
+    for file in sorted(files):
+        try:
+            found = read_json(file, file.name)
+        except ArtefactError:
+            found = None
+        if isinstance(found, dict):
+            yield file, found
+        else:
+            passed.append(f"{file.name} cannot be read")
+
+
+def _replaced_weights(folder: Path, plan: Plan) -> list[str]:
+    """Returns fingerprints of weights that a checkpoint under a plan does not have any more, as far as its notes tell.
+
+    Args:
+        folder: of the run, or the checkpoint.
+        plan: a checkpoint there of another plan is not asked.
+    """
+    try:
+        model = next((place for place in (folder / MODEL_FOLDER, folder) if is_compressed(place)), None)
+        stored = None if model is None else stored_plan(model)
+    except MoaCompressError:  # no checkpoint that could have been evaluated as it is
+        return []
+    if stored is None or stored.key() != plan.key():
+        return []
+    replaced = [stored.model.weights_fingerprint] if own_weights(stored) else []
+    heal = stored.provenance.get("heal")
+    if isinstance(heal, dict) and heal.get("improved") and heal.get("train") != "gates":
+        replaced.append(str(heal.get("from_weights")))
+    return replaced
 
 
 def _profile(folder: Path, plan: Plan, given: Path | None, passed: list[str]) -> Profile | None:

@@ -11,7 +11,7 @@ import numpy as np
 from moacompress.calibration.profile.manifest import DISTANCE_BINS
 from moacompress.calibration.profile.statistics import OF_FORMATS
 from moacompress.report.page.figure_style import Picture, axis
-from moacompress.report.page.findings import Findings
+from moacompress.report.page.findings import EXPLANATIONS, Findings, reading_file
 from moacompress.rules.budget import format_length
 from moacompress.rules.formats import find_format
 from moacompress.rules.plan import Plan
@@ -204,8 +204,13 @@ def _chosen(plan: Plan, layer: int, head: int, n: int, costs: Any, places: Mappi
     return {"kept": kept, "harm": _short(costs[layer, head, places[rule]]) if rule in places else None}
 
 
+@reading_file(EXPLANATIONS)
 def most_worth(found: Findings) -> list[int]:
-    """Returns the layer and the KV head whose bytes are worth most, which the page shows first."""
+    """Returns the layer and the KV head whose bytes are worth most, which the page shows first.
+
+    Raises:
+        ArtefactError: the search's notes are of another form.
+    """
     rows = (found.explanation or {}).get("heads") or [{"layer": 0, "kv_head": 0}]
     return [int(rows[0]["layer"]), int(rows[0]["kv_head"])]
 

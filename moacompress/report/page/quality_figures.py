@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Any
 
-from moacompress.core.artefact_names import MODEL_FOLDER
+from moacompress.core.artefact_names import EVALUATION_FILE, MODEL_FOLDER
 from moacompress.report.page.figure_style import ROLES, Picture, Trace, axis, intervals, roles_of
-from moacompress.report.page.findings import Finding
+from moacompress.report.page.findings import Finding, reading_file
 from moacompress.rules.budget import format_length
 
 METRICS = {
@@ -23,11 +23,15 @@ SHARES = ("exact_match", "retention")
 FLOOR = " * Dense cannot do this itself, so nothing follows from it."
 
 
+@reading_file(EVALUATION_FILE)
 def quality_pictures(evaluation: Finding) -> list[Picture]:
     """Returns a picture of every metric that was measured, a group of bars for each task and length.
 
     Args:
         evaluation: as `eval.json` has it.
+
+    Raises:
+        ArtefactError: it is of another form.
     """
     pooled = (evaluation.get("pooled") or {}).get("results", ())
     floor = {(row["task"], row["length"]) for row in evaluation.get("at_floor", ())}
@@ -124,8 +128,13 @@ def _bytes(row: Any) -> str:
     return "-" if row.get("kv_bytes") is None else f"{row.get('kv_bytes_of_model', row['kv_bytes']):,}"
 
 
+@reading_file(EVALUATION_FILE)
 def lost_text(evaluation: Finding) -> str | None:
-    """Returns one sentence on what was kept, from all prompts together; None where no task was measured."""
+    """Returns one sentence on what was kept, from all prompts together; None where no task was measured.
+
+    Raises:
+        ArtefactError: `eval.json` is of another form.
+    """
     pooled = (evaluation.get("pooled") or {}).get("results") or evaluation["results"]
     found = {(row["model"], row["metric"]): row for row in pooled}
     ours, dense = found.get(("plan", "exact_match")), found.get(("dense", "exact_match"))

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from moacompress.core.artefact_names import BENCH_FILE, EVALUATION_FILE, MODEL_FOLDER, PLAN_FILE
+from moacompress.core.artefact_names import BENCH_FILE, EVALUATION_FILE, MODEL_FOLDER, PLAN_FILE, SUMMARY_FILE
 from moacompress.core.errors import UsageError
 from moacompress.core.files import finite_json, write_text
 from moacompress.core.place import check_replaceable
@@ -23,7 +23,7 @@ from moacompress.recipe import shared_name
 from moacompress.report.heal_tables import heal_sentence
 from moacompress.report.page.cost_figures import bytes_text, machine_text, memory_picture, speed_pictures
 from moacompress.report.page.figure_style import ROLES, Picture
-from moacompress.report.page.findings import Findings
+from moacompress.report.page.findings import EXPLANATIONS, Finding, Findings, reading_file
 from moacompress.report.page.head_figures import head_details, head_map, head_shades, most_worth
 from moacompress.report.page.quality_figures import SHARES, lost_text, quality_pictures
 from moacompress.report.page.search_figures import (
@@ -34,8 +34,10 @@ from moacompress.report.page.search_figures import (
 )
 from moacompress.report.search_tables import STEP_COLUMNS, class_lines, step_rows
 from moacompress.rules.budget import format_length
+from moacompress.rules.plan import Plan
 from moacompress.rules.planned_weights import memory_lines, own_weights, plan_memory
 from moacompress.rules.step_time import step_lines
+from moacompress.rules.untrusted import reading_notes
 
 ASSETS = "moacompress.report.page"
 GENERATOR = '<meta name="generator" content="moacompress">'
@@ -82,7 +84,8 @@ def write_page(found: Findings, out: Path) -> dict[str, Any]:
 
     Raises:
         UsageError: plotly or jinja2 is not installed.
-        ArtefactError: something else than a page is there.
+        ArtefactError: something else than a page is there, or a file beside the plan is not of the form that it has.
+        PlanError: the plan's notes are not.
     """
     check_replaceable(out, lambda text: GENERATOR in text, "a page of this command")
     if not all(map(find_spec, ("jinja2", "plotly"))):
@@ -140,10 +143,17 @@ def _asset(name: str) -> str:
 
 
 def page_sections(found: Findings) -> list[PageSection]:
-    """Returns the sections of the page, in order."""
+    """Returns the sections of the page, in order.
+
+    Raises:
+        ArtefactError: a file beside the plan is not of the form that it has.
+        PlanError: the plan's notes are not.
+    """
     evaluation, bench, explanation = found.evaluation, found.bench, found.explanation
-    kl = (explanation or {}).get("harm") or found.plan.quality.get("measured_harm") or {}
-    baselines = baselines_picture(dict(kl), found.plan.quality.get("samples"))
+    baselines = baselines_picture(found)
+    with reading_file(EXPLANATIONS):
+        classes = " ".join(class_lines(explanation or {}))
+        steps = step_rows(explanation) if explanation is not None else None
     history = history_picture(explanation) if explanation is not None else None
     front = front_picture(found.front) if explanation is not None and found.front is not None else None
     return [
@@ -168,9 +178,9 @@ def page_sections(found: Findings) -> list[PageSection]:
         PageSection(
             "search",
             "How it was found",
-            " ".join(class_lines(explanation or {})),
+            classes,
             pictures=[picture for picture in (history, front) if picture is not None],
-            table=(("step", *STEP_COLUMNS), step_rows(explanation)) if explanation is not None else None,
+            table=(("step", *STEP_COLUMNS), steps) if steps is not None else None,
         ),
     ]
 
@@ -258,14 +268,28 @@ def verdict(found: Findings) -> str:
 
 
 def tiles(found: Findings) -> list[dict[str, str]]:
-    """Returns the numbers at the top of the page: `value`, `what` and `beside`."""
+    """Returns the numbers at the top of the page: `value`, `what` and `beside`.
+
+    Raises:
+        ArtefactError: a file beside the plan is not of the form that it has.
+        PlanError: the plan's notes are not.
+    """
     plan, n = found.plan, found.reference
     dense, ours, share = bytes_text(plan, n)
-    shown = [{"value": share, "what": f"of the KV bytes at {format_length(n)} tokens", "beside": f"{ours} of {dense}"}]
-    rows = _pooled(found)
+    return [
+        {"value": share, "what": f"of the KV bytes at {format_length(n)} tokens", "beside": f"{ours} of {dense}"},
+        *_quality_tiles(found.evaluation or {}),
+        *_speed_tiles(found.bench or {}),
+        *_kl_tiles(plan),
+    ]
+
+
+@reading_file(EVALUATION_FILE)
+def _quality_tiles(evaluation: Finding) -> list[dict[str, str]]:
+    shown, rows = list[dict[str, str]](), _pooled(evaluation)
     for metric in reversed(SHARES):
         mine, theirs = rows.get(("plan", metric)), rows.get(("dense", metric))
-        if mine is None or (metric == "exact_match" and len(shown) > 1):
+        if mine is None or (metric == "exact_match" and shown):
             continue
         low, high = mine["ci95"]
         what = "kept of what dense gets right" if metric == "retention" else "exact match"
@@ -273,29 +297,34 @@ def tiles(found: Findings) -> list[dict[str, str]]:
         if metric == "exact_match" and theirs is not None:
             beside += f"; dense {theirs['value']:.1%}"
         shown.append({"value": f"{mine['value']:.1%}", "what": what, "beside": beside})
-    steps = [
-        row for row in (found.bench or {}).get("runs", ()) if row["phase"] == "decode" and "dense" in row["speedup"]
-    ]
-    if steps:
-        row = max(steps, key=lambda row: (row["length"], row["batch"]))
-        where = f"a decode step of dense at {format_length(row['length'])} tokens, batch {row['batch']}"
-        beside = f"{row['plan_ms']:.3g} ms for {row['dense_ms']:.3g} ms"
-        shown.append(
-            {"value": f"{row['speedup']['dense']['value']:.2f} x", "what": f"as fast as {where}", "beside": beside}
-        )
-    kl = plan.quality.get("measured_harm", {})
-    others = [value for name, value in kl.items() if name not in ("plan", "trial0") and value is not None]
-    if kl.get("plan") is not None:
-        beside = f"best baseline {min(others):.3g}" if others else "no baseline was measured"
-        shown.append({"value": f"{kl['plan']:.3g}", "what": "nats a token from the dense model", "beside": beside})
-    elif "plan" in kl:
-        beside = "the search was stopped before it was measured"
-        shown.append({"value": "not measured", "what": "KL of the plan", "beside": beside})
     return shown
 
 
-def _pooled(found: Findings) -> dict[tuple[str, str], Any]:
-    evaluation = found.evaluation or {}
+@reading_file(BENCH_FILE)
+def _speed_tiles(bench: Finding) -> list[dict[str, str]]:
+    steps = [row for row in bench.get("runs", ()) if row["phase"] == "decode" and "dense" in row["speedup"]]
+    if not steps:
+        return []
+    row = max(steps, key=lambda row: (row["length"], row["batch"]))
+    where = f"a decode step of dense at {format_length(row['length'])} tokens, batch {row['batch']}"
+    beside = f"{row['plan_ms']:.3g} ms for {row['dense_ms']:.3g} ms"
+    return [{"value": f"{row['speedup']['dense']['value']:.2f} x", "what": f"as fast as {where}", "beside": beside}]
+
+
+@reading_notes("measured KL")
+def _kl_tiles(plan: Plan) -> list[dict[str, str]]:
+    kl: dict[str, Any] = plan.quality.get("measured_harm") or {}
+    others = [value for name, value in kl.items() if name not in ("plan", "trial0") and value is not None]
+    if kl.get("plan") is not None:
+        beside = f"best baseline {min(others):.3g}" if others else "no baseline was measured"
+        return [{"value": f"{kl['plan']:.3g}", "what": "nats a token from the dense model", "beside": beside}]
+    if "plan" in kl:
+        beside = "the search was stopped before it was measured"
+        return [{"value": "not measured", "what": "KL of the plan", "beside": beside}]
+    return []
+
+
+def _pooled(evaluation: Finding) -> dict[tuple[str, str], Any]:
     results = (evaluation.get("pooled") or {}).get("results") or ()
     if not results:
         groups = {
@@ -305,13 +334,23 @@ def _pooled(found: Findings) -> dict[tuple[str, str], Any]:
     return {(row["model"], row["metric"]): row for row in results}
 
 
+@reading_notes("where it comes from")
 def provenance(found: Findings) -> list[tuple[str, str]]:
-    """Returns where the plan comes from, as names and values."""
+    """Returns where the plan comes from, as names and values.
+
+    Raises:
+        ArtefactError: the run's summary is not of the form that it has.
+        PlanError: the plan's notes are not.
+    """
     plan, notes = found.plan, found.plan.provenance
+    with reading_file(SUMMARY_FILE):
+        summary = found.summary or {}
+        types = readable_types(summary.get("weights") or {})
+        seconds = _joined(f"{step} {taken:.0f} s" for step, taken in summary.get("seconds", {}).items())
     rows: list[tuple[str, Any]] = [
         ("plan", plan.key()),
         ("model", f"{found.model_name}, weights {plan.model.weights_fingerprint}"),
-        ("types of weights", readable_types((found.summary or {}).get("weights") or {})),
+        ("types of weights", types),
         ("profile", notes.get("profile")),
         ("calibration samples", notes.get("calibration")),
         ("lengths", _joined(format_length(n) for n in notes.get("lengths", []) if isinstance(n, int))),
@@ -321,7 +360,7 @@ def provenance(found: Findings) -> list[tuple[str, str]]:
         ("the plan is from", notes.get("stage")),
         ("repair", repair_text(plan)),
         ("healed", heal_sentence(notes["heal"]) if isinstance(notes.get("heal"), dict) else ""),
-        ("time", _joined(f"{step} {taken:.0f} s" for step, taken in (found.summary or {}).get("seconds", {}).items())),
+        ("time", seconds),
         ("versions", _joined(f"{name} {number}" for name, number in (notes.get("versions") or {}).items())),
     ]
     return [(name, str(value)) for name, value in rows if value not in (None, "")]

@@ -5,18 +5,32 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from moacompress.core.artefact_names import AUDIT_FILE
 from moacompress.core.tables import readable_number
 from moacompress.report.page.figure_style import OTHERS, ROLES, Picture, Trace, axis, dots, lines
-from moacompress.report.page.findings import Finding, Findings
+from moacompress.report.page.findings import EXPLANATIONS, FRONTS, Finding, Findings, reading_file
 from moacompress.report.search_tables import trial_remark
 from moacompress.report.summary_tables import NAMES
+from moacompress.rules.untrusted import reading_notes
 from moacompress.search.measure.trials import CAUTION
 
 KL = "KL to dense, nats a token"
 
 
-def baselines_picture(kl: dict[str, float | None], samples: int | None) -> Picture | None:
-    """Returns the measured KL of the plan and of what it was measured beside, at the same bytes; None where there is none."""
+def baselines_picture(found: Findings) -> Picture | None:
+    """Returns the measured KL of the plan and of what it was measured beside, at the same bytes; None where there is none.
+
+    Raises:
+        ArtefactError: the search's notes are of another form.
+        PlanError: the plan's are.
+    """
+    noted = (found.explanation or {}).get("harm")
+    with reading_file(EXPLANATIONS) if noted else reading_notes("measured KL"):
+        quality = found.plan.quality
+        return _baselines(dict(noted or quality.get("measured_harm") or {}), quality.get("samples"))
+
+
+def _baselines(kl: dict[str, float | None], samples: int | None) -> Picture | None:
     found = sorted(
         ((value, name) for name, value in kl.items() if value is not None and name != "trial0"), reverse=True
     )
@@ -51,29 +65,40 @@ def baselines_picture(kl: dict[str, float | None], samples: int | None) -> Pictu
 
 
 def predicted_pictures(found: Findings) -> list[Picture]:
-    """Returns predicted against measured KL: of an audit's ablations, formats and plans, or of the search's own trials."""
-    pictures = []
-    audit = found.audit
-    if audit is not None:
-        name = audit["estimator"]
-        groups = [
-            ("one KV head's span", [(point["calibrated"].get(name), point["measured"]) for point in audit["points"]]),
-            (
-                "one KV head's format",
-                [(point["predicted"], point["measured"]) for point in audit.get("precision_points", ())],
-            ),
-            ("whole plans", [(point["calibrated"].get(name), point["measured"]) for point in audit["plans"]]),
-        ]
-        note = f"{audit['samples']} held-out samples; the estimator is {name}. On the line, KL is what was predicted."
-        pictures.append(_scatter("audit", "Predicted and measured KL: the audit", groups, note))
-    pairs = (found.explanation or {}).get("predicted", {}).get("pairs") or ()
-    if len(pairs) > 1:
-        rank = (found.explanation or {})["predicted"]["spearman"]
-        note = f"The {len(pairs)} plans of the search" + ("." if rank is None else f"; rank correlation {rank:.2f}.")
-        pictures.append(
-            _scatter("trials-predicted", "Predicted and measured KL: the trials", [("a trial's plan", pairs)], note)
-        )
-    return pictures
+    """Returns predicted against measured KL: of an audit's ablations, formats and plans, or of the search's own trials.
+
+    Raises:
+        ArtefactError: the audit, or the search's notes, are of another form.
+    """
+    pictures = [] if found.audit is None else [_audit(found.audit)]
+    trials = None if found.explanation is None else _trials_predicted(found.explanation)
+    return [*pictures, *([] if trials is None else [trials])]
+
+
+@reading_file(AUDIT_FILE)
+def _audit(audit: Finding) -> Picture:
+    name = audit["estimator"]
+    groups = [
+        ("one KV head's span", [(point["calibrated"].get(name), point["measured"]) for point in audit["points"]]),
+        (
+            "one KV head's format",
+            [(point["predicted"], point["measured"]) for point in audit.get("precision_points", ())],
+        ),
+        ("whole plans", [(point["calibrated"].get(name), point["measured"]) for point in audit["plans"]]),
+    ]
+    note = f"{audit['samples']} held-out samples; the estimator is {name}. On the line, KL is what was predicted."
+    return _scatter("audit", "Predicted and measured KL: the audit", groups, note)
+
+
+@reading_file(EXPLANATIONS)
+def _trials_predicted(explanation: Finding) -> Picture | None:
+    predicted = explanation.get("predicted", {})
+    pairs = predicted.get("pairs") or ()
+    if len(pairs) < 2:
+        return None
+    rank = predicted["spearman"]
+    note = f"The {len(pairs)} plans of the search" + ("." if rank is None else f"; rank correlation {rank:.2f}.")
+    return _scatter("trials-predicted", "Predicted and measured KL: the trials", [("a trial's plan", pairs)], note)
 
 
 def _scatter(name: str, title: str, groups: Any, note: str) -> Picture:
@@ -99,8 +124,13 @@ def _scatter(name: str, title: str, groups: Any, note: str) -> Picture:
     return Picture(name, title, traces, layout, note, ("of", "predicted", "measured"), rows)
 
 
+@reading_file(EXPLANATIONS)
 def history_picture(explanation: Finding) -> Picture | None:
-    """Returns the trials of a search in their order, with the best so far; None where the search did not write them down."""
+    """Returns the trials of a search in their order, with the best so far; None where the search did not write them down.
+
+    Raises:
+        ArtefactError: its notes are of another form.
+    """
     trials = [row for row in explanation.get("trials", ()) if row["harm"] is not None]
     if len(trials) < 2:
         return None
@@ -138,8 +168,13 @@ def history_picture(explanation: Finding) -> Picture | None:
     )
 
 
+@reading_file(FRONTS)
 def front_picture(front: Finding) -> Picture | None:
-    """Returns the KL of plans of several budgets against their bytes; None where there is only one."""
+    """Returns the KL of plans of several budgets against their bytes; None where there is only one.
+
+    Raises:
+        ArtefactError: the front is of another form.
+    """
     points = [(max(point["kv_share"].values()) * 100, point["harm"]["plan"]) for point in front["points"]]
     points = [(share, kl) for share, kl in points if kl is not None]
     if len(points) < 2:

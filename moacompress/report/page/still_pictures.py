@@ -37,7 +37,7 @@ def write_pictures(found: Findings, folder: Path) -> dict[Path, str]:
     files = {}
     for section in page_sections(found):
         for picture in section.all_pictures:
-            path = folder / f"{picture.name}.png"
+            path = folder / f"{picture.file_stem}.png"
             write_bytes(path, png(picture))
             files[path] = picture.title
     return files

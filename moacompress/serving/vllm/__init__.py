@@ -14,12 +14,12 @@ def register() -> None:
     """Makes vLLM know of checkpoints with plans; the entry point `vllm.general_plugins` names it."""
     from vllm.version import __version__ as version
 
-    from moacompress.serving.vllm import config, unsupported
+    from moacompress.serving.vllm import unsupported
 
     if ".".join(version.split(".")[:2]) not in VLLM_MINORS:
         unsupported.register(version)
         return
-    from moacompress.serving.vllm import scheduling, spec
+    from moacompress.serving.vllm import config, scheduling, spec  # of inner names that other versions may lack
 
     spec.register()
     config.register()

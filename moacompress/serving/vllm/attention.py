@@ -192,6 +192,9 @@ def take_over(layer: Attention, prefix: str, config: PlanConfig) -> None:
     plan, index = config.plan, extract_layer_index(prefix)
     if index >= plan.model.layers:
         raise PlanError(f"the plan is for {plan.model.layers} layers, and the model has a layer {index}")
+    layers = getattr(vllm_config.model_config.hf_text_config, "num_hidden_layers", None)
+    if layers not in (None, plan.model.layers):
+        raise PlanError(f"the plan is for {plan.model.layers} layers, and the model has {layers}")
     native = plan.model.native_windows[index]
     for name, ours, theirs in (
         ("KV heads", plan.model.kv_heads, layer.num_kv_heads),

@@ -15,8 +15,8 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
 from moacompress.core.errors import UnsupportedError
-from moacompress.rules.plan import Plan
 from moacompress.rules.windows import BLOCK
+from moacompress.serving.vllm.config import PlanConfig
 from moacompress.serving.vllm.options import options_of
 
 logger = init_logger("vllm.moacompress")
@@ -86,9 +86,12 @@ def refuse(vllm_config: VllmConfig) -> None:
 
 
 def _selects(model_config: Any) -> bool:
-    """Whether gates choose tokens under a checkpoint's plan."""
-    written = getattr(model_config.hf_config, "quantization_config", {})
-    return Plan.from_dict(written["plan"]).selects
+    """Whether gates choose tokens under a checkpoint's plan.
+
+    Raises:
+        PlanError, UnsupportedError: as `PlanConfig.from_config`, which vLLM asks only later.
+    """
+    return PlanConfig.from_config(getattr(model_config.hf_config, "quantization_config", {})).plan.selects
 
 
 def leave_out_prefixes(vllm_config: VllmConfig) -> None:

@@ -24,5 +24,5 @@ def write(request: PromptRequest) -> PromptDraft:
     return request.fit(draft, request.length)
 
 
-COLOURS = EvaluationTask("colours", "the colour of one thing of four", write, lambda: (SENTENCE, KEYS), is_number=False)
-AGAIN = EvaluationTask("recall", "a name that is taken", write, lambda: SENTENCE, is_number=False)
+COLOURS = EvaluationTask("colours", "the colour of one thing of four", write, lambda: (SENTENCE, KEYS))
+AGAIN = EvaluationTask("recall", "a name that is taken", write, lambda: SENTENCE)

@@ -73,12 +73,30 @@ def test_a_config_that_is_not_ours_is_refused(checkpoints, change, says):
         PlanConfig.from_config({name: value for name, value in (config | change).items() if value is not None})
 
 
-def test_a_plan_for_another_model_is_refused(engine, checkpoints):
+def test_a_checkpoint_without_a_plan_is_refused(engine, checkpoints):
+    """Also where vLLM's options are read, before it makes a config of what is written."""
     folder, _ = checkpoints(spans)
     config = json.loads((folder / "config.json").read_text())
-    config["num_key_value_heads"] = 4
+    del config["quantization_config"]["plan"]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(MoaCompressError, match="2 KV heads in layer 0, and vLLM's has 4"):
+    with pytest.raises(PlanError, match="quantization_config of the checkpoint has no plan"):
+        engine(folder, enable_prefix_caching=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num_key_value_heads": 4}, "2 KV heads in layer 0, and vLLM's has 4"),
+        ({"num_hidden_layers": 2}, "the plan is for 3 layers, and the model has 2"),
+        ({"num_hidden_layers": 4}, "the plan is for 3 layers, and the model has 4"),
+    ],
+    ids=["heads", "fewer-layers", "more-layers"],
+)
+def test_a_plan_for_another_model_is_refused(engine, checkpoints, change, says):
+    folder, _ = checkpoints(spans)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(MoaCompressError, match=says):
         engine(folder)
 
 
@@ -96,6 +114,21 @@ def test_another_vllm_is_refused_by_name(engine, checkpoints, monkeypatch):
             engine(folder)
     finally:
         config.register()
+
+
+def test_another_vllm_needs_no_inner_names(monkeypatch):
+    """Whatever model it serves, vLLM would end where `register` raises."""
+    from moacompress.serving import vllm as plugin
+    from moacompress.serving.vllm import unsupported
+
+    said = []
+    for name in ("config", "scheduling", "spec"):
+        monkeypatch.delattr(plugin, name, raising=False)
+        monkeypatch.setitem(sys.modules, f"{plugin.__name__}.{name}", None)  # its import fails
+    monkeypatch.setattr(unsupported, "register", said.append)
+    monkeypatch.setattr("vllm.version.__version__", "0.31.0")
+    plugin.register()
+    assert said == ["0.31.0"]
 
 
 def test_chunks_are_short_where_nobody_says_otherwise(engine, checkpoints):

@@ -10,15 +10,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
 from moacompress.evaluation.tasks.prompt_request import PromptRequest
 from moacompress.evaluation.tasks.unseen.names import NAMES, draw_names
 
 TableLayout = Literal["markdown", "csv"]
+Row = tuple[str, tuple[int, ...]]
+"""A row's name and its cells."""
 LAYOUTS: tuple[TableLayout, ...] = ("markdown", "csv")
 COLUMNS = 3
-ROW_TOKENS = 16
-"""A row surely has more tokens: how many are drawn at most."""
+ROW_TOKENS = 8
+"""No row has fewer tokens, a token for each cell, comma and end of line included: how many are drawn at most."""
+FIRST_ROW_TOKENS = 16
+"""Tokens of a row of most tokenizers at least: how many rows are drawn first, and the others after all else.
+
+All that is drawn depends on how many the first ones are, so another number gives other prompts.
+"""
 CELLS = (1000, 10_000)
 """The cells are integers from the first up, below the second."""
 TEMPLATE = (
@@ -50,11 +59,11 @@ SENTENCES = (TEMPLATE, SUBJECTS)
 
 @dataclass(frozen=True)
 class CellTable:
-    """A table: what a row stands for, the columns, and for every row its name and its cells."""
+    """A table: what a row stands for, the columns, and the rows."""
 
     row: str
     columns: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[int, ...]], ...]
+    rows: tuple[Row, ...]
 
     def text(self, layout: TableLayout) -> str:
         """Returns the table as it is written in markdown or CSV."""
@@ -83,11 +92,11 @@ def make_table_lookup(request: PromptRequest) -> PromptDraft:
     rng = request.rng
     subject, layout = SUBJECTS[int(rng.integers(len(SUBJECTS)))], LAYOUTS[int(rng.integers(len(LAYOUTS)))]
     columns = tuple(subject.columns[index] for index in rng.permutation(len(subject.columns))[:COLUMNS])
-    limit = min(request.length // ROW_TOKENS, NAMES - 1)
-    names = draw_names(rng, limit + 1)
-    cells = rng.integers(*CELLS, (limit + 1, COLUMNS)).tolist()
-    asked, *others = [(name, tuple(row)) for name, row in zip(names, cells, strict=True)]
+    limit, first = (min(request.length // tokens, NAMES - 1) for tokens in (ROW_TOKENS, FIRST_ROW_TOKENS))
+    asked, *others = _draw_rows(rng, first + 1)
     depth, column = float(rng.random()), int(rng.integers(1, COLUMNS))
+    taken = {name for name, _ in (asked, *others)}
+    others += [row for row in _draw_rows(rng, limit + 1) if row[0] not in taken]
 
     def write(count: int) -> PromptDraft:
         before = round(depth * count)
@@ -95,7 +104,13 @@ def make_table_lookup(request: PromptRequest) -> PromptDraft:
         return render(subject.title, table, layout, before, column)
 
     short = f"task {request.task} has {NAMES:,} names, too few for a prompt of {request.length:,} tokens"
-    return request.fit(write, limit, short)
+    return request.fit(write, limit, short if limit == NAMES - 1 else None)
+
+
+def _draw_rows(rng: np.random.Generator, count: int) -> list[Row]:
+    """Returns rows of different names."""
+    names, cells = draw_names(rng, count), rng.integers(*CELLS, (count, COLUMNS)).tolist()
+    return [(name, tuple(row)) for name, row in zip(names, cells, strict=True)]
 
 
 def render(title: str, table: CellTable, layout: TableLayout, row: int, column: int) -> PromptDraft:

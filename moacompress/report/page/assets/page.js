@@ -5,7 +5,6 @@
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const config = { responsive: true, displayModeBar: false };
   const drawn = new Map(); // element -> figure
-  let chosen = null; // [layer, KV head]
 
   const variable = (name) => getComputedStyle(root).getPropertyValue(name).trim();
   const isDark = () => root.dataset.theme === "dark";
@@ -50,7 +49,6 @@
   const redraw = () => drawn.forEach((figure, element) => draw(element, figure));
 
   function show(layer, head) {
-    chosen = [layer, head];
     const heads = data.heads;
     document.getElementById("head").hidden = false;
     document.getElementById("head-text").innerHTML = heads.text[layer][head];
