@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moacompress.kernels.triton.tiles import UNIT, code_bytes, inverse_of, scale_and_zero
+from moacompress.kernels.triton.tiles import LEAST_UNIT, UNIT, code_bytes, scale_and_zero
 from moacompress.rules import windows
 
 BLOCK = tl.constexpr(windows.BLOCK)
@@ -178,8 +178,8 @@ def add_halves(
     scale, zero = scale_and_zero(Values.to(tl.pointer_type(tl.float16)), offset, place, read, BYTES)
     wanted = weight * scale[None, :]
     before = unit * shrunk
-    unit = tl.maximum(before, tl.max(wanted, 1))
-    inverse = inverse_of(unit)
+    unit = tl.maximum(tl.maximum(before, tl.max(wanted, 1)), LEAST_UNIT)
+    inverse = 1 / unit
     scaled = (wanted * inverse[:, None]).to(dtype)
     # the zero points are weighed by what the codes are: their errors cancel
     real = scale > 0

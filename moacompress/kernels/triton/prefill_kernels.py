@@ -305,7 +305,7 @@ def attend_chunk(
         out = tl.zeros([TOKENS * GROUP, VALUE], tl.float32)
         out_high = tl.zeros([TOKENS * GROUP, VALUE if VALUE_BITS == 4 else 1], tl.float32)
         zeros = tl.zeros([TOKENS * GROUP], tl.float32)
-        unit = tl.zeros([TOKENS * GROUP], tl.float32)
+        unit = tl.full([TOKENS * GROUP], 0.0 if query.dtype == tl.float16 else 1.0, tl.float32)
         t = tl.arange(0, TILE)
 
         if CACHED:
@@ -367,8 +367,9 @@ def attend_chunk(
                         VALUE_BITS,
                         query.dtype,
                     )
-            if VALUE_BITS > 0:
-                out = out * unit[:, None]
+            if query.dtype == tl.float16:
+                if VALUE_BITS > 0:
+                    out = out * unit[:, None]
                 if VALUE_BITS == 4:
                     out_high = out_high * unit[:, None]
 

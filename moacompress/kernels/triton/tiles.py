@@ -14,6 +14,8 @@ from moacompress.rules import windows
 
 BLOCK = tl.constexpr(windows.BLOCK)
 UNIT = tl.constexpr(work_lists.UNIT)
+LEAST_UNIT = tl.constexpr(1e-37)
+"""Of sums of values that have codes: it has an inverse."""
 
 
 @triton.constexpr_function
@@ -183,13 +185,6 @@ def softmax_step(score, seen, peak, denominator, scaling, softcap, SOFTCAP: tl.c
 
 
 @triton.jit
-def inverse_of(unit):
-    """Returns `1 / unit`, 0 where it is so small that there is no such number."""
-    usable = unit > 1e-37
-    return tl.where(usable, 1 / tl.where(usable, unit, 1.0), 0.0)
-
-
-@triton.jit
 def add_codes(
     out,
     out_high,
@@ -216,8 +211,8 @@ def add_codes(
         out: of the values, of 4 bits of their first halves, in units of `unit`, float32 `[rows, WIDTH]`.
         out_high: of second halves, likewise.
         zeros: of zero points, float32 `[rows]`.
-        unit: the largest weight times a scale so far, `[rows]`; before `shrunk`, as all sums are. Without it such products are
-            too small for float16 behind a token that outweighs all others.
+        unit: the largest weight times a scale so far, `[rows]`; before `shrunk`, as all sums are. Of float16 alone, where such
+            products are too small behind a token that outweighs all others; else 1.
         weight: of the tokens, float32 `[rows, tokens]`.
         shrunk: see `softmax_step`.
         seen: which count, bool, broadcasting with `weight`.
@@ -239,17 +234,23 @@ def add_codes(
     BYTES: tl.constexpr = code_bytes(DIM, BITS)
     scale, zero = scale_and_zero(Values.to(tl.pointer_type(tl.float16)), offset, place, read, BYTES)
     wanted = tl.where(seen, weight * scale[None, :], 0.0)
-    before = unit * shrunk
-    unit = tl.maximum(before, tl.max(wanted, 1))
-    inverse = inverse_of(unit)
-    scaled = (wanted * inverse[:, None]).to(dtype)
+    change = shrunk
+    if dtype == tl.float16:
+        before = unit * shrunk
+        unit = tl.maximum(tl.maximum(before, tl.max(wanted, 1)), LEAST_UNIT)
+        change = before / unit
+        scaled = (wanted / unit[:, None]).to(dtype)
+        multiplied = scaled.to(tl.float32) * unit[:, None]
+    else:
+        scaled = wanted.to(dtype)
+        multiplied = scaled.to(tl.float32)
     # the zero points are weighed by what the codes are: their errors cancel
-    weight = tl.where(scale[None, :] > 0, scaled.to(tl.float32) * unit[:, None] / scale[None, :], weight)
+    weight = tl.where(scale[None, :] > 0, multiplied / scale[None, :], weight)
     zeros = zeros * shrunk + tl.sum(tl.where(seen, weight * zero[None, :], 0.0), 1)
     found = value_words(Values.to(tl.pointer_type(tl.int32)), quad_offset, quad, quad_there, BYTES, WIDTH)
-    out = out * (before * inverse)[:, None]
+    out = out * change[:, None]
     if BITS == 4:
-        out_high = out_high * (before * inverse)[:, None]
+        out_high = out_high * change[:, None]
         out = tl.dot(scaled, (found & 15).to(dtype), out, input_precision="ieee")
         out_high = tl.dot(scaled, (found >> 4).to(dtype), out_high, input_precision="ieee")
     else:
