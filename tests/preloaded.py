@@ -6,6 +6,7 @@ variables of `torchrun` where there are several, and answers with an exit code.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import runpy
@@ -78,9 +79,8 @@ class Preloaded:
 
 def serve() -> None:
     """Runs jobs until there are no more."""
-
-    import moacompress.exporter.exporting
-    import moacompress.pipeline  # noqa: F401
+    for name in ("transformers.models.llama.modeling_llama", "moacompress.exporter.exporting", "moacompress.pipeline"):
+        importlib.import_module(name)
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

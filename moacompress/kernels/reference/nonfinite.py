@@ -37,29 +37,16 @@ def attend_as_seen(
     out = found[0]
     # what is not finite shows in the output, or in gradients; or it makes zeros: torch's fused attention of scores of -inf
     suspect = ~out.isfinite().all(-1) | ~out.any(-1)
-    if not (out.requires_grad or bool(suspect.any())) or _all_finite(query, keys, values):
+    if not (out.requires_grad or bool(suspect.any())) or all(
+        bool(tensor.isfinite().all()) for tensor in (query, keys, values)
+    ):
         return found
-    return _attend_apart(together, alone, query, keys, values, sees)
-
-
-def _all_finite(*tensors: torch.Tensor) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
-
-
-def _attend_apart(
-    together: Attention,
-    alone: Attention,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    sees: Callable[[int], torch.Tensor],
-) -> tuple[torch.Tensor, ...]:
-    """Attends with zeros for what is not finite; what that makes wrong is made again, each row of what it sees alone."""
+    # zeros for what is not finite; what that makes wrong is made again, each row of what it sees alone
     wild_query = ~query.isfinite().all(-1)
     wild_key, wild_value = ~keys.isfinite().all(-1), ~values.isfinite()
     dim = query.ndim - 2
     tame = (torch.where(tensor.isfinite(), tensor, 0) for tensor in (query, keys, values))
-    found = [list(tensor.unbind(dim)) for tensor in together(*tame)]
+    apart = [list(tensor.unbind(dim)) for tensor in together(*tame)]
     for row in range(query.shape[dim]):
         seen = sees(row).nonzero()[:, 0]
         weights = wild_query[..., row] | wild_key[..., seen].any(-1, keepdim=True)
@@ -67,7 +54,7 @@ def _attend_apart(
         if not len(seen) or not bool(numbers.any()):
             continue
         exact = alone(query.narrow(dim, row, 1), keys.index_select(-2, seen), values.index_select(-2, seen))
-        for rows, tensor in zip(found, exact, strict=True):
+        for rows, tensor in zip(apart, exact, strict=True):
             one = tensor.select(dim, 0)
             rows[row] = torch.where(weights if one.ndim == weights.ndim else numbers, one, rows[row])
-    return tuple(torch.stack(rows, dim) for rows in found)
+    return tuple(torch.stack(rows, dim) for rows in apart)
