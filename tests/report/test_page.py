@@ -16,12 +16,9 @@ import pytest
 from typer.testing import CliRunner
 
 from moacompress.cli import app
-from moacompress.core.errors import ArtefactError, PlanError
-from moacompress.pipeline import compress
-from moacompress.recipe import Recipe
 from moacompress.report.page.cost_figures import peak_picture
 from moacompress.report.page.figure_style import OTHERS, roles_of
-from moacompress.report.page.findings import FRONTS, Findings
+from moacompress.report.page.findings import Findings
 from moacompress.report.page.head_figures import head_map, head_shades, rule_text
 from moacompress.report.page.quality_figures import quality_pictures, side_names
 from moacompress.report.page.report_page import embedded, page_sections, seen_from, write_page
@@ -33,13 +30,6 @@ from moacompress.rules.share import Share, with_shared_rules
 from tests.browser import needs_browser
 
 RUNNER = CliRunner()
-AUDIT = {
-    "estimator": "robust",
-    "samples": 7,
-    "points": [{"calibrated": {"robust": 0.5}, "measured": 0.4}, {"calibrated": {"robust": 0.02}, "measured": 0.03}],
-    "precision_points": [{"predicted": 1e-5, "measured": 2e-5}],
-    "plans": [{"calibrated": {"robust": 0.1}, "measured": 0.0}],
-}
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--virtual-time-budget=15000", "--dump-dom",
@@ -74,34 +64,6 @@ SPY = """
 </script>
 """
 """Looks at what plotly was given, as a reader would: a click on a KV head, another colouring, the other theme, all tabs."""
-
-
-@pytest.fixture(scope="module")
-def recipe(tiny_folder: Path, small_run: dict[str, Any]) -> Recipe:
-    return Recipe.from_dict({**small_run, "model": str(tiny_folder)}).override(profile__heads=True)
-
-
-@pytest.fixture(scope="module")
-def run_folder(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out: Path = tmp_path_factory.mktemp("page") / "out"
-    compress(recipe, out)
-    bench = [
-        "bench",
-        str(out),
-        "--lengths",
-        "64,128",
-        "--repeats",
-        "7",
-        "--tokens",
-        "2",
-        "--no-peak",
-        "--sides",
-        "plan,dense",
-    ]
-    assert RUNNER.invoke(app, [*bench, "-o", str(out / "bench.json")]).exit_code == 0
-    fingerprint = json.loads((out / "profile" / "profile.json").read_text())["fingerprint"]
-    (out / "profile" / "audit.json").write_text(json.dumps({**AUDIT, "profile": fingerprint}))
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -263,157 +225,6 @@ def test_commands_of_a_shared_page_fit_together(tmp_path: Path) -> None:
     assert place("runs/mine") == "runs/mine"
 
 
-def test_another_plans_numbers_are_left_out(run_folder: Path, tmp_path: Path) -> None:
-    for name in ("eval.json", "bench.json", "plan.explain.json"):
-        shutil.copy(run_folder / name, tmp_path / name)
-    plan = Plan.load(run_folder / "plan.json")
-    Plan.full(plan.model).save(tmp_path / "plan.json")
-    found = Findings.load(tmp_path / "plan.json")
-    assert (found.evaluation, found.bench, found.explanation) == (None, None, None)
-    assert len(found.passed_over) == 3
-    (tmp_path / "eval.json").write_text("[]")
-    with pytest.raises(ArtefactError, match="no JSON object"):
-        Findings.load(tmp_path / "plan.json")
-    (tmp_path / "eval.json").write_text("{}")
-    with pytest.raises(ArtefactError, match="'checkpoint' is missing"):
-        Findings.load(tmp_path / "plan.json")
-
-
-def test_an_evaluation_of_earlier_weights_is_left_out(run_folder: Path, tmp_path: Path) -> None:
-    """A checkpoint that was repaired, or healed once more, in its place."""
-    out = tmp_path / "out"
-    shutil.copytree(run_folder, out)
-    plan, evaluation = Plan.load(out / "model" / "plan.json"), json.loads((out / "eval.json").read_text())
-    measured = evaluation["checkpoint"]["weights"]
-    assert measured == plan.model.weights_fingerprint
-    heal = {"improved": True, "train": "lora", "from_weights": "2-0000000000000000"}
-
-    def passed(weights: str, **notes: Any) -> list[str]:
-        changed = plan.with_notes(provenance={**plan.provenance, **notes})
-        changed.save(out / "model" / "plan.json")
-        config = json.loads((out / "model" / "config.json").read_text())
-        config["quantization_config"]["plan"] = changed.to_dict()
-        (out / "model" / "config.json").write_text(json.dumps(config))
-        of = {**evaluation["checkpoint"], "weights": weights}
-        (out / "eval.json").write_text(json.dumps({**evaluation, "checkpoint": of}))
-        found = [Findings.load(out / file) for file in ("plan.json", "model/plan.json")]
-        assert all((one.evaluation is None) == bool(one.passed_over) for one in found)
-        assert found[0].passed_over == found[1].passed_over
-        return found[0].passed_over
-
-    said = ["eval.json is of weights that the checkpoint no longer has"]
-    assert passed(measured) == []
-    assert passed(measured, repair={"penalty": None}) == []
-    assert passed(measured, repair={"penalty": 0.1}) == said
-    assert passed("2-1111111111111111", repair={"penalty": 0.1}) == []
-    assert passed(measured, heal=heal) == said
-    assert passed(str(heal["from_weights"]), heal=heal) == said
-    assert passed("2-1111111111111111", heal=heal) == []
-    assert passed(measured, heal={**heal, "train": "gates", "changed_weights": False}) == []
-
-
-def test_the_summary_of_another_plan_is_left_out(run_folder: Path, tmp_path: Path) -> None:
-    summary = json.loads((run_folder / "summary.json").read_text())
-    plan = Plan.load(run_folder / "plan.json")
-    assert summary["plan"] == plan.key()
-    plan.save(tmp_path / "plan.json")
-    for noted, there in ((plan.key(), True), (None, True), ("0" * 16, False)):
-        of = {} if noted is None else {"plan": noted}
-        (tmp_path / "summary.json").write_text(json.dumps({"seconds": {"search": 3.0}, **of}))
-        found = Findings.load(tmp_path / "plan.json")
-        assert (found.summary is not None) == there
-        assert found.passed_over == ([] if there else ["summary.json is of another plan"])
-
-
-def test_broken_files_of_others_cost_no_page(run_folder: Path, tmp_path: Path) -> None:
-    shutil.copy(run_folder / "plan.json", tmp_path / "plan.json")
-    shutil.copy(run_folder / "plan.explain.json", tmp_path / "plan.explain.json")
-    for name, text in (("a.explain.json", "{"), ("a.front.json", "["), ("b.front.json", "{}"), ("c.front.json", "[]")):
-        (tmp_path / name).write_text(text)
-    found = Findings.load(tmp_path / "plan.json")
-    assert found.explanation is not None
-    assert found.passed_over == [
-        "a.explain.json cannot be read",
-        "a.front.json cannot be read",
-        "b.front.json lists no plans",
-        "c.front.json cannot be read",
-    ]
-    write_page(found, tmp_path / "page.html")
-
-
-@pytest.mark.parametrize(
-    "notes",
-    [
-        {"quality": {"measured_harm": {"plan": "x"}}},
-        {"quality": {"measured_harm": {"plan": 0.1, "uniform": "x"}}},
-        {"quality": {"measured_harm": ["plan"]}},
-        {"quality": {"measured_harm": "plan"}},
-        {"provenance": {"versions": "x"}},
-        {"provenance": {"heal": {}}},
-        {"provenance": {"repair": {"penalty": 1, "tokens": 3}}},
-    ],
-    ids=str,
-)
-def test_damaged_notes_are_one_sentence(run_folder: Path, tmp_path: Path, notes: dict[str, Any]) -> None:
-    plan = Plan.load(run_folder / "plan.json")
-    plan.with_notes(**{name: {**getattr(plan, name), **note} for name, note in notes.items()}).save(
-        tmp_path / "plan.json"
-    )
-    with pytest.raises(PlanError, match=r"what the plan's notes say of .* is damaged: "):
-        write_page(Findings.load(tmp_path / "plan.json"), tmp_path / "page.html")
-
-
-@pytest.mark.parametrize(
-    ("part", "name", "content"),
-    [
-        ("evaluation", "eval.json", {}),
-        ("evaluation", "eval.json", {"results": [{"model": "plan"}]}),
-        ("evaluation", "eval.json", {"results": [], "pooled": [1]}),
-        ("bench", "bench.json", {}),
-        ("bench", "bench.json", {"environment": {}, "runs": []}),
-        ("bench", "bench.json", {"environment": {}, "runs": "x"}),
-        ("explanation", "*.explain.json", {"stages": [], "harm": "x"}),
-        ("explanation", "*.explain.json", {"stages": [], "heads": [{}]}),
-        ("explanation", "*.explain.json", {"stages": [], "predicted": {"pairs": [1, 2]}}),
-        ("explanation", "*.explain.json", {}),
-        ("front", FRONTS, {"points": [{"plan": "plan.json"}]}),
-        ("audit", "audit.json", {"estimator": "robust"}),
-        ("summary", "summary.json", {"seconds": "x"}),
-    ],
-)
-def test_files_of_another_form_are_one_sentence(
-    run_folder: Path, tmp_path: Path, part: str, name: str, content: dict[str, Any]
-) -> None:
-    changed: dict[str, Any] = {part: content}
-    found = replace(Findings.load(run_folder / "plan.json"), **changed)
-    with pytest.raises(ArtefactError, match=rf"^{re.escape(name)} is not what its name says \("):
-        write_page(found, tmp_path / "page.html")
-    assert not (tmp_path / "page.html").exists()
-
-
-def test_what_was_left_beside_under_other_names(run_folder: Path, tmp_path: Path) -> None:
-    """As searches of several budgets and of a loss leave it: notes are known by their plan, a front by the file it lists."""
-    shutil.copy(run_folder / "plan.json", tmp_path / "plan-50.json")
-    shutil.copy(run_folder / "plan.explain.json", tmp_path / "other.explain.json")
-    points = [{"plan": f"plan-{n}.json", "kv_share": {"800": n / 100}, "harm": {"plan": 1 / n}} for n in (25, 50)]
-    (tmp_path / "plan.front.json").write_text(json.dumps({"points": points}))
-    found = Findings.load(tmp_path / "plan-50.json")
-    assert found.explanation is not None
-    names = [picture.name for section in page_sections(found) for picture in section.pictures]
-    assert "front" in names
-    shutil.copy(run_folder / "plan.json", tmp_path / "plan-7.json")
-    assert Findings.load(tmp_path / "plan-7.json").front is None
-
-
-def test_the_audit_of_another_profile_is_left_out(run_folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(run_folder / "profile", tmp_path / "profile")
-    plan = Plan.load(run_folder / "plan.json")
-    plan.with_notes(provenance={**plan.provenance, "profile": "0" * 16}).save(tmp_path / "plan.json")
-    found = Findings.load(tmp_path / "plan.json")
-    assert (found.profile, found.audit) == (None, None)
-    assert any("audit.json" in text for text in found.passed_over)
-
-
 def test_layers_that_share_take_what_the_plan_says(run_folder: Path, tmp_path: Path) -> None:
     plan = Plan.load(run_folder / "plan.json")
     shares = (None, Share(0, tuple(range(plan.model.kv_heads))), *[None] * (plan.model.layers - 2))
@@ -444,24 +255,6 @@ def test_commands_have_whole_places_on_the_terminal_and_names_on_the_page(run_fo
     assert "moacompress bench &#39;my run&#39; -o &#39;my run&#39;/bench.json" in (out / "report.html").read_text(
         "utf-8"
     )
-
-
-def test_a_broken_file_costs_no_finished_run(run_folder: Path, tmp_path: Path, recipe: Recipe) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(run_folder, out)
-    (out / "bench.json").write_text("{")
-    summary = compress(recipe, out)
-    assert summary["kv_share"] <= 0.5
-
-
-def test_a_profile_that_is_named_must_be_the_plans(run_folder: Path, tmp_path: Path) -> None:
-    plan = Plan.load(run_folder / "plan.json")
-    plan.with_notes(provenance={**plan.provenance, "profile": "0" * 16}).save(tmp_path / "plan.json")
-    assert Findings.load(tmp_path / "plan.json").profile is None
-    with pytest.raises(ArtefactError, match="the plan was made from 0000"):
-        Findings.load(tmp_path / "plan.json", run_folder / "profile")
-    with pytest.raises(ArtefactError, match="does not exist"):
-        Findings.load(tmp_path / "plan.json", tmp_path / "nowhere")
 
 
 def test_a_checkpoint_alone_has_a_page(run_folder: Path, tmp_path: Path) -> None:

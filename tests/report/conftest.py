@@ -1,0 +1,50 @@
+"""A finished run on a tiny model, for pages and what they are made of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from moacompress.cli import app
+from moacompress.pipeline import compress
+from moacompress.recipe import Recipe
+
+AUDIT = {
+    "estimator": "robust",
+    "samples": 7,
+    "points": [{"calibrated": {"robust": 0.5}, "measured": 0.4}, {"calibrated": {"robust": 0.02}, "measured": 0.03}],
+    "precision_points": [{"predicted": 1e-5, "measured": 2e-5}],
+    "plans": [{"calibrated": {"robust": 0.1}, "measured": 0.0}],
+}
+
+
+@pytest.fixture(scope="session")
+def recipe(tiny_folder: Path, small_run: dict[str, Any]) -> Recipe:
+    return Recipe.from_dict({**small_run, "model": str(tiny_folder)}).override(profile__heads=True)
+
+
+@pytest.fixture(scope="session")
+def run_folder(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out: Path = tmp_path_factory.mktemp("page") / "out"
+    compress(recipe, out)
+    bench = [
+        "bench",
+        str(out),
+        "--lengths",
+        "64,128",
+        "--repeats",
+        "7",
+        "--tokens",
+        "2",
+        "--no-peak",
+        "--sides",
+        "plan,dense",
+    ]
+    assert CliRunner().invoke(app, [*bench, "-o", str(out / "bench.json")]).exit_code == 0
+    fingerprint = json.loads((out / "profile" / "profile.json").read_text())["fingerprint"]
+    (out / "profile" / "audit.json").write_text(json.dumps({**AUDIT, "profile": fingerprint}))
+    return out
