@@ -100,12 +100,12 @@ def quickest_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     """
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     ready = lies_ready(weight, x) and (bias is None or lies_ready(bias, x))
-    if trained or not ready or torch.is_autocast_enabled(x.device.type):
+    if trained or not ready or in_forward_mode() or torch.is_autocast_enabled(x.device.type):
         return nn.functional.linear(x, weight, bias)
     if has_few_rows(x) and capabilities_for(x).linear:
         return backend_for(x).linear(x, weight, bias)
     ours = is_widened(x) or (ON_AMD and x.dtype == torch.float32 and x.device.type == "cpu")
-    if not ours or not x.numel():
+    if not ours or not x.numel() or torch._C._are_functorch_transforms_active():
         return nn.functional.linear(x, weight, bias)
     if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         return float32_product(x, weight, bias)  # an operator takes as long again as a small product
@@ -155,7 +155,7 @@ def has_few_rows(x: torch.Tensor) -> bool:
 
 
 def in_forward_mode() -> bool:
-    """Returns whether derivatives are taken in forward mode (`torch.func.jvp`), which compiled kernels would drop."""
+    """Returns whether derivatives are taken in forward mode (`torch.func.jvp`), which no product but torch's own has."""
     return forward_ad._current_level >= 0
 
 

@@ -137,13 +137,32 @@ def test_autocast_decides(rows, onednn):
         assert layer(torch.randn(rows, 24)).dtype == linear()(torch.randn(rows, 24)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("widened", [False, True])
 @pytest.mark.parametrize("rows", [1, 130])
-def test_forward_mode_has_its_tangents(rows):
-    layer, x, tangent = linear(), torch.randn(rows, 24), torch.randn(rows, 24)
+def test_forward_mode_has_its_tangents(rows, widened, dtype, onednn, monkeypatch):
+    monkeypatch.setattr(module, "is_widened", lambda x: widened and x.dtype != torch.float32)
+    layer, x, tangent = linear(dtype=dtype), torch.randn(rows, 24).to(dtype), torch.randn(rows, 24).to(dtype)
     expected = torch.func.jvp(layer, (x,), (tangent,))[1]
     assert expected.abs().max() > 0.1
     use_kernels(layer)
     torch.testing.assert_close(torch.func.jvp(layer, (x,), (tangent,))[1], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("transform", [torch.func.jacrev, torch.func.jacfwd, torch.func.hessian])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_function_transforms_are_torchs_own(transform, dtype, onednn, monkeypatch):
+    """Neither the compiled kernels nor an operator with a gradient of its own may be transformed."""
+    monkeypatch.setattr(module, "is_widened", lambda x: x.dtype != torch.float32)
+    layer, x = linear(dtype=dtype), torch.randn(33, 24).to(dtype)
+
+    def loss(x):
+        return (layer(x) ** 2).sum()
+
+    expected = torch.func.grad(loss)(x), transform(lambda row: loss(row[None]))(x[0])
+    use_kernels(layer)
+    found = torch.func.grad(loss)(x), transform(lambda row: loss(row[None]))(x[0])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_a_compiled_layer_is_one_graph(onednn):

@@ -359,6 +359,9 @@ _TENSORS = (
         "telling whether derivatives are taken in forward mode",
         checks.is_a(int),
     ),
+    PrivateName(
+        "torch._C._are_functorch_transforms_active", "telling whether a product is differentiated by torch.func"
+    ),
     PrivateName("torch.library.get_ctx", "sizes that a compiled model does not know"),
     PrivateName("torch._library.fake_impl.FakeImplCtx.new_dynamic_size", "sizes that a compiled model does not know"),
     PrivateName("torch.utils._python_dispatch.TorchDispatchMode", "the memory of profiling"),
