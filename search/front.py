@@ -160,8 +160,8 @@ def _search_front(request: SearchRequest, evaluator: PlanEvaluator, trials: int,
             study_storage.pause(trials, indices, deadline.left)
             continue
         try:
-            share = float(np.exp(started.parameters[SHARE]))
-            limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n in profile.lengths}
+            budget = Budget(SHARE, float(np.exp(started.parameters[SHARE])), None, None)
+            limits = budget.limits(profile.shape, profile.lengths)
             parameters = {name: at for name, at in started.parameters.items() if name != SHARE}
             plan = request.plan(surrogate, parameters, byte_constraints(limits))
             kl = float(np.mean(evaluator.kls("front", plan, evaluator.order)))

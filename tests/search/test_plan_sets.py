@@ -16,7 +16,8 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import of_front, plans_of_front
 from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, OutOfTimeError, UsageError
 from moacompress.core.lock_holders import own_file
-from moacompress.rules.budget import label, split_budgets
+from moacompress.rules.budget import Budget, label, split_budgets
+from moacompress.rules.constraints import byte_constraints
 from moacompress.rules.cost import layer_floors, meets
 from moacompress.rules.loss import Loss
 from moacompress.rules.plan import Plan
@@ -95,6 +96,23 @@ def test_the_front_of_kl_and_bytes(fake: Any, profiles: Profiles, tmp_path: Path
     for budgets in (["25%"], ["25%", "25%"], ["25%@8k", "50%"], ["25%", "1MiB@8k"], []):
         with pytest.raises(BudgetError, match="a front lies between two shares"):
             find_front(profile, budgets, recipe=profile.recipe, out=out, model=model(profile))
+
+
+def test_the_ends_of_a_front_are_the_budgets_that_were_asked_for(
+    fake: Any, profiles: Profiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the byte, though a logarithm and back make another float of a share."""
+    profile, seen = profiles(trials=4), list[dict[int, int]]()
+
+    def constraints(limits: dict[int, int]) -> Any:
+        seen.append(limits)
+        return byte_constraints(limits)
+
+    monkeypatch.setattr(front, "byte_constraints", constraints)
+    budgets = ["60%", "34.375%"]
+    find_front(profile, budgets, recipe=profile.recipe, out=tmp_path / "plan.json", model=model(profile))
+    seen.sort(key=lambda limits: list(limits.values()))
+    assert [seen[-1], seen[0]] == [Budget.parse(share).limits(profile.shape, profile.lengths) for share in budgets]
 
 
 def test_several_budgets_share_the_time(fake: Any, profiles: Profiles, clock: Any, tmp_path: Path) -> None:
