@@ -163,6 +163,7 @@ def test_onnx_runtime_is_built_once_and_fed_tokens(
 
     fed: list[list[int]] = []
     built: list[list[str]] = []
+    asked: list[dict[str, Any]] = []
 
     class Generator:
         def __init__(self, model: Any, params: Any) -> None:
@@ -180,14 +181,14 @@ def test_onnx_runtime_is_built_once_and_fed_tokens(
     genai = SimpleNamespace(
         Config=lambda folder: SimpleNamespace(overlay=lambda text: fed.append(json.loads(text))),
         Model=lambda config: config,
-        GeneratorParams=lambda model: SimpleNamespace(set_search_options=lambda **options: None),
+        GeneratorParams=lambda model: SimpleNamespace(set_search_options=lambda **options: asked.append(options)),
         Generator=Generator,
     )
 
     def run(command: list[str], **options: Any) -> None:
         built.append(command)
         folder = Path(command[command.index("-o") + 1])
-        config = {"model": {"vocab_size": 9, "decoder": {"num_hidden_layers": 3}}}
+        config = {"model": {"vocab_size": 9, "context_length": 48, "decoder": {"num_hidden_layers": 3}}}
         (folder / "genai_config.json").write_text(json.dumps(config))
 
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", genai)
@@ -206,6 +207,7 @@ def test_onnx_runtime_is_built_once_and_fed_tokens(
     assert engine.answer({**job(), "new_tokens": 2})["ids"] == [2, 3]
     assert fed == [PROMPT[:-1], PROMPT[-1:], [2]]
     assert engine.kv_bytes() == 3 * 2 * (len(PROMPT) + 1) * 2 * 16
+    assert [options["max_length"] for options in asked] == [48]  # the model's context, as it refuses more
 
 
 def test_what_a_library_prints_is_no_answer(rivals: SimpleNamespace, tmp_path: Path) -> None:

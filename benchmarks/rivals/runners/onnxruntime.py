@@ -34,13 +34,14 @@ class Onnx(SteppedEngine):
     def __init__(self, folder: Path, task: Job) -> None:
         import onnxruntime_genai
 
-        self._genai, self._tokens = onnxruntime_genai, task["tokens"]
+        self._genai = onnxruntime_genai
         config = onnxruntime_genai.Config(str(folder))
         threads = {"session_options": {"intra_op_num_threads": task["threads"]}}
         config.overlay(json.dumps({"model": {"decoder": threads}}))
         self._model: Any = onnxruntime_genai.Model(config)
         shape = json.loads((folder / "genai_config.json").read_text("utf-8"))["model"]
         self.vocabulary, self._layers = shape["vocab_size"], shape["decoder"]["num_hidden_layers"]
+        self._tokens = min(task["tokens"], shape["context_length"])  # it takes no more, not even for shorter prompts
         self._generator: Any = None
         self._read = 0
 
