@@ -104,6 +104,8 @@ def main() -> None:
     options = parser()
     given = options.parse_args()
     if given.table is not None:
+        if not given.table.exists():
+            options.error(f"--table {given.table}: no such file")
         print(tables(read_rows(given.table)))
     elif given.list:
         print("\n".join(f"{setting.full_name}  {setting.note}".rstrip() for setting in SETTINGS))

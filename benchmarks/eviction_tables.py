@@ -15,6 +15,7 @@ from typing import Any
 
 from moacompress.evaluation.baselines.compared_models import DENSE, PLAN
 from moacompress.evaluation.scoring.result_rows import POOLED
+from moacompress.evaluation.scoring.text_rows import TEXT
 from moacompress.rules.budget import format_length
 
 METRICS = ("retention", "nll")
@@ -45,9 +46,10 @@ class Evaluation:
             }
             for kind in ("results", "differences")
         )
-        lengths = {row["length"] for row in found["results"]}
-        self.tasks = [*dict.fromkeys(row["task"] for row in found["results"])]
-        self.sides = [*dict.fromkeys(row["model"] for row in found["results"])]
+        rows = [row for row in found["results"] if row["task"] != TEXT]
+        lengths = {row["length"] for row in rows}
+        self.tasks = [*dict.fromkeys(row["task"] for row in rows)]
+        self.sides = [*dict.fromkeys(row["model"] for row in rows)]
         if len(lengths) != 1 or len(self.tasks) < 2 or DENSE not in self.sides:
             raise SystemExit(
                 f"{path}: an evaluation of two tasks or more, of one length, with dense among its sides is wanted"

@@ -199,6 +199,9 @@ def test_tables_of_ways_to_evict(load_script: Callable[[Path], Any], tmp_path: P
         "| `hard` | 3 of 4, 3 of 4 | 0.67, 0.67 | 0.00, 0.00 | 0.00, 0.00 |",
         "| `none` | 0 of 4, 0 of 4 | -, - | -, - | -, - |",
     ]
+    whole = {**found, "results": [*found["results"], {**found["results"][0], "task": "text", "length": 4096}]}
+    (tmp_path / "text.json").write_text(json.dumps(whole))
+    assert script.side_table(script.Evaluation(tmp_path / "text.json")).splitlines() == lines
     found["results"] = [row for row in found["results"] if row["task"] != "easy"]
     (tmp_path / "one.json").write_text(json.dumps({**found, "results": found["results"][:13]}))
     with pytest.raises(SystemExit, match=r"one\.json: an evaluation of two tasks or more"):

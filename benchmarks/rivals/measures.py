@@ -28,6 +28,9 @@ Failures = dict[str, str]
 """Why a setting could not be measured, by its full name."""
 _digest = functools.cache(digest_files)
 
+ROW_VERSION = 2
+"""Changes with what rows of answers say, so that those of older files are measured again."""
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -87,6 +90,8 @@ class Bench:
             of = _digest(Path(setting.options["checkpoint"])) if "checkpoint" in setting.options else ""
         else:
             of = (REQUIREMENTS / f"{setting.rival}.txt").read_text("utf-8")
+        if setting.rival in NEED_GGUF and self.gguf is not None:
+            of += _digest(self.gguf)
         return fingerprint([setting.rival, dict(setting.options), of, _digest(self.dense), *parts])
 
     def file(self, key: str, numbers: Mapping[str, float], process: Runner, setting: Setting, **notes: Any) -> None:
@@ -130,7 +135,7 @@ def measure_quality(
 
     def key(setting: Setting, way: str, prompt: Prompt) -> str:
         of = bench.key(setting, "quality", list(stop))
-        return fingerprint([of, way, prompt.case.prompt_ids, prompt.new_tokens])
+        return fingerprint([of, ROW_VERSION, way, prompt.case.prompt_ids, prompt.new_tokens])
 
     def rows(setting: Setting) -> None:
         asked = [way for way in (SEEN, UNSEEN) if way in questions] if setting.once else [SEEN]
@@ -164,6 +169,7 @@ def measure_quality(
                     "tokens": len(case.prompt_ids) + len(said["ids"]) - 1,
                 }
                 where = {"task": case.task, "length": case.length, "index": prompt.index}
+                where |= {"prompt": fingerprint(case.prompt_ids)}
                 question = way if setting.once else ""
                 bench.file(row_key, numbers, process, setting, measure="quality", question=question, **where)
                 seconds = time.perf_counter() - begin

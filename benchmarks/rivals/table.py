@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moacompress.evaluation.scoring.stats import Interval, paired_difference, rate, retained
+from moacompress.evaluation.scoring.stats import paired_rates, rate, retained
 from moacompress.rules.budget import format_length
 from rivals.settings import DENSE, OURS
 
 Row = dict[str, Any]
-Which = tuple[str, int, int]
-"""Task, length and index of a prompt."""
+Which = tuple[str, int, int, str]
+"""Task, length and index of a prompt, and a digest of what it says."""
 COMMON = {"quality": ("model",), "kept": ("model",), "speed": ("model", "machine", "threads", "steps")}
 """What all rows of a measure have in common, for their numbers to stand in one table."""
 MORE_BYTES = 1.05
@@ -47,9 +47,9 @@ class Answers:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Returns the rows of a file, the last of each key; what is no row is left out."""
+    """Returns the rows of a file, the last of each key; what is no row is left out, and without a file there are none."""
     found: dict[str, Row] = {}
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
             found[row["key"]] = row
@@ -114,6 +114,8 @@ def quality_table(rows: Sequence[Row]) -> str:
     ]
     for one in found:
         some = [which for which in one.match if which in right]
+        if not some:
+            continue
         value, (low, high) = rate(retained([1.0] * len(some), [one.match[which] for which in some]))
         counted = "" if len(some) == len(right) else f" of {len(some)}"
         beside, verdict = _beside(one, ours, right)
@@ -127,7 +129,9 @@ def quality_table(rows: Sequence[Row]) -> str:
 def _numbers(some: Iterable[Row]) -> dict[Which, Mapping[str, float]]:
     """Returns the numbers of rows of answers by prompt."""
     return {
-        (row["task"], row["length"], row["index"]): row["numbers"] for row in some if row.get("measure") == "quality"
+        (row["task"], row["length"], row["index"], row.get("prompt", "")): row["numbers"]
+        for row in some
+        if row.get("measure") == "quality"
     }
 
 
@@ -159,20 +163,9 @@ def _beside(one: Answers, ours: Sequence[Answers], right: set[Which]) -> tuple[s
     both = [which for which in one.match if which in mine.match and which in right]
     if not both:
         return "", ""
-    value, (low, high) = _difference([mine.match[which] for which in both], [one.match[which] for which in both])
+    value, (low, high) = paired_rates([mine.match[which] for which in both], [one.match[which] for which in both])
     verdict = "ours" if low > 0 else "**the rival**" if high < 0 else "not told apart"
     return f"{mine.setting}: {value:+.2f} [{low:+.2f}, {high:+.2f}]", verdict
-
-
-def _difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, Interval]:
-    """Returns the mean paired difference and its interval.
-
-    Where it is the same on all prompts a bootstrap sees no spread; then the interval is as wide as the two rates' own allow.
-    """
-    if len({mine - other for mine, other in zip(ours, theirs, strict=True)}) > 1:
-        return paired_difference(ours, theirs)
-    (mine, (low, high)), (other, (least, most)) = rate(ours), rate(theirs)
-    return mine - other, (low - most, high - least)
 
 
 def kept_table(rows: Sequence[Row]) -> str:

@@ -146,7 +146,7 @@ def evaluate(
           differences there have `retention` too.
         - `at_floor`: `task` and `length` of what the dense model cannot do itself, so that nothing follows from it.
         - `lm_eval`: rows of lm-evaluation-harness, where asked for; see `run_lm_eval`. They are computed from scratch each
-          time.
+          time, and those of other tasks that are at `out` stay there.
 
     Raises:
         UsageError: `target` is not compressed, an unknown task or baseline, a cache whose package is not installed or
@@ -195,8 +195,7 @@ def evaluate(
     subject = {"plan": checkpoint.plan.key(), "weights": checkpoint.weights}
     check_alike({"moacompress": own_version(), **subject})
     with nullcontext() if path is None else own_file(path):
-        if path is not None:
-            _check_place(path, subject, wording, overwrite)
+        kept = agreed([] if path is None else _check_place(path, subject, wording, overwrite))
         records = Records(None if path is None else scores_file(path), named_numbers, resume=not overwrite)
         bench = _Evaluation(checkpoint, resources, comparison, Scorer(checkpoint, records, progress), prompts, seed)
         wanted = [(task, length) for task in names for length in bench.lengths(task, lengths)]
@@ -206,12 +205,14 @@ def evaluate(
         progress.start("evaluating", steps)
         report: dict[str, Any] = {"checkpoint": subject, "wording": wording, **bench.measured(wanted)}
         progress.done()
+        if kept:
+            report["lm_eval"] = kept
         if lm_eval:
             if path is not None:
                 write_json(path, report)  # the harness may fail, after hours
-            report["lm_eval"] = _lm_eval_rows(
-                checkpoint, comparison, lm_eval, lm_eval_limit, lm_eval_batch, seed, progress
-            )
+            rows = _lm_eval_rows(checkpoint, comparison, lm_eval, lm_eval_limit, lm_eval_batch, seed, progress)
+            made = {row["task"] for row in rows}
+            report["lm_eval"] = [*(row for row in kept if row["task"] not in made), *rows]
         if path is not None:
             write_json(path, report)
         agreed(None)  # no process ends before the report is there
@@ -259,20 +260,25 @@ def check_request(
         raise DataError(f"task {TEXT} needs prose: give a .txt file or a folder of them as text")
 
 
-def _check_place(out: Path, subject: Mapping[str, str], wording: Mapping[str, str], overwrite: bool) -> None:
+def _check_place(out: Path, subject: Mapping[str, str], wording: Mapping[str, str], overwrite: bool) -> list[ResultRow]:
     """Refuses what is not an evaluation of this checkpoint; one of other tasks is, and its scores are beside it.
 
     One of the same tasks in another wording counts as one of other tasks, and it is said.
+
+    Returns:
+        Its rows of lm-evaluation-harness, which are nowhere else.
     """
     sweep_files(out)
     if out.is_dir():
         raise ArtefactError(f"{out} is a folder; name a file, such as {out / EVALUATION_FILE}")
     if overwrite or not out.exists():
-        return
+        return []
+    kept: list[ResultRow] = []
     try:
         found = read_json(out, "evaluation")
         ours = "results" in found and found.get("checkpoint", subject) == subject
         earlier = _earlier_wording(found) if ours else {}
+        kept = [{**row, "task": str(row["task"])} for row in found.get("lm_eval", ())]
     except (ArtefactError, TypeError, AttributeError, KeyError):
         ours = False
     if not ours:
@@ -286,6 +292,7 @@ def _check_place(out: Path, subject: Mapping[str, str], wording: Mapping[str, st
             out,
             ", ".join(other),
         )
+    return kept
 
 
 def _earlier_wording(found: Mapping[str, Any]) -> dict[str, str]:

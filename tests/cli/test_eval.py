@@ -199,6 +199,12 @@ def test_lm_eval(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     rows = [(row["model"], row["task"], row["metric"], row["prompts"]) for row in data["lm_eval"]]
     assert rows == [("plan", "even", "acc", 4), ("dense", "even", "acc", 4)]
     assert "lm_eval,plan,even" in (tmp_path / "t.csv").read_text()
+    out = tmp_path / "eval.json"
+    measure(place, "--lm-eval", tmp_path / "even.yaml", "--prompts", "4", "-o", out)
+    measure(place, "--tasks", "needle-noise", "--lengths", "768", "--prompts", "2", "-o", out)
+    kept = json.loads(out.read_text())
+    assert kept["lm_eval"] == data["lm_eval"]  # they took long, and are not among the scores
+    assert kept["results"]
     shown = invoke(place, "--lm-eval", tmp_path / "even.yaml", "--prompts", "4", "-q")
     assert "lm-evaluation-harness" in shown.stdout
     assert "loglikelihood" not in shown.stderr  # of its bars

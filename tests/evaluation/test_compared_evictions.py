@@ -227,6 +227,7 @@ def test_settings_that_a_method_cannot_have(name: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("plan", r"against 'plan', which is what rows of the checkpoint itself .* as '\./plan'"),
         ("snapkw", "cannot evaluate against 'snapkw'; did you mean 'snapkv'"),
         ("h2o:seen", "cannot evaluate against 'h2o:seen'; known are dense, .*, h2o, "),
         ("zzzz", "known are dense, .*streaming-llm, h2o, snapkv, pyramidkv, adakv, expected-attention, keydiff, kvzip"),

@@ -15,7 +15,13 @@ import torch
 from moacompress.core.errors import UsageError
 from moacompress.evaluation import evaluate
 from moacompress.evaluation.baselines.compared_models import make_comparison
-from moacompress.evaluation.baselines.quantized_caches import QUANTIZED, RESIDUAL, QuantizedKind, held_bytes
+from moacompress.evaluation.baselines.quantized_caches import (
+    QUANTIZED,
+    RESIDUAL,
+    QuantizedKind,
+    held_bytes,
+    text_steps,
+)
 from moacompress.evaluation.scoring.prompts import score_batch
 from moacompress.evaluation.scoring.text import read
 from moacompress.evaluation.tasks.cases import Case
@@ -89,7 +95,7 @@ def test_text_is_read_as_it_would_be_generated(kind: QuantizedKind, model: PreTr
     """In float64: in float32 another order of sums flips a code now and then."""
     model = model.double()
     window = np.random.default_rng(0).integers(4, 100, 300).tolist()
-    states = read(model, window, kind.new_cache(model), RESIDUAL).states
+    states = read(model, window, kind.new_cache(model), text_steps(300)).states
     cache, ids = kind.new_cache(model), torch.tensor([window])
     first = model.get_decoder()(input_ids=ids[:, :RESIDUAL], use_cache=True, **cache_argument(cache)).last_hidden_state[
         0
@@ -100,6 +106,28 @@ def test_text_is_read_as_it_would_be_generated(kind: QuantizedKind, model: PreTr
     ]
     torch.testing.assert_close(states, torch.cat([first, *rest]), atol=1e-6, rtol=1e-6)
     assert not torch.allclose(states[RESIDUAL:], read(model, window).states[RESIDUAL:], atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 128, 129, 255, 256, 257, 700])
+@pytest.mark.parametrize("counted", ["what is brought", "one"])
+def test_steps_of_text_round_when_tokens_would(tokens: int, counted: str) -> None:
+    """Whether a version of transformers counts what an update brings or one token: 5.17 to 5.19 do the latter."""
+
+    def unrounded(steps: list[int]) -> dict[int, int]:
+        """Returns how many tokens are not rounded, by how many were read before."""
+        seen, residual, read = {}, 0, 0
+        for step in steps:
+            full = residual > 0 and residual + (step if counted == "what is brought" else 1) >= RESIDUAL
+            seen[read] = residual
+            residual = 0 if full or read == 0 else residual + step  # the first of all are rounded as they come
+            read += step
+        return {**seen, read: residual}
+
+    first = min(tokens, RESIDUAL)
+    one_by_one = unrounded([first, *[1] * (tokens - first)])
+    steps = text_steps(tokens)
+    assert sum(steps) == tokens
+    assert unrounded(steps).items() <= one_by_one.items()
 
 
 def test_its_bytes_are_those_of_its_tensors(

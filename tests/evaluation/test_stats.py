@@ -9,6 +9,7 @@ from moacompress.evaluation.scoring.stats import (
     bootstrap_mean,
     mean,
     paired_difference,
+    paired_rates,
     perplexity_difference,
     rate,
     retention,
@@ -62,6 +63,18 @@ def test_pairing_removes_what_prompts_have_in_common() -> None:
     assert value == pytest.approx(1.0, abs=0.1)
     assert 0.9 < low < value < high < 1.1
     assert paired_difference([1.0, 2.0], [1.0, 2.0]) == (0.0, (0.0, 0.0))
+
+
+def test_differences_that_are_the_same_on_all_prompts_are_no_certainty() -> None:
+    assert paired_rates([1.0, 0.0, 1.0], [0.0, 0.0, 1.0], 3) == paired_difference([1.0, 0.0, 1.0], [0.0, 0.0, 1.0], 3)
+    unseen = wilson(0, 6)[1]
+    assert unseen > 0.3
+    assert paired_rates([1.0] * 6, [0.0] * 6) == (1.0, (1 - 2 * unseen, 1.0))
+    assert paired_rates([0.0] * 6, [1.0] * 6) == (-1.0, (-1.0, 2 * unseen - 1))
+    assert paired_rates([1.0, 0.0, 1.0] * 2, [1.0, 0.0, 1.0] * 2) == (0.0, (-unseen, unseen))
+    value, (low, high) = paired_rates([0.75] * 100, [0.5] * 100)
+    assert value == 0.25
+    assert 0.18 < low < value < high < 0.3
 
 
 def test_rate_chooses_the_interval_by_the_values() -> None:

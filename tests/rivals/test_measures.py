@@ -40,6 +40,18 @@ def rows(rivals: SimpleNamespace, tmp_path: Path) -> list[dict[str, Any]]:
     return list(rivals.table.read_rows(tmp_path / "rows.jsonl"))
 
 
+def test_rows_of_another_gguf_file_are_other_rows(rivals: SimpleNamespace, tiny_folder: Path, tmp_path: Path) -> None:
+    """Where a rival runs its weights; for the others it changes nothing."""
+    files = [tmp_path / f"{name}.gguf" for name in "ab"]
+    for file in files:
+        file.write_bytes(file.name.encode())
+    benches = [rivals.measures.Bench(tiny_folder, file, tmp_path, 1, None, "a machine") for file in (None, *files)]
+    for rival, different in (("llamacpp", 3), ("openvino", 3), ("kvpress", 1)):
+        (rivals.requirements / f"{rival}.txt").touch()
+        setting = rivals.settings.Setting(rival, "one")
+        assert len({bench.key(setting, "speed") for bench in benches}) == different
+
+
 def test_answers_are_scored_and_not_asked_for_again(
     rivals: SimpleNamespace, bench: Callable[..., Any], prompts: Any, says: Any, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:

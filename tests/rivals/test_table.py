@@ -136,6 +136,26 @@ def test_rows_of_other_runs_are_left_out(rivals: SimpleNamespace, capsys: Any) -
     assert capsys.readouterr().err.startswith("10 of 18 rows are left out: newer ones are of another model, checkpoint")
 
 
+def test_answers_to_other_prompts_of_the_same_place_are_not_paired(rivals: SimpleNamespace) -> None:
+    """As of a file that was begun with another text."""
+
+    def of(prompts: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{**row, "prompt": prompt} for prompt, row in zip(prompts, rows, strict=True)]
+
+    rows = [
+        *of("abc", answers("transformers", "dense", [1.0, 0.0, 1.0], 1)),
+        *of("abd", answers("moacompress", "large", [1.0, 1.0, 1.0], 0.25)),
+        *of("xyc", answers("other", "some", [1.0, 1.0, 0.0], 0.5)),
+        *of("xyz", answers("other", "none", [1.0, 1.0, 1.0], 0.5)),
+        *of("xbz", answers("other", "wrong", [1.0, 1.0, 1.0], 0.5)),
+    ]
+    table = rivals.table.quality_table(rows)
+    assert cells(table, "large")[4] == "1.00 [0.21, 1.00] of 1"
+    assert cells(table, "some")[4:7] == ["0.00 [0.00, 0.79] of 1", "", ""]
+    assert "none" not in table  # of no prompt that dense answered
+    assert "wrong" not in table  # of one that it did not answer right
+
+
 def test_a_file_of_rows_becomes_tables(rivals: SimpleNamespace, tmp_path: Path) -> None:
     rows = [*answers("transformers", "dense", [1.0], 1), *times("a", 256, [3])]
     path = tmp_path / "rows.jsonl"
@@ -145,3 +165,4 @@ def test_a_file_of_rows_becomes_tables(rivals: SimpleNamespace, tmp_path: Path) 
     said = rivals.table.tables(read)
     assert said.endswith("2026-01-02, a machine, 1 thread. transformers (library 1.2); fast (library 1.2).")
     assert rivals.table.tables([]) == ""
+    assert rivals.table.read_rows(tmp_path / "nothing was measured") == []

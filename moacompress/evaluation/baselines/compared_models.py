@@ -254,6 +254,11 @@ def check_names(against: Sequence[str]) -> None:
             QUANTIZED[name].check_installed()
         if name in known or is_eviction(name):
             continue
+        if name == PLAN:
+            raise UsageError(
+                f"cannot evaluate against {name!r}, which is what rows of the checkpoint itself are called; write a folder of "
+                f"this name as {'./' + name!r}"
+            )
         if Path(name).exists():
             compressed_folder(Path(name))
             continue

@@ -2,8 +2,8 @@
 
 Such a cache returns from its first update what it was given, unrounded, and keeps up to `RESIDUAL` tokens unrounded until it
 rounds all again. So nothing is ever scored in the forward that fills it: a prompt is read first and its answer continues from
-there, and text is read `RESIDUAL` tokens at a time, which rounds when it would be rounded if it were generated. The model runs
-as transformers runs it, without a plan.
+there, and text is read in `text_steps`, which rounds when it would be rounded if it were generated. The model runs as
+transformers runs it, without a plan.
 """
 
 from __future__ import annotations
@@ -32,6 +32,18 @@ if TYPE_CHECKING:
 
 RESIDUAL, GROUP = 128, 64
 """Tokens after which transformers rounds again, and numbers that share a scale where they divide a head: its defaults."""
+
+
+def text_steps(tokens: int) -> list[int]:
+    """Returns how many of a text's tokens go into a cache at a time, for it to round when it would if they were generated.
+
+    The first `RESIDUAL` are rounded as they come. Versions of transformers differ in whether they count all tokens of an update
+    or one; where the last of every `RESIDUAL` comes alone that is the same.
+    """
+    steps = [min(tokens, RESIDUAL)]
+    while (left := tokens - sum(steps)) > 0:
+        steps += [min(left, RESIDUAL - 1)] + [1] * (left >= RESIDUAL)
+    return steps
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,16 @@ from typing import Any, Protocol, TypeVar
 
 from moacompress.evaluation.baselines.compared_models import DENSE, ComparedModel
 from moacompress.evaluation.scoring.prompts import Score
-from moacompress.evaluation.scoring.stats import FLOOR, Interval, mean, paired_difference, rate, retained, retention
+from moacompress.evaluation.scoring.stats import (
+    FLOOR,
+    Interval,
+    mean,
+    paired_difference,
+    paired_rates,
+    rate,
+    retained,
+    retention,
+)
 
 SCORES = ("exact_match", "accuracy", "nll")
 """Metrics that every prompt has; `differences` are of these."""
@@ -79,7 +88,7 @@ def result_rows(cell: TaskCell, comparison: Sequence[Measured], seed: int) -> li
     rows = []
     for one in comparison:
         for metric in SCORES:
-            value, interval = (mean if metric == "nll" else rate)(one.values(metric), seed)
+            value, interval = _value(metric, one.values(metric), seed)
             rows.append(result_row(cell, one.compared, metric, value, interval, cell.prompts))
         kept = retention(dense, one.values("exact_match"), seed) if dense is not None else None
         if kept is not None:
@@ -103,8 +112,8 @@ def difference_rows(cell: TaskCell, comparison: Sequence[Measured], seed: int) -
     """Returns the rows of the plan (first in `comparison`) minus every other model, paired by prompt."""
     ours, *others = comparison
     return [
-        difference_row(cell, ours.compared, one.compared, metric, *paired_difference(
-            ours.values(metric), one.values(metric), seed
+        difference_row(cell, ours.compared, one.compared, metric, *_difference(
+            metric, ours.values(metric), one.values(metric), seed
         ))
         for one in others
         for metric in SCORES
@@ -146,14 +155,14 @@ def pooled_rows(fields: Sequence[Sequence[Measured]], seed: int) -> tuple[list[R
         if 1.0 in dense:
             values["retention"] = retained(dense, values["exact_match"])
         for metric, numbers in values.items():
-            value, interval = (mean if metric == "nll" else rate)(numbers, seed)
+            value, interval = _value(metric, numbers, seed)
             row = _row(POOLED, None, name, metric, value, interval, len(numbers))
             results.append({**row, "kv_bytes": round(share)})
         if name == names[0]:
             ours = values
             continue
         for metric, numbers in values.items():
-            value, interval = paired_difference(ours[metric], numbers, seed)
+            value, interval = _difference(metric, ours[metric], numbers, seed)
             differences.append(_row(POOLED, None, name, metric, value, interval, len(numbers)))
     return results, differences
 
@@ -165,6 +174,14 @@ def at_floor(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for row in results
         if row["model"] == DENSE and row["metric"] == "exact_match" and row["ci95"][1] < FLOOR
     ]
+
+
+def _value(metric: str, numbers: Sequence[float], seed: int) -> tuple[float, Interval]:
+    return (mean if metric == "nll" else rate)(numbers, seed)
+
+
+def _difference(metric: str, first: Sequence[float], second: Sequence[float], seed: int) -> tuple[float, Interval]:
+    return (paired_difference if metric == "nll" else paired_rates)(first, second, seed)
 
 
 def _row(

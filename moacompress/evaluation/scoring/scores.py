@@ -15,7 +15,7 @@ from moacompress.core.progress import Progress
 from moacompress.core.records import Entry, Records
 from moacompress.evaluation.baselines.compared_models import DENSE, ComparedModel, ComparedPlan
 from moacompress.evaluation.baselines.evictions import ComparedEviction, score_evictions
-from moacompress.evaluation.baselines.quantized_caches import RESIDUAL
+from moacompress.evaluation.baselines.quantized_caches import text_steps
 from moacompress.evaluation.scoring.prompts import Score, batches, score_batch
 from moacompress.evaluation.scoring.text import States, read, score_window
 from moacompress.evaluation.tasks.cases import Case
@@ -194,7 +194,7 @@ class Scorer:
 
     def _read(self, compared: ComparedModel, window: Sequence[int]) -> States:
         model = compared.put_on(self.checkpoint)
-        return read(model, window, compared.new_cache(model), RESIDUAL)
+        return read(model, window, compared.new_cache(model), text_steps(len(window)))
 
     def _key(self, compared: str, content: str, part: int | str) -> str:
         return fingerprint([SCORE_VERSION, compared, *self.checkpoint.identity, content, part])

@@ -89,6 +89,19 @@ def paired_difference(first: Sequence[float], second: Sequence[float], seed: int
     return mean(np.subtract(first, second, dtype=np.float64).tolist(), seed)
 
 
+def paired_rates(first: Sequence[float], second: Sequence[float], seed: int = 0) -> tuple[float, Interval]:
+    """As `paired_difference`, of shares in [0, 1].
+
+    Where the difference is the same on every prompt a bootstrap would see no spread. Then as many prompts as Wilson's interval
+    allows of what none of them shows might have differed by -1, or by 1.
+    """
+    value, interval = paired_difference(first, second, seed)
+    if len({ours - theirs for ours, theirs in zip(first, second, strict=True)}) == 1:
+        unseen = wilson(0, len(first))[1]
+        interval = value - unseen * (1 + value), value + unseen * (1 - value)
+    return value, interval
+
+
 def perplexity_difference(first: Sequence[float], second: Sequence[float], seed: int = 0) -> tuple[float, Interval]:
     """Returns `exp(mean(first)) - exp(mean(second))` and its 95% paired bootstrap interval.
 

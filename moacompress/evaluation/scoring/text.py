@@ -131,14 +131,14 @@ def _cut(ids: Sequence[int], size: int, rng: np.random.Generator) -> list[list[i
     return [list(ids[start + size * i : start + size * (i + 1)]) for i in rng.permutation(count).tolist()]
 
 
-def read(model: PreTrainedModel, window: Sequence[int], cache: Any = None, step: int = 0) -> States:
+def read(model: PreTrainedModel, window: Sequence[int], cache: Any = None, steps: Sequence[int] = ()) -> States:
     """Runs a model over a window.
 
     Args:
         model: dense or under a plan.
         window: token ids.
-        cache: an empty cache that `step` tokens at a time go into; by default the whole window is one forward without one.
-        step: tokens.
+        cache: an empty cache that the window goes into; by default it is one forward without one.
+        steps: how many tokens go into it at a time, all of them together.
     """
     ids = torch.tensor([list(window)], device=input_device(model))
     with torch.inference_mode():
@@ -146,7 +146,8 @@ def read(model: PreTrainedModel, window: Sequence[int], cache: Any = None, step:
             states = _decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
         else:
             forwards = (
-                _decoder(model)(input_ids=part, use_cache=True, **cache_argument(cache)) for part in ids.split(step, 1)
+                _decoder(model)(input_ids=part, use_cache=True, **cache_argument(cache))
+                for part in ids.split([*steps], 1)
             )
             states = torch.cat([forward.last_hidden_state for forward in forwards], 1)
         return States(model, states[0])
