@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from moacompress.core.errors import ModelError, UnsupportedError
+from moacompress.kernels.derivatives import is_transformed
 from moacompress.kernels.dispatch import backend_for
 from moacompress.kernels.weight_blocks import WEIGHT_TYPES, WeightType, dequantized
 from moacompress.models.placement import tensors_once
@@ -136,6 +137,8 @@ def multiplied(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if bias is None else bias.to(x.dtype)
+    if is_transformed():
+        return nn.functional.linear(x, dequantized(weight, kind, x.dtype), bias)
     return backend_for(x).linear_blocks(x, weight, kind, bias)
 
 

@@ -136,6 +136,8 @@ def load_source(
             if is_gguf:
                 config = AutoConfig.from_pretrained(name, **arguments)
                 complete_config(config, reader, Path(source))
+                if problems := config_problems(config):
+                    raise ModelError(f"{source} cannot be used: {problems[0]}")
                 model = load_gguf(Path(source), reader, config, wanted) if weights == KEEP else None
                 arguments["config"] = config
             if model is None:

@@ -70,11 +70,16 @@ def config_problems(config: Any) -> list[str]:
 
 
 def stored_problems(config: Any) -> list[str]:
-    """Returns what in the form of a checkpoint's weights rules out compressing it: quantized or compressed already.
+    """Returns what in the form of a checkpoint's weights rules out compressing it: quantized, compressed, or in other files.
 
     Args:
         config: the checkpoint's config, as transformers reads it from a folder or from the hub.
     """
+    if getattr(config, "transformers_weights", None) is not None:
+        return [
+            f"{_name(config)} names the file of its weights (transformers_weights), which could be a pickle, and it can run "
+            "code when it is opened; save the model as safetensors under its usual name and leave that out"
+        ]
     for part in (config, config.get_text_config(decoder=True)):
         method = quantization_method(part)
         if method == "moacompress":

@@ -71,7 +71,7 @@ def move_weights(model: nn.Module) -> int:
     memory = mmap.mmap(-1, end + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     first = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % PAGE
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         for parameter, place in zip(moved, places, strict=True):
             numbers = torch.frombuffer(memory, dtype=parameter.dtype, count=parameter.numel(), offset=first + place)
             parameter.data = numbers.view(parameter.shape).copy_(parameter.data)

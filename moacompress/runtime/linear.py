@@ -13,10 +13,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 
 from moacompress.core.machine import processor_name
 from moacompress.kernels.backend import FEW_ROWS
+from moacompress.kernels.derivatives import is_transformed
 from moacompress.kernels.dispatch import backend_for, capabilities_for, few_rows
 from moacompress.kernels.weight_blocks import WeightType
 from moacompress.kernels.widened_products import is_widened, widened_linear
@@ -100,12 +100,12 @@ def quickest_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     """
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     ready = lies_ready(weight, x) and (bias is None or lies_ready(bias, x))
-    if trained or not ready or in_forward_mode() or torch.is_autocast_enabled(x.device.type):
+    if trained or not ready or torch.is_autocast_enabled(x.device.type):
         return nn.functional.linear(x, weight, bias)
     if has_few_rows(x) and capabilities_for(x).linear:
         return backend_for(x).linear(x, weight, bias)
     ours = is_widened(x) or (ON_AMD and x.dtype == torch.float32 and x.device.type == "cpu")
-    if not ours or not x.numel() or torch._C._are_functorch_transforms_active():
+    if not ours or not x.numel() or is_transformed():
         return nn.functional.linear(x, weight, bias)
     if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         return float32_product(x, weight, bias)  # an operator takes as long again as a small product
@@ -149,25 +149,22 @@ def leave(layer: nn.Module) -> None:
 
 def has_few_rows(x: torch.Tensor) -> bool:
     """Returns whether an input, `[..., in_features]`, has few enough rows for the compiled kernels, and no gradients."""
-    if (x.requires_grad and torch.is_grad_enabled()) or in_forward_mode():
+    if (x.requires_grad and torch.is_grad_enabled()) or is_transformed():
         return False
     return x.numel() <= FEW_ROWS * x.shape[-1] or x.numel() <= few_rows(x) * x.shape[-1]
-
-
-def in_forward_mode() -> bool:
-    """Returns whether derivatives are taken in forward mode (`torch.func.jvp`), which no product but torch's own has."""
-    return forward_ad._current_level >= 0
 
 
 def lies_ready(tensor: object, x: torch.Tensor, kind: WeightType | None = None) -> bool:
     """Returns whether compiled kernels, where there are some for an input `x`, can read a parameter as it lies.
 
     It must be a tensor that is what it says (quantizers and parallelism have others in its place), contiguous, of the input's
-    dtype and device, and not trained here. One in blocks is of bytes.
+    dtype and device, and not trained here. One in blocks is of bytes. Neither it nor the input may be sparse or nested.
     """
     return (
         isinstance(tensor, torch.Tensor)
         and type(tensor) in (nn.Parameter, torch.Tensor)
+        and tensor.layout == x.layout == torch.strided
+        and not x.is_nested
         and tensor.dtype == (x.dtype if kind is None else torch.uint8)
         and tensor.device == x.device
         and tensor.is_contiguous()

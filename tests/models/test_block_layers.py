@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad as fwAD
 from torch.nn.functional import embedding, linear
 
 from moacompress.core.errors import ModelError, UnsupportedError
@@ -57,6 +58,23 @@ def test_products_and_gradients_are_those_of_the_numbers(kind, dtype, shape):
     layer.bias.requires_grad_()
     (mine,) = torch.autograd.grad(layer(x), layer.bias, along.to(dtype))
     assert torch.allclose(mine.float(), along.to(dtype).float().flatten(0, -2).sum(0), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [2, 200])
+def test_derivatives_of_function_transforms_are_those_of_the_numbers(kind, dtype, rows):
+    layer = block_linear(kind).to(dtype)
+    x, tangent = torch.randn(rows, 512).to(dtype), torch.randn(rows, 512).to(dtype)
+    weight = dequantized(layer.weight, kind, torch.float64)
+    expected = tangent.double() @ weight.t()
+    assert expected.abs().max() > 0.1
+    with fwAD.dual_level():
+        dual = fwAD.unpack_dual(layer(fwAD.make_dual(x, tangent))).tangent
+    for found in (torch.func.jvp(layer, (x,), (tangent,))[1], dual):
+        assert float((found - expected).abs().max()) <= CLOSE[dtype] * float(expected.abs().max())
+    found = torch.func.grad(lambda x: layer(x).sum())(x)
+    expected = weight.sum(0).expand(rows, -1)
+    assert float((found - expected).abs().max()) <= CLOSE[dtype] * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

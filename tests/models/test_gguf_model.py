@@ -13,6 +13,7 @@ import torch
 from moacompress.core.errors import ModelError
 from moacompress.core.tables import readable_bytes
 from moacompress.kernels.weight_blocks import WEIGHT_TYPES, dequantized
+from moacompress.models import support
 from moacompress.models.block_layers import BlockEmbedding, BlockLinear, block_weights, weight_types
 from moacompress.models.fingerprint import weights_like
 from moacompress.models.source import load_source
@@ -58,6 +59,15 @@ def test_numbers_and_logits_are_those_of_the_dequantized_model(architecture, hea
     assert isinstance(kept.model.lm_head, BlockLinear)
     assert isinstance(kept.model.model.embed_tokens, BlockEmbedding)
     assert len(weight_types(kept.model)) == 2 * 7 + 2
+
+
+@pytest.mark.parametrize("weights", ["keep", "dense"])
+def test_sizes_are_checked_before_a_layer_is_built(weights, tmp_path, monkeypatch):
+    file = write_gguf(tmp_path / "tiny.gguf", MIXED)
+    monkeypatch.setattr(support, "MAX_LAYERS", 1)
+    monkeypatch.setattr("moacompress.models.source.load_gguf", None)
+    with pytest.raises(ModelError, match=r"tiny\.gguf cannot be used: .*layers"):
+        load_source(file, weights=weights)
 
 
 @pytest.mark.parametrize("kind", WEIGHT_TYPES)

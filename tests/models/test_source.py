@@ -175,6 +175,21 @@ def test_an_index_that_names_a_pickle(tiny_folder: Path, tmp_path: Path, monkeyp
         load_source(folder)
 
 
+@pytest.mark.parametrize("name", ["x.safetensors.index.json", "adapter_model.bin", "model.safetensors"])
+def test_a_config_that_names_the_file_of_its_weights(name: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """What transformers would open in place of the files whose headers are checked."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
+    (folder / "weights.bin").write_bytes(b"")
+    (folder / "x.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "weights.bin"}}))
+    with pytest.raises(
+        ModelError, match=r"names the file of its weights \(transformers_weights\), which could be a pickle"
+    ):
+        load_source(folder)
+
+
 def test_weights_with_an_adapter_beside_them(tiny_folder: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

@@ -4,17 +4,25 @@ import copy
 import functools
 import importlib
 import json
+import mmap
 import subprocess
 import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
-from moacompress.core.errors import PlanError, UnsupportedError
+from moacompress.core.errors import ModelError, PlanError, UnsupportedError
 from moacompress.models.source import model_shape
+from moacompress.models.weight_rounding import round_weights
 from moacompress.rules.plan import Plan
-from moacompress.runtime import attach, detach
+from moacompress.runtime import attach, detach, huge_pages
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.compat.alternates import CACHE, returned_cache
 from moacompress.runtime.hf import loading
@@ -70,6 +78,41 @@ def test_base_model_loads(compressed, token_ids):
     ids = token_ids(1, 60)
     with torch.no_grad():
         assert torch.equal(AutoModel.from_pretrained(folder)(ids)[0], model.model(ids)[0])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parts_of_a_model_in_blocks_load(tied, tiny_model, random_plan, token_ids, tmp_path):
+    """The model without its head, and with another one: layers have other names, and the output layer is not there."""
+    model = tiny_model(tie_word_embeddings=tied)
+    round_weights(model, "int8", "int8")
+    attach(model, random_plan(model_shape(model), 2))
+    model.save_pretrained(tmp_path)
+    ids = token_ids(1, 60)
+    with torch.no_grad():
+        inner = AutoModel.from_pretrained(tmp_path)
+        assert torch.equal(inner(ids)[0], model.model(ids)[0])
+        other = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+        assert torch.equal(other.model(ids)[0], model.model(ids)[0])
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["weights"]["model.layers.9.mlp.up_proj"] = "Q8_0"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for auto in (AutoModel, AutoModelForSequenceClassification, AutoModelForCausalLM):
+        with pytest.raises(ModelError, match=r"layer '.*layers\.9\.mlp\.up_proj' is not known"):
+            auto.from_pretrained(tmp_path)
+
+
+def test_a_model_that_was_loaded_in_inference_mode_can_be_trained(compressed, token_ids, monkeypatch):
+    folder, *_ = compressed()
+    monkeypatch.setattr(huge_pages, "have_huge_pages", lambda: True)
+    monkeypatch.setattr(huge_pages, "PAGE", mmap.PAGESIZE)
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = token_ids(1, 60)
+    before = model.lm_head.weight.detach().clone()
+    model(ids, labels=ids).loss.backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    assert not torch.equal(model.lm_head.weight, before)
 
 
 def test_dtype_and_device_map(compressed, token_ids, tmp_path):

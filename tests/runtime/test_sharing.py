@@ -301,6 +301,33 @@ def test_a_checkpoint_has_no_dropped_projections(shared: tuple[Any, Plan], token
     assert model.num_parameters() == count
 
 
+def test_what_was_trained_and_moved_stays_so_without_a_plan(shared: tuple[Any, Plan], token_ids: Any) -> None:
+    """Values of a reuse layer that a fused projection makes, too, and the queries and keys that were out of the model."""
+    model, plan = shared
+    ids = token_ids(1, 60)
+    attach(model, plan)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.25)
+    trained = {name: parameter.bfloat16() for name, parameter in model.named_parameters()}
+    model.bfloat16()
+    detach(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    layers = {f"layers.{layer}." for layer, share in enumerate(plan.shares) if share is not None}
+    fused = 0
+    for name, parameter in model.named_parameters():
+        there = trained.get(name)
+        if there is not None and there.shape == parameter.shape:
+            assert torch.equal(there, parameter)
+        elif there is not None and len(there):  # some rows are trained, the others as they were
+            assert any(layer in name for layer in layers)
+            assert sum(any(torch.equal(row, mine) for mine in parameter) for row in there) == len(there)
+            fused += 1
+    families = {"qkv_proj": 1, "query_key_value": 1}
+    assert bool(fused) == any(name.split(".")[-2] in families for name in trained)
+    assert logits(model, ids).isfinite().all()
+
+
 def test_without_moacompress_it_fails(llama: Callable[..., tuple[Any, Plan]], tmp_path: Path) -> None:
     model, plan = llama(0)
     attach(model, plan).save_pretrained(tmp_path)

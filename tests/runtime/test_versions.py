@@ -197,7 +197,7 @@ def test_an_evaluation_runs_with_the_plans_cache(compressed: Path, tmp_path: Pat
 def test_text_is_scored_with_the_cache_that_it_is_given(under: Callable[..., Any], forwards: Forwards) -> None:
     model, window = under(), ids_of()[0].tolist()
     cache = PlanCache(plan_of(model))
-    found = read(model, window, cache, step=50)
+    found = read(model, window, cache, (50, 50, 50))
     assert forwards.of(cache) == [(0, 50), (50, 50), (100, 50)]
     assert cache.used_bytes() == plan_of(model).kv_bytes(150)
     expected = read(model, window).states
@@ -228,7 +228,7 @@ def test_a_stock_model_is_scored_with_its_cache(
     assert len(stock_steps) >= 3 * model.config.num_hidden_layers
     assert min(stock_steps) >= 299
     cache = DynamicCache(config=model.config)
-    read(model, ids[:150], cache, step=50)
+    read(model, ids[:150], cache, (50, 50, 50))
     assert cache.get_seq_length() == 150
 
 

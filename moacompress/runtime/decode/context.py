@@ -92,7 +92,8 @@ def _from_columns(layer: int, columns: Ints, *rest: Any) -> LayerContext:
 
 
 def _with_tensors(layer: int, rules: RuleTable, *rest: Any) -> LayerContext:
-    here = as_tensors(rules)
+    with torch.inference_mode(False):  # or no gradients could be taken after a load in it
+        here = as_tensors(rules)
     # or a graph of as many rows as there are KV heads would be for no other number of rows
     torch._dynamo.mark_static(here.columns)
     context = LayerContext(layer, here, *rest)

@@ -15,6 +15,7 @@ import torch
 
 from moacompress.core.arrays import Bools, Ints
 from moacompress.core.errors import UnsupportedError
+from moacompress.kernels.derivatives import in_forward_mode
 from moacompress.rules.plan import Plan
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.compat.alternates import CACHE, CACHE_NAMES
@@ -22,7 +23,6 @@ from moacompress.runtime.compat.http_errors import refusal
 from moacompress.runtime.decode.all_layers import RUN, Stack
 from moacompress.runtime.decode.attention import MASK_SHAPE
 from moacompress.runtime.hf.layer_order import LayerOrder
-from moacompress.runtime.linear import in_forward_mode
 from moacompress.runtime.sharing.shared_keys import SHARED_KEYS, AnchorKeys
 
 _LEFT_PADDED = "say which tokens are padding with a 2-D attention_mask, and leave position_ids out"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class MoaCompressQuantizer(HfQuantizer):
         model.__dict__[private_names.MISSING_WEIGHTS] = types.MethodType(_refuse_missing, model)
         if hasattr(model, "generation_config") or model.can_generate():
             check_supported(model)
-        put_block_layers(model, self.quantization_config.weights)
+        put_block_layers(model, _types_here(model, self.quantization_config.weights))
         install(model, self.quantization_config.plan)
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -95,6 +96,18 @@ class MoaCompressQuantizer(HfQuantizer):
 
 
 setattr(MoaCompressQuantizer, alternates.CHOOSE_ATTENTION, MoaCompressQuantizer.choose_attention)
+
+
+def _types_here(model: Any, kinds: Mapping[str, str]) -> dict[str, str]:
+    """Returns the types of a causal language model's weights in blocks by the names that layers have in a model of its parts.
+
+    A model without a head, or with another one, has no output layer, and the former names its layers without a prefix.
+    """
+    if model.get_output_embeddings() is not None:
+        return dict(kinds)
+    prefix = f"{model.base_model_prefix}."
+    inside = {name: kind for name, kind in kinds.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): kind for name, kind in inside.items()} if model.base_model is model else inside
 
 
 def _refuse_missing(model: Any, missing: Any, *args: Any, **kwargs: Any) -> None:

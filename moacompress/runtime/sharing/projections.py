@@ -81,6 +81,15 @@ class PartProjection(nn.Module):
         out = made.new_zeros(*made.shape[:-1], self.out_features)
         return out.index_copy(-1, torch.tensor(self._rows, device=made.device), made)
 
+    @torch.no_grad()
+    def give_rows(self, linear: nn.Module) -> None:
+        """Gives the linear layer what has become of its rows; nothing is written where they are the same."""
+        rows = list(self._rows)
+        for name, mine in self.named_parameters():
+            theirs = linear.get_parameter(name)
+            if not torch.equal(theirs[rows], mine):
+                theirs[rows] = mine
+
     def extra_repr(self) -> str:
         """As of a linear layer."""
         return f"in_features={self.in_features}, out_features={self.out_features}, made={len(self._rows)}"
@@ -97,15 +106,39 @@ def _rows_of(weight: torch.Tensor, rows: Sequence[int]) -> nn.Parameter:
 
 @dataclass
 class Dropped:
-    """A module that was replaced."""
+    """A module that was replaced.
+
+    Attributes:
+        owner: of the module.
+        name: of the module there.
+        was: the module.
+        instead: what is in its place.
+        moves: a module that is moved with the model, as `was` is not.
+    """
 
     owner: nn.Module
     name: str
     was: nn.Module
+    instead: nn.Module
+    moves: nn.Module
+
+    def __post_init__(self) -> None:
+        self._began = _place(self.moves)
 
     def give_back(self) -> None:
-        """Puts the module back."""
+        """Puts the module back, where the model is by now and with what was trained of it."""
+        device, dtype = _place(self.moves)
+        if (device, dtype) != self._began and self._began[0] != torch.device("meta"):
+            self.was.to(device=device, dtype=None if dtype == self._began[1] else dtype)
+        if isinstance(self.instead, PartProjection):
+            self.instead.give_rows(self.was)
         setattr(self.owner, self.name, self.was)
+
+
+def _place(module: nn.Module) -> tuple[torch.device, torch.dtype | None]:
+    """Returns where parameters are, and the dtype of those that are numbers; None where all are bytes."""
+    found = [*module.parameters()]
+    return found[0].device, next((parameter.dtype for parameter in found if parameter.is_floating_point()), None)
 
 
 def drop_projections(model: Any, plan: Plan) -> list[Dropped]:
@@ -121,15 +154,16 @@ def drop_projections(model: Any, plan: Plan) -> list[Dropped]:
     Raises:
         ModelError: the attention of a layer is made of other modules than those known.
     """
-    replaced: list[tuple[Dropped, nn.Module]] = []
+    replaced: list[Dropped] = []
     for layer, module in enumerate(attention_modules(model)):
         if plan.share(layer) is None:
             continue
-        for name, instead in _instead(module, plan, layer).items():
-            replaced.append((Dropped(module, name, getattr(module, name)), instead))
-    for dropped, instead in replaced:  # all or none
-        setattr(dropped.owner, dropped.name, instead)
-    return [dropped for dropped, _ in replaced]
+        found = _instead(module, plan, layer)
+        moves = next(iter(found.values()))  # a projection: norms have nothing in their places
+        replaced += [Dropped(module, name, getattr(module, name), instead, moves) for name, instead in found.items()]
+    for dropped in replaced:  # all or none
+        setattr(dropped.owner, dropped.name, dropped.instead)
+    return replaced
 
 
 def _instead(module: nn.Module, plan: Plan, layer: int) -> dict[str, nn.Module]:
