@@ -479,7 +479,10 @@ class _Clock:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.seconds: dict[str, float] = read_json(path, "seconds") if path.exists() else {}
+        found = read_json(path, "seconds") if path.exists() else {}
+        if not isinstance(found, dict) or not all(isinstance(spent, int | float) for spent in found.values()):
+            raise ArtefactError(f"{path} does not say what steps took; move it away, and they count from now on")
+        self.seconds: dict[str, float] = found
 
     def run(self, step: str, work: Callable[[], Result]) -> Result:
         begun = time.perf_counter()

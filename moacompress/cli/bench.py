@@ -175,6 +175,7 @@ def bench(
         if value is not None:
             raise UsageError(f"{name} goes with --cost-table, which loads a dense model; leave it out")
     if against is not None:
+        _refuse("--against-cost-table", {"--dtype": run.common.dtype, "--overwrite": overwrite or None})
         return _against(run, path, against, lengths, batch, tokens, repeats, trust_remote_code)
     recipe = CommandRun(replace(run.common, dtype=None), run.progress).recipe()  # --dtype is a list here
     dtypes = split_list(run.common.dtype if run.common.dtype is not None else "auto") or ()

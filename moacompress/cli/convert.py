@@ -109,8 +109,28 @@ def convert(
         write_text(out, json.dumps(config, indent=1) + "\n")
     else:
         pattern, notes = duo_of_plan(ours)
+        _check_pattern_folder(out)
         write_pattern(out, pattern)
     return Output({"written": str(out), "lost": notes}, [f"Written: {out}", *(f"Lost: {note}." for note in notes)])
+
+
+def _check_pattern_folder(out: Path) -> None:
+    """Refuses to replace a config that is no pattern's, such as a model's, not even with `--overwrite`.
+
+    Raises:
+        ArtefactError: there is one.
+    """
+    config = out / CONFIG_FILE
+    if not config.exists():
+        return
+    try:
+        found = read_json(config, "config")
+    except ArtefactError:
+        found = None
+    if not isinstance(found, dict) or not {"sink_size", "recent_size"} <= set(found):
+        raise ArtefactError(
+            f"{config} exists already and is no pattern's (sink_size, recent_size); choose another folder"
+        )
 
 
 def write_pattern(folder: Path, pattern: DuoPattern) -> None:

@@ -314,12 +314,12 @@ def resumes_with(argv: Sequence[str], overwrite: bool) -> str:
 
 def out_console() -> Console:
     """Returns the console on stdout: as wide as the terminal, or `WIDTH` columns of plain text."""
-    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False, emoji=False)
 
 
 def error_console() -> Console:
     """Returns the console on stderr."""
-    return Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH, highlight=False)
+    return Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH, highlight=False, emoji=False)
 
 
 def say(message: str) -> None:
@@ -446,7 +446,8 @@ def _quiet_libraries(common: Common, console: Console) -> Iterator[None]:
     finally:
         for handler in handlers:
             logger.removeHandler(handler)
-            handler.close()
+            with contextlib.suppress(OSError):  # a disk that is full costs the log, and no result
+                handler.close()
         logger.level, logger.propagate = before
 
 
@@ -463,11 +464,23 @@ def _log_to(path: Path) -> logging.Handler:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
+        handler = _LogFile(path, encoding="utf-8")
     except OSError as error:
         raise ArtefactError(f"cannot write the log {path}: {error.strerror}") from error
     handler.setFormatter(logging.Formatter(LOG_FORMAT))
     return handler
+
+
+class _LogFile(logging.FileHandler):
+    """A log that says once that it cannot be written, and lets the command go on."""
+
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Is called where a record could not be written."""
+        if not self._failed:
+            self._failed = True
+            say(f"warning: the log {self.baseFilename} cannot be written: {sys.exc_info()[1]}")
 
 
 class _ConsoleHandler(logging.Handler):

@@ -20,7 +20,7 @@ def section(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -
     """Returns a titled table: the first column to the left, the others, numbers, to the right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
-        table.add_column(name, justify="right" if index else "left")
+        table.add_column(name, justify="right" if index else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(_cell, row))
     return Group(Text(title, style="bold"), table)

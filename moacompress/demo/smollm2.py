@@ -11,8 +11,9 @@ import yaml
 
 from moacompress.core.artefact_names import DEMO_FILE, DENSE_FOLDER, TEXT_FOLDER, of_compress, of_demo
 from moacompress.core.errors import ArtefactError, DataError
-from moacompress.core.files import digest_files, new_folder, read_json, sweep_files, write_json
+from moacompress.core.files import digest_files, new_folder, read_json, remove, sweep_files, write_json
 from moacompress.core.lock_holders import own_folder
+from moacompress.core.place import no_empty_folder
 from moacompress.core.progress import Progress
 from moacompress.exporter.exporting import save_dense
 from moacompress.pipeline import clear_run, fill, refuse_held
@@ -54,19 +55,20 @@ def run_demo(
     """
     out, model, squad, dtype = Path(out), Path(model), Path(squad), dtype_name(dtype)
     dense, text = out / DENSE_FOLDER, out / TEXT_FOLDER
-    with own_folder(out):
+    data = yaml.safe_load(resources.files("moacompress.recipes").joinpath(RECIPE).read_text("utf-8"))
+    data["model"] = str(dense)
+    data.setdefault("calibration", {})["text"] = str(text)
+    data["device"] = device
+    if seed is not None:
+        data["seed"] = seed
+    Recipe.from_dict({**data, "dtype": dtype}, f"recipe {RECIPE}")  # what is wrong is said before anything is written
+    recipe = Recipe.from_dict(data, f"recipe {RECIPE}")
+    with no_empty_folder(out), own_folder(out):
         _claim(out, model, squad, dtype, seed, overwrite)
         if not text.exists():
             articles_to_text(squad, text)
         if not dense.exists():
             save_dense(model, dense, dtype, trust_remote_code=trust_remote_code)
-        data = yaml.safe_load(resources.files("moacompress.recipes").joinpath(RECIPE).read_text("utf-8"))
-        data["model"] = str(dense)
-        data.setdefault("calibration", {})["text"] = str(text)
-        data["device"] = device
-        if seed is not None:
-            data["seed"] = seed
-        recipe = Recipe.from_dict(data, f"recipe {RECIPE}")
         return fill(recipe, out, progress or Progress(), trust_remote_code=trust_remote_code)
 
 
@@ -88,6 +90,8 @@ def _claim(out: Path, model: Path, squad: Path, dtype: str, seed: int | None, ov
         clear_run(out, (model, squad))
     elif mark.exists() and {**read_json(mark, "demo"), "name": wanted["name"]} == wanted:
         return
+    elif mark.exists() and not any(path.exists() for path in (out / DENSE_FOLDER, *of_compress(out))):
+        remove(of_demo(out))  # of one whose model could not be read
     refuse_held(out, (*of_demo(out), *of_compress(out)))
     write_json(mark, wanted)
 

@@ -195,7 +195,8 @@ def evaluate(
     subject = {"plan": checkpoint.plan.key(), "weights": checkpoint.weights}
     check_alike({"moacompress": own_version(), **subject})
     with nullcontext() if path is None else own_file(path):
-        kept = agreed([] if path is None else _check_place(path, subject, wording, overwrite))
+        earlier = {} if path is None else _check_place(path, subject, wording, overwrite)
+        kept = agreed(earlier.get("lm_eval", []))
         records = Records(None if path is None else scores_file(path), named_numbers, resume=not overwrite)
         bench = _Evaluation(checkpoint, resources, comparison, Scorer(checkpoint, records, progress), prompts, seed)
         wanted = [(task, length) for task in names for length in bench.lengths(task, lengths)]
@@ -215,6 +216,7 @@ def evaluate(
             report["lm_eval"] = [*(row for row in kept if row["task"] not in made), *rows]
         if path is not None:
             write_json(path, report)
+            _warn_of_lost(path, earlier.get("results", ()), report["results"])
         agreed(None)  # no process ends before the report is there
         return EvaluationReport(report)
 
@@ -260,25 +262,29 @@ def check_request(
         raise DataError(f"task {TEXT} needs prose: give a .txt file or a folder of them as text")
 
 
-def _check_place(out: Path, subject: Mapping[str, str], wording: Mapping[str, str], overwrite: bool) -> list[ResultRow]:
+def _check_place(
+    out: Path, subject: Mapping[str, str], wording: Mapping[str, str], overwrite: bool
+) -> dict[str, list[ResultRow]]:
     """Refuses what is not an evaluation of this checkpoint; one of other tasks is, and its scores are beside it.
 
     One of the same tasks in another wording counts as one of other tasks, and it is said.
 
     Returns:
-        Its rows of lm-evaluation-harness, which are nowhere else.
+        Its `results`, and those of lm-evaluation-harness, `lm_eval`, which are nowhere else; nothing where none is there.
     """
     sweep_files(out)
     if out.is_dir():
         raise ArtefactError(f"{out} is a folder; name a file, such as {out / EVALUATION_FILE}")
     if overwrite or not out.exists():
-        return []
-    kept: list[ResultRow] = []
+        return {}
+    rows: dict[str, list[ResultRow]] = {}
     try:
         found = read_json(out, "evaluation")
         ours = "results" in found and found.get("checkpoint", subject) == subject
         earlier = _earlier_wording(found) if ours else {}
-        kept = [{**row, "task": str(row["task"])} for row in found.get("lm_eval", ())]
+        rows = {
+            kind: [{**row, "task": str(row["task"])} for row in found.get(kind, ())] for kind in ("results", "lm_eval")
+        }
     except (ArtefactError, TypeError, AttributeError, KeyError):
         ours = False
     if not ours:
@@ -292,7 +298,27 @@ def _check_place(out: Path, subject: Mapping[str, str], wording: Mapping[str, st
             out,
             ", ".join(other),
         )
-    return kept
+    return rows
+
+
+def _warn_of_lost(out: Path, before: Iterable[ResultRow], now: Iterable[ResultRow]) -> None:
+    """Says which numbers of an earlier evaluation are not in the one that takes its place."""
+
+    def places(rows: Iterable[ResultRow]) -> list[str]:
+        return list(dict.fromkeys(f"{row.get('model')} on {row['task']}@{row.get('length')}" for row in rows))
+
+    there = set(places(now))
+    lost = [place for place in places(before) if place not in there]
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        logger.warning(
+            "%s had numbers that were not asked for now (%s%s), and has them no more; their scores stay in %s: an evaluation "
+            "of all together takes them from there",
+            out,
+            ", ".join(lost[:3]),
+            more,
+            scores_file(out).name,
+        )
 
 
 def _earlier_wording(found: Mapping[str, Any]) -> dict[str, str]:

@@ -170,6 +170,8 @@ def _prepared(
 ) -> _Prepared:
     """Loads and checks what an export is made of; nothing is written. Arguments are those of `export`."""
     from moacompress.models.weight_rounding import check_can_round
+    from moacompress.runtime.gate import gates_of
+    from moacompress.runtime.hf.attaching import model_inputs
 
     check_writable(out)
     plan = _unhealed(unrepaired(plan if isinstance(plan, Plan) else Plan.load(plan)))
@@ -185,6 +187,7 @@ def _prepared(
     source = _loaded_in(plan.model.dtype, model, weights, device, trust_remote_code)
     _check_in_memory(source.model, plan, profile is not None)
     plan.check_model(source.shape, weights=source.weights_like)
+    gates_of(plan, model_inputs(source.model))
     check_can_round(source.model, planned_weights(plan) or {})
     if reused and not _has_types(out, plan, source, repaired=profile is not None):
         raise ArtefactError(
@@ -243,9 +246,16 @@ def estimate_export(
     out = Path(out)
     found = _prepared(model, plan, out, (weights, head_weights), repair, None, device, overwrite, trust_remote_code)
     warn_of_budget(found.plan)
-    size = sum(weight.nbytes for weight in found.source.model.state_dict().values())
+    size = _stored_bytes(found.source.model)
     size -= saved_bytes(found.source.model, planned_weights(found.plan) or {})
     return export_estimate(out, found.reused, holds_something(out), size, found.profile is not None)
+
+
+def _stored_bytes(model: Any) -> int:
+    """Returns the bytes of a model's weights and buffers as a checkpoint holds them: tied ones once."""
+    named = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = [tensor for name, tensor in model.state_dict().items() if name not in named]
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *buffers))
 
 
 def check_place(out: Path, inputs: Iterable[str | Path] = ()) -> None:

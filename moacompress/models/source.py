@@ -98,7 +98,7 @@ def load_source(
         ModelError: not a model, one that cannot be compressed, or one whose files are damaged or pickles.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     placed = checked_placement(device)
     name, arguments = locate_source(source)
@@ -149,7 +149,7 @@ def load_source(
                 check_all_read(Path(source), reader, model)
             for only_for_model in ("use_safetensors", "config"):
                 arguments.pop(only_for_model, None)
-            tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
+            tokenizer = _tokenizer(name, arguments)
     except MoaCompressError:
         raise
     except ImportError as error:
@@ -196,6 +196,17 @@ def load_source(
     context = context_length(model)
     place = str(Path(name) / arguments["gguf_file"]) if is_gguf else name
     return SourceModel(model, tokenizer, place, shape, context)
+
+
+def _tokenizer(name: str, arguments: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, **arguments)
+    except ImportError:
+        raise
+    except Exception as error:  # damaged files raise whatever their parsers raise
+        raise ModelError(f"the tokenizer in {name} cannot be loaded: {one_line(error)}") from error
 
 
 def _loses_bits(own: str, dtype: str, rounds: bool) -> bool:

@@ -248,6 +248,8 @@ def test_what_goes_with_a_cost_table(tiny_folder: Path, compressed: Path, tmp_pa
     assert "--weights goes with --cost-table" in problem(compressed, "--weights", "int8")
     assert "batch 'x' is not a number of rows" in problem(tiny_folder, "--batch", "x", "--cost-table", out)
     assert "is compressed" in problem(compressed / "model", "--cost-table", out, exit_code=1)
+    assert "--dtype goes without --against" in problem(compressed, "--dtype", "bfloat16", "--against-cost-table", out)
+    assert "--overwrite goes without --against" in problem(compressed, "--overwrite", "--against-cost-table", out)
     assert not out.exists()
 
 

@@ -205,6 +205,14 @@ def test_what_is_read_is_never_replaced(compressed: Path, tmp_path: Path, monkey
     assert done.exit_code == 1
     assert f"cannot write {tmp_path / 'file'}" in said(done)
     assert plan.read_bytes() == before
+    for config in ("{}", "[", '{"model_type": "llama"}'):  # a model's folder, compressed or not
+        (tmp_path / "run" / "config.json").write_text(config)
+        done = invoke(plan, "--to", "duo-attention", "-o", tmp_path / "run", "--overwrite")
+        assert done.exit_code == 1
+        assert "config.json exists already and is no pattern's" in said(done)
+        assert (tmp_path / "run" / "config.json").read_text() == config
+    for _ in range(2):
+        assert invoke(plan, "--to", "duo-attention", "-o", tmp_path / "pattern", "--overwrite").exit_code == 0
 
 
 def test_spans_beyond_all_numbers(tiny_folder: Path, shape: Any, tmp_path: Path) -> None:

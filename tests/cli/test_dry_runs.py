@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moacompress.cli import app
+from tests.plan_kinds import gated_plan
 
 RUNNER = CliRunner()
 
@@ -50,10 +51,12 @@ def test_export(compressed: Path, tiny_folder: Path, tmp_path: Path, monkeypatch
     shutil.copyfile(compressed / "model" / "plan.json", plan)
     command = ("export", tiny_folder, plan, "-o", out)
     assert f"It would write {out}, about " in dry(*command)
-    assert numbers(*command)["weight_bytes"] > 100_000
+    weight_bytes = numbers(*command)["weight_bytes"]
     assert not out.exists()
     assert RUNNER.invoke(app, list(map(str, command))).exit_code == 0
     assert dry(*command) == f"{out} is an export of this plan already; it would be left as it is."
+    header = 2**14
+    assert weight_bytes <= (out / "model.safetensors").stat().st_size <= weight_bytes + header
     written = {file: file.stat().st_mtime_ns for file in out.iterdir()}
     assert f"It would replace the checkpoint in {out}" in dry(*command, "--overwrite")
     assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == written
@@ -62,6 +65,19 @@ def test_export(compressed: Path, tiny_folder: Path, tmp_path: Path, monkeypatch
     wrong = ("export", tiny_folder, plan, "-o", tmp_path / "mine")
     assert "exists already and is not" in dry(*wrong, exit_code=1)
     assert "is not a folder" in dry(*command[:-1], plan / "model", exit_code=1)
+
+
+def test_what_export_refuses(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """Gates that are not at hand; and a tied weight is counted once."""
+    model = tiny_model(tie_word_embeddings=True)
+    for part in (model, tiny_tokenizer):
+        part.save_pretrained(tmp_path / "dense")
+    gated_plan(model, 1).save(tmp_path / "plan.json")
+    command = ("export", tmp_path / "dense", tmp_path / "plan.json", "-o", tmp_path / "model")
+    size = (tmp_path / "dense" / "model.safetensors").stat().st_size
+    assert 0 < size - numbers(*command)["weight_bytes"] < 2**14
+    (tmp_path / "plan.gates.safetensors").unlink()
+    assert "are not at hand" in dry(*command, exit_code=1)
 
 
 WAITING = """

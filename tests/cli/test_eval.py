@@ -202,6 +202,8 @@ def test_lm_eval(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     out = tmp_path / "eval.json"
     measure(place, "--lm-eval", tmp_path / "even.yaml", "--prompts", "4", "-o", out)
     measure(place, "--tasks", "needle-noise", "--lengths", "768", "--prompts", "2", "-o", out)
+    result = invoke(place, "--tasks", "needle-noise", "--lengths", "512", "--prompts", "2", "-o", out)
+    assert "had numbers that were not asked for now (plan on needle-noise@768" in result.stderr
     kept = json.loads(out.read_text())
     assert kept["lm_eval"] == data["lm_eval"]  # they took long, and are not among the scores
     assert kept["results"]

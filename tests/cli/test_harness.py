@@ -309,6 +309,15 @@ def test_a_log_file_has_everything_behind_what_is_there(tmp_path: Path) -> None:
     assert "cannot write the log" in result.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no file that is always full")
+def test_a_log_on_a_full_disk_costs_no_result() -> None:
+    result = call(noisy, "--log-file", "/dev/full")
+    assert (result.exit_code, result.stdout) == (1, "shown [to] people\n")  # as without a log
+    assert result.stderr.count("warning: the log /dev/full cannot be written: ") == 1
+    assert "Traceback" not in result.stderr
+    assert "Logging error" not in result.stderr
+
+
 def test_the_first_line_says_which_kernels_run(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     def call_computing(*arguments: str) -> str:
         program = typer.Typer(rich_markup_mode=None)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from moacompress.core.artefact_names import of_compress, of_demo
-from moacompress.core.errors import ArtefactError, DataError
+from moacompress.core.errors import ArtefactError, DataError, ModelError, UsageError
 from moacompress.core.lock_holders import own_folder
 from moacompress.demo import smollm2
 from moacompress.demo.smollm2 import run_demo
@@ -115,6 +115,22 @@ def test_the_same_demo_goes_on_and_another_is_refused(
     with pytest.raises(ArtefactError, match="holds another run"):
         run_demo(out, copy, squad)
     assert len(filled) == 3
+
+
+def test_a_demo_that_could_not_begin_blocks_nothing(
+    filled: list[Path], squad: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    out, broken = tmp_path / "out", tmp_path / "broken"
+    for wrong in ({"dtype": "int7"}, {"seed": -1}, {"device": 3}):
+        with pytest.raises(UsageError):
+            run_demo(out, tiny_folder, squad, **wrong)
+        assert not out.exists()
+    shutil.copytree(tiny_folder, broken)
+    (broken / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="the tokenizer in .*broken cannot be loaded"):
+        run_demo(out, broken, squad)
+    run_demo(out, tiny_folder, squad)
+    assert filled == [out]
 
 
 def test_overwrite_never_costs_what_no_demo_left_or_what_is_read(

@@ -190,6 +190,14 @@ def test_a_config_that_names_the_file_of_its_weights(name: str, tiny_folder: Pat
         load_source(folder)
 
 
+def test_a_tokenizer_that_is_damaged(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match=r"^the tokenizer in .*model cannot be loaded: "):
+        load_source(folder)
+
+
 def test_weights_with_an_adapter_beside_them(tiny_folder: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

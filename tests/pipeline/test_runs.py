@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from moacompress import pipeline
 from moacompress.core.artefact_names import of_compress
-from moacompress.core.errors import BudgetError, InfeasibleBudgetError, PlanError, RecipeError
+from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, PlanError, RecipeError
 from moacompress.core.files import read_json
 from moacompress.core.progress import Progress
 from moacompress.evaluation.runner import evaluate
@@ -314,6 +314,10 @@ def test_clock_adds_up_over_runs(tmp_path):
         clock = pipeline._Clock(tmp_path / "seconds.json")
         clock.run("step", lambda: time.sleep(0.06))
     assert json.loads((tmp_path / "seconds.json").read_text())["step"] >= 0.1
+    for damaged in ("[]", '{"step": "1"}'):
+        (tmp_path / "seconds.json").write_text(damaged)
+        with pytest.raises(ArtefactError, match=r"seconds\.json does not say what steps took"):
+            pipeline._Clock(tmp_path / "seconds.json")
 
 
 def test_rounded_weights_in_another_dtype_than_the_model_s(recipe, tmp_path):

@@ -89,13 +89,13 @@ def attach(model: Model, plan: Plan | str | Path) -> Model:
     if not isinstance(getattr(model.config, "quantization_config", None), MoaCompressConfig | None):
         raise PlanError("the model's weights are quantized; attach a plan to a model with float weights")
     modules = _fitting_modules(model, plan)
-    gates_of(plan, _inputs(model))  # which are at hand, and fit
+    gates_of(plan, model_inputs(model))  # which are at hand, and fit
     limit, earlier = limit_in_environment(model), attached_plan(model)
     with torch.inference_mode(False):  # what a plan puts on a model may take part in its training
         detach(model)
         try:
             dropped = drop_projections(model, plan)
-            put_gates(modules, plan, _inputs(model), model.dtype, devices=layer_devices(model))
+            put_gates(modules, plan, model_inputs(model), model.dtype, devices=layer_devices(model))
             _take_own_configs(model)
             _put(model, plan, modules, dropped, limit)
             take_own_heads(model)
@@ -185,7 +185,7 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
     """
     modules, limit = _fitting_modules(model, plan), limit_in_environment(model)
     drop_projections(model, plan)
-    put_gates(modules, plan, _inputs(model), model.dtype, empty=True)
+    put_gates(modules, plan, model_inputs(model), model.dtype, empty=True)
     _put(model, plan, modules, None, limit)
 
 
@@ -199,7 +199,8 @@ def _fitting_modules(model: PreTrainedModel, plan: Plan) -> list[torch.nn.Module
     return modules
 
 
-def _inputs(model: PreTrainedModel) -> int:
+def model_inputs(model: PreTrainedModel) -> int:
+    """Returns how many numbers of a token enter a layer, which gates see."""
     return int(model.config.get_text_config(decoder=True).hidden_size)
 
 
