@@ -27,7 +27,7 @@ ON_AMD = (
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
 )
 """Whether products of many rows in float32 are oneDNN's: on AMD's processors with AVX-512, where this torch brings it."""
-_LINEAR = nn.Linear.forward
+_LINEAR, _STRIDED = nn.Linear.forward, torch.strided
 
 _LIBRARY = torch.library.Library("moacompress", "FRAGMENT")
 _LIBRARY.define("float32_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -100,7 +100,8 @@ def quickest_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     """
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     ready = lies_ready(weight, x) and (bias is None or lies_ready(bias, x))
-    if trained or not ready or torch.is_autocast_enabled(x.device.type):
+    odd = x.layout is not _STRIDED or x.is_nested  # sparse, or nested
+    if odd or trained or not ready or torch.is_autocast_enabled(x.device.type):
         return nn.functional.linear(x, weight, bias)
     if has_few_rows(x) and capabilities_for(x).linear:
         return backend_for(x).linear(x, weight, bias)
@@ -158,13 +159,12 @@ def lies_ready(tensor: object, x: torch.Tensor, kind: WeightType | None = None) 
     """Returns whether compiled kernels, where there are some for an input `x`, can read a parameter as it lies.
 
     It must be a tensor that is what it says (quantizers and parallelism have others in its place), contiguous, of the input's
-    dtype and device, and not trained here. One in blocks is of bytes. Neither it nor the input may be sparse or nested.
+    dtype and device, and not trained here. One in blocks is of bytes. It may not be sparse.
     """
     return (
         isinstance(tensor, torch.Tensor)
         and type(tensor) in (nn.Parameter, torch.Tensor)
-        and tensor.layout == x.layout == torch.strided
-        and not x.is_nested
+        and tensor.layout is _STRIDED
         and tensor.dtype == (x.dtype if kind is None else torch.uint8)
         and tensor.device == x.device
         and tensor.is_contiguous()

@@ -167,7 +167,7 @@ def test_function_transforms_are_torchs_own(transform, dtype, onednn, monkeypatc
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("rows", [1, 130])
-def test_sparse_weights_and_nested_inputs_are_torchs_own(rows, onednn):
+def test_what_is_sparse_or_nested_is_torchs_own(rows, onednn):
     layer, x = linear(bias=False), torch.randn(rows, 24)
     nested = torch.nested.nested_tensor([x, torch.randn(2, 24)], layout=torch.jagged)
     expected = [row @ layer.weight.t() for row in nested.unbind()]
@@ -177,6 +177,8 @@ def test_sparse_weights_and_nested_inputs_are_torchs_own(rows, onednn):
     for found, wanted in zip(layer(nested).unbind(), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(sparse(x), expected[0], atol=1e-5, rtol=1e-5)
+    for form in (x.to_sparse(), x.to_sparse_csr()):
+        torch.testing.assert_close(layer(form), expected[0], atol=1e-5, rtol=1e-5)
 
 
 def test_a_compiled_layer_is_one_graph(onednn):
