@@ -168,8 +168,8 @@ def measure_quality(
                     "masked_bytes": said["masked_bytes"],
                     "tokens": len(case.prompt_ids) + len(said["ids"]) - 1,
                 }
-                where = {"task": case.task, "length": case.length, "index": prompt.index}
-                where |= {"prompt": fingerprint(case.prompt_ids)}
+                where: dict[str, Any] = {"task": case.task, "length": case.length, "index": prompt.index}
+                where["prompt"] = fingerprint(case.prompt_ids)
                 question = way if setting.once else ""
                 bench.file(row_key, numbers, process, setting, measure="quality", question=question, **where)
                 seconds = time.perf_counter() - begin

@@ -124,13 +124,11 @@ def _check_pattern_folder(out: Path) -> None:
     if not config.exists():
         return
     try:
-        found = read_json(config, "config")
-    except ArtefactError:
-        found = None
-    if not isinstance(found, dict) or not {"sink_size", "recent_size"} <= set(found):
+        _pattern_sizes(out)
+    except ArtefactError as error:
         raise ArtefactError(
             f"{config} exists already and is no pattern's (sink_size, recent_size); choose another folder"
-        )
+        ) from error
 
 
 def write_pattern(folder: Path, pattern: DuoPattern) -> None:
@@ -154,15 +152,25 @@ def _read(
         if not isinstance(found, dict) or not {"alphas", "betas"} <= set(found):
             raise ArtefactError(f"{path} is no plan of MoA: it needs `alphas` and `betas`")
         return plan_of_moa(MoaSpans(found["alphas"], found["betas"]), _shape(model, trust_remote_code), length)
-    config = read_json(path / CONFIG_FILE, "pattern of DuoAttention")
+    sizes = _pattern_sizes(path)
+    pattern = DuoPattern(_table(path / HEADS_FILE), *sizes)
+    return plan_of_duo(pattern, _shape(model, trust_remote_code), sparsity)
+
+
+def _pattern_sizes(folder: Path) -> tuple[int, int]:
+    """Returns the sinks and the window that a pattern's config says.
+
+    Raises:
+        ArtefactError: it says none.
+    """
+    config = read_json(folder / CONFIG_FILE, "pattern of DuoAttention")
     sizes = [config.get(name) if isinstance(config, dict) else None for name in ("sink_size", "recent_size")]
     if not all(isinstance(size, int) and not isinstance(size, bool) for size in sizes):
         raise ArtefactError(
-            f"{path / CONFIG_FILE} is no pattern of DuoAttention: it needs `sink_size` and `recent_size`"
+            f"{folder / CONFIG_FILE} is no pattern of DuoAttention: it needs `sink_size` and `recent_size`"
         )
-    heads = _table(path / HEADS_FILE)
-    pattern = DuoPattern(heads, *map(int, sizes))  # type: ignore[arg-type]
-    return plan_of_duo(pattern, _shape(model, trust_remote_code), sparsity)
+    sink, recent = map(int, sizes)  # type: ignore[arg-type]
+    return sink, recent
 
 
 def _shape(model: str, trust_remote_code: bool) -> ModelShape:

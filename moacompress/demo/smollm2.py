@@ -61,8 +61,8 @@ def run_demo(
     data["device"] = device
     if seed is not None:
         data["seed"] = seed
-    Recipe.from_dict({**data, "dtype": dtype}, f"recipe {RECIPE}")  # what is wrong is said before anything is written
     recipe = Recipe.from_dict(data, f"recipe {RECIPE}")
+    recipe.override(dtype=dtype)  # what is wrong with it is said before anything is written
     with no_empty_folder(out), own_folder(out):
         _claim(out, model, squad, dtype, seed, overwrite)
         if not text.exists():

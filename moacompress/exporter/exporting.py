@@ -241,21 +241,15 @@ def estimate_export(
     trust_remote_code: bool = False,
 ) -> Estimate:
     """Returns what an export would do, after all that `export` checks before it writes; arguments and errors are its."""
+    from moacompress.models.block_layers import stored_bytes
     from moacompress.models.weight_rounding import saved_bytes
 
     out = Path(out)
     found = _prepared(model, plan, out, (weights, head_weights), repair, None, device, overwrite, trust_remote_code)
     warn_of_budget(found.plan)
-    size = _stored_bytes(found.source.model)
+    size = sum(stored_bytes(found.source.model).values())
     size -= saved_bytes(found.source.model, planned_weights(found.plan) or {})
     return export_estimate(out, found.reused, holds_something(out), size, found.profile is not None)
-
-
-def _stored_bytes(model: Any) -> int:
-    """Returns the bytes of a model's weights and buffers as a checkpoint holds them: tied ones once."""
-    named = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    buffers = [tensor for name, tensor in model.state_dict().items() if name not in named]
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *buffers))
 
 
 def check_place(out: Path, inputs: Iterable[str | Path] = ()) -> None:

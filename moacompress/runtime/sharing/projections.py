@@ -127,11 +127,12 @@ class Dropped:
 
     def give_back(self) -> None:
         """Puts the module back, where the model is by now and with what was trained of it."""
-        device, dtype = _place(self.moves)
-        if (device, dtype) != self._began and self._began[0] != torch.device("meta"):
-            self.was.to(device=device, dtype=None if dtype == self._began[1] else dtype)
-        if isinstance(self.instead, PartProjection):
-            self.instead.give_rows(self.was)
+        if self._began[0].type != "meta":  # where there are numbers
+            device, dtype = _place(self.moves)
+            if (device, dtype) != self._began:
+                self.was.to(device=device, dtype=None if dtype == self._began[1] else dtype)
+            if isinstance(self.instead, PartProjection):
+                self.instead.give_rows(self.was)
         setattr(self.owner, self.name, self.was)
 
 
