@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +33,7 @@ from moacompress.core.progress import Progress
 from moacompress.core.shown import ShownDict
 from moacompress.core.version import own_version
 from moacompress.estimate.estimate import Estimate
+from moacompress.exporter.card import state_measured
 from moacompress.exporter.exporting import as_exported, check_reusable, export, exported_plan, unrepaired
 from moacompress.exporter.fresh import GREEDY
 from moacompress.models.locate import find_running_plan
@@ -45,7 +46,7 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.planned_weights import own_weights
 from moacompress.run_checks import check_recipe, check_with_model, check_with_shape
 from moacompress.run_counts import RunCounts, count_run, read_counts
-from moacompress.run_estimate import asked_length, estimate_run, measured_length
+from moacompress.run_estimate import COMPARED, asked_length, estimate_run, measured_length
 from moacompress.runtime.ready_model import load_for
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ def fill(
         MoaCompressError: from any of the steps.
     """
     from moacompress.evaluation.runner import evaluate
+    from moacompress.report.headline import headline, kept_rows
 
     found, clock = _produce(recipe, out, progress, from_scratch, trust_remote_code)
     plan: Plan = found.plan
@@ -166,6 +168,7 @@ def fill(
         "eval",
         lambda: evaluate(
             out / MODEL_FOLDER,
+            against=COMPARED,
             dense=recipe.model if plan.shares or own_weights(plan) else None,
             tasks=evaluation.tasks,
             lengths=evaluation.lengths,
@@ -201,7 +204,9 @@ def fill(
         **({} if (memory := plan.budget.get("memory")) is None else {"memory": memory}),
         **({} if (rounding := plan.quality.get("rounded_weights")) is None else {"rounded_weights": rounding}),
         "seconds": clock.seconds,
-        "quality": quality_table(scores["results"]),
+        "kept": kept_rows(scores),
+        "not_measured": scores["not_measured"],
+        "quality": quality_table(scores),
         "harm": plan.quality.get("measured_harm", {}),
         "measured_plans": found.measured_plans,
         **({} if found.classes is None else {"classes": found.classes}),
@@ -210,6 +215,7 @@ def fill(
         | {name: version(name) for name in ("torch", "transformers", "optuna")},
     }
     write_json(out / SUMMARY_FILE, fields)
+    state_measured(out / MODEL_FOLDER, headline(scores))
     _write_page(out)
     return Summary(fields)
 
@@ -332,13 +338,20 @@ def measured_kv_bytes(folder: Path, length: int, device: str = "cpu", *, trust_r
     return int(returned_cache(out).kv_bytes())
 
 
-def quality_table(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns `{task@length: {dense, uniform, plan, nll: {...}, prompts}}` from an evaluation's rows: exact match, and NLL."""
+def quality_table(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns `{task@length: {dense, uniform, plan, ..., nll: {...}, prompts, kind}}`: exact match and NLL by model.
+
+    Args:
+        evaluation: as `moacompress.evaluate` returns it; the order is its own, the kinds that a claim rests on first.
+    """
     table: dict[str, dict[str, Any]] = {}
-    for row in results:
+    for row in evaluation["results"]:
         if row["metric"] not in ("exact_match", "nll"):
             continue
-        entry = table.setdefault(f"{row['task']}@{row['length']}", {"prompts": row["prompts"], "nll": {}})
+        kind = evaluation["kinds"][row["task"]]
+        entry = table.setdefault(
+            f"{row['task']}@{row['length']}", {"kind": kind, "prompts": row["prompts"], "nll": {}}
+        )
         held = entry if row["metric"] == "exact_match" else entry["nll"]
         held[row["model"]] = row["value"]
     return table

@@ -58,6 +58,10 @@ class Records(Generic[V]):
             self._read(path)
         self._begun = path is None or header is None or self.header is not None
 
+    def __len__(self) -> int:
+        """Returns how many values there are."""
+        return len(self._values)
+
     def get(self, key: str) -> V | None:
         """Returns the value filed under `key`, or None."""
         return self._values.get(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,25 +15,27 @@ from moacompress.core.errors import ArtefactError, DataError, UsageError
 from moacompress.core.files import read_json, remove, sweep_files, write_json
 from moacompress.core.lock_holders import own_file
 from moacompress.core.progress import SILENT, Progress
-from moacompress.core.ranks import rank
-from moacompress.core.records import Records, named_numbers
+from moacompress.core.ranks import rank, world_size
+from moacompress.core.records import Records
 from moacompress.core.shown import ShownDict
 from moacompress.core.version import own_version
 from moacompress.evaluation.baselines.compared_models import ComparedModel, Comparison, check_names, make_comparison
 from moacompress.evaluation.baselines.evictions import ComparedEviction
 from moacompress.evaluation.baselines.quantized_caches import RESIDUAL
+from moacompress.evaluation.eval_estimate import estimate_answers
 from moacompress.evaluation.lm_harness import AUTO, check_lm_eval, read_batch_size, run_lm_eval
 from moacompress.evaluation.scoring.result_rows import (
     Measured,
     ResultRow,
     TaskCell,
+    answer_rows,
     at_floor,
     best_candidates,
     difference_rows,
     pooled_rows,
     result_rows,
 )
-from moacompress.evaluation.scoring.scores import Scorer
+from moacompress.evaluation.scoring.scores import Scorer, read_entry
 from moacompress.evaluation.scoring.text import text_windows
 from moacompress.evaluation.scoring.text_rows import (
     TEXT,
@@ -43,6 +46,7 @@ from moacompress.evaluation.scoring.text_rows import (
 from moacompress.evaluation.tasks.cases import Case, mean_answer_tokens, mean_tokens
 from moacompress.evaluation.tasks.own_rows import own_tasks
 from moacompress.evaluation.tasks.registry import (
+    KINDS,
     Resources,
     check_resources,
     expand_tasks,
@@ -52,12 +56,26 @@ from moacompress.evaluation.tasks.registry import (
 )
 from moacompress.models.processes import agreed, check_alike, join
 from moacompress.prompts.pools import Prose
+from moacompress.rules.budget import format_length
 from moacompress.rules.plan import Plan
 from moacompress.rules.planned_weights import own_weights
 from moacompress.rules.untrusted import reading_notes
 from moacompress.runtime.checkpoint import Checkpoint, compressed_folder, load_checkpoint, with_dense
 
 logger = logging.getLogger(__name__)
+
+
+QUESTION_TOKENS = 64
+"""Most tokens of a question that a report keeps."""
+NOT_ASKED = {
+    "code": ("code-question", "code-completion"),
+    "a second question": ("second-question",),
+    "tables": ("table-lookup",),
+    "dialogues": ("dialogue-fact",),
+    "tool calls": ("tool-call",),
+    "long text": (TEXT,),
+}
+"""What a cache is asked for in use, and the tasks that measure it."""
 
 
 class EvaluationReport(ShownDict):
@@ -67,9 +85,9 @@ class EvaluationReport(ShownDict):
 def evaluate(
     target: str | Path,
     *,
-    against: Sequence[str] = ("dense", "uniform"),
+    against: Sequence[str] = ("dense", "uniform", "best"),
     dense: str | Path | None = None,
-    tasks: Sequence[str] = ("needle-noise",),
+    tasks: Sequence[str] = ("code-question", "second-question", "needle-noise"),
     lengths: Sequence[int] = (1024,),
     prompts: int = 20,
     text: str | Path | None = None,
@@ -102,7 +120,8 @@ def evaluate(
     Args:
         target: a compressed checkpoint, or a run's folder with one under `model/`.
         against: what to measure beside the plan: `dense`; the baselines `uniform`, `uniform-elastic`, `quantized`,
-            `per-layer`, `split` and `moa`; `uniform:4`, `uniform:16` and `uniform:64` for a given sink; transformers'
+            `per-layer`, `split` and `moa`; `best` for the one of these that the search measured best, where the plan says so;
+            `uniform:4`, `uniform:16` and `uniform:64` for a given sink; transformers'
             quantized caches, such as `quantized:hqq-8` (`quantized_caches.QUANTIZED`), at the bytes that they take;
             known ways to evict tokens (`baselines.evictions`), such as `snapkv`, which is measured with the question seen
             and unseen, or `snapkv:seen`;
@@ -142,8 +161,12 @@ def evaluate(
           `exact_match`, `accuracy`, `nll` (nats a token) and, where dense is measured and gets a prompt right,
           `retention`, whose `prompts` are those that dense gets right; for text see `TEXT_METRICS`.
         - `differences`: rows of the plan minus each other `model`, paired by prompt.
-        - `pooled`: `results` and `differences` of all prompts of all tasks and lengths together, where there are several;
-          differences there have `retention` too.
+        - `kinds`: for every task which of `tasks.registry.KINDS` it is.
+        - `pooled`: `results` and `differences` of all prompts of each kind together, the kind that a claim rests on first;
+          `task` is the kind, and differences have `retention` too.
+        - `not_measured`: what no task asks for, in words.
+        - `answers`: for every prompt the end of its question, the references, what the plan and dense said (as far as it
+          decides the score), and the exact match of both.
         - `at_floor`: `task` and `length` of what the dense model cannot do itself, so that nothing follows from it.
         - `lm_eval`: rows of lm-evaluation-harness, where asked for; see `run_lm_eval`. They are computed from scratch each
           time, and those of other tasks that are at `out` stay there.
@@ -191,20 +214,26 @@ def evaluate(
     comparison = make_comparison(checkpoint, against, profile, every_candidate)
     path = None if out is None or rank() else Path(out)
     _warn_of_calibration(sources, checkpoint.plan)
+    kinds = {name: find_task(name, resources).kind for name in names if name != TEXT}
     wording = {name: find_task(name, resources).wording for name in names if name != TEXT}
     subject = {"plan": checkpoint.plan.key(), "weights": checkpoint.weights}
     check_alike({"moacompress": own_version(), **subject})
     with nullcontext() if path is None else own_file(path):
         earlier = {} if path is None else _check_place(path, subject, wording, overwrite)
         kept = agreed(earlier.get("lm_eval", []))
-        records = Records(None if path is None else scores_file(path), named_numbers, resume=not overwrite)
+        records = Records(None if path is None else scores_file(path), read_entry, resume=not overwrite)
         bench = _Evaluation(checkpoint, resources, comparison, Scorer(checkpoint, records, progress), prompts, seed)
         wanted = [(task, length) for task in names for length in bench.lengths(task, lengths)]
-        steps = sum(bench.check(task, length) for task, length in wanted)
+        counts: Counter[int] = Counter()
+        for task, length in wanted:
+            counts[length] += bench.check(task, length)
         if path is not None and overwrite:
             remove(of_evaluation(path))
-        progress.start("evaluating", steps)
-        report: dict[str, Any] = {"checkpoint": subject, "wording": wording, **bench.measured(wanted)}
+        if progress.shows and not len(records) and world_size() == 1:  # a run that is taken up has said so before
+            progress.say(f"This takes {estimate_answers(checkpoint, counts).line()}")
+        progress.start("evaluating", counts.total())
+        report: dict[str, Any] = {"checkpoint": subject, "wording": wording, "kinds": kinds, **bench.measured(wanted)}
+        report["not_measured"] = not_measured(kinds, lengths)
         progress.done()
         if kept:
             report["lm_eval"] = kept
@@ -329,7 +358,7 @@ def _earlier_wording(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def task_names(tasks: Iterable[str], resources: Resources | None = None) -> list[str]:
-    """Returns the tasks with groups expanded and without repeats; `text` comes last.
+    """Returns the tasks with groups expanded and without repeats, in the order of `KINDS`; `text` comes last.
 
     Args:
         tasks: names of tasks and groups; `all` holds what can be made, `text` too where there is prose.
@@ -341,7 +370,16 @@ def task_names(tasks: Iterable[str], resources: Resources | None = None) -> list
     given = list(dict.fromkeys(tasks))
     prose = resources is not None and resources.prose is not None
     with_text = TEXT in given or ("all" in given and prose)
-    return [*expand_tasks((name for name in given if name != TEXT), resources), *([TEXT] if with_text else [])]
+    names = expand_tasks((name for name in given if name != TEXT), resources)
+    ordered = sorted(names, key=lambda name: KINDS.index(find_task(name, resources).kind))
+    return [*ordered, *([TEXT] if with_text else [])]
+
+
+def not_measured(tasks: Iterable[str], lengths: Iterable[int]) -> list[str]:
+    """Returns in words what an evaluation of these tasks and lengths says nothing about."""
+    asked = set(tasks)
+    missing = [what for what, names in NOT_ASKED.items() if not asked & {*names}]
+    return [f"prompts beyond {format_length(max(lengths))} tokens", *missing, "long answers"]
 
 
 def _lm_eval_rows(
@@ -429,29 +467,41 @@ class _Evaluation:
         """Returns `results`, `differences`, `at_floor` and `pooled`, as `evaluate` does, of tasks and lengths."""
         results: list[ResultRow] = []
         differences: list[ResultRow] = []
-        fields: list[list[Measured]] = []
+        answers: list[ResultRow] = []
+        fields: dict[str, list[list[Measured]]] = {}
         for task, length in wanted:
             if task == TEXT:
                 rows, paired = self.text(task, length)
             else:
-                cell, field_of_cell = self.task(task, length)
-                fields.append(field_of_cell)
+                cell, cases, field_of_cell = self.task(task, length)
+                fields.setdefault(find_task(task, self.resources).kind, []).append(field_of_cell)
+                answers += answer_rows(cell, cases, list(map(self._question, cases)), field_of_cell)
                 rows = result_rows(cell, field_of_cell, self.seed)
                 paired = difference_rows(cell, field_of_cell, self.seed)
             results += rows
             differences += paired
-        found: dict[str, Any] = {"results": results, "differences": differences, "at_floor": at_floor(results)}
-        if len(fields) > 1:
-            found["pooled"] = dict(zip(("results", "differences"), pooled_rows(fields, self.seed), strict=True))
-        return found
+        pooled = [pooled_rows(kind, fields[kind], self.seed) for kind in KINDS if kind in fields]
+        parts = [[row for rows in side for row in rows] for side in zip(*pooled, strict=True)] or [[], []]
+        return {
+            "results": results,
+            "differences": differences,
+            "at_floor": at_floor(results),
+            "pooled": dict(zip(("results", "differences"), parts, strict=True)),
+            "answers": answers,
+        }
 
-    def task(self, task: str, length: int) -> tuple[TaskCell, list[Measured]]:
-        """Returns a task with prompts at a length, and the models on it, each by its best candidate."""
+    def _question(self, case: Case) -> str:
+        """Returns the end of what is asked, as text."""
+        ids = case.prompt_ids[max(case.question_at or 0, len(case.prompt_ids) - QUESTION_TOKENS) :]
+        return str(self.checkpoint.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def task(self, task: str, length: int) -> tuple[TaskCell, list[Case], list[Measured]]:
+        """Returns a task at a length, its prompts, and the models on them, each by its best candidate."""
         cases = self._cases(task, length, self.prompts)
         cell = TaskCell(task, length, len(cases), mean_tokens(cases))
         answerers = self._answerers(cases)
         comparison = [Measured(*pair) for pair in zip(answerers, self.scorer.cases(answerers, cases), strict=True)]
-        return cell, best_candidates(comparison)
+        return cell, cases, best_candidates(comparison)
 
     def text(self, task: str, length: int) -> tuple[list[ResultRow], list[ResultRow]]:
         """Returns the rows and the differences on long text."""

@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import RenderableType
+from rich.markup import escape
 
+from moacompress.core.printable import printable
 from moacompress.core.tables import Row, readable_bytes, section
+from moacompress.report.headline import headline
 from moacompress.rules.budget import format_length
 
 RowGroup = dict[str, dict[str, Row]]
@@ -22,8 +25,8 @@ CSV_COLUMNS = (
 TASK_TITLE = "Tasks, mean and 95% interval over n prompts; retention: of those that dense gets right (how many)"
 TEXT_TITLE = "Long text: perplexity of first and last half; KL to dense and same top token in the last (n windows)"
 DIFFERENCE_TITLE = "This plan minus the other model, paired, with 95% interval"
-POOLED_TITLE = "All prompts of all tasks and lengths together"
-POOLED_DIFFERENCE_TITLE = "All prompts: this plan minus the other model, paired, with 95% interval"
+POOLED_TITLE = "All prompts of a kind together: first what no calibration has, then what the plan was calibrated on"
+POOLED_DIFFERENCE_TITLE = "All prompts of a kind: this plan minus the other model, paired, with 95% interval"
 FLOOR_NOTE = "* Dense cannot do this itself (its interval ends below 0.2): no evidence for or against a plan."
 
 
@@ -35,9 +38,10 @@ def evaluation_tables(report: Mapping[str, Any]) -> list[RenderableType]:
     """
     floor = {(row["task"], row["length"]) for row in report["at_floor"]}
     groups = _groups(report["results"])
+    pooled = report["pooled"]
     tasks = [group for group in groups if "exact_match" in next(iter(group.values()))]
     texts = [group for group in groups if "ppl_late" in next(iter(group.values()))]
-    shown: list[RenderableType] = []
+    shown: list[RenderableType] = [*headline(report), ""] if report["kinds"] else []
     columns: tuple[str, ...]
     if tasks:
         columns = ("", "KV cache", "n", "exact match", "retention", "accuracy", "NLL")
@@ -49,21 +53,13 @@ def evaluation_tables(report: Mapping[str, Any]) -> list[RenderableType]:
     if paired:
         columns = ("", "n", "exact match", "accuracy", "NLL")
         shown.append(section(DIFFERENCE_TITLE, columns, _lines(paired, _difference_line, floor)))
-    if report.get("pooled"):
+    if len(tasks) > 1:  # of one alone it would be the same again
         columns = ("", "KV cache", "n", "exact match", "retention", "NLL")
-        shown.append(
-            section(POOLED_TITLE, columns, [_pooled_line(m) for m in _groups(report["pooled"]["results"])[0].items()])
-        )
-        apart = [
-            (
-                _short(model),
-                *(_signed(metrics[m]) if m in metrics else "-" for m in ("exact_match", "retention", "nll")),
-            )
-            for group in _groups(report["pooled"]["differences"])
-            for model, metrics in group.items()
-        ]
-        if apart:
-            shown.append(section(POOLED_DIFFERENCE_TITLE, ("", "exact match", "retention", "NLL"), apart))
+        shown.append(section(POOLED_TITLE, columns, _lines(_groups(pooled["results"]), _pooled_line, floor)))
+        if pooled["differences"]:
+            columns = ("", "exact match", "retention", "NLL")
+            lines = _lines(_groups(pooled["differences"]), _pooled_difference_line, floor)
+            shown.append(section(POOLED_DIFFERENCE_TITLE, columns, lines))
     if report.get("lm_eval"):
         columns = ("task", "model", "n", "metric", "value")
         lines = [
@@ -72,6 +68,31 @@ def evaluation_tables(report: Mapping[str, Any]) -> list[RenderableType]:
         ]
         shown.append(section("lm-evaluation-harness", columns, lines))
     return [*shown, FLOOR_NOTE] if floor else shown
+
+
+def failure_lines(report: Mapping[str, Any]) -> list[str]:
+    """Returns the prompts that plan and dense answer differently well: the end of the question, the reference, both answers.
+
+    Args:
+        report: as `moacompress.evaluate` returns it.
+    """
+    rows = [row for row in report["answers"] if "dense" in row and row["dense_match"] != row["plan_match"]]
+    lines = [f"{len(rows)} of {len(report['answers'])} prompts are answered differently well by the plan and by dense."]
+    for row in rows:
+        texts = {
+            "question": row["question"],
+            "reference": " | ".join(row["references"]),
+            f"dense ({row['dense_match']:.0%} right)": row["dense"],
+            f"this plan ({row['plan_match']:.0%} right)": row["plan"],
+        }
+        said = "\n".join(f"  {name}: {_one_line(text)}" for name, text in texts.items())
+        lines.append(f"\n{row['task']}@{format_length(row['length'])}\n{said}")
+    return [escape(line) for line in lines]
+
+
+def _one_line(text: str) -> str:
+    """Returns a text for a terminal on one line: what would move its cursor or colour it is spelt out."""
+    return printable(text.strip().replace("\n", " ⏎ ").replace("\t", " "))
 
 
 def csv_text(report: Mapping[str, Any]) -> str:
@@ -83,10 +104,10 @@ def csv_text(report: Mapping[str, Any]) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, CSV_COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    pooled = report.get("pooled", {})
+    pooled = report["pooled"]
     parts = {
-        "result": [*report["results"], *pooled.get("results", ())],
-        "difference": [*report["differences"], *pooled.get("differences", ())],
+        "result": [*report["results"], *pooled["results"]],
+        "difference": [*report["differences"], *pooled["differences"]],
         "lm_eval": report.get("lm_eval", ()),
     }
     for kind, rows in parts.items():
@@ -112,7 +133,8 @@ def _lines(
     for group in groups:
         first = next(iter(next(iter(group.values())).values()))
         star = "*" if (first["task"], first["length"]) in floor else ""
-        yield (f"{first['task']}@{format_length(first['length'])}{star}",)
+        length = "" if first["length"] is None else f"@{format_length(first['length'])}"
+        yield (f"{first['task']}{length}{star}",)
         for model, metrics in group.items():
             yield (f"  {_short(model)}", *line(metrics))
 
@@ -133,11 +155,13 @@ def _task_line(metrics: Mapping[str, Row]) -> Sequence[str]:
     )
 
 
-def _pooled_line(item: tuple[str, Mapping[str, Row]]) -> Sequence[str]:
-    model, metrics = item
+def _pooled_difference_line(metrics: Mapping[str, Row]) -> Sequence[str]:
+    return tuple(_signed(metrics[m]) if m in metrics else "-" for m in ("exact_match", "retention", "nll"))
+
+
+def _pooled_line(metrics: Mapping[str, Row]) -> Sequence[str]:
     kept = metrics.get("retention")
     return (
-        _short(model),
         readable_bytes(metrics["exact_match"]["kv_bytes"]),
         str(metrics["exact_match"]["prompts"]),
         _number(metrics["exact_match"], 2),

@@ -306,7 +306,8 @@ def test_quality_table():
         {"task": "t", "length": 8, "metric": "retention", "model": "plan", "value": 0.9, "prompts": 2},
         {"task": "text", "length": 8, "metric": "kl", "model": "plan", "value": 0.1, "prompts": 4},
     ]
-    assert quality_table(rows) == {"t@8": {"plan": 0.5, "nll": {"plan": 0.7}, "prompts": 4}}
+    found = quality_table({"results": rows, "kinds": {"t": "unseen kinds"}})
+    assert found == {"t@8": {"kind": "unseen kinds", "plan": 0.5, "nll": {"plan": 0.7}, "prompts": 4}}
 
 
 def test_clock_adds_up_over_runs(tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from moacompress.evaluation.baselines.compared_models import DENSE, ComparedModel
+from moacompress.evaluation.baselines.compared_models import DENSE, PLAN, ComparedModel
 from moacompress.evaluation.scoring.prompts import Score
 from moacompress.evaluation.scoring.stats import (
     FLOOR,
@@ -18,11 +18,10 @@ from moacompress.evaluation.scoring.stats import (
     retained,
     retention,
 )
+from moacompress.evaluation.tasks.cases import Case
 
 SCORES = ("exact_match", "accuracy", "nll")
 """Metrics that every prompt has; `differences` are of these."""
-POOLED = "all tasks"
-"""Task of the rows that pool all prompts."""
 ResultRow = dict[str, Any]
 
 
@@ -128,12 +127,31 @@ def difference_row(
     return {**row, "kv_bytes": plan.kv_bytes, "kv_bytes_of_model": other.kv_bytes, "tokens": cell.tokens}
 
 
-def pooled_rows(fields: Sequence[Sequence[Measured]], seed: int) -> tuple[list[ResultRow], list[ResultRow]]:
-    """Returns the rows and the differences of all prompts of all cells together, under the task `POOLED` without a length.
+def answer_rows(
+    cell: TaskCell, cases: Sequence[Case], questions: Sequence[str], comparison: Sequence[Measured]
+) -> list[ResultRow]:
+    """Returns for every prompt what was asked, the reference, and what plan and dense said, with their exact match."""
+    said = {one.compared.name: one.scores for one in comparison if one.compared.name in (PLAN, DENSE)}
+    return [
+        {
+            "task": cell.task,
+            "length": cell.length,
+            "question": question,
+            "references": list(case.references),
+            **{name: scores[index].answer for name, scores in said.items()},
+            **{f"{name}_match": scores[index].exact_match for name, scores in said.items()},
+        }
+        for index, (case, question) in enumerate(zip(cases, questions, strict=True))
+    ]
+
+
+def pooled_rows(task: str, fields: Sequence[Sequence[Measured]], seed: int) -> tuple[list[ResultRow], list[ResultRow]]:
+    """Returns the rows and the differences of all prompts of several cells together, without a length.
 
     Differences also have `retention`: of the prompts that dense gets right.
 
     Args:
+        task: what the rows are called, such as one of `tasks.registry.KINDS`.
         fields: the models of every cell, the plan first; only those that all cells have are pooled.
         seed: of the intervals.
     """
@@ -156,14 +174,14 @@ def pooled_rows(fields: Sequence[Sequence[Measured]], seed: int) -> tuple[list[R
             values["retention"] = retained(dense, values["exact_match"])
         for metric, numbers in values.items():
             value, interval = _value(metric, numbers, seed)
-            row = _row(POOLED, None, name, metric, value, interval, len(numbers))
+            row = _row(task, None, name, metric, value, interval, len(numbers))
             results.append({**row, "kv_bytes": round(share)})
         if name == names[0]:
             ours = values
             continue
         for metric, numbers in values.items():
             value, interval = _difference(metric, ours[metric], numbers, seed)
-            differences.append(_row(POOLED, None, name, metric, value, interval, len(numbers)))
+            differences.append(_row(task, None, name, metric, value, interval, len(numbers)))
     return results, differences
 
 

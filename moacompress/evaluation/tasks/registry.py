@@ -27,7 +27,14 @@ from moacompress.evaluation.tasks.needles import Needles, make_needles
 from moacompress.evaluation.tasks.prompt_request import PromptRequest, Resources
 from moacompress.evaluation.tasks.second_question import make_second_question
 from moacompress.evaluation.tasks.tracking import TRACKING, make_tracking
-from moacompress.evaluation.tasks.unseen import code_completion, dialogue_fact, legal_codes, table_lookup, tool_call
+from moacompress.evaluation.tasks.unseen import (
+    code_completion,
+    code_question,
+    dialogue_fact,
+    legal_codes,
+    table_lookup,
+    tool_call,
+)
 from moacompress.evaluation.tasks.vocabulary import WORDS
 from moacompress.prompts.generators import ANSWER_ROOM, PAIRS, Values, make_prompt
 from moacompress.prompts.pools import ADJECTIVES, NOUNS, SPLITS
@@ -38,6 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GROUPS",
+    "KINDS",
     "TASKS",
     "EvaluationTask",
     "Resources",
@@ -56,6 +64,10 @@ _HOW = {
     "squad": "give a SQuAD file, such as dev-v2.0.json",
 }
 _WHAT = {"prose": "prose", "squad": "SQuAD's questions"}
+OWN, UNSEEN, CALIBRATED = "own rows", "unseen kinds", "calibrated kinds"
+KINDS = (OWN, UNSEEN, CALIBRATED)
+"""What prompts are to calibration, the one that a claim rests on first: rows of the user's own, kinds that no calibration has,
+and kinds that calibration's generators make too."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,7 @@ class EvaluationTask:
         match: how an answer is compared, see `Case`.
         needs: the user's text that the task needs, or None.
         ruler: one of RULER's, whose sentences an installed package ships.
+        calibrated: calibration has prompts of this kind, of other pools: needles, and pairs of keys and numbers.
         given: the prompts, where they are the user's own and no length is asked of them; None where they are written.
     """
 
@@ -83,6 +96,7 @@ class EvaluationTask:
     match: Match = "all"
     needs: Need | None = None
     ruler: bool = False
+    calibrated: bool = False
     given: tuple[PromptDraft, ...] | None = None
 
     @property
@@ -93,6 +107,11 @@ class EvaluationTask:
             UsageError: one of RULER's, and the package is not installed.
         """
         return wording_of(self.sentences(), *((ADJECTIVES, NOUNS) if self.given is None else ()))
+
+    @property
+    def kind(self) -> str:
+        """Which of `KINDS` its prompts are."""
+        return CALIBRATED if self.calibrated else UNSEEN if self.given is None else OWN
 
     def lengths(self, asked: Iterable[int]) -> list[int]:
         """Returns the lengths at which it has prompts, of those asked for: those that are given are taken once."""
@@ -124,7 +143,7 @@ def _calibrated(
         )
         return PromptDraft((prompt.user,), f"\n{prompt.prefix}", Answer.of(prompt.answer), (prompt.answer,))
 
-    return EvaluationTask(name, description, write, lambda: (NEEDLES, PAIRS), needs=needs)
+    return EvaluationTask(name, description, write, lambda: (NEEDLES, PAIRS), needs=needs, calibrated=True)
 
 
 def _worded(
@@ -159,6 +178,7 @@ def _needles(
         lambda request, said: make_needles(request, needles, said),
         sentences,
         needs="prose" if needles.haystack == "prose" else None,
+        calibrated=True,
         **options,
     )
 
@@ -234,6 +254,13 @@ _OURS = (
         "a default in a module of functions, one of which is begun again",
         code_completion.make_code_completion,
         lambda: code_completion.SENTENCES,
+    ),
+    EvaluationTask(
+        "code-question",
+        "a question on the source of Python's standard library",
+        code_question.make_code_question,
+        code_question.code_sentences,
+        match="any-words",
     ),
     EvaluationTask(
         "tool-call",
