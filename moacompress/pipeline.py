@@ -349,9 +349,7 @@ def quality_table(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if row["metric"] not in ("exact_match", "nll"):
             continue
         kind = evaluation["kinds"][row["task"]]
-        entry = table.setdefault(
-            f"{row['task']}@{row['length']}", {"kind": kind, "prompts": row["prompts"], "nll": {}}
-        )
+        entry = table.setdefault(f"{row['task']}@{row['length']}", {"kind": kind, "prompts": row["prompts"], "nll": {}})
         held = entry if row["metric"] == "exact_match" else entry["nll"]
         held[row["model"]] = row["value"]
     return table

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import RenderableType
-from rich.markup import escape
 
 from moacompress.core.printable import printable
 from moacompress.core.tables import Row, readable_bytes, section
@@ -87,7 +86,7 @@ def failure_lines(report: Mapping[str, Any]) -> list[str]:
         }
         said = "\n".join(f"  {name}: {_one_line(text)}" for name, text in texts.items())
         lines.append(f"\n{row['task']}@{format_length(row['length'])}\n{said}")
-    return [escape(line) for line in lines]
+    return lines
 
 
 def _one_line(text: str) -> str:

@@ -53,11 +53,19 @@ def kept_sentence(row: Mapping[str, Any]) -> str:
     of = f"{SAID[row['kind']]} ({', '.join(row['tasks'])}; {', '.join(map(format_length, row['lengths']))} tokens)"
     if "dense_right" not in row:
         return f"{of}: {row['prompts']} prompts; dense was not measured."
-    right = f"{row['dense_right']} of {row['prompts']} prompts that dense answers"
     if not row["dense_right"]:
         return f"{of}: dense answers none of {row['prompts']} prompts, so nothing follows from them."
-    interval = "n too small for an interval" if row["ci95"] is None else "95% [{:.0%}, {:.0%}]".format(*row["ci95"])
-    return f"{of}: the plan answers {row['kept']:.0%} of the {right} ({interval})."
+    return (
+        f"{of}: dense answers {row['dense_right']} of {row['prompts']} prompts, and the plan {row['kept']:.0%} of these "
+        f"({interval_text(row)})."
+    )
+
+
+def interval_text(row: Mapping[str, Any]) -> str:
+    """Returns the interval of a row of `kept_rows`, or that there is none."""
+    return (
+        "n too small for an interval" if row["ci95"] is None else "95% interval {:.0%} to {:.0%}".format(*row["ci95"])
+    )
 
 
 def not_measured_sentence(missing: list[str]) -> str:

@@ -48,7 +48,9 @@ def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:
             if kv_bytes.get(name) is not None
         ],
     )
-    models = list(dict.fromkeys(model for row in summary["quality"].values() for model in row["nll"] if model != "plan"))
+    models = list(
+        dict.fromkeys(model for row in summary["quality"].values() for model in row["nll"] if model != "plan")
+    )
     quality = section(
         "Exact match (NLL of the answer, nats a token); baselines have the plan's KV bytes",
         ("task", *models, "this plan", "prompts"),

@@ -16,6 +16,7 @@ from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudget
 from moacompress.core.files import read_json
 from moacompress.core.progress import Progress
 from moacompress.evaluation.runner import evaluate
+from moacompress.exporter.card import state_measured
 from moacompress.exporter.exporting import export
 from moacompress.models.fingerprint import weights_like
 from moacompress.models.source import load_source
@@ -24,6 +25,7 @@ from moacompress.pipeline import compress, measured_kv_bytes, quality_table
 from moacompress.recipe import Recipe
 from moacompress.report.summary_tables import closing_lines, summary_tables
 from moacompress.rules.plan import Plan
+from moacompress.search.baselines.families import FAMILIES
 from moacompress.search.study import find_plan
 
 
@@ -37,9 +39,44 @@ def test_summary_and_artefacts(finished):
     assert summary["kv_bytes"]["planned"] <= 0.5 * summary["kv_bytes"]["dense"]
     assert plan.kv_bytes(700) <= 0.5 * plan.model.dense_kv_bytes(700)
     assert summary["kv_bytes"]["measured_at"]["length"] == 800
-    assert set(summary["quality"]["needle-noise@700"]) == {"dense", "uniform", "plan", "prompts", "nll"}
+    assert set(summary["quality"]["needle-noise@700"]) >= {"dense", "uniform", "plan", "prompts", "nll", "kind"}
     assert set(summary["seconds"]) == {"profile", "search", "export", "eval"}
     assert plan.provenance["recipe"]["calibration"]["samples"] == 4
+
+
+def test_what_no_calibration_has_is_said_first(finished):
+    """In the summary, in the lines that the command ends with, in the evaluation and on the checkpoint's card."""
+    out, summary = finished
+    kinds = ["unseen kinds", "calibrated kinds"]
+    assert [row["kind"] for row in summary["kept"]] == kinds
+    assert [(task, row["kind"]) for task, row in summary["quality"].items()] == [
+        ("code-question@700", kinds[0]),
+        ("needle-noise@700", kinds[1]),
+    ]
+    evaluation = json.loads((out / "eval.json").read_text())
+    assert evaluation["kinds"] == dict(zip(("code-question", "needle-noise"), kinds, strict=True))
+    assert list(dict.fromkeys(row["task"] for row in evaluation["pooled"]["results"])) == kinds
+    shown = [line for line in summary_tables(summary) if isinstance(line, str)]
+    first, second, missing = shown[1:4]
+    assert first.startswith(
+        "Kinds of prompts that no calibration has (code-question; 700 tokens): dense answers none of 2"
+    )
+    assert second.startswith("Kinds that the plan was calibrated on (needle-noise; 700 tokens): ")
+    assert missing == (
+        "Not measured: prompts beyond 700 tokens, a second question, tables, dialogues, tool calls, long text, long answers."
+    )
+    card = (out / "model" / "README.md").read_text()
+    assert card.index(first) < card.index(second) < card.index(missing) < card.index("| tokens |")
+    state_measured(out / "model", [first, second, missing])
+    assert (out / "model" / "README.md").read_text() == card
+
+
+def test_the_best_baseline_of_the_search_is_evaluated(finished):
+    out, summary = finished
+    noted = Plan.load(out / "plan.json").quality["baselines"]
+    family = min((name for name in noted if FAMILIES[name]), key=lambda name: noted[name]["harm"])
+    for row in summary["quality"].values():
+        assert set(FAMILIES[family]) & row.keys()
 
 
 def test_everything_that_is_left_is_listed(finished):

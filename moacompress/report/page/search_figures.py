@@ -52,7 +52,7 @@ def _baselines(kl: dict[str, float | None], samples: int | None) -> Picture | No
         "hovertemplate": "%{y}: %{x:.4g} nats<extra></extra>",
     }
     layout = {
-        "xaxis": axis(KL, type="log", exponentformat="power"),
+        "xaxis": axis(KL, rangemode="tozero"),
         "yaxis": axis("", type="category"),
         "height": 130 + 26 * len(found),
         "showlegend": False,
@@ -117,8 +117,8 @@ def _scatter(name: str, title: str, groups: Any, note: str) -> Picture:
             lines("faint", "equal", line, line, mode="lines", line={"dash": "dot", "width": 1}, hoverinfo="skip")
         )
     layout = {
-        "xaxis": axis("predicted, nats a token", type="log", exponentformat="power"),
-        "yaxis": axis("measured, nats a token", type="log", exponentformat="power"),
+        "xaxis": axis("predicted, nats a token", type="log", exponentformat="none"),
+        "yaxis": axis("measured, nats a token", type="log", exponentformat="none"),
         "height": 380,
     }
     return Picture(name, title, traces, layout, note, ("of", "predicted", "measured"), rows)
@@ -151,7 +151,7 @@ def history_picture(explanation: Finding) -> Picture | None:
         ),
         lines("faint", "best so far", numbers, best, mode="lines", line={"shape": "hv"}),
     ]
-    layout = {"xaxis": axis("trial"), "yaxis": axis(KL, type="log"), "height": 320}
+    layout = {"xaxis": axis("trial"), "yaxis": axis(KL, rangemode="tozero"), "height": 320}
     rows = [(str(row["trial"]), readable_number(row["harm"]), trial_remark(row)) for row in trials]
     note = (
         "What was given up half-way was measured on fewer samples. A trial of lower KL than trial 0 is kept only where its "
@@ -182,7 +182,7 @@ def front_picture(front: Finding) -> Picture | None:
     x, y = zip(*points, strict=True)
     layout = {
         "xaxis": axis("% of the dense KV bytes"),
-        "yaxis": axis(KL, type="log"),
+        "yaxis": axis(KL, rangemode="tozero"),
         "height": 320,
         "showlegend": False,
     }
