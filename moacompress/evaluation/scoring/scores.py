@@ -23,7 +23,7 @@ from moacompress.models.processes import agreed, check_alike, shared
 from moacompress.rules.plan import Plan
 from moacompress.runtime.checkpoint import Checkpoint
 
-SCORE_VERSION = 4
+SCORE_VERSION = 5
 """Part of every records key: raised when the same prompt would be scored in another way."""
 
 

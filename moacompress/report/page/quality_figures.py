@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from moacompress.core.artefact_names import EVALUATION_FILE, MODEL_FOLDER
+from moacompress.report.evaluation_tables import overlap_note
 from moacompress.report.page.figure_style import ROLES, Picture, Trace, axis, intervals, roles_of
 from moacompress.report.page.findings import Finding, reading_file
 from moacompress.rules.budget import format_length
@@ -34,9 +35,13 @@ def quality_pictures(evaluation: Finding) -> list[Picture]:
         ArtefactError: it is of another form.
     """
     pooled = (evaluation.get("pooled") or {}).get("results", ())
-    floor = {(row["task"], row["length"]) for row in evaluation.get("at_floor", ())}
+    floor = evaluation.get("at_floor", ())
+    marks = dict.fromkeys(((row["task"], row["length"]) for row in floor), " *")
+    for row in evaluation.get("seen_in_calibration", ()):
+        place = row["task"], row["length"]
+        marks[place] = f"{marks.get(place, '')} †"
     rows = [
-        {**row, "task": f"{row['task']} *"} if (row["task"], row["length"]) in floor else row
+        {**row, "task": f"{row['task']}{marks[place]}"} if (place := (row["task"], row["length"])) in marks else row
         for row in (*pooled, *evaluation["results"])
     ]
     roles, names = roles_of(row["model"] for row in rows), side_names(row["model"] for row in rows)
@@ -147,4 +152,5 @@ def lost_text(evaluation: Finding) -> str | None:
     for (model, metric), row in found.items():
         if metric == "exact_match" and model not in ("plan", "dense"):
             others.append(f"{names[model]} {row['value']:.0%}")
-    return text + (", " + ", ".join(others[:3]) if others else "") + "."
+    text += (", " + ", ".join(others[:3]) if others else "") + "."
+    return f"{text} {overlap_note(evaluation['results'])}"
