@@ -174,6 +174,7 @@ def fill(
             lengths=evaluation.lengths,
             prompts=evaluation.prompts,
             text=recipe.calibration.text,
+            allow_overlap=True,  # the run's own text, dealt to pools; what repeats in it is marked
             seed=recipe.seed,
             device=recipe.device,
             out=out / EVALUATION_FILE,

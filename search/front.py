@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +238,7 @@ def _uniform(low: float, high: float) -> Any:
 
 def _noted(request: SearchRequest, key: str, point: _Point, trials: int) -> Plan:
     profile = request.profile
-    plan = unpack(point.packed, profile)
+    plan = replace(unpack(point.packed, profile), seen=profile.shingles)
     return plan.with_notes(
         budget={"asked": [f"{math.ceil(1000 * point.share) / 10:g}%"], "bytes": bytes_note(plan, profile.lengths)},
         quality={

@@ -1,8 +1,8 @@
 """Questions over long documents: a question's own document among others, joined to an exact number of tokens.
 
-Articles are split: of every three, the first is for calibration, the second for validation, the third for evaluation. So
-neither a question nor a document of one split is seen in another. Where gates are trained, every fourth article of calibration
-is for them alone.
+Articles are dealt to calibration, validation and evaluation by the hash of their documents (`prompts.pools`). So neither a
+question nor a document of one split is seen in another, and an article that is added moves no other. Where gates are trained,
+about a fourth of calibration's articles is for them alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moacompress.calibration.data.answers import SampleDraft
 from moacompress.calibration.data.data_rows import ARTICLE, DataRow, field
 from moacompress.core.errors import DataError
 from moacompress.prompts.fitting import largest_fit
-from moacompress.prompts.pools import SPLITS, CalibrationPart, Split, numbers_of_part
+from moacompress.prompts.pools import CalibrationPart, Split, split_articles
 from moacompress.prompts.sentences import DOCUMENTS
 from moacompress.prompts.templates import encode_prompt
 
@@ -74,21 +74,8 @@ class Library:
                 number = numbers.setdefault(mark, len(numbers))
             articles.setdefault(document, number)
             asked.setdefault((question, document))
-        found = len(set(articles.values()))
-        if found < len(SPLITS):
-            raise DataError(
-                f"{name} has {found} documents or articles with questions; calibration, validation and evaluation take "
-                "a third each, so give at least three, better dozens"
-            )
-        mine = [number for number in sorted(set(articles.values())) if number % len(SPLITS) == SPLITS.index(split)]
-        if part is not None:
-            if len(mine) < 2:
-                raise DataError(
-                    f"{name} has {len(mine)} documents or articles with questions for {split}, which gates and the profile "
-                    f"would share; give at least {2 * len(SPLITS)}, better dozens, or leave out the gates"
-                )
-            mine = [mine[place] for place in numbers_of_part(len(mine), part)]
-        own = [(text, number) for text, number in articles.items() if number in mine]
+        found = split_articles(articles.items(), name, part)
+        own = [(text, number) for text, (number, owner) in found.items() if owner == split]
         index_of = {text: index for index, (text, _) in enumerate(own)}
         return Library(
             tuple(text for text, _ in own),

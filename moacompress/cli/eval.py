@@ -9,6 +9,7 @@ import typer
 
 from moacompress.cli.harness import CommandRun, Output, command, say
 from moacompress.cli.options import (
+    AllowOverlap,
     Devices,
     Overwrite,
     TensorParallel,
@@ -92,6 +93,7 @@ def evaluate(
         Path | None,
         typer.Option(metavar="DIR", help="Profile that per-layer and split are made from; by default the run's own."),
     ] = None,
+    allow_overlap: AllowOverlap = False,
     fail_under: Annotated[
         str | None,
         typer.Option(
@@ -208,6 +210,7 @@ def evaluate(
         sources=source or (),
         profile=profile,
         every_candidate=True,
+        allow_overlap=allow_overlap,
         lm_eval=harness,
         lm_eval_limit=prompts,
         lm_eval_batch=lm_eval_batch,

@@ -64,6 +64,13 @@ Sources = Annotated[
 Samples = Annotated[int | None, recipe_option("calibration.samples", states_default=False)]
 TextSamples = Annotated[int | None, recipe_option("calibration.text_samples", states_default=False)]
 ValidationSamples = Annotated[int | None, recipe_option("calibration.validation_samples", states_default=False)]
+AllowOverlap = Annotated[
+    bool,
+    typer.Option(
+        "--allow-overlap",
+        help="Take text too of which calibration has seen more than 1% (runs of 13 words); results are marked.",
+    ),
+]
 Text = Annotated[str | None, recipe_option("calibration.text", metavar="PATH")]
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from moacompress.core.lock_holders import own_file
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.ranks import rank, world_size
 from moacompress.core.records import Records
+from moacompress.core.shingles import OVERLAP_LIMIT, Shingles, overlap, refuse_overlap
 from moacompress.core.shown import ShownDict
 from moacompress.core.version import own_version
 from moacompress.evaluation.baselines.compared_models import ComparedModel, Comparison, check_names, make_comparison
@@ -32,8 +34,10 @@ from moacompress.evaluation.scoring.result_rows import (
     at_floor,
     best_candidates,
     difference_rows,
+    mean_overlap,
     pooled_rows,
     result_rows,
+    seen_in_calibration,
 )
 from moacompress.evaluation.scoring.scores import Scorer, read_entry
 from moacompress.evaluation.scoring.text import text_windows
@@ -55,7 +59,9 @@ from moacompress.evaluation.tasks.registry import (
     rows_left_out,
 )
 from moacompress.models.processes import agreed, check_alike, join
+from moacompress.models.stored_plan import stored_plan
 from moacompress.prompts.pools import Prose
+from moacompress.prompts.templates import decode_text
 from moacompress.rules.budget import format_length
 from moacompress.rules.plan import Plan
 from moacompress.rules.planned_weights import own_weights
@@ -95,6 +101,7 @@ def evaluate(
     sources: Sequence[str] = (),
     profile: str | Path | None = None,
     every_candidate: bool = False,
+    allow_overlap: bool = False,
     lm_eval: Sequence[str] = (),
     lm_eval_limit: int | None = None,
     lm_eval_batch: int | str = AUTO,
@@ -139,6 +146,7 @@ def evaluate(
             `lengths`, at most `prompts` of them; see `tasks.own_rows`.
         profile: folder of the profile that `per-layer` and `split` are made from; the one beside `target` by default.
         every_candidate: try every sink of a baseline, also where the search has found and noted the best one.
+        allow_overlap: measure also on text of which the plan's calibration has seen more than 1%; it is marked in the report.
         lm_eval: tasks of lm-evaluation-harness, by name or as `.yaml` files, for the plan, dense and other folders.
         lm_eval_limit: only the first documents of each of them; None for all.
         lm_eval_batch: requests of theirs that run at once: a number, "auto" or "auto:N"; see `run_lm_eval`.
@@ -157,7 +165,8 @@ def evaluate(
         - `checkpoint`: fingerprints of what was measured, `plan` and `weights`.
         - `wording`: for every task a digest of what its prompts say. Numbers of two wordings are of two tasks.
         - `results`: rows of `model, task, length, metric, value, ci95, prompts, kv_bytes, tokens` (the mean, where bytes
-          are stated), and `sink` and `window` of a baseline where all its KV heads have the same. Metrics are
+          are stated), `overlap` (the share of the prompts' runs of 13 words that the plan's calibration has seen; None where
+          the checkpoint does not say), and `sink` and `window` of a baseline where all its KV heads have the same. Metrics are
           `exact_match`, `accuracy`, `nll` (nats a token) and, where dense is measured and gets a prompt right,
           `retention`, whose `prompts` are those that dense gets right; for text see `TEXT_METRICS`.
         - `differences`: rows of the plan minus each other `model`, paired by prompt.
@@ -167,6 +176,7 @@ def evaluate(
         - `not_measured`: what no task asks for, in words.
         - `answers`: for every prompt the end of its question, the references, what the plan and dense said (as far as it
           decides the score), and the exact match of both.
+        - `seen_in_calibration`: `task`, `length` and `overlap` of what calibration has seen more than 1% of.
         - `at_floor`: `task` and `length` of what the dense model cannot do itself, so that nothing follows from it.
         - `lm_eval`: rows of lm-evaluation-harness, where asked for; see `run_lm_eval`. They are computed from scratch each
           time, and those of other tasks that are at `out` stay there.
@@ -174,7 +184,8 @@ def evaluate(
     Raises:
         UsageError: `target` is not compressed, an unknown task or baseline, a cache whose package is not installed or
             that cannot hold the model's layers, or no prompts.
-        DataError: prompts cannot be made at a length, or what they are made of is missing.
+        DataError: prompts cannot be made at a length, or what they are made of is missing; or calibration has seen more than 1%
+            of the text, and `allow_overlap` is False.
         PlanError: the plan is damaged, or another folder or the profile has other weights.
         ModelError, ArtefactError: the checkpoint is damaged, or `out` cannot be written, is not an evaluation of this
             checkpoint, or is another process's at work.
@@ -194,6 +205,8 @@ def evaluate(
     check_request(names, lengths, prompts, resources, harness=bool(lm_eval))
     if lm_eval:
         check_lm_eval(lm_eval, lm_eval_limit)
+    if resources.prose is not None and not allow_overlap and any(map(partial(reads_prose, resources=resources), names)):
+        check_overlap(resources.prose, stored_plan(folder).seen)
     checkpoint = load_checkpoint(folder, dtype, device, trust_remote_code=trust_remote_code)
     use_kernels(checkpoint.model)
     checkpoint.check_lengths(lengths)
@@ -222,7 +235,8 @@ def evaluate(
         earlier = {} if path is None else _check_place(path, subject, wording, overwrite)
         kept = agreed(earlier.get("lm_eval", []))
         records = Records(None if path is None else scores_file(path), read_entry, resume=not overwrite)
-        bench = _Evaluation(checkpoint, resources, comparison, Scorer(checkpoint, records, progress), prompts, seed)
+        scorer = Scorer(checkpoint, records, progress)
+        bench = _Evaluation(checkpoint, resources, comparison, scorer, prompts, seed, allow_overlap)
         wanted = [(task, length) for task in names for length in bench.lengths(task, lengths)]
         counts: Counter[int] = Counter()
         for task, length in wanted:
@@ -266,6 +280,32 @@ def _warn_of_calibration(sources: Iterable[str], plan: Plan) -> None:
                 "the evaluation, in a file of their own",
                 Path(name).name,
             )
+
+
+def reads_prose(task: str, resources: Resources) -> bool:
+    """Returns whether a task's prompts are made of prose."""
+    return task == TEXT or find_task(task, resources).needs == "prose"
+
+
+def check_overlap(prose: Prose, seen: Shingles | None) -> None:
+    """Refuses prose of whose evaluation pool calibration has seen more than `OVERLAP_LIMIT`, and names the worst file.
+
+    Args:
+        prose: the texts.
+        seen: shingles of a plan's calibration; None where they are not known.
+
+    Raises:
+        DataError: it has.
+    """
+    texts = [" ".join(words) for words in prose.pools["evaluation"]]
+    whole = overlap(seen, texts)
+    if whole is None or whole <= OVERLAP_LIMIT:
+        return
+    shares = [overlap(seen, [text]) or 0.0 for text in texts]
+    worst = shares.index(max(shares))
+    refuse_overlap(
+        whole, f"the evaluation text of {prose.name} ({prose.files['evaluation'][worst]}: {shares[worst]:.1%})"
+    )
 
 
 def check_request(
@@ -421,6 +461,7 @@ class _Evaluation:
     scorer: Scorer
     prompts: int
     seed: int
+    allow_overlap: bool
 
     def check(self, task: str, length: int) -> int:
         """Returns the number of scores a task and length takes, after one prompt of it could be made.
@@ -428,7 +469,9 @@ class _Evaluation:
         Whatever is wrong with the request is found here, before the first minute of work.
         """
         if task == TEXT:
-            self._windows(length)
+            seen = self._overlap(self._windows(length))
+            if not self.allow_overlap:
+                refuse_overlap(seen, f"the text in {self._prose.name} (windows of {length:,} tokens)")
             return len(self._readers(length)) * self.prompts
         given = find_task(task, self.resources).given
         if given is None:
@@ -464,28 +507,34 @@ class _Evaluation:
         return sorted(set(asked)) if task == TEXT else find_task(task, self.resources).lengths(asked)
 
     def measured(self, wanted: Iterable[tuple[str, int]]) -> dict[str, Any]:
-        """Returns `results`, `differences`, `at_floor` and `pooled`, as `evaluate` does, of tasks and lengths."""
+        """Returns `results`, `differences`, `pooled` and what is marked of them, as `evaluate` does, of tasks and lengths."""
         results: list[ResultRow] = []
         differences: list[ResultRow] = []
         answers: list[ResultRow] = []
+        cells: dict[str, list[TaskCell]] = {}
         fields: dict[str, list[list[Measured]]] = {}
         for task, length in wanted:
             if task == TEXT:
                 rows, paired = self.text(task, length)
             else:
                 cell, cases, field_of_cell = self.task(task, length)
-                fields.setdefault(find_task(task, self.resources).kind, []).append(field_of_cell)
+                kind = find_task(task, self.resources).kind
+                cells.setdefault(kind, []).append(cell)
+                fields.setdefault(kind, []).append(field_of_cell)
                 answers += answer_rows(cell, cases, list(map(self._question, cases)), field_of_cell)
                 rows = result_rows(cell, field_of_cell, self.seed)
                 paired = difference_rows(cell, field_of_cell, self.seed)
             results += rows
             differences += paired
-        pooled = [pooled_rows(kind, fields[kind], self.seed) for kind in KINDS if kind in fields]
+        pooled = [
+            pooled_rows(kind, fields[kind], self.seed, mean_overlap(cells[kind])) for kind in KINDS if kind in fields
+        ]
         parts = [[row for rows in side for row in rows] for side in zip(*pooled, strict=True)] or [[], []]
         return {
             "results": results,
             "differences": differences,
             "at_floor": at_floor(results),
+            "seen_in_calibration": seen_in_calibration(results),
             "pooled": dict(zip(("results", "differences"), parts, strict=True)),
             "answers": answers,
         }
@@ -498,7 +547,8 @@ class _Evaluation:
     def task(self, task: str, length: int) -> tuple[TaskCell, list[Case], list[Measured]]:
         """Returns a task at a length, its prompts, and the models on them, each by its best candidate."""
         cases = self._cases(task, length, self.prompts)
-        cell = TaskCell(task, length, len(cases), mean_tokens(cases))
+        seen = self._overlap([case.prompt_ids for case in cases])
+        cell = TaskCell(task, length, len(cases), mean_tokens(cases), seen)
         answerers = self._answerers(cases)
         comparison = [Measured(*pair) for pair in zip(answerers, self.scorer.cases(answerers, cases), strict=True)]
         return cell, cases, best_candidates(comparison)
@@ -506,7 +556,7 @@ class _Evaluation:
     def text(self, task: str, length: int) -> tuple[list[ResultRow], list[ResultRow]]:
         """Returns the rows and the differences on long text."""
         windows = self._windows(length)
-        cell = TaskCell(task, length, len(windows), length)
+        cell = TaskCell(task, length, len(windows), length, self._overlap(windows))
         compared_models = self._readers(length)
         entries = self.scorer.windows(compared_models, windows, task)
         measured = [TextMeasured(*pair) for pair in zip(compared_models, entries, strict=True)]
@@ -525,6 +575,15 @@ class _Evaluation:
     def _cases(self, task: str, length: int, prompts: int) -> list[Case]:
         return make_cases(task, length, prompts, self.seed, self.checkpoint.tokenizer, self.resources)
 
-    def _windows(self, length: int) -> list[list[int]]:
+    def _overlap(self, prompts: Iterable[Sequence[int]]) -> float | None:
+        """Returns how much of some token ids' text the plan's calibration has seen."""
+        tokenizer = self.checkpoint.tokenizer
+        return overlap(self.checkpoint.plan.seen, (decode_text(tokenizer, ids) for ids in prompts))
+
+    @property
+    def _prose(self) -> Prose:
         assert self.resources.prose is not None
-        return text_windows(self.resources.prose, self.checkpoint.tokenizer, length, self.prompts, self.seed)
+        return self.resources.prose
+
+    def _windows(self, length: int) -> list[list[int]]:
+        return text_windows(self._prose, self.checkpoint.tokenizer, length, self.prompts, self.seed)

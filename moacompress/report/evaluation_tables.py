@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from moacompress.core.printable import printable
+from moacompress.core.shingles import OVERLAP_LIMIT, SHINGLE_WORDS
 from moacompress.core.tables import Row, readable_bytes, section
 from moacompress.report.headline import headline
 from moacompress.rules.budget import format_length
@@ -18,7 +19,7 @@ RowGroup = dict[str, dict[str, Row]]
 NAME_WIDTH = 20
 CSV_COLUMNS = (
     "kind", "model", "task", "length", "metric", "value", "low", "high", "prompts", "kv_bytes", "kv_bytes_of_model",
-    "tokens", "sink", "window", "formats",
+    "tokens", "sink", "window", "formats", "overlap",
 )  # fmt: skip
 """`kind` is `result`, `difference` (the plan minus `model`) or `lm_eval`; `low` and `high` are the 95% interval."""
 TASK_TITLE = "Tasks, mean and 95% interval over n prompts; retention: of those that dense gets right (how many)"
@@ -26,6 +27,7 @@ TEXT_TITLE = "Long text: perplexity of first and last half; KL to dense and same
 DIFFERENCE_TITLE = "This plan minus the other model, paired, with 95% interval"
 POOLED_TITLE = "All prompts of a kind together: first what no calibration has, then what the plan was calibrated on"
 POOLED_DIFFERENCE_TITLE = "All prompts of a kind: this plan minus the other model, paired, with 95% interval"
+OVERLAP_UNKNOWN = "Overlap with calibration is unknown: the checkpoint does not say what the plan was calibrated on."
 FLOOR_NOTE = "* Dense cannot do this itself (its interval ends below 0.2): no evidence for or against a plan."
 
 
@@ -35,7 +37,10 @@ def evaluation_tables(report: Mapping[str, Any]) -> list[RenderableType]:
     Args:
         report: as `moacompress.evaluate` returns it.
     """
-    floor = {(row["task"], row["length"]) for row in report["at_floor"]}
+    marks = dict.fromkeys(((row["task"], row["length"]) for row in report["at_floor"]), "*")
+    for row in report.get("seen_in_calibration", ()):
+        place = row["task"], row["length"]
+        marks[place] = f"{marks.get(place, '')}†"
     groups = _groups(report["results"])
     pooled = report["pooled"]
     tasks = [group for group in groups if "exact_match" in next(iter(group.values()))]
@@ -44,20 +49,20 @@ def evaluation_tables(report: Mapping[str, Any]) -> list[RenderableType]:
     columns: tuple[str, ...]
     if tasks:
         columns = ("", "KV cache", "n", "exact match", "retention", "accuracy", "NLL")
-        shown.append(section(TASK_TITLE, columns, _lines(tasks, _task_line, floor)))
+        shown.append(section(TASK_TITLE, columns, _lines(tasks, _task_line, marks)))
     if texts:
         columns = ("", "KV cache", "n", "first", "last", "KL", "same top")
-        shown.append(section(TEXT_TITLE, columns, _lines(texts, _text_line, floor)))
+        shown.append(section(TEXT_TITLE, columns, _lines(texts, _text_line, marks)))
     paired = [group for group in _groups(report["differences"]) if "exact_match" in next(iter(group.values()))]
     if paired:
         columns = ("", "n", "exact match", "accuracy", "NLL")
-        shown.append(section(DIFFERENCE_TITLE, columns, _lines(paired, _difference_line, floor)))
+        shown.append(section(DIFFERENCE_TITLE, columns, _lines(paired, _difference_line, marks)))
     if len(tasks) > 1:  # of one alone it would be the same again
         columns = ("", "KV cache", "n", "exact match", "retention", "NLL")
-        shown.append(section(POOLED_TITLE, columns, _lines(_groups(pooled["results"]), _pooled_line, floor)))
+        shown.append(section(POOLED_TITLE, columns, _lines(_groups(pooled["results"]), _pooled_line, marks)))
         if pooled["differences"]:
             columns = ("", "exact match", "retention", "NLL")
-            lines = _lines(_groups(pooled["differences"]), _pooled_difference_line, floor)
+            lines = _lines(_groups(pooled["differences"]), _pooled_difference_line, marks)
             shown.append(section(POOLED_DIFFERENCE_TITLE, columns, lines))
     if report.get("lm_eval"):
         columns = ("task", "model", "n", "metric", "value")
@@ -66,7 +71,34 @@ def evaluation_tables(report: Mapping[str, Any]) -> list[RenderableType]:
             for row in report["lm_eval"]
         ]
         shown.append(section("lm-evaluation-harness", columns, lines))
-    return [*shown, FLOOR_NOTE] if floor else shown
+    if report["results"]:
+        shown.append(overlap_note(report["results"]))
+    return [*shown, FLOOR_NOTE] if report["at_floor"] else shown
+
+
+def overlap_note(results: Iterable[Row]) -> str:
+    """Returns in a sentence how much of what was measured on the plan's calibration has seen.
+
+    Args:
+        results: rows of an evaluation.
+    """
+    places: dict[str, float | None] = {}
+    for row in results:
+        at = "" if row["length"] is None else f"@{format_length(row['length'])}"
+        places[f"{row['task']}{at}"] = row.get("overlap")
+    known = {place: share for place, share in places.items() if share is not None}
+    if not known:
+        return OVERLAP_UNKNOWN
+    some = ", ".join(
+        f"{place} {share:.1%}{'†' if share > OVERLAP_LIMIT else ''}" for place, share in known.items() if share
+    )
+    unknown = [place for place in places if place not in known]
+    return (
+        f"Overlap with calibration (runs of {SHINGLE_WORDS} words): {some or '0.0%'}"
+        f"{'; 0.0% in all others' if some and not all(known.values()) else ''}"
+        f"{'; unknown for ' + ', '.join(unknown) if unknown else ''}."
+        f"{' † Calibration has seen this text: its numbers flatter the plan.' if '†' in some else ''}"
+    )
 
 
 def failure_lines(report: Mapping[str, Any]) -> list[str]:
@@ -126,14 +158,14 @@ def _groups(rows: Iterable[Row]) -> list[RowGroup]:
 
 
 def _lines(
-    groups: Iterable[RowGroup], line: Callable[[Mapping[str, Row]], Sequence[str]], floor: set[tuple[str, int]]
+    groups: Iterable[RowGroup], line: Callable[[Mapping[str, Row]], Sequence[str]], marks: Mapping[tuple[str, int], str]
 ) -> Iterator[Sequence[str]]:
     """Yields a line with the task and its length, and below it one line for each model."""
     for group in groups:
         first = next(iter(next(iter(group.values())).values()))
-        star = "*" if (first["task"], first["length"]) in floor else ""
+        mark = marks.get((first["task"], first["length"]), "")
         length = "" if first["length"] is None else f"@{format_length(first['length'])}"
-        yield (f"{first['task']}{length}{star}",)
+        yield (f"{first['task']}{length}{mark}",)
         for model, metrics in group.items():
             yield (f"  {_short(model)}", *line(metrics))
 

@@ -197,7 +197,8 @@ def _with_own_gates(folder: Path, model: PreTrainedModel, plan: Plan) -> Plan:
     from moacompress.runtime.hf.attaching import attached_plan
 
     if plan.gate_weights is None:
-        return attached_plan(model) or plan
+        attached = attached_plan(model)
+        return plan if attached is None else replace(attached, seen=plan.seen)
     layers = other_gates(attention_modules(model), plan.gate_weights, plan.model.dtype)
     if layers:
         file = gates_file(folder / PLAN_FILE)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from moacompress.core.shingles import OVERLAP_LIMIT
 from moacompress.evaluation.baselines.compared_models import DENSE, PLAN, ComparedModel
 from moacompress.evaluation.scoring.prompts import Score
 from moacompress.evaluation.scoring.stats import (
@@ -34,12 +35,14 @@ class TaskCell:
         length: nominal length, tokens.
         prompts: how many prompts, or windows of text.
         tokens: their mean number of tokens, where KV bytes are stated.
+        overlap: share of their shingles that the plan's calibration has seen; None where that is not known.
     """
 
     task: str
     length: int
     prompts: int
     tokens: int
+    overlap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ def result_row(
         **_row(cell.task, cell.length, compared.name, metric, value, interval, prompts),
         "kv_bytes": compared.kv_bytes,
         "tokens": cell.tokens,
+        "overlap": cell.overlap,
         **compared.description(cell.tokens),
     }
 
@@ -124,7 +128,13 @@ def difference_row(
 ) -> ResultRow:
     """Returns one row of `differences`: the plan minus another model."""
     row = _row(cell.task, cell.length, other.name, metric, value, interval, cell.prompts)
-    return {**row, "kv_bytes": plan.kv_bytes, "kv_bytes_of_model": other.kv_bytes, "tokens": cell.tokens}
+    return {
+        **row,
+        "kv_bytes": plan.kv_bytes,
+        "kv_bytes_of_model": other.kv_bytes,
+        "tokens": cell.tokens,
+        "overlap": cell.overlap,
+    }
 
 
 def answer_rows(
@@ -145,7 +155,17 @@ def answer_rows(
     ]
 
 
-def pooled_rows(task: str, fields: Sequence[Sequence[Measured]], seed: int) -> tuple[list[ResultRow], list[ResultRow]]:
+def mean_overlap(cells: Sequence[TaskCell]) -> float | None:
+    """Returns the overlap of all prompts of several cells together; None where that of one is not known."""
+    seen = [(cell.overlap, cell.prompts) for cell in cells]
+    if any(share is None for share, _ in seen):
+        return None
+    return sum(share * count for share, count in seen if share is not None) / sum(count for _, count in seen)
+
+
+def pooled_rows(
+    task: str, fields: Sequence[Sequence[Measured]], seed: int, overlap: float | None = None
+) -> tuple[list[ResultRow], list[ResultRow]]:
     """Returns the rows and the differences of all prompts of several cells together, without a length.
 
     Differences also have `retention`: of the prompts that dense gets right.
@@ -154,6 +174,7 @@ def pooled_rows(task: str, fields: Sequence[Sequence[Measured]], seed: int) -> t
         task: what the rows are called, such as one of `tasks.registry.KINDS`.
         fields: the models of every cell, the plan first; only those that all cells have are pooled.
         seed: of the intervals.
+        overlap: of all prompts together, as `TaskCell` has it.
     """
     names = [one.compared.name for one in fields[0]]
     names = [name for name in names if all(name in {one.compared.name for one in comparison} for comparison in fields)]
@@ -175,13 +196,14 @@ def pooled_rows(task: str, fields: Sequence[Sequence[Measured]], seed: int) -> t
         for metric, numbers in values.items():
             value, interval = _value(metric, numbers, seed)
             row = _row(task, None, name, metric, value, interval, len(numbers))
-            results.append({**row, "kv_bytes": round(share)})
+            results.append({**row, "kv_bytes": round(share), "overlap": overlap})
         if name == names[0]:
             ours = values
             continue
         for metric, numbers in values.items():
             value, interval = _difference(metric, ours[metric], numbers, seed)
-            differences.append(_row(task, None, name, metric, value, interval, len(numbers)))
+            row = _row(task, None, name, metric, value, interval, len(numbers))
+            differences.append({**row, "overlap": overlap})
     return results, differences
 
 
@@ -191,6 +213,16 @@ def at_floor(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         {"task": row["task"], "length": row["length"]}
         for row in results
         if row["model"] == DENSE and row["metric"] == "exact_match" and row["ci95"][1] < FLOOR
+    ]
+
+
+def seen_in_calibration(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns `{task, length, overlap}` of what calibration has seen more of than `OVERLAP_LIMIT`."""
+    found = {(row["task"], row["length"]): row["overlap"] for row in results}
+    return [
+        {"task": task, "length": length, "overlap": share}
+        for (task, length), share in found.items()
+        if share is not None and share > OVERLAP_LIMIT
     ]
 
 

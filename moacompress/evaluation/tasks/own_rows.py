@@ -27,7 +27,7 @@ from moacompress.core.errors import DataError, UsageError
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
 from moacompress.evaluation.tasks.prompt_request import PromptRequest
 from moacompress.evaluation.tasks.registry import GROUPS, EvaluationTask, known_tasks
-from moacompress.prompts.sentences import DOCUMENTS
+from moacompress.prompts.sentences import EVALUATION_DOCUMENTS
 
 SENTENCE = 64
 """Tokens that an answer is given at least: models say in a sentence what a row says in a word."""
@@ -87,9 +87,9 @@ def _draft(row: DataRow, kind: RowKind, where: str, index: int) -> PromptDraft:
     references = _references(row, where, index)
     if kind == "question":
         question = field(row, "question", where, index)
-        user = DOCUMENTS.render([field(row, "context", where, index)], question)
-        draft = _answered((user,), DOCUMENTS.answer, references)
-        return replace(draft, question=DOCUMENTS.asks(question))
+        user = EVALUATION_DOCUMENTS.render([field(row, "context", where, index)], question)
+        draft = _answered((user,), EVALUATION_DOCUMENTS.answer, references)
+        return replace(draft, question=EVALUATION_DOCUMENTS.asks(question))
     return _answered((field(row, "prompt", where, index),), "", references)
 
 

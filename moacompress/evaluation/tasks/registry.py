@@ -1,6 +1,7 @@
 """The registry of evaluation tasks: their names, what they need, and the prompts they make.
 
-Prompts come from the pools that neither calibration nor validation draw from, and are the same whatever models run.
+Prompts come from the pools that neither calibration nor validation draw from, say other sentences than theirs, and are the
+same whatever models run.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from moacompress.evaluation.tasks.unseen import (
     tool_call,
 )
 from moacompress.evaluation.tasks.vocabulary import WORDS
-from moacompress.prompts.generators import ANSWER_ROOM, PAIRS, Values, make_prompt
-from moacompress.prompts.pools import ADJECTIVES, NOUNS, SPLITS
-from moacompress.prompts.sentences import DOCUMENTS, NEEDLES, NeedleSentences, wording_of
+from moacompress.prompts.generators import ANSWER_ROOM, EVALUATION_PAIRS, Values, make_prompt
+from moacompress.prompts.pools import EVALUATION_ADJECTIVES, NOUNS, SPLITS
+from moacompress.prompts.sentences import EVALUATION_DOCUMENTS, EVALUATION_NEEDLES, NeedleSentences, wording_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,7 +107,7 @@ class EvaluationTask:
         Raises:
             UsageError: one of RULER's, and the package is not installed.
         """
-        return wording_of(self.sentences(), *((ADJECTIVES, NOUNS) if self.given is None else ()))
+        return wording_of(self.sentences(), *((EVALUATION_ADJECTIVES, NOUNS) if self.given is None else ()))
 
     @property
     def kind(self) -> str:
@@ -129,7 +130,7 @@ class EvaluationTask:
 def _calibrated(
     name: str, description: str, needs: Need | None = None, generator: str | None = None, values: Values = "numbers"
 ) -> EvaluationTask:
-    """Returns a task that calibration has too; here it draws from the evaluation pools."""
+    """Returns a task that calibration has too; here it draws from the evaluation pools and says it in other words."""
 
     def write(request: PromptRequest) -> PromptDraft:
         prompt = make_prompt(
@@ -143,7 +144,14 @@ def _calibrated(
         )
         return PromptDraft((prompt.user,), f"\n{prompt.prefix}", Answer.of(prompt.answer), (prompt.answer,))
 
-    return EvaluationTask(name, description, write, lambda: (NEEDLES, PAIRS), needs=needs, calibrated=True)
+    return EvaluationTask(
+        name,
+        description,
+        write,
+        lambda: (EVALUATION_NEEDLES, EVALUATION_PAIRS),
+        needs=needs,
+        calibrated=True,
+    )
 
 
 def _worded(
@@ -169,7 +177,7 @@ def _needles(
     name: str,
     description: str,
     needles: Needles,
-    sentences: Callable[[], NeedleSentences] = lambda: NEEDLES,
+    sentences: Callable[[], NeedleSentences] = lambda: EVALUATION_NEEDLES,
     **options: Any,
 ) -> EvaluationTask:
     return _worded(
@@ -211,7 +219,7 @@ _OURS = (
         "document-question",
         "a SQuAD question among documents",
         make_question,
-        lambda: DOCUMENTS,
+        lambda: EVALUATION_DOCUMENTS,
         new_tokens=32,
         match="any-words",
         needs="squad",
@@ -229,7 +237,7 @@ _OURS = (
         "second-question",
         "a second needle asked for on a context already read",
         make_second_question,
-        lambda: NEEDLES,
+        lambda: EVALUATION_NEEDLES,
     ),
     EvaluationTask(
         "legal-codes",

@@ -36,9 +36,13 @@ def quality_pictures(evaluation: Finding) -> list[Picture]:
         ArtefactError: it is of another form.
     """
     pooled = evaluation["pooled"]["results"]
-    floor = {(row["task"], row["length"]) for row in evaluation.get("at_floor", ())}
+    floor = evaluation.get("at_floor", ())
+    marks = dict.fromkeys(((row["task"], row["length"]) for row in floor), " *")
+    for row in evaluation.get("seen_in_calibration", ()):
+        place = row["task"], row["length"]
+        marks[place] = f"{marks.get(place, '')} †"
     rows = [
-        {**row, "task": f"{row['task']} *"} if (row["task"], row["length"]) in floor else row
+        {**row, "task": f"{row['task']}{marks[place]}"} if (place := (row["task"], row["length"])) in marks else row
         for row in (*pooled, *evaluation["results"])
     ]
     roles, names = roles_of(row["model"] for row in rows), side_names(row["model"] for row in rows)

@@ -20,6 +20,7 @@ from moacompress.core.tables import readable_types
 from moacompress.core.version import own_version
 from moacompress.exporter.card import WEIGHTS, repair_text
 from moacompress.recipe import shared_name
+from moacompress.report.evaluation_tables import overlap_note
 from moacompress.report.headline import SAID, headline, interval_text, kept_rows
 from moacompress.report.heal_tables import heal_sentence
 from moacompress.report.page.cost_figures import bytes_text, machine_text, memory_picture, speed_pictures
@@ -149,7 +150,7 @@ def quality_text(evaluation: Finding) -> str:
     Raises:
         ArtefactError: `eval.json` is of another form.
     """
-    return " ".join(headline(evaluation))
+    return " ".join([*headline(evaluation), overlap_note(evaluation["results"])])
 
 
 def _asset(name: str) -> str:
