@@ -15,7 +15,9 @@ units of their own: `by_document` makes one value of them first. Intervals are t
 | median | `median` | order statistics |
 | another statistic of points, such as a rank correlation | `Resampled` | percentile bootstrap of the points |
 
-Also: `wilson` and `tango` of counts, `upper_bound` (one-sided, of a positive mean) and `standard_error`.
+Also: `wilson` and `tango` of counts, `reported_mean` (of a mean and its error), `upper_bound` (one-sided, of a positive
+mean), `standard_error`, and for JSON and people
+`estimate_row`, `estimate_text`, `error_text` and `p_text`.
 
 Coverage was simulated, and a test repeats it. Of paired proportions Newcombe's method 10 covers .89 at n = 8 in the worst
 case tried and Tango's .93, so Tango's is used. Of shares that are neither 0 nor 1 Student's t covers .44 where nine of ten
@@ -31,6 +33,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -168,6 +171,24 @@ def upper_bound(values: Sequence[float]) -> float | None:
     return max(value, math.exp(float(np.quantile(pivots, 0.95))))
 
 
+def reported_mean(value: float, error: float, n: int) -> Interval | None:
+    """Returns the interval of a mean of which only its standard error is known.
+
+    Wilson's where the error is that of zeros and ones, otherwise t.
+
+    Args:
+        value: the mean.
+        error: its standard error, from the variance over n - 1.
+        n: of how many units.
+    """
+    if n < SMALLEST:
+        return None
+    if 0 <= value <= 1 and math.isclose(error**2 * (n - 1), value * (1 - value), rel_tol=1e-6, abs_tol=1e-12):
+        return _around(value, wilson(value * n, n))
+    half = _quantile(0.975, n) * error
+    return value - half, value + half
+
+
 def exponential_mean(logs: Sequence[float]) -> Estimate:
     """Returns `exp` of the mean and of the ends of its t interval: perplexity from NLL, or a mean ratio from log-ratios."""
     value, interval = mean(logs)
@@ -256,6 +277,29 @@ def verdict(first: Sequence[float], second: Sequence[float]) -> int:
 def standard_error(values: Sequence[float]) -> float | None:
     """Returns the standard error of the mean; None of fewer than two values."""
     return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def estimate_row(value: float, interval: Interval | None) -> dict[str, Any]:
+    """Returns an estimate as JSON has it: `value`, and `ci95`, null where there is none."""
+    return {"value": value, "ci95": None if interval is None else list(interval)}
+
+
+def estimate_text(value: float, interval: Sequence[float] | None, form: str = ".2f") -> str:
+    """Returns `0.95 [0.87, 0.99]`, of no interval the value alone; `form` is that of each number."""
+    if interval is None:
+        return format(value, form)
+    low, high = (format(end, form) for end in interval)
+    return f"{value:{form}} [{low}, {high}]"
+
+
+def error_text(value: float, error: float | None, form: str = ".4g") -> str:
+    """Returns `0.0123 ± 0.002`, a mean and its standard error; of a single unit, which has none, the value alone."""
+    return format(value, form) if error is None else f"{value:{form}} ± {error:.2g}"
+
+
+def p_text(p: float) -> str:
+    """Returns `p .03`, or `p < .001`."""
+    return "p < .001" if p < 0.001 else f"p {p:.2g}".replace("0.", ".", 1)
 
 
 @dataclass(frozen=True)
