@@ -17,6 +17,7 @@ from moacompress.core.files import write_json
 from moacompress.recipe import shared_name
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule_classes import classes_of
+from moacompress.rules.worst_share import WorstShare
 from moacompress.search.baselines.families import FAMILIES
 from moacompress.search.baselines.measured import MeasuredBaseline, write_baselines
 from moacompress.search.measure.trials import Tried, best_trial, log_ratio
@@ -197,6 +198,7 @@ def _with_notes(
         budget={
             "asked": list(request.asked),
             "bytes": bytes_note(plan, _noted_lengths(request)),
+            "worst_share": WorstShare.of(plan, profile.lengths).to_dict(),
             **step_note(request, plan),
             **memory_note(request, plan),
         },
