@@ -232,8 +232,8 @@ def _measured(found: SearchResult) -> str:
     """Returns what was measured, or that nothing was."""
     if found.harm["plan"] is None:
         return (
-            "Not measured: the time was over before. The plan is what the profile alone predicts to be best; the same command "
-            "with a longer --timeout resumes."
+            "Not measured: the time ran out first. The plan is the one that the profile predicts to be best; resume with the "
+            "same command and a longer --timeout."
         )
     return f"{found.measured_plans} plans measured in {found.trials} trials; the best was trial {found.best_trial}."
 
@@ -265,6 +265,8 @@ def _numbers(found: SearchResult) -> dict[str, Any]:
         "written": found.written,
         "harm": found.harm,
         "kv_bytes": found.kv_bytes,
+        "best_baseline": found.plan.quality.get("best_baseline"),
+        "refused": found.explanation.get("refused"),
         **({} if found.classes is None else {"classes": found.classes}),
         **({"step_ms": found.step_ms} if found.step_ms else {}),
         **({"memory": memory} if (memory := found.plan.budget.get("memory")) else {}),
