@@ -33,7 +33,7 @@ from moacompress.evaluation.scoring.result_rows import (
     result_rows,
 )
 from moacompress.evaluation.scoring.scores import Scorer
-from moacompress.evaluation.scoring.text import text_windows
+from moacompress.evaluation.scoring.text import Window, text_windows
 from moacompress.evaluation.scoring.text_rows import (
     TEXT,
     TextMeasured,
@@ -123,7 +123,7 @@ def evaluate(
         lm_eval: tasks of lm-evaluation-harness, by name or as `.yaml` files, for the plan, dense and other folders.
         lm_eval_limit: only the first documents of each of them; None for all.
         lm_eval_batch: requests of theirs that run at once: a number, "auto" or "auto:N"; see `run_lm_eval`.
-        seed: of prompts and intervals.
+        seed: of prompts.
         dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's.
         device: torch device.
         out: where to write the result as JSON, atomically. Finished scores are kept beside it (`eval.scores.jsonl` for
@@ -141,7 +141,8 @@ def evaluate(
           are stated), and `sink` and `window` of a baseline where all its KV heads have the same. Metrics are
           `exact_match`, `accuracy`, `nll` (nats a token) and, where dense is measured and gets a prompt right,
           `retention`, whose `prompts` are those that dense gets right; for text see `TEXT_METRICS`.
-        - `differences`: rows of the plan minus each other `model`, paired by prompt.
+        - `differences`: rows of the plan minus each other `model`, paired by prompt, with `p`, the p-value of an exact or a
+          permutation test. `ci95` is None below 5 prompts, as everywhere.
         - `pooled`: `results` and `differences` of all prompts of all tasks and lengths together, where there are several;
           differences there have `retention` too.
         - `at_floor`: `task` and `length` of what the dense model cannot do itself, so that nothing follows from it.
@@ -436,13 +437,13 @@ class _Evaluation:
             else:
                 cell, field_of_cell = self.task(task, length)
                 fields.append(field_of_cell)
-                rows = result_rows(cell, field_of_cell, self.seed)
-                paired = difference_rows(cell, field_of_cell, self.seed)
+                rows = result_rows(cell, field_of_cell)
+                paired = difference_rows(cell, field_of_cell)
             results += rows
             differences += paired
         found: dict[str, Any] = {"results": results, "differences": differences, "at_floor": at_floor(results)}
         if len(fields) > 1:
-            found["pooled"] = dict(zip(("results", "differences"), pooled_rows(fields, self.seed), strict=True))
+            found["pooled"] = dict(zip(("results", "differences"), pooled_rows(fields), strict=True))
         return found
 
     def task(self, task: str, length: int) -> tuple[TaskCell, list[Measured]]:
@@ -458,10 +459,11 @@ class _Evaluation:
         windows = self._windows(length)
         cell = TaskCell(task, length, len(windows), length)
         compared_models = self._readers(length)
-        entries = self.scorer.windows(compared_models, windows, task)
-        measured = [TextMeasured(*pair) for pair in zip(compared_models, entries, strict=True)]
+        entries = self.scorer.windows(compared_models, [window.ids for window in windows], task)
+        documents = [window.document for window in windows]
+        measured = [TextMeasured(*pair, documents) for pair in zip(compared_models, entries, strict=True)]
         best = best_candidates(measured, "nll_late")
-        return text_result_rows(cell, best, self.seed), text_difference_rows(cell, best, self.seed)
+        return text_result_rows(cell, best), text_difference_rows(cell, best)
 
     def _answerers(self, cases: Sequence[Case]) -> list[ComparedModel]:
         """Returns the models that answer prompts."""
@@ -475,6 +477,6 @@ class _Evaluation:
     def _cases(self, task: str, length: int, prompts: int) -> list[Case]:
         return make_cases(task, length, prompts, self.seed, self.checkpoint.tokenizer, self.resources)
 
-    def _windows(self, length: int) -> list[list[int]]:
+    def _windows(self, length: int) -> list[Window]:
         assert self.resources.prose is not None
         return text_windows(self.resources.prose, self.checkpoint.tokenizer, length, self.prompts, self.seed)

@@ -140,8 +140,8 @@ def lost_text(evaluation: Finding) -> str | None:
     ours, dense = found.get(("plan", "exact_match")), found.get(("dense", "exact_match"))
     if ours is None:
         return None
-    low, high = ours["ci95"]
-    text = f"Of {ours['prompts']} prompts it answers {ours['value']:.0%} [{low:.0%}, {high:.0%}]"
+    interval = "" if ours["ci95"] is None else " [{:.0%}, {:.0%}]".format(*ours["ci95"])
+    text = f"Of {ours['prompts']} prompts it answers {ours['value']:.0%}{interval}"
     names = side_names(model for model, _ in found)
     others = [] if dense is None else [f"the dense model {dense['value']:.0%}"]
     for (model, metric), row in found.items():

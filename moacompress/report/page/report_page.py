@@ -291,9 +291,9 @@ def _quality_tiles(evaluation: Finding) -> list[dict[str, str]]:
         mine, theirs = rows.get(("plan", metric)), rows.get(("dense", metric))
         if mine is None or (metric == "exact_match" and shown):
             continue
-        low, high = mine["ci95"]
         what = "kept of what dense gets right" if metric == "retention" else "exact match"
-        beside = f"[{low:.1%}, {high:.1%}], {mine['prompts']} prompts"
+        interval = "" if mine["ci95"] is None else "[{:.1%}, {:.1%}], ".format(*mine["ci95"])
+        beside = f"{interval}{mine['prompts']} prompts"
         if metric == "exact_match" and theirs is not None:
             beside += f"; dense {theirs['value']:.1%}"
         shown.append({"value": f"{mine['value']:.1%}", "what": what, "beside": beside})
