@@ -203,6 +203,7 @@ def fill(
         "seconds": clock.seconds,
         "quality": quality_table(scores["results"]),
         "harm": plan.quality.get("measured_harm", {}),
+        "best_baseline": plan.quality.get("best_baseline"),
         "measured_plans": found.measured_plans,
         **({} if found.classes is None else {"classes": found.classes}),
         **({"step_ms": found.step_ms} if found.step_ms else {}),

@@ -27,7 +27,7 @@ def random_rule(rng: np.random.Generator, gates: bool) -> Rule:
 
 
 def test_what_holds_at_profiled_lengths_need_not_hold_between_them() -> None:
-    rows = ((Rule(4, 100, 100),) * 2, (Rule.FULL, Rule(16, 32, 0))) + ((Rule(4, 32, 0),) * 2,)
+    rows = ((Rule(4, 100, 100),) * 2, (Rule.FULL, Rule(16, 32, 0)), (Rule(4, 32, 0),) * 2)
     plan = Plan(SHAPES["plain"], 32, rows).with_notes(provenance={"lengths": [512, 1024]})
     found = WorstShare.of(plan)
     assert found.share > max(plan.kv_share(512), plan.kv_share(1024))
