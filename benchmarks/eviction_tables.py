@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moacompress.core.statistics import estimate_text, p_text
 from moacompress.evaluation.baselines.compared_models import DENSE, PLAN
 from moacompress.evaluation.scoring.result_rows import POOLED
 from moacompress.evaluation.scoring.text_rows import TEXT
@@ -83,9 +84,12 @@ def side_table(found: Evaluation) -> str:
     for side in found.sides:
         kept, nll = (found.row(side, POOLED, metric) for metric in METRICS)
         assert nll is not None
-        said = "" if kept is None else f"{kept['value']:.2f} {_interval(kept, '.2f')}"
+        said = "" if kept is None else estimate_text(kept["value"], kept["ci95"])
         less = (found.less(side, metric) for metric in METRICS)
-        apart = ("" if row is None else f"{row['value']:+.2f} {_interval(row, '+.2f')}" for row in less)
+        apart = (
+            "" if row is None else f"{estimate_text(row['value'], row['ci95'], '+.2f')}, {p_text(row['p'])}"
+            for row in less
+        )
         lines.append(_line(f"`{side}`", f"{found.share(side):.1%}", said, f"{nll['value']:.3f}", *apart))
     return "\n".join(lines)
 
@@ -107,10 +111,6 @@ def task_table(all_found: list[Evaluation], sides: list[str]) -> str:
 def _kept(found: Evaluation, sides: list[str], task: str) -> str:
     rows = [row for side in sides if (row := found.row(side, task, "retention")) is not None]
     return f"{max(row['value'] for row in rows):.2f}" if rows else "-"
-
-
-def _interval(row: Row, form: str) -> str:
-    return "[{}]".format(", ".join(format(end, form) for end in row["ci95"]))
 
 
 def _line(*cells: str) -> str:

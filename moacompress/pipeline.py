@@ -209,6 +209,7 @@ def fill(
         "not_measured": scores["not_measured"],
         "quality": quality_table(scores),
         "harm": plan.quality.get("measured_harm", {}),
+        "best_baseline": plan.quality.get("best_baseline"),
         "measured_plans": found.measured_plans,
         **({} if found.classes is None else {"classes": found.classes}),
         **({"step_ms": found.step_ms} if found.step_ms else {}),

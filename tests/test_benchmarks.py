@@ -181,9 +181,9 @@ def test_tables_of_ways_to_evict(load_script: Callable[[Path], Any], tmp_path: P
             for number, (name, said) in enumerate(sides.items())
         ])  # fmt: skip
     found: dict[str, Any] = {
-        "results": [row for cell, field in zip(cells, fields, strict=True) for row in result_rows(cell, field, 0)],
+        "results": [row for cell, field in zip(cells, fields, strict=True) for row in result_rows(cell, field)],
         "differences": [],
-        "pooled": dict(zip(("results", "differences"), pooled_rows(fields, 0), strict=True)),
+        "pooled": dict(zip(("results", "differences"), pooled_rows(fields), strict=True)),
     }
     (tmp_path / "eval.json").write_text(json.dumps(found))
     evaluation = script.Evaluation(tmp_path / "eval.json")
@@ -193,7 +193,7 @@ def test_tables_of_ways_to_evict(load_script: Callable[[Path], Any], tmp_path: P
     assert lines[2].endswith("| 0.250 |  |  |")
     assert lines[4].startswith("| `poor` | 13.1% | 0.29 [")
     assert "] | 2.250 | +0.57 [+" in lines[4]
-    assert lines[4].endswith("| -2.00 [-2.00, -2.00] |")
+    assert lines[4].endswith("| -2.00 [-2.00, -2.00], p < .001 |")
     assert script.task_table([evaluation, evaluation], ["other:seen"]).splitlines()[2:] == [
         "| `easy` | 4 of 4, 4 of 4 | 1.00, 1.00 | 0.75, 0.75 | 0.50, 0.50 |",
         "| `hard` | 3 of 4, 3 of 4 | 0.67, 0.67 | 0.00, 0.00 | 0.00, 0.00 |",

@@ -43,6 +43,9 @@ MemoryOption = Annotated[
         help="Most bytes of weights and of the KV cache of L tokens together, such as 6GiB@8k: the budget memory=6GiB@8k.",
     ),
 ]
+BatchOption = Annotated[
+    str | None, typer.Option("--batch", metavar="LIST", help="Requests at a time, such as 1,8.", show_default=False)
+]
 LengthsOption = Annotated[str | None, recipe_option("calibration.lengths", metavar="LIST", states_default=False)]
 CostTableOption = Annotated[Path | None, recipe_option("search.cost_table", metavar="FILE", read=str)]
 FormatsOption = Annotated[str | None, recipe_option("search.formats", metavar="LIST")]
@@ -115,6 +118,19 @@ def split_list(text: str | None) -> tuple[str, ...] | None:
     if text is None:
         return None
     return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def batch_sizes(text: str) -> tuple[int, ...]:
+    """Returns numbers of rows such as `1,8`, without repeats, the smallest first.
+
+    Raises:
+        UsageError: one that is no number above 0.
+    """
+    items = split_list(text) or ()
+    for item in items:
+        if not item.isdecimal() or not int(item):
+            raise UsageError(f"batch {item!r} is not a number of rows; give some such as 1,8")
+    return tuple(sorted({int(item) for item in items}))
 
 
 def required_model(given: str | None, recipe_model: str | None) -> str:

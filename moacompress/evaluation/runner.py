@@ -40,7 +40,7 @@ from moacompress.evaluation.scoring.result_rows import (
     seen_in_calibration,
 )
 from moacompress.evaluation.scoring.scores import Scorer, read_entry
-from moacompress.evaluation.scoring.text import text_windows
+from moacompress.evaluation.scoring.text import Window, text_windows
 from moacompress.evaluation.scoring.text_rows import (
     TEXT,
     TextMeasured,
@@ -150,7 +150,7 @@ def evaluate(
         lm_eval: tasks of lm-evaluation-harness, by name or as `.yaml` files, for the plan, dense and other folders.
         lm_eval_limit: only the first documents of each of them; None for all.
         lm_eval_batch: requests of theirs that run at once: a number, "auto" or "auto:N"; see `run_lm_eval`.
-        seed: of prompts and intervals.
+        seed: of prompts.
         dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's.
         device: torch device.
         out: where to write the result as JSON, atomically. Finished scores are kept beside it (`eval.scores.jsonl` for
@@ -169,7 +169,8 @@ def evaluate(
           the checkpoint does not say), and `sink` and `window` of a baseline where all its KV heads have the same. Metrics are
           `exact_match`, `accuracy`, `nll` (nats a token) and, where dense is measured and gets a prompt right,
           `retention`, whose `prompts` are those that dense gets right; for text see `TEXT_METRICS`.
-        - `differences`: rows of the plan minus each other `model`, paired by prompt.
+        - `differences`: rows of the plan minus each other `model`, paired by prompt, with `p`, the p-value of an exact or a
+          permutation test. `ci95` is None below 5 prompts, as everywhere.
         - `kinds`: for every task which of `tasks.registry.KINDS` it is.
         - `pooled`: `results` and `differences` of all prompts of each kind together, the kind that a claim rests on first;
           `task` is the kind, and differences have `retention` too.
@@ -469,7 +470,7 @@ class _Evaluation:
         Whatever is wrong with the request is found here, before the first minute of work.
         """
         if task == TEXT:
-            seen = self._overlap(self._windows(length))
+            seen = self._overlap([window.ids for window in self._windows(length)])
             if not self.allow_overlap:
                 refuse_overlap(seen, f"the text in {self._prose.name} (windows of {length:,} tokens)")
             return len(self._readers(length)) * self.prompts
@@ -522,13 +523,11 @@ class _Evaluation:
                 cells.setdefault(kind, []).append(cell)
                 fields.setdefault(kind, []).append(field_of_cell)
                 answers += answer_rows(cell, cases, list(map(self._question, cases)), field_of_cell)
-                rows = result_rows(cell, field_of_cell, self.seed)
-                paired = difference_rows(cell, field_of_cell, self.seed)
+                rows = result_rows(cell, field_of_cell)
+                paired = difference_rows(cell, field_of_cell)
             results += rows
             differences += paired
-        pooled = [
-            pooled_rows(kind, fields[kind], self.seed, mean_overlap(cells[kind])) for kind in KINDS if kind in fields
-        ]
+        pooled = [pooled_rows(kind, fields[kind], mean_overlap(cells[kind])) for kind in KINDS if kind in fields]
         parts = [[row for rows in side for row in rows] for side in zip(*pooled, strict=True)] or [[], []]
         return {
             "results": results,
@@ -556,12 +555,13 @@ class _Evaluation:
     def text(self, task: str, length: int) -> tuple[list[ResultRow], list[ResultRow]]:
         """Returns the rows and the differences on long text."""
         windows = self._windows(length)
-        cell = TaskCell(task, length, len(windows), length, self._overlap(windows))
+        cell = TaskCell(task, length, len(windows), length, self._overlap([window.ids for window in windows]))
         compared_models = self._readers(length)
-        entries = self.scorer.windows(compared_models, windows, task)
-        measured = [TextMeasured(*pair) for pair in zip(compared_models, entries, strict=True)]
+        entries = self.scorer.windows(compared_models, [window.ids for window in windows], task)
+        documents = [window.document for window in windows]
+        measured = [TextMeasured(*pair, documents) for pair in zip(compared_models, entries, strict=True)]
         best = best_candidates(measured, "nll_late")
-        return text_result_rows(cell, best, self.seed), text_difference_rows(cell, best, self.seed)
+        return text_result_rows(cell, best), text_difference_rows(cell, best)
 
     def _answerers(self, cases: Sequence[Case]) -> list[ComparedModel]:
         """Returns the models that answer prompts."""
@@ -585,5 +585,5 @@ class _Evaluation:
         assert self.resources.prose is not None
         return self.resources.prose
 
-    def _windows(self, length: int) -> list[list[int]]:
+    def _windows(self, length: int) -> list[Window]:
         return text_windows(self._prose, self.checkpoint.tokenizer, length, self.prompts, self.seed)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moacompress.core.files import write_text
+from moacompress.core.statistics import error_text
 from moacompress.rules.budget import format_length
 from moacompress.rules.cost import chosen_share, format_rows, kept_bits
 from moacompress.rules.plan import Plan
@@ -123,8 +124,14 @@ def repair_text(plan: Plan) -> str:
 
 
 def _with_error(value: dict[str, float | None]) -> str:
-    error = value["error"]
-    return f"{value['mean']:.3g}" + ("" if error is None else f" ± {error:.2g}")
+    mean = value["mean"]
+    assert mean is not None
+    return error_text(mean, value["error"], ".3g")
+
+
+def _error(value: dict[str, float | None]) -> str:
+    error = value["standard_error"]
+    return "-" if error is None else f"{error:.2g}"
 
 
 def _front_matter(source: str) -> str:
@@ -158,18 +165,18 @@ def rounding_text(plan: Plan) -> str:
     notes = plan.quality.get("rounded_weights")
     if not isinstance(notes, dict):
         return ""
-    error = "" if notes.get("standard_error") is None else f" ± {notes['standard_error']:.2g}"
+    lost = error_text(notes["kl"], notes.get("standard_error"), ".3g")
     head = f", embedding and output layer to {notes['head_weights']}" if notes.get("head_weights") else ""
     chosen = planned_weights(plan)
     if chosen is not None:
         of = formats_text(chosen)
         return (
             f"A search chose the formats of linear layers together with the plan, within a total of memory: {of}{head}. "
-            f"KL(before || rounded) is {notes['kl']:.3g}{error} nats per answer token on {notes['samples']} validation "
+            f"KL(before || rounded) is {lost} nats per answer token on {notes['samples']} validation "
             "samples, without a plan. What was measured of the plan is against the model before, rounding included."
         )
     return (
-        f"Linear layers were rounded to {notes['weights']}{head}: KL(before || rounded) is {notes['kl']:.3g}{error} nats per "
+        f"Linear layers were rounded to {notes['weights']}{head}: KL(before || rounded) is {lost} nats per "
         f"answer token on {notes['samples']} validation samples, without a plan. What was measured of the plan is against the "
         "rounded model."
     )
@@ -245,7 +252,7 @@ def _healed(notes: dict[str, Any]) -> str:
     kl = notes["held_out_kl"]
     rows = ["| weights | KL(dense \\|\\| model), nats per token | standard error |", "| --- | ---: | ---: |"]
     rows += [
-        f"| {name} | {kl[place]['mean']:.4g} | {kl[place]['standard_error']:.2g} |"
+        f"| {name} | {kl[place]['mean']:.4g} | {_error(kl[place])} |"
         for name, place in (("as exported", "before"), ("healed", "after"), ("difference", "difference"))
     ]
     what = (

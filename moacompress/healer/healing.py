@@ -45,6 +45,7 @@ from moacompress.core.progress import SILENT, Progress
 from moacompress.core.ranks import rank, world_size
 from moacompress.core.shingles import Shingles
 from moacompress.core.shown import Shown
+from moacompress.core.statistics import mean, p_value, standard_error
 from moacompress.exporter.cache_settings import with_its_cache
 from moacompress.exporter.exporting import check_place, exported_plan, write_checkpoint
 from moacompress.exporter.fresh import verify_fresh
@@ -332,6 +333,7 @@ def _noted(request: HealRequest, data: HealData, history: HealHistory, model: An
     """Returns the plan with what was done in its notes."""
     assert history.start is not None
     heal, best = request.heal, history.best
+    apart = np.subtract((best or history.start).kls, history.start.kls)
     notes = {
         "request": request.key,
         "objective": heal.objective,
@@ -341,7 +343,8 @@ def _noted(request: HealRequest, data: HealData, history: HealHistory, model: An
         "held_out_kl": {
             "before": _statistics(history.start.kls),
             "after": _statistics((best or history.start).kls),
-            "difference": _statistics(np.subtract((best or history.start).kls, history.start.kls).tolist()),
+            "difference": _statistics(apart.tolist())
+            | {"ci95": mean(apart.tolist())[1], "p": p_value((best or history.start).kls, history.start.kls)},
             "samples": len(data.held_out),
         },
         "best_step": best.step if best is not None else 0,
@@ -376,10 +379,9 @@ def _trained_gates(request: HealRequest, work: Path) -> GateWeights:
     return gates
 
 
-def _statistics(values: Sequence[float]) -> dict[str, float]:
-    """Returns the mean of some numbers and its standard error."""
-    error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
-    return {"mean": float(np.mean(values)), "standard_error": error}
+def _statistics(values: Sequence[float]) -> dict[str, float | None]:
+    """Returns the mean of some numbers and its standard error, None of a single one."""
+    return {"mean": float(np.mean(values)), "standard_error": standard_error(values)}
 
 
 def _write(

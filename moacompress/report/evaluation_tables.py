@@ -11,6 +11,7 @@ from rich.console import RenderableType
 
 from moacompress.core.printable import printable
 from moacompress.core.shingles import OVERLAP_LIMIT, SHINGLE_WORDS
+from moacompress.core.statistics import SIGNIFICANT
 from moacompress.core.tables import Row, readable_bytes, section
 from moacompress.report.headline import headline
 from moacompress.rules.budget import format_length
@@ -19,14 +20,19 @@ RowGroup = dict[str, dict[str, Row]]
 NAME_WIDTH = 20
 CSV_COLUMNS = (
     "kind", "model", "task", "length", "metric", "value", "low", "high", "prompts", "kv_bytes", "kv_bytes_of_model",
-    "tokens", "sink", "window", "formats", "overlap",
+    "tokens", "sink", "window", "formats", "p", "overlap",
 )  # fmt: skip
-"""`kind` is `result`, `difference` (the plan minus `model`) or `lm_eval`; `low` and `high` are the 95% interval."""
+"""`kind` is `result`, `difference` (the plan minus `model`) or `lm_eval`; `low` and `high` are the 95% interval, empty
+below 5 prompts;
+`p` is that of a difference."""
 TASK_TITLE = "Tasks, mean and 95% interval over n prompts; retention: of those that dense gets right (how many)"
 TEXT_TITLE = "Long text: perplexity of first and last half; KL to dense and same top token in the last (n windows)"
-DIFFERENCE_TITLE = "This plan minus the other model, paired, with 95% interval"
+DIFFERENCE_TITLE = (
+    "This plan minus the other model, paired, with 95% interval; * p < .05 by an exact or permutation test"
+)
 POOLED_TITLE = "All prompts of a kind together: first what no calibration has, then what the plan was calibrated on"
-POOLED_DIFFERENCE_TITLE = "All prompts of a kind: this plan minus the other model, paired, with 95% interval"
+POOLED_DIFFERENCE_TITLE = "All prompts of a kind: this plan minus the other, paired, with 95% interval; * p < .05"
+TEXT_DIFFERENCE_TITLE = "Long text: this plan minus the other model, paired by document, with 95% interval; * p < .05"
 OVERLAP_UNKNOWN = "Overlap with calibration is unknown: the checkpoint does not say what the plan was calibrated on."
 FLOOR_NOTE = "* Dense cannot do this itself (its interval ends below 0.2): no evidence for or against a plan."
 
@@ -57,13 +63,17 @@ def evaluation_tables(report: Mapping[str, Any]) -> list[RenderableType]:
     if paired:
         columns = ("", "n", "exact match", "accuracy", "NLL")
         shown.append(section(DIFFERENCE_TITLE, columns, _lines(paired, _difference_line, marks)))
+    read = [group for group in _groups(report["differences"]) if "kl" in next(iter(group.values()))]
+    if read:
+        columns = ("", "n", "documents", "last", "KL", "same top")
+        shown.append(section(TEXT_DIFFERENCE_TITLE, columns, _lines(read, _text_difference_line, marks)))
     if len(tasks) > 1:  # of one alone it would be the same again
         columns = ("", "KV cache", "n", "exact match", "retention", "NLL")
         shown.append(section(POOLED_TITLE, columns, _lines(_groups(pooled["results"]), _pooled_line, marks)))
         if pooled["differences"]:
             columns = ("", "exact match", "retention", "NLL")
-            lines = _lines(_groups(pooled["differences"]), _pooled_difference_line, marks)
-            shown.append(section(POOLED_DIFFERENCE_TITLE, columns, lines))
+            apart = _lines(_groups(pooled["differences"]), _pooled_difference_line, marks)
+            shown.append(section(POOLED_DIFFERENCE_TITLE, columns, apart))
     if report.get("lm_eval"):
         columns = ("task", "model", "n", "metric", "value")
         lines = [
@@ -217,15 +227,26 @@ def _difference_line(metrics: Mapping[str, Row]) -> Sequence[str]:
     return (str(metrics["exact_match"]["prompts"]), *numbers)
 
 
+def _text_difference_line(metrics: Mapping[str, Row]) -> Sequence[str]:
+    row = metrics["kl"]
+    numbers = (
+        _signed(metrics[metric], digits) for metric, digits in (("ppl_late", 2), ("kl", 3), ("top1_agreement", 2))
+    )
+    return (str(row["prompts"]), str(row["documents"]), *numbers)
+
+
 def _number(row: Row, digits: int) -> str:
-    """Returns `0.95 0.87-1.00`."""
+    """Returns `0.95 0.87-1.00`; the value alone where there are too few prompts for an interval."""
     if row["ci95"] is None:
         return f"{row['value']:.{digits}f}"
     low, high = (f"{end:.{digits}f}" for end in row["ci95"])
     return f"{row['value']:.{digits}f} {low}-{high}"
 
 
-def _signed(row: Row) -> str:
-    """Returns `-0.12 [-0.20 -0.04]`."""
-    low, high = row["ci95"]
-    return f"{row['value']:+.2f} [{low:+.2f} {high:+.2f}]"
+def _signed(row: Row, digits: int = 2) -> str:
+    """Returns `-0.12* [-0.20 -0.04]`; the star where a test tells the two apart."""
+    star = "*" if row["p"] < SIGNIFICANT else ""
+    if row["ci95"] is None:
+        return f"{row['value']:+.{digits}f}{star}"
+    low, high = (f"{end:+.{digits}f}" for end in row["ci95"])
+    return f"{row['value']:+.{digits}f}{star} [{low} {high}]"

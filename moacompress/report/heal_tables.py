@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 
 from moacompress.core.shingles import OVERLAP_LIMIT, SHINGLE_WORDS
+from moacompress.core.statistics import error_text, estimate_text, p_text
 from moacompress.core.tables import facts, readable_bytes, readable_types
 from moacompress.exporter.card import healed_bytes_text
 from moacompress.rules.untrusted import reading_notes
@@ -25,7 +26,7 @@ def heal_sentence(notes: Mapping[str, Any]) -> str:
         PlanError: they are not what moacompress writes.
     """
     kl = notes["held_out_kl"]
-    before, after = (f"{kl[name]['mean']:.4g} ± {kl[name]['standard_error']:.2g}" for name in ("before", "after"))
+    before, after = (error_text(*_mean(kl, name)) for name in ("before", "after"))
     trained = f"{_trained_part(notes)}, {notes['objective']}, {notes['tokens']:,} tokens in {notes['steps']} steps"
     if not notes["improved"]:
         return (
@@ -33,6 +34,10 @@ def heal_sentence(notes: Mapping[str, Any]) -> str:
         )
     stored = healed_bytes_text(notes)
     return f"{trained}: held-out KL from {before} to {after} nats on {kl['samples']} samples{stored and f'. {stored}'}"
+
+
+def _mean(kl: Mapping[str, Any], name: str) -> tuple[float, float | None]:
+    return kl[name]["mean"], kl[name]["standard_error"]
 
 
 def _trained_part(notes: Mapping[str, Any]) -> str:
@@ -58,10 +63,9 @@ def heal_table(notes: Mapping[str, Any]) -> Group:
         notes: `heal` in the provenance of a plan.
     """
     kl = notes["held_out_kl"]
-    rows = {
-        name: f"{kl[name]['mean']:.4g} ± {kl[name]['standard_error']:.2g} nats, {kl['samples']} samples"
-        for name in ("before", "after", "difference")
-    }
+    rows = {name: f"{error_text(*_mean(kl, name))} nats, {kl['samples']} samples" for name in ("before", "after")}
+    apart = kl["difference"]
+    rows["difference"] = f"{estimate_text(apart['mean'], apart['ci95'], '.3g')} nats, {p_text(apart['p'])}"
     share = 1 - kl["after"]["mean"] / kl["before"]["mean"] if kl["before"]["mean"] else 0.0
     rows["taken off"] = f"{share:.0%} of the KL" if notes["improved"] else "nothing: the weights are those of the start"
     rate = notes["tokens"] / notes["seconds"] if notes["seconds"] else 0.0

@@ -105,7 +105,10 @@ def test_files(place: Path, prose: Path, tmp_path: Path) -> None:
     assert len(rows) == sum(len(part[name]) for part in (data, pooled) for name in ("results", "differences"))
     for row, result in zip(rows, data["results"], strict=False):
         assert (row["kind"], row["model"], row["metric"]) == ("result", result["model"], result["metric"])
-        assert [float(row[name]) for name in ("value", "low", "high")] == [result["value"], *result["ci95"]]
+        assert [row[name] and float(row[name]) for name in ("value", "low", "high")] == [
+            result["value"],
+            *(result["ci95"] or ("", "")),
+        ]
         assert (int(row["prompts"]), int(row["kv_bytes"])) == (result["prompts"], result["kv_bytes"])
     assert rows[-1]["kind"] == "difference"
 

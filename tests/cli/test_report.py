@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import pytest
 from rich.console import Console, RenderableType
 
 from moacompress.report.evaluation_tables import csv_text, evaluation_tables, failure_lines
 from moacompress.report.headline import headline
 from moacompress.report.page.search_figures import history_picture
-from moacompress.report.search_tables import explanation_tables, step_rows
+from moacompress.report.search_tables import baseline_line, explanation_tables, refused_line, step_rows
 from moacompress.report.summary_tables import kl_table, summary_tables
 
 SUMMARY: dict[str, Any] = {
@@ -199,54 +200,100 @@ def test_csv_has_every_row() -> None:
     assert third == "lm_eval,plan,t,,acc,1.0,,,3,,,,,,"
 
 
+def apart(value: float, ci95: list[float] | None = None, samples: int = 6) -> dict[str, Any]:
+    return {"value": value, "standard_error": 0.001, "ci95": ci95, "samples": samples}
+
+
 def test_what_was_not_kept_though_its_kl_is_lower_has_a_reason() -> None:
-    def stage(name: str, kept: bool, gain: float | None, noise: float | None) -> dict[str, Any]:
-        return {"name": name, "harm": 0.1, "log_ratio": -0.1, "kept": kept, "gain": gain, "noise": noise}
+    def stage(name: str, kept: bool, difference: dict[str, Any] | None) -> dict[str, Any]:
+        return {"name": name, "harm": 0.1, "kept": kept, "difference": difference}
 
     rows = step_rows(
         {
             "stages": [
-                stage("surrogate", True, None, None),
-                stage("study", False, -0.03, 0.05),
-                stage("round 1", True, -0.2, 0.05),
-                stage("moves", False, 0.02, 0.0),
-                stage("rest", True, 0.01, 0.02),
-                {"name": "of an older search", "harm": 0.1, "log_ratio": -0.1, "kept": False},
+                stage("surrogate", True, None),
+                stage("study", False, apart(-0.003, [-0.008, 0.002])),
+                stage("round 1", True, apart(-0.02, [-0.03, -0.01])),
+                stage("moves", False, apart(0.02, None, 4)),
+                stage("rest", True, apart(0.001, [-0.001, 0.003])),
             ]
         }
     )
-    assert [row[-1] for row in rows] == [
-        "yes",
-        "no: gain within noise (-3.0% \u00b1 5.1%)",
-        "yes",
-        "no: not better than the plan before",
-        "yes: worse by less than noise (+1.0% \u00b1 2.0%)",
-        "no",
+    assert [row[2:] for row in rows] == [
+        ("-", "yes"),
+        ("-0.003 [-0.008, +0.002], 6 samples", "no: gain within noise"),
+        ("-0.02 [-0.03, -0.01], 6 samples", "yes"),
+        ("+0.02, 4 samples", "no: not lower"),
+        ("+0.001 [-0.001, +0.003], 6 samples", "yes: higher by less than the noise"),
     ]
     trials = [
-        {"trial": 0, "harm": 0.1, "pruned": False, "kept": True, "gain": 0.0, "noise": 0.0},
-        {"trial": 1, "harm": 0.09, "pruned": False, "kept": False, "gain": -0.03, "noise": 0.05},
-        {"trial": 2, "harm": 0.3, "pruned": True, "kept": False, "gain": 1.0, "noise": 0.1},
-        {"trial": 3, "harm": 0.2, "pruned": False, "kept": False, "gain": 0.6, "noise": 0.1},
+        {"trial": 0, "harm": 0.1, "pruned": False, "kept": True, "difference": apart(0.0)},
+        {"trial": 1, "harm": 0.09, "pruned": False, "kept": False, "difference": apart(-0.01, [-0.03, 0.01])},
+        {"trial": 2, "harm": 0.3, "pruned": True, "kept": False, "difference": apart(0.2)},
+        {"trial": 3, "harm": 0.2, "pruned": False, "kept": False, "difference": apart(0.1)},
     ]
     picture = history_picture({"trials": trials})
     assert picture is not None
-    assert [row[-1] for row in picture.rows] == ["kept", "gain within noise (-3.0% \u00b1 5.1%)", "given up", ""]
-    assert "above 2 standard errors" in picture.note
-    older = history_picture({"trials": [{"trial": n, "harm": 0.1, "pruned": n == 1} for n in range(3)]})
-    assert older is not None
-    assert [row[-1] for row in older.rows] == ["", "given up", ""]
+    remark = "within noise: -0.01 [-0.03, +0.01], 6 samples"
+    assert [row[-1] for row in picture.rows] == ["kept", remark, "pruned", ""]
+    assert picture.note.startswith("Pruned trials saw fewer samples. A trial replaces trial 0 only if its gain")
+
+
+def test_a_plan_that_measured_better_and_was_refused_has_a_line() -> None:
+    found = {"name": "trial 3", "harm": 0.000418, "difference": apart(-0.00066, [-0.0016, 0.0003])}
+    (line,) = refused_line({"refused": found})
+    assert line == (
+        "Trial 3 measured 0.000418 nats, 0.00066 below the chosen plan, within noise of 6 samples: [-0.0016, +0.0003]; the "
+        "chosen plan is kept because the lowest of many noisy measurements is usually too low."
+    )
+    assert "within noise of 4 samples; the" in refused_line({"refused": {**found, "difference": apart(-1, None, 4)}})[0]
+    assert refused_line({"refused": None}) == refused_line({}) == []
+
+
+@pytest.mark.parametrize(
+    ("verdict", "saved", "share", "said"),
+    [
+        (
+            "alike",
+            False,
+            1.0,
+            "As good as full and streaming heads (DuoAttention-style) at the same bytes: 0.0285 vs 0.0268 nats",
+        ),
+        (
+            "better",
+            False,
+            1.0,
+            "Better than the best baseline, full and streaming heads (DuoAttention-style): 0.0285 vs 0.0268",
+        ),
+        ("worse", True, 1.0, "(0.0268 nats) beats the best searched plan (0.0285), so its plan was saved"),
+        (
+            "alike",
+            True,
+            0.9,
+            "takes 10% fewer bytes than the best searched plan (0.0285) and is no worse, so its plan was saved",
+        ),
+        ("worse", False, 1.0, "is better, but has too many classes of KV heads"),
+    ],
+)
+def test_one_line_says_whether_the_plan_beats_the_best_baseline(
+    verdict: str, saved: bool, share: float, said: str
+) -> None:
+    found = {"family": "duo", "harm": 0.0268, "found_harm": 0.0285, "difference": apart(0.0017, [-0.002, 0.005])}
+    (line,) = baseline_line({**found, "bytes_share": share, "verdict": verdict, "saved": saved})
+    assert said in line
+    assert "[-0.002, +0.005], 6 samples" in line or "classes" in line
+    assert baseline_line(None) == []
 
 
 def test_an_explanation_says_where_the_bytes_are() -> None:
     rule = {"sink": 4, "alpha": 64, "beta_q": 0}
     head = {"layer": 1, "kv_head": 0, "kept": 80, "of": 512, "saves": 0.25}
     told: dict[str, Any] = {
-        "stages": [{"name": "surrogate", "harm": 0.1, "log_ratio": 0.0, "kept": True}],
+        "stages": [{"name": "surrogate", "harm": 0.1, "difference": None, "kept": True}],
         "heads": [
             {**head, "rule": {**rule, "key_format": "int8", "value_format": "int4"}},
-            {**head, "rule": rule},  # of an older search
-            {**head, "layer": 9, "saves": -0.125, "rule": rule},
+            {**head, "rule": "full"},
+            {**head, "layer": 9, "saves": -0.125, "rule": "full"},
         ],
         "knobs": {"precision": 1.0},
         "predicted": {"pairs": [], "spearman": None},
@@ -269,5 +316,6 @@ def test_an_explanation_says_where_the_bytes_are() -> None:
     assert not any(row[:1] == ["9"] for row in rows)  # its bytes are worth less than the average head's
     assert "worth most" not in shown(*explanation_tables({**told, "heads": told["heads"][2:]}))
     assert "answer 0.12, text 0.5" in text
-    plain = {key: value for key, value in told.items() if key not in ("kinds", "formats")}
+    native = {"bits": {"keys": 16.0, "values": 16.0}, "pairs": told["formats"]["pairs"][1:]}
+    plain = {**told, "kinds": {}, "formats": native}
     assert "bits" not in shown(*explanation_tables(plain))

@@ -34,9 +34,10 @@ ESTIMATOR = {"spearman": 0.9, "ci95": [0.8, 1.0], "slope": 1.0, "slope_ci95": [0
 AUDIT = {
     "estimator": NAME, "samples": 2, "points": [], "audit": {NAME: ESTIMATOR}, "audit_plans": {}, "split_half": [],
 }  # fmt: skip
-KL = {name: {"mean": 0.1, "standard_error": 0.01} for name in ("before", "after", "difference")}
+KL = {name: {"mean": 0.1, "standard_error": 0.01} for name in ("before", "after")}
 HEALED = {
-    "held_out_kl": {**KL, "samples": 3}, "improved": True, "objective": "kl", "train": "lora", "tokens": 100, "seconds": 2.0,
+    "held_out_kl": {**KL, "difference": {"mean": -0.1, "ci95": None, "p": 0.25}, "samples": 3},
+    "improved": True, "objective": "kl", "train": "lora", "tokens": 100, "seconds": 2.0,
     "steps": 5, "best_step": 4, "training_samples": 6, "recipe": {"modules": [NAME]},
 }  # fmt: skip
 

@@ -7,22 +7,16 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from moacompress.core.shingles import OVERLAP_LIMIT
+from moacompress.core.statistics import Estimate, Interval, mean, p_value, paired_difference, paired_rates, rate
 from moacompress.evaluation.baselines.compared_models import DENSE, PLAN, ComparedModel
 from moacompress.evaluation.scoring.prompts import Score
-from moacompress.evaluation.scoring.stats import (
-    FLOOR,
-    Interval,
-    mean,
-    paired_difference,
-    paired_rates,
-    rate,
-    retained,
-    retention,
-)
+from moacompress.evaluation.scoring.retention import retained, retention
 from moacompress.evaluation.tasks.cases import Case
 
 SCORES = ("exact_match", "accuracy", "nll")
 """Metrics that every prompt has; `differences` are of these."""
+FLOOR = 0.2
+"""A rate whose interval ends below this is at floor: the model cannot do the task, and losing nothing proves nothing."""
 ResultRow = dict[str, Any]
 
 
@@ -84,22 +78,22 @@ def best_candidates(measured: Iterable[Candidate], nll: str = "nll") -> list[Can
     return list(best.values())
 
 
-def result_rows(cell: TaskCell, comparison: Sequence[Measured], seed: int) -> list[ResultRow]:
+def result_rows(cell: TaskCell, comparison: Sequence[Measured]) -> list[ResultRow]:
     """Returns the rows of every model: `SCORES`, and `retention` where the dense model is there and gets a prompt right."""
     dense = next((one.values("exact_match") for one in comparison if one.compared.name == DENSE), None)
     rows = []
     for one in comparison:
         for metric in SCORES:
-            value, interval = _value(metric, one.values(metric), seed)
+            value, interval = _value(metric, one.values(metric))
             rows.append(result_row(cell, one.compared, metric, value, interval, cell.prompts))
-        kept = retention(dense, one.values("exact_match"), seed) if dense is not None else None
+        kept = retention(dense, one.values("exact_match")) if dense is not None else None
         if kept is not None:
             rows.append(result_row(cell, one.compared, "retention", *kept))
     return rows
 
 
 def result_row(
-    cell: TaskCell, compared: ComparedModel, metric: str, value: float, interval: Interval, prompts: int
+    cell: TaskCell, compared: ComparedModel, metric: str, value: float, interval: Interval | None, prompts: int
 ) -> ResultRow:
     """Returns one row of `results`."""
     return {
@@ -111,12 +105,12 @@ def result_row(
     }
 
 
-def difference_rows(cell: TaskCell, comparison: Sequence[Measured], seed: int) -> list[ResultRow]:
+def difference_rows(cell: TaskCell, comparison: Sequence[Measured]) -> list[ResultRow]:
     """Returns the rows of the plan (first in `comparison`) minus every other model, paired by prompt."""
     ours, *others = comparison
     return [
         difference_row(cell, ours.compared, one.compared, metric, *_difference(
-            metric, ours.values(metric), one.values(metric), seed
+            metric, ours.values(metric), one.values(metric)
         ))
         for one in others
         for metric in SCORES
@@ -124,12 +118,19 @@ def difference_rows(cell: TaskCell, comparison: Sequence[Measured], seed: int) -
 
 
 def difference_row(
-    cell: TaskCell, plan: ComparedModel, other: ComparedModel, metric: str, value: float, interval: Interval
+    cell: TaskCell,
+    plan: ComparedModel,
+    other: ComparedModel,
+    metric: str,
+    value: float,
+    interval: Interval | None,
+    p: float,
 ) -> ResultRow:
-    """Returns one row of `differences`: the plan minus another model."""
+    """Returns one row of `differences`: the plan minus another model, and how likely that is of two that are alike."""
     row = _row(cell.task, cell.length, other.name, metric, value, interval, cell.prompts)
     return {
         **row,
+        "p": p,
         "kv_bytes": plan.kv_bytes,
         "kv_bytes_of_model": other.kv_bytes,
         "tokens": cell.tokens,
@@ -164,7 +165,7 @@ def mean_overlap(cells: Sequence[TaskCell]) -> float | None:
 
 
 def pooled_rows(
-    task: str, fields: Sequence[Sequence[Measured]], seed: int, overlap: float | None = None
+    task: str, fields: Sequence[Sequence[Measured]], overlap: float | None = None
 ) -> tuple[list[ResultRow], list[ResultRow]]:
     """Returns the rows and the differences of all prompts of several cells together, without a length.
 
@@ -173,7 +174,6 @@ def pooled_rows(
     Args:
         task: what the rows are called, such as one of `tasks.registry.KINDS`.
         fields: the models of every cell, the plan first; only those that all cells have are pooled.
-        seed: of the intervals.
         overlap: of all prompts together, as `TaskCell` has it.
     """
     names = [one.compared.name for one in fields[0]]
@@ -194,16 +194,16 @@ def pooled_rows(
         if 1.0 in dense:
             values["retention"] = retained(dense, values["exact_match"])
         for metric, numbers in values.items():
-            value, interval = _value(metric, numbers, seed)
+            value, interval = _value(metric, numbers)
             row = _row(task, None, name, metric, value, interval, len(numbers))
             results.append({**row, "kv_bytes": round(share), "overlap": overlap})
         if name == names[0]:
             ours = values
             continue
         for metric, numbers in values.items():
-            value, interval = _difference(metric, ours[metric], numbers, seed)
+            value, interval, p = _difference(metric, ours[metric], numbers)
             row = _row(task, None, name, metric, value, interval, len(numbers))
-            differences.append({**row, "overlap": overlap})
+            differences.append({**row, "p": p, "overlap": overlap})
     return results, differences
 
 
@@ -212,7 +212,7 @@ def at_floor(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {"task": row["task"], "length": row["length"]}
         for row in results
-        if row["model"] == DENSE and row["metric"] == "exact_match" and row["ci95"][1] < FLOOR
+        if row["model"] == DENSE and row["metric"] == "exact_match" and row["ci95"] and row["ci95"][1] < FLOOR
     ]
 
 
@@ -226,16 +226,17 @@ def seen_in_calibration(results: Iterable[Mapping[str, Any]]) -> list[dict[str, 
     ]
 
 
-def _value(metric: str, numbers: Sequence[float], seed: int) -> tuple[float, Interval]:
-    return (mean if metric == "nll" else rate)(numbers, seed)
+def _value(metric: str, numbers: Sequence[float]) -> Estimate:
+    return (mean if metric == "nll" else rate)(numbers)
 
 
-def _difference(metric: str, first: Sequence[float], second: Sequence[float], seed: int) -> tuple[float, Interval]:
-    return (paired_difference if metric == "nll" else paired_rates)(first, second, seed)
+def _difference(metric: str, first: Sequence[float], second: Sequence[float]) -> tuple[float, Interval | None, float]:
+    compare = paired_difference if metric == "nll" else paired_rates
+    return (*compare(first, second), p_value(first, second))
 
 
 def _row(
-    task: str, length: int | None, model: str, metric: str, value: float, interval: Interval, prompts: int
+    task: str, length: int | None, model: str, metric: str, value: float, interval: Interval | None, prompts: int
 ) -> ResultRow:
     return {
         "model": model,
@@ -243,6 +244,6 @@ def _row(
         "length": length,
         "metric": metric,
         "value": value,
-        "ci95": list(interval),
+        "ci95": None if interval is None else list(interval),
         "prompts": prompts,
     }

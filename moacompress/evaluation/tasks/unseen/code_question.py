@@ -173,8 +173,8 @@ def _texts() -> tuple[tuple[str, str], ...]:
 
 def _plain_functions(tree: ast.Module) -> Iterator[_Function]:
     """Yields functions and methods that are in no other function and have none in them, so that each line is in one."""
-    tops = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]
-    for node in (node for top in tops for node in top.body):
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    for node in (*tree.body, *(node for each in classes for node in each.body)):
         if isinstance(node, _Function) and not any(
             isinstance(inner, (_Function, ast.ClassDef)) for inner in ast.walk(node) if inner is not node
         ):
@@ -243,8 +243,9 @@ def _targets(node: ast.AST) -> list[ast.Name]:
     """Returns the names that a statement gives a value to, itself and not by a loop, a tuple or an import."""
     if isinstance(node, ast.Assign):
         return [target for target in node.targets if isinstance(target, ast.Name)]
-    is_name = isinstance(node, ast.AnnAssign | ast.AugAssign) and isinstance(node.target, ast.Name)
-    return [node.target] if is_name else []  # type: ignore[union-attr,list-item]
+    if isinstance(node, ast.AnnAssign | ast.AugAssign) and isinstance(node.target, ast.Name):
+        return [node.target]
+    return []
 
 
 def _called(node: ast.AST) -> str | None:
