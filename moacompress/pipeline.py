@@ -159,6 +159,7 @@ def fill(
         MoaCompressError: from any of the steps.
     """
     from moacompress.evaluation.runner import evaluate
+    from moacompress.evaluation.tasks.own_rows import answered_sources
     from moacompress.report.headline import headline, kept_rows
 
     found, clock = _produce(recipe, out, progress, from_scratch, trust_remote_code)
@@ -171,6 +172,7 @@ def fill(
             against=COMPARED,
             dense=recipe.model if plan.shares or own_weights(plan) else None,
             tasks=evaluation.tasks,
+            sources=answered_sources(recipe.calibration.sources),
             lengths=evaluation.lengths,
             prompts=evaluation.prompts,
             text=recipe.calibration.text,

@@ -26,8 +26,8 @@ COLUMNS: dict[RowKind, tuple[str, ...]] = {
 ARTICLE = "article"
 """Column with the number of a question's article, of rows from a file in SQuAD's form."""
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
-_SHARES: dict[Split, int] = {"calibration": 2, "validation": 1}
-"""One row in three is kept for validation."""
+_SHARES: dict[Split, int] = {"calibration": 2, "validation": 1, "evaluation": 1}
+"""One row in four is for validation, and one is held out: a plan is evaluated on it."""
 
 
 def rows_named(name: str) -> SourceRecipe | None:
@@ -70,7 +70,7 @@ def row_kind(rows: Sequence[DataRow], name: str) -> RowKind:
 
 
 def split_rows(rows: Mapping[int, int], split: Split, name: str) -> list[int]:
-    """Returns the indices of a split's rows: by their hash a third is for validation, the others for calibration.
+    """Returns the indices of a split's rows, which they are in by their hash; see `_SHARES`.
 
     Args:
         rows: hashes of rows by their indices, as `first_of_each` returns them.
@@ -78,7 +78,7 @@ def split_rows(rows: Mapping[int, int], split: Split, name: str) -> list[int]:
         name: of the source, for the message.
 
     Raises:
-        DataError: too few rows to have some in both.
+        DataError: too few rows to have some in each.
     """
     pools = deal(list(rows.values()), _SHARES, name, "rows")
     return [index for index, pool in zip(rows, pools, strict=True) if pool == split]

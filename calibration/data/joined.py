@@ -62,16 +62,9 @@ class Library:
         Raises:
             DataError: a row without text under its columns, or fewer than three articles, or than two for the parts.
         """
-        numbers: dict[str, int] = {}
         articles: dict[str, int] = {}
         asked: dict[tuple[str, str], None] = {}
-        for index in range(len(rows)):
-            row = rows[index]
-            document, question = (field(row, column, name, index).strip() for column in ("context", "question"))
-            title, number = row.get("title"), row.get(ARTICLE)
-            if not isinstance(number, int):
-                mark = title if isinstance(title, str) and title.strip() else document
-                number = numbers.setdefault(mark, len(numbers))
+        for document, question, number in asked_documents(rows, name):
             articles.setdefault(document, number)
             asked.setdefault((question, document))
         found = split_articles(articles.items(), name, part)
@@ -87,6 +80,25 @@ class Library:
         """Returns all other documents in random order, those of the same article first."""
         others = [index for index in rng.permutation(len(self.documents)).tolist() if index != document]
         return sorted(others, key=lambda index: self.articles[index] != self.articles[document])
+
+
+def asked_documents(rows: Sequence[DataRow], name: str) -> list[tuple[str, str, int]]:
+    """Returns the document of each row, its question, and the number of its article.
+
+    Raises:
+        DataError: a row without text under its columns.
+    """
+    numbers: dict[str, int] = {}
+    found = []
+    for index in range(len(rows)):
+        row = rows[index]
+        document, question = (field(row, column, name, index).strip() for column in ("context", "question"))
+        title, number = row.get("title"), row.get(ARTICLE)
+        if not isinstance(number, int):
+            mark = title if isinstance(title, str) and title.strip() else document
+            number = numbers.setdefault(mark, len(numbers))
+        found.append((document, question, number))
+    return found
 
 
 def joined_drafts(

@@ -143,7 +143,8 @@ def evaluate(
         text: file or folder of long prose, for prose tasks and for `text`; its evaluation third is used.
         squad: SQuAD as JSON, for question answering.
         sources: files of rows with answers of your own, or hub ids: each is a task more, of the rows that fit the longest of
-            `lengths`, at most `prompts` of them; see `tasks.own_rows`.
+            `lengths`, at most `prompts` of them; see `tasks.own_rows`. Of those that the plan was calibrated on only the rows
+            count that were held out.
         profile: folder of the profile that `per-layer` and `split` are made from; the one beside `target` by default.
         every_candidate: try every sink of a baseline, also where the search has found and noted the best one.
         allow_overlap: measure also on text of which the plan's calibration has seen more than 1%; it is marked in the report.
@@ -199,7 +200,7 @@ def evaluate(
     folder = compressed_folder(Path(target))
     read_batch_size(lm_eval_batch)
     check_names(against)
-    own = own_tasks(sources)
+    own = own_tasks(sources, calibrated_on(stored_plan(folder)) if sources else ())
     task_names(tasks, Resources(own=own))  # an unknown name is said before texts are read
     resources = Resources(prose=Prose.load(text) if text is not None else None, squad=squad, own=own)
     names = task_names((*own, *tasks), resources)
@@ -227,7 +228,6 @@ def evaluate(
         )
     comparison = make_comparison(checkpoint, against, profile, every_candidate)
     path = None if out is None or rank() else Path(out)
-    _warn_of_calibration(sources, checkpoint.plan)
     kinds = {name: find_task(name, resources).kind for name in names if name != TEXT}
     wording = {name: find_task(name, resources).wording for name in names if name != TEXT}
     subject = {"plan": checkpoint.plan.key(), "weights": checkpoint.weights}
@@ -265,8 +265,8 @@ def evaluate(
         return EvaluationReport(report)
 
 
-def _warn_of_calibration(sources: Iterable[str], plan: Plan) -> None:
-    """Warns of rows that a plan was calibrated on, as far as the name of their file tells.
+def calibrated_on(plan: Plan) -> set[str]:
+    """Returns the files and hub sets that a plan was calibrated on, by path and by name.
 
     Raises:
         PlanError: the plan's recipe is damaged.
@@ -274,13 +274,7 @@ def _warn_of_calibration(sources: Iterable[str], plan: Plan) -> None:
     with reading_notes("its recipe"):
         calibration = (plan.provenance.get("recipe") or {}).get("calibration", {})
         seen = {part.get(key) for part in calibration.get("sources", ()) for key in ("path", "dataset")}
-    for name in sources:
-        if name in seen or Path(name).name in seen:
-            logger.warning(
-                "the plan was calibrated on rows of %s, so that its scores there are better than on others; hold rows back for "
-                "the evaluation, in a file of their own",
-                Path(name).name,
-            )
+    return {name for each in seen if each for name in (each, Path(each).name)}
 
 
 def reads_prose(task: str, resources: Resources) -> bool:
@@ -479,8 +473,6 @@ class _Evaluation:
             cases = self._cases(task, length, 1)
             return self._checked(cases) * self.prompts
         cases = self._cases(task, length, self.prompts)
-        if not cases:
-            raise DataError(f"no row of {task} fits into {length:,} tokens, its answer included; give longer --lengths")
         left, looked = rows_left_out(task, length, self.prompts, self.checkpoint.tokenizer, self.resources)
         if left:
             logger.warning(

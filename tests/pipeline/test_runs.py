@@ -11,6 +11,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from moacompress import pipeline
+from moacompress.calibration.data.held_out import held_out_rows
 from moacompress.core.artefact_names import of_compress
 from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, PlanError, RecipeError
 from moacompress.core.files import read_json
@@ -23,6 +24,7 @@ from moacompress.models.source import load_source
 from moacompress.models.weight_choices import checkpoint_bytes
 from moacompress.pipeline import compress, measured_kv_bytes, quality_table
 from moacompress.recipe import Recipe
+from moacompress.recipe_sections import SourceRecipe
 from moacompress.report.summary_tables import closing_lines, summary_tables
 from moacompress.rules.plan import Plan
 from moacompress.search.baselines.families import FAMILIES
@@ -69,6 +71,33 @@ def test_what_no_calibration_has_is_said_first(finished):
     assert card.index(first) < card.index(second) < card.index(missing) < card.index("| tokens |")
     state_measured(out / "model", [first, second, missing])
     assert (out / "model" / "README.md").read_text() == card
+
+
+def test_own_rows_that_are_held_out_are_evaluated_and_come_first(recipe, tmp_path):
+    rows = [
+        {"prompt": f"In box {n} there are {n * n} pens. " * 17 + f"Box {n} holds", "answer": str(n * n)}
+        for n in range(24)
+    ]
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("\n".join(map(json.dumps, rows)))
+    summary = compress(recipe.override(calibration__sources=(SourceRecipe(path=str(mine)),)), tmp_path / "out")
+    assert [row["kind"] for row in summary["kept"]] == ["own rows", "unseen kinds", "calibrated kinds"]
+    assert next(iter(summary["quality"])) == "mine@700"
+    held = {rows[index]["answer"] for index in held_out_rows(rows, "prompt", "mine")}
+    answers = json.loads((tmp_path / "out" / "eval.json").read_text())["answers"]
+    asked = [row["references"][0] for row in answers if row["task"] == "mine"]
+    assert len(asked) == 2
+    assert {*asked} <= held
+    shutil.copy(mine, tmp_path / "out")
+    again = evaluate(
+        tmp_path / "out",
+        sources=[str(tmp_path / "out" / "mine.jsonl")],
+        tasks=(),
+        lengths=(700,),
+        prompts=99,
+        against=(),
+    )
+    assert len(again["answers"]) == len(held) < len(rows)
 
 
 def test_the_best_baseline_of_the_search_is_evaluated(finished):

@@ -435,7 +435,10 @@ def make_cases(
     if known.given is None:
         return [_make_case(known, request(index), known.write(request(index))) for index in range(prompts)]
     fitting = (draft for draft in known.given if request(0).tokens(draft) <= length)
-    return [_make_case(known, request(0), draft) for draft in islice(fitting, prompts)]
+    found = [_make_case(known, request(0), draft) for draft in islice(fitting, prompts)]
+    if not found:
+        raise DataError(f"no row of {task} fits into {length:,} tokens, its answer included; give longer --lengths")
+    return found
 
 
 def rows_left_out(

@@ -7,7 +7,7 @@ from typing import Any
 
 from moacompress.core.artefact_names import BENCH_FILE
 from moacompress.core.tables import readable_bytes
-from moacompress.report.bench_tables import memory_rows
+from moacompress.report.bench_tables import gain_text, memory_rows
 from moacompress.report.page.figure_style import Picture, Trace, axis, lines
 from moacompress.report.page.findings import Finding, Findings, reading_file
 from moacompress.rules.budget import format_length
@@ -109,6 +109,8 @@ def latency_pictures(bench: Finding) -> list[Picture]:
             if phase == "decode" and (entry["batch"], entry["dtype"]) == (batch, dtype)
         )
         note = f"This plan is {note}." if note else ""
+        gain = gain_text(rows[-1]) if phase == "decode" else ""
+        note += f" At {format_length(lengths[-1])} tokens {gain}." if gain else ""
         found.append(Picture(f"{phase}-{batch}-{dtype}", title, traces, layout, note, columns, table))
     return found
 
