@@ -40,6 +40,7 @@ from moacompress.evaluation.scoring.result_rows import (
     seen_in_calibration,
 )
 from moacompress.evaluation.scoring.scores import Scorer, read_entry
+from moacompress.evaluation.scoring.stored_scores import StoredScores, score_rows
 from moacompress.evaluation.scoring.text import Window, text_windows
 from moacompress.evaluation.scoring.text_rows import (
     TEXT,
@@ -179,6 +180,7 @@ def evaluate(
         - `answers`: for every prompt the end of its question, the references, what the plan and dense said (as far as it
           decides the score), and the exact match of both.
         - `seen_in_calibration`: `task`, `length` and `overlap` of what calibration has seen more than 1% of.
+        - `scores`: of single prompts, see `scoring.stored_scores`; all of the above but text is computed from them.
         - `at_floor`: `task` and `length` of what the dense model cannot do itself, so that nothing follows from it.
         - `lm_eval`: rows of lm-evaluation-harness, where asked for; see `run_lm_eval`. They are computed from scratch each
           time, and those of other tasks that are at `out` stay there.
@@ -506,6 +508,7 @@ class _Evaluation:
         answers: list[ResultRow] = []
         cells: dict[str, list[TaskCell]] = {}
         fields: dict[str, list[list[Measured]]] = {}
+        scores: list[StoredScores] = []
         for task, length in wanted:
             if task == TEXT:
                 rows, paired = self.text(task, length)
@@ -515,6 +518,7 @@ class _Evaluation:
                 cells.setdefault(kind, []).append(cell)
                 fields.setdefault(kind, []).append(field_of_cell)
                 answers += answer_rows(cell, cases, list(map(self._question, cases)), field_of_cell)
+                scores += score_rows(cell, field_of_cell)
                 rows = result_rows(cell, field_of_cell)
                 paired = difference_rows(cell, field_of_cell)
             results += rows
@@ -527,6 +531,7 @@ class _Evaluation:
             "at_floor": at_floor(results),
             "seen_in_calibration": seen_in_calibration(results),
             "pooled": dict(zip(("results", "differences"), parts, strict=True)),
+            "scores": scores,
             "answers": answers,
         }
 

@@ -52,8 +52,8 @@ def check_loss_samples(loss: Loss, samples: int) -> None:
     if samples < SMALLEST:
         raise UsageError(
             f"a loss of {loss.text} is held with 95% confidence, which takes at least {SMALLEST} validation samples, and there "
-            f"{'is' if samples == 1 else 'are'} {samples}; profile with --validation-samples {SMALLEST} or more (12 give a closer "
-            "bound, and so a smaller budget)"
+            f"{'is' if samples == 1 else 'are'} {samples}; profile with --validation-samples {SMALLEST} or more; 12 give a "
+            "closer bound, and so a smaller budget"
         )
 
 

@@ -272,7 +272,9 @@ def test_a_second_run_beside_the_first_is_refused(fake: Any, profiles: Profiles,
 
 def test_a_loss_that_nothing_holds(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
     profile = profiles(trials=1)
-    with pytest.raises(InfeasibleBudgetError, match="even 99% of the bytes cost more"):
+    with pytest.raises(
+        InfeasibleBudgetError, match=r"with 95% confidence on 8 samples: even 99% of the bytes may cost more"
+    ):
         find_smallest(
             profile, Loss("tiny", 1e-9), recipe=profile.recipe, out=tmp_path / "plan.json", model=model(profile)
         )
