@@ -160,20 +160,21 @@ def overlap(seen: Shingles | None, texts: Iterable[str]) -> float | None:
     return None if seen is None else seen.share(texts)
 
 
-def refuse_overlap(share: float | None, what: str) -> None:
-    """Refuses text of which calibration has seen more than `OVERLAP_LIMIT`.
+def refuse_overlap(share: float | None, what: str, by: str = "calibration") -> None:
+    """Refuses text to measure on of which too much has been seen.
 
     Args:
-        share: how much it has seen; None where that is not known.
+        share: how much; None where that is not known.
         what: the text.
+        by: what has seen it.
 
     Raises:
-        DataError: it has.
+        DataError: more than `OVERLAP_LIMIT`.
     """
     if share is not None and share > OVERLAP_LIMIT:
         raise DataError(
-            f"{share:.1%} of the runs of {SHINGLE_WORDS} words in {what} were seen in calibration, more than "
-            f"{OVERLAP_LIMIT:.0%}; give text that calibration has not seen, or pass --allow-overlap, which marks the results"
+            f"{share:.1%} of the runs of {SHINGLE_WORDS} words in {what} were seen in {by}, more than "
+            f"{OVERLAP_LIMIT:.0%}; give text that {by} has not seen, or pass --allow-overlap, which marks the results"
         )
 
 

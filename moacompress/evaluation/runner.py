@@ -523,7 +523,7 @@ class _Evaluation:
                 paired = difference_rows(cell, field_of_cell)
             results += rows
             differences += paired
-        pooled = [pooled_rows(kind, fields[kind], mean_overlap(cells[kind])) for kind in KINDS if kind in fields]
+        pooled = [pooled_rows(fields[kind], mean_overlap(cells[kind]), kind) for kind in KINDS if kind in fields]
         parts = [[row for rows in side for row in rows] for side in zip(*pooled, strict=True)] or [[], []]
         return {
             "results": results,

@@ -167,7 +167,7 @@ def make_heal_data(
     }
     if not allow_overlap:
         text = recipe.calibration.text or profile.recipe.calibration.text
-        refuse_overlap(shares["text"], f"the held-out text of {profile.path}, which a heal on {text} would train on,")
+        refuse_overlap(shares["text"], f"the held-out text of {profile.path}", f"training on {text}")
     return HealData([_with_more_targets(sample, rng) for sample in chosen], held_out, seen, shares)
 
 

@@ -237,7 +237,7 @@ def pool_of(documents: Sequence[str], split: Split, name: str, part: Calibration
 def sections(text: str) -> list[str]:
     """Returns the sections of a text: 500 words each, without the last 13 where another one follows.
 
-    A rest of 13 words or fewer is left out.
+    A rest of 13 words or fewer belongs to the last section.
     """
     begins = [word.start() for word in WORD.finditer(text)]
     starts = [

@@ -21,8 +21,9 @@ from moacompress.core.progress import Progress
 from moacompress.evaluation import evaluate
 from moacompress.evaluation.baselines.compared_models import ComparedModel, Comparison
 from moacompress.evaluation.tasks.registry import Resources, find_task
+from moacompress.prompts import sentences
 from moacompress.prompts.pools import Prose, draw_numbers
-from moacompress.prompts.sentences import NEEDLES
+from moacompress.prompts.sentences import EVALUATION_NEEDLES
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.runtime.checkpoint import load_checkpoint
@@ -203,9 +204,9 @@ def test_prompts_in_another_wording_are_scored_again(
     seen = count_batches(monkeypatch)
     assert run(compressed, **options) == before
     assert (seen, caplog.text) == ([], "")
-    said = replace(NEEDLES, needle="Keep in mind that {key} has the {kind} {value}.")
-    for module in (generators, tasks):
-        monkeypatch.setattr(module, "NEEDLES", said)
+    said = replace(EVALUATION_NEEDLES, needle="Keep in mind that {key} has the {kind} {value}.")
+    for module in (sentences, tasks):
+        monkeypatch.setattr(module, "EVALUATION_NEEDLES", said)
     after = run(compressed, **options)
     assert set(seen) == {"needle-noise"}
     assert {name for name, wording in after["wording"].items() if wording != before["wording"][name]} == {

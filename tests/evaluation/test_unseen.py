@@ -273,7 +273,7 @@ def test_a_call_is_right_that_parses_and_is_the_one_asked_for(answer: str, right
 @pytest.fixture
 def calibrated(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> str:
     """Returns prompts of every generator, haystack and kind of value that calibration and validation draw."""
-    (tmp_path / "a.txt").write_text("word " * 3000)
+    (tmp_path / "a.txt").write_text(" ".join(f"word{number}" for number in range(9000)))
     prose, texts = Prose.load(tmp_path), []
     for task in TASKS:
         for values in get_args(Values):

@@ -15,6 +15,8 @@ from moacompress.evaluation.tasks.cases import Case
 
 SCORES = ("exact_match", "accuracy", "nll")
 """Metrics that every prompt has; `differences` are of these."""
+POOLED = "all tasks"
+"""Task of the rows that pool prompts of several kinds."""
 FLOOR = 0.2
 """A rate whose interval ends below this is at floor: the model cannot do the task, and losing nothing proves nothing."""
 ResultRow = dict[str, Any]
@@ -165,16 +167,16 @@ def mean_overlap(cells: Sequence[TaskCell]) -> float | None:
 
 
 def pooled_rows(
-    task: str, fields: Sequence[Sequence[Measured]], overlap: float | None = None
+    fields: Sequence[Sequence[Measured]], overlap: float | None = None, task: str = POOLED
 ) -> tuple[list[ResultRow], list[ResultRow]]:
     """Returns the rows and the differences of all prompts of several cells together, without a length.
 
     Differences also have `retention`: of the prompts that dense gets right.
 
     Args:
-        task: what the rows are called, such as one of `tasks.registry.KINDS`.
         fields: the models of every cell, the plan first; only those that all cells have are pooled.
         overlap: of all prompts together, as `TaskCell` has it.
+        task: what the rows are called, such as one of `tasks.registry.KINDS`.
     """
     names = [one.compared.name for one in fields[0]]
     names = [name for name in names if all(name in {one.compared.name for one in comparison} for comparison in fields)]
