@@ -63,7 +63,7 @@ STEPS: tuple[Step, ...] = (
     measure_class_cost,
 )
 """Each is given what the one before it returned; the first one the surrogate's own plan, which the third one measures."""
-STAGES = {
+STAGES: dict[Step, str] = {
     calibrate: "calibration",
     measure_baselines: "baselines",
     tune_parameters: "trials",
