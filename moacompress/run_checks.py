@@ -21,6 +21,7 @@ from moacompress.rules.budget import Budget, any_memory
 from moacompress.rules.candidates import in_formats
 from moacompress.rules.constraints import budget_constraints, check_no_sharing
 from moacompress.rules.cost import layer_floors
+from moacompress.rules.loss import Loss, check_loss_samples
 from moacompress.rules.model_shape import ModelShape
 from moacompress.search.search_request import costs_of, offered_formats
 from moacompress.search.weights.weight_choice import weight_choice
@@ -31,7 +32,7 @@ def check_recipe(recipe: Recipe) -> None:
 
     Raises:
         RecipeError: parts of it contradict each other.
-        UsageError: an unknown task, or one that a run cannot have.
+        UsageError: an unknown task, or one that a run cannot have; or too few validation samples for a loss.
         UnsupportedError: a format of an installed package that the kernel does not keep.
         DataError: data missing, unreadable, empty, or without what is needed of it.
     """
@@ -41,6 +42,8 @@ def check_recipe(recipe: Recipe) -> None:
     check_formats(offered_formats(recipe.profile.formats, recipe))
     if not AskedShares.parse(recipe.search.share).off and not recipe.profile.anchors:
         raise RecipeError("search.share needs to know what copies cost; add profile.anchors of 1 or more, such as 2")
+    if recipe.max_loss is not None:
+        check_loss_samples(Loss.parse(recipe.max_loss), recipe.calibration.validation_samples)
     names = task_names(recipe.evaluation.tasks)
     _refuse_squad(names)
     check_data(recipe)

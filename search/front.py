@@ -22,6 +22,7 @@ from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.budget import Budget
 from moacompress.rules.constraints import byte_constraints
 from moacompress.rules.plan import Plan
+from moacompress.rules.worst_share import WorstShare
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.deadline import Deadline, TimeUp
 from moacompress.search.measure.claims import ClaimLost, open_claims
@@ -240,7 +241,11 @@ def _noted(request: SearchRequest, key: str, point: _Point, trials: int) -> Plan
     profile = request.profile
     plan = unpack(point.packed, profile)
     return plan.with_notes(
-        budget={"asked": [f"{math.ceil(1000 * point.share) / 10:g}%"], "bytes": bytes_note(plan, profile.lengths)},
+        budget={
+            "asked": [f"{math.ceil(1000 * point.share) / 10:g}%"],
+            "bytes": bytes_note(plan, profile.lengths),
+            "worst_share": WorstShare.of(plan, profile.lengths).to_dict(),
+        },
         quality={
             "measured_harm": {"plan": point.kl},
             "samples": len(profile.validation),

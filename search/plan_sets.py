@@ -18,7 +18,7 @@ from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.rules.budget import any_memory, label
 from moacompress.rules.cost import layer_floors, smallest_bytes
-from moacompress.rules.loss import Loss
+from moacompress.rules.loss import Loss, check_loss_samples
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.baselines.measured import check_baselines
@@ -141,7 +141,10 @@ def find_smallest(
     progress: Progress | None = None,
     deadline: Deadline | None = None,
 ) -> SearchResult:
-    """Finds the plan of the smallest budget, a share of the dense bytes, whose measured KL is within a loss.
+    """Finds the plan of the smallest budget, a share of the dense bytes, whose KL is within a loss with 95% confidence.
+
+    The mean KL of a few samples is below a limit by chance half of the time where the true one lies on it, so that the
+    one-sided bound of `core.statistics.upper_bound` has to be within the loss. It is of each plan by itself.
 
     Bisection to a percent with the surrogate's own plans, which take a minute each; then a whole search somewhat below the
     budget at which they hold, and where its plan does not hold, one at that budget.
@@ -159,10 +162,12 @@ def find_smallest(
             those that are measured.
 
     Raises:
+        UsageError: the profile has too few validation samples for a bound.
         InfeasibleBudgetError: a plan that keeps next to everything does not hold.
         OutOfTimeError: the time is up before one that holds is measured.
         MoaCompressError: as `find_plan`.
     """
+    check_loss_samples(loss, len(profile.validation))
     deadline = deadline or Deadline(recipe.search.timeout)
     shared = recipe.search.storage is not None
     with plan_place(out, shared) as place:
@@ -170,7 +175,8 @@ def find_smallest(
             _claim(out, profile, loss, overwrite)
         source = model or load_for(recipe, profile.source, trust_remote_code=trust_remote_code)
         found = _smallest(profile, loss, recipe, out, overwrite, source, progress, deadline)
-        plan = found.plan.with_notes(budget={**found.plan.budget, "max_loss": loss.text})
+        noted = {"max_loss": loss.text, "max_harm": loss.kl}
+        plan = found.plan.with_notes(budget={**found.plan.budget, **noted})
         if not deadline.stopped:
             place.settled(lambda: _is_same(out, plan), lambda: time.sleep(PAUSE))
         if place.ours:
@@ -228,10 +234,10 @@ def _smallest(
             return None
 
     def holds(result: SearchResult) -> bool:
-        kl = result.harm["plan"]
-        if kl is None:
+        bound = result.plan.quality.get("harm_upper95")
+        if bound is None:
             raise TimeUp
-        if kl > loss.kl:
+        if bound > loss.kl:
             return False
         held.append(result)
         return True
@@ -241,8 +247,9 @@ def _smallest(
         bad, good = smallest - 1, 99
         if not holds(scout(good)):
             raise InfeasibleBudgetError(
-                f"no plan holds a loss of {loss.text} (KL {loss.kl:.2g} nats): even {good}% of the bytes cost more; allow "
-                "more loss"
+                f"no plan holds a loss of {loss.text} (KL {loss.kl:.2g} nats) with 95% confidence on "
+                f"{len(profile.validation)} samples: even {good}% of the bytes may cost more; allow more loss, or profile with "
+                "more --validation-samples"
             )
         while good - bad > 1:
             middle = (bad + good) // 2

@@ -209,9 +209,10 @@ def _following(profile: Profile, plan: object) -> str:
 
 def _one(profile: Profile, found: SearchResult, out: Path) -> Output:
     from moacompress.report.search_tables import explanation_tables, weight_tables
-    from moacompress.report.summary_tables import kl_table
+    from moacompress.report.summary_tables import kl_table, loss_lines
     from moacompress.rules.planned_weights import memory_lines
     from moacompress.rules.step_time import step_lines
+    from moacompress.rules.worst_share import WorstShare
 
     return Output(
         {"plan": str(out), **_numbers(found)},
@@ -222,6 +223,8 @@ def _one(profile: Profile, found: SearchResult, out: Path) -> Output:
             *weight_tables(found.plan),
             *explanation_tables(found.explanation),
             _measured(found),
+            f"KV cache: {WorstShare.of(found.plan)}.",
+            *loss_lines(found.plan),
             *_elsewhere([found]),
             _following(profile, out),
         ],
@@ -265,6 +268,7 @@ def _numbers(found: SearchResult) -> dict[str, Any]:
         "written": found.written,
         "harm": found.harm,
         "kv_bytes": found.kv_bytes,
+        "worst_share": found.plan.budget.get("worst_share"),
         "best_baseline": found.plan.quality.get("best_baseline"),
         "refused": found.explanation.get("refused"),
         **({} if found.classes is None else {"classes": found.classes}),

@@ -33,6 +33,7 @@ from moacompress.evaluation.scoring.result_rows import (
     result_rows,
 )
 from moacompress.evaluation.scoring.scores import Scorer
+from moacompress.evaluation.scoring.stored_scores import StoredScores, score_rows
 from moacompress.evaluation.scoring.text import Window, text_windows
 from moacompress.evaluation.scoring.text_rows import (
     TEXT,
@@ -145,6 +146,7 @@ def evaluate(
           permutation test. `ci95` is None below 5 prompts, as everywhere.
         - `pooled`: `results` and `differences` of all prompts of all tasks and lengths together, where there are several;
           differences there have `retention` too.
+        - `scores`: of single prompts, see `scoring.stored_scores`; all of the above but text is computed from them.
         - `at_floor`: `task` and `length` of what the dense model cannot do itself, so that nothing follows from it.
         - `lm_eval`: rows of lm-evaluation-harness, where asked for; see `run_lm_eval`. They are computed from scratch each
           time, and those of other tasks that are at `out` stay there.
@@ -431,17 +433,20 @@ class _Evaluation:
         results: list[ResultRow] = []
         differences: list[ResultRow] = []
         fields: list[list[Measured]] = []
+        scores: list[StoredScores] = []
         for task, length in wanted:
             if task == TEXT:
                 rows, paired = self.text(task, length)
             else:
                 cell, field_of_cell = self.task(task, length)
                 fields.append(field_of_cell)
+                scores += score_rows(cell, field_of_cell)
                 rows = result_rows(cell, field_of_cell)
                 paired = difference_rows(cell, field_of_cell)
             results += rows
             differences += paired
         found: dict[str, Any] = {"results": results, "differences": differences, "at_floor": at_floor(results)}
+        found["scores"] = scores
         if len(fields) > 1:
             found["pooled"] = dict(zip(("results", "differences"), pooled_rows(fields), strict=True))
         return found

@@ -24,9 +24,7 @@ below 5 prompts;
 `p` is that of a difference."""
 TASK_TITLE = "Tasks, mean and 95% interval over n prompts; retention: of those that dense gets right (how many)"
 TEXT_TITLE = "Long text: perplexity of first and last half; KL to dense and same top token in the last (n windows)"
-DIFFERENCE_TITLE = (
-    "This plan minus the other model, paired, with 95% interval; * p < .05 by an exact or permutation test"
-)
+DIFFERENCE_TITLE = "This plan minus the other model, paired, 95% interval; * p < .05, exact or permutation test"
 POOLED_TITLE = "All prompts of all tasks and lengths together"
 POOLED_DIFFERENCE_TITLE = "All prompts: this plan minus the other model, paired, with 95% interval; * p < .05"
 TEXT_DIFFERENCE_TITLE = "Long text: this plan minus the other model, paired by document, with 95% interval; * p < .05"

@@ -14,6 +14,7 @@ from moacompress.core.tables import readable_bytes, readable_number, readable_ty
 from moacompress.recipe import AUTO
 from moacompress.report.search_tables import NAMES, baseline_line, class_lines
 from moacompress.rules.budget import format_length
+from moacompress.rules.plan import Plan
 from moacompress.rules.planned_weights import memory_lines
 from moacompress.rules.step_time import step_lines
 
@@ -134,6 +135,17 @@ def snippet(model: Path) -> str:
 def _score(row: Mapping[str, Any], model: str) -> str:
     nll = row.get("nll", {}).get(model)
     return readable_number(row.get(model), ".2f") + ("" if nll is None else f" ({nll:.3f})")
+
+
+def loss_lines(plan: Plan) -> list[str]:
+    """Returns how a plan holds the loss that was asked for; nothing where none was."""
+    limit, bound = plan.budget.get("max_harm"), plan.quality.get("harm_upper95")
+    if limit is None or bound is None:
+        return []
+    return [
+        f"Loss of {plan.budget['max_loss']}: KL is below {bound:.3g} nats a token with 95% confidence (one-sided, "
+        f"{plan.quality['samples']} samples); {limit:.3g} were allowed."
+    ]
 
 
 def kl_table(kl: Mapping[str, float | None], kv_bytes: Mapping[str, Mapping[str, int]]) -> Group:

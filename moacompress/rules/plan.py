@@ -180,9 +180,10 @@ class Plan(Shown):
     def in_dtype(self, dtype: str) -> Plan:
         """Returns the same rules for the same model in another dtype, for what its cache takes, stated bytes included.
 
-        What its step was predicted to take is known of its own dtype alone.
+        What its step was predicted to take, and the worst share, are known of its own dtype alone.
         """
-        known = {name: note for name, note in self.budget.items() if name != "step_ms" or dtype == self.model.dtype}
+        own = () if dtype == self.model.dtype else ("step_ms", "worst_share")
+        known = {name: note for name, note in self.budget.items() if name not in own}
         other = replace(self, model=replace(self.model, dtype=dtype), budget=known)
         stated = {
             length: {"plan": other.kv_bytes(int(length)), "dense": other.model.dense_kv_bytes(int(length))}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moacompress.core.statistics import mean, standard_error
+from moacompress.core.statistics import SIGNIFICANT, mean, p_value, standard_error
 
 CAUTION = 2.0
 """Standard errors by which a trial or a baseline must be lower to replace a plan. A trial that was lower by 1.3 of them on 28
@@ -27,19 +27,29 @@ class KlDifference:
         standard_error: of the mean of the paired differences, nats; None for a single sample.
         ci95: 95% interval of `value`, nats; None where there are too few samples for one.
         samples: how many there are.
+        p: p-value of both plans being alike, by a permutation test of the paired differences.
     """
 
     value: float
     standard_error: float | None
     ci95: tuple[float, float] | None
     samples: int
+    p: float
 
     @staticmethod
     def of(kls: Sequence[float], others: Sequence[float]) -> KlDifference:
         """Compares KLs in nats, in the order of the same samples; the shorter list decides how many."""
         paired = [kl - other for kl, other in zip(kls, others, strict=False)]
         value, interval = mean(paired)
-        return KlDifference(value, standard_error(paired), interval, len(paired))
+        p = p_value(paired, [0.0] * len(paired))
+        return KlDifference(value, standard_error(paired), interval, len(paired), p)
+
+    @property
+    def verdict(self) -> str:
+        """Whether the plan is `better` or `worse`, which a test has to say, or `alike`."""
+        if self.p >= SIGNIFICANT:
+            return "alike"
+        return "better" if self.value < 0 else "worse"
 
     def is_lower(self, caution: float = CAUTION) -> bool:
         """Returns whether the plan is lower by so many standard errors; of a single sample that is never known."""

@@ -65,8 +65,8 @@ class BesideBaseline:
 
     @property
     def better(self) -> bool:
-        """Whether the baseline is lower by two standard errors."""
-        return KlDifference.of(self.baseline.kls, self.found.kls).is_lower()
+        """Whether a test says that the baseline is lower."""
+        return self.difference.verdict == "worse"
 
     @property
     def saved(self) -> bool:
@@ -86,13 +86,12 @@ class BesideBaseline:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what a plan's notes say of it: the `verdict` on the found plan is `better`, `alike` or `worse`."""
-        verdict = "worse" if self.better else "better" if self.difference.is_lower() else "alike"
         return {
             "family": self.family,
             "harm": self.baseline.kl,
             "found_harm": float(np.mean(self.found.kls)),
             "difference": self.difference.to_dict(),
             "bytes_share": self.bytes_share,
-            "verdict": verdict,
+            "verdict": self.difference.verdict,
             "saved": self.saved,
         }

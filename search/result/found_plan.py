@@ -13,8 +13,10 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import explanation_file
 from moacompress.core.errors import PlanError
 from moacompress.core.files import write_json
+from moacompress.core.statistics import upper_bound
 from moacompress.recipe import shared_name
 from moacompress.rules.plan import Plan
+from moacompress.rules.worst_share import WorstShare
 from moacompress.search.baselines.families import FAMILIES
 from moacompress.search.baselines.measured import MeasuredBaseline, write_baselines
 from moacompress.search.measure.trials import Tried, best_trial
@@ -152,6 +154,7 @@ def _noted(incumbent: Incumbent, context: SearchContext, *, finished: bool) -> t
         "baselines": {family: baseline_note(other.plan, other.kl, lengths) for family, other in baselines.items()},
         "best_baseline": None if beside is None else beside.to_dict(),
         "samples": len(kls),
+        "harm_upper95": upper_bound(kls) if kls else None,
         **class_quality(most, plan, context.class_cost),
     }
     stage = incumbent.stage if incumbent.kls else UNMEASURED
@@ -201,6 +204,7 @@ def _with_notes(
         budget={
             "asked": list(request.asked),
             "bytes": bytes_note(plan, _noted_lengths(request)),
+            "worst_share": WorstShare.of(plan, profile.lengths).to_dict(),
             **step_note(request, plan),
             **memory_note(request, plan),
         },

@@ -60,7 +60,7 @@ def test_models_are_beside_each_other_on_lines_that_fit() -> None:
     metrics = ("exact_match", "accuracy", "nll", "retention")
     rows = [result(name, metric, 0.5) for name in names for metric in metrics]
     rows = [row for row in rows if (row["model"], row["metric"]) != ("plan", "retention")]
-    paired = [result(name, metric, -0.5, kv_bytes_of_model=1) for name in names[1:] for metric in metrics[:3]]
+    paired = [result(name, metric, -0.5, kv_bytes_of_model=1, p=0.01) for name in names[1:] for metric in metrics[:3]]
     floor = [{"task": "multi-needle-noise", "length": 4096}]
     text = shown(*evaluation_tables({"results": rows, "differences": paired, "at_floor": floor}))
     lines = text.splitlines()
@@ -71,7 +71,7 @@ def test_models_are_beside_each_other_on_lines_that_fit() -> None:
     assert "0.50 0.25-0.75 (100)" in dense
     assert elastic.strip().startswith("uniform-elastic ")
     assert folder.strip().startswith("…ery/long/name/model ")
-    assert "-0.50 [-0.75 -0.25]" in text
+    assert "-0.50* [-0.75 -0.25]" in text
     assert "no evidence" in lines[-1]
 
 
@@ -79,12 +79,12 @@ def test_pooled_prompts_have_tables_of_their_own() -> None:
     names = ("plan", "a/folder/with/a/very/long/name/model")
     row = {"task": "all tasks", "length": None, "prompts": 240}
     rows = [result(name, metric, 0.5, **row) for name in names for metric in ("exact_match", "nll", "retention")]
-    paired = [result(names[1], metric, -0.5, **row) for metric in ("exact_match", "nll", "retention")]
+    paired = [result(names[1], metric, -0.5, p=0.3, ci95=None, **row) for metric in ("exact_match", "nll", "retention")]
     report = {"results": [], "differences": [], "at_floor": [], "pooled": {"results": rows, "differences": paired}}
     text = shown(*evaluation_tables(report))
     assert "0.50 0.25-0.75 (240)" in text
     assert "…ery/long/name/model" in text
-    assert text.count("-0.50 [-0.75 -0.25]") == 3
+    assert text.count("-0.50 ") == 3  # no interval, no brackets
     assert (
         sum(line.startswith(("result,plan,all tasks,,", "difference,a/")) for line in csv_text(report).splitlines())
         == 6
@@ -94,16 +94,16 @@ def test_pooled_prompts_have_tables_of_their_own() -> None:
 def test_csv_has_every_row() -> None:
     report = {
         "results": [result("plan", "nll", 0.5, sink=4)],
-        "differences": [result("dense", "nll", 0.1)],
+        "differences": [result("dense", "nll", 0.1, p=0.25)],
         "lm_eval": [
             {"model": "plan", "task": "t", "length": None, "metric": "acc", "value": 1.0, "ci95": None, "prompts": 3}
         ],
     }
     head, first, second, third = csv_text(report).splitlines()
     assert head.startswith("kind,model,task,length,metric,value,low,high,prompts,kv_bytes")
-    assert first == "result,plan,multi-needle-noise,4096,nll,0.5,0.25,0.75,100,25165824,,4000,4,,"
+    assert first == "result,plan,multi-needle-noise,4096,nll,0.5,0.25,0.75,100,25165824,,4000,4,,,"
     assert second.startswith("difference,dense,")
-    assert third == "lm_eval,plan,t,,acc,1.0,,,3,,,,,,"
+    assert third == "lm_eval,plan,t,,acc,1.0,,,3,,,,,,,"
 
 
 def apart(value: float, ci95: list[float] | None = None, samples: int = 6) -> dict[str, Any]:

@@ -75,4 +75,5 @@ def test_a_single_sample_says_nothing_of_noise():
         "standard_error": None,
         "ci95": None,
         "samples": 1,
+        "p": 1.0,
     }

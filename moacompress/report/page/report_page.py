@@ -38,6 +38,7 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.planned_weights import memory_lines, own_weights, plan_memory
 from moacompress.rules.step_time import step_lines
 from moacompress.rules.untrusted import reading_notes
+from moacompress.rules.worst_share import WorstShare
 
 ASSETS = "moacompress.report.page"
 GENERATOR = '<meta name="generator" content="moacompress">'
@@ -277,7 +278,11 @@ def tiles(found: Findings) -> list[dict[str, str]]:
     plan, n = found.plan, found.reference
     dense, ours, share = bytes_text(plan, n)
     return [
-        {"value": share, "what": f"of the KV bytes at {format_length(n)} tokens", "beside": f"{ours} of {dense}"},
+        {
+            "value": share,
+            "what": f"of the KV bytes at {format_length(n)} tokens",
+            "beside": f"{ours} of {dense}; {WorstShare.of(plan)}",
+        },
         *_quality_tiles(found.evaluation or {}),
         *_speed_tiles(found.bench or {}),
         *_kl_tiles(plan),
