@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 HEADS = 8
 """KV heads that are shown: those whose bytes are worth most."""
 PARAMETERS = 5
+ALIKE = 0.01
+"""Share of the bytes by which two plans that take the same may differ."""
 NAMES = {
     "plan": "this plan",
     "dense": "dense",
@@ -173,7 +175,12 @@ def baseline_line(found: Mapping[str, Any] | None) -> list[str]:
         return []
     name, ours, theirs = NAMES[found["family"]], readable_number(found["found_harm"]), readable_number(found["harm"])
     difference = found["difference"]
-    beside = difference_text(difference)
+    beside, takes = difference_text(difference), 1 / found["bytes_share"]
+    at = (
+        "the same bytes"
+        if abs(takes - 1) <= ALIKE
+        else f"{abs(takes - 1):.0%} {'fewer' if takes < 1 else 'more'} bytes"
+    )
     if found["saved"]:
         if found["verdict"] == "worse":
             return [
@@ -185,10 +192,10 @@ def baseline_line(found: Mapping[str, Any] | None) -> list[str]:
             f"({ours}) and is no worse, so its plan was saved: the searched plan's difference is {beside}."
         ]
     if found["verdict"] == "better":
-        return [f"Better than the best baseline, {name}: {ours} vs {theirs} nats, difference {beside}."]
+        return [f"Better than the best baseline, {name}, at {at}: {ours} vs {theirs} nats, difference {beside}."]
     if found["verdict"] == "worse":
         return [f"The baseline {name} is better, but has too many classes of KV heads: {theirs} vs {ours} nats."]
-    return [f"As good as {name} at the same bytes: {ours} vs {theirs} nats, difference within noise ({beside})."]
+    return [f"As good as {name} at {at}: {ours} vs {theirs} nats, difference within noise ({beside})."]
 
 
 def _sharing(found: Mapping[str, Any]) -> list[RenderableType]:
