@@ -156,9 +156,7 @@ def refused_line(explanation: Mapping[str, Any]) -> list[str]:
     difference, name = found["difference"], found["name"]
     ends, number = difference["ci95"], _samples(difference)
     doubt = f"within noise of {number}" + ("" if ends is None else f":{_interval(difference)}")
-    if (
-        ends is not None and ends[1] < 0
-    ):  # against the plan that it had to beat it is not clear, against the chosen one it is
+    if ends is not None and ends[1] < 0:  # clear against the chosen plan, not against the one that it had to beat
         doubt = f"but did not clearly beat the plan that it was compared with on {number}"
     return [
         f"{name[:1].upper()}{name[1:]} measured {readable_number(found['harm'])} nats, {-difference['value']:.2g} below the "
