@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+STAGES = ("load", "profile", "search", "export", "eval", "report")
+"""Of a run, as the progress numbers them."""
 Result = TypeVar("Result")
 
 
@@ -162,6 +164,7 @@ def fill(
     from moacompress.evaluation.tasks.own_rows import answered_sources
     from moacompress.report.headline import headline, kept_rows
 
+    progress.plan(dict.fromkeys(STAGES))
     found, clock = _produce(recipe, out, progress, from_scratch, trust_remote_code)
     plan: Plan = found.plan
     evaluation = recipe.evaluation
@@ -219,6 +222,7 @@ def fill(
         | {name: version(name) for name in ("torch", "transformers", "optuna")},
     }
     write_json(out / SUMMARY_FILE, fields)
+    progress.stage("report")
     state_measured(out / MODEL_FOLDER, headline(scores))
     _write_page(out)
     return Summary(fields)
@@ -259,10 +263,13 @@ def _produce(
     from moacompress.calibration.profile.profiler import profile
     from moacompress.search.plan_sets import find_asked
 
+    progress.stage("load")
     source = _begin(recipe, out, from_scratch, trust_remote_code)
-    clock = _Clock(out / SECONDS_FILE)
+    clock = _Clock(out / SECONDS_FILE, progress)
     if not clock.seconds:  # a run that is taken up has said so before
-        progress.say(f"This takes {estimate_run(recipe, source, progress).line()}")
+        expected = estimate_run(recipe, source, progress)
+        progress.plan({name: expected.facts["seconds"].get(name, 0.0) for name in STAGES}, in_seconds=True)
+        progress.say(f"This takes {expected.line()}")
     profiled = clock.run("profile", lambda: profile(source, out / PROFILE_FOLDER, recipe, progress=progress))
     plan_file, model = out / PLAN_FILE, out / MODEL_FOLDER
     found = clock.run(
@@ -490,16 +497,17 @@ def refuse_held(out: Path, paths: Iterable[Path]) -> None:
 
 
 class _Clock:
-    """Seconds of each step, kept on disk so that a run that was stopped reports what the work took in all."""
+    """Begins each step's stage, and keeps its seconds on disk, so that a resumed run reports what the work took in all."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, progress: Progress) -> None:
+        self._path, self._progress = path, progress
         found = read_json(path, "seconds") if path.exists() else {}
         if not isinstance(found, dict) or not all(isinstance(spent, int | float) for spent in found.values()):
             raise ArtefactError(f"{path} does not say what steps took; move it away, and they count from now on")
         self.seconds: dict[str, float] = found
 
     def run(self, step: str, work: Callable[[], Result]) -> Result:
+        self._progress.stage(step)
         begun = time.perf_counter()
         before = self.seconds.get(step, 0.0)
         try:

@@ -128,8 +128,10 @@ def batch_sizes(text: str) -> tuple[int, ...]:
     """
     items = split_list(text) or ()
     for item in items:
-        if not item.isdecimal() or not int(item):
+        if not item.isdecimal():
             raise UsageError(f"batch {item!r} is not a number of rows; give some such as 1,8")
+        if not int(item):
+            raise UsageError("batch is 0; it must be at least 1")
     return tuple(sorted({int(item) for item in items}))
 
 

@@ -263,7 +263,13 @@ def test_a_plan_that_measured_better_and_was_refused_has_a_line() -> None:
             "better",
             False,
             1.0,
-            "Better than the best baseline, full and streaming heads (DuoAttention-style): 0.0285 vs 0.0268",
+            "Better than the best baseline, full and streaming heads (DuoAttention-style), at the same bytes: 0.0285 vs 0.0268",
+        ),
+        (
+            "alike",
+            False,
+            1.25,
+            "(DuoAttention-style) at 20% fewer bytes: 0.0285 vs 0.0268 nats, difference within noise",
         ),
         ("worse", True, 1.0, "(0.0268 nats) beats the best searched plan (0.0285), so its plan was saved"),
         (

@@ -189,7 +189,7 @@ def page_sections(found: Findings) -> list[PageSection]:
         ),
         PageSection(
             "harm",
-            "What it loses, and whether that was foreseen",
+            "Quality loss: predicted vs measured",
             pictures=[*([baselines] if baselines else []), *predicted_pictures(found)],
         ),
         PageSection(
