@@ -25,7 +25,7 @@ from moacompress.models.block_layers import block_weights, put_block_layers, set
 from moacompress.models.modules import check_supported, needed_weights
 from moacompress.models.shape import config_shape
 from moacompress.models.support import quantization_method
-from moacompress.models.weight_files import check_weights
+from moacompress.models.weight_files import check_beside, check_weights
 from moacompress.runtime.compat import alternates, masks, private_names
 from moacompress.runtime.compat.http_errors import refusal
 from moacompress.runtime.compat.untested import check_installed
@@ -82,6 +82,8 @@ class MoaCompressQuantizer(HfQuantizer):
         put_block_layers(model, _types_here(model, self.quantization_config.weights))
         install(model, self.quantization_config.plan)
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
+        for folder in sorted({*map(Path, filter(None, [model.name_or_path])), *(file.parent for file in files)}):
+            check_beside(folder)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         check_weights(files, shapes, block_weights(model))
 
