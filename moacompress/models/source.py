@@ -177,7 +177,7 @@ def load_source(
         model.is_quantized = False
     exact: SourceModel | None = None
     rounds = weights in ROUNDING
-    if own is not None and _loses_bits(own, dtype, rounds) and not placed and (rounds or not is_gguf):
+    if own is not None and loses_bits(own, dtype, rounds) and not placed and (rounds or not is_gguf):
         kinds: dict[str, Any] = {"weights": weights, "head_weights": head_weights}
         exact = load_source(source, dtype=own, trust_remote_code=trust_remote_code, **kinds)
     if rounds:
@@ -209,7 +209,7 @@ def _tokenizer(name: str, arguments: dict[str, Any]) -> Any:
         raise ModelError(f"the tokenizer in {name} cannot be loaded: {one_line(error)}") from error
 
 
-def _loses_bits(own: str, dtype: str, rounds: bool) -> bool:
+def loses_bits(own: str, dtype: str, rounds: bool = False) -> bool:
     """Returns whether numbers of a model in `dtype` no longer say whose they are, or what they would be rounded to.
 
     Args:
