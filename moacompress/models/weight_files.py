@@ -191,8 +191,8 @@ def check_index(index: Path) -> list[str]:
     elsewhere = next((name for name in names if not is_plain_name(name)), None)
     if elsewhere is not None:
         raise ArtefactError(
-            f"{index} names {elsewhere[:80]!r}, which is not a plain file name; weights are read from the folder of their index "
-            "alone, so put the file there and name it without its path"
+            f"{index} names {elsewhere[:80]!r}, which is not a plain file name; weights are read from the folder of their "
+            "index alone, so put the file there and name it without its path"
         )
     return names
 

@@ -12,7 +12,14 @@ from moacompress.core.artefact_names import PLAN_FILE, PROFILE_FOLDER, gates_fil
 from moacompress.core.errors import DataError, MoaCompressError, ModelError, PlanError, UsageError, one_line
 from moacompress.models.fingerprint import weights_fingerprint, weights_like
 from moacompress.models.placement import checked_placement, input_device
-from moacompress.models.source import ROUNDING, check_family, context_length, find_model_folder, is_compressed, loses_bits
+from moacompress.models.source import (
+    ROUNDING,
+    check_family,
+    context_length,
+    find_model_folder,
+    is_compressed,
+    loses_bits,
+)
 from moacompress.models.stored_plan import stored_plan
 from moacompress.rules.formats import DTYPE_BYTES, dtype_name
 from moacompress.rules.plan import WEIGHTS_VERSION, Plan, weights_version

@@ -94,7 +94,8 @@ def write_page(found: Findings, out: Path) -> dict[str, Any]:
     write_text(out, page_html(found, sections))
     missing = [{"what": row.what, "command": row.command} for row in missing_parts(found)]
     shown = [section.name for section in sections if section.all_pictures or section.table]
-    return {"report": str(out), "sections": shown, "missing": missing, "passed_over": found.passed_over, "warnings": found.warnings}
+    notes = {"passed_over": found.passed_over, "warnings": found.warnings}
+    return {"report": str(out), "sections": shown, "missing": missing, **notes}
 
 
 def page_html(found: Findings, sections: list[PageSection]) -> str:
