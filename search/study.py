@@ -127,7 +127,7 @@ def find_plan(
             plan = found_before(path, request.key, trials, overwrite)
             if plan is not None:
                 plan = _with_steps(plan, request, path if place.ours else None)
-                return SearchResult.of(plan, path, time.monotonic() - started)
+                return SearchResult.of(plan, path, time.monotonic() - started, written=False)
         if place.out is not None:
             check_baselines(place.out)
         if model is None:

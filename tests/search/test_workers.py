@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import ArtefactError, InUseError
-from moacompress.core.lock_holders import LockHolder
+from moacompress.core.lock_holders import LockHolder, own_file
 from moacompress.core.progress import Progress
 from moacompress.rules.budget import split_budgets
 from moacompress.rules.loss import Loss
@@ -120,6 +121,42 @@ def test_workers_share_several_searches(
     assert shared.measured() == alone.measured()
     measured = (tmp_path / "measured.txt").read_text().splitlines()
     assert len({line.split()[0] for line in measured}) == 2 or not at_once
+
+
+@pytest.mark.parametrize(("find", "stem"), [(the_front, "plan-front-"), (two_budgets, "plan-"), (the_smallest, "plan")])
+def test_what_another_worker_has_written_is_not_written_again(
+    find: Callable[..., Any], stem: str, run: Callable[..., SearchRun], tmp_path: Path
+) -> None:
+    """A worker may come to a plan after the lock holder has written it and gone."""
+    shared = run("journal", trials=4)
+    shared.find = find
+    shared.start()
+    assert shared.wait() == [0], shared.errors()
+    files = sorted(path for path in tmp_path.glob("plan*.json") if path.is_file())
+    assert any(path.name.startswith(stem) for path in files)
+    before = [path.stat().st_ino for path in files]
+    shared.start()
+    assert shared.wait() == [0, 0], shared.errors()
+    assert [path.stat().st_ino for path in files] == before
+    written = [result["path"] for result in shared.results() if result["written"]]
+    assert len(written) == len(set(written)) == len(shared.results()) / 2
+
+
+@pytest.mark.parametrize("find", [the_front, two_budgets])
+def test_a_worker_whose_time_is_up_writes_no_front_over_anothers(
+    find: Callable[..., Any], run: Callable[..., SearchRun], tmp_path: Path
+) -> None:
+    """The lock holder is at work still: this process."""
+    shared = run("journal", trials=4)
+    shared.find = find
+    front = tmp_path / "plan.front.json"
+    with own_file(front):
+        front.write_text("the lock holder's")
+        shared.profile = replace(shared.profile, recipe=shared.profile.recipe.override(search__timeout=0.5))
+        shared.seconds = 0.02
+        shared.start()
+        shared.wait()
+        assert front.read_text() == "the lock holder's"
 
 
 @pytest.mark.parametrize("kind", STORAGES)
