@@ -48,9 +48,7 @@ def test_json_round_trip_and_non_finite_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_files_have_the_mode_that_the_umask_leaves(
-    mask: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_have_the_mode_that_the_umask_leaves(mask: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of libraries in a new folder too, which may be for their owner alone; nobody else's files are made meanwhile."""
     before, out = os.umask(mask), tmp_path / "out"
     try:

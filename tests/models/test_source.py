@@ -176,7 +176,9 @@ def test_an_index_that_names_a_pickle(tiny_folder: Path, tmp_path: Path, monkeyp
         load_source(folder)
 
 
-@pytest.mark.parametrize("place", ["../other.safetensors", "{elsewhere}", "sub/other.safetensors", "..\\other.safetensors"])
+@pytest.mark.parametrize(
+    "place", ["../other.safetensors", "{elsewhere}", "sub/other.safetensors", "..\\other.safetensors"]
+)
 def test_an_index_that_names_files_elsewhere(place: str, tiny_folder: Path, tmp_path: Path) -> None:
     """They would be read, and written into what is exported."""
     folder = tmp_path / "model"

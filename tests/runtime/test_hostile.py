@@ -223,7 +223,9 @@ def test_an_index_that_names_files_elsewhere(index: str, absolute: bool, folder:
     named = dict.fromkeys(load_file(tmp_path / "others.safetensors"), name)
     (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": named}))
     variant = "fp16" if "fp16" in index else None
-    refuses(folder, "is not a plain file name", lambda place: AutoModelForCausalLM.from_pretrained(place, variant=variant))
+    refuses(
+        folder, "is not a plain file name", lambda place: AutoModelForCausalLM.from_pretrained(place, variant=variant)
+    )
     refuses(folder, "is not a plain file name", checkpoint_files)
 
 
@@ -235,7 +237,9 @@ def test_an_adapter_beside_a_checkpoint(folder: Path, tiny_model: Callable[..., 
         tiny_model(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     )
     adapter.save_pretrained(str(tmp_path / "adapter"))
-    assert PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(tmp_path / "adapter")) is not None
+    assert (
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(tmp_path / "adapter")) is not None
+    )
     for file in (tmp_path / "adapter").glob("adapter_*"):
         file.rename(folder / file.name)
     for load in (AutoModelForCausalLM.from_pretrained, lambda place: load_checkpoint(place, "auto", "cpu")):

@@ -13,6 +13,7 @@ from moacompress.kernels.backend import prefill_alone
 from moacompress.kernels.dispatch import backend_for
 from moacompress.runtime import autocast
 from moacompress.runtime.cache.plan_cache import PlanCache
+from moacompress.runtime.clipped import warn_of_clipped
 from moacompress.runtime.compat.masks import plan_mask
 from moacompress.runtime.decode.context import CONTEXT, NAME, LayerCall, LayerContext
 from moacompress.runtime.decode.routes import straight_through, take
@@ -95,6 +96,7 @@ def _attended(
     context, cache, *of_gates = call
     tensors = (query, key, value, attention_mask)
     if not torch.compiler.is_compiling():
+        warn_of_clipped(context, key, value)
         return take(AttendRequest(context, cache, *tensors, scores, *of_gates))
     if not (torch.is_grad_enabled() and query.requires_grad) and call.trained_scores is None:
         handle = None if cache is None else cache.handle
