@@ -15,7 +15,7 @@ import numpy as np
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import front_file, front_journal, of_front, plan_named, plans_of_front
 from moacompress.core.errors import ArtefactError, BudgetError, PlanError
-from moacompress.core.files import fingerprint, read_json, remove
+from moacompress.core.files import check_no_link, fingerprint, read_json, remove
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe, shared_name
@@ -87,6 +87,8 @@ def find_front(
         profile.check_model(source, "search")
         if place.ours:
             _claim(out, key, overwrite)
+        if alone:
+            check_no_link(front_journal(out))
         claims = joined.enter_context(
             open_claims(storage, name, alone=alone, from_scratch=overwrite, trials=trials, progress=progress)
         )

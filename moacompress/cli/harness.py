@@ -400,7 +400,7 @@ def _guarded(work: Callable[[CommandRun], Output], common: Common, interrupted: 
 
 def _say_why(error: Exception, debug: bool) -> None:
     if debug:
-        print(without_password("".join(traceback.format_exception(error))), file=sys.stderr, end="")
+        print(printable(without_password("".join(traceback.format_exception(error)))), file=sys.stderr, end="")
     if isinstance(error, MoaCompressError):
         say(f"error{named_rank()}: {error}")
     else:

@@ -85,6 +85,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Like `write_text`, for bytes; into a device or a pipe, which no file may replace, it writes as it is."""
     path = Path(path)
     try:
+        if path.is_block_device():
+            raise ArtefactError(f"cannot write {path}: it is a disk")
         if path.exists() and not path.is_file() and not path.is_dir():
             with path.open("wb") as there:
                 there.write(data)
@@ -156,11 +158,25 @@ def read_json(path: Path, what: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
         size = path.stat().st_size
         if size > max_bytes:
             raise ArtefactError(f"{what} {path} has {size:,} bytes; at most {max_bytes:,} are read")
-        return json.loads(path.read_bytes().decode("utf-8"))
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)  # a link may lead to a device, which has no size and no end
+        if len(data) > max_bytes:
+            raise ArtefactError(f"{what} {path} has no end; at most {max_bytes:,} bytes are read")
+        return json.loads(data.decode("utf-8"))
     except OSError as error:
         raise ArtefactError(f"cannot read {what} {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits, too deep
         raise BrokenJson(f"{what} {path} is not valid JSON: {error}") from error
+
+
+def check_no_link(path: Path) -> None:
+    """Refuses a link in the place of a file that is appended to: it could lead out of a folder that somebody else made.
+
+    Raises:
+        ArtefactError: there is one.
+    """
+    if path.is_symlink():
+        raise ArtefactError(f"{path} is a link, which is not written through; remove it, or choose another place")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 
 from moacompress.core.errors import ArtefactError
 from moacompress.core.files import read_json
+from moacompress.models.gguf_reading import reading_once
 
 FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Types that moacompress takes for weights, with their bytes, as safetensors names them."""
@@ -257,11 +258,14 @@ def bytes_by_type(files: Iterable[Path], types: Mapping[str, str]) -> dict[str, 
 
 def gguf_problems(file: Path) -> list[str]:
     """Returns what in a `.gguf` file's tensor types cannot be dequantized, one sentence each."""
+    import gguf
     import numpy as np
-    from gguf import GGML_QUANT_SIZES, GGUFReader, dequantize
+    from gguf import GGML_QUANT_SIZES, dequantize
 
     first: dict[Any, str] = {}
-    for tensor in GGUFReader(file).tensors:
+    with reading_once():
+        tensors = gguf.GGUFReader(file).tensors
+    for tensor in tensors:
         first.setdefault(tensor.tensor_type, tensor.name)
     found = []
     for kind, name in first.items():

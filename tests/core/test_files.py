@@ -30,6 +30,7 @@ from moacompress.core.files import (
     write_texts,
 )
 from moacompress.core.lock_holders import own_file
+from moacompress.core.records import Records, named_numbers
 
 
 def test_equal_values_have_equal_fingerprints() -> None:
@@ -64,6 +65,21 @@ def test_files_have_the_mode_that_the_umask_leaves(mask: int, tmp_path: Path, mo
     for path in (tmp_path / "text", out / "in" / "private"):
         assert path.stat().st_mode & 0o777 == 0o666 & ~mask
     assert out.stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="this system has no file without an end")
+def test_links_in_a_folder_of_others_lead_nowhere(tmp_path: Path) -> None:
+    """Not to a device that has no end, nor to a file of one's own, whose last line would be cut off."""
+    (tmp_path / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(ArtefactError, match="config .* has no end; at most 1,000 bytes are read"):
+        read_json(tmp_path / "config.json", "config", 1000)
+    (tmp_path / "mine").write_text("half a line")
+    (tmp_path / "eval.scores.jsonl").symlink_to(tmp_path / "mine")
+    for resume in (False, True):
+        with pytest.raises(ArtefactError, match="is a link, which is not written through"):
+            Records(tmp_path / "eval.scores.jsonl", named_numbers, resume=resume)
+    write_text(tmp_path / "eval.scores.jsonl", "ours")
+    assert (tmp_path / "mine").read_text() == "half a line"
 
 
 def test_files_are_replaced_whole_and_nothing_is_left_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
