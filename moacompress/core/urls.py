@@ -35,7 +35,7 @@ def _of_database(text: str) -> str | None:
     if "@" in (url.host or "") or (url.password is None and len(query) == len(url.query)):
         return None
     kept = URL.create(url.drivername, url.username, None, url.host, url.port, url.database, query)
-    return kept.render_as_string(hide_password=False)
+    return str(kept.render_as_string(hide_password=False))
 
 
 def _hidden(url: str) -> str:

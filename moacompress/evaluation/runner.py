@@ -193,7 +193,7 @@ def evaluate(
     path = None if out is None or rank() else Path(out)
     _warn_of_calibration(sources, checkpoint.plan)
     wording = {name: find_task(name, resources).wording for name in names if name != TEXT}
-    subject = {
+    subject: dict[str, Any] = {
         "plan": checkpoint.plan.key(),
         "weights": checkpoint.weights,
         "other_weights": checkpoint.has_other_weights,

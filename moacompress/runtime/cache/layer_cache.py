@@ -65,11 +65,6 @@ class CacheLayer(CacheLayerMixin):
         """Real tokens of every row, int64 `[rows]`; in a forward, until the layer has taken in its chunk, those before it."""
 
     @property
-    def is_full(self) -> bool:
-        """Whether rings, in which its tokens are, have no place for more."""
-        return self._ring is not None and self._ring.is_full
-
-    @property
     def rows(self) -> int:
         """Rows in the cache."""
         return len(self.lengths)
@@ -173,6 +168,11 @@ class PlanCacheLayer(CacheLayer):
         self.lengths_before: Ints = np.zeros(0, np.int64)
         self.stepping = False
         self.is_initialized = False
+
+    @property
+    def is_full(self) -> bool:
+        """Whether rings, in which its tokens are, have no place for more."""
+        return self._ring is not None and self._ring.is_full
 
     @property
     def held(self) -> LayerBlocks | None:
