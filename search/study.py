@@ -19,7 +19,7 @@ from pathlib import Path
 from moacompress.calibration.profile.manifest import sweep_samples
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import of_search, rounds_folder, study_journal
-from moacompress.core.files import remove, sweep_files, sweep_folders
+from moacompress.core.files import check_no_link, remove, sweep_files, sweep_folders
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.processes import check_alike
 from moacompress.models.source import SourceModel
@@ -138,7 +138,7 @@ def find_plan(
             plan = found_before(path, request.key, trials, overwrite)
             if plan is not None:
                 plan = _with_steps(plan, request, path if place.ours else None)
-                return SearchResult.of(plan, path, time.monotonic() - started)
+                return SearchResult.of(plan, path, time.monotonic() - started, written=False)
         if place.out is not None:
             check_baselines(place.out)
         if model is None:
@@ -230,6 +230,7 @@ def opened(
     storage = request.recipe.search.storage
     alone, trials = storage is None, request.recipe.search.trials
     if alone and out is not None:
+        check_no_link(study_journal(out))
         storage = str(study_journal(out))
         if from_scratch:  # nothing is left that can be wrong with the request
             remove(of_search(out))

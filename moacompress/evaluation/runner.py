@@ -164,7 +164,8 @@ def evaluate(
     Returns:
         A report with these parts, which a notebook shows as the command does:
 
-        - `checkpoint`: fingerprints of what was measured, `plan` and `weights`.
+        - `checkpoint`: fingerprints of what was measured, `plan` and `weights`; and `other_weights`, whether these are not
+          those that the plan was made for.
         - `wording`: for every task a digest of what its prompts say. Numbers of two wordings are of two tasks.
         - `results`: rows of `model, task, length, metric, value, ci95, prompts, kv_bytes, tokens` (the mean, where bytes
           are stated), `overlap` (the share of the prompts' runs of 13 words that the plan's calibration has seen; None where
@@ -232,7 +233,19 @@ def evaluate(
     path = None if out is None or rank() else Path(out)
     kinds = {name: find_task(name, resources).kind for name in names if name != TEXT}
     wording = {name: find_task(name, resources).wording for name in names if name != TEXT}
-    subject = {"plan": checkpoint.plan.key(), "weights": checkpoint.weights}
+    subject: dict[str, Any] = {
+        "plan": checkpoint.plan.key(),
+        "weights": checkpoint.weights,
+        "other_weights": checkpoint.has_other_weights,
+    }
+    if checkpoint.has_other_weights:
+        logger.warning(
+            "the weights of %s are not those that its plan was made for: fingerprint %s, not %s. What the plan says of its KL "
+            "is of the other weights; search again if they were fine-tuned, or get the checkpoint again if they were not",
+            folder,
+            checkpoint.weights,
+            checkpoint.plan.model.weights_fingerprint,
+        )
     check_alike({"moacompress": own_version(), **subject})
     with nullcontext() if path is None else own_file(path):
         earlier = {} if path is None else _check_place(path, subject, wording, overwrite)
@@ -329,7 +342,7 @@ def check_request(
 
 
 def _check_place(
-    out: Path, subject: Mapping[str, str], wording: Mapping[str, str], overwrite: bool
+    out: Path, subject: Mapping[str, Any], wording: Mapping[str, str], overwrite: bool
 ) -> dict[str, list[ResultRow]]:
     """Refuses what is not an evaluation of this checkpoint; one of other tasks is, and its scores are beside it.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moacompress.core.files import write_text
 from moacompress.core.statistics import error_text
+from moacompress.models.hub import is_hub_name
 from moacompress.rules.budget import format_length
 from moacompress.rules.cost import chosen_share, format_rows, kept_bits
 from moacompress.rules.plan import Plan
@@ -58,7 +60,7 @@ def model_card(plan: Plan, stored: Mapping[str, int] | None = None) -> str:
         PlanError: the plan's notes are not what moacompress writes.
     """
     source = str(plan.provenance.get("source", "a dense model"))
-    name = source.rstrip("/").rsplit("/", 1)[-1]
+    name = re.sub(r"[^\w .+-]", "_", source.rstrip("/").rsplit("/", 1)[-1])  # a plan may say anything
     parts = [
         _front_matter(source),
         f"# {name}, compressed",
@@ -143,7 +145,7 @@ def _front_matter(source: str) -> str:
         "- moacompress",
         "- kv-cache",
     ]
-    if not source.startswith("/") and source.count("/") == 1 and not source.endswith(".gguf"):
+    if is_hub_name(source) and "/" in source and not source.endswith(".gguf"):
         lines.insert(1, f"base_model: {source}")
     return "\n".join([*lines, "---"])
 

@@ -164,6 +164,25 @@ def test_quiet_is_quiet_where_a_library_has_a_bar_of_its_own(tmp_path: Path) -> 
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_no_password_is_printed_or_logged(tmp_path: Path) -> None:
+    """Whatever a library's error says; the traceback and the log show the chain of errors."""
+    url = "mysql://me:s3/cret@host/db?passwd=s3cret"
+
+    def failing(run: CommandRun) -> Output:
+        logging.getLogger("moacompress.somewhere").warning("the storage is %s", url)
+        try:
+            raise ValueError(f"no such host in {url}")
+        except ValueError as error:
+            logging.getLogger("moacompress.somewhere").warning("failed", exc_info=True)
+            raise ModelError(f"cannot use '{url}'") from error
+
+    result = call(failing, "--debug", "--log-file", str(tmp_path / "run.log"))
+    for text in (result.stderr, (tmp_path / "run.log").read_text("utf-8")):
+        assert "Traceback" in text
+        assert "mysql://me@host/db" in text
+        assert "cret" not in text
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk that is always full")
 @pytest.mark.parametrize("json_too", [(), ("--json",)])
 def test_a_result_that_cannot_be_printed_is_said_in_a_line(json_too: tuple[str, ...], compressed: Path) -> None:

@@ -31,6 +31,14 @@ from moacompress.search.baselines.families import FAMILIES
 from moacompress.search.study import find_plan
 
 
+def test_every_file_of_a_run_has_the_mode_of_any_other(finished, tmp_path):
+    out, _ = finished
+    (tmp_path / "any").touch()
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert out / "model" / "model.safetensors" in files
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "any").stat().st_mode}
+
+
 def test_summary_and_artefacts(finished):
     out, summary = finished
     assert json.loads((out / "summary.json").read_text()) == summary

@@ -85,7 +85,7 @@ def write_page(found: Findings, out: Path) -> dict[str, Any]:
         out: the file; an earlier page there is replaced.
 
     Returns:
-        `report`, its path; `sections` that it shows; `missing`, a list of `what` and `command`; `passed_over`.
+        `report`, its path; `sections` that it shows; `missing`, a list of `what` and `command`; `passed_over`; `warnings`.
 
     Raises:
         UsageError: plotly or jinja2 is not installed.
@@ -99,7 +99,8 @@ def write_page(found: Findings, out: Path) -> dict[str, Any]:
     write_text(out, page_html(found, sections))
     missing = [{"what": row.what, "command": row.command} for row in missing_parts(found)]
     shown = [section.name for section in sections if section.all_pictures or section.table]
-    return {"report": str(out), "sections": shown, "missing": missing, "passed_over": found.passed_over}
+    notes = {"passed_over": found.passed_over, "warnings": found.warnings}
+    return {"report": str(out), "sections": shown, "missing": missing, **notes}
 
 
 def page_html(found: Findings, sections: list[PageSection]) -> str:
@@ -131,6 +132,7 @@ def page_html(found: Findings, sections: list[PageSection]) -> str:
         provenance=provenance(found),
         recipe=json.dumps(found.plan.provenance.get("recipe"), indent=1, ensure_ascii=False),
         passed_over=found.passed_over,
+        warnings=found.warnings,
         made=f"moacompress {own_version()}, {date.today():%d %B %Y}",
         plotly=get_plotlyjs(),
         style=_asset("page.css"),
