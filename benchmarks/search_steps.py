@@ -21,7 +21,14 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import explanation_file
 from moacompress.core.files import read_json
 from moacompress.core.progress import Progress
-from moacompress.core.statistics import Estimate, estimate_row, estimate_text, exponential_mean, median
+from moacompress.core.statistics import (
+    Estimate,
+    estimate_row,
+    estimate_text,
+    exponential_mean,
+    median,
+    paired_difference,
+)
 from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
@@ -62,8 +69,9 @@ def main() -> None:
     print(f"{len(samples)} samples; the change is against the row before, of other plans against the last step")
     for one in rows:
         print(
-            f"{one['plan']:24} {one['harm']:.4f} nats, median {one['median']:.4f}; {shown(one['change'])}, median ratio "
-            f"{estimate_text(one['median_ratio']['value'], one['median_ratio']['ci95'], '.3f')}; "
+            f"{one['plan']:24} {one['harm']:.4f} nats, median {one['median']:.4f}; "
+            f"{estimate_text(one['difference']['value'], one['difference']['ci95'], '+.2g')} nats, {shown(one['change'])}, "
+            f"median ratio {estimate_text(one['median_ratio']['value'], one['median_ratio']['ci95'], '.3f')}; "
             f"{shown(one['change_of_first'])} against the surrogate's own plan"
         )
 
@@ -90,6 +98,7 @@ def row(name: str, kls: np.ndarray, before: np.ndarray, first: np.ndarray) -> di
         "plan": name,
         "harm": float(kls.mean()),
         "median": float(np.median(kls)),
+        "difference": estimate_row(*paired_difference(kls.tolist(), before.tolist())),
         "change": change(kls, before),
         "median_ratio": estimate_row(*ratio),
         "change_of_first": change(kls, first),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from moacompress.calibration.data.sample_sources import check_counts, check_data
@@ -11,6 +12,7 @@ from moacompress.core.errors import DataError, RecipeError, UsageError
 from moacompress.evaluation.runner import check_request, task_names
 from moacompress.evaluation.scoring.text import text_windows
 from moacompress.evaluation.scoring.text_rows import TEXT
+from moacompress.evaluation.tasks.own_rows import answered_sources, own_tasks
 from moacompress.evaluation.tasks.registry import Resources, find_task, make_cases
 from moacompress.kernels.dispatch import check_formats
 from moacompress.models.source import SourceModel
@@ -68,8 +70,9 @@ def check_with_model(recipe: Recipe, source: SourceModel, profile: Path | None =
     _check_prompts(recipe, source.context)
     _check_budgets(recipe, source.shape, source)
     check_samples(source, recipe, profile)
-    resources = _resources(recipe)
-    for task in task_names(evaluation.tasks, resources):
+    mine = answered_sources(recipe.calibration.sources)
+    resources = replace(_resources(recipe), own=own_tasks(mine, mine))
+    for task in task_names((*resources.own, *evaluation.tasks), resources):
         for length in evaluation.lengths:
             if task != TEXT:
                 make_cases(task, length, 1, recipe.seed, source.tokenizer, resources)

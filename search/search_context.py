@@ -120,7 +120,9 @@ class SearchContext:
             plan: the plan.
             stage: what it comes from.
         """
-        return self.compared(incumbent, plan, self.evaluator.kls("improved", plan, self.evaluator.order), stage)
+        return self.compared(
+            incumbent, plan, self.evaluator.shown("improved", plan, f"measuring the plan of {stage}"), stage
+        )
 
     def compared(self, incumbent: Incumbent, plan: Plan, kls: list[float], stage: str) -> Incumbent:
         """Returns a plan that is measured already; see `measured`.

@@ -67,6 +67,13 @@ Sources = Annotated[
 Samples = Annotated[int | None, recipe_option("calibration.samples", states_default=False)]
 TextSamples = Annotated[int | None, recipe_option("calibration.text_samples", states_default=False)]
 ValidationSamples = Annotated[int | None, recipe_option("calibration.validation_samples", states_default=False)]
+AllowOverlap = Annotated[
+    bool,
+    typer.Option(
+        "--allow-overlap",
+        help="Take text too of which calibration has seen more than 1% (runs of 13 words); results are marked.",
+    ),
+]
 Text = Annotated[str | None, recipe_option("calibration.text", metavar="PATH")]
 
 
@@ -121,8 +128,10 @@ def batch_sizes(text: str) -> tuple[int, ...]:
     """
     items = split_list(text) or ()
     for item in items:
-        if not item.isdecimal() or not int(item):
+        if not item.isdecimal():
             raise UsageError(f"batch {item!r} is not a number of rows; give some such as 1,8")
+        if not int(item):
+            raise UsageError("batch is 0; it must be at least 1")
     return tuple(sorted({int(item) for item in items}))
 
 

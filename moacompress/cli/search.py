@@ -242,9 +242,9 @@ def _measured(found: SearchResult) -> str:
 
 
 def _elsewhere(found: list[SearchResult]) -> list[str]:
-    """Returns where the plans are that another worker of the search writes."""
+    """Returns where the plans are that were there already, or that another worker of the search writes."""
     places = ", ".join(str(result.path) for result in found if not result.written)
-    return [f"Another worker of this search writes the plan: {places}"] if places else []
+    return [f"Written by an earlier run or another worker of this search: {places}"] if places else []
 
 
 def _several(profile: Profile, found: list[SearchResult]) -> Output:

@@ -244,6 +244,7 @@ def _rows(found: dict[str, Any], name: str) -> list[dict[str, Any]]:
                 {
                     "model": name,
                     "task": task,
+                    "overlap": None,
                     "length": None,
                     "metric": metric if kind == "none" else key,
                     "value": float(value),

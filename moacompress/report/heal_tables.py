@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 
+from moacompress.core.shingles import OVERLAP_LIMIT, SHINGLE_WORDS
 from moacompress.core.statistics import error_text, estimate_text, p_text
 from moacompress.core.tables import facts, readable_bytes, readable_types
 from moacompress.exporter.card import healed_bytes_text
@@ -77,4 +78,13 @@ def heal_table(notes: Mapping[str, Any]) -> Group:
             for name in ("before", "after")
         )
     rows["tokens"] = f"{notes['tokens']:,} of {notes['training_samples']} samples, {rate:,.0f} a second"
+    shares = notes["overlap"].items() if isinstance(notes.get("overlap"), dict) else ()
+    seen = [
+        f"{kind} {share:.1%}{'†' if kind == 'text' and share > OVERLAP_LIMIT else ''}"
+        for kind, share in shares
+        if share is not None
+    ]
+    rows["overlap"] = (
+        f"of held-out samples with training, runs of {SHINGLE_WORDS} words: {', '.join(seen) or 'unknown'}"
+    )
     return facts("Held-out KL(dense || model), before and after", rows)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 HEADS = 8
 """KV heads that are shown: those whose bytes are worth most."""
 PARAMETERS = 5
+ALIKE = 0.01
+"""Share of the bytes by which two plans that take the same may differ."""
 NAMES = {
     "plan": "this plan",
     "dense": "dense",
@@ -154,9 +156,7 @@ def refused_line(explanation: Mapping[str, Any]) -> list[str]:
     difference, name = found["difference"], found["name"]
     ends, number = difference["ci95"], _samples(difference)
     doubt = f"within noise of {number}" + ("" if ends is None else f":{_interval(difference)}")
-    if (
-        ends is not None and ends[1] < 0
-    ):  # against the plan that it had to beat it is not clear, against the chosen one it is
+    if ends is not None and ends[1] < 0:  # clear against the chosen plan, not against the one that it had to beat
         doubt = f"but did not clearly beat the plan that it was compared with on {number}"
     return [
         f"{name[:1].upper()}{name[1:]} measured {readable_number(found['harm'])} nats, {-difference['value']:.2g} below the "
@@ -174,7 +174,12 @@ def baseline_line(found: Mapping[str, Any] | None) -> list[str]:
         return []
     name, ours, theirs = NAMES[found["family"]], readable_number(found["found_harm"]), readable_number(found["harm"])
     difference = found["difference"]
-    beside = difference_text(difference)
+    beside, takes = difference_text(difference), 1 / found["bytes_share"]
+    at = (
+        "the same bytes"
+        if abs(takes - 1) <= ALIKE
+        else f"{abs(takes - 1):.0%} {'fewer' if takes < 1 else 'more'} bytes"
+    )
     if found["saved"]:
         if found["verdict"] == "worse":  # which a permutation test says
             return [
@@ -186,10 +191,10 @@ def baseline_line(found: Mapping[str, Any] | None) -> list[str]:
             f"({ours}) and is no worse, so its plan was saved: the searched plan's difference is {beside}."
         ]
     if found["verdict"] == "better":
-        return [f"Better than the best baseline, {name}: {ours} vs {theirs} nats, difference {beside}."]
+        return [f"Better than the best baseline, {name}, at {at}: {ours} vs {theirs} nats, difference {beside}."]
     if found["verdict"] == "worse":
         return [f"The baseline {name} is better, but has too many classes of KV heads: {theirs} vs {ours} nats."]
-    return [f"As good as {name} at the same bytes: {ours} vs {theirs} nats, difference within noise ({beside})."]
+    return [f"As good as {name} at {at}: {ours} vs {theirs} nats, difference within noise ({beside})."]
 
 
 def _sharing(found: Mapping[str, Any]) -> list[RenderableType]:

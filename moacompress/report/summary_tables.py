@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from moacompress.core.artefact_names import MODEL_FOLDER, REPORT_FILE
 from moacompress.core.tables import readable_bytes, readable_number, readable_types, section
 from moacompress.recipe import AUTO
+from moacompress.report.headline import kept_sentence, not_measured_sentence
 from moacompress.report.search_tables import NAMES, baseline_line, class_lines
 from moacompress.rules.budget import format_length
 from moacompress.rules.plan import Plan
@@ -36,11 +37,14 @@ def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:
             if kv_bytes.get(name) is not None
         ],
     )
+    models = list(
+        dict.fromkeys(model for row in summary["quality"].values() for model in row["nll"] if model != "plan")
+    )
     quality = section(
-        "Exact match (NLL of the answer, nats per token); the uniform window has the plan's KV bytes",
-        ("task", "dense", "uniform window", "this plan", "prompts"),
+        "Exact match (NLL of the answer, nats per token); baselines have the plan's KV bytes",
+        ("task", *models, "this plan", "prompts"),
         [
-            (task, *(_score(row, model) for model in ("dense", "uniform", "plan")), str(row["prompts"]))
+            (task, *(_score(row, model) for model in (*models, "plan")), str(row["prompts"]))
             for task, row in summary["quality"].items()
         ],
     )
@@ -48,6 +52,9 @@ def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:
     asked = summary["budget"] if isinstance(summary["budget"], str) else ", ".join(summary["budget"])
     return [
         f"{summary['model']}, budget {asked}{_for_loss(summary)}",
+        *map(kept_sentence, summary["kept"]),
+        not_measured_sentence(summary["not_measured"]),
+        "",
         size,
         *_measured_elsewhere(kv_bytes),
         quality,

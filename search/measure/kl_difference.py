@@ -14,7 +14,7 @@ from typing import Any
 from moacompress.core.statistics import SIGNIFICANT, mean, p_value, standard_error
 
 CAUTION = 2.0
-"""Standard errors by which a trial or a baseline must be lower to replace a plan. A trial that was lower by 1.3 of them on 28
+"""Standard errors by which a trial must be lower to replace trial 0. A trial that was lower by 1.3 of them on 28
 samples was higher on others."""
 
 

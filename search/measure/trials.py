@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moacompress.core.progress import Progress
+from moacompress.core.progress import SILENT, Progress
 from moacompress.rules.plan import Plan
 from moacompress.search.deadline import Deadline, TimeUp
 from moacompress.search.measure.claims import Claim, ClaimLost
@@ -89,6 +89,7 @@ class Trials:
         plan_of: makes a plan of search parameters; it is within the limits.
         deadline: when to stop; it is checked before every sample.
         known: the KLs of plans that are measured already, in the order of the samples, by the plan's key.
+        progress: told of every trial, and after every sample that work goes on.
     """
 
     study_storage: StudyStorage
@@ -97,6 +98,7 @@ class Trials:
     plan_of: Callable[[dict[str, Any]], Plan]
     deadline: Deadline = field(default_factory=Deadline)
     known: Mapping[str, list[float]] = field(default_factory=dict)
+    progress: Progress = SILENT
 
     def finished(self) -> list[Tried]:
         """Returns the finished trials."""
@@ -108,9 +110,7 @@ class Trials:
             found.append(tried)
         return found
 
-    def completed(
-        self, name: str, limit: int, progress: Progress, after: Callable[[Sequence[Tried]], str]
-    ) -> list[Tried]:
+    def completed(self, name: str, limit: int, after: Callable[[Sequence[Tried]], str]) -> list[Tried]:
         """Returns the finished trials, once the missing ones have run or the time is up.
 
         None is there where the time was up before the first one was measured; one whose plan is known takes no time.
@@ -118,10 +118,9 @@ class Trials:
         Args:
             name: of what is done, for the progress.
             limit: how many there are to be.
-            progress: told of every trial.
             after: is given the finished ones after each, and returns what is said of it.
         """
-        tried = self.finished()
+        tried, progress = self.finished(), self.progress
         progress.start(name, limit)
         for _ in tried[:limit]:
             progress.step()
@@ -224,6 +223,7 @@ class Trials:
                     self.deadline.check()
                     kls.append(kl(number))
                     self.study_storage.claims.put(claim, kls)
+                    self.progress.beat()
                 if trial.started.index and step + 1 < len(self.order):
                     tried = tried or self.finished()
                     if tried and is_hopeless(kls, tried):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ def _with_notes(
     profile, recipe = request.profile, request.recipe
     shared = recipe.of_profile(profile.recipe).shared(profile.source)
     shared["budget"] = list(request.asked)
-    return plan.with_notes(
+    noted = plan.with_notes(
         budget={
             "asked": list(request.asked),
             "bytes": bytes_note(plan, _noted_lengths(request)),
@@ -229,6 +230,7 @@ def _with_notes(
             **weights_note(request),
         },
     )
+    return replace(noted, seen=profile.shingles)
 
 
 def _unmeasured(measured_baselines: Mapping[str, MeasuredBaseline] | None = None) -> dict[str, float | None]:

@@ -37,8 +37,15 @@ def tune_parameters(incumbent: Incumbent, context: SearchContext) -> Incumbent:
             write_so_far(best, context)
         return _note(best, context)
 
-    trials = Trials(evaluator.study_storage, evaluator.measure, evaluator.order, plan_of, context.deadline)
-    tried = context.tried = trials.completed("searching", request.recipe.search.trials, context.progress, after)
+    trials = Trials(
+        evaluator.study_storage,
+        evaluator.measure,
+        evaluator.order,
+        plan_of,
+        context.deadline,
+        progress=context.progress,
+    )
+    tried = context.tried = trials.completed("searching", request.recipe.search.trials, after)
     if not tried:
         raise TimeUp
     best, first = best_trial(tried), Incumbent.of(tried[0], request.profile)

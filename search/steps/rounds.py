@@ -111,11 +111,12 @@ def _round(number: int, incumbent: Incumbent, forms: Forms, context: SearchConte
 
     study_storage = context.study_storage_of(incumbent.plan.key(), RANGES, NEUTRAL, STARTS)
     known = {incumbent.plan.key(): incumbent.kls}
-    trials = Trials(study_storage, evaluator.measure, evaluator.order, plan_of, context.deadline, known)
+    trials = Trials(
+        study_storage, evaluator.measure, evaluator.order, plan_of, context.deadline, known, context.progress
+    )
     tried = trials.completed(
         f"round {number}",
         1 + context.request.recipe.search.round_trials,
-        context.progress,
         lambda done: f"{done[-1].parameters['moved']:.0%} moved: {done[-1].kl:.3g} nats",
     )
     if not tried:  # the time was over before another worker had measured the plan as it is

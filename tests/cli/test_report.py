@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from moacompress.report.evaluation_tables import csv_text, evaluation_tables
+from moacompress.report.evaluation_tables import csv_text, evaluation_tables, failure_lines
+from moacompress.report.headline import headline
 from moacompress.report.page.search_figures import history_picture
 from moacompress.report.search_tables import baseline_line, explanation_tables, refused_line, step_rows
 from moacompress.report.summary_tables import kl_table, summary_tables
@@ -18,8 +19,16 @@ SUMMARY: dict[str, Any] = {
     "budget": ["25%"],
     "reference_length": 1024,
     "kv_bytes": {"dense": 4 * 2**20, "planned": 2**20, "measured": 2**20},
+    "kept": [],
+    "not_measured": ["long answers"],
     "quality": {
-        "needle-noise@1024": {"dense": 1.0, "plan": 0.9, "prompts": 20, "nll": {"dense": 0.01, "plan": 0.02}},
+        "needle-noise@1024": {
+            "kind": "calibrated kinds",
+            "dense": 1.0,
+            "plan": 0.9,
+            "prompts": 20,
+            "nll": {"dense": 0.01, "plan": 0.02},
+        },
     },
     "seconds": {"profile": 10.4, "search": 20.0},
 }
@@ -39,7 +48,22 @@ def test_a_summary_with_and_without_a_uniform_window() -> None:
     for part in ("some/model, budget 25%", "at 1k tokens", "1.0 MiB", "25.0%", "0.90 (0.020)", "profile 10 s"):
         assert part in text
     row = next(line for line in text.splitlines() if "needle-noise" in line).split()
-    assert row == ["needle-noise@1024", "1.00", "(0.010)", "-", "0.90", "(0.020)", "20"]
+    assert row == ["needle-noise@1024", "1.00", "(0.010)", "0.90", "(0.020)", "20"]
+    summary = {
+        **SUMMARY,
+        "quality": {"t@8": {**SUMMARY["quality"]["needle-noise@1024"], "uniform": 0.5, "split": None}},
+    }
+    summary["quality"]["t@8"]["nll"] |= {"uniform": 1.0, "split": 2.0}
+    lines = shown(*summary_tables(summary)).splitlines()
+    assert next(line for line in lines if "this plan" in line).split() == [
+        "task",
+        "dense",
+        "uniform",
+        "split",
+        "this",
+        "plan",
+        "prompts",
+    ]
 
 
 def test_kl_names_what_was_measured() -> None:
@@ -47,6 +71,18 @@ def test_kl_names_what_was_measured() -> None:
     assert "KV bytes 25.0% at 512" in text
     lines = [line for line in text.splitlines() if "plan  " in line or "uniform" in line]
     assert [line.split()[-1] for line in lines] == ["0.01", "0.02", "-"]
+
+
+EMPTY = {
+    "results": [],
+    "differences": [],
+    "at_floor": [],
+    "kinds": {},
+    "pooled": {"results": [], "differences": []},
+    "answers": [],
+    "not_measured": ["prompts beyond 64 tokens"],
+}
+"""An evaluation of nothing."""
 
 
 def result(model: str, metric: str, value: float, **changes: Any) -> dict[str, Any]:
@@ -62,7 +98,7 @@ def test_models_are_beside_each_other_on_lines_that_fit() -> None:
     rows = [row for row in rows if (row["model"], row["metric"]) != ("plan", "retention")]
     paired = [result(name, metric, -0.5, kv_bytes_of_model=1, p=0.01) for name in names[1:] for metric in metrics[:3]]
     floor = [{"task": "multi-needle-noise", "length": 4096}]
-    text = shown(*evaluation_tables({"results": rows, "differences": paired, "at_floor": floor}))
+    text = shown(*evaluation_tables({**EMPTY, "results": rows, "differences": paired, "at_floor": floor}))
     lines = text.splitlines()
     assert sum("multi-needle-noise@4k*" in line for line in lines) == 2
     at = next(index for index, line in enumerate(lines) if "@4k*" in line)
@@ -77,22 +113,80 @@ def test_models_are_beside_each_other_on_lines_that_fit() -> None:
 
 def test_pooled_prompts_have_tables_of_their_own() -> None:
     names = ("plan", "a/folder/with/a/very/long/name/model")
-    row = {"task": "all tasks", "length": None, "prompts": 240}
+    row = {"task": "unseen kinds", "length": None, "prompts": 240}
     rows = [result(name, metric, 0.5, **row) for name in names for metric in ("exact_match", "nll", "retention")]
     paired = [result(names[1], metric, -0.5, p=0.3, ci95=None, **row) for metric in ("exact_match", "nll", "retention")]
-    report = {"results": [], "differences": [], "at_floor": [], "pooled": {"results": rows, "differences": paired}}
+    of_tasks = [
+        result("plan", metric, 0.5, **{**row, "task": task, "length": 64})
+        for task in ("recall", "tool-call")
+        for metric in ("exact_match", "accuracy", "nll")
+    ]
+    report = {
+        **EMPTY,
+        "results": of_tasks,
+        "kinds": {"recall": "unseen kinds", "tool-call": "unseen kinds"},
+        "pooled": {"results": rows, "differences": paired},
+    }
     text = shown(*evaluation_tables(report))
     assert "0.50 0.25-0.75 (240)" in text
     assert "…ery/long/name/model" in text
     assert text.count("-0.50 ") == 3  # no interval, no brackets
     assert (
-        sum(line.startswith(("result,plan,all tasks,,", "difference,a/")) for line in csv_text(report).splitlines())
+        sum(line.startswith(("result,plan,unseen kinds,,", "difference,a/")) for line in csv_text(report).splitlines())
         == 6
     )
 
 
+def test_failures_are_those_that_dense_answers_otherwise_and_move_no_cursor() -> None:
+    row = {"task": "code-question", "length": 1024, "question": "Which\nfunction?", "references": ["f", "g"]}
+    same = {**row, "dense": "f", "plan": "f", "dense_match": 1.0, "plan_match": 1.0}
+    other = {**same, "plan": "\x1b[2Jh\n", "plan_match": 0.0}
+    assert failure_lines({"answers": [same, other]}) == [
+        "1 of 2 prompts are answered differently well by the plan and by dense.",
+        "\ncode-question@1k\n  question: Which ⏎ function?\n  reference: f | g\n  dense (100% right): f\n"
+        "  this plan (0% right): \\x1b[2Jh",
+    ]
+
+
+def test_sentences_of_kinds() -> None:
+    """The kind that a claim rests on first, whatever the order of the rows; of small numbers no interval."""
+
+    def rows(kind: str, right: int | None, **more: Any) -> list[dict[str, Any]]:
+        made = [
+            result("plan", "exact_match", 0.5, task=kind, prompts=9),
+            result("dense", "exact_match", 0.5, task=kind),
+        ]
+        return made if right is None else [*made, result("plan", "retention", 0.6, task=kind, prompts=right, **more)]
+
+    kinds = {"needle-noise": "calibrated kinds", "recall": "unseen kinds", "mine": "own rows"}
+    report = {
+        **EMPTY,
+        "results": [
+            result("plan", "exact_match", 0.5, task=task, length=length) for task in kinds for length in (512, 64)
+        ],
+        "kinds": kinds,
+        "pooled": {
+            "results": [
+                *rows("calibrated kinds", 4, ci95=None),
+                *rows("unseen kinds", 7, ci95=[0.31, 0.83]),
+                *rows("own rows", None),
+            ],
+            "differences": [],
+        },
+    }
+    assert headline(report) == [
+        "Your own rows, held out (mine; 64, 512 tokens): dense answers none of 9 prompts, so nothing follows from them.",
+        "Kinds of prompts that no calibration has (recall; 64, 512 tokens): dense answers 7 of 9 prompts, and the plan "
+        "60% of these (95% interval 31% to 83%).",
+        "Kinds that the plan was calibrated on (needle-noise; 64, 512 tokens): dense answers 4 of 9 prompts, and the "
+        "plan 60% of these (n too small for an interval).",
+        "Not measured: prompts beyond 64 tokens.",
+    ]
+
+
 def test_csv_has_every_row() -> None:
     report = {
+        **EMPTY,
         "results": [result("plan", "nll", 0.5, sink=4)],
         "differences": [result("dense", "nll", 0.1, p=0.25)],
         "lm_eval": [
@@ -101,7 +195,7 @@ def test_csv_has_every_row() -> None:
     }
     head, first, second, third = csv_text(report).splitlines()
     assert head.startswith("kind,model,task,length,metric,value,low,high,prompts,kv_bytes")
-    assert first == "result,plan,multi-needle-noise,4096,nll,0.5,0.25,0.75,100,25165824,,4000,4,,,"
+    assert first == "result,plan,multi-needle-noise,4096,nll,0.5,0.25,0.75,100,25165824,,4000,4,,,,"
     assert second.startswith("difference,dense,")
     assert third == "lm_eval,plan,t,,acc,1.0,,,3,,,,,,,"
 
@@ -169,7 +263,13 @@ def test_a_plan_that_measured_better_and_was_refused_has_a_line() -> None:
             "better",
             False,
             1.0,
-            "Better than the best baseline, full and streaming heads (DuoAttention-style): 0.0285 vs 0.0268",
+            "Better than the best baseline, full and streaming heads (DuoAttention-style), at the same bytes: 0.0285 vs 0.0268",
+        ),
+        (
+            "alike",
+            False,
+            1.25,
+            "(DuoAttention-style) at 20% fewer bytes: 0.0285 vs 0.0268 nats, difference within noise",
         ),
         ("worse", True, 1.0, "(0.0268 nats) beats the best searched plan (0.0285), so its plan was saved"),
         (

@@ -25,7 +25,9 @@ SUMMARY = {
     "budget": ["25%"],
     "reference_length": 1024,
     "kv_bytes": {"dense": 4096, "planned": 1024, "measured": 1024},
-    "quality": {NAME: {"dense": 1.0, "uniform": 0.5, "plan": 0.75, "prompts": 4}},
+    "kept": [],
+    "not_measured": ["long answers"],
+    "quality": {NAME: {"dense": 1.0, "uniform": 0.5, "plan": 0.75, "prompts": 4, "nll": {"dense": 0.1}}},
     "seconds": {"profile": 2.0},
 }
 ESTIMATOR = {"spearman": 0.9, "ci95": [0.8, 1.0], "slope": 1.0, "slope_ci95": [0.9, 1.1], "n": 7}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from moacompress.calibration.profile.store import Profile
-from moacompress.core.artefact_names import of_front, plans_of_front
+from moacompress.core.artefact_names import front_file, of_front, plans_of_front
 from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, OutOfTimeError, UsageError
 from moacompress.core.lock_holders import own_file
 from moacompress.report.summary_tables import loss_lines
@@ -262,9 +262,11 @@ def test_overwrite_starts_every_budget_anew(fake: Any, profiles: Profiles, tmp_p
 
 def test_a_second_run_beside_the_first_is_refused(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
     profile, out = profiles(trials=2), tmp_path / "plan.json"
-    with own_file(out):
-        with pytest.raises(ArtefactError, match="plan.json is in use"):
+    with own_file(out), own_file(front_file(out)):
+        with pytest.raises(ArtefactError, match="plan.front.json is in use"):
             find_front(profile, ["60%", "22%"], recipe=profile.recipe, out=out, model=model(profile))
+        with pytest.raises(ArtefactError, match="plan.front.json is in use"):
+            find_plans(profile, split_budgets(["60%,22%"]), recipe=profile.recipe, out=out, model=model(profile))
         with pytest.raises(ArtefactError, match="plan.json is in use"):
             find_smallest(profile, Loss.parse("5%"), recipe=profile.recipe, out=out, model=model(profile))
     assert fake.calls == []

@@ -6,15 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from moacompress.core.shingles import OVERLAP_LIMIT
 from moacompress.core.statistics import Estimate, Interval, mean, p_value, paired_difference, paired_rates, rate
-from moacompress.evaluation.baselines.compared_models import DENSE, ComparedModel
+from moacompress.evaluation.baselines.compared_models import DENSE, PLAN, ComparedModel
 from moacompress.evaluation.scoring.prompts import Score
 from moacompress.evaluation.scoring.retention import retained, retention
+from moacompress.evaluation.tasks.cases import Case
 
 SCORES = ("exact_match", "accuracy", "nll")
 """Metrics that every prompt has; `differences` are of these."""
 POOLED = "all tasks"
-"""Task of the rows that pool all prompts."""
+"""Task of the rows that pool prompts of several kinds."""
 FLOOR = 0.2
 """A rate whose interval ends below this is at floor: the model cannot do the task, and losing nothing proves nothing."""
 ResultRow = dict[str, Any]
@@ -29,12 +31,14 @@ class TaskCell:
         length: nominal length, tokens.
         prompts: how many prompts, or windows of text.
         tokens: their mean number of tokens, where KV bytes are stated.
+        overlap: share of their shingles that the plan's calibration has seen; None where that is not known.
     """
 
     task: str
     length: int
     prompts: int
     tokens: int
+    overlap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ def result_row(
         **_row(cell.task, cell.length, compared.name, metric, value, interval, prompts),
         "kv_bytes": compared.kv_bytes,
         "tokens": cell.tokens,
+        "overlap": cell.overlap,
         **compared.description(cell.tokens),
     }
 
@@ -125,16 +130,53 @@ def difference_row(
 ) -> ResultRow:
     """Returns one row of `differences`: the plan minus another model, and how likely that is of two that are alike."""
     row = _row(cell.task, cell.length, other.name, metric, value, interval, cell.prompts)
-    return {**row, "p": p, "kv_bytes": plan.kv_bytes, "kv_bytes_of_model": other.kv_bytes, "tokens": cell.tokens}
+    return {
+        **row,
+        "p": p,
+        "kv_bytes": plan.kv_bytes,
+        "kv_bytes_of_model": other.kv_bytes,
+        "tokens": cell.tokens,
+        "overlap": cell.overlap,
+    }
 
 
-def pooled_rows(fields: Sequence[Sequence[Measured]]) -> tuple[list[ResultRow], list[ResultRow]]:
-    """Returns the rows and the differences of all prompts of all cells together, under the task `POOLED` without a length.
+def answer_rows(
+    cell: TaskCell, cases: Sequence[Case], questions: Sequence[str], comparison: Sequence[Measured]
+) -> list[ResultRow]:
+    """Returns for every prompt what was asked, the reference, and what plan and dense said, with their exact match."""
+    said = {one.compared.name: one.scores for one in comparison if one.compared.name in (PLAN, DENSE)}
+    return [
+        {
+            "task": cell.task,
+            "length": cell.length,
+            "question": question,
+            "references": list(case.references),
+            **{name: scores[index].answer for name, scores in said.items()},
+            **{f"{name}_match": scores[index].exact_match for name, scores in said.items()},
+        }
+        for index, (case, question) in enumerate(zip(cases, questions, strict=True))
+    ]
+
+
+def mean_overlap(cells: Sequence[TaskCell]) -> float | None:
+    """Returns the overlap of all prompts of several cells together; None where that of one is not known."""
+    seen = [(cell.overlap, cell.prompts) for cell in cells]
+    if any(share is None for share, _ in seen):
+        return None
+    return sum(share * count for share, count in seen if share is not None) / sum(count for _, count in seen)
+
+
+def pooled_rows(
+    fields: Sequence[Sequence[Measured]], overlap: float | None = None, task: str = POOLED
+) -> tuple[list[ResultRow], list[ResultRow]]:
+    """Returns the rows and the differences of all prompts of several cells together, without a length.
 
     Differences also have `retention`: of the prompts that dense gets right.
 
     Args:
         fields: the models of every cell, the plan first; only those that all cells have are pooled.
+        overlap: of all prompts together, as `TaskCell` has it.
+        task: what the rows are called, such as one of `tasks.registry.KINDS`.
     """
     names = [one.compared.name for one in fields[0]]
     names = [name for name in names if all(name in {one.compared.name for one in comparison} for comparison in fields)]
@@ -155,14 +197,15 @@ def pooled_rows(fields: Sequence[Sequence[Measured]]) -> tuple[list[ResultRow], 
             values["retention"] = retained(dense, values["exact_match"])
         for metric, numbers in values.items():
             value, interval = _value(metric, numbers)
-            row = _row(POOLED, None, name, metric, value, interval, len(numbers))
-            results.append({**row, "kv_bytes": round(share)})
+            row = _row(task, None, name, metric, value, interval, len(numbers))
+            results.append({**row, "kv_bytes": round(share), "overlap": overlap})
         if name == names[0]:
             ours = values
             continue
         for metric, numbers in values.items():
             value, interval, p = _difference(metric, ours[metric], numbers)
-            differences.append({**_row(POOLED, None, name, metric, value, interval, len(numbers)), "p": p})
+            row = _row(task, None, name, metric, value, interval, len(numbers))
+            differences.append({**row, "p": p, "overlap": overlap})
     return results, differences
 
 
@@ -172,6 +215,16 @@ def at_floor(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         {"task": row["task"], "length": row["length"]}
         for row in results
         if row["model"] == DENSE and row["metric"] == "exact_match" and row["ci95"] and row["ci95"][1] < FLOOR
+    ]
+
+
+def seen_in_calibration(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns `{task, length, overlap}` of what calibration has seen more of than `OVERLAP_LIMIT`."""
+    found = {(row["task"], row["length"]): row["overlap"] for row in results}
+    return [
+        {"task": task, "length": length, "overlap": share}
+        for (task, length), share in found.items()
+        if share is not None and share > OVERLAP_LIMIT
     ]
 
 

@@ -51,7 +51,7 @@ def _baselines(kl: dict[str, float | None], samples: int | None) -> Picture | No
         "hovertemplate": "%{y}: %{x:.4g} nats<extra></extra>",
     }
     layout = {
-        "xaxis": axis(KL, type="log", exponentformat="power"),
+        "xaxis": axis(KL, rangemode="tozero"),
         "yaxis": axis("", type="category"),
         "height": 130 + 26 * len(found),
         "showlegend": False,
@@ -116,8 +116,8 @@ def _scatter(name: str, title: str, groups: Any, note: str) -> Picture:
             lines("faint", "equal", line, line, mode="lines", line={"dash": "dot", "width": 1}, hoverinfo="skip")
         )
     layout = {
-        "xaxis": axis("predicted, nats per token", type="log", exponentformat="power"),
-        "yaxis": axis("measured, nats per token", type="log", exponentformat="power"),
+        "xaxis": axis("predicted, nats per token", type="log", exponentformat="none"),
+        "yaxis": axis("measured, nats per token", type="log", exponentformat="none"),
         "height": 380,
     }
     return Picture(name, title, traces, layout, note, ("of", "predicted", "measured"), rows)
@@ -145,7 +145,7 @@ def history_picture(explanation: Finding) -> Picture | None:
         dots("uniform", "pruned", [row["trial"] for row in pruned], [row["harm"] for row in pruned]),
         lines("faint", "best so far", numbers, best, mode="lines", line={"shape": "hv"}),
     ]
-    layout = {"xaxis": axis("trial"), "yaxis": axis(KL, type="log"), "height": 320}
+    layout = {"xaxis": axis("trial"), "yaxis": axis(KL, rangemode="tozero"), "height": 320}
     rows = [(str(row["trial"]), readable_number(row["harm"]), trial_remark(row)) for row in trials]
     note = (
         "Pruned trials saw fewer samples. A trial replaces trial 0 only if its gain in mean KL, paired by sample, exceeds "
@@ -176,7 +176,7 @@ def front_picture(front: Finding) -> Picture | None:
     x, y = zip(*points, strict=True)
     layout = {
         "xaxis": axis("% of the dense KV bytes"),
-        "yaxis": axis(KL, type="log"),
+        "yaxis": axis(KL, rangemode="tozero"),
         "height": 320,
         "showlegend": False,
     }
