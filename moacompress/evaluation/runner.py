@@ -93,6 +93,8 @@ def evaluate(
     All models are the same loaded weights, run by the same kernels on the same prompts in the same batches: under the
     plan, with every KV head at full span (dense), and under baselines that take at most the plan's KV bytes at the
     prompts' mean length. With a quantized cache they run as transformers runs them, and the cache's tensors are counted.
+    Beside such a side, or an eviction, dense runs as transformers runs it too (`dense:transformers`): the two attentions round
+    differently, and retention is of the prompts that dense answers by both.
     Known ways to evict tokens run under masks, in plain PyTorch, within the plan's bytes of each prompt; their memory is
     counted as if it were freed. They have no rows for `text`.
     A baseline with several candidates (sinks, streaming windows) is represented by the one with the lowest mean NLL on
@@ -101,9 +103,9 @@ def evaluate(
 
     Args:
         target: a compressed checkpoint, or a run's folder with one under `model/`.
-        against: what to measure beside the plan: `dense`; the baselines `uniform`, `uniform-elastic`, `quantized`,
-            `per-layer`, `split` and `moa`; `uniform:4`, `uniform:16` and `uniform:64` for a given sink; transformers'
-            quantized caches, such as `quantized:hqq-8` (`quantized_caches.QUANTIZED`), at the bytes that they take;
+        against: what to measure beside the plan: `dense`; `dense:transformers`; the baselines `uniform`, `uniform-elastic`,
+            `quantized`, `per-layer`, `split` and `moa`; `uniform:4`, `uniform:16` and `uniform:64` for a given sink;
+            transformers' quantized caches, such as `quantized:hqq-8` (`quantized_caches.QUANTIZED`), at the bytes that they take;
             known ways to evict tokens (`baselines.evictions`), such as `snapkv`, which is measured with the question seen
             and unseen, or `snapkv:seen`;
             folders of other compressed checkpoints of the same dense model, with their own weights where these were repaired
@@ -140,7 +142,8 @@ def evaluate(
         - `results`: rows of `model, task, length, metric, value, ci95, prompts, kv_bytes, tokens` (the mean, where bytes
           are stated), and `sink` and `window` of a baseline where all its KV heads have the same. Metrics are
           `exact_match`, `accuracy`, `nll` (nats a token) and, where dense is measured and gets a prompt right,
-          `retention`, whose `prompts` are those that dense gets right; for text see `TEXT_METRICS`.
+          `retention`, whose `prompts` are those that dense gets right, by both attentions where both are measured
+          (`prompts_dense` has the number of each); for text see `TEXT_METRICS`.
         - `differences`: rows of the plan minus each other `model`, paired by prompt.
         - `pooled`: `results` and `differences` of all prompts of all tasks and lengths together, where there are several;
           differences there have `retention` too.

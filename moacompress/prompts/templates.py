@@ -88,7 +88,9 @@ def template_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
     text = "the user's text"
     parts = render_messages(tokenizer, [{"role": "user", "content": text}], generate=True).split(text)
     if len(parts) != 2:
-        raise DataError(f"the model's chat template renders a user's text {len(parts) - 1} times; it must stand there once")
+        raise DataError(
+            f"the model's chat template renders a user's text {len(parts) - 1} times; it must stand there once"
+        )
     before, after = (encode_text(tokenizer, part, special=False) for part in parts)
     return before, after
 

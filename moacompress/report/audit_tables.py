@@ -12,6 +12,7 @@ from rich.console import RenderableType
 from moacompress.core.artefact_names import page_file
 from moacompress.core.files import write_text
 from moacompress.core.tables import readable_number, section
+from moacompress.report.summary_tables import MOA_NOTE
 from moacompress.rules.rule import Rule
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ def audit_tables(audit: Data) -> list[RenderableType]:
     for name in names:
         row = audit["fisher_minus_moa" if name == "fisher" else "chosen_minus_moa"]
         shown.append(f"Spearman of {name} minus that of moa: {_number(row, 'value', 'ci95')}")
+    if names:
+        shown.append(MOA_NOTE)
     if audit["split_half"]:
         title = f"KL of the plan of half the samples, times that of the other half's own, at {audit['budget']}"
         rows = [

@@ -189,7 +189,10 @@ def test_kvzip_is_the_most_attention_of_a_repetition(
         found: list[int] = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
         return found
 
-    asked = "\n\nRepeat the previous context exactly.", "\n\nRepeat the part of the previous context exactly, starting with"
+    asked = (
+        "\n\nRepeat the previous context exactly.",
+        "\n\nRepeat the part of the previous context exactly, starting with",
+    )
     read, first = tokens(opening + user), len(tokens(opening))
     assert first > 4
     end, kept = len(read), first if keeps_template else 4

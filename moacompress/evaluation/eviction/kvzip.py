@@ -24,9 +24,10 @@ REPEAT_PART = "\n\nRepeat the part of the previous context exactly, starting wit
 class KVzip(PromptBaseline):
     """KVzip (arXiv 2505.23416): keeps what the model needs to write the prompt down again.
 
-    The user's text is repeated one chunk at a time: a request in the user's turn, the header of the assistant's turn, the chunk.
-    Attention of these tokens is normalised over the sinks, the cached keys of the chunk and the fed tokens up to each query;
-    the score is the maximum over all fed queries and the query heads of the group. All layers and KV heads compete for the bytes.
+    The user's text is repeated one chunk at a time: a request in the user's turn, the assistant's header, the chunk.
+    Attention of these tokens is normalised over the sinks, the cached keys of the chunk and the fed tokens up to each
+    query; the score is the maximum over all fed queries and the query heads of the group. All layers and KV heads compete
+    for the bytes.
 
     What the chat template puts before the user's text is not repeated. By default it scores 0 beyond the sinks and is evicted,
     as in NVIDIA's kvpress; the authors' own code keeps it, and all of it serves as sinks (`template`).

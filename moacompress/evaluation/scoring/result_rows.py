@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from moacompress.evaluation.baselines.compared_models import DENSE, ComparedModel
+from moacompress.evaluation.baselines.compared_models import DENSE, DENSE_SIDES, ComparedModel
 from moacompress.evaluation.scoring.prompts import Score
 from moacompress.evaluation.scoring.stats import (
     FLOOR,
@@ -83,17 +83,35 @@ def best_candidates(measured: Iterable[Candidate], nll: str = "nll") -> list[Can
 
 
 def result_rows(cell: TaskCell, comparison: Sequence[Measured], seed: int) -> list[ResultRow]:
-    """Returns the rows of every model: `SCORES`, and `retention` where the dense model is there and gets a prompt right."""
-    dense = next((one.values("exact_match") for one in comparison if one.compared.name == DENSE), None)
+    """Returns the rows of every model: `SCORES`, and `retention` where the dense model is there and gets a prompt right.
+
+    `retention` is of the prompts that all dense sides answer fully; `prompts_dense` says how many each of them does.
+    """
+    sides = _dense_sides({one.compared.name: one.values("exact_match") for one in comparison})
+    dense = all_answer(sides.values())
     rows = []
     for one in comparison:
         for metric in SCORES:
             value, interval = _value(metric, one.values(metric), seed)
             rows.append(result_row(cell, one.compared, metric, value, interval, cell.prompts))
-        kept = retention(dense, one.values("exact_match"), seed) if dense is not None else None
+        kept = retention(dense, one.values("exact_match"), seed) if dense else None
         if kept is not None:
-            rows.append(result_row(cell, one.compared, "retention", *kept))
+            rows.append({**result_row(cell, one.compared, "retention", *kept), **_answered(sides)})
     return rows
+
+
+def all_answer(sides: Iterable[Sequence[float]]) -> list[float]:
+    """Returns the least exact match of some sides on each prompt: 1 where all of them answer it fully."""
+    return [min(of_prompt) for of_prompt in zip(*sides, strict=True)]
+
+
+def _dense_sides(exact: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
+    """Returns the exact match of the dense model by each attention that it was measured with."""
+    return {name: exact[name] for name in DENSE_SIDES if name in exact}
+
+
+def _answered(sides: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    return {"prompts_dense": {name: sum(value == 1.0 for value in exact) for name, exact in sides.items()}}
 
 
 def result_row(
@@ -131,7 +149,7 @@ def difference_row(
 def pooled_rows(fields: Sequence[Sequence[Measured]], seed: int) -> tuple[list[ResultRow], list[ResultRow]]:
     """Returns the rows and the differences of all prompts of all cells together, under the task `POOLED` without a length.
 
-    Differences also have `retention`: of the prompts that dense gets right.
+    Differences also have `retention`: of the prompts that dense gets right, by all attentions that it was measured with.
 
     Args:
         fields: the models of every cell, the plan first; only those that all cells have are pooled.
@@ -147,7 +165,8 @@ def pooled_rows(fields: Sequence[Sequence[Measured]], seed: int) -> tuple[list[R
         for name, column in columns.items()
     }
     count = sum(len(comparison[0].scores) for comparison in fields)
-    dense = scores[DENSE]["exact_match"] if DENSE in scores else []
+    sides = _dense_sides({name: scored["exact_match"] for name, scored in scores.items()})
+    dense = all_answer(sides.values())
     results, differences = [], []
     for name, column in columns.items():
         share = sum(one.compared.kv_bytes * len(one.scores) for one in column) / count
@@ -157,7 +176,8 @@ def pooled_rows(fields: Sequence[Sequence[Measured]], seed: int) -> tuple[list[R
         for metric, numbers in values.items():
             value, interval = _value(metric, numbers, seed)
             row = _row(POOLED, None, name, metric, value, interval, len(numbers))
-            results.append({**row, "kv_bytes": round(share)})
+            answered = _answered(sides) if metric == "retention" else {}
+            results.append({**row, "kv_bytes": round(share), **answered})
         if name == names[0]:
             ours = values
             continue

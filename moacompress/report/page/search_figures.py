@@ -10,7 +10,7 @@ from moacompress.core.tables import readable_number
 from moacompress.report.page.figure_style import OTHERS, ROLES, Picture, Trace, axis, dots, lines
 from moacompress.report.page.findings import EXPLANATIONS, FRONTS, Finding, Findings, reading_file
 from moacompress.report.search_tables import trial_remark
-from moacompress.report.summary_tables import NAMES
+from moacompress.report.summary_tables import MOA_NOTE, NAMES
 from moacompress.rules.untrusted import reading_notes
 from moacompress.search.measure.trials import CAUTION
 
@@ -60,6 +60,7 @@ def _baselines(kl: dict[str, float | None], samples: int | None) -> Picture | No
     note = "Each kind at its best sink, window and formats" + (
         f", on {samples} validation samples." if samples else "."
     )
+    note += f" {MOA_NOTE}" if NAMES["moa"] in names else ""
     rows = [(name, readable_number(value)) for value, name in zip(values, names, strict=True)]
     return Picture("baselines", "KL at the same bytes", [trace], layout, note, ("plan", "nats a token"), rows)
 
