@@ -105,8 +105,8 @@ def evaluate(
         target: a compressed checkpoint, or a run's folder with one under `model/`.
         against: what to measure beside the plan: `dense`; `dense:transformers`; the baselines `uniform`, `uniform-elastic`,
             `quantized`, `per-layer`, `split` and `moa`; `uniform:4`, `uniform:16` and `uniform:64` for a given sink;
-            transformers' quantized caches, such as `quantized:hqq-8` (`quantized_caches.QUANTIZED`), at the bytes that they take;
-            known ways to evict tokens (`baselines.evictions`), such as `snapkv`, which is measured with the question seen
+            transformers' quantized caches, such as `quantized:hqq-8` (`quantized_caches.QUANTIZED`), at the bytes that they
+            take; known ways to evict tokens (`baselines.evictions`), such as `snapkv`, which is measured with the question seen
             and unseen, or `snapkv:seen`;
             folders of other compressed checkpoints of the same dense model, with their own weights where these were repaired
             or healed, or layers share attention.
