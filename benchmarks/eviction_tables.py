@@ -3,7 +3,8 @@
     python benchmarks/eviction_tables.py eighth.1k.json eighth.2k.json --sides kvzip:unseen,kvzip:seen,quantized:hqq-4
 
 A file is what `moacompress eval plan/ --against dense,... -o` wrote of prompts of one length and more tasks than one. Retention
-is of the prompts of all tasks that dense answers right, NLL in nats a token. Brackets are 95% intervals.
+is of the prompts of all tasks that dense answers right, by both attentions where it was measured by both; NLL is in nats per
+token. Brackets are 95% intervals.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moacompress.evaluation.baselines.compared_models import DENSE, PLAN
+from moacompress.evaluation.baselines.compared_models import DENSE, DENSE_SIDES, PLAN
 from moacompress.evaluation.scoring.result_rows import POOLED
 from moacompress.evaluation.scoring.text_rows import TEXT
 from moacompress.rules.budget import format_length
@@ -98,7 +99,7 @@ def task_table(all_found: list[Evaluation], sides: list[str]) -> str:
     for task in dict.fromkeys(task for found in all_found for task in found.tasks):
         right = ", ".join("{} of {}".format(*found.right(task)) if task in found.tasks else "-" for found in all_found)
         cells = [", ".join(_kept(found, [side], task) for found in all_found) for side in (PLAN, *sides)]
-        others = [[side for side in found.sides if side not in (PLAN, DENSE, *sides)] for found in all_found]
+        others = [[side for side in found.sides if side not in (PLAN, *DENSE_SIDES, *sides)] for found in all_found]
         best = ", ".join(_kept(found, names, task) for found, names in zip(all_found, others, strict=True))
         lines.append(_line(f"`{task}`", right, *cells, best))
     return "\n".join(lines)
