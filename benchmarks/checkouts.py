@@ -7,7 +7,8 @@
 Each checkout has its own `.venv` (`make setup`). A command is what follows Python's name. It prints one JSON object, and runs
 in both checkouts in turns, in the folder of each: the machine's speed drifts, and a pair of neighbours meets the same of it.
 Every field whose name is `ms`, or ends in `_ms` or `_s`, is a time; rows are paired by the fields that name them. For every
-time the ratio new / old is the geometric mean over the rows, and its interval that of the mean over the pairs (Student's t).
+time the ratio new / old is the geometric mean over the rows, and its interval that of the mean over the pairs
+(Student's t; null below 5 pairs).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
+from moacompress.core.statistics import exponential_mean
 
 PAIRS = 7
 RECORD = "tests/golden/record.py"
@@ -77,13 +78,6 @@ def log_ratios(old: Any, new: Any) -> dict[str, float]:
     return {name: statistics.fmean(logs) for name, logs in found.items()}
 
 
-def interval(logs: list[float]) -> tuple[float, float, float]:
-    """Returns the ratio that the mean of logarithms stands for, and the ends of its 95% interval."""
-    mean = statistics.fmean(logs)
-    half = float(stats.t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
-
-
 def compare_records(old: Path, new: Path) -> dict[str, Any]:
     """Returns whether the records of two checkouts are the same to the bit, and which parts are not."""
     script = str((new / RECORD).absolute())  # the same questions to both
@@ -101,8 +95,8 @@ def compare_times(old: Path, new: Path, command: list[str], pairs: int) -> dict[
             found.setdefault(name, []).append(value)
     ratios = {}
     for name, logs in found.items():
-        ratio, low, high = interval(logs)
-        ratios[name] = {"ratio": ratio, "ci95": [low, high], "pairs": len(logs)}
+        ratio, ends = exponential_mean(logs)
+        ratios[name] = {"ratio": ratio, "ci95": ends, "pairs": len(logs)}
     return {"command": command, "ratios": ratios}
 
 

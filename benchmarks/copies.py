@@ -20,6 +20,7 @@ import torch
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.passes import all_attended
 from moacompress.calibration.profile.sharing import Attended
+from moacompress.core.statistics import error_text, standard_error
 from moacompress.models.source import SourceModel, load_source
 from moacompress.prompts.pools import Prose, Split
 from moacompress.repair.copies import copied, repaired_copies
@@ -72,10 +73,10 @@ def main() -> None:
     seen = [all_attended(source.model, shape, sample.input_ids) for sample in fitted[:4]]
     rules = ((Rule.FULL,) * shape.kv_heads,) * shape.layers
 
-    def measured(layer: int, share: Share, weights: Weights) -> list[float]:
+    def measured(layer: int, share: Share, weights: Weights) -> list[float | None]:
         plan = Plan(shape, 32, rules, shares=tuple(share if at == layer else None for at in range(shape.layers)))
         kls = Objective(source.model, held, lambda plan: weights).kls(plan)
-        return [float(kls.mean()), float(kls.std(ddof=1) / len(kls) ** 0.5)]
+        return [float(kls.mean()), standard_error(kls.tolist())]
 
     rows: list[dict[str, Any]] = []
     ways = ("same_heads", "copy", "repaired")
@@ -93,7 +94,7 @@ def main() -> None:
         }
         rows.append(row)
         if not args.json:
-            texts = [f"{name} {row[name][0]:.4f} ± {row[name][1]:.4f}" for name in ways]
+            texts = [f"{name} {error_text(*row[name])}" for name in ways]
             print(f"{layer}  {list(copy.head_map)}  left {repair.left:.2f}", *texts, sep="  ", flush=True)
     if args.json:
         print(json.dumps({"runs": rows}))

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moacompress.core.statistics import estimate_row, estimate_text, mean, rate
 from moacompress.evaluation.scoring.prompts import Score, batches, score_batch
 from moacompress.evaluation.scoring.result_rows import POOLED
-from moacompress.evaluation.scoring.stats import Interval, mean, rate, retention
+from moacompress.evaluation.scoring.retention import retention
 from moacompress.evaluation.tasks.cases import Case
 from moacompress.evaluation.tasks.registry import Resources, make_cases
 from moacompress.models.source import load_source
@@ -46,10 +47,13 @@ def main() -> None:
         found = side_rows(side, scores[side], scores[given.sides[0]])
         rows += found
         for row in [] if given.json else found:
-            kept = f"keeps {shown(row['retention'])} of {row['right']}, " if row["right"] else ""
-            print(
-                f"{row['task']:24} {side}: {kept}exact {shown(row['exact_match'])}, NLL {shown(row['nll'])}", flush=True
-            )
+            said = {
+                name: estimate_text(row[name]["value"], row[name]["ci95"], ".3f")
+                for name in ("retention", "exact_match", "nll")
+                if row[name]
+            }
+            kept = f"keeps {said['retention']} of {row['right']}, " if row["right"] else ""
+            print(f"{row['task']:24} {side}: {kept}exact {said['exact_match']}, NLL {said['nll']}", flush=True)
     if given.json:
         print(json.dumps({"rows": rows}))
 
@@ -89,24 +93,13 @@ def side_rows(side: str, scores: dict[str, list[Score]], reference: dict[str, li
             {
                 "task": task,
                 "side": side,
-                "retention": number(*kept[:2]) if kept else None,
+                "retention": estimate_row(*kept[:2]) if kept else None,
                 "right": kept[2] if kept else 0,
-                "exact_match": number(*rate(exact)),
-                "nll": number(*mean([score.nll for score in ours])),
+                "exact_match": estimate_row(*rate(exact)),
+                "nll": estimate_row(*mean([score.nll for score in ours])),
             }
         )
     return rows
-
-
-def number(value: float, interval: Interval) -> dict[str, Any]:
-    """Returns a value with its 95% interval."""
-    return {"value": value, "ci95": list(interval)}
-
-
-def shown(found: dict[str, Any]) -> str:
-    """Returns a value with its interval, for people."""
-    low, high = found["ci95"]
-    return f"{found['value']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 if __name__ == "__main__":

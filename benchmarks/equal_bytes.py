@@ -22,6 +22,7 @@ from transformers import AttentionInterface
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.passes import answer_logits
 from moacompress.calibration.profile.store import Profile
+from moacompress.core.statistics import estimate_text
 from moacompress.models.kl import kl_divergence
 from moacompress.rules.budget import Budget, parse_length
 from moacompress.rules.plan import Plan
@@ -108,8 +109,7 @@ def shown(row: dict[str, Any]) -> str:
         f"{row['budget']:>7} {row['way']:<32} {row['tokens']:5} tokens  {row['kl']:9.4f} nats  {row['kept']:.2f} kept"
     )
     if row["ratio"] is not None:
-        low, high = row["ratio"]["ci95"]
-        line += f"  {row['ratio']['value']:.2f} [{low:.2f}, {high:.2f}] of the first"
+        line += f"  {estimate_text(row['ratio']['value'], row['ratio']['ci95'])} of the first"
     return line
 
 

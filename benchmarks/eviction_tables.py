@@ -1,10 +1,13 @@
 """Markdown tables of evaluations: each side at the plan's bytes, and what each task keeps at every length.
 
     python benchmarks/eviction_tables.py eighth.1k.json eighth.2k.json --sides kvzip:unseen,kvzip:seen,quantized:hqq-4
+    python benchmarks/eviction_tables.py eighth.1k.json --keep docs/data/
 
 A file is what `moacompress eval plan/ --against dense,... -o` wrote of prompts of one length and more tasks than one. Retention
 is of the prompts of all tasks that dense answers right, by both attentions where it was measured by both; NLL is in nats per
-token. Brackets are 95% intervals.
+token. Brackets are 95% intervals; p is that of an exact test (retention) or of a permutation test (NLL) of the paired
+difference. All of it is computed from the scores of single prompts in the file. `--keep` writes these alone, so that they can
+lie beside the tables that are made of them.
 """
 
 from __future__ import annotations
@@ -14,13 +17,27 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moacompress.core.files import write_text
+from moacompress.core.statistics import estimate_text, p_text
 from moacompress.evaluation.baselines.compared_models import DENSE, DENSE_SIDES, PLAN
-from moacompress.evaluation.scoring.result_rows import POOLED
-from moacompress.evaluation.scoring.text_rows import TEXT
+from moacompress.evaluation.scoring.result_rows import POOLED, pooled_rows, result_rows
+from moacompress.evaluation.scoring.stored_scores import measured_again
 from moacompress.rules.budget import format_length
 
 METRICS = ("retention", "nll")
 Row = dict[str, Any]
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """Returns the scores of single prompts in a file, with what they are of.
+
+    Raises:
+        SystemExit: it has none.
+    """
+    found = json.loads(path.read_text("utf-8"))
+    if not found.get("scores"):
+        raise SystemExit(f"{path} has no scores of single prompts; evaluate again with this version")
+    return {name: found[name] for name in ("checkpoint", "wording", "scores") if name in found}
 
 
 class Evaluation:
@@ -39,23 +56,22 @@ class Evaluation:
     """
 
     def __init__(self, path: Path) -> None:
-        found = json.loads(path.read_text("utf-8"))
-        self._results, self._differences = (
-            {
-                (row["model"], row["task"], row["metric"]): row
-                for row in (*found[kind], *found.get("pooled", {}).get(kind, ()))
-            }
-            for kind in ("results", "differences")
-        )
-        rows = [row for row in found["results"] if row["task"] != TEXT]
-        lengths = {row["length"] for row in rows}
-        self.tasks = [*dict.fromkeys(row["task"] for row in rows)]
+        rows = read_scores(path)["scores"]
+        cells = measured_again(rows)
+        fields = [comparison for _, comparison in cells]
+        lengths = {cell.length for cell, _ in cells}
+        self.tasks = [cell.task for cell, _ in cells]
         self.sides = [*dict.fromkeys(row["model"] for row in rows)]
         if len(lengths) != 1 or len(self.tasks) < 2 or DENSE not in self.sides:
             raise SystemExit(
                 f"{path}: an evaluation of two tasks or more, of one length, with dense among its sides is wanted"
             )
         (self.length,) = lengths
+        results, differences = pooled_rows(fields)
+        results += [row for cell in cells for row in result_rows(*cell)]
+        self._results, self._differences = (
+            {(row["model"], row["task"], row["metric"]): row for row in kind} for kind in (results, differences)
+        )
 
     def row(self, side: str, task: str, metric: str) -> Row | None:
         """Returns a row of results; None where dense answers none of a task, so that nothing can be retained."""
@@ -84,9 +100,12 @@ def side_table(found: Evaluation) -> str:
     for side in found.sides:
         kept, nll = (found.row(side, POOLED, metric) for metric in METRICS)
         assert nll is not None
-        said = "" if kept is None else f"{kept['value']:.2f} {_interval(kept, '.2f')}"
+        said = "" if kept is None else estimate_text(kept["value"], kept["ci95"])
         less = (found.less(side, metric) for metric in METRICS)
-        apart = ("" if row is None else f"{row['value']:+.2f} {_interval(row, '+.2f')}" for row in less)
+        apart = (
+            "" if row is None else f"{estimate_text(row['value'], row['ci95'], '+.2f')}, {p_text(row['p'])}"
+            for row in less
+        )
         lines.append(_line(f"`{side}`", f"{found.share(side):.1%}", said, f"{nll['value']:.3f}", *apart))
     return "\n".join(lines)
 
@@ -110,10 +129,6 @@ def _kept(found: Evaluation, sides: list[str], task: str) -> str:
     return f"{max(row['value'] for row in rows):.2f}" if rows else "-"
 
 
-def _interval(row: Row, form: str) -> str:
-    return "[{}]".format(", ".join(format(end, form) for end in row["ci95"]))
-
-
 def _line(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -123,7 +138,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="of `moacompress eval -o`")
     parser.add_argument("--sides", default="", help="comma-separated: columns of their own in the table of tasks")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FOLDER", help="write the scores there, under the names of the files"
+    )
     given = parser.parse_args()
+    for path in given.files if given.keep else ():
+        write_text(given.keep / path.name, json.dumps(read_scores(path)) + "\n")
     all_found = [Evaluation(path) for path in given.files]
     for found in all_found:
         print(f"At {found.length:,} tokens:\n\n{side_table(found)}\n")

@@ -17,18 +17,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from scipy import stats
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from moacompress.core.statistics import estimate_row, estimate_text, exponential_mean
 from moacompress.kernels.reference.codes import decode, encode, rotated
 
 if TYPE_CHECKING:
@@ -190,9 +189,7 @@ def logits_under(source: SourceModel, way: Way, sample: Sample) -> torch.Tensor:
 def ratio(kls: list[float], others: list[float]) -> dict[str, Any]:
     """Returns the geometric mean of the ratios of KLs, sample by sample, and its 95% interval."""
     logs = [math.log((mine + LEAST) / (other + LEAST)) for mine, other in zip(kls, others, strict=True)]
-    mean = statistics.fmean(logs)
-    half = float(stats.t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return {"value": math.exp(mean), "ci95": [math.exp(mean - half), math.exp(mean + half)]}
+    return estimate_row(*exponential_mean(logs))
 
 
 def measure(
@@ -253,8 +250,7 @@ def main() -> None:
     for row in rows:
         line = f"{row['way']:<32} {row['bytes']:6.3f} of the bytes  {row['kl']:9.6f} nats  {row['kept']:.2f} kept"
         if row["ratio"] is not None:
-            low, high = row["ratio"]["ci95"]
-            line += f"  {row['ratio']['value']:.2f} [{low:.2f}, {high:.2f}] of {row['way'].split()[0]}"
+            line += f"  {estimate_text(row['ratio']['value'], row['ratio']['ci95'])} of {row['way'].split()[0]}"
         print(line)
 
 

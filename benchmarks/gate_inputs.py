@@ -52,6 +52,7 @@ from moacompress.calibration.gates.training import (
 )
 from moacompress.calibration.profile.passes import answer_logits
 from moacompress.calibration.profile.sample_statistics import token_influence
+from moacompress.core.statistics import error_text, estimate_text
 from moacompress.models.kl import kl_divergence
 from moacompress.models.least_squares import Normal
 from moacompress.models.modules import attention_modules
@@ -297,12 +298,13 @@ def main() -> None:
         return
     for row in measured:
         (kl, error), times = row["kl"], row["times"]
-        low, high = times["ci95"]
-        print(f"{row['probe']:<18} {kl:.4f} ± {error:.4f} nats, {times['value']:.2f} [{low:.2f}, {high:.2f}] x input's")
+        print(
+            f"{row['probe']:<18} {error_text(kl, error)} nats, {estimate_text(times['value'], times['ci95'])} x input's"
+        )
     for row in found:
         (left, error), (more, spread) = row["left"], row["difference"]
-        line = f"{row['probe']:<18} {row['share']:5.0%} chosen: {left:.3f} ± {error:.3f} left, "
-        print(f"{line}{more:+.3f} ± {spread:.3f} to input; {row['of_all']:.3f} of all")
+        line = f"{row['probe']:<18} {row['share']:5.0%} chosen: {error_text(left, error, '.3f')} left, "
+        print(f"{line}{error_text(more, spread, '+.3f')} to input; {row['of_all']:.3f} of all")
 
 
 if __name__ == "__main__":

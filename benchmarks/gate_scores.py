@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from moacompress.calibration.profile.passes import all_attended
-from moacompress.evaluation.scoring.stats import mean, retention
+from moacompress.core.statistics import estimate_row, estimate_text, mean
+from moacompress.evaluation.scoring.retention import retention
 from moacompress.evaluation.tasks.cases import Case
 from moacompress.evaluation.tasks.registry import Resources, make_cases
 from moacompress.kernels.gate_scores import rounded_scores
@@ -196,17 +197,15 @@ def side_row(
     return {
         "side": name,
         "share": plan.kv_bytes(n) / plan.model.dense_kv_bytes(n),
-        "kept": None if kept is None else {"value": kept[0], "ci95": list(kept[1])},
-        "nll": {"value": above[0], "ci95": list(above[1])},
+        "kept": None if kept is None else estimate_row(*kept[:2]),
+        "nll": estimate_row(*above),
         "right": len(found),
     }
 
 
 def shown(row: dict[str, Any]) -> str:
     """Returns a row for people."""
-    kept, nll = (
-        f"{row[name]['value']:.3f} [{row[name]['ci95'][0]:.3f}, {row[name]['ci95'][1]:.3f}]" for name in ("kept", "nll")
-    )
+    kept, nll = (estimate_text(row[name]["value"], row[name]["ci95"], ".3f") for name in ("kept", "nll"))
     return f"{row['side']:24} {row['share']:.1%} of the bytes; keeps {kept} of {row['right']}; NLL {nll} above dense"
 
 

@@ -59,7 +59,7 @@ def read_point(text: str) -> Point:
     if side not in rows or "dense" not in rows:
         raise SystemExit(f"{file} has no retention of {side} beside dense; it has {', '.join(rows)}")
     row = rows[side]
-    low, high = row["ci95"]
+    low, high = row["ci95"] or (row["value"],) * 2
     return Point(
         name,
         row["kv_bytes"] / rows["dense"]["kv_bytes"],

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,14 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import explanation_file
 from moacompress.core.files import read_json
 from moacompress.core.progress import Progress
-from moacompress.evaluation.scoring.stats import mean
+from moacompress.core.statistics import (
+    Estimate,
+    estimate_row,
+    estimate_text,
+    exponential_mean,
+    median,
+    paired_difference,
+)
 from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
@@ -61,8 +69,9 @@ def main() -> None:
     print(f"{len(samples)} samples; the change is against the row before, of other plans against the last step")
     for one in rows:
         print(
-            f"{one['plan']:24} {one['harm']:.4f} nats, median {one['median']:.4f}; {shown(one['change'])}, median ratio "
-            f"{one['median_ratio']['value']:.3f} [{one['median_ratio']['ci95'][0]:.3f}, {one['median_ratio']['ci95'][1]:.3f}]; "
+            f"{one['plan']:24} {one['harm']:.4f} nats, median {one['median']:.4f}; "
+            f"{estimate_text(one['difference']['value'], one['difference']['ci95'], '+.2g')} nats, {shown(one['change'])}, "
+            f"median ratio {estimate_text(one['median_ratio']['value'], one['median_ratio']['ci95'], '.3f')}; "
             f"{shown(one['change_of_first'])} against the surrogate's own plan"
         )
 
@@ -82,34 +91,29 @@ def baselines(profile: Profile, found: Plan) -> dict[str, Plan]:
 
 
 def row(name: str, kls: np.ndarray, before: np.ndarray, first: np.ndarray) -> dict[str, Any]:
-    """Returns the numbers of a plan: its KL, and the paired changes against two others, with 95% bootstrap intervals."""
-    rng = np.random.default_rng(0)
-    picks = rng.integers(len(kls), size=(10_000, len(kls)))
-    ratios = np.array(log_ratios(kls.tolist(), before.tolist()))
-    medians = np.exp(np.median(ratios[picks], axis=1))
+    """Returns the numbers of a plan: its KL, and the paired changes against two others, with 95% intervals."""
+    middle, ends = median(log_ratios(kls.tolist(), before.tolist()))
+    ratio: Estimate = math.exp(middle), None if ends is None else (math.exp(ends[0]), math.exp(ends[1]))
     return {
         "plan": name,
         "harm": float(kls.mean()),
         "median": float(np.median(kls)),
+        "difference": estimate_row(*paired_difference(kls.tolist(), before.tolist())),
         "change": change(kls, before),
-        "median_ratio": {
-            "value": float(np.exp(np.median(ratios))),
-            "ci95": [float(end) for end in np.quantile(medians, (0.025, 0.975))],
-        },
+        "median_ratio": estimate_row(*ratio),
         "change_of_first": change(kls, first),
     }
 
 
 def change(kls: np.ndarray, before: np.ndarray) -> dict[str, Any]:
     """Returns the geometric mean of the paired ratios, less one."""
-    value, ends = mean(log_ratios(kls.tolist(), before.tolist()))
-    return {"value": float(np.expm1(value)), "ci95": [float(np.expm1(end)) for end in ends]}
+    value, ends = exponential_mean(log_ratios(kls.tolist(), before.tolist()))
+    return estimate_row(value - 1, None if ends is None else (ends[0] - 1, ends[1] - 1))
 
 
 def shown(number: dict[str, Any]) -> str:
     """Returns a change with its interval, for people."""
-    low, high = number["ci95"]
-    return f"{number['value']:+.1%} [{low:+.1%}, {high:+.1%}]"
+    return estimate_text(number["value"], number["ci95"], "+.1%")
 
 
 if __name__ == "__main__":

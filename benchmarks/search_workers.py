@@ -26,7 +26,6 @@ import numpy as np
 import scipy.stats  # noqa: F401  what prunes a trial imports it at its first one
 from optuna.distributions import FloatDistribution
 
-from moacompress.core.progress import SILENT
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -94,7 +93,7 @@ def work(storage: str, name: str, trials: int, measure: Asleep, start: Any, said
         start.wait()
         started = time.perf_counter()
         run = Trials(study, measure, list(range(measure.size)), plan_of)
-        done = run.completed("", trials, SILENT, lambda tried: "")
+        done = run.completed("", trials, lambda tried: "")
         elapsed = time.perf_counter() - started
     said.put({"elapsed": elapsed, "slept": measure.slept, "waited": study.waited, "trials": len(done)})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +33,7 @@ from moacompress.core.progress import Progress
 from moacompress.core.shown import ShownDict
 from moacompress.core.version import own_version
 from moacompress.estimate.estimate import Estimate
+from moacompress.exporter.card import state_measured
 from moacompress.exporter.exporting import as_exported, check_reusable, export, exported_plan, unrepaired
 from moacompress.exporter.fresh import GREEDY
 from moacompress.models.locate import find_running_plan
@@ -45,7 +46,7 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.planned_weights import own_weights
 from moacompress.run_checks import check_recipe, check_with_model, check_with_shape
 from moacompress.run_counts import RunCounts, count_run, read_counts
-from moacompress.run_estimate import asked_length, estimate_run, measured_length
+from moacompress.run_estimate import COMPARED, asked_length, estimate_run, measured_length
 from moacompress.runtime.ready_model import load_for
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+STAGES = ("load", "profile", "search", "export", "eval", "report")
+"""Of a run, as the progress numbers them."""
 Result = TypeVar("Result")
 
 
@@ -158,7 +161,10 @@ def fill(
         MoaCompressError: from any of the steps.
     """
     from moacompress.evaluation.runner import evaluate
+    from moacompress.evaluation.tasks.own_rows import answered_sources
+    from moacompress.report.headline import headline, kept_rows
 
+    progress.plan(dict.fromkeys(STAGES))
     found, clock = _produce(recipe, out, progress, from_scratch, trust_remote_code)
     plan: Plan = found.plan
     evaluation = recipe.evaluation
@@ -166,11 +172,14 @@ def fill(
         "eval",
         lambda: evaluate(
             out / MODEL_FOLDER,
+            against=COMPARED,
             dense=recipe.model if plan.shares or own_weights(plan) else None,
             tasks=evaluation.tasks,
+            sources=answered_sources(recipe.calibration.sources),
             lengths=evaluation.lengths,
             prompts=evaluation.prompts,
             text=recipe.calibration.text,
+            allow_overlap=True,  # the run's own text, dealt to pools; what repeats in it is marked
             seed=recipe.seed,
             device=recipe.device,
             out=out / EVALUATION_FILE,
@@ -201,8 +210,11 @@ def fill(
         **({} if (memory := plan.budget.get("memory")) is None else {"memory": memory}),
         **({} if (rounding := plan.quality.get("rounded_weights")) is None else {"rounded_weights": rounding}),
         "seconds": clock.seconds,
-        "quality": quality_table(scores["results"]),
+        "kept": kept_rows(scores),
+        "not_measured": scores["not_measured"],
+        "quality": quality_table(scores),
         "harm": plan.quality.get("measured_harm", {}),
+        "best_baseline": plan.quality.get("best_baseline"),
         "measured_plans": found.measured_plans,
         **({} if found.classes is None else {"classes": found.classes}),
         **({"step_ms": found.step_ms} if found.step_ms else {}),
@@ -210,6 +222,8 @@ def fill(
         | {name: version(name) for name in ("torch", "transformers", "optuna")},
     }
     write_json(out / SUMMARY_FILE, fields)
+    progress.stage("report")
+    state_measured(out / MODEL_FOLDER, headline(scores))
     _write_page(out)
     return Summary(fields)
 
@@ -249,10 +263,13 @@ def _produce(
     from moacompress.calibration.profile.profiler import profile
     from moacompress.search.plan_sets import find_asked
 
+    progress.stage("load")
     source = _begin(recipe, out, from_scratch, trust_remote_code)
-    clock = _Clock(out / SECONDS_FILE)
+    clock = _Clock(out / SECONDS_FILE, progress)
     if not clock.seconds:  # a run that is taken up has said so before
-        progress.say(f"This takes {estimate_run(recipe, source, progress).line()}")
+        expected = estimate_run(recipe, source, progress)
+        progress.plan({name: expected.facts["seconds"].get(name, 0.0) for name in STAGES}, in_seconds=True)
+        progress.say(f"This takes {expected.line()}")
     profiled = clock.run("profile", lambda: profile(source, out / PROFILE_FOLDER, recipe, progress=progress))
     plan_file, model = out / PLAN_FILE, out / MODEL_FOLDER
     found = clock.run(
@@ -332,13 +349,18 @@ def measured_kv_bytes(folder: Path, length: int, device: str = "cpu", *, trust_r
     return int(returned_cache(out).kv_bytes())
 
 
-def quality_table(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns `{task@length: {dense, uniform, plan, nll: {...}, prompts}}` from an evaluation's rows: exact match, and NLL."""
+def quality_table(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns `{task@length: {dense, uniform, plan, ..., nll: {...}, prompts, kind}}`: exact match and NLL by model.
+
+    Args:
+        evaluation: as `moacompress.evaluate` returns it; the order is its own, the kinds that a claim rests on first.
+    """
     table: dict[str, dict[str, Any]] = {}
-    for row in results:
+    for row in evaluation["results"]:
         if row["metric"] not in ("exact_match", "nll"):
             continue
-        entry = table.setdefault(f"{row['task']}@{row['length']}", {"prompts": row["prompts"], "nll": {}})
+        kind = evaluation["kinds"][row["task"]]
+        entry = table.setdefault(f"{row['task']}@{row['length']}", {"kind": kind, "prompts": row["prompts"], "nll": {}})
         held = entry if row["metric"] == "exact_match" else entry["nll"]
         held[row["model"]] = row["value"]
     return table
@@ -475,16 +497,17 @@ def refuse_held(out: Path, paths: Iterable[Path]) -> None:
 
 
 class _Clock:
-    """Seconds of each step, kept on disk so that a run that was stopped reports what the work took in all."""
+    """Begins each step's stage, and keeps its seconds on disk, so that a resumed run reports what the work took in all."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, progress: Progress) -> None:
+        self._path, self._progress = path, progress
         found = read_json(path, "seconds") if path.exists() else {}
         if not isinstance(found, dict) or not all(isinstance(spent, int | float) for spent in found.values()):
             raise ArtefactError(f"{path} does not say what steps took; move it away, and they count from now on")
         self.seconds: dict[str, float] = found
 
     def run(self, step: str, work: Callable[[], Result]) -> Result:
+        self._progress.stage(step)
         begun = time.perf_counter()
         before = self.seconds.get(step, 0.0)
         try:

@@ -36,9 +36,12 @@ from moacompress.recipe_sections import (
 from moacompress.rules.budget import Budget
 from moacompress.rules.formats import dtype_name
 from moacompress.rules.loss import Loss
+from moacompress.rules.untrusted import MAX_DEPTH, room_after
 
 logger = logging.getLogger(__name__)
 
+MAX_BYTES = 1 << 20
+"""Of a recipe's file, and of what it stands for: numbers and characters."""
 AUTO = "auto"
 """Of weights: a search chooses their formats."""
 CONSENT = "trust_remote_code"
@@ -177,13 +180,20 @@ class Recipe(Section):
 
         path = Path(path)
         try:
-            if path.stat().st_size > 2**20:
-                raise RecipeError(f"recipe {path} has more than 1 MiB")
-            data = yaml.safe_load(path.read_text("utf-8"))
+            with path.open("rb") as file:
+                text = file.read(MAX_BYTES + 1)
+            if len(text) > MAX_BYTES:
+                raise RecipeError(f"recipe {path} has more than {MAX_BYTES >> 20} MiB")
+            data = yaml.safe_load(text.decode("utf-8"))
         except OSError as error:
             raise RecipeError(f"cannot read recipe {path}: {error.strerror or error}") from error
         except (ValueError, yaml.YAMLError, RecursionError) as error:  # a date that there is not is a ValueError
             raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
+        if room_after(data, MAX_BYTES) < 0:  # an alias of YAML stands for all of what it names, time and again
+            raise RecipeError(
+                f"recipe {path} must be finite numbers and texts, at most {MAX_DEPTH} deep, and {MAX_BYTES:,} numbers and "
+                "characters, what an alias stands for counted each time"
+            )
         return Recipe.from_dict(data, f"recipe {path}")
 
     def override(self, **flags: Any) -> Recipe:

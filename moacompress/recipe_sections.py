@@ -292,7 +292,9 @@ class SearchRecipe(Section):
 class EvaluationRecipe(Section):
     """What is measured at the end."""
 
-    tasks: tuple[str, ...] = Field(("needle-noise",), min_length=1, description="tasks of the evaluation")
+    tasks: tuple[str, ...] = Field(
+        ("code-question", "second-question", "needle-noise"), min_length=1, description="tasks of the evaluation"
+    )
     lengths: Lengths = Field(
         (1024,), min_length=1, max_length=16, description="lengths in tokens of the prompts, such as 1k,4k"
     )

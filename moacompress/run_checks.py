@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from moacompress.calibration.data.sample_sources import check_counts, check_data
@@ -11,6 +12,7 @@ from moacompress.core.errors import DataError, RecipeError, UsageError
 from moacompress.evaluation.runner import check_request, task_names
 from moacompress.evaluation.scoring.text import text_windows
 from moacompress.evaluation.scoring.text_rows import TEXT
+from moacompress.evaluation.tasks.own_rows import answered_sources, own_tasks
 from moacompress.evaluation.tasks.registry import Resources, find_task, make_cases
 from moacompress.kernels.dispatch import check_formats
 from moacompress.models.source import SourceModel
@@ -21,6 +23,7 @@ from moacompress.rules.budget import Budget, any_memory
 from moacompress.rules.candidates import in_formats
 from moacompress.rules.constraints import budget_constraints, check_no_sharing
 from moacompress.rules.cost import layer_floors
+from moacompress.rules.loss import Loss, check_loss_samples
 from moacompress.rules.model_shape import ModelShape
 from moacompress.search.search_request import costs_of, offered_formats
 from moacompress.search.weights.weight_choice import weight_choice
@@ -31,7 +34,7 @@ def check_recipe(recipe: Recipe) -> None:
 
     Raises:
         RecipeError: parts of it contradict each other.
-        UsageError: an unknown task, or one that a run cannot have.
+        UsageError: an unknown task, or one that a run cannot have; or too few validation samples for a loss.
         UnsupportedError: a format of an installed package that the kernel does not keep.
         DataError: data missing, unreadable, empty, or without what is needed of it.
     """
@@ -41,6 +44,8 @@ def check_recipe(recipe: Recipe) -> None:
     check_formats(offered_formats(recipe.profile.formats, recipe))
     if not AskedShares.parse(recipe.search.share).off and not recipe.profile.anchors:
         raise RecipeError("search.share needs to know what copies cost; add profile.anchors of 1 or more, such as 2")
+    if recipe.max_loss is not None:
+        check_loss_samples(Loss.parse(recipe.max_loss), recipe.calibration.validation_samples)
     names = task_names(recipe.evaluation.tasks)
     _refuse_squad(names)
     check_data(recipe)
@@ -65,8 +70,9 @@ def check_with_model(recipe: Recipe, source: SourceModel, profile: Path | None =
     _check_prompts(recipe, source.context)
     _check_budgets(recipe, source.shape, source)
     check_samples(source, recipe, profile)
-    resources = _resources(recipe)
-    for task in task_names(evaluation.tasks, resources):
+    mine = answered_sources(recipe.calibration.sources)
+    resources = replace(_resources(recipe), own=own_tasks(mine, mine))
+    for task in task_names((*resources.own, *evaluation.tasks), resources):
         for length in evaluation.lengths:
             if task != TEXT:
                 make_cases(task, length, 1, recipe.seed, source.tokenizer, resources)

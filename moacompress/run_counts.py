@@ -30,7 +30,7 @@ from moacompress.models.support import stored_problems
 from moacompress.recipe import Recipe
 from moacompress.rules.formats import DTYPE_BYTES, dtype_name
 from moacompress.rules.model_shape import ModelShape
-from moacompress.run_estimate import EVALUATED
+from moacompress.run_estimate import COMPARED
 from moacompress.search.search_estimate import search_seconds
 
 if TYPE_CHECKING:
@@ -186,10 +186,10 @@ def search_operations(counts: ModelCounts, recipe: Recipe) -> int:
 
 
 def evaluation_operations(counts: ModelCounts, recipe: Recipe) -> int:
-    """Returns the operations of evaluating `EVALUATED` models."""
+    """Returns the operations of evaluating the plan and what it is compared with."""
     asked = recipe.evaluation
     tasks = len(expand_tasks(asked.tasks))
-    return round(eval_seconds(tasks, asked.lengths, asked.prompts, EVALUATED, _Operations(counts)))
+    return round(eval_seconds(tasks, asked.lengths, asked.prompts, 1 + len(COMPARED), _Operations(counts)))
 
 
 @dataclass(frozen=True)

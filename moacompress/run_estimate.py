@@ -18,8 +18,8 @@ from moacompress.rules.budget import Budget, format_length, reference_length
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.search_estimate import search_seconds
 
-EVALUATED = 3
-"""Models that `compress` evaluates: the plan, dense, and a uniform window."""
+COMPARED = ("dense", "uniform", "best")
+"""What `compress` evaluates beside the plan: dense, a uniform window, and the baseline that its search measured best."""
 
 
 def asked_length(recipe: Recipe) -> int:
@@ -58,7 +58,7 @@ def estimate_run(
     assert profile.rates is not None
     asked, measured, evaluation = asked_length(recipe), measured_length(recipe), recipe.evaluation
     evaluated = eval_seconds(
-        len(expand_tasks(evaluation.tasks)), evaluation.lengths, evaluation.prompts, EVALUATED, profile.rates
+        len(expand_tasks(evaluation.tasks)), evaluation.lengths, evaluation.prompts, 1 + len(COMPARED), profile.rates
     )
     evaluated += profile.rates.forward(measured)
     steps = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from moacompress.core.errors import OutOfTimeError
@@ -87,6 +87,12 @@ class _TimedProgress(Progress):
     progress: Progress
     check: Callable[[], None]
 
+    def plan(self, stages: Mapping[str, float | None], *, in_seconds: bool = False) -> None:
+        self.progress.plan(stages, in_seconds=in_seconds)
+
+    def stage(self, name: str) -> None:
+        self.progress.stage(name)
+
     def start(self, what: str, total: int) -> None:
         self.check()
         self.progress.start(what, total)
@@ -94,6 +100,9 @@ class _TimedProgress(Progress):
     def step(self, note: str = "") -> None:
         self.progress.step(note)
         self.check()
+
+    def beat(self) -> None:
+        self.progress.beat()
 
     def done(self) -> None:
         self.progress.done()

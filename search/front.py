@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ import numpy as np
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import front_file, front_journal, of_front, plan_named, plans_of_front
 from moacompress.core.errors import ArtefactError, BudgetError, PlanError
-from moacompress.core.files import fingerprint, remove
+from moacompress.core.files import check_no_link, fingerprint, read_json, remove
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.budget import Budget
 from moacompress.rules.constraints import byte_constraints
 from moacompress.rules.plan import Plan
+from moacompress.rules.worst_share import WorstShare
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.deadline import Deadline, TimeUp
 from moacompress.search.measure.claims import ClaimLost, open_claims
@@ -82,11 +83,13 @@ def find_front(
     key = fingerprint(["front", request.key, low, high])
     storage = recipe.search.storage or str(front_journal(out))
     name, trials, alone = f"moacompress-{key}", recipe.search.trials, recipe.search.storage is None
-    with plan_place(out, not alone) as place, quiet_optuna(), ExitStack() as joined:
+    with plan_place(front_file(out), not alone) as place, quiet_optuna(), ExitStack() as joined:
         source = model or load_for(recipe, profile.source, trust_remote_code=trust_remote_code)
         profile.check_model(source, "search")
         if place.ours:
             _claim(out, key, overwrite)
+        if alone:
+            check_no_link(front_journal(out))
         claims = joined.enter_context(
             open_claims(storage, name, alone=alone, from_scratch=overwrite, trials=trials, progress=progress)
         )
@@ -115,7 +118,7 @@ def find_front(
         progress.done()
         if not study_storage.finished():
             raise deadline.too_short()
-        if not deadline.stopped:
+        if place.ours or not deadline.stopped:
             with suppress(TimeUp):
                 place.settled(lambda: _is_there(out, key, trials), lambda: evaluator.pause([]))
         points = [
@@ -131,8 +134,7 @@ def find_front(
             if place.ours:
                 plan.save(path)
             results.append(SearchResult.of(plan, path, time.monotonic() - started, {}, written=place.ours))
-        if place.ours:
-            write_front(out, results)
+        write_front(place, results, None)
     return results
 
 
@@ -175,14 +177,13 @@ def _search_front(request: SearchRequest, evaluator: PlanEvaluator, trials: int,
 
 def _is_there(out: Path, key: str, trials: int) -> bool:
     """Returns whether a front is there that another worker of the same search has written, with all of its trials."""
-    first = plan_named(out, "front-1")
-    if not first.exists() or not front_file(out).exists():
-        return False
     try:
-        made = Plan.load(first).provenance
-    except PlanError:
+        listed = [point["plan"] for point in read_json(front_file(out), "front")["points"]]
+        made = Plan.load(plan_named(out, "front-1")).provenance
+    except (ArtefactError, PlanError, KeyError, TypeError):
         return False
-    return made.get("search") == key and made.get("trials", 0) >= trials
+    ours = made.get("search") == key and made.get("trials", 0) >= trials
+    return ours and sorted(listed) == sorted(path.name for path in plans_of_front(out))
 
 
 def _claim(out: Path, key: str, overwrite: bool) -> None:
@@ -238,9 +239,13 @@ def _uniform(low: float, high: float) -> Any:
 
 def _noted(request: SearchRequest, key: str, point: _Point, trials: int) -> Plan:
     profile = request.profile
-    plan = unpack(point.packed, profile)
+    plan = replace(unpack(point.packed, profile), seen=profile.shingles)
     return plan.with_notes(
-        budget={"asked": [f"{math.ceil(1000 * point.share) / 10:g}%"], "bytes": bytes_note(plan, profile.lengths)},
+        budget={
+            "asked": [f"{math.ceil(1000 * point.share) / 10:g}%"],
+            "bytes": bytes_note(plan, profile.lengths),
+            "worst_share": WorstShare.of(plan, profile.lengths).to_dict(),
+        },
         quality={
             "measured_harm": {"plan": point.kl},
             "samples": len(profile.validation),

@@ -29,10 +29,15 @@ class PlanPlace:
     def settled(self, written: Callable[[], bool], pause: Callable[[], None]) -> bool:
         """Waits until the plan is written by the lock holder, or this process is that; returns whether it is to write.
 
+        What is there already is not written again: a worker that comes after the lock holder has gone finds the plan.
+
         Args:
             written: returns whether the plan is there.
             pause: waits a moment.
         """
+        if self.ours:
+            self.ours = not written()
+            return self.ours
         while not self.ours and self.path is not None and not written():
             try:
                 self._taking.enter_context(own_file(self.path))

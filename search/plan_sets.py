@@ -12,18 +12,18 @@ from typing import Any
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import explanation_file, front_file, of_search, plan_named, scouts_folder
 from moacompress.core.errors import ArtefactError, InfeasibleBudgetError, PlanError
-from moacompress.core.files import remove, write_json
+from moacompress.core.files import finite_json, read_json, remove, write_json
 from moacompress.core.progress import Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.rules.budget import any_memory, label
 from moacompress.rules.cost import layer_floors, smallest_bytes
-from moacompress.rules.loss import Loss
+from moacompress.rules.loss import Loss, check_loss_samples
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.baselines.measured import check_baselines
 from moacompress.search.deadline import Deadline, TimeUp
-from moacompress.search.plan_place import plan_place
+from moacompress.search.plan_place import PlanPlace, plan_place
 from moacompress.search.result.search_result import SearchResult
 from moacompress.search.search_request import ParameterValues, SearchRequest, offered
 from moacompress.search.sharing.share_choice import ShareChoice
@@ -74,32 +74,42 @@ def find_plans(
     for asked in budgets:
         SearchRequest.of(profile, list(asked), recipe, model=model)
     source = model or load_for(recipe, profile.source, trust_remote_code=trust_remote_code)
-    if overwrite:
-        remove([front_file(out)])
     found: list[SearchResult] = []
     starts: list[ParameterValues] = []
-    for number, asked in enumerate(budgets):
-        resolved = recipe.override(budget=list(asked))
-        result = find_plan(
-            profile,
-            None,
-            recipe=resolved,
-            out=plan_named(out, label(asked)),
-            overwrite=overwrite,
-            model=source,
-            starts=starts,
-            progress=progress,
-            deadline=deadline.part(len(budgets) - number),
-        )
-        parameters = result.plan.provenance["knobs"]
-        starts = [parameters] if any(parameters.values()) else []
-        found.append(result)
-    write_front(out, found)
+    stopped = False
+    with plan_place(front_file(out), recipe.search.storage is not None) as place:
+        if overwrite and place.out is not None:
+            remove([place.out])
+        for number, asked in enumerate(budgets):
+            resolved, part = recipe.override(budget=list(asked)), deadline.part(len(budgets) - number)
+            result = find_plan(
+                profile,
+                None,
+                recipe=resolved,
+                out=plan_named(out, label(asked)),
+                overwrite=overwrite,
+                model=source,
+                starts=starts,
+                progress=progress,
+                deadline=part,
+            )
+            parameters = result.plan.provenance["knobs"]
+            starts = [parameters] if any(parameters.values()) else []
+            found.append(result)
+            stopped = stopped or part.stopped
+        write_front(place, found, None if stopped else lambda: time.sleep(PAUSE))
     return found
 
 
-def write_front(out: Path, results: Sequence[SearchResult]) -> dict[str, Any]:
-    """Writes `plan.front.json` beside the plans and returns it: bytes and KL of every plan, the smallest first."""
+def write_front(place: PlanPlace, results: Sequence[SearchResult], pause: Callable[[], None] | None) -> None:
+    """Writes `plan.front.json` beside the plans, bytes and KL of every plan, the smallest first; one worker does.
+
+    Args:
+        place: of that file.
+        results: the plans.
+        pause: waits a moment for the lock holder, from which another worker takes over if it has not written the file in the
+            end; None for a worker whose time was up, which has not found what the others will find.
+    """
     points = [
         {
             "plan": result.path.name if result.path else None,
@@ -112,8 +122,18 @@ def write_front(out: Path, results: Sequence[SearchResult]) -> dict[str, Any]:
     ]
     points.sort(key=lambda point: max(point["kv_share"].values()))
     front = {"format": "moacompress-front", "points": points}
-    write_json(front_file(out), front)
-    return front
+    if place.ours or pause is not None:
+        place.settled(lambda: _holds(place.path, front), pause or (lambda: None))
+    if place.out is not None:
+        write_json(place.out, front)
+
+
+def _holds(file: Path | None, value: Any) -> bool:
+    """Returns whether a JSON file holds a value."""
+    try:
+        return file is not None and read_json(file, file.name) == finite_json(value)
+    except ArtefactError:  # it is not there, or no JSON
+        return False
 
 
 def find_asked(profile: Profile, *, recipe: Recipe, **options: Any) -> SearchResult:
@@ -141,7 +161,10 @@ def find_smallest(
     progress: Progress | None = None,
     deadline: Deadline | None = None,
 ) -> SearchResult:
-    """Finds the plan of the smallest budget, a share of the dense bytes, whose measured KL is within a loss.
+    """Finds the plan of the smallest budget, a share of the dense bytes, whose KL is within a loss with 95% confidence.
+
+    The mean KL of a few samples is below a limit by chance half of the time where the true one lies on it, so that the
+    one-sided bound of `core.statistics.upper_bound` has to be within the loss. It is of each plan by itself.
 
     Bisection to a percent with the surrogate's own plans, which take a minute each; then a whole search somewhat below the
     budget at which they hold, and where its plan does not hold, one at that budget.
@@ -159,10 +182,12 @@ def find_smallest(
             those that are measured.
 
     Raises:
+        UsageError: the profile has too few validation samples for a bound.
         InfeasibleBudgetError: a plan that keeps next to everything does not hold.
         OutOfTimeError: the time is up before one that holds is measured.
         MoaCompressError: as `find_plan`.
     """
+    check_loss_samples(loss, len(profile.validation))
     deadline = deadline or Deadline(recipe.search.timeout)
     shared = recipe.search.storage is not None
     with plan_place(out, shared) as place:
@@ -170,13 +195,14 @@ def find_smallest(
             _claim(out, profile, loss, overwrite)
         source = model or load_for(recipe, profile.source, trust_remote_code=trust_remote_code)
         found = _smallest(profile, loss, recipe, out, overwrite, source, progress, deadline)
-        plan = found.plan.with_notes(budget={**found.plan.budget, "max_loss": loss.text})
-        if not deadline.stopped:
+        noted = {"max_loss": loss.text, "max_harm": loss.kl}
+        plan = found.plan.with_notes(budget={**found.plan.budget, **noted})
+        if place.ours or not deadline.stopped:
             place.settled(lambda: _is_same(out, plan), lambda: time.sleep(PAUSE))
         if place.ours:
-            plan.save(out)
             if found.explanation:
                 write_json(explanation_file(out), found.explanation)
+            plan.save(out)
         return SearchResult.of(plan, out, found.seconds, found.explanation, written=place.ours)
 
 
@@ -228,10 +254,10 @@ def _smallest(
             return None
 
     def holds(result: SearchResult) -> bool:
-        kl = result.harm["plan"]
-        if kl is None:
+        bound = result.plan.quality.get("harm_upper95")
+        if bound is None:
             raise TimeUp
-        if kl > loss.kl:
+        if bound > loss.kl:
             return False
         held.append(result)
         return True
@@ -241,8 +267,9 @@ def _smallest(
         bad, good = smallest - 1, 99
         if not holds(scout(good)):
             raise InfeasibleBudgetError(
-                f"no plan holds a loss of {loss.text} (KL {loss.kl:.2g} nats): even {good}% of the bytes cost more; allow "
-                "more loss"
+                f"no plan holds a loss of {loss.text} (KL {loss.kl:.2g} nats) with 95% confidence on "
+                f"{len(profile.validation)} samples: even {good}% of the bytes may cost more; allow more loss, or profile with "
+                "more --validation-samples"
             )
         while good - bad > 1:
             middle = (bad + good) // 2

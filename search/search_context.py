@@ -14,11 +14,12 @@ from moacompress.core.progress import Progress
 from moacompress.rules.plan import Plan
 from moacompress.search.baselines.measured import MeasuredBaseline
 from moacompress.search.deadline import Deadline
+from moacompress.search.measure.kl_difference import KlDifference
 from moacompress.search.measure.objective import Measure
 from moacompress.search.measure.packed_plan import pack, unpack
 from moacompress.search.measure.plan_evaluator import PlanEvaluator
 from moacompress.search.measure.study_storage import StudyStorage
-from moacompress.search.measure.trials import Tried, log_ratio, noise
+from moacompress.search.measure.trials import Tried
 from moacompress.search.predict.around import Around
 from moacompress.search.predict.search_parameters import distributions
 from moacompress.search.predict.surrogate import Surrogate
@@ -38,7 +39,6 @@ class Incumbent:
     Attributes:
         plan: the plan, without notes.
         kls: nats, in the order of the shuffled samples; empty where it is not measured yet.
-        value: mean log-ratio to trial 0.
         stage: what it comes from.
         form: predicts changes of KL around the plan, or around the one that it was made from; None where no step has
             profiled the model under it.
@@ -46,7 +46,6 @@ class Incumbent:
 
     plan: Plan
     kls: list[float]
-    value: float
     stage: str
     form: Quadratic | None = None
 
@@ -54,7 +53,7 @@ class Incumbent:
     def of(trial: Tried, profile: Profile) -> Incumbent:
         """Returns the plan of a trial."""
         plan = unpack(trial.plan, profile)
-        return Incumbent(plan, trial.kls, trial.value, f"trial {trial.index}")
+        return Incumbent(plan, trial.kls, f"trial {trial.index}")
 
     @property
     def kl(self) -> float:
@@ -98,7 +97,7 @@ class SearchContext:
 
     @property
     def reference(self) -> list[float]:
-        """KLs of trial 0, nats, in the order of the shuffled samples: what the value of a plan is relative to."""
+        """KLs of trial 0, nats, in the order of the shuffled samples."""
         return self.tried[0].kls
 
     def plan_of(self, parameters: ParameterValues) -> Plan:
@@ -111,7 +110,7 @@ class SearchContext:
 
     def start(self) -> Incumbent:
         """Returns the surrogate's own plan: what a search begins with. It is not measured yet."""
-        return Incumbent(self.plan_of(self.request.parameters.neutral), [], 0.0, "trial 0")
+        return Incumbent(self.plan_of(self.request.parameters.neutral), [], "trial 0")
 
     def measured(self, incumbent: Incumbent, plan: Plan, stage: str) -> Incumbent:
         """Returns a plan that was made from another one, measured on all validation samples.
@@ -121,7 +120,9 @@ class SearchContext:
             plan: the plan.
             stage: what it comes from.
         """
-        return self.compared(incumbent, plan, self.evaluator.kls("improved", plan, self.evaluator.order), stage)
+        return self.compared(
+            incumbent, plan, self.evaluator.shown("improved", plan, f"measuring the plan of {stage}"), stage
+        )
 
     def compared(self, incumbent: Incumbent, plan: Plan, kls: list[float], stage: str) -> Incumbent:
         """Returns a plan that is measured already; see `measured`.
@@ -132,11 +133,9 @@ class SearchContext:
             kls: nats, in the order of the shuffled samples.
             stage: what it comes from.
         """
-        return replace(incumbent, plan=plan, kls=kls, value=log_ratio(kls, self.reference), stage=stage)
+        return replace(incumbent, plan=plan, kls=kls, stage=stage)
 
-    def add_stage(
-        self, name: str, incumbent: Incumbent, kept: bool, reference: Sequence[float] = (), caution: float = 0.0
-    ) -> None:
+    def add_stage(self, name: str, incumbent: Incumbent, kept: bool, reference: Sequence[float] = ()) -> None:
         """Notes what was tried for the explanation.
 
         Args:
@@ -144,13 +143,9 @@ class SearchContext:
             incumbent: the plan that it came to.
             kept: whether that became the best one.
             reference: KLs of the plan that it had to beat; none for the first.
-            caution: standard errors of the gain that it had to be better by.
         """
-        gain = log_ratio(incumbent.kls, reference) if reference else None
-        least = noise(incumbent.kls, reference, caution) if reference else None
-        self.stages.append(
-            Stage(name, incumbent.kl, incumbent.value, kept, pack(incumbent.plan), gain=gain, noise=least)
-        )
+        difference = KlDifference.of(incumbent.kls, reference) if reference else None
+        self.stages.append(Stage(name, incumbent.kls, kept, pack(incumbent.plan), difference))
 
     def changes(self, incumbent: Incumbent) -> Floats:
         """Returns the predicted change of KL by every change of one row of the plan's knapsack, nats, the rules last.

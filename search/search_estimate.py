@@ -1,7 +1,7 @@
 """What a search will take, from what a forward pass takes: an estimate, for a person who wonders whether to wait.
 
 Its unit is one measurement of a plan: a forward pass of every validation sample. How many each step takes follows from the
-recipe; what is saved where a trial is given up half-way, or where a change begins late in the model, is a mean over searches.
+recipe; what pruned trials save, and what changes that begin late in the model save, is a mean over searches.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moacompress.search.search_request import SearchRequest
 from moacompress.search.weights.choosing import DRAWS, SAMPLES, SCALES
 
 PRUNED = 0.8
-"""Share of a trial's samples that is measured, mean: one that is hopeless is given up."""
+"""Share of a trial's samples that is measured, mean: one that is hopeless is pruned."""
 ABLATION = 0.15
 """What one KV head's ablation takes of a measurement, mean: few samples, and only the layers from its own on."""
 MOVE = 0.5
@@ -41,8 +41,8 @@ SEARCHES = 2
 """Whole searches of a loss, at most: somewhat below the smallest budget at which the surrogate's own plan held, and there."""
 
 
-def measurements(recipe: Recipe, samples: int) -> float:
-    """Returns how many measurements a search takes, but for its rounds' profiles.
+def measurements(recipe: Recipe, samples: int) -> dict[str, float]:
+    """Returns how many measurements each stage of a search takes, in their order; a profile around a plan counts as several.
 
     Args:
         recipe: of the search.
@@ -52,16 +52,18 @@ def measurements(recipe: Recipe, samples: int) -> float:
     families = (FAMILIES + (recipe.profile.gates and search.gates)) if search.alternatives else 0
     screened = CANDIDATES * min(SCREENED, samples) / samples
     finals = 1 + (FINALISTS - 1) / CLOSE / 2
-    rounds = search.rounds * search.round_trials
-    return (
-        1
-        + OF_WEIGHTS * (recipe.weights == AUTO)
-        + (search.classes is not None and search.alternatives)
-        + PRUNED * (search.trials + rounds)
-        + ABLATION * search.ablations
-        + MOVE * search.moves
-        + families * (screened + finals)
-    )
+    around = search.round_samples * PASSES / samples
+    stages = {
+        "weights": (OF_WEIGHTS + SAMPLES * DRAWS * PASSES / samples) * (recipe.weights == AUTO),
+        "calibration": ABLATION * search.ablations,
+        "baselines": families * (screened + finals),
+        "trials": 1 + PRUNED * search.trials,  # and the dense model's own passes
+        "rounds": search.rounds * (PRUNED * search.round_trials + around),
+        "moves": MOVE * search.moves,
+        "leftover": 1.0,
+        "class limit": float(search.classes is not None and search.alternatives),
+    }
+    return {name: count for name, count in stages.items() if count}
 
 
 def search_seconds(recipe: Recipe, forwards: Iterable[tuple[int, float]]) -> float:
@@ -74,9 +76,7 @@ def search_seconds(recipe: Recipe, forwards: Iterable[tuple[int, float]]) -> flo
     counted = [(count, seconds) for count, seconds in forwards if count]
     samples = sum(count for count, _ in counted)
     whole = sum(count * seconds for count, seconds in counted)
-    rounds = recipe.search.rounds * recipe.search.round_samples * PASSES * whole / samples
-    prices = SAMPLES * DRAWS * PASSES * whole / samples if recipe.weights == AUTO else 0.0
-    searched = measurements(recipe, samples) * whole + rounds + prices
+    searched = sum(measurements(recipe, samples).values()) * whole
     return searched if recipe.max_loss is None else SCOUTS * (1 + PRUNED) * whole + SEARCHES * searched
 
 

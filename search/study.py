@@ -1,10 +1,10 @@
 """Finding a plan: a solver inside every trial, Optuna around it, the real model as the judge; then rounds and moves.
 
 A trial's search parameters bend the surrogate, the solver turns it into a plan within the budget, and the plan's KL is measured
-on validation samples. A trial's value is its mean log-ratio to trial 0, the plan of the unbent surrogate, sample by
-sample, so that a trial that is pruned half-way has a value on the same scale. A trial is better only beyond doubt: the best
-of many noisy numbers looks better than it is. The best plan is then improved by profiling around it, and by measuring single KV
-heads near the threshold. Plans of the same bytes that need no search are measured beside.
+on validation samples. What the sampler is told is the mean log-ratio to trial 0, the plan of the unbent surrogate, sample by
+sample, so that a pruned trial has a value on the same scale. A trial is better where its mean KL is lower beyond doubt (see
+`kl_difference`): the best of many noisy numbers looks better than it is. The best plan is then improved by profiling around
+it, and by measuring single KV heads near the threshold. Plans of the same bytes that need no search are measured beside.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from moacompress.calibration.profile.manifest import sweep_samples
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import of_search, rounds_folder, study_journal
-from moacompress.core.files import remove, sweep_files, sweep_folders
+from moacompress.core.files import check_no_link, remove, sweep_files, sweep_folders
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.processes import check_alike
 from moacompress.models.source import SourceModel
@@ -40,6 +40,7 @@ from moacompress.search.predict.around import Around, ProfileAround, spread_samp
 from moacompress.search.result.found_plan import stopped_at_once, write_first, write_found
 from moacompress.search.result.search_result import SearchResult, found_before, step_note
 from moacompress.search.search_context import SearchContext, Step
+from moacompress.search.search_estimate import measurements
 from moacompress.search.search_request import ParameterValues, SearchRequest
 from moacompress.search.steps.class_cost import measure_class_cost
 from moacompress.search.steps.leftover import spend_leftover
@@ -62,6 +63,16 @@ STEPS: tuple[Step, ...] = (
     measure_class_cost,
 )
 """Each is given what the one before it returned; the first one the surrogate's own plan, which the third one measures."""
+STAGES: dict[Step, str] = {
+    calibrate: "calibration",
+    measure_baselines: "baselines",
+    tune_parameters: "trials",
+    make_rounds: "rounds",
+    make_moves: "moves",
+    spend_leftover: "leftover",
+    measure_class_cost: "class limit",
+}
+"""Names of steps that take time, as `measurements` has them."""
 MOVE_SAMPLES = 12
 """Calibration samples on which single moves are measured."""
 
@@ -127,18 +138,20 @@ def find_plan(
             plan = found_before(path, request.key, trials, overwrite)
             if plan is not None:
                 plan = _with_steps(plan, request, path if place.ours else None)
-                return SearchResult.of(plan, path, time.monotonic() - started)
+                return SearchResult.of(plan, path, time.monotonic() - started, written=False)
         if place.out is not None:
             check_baselines(place.out)
         if model is None:
             model = load_for(request.recipe, profile.source, trust_remote_code=trust_remote_code)
         profile.check_model(model, "search")
         deadline = deadline or Deadline(request.recipe.search.timeout, started)
+        progress.plan(measurements(request.recipe, len(request.profile.validation)))
         try:
             with opened(request, place.out, overwrite, model, progress, deadline) as context:
                 incumbent = context.start()
                 with suppress(TimeUp):
                     for step in STEPS:
+                        progress.stage(STAGES.get(step, ""))
                         incumbent = step(incumbent, context)
                 progress.done()
                 if path is not None and not deadline.stopped and not place.ours:
@@ -217,6 +230,7 @@ def opened(
     storage = request.recipe.search.storage
     alone, trials = storage is None, request.recipe.search.trials
     if alone and out is not None:
+        check_no_link(study_journal(out))
         storage = str(study_journal(out))
         if from_scratch:  # nothing is left that can be wrong with the request
             remove(of_search(out))
@@ -242,11 +256,14 @@ def opened(
         rounded: Callable[[], AbstractContextManager[None]] = nullcontext
         measured = objective
         if request.weights is not None:
+            progress.stage("weights")
             layers = RoundedLayers(source.model)
             request, formats = choose_weights(request, source, layers, objective, study_storage, deadline, progress)
             rounded = partial(layers.in_place, formats)
             measured = objective.with_rounding(rounded)
-        evaluator = PlanEvaluator.of(study_storage, request.as_healed(measured), request.recipe.seed, deadline)
+        evaluator = PlanEvaluator.of(
+            study_storage, request.as_healed(measured), request.recipe.seed, deadline, progress
+        )
         evaluator = replace(evaluator, plain=objective) if request.weights is not None else evaluator
         objective.order = measured.order = evaluator.order
         folder, shared = (out, None) if alone else (None, claims)

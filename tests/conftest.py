@@ -292,7 +292,7 @@ def small_run() -> dict[str, Any]:
         },
         "profile": {"draws": 1},
         "search": {"trials": 4, "ablations": 2},
-        "evaluation": {"tasks": ["needle-noise"], "lengths": [700], "prompts": 2},
+        "evaluation": {"tasks": ["code-question", "needle-noise"], "lengths": [700], "prompts": 2},
     }
 
 

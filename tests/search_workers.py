@@ -224,6 +224,5 @@ def check_nothing_is_lost_or_doubled(run: SearchRun) -> None:
     measured = run.measured().total()
     # what a worker had measured when it was killed, and had not kept yet
     assert numbers.total() <= measured <= numbers.total() + run.killed
-    written = [result for result in run.results() if result["written"]]
-    assert written
+    assert sum(result["written"] for result in run.results()) <= 1  # who wrote it may have been killed then
     assert run.out.exists()

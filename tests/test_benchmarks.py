@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from moacompress.evaluation.scoring.prompts import Score
-from moacompress.evaluation.scoring.result_rows import Measured, TaskCell, pooled_rows, result_rows
+from moacompress.evaluation.scoring.result_rows import Measured, TaskCell
+from moacompress.evaluation.scoring.stored_scores import score_rows
 from moacompress.prompts.pools import Prose
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -165,7 +166,9 @@ def test_pass_phrases_stand_in_the_text(
     assert abs(len(ids) - 600) < 60
 
 
-def test_tables_of_ways_to_evict(load_script: Callable[[Path], Any], tmp_path: Path) -> None:
+def test_tables_of_ways_to_evict(
+    load_script: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows made by the product of known scores: shares, retention and differences are those that stand in the tables."""
     script, cells, fields = load_script(FOLDER / "eviction_tables.py"), [], []
     matches = {"easy": {"plan": "1111", "dense": "1111", "poor": "0011", "other:seen": "0111"}}
@@ -184,11 +187,8 @@ def test_tables_of_ways_to_evict(load_script: Callable[[Path], Any], tmp_path: P
             ])
             for number, (name, said) in enumerate(sides.items())
         ])  # fmt: skip
-    found: dict[str, Any] = {
-        "results": [row for cell, field in zip(cells, fields, strict=True) for row in result_rows(cell, field, 0)],
-        "differences": [],
-        "pooled": dict(zip(("results", "differences"), pooled_rows(fields, 0), strict=True)),
-    }
+    rows = [row for cell, field in zip(cells, fields, strict=True) for row in score_rows(cell, field)]
+    found: dict[str, Any] = {"checkpoint": {"plan": "p"}, "answers": [{"question": "a text"}], "scores": rows}
     (tmp_path / "eval.json").write_text(json.dumps(found))
     evaluation = script.Evaluation(tmp_path / "eval.json")
     lines = script.side_table(evaluation).splitlines()
@@ -197,16 +197,22 @@ def test_tables_of_ways_to_evict(load_script: Callable[[Path], Any], tmp_path: P
     assert lines[2].endswith("| 0.250 |  |  |")
     assert lines[5].startswith("| `poor` | 13.1% | 0.29 [")
     assert "] | 3.250 | +0.57 [+" in lines[5]
-    assert lines[5].endswith("| -3.00 [-3.00, -3.00] |")
+    assert lines[5].endswith("| -3.00 [-3.00, -3.00], p < .001 |")
     assert script.task_table([evaluation, evaluation], ["other:seen"]).splitlines()[2:] == [
         "| `easy` | 4 of 4, 4 of 4 | 1.00, 1.00 | 0.75, 0.75 | 0.50, 0.50 |",
         "| `hard` | 3 of 4, 3 of 4 | 0.67, 0.67 | 0.00, 0.00 | 0.00, 0.00 |",
         "| `none` | 0 of 4, 0 of 4 | -, - | -, - | -, - |",
     ]
-    whole = {**found, "results": [*found["results"], {**found["results"][0], "task": "text", "length": 4096}]}
-    (tmp_path / "text.json").write_text(json.dumps(whole))
-    assert script.side_table(script.Evaluation(tmp_path / "text.json")).splitlines() == lines
-    found["results"] = [row for row in found["results"] if row["task"] != "easy"]
-    (tmp_path / "one.json").write_text(json.dumps({**found, "results": found["results"][:13]}))
+    monkeypatch.setattr(
+        "sys.argv", ["eviction_tables.py", str(tmp_path / "eval.json"), "--keep", str(tmp_path / "data")]
+    )
+    script.main()
+    kept = json.loads((tmp_path / "data" / "eval.json").read_text())
+    assert kept == {"checkpoint": {"plan": "p"}, "scores": rows}  # and no text
+    assert script.side_table(script.Evaluation(tmp_path / "data" / "eval.json")).splitlines() == lines
+    (tmp_path / "none.json").write_text(json.dumps({"results": []}))
+    with pytest.raises(SystemExit, match=r"none\.json has no scores of single prompts; evaluate again"):
+        script.Evaluation(tmp_path / "none.json")
+    (tmp_path / "one.json").write_text(json.dumps({"scores": [row for row in rows if row["task"] == "easy"]}))
     with pytest.raises(SystemExit, match=r"one\.json: an evaluation of two tasks or more"):
         script.Evaluation(tmp_path / "one.json")

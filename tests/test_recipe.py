@@ -12,6 +12,11 @@ from moacompress.bench.bench_request import BenchRequest
 from moacompress.core.errors import RecipeError
 from moacompress.recipe import Recipe, shared_name
 
+LAUGHS = b"max_loss: [&a0 x, %s]" % b", ".join(
+    b"&a%d [%s]" % (number, b",".join([b"*a%d" % (number - 1)] * 10)) for number in range(1, 10)
+)
+"""A few lines of YAML that stand for 10**9 texts."""
+
 
 def test_an_empty_recipe_is_the_defaults() -> None:
     recipe = Recipe.from_dict({})
@@ -103,9 +108,11 @@ def test_files(tmp_path: Path) -> None:
         (b"!!python/object/apply:os.system ['true']", "is not valid YAML"),
         (b"[" * 100_000, "is not valid YAML"),
         (b"x: " + b"y" * 2**20, "more than 1 MiB"),
+        (LAUGHS, "what an alias stands for counted each time"),
+        (b"max_loss: &a [*a]", "what an alias stands for counted each time"),
         (b"", "must be a mapping"),
     ],
-    ids=["half", "not-utf8", "code", "deep", "large", "empty"],
+    ids=["half", "not-utf8", "code", "deep", "large", "laughs", "endless", "empty"],
 )
 def test_damaged_files_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"

@@ -42,16 +42,17 @@ def test_efforts_grow(prose: bool) -> None:
 def test_a_search_takes_what_its_steps_do() -> None:
     recipe = Recipe()
     more = recipe.override(search__trials=32)
-    assert measurements(more, 12) > measurements(recipe, 12)
+    assert sum(measurements(more, 12).values()) > sum(measurements(recipe, 12).values())
     bare = recipe.override(
         search__trials=1, search__ablations=0, search__rounds=0, search__moves=0, search__alternatives=False
     )
-    assert measurements(bare, 12) == pytest.approx(1.8)  # the dense model's own, and a trial
-    assert search_seconds(bare, [(10, 1.0), (2, 5.0), (0, 100.0)]) == pytest.approx(1.8 * 20)
+    # the dense model's own, a trial, and the plan that spends what is left of the budget
+    assert measurements(bare, 12) == pytest.approx({"trials": 1.8, "leftover": 1.0})
+    assert search_seconds(bare, [(10, 1.0), (2, 5.0), (0, 100.0)]) == pytest.approx(2.8 * 20)
     rounds = bare.override(search__rounds=2, search__round_trials=1, search__round_samples=6)
-    assert search_seconds(rounds, [(10, 1.0)]) == pytest.approx((1.8 + 1.6) * 10 + 2 * 6 * 4 * 1.0)
+    assert search_seconds(rounds, [(10, 1.0)]) == pytest.approx((2.8 + 1.6) * 10 + 2 * 6 * 4 * 1.0)
     by_loss = bare.override(max_loss="1%")
-    assert search_seconds(by_loss, [(10, 1.0)]) == pytest.approx((8 + 2) * 1.8 * 10)
+    assert search_seconds(by_loss, [(10, 1.0)]) == pytest.approx((8 * 1.8 + 2 * 2.8) * 10)
 
 
 def test_an_evaluation_takes_what_its_answers_do() -> None:

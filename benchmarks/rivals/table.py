@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moacompress.evaluation.scoring.stats import paired_rates, rate, retained
+from moacompress.core.statistics import estimate_text, p_text, p_value, paired_rates, rate, verdict
 from moacompress.rules.budget import format_length
 from rivals.settings import DENSE, OURS
 
@@ -116,12 +116,12 @@ def quality_table(rows: Sequence[Row]) -> str:
         some = [which for which in one.match if which in right]
         if not some:
             continue
-        value, (low, high) = rate(retained([1.0] * len(some), [one.match[which] for which in some]))
+        kept = estimate_text(*rate([one.match[which] for which in some]))
         counted = "" if len(some) == len(right) else f" of {len(some)}"
-        beside, verdict = _beside(one, ours, right)
+        beside, better = _beside(one, ours, right)
         bytes_said = f"{one.share:.3f}" + (f", {one.in_memory:.2f} in memory" if one.in_memory > one.share else "")
         cells = [one.rival, one.setting, one.question, bytes_said]
-        cells += [f"{value:.2f} [{low:.2f}, {high:.2f}]{counted}", beside, verdict, one.note]
+        cells += [f"{kept}{counted}", beside, better, one.note]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -155,7 +155,7 @@ def _answers(rows: Sequence[Row], dense: Mapping[Which, Mapping[str, float]]) ->
 
 
 def _beside(one: Answers, ours: Sequence[Answers], right: set[Which]) -> tuple[str, str]:
-    """Returns the paired difference to the largest checkpoint of ours that takes no more bytes, and who is better."""
+    """Returns the paired difference to the largest checkpoint of ours that takes no more bytes, and who is better by a test."""
     fitting = [mine for mine in ours if mine.share <= one.share * MORE_BYTES]
     if one.rival == OURS or not fitting:
         return "", ""
@@ -163,9 +163,9 @@ def _beside(one: Answers, ours: Sequence[Answers], right: set[Which]) -> tuple[s
     both = [which for which in one.match if which in mine.match and which in right]
     if not both:
         return "", ""
-    value, (low, high) = paired_rates([mine.match[which] for which in both], [one.match[which] for which in both])
-    verdict = "ours" if low > 0 else "**the rival**" if high < 0 else "not told apart"
-    return f"{mine.setting}: {value:+.2f} [{low:+.2f}, {high:+.2f}]", verdict
+    pair = [mine.match[which] for which in both], [one.match[which] for which in both]
+    better = {1: "ours", -1: "**the rival**", 0: "no difference found"}[verdict(*pair)]
+    return f"{mine.setting}: {estimate_text(*paired_rates(*pair), '+.2f')}, {p_text(p_value(*pair))}", better
 
 
 def kept_table(rows: Sequence[Row]) -> str:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from moacompress.core.errors import DataError
 from moacompress.core.files import canonical_json
-from moacompress.prompts.pools import Split, read_documents
+from moacompress.core.shingles import normalised, text_hash
+from moacompress.prompts.pools import Split, deal, read_documents
 from moacompress.prompts.squad import parse_articles
 from moacompress.recipe_sections import SourceRecipe
 
@@ -25,8 +26,8 @@ COLUMNS: dict[RowKind, tuple[str, ...]] = {
 ARTICLE = "article"
 """Column with the number of a question's article, of rows from a file in SQuAD's form."""
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
-_EVERY = 3
-"""One row in three is kept for validation."""
+_SHARES: dict[Split, int] = {"calibration": 2, "validation": 1, "evaluation": 1}
+"""One row in four is for validation, and one is held out: a plan is evaluated on it."""
 
 
 def rows_named(name: str) -> SourceRecipe | None:
@@ -68,30 +69,35 @@ def row_kind(rows: Sequence[DataRow], name: str) -> RowKind:
     return found
 
 
-def split_rows(count: int, split: Split, name: str) -> list[int]:
-    """Returns the indices of the rows of a split: every third is for validation, the others for calibration.
+def split_rows(rows: Mapping[int, int], split: Split, name: str) -> list[int]:
+    """Returns the indices of a split's rows, which they are in by their hash; see `_SHARES`.
+
+    Args:
+        rows: hashes of rows by their indices, as `first_of_each` returns them.
+        split: whose.
+        name: of the source, for the message.
 
     Raises:
-        DataError: too few rows to have some in both.
+        DataError: too few rows to have some in each.
     """
-    if count < 2:
-        raise DataError(f"{name} has {count} row; calibration and validation need at least one each, better dozens")
-    return [index for index in range(count) if (index % _EVERY == 1) == (split == "validation")]
+    pools = deal(list(rows.values()), _SHARES, name, "rows")
+    return [index for index, pool in zip(rows, pools, strict=True) if pool == split]
 
 
-def first_of_each(rows: Sequence[DataRow], kind: RowKind, name: str) -> list[int]:
-    """Returns the indices of rows that make samples of their own: of several with one prompt and other answers the first.
+def first_of_each(rows: Sequence[DataRow], kind: RowKind, name: str) -> dict[int, int]:
+    """Returns the hash of what makes a sample of each row, by its index: of several with one prompt of the first alone.
 
-    The answers of rows are not used for calibration, so these make one sample, which must not be in two splits.
+    Prompts are compared in their normal form (`core.shingles`). The answers of rows are not used for calibration, so rows of
+    one prompt make one sample, which must not be in two splits.
     """
     if isinstance(rows, list):
         read: Iterable[DataRow] = rows
     else:  # of a hub set the other columns need not be read
         read = rows.select_columns(list(COLUMNS[kind])) if hasattr(rows, "select_columns") else rows
-    first: dict[str, int] = {}
+    first: dict[int, int] = {}
     for index, row in enumerate(read):
-        first.setdefault(_used(row, kind, name, index), index)
-    return list(first.values())
+        first.setdefault(text_hash(_used(row, kind, name, index)), index)
+    return {index: key for key, index in first.items()}
 
 
 def _used(row: DataRow, kind: RowKind, name: str, index: int) -> str:
@@ -169,7 +175,19 @@ def _read_local(path: Path) -> Sequence[DataRow]:
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise DataError(f"row {index} of {path} is no object but {_short(row)}")
-    return list({canonical_json(row) if _is_json(row) else repr(row): row for row in reversed(rows)}.values())[::-1]
+    first: dict[str, DataRow] = {}
+    for row in rows:
+        first.setdefault(canonical_json(_comparable(row)) if _is_json(row) else repr(row), row)
+    return list(first.values())
+
+
+def _comparable(value: Any) -> Any:
+    """Returns a row with all its texts in their normal form."""
+    if isinstance(value, Mapping):
+        return {key: _comparable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_comparable(item) for item in value]
+    return normalised(value) if isinstance(value, str) else value
 
 
 def _is_json(row: DataRow) -> bool:

@@ -1,8 +1,8 @@
 """Questions over long documents: a question's own document among others, joined to an exact number of tokens.
 
-Articles are split: of every three, the first is for calibration, the second for validation, the third for evaluation. So
-neither a question nor a document of one split is seen in another. Where gates are trained, every fourth article of calibration
-is for them alone.
+Articles are dealt to calibration, validation and evaluation by the hash of their documents (`prompts.pools`). So neither a
+question nor a document of one split is seen in another, and an article that is added moves no other. Where gates are trained,
+about a fourth of calibration's articles is for them alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moacompress.calibration.data.answers import SampleDraft
 from moacompress.calibration.data.data_rows import ARTICLE, DataRow, field
 from moacompress.core.errors import DataError
 from moacompress.prompts.fitting import largest_fit
-from moacompress.prompts.pools import SPLITS, CalibrationPart, Split, numbers_of_part
+from moacompress.prompts.pools import CalibrationPart, Split, split_articles
 from moacompress.prompts.sentences import DOCUMENTS
 from moacompress.prompts.templates import encode_prompt
 
@@ -62,33 +62,13 @@ class Library:
         Raises:
             DataError: a row without text under its columns, or fewer than three articles, or than two for the parts.
         """
-        numbers: dict[str, int] = {}
         articles: dict[str, int] = {}
         asked: dict[tuple[str, str], None] = {}
-        for index in range(len(rows)):
-            row = rows[index]
-            document, question = (field(row, column, name, index).strip() for column in ("context", "question"))
-            title, number = row.get("title"), row.get(ARTICLE)
-            if not isinstance(number, int):
-                mark = title if isinstance(title, str) and title.strip() else document
-                number = numbers.setdefault(mark, len(numbers))
+        for document, question, number in asked_documents(rows, name):
             articles.setdefault(document, number)
             asked.setdefault((question, document))
-        found = len(set(articles.values()))
-        if found < len(SPLITS):
-            raise DataError(
-                f"{name} has {found} documents or articles with questions; calibration, validation and evaluation take "
-                "a third each, so give at least three, better dozens"
-            )
-        mine = [number for number in sorted(set(articles.values())) if number % len(SPLITS) == SPLITS.index(split)]
-        if part is not None:
-            if len(mine) < 2:
-                raise DataError(
-                    f"{name} has {len(mine)} documents or articles with questions for {split}, which gates and the profile "
-                    f"would share; give at least {2 * len(SPLITS)}, better dozens, or leave out the gates"
-                )
-            mine = [mine[place] for place in numbers_of_part(len(mine), part)]
-        own = [(text, number) for text, number in articles.items() if number in mine]
+        found = split_articles(articles.items(), name, part)
+        own = [(text, number) for text, (number, owner) in found.items() if owner == split]
         index_of = {text: index for index, (text, _) in enumerate(own)}
         return Library(
             tuple(text for text, _ in own),
@@ -100,6 +80,25 @@ class Library:
         """Returns all other documents in random order, those of the same article first."""
         others = [index for index in rng.permutation(len(self.documents)).tolist() if index != document]
         return sorted(others, key=lambda index: self.articles[index] != self.articles[document])
+
+
+def asked_documents(rows: Sequence[DataRow], name: str) -> list[tuple[str, str, int]]:
+    """Returns the document of each row, its question, and the number of its article.
+
+    Raises:
+        DataError: a row without text under its columns.
+    """
+    numbers: dict[str, int] = {}
+    found = []
+    for index in range(len(rows)):
+        row = rows[index]
+        document, question = (field(row, column, name, index).strip() for column in ("context", "question"))
+        title, number = row.get("title"), row.get(ARTICLE)
+        if not isinstance(number, int):
+            mark = title if isinstance(title, str) and title.strip() else document
+            number = numbers.setdefault(mark, len(numbers))
+        found.append((document, question, number))
+    return found
 
 
 def joined_drafts(

@@ -32,7 +32,7 @@ from moacompress.core.errors import DataError
 from moacompress.core.ranks import rank
 from moacompress.models.processes import agreed
 from moacompress.prompts.generators import ANSWER_ROOM, TASKS, make_prompt
-from moacompress.prompts.pools import SPLITS, CalibrationPart, Prose, Split, pool_of, texts_of_part
+from moacompress.prompts.pools import SPLITS, CalibrationPart, Prose, Split, pool_of
 from moacompress.prompts.templates import encode_conversation, encode_prompt, encode_text
 
 if TYPE_CHECKING:
@@ -123,9 +123,7 @@ def make_drafts(
     if split != "calibration" or not recipe.profile.gates:
         part = None
     used = None if beside is None else {tuple(draft.ids) for draft in beside}
-    prose = _load_prose(recipe)
-    if prose is not None and part is not None:
-        prose = prose.of_part(part)
+    prose = _load_prose(recipe, part)
     shares = spread(count, len(calibration.lengths), [part.weight for part in calibration.sources])
     lengths = list(calibration.lengths)
     if split == "validation":
@@ -157,7 +155,7 @@ def make_drafts(
     return drafts
 
 
-def _load_prose(recipe: Recipe) -> Prose | None:
+def _load_prose(recipe: Recipe, part: CalibrationPart | None = None) -> Prose | None:
     calibration = recipe.calibration
     if any(part.generator is not None and part.haystack == "prose" for part in calibration.sources):
         needed = "a source has the haystack prose"
@@ -167,7 +165,7 @@ def _load_prose(recipe: Recipe) -> Prose | None:
         return None
     if calibration.text is None:
         raise DataError(f"{needed}, but calibration.text names no file or folder of it (--text)")
-    return Prose.load(calibration.text)
+    return Prose.load(calibration.text, part)
 
 
 def _text_drafts(recipe: Recipe, prose: Prose, split: Split, tokenizer: PreTrainedTokenizerBase) -> list[SampleDraft]:
@@ -297,16 +295,12 @@ def _from_rows(
     kind = row_kind(rows, name)
     rng = np.random.default_rng(seed)
     if kind == "text":
-        documents = pool_of(
-            [field(rows[index], "text", name, index) for index in first_of_each(rows, kind, name)], split
-        )
-        if part is not None:
-            documents = texts_of_part(documents, part)
-        return chop(documents, wanted, name, rng, tokenizer)
+        texts = [field(rows[index], "text", name, index) for index in first_of_each(rows, kind, name)]
+        return chop([*pool_of(texts, split, name, part).values()], wanted, name, rng, tokenizer)
     if kind == "question":
         return joined_drafts(rows, name, wanted, split, seed, tokenizer, answer_tokens, part)
     first = first_of_each(rows, kind, name)
-    order = [first[number] for number in rng.permutation(split_rows(len(first), split, name)).tolist()]
+    order: list[int] = rng.permutation(split_rows(first, split, name)).tolist()
     picker = _RowPicker(rows, order, name, kind == "messages", tokenizer, used)
     return [draft for length, n in wanted.items() for draft in picker.pick(n, length, answer_tokens, split)]
 

@@ -1,8 +1,8 @@
 """Samples that gates are trained on. Nothing in them is profiled: a rule that selects is priced where its gate was not trained.
 
-Of files and hub sets they are rows whose prompt no profiled sample has. Texts of calibration are in two parts: every fourth
-document of plain text and of prose haystacks is for gates, and every fourth article of questions; of a single document it is
-the last quarter. Generators draw with another seed.
+Of files and hub sets they are rows whose prompt no profiled sample has. Texts of calibration are in two parts, dealt by hash
+(`prompts.pools`): about a fourth of plain text, of prose haystacks and of the articles of questions is for gates. Generators
+draw with another seed.
 """
 
 from __future__ import annotations

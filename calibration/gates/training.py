@@ -31,6 +31,7 @@ from moacompress.core.artefact_names import GATES_FILE
 from moacompress.core.errors import DataError
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.ranks import turns
+from moacompress.core.statistics import standard_error
 from moacompress.models.least_squares import Normal, in_memory
 from moacompress.models.modules import attention_modules, given_hidden
 from moacompress.models.processes import gathered, shared
@@ -309,10 +310,9 @@ def share_left(counted: Floats, number: int, by: int = 0) -> Floats:
     return np.array(shares)
 
 
-def mean_and_error(of_samples: Floats) -> list[float]:
-    """Returns the mean over samples and its standard error; zeros where there are too few."""
-    error = of_samples.std(ddof=1) / len(of_samples) ** 0.5 if len(of_samples) > 1 else 0.0
-    return [float(of_samples.mean()) if len(of_samples) else 0.0, float(error)]
+def mean_and_error(of_samples: Floats) -> list[float | None]:
+    """Returns the mean over samples and its standard error; None where there are too few."""
+    return [float(of_samples.mean()) if len(of_samples) else None, standard_error(of_samples.tolist())]
 
 
 def _left_rows(counted: Floats) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from moacompress.core.artefact_names import (
     MANIFEST_FILE,
     PROFILE_FOLDER,
     SAMPLES_FOLDER,
+    SHINGLES_FILE,
     TEMPORARY,
     VALIDATION_FILE,
     holder_of_folder,
@@ -423,7 +424,7 @@ def _maker(data: dict[str, Any]) -> str:
 
 def _sweep(folder: Path) -> None:
     """Removes what a killed run was just writing aside."""
-    for name in (MANIFEST_FILE, CALIBRATION_FILE, VALIDATION_FILE, INFLUENCE_FILE):
+    for name in (MANIFEST_FILE, CALIBRATION_FILE, VALIDATION_FILE, INFLUENCE_FILE, SHINGLES_FILE):
         sweep_files(folder / name)
     sweep_samples(folder)
 

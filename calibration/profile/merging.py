@@ -15,12 +15,13 @@ from moacompress.calibration.profile.shard import Shard
 from moacompress.calibration.profile.skipped import check_skipped
 from moacompress.calibration.profile.statistics import Statistics
 from moacompress.calibration.profile.store import Profile, merge, read_sample, read_samples, write_sample
-from moacompress.core.artefact_names import ANSWERS_FILE, CALIBRATION_FILE, GATES_FILE, VALIDATION_FILE
+from moacompress.core.artefact_names import ANSWERS_FILE, CALIBRATION_FILE, GATES_FILE, SHINGLES_FILE, VALIDATION_FILE
 from moacompress.core.errors import ArtefactError, UsageError
 from moacompress.core.files import write_bytes
 from moacompress.core.lock_holders import own_folder
 from moacompress.core.place import check_writable, no_empty_folder
 from moacompress.core.progress import SILENT, Progress
+from moacompress.core.shingles import Shingles
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,9 @@ def merge_shards(
         save_samples(out / CALIBRATION_FILE, samples)
         save_samples(out / VALIDATION_FILE, held_out)
         _copy_answers(parts, out)
+        shingles = [path for path in (part.folder / SHINGLES_FILE for part in parts) if path.is_file()]
+        if len(shingles) == len(parts):
+            Shingles.union([Shingles.load(path) for path in shingles]).save(out / SHINGLES_FILE)
         _copy_rounding(parts, out, head)
         if first.gates:
             gates = Gates.load(parts[0].folder, first.fingerprint)

@@ -34,6 +34,7 @@ from moacompress.core.artefact_names import (
     GATES_FILE,
     MANIFEST_FILE,
     SAMPLES_FOLDER,
+    SHINGLES_FILE,
     VALIDATION_FILE,
 )
 from moacompress.core.errors import ArtefactError, DataError, PlanError
@@ -42,11 +43,13 @@ from moacompress.core.lock_holders import own_folder
 from moacompress.core.place import check_writable, no_empty_folder
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.ranks import rank, turns, world_size
+from moacompress.core.shingles import Shingles
 from moacompress.core.version import own_version
 from moacompress.models.modules import attention_modules
 from moacompress.models.processes import agreed, check_alike, gathered, join, shared
 from moacompress.models.source import SourceModel
 from moacompress.prompts.pools import Split
+from moacompress.prompts.templates import decode_text
 from moacompress.recipe import Recipe
 from moacompress.recipe_sections import file_name
 from moacompress.rules.candidates import candidate_rules, gated_rules
@@ -179,6 +182,8 @@ def _profiled(
         untrained = trains and agreed(None if rank() else _known_gates(out, manifest)) is None
         drafts = agreed(gate_drafts(source, manifest.recipe) if untrained and not rank() else None)
         manifest, samples, validation = _make_samples(out, source, manifest, progress, from_scratch=untrained)
+        if not rank():
+            _write_shingles(out, source, manifest, [*samples, *validation], around, drafts)
         if around is None:
             measure_rounding(out, source, recipe, validation, progress, trust_remote_code=trust_remote_code)
         gates = None
@@ -262,6 +267,35 @@ def _known_gates(out: Path, manifest: Manifest) -> Gates | None:
     """Returns the gates in the folder of a profile; None where they are to be trained, as they are not those it began with."""
     found = Gates.load(out, manifest.fingerprint)
     return found if found is not None and manifest.gates in ("", found.weights.fingerprint) else None
+
+
+def _write_shingles(
+    out: Path,
+    source: SourceModel,
+    manifest: Manifest,
+    samples: Sequence[Sample],
+    around: Plan | None,
+    drafts: Sequence[SampleDraft] | None,
+) -> None:
+    """Writes the shingles of all that plans of the profile are fitted to and chosen by; an evaluation compares with them.
+
+    Args:
+        out: the folder of the profile.
+        source: the model, whose tokenizer counts.
+        manifest: of the profile.
+        samples: those that are profiled, and those that plans are measured on.
+        around: the plan that is profiled around, or None.
+        drafts: the samples that gates are trained on; None where the gates were there before.
+    """
+    path = out / SHINGLES_FILE
+    if drafts is None and path.is_file():
+        return
+    if drafts is None and around is None and manifest.has_gates:
+        drafts = gate_drafts(source, manifest.recipe)
+    ids = [*(sample.input_ids.tolist() for sample in samples), *(draft.ids for draft in drafts or ())]
+    found = Shingles.of(decode_text(source.tokenizer, tokens) for tokens in ids)
+    known = around.seen if around is not None else None
+    (found if known is None else Shingles.union([found, known])).save(path)
 
 
 def _gates(

@@ -15,6 +15,7 @@ from moacompress.core.errors import ArtefactError
 from moacompress.core.files import read_json, write_json
 from moacompress.core.progress import Progress
 from moacompress.core.ranks import rank
+from moacompress.core.statistics import standard_error
 from moacompress.models.kl import kl_divergence
 from moacompress.models.processes import agreed, shared
 from moacompress.models.source import SourceModel
@@ -79,7 +80,7 @@ def write_rounding(folder: Path, recipe: Recipe, weights_fingerprint: str, kls: 
             "weights": recipe.weights,
             "head_weights": recipe.head_weights,
             "kl": float(np.mean(kls)) if len(kls) else None,
-            "standard_error": float(np.std(kls, ddof=1) / len(kls) ** 0.5) if len(kls) > 1 else None,
+            "standard_error": standard_error(kls),
             "samples": len(kls),
             "of_samples": list(kls),
             "weights_fingerprint": weights_fingerprint,

@@ -6,6 +6,7 @@
     samples/00000.safetensors statistics of one finished sample
     influence.safetensors     the statistics of all samples
     gates.safetensors         a gate of every KV head, where rules on offer select
+    calibration.shingles      which runs of words all these samples have, and those that gates are trained on
 
 Every file is written aside and moved into place. A sample's file carries the fingerprint of the profile it belongs to
 and a digest of its numbers: a resumed run takes exactly the files that it would have written and redoes the others.
@@ -33,9 +34,17 @@ from moacompress.calibration.profile.statistics import (
     available,
     estimate,
 )
-from moacompress.core.artefact_names import CALIBRATION_FILE, GATES_FILE, INFLUENCE_FILE, VALIDATION_FILE, sample_file
+from moacompress.core.artefact_names import (
+    CALIBRATION_FILE,
+    GATES_FILE,
+    INFLUENCE_FILE,
+    SHINGLES_FILE,
+    VALIDATION_FILE,
+    sample_file,
+)
 from moacompress.core.errors import ArtefactError, ModelError, UsageError
 from moacompress.core.files import write_bytes
+from moacompress.core.shingles import Shingles
 from moacompress.core.shown import Shown
 from moacompress.recipe import Recipe
 from moacompress.rules.candidates import in_formats
@@ -210,6 +219,16 @@ class Profile(Shown):
                 self.path / GATES_FILE, "it is missing, damaged, or has other gates than those that were profiled"
             )
         return found
+
+    @cached_property
+    def shingles(self) -> Shingles | None:
+        """The shingles of all samples, those that gates were trained on included; None where the profile has none.
+
+        Raises:
+            ArtefactError: their file is damaged.
+        """
+        path = self.path / SHINGLES_FILE
+        return Shingles.load(path) if path.is_file() else None
 
     @property
     def gate_weights(self) -> GateWeights | None:

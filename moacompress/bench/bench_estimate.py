@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from moacompress.bench.bench_request import BenchRequest, check_fits, largest_cell
-from moacompress.bench.benchmark import available_memory
 from moacompress.core.tables import readable_bytes, readable_seconds
 from moacompress.estimate.estimate import Estimate
 from moacompress.estimate.rates import TimedRates
+from moacompress.models.device import available_memory
 from moacompress.models.stored_plan import stored_plan
 from moacompress.runtime.checkpoint import compressed_folder, load_checkpoint
 

@@ -36,11 +36,11 @@ from moacompress.core.errors import MoaCompressError, one_line
 from moacompress.core.files import write_json
 from moacompress.core.lock_holders import own_file
 from moacompress.core.machine import processor_name
-from moacompress.core.memory import available_bytes
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.shown import ShownDict
 from moacompress.core.version import own_version
 from moacompress.kernels import dispatch
+from moacompress.models.device import available_memory
 from moacompress.models.stored_plan import stored_plan
 from moacompress.rules.plan import Plan
 from moacompress.runtime.checkpoint import compressed_folder, load_checkpoint
@@ -161,13 +161,6 @@ def environment() -> dict[str, Any]:
         "kernel": kernel.name,
         "isa": kernel.isa,
     }
-
-
-def available_memory(device: str) -> int:
-    """Returns the bytes that can be taken of the memory that a model on this device is in."""
-    if device.startswith("cuda") and torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info(device)[0])
-    return available_bytes()
 
 
 def load_per_core() -> float | None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moacompress.bench.bench_request import LIBRARY_BYTES, MOST_STEPS, SPARE_TOKENS, Cell, check_numbers
-from moacompress.bench.benchmark import available_memory, environment, load_per_core, warn_if_busy
+from moacompress.bench.benchmark import environment, load_per_core, warn_if_busy
 from moacompress.bench.cell_store import CellStore
 from moacompress.bench.measure import Clock, interleave
 from moacompress.bench.sides import (
@@ -37,6 +37,7 @@ from moacompress.core.lock_holders import own_file
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.tables import readable_bytes
 from moacompress.estimate.machine import this_machine
+from moacompress.models.device import available_memory
 from moacompress.models.stored_plan import stored_plan
 from moacompress.rules.budget import Budget, format_length
 from moacompress.rules.cost_table import FORMAT, VERSION, CostTable, Use, head_groups

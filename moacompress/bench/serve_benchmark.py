@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moacompress.bench.bench_request import DTYPES, LIBRARY_BYTES, check_choices
-from moacompress.bench.benchmark import available_memory, environment, load_per_core
+from moacompress.bench.benchmark import environment, load_per_core
 from moacompress.bench.cell_store import CellStore
 from moacompress.bench.request_mix import ANSWERS, PROMPTS, Lengths, Request, requests
 from moacompress.bench.running_rows import running_rows
@@ -25,6 +25,7 @@ from moacompress.core.lock_holders import own_file
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.tables import readable_bytes
 from moacompress.kernels import dispatch
+from moacompress.models.device import available_memory
 from moacompress.models.stored_plan import stored_plan
 from moacompress.models.weight_files import loaded_bytes, loaded_files
 from moacompress.rules.formats import DTYPE_BYTES, dtype_name

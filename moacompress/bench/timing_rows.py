@@ -13,6 +13,7 @@ import numpy as np
 from moacompress.bench.bench_request import SIDES, Cell
 from moacompress.bench.graphs import Proof
 from moacompress.bench.sides import STATIC
+from moacompress.core.statistics import estimate_row, median
 from moacompress.rules.budget import format_length
 from moacompress.rules.cost import kept_bits
 from moacompress.rules.plan import Plan
@@ -20,19 +21,6 @@ from moacompress.rules.plan import Plan
 TimingRow = dict[str, Any]
 COMPILED_NAME = "static cache, compiled"
 BASELINES = ("dense", "dense_best")
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Returns the 95% interval of a median by order statistics, which assumes nothing of how times are spread.
-
-    None for fewer than 6 values, of which no two hold the median between them that surely.
-    """
-    n, ordered = len(values), sorted(values)
-    rank, tail = 0, 0.0
-    while tail + math.comb(n, rank) / 2**n <= 0.025:
-        tail += math.comb(n, rank) / 2**n
-        rank += 1
-    return (ordered[rank - 1], ordered[n - rank]) if rank else None
 
 
 def best_dense(measured: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -111,8 +99,7 @@ def _speedups(ms: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
         if side == "plan" or "plan" not in ms:
             continue
         ratios = [theirs / ours for theirs, ours in zip(times, ms["plan"], strict=True)]
-        interval = median_interval(ratios)
-        found[side] = {"value": statistics.median(ratios), "ci95": None if interval is None else list(interval)}
+        found[side] = estimate_row(*median(ratios))
     return found
 
 

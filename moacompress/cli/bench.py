@@ -15,6 +15,7 @@ from moacompress.cli.options import (
     Overwrite,
     TrustRemoteCode,
     WeightsOption,
+    batch_sizes,
     dry_run_option,
     split_list,
 )
@@ -213,7 +214,7 @@ def bench(
 
     request = BenchRequest(
         lengths=parse_lengths(lengths if lengths is not None else QUICK_LENGTHS if quick else LENGTHS),
-        batches=_rows(batch or "1"),
+        batches=batch_sizes(batch or "1"),
         dtypes=dtypes,
         sides=tuple(dict.fromkeys(split_list(SIDES if sides is None else sides) or ())),
         tokens=tokens if tokens is not None else QUICK_TOKENS if quick else TOKENS,
@@ -253,14 +254,6 @@ def _refuse(option: str, others: Mapping[str, Any], needed: bool = False) -> Non
             raise UsageError(f"{name} goes {'with' if needed else 'without'} {option}; leave one of the two out")
 
 
-def _rows(text: str) -> tuple[int, ...]:
-    items = split_list(text) or ()
-    for item in items:
-        if not item.isdecimal():
-            raise UsageError(f"batch {item!r} is not a number of rows; give some such as 1,8")
-    return tuple(sorted({int(item) for item in items}))
-
-
 def _cost_table(
     run: CommandRun,
     model: Path,
@@ -284,7 +277,7 @@ def _cost_table(
         )
     request = CostTableRequest(
         lengths=parse_lengths(lengths or COST_LENGTHS),
-        rows=_rows(batch or COST_BATCH),
+        rows=batch_sizes(batch or COST_BATCH),
         tokens=COST_TOKENS if tokens is None else tokens,
         repeats=COST_REPEATS if repeats is None else repeats,
         seed=recipe.seed,
@@ -324,7 +317,7 @@ def _against(
         path,
         table,
         lengths=None if lengths is None else parse_lengths(lengths),
-        rows=None if batch is None else _rows(batch),
+        rows=None if batch is None else batch_sizes(batch),
         tokens=COST_TOKENS if tokens is None else tokens,
         repeats=COST_REPEATS if repeats is None else repeats,
         seed=recipe.seed,

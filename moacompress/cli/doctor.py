@@ -6,13 +6,16 @@ from typing import Annotated
 
 import typer
 
+from moacompress.cli.dense_memory import dense_memory
 from moacompress.cli.harness import CommandRun, Output, command
-from moacompress.cli.options import TrustRemoteCode
+from moacompress.cli.options import BatchOption, TrustRemoteCode
+from moacompress.core.errors import UsageError
 
 
 @command(
     "moacompress doctor",
     "moacompress doctor path/to/model",
+    "moacompress doctor path/to/model --lengths 32k --batch 8",
     "moacompress doctor path/to/model.gguf --json",
     "moacompress doctor runs/mine",
     on_device=True,
@@ -25,23 +28,46 @@ def doctor(
             metavar="[MODEL]", help="Hub id, folder or .gguf file; or a compressed model.", show_default=False
         ),
     ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Tokens of a request, such as 4k,32k [default: the context, at most 32k].",
+            show_default=False,
+        ),
+    ] = None,
+    batch: BatchOption = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Check the environment, and whether MODEL works.
 
-    Of a dense model it says whether it can be compressed; a compressed one, or the folder of its run, it describes and checks.
-    The weights of MODEL are not loaded. Exits with 1 if something does not work.
+    For a dense model it says whether it can be compressed, and how much KV memory requests take, dense and compressed, and how
+    many fit on this machine. A compressed model, or the folder of its run, is described and checked. No weights are loaded.
+    Exits with 1 if something does not work.
     """
     from moacompress.doctor.checks import check_environment, check_model
     from moacompress.report.doctor_tables import environment_table, model_table
+    from moacompress.report.memory_tables import memory_tables
 
+    for name, given in {"--lengths": lengths, "--batch": batch}.items():
+        if given is not None and model is None:
+            raise UsageError(f"{name} is for the KV memory of a MODEL; name one")
     data = check_environment()
     show = [environment_table(data)]
     problems = list(data["problems"])
     data["model"] = None
     if model is not None:
-        data["model"] = check_model(model, trust_remote_code=trust_remote_code, environment=data)
+        checked = check_model(model, trust_remote_code=trust_remote_code, environment=data)
+        data["model"] = {**checked, "memory": None}
         problems += data["model"]["problems"]
         show.append(model_table(data["model"]))
+        if not data["model"]["compressed"] and not data["model"]["problems"]:
+            memory = dense_memory(model, lengths, batch, run.common.device or "cpu", trust_remote_code)
+            data["model"]["memory"] = memory
+            show += memory_tables(memory)
+        elif lengths is not None or batch is not None:
+            raise UsageError(
+                f"{model} is compressed or cannot be used; `moacompress inspect` has the KV bytes of a plan"
+            )
     verdict = [f"problem: {problem}" for problem in problems] or ["Everything is in order."]
     return Output(data, [*show, *verdict], exit_code=1 if problems else 0)

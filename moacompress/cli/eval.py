@@ -9,6 +9,7 @@ import typer
 
 from moacompress.cli.harness import CommandRun, Output, command, say
 from moacompress.cli.options import (
+    AllowOverlap,
     Devices,
     Overwrite,
     TensorParallel,
@@ -49,13 +50,14 @@ def evaluate(
         typer.Option(
             metavar="LIST",
             help="What to measure beside it: dense, dense:transformers (by transformers' own attention, always there beside "
-            "quantized caches and evictions), uniform, uniform:4, uniform-elastic, per-layer, split, transformers' quantized "
-            "caches (quantized:hqq-8, quantized:hqq-4, quantized:quanto-4, quantized:fp8), known ways to evict tokens "
+            "quantized caches and evictions), best (the baseline that the search measured best), uniform, uniform:4, "
+            "uniform-elastic, per-layer, split, transformers' quantized caches (quantized:hqq-8, quantized:hqq-4, "
+            "quantized:quanto-4, quantized:fp8), known ways to evict tokens "
             "(streaming-llm, h2o, snapkv, pyramidkv, adakv, expected-attention, keydiff, kvzip; snapkv:seen for the "
             "question seen alone, snapkv:window=16 for another setting than the default), folders of other compressed models "
             "made from the same one, or none.",
         ),
-    ] = "dense,uniform",
+    ] = "dense,uniform,best",
     dense: Annotated[
         str | None,
         typer.Option(
@@ -92,6 +94,7 @@ def evaluate(
         Path | None,
         typer.Option(metavar="DIR", help="Profile that per-layer and split are made from; by default the run's own."),
     ] = None,
+    allow_overlap: AllowOverlap = False,
     fail_under: Annotated[
         str | None,
         typer.Option(
@@ -110,6 +113,13 @@ def evaluate(
     lm_eval_batch: Annotated[
         str, typer.Option(metavar="N", help="Requests of lm-evaluation-harness at once: a number, auto, or auto:N.")
     ] = "auto",
+    show_failures: Annotated[
+        bool,
+        typer.Option(
+            "--show-failures",
+            help="Print the prompts that the plan and dense answer differently well: question, reference and both answers.",
+        ),
+    ] = False,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all rows as CSV.")] = None,
     out: Annotated[
         Path | None,
@@ -124,7 +134,8 @@ def evaluate(
     """Measure a compressed model beside dense and others.
 
     All models get the same prompts, which no calibration has seen, and the baselines the plan's KV bytes. Without --tasks
-    the tasks are needle-noise and, where --text is given, text; none of them where --source or --lm-eval is.
+    the tasks are code-question, second-question, needle-noise and, where --text is given, text; none of them where --source
+    or --lm-eval is. -o keeps question, reference and both answers of every prompt.
     Under torchrun (torchrun --standalone --nproc-per-node 2 -m moacompress eval ...) processes share the prompts.
     """
     count = asked_devices(devices, dry_run)
@@ -149,7 +160,7 @@ def evaluate(
     from moacompress.evaluation.tasks.own_rows import own_tasks
     from moacompress.evaluation.tasks.registry import Resources
     from moacompress.prompts.pools import Prose
-    from moacompress.report.evaluation_tables import csv_text, evaluation_tables
+    from moacompress.report.evaluation_tables import csv_text, evaluation_tables, failure_lines
 
     chosen = recipe.evaluation.tasks
     if named is None:
@@ -200,6 +211,7 @@ def evaluate(
         sources=source or (),
         profile=profile,
         every_candidate=True,
+        allow_overlap=allow_overlap,
         lm_eval=harness,
         lm_eval_limit=prompts,
         lm_eval_batch=lm_eval_batch,
@@ -219,7 +231,8 @@ def evaluate(
     if failed and not rank():
         say("below the threshold: " + "; ".join(failed))
     data = report if fail_under is None else {**report, "failures": failed}
-    return Output(data, evaluation_tables(report), exit_code=int(bool(failed)))
+    shown = [*evaluation_tables(report), *(failure_lines(report) if show_failures else [])]
+    return Output(data, shown, exit_code=int(bool(failed)))
 
 
 def _check_csv(csv: Path, out: Path | None) -> None:

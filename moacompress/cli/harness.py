@@ -158,8 +158,7 @@ class CommandRun:
         flags |= {"seed": self.common.seed, "device": self.common.device, "dtype": self.common.dtype}
         given = {**self.given, **{name: value for name, value in flags.items() if value is not None}}
         for name, value in given.items():
-            text = without_password(value) if isinstance(value, str) else value
-            logger.info("%s = %s, from the command line", name.replace("__", "."), text)
+            logger.info("%s = %s, from the command line", name.replace("__", "."), value)
         recipe = recipe.override(**given)
         self.device_check(recipe.device)
         return recipe
@@ -324,7 +323,7 @@ def error_console() -> Console:
 
 def say(message: str) -> None:
     """Writes one line to stderr."""
-    print("moacompress: " + printable(" ".join(message.split())), file=sys.stderr, flush=True)
+    print("moacompress: " + printable(" ".join(without_password(message).split())), file=sys.stderr, flush=True)
 
 
 _COMMON = tuple(item.name for item in fields(Common))
@@ -401,7 +400,7 @@ def _guarded(work: Callable[[CommandRun], Output], common: Common, interrupted: 
 
 def _say_why(error: Exception, debug: bool) -> None:
     if debug:
-        traceback.print_exception(error)
+        print(printable(without_password("".join(traceback.format_exception(error)))), file=sys.stderr, end="")
     if isinstance(error, MoaCompressError):
         say(f"error{named_rank()}: {error}")
     else:
@@ -467,8 +466,15 @@ def _log_to(path: Path) -> logging.Handler:
         handler = _LogFile(path, encoding="utf-8")
     except OSError as error:
         raise ArtefactError(f"cannot write the log {path}: {error.strerror}") from error
-    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    handler.setFormatter(_Formatter(LOG_FORMAT))
     return handler
+
+
+class _Formatter(logging.Formatter):
+    """Writes no password that a message or a traceback has in a URL."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_password(super().format(record))
 
 
 class _LogFile(logging.FileHandler):
@@ -494,7 +500,7 @@ class _ConsoleHandler(logging.Handler):
         if hasattr(record, _FILE_ALONE):
             return
         try:
-            text = f"moacompress: {record.levelname.lower()}: {record.getMessage()}"
+            text = f"moacompress: {record.levelname.lower()}: {without_password(record.getMessage())}"
             self._console.print(printable(text), markup=False, soft_wrap=True)
         except Exception:
             self.handleError(record)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moacompress.cli.harness import CommandRun, Output, command
-from moacompress.cli.options import Overwrite, RecipeFile, Text, TrustRemoteCode, dry_run_option
+from moacompress.cli.options import AllowOverlap, Overwrite, RecipeFile, Text, TrustRemoteCode, dry_run_option
 from moacompress.cli.recipe_options import recipe_option
 
 
@@ -56,6 +56,7 @@ def heal(
     checkpointing: Annotated[
         bool | None, recipe_option("heal.checkpointing", "--checkpointing/--no-checkpointing")
     ] = None,
+    allow_overlap: AllowOverlap = False,
     dry_run: Annotated[
         bool, dry_run_option("Say what it would take (tokens, time, memory), and train nothing.")
     ] = False,
@@ -93,6 +94,7 @@ def heal(
         profile=profile,
         teacher=teacher,
         recipe=resolved,
+        allow_overlap=allow_overlap,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         progress=run.progress,

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from moacompress.cli.dense_memory import dense_memory
 from moacompress.cli.harness import CommandRun, Output, command
-from moacompress.cli.options import TrustRemoteCode
+from moacompress.cli.options import BatchOption, TrustRemoteCode, batch_sizes
 from moacompress.core.errors import UsageError
 from moacompress.models.locate import find_running_plan
 
@@ -17,15 +18,19 @@ from moacompress.models.locate import find_running_plan
     "moacompress inspect plan.json",
     "moacompress inspect runs/mine --lengths 1k,4k,32k",
     "moacompress inspect runs/mine/model --json",
+    "moacompress inspect path/to/dense --lengths 32k --batch 1,8",
     "moacompress inspect runs/mine --show-tokens notes.txt",
     on_device=True,
 )
 def inspect(
     run: CommandRun,
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Compressed model, folder of a run, or plan file.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="Compressed model, folder of a run, plan file, or dense model.")
+    ],
     lengths: Annotated[
         str | None, typer.Option("--lengths", metavar="LIST", help="Lengths in tokens, such as 1k,4k.")
     ] = None,
+    batch: BatchOption = None,
     show_tokens: Annotated[
         Path | None,
         typer.Option(
@@ -36,23 +41,41 @@ def inspect(
 ) -> Output:
     """Show what a plan keeps and what it costs.
 
-    KV bytes at several lengths, and the kept share and the bits of every layer and KV head. The model is not loaded, but for
-    --show-tokens.
+    KV bytes at several lengths, and the kept share and the bits of every layer and KV head. With --batch, also the KV memory of
+    requests and how many fit on this machine; for a dense model that is all. The model is loaded for --show-tokens only.
     """
-    from moacompress.models.source import find_model_folder
+    from moacompress.models.described import is_dense_model
+    from moacompress.models.device import available_memory
+    from moacompress.models.source import find_model_folder, is_compressed
     from moacompress.models.stored_plan import read_plan
     from moacompress.report.inspection import inspect_plan, inspection_tables
+    from moacompress.report.memory_tables import memory_tables
     from moacompress.rules.budget import parse_lengths
+    from moacompress.rules.kv_memory import kv_memory
 
     device = run.common.device or "cpu"
     if show_tokens is None and device != "cpu":
         raise UsageError(
             f"inspect computes nothing without --show-tokens, so --device {device} has no meaning; leave it out"
         )
+    if is_dense_model(path) and not is_compressed(path):
+        if show_tokens is not None:
+            raise UsageError(f"{path} is a dense model, which has no gates; --show-tokens needs a compressed one")
+        memory = dense_memory(str(path), lengths, batch, device, trust_remote_code)
+        return Output({"dense": True, "memory": memory}, memory_tables(memory))
     file = find_running_plan(path)
     plan = read_plan(file)
-    data = inspect_plan(plan, parse_lengths(lengths) if lengths else None, find_model_folder(file.parent))
+    asked = parse_lengths(lengths) if lengths else None
+    data = inspect_plan(plan, asked, find_model_folder(file.parent))
     shown = Output(data, inspection_tables(data))
+    if batch is not None:
+        weights = None if data["weights"] is None else sum(data["weights"].values())
+        free, batches = available_memory(device), batch_sizes(batch)
+        memory = kv_memory(
+            plan.model, asked or plan.stated_lengths, batches, weights=weights, available=free, plan=plan
+        )
+        shown = Output({**data, "memory": memory}, [*shown.show, *memory_tables(memory)])
+        data = shown.data
     if show_tokens is None:
         return shown
     from moacompress.report.shown_tokens import selected_tokens, token_tables

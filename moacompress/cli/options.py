@@ -43,6 +43,9 @@ MemoryOption = Annotated[
         help="Most bytes of weights and of the KV cache of L tokens together, such as 6GiB@8k: the budget memory=6GiB@8k.",
     ),
 ]
+BatchOption = Annotated[
+    str | None, typer.Option("--batch", metavar="LIST", help="Requests at a time, such as 1,8.", show_default=False)
+]
 LengthsOption = Annotated[str | None, recipe_option("calibration.lengths", metavar="LIST", states_default=False)]
 CostTableOption = Annotated[Path | None, recipe_option("search.cost_table", metavar="FILE", read=str)]
 FormatsOption = Annotated[str | None, recipe_option("search.formats", metavar="LIST")]
@@ -64,6 +67,13 @@ Sources = Annotated[
 Samples = Annotated[int | None, recipe_option("calibration.samples", states_default=False)]
 TextSamples = Annotated[int | None, recipe_option("calibration.text_samples", states_default=False)]
 ValidationSamples = Annotated[int | None, recipe_option("calibration.validation_samples", states_default=False)]
+AllowOverlap = Annotated[
+    bool,
+    typer.Option(
+        "--allow-overlap",
+        help="Take text too of which calibration has seen more than 1% (runs of 13 words); results are marked.",
+    ),
+]
 Text = Annotated[str | None, recipe_option("calibration.text", metavar="PATH")]
 
 
@@ -108,6 +118,21 @@ def split_list(text: str | None) -> tuple[str, ...] | None:
     if text is None:
         return None
     return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def batch_sizes(text: str) -> tuple[int, ...]:
+    """Returns numbers of rows such as `1,8`, without repeats, the smallest first.
+
+    Raises:
+        UsageError: one that is no number above 0.
+    """
+    items = split_list(text) or ()
+    for item in items:
+        if not item.isdecimal():
+            raise UsageError(f"batch {item!r} is not a number of rows; give some such as 1,8")
+        if not int(item):
+            raise UsageError("batch is 0; it must be at least 1")
+    return tuple(sorted({int(item) for item in items}))
 
 
 def required_model(given: str | None, recipe_model: str | None) -> str:

@@ -57,6 +57,7 @@ def report(
         data,
         [
             f"The page is {page}",
+            *found.warnings,
             *(f"{row['what']} This fills it: {row['command']}" for row in data["missing"]),
             *(f"Left out: {text}." for text in found.passed_over),
             *(f"The picture is {file}" for file in data.get("pictures", ())),

@@ -209,9 +209,10 @@ def _following(profile: Profile, plan: object) -> str:
 
 def _one(profile: Profile, found: SearchResult, out: Path) -> Output:
     from moacompress.report.search_tables import explanation_tables, weight_tables
-    from moacompress.report.summary_tables import kl_table
+    from moacompress.report.summary_tables import kl_table, loss_lines
     from moacompress.rules.planned_weights import memory_lines
     from moacompress.rules.step_time import step_lines
+    from moacompress.rules.worst_share import WorstShare
 
     return Output(
         {"plan": str(out), **_numbers(found)},
@@ -222,6 +223,8 @@ def _one(profile: Profile, found: SearchResult, out: Path) -> Output:
             *weight_tables(found.plan),
             *explanation_tables(found.explanation),
             _measured(found),
+            f"KV cache: {WorstShare.of(found.plan)}.",
+            *loss_lines(found.plan),
             *_elsewhere([found]),
             _following(profile, out),
         ],
@@ -232,16 +235,16 @@ def _measured(found: SearchResult) -> str:
     """Returns what was measured, or that nothing was."""
     if found.harm["plan"] is None:
         return (
-            "Not measured: the time was over before. The plan is what the profile alone predicts to be best; the same command "
-            "with a longer --timeout resumes."
+            "Not measured: the time ran out first. The plan is the one that the profile predicts to be best; resume with the "
+            "same command and a longer --timeout."
         )
     return f"{found.measured_plans} plans measured in {found.trials} trials; the best was trial {found.best_trial}."
 
 
 def _elsewhere(found: list[SearchResult]) -> list[str]:
-    """Returns where the plans are that another worker of the search writes."""
+    """Returns where the plans are that were there already, or that another worker of the search writes."""
     places = ", ".join(str(result.path) for result in found if not result.written)
-    return [f"Another worker of this search writes the plan: {places}"] if places else []
+    return [f"Written by an earlier run or another worker of this search: {places}"] if places else []
 
 
 def _several(profile: Profile, found: list[SearchResult]) -> Output:
@@ -265,6 +268,9 @@ def _numbers(found: SearchResult) -> dict[str, Any]:
         "written": found.written,
         "harm": found.harm,
         "kv_bytes": found.kv_bytes,
+        "worst_share": found.plan.budget.get("worst_share"),
+        "best_baseline": found.plan.quality.get("best_baseline"),
+        "refused": found.explanation.get("refused"),
         **({} if found.classes is None else {"classes": found.classes}),
         **({"step_ms": found.step_ms} if found.step_ms else {}),
         **({"memory": memory} if (memory := found.plan.budget.get("memory")) else {}),

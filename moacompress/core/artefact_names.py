@@ -39,7 +39,7 @@ DENSE_FOLDER = "dense"
 TEXT_FOLDER = "text"
 
 MANIFEST_FILE = "profile.json"
-"""What a profile is of; it lies in the profile's folder, as do the next seven."""
+"""What a profile is of; it lies in the profile's folder, as do the next eight."""
 CALIBRATION_FILE = "calibration.safetensors"
 VALIDATION_FILE = "validation.safetensors"
 ROUNDING_FILE = "weights.json"
@@ -47,6 +47,7 @@ SAMPLES_FOLDER = "samples"
 INFLUENCE_FILE = "influence.safetensors"
 GATES_FILE = "gates.safetensors"
 ANSWERS_FILE = "answers.jsonl"
+SHINGLES_FILE = "calibration.shingles"
 AUDIT_FILE = "audit.json"
 
 HEAL_FILE = "heal.json"
@@ -120,6 +121,11 @@ def gates_file(plan: Path) -> Path:
     return plan.with_suffix(".gates.safetensors")
 
 
+def shingles_file(plan: Path) -> Path:
+    """Returns where the shingles are of what a plan was calibrated on: `plan.shingles` for `plan.json`."""
+    return plan.with_suffix(".shingles")
+
+
 def plan_named(plan: Path, name: str) -> Path:
     """Returns one of several plans: `plan-NAME.json` for `plan.json`."""
     return plan.with_name(f"{plan.stem}-{name}{plan.suffix or '.json'}")
@@ -177,6 +183,7 @@ def of_search(plan: Path) -> list[Path]:
     return [
         plan,
         gates_file(plan),
+        shingles_file(plan),
         scouts_folder(plan),
         baselines_folder(plan),
         explanation_file(plan),
@@ -190,8 +197,8 @@ def of_front(plan: Path) -> list[Path]:
     """Returns all that the search of a front leaves beside `plan`."""
     journal = front_journal(plan)
     plans = plans_of_front(plan)
-    gates = [path for path in map(gates_file, plans) if path.exists()]
-    return [front_file(plan), *plans, *gates, journal, journal_lock(journal)]
+    beside = [path for name in (gates_file, shingles_file) for path in map(name, plans) if path.exists()]
+    return [front_file(plan), *plans, *beside, journal, journal_lock(journal)]
 
 
 def of_audit(audit: Path) -> list[Path]:
@@ -209,6 +216,7 @@ def of_profile(folder: Path) -> list[Path]:
         ROUNDING_FILE,
         CALIBRATION_FILE,
         ANSWERS_FILE,
+        SHINGLES_FILE,
         MANIFEST_FILE,
     )
     return [*of_audit(folder / AUDIT_FILE), *(folder / name for name in samples)]

@@ -13,7 +13,6 @@ import os
 import re
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,8 +23,8 @@ from moacompress.core.errors import ArtefactError, DataError
 from moacompress.core.lock_holders import own_file, release_dead
 
 MAX_JSON_BYTES = 64 * 2**20
-_RANDOM = "[a-z0-9_]{8}"
-"""What makes the name of a folder or file aside its own: `tempfile`'s letters, and those of `_aside`."""
+_RANDOM = "[0-9a-f]{8}"
+"""What makes the name of a folder or file aside its own, see `_beside`."""
 
 
 class BrokenJson(ArtefactError):
@@ -86,6 +85,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Like `write_text`, for bytes; into a device or a pipe, which no file may replace, it writes as it is."""
     path = Path(path)
     try:
+        if path.is_block_device():
+            raise ArtefactError(f"cannot write {path}: it is a disk")
         if path.exists() and not path.is_file() and not path.is_dir():
             with path.open("wb") as there:
                 there.write(data)
@@ -122,14 +123,13 @@ def _write_and_move(contents: Mapping[Path, bytes]) -> None:
 def _write_aside(path: Path, data: bytes) -> Path:
     """Writes what a file is to hold to the disk beside its place, and returns where; where that fails nothing is left."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
-    temporary = Path(name)
+    temporary = _beside(path, TEMPORARY)
+    opened = temporary.open("xb")  # a name that nothing else has, with the mode that the umask leaves
     try:
-        with os.fdopen(handle, "wb") as file:
+        with opened as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
@@ -158,11 +158,25 @@ def read_json(path: Path, what: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
         size = path.stat().st_size
         if size > max_bytes:
             raise ArtefactError(f"{what} {path} has {size:,} bytes; at most {max_bytes:,} are read")
-        return json.loads(path.read_bytes().decode("utf-8"))
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)  # a link may lead to a device, which has no size and no end
+        if len(data) > max_bytes:
+            raise ArtefactError(f"{what} {path} has no end; at most {max_bytes:,} bytes are read")
+        return json.loads(data.decode("utf-8"))
     except OSError as error:
         raise ArtefactError(f"cannot read {what} {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits, too deep
         raise BrokenJson(f"{what} {path} is not valid JSON: {error}") from error
+
+
+def check_no_link(path: Path) -> None:
+    """Refuses a link in the place of a file that is appended to: it could lead out of a folder that somebody else made.
+
+    Raises:
+        ArtefactError: there is one.
+    """
+    if path.is_symlink():
+        raise ArtefactError(f"{path} is a link, which is not written through; remove it, or choose another place")
 
 
 @contextmanager
@@ -190,6 +204,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
             raise ArtefactError(f"cannot write beside {target}: {error.strerror or error}") from error
         try:
             yield aside
+            _open_to_all(aside)
             if overwrite:
                 _put(aside, target)
             else:
@@ -255,6 +270,17 @@ def holds_something(path: Path) -> bool:
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
+def _open_to_all(folder: Path) -> None:
+    """Gives the files in a folder that was made the mode of any other file: safetensors lets their owner alone read them.
+
+    What the umask allows is read off the folder itself: to ask for it a process must set it, for its other threads too.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode | mode)
+
+
 def _refuse(target: Path) -> None:
     if holds_something(target):
         raise ArtefactError(f"{target} exists already; choose another folder or pass --overwrite")
@@ -317,9 +343,3 @@ def _names(folder: Path) -> list[str]:
         return os.listdir(folder)
     except OSError:  # it is not there, or no folder
         return []
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
 class Progress:
-    """Receives the progress of one task after another; this one ignores it. Subclasses show it.
+    """Receives the progress of one task after another, in stages; this one ignores it. Subclasses show it.
 
     Attributes:
         shows: whether anything is shown, and so whether a library may show its own.
     """
 
     shows: ClassVar[bool] = False
+
+    def plan(self, stages: Mapping[str, float | None], *, in_seconds: bool = False) -> None:
+        """Names the stages of the whole before the first of them.
+
+        Whoever calls first decides them: what it calls in turn may name its own, which count where nobody else did. The same
+        names again give other numbers.
+
+        Args:
+            stages: names in their order, each with how long it is expected to take beside the others; None for unknown.
+            in_seconds: whether they are seconds.
+        """
+
+    def stage(self, name: str) -> None:
+        """Begins a stage; a name that is not in the plan is ignored."""
 
     def start(self, what: str, total: int) -> None:
         """Begins a task.
@@ -24,6 +39,9 @@ class Progress:
 
     def step(self, note: str = "") -> None:
         """Counts one step as done; `note` is a short remark such as the best value so far."""
+
+    def beat(self) -> None:
+        """Says that a step, which may take minutes, goes on."""
 
     def done(self) -> None:
         """Ends the task."""

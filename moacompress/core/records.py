@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
 
 from moacompress.core.errors import ArtefactError
-from moacompress.core.files import canonical_json
+from moacompress.core.files import canonical_json, check_no_link
 
 V = TypeVar("V")
 JsonLine = dict[str, Any]
@@ -41,7 +41,7 @@ class Records(Generic[V]):
             kind have none.
 
     Raises:
-        ArtefactError: the file cannot be read.
+        ArtefactError: the file cannot be read, or is a link.
     """
 
     def __init__(
@@ -54,9 +54,15 @@ class Records(Generic[V]):
         self._path, self._values_of, self._wanted = path, values_of, header
         self._values: dict[str, V] = {}
         self.header: JsonLine | None = None
+        if path is not None:
+            check_no_link(path)
         if path is not None and resume:
             self._read(path)
         self._begun = path is None or header is None or self.header is not None
+
+    def __len__(self) -> int:
+        """Returns how many values there are."""
+        return len(self._values)
 
     def get(self, key: str) -> V | None:
         """Returns the value filed under `key`, or None."""

@@ -2,7 +2,7 @@
 
 Prompts: `tasks` (the registry), `cases` (one prompt), and a module for each family of tasks. Measuring: `checkpoint` (the
 weights), `compared_models` (the plans on them), `scoring` (prompts), `text` (long text), `scores` (all of them, each measured
-once), `lm_harness` (another project's tasks). Numbers: `stats` (intervals), `result_rows` and `text_rows` (results),
+once), `lm_harness` (another project's tasks). Numbers: `retention`, `result_rows` and `text_rows` (results),
 `thresholds`. `runner` does it all. Nothing here changes a plan.
 """
 

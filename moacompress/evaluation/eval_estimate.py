@@ -15,7 +15,7 @@ from moacompress.evaluation.baselines.compared_models import sides
 from moacompress.evaluation.scoring.prompts import BATCH_TOKENS
 from moacompress.models.placement import input_device
 from moacompress.rules.rule import SINKS
-from moacompress.runtime.checkpoint import compressed_folder, load_checkpoint
+from moacompress.runtime.checkpoint import Checkpoint, compressed_folder, load_checkpoint
 from moacompress.runtime.linear import use_kernels
 
 ANSWER = 16
@@ -34,8 +34,30 @@ def eval_seconds(tasks: int, lengths: Sequence[int], prompts: int, models: int, 
         models: that answer them.
         rates: as if every model were as fast.
     """
-    each = sum((1 + TEACHER_FORCED) * rates.forward(n) + ANSWER * rates.step(n) for n in lengths)
-    return tasks * prompts * models * each
+    return tasks * prompts * models * sum(answer_seconds(n, rates) for n in lengths)
+
+
+def answer_seconds(length: int, rates: Rates) -> float:
+    """Returns about how long one model takes for one prompt of so many tokens, seconds."""
+    return (1 + TEACHER_FORCED) * rates.forward(length) + ANSWER * rates.step(length)
+
+
+def estimate_answers(checkpoint: Checkpoint, counts: Mapping[int, int]) -> Estimate:
+    """Estimates an evaluation whose prompts are known, from one timed prompt of each length under the plan.
+
+    Args:
+        checkpoint: what is evaluated.
+        counts: of every length, tokens, how many answers all models give together.
+    """
+    rates = TimedRates(checkpoint.put_on(checkpoint.plan), input_device(checkpoint.model))
+    seconds = sum(count * answer_seconds(length, rates) for length, count in counts.items())
+    answers = sum(counts.values())
+    return Estimate(
+        seconds=seconds,
+        text=(f"about {readable_seconds(seconds)} for {answers:,} answers.",),
+        facts={"answers": answers},
+        slowdown=rates.watch.slowdown,
+    )
 
 
 def eval_seconds_on(tasks: int, lengths: Sequence[int], prompts: int, models: int, rates: Rates, devices: int) -> float:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from moacompress.core.errors import DataError, MoaCompressError, UsageError, did_you_mean
 from moacompress.core.memory import available_bytes
 from moacompress.core.ranks import rank, turns, world_size
+from moacompress.core.statistics import reported_mean
 from moacompress.models.placement import input_device
 from moacompress.models.processes import agreed
 
@@ -34,7 +35,6 @@ MOST_ROWS = 64
 """Of a batch whose size is found."""
 RESAMPLES = 1000
 """Of the harness's bootstraps, for metrics that are no means; its own default takes minutes."""
-_Z95 = 1.959963984540054
 
 
 def run_lm_eval(
@@ -66,8 +66,8 @@ def run_lm_eval(
 
     Returns:
         Rows of `model, task, length` (None)`, metric, value, ci95, prompts`. `metric` is the harness's own, followed by
-        its filter if it has one (`exact_match,flexible-extract`); `ci95` is 1.96 standard errors around the value, None
-        where the harness gives none; `prompts` counts documents.
+        its filter if it has one (`exact_match,flexible-extract`); `ci95` is of the harness's standard error, Wilson's for
+        shares of yes and no and otherwise t, None where there is none or below 5 documents; `prompts` counts documents.
 
     Raises:
         UsageError: lm-evaluation-harness is not installed, unknown task, another batch size, or nothing to do.
@@ -239,15 +239,16 @@ def _rows(found: dict[str, Any], name: str) -> list[dict[str, Any]]:
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             error = metrics.get(f"{metric}_stderr,{kind}")
-            known = isinstance(error, int | float)
+            interval = reported_mean(value, error, prompts) if isinstance(error, int | float) else None
             rows.append(
                 {
                     "model": name,
                     "task": task,
+                    "overlap": None,
                     "length": None,
                     "metric": metric if kind == "none" else key,
                     "value": float(value),
-                    "ci95": [float(value - _Z95 * error), float(value + _Z95 * error)] if known else None,
+                    "ci95": list(interval) if interval else None,
                     "prompts": prompts,
                 }
             )

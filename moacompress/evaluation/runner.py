@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +16,32 @@ from moacompress.core.errors import ArtefactError, DataError, UsageError
 from moacompress.core.files import read_json, remove, sweep_files, write_json
 from moacompress.core.lock_holders import own_file
 from moacompress.core.progress import SILENT, Progress
-from moacompress.core.ranks import rank
-from moacompress.core.records import Records, named_numbers
+from moacompress.core.ranks import rank, world_size
+from moacompress.core.records import Records
+from moacompress.core.shingles import OVERLAP_LIMIT, Shingles, overlap, refuse_overlap
 from moacompress.core.shown import ShownDict
 from moacompress.core.version import own_version
 from moacompress.evaluation.baselines.compared_models import ComparedModel, Comparison, check_names, make_comparison
 from moacompress.evaluation.baselines.evictions import ComparedEviction
 from moacompress.evaluation.baselines.quantized_caches import RESIDUAL
+from moacompress.evaluation.eval_estimate import estimate_answers
 from moacompress.evaluation.lm_harness import AUTO, check_lm_eval, read_batch_size, run_lm_eval
 from moacompress.evaluation.scoring.result_rows import (
     Measured,
     ResultRow,
     TaskCell,
+    answer_rows,
     at_floor,
     best_candidates,
     difference_rows,
+    mean_overlap,
     pooled_rows,
     result_rows,
+    seen_in_calibration,
 )
-from moacompress.evaluation.scoring.scores import Scorer
-from moacompress.evaluation.scoring.text import text_windows
+from moacompress.evaluation.scoring.scores import Scorer, read_entry
+from moacompress.evaluation.scoring.stored_scores import StoredScores, score_rows
+from moacompress.evaluation.scoring.text import Window, text_windows
 from moacompress.evaluation.scoring.text_rows import (
     TEXT,
     TextMeasured,
@@ -43,6 +51,7 @@ from moacompress.evaluation.scoring.text_rows import (
 from moacompress.evaluation.tasks.cases import Case, mean_answer_tokens, mean_tokens
 from moacompress.evaluation.tasks.own_rows import own_tasks
 from moacompress.evaluation.tasks.registry import (
+    KINDS,
     Resources,
     check_resources,
     expand_tasks,
@@ -51,13 +60,29 @@ from moacompress.evaluation.tasks.registry import (
     rows_left_out,
 )
 from moacompress.models.processes import agreed, check_alike, join
+from moacompress.models.stored_plan import stored_plan
 from moacompress.prompts.pools import Prose
+from moacompress.prompts.templates import decode_text
+from moacompress.rules.budget import format_length
 from moacompress.rules.plan import Plan
 from moacompress.rules.planned_weights import own_weights
 from moacompress.rules.untrusted import reading_notes
 from moacompress.runtime.checkpoint import Checkpoint, compressed_folder, load_checkpoint, with_dense
 
 logger = logging.getLogger(__name__)
+
+
+QUESTION_TOKENS = 64
+"""Most tokens of a question that a report keeps."""
+NOT_ASKED = {
+    "code": ("code-question", "code-completion"),
+    "a second question": ("second-question",),
+    "tables": ("table-lookup",),
+    "dialogues": ("dialogue-fact",),
+    "tool calls": ("tool-call",),
+    "long text": (TEXT,),
+}
+"""What a cache is asked for in use, and the tasks that measure it."""
 
 
 class EvaluationReport(ShownDict):
@@ -67,9 +92,9 @@ class EvaluationReport(ShownDict):
 def evaluate(
     target: str | Path,
     *,
-    against: Sequence[str] = ("dense", "uniform"),
+    against: Sequence[str] = ("dense", "uniform", "best"),
     dense: str | Path | None = None,
-    tasks: Sequence[str] = ("needle-noise",),
+    tasks: Sequence[str] = ("code-question", "second-question", "needle-noise"),
     lengths: Sequence[int] = (1024,),
     prompts: int = 20,
     text: str | Path | None = None,
@@ -77,6 +102,7 @@ def evaluate(
     sources: Sequence[str] = (),
     profile: str | Path | None = None,
     every_candidate: bool = False,
+    allow_overlap: bool = False,
     lm_eval: Sequence[str] = (),
     lm_eval_limit: int | None = None,
     lm_eval_batch: int | str = AUTO,
@@ -104,9 +130,10 @@ def evaluate(
     Args:
         target: a compressed checkpoint, or a run's folder with one under `model/`.
         against: what to measure beside the plan: `dense`; `dense:transformers`; the baselines `uniform`, `uniform-elastic`,
-            `quantized`, `per-layer`, `split` and `moa`; `uniform:4`, `uniform:16` and `uniform:64` for a given sink;
-            transformers' quantized caches, such as `quantized:hqq-8` (`quantized_caches.QUANTIZED`), at the bytes that they
-            take; known ways to evict tokens (`baselines.evictions`), such as `snapkv`, which is measured with the question seen
+            `quantized`, `per-layer`, `split` and `moa`; `best` for the one of these that the search measured best, where the
+            plan says so; `uniform:4`, `uniform:16` and `uniform:64` for a given sink; transformers' quantized caches, such as
+            `quantized:hqq-8` (`quantized_caches.QUANTIZED`), at the bytes that they take;
+            known ways to evict tokens (`baselines.evictions`), such as `snapkv`, which is measured with the question seen
             and unseen, or `snapkv:seen`;
             folders of other compressed checkpoints of the same dense model, with their own weights where these were repaired
             or healed, or layers share attention.
@@ -119,13 +146,15 @@ def evaluate(
         text: file or folder of long prose, for prose tasks and for `text`; its evaluation third is used.
         squad: SQuAD as JSON, for question answering.
         sources: files of rows with answers of your own, or hub ids: each is a task more, of the rows that fit the longest of
-            `lengths`, at most `prompts` of them; see `tasks.own_rows`.
+            `lengths`, at most `prompts` of them; see `tasks.own_rows`. Of those that the plan was calibrated on only the rows
+            count that were held out.
         profile: folder of the profile that `per-layer` and `split` are made from; the one beside `target` by default.
         every_candidate: try every sink of a baseline, also where the search has found and noted the best one.
+        allow_overlap: measure also on text of which the plan's calibration has seen more than 1%; it is marked in the report.
         lm_eval: tasks of lm-evaluation-harness, by name or as `.yaml` files, for the plan, dense and other folders.
         lm_eval_limit: only the first documents of each of them; None for all.
         lm_eval_batch: requests of theirs that run at once: a number, "auto" or "auto:N"; see `run_lm_eval`.
-        seed: of prompts and intervals.
+        seed: of prompts.
         dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's.
         device: torch device.
         out: where to write the result as JSON, atomically. Finished scores are kept beside it (`eval.scores.jsonl` for
@@ -137,16 +166,25 @@ def evaluate(
     Returns:
         A report with these parts, which a notebook shows as the command does:
 
-        - `checkpoint`: fingerprints of what was measured, `plan` and `weights`.
+        - `checkpoint`: fingerprints of what was measured, `plan` and `weights`; and `other_weights`, whether these are not
+          those that the plan was made for.
         - `wording`: for every task a digest of what its prompts say. Numbers of two wordings are of two tasks.
         - `results`: rows of `model, task, length, metric, value, ci95, prompts, kv_bytes, tokens` (the mean, where bytes
-          are stated), and `sink` and `window` of a baseline where all its KV heads have the same. Metrics are
+          are stated), `overlap` (the share of the prompts' runs of 13 words that the plan's calibration has seen; None where
+          the checkpoint does not say), and `sink` and `window` of a baseline where all its KV heads have the same. Metrics are
           `exact_match`, `accuracy`, `nll` (nats a token) and, where dense is measured and gets a prompt right,
           `retention`, whose `prompts` are those that dense gets right, by both attentions where both are measured
           (`prompts_dense` has the number of each); for text see `TEXT_METRICS`.
-        - `differences`: rows of the plan minus each other `model`, paired by prompt.
-        - `pooled`: `results` and `differences` of all prompts of all tasks and lengths together, where there are several;
-          differences there have `retention` too.
+        - `differences`: rows of the plan minus each other `model`, paired by prompt, with `p`, the p-value of an exact or a
+          permutation test. `ci95` is None below 5 prompts, as everywhere.
+        - `kinds`: for every task which of `tasks.registry.KINDS` it is.
+        - `pooled`: `results` and `differences` of all prompts of each kind together, the kind that a claim rests on first;
+          `task` is the kind, and differences have `retention` too.
+        - `not_measured`: what no task asks for, in words.
+        - `answers`: for every prompt the end of its question, the references, what the plan and dense said (as far as it
+          decides the score), and the exact match of both.
+        - `seen_in_calibration`: `task`, `length` and `overlap` of what calibration has seen more than 1% of.
+        - `scores`: of single prompts, see `scoring.stored_scores`; all of the above but text is computed from them.
         - `at_floor`: `task` and `length` of what the dense model cannot do itself, so that nothing follows from it.
         - `lm_eval`: rows of lm-evaluation-harness, where asked for; see `run_lm_eval`. They are computed from scratch each
           time, and those of other tasks that are at `out` stay there.
@@ -154,7 +192,8 @@ def evaluate(
     Raises:
         UsageError: `target` is not compressed, an unknown task or baseline, a cache whose package is not installed or
             that cannot hold the model's layers, or no prompts.
-        DataError: prompts cannot be made at a length, or what they are made of is missing.
+        DataError: prompts cannot be made at a length, or what they are made of is missing; or calibration has seen more than 1%
+            of the text, and `allow_overlap` is False.
         PlanError: the plan is damaged, or another folder or the profile has other weights.
         ModelError, ArtefactError: the checkpoint is damaged, or `out` cannot be written, is not an evaluation of this
             checkpoint, or is another process's at work.
@@ -167,13 +206,15 @@ def evaluate(
     folder = compressed_folder(Path(target))
     read_batch_size(lm_eval_batch)
     check_names(against)
-    own = own_tasks(sources)
+    own = own_tasks(sources, calibrated_on(stored_plan(folder)) if sources else ())
     task_names(tasks, Resources(own=own))  # an unknown name is said before texts are read
     resources = Resources(prose=Prose.load(text) if text is not None else None, squad=squad, own=own)
     names = task_names((*own, *tasks), resources)
     check_request(names, lengths, prompts, resources, harness=bool(lm_eval))
     if lm_eval:
         check_lm_eval(lm_eval, lm_eval_limit)
+    if resources.prose is not None and not allow_overlap and any(map(partial(reads_prose, resources=resources), names)):
+        check_overlap(resources.prose, stored_plan(folder).seen)
     checkpoint = load_checkpoint(folder, dtype, device, trust_remote_code=trust_remote_code)
     use_kernels(checkpoint.model)
     checkpoint.check_lengths(lengths)
@@ -193,21 +234,39 @@ def evaluate(
         )
     comparison = make_comparison(checkpoint, against, profile, every_candidate)
     path = None if out is None or rank() else Path(out)
-    _warn_of_calibration(sources, checkpoint.plan)
+    kinds = {name: find_task(name, resources).kind for name in names if name != TEXT}
     wording = {name: find_task(name, resources).wording for name in names if name != TEXT}
-    subject = {"plan": checkpoint.plan.key(), "weights": checkpoint.weights}
+    subject: dict[str, Any] = {
+        "plan": checkpoint.plan.key(),
+        "weights": checkpoint.weights,
+        "other_weights": checkpoint.has_other_weights,
+    }
+    if checkpoint.has_other_weights:
+        logger.warning(
+            "the weights of %s are not those that its plan was made for: fingerprint %s, not %s. What the plan says of its KL "
+            "is of the other weights; search again if they were fine-tuned, or get the checkpoint again if they were not",
+            folder,
+            checkpoint.weights,
+            checkpoint.plan.model.weights_fingerprint,
+        )
     check_alike({"moacompress": own_version(), **subject})
     with nullcontext() if path is None else own_file(path):
         earlier = {} if path is None else _check_place(path, subject, wording, overwrite)
         kept = agreed(earlier.get("lm_eval", []))
-        records = Records(None if path is None else scores_file(path), named_numbers, resume=not overwrite)
-        bench = _Evaluation(checkpoint, resources, comparison, Scorer(checkpoint, records, progress), prompts, seed)
+        records = Records(None if path is None else scores_file(path), read_entry, resume=not overwrite)
+        scorer = Scorer(checkpoint, records, progress)
+        bench = _Evaluation(checkpoint, resources, comparison, scorer, prompts, seed, allow_overlap)
         wanted = [(task, length) for task in names for length in bench.lengths(task, lengths)]
-        steps = sum(bench.check(task, length) for task, length in wanted)
+        counts: Counter[int] = Counter()
+        for task, length in wanted:
+            counts[length] += bench.check(task, length)
         if path is not None and overwrite:
             remove(of_evaluation(path))
-        progress.start("evaluating", steps)
-        report: dict[str, Any] = {"checkpoint": subject, "wording": wording, **bench.measured(wanted)}
+        if progress.shows and not len(records) and world_size() == 1:  # a run that is taken up has said so before
+            progress.say(f"This takes {estimate_answers(checkpoint, counts).line()}")
+        progress.start("evaluating", counts.total())
+        report: dict[str, Any] = {"checkpoint": subject, "wording": wording, "kinds": kinds, **bench.measured(wanted)}
+        report["not_measured"] = not_measured(kinds, lengths)
         progress.done()
         if kept:
             report["lm_eval"] = kept
@@ -224,8 +283,8 @@ def evaluate(
         return EvaluationReport(report)
 
 
-def _warn_of_calibration(sources: Iterable[str], plan: Plan) -> None:
-    """Warns of rows that a plan was calibrated on, as far as the name of their file tells.
+def calibrated_on(plan: Plan) -> set[str]:
+    """Returns the files and hub sets that a plan was calibrated on, by path and by name.
 
     Raises:
         PlanError: the plan's recipe is damaged.
@@ -233,13 +292,33 @@ def _warn_of_calibration(sources: Iterable[str], plan: Plan) -> None:
     with reading_notes("its recipe"):
         calibration = (plan.provenance.get("recipe") or {}).get("calibration", {})
         seen = {part.get(key) for part in calibration.get("sources", ()) for key in ("path", "dataset")}
-    for name in sources:
-        if name in seen or Path(name).name in seen:
-            logger.warning(
-                "the plan was calibrated on rows of %s, so that its scores there are better than on others; hold rows back for "
-                "the evaluation, in a file of their own",
-                Path(name).name,
-            )
+    return {name for each in seen if each for name in (each, Path(each).name)}
+
+
+def reads_prose(task: str, resources: Resources) -> bool:
+    """Returns whether a task's prompts are made of prose."""
+    return task == TEXT or find_task(task, resources).needs == "prose"
+
+
+def check_overlap(prose: Prose, seen: Shingles | None) -> None:
+    """Refuses prose of whose evaluation pool calibration has seen more than `OVERLAP_LIMIT`, and names the worst file.
+
+    Args:
+        prose: the texts.
+        seen: shingles of a plan's calibration; None where they are not known.
+
+    Raises:
+        DataError: it has.
+    """
+    texts = [" ".join(words) for words in prose.pools["evaluation"]]
+    whole = overlap(seen, texts)
+    if whole is None or whole <= OVERLAP_LIMIT:
+        return
+    shares = [overlap(seen, [text]) or 0.0 for text in texts]
+    worst = shares.index(max(shares))
+    refuse_overlap(
+        whole, f"the evaluation text of {prose.name} ({prose.files['evaluation'][worst]}: {shares[worst]:.1%})"
+    )
 
 
 def check_request(
@@ -266,7 +345,7 @@ def check_request(
 
 
 def _check_place(
-    out: Path, subject: Mapping[str, str], wording: Mapping[str, str], overwrite: bool
+    out: Path, subject: Mapping[str, Any], wording: Mapping[str, str], overwrite: bool
 ) -> dict[str, list[ResultRow]]:
     """Refuses what is not an evaluation of this checkpoint; one of other tasks is, and its scores are beside it.
 
@@ -332,7 +411,7 @@ def _earlier_wording(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def task_names(tasks: Iterable[str], resources: Resources | None = None) -> list[str]:
-    """Returns the tasks with groups expanded and without repeats; `text` comes last.
+    """Returns the tasks with groups expanded and without repeats, in the order of `KINDS`; `text` comes last.
 
     Args:
         tasks: names of tasks and groups; `all` holds what can be made, `text` too where there is prose.
@@ -344,7 +423,16 @@ def task_names(tasks: Iterable[str], resources: Resources | None = None) -> list
     given = list(dict.fromkeys(tasks))
     prose = resources is not None and resources.prose is not None
     with_text = TEXT in given or ("all" in given and prose)
-    return [*expand_tasks((name for name in given if name != TEXT), resources), *([TEXT] if with_text else [])]
+    names = expand_tasks((name for name in given if name != TEXT), resources)
+    ordered = sorted(names, key=lambda name: KINDS.index(find_task(name, resources).kind))
+    return [*ordered, *([TEXT] if with_text else [])]
+
+
+def not_measured(tasks: Iterable[str], lengths: Iterable[int]) -> list[str]:
+    """Returns in words what an evaluation of these tasks and lengths says nothing about."""
+    asked = set(tasks)
+    missing = [what for what, names in NOT_ASKED.items() if not asked & {*names}]
+    return [f"prompts beyond {format_length(max(lengths))} tokens", *missing, "long answers"]
 
 
 def _lm_eval_rows(
@@ -386,6 +474,7 @@ class _Evaluation:
     scorer: Scorer
     prompts: int
     seed: int
+    allow_overlap: bool
 
     def check(self, task: str, length: int) -> int:
         """Returns the number of scores a task and length takes, after one prompt of it could be made.
@@ -393,15 +482,15 @@ class _Evaluation:
         Whatever is wrong with the request is found here, before the first minute of work.
         """
         if task == TEXT:
-            self._windows(length)
+            seen = self._overlap([window.ids for window in self._windows(length)])
+            if not self.allow_overlap:
+                refuse_overlap(seen, f"the text in {self._prose.name} (windows of {length:,} tokens)")
             return len(self._readers(length)) * self.prompts
         given = find_task(task, self.resources).given
         if given is None:
             cases = self._cases(task, length, 1)
             return self._checked(cases) * self.prompts
         cases = self._cases(task, length, self.prompts)
-        if not cases:
-            raise DataError(f"no row of {task} fits into {length:,} tokens, its answer included; give longer --lengths")
         left, looked = rows_left_out(task, length, self.prompts, self.checkpoint.tokenizer, self.resources)
         if left:
             logger.warning(
@@ -429,42 +518,63 @@ class _Evaluation:
         return sorted(set(asked)) if task == TEXT else find_task(task, self.resources).lengths(asked)
 
     def measured(self, wanted: Iterable[tuple[str, int]]) -> dict[str, Any]:
-        """Returns `results`, `differences`, `at_floor` and `pooled`, as `evaluate` does, of tasks and lengths."""
+        """Returns `results`, `differences`, `pooled` and what is marked of them, as `evaluate` does, of tasks and lengths."""
         results: list[ResultRow] = []
         differences: list[ResultRow] = []
-        fields: list[list[Measured]] = []
+        answers: list[ResultRow] = []
+        cells: dict[str, list[TaskCell]] = {}
+        fields: dict[str, list[list[Measured]]] = {}
+        scores: list[StoredScores] = []
         for task, length in wanted:
             if task == TEXT:
                 rows, paired = self.text(task, length)
             else:
-                cell, field_of_cell = self.task(task, length)
-                fields.append(field_of_cell)
-                rows = result_rows(cell, field_of_cell, self.seed)
-                paired = difference_rows(cell, field_of_cell, self.seed)
+                cell, cases, field_of_cell = self.task(task, length)
+                kind = find_task(task, self.resources).kind
+                cells.setdefault(kind, []).append(cell)
+                fields.setdefault(kind, []).append(field_of_cell)
+                answers += answer_rows(cell, cases, list(map(self._question, cases)), field_of_cell)
+                scores += score_rows(cell, field_of_cell)
+                rows = result_rows(cell, field_of_cell)
+                paired = difference_rows(cell, field_of_cell)
             results += rows
             differences += paired
-        found: dict[str, Any] = {"results": results, "differences": differences, "at_floor": at_floor(results)}
-        if len(fields) > 1:
-            found["pooled"] = dict(zip(("results", "differences"), pooled_rows(fields, self.seed), strict=True))
-        return found
+        pooled = [pooled_rows(fields[kind], mean_overlap(cells[kind]), kind) for kind in KINDS if kind in fields]
+        parts = [[row for rows in side for row in rows] for side in zip(*pooled, strict=True)] or [[], []]
+        return {
+            "results": results,
+            "differences": differences,
+            "at_floor": at_floor(results),
+            "seen_in_calibration": seen_in_calibration(results),
+            "pooled": dict(zip(("results", "differences"), parts, strict=True)),
+            "scores": scores,
+            "answers": answers,
+        }
 
-    def task(self, task: str, length: int) -> tuple[TaskCell, list[Measured]]:
-        """Returns a task with prompts at a length, and the models on it, each by its best candidate."""
+    def _question(self, case: Case) -> str:
+        """Returns the end of what is asked, as text."""
+        ids = case.prompt_ids[max(case.question_at or 0, len(case.prompt_ids) - QUESTION_TOKENS) :]
+        return str(self.checkpoint.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def task(self, task: str, length: int) -> tuple[TaskCell, list[Case], list[Measured]]:
+        """Returns a task at a length, its prompts, and the models on them, each by its best candidate."""
         cases = self._cases(task, length, self.prompts)
-        cell = TaskCell(task, length, len(cases), mean_tokens(cases))
+        seen = self._overlap([case.prompt_ids for case in cases])
+        cell = TaskCell(task, length, len(cases), mean_tokens(cases), seen)
         answerers = self._answerers(cases)
         comparison = [Measured(*pair) for pair in zip(answerers, self.scorer.cases(answerers, cases), strict=True)]
-        return cell, best_candidates(comparison)
+        return cell, cases, best_candidates(comparison)
 
     def text(self, task: str, length: int) -> tuple[list[ResultRow], list[ResultRow]]:
         """Returns the rows and the differences on long text."""
         windows = self._windows(length)
-        cell = TaskCell(task, length, len(windows), length)
+        cell = TaskCell(task, length, len(windows), length, self._overlap([window.ids for window in windows]))
         compared_models = self._readers(length)
-        entries = self.scorer.windows(compared_models, windows, task)
-        measured = [TextMeasured(*pair) for pair in zip(compared_models, entries, strict=True)]
+        entries = self.scorer.windows(compared_models, [window.ids for window in windows], task)
+        documents = [window.document for window in windows]
+        measured = [TextMeasured(*pair, documents) for pair in zip(compared_models, entries, strict=True)]
         best = best_candidates(measured, "nll_late")
-        return text_result_rows(cell, best, self.seed), text_difference_rows(cell, best, self.seed)
+        return text_result_rows(cell, best), text_difference_rows(cell, best)
 
     def _answerers(self, cases: Sequence[Case]) -> list[ComparedModel]:
         """Returns the models that answer prompts."""
@@ -478,6 +588,15 @@ class _Evaluation:
     def _cases(self, task: str, length: int, prompts: int) -> list[Case]:
         return make_cases(task, length, prompts, self.seed, self.checkpoint.tokenizer, self.resources)
 
-    def _windows(self, length: int) -> list[list[int]]:
+    def _overlap(self, prompts: Iterable[Sequence[int]]) -> float | None:
+        """Returns how much of some token ids' text the plan's calibration has seen."""
+        tokenizer = self.checkpoint.tokenizer
+        return overlap(self.checkpoint.plan.seen, (decode_text(tokenizer, ids) for ids in prompts))
+
+    @property
+    def _prose(self) -> Prose:
         assert self.resources.prose is not None
-        return text_windows(self.resources.prose, self.checkpoint.tokenizer, length, self.prompts, self.seed)
+        return self.resources.prose
+
+    def _windows(self, length: int) -> list[Window]:
+        return text_windows(self._prose, self.checkpoint.tokenizer, length, self.prompts, self.seed)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from moacompress.core.files import write_text
+from moacompress.core.statistics import error_text
+from moacompress.models.hub import is_hub_name
 from moacompress.rules.budget import format_length
 from moacompress.rules.cost import chosen_share, format_rows, kept_bits
 from moacompress.rules.plan import Plan
@@ -13,6 +18,9 @@ from moacompress.rules.planned_weights import formats_text, memory_lines, own_we
 from moacompress.rules.step_time import step_lines
 from moacompress.rules.untrusted import reading_notes
 
+CARD = "README.md"
+MEASURED, FIRST_NUMBERS = "## What it still answers\n\n", "## KV cache\n\n"
+"""Headings of a card: of what an evaluation came to, and of the section that it goes before."""
 WEIGHTS = {
     None: "the same weights",
     "repaired": "weights that were repaired for it",
@@ -20,6 +28,24 @@ WEIGHTS = {
     "rounded": "the same weights, some of them rounded",
 }
 """What a card says of a checkpoint's weights, by `own_weights`."""
+
+
+def state_measured(folder: Path, sentences: Sequence[str]) -> None:
+    """Puts what was measured of a checkpoint before all other numbers of its card, in the place of what stood there.
+
+    Args:
+        folder: the checkpoint.
+        sentences: of an evaluation of it.
+
+    Raises:
+        ArtefactError: the card cannot be written.
+    """
+    card = folder / CARD
+    text = card.read_text("utf-8") if card.is_file() else ""
+    before, heading, after = text.partition(FIRST_NUMBERS)
+    if heading:  # else somebody wrote a card of their own
+        before = before.partition(MEASURED)[0]
+        write_text(card, "".join((before, MEASURED, *(f"- {each}\n" for each in sentences), "\n", heading, after)))
 
 
 @reading_notes("what was measured and done")
@@ -34,7 +60,7 @@ def model_card(plan: Plan, stored: Mapping[str, int] | None = None) -> str:
         PlanError: the plan's notes are not what moacompress writes.
     """
     source = str(plan.provenance.get("source", "a dense model"))
-    name = source.rstrip("/").rsplit("/", 1)[-1]
+    name = re.sub(r"[^\w .+-]", "_", source.rstrip("/").rsplit("/", 1)[-1])  # a plan may say anything
     parts = [
         _front_matter(source),
         f"# {name}, compressed",
@@ -43,7 +69,7 @@ def model_card(plan: Plan, stored: Mapping[str, int] | None = None) -> str:
         "moacompress.",
         "```python\nfrom transformers import AutoModelForCausalLM  # with moacompress installed\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n```',
-        "## KV cache\n\n" + _bytes_table(plan),
+        FIRST_NUMBERS + _bytes_table(plan),
     ]
     if stored is not None:
         parts.append("## Weights\n\n" + " ".join([_weights_table(stored), *filter(None, [rounding_text(plan)])]))
@@ -100,8 +126,14 @@ def repair_text(plan: Plan) -> str:
 
 
 def _with_error(value: dict[str, float | None]) -> str:
-    error = value["error"]
-    return f"{value['mean']:.3g}" + ("" if error is None else f" ± {error:.2g}")
+    mean = value["mean"]
+    assert mean is not None
+    return error_text(mean, value["error"], ".3g")
+
+
+def _error(value: dict[str, float | None]) -> str:
+    error = value["standard_error"]
+    return "-" if error is None else f"{error:.2g}"
 
 
 def _front_matter(source: str) -> str:
@@ -113,7 +145,7 @@ def _front_matter(source: str) -> str:
         "- moacompress",
         "- kv-cache",
     ]
-    if not source.startswith("/") and source.count("/") == 1 and not source.endswith(".gguf"):
+    if is_hub_name(source) and "/" in source and not source.endswith(".gguf"):
         lines.insert(1, f"base_model: {source}")
     return "\n".join([*lines, "---"])
 
@@ -135,18 +167,18 @@ def rounding_text(plan: Plan) -> str:
     notes = plan.quality.get("rounded_weights")
     if not isinstance(notes, dict):
         return ""
-    error = "" if notes.get("standard_error") is None else f" ± {notes['standard_error']:.2g}"
+    lost = error_text(notes["kl"], notes.get("standard_error"), ".3g")
     head = f", embedding and output layer to {notes['head_weights']}" if notes.get("head_weights") else ""
     chosen = planned_weights(plan)
     if chosen is not None:
         of = formats_text(chosen)
         return (
             f"A search chose the formats of linear layers together with the plan, within a total of memory: {of}{head}. "
-            f"KL(before || rounded) is {notes['kl']:.3g}{error} nats per answer token on {notes['samples']} validation "
+            f"KL(before || rounded) is {lost} nats per answer token on {notes['samples']} validation "
             "samples, without a plan. What was measured of the plan is against the model before, rounding included."
         )
     return (
-        f"Linear layers were rounded to {notes['weights']}{head}: KL(before || rounded) is {notes['kl']:.3g}{error} nats per "
+        f"Linear layers were rounded to {notes['weights']}{head}: KL(before || rounded) is {lost} nats per "
         f"answer token on {notes['samples']} validation samples, without a plan. What was measured of the plan is against the "
         "rounded model."
     )
@@ -222,15 +254,15 @@ def _healed(notes: dict[str, Any]) -> str:
     kl = notes["held_out_kl"]
     rows = ["| weights | KL(dense \\|\\| model), nats per token | standard error |", "| --- | ---: | ---: |"]
     rows += [
-        f"| {name} | {kl[place]['mean']:.4g} | {kl[place]['standard_error']:.2g} |"
+        f"| {name} | {kl[place]['mean']:.4g} | {_error(kl[place])} |"
         for name, place in (("as exported", "before"), ("healed", "after"), ("difference", "difference"))
     ]
     what = (
         f"Trained: {notes['train']}, objective {notes['objective']}, {notes['tokens']:,} tokens in {notes['steps']} steps; the "
         f"best state, after step {notes['best_step']}, is what is here."
         if notes["improved"]
-        else f"{notes['steps']} steps ({notes['train']}, objective {notes['objective']}) gave nothing better: these are the "
-        "weights as they were exported."
+        else f"{notes['steps']} steps ({notes['train']}, objective {notes['objective']}) did not lower the held-out KL: "
+        "these are the weights as they were exported."
     )
     what = " ".join(filter(None, [what, healed_bytes_text(notes)]))
     measured = (

@@ -21,7 +21,7 @@ from moacompress.core.place import check_writable, writing_to
 from moacompress.core.progress import Progress
 from moacompress.estimate.estimate import Estimate
 from moacompress.exporter.cache_settings import with_its_cache
-from moacompress.exporter.card import model_card
+from moacompress.exporter.card import CARD, model_card
 from moacompress.exporter.dealt_heads import deal_heads
 from moacompress.exporter.export_estimate import export_estimate
 from moacompress.exporter.fresh import Continuation, verify_fresh
@@ -364,7 +364,7 @@ def write_checkpoint(source: SourceModel, plan: Plan, folder: Path) -> Continuat
     if recipe is not None:
         write_text(folder / RECIPE_FILE, json.dumps(recipe, indent=1, ensure_ascii=False) + "\n")
     stored = stored_bytes(source.model) if weight_types(source.model) else None
-    write_text(folder / "README.md", model_card(plan, stored))
+    write_text(folder / CARD, model_card(plan, stored))
     for licence in licence_files(source.source):
         shutil.copyfile(licence, folder / licence.name)
     return expected

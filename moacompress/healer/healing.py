@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,9 @@ from moacompress.core.lock_holders import own_folder
 from moacompress.core.place import check_writable, named_folder, writing_to
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.ranks import rank, world_size
+from moacompress.core.shingles import Shingles
 from moacompress.core.shown import Shown
+from moacompress.core.statistics import mean, p_value, standard_error
 from moacompress.exporter.cache_settings import with_its_cache
 from moacompress.exporter.exporting import check_place, exported_plan, write_checkpoint
 from moacompress.exporter.fresh import verify_fresh
@@ -92,6 +94,7 @@ def heal(
     profile: str | Path | Profile | None = None,
     teacher: str | SourceModel | None = None,
     recipe: Recipe | None = None,
+    allow_overlap: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -108,6 +111,7 @@ def heal(
         teacher: the dense model; by default the one that was profiled.
         recipe: `heal` and `seed` count, `device`, `dtype` (what is computed in) and `calibration.text` (where new prose is
             taken from).
+        allow_overlap: train also on more than 1% of the held-out text; the notes say how much.
         overwrite: start from scratch: a checkpoint at `out`, and what a heal left beside it, are removed.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         progress: is told of the steps.
@@ -116,7 +120,7 @@ def heal(
         UsageError: not a compressed model, no profile, nothing to train, a missing package, or float16.
         ModelError: the dense model is not there, or numbers that are not finite.
         PlanError: the dense model, or the profile, is not what the plan was made for.
-        DataError: data that are missing, or that the held-out set or an evaluation uses too.
+        DataError: data that are missing, or that the held-out set uses too.
         ArtefactError: `out` is something else, cannot be written, or another process is at it.
         MoaCompressError: a fresh process cannot load the written checkpoint, or computes something else with it.
     """
@@ -134,7 +138,7 @@ def heal(
     with own_folder(work) if rank() == 0 else nullcontext():
         if rank() == 0:
             _claim(work, request, overwrite)
-        data = _data(request, work, progress)
+        data = _data(request, work, progress, allow_overlap)
         history, model = _trained(request, data, arguments, work, progress)
         plan = _noted(request, data, history, model)
         if request.heal.train == "gates" and history.best is not None:
@@ -256,12 +260,12 @@ def _tidy(work: Path) -> None:
         work.rmdir()
 
 
-def _data(request: HealRequest, work: Path, progress: Progress) -> HealData:
+def _data(request: HealRequest, work: Path, progress: Progress, allow_overlap: bool) -> HealData:
     """Returns the samples. All processes make the answers, and the first one keeps them in the work folder."""
     teacher = request.teacher
     path = None if rank() else work / ANSWERS_FILE
     store = AnswerStore(path, teacher.shape.weights_fingerprint, teacher.computes_in)
-    return make_heal_data(request.profile, teacher, request.recipe, progress, store)
+    return make_heal_data(request.profile, teacher, request.recipe, progress, store, allow_overlap)
 
 
 def _trained(
@@ -329,6 +333,7 @@ def _noted(request: HealRequest, data: HealData, history: HealHistory, model: An
     """Returns the plan with what was done in its notes."""
     assert history.start is not None
     heal, best = request.heal, history.best
+    apart = np.subtract((best or history.start).kls, history.start.kls)
     notes = {
         "request": request.key,
         "objective": heal.objective,
@@ -338,7 +343,8 @@ def _noted(request: HealRequest, data: HealData, history: HealHistory, model: An
         "held_out_kl": {
             "before": _statistics(history.start.kls),
             "after": _statistics((best or history.start).kls),
-            "difference": _statistics(np.subtract((best or history.start).kls, history.start.kls).tolist()),
+            "difference": _statistics(apart.tolist())
+            | {"ci95": mean(apart.tolist())[1], "p": p_value((best or history.start).kls, history.start.kls)},
             "samples": len(data.held_out),
         },
         "best_step": best.step if best is not None else 0,
@@ -348,6 +354,7 @@ def _noted(request: HealRequest, data: HealData, history: HealHistory, model: An
         "training_samples": len(data.training),
         "data": data.fingerprint,
         "held_out": fingerprint_ordered(data.held_out),
+        "overlap": data.overlap,
         "profile": request.profile.fingerprint,
         "teacher": request.teacher.shape.weights_fingerprint,
         "from_weights": request.checkpoint.weights,
@@ -360,7 +367,8 @@ def _noted(request: HealRequest, data: HealData, history: HealHistory, model: An
     stored = request.weight_bytes(model)
     if stored is not None:
         notes["weight_bytes"] = {"before": stored.before, "after": stored.before if best is None else stored.after}
-    return request.plan.with_notes(provenance={**request.plan.provenance, "heal": notes})
+    plan = request.plan.with_notes(provenance={**request.plan.provenance, "heal": notes})
+    return plan if plan.seen is None else replace(plan, seen=Shingles.union([plan.seen, data.seen]))
 
 
 def _trained_gates(request: HealRequest, work: Path) -> GateWeights:
@@ -371,10 +379,9 @@ def _trained_gates(request: HealRequest, work: Path) -> GateWeights:
     return gates
 
 
-def _statistics(values: Sequence[float]) -> dict[str, float]:
-    """Returns the mean of some numbers and its standard error."""
-    error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
-    return {"mean": float(np.mean(values)), "standard_error": error}
+def _statistics(values: Sequence[float]) -> dict[str, float | None]:
+    """Returns the mean of some numbers and its standard error, None of a single one."""
+    return {"mean": float(np.mean(values)), "standard_error": standard_error(values)}
 
 
 def _write(

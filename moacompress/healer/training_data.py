@@ -2,28 +2,29 @@
 
 Training samples are the profile's calibration samples and, where more are asked for, new ones of the same recipe with another
 seed: answers of the dense model, and plain text. They are drawn from the calibration pools, so that none is one that plans
-are measured on (the profile's validation samples, which end the training) or that an evaluation uses; both are checked by
-fingerprint.
+are measured on (the profile's validation samples, which end the training) or that an evaluation uses. What is trained on is
+compared with the held-out samples by shingles, which an evaluation of the healed checkpoint finds too.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
 from moacompress.calibration.data.answer_store import AnswerStore
 from moacompress.calibration.data.answers import SampleDraft, answer_drafts
 from moacompress.calibration.data.sample_sources import check_counts, make_drafts
-from moacompress.calibration.data.samples import SHORTEST, Sample, fingerprint_ordered, fingerprint_sample
+from moacompress.calibration.data.samples import SHORTEST, Sample, SampleKind, fingerprint_ordered, fingerprint_sample
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import DataError
 from moacompress.core.progress import Progress
+from moacompress.core.shingles import Shingles, refuse_overlap
 from moacompress.models.source import SourceModel
-from moacompress.prompts.pools import SPLITS, Split, read_documents
+from moacompress.prompts.templates import decode_text
 from moacompress.recipe import Recipe
 
 TEXT_TARGETS = 256
@@ -37,10 +38,14 @@ class HealData:
     Attributes:
         training: what it trains on.
         held_out: what it is measured on, validation samples of the profile.
+        seen: shingles of the training samples.
+        overlap: share of the held-out samples' shingles that are among them, by kind; see `Shingles.share`.
     """
 
     training: list[Sample]
     held_out: list[Sample]
+    seen: Shingles
+    overlap: dict[str, float | None]
 
     @property
     def fingerprint(self) -> str:
@@ -121,6 +126,7 @@ def make_heal_data(
     recipe: Recipe,
     progress: Progress | None = None,
     answers: AnswerStore | None = None,
+    allow_overlap: bool = False,
 ) -> HealData:
     """Returns the samples of a heal; the same arguments give the same samples.
 
@@ -130,10 +136,10 @@ def make_heal_data(
         recipe: `heal`, `seed` and `calibration.text`, which wins over the profile's.
         progress: told about every answer.
         answers: where answers are kept, if at all.
+        allow_overlap: train also on more than 1% of the held-out text.
 
     Raises:
-        DataError: data that are missing, or that the held-out set or an evaluation uses too; lengths that the model
-            cannot have.
+        DataError: data that are missing, or that the held-out set uses too; lengths that the model cannot have.
         ArtefactError: the profile's samples cannot be read, or answers not be written.
     """
     calibration = profile.calibration_samples()
@@ -151,16 +157,26 @@ def make_heal_data(
     if not chosen:
         raise DataError("there are no training samples; ask for more (--samples)")
     refuse_seen(chosen, profile.validation)
-    return HealData([_with_more_targets(sample, rng) for sample in chosen], held_out_samples(profile, recipe))
+    held_out = held_out_samples(profile, recipe)
+    seen = Shingles.of(decode_text(teacher.tokenizer, sample.input_ids.tolist()) for sample in chosen)
+    shares = {
+        kind: seen.share(
+            decode_text(teacher.tokenizer, sample.input_ids.tolist()) for sample in held_out if sample.kind == kind
+        )
+        for kind in get_args(SampleKind)
+    }
+    if not allow_overlap:
+        text = recipe.calibration.text or profile.recipe.calibration.text
+        refuse_overlap(shares["text"], f"the held-out text of {profile.path}", f"training on {text}")
+    return HealData([_with_more_targets(sample, rng) for sample in chosen], held_out, seen, shares)
 
 
 def heal_drafts(profile: Profile, teacher: SourceModel, recipe: Recipe, counts: SampleCounts) -> list[SampleDraft]:
     """Returns what the dense model is still to answer or to read: of the profile's recipe, with a seed that it did not use.
 
     Raises:
-        DataError: data that are missing, or that an evaluation uses too; lengths that the model or samples cannot have.
+        DataError: data that are missing; lengths that the model or samples cannot have.
     """
-    refuse_evaluation_text(recipe.calibration.text, profile.recipe.calibration.text)
     lengths = heal_lengths(profile, recipe)
     check_counts(lengths, len(lengths), teacher.context, "calibration")
     if not counts.new_answers + counts.new_texts:
@@ -192,39 +208,6 @@ def refuse_seen(training: Sequence[Sample], held_out: Sequence[Sample]) -> None:
             f"{len(seen)} of {len(training)} training samples are validation samples of the profile, such as one of "
             f"{seen[0].source}; a heal is measured on those, so train on other data"
         )
-
-
-def refuse_evaluation_text(text: str | None, profiled: str | None) -> None:
-    """Refuses texts to train on that evaluations, or the measuring of plans, read of the profile's text.
-
-    Args:
-        text: file or folder that training texts are taken from; None for the profile's own.
-        profiled: file or folder that the profile's were.
-
-    Raises:
-        DataError: says how many documents, and that one of `text` cannot be read.
-    """
-    if text is None or profiled is None or not Path(profiled).exists():
-        return
-    ours, theirs = (list(map(_fingerprint_text, read_documents(path))) for path in (text, profiled))
-    if ours == theirs:
-        return
-    kept = {one for split in SPLITS if split != "calibration" for one in _documents_of(theirs, split)}
-    seen = sum(one in kept for one in _documents_of(ours, "calibration"))
-    if seen:
-        raise DataError(
-            f"{seen} of the texts in {text} that would be trained on are texts of {profiled} that evaluations and validation "
-            "read; train on other texts, or on the profile's, of which each has its own part"
-        )
-
-
-def _documents_of(documents: Sequence[str], split: Split) -> Sequence[str]:
-    """Returns the documents that a split has all or a part of; see `prompts.pools`."""
-    return documents[SPLITS.index(split) :: len(SPLITS)] if len(documents) >= len(SPLITS) else documents
-
-
-def _fingerprint_text(text: str) -> str:
-    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
 
 
 def _with_more_targets(sample: Sample, rng: np.random.Generator) -> Sample:

@@ -203,6 +203,26 @@ def _merge(adapter: Any, *args: Any, **kwargs: Any) -> Any:
 register_module_module_registration_hook(_refuse_merging)
 
 
+def check_no_blocks(module: nn.Module, what: str) -> None:
+    """Refuses what cannot be done to weights in blocks, where torch would speak of bytes.
+
+    Args:
+        module: a layer, or what it is a part of.
+        what: would be done to them, as the end of a sentence.
+
+    Raises:
+        UnsupportedError: a weight in it is in blocks.
+    """
+    found = _kinds(module)
+    if found:
+        name, kind = found[0]
+        raise UnsupportedError(
+            f"{len(found)} weights are in blocks, such as {name or 'this one'} in {kind.name}, and cannot {what}: they are "
+            "constants. Load or export the model with weights='dense' (--weights dense), or leave these and train adapters "
+            "beside them"
+        )
+
+
 def put_numbers(module: BlockLinear, weight: torch.Tensor) -> None:
     """Makes a layer in blocks a plain linear layer, for good.
 

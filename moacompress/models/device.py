@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from moacompress.core.errors import UsageError, did_you_mean, one_line
+from moacompress.core.memory import available_bytes
 from moacompress.core.ranks import local_rank
 
 KINDS = ("cpu", "cuda", "mps", "xpu")
@@ -36,6 +37,15 @@ def check_device(name: str) -> None:
     reason = _missing(name, kind)
     if reason is not None:
         raise UsageError(f"the device {name} cannot be used: {reason}")
+
+
+def available_memory(device: str) -> int:
+    """Returns the bytes that can be taken of the memory that a model on this device is in."""
+    import torch
+
+    if device.startswith("cuda") and torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info(device)[0])
+    return available_bytes()
 
 
 def _missing(name: str, kind: str) -> str | None:

@@ -40,7 +40,10 @@ def reading_once() -> Iterator[None]:
 
 
 def _plain(kind: Any) -> Any:
-    """Returns a class of readers that slice what is mapped as a plain array, which is faster."""
+    """Returns a class of readers that slice what is mapped as a plain array, which is faster, and that stop at its end.
+
+    A header that is not trusted may name more numbers than the file has: the package's own reader goes on for each of them.
+    """
 
     class Reader(kind):  # type: ignore[misc]
         @property
@@ -51,5 +54,11 @@ def _plain(kind: Any) -> Any:
         @data.setter
         def data(self, mapped: npt.NDArray[np.uint8]) -> None:
             self._plain = mapped.view(np.ndarray)
+
+        def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, *order: Any, **named: Any) -> Any:
+            found = super()._get(offset, dtype, count, *order, **named)
+            if len(found) < count:
+                raise ValueError(f"the file ends before what its header says is at byte {int(offset):,}")
+            return found
 
     return Reader

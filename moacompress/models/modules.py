@@ -49,15 +49,21 @@ def needed_weights(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not left_out.search(name)}
 
 
+def is_pretrained(module: Any) -> bool:
+    """Whether a module is a model of transformers', also one whose base class was loaded again since, as by a reload."""
+    return any(
+        (base.__module__, base.__name__) == ("transformers.modeling_utils", "PreTrainedModel")
+        for base in type(module).__mro__
+    )
+
+
 def check_unwrapped(model: Any) -> None:
     """Refuses what is around a model: a plan would run inside and could not be found, or taken off, from there.
 
     Raises:
         ModelError: it is not transformers' own.
     """
-    from transformers import PreTrainedModel
-
-    if isinstance(model, PreTrainedModel):
+    if is_pretrained(model):
         return
     inside = next((name for name in ("get_base_model", "_orig_mod", "module") if hasattr(model, name)), None)
     if inside is None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moacompress.core.errors import ModelError, one_line
+from moacompress.models.gguf_reading import reading_once
 from moacompress.models.source import locate_source
 from moacompress.models.weight_files import PICKLES
 
@@ -24,7 +26,10 @@ def load_config(source: str, trust_remote_code: bool = False) -> PreTrainedConfi
 
     name, arguments = locate_source(source)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **arguments)
+        with reading_once() if "gguf_file" in arguments else contextlib.nullcontext():
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                name, trust_remote_code=trust_remote_code, **arguments
+            )
         return config
     except ImportError as error:
         raise ModelError(f"{source} needs a package that is not installed: {error}") from error

@@ -25,7 +25,7 @@ from moacompress.models.placement import checked_placement, is_device_map
 from moacompress.models.shape import config_shape
 from moacompress.models.support import TORCHAO, config_problems, quantization_method, stored_problems
 from moacompress.models.tokenizer_files import tokenizer_problems
-from moacompress.models.weight_files import check_index, gguf_dtype, stored_dtype, weight_problems
+from moacompress.models.weight_files import ADAPTER_FILE, check_index, gguf_dtype, stored_dtype, weight_problems
 from moacompress.rules.formats import DTYPE_BYTES, dtype_name
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import weights_version
@@ -157,10 +157,10 @@ def load_source(
     except Exception as error:  # damaged files raise whatever their parsers raise
         reason = f"{one_line(error).rstrip('.')}{_if_name_only(source)}"
         raise ModelError(f"{source} is not a causal language model that transformers can load: {reason}") from error
-    if getattr(model, "peft_config", None):
+    if getattr(model, "peft_config", None):  # on the hub, or beside a .gguf file
         raise ModelError(
-            f"{source} has an adapter beside its weights (adapter_config.json), which a checkpoint would leave out; merge it "
-            "with PEFT's merge_and_unload and save the model, or move the adapter's files away"
+            f"{source} has an adapter beside its weights ({ADAPTER_FILE}), which a checkpoint would leave out; merge it with "
+            "PEFT's merge_and_unload and save the model, or move the adapter's files away"
         )
     if missing:
         raise ModelError(
@@ -177,7 +177,7 @@ def load_source(
         model.is_quantized = False
     exact: SourceModel | None = None
     rounds = weights in ROUNDING
-    if own is not None and _loses_bits(own, dtype, rounds) and not placed and (rounds or not is_gguf):
+    if own is not None and loses_bits(own, dtype, rounds) and not placed and (rounds or not is_gguf):
         kinds: dict[str, Any] = {"weights": weights, "head_weights": head_weights}
         exact = load_source(source, dtype=own, trust_remote_code=trust_remote_code, **kinds)
     if rounds:
@@ -209,7 +209,7 @@ def _tokenizer(name: str, arguments: dict[str, Any]) -> Any:
         raise ModelError(f"the tokenizer in {name} cannot be loaded: {one_line(error)}") from error
 
 
-def _loses_bits(own: str, dtype: str, rounds: bool) -> bool:
+def loses_bits(own: str, dtype: str, rounds: bool = False) -> bool:
     """Returns whether numbers of a model in `dtype` no longer say whose they are, or what they would be rounded to.
 
     Args:

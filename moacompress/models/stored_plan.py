@@ -20,7 +20,7 @@ _NOTES = ("budget", "quality", "provenance")
 
 
 def stored_plan(folder: Path) -> Plan:
-    """Returns the plan of a compressed checkpoint, with the gates that lie beside it as a file.
+    """Returns the plan of a compressed checkpoint, with the gates and shingles that lie beside it as files.
 
     Args:
         folder: for which `is_compressed` is true.
@@ -41,7 +41,7 @@ def stored_plan(folder: Path) -> Plan:
     problem = plan_file_problem(folder, for_people, plan)
     if problem is not None:
         raise PlanError(problem)
-    return replace(plan, gate_weights=for_people.gate_weights)
+    return replace(plan, gate_weights=for_people.gate_weights, seen=for_people.seen)
 
 
 def stored_weights(quantization_config: Any) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from moacompress.core.errors import ArtefactError
 from moacompress.core.files import read_json
+from moacompress.models.gguf_reading import reading_once
 
 FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Types that moacompress takes for weights, with their bytes, as safetensors names them."""
@@ -25,6 +26,10 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 """Says which of several files holds which weight; transformers opens whatever it names."""
+INDICES = "*.safetensors.index*.json"
+"""Names of all indices: a config or a variant may name another one than `INDEX_FILE`."""
+ADAPTER_FILE = "adapter_config.json"
+"""Has transformers put an adapter on the model, where PEFT is installed."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,10 @@ def weight_problems(folder: Path, blocks: Container[str] = ()) -> list[str]:
         folder: of the model.
         blocks: names of the weights that are in blocks.
     """
+    try:
+        check_beside(folder)
+    except ArtefactError as error:
+        return [str(error)]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = sorted(file for pattern in PICKLES for file in folder.glob(pattern))
@@ -104,10 +113,7 @@ def weight_problems(folder: Path, blocks: Container[str] = ()) -> list[str]:
             f"{folder} has its weights only in {pickles[0].name}, a pickle, which can run code when it is opened; save the "
             "model as safetensors"
         ]
-    index = folder / INDEX_FILE
     try:
-        if index.is_file() and not (folder / WEIGHTS_FILE).is_file():
-            check_index(index)
         tensors = {name: (file, tensor) for file in files for name, tensor in read_header(file).items()}
     except ArtefactError as error:
         return [str(error)]
@@ -136,25 +142,41 @@ def checkpoint_files(folder: Path) -> list[Path]:
     """Returns the safetensors files that transformers loads a checkpoint from.
 
     Raises:
-        ArtefactError: there are none, or not all that the index names.
+        ArtefactError: there are none, or not all that the index names; or as `check_beside`.
     """
+    check_beside(folder)
     single, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
     if single.is_file():
         return [single]
     if not index.is_file():
         raise ArtefactError(f"{folder} has no weights: there is no {single.name} and no {index.name}")
-    files = [folder / Path(name).name for name in check_index(index)]
+    files = [folder / name for name in check_index(index)]
     lost = [file.name for file in files if not file.is_file()]
     if lost:
         raise ArtefactError(f"{folder} lacks {len(lost)} of its {len(files)} weight files, such as {lost[0]}")
     return files
 
 
-def check_index(index: Path) -> list[str]:
-    """Returns the names of the files that an index of weights names, which are safetensors.
+def check_beside(folder: Path) -> None:
+    """Refuses what has other weights loaded than those that lie in a model folder: an index that names them, or an adapter.
 
     Raises:
-        ArtefactError: it is no index, or it names something else, such as a pickle.
+        ArtefactError: as `check_index`, or there is an adapter.
+    """
+    for index in sorted(folder.glob(INDICES)):
+        check_index(index)
+    if (folder / ADAPTER_FILE).is_file():
+        raise ArtefactError(
+            f"{folder} has an adapter beside its weights ({ADAPTER_FILE}), which would change them in silence; merge it with "
+            "PEFT's merge_and_unload and save the model, or move the adapter's files away"
+        )
+
+
+def check_index(index: Path) -> list[str]:
+    """Returns the names of the files that an index of weights names: safetensors, in its own folder.
+
+    Raises:
+        ArtefactError: it is no index, or it names something else, such as a pickle or a file elsewhere.
     """
     data = read_json(index, "index of weights")
     named = data.get("weight_map") if isinstance(data, dict) else None
@@ -167,7 +189,18 @@ def check_index(index: Path) -> list[str]:
             f"{index} names {other[:80]!r}, which is not a safetensors file, and nothing else is read: a pickle can run code "
             "when it is opened; save the model as safetensors"
         )
+    elsewhere = next((name for name in names if not is_plain_name(name)), None)
+    if elsewhere is not None:
+        raise ArtefactError(
+            f"{index} names {elsewhere[:80]!r}, which is not a plain file name; weights are read from the folder of their "
+            "index alone, so put the file there and name it without its path"
+        )
     return names
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a text can only name a file in the folder that it is joined to, on any system."""
+    return name not in ("", ".", "..") and not any(character in name for character in "/\\:\0")
 
 
 def loaded_files(folder: Path) -> list[Path]:
@@ -225,11 +258,14 @@ def bytes_by_type(files: Iterable[Path], types: Mapping[str, str]) -> dict[str, 
 
 def gguf_problems(file: Path) -> list[str]:
     """Returns what in a `.gguf` file's tensor types cannot be dequantized, one sentence each."""
+    import gguf
     import numpy as np
-    from gguf import GGML_QUANT_SIZES, GGUFReader, dequantize
+    from gguf import GGML_QUANT_SIZES, dequantize
 
     first: dict[Any, str] = {}
-    for tensor in GGUFReader(file).tensors:
+    with reading_once():
+        tensors = gguf.GGUFReader(file).tensors
+    for tensor in tensors:
         first.setdefault(tensor.tensor_type, tensor.name)
     found = []
     for kind, name in first.items():

@@ -1,7 +1,7 @@
 """Records of fields, as configuration files, logs and notes have them; one field of one record is asked for.
 
 The layouts are JSON lines, sections of `name = value`, and bullets. Every record has fields of its own choice. The names of
-fields are split as the keys are.
+fields are split as the keys are, and evaluation asks in words of its own.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ FIELDS: dict[Split, tuple[str, ...]] = {
 RECORD_FIELDS = 2
 """Fields of a record."""
 TEMPLATE = 'Memorize the records below.\n{context}\nWhat is "{field}" in the record "{key}"?'
+EVALUATION_TEMPLATE = 'Entries of a registry:\n{context}\nFind the entry "{key}" and give its {field}.'
 _OPENINGS: dict[RecordLayout, str] = {
     "json-lines": '{{"record": "{key}", "{field}":',
     "assignments": "[{key}]\n{field} =",

@@ -6,7 +6,7 @@ below it as one sentence of noise, one word of prose, one pair of keys and value
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from moacompress.core.errors import DataError, UsageError, did_you_mean
 from moacompress.prompts.field_records import (
+    EVALUATION_TEMPLATE,
     FIELDS,
     LAYOUTS,
     RECORD_FIELDS,
@@ -34,7 +35,7 @@ from moacompress.prompts.pools import (
     sentence_ends,
 )
 from moacompress.prompts.recall import WORDS, Recall, most_pairs, pairs_text, question
-from moacompress.prompts.sentences import NEEDLES, NOISE
+from moacompress.prompts.sentences import needles_of
 from moacompress.prompts.templates import Prompt, encode_prompt, encode_text
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ ANSWER_ROOM = 4
 """Tokens kept free after the reference answer, for a full stop and the closing token."""
 
 PAIRS = 'Here is a JSON object of names and values.\n{context}\nWhich value does it have for "{key}"?'
+EVALUATION_PAIRS = 'The settings of a program, as JSON:\n{context}\nGive the setting "{key}".'
 PAIRS_PREFIX = '"{key}":'
 RECORD_TOKENS = 8
 """A record surely has more tokens: how many are drawn at most."""
@@ -148,7 +150,8 @@ def make_needle(
     kind = "needle" if keys == 1 else "multi-needle"
     task, noun = f"{kind}-{haystack}{_ENDING[values]}", _KIND_OF_VALUE[values]
     names, hidden = draw_keys(rng, split, keys), _DRAW[values](rng, split, keys)
-    needles = [NEEDLES.hide(noun, key, value) for key, value in zip(names, hidden, strict=True)]
+    sentences = needles_of(split)
+    needles = [sentences.hide(noun, key, value) for key, value in zip(names, hidden, strict=True)]
     depths = rng.random(keys)
     asked = int(rng.integers(keys))
     if haystack == "prose":
@@ -158,11 +161,13 @@ def make_needle(
         limit = len(words)
     else:
         words, limit = [], length
-    said = NEEDLES.ask(noun, [names[asked]], 1)
+    said = sentences.ask(noun, [names[asked]], 1)
 
     def user(count: int) -> str:
-        prose = haystack == "prose"
-        context = _prose_context(words[:count], needles, depths) if prose else _noise_context(count, needles, depths)
+        if haystack == "prose":
+            context = _prose_context(words[:count], needles, depths)
+        else:
+            context = _noise_context(sentences.noise, count, needles, depths)
         return f"{said.before}\n{context}\n{said.after}"
 
     count = _fit(tokenizer, user, said.answer, hidden[asked], length, limit, task)
@@ -195,7 +200,8 @@ def make_key_value(
     def user(count: int) -> str:
         pairs = [f'"{key}": {quote}{filler}{quote}' for key, filler in zip(others[:count], fillers, strict=False)]
         pairs.insert(round(depth * count), f'"{asked}": {quote}{value}{quote}')
-        return PAIRS.format(context="{" + ",\n".join(pairs) + "}", key=asked)
+        template = EVALUATION_PAIRS if split == "evaluation" else PAIRS
+        return template.format(context="{" + ",\n".join(pairs) + "}", key=asked)
 
     answer = f"{quote}{value}{quote}"
     count = _fit(tokenizer, user, prefix, answer, length, limit, "key-value")
@@ -233,7 +239,8 @@ def make_records(
     def user(count: int) -> str:
         records = [record.text(layout) for record in others[:count]]
         records.insert(round(depth * count), asked.text(layout))
-        return TEMPLATE.format(context="\n".join(records), field=field, key=asked.key)
+        template = EVALUATION_TEMPLATE if split == "evaluation" else TEMPLATE
+        return template.format(context="\n".join(records), field=field, key=asked.key)
 
     count = _fit(tokenizer, user, prefix, answer, length, limit, "records")
     return Prompt(user(count), prefix, answer, "records", "records")
@@ -264,10 +271,10 @@ def make_recall(rng: np.random.Generator, split: Split, tokenizer: PreTrainedTok
     return Prompt(user(count), question(recall.asked), recall.value, "recall", "recall", plain=True)
 
 
-def _noise_context(sentences: int, needles: list[str], depths: np.ndarray) -> str:
-    """Returns `sentences` sentences of noise, five a line, with each needle on a line of its own."""
-    whole, rest = divmod(sentences, len(NOISE))
-    lines = [" ".join(NOISE)] * whole + ([" ".join(NOISE[:rest])] if rest else [])
+def _noise_context(noise: Sequence[str], sentences: int, needles: list[str], depths: np.ndarray) -> str:
+    """Returns `sentences` sentences of noise, a line holding each once, with each needle on a line of its own."""
+    whole, rest = divmod(sentences, len(noise))
+    lines = [" ".join(noise)] * whole + ([" ".join(noise[:rest])] if rest else [])
     for depth, needle in sorted(zip(depths.tolist(), needles, strict=True), reverse=True):
         lines.insert(round(depth * whole), needle)
     return "\n".join(lines)

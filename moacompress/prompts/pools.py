@@ -1,29 +1,41 @@
 """Disjoint pools of keys, values and haystacks for calibration, validation and evaluation.
 
 What a plan is measured on must never have been profiled, so the split is built into how things are drawn: keys by their
-noun's index mod 3, numbers and codes by a residue mod 3, prose by document (or by part of a document). The noise haystack is
-one line in every split (`sentences.NOISE`): it holds nothing to learn.
+noun's index mod 3, numbers and codes by a residue mod 3, text by a hash of its normal form (`core.shingles`). Evaluation has
+adjectives of its own too, as it has sentences and noise of its own (`sentences`).
+
+Text is dealt by what it says, not by where it stands: a new file moves no other, and a copy goes where the original is. Of 30
+documents or more each belongs to one pool. Fewer are dealt in sections of 500 words, counted from the document's beginning,
+with 13 words cut off where another section follows, so that no shingle of 13 words is in two pools; what a pool has of a
+document is joined again. Where the hash leaves a pool empty, as it may with few sections, the fullest pool gives it the
+section of the smallest hash; a text with fewer different sections than pools is refused.
 """
 
 from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
 import numpy as np
 
 from moacompress.core.errors import DataError
+from moacompress.core.shingles import SHINGLE_WORDS, WORD, normalised, text_hash
 
 Split = Literal["calibration", "validation", "evaluation"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 CalibrationPart = Literal["profile", "gates"]
 """Of calibration's texts, where there are gates: rules are priced on the one part, gates are trained on the other."""
-_GATES_EVERY = 4
-"""One document in so many is for gates."""
+OF_SPLITS: dict[Split, int] = dict.fromkeys(SPLITS, 1)
+"""Shares of the pools: a third each."""
+OF_PARTS: dict[CalibrationPart, int] = {"profile": 3, "gates": 1}
+SECTION_WORDS = 500
+WHOLE_DOCUMENTS = 30
+"""With so many documents none is cut into sections."""
 
 _ADJECTIVES = """
 able amber ancient arctic autumn bashful bitter bold brave brief bright brisk broad bronze calm careful charming
@@ -42,7 +54,17 @@ mirror mountain museum needle oasis orchard otter oyster paddle palace panther p
 planet pocket prairie puzzle rabbit raven ribbon river rocket saddle sailor shadow spider squirrel station sunset
 temple thunder tiger timber tractor tunnel turtle valley velvet violin volcano wagon walnut whale window winter wizard
 """
+_OF_EVALUATION = """
+abrupt agile ample azure balmy bashed blithe blunt bouncy brittle bulky candid casual chilly chubby compact cordial
+crisp damp dapper dense downy drowsy dutiful exact fickle fluffy fond frank frosty frugal genial gifted glad gleaming
+glossy grumpy hardy hasty hearty hefty hidden hushed inland joyful knotty leafy lean limber linear lofty lunar marine
+meek merry muted neat nifty nippy oval peppy placid plucky plump poised pristine prudent pungent quaint radiant robust
+rosy rowdy rugged russet scenic serene sheer sleek slender slim snug sober spotted spry stately stern stout supple
+tawny thorny thrifty timid tranquil upbeat upright velvety verdant wary whimsical wispy wiry woolly zany zesty
+"""
 ADJECTIVES, NOUNS = tuple(_ADJECTIVES.split()), tuple(_NOUNS.split())
+EVALUATION_ADJECTIVES = tuple(_OF_EVALUATION.split())
+"""As many as `ADJECTIVES`."""
 
 CODE_FORMS = (
     "A9A9A9",
@@ -65,9 +87,10 @@ KEYS_PER_SPLIT = len(ADJECTIVES) * (len(NOUNS) // len(SPLITS))
 
 def draw_keys(rng: np.random.Generator, split: Split, count: int) -> list[str]:
     """Returns `count` different word keys such as `bold-lantern`; the nouns of two splits never meet."""
+    adjectives = EVALUATION_ADJECTIVES if split == "evaluation" else ADJECTIVES
     nouns = NOUNS[SPLITS.index(split) :: len(SPLITS)]
-    picks = rng.choice(len(ADJECTIVES) * len(nouns), size=count, replace=False)
-    return [f"{ADJECTIVES[pick // len(nouns)]}-{nouns[pick % len(nouns)]}" for pick in picks.tolist()]
+    picks = rng.choice(len(adjectives) * len(nouns), size=count, replace=False)
+    return [f"{adjectives[pick // len(nouns)]}-{nouns[pick % len(nouns)]}" for pick in picks.tolist()]
 
 
 def draw_numbers(rng: np.random.Generator, split: Split, count: int) -> list[str]:
@@ -113,27 +136,33 @@ class Prose:
 
     Attributes:
         name: file or folder it came from, for messages.
-        pools: for each split its documents; a document is a tuple of words. Of three documents or more, each
-            belongs to one split; fewer are each cut into three contiguous parts.
+        pools: for each split its documents, or what it has of them; a document is a tuple of words.
+        files: for each split the files that its documents are from, in the same order.
     """
 
     name: str
     pools: dict[Split, tuple[tuple[str, ...], ...]]
+    files: dict[Split, tuple[Path, ...]] = field(default_factory=dict)
 
     @staticmethod
-    def load(path: str | Path) -> Prose:
+    def load(path: str | Path, part: CalibrationPart | None = None) -> Prose:
         """Reads a `.txt` file or a folder of them.
 
-        Raises:
-            DataError: missing, unreadable, or without text.
-        """
-        texts = read_documents(path)
-        pools = {split: tuple(tuple(text.split()) for text in pool_of(texts, split)) for split in SPLITS}
-        return Prose(str(path), pools)
+        Args:
+            path: the file or folder.
+            part: what calibration's pool has of its text; by default all.
 
-    def of_part(self, part: CalibrationPart) -> Prose:
-        """Returns the same text with a part of calibration's pool in its place."""
-        return replace(self, pools={**self.pools, "calibration": tuple(texts_of_part(self.pools["calibration"], part))})
+        Raises:
+            DataError: missing, unreadable, or without text, or too little for all pools.
+        """
+        read = read_files(path)
+        files, texts = list(read), list(read.values())
+        found = {split: pool_of(texts, split, str(path), part if split == "calibration" else None) for split in SPLITS}
+        return Prose(
+            str(path),
+            {split: tuple(tuple(text.split()) for text in pool.values()) for split, pool in found.items()},
+            {split: tuple(files[number] for number in pool) for split, pool in found.items()},
+        )
 
     def words(self, rng: np.random.Generator, split: Split) -> list[str]:
         """Returns every word of the pool once, from the beginning of a random sentence on, wrapping around."""
@@ -145,34 +174,112 @@ class Prose:
         return words[start:] + words[:start]
 
 
-def pool_of(documents: Sequence[str], split: Split) -> list[str]:
-    """Returns a split's documents; of fewer than there are splits, its part of the words of each."""
-    index, parts = SPLITS.index(split), len(SPLITS)
-    if len(documents) >= parts:
-        return list(documents[index::parts])
+Pool = TypeVar("Pool")
+
+
+def deal(keys: Sequence[int], shares: Mapping[Pool, int], name: str, unit: str = "texts") -> list[Pool]:
+    """Returns the pool that each of some hashes belongs to, whatever others there are but where a pool would be empty.
+
+    Args:
+        keys: hashes; equal ones go to one pool.
+        shares: of each pool, in whole parts.
+        name: of the source, for the message.
+        unit: what the hashes are of, likewise.
+
+    Raises:
+        DataError: fewer different ones than pools.
+    """
+    table = [pool for pool, share in shares.items() for _ in range(share)]
+    found = {key: table[key % len(table)] for key in keys}
+    if len(found) < len(shares):
+        raise DataError(
+            f"{name} has {len(found)} {unit} that differ; {', '.join(map(str, shares))} need at least one each, better dozens: "
+            "give more or longer text"
+        )
+    for pool in shares:
+        if pool not in found.values():
+            sizes = Counter(found.values())
+            fullest = max(shares, key=lambda each: sizes[each])
+            found[min(key for key, at in found.items() if at == fullest)] = pool
+    return [found[key] for key in keys]
+
+
+def pool_of(documents: Sequence[str], split: Split, name: str, part: CalibrationPart | None = None) -> dict[int, str]:
+    """Returns what a split has of some documents, by their index; see the module.
+
+    Args:
+        documents: texts.
+        split: whose.
+        name: of the source, for messages.
+        part: of the split's text; by default all.
+
+    Raises:
+        DataError: too little text for all splits, or for the parts.
+    """
+    whole = len(documents) >= WHOLE_DOCUMENTS
+    pieces = [(number, text) for number, text in enumerate(documents)]
+    unit = "documents"
+    if not whole:
+        pieces = [(number, section) for number, text in pieces for section in sections(text)]
+        unit = f"sections of {SECTION_WORDS} words"
+    keys = [text_hash(text) for _, text in pieces]
+    mine = [at for at, pool in enumerate(deal(keys, OF_SPLITS, name, unit)) if pool == split]
+    if part is not None:
+        parts = deal([keys[at] for at in mine], OF_PARTS, f"the {split} part of {name}", unit)
+        mine = [at for at, owner in zip(mine, parts, strict=True) if owner == part]
+    found: dict[int, list[str]] = {}
+    for at in mine:
+        number, text = pieces[at]
+        found.setdefault(number, []).append(text)
+    return {number: "\n\n".join(texts) for number, texts in found.items()}
+
+
+def sections(text: str) -> list[str]:
+    """Returns the sections of a text: 500 words each, without the last 13 where another one follows.
+
+    A rest of 13 words or fewer belongs to the last section.
+    """
+    begins = [word.start() for word in WORD.finditer(text)]
+    starts = [
+        first for first in range(0, len(begins), SECTION_WORDS) if not first or len(begins) - first > SHINGLE_WORDS
+    ]
     found = []
-    for text in documents:
-        begins = [*(word.start() for word in re.finditer(r"\S+", text)), len(text)]
-        words = len(begins) - 1
-        found.append(text[begins[words * index // parts] : begins[words * (index + 1) // parts]])
+    for first in starts:
+        end = first + SECTION_WORDS - SHINGLE_WORDS if first != starts[-1] else len(begins)
+        found.append(text[begins[first] : begins[end] if end < len(begins) else len(text)].rstrip())
     return found
 
 
-_Text = TypeVar("_Text", str, tuple[str, ...])
+def split_articles(
+    documents: Iterable[tuple[str, int]], name: str, part: CalibrationPart | None = None
+) -> dict[str, tuple[int, Split | None]]:
+    """Returns the article and the split of documents, all those of one article being in one split.
 
+    An article goes by the smallest hash of its documents; a document of two articles belongs to the first.
 
-def texts_of_part(texts: Sequence[_Text], part: CalibrationPart) -> list[_Text]:
-    """Returns a part's texts, as strings or as tuples of words: every fourth is for gates; of a single one the last quarter."""
-    if len(texts) > 1:
-        return [texts[number] for number in numbers_of_part(len(texts), part)]
-    cuts = [len(text) * (_GATES_EVERY - 1) // _GATES_EVERY for text in texts]
-    return [text[cut:] if part == "gates" else text[:cut] for text, cut in zip(texts, cuts, strict=True)]
+    Args:
+        documents: each with the number of its article; some come more than once.
+        name: of the source, for messages.
+        part: of calibration's articles; the others are then in no split.
 
-
-def numbers_of_part(count: int, part: CalibrationPart) -> list[int]:
-    """Returns the indices that a part has of `count` documents: every fourth is for gates, and of fewer the last."""
-    every = min(count, _GATES_EVERY)
-    return [number for number in range(count) if (number % every == every - 1) == (part == "gates")]
+    Raises:
+        DataError: fewer than three articles, or too few for the parts.
+    """
+    owner: dict[int, int] = {}
+    pairs = [(text, text_hash(text), number) for text, number in documents]
+    for _, key, number in pairs:
+        owner.setdefault(key, number)
+    keys: dict[int, int] = {}
+    for key, number in owner.items():
+        keys[number] = min(key, keys.get(number, key))
+    unit = "documents or articles with questions"
+    dealt = deal(list(keys.values()), OF_SPLITS, name, unit)
+    splits: dict[int, Split | None] = {**dict(zip(keys, dealt, strict=True))}
+    if part is not None:
+        mine = [number for number, split in splits.items() if split == "calibration"]
+        parts = deal([keys[number] for number in mine], OF_PARTS, f"the calibration part of {name}", unit)
+        splits |= {number: None for number, held in zip(mine, parts, strict=True) if held != part}
+    return {text: (owner[key], splits[owner[key]]) for text, key, _ in pairs}
 
 
 def sentence_ends(words: Sequence[str]) -> list[int]:
@@ -182,7 +289,14 @@ def sentence_ends(words: Sequence[str]) -> list[int]:
 
 
 def read_documents(path: str | Path) -> list[str]:
+    """Returns the texts of `read_files`."""
+    return list(read_files(path).values())
+
+
+def read_files(path: str | Path) -> dict[Path, str]:
     """Returns the texts of a `.txt` file or of the `.txt` files in a folder, by name, without blank ones and repeats.
+
+    Texts that are the same in their normal form (`core.shingles`) are repeats.
 
     Raises:
         DataError: missing, unreadable, or without text.
@@ -191,15 +305,16 @@ def read_documents(path: str | Path) -> list[str]:
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if not files:
         raise DataError(f"{path} has no .txt files; give a .txt file or a folder with some")
-    texts = []
+    texts: dict[str, tuple[Path, str]] = {}
     for file in files:
         try:
-            texts.append(file.read_text("utf-8"))
+            text = file.read_text("utf-8-sig")
         except OSError as error:
             raise DataError(f"cannot read {file}: {error.strerror or error}") from error
         except UnicodeDecodeError as error:
             raise DataError(f"{file} is not UTF-8 text: byte {error.start} is invalid; convert it first") from error
-    texts = [text for text in dict.fromkeys(texts) if text.strip()]  # two of one text would be in different splits
+        texts.setdefault(normalised(text), (file, text))
+    texts.pop("", None)
     if not texts:
         raise DataError(f"{path} has no text in its {len(files)} .txt file(s)")
-    return texts
+    return dict(texts.values())

@@ -1,5 +1,8 @@
 """What prompts say: the sentences of tasks as templates, this project's own, and a digest of them.
 
+Calibration and validation share their sentences and their noise; evaluation has others, the same in kind, so that a plan is
+never measured on sentences that it was made on.
+
 The digest tells prompts of one wording from those of another: a profile and an evaluation carry it. Another project's
 sentences can take the place of ours (`evaluation.ruler`), as a task takes its sentences as an argument.
 """
@@ -10,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 
 from moacompress.core.files import fingerprint
+from moacompress.prompts.pools import Split
 
 NOISE = (
     "The bus stops at the corner.",
@@ -19,6 +23,13 @@ NOISE = (
     "After that nothing happens for a while.",
 )
 """One line of the repeated haystack, by sentence."""
+EVALUATION_NOISE = (
+    "Rain runs down the window.",
+    "Two boys kick a ball.",
+    "The clock in the hall ticks.",
+    "Soup is on the stove.",
+    "Then the house is quiet again until evening.",
+)
 
 
 @dataclass(frozen=True)
@@ -116,6 +127,26 @@ DOCUMENTS = DocumentSentences(
     document="[Text {number}]\n{document}",
     answer=" Answer:",
 )
+_GIVEN = "In the following lines some names are each given a {kind}. Read them to the end, where one is asked for."
+EVALUATION_NEEDLES = NeedleSentences(
+    needle="Note that {key} was given the {kind} {value}.",
+    one=QuestionSentences(_GIVEN, "Which {kind} was {key} given?", "{key} was given the {kind}"),
+    several=QuestionSentences(_GIVEN, "Which {kinds} were given to {key}?", "The {kinds} given to {key}:"),
+    noise=EVALUATION_NOISE,
+)
+EVALUATION_DOCUMENTS = DocumentSentences(
+    prompt=(
+        "Read these passages; what is asked below them is said in one of them.\n\n{context}\n\n"
+        "{question}\nGive only the words that answer it, and no sentence around them."
+    ),
+    document="Passage {number}:\n{document}",
+    answer=" Answer:",
+)
+
+
+def needles_of(split: Split) -> NeedleSentences:
+    """Returns the sentences of needles that a split's prompts have."""
+    return EVALUATION_NEEDLES if split == "evaluation" else NEEDLES
 
 
 def wording_of(*sentences: object) -> str:

@@ -41,6 +41,11 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = T
     return _without_end(tokenizer, text, ids) if special else ids
 
 
+def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Returns the text of token ids without special tokens, for its shingles."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
 def _without_end(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int]:
     """Returns the ids of a text without the special tokens that a tokenizer puts behind it: the text goes on."""
     if not ids or ids[-1] not in tokenizer.all_special_ids:

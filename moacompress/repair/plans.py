@@ -21,6 +21,7 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats
 from moacompress.core.errors import DataError, ModelError
 from moacompress.core.progress import SILENT, Progress
+from moacompress.core.statistics import standard_error
 from moacompress.models.kl import MAX_DENSE_BYTES, kl_divergence
 from moacompress.models.source import SourceModel
 from moacompress.repair.projections import RepairSetting, Weights, repaired_weights, with_weights
@@ -177,8 +178,7 @@ def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
 
 
 def _mean(kls: Floats) -> dict[str, Any]:
-    error = float(kls.std(ddof=1) / len(kls) ** 0.5) if len(kls) > 1 else None
-    return {"mean": float(kls.mean()), "error": error}
+    return {"mean": float(kls.mean()), "error": standard_error(kls.tolist())}
 
 
 class _RepairedKl:

@@ -11,8 +11,9 @@ from rich.console import RenderableType
 
 from moacompress.core.artefact_names import page_file
 from moacompress.core.files import write_text
+from moacompress.core.statistics import estimate_text
 from moacompress.core.tables import readable_number, section
-from moacompress.report.summary_tables import MOA_NOTE
+from moacompress.report.search_tables import MOA_NOTE
 from moacompress.rules.rule import Rule
 
 logger = logging.getLogger(__name__)
@@ -61,9 +62,7 @@ def audit_tables(audit: Data) -> list[RenderableType]:
         shown.append(MOA_NOTE)
     if audit["split_half"]:
         title = f"KL of the plan of half the samples, times that of the other half's own, at {audit['budget']}"
-        rows = [
-            (str(row["samples"]), _number(row, "ratio", "ci95"), f"{row['max']:.2f}") for row in audit["split_half"]
-        ]
+        rows = [(str(row["samples"]), f"{row['ratio']:.2f}", f"{row['max']:.2f}") for row in audit["split_half"]]
         shown.append(section(title, ("samples", "mean ratio", "largest"), rows))
     return [*shown, "* the estimator that the search goes by"]
 
@@ -91,11 +90,8 @@ def _name(name: str, chosen: str) -> str:
 
 
 def _number(row: Data, value: str, interval: str) -> str:
-    """Returns `0.95 [0.87 0.98]`, `-` where it could not be computed."""
-    if row[value] is None:
-        return "-"
-    low, high = (readable_number(end, ".2f") for end in row[interval])
-    return f"{row[value]:.2f} [{low} {high}]"
+    """Returns `0.95 [0.87, 0.98]`, `-` where it could not be computed."""
+    return "-" if row[value] is None else estimate_text(row[value], row[interval])
 
 
 def scatter_html(audit: Data) -> str:

@@ -160,6 +160,8 @@ def _sentences(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"{_cell(row)}: a static cache with a compiled step is left out, because {row['dense_best_refused']}."
         elif row["dense_best"] is not None:
             yield f"{_cell(row)}: the best dense is {_named(row['dense_best'])}."
+        if gain := gain_text(row):
+            yield f"{_cell(row)}: {gain}."
         if routes := row["routes"].get("plan"):
             yield f"{_cell(row)}: steps under the plan go by {', then '.join(routes)}."
         for side in ("plan", "full_span"):
@@ -168,6 +170,17 @@ def _sentences(report: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{_cell(row)}: the compiled step of {HEADS[side]} was not one graph all the time."
     for found in report["break_even"]:
         yield f"Batch {found['batch']}, {DTYPES[found['dtype']]}: decoding is {found['text']}."
+
+
+def gain_text(row: Row) -> str:
+    """Returns how much of a step's gain over dense the kernels give and how much the plan; empty where a side was not timed."""
+    plan, full, dense = (row[f"{side}_ms"] for side in ("plan", "full_span", "dense"))
+    if None in (plan, full, dense):
+        return ""
+    return (
+        f"a step is {dense / plan:.2f} times as fast as dense's: {dense / full:.2f} times by the kernels, with all keys, and "
+        f"{full / plan:.2f} times by the plan"
+    )
 
 
 def _named(best: str) -> str:

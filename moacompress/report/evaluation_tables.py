@@ -9,22 +9,30 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from moacompress.core.printable import printable
+from moacompress.core.shingles import OVERLAP_LIMIT, SHINGLE_WORDS
+from moacompress.core.statistics import SIGNIFICANT
 from moacompress.core.tables import Row, readable_bytes, section
+from moacompress.report.headline import headline
 from moacompress.rules.budget import format_length
 
 RowGroup = dict[str, dict[str, Row]]
 NAME_WIDTH = 20
 CSV_COLUMNS = (
     "kind", "model", "task", "length", "metric", "value", "low", "high", "prompts", "kv_bytes", "kv_bytes_of_model",
-    "tokens", "sink", "window", "formats",
+    "tokens", "sink", "window", "formats", "p", "overlap",
 )  # fmt: skip
-"""`kind` is `result`, `difference` (the plan minus `model`) or `lm_eval`; `low` and `high` are the 95% interval."""
+"""`kind` is `result`, `difference` (the plan minus `model`) or `lm_eval`; `low` and `high` are the 95% interval, empty
+below 5 prompts;
+`p` is that of a difference."""
 TASK_TITLE = "Tasks, mean and 95% interval over n prompts; retention: of those that {} (how many)"
 ANSWERED, ANSWERED_TWICE = "dense gets right", "dense gets right by our kernels and by transformers' attention"
 TEXT_TITLE = "Long text: perplexity of first and last half; KL to dense and same top token in the last (n windows)"
-DIFFERENCE_TITLE = "This plan minus the other model, paired, with 95% interval"
-POOLED_TITLE = "All prompts of all tasks and lengths together; retention: of those that {} (how many)"
-POOLED_DIFFERENCE_TITLE = "All prompts: this plan minus the other model, paired, with 95% interval"
+DIFFERENCE_TITLE = "This plan minus the other model, paired, 95% interval; * p < .05, exact or permutation test"
+POOLED_TITLE = "All prompts of a kind together: first what no calibration has, then what the plan was calibrated on"
+POOLED_DIFFERENCE_TITLE = "All prompts of a kind: this plan minus the other, paired, with 95% interval; * p < .05"
+TEXT_DIFFERENCE_TITLE = "Long text: this plan minus the other model, paired by document, with 95% interval; * p < .05"
+OVERLAP_UNKNOWN = "Overlap with calibration is unknown: the checkpoint does not say what the plan was calibrated on."
 FLOOR_NOTE = "* Dense cannot do this itself (its interval ends below 0.2): no evidence for or against a plan."
 
 
@@ -34,43 +42,39 @@ def evaluation_tables(report: Mapping[str, Any]) -> list[RenderableType]:
     Args:
         report: as `moacompress.evaluate` returns it.
     """
-    floor = {(row["task"], row["length"]) for row in report["at_floor"]}
+    marks = dict.fromkeys(((row["task"], row["length"]) for row in report["at_floor"]), "*")
+    for row in report.get("seen_in_calibration", ()):
+        place = row["task"], row["length"]
+        marks[place] = f"{marks.get(place, '')}†"
     groups = _groups(report["results"])
+    pooled = report["pooled"]
     tasks = [group for group in groups if "exact_match" in next(iter(group.values()))]
     texts = [group for group in groups if "ppl_late" in next(iter(group.values()))]
-    shown: list[RenderableType] = []
+    shown: list[RenderableType] = [*headline(report), ""] if report["kinds"] else []
     columns: tuple[str, ...]
     twice = any(len(row.get("prompts_dense", ())) > 1 for row in report["results"])
     answered = ANSWERED_TWICE if twice else ANSWERED
     if tasks:
         columns = ("", "KV cache", "n", "exact match", "retention", "accuracy", "NLL")
-        shown.append(section(TASK_TITLE.format(answered), columns, _lines(tasks, _task_line, floor)))
+        shown.append(section(TASK_TITLE.format(answered), columns, _lines(tasks, _task_line, marks)))
     if texts:
         columns = ("", "KV cache", "n", "first", "last", "KL", "same top")
-        shown.append(section(TEXT_TITLE, columns, _lines(texts, _text_line, floor)))
+        shown.append(section(TEXT_TITLE, columns, _lines(texts, _text_line, marks)))
     paired = [group for group in _groups(report["differences"]) if "exact_match" in next(iter(group.values()))]
     if paired:
         columns = ("", "n", "exact match", "accuracy", "NLL")
-        shown.append(section(DIFFERENCE_TITLE, columns, _lines(paired, _difference_line, floor)))
-    if report.get("pooled"):
+        shown.append(section(DIFFERENCE_TITLE, columns, _lines(paired, _difference_line, marks)))
+    read = [group for group in _groups(report["differences"]) if "kl" in next(iter(group.values()))]
+    if read:
+        columns = ("", "n", "documents", "last", "KL", "same top")
+        shown.append(section(TEXT_DIFFERENCE_TITLE, columns, _lines(read, _text_difference_line, marks)))
+    if len(tasks) > 1:  # of one alone it would be the same again
         columns = ("", "KV cache", "n", "exact match", "retention", "NLL")
-        shown.append(
-            section(
-                POOLED_TITLE.format(answered),
-                columns,
-                [_pooled_line(m) for m in _groups(report["pooled"]["results"])[0].items()],
-            )
-        )
-        apart = [
-            (
-                _short(model),
-                *(_signed(metrics[m]) if m in metrics else "-" for m in ("exact_match", "retention", "nll")),
-            )
-            for group in _groups(report["pooled"]["differences"])
-            for model, metrics in group.items()
-        ]
-        if apart:
-            shown.append(section(POOLED_DIFFERENCE_TITLE, ("", "exact match", "retention", "NLL"), apart))
+        shown.append(section(POOLED_TITLE, columns, _lines(_groups(pooled["results"]), _pooled_line, marks)))
+        if pooled["differences"]:
+            columns = ("", "exact match", "retention", "NLL")
+            apart = _lines(_groups(pooled["differences"]), _pooled_difference_line, marks)
+            shown.append(section(POOLED_DIFFERENCE_TITLE, columns, apart))
     if report.get("lm_eval"):
         columns = ("task", "model", "n", "metric", "value")
         lines = [
@@ -78,7 +82,59 @@ def evaluation_tables(report: Mapping[str, Any]) -> list[RenderableType]:
             for row in report["lm_eval"]
         ]
         shown.append(section("lm-evaluation-harness", columns, lines))
-    return [*shown, FLOOR_NOTE] if floor else shown
+    if report["results"]:
+        shown.append(overlap_note(report["results"]))
+    return [*shown, FLOOR_NOTE] if report["at_floor"] else shown
+
+
+def overlap_note(results: Iterable[Row]) -> str:
+    """Returns in a sentence how much of what was measured on the plan's calibration has seen.
+
+    Args:
+        results: rows of an evaluation.
+    """
+    places: dict[str, float | None] = {}
+    for row in results:
+        at = "" if row["length"] is None else f"@{format_length(row['length'])}"
+        places[f"{row['task']}{at}"] = row.get("overlap")
+    known = {place: share for place, share in places.items() if share is not None}
+    if not known:
+        return OVERLAP_UNKNOWN
+    some = ", ".join(
+        f"{place} {share:.1%}{'†' if share > OVERLAP_LIMIT else ''}" for place, share in known.items() if share
+    )
+    unknown = [place for place in places if place not in known]
+    return (
+        f"Overlap with calibration (runs of {SHINGLE_WORDS} words): {some or '0.0%'}"
+        f"{'; 0.0% in all others' if some and not all(known.values()) else ''}"
+        f"{'; unknown for ' + ', '.join(unknown) if unknown else ''}."
+        f"{' † Calibration has seen this text: its numbers flatter the plan.' if '†' in some else ''}"
+    )
+
+
+def failure_lines(report: Mapping[str, Any]) -> list[str]:
+    """Returns the prompts that plan and dense answer differently well: the end of the question, the reference, both answers.
+
+    Args:
+        report: as `moacompress.evaluate` returns it.
+    """
+    rows = [row for row in report["answers"] if "dense" in row and row["dense_match"] != row["plan_match"]]
+    lines = [f"{len(rows)} of {len(report['answers'])} prompts are answered differently well by the plan and by dense."]
+    for row in rows:
+        texts = {
+            "question": row["question"],
+            "reference": " | ".join(row["references"]),
+            f"dense ({row['dense_match']:.0%} right)": row["dense"],
+            f"this plan ({row['plan_match']:.0%} right)": row["plan"],
+        }
+        said = "\n".join(f"  {name}: {_one_line(text)}" for name, text in texts.items())
+        lines.append(f"\n{row['task']}@{format_length(row['length'])}\n{said}")
+    return lines
+
+
+def _one_line(text: str) -> str:
+    """Returns a text for a terminal on one line: what would move its cursor or colour it is spelt out."""
+    return printable(text.strip().replace("\n", " ⏎ ").replace("\t", " "))
 
 
 def csv_text(report: Mapping[str, Any]) -> str:
@@ -90,10 +146,10 @@ def csv_text(report: Mapping[str, Any]) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, CSV_COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    pooled = report.get("pooled", {})
+    pooled = report["pooled"]
     parts = {
-        "result": [*report["results"], *pooled.get("results", ())],
-        "difference": [*report["differences"], *pooled.get("differences", ())],
+        "result": [*report["results"], *pooled["results"]],
+        "difference": [*report["differences"], *pooled["differences"]],
         "lm_eval": report.get("lm_eval", ()),
     }
     for kind, rows in parts.items():
@@ -113,13 +169,14 @@ def _groups(rows: Iterable[Row]) -> list[RowGroup]:
 
 
 def _lines(
-    groups: Iterable[RowGroup], line: Callable[[Mapping[str, Row]], Sequence[str]], floor: set[tuple[str, int]]
+    groups: Iterable[RowGroup], line: Callable[[Mapping[str, Row]], Sequence[str]], marks: Mapping[tuple[str, int], str]
 ) -> Iterator[Sequence[str]]:
     """Yields a line with the task and its length, and below it one line for each model."""
     for group in groups:
         first = next(iter(next(iter(group.values())).values()))
-        star = "*" if (first["task"], first["length"]) in floor else ""
-        yield (f"{first['task']}@{format_length(first['length'])}{star}",)
+        mark = marks.get((first["task"], first["length"]), "")
+        length = "" if first["length"] is None else f"@{format_length(first['length'])}"
+        yield (f"{first['task']}{length}{mark}",)
         for model, metrics in group.items():
             yield (f"  {_short(model)}", *line(metrics))
 
@@ -140,11 +197,13 @@ def _task_line(metrics: Mapping[str, Row]) -> Sequence[str]:
     )
 
 
-def _pooled_line(item: tuple[str, Mapping[str, Row]]) -> Sequence[str]:
-    model, metrics = item
+def _pooled_difference_line(metrics: Mapping[str, Row]) -> Sequence[str]:
+    return tuple(_signed(metrics[m]) if m in metrics else "-" for m in ("exact_match", "retention", "nll"))
+
+
+def _pooled_line(metrics: Mapping[str, Row]) -> Sequence[str]:
     kept = metrics.get("retention")
     return (
-        _short(model),
         readable_bytes(metrics["exact_match"]["kv_bytes"]),
         str(metrics["exact_match"]["prompts"]),
         _number(metrics["exact_match"], 2),
@@ -169,15 +228,26 @@ def _difference_line(metrics: Mapping[str, Row]) -> Sequence[str]:
     return (str(metrics["exact_match"]["prompts"]), *numbers)
 
 
+def _text_difference_line(metrics: Mapping[str, Row]) -> Sequence[str]:
+    row = metrics["kl"]
+    numbers = (
+        _signed(metrics[metric], digits) for metric, digits in (("ppl_late", 2), ("kl", 3), ("top1_agreement", 2))
+    )
+    return (str(row["prompts"]), str(row["documents"]), *numbers)
+
+
 def _number(row: Row, digits: int) -> str:
-    """Returns `0.95 0.87-1.00`."""
+    """Returns `0.95 0.87-1.00`; the value alone where there are too few prompts for an interval."""
     if row["ci95"] is None:
         return f"{row['value']:.{digits}f}"
     low, high = (f"{end:.{digits}f}" for end in row["ci95"])
     return f"{row['value']:.{digits}f} {low}-{high}"
 
 
-def _signed(row: Row) -> str:
-    """Returns `-0.12 [-0.20 -0.04]`."""
-    low, high = row["ci95"]
-    return f"{row['value']:+.2f} [{low:+.2f} {high:+.2f}]"
+def _signed(row: Row, digits: int = 2) -> str:
+    """Returns `-0.12* [-0.20 -0.04]`; the star where a test tells the two apart."""
+    star = "*" if row["p"] < SIGNIFICANT else ""
+    if row["ci95"] is None:
+        return f"{row['value']:+.{digits}f}{star}"
+    low, high = (f"{end:+.{digits}f}" for end in row["ci95"])
+    return f"{row['value']:+.{digits}f}{star} [{low} {high}]"

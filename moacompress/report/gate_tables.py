@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from moacompress.core.statistics import error_text
 from moacompress.core.tables import readable_number, section
 
 
@@ -20,7 +21,7 @@ def gate_table(report: Mapping[str, Any]) -> RenderableType:
     rows = [
         (
             f"{row['share']:.0%}",
-            *(f"{row[name][0]:.2f} ± {row[name][1]:.2f}" for name in names),
+            *("-" if row[name][0] is None else error_text(row[name][0], row[name][1], ".2f") for name in names),
             *(readable_number(row[f"{name}_of_all"], ".2f") for name in names),
         )
         for row in report["left"]

@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 
+from moacompress.core.shingles import OVERLAP_LIMIT, SHINGLE_WORDS
+from moacompress.core.statistics import error_text, estimate_text, p_text
 from moacompress.core.tables import facts, readable_bytes, readable_types
 from moacompress.exporter.card import healed_bytes_text
 from moacompress.rules.untrusted import reading_notes
@@ -24,14 +26,17 @@ def heal_sentence(notes: Mapping[str, Any]) -> str:
         PlanError: they are not what moacompress writes.
     """
     kl = notes["held_out_kl"]
-    before, after = (f"{kl[name]['mean']:.4g} ± {kl[name]['standard_error']:.2g}" for name in ("before", "after"))
+    before, after = (error_text(*_mean(kl, name)) for name in ("before", "after"))
     trained = f"{_trained_part(notes)}, {notes['objective']}, {notes['tokens']:,} tokens in {notes['steps']} steps"
     if not notes["improved"]:
-        return (
-            f"{trained}: nothing was better than the start, a held-out KL of {before} nats on {kl['samples']} samples"
-        )
+        return f"{trained}: no step lowered the held-out KL of {before} nats on {kl['samples']} samples"
     stored = healed_bytes_text(notes)
-    return f"{trained}: held-out KL from {before} to {after} nats on {kl['samples']} samples{stored and f'. {stored}'}"
+    tested = f"{kl['samples']} samples, {p_text(kl['difference']['p'])}"
+    return f"{trained}: held-out KL from {before} to {after} nats on {tested}{stored and f'. {stored}'}"
+
+
+def _mean(kl: Mapping[str, Any], name: str) -> tuple[float, float | None]:
+    return kl[name]["mean"], kl[name]["standard_error"]
 
 
 def _trained_part(notes: Mapping[str, Any]) -> str:
@@ -57,10 +62,9 @@ def heal_table(notes: Mapping[str, Any]) -> Group:
         notes: `heal` in the provenance of a plan.
     """
     kl = notes["held_out_kl"]
-    rows = {
-        name: f"{kl[name]['mean']:.4g} ± {kl[name]['standard_error']:.2g} nats, {kl['samples']} samples"
-        for name in ("before", "after", "difference")
-    }
+    rows = {name: f"{error_text(*_mean(kl, name))} nats, {kl['samples']} samples" for name in ("before", "after")}
+    apart = kl["difference"]
+    rows["difference"] = f"{estimate_text(apart['mean'], apart['ci95'], '.3g')} nats, {p_text(apart['p'])}"
     share = 1 - kl["after"]["mean"] / kl["before"]["mean"] if kl["before"]["mean"] else 0.0
     rows["taken off"] = f"{share:.0%} of the KL" if notes["improved"] else "nothing: the weights are those of the start"
     rate = notes["tokens"] / notes["seconds"] if notes["seconds"] else 0.0
@@ -74,4 +78,13 @@ def heal_table(notes: Mapping[str, Any]) -> Group:
             for name in ("before", "after")
         )
     rows["tokens"] = f"{notes['tokens']:,} of {notes['training_samples']} samples, {rate:,.0f} a second"
+    shares = notes["overlap"].items() if isinstance(notes.get("overlap"), dict) else ()
+    seen = [
+        f"{kind} {share:.1%}{'†' if kind == 'text' and share > OVERLAP_LIMIT else ''}"
+        for kind, share in shares
+        if share is not None
+    ]
+    rows["overlap"] = (
+        f"of held-out samples with training, runs of {SHINGLE_WORDS} words: {', '.join(seen) or 'unknown'}"
+    )
     return facts("Held-out KL(dense || model), before and after", rows)

@@ -27,6 +27,7 @@ from moacompress.rules.planned_weights import formats_text, memory_lines, plan_m
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_classes import classes_of
 from moacompress.rules.step_time import step_lines
+from moacompress.rules.worst_share import WorstShare
 
 SHADES = "▁▂▃▄▅▆▇█"
 NATIVE_MARK = "·"
@@ -98,6 +99,7 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
         "gates": chosen_share(plan, reference) if plan.selects else None,
         "reference_length": reference,
         "kv_bytes": {str(n): {"dense": plan.model.dense_kv_bytes(n), "plan": plan.kv_bytes(n)} for n in chosen},
+        "worst_share": WorstShare.of(plan).to_dict(),
         "attention_flops": {str(n): _flops(plan, n) for n in chosen},
         "dtype": plan.model.dtype,
         "layers": plan.model.layers,
@@ -204,6 +206,7 @@ def overview(plan: Plan, data: dict[str, Any]) -> Group:
         "budget": ", ".join(data["budget"]) or "none asked for",
         **({"step": " ".join(step_lines(data["step_ms"]))} if data["step_ms"] else {}),
         **({"memory": " ".join(memory_lines(data["memory"]))} if data["memory"] else {}),
+        "any length": str(WorstShare(**data["worst_share"])),
         "density": f"{data['density']:.1%} of the keys at {format_length(reference)} tokens",
         "bits": f"{data['bits']['keys']:.1f} a kept number of the keys, {data['bits']['values']:.1f} of the values",
         "KV heads": f"{heads}, {full} of them full, {data['classes']} different rules, no window under {plan.min_window}",

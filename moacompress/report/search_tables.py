@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
+from moacompress.core.statistics import p_text
 from moacompress.core.tables import readable_bytes, readable_number, section
 from moacompress.report.inspection import formats_table
 from moacompress.rules.budget import format_length
@@ -19,14 +20,32 @@ if TYPE_CHECKING:
 HEADS = 8
 """KV heads that are shown: those whose bytes are worth most."""
 PARAMETERS = 5
-STEP_COLUMNS = ("nats a token", "against the surrogate's own plan", "kept")
+ALIKE = 0.01
+"""Share of the bytes by which two plans that take the same may differ."""
+NAMES = {
+    "plan": "this plan",
+    "dense": "dense",
+    "trial0": "surrogate's first plan",
+    "uniform": "uniform window",
+    "per_layer": "one rule per layer",
+    "duo": "full and streaming heads (DuoAttention-style)",
+    "moa": "MoA's estimator, rebuilt",
+    "quantized": "everything, in fewer bits",
+    "uniform_gates": "one choice by gates for all",
+}
+"""Of what a plan is measured beside."""
+MOA_NOTE = (
+    "MoA's estimator is rebuilt here from the paper. Where it is worse than the uniform window, contrary to the paper, the "
+    "rebuilding is likely at fault: this says nothing against MoA."
+)
+STEP_COLUMNS = ("nats per token", "difference to the plan before, 95% interval", "kept")
 
 
 def explanation_tables(explanation: Mapping[str, Any]) -> list[RenderableType]:
     """Returns the tables of an explanation, as `search.explain` makes it: steps, KV heads, parameters; empty for none."""
     if not explanation:
         return []
-    steps = section("What each step gave (validation samples)", ("", *STEP_COLUMNS), step_rows(explanation))
+    steps = section("Search steps (KL on validation samples)", ("", *STEP_COLUMNS), step_rows(explanation))
     heads = [
         (
             str(row["layer"]),
@@ -40,14 +59,12 @@ def explanation_tables(explanation: Mapping[str, Any]) -> list[RenderableType]:
         if (row["saves"] or 0) > 0
     ]
     columns = ("layer", "KV head", "keeps", "of", "keys/values", "KL at the average share instead, nats")
-    shown: list[RenderableType] = [steps]
+    shown: list[RenderableType] = [steps, *refused_line(explanation), *baseline_line(explanation.get("best_baseline"))]
     if heads:
         shown.append(section("KV heads whose bytes are worth most", columns, heads[:HEADS]))
     shown.extend(class_lines(explanation))
-    formats = explanation.get("formats")  # what an older search left has none
-    if formats and any(
-        pair["key_format"] != pair["value_format"] or pair["key_format"] != NATIVE for pair in formats["pairs"]
-    ):
+    formats = explanation["formats"]
+    if any(pair["key_format"] != pair["value_format"] or pair["key_format"] != NATIVE for pair in formats["pairs"]):
         shown.append(formats_table(formats["pairs"], formats["bits"]))
     if "sharing" in explanation:
         shown.extend(_sharing(explanation["sharing"]))
@@ -61,7 +78,7 @@ def explanation_tables(explanation: Mapping[str, Any]) -> list[RenderableType]:
         shown.append(
             f"Predicted and measured KL of {len(predicted['pairs'])} plans: rank correlation {predicted['spearman']:.2f}."
         )
-    kinds = {kind: kl for kind, kl in explanation.get("kinds", {}).items() if kl is not None}
+    kinds = {kind: kl for kind, kl in explanation["kinds"].items() if kl is not None}
     if len(kinds) > 1:
         shown.append(
             "Predicted KL by kind of sample, nats: " + ", ".join(f"{k} {v:.2g}" for k, v in kinds.items()) + "."
@@ -78,9 +95,9 @@ def class_lines(found: Mapping[str, Any]) -> list[str]:
     if "limited" in classes:
         limited, unlimited = classes["limited"], classes["unlimited"]
         lines.append(
-            f"Without the limit the plan of trial {classes['trial']} has {unlimited['classes']}. The limit costs "
+            f"Without the limit the plan of trial {classes['trial']} has {unlimited['classes']} classes. The limit costs "
             f"{_more(limited['predicted_harm'], unlimited['predicted_harm'])} nats as predicted, "
-            f"{_more(limited['harm'], unlimited['harm'])} as measured ({100 * _change(classes['log_ratio']):+.0f}%, paired)."
+            f"{_more(limited['harm'], unlimited['harm'])} as measured: {difference_text(classes['difference'])}."
         )
     return lines
 
@@ -95,36 +112,93 @@ def step_rows(explanation: Mapping[str, Any]) -> list[tuple[str, ...]]:
         (
             stage["name"],
             readable_number(stage["harm"]),
-            f"{100 * _change(stage['log_ratio']):+.0f}%",
+            "-" if stage["difference"] is None else difference_text(stage["difference"]),
             _kept(stage),
         )
         for stage in explanation["stages"]
     ]
 
 
+def difference_text(found: Mapping[str, Any]) -> str:
+    """Returns a paired difference of mean KL in nats, such as `-0.0007 [-0.0016, +0.0003], p .25, 6 samples`."""
+    return f"{found['value']:+.2g}{_interval(found)}, {p_text(found['p'])}, {_samples(found)}"
+
+
+def _interval(found: Mapping[str, Any]) -> str:
+    ends = found["ci95"]
+    return "" if ends is None else f" [{ends[0]:+.2g}, {ends[1]:+.2g}]"
+
+
+def _samples(found: Mapping[str, Any]) -> str:
+    return "1 sample" if found["samples"] == 1 else f"{found['samples']} samples"
+
+
 def _kept(stage: Mapping[str, Any]) -> str:
     """Returns whether a step's plan was kept, with the reason where its KL alone would say otherwise."""
-    gain = stage.get("gain")  # what an older search left has none
-    if gain is None:
+    if stage["difference"] is None:
         return _yes(stage["kept"])
+    lower = stage["difference"]["value"] < 0
     if stage["kept"]:
-        return _yes(True) if gain < 0 else f"yes: worse by less than noise {_of_noise(stage)}"
-    return f"no: gain within noise {_of_noise(stage)}" if gain < 0 else "no: not better than the plan before"
+        return _yes(True) if lower else "yes: higher by less than the noise"
+    return "no: gain within noise" if lower else "no: not lower"
 
 
 def trial_remark(trial: Mapping[str, Any]) -> str:
-    """Returns what became of a trial: `given up`, `kept`, or why not where its KL is less than that of trial 0."""
+    """Returns what became of a trial: `pruned`, `kept`, or how much lower than trial 0 it is where that is not enough."""
     if trial["pruned"]:
-        return "given up"
-    if trial.get("kept"):
+        return "pruned"
+    if trial["kept"]:
         return "kept"
-    gain = trial.get("gain")
-    return "" if gain is None or gain >= 0 else f"gain within noise {_of_noise(trial)}"
+    return f"within noise: {difference_text(trial['difference'])}" if trial["difference"]["value"] < 0 else ""
 
 
-def _of_noise(row: Mapping[str, Any]) -> str:
-    """Returns a paired change of KL beside what it had to be beyond."""
-    return f"({100 * _change(row['gain']):+.1f}% \u00b1 {100 * _change(row['noise']):.1f}%)"
+def refused_line(explanation: Mapping[str, Any]) -> list[str]:
+    """Returns why the plan of lowest measured KL was not taken, in one line; nothing where it was."""
+    found = explanation.get("refused")
+    if found is None:
+        return []
+    difference, name = found["difference"], found["name"]
+    ends, number = difference["ci95"], _samples(difference)
+    doubt = f"within noise of {number}" + ("" if ends is None else f":{_interval(difference)}")
+    if ends is not None and ends[1] < 0:  # clear against the chosen plan, not against the one that it had to beat
+        doubt = f"but did not clearly beat the plan that it was compared with on {number}"
+    return [
+        f"{name[:1].upper()}{name[1:]} measured {readable_number(found['harm'])} nats, {-difference['value']:.2g} below the "
+        f"chosen plan, {doubt}; the chosen plan is kept because the lowest of many noisy measurements is usually too low."
+    ]
+
+
+def baseline_line(found: Mapping[str, Any] | None) -> list[str]:
+    """Returns in one line whether a search's plan is better than the best baseline; nothing where none was measured.
+
+    Args:
+        found: `best_baseline` of the plan's notes on quality.
+    """
+    if found is None:
+        return []
+    name, ours, theirs = NAMES[found["family"]], readable_number(found["found_harm"]), readable_number(found["harm"])
+    difference = found["difference"]
+    beside, takes = difference_text(difference), 1 / found["bytes_share"]
+    at = (
+        "the same bytes"
+        if abs(takes - 1) <= ALIKE
+        else f"{abs(takes - 1):.0%} {'fewer' if takes < 1 else 'more'} bytes"
+    )
+    if found["saved"]:
+        if found["verdict"] == "worse":  # which a permutation test says
+            return [
+                f"The baseline {name} ({theirs} nats) beats the best searched plan ({ours}), so its plan was saved: the "
+                f"searched plan's difference is {beside}."
+            ]
+        return [
+            f"The baseline {name} ({theirs} nats) takes {1 - found['bytes_share']:.0%} fewer bytes than the best searched plan "
+            f"({ours}) and is no worse, so its plan was saved: the searched plan's difference is {beside}."
+        ]
+    if found["verdict"] == "better":
+        return [f"Better than the best baseline, {name}, at {at}: {ours} vs {theirs} nats, difference {beside}."]
+    if found["verdict"] == "worse":
+        return [f"The baseline {name} is better, but has too many classes of KV heads: {theirs} vs {ours} nats."]
+    return [f"As good as {name} at {at}: {ours} vs {theirs} nats, difference within noise ({beside})."]
 
 
 def _sharing(found: Mapping[str, Any]) -> list[RenderableType]:
@@ -136,12 +210,14 @@ def _sharing(found: Mapping[str, Any]) -> list[RenderableType]:
             readable_number(row["copies"]),
             readable_number(row["predicted"]),
             readable_number(row["harm"]),
-            "-" if row["log_ratio"] is None else f"{100 * _change(row['log_ratio']):+.0f}%",
+            "-" if row["difference"] is None else difference_text(row["difference"]),
         )
         for row in found["counts"]
     ]
-    titles = ("layers", "copies", "copies, predicted", "plan, predicted", "measured", "against trial 0")
-    shown: list[RenderableType] = [section("Layers that copy an earlier one's attention (nats a token)", titles, rows)]
+    titles = ("layers", "copies", "copies, predicted", "plan, predicted", "measured", "difference to trial 0")
+    shown: list[RenderableType] = [
+        section("Layers that copy an earlier one's attention (nats per token)", titles, rows)
+    ]
     if found.get("repaired"):
         shares = sorted(row["left"] for row in found["repaired"])
         shown.append(
@@ -160,8 +236,7 @@ def _sharing(found: Mapping[str, Any]) -> list[RenderableType]:
 
 def _formats_of(rule: Any) -> str:
     """Returns the formats of keys and values of a rule, as an explanation has it."""
-    named = {} if rule == "full" else rule  # an older search left rules without formats
-    return f"{named.get('key_format', NATIVE)}/{named.get('value_format', NATIVE)}"
+    return f"{NATIVE}/{NATIVE}" if rule == "full" else f"{rule['key_format']}/{rule['value_format']}"
 
 
 def front_table(results: Sequence[SearchResult]) -> RenderableType:
@@ -181,15 +256,9 @@ def front_table(results: Sequence[SearchResult]) -> RenderableType:
         )
     return section(
         "Plans, by KV bytes: KL(dense || plan) on validation samples",
-        ("KV bytes", "nats a token", "best without search", "plan"),
+        ("KV bytes", "nats per token", "best without search", "plan"),
         rows,
     )
-
-
-def _change(log_ratio: float) -> float:
-    from math import expm1
-
-    return expm1(log_ratio)
 
 
 def _yes(kept: bool) -> str:

@@ -12,26 +12,12 @@ from rich.console import Group, RenderableType
 from moacompress.core.artefact_names import MODEL_FOLDER, REPORT_FILE
 from moacompress.core.tables import readable_bytes, readable_number, readable_types, section
 from moacompress.recipe import AUTO
-from moacompress.report.search_tables import class_lines
+from moacompress.report.headline import kept_sentence, not_measured_sentence
+from moacompress.report.search_tables import MOA_NOTE, NAMES, baseline_line, class_lines
 from moacompress.rules.budget import format_length
+from moacompress.rules.plan import Plan
 from moacompress.rules.planned_weights import memory_lines
 from moacompress.rules.step_time import step_lines
-
-NAMES = {
-    "plan": "this plan",
-    "dense": "dense",
-    "trial0": "surrogate's first plan",
-    "uniform": "uniform window",
-    "per_layer": "one rule per layer",
-    "duo": "full and streaming heads",
-    "moa": "MoA's estimator, rebuilt",
-    "quantized": "everything, in fewer bits",
-    "uniform_gates": "one choice by gates for all",
-}
-MOA_NOTE = (
-    "MoA's estimator is rebuilt here from the paper. Where it is worse than the uniform window, contrary to the paper, the "
-    "rebuilding is likely at fault: this says nothing against MoA."
-)
 
 
 def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:
@@ -51,11 +37,14 @@ def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:
             if kv_bytes.get(name) is not None
         ],
     )
+    models = list(
+        dict.fromkeys(model for row in summary["quality"].values() for model in row["nll"] if model != "plan")
+    )
     quality = section(
-        "Exact match (NLL of the answer, nats a token); the uniform window has the plan's KV bytes",
-        ("task", "dense", "uniform window", "this plan", "prompts"),
+        "Exact match (NLL of the answer, nats per token); baselines have the plan's KV bytes",
+        ("task", *models, "this plan", "prompts"),
         [
-            (task, *(_score(row, model) for model in ("dense", "uniform", "plan")), str(row["prompts"]))
+            (task, *(_score(row, model) for model in (*models, "plan")), str(row["prompts"]))
             for task, row in summary["quality"].items()
         ],
     )
@@ -63,11 +52,15 @@ def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:
     asked = summary["budget"] if isinstance(summary["budget"], str) else ", ".join(summary["budget"])
     return [
         f"{summary['model']}, budget {asked}{_for_loss(summary)}",
+        *map(kept_sentence, summary["kept"]),
+        not_measured_sentence(summary["not_measured"]),
+        "",
         size,
         *_measured_elsewhere(kv_bytes),
         quality,
         *step_lines(summary.get("step_ms", {})),
         *memory_lines(summary.get("memory", {})),
+        *baseline_line(summary.get("best_baseline")),
         *class_lines(summary),
         *_weights(summary),
         f"Took {seconds}.",
@@ -87,12 +80,12 @@ def _weights(summary: Mapping[str, Any]) -> list[str]:
         plan = readable_number(summary["harm"].get("plan"))
         if rounding["weights"] == AUTO:
             lines.append(
-                f"Formats of linear layers were chosen with the plan. Their rounding costs {rounding['kl']:.3g} nats a token "
+                f"Formats of linear layers were chosen with the plan. Their rounding costs {rounding['kl']:.3g} nats per token "
                 f"by itself; with the plan {plan} (both are KL to the model before)."
             )
             return lines
         lines.append(
-            f"Rounding them to {rounding['weights']} costs {rounding['kl']:.3g} nats a token by itself (KL to the model "
+            f"Rounding them to {rounding['weights']} costs {rounding['kl']:.3g} nats per token by itself (KL to the model "
             f"before); the plan on top of it {plan} (KL to the rounded model)."
         )
     return lines
@@ -151,6 +144,17 @@ def _score(row: Mapping[str, Any], model: str) -> str:
     return readable_number(row.get(model), ".2f") + ("" if nll is None else f" ({nll:.3f})")
 
 
+def loss_lines(plan: Plan) -> list[str]:
+    """Returns how a plan holds the loss that was asked for; nothing where none was."""
+    limit, bound = plan.budget.get("max_harm"), plan.quality.get("harm_upper95")
+    if limit is None or bound is None:
+        return []
+    return [
+        f"Loss of {plan.budget['max_loss']}: KL is below {bound:.3g} nats a token with 95% confidence (one-sided, "
+        f"{plan.quality['samples']} samples); {limit:.3g} were allowed."
+    ]
+
+
 def kl_table(kl: Mapping[str, float | None], kv_bytes: Mapping[str, Mapping[str, int]]) -> Group:
     """Returns the measured KL of a plan and of what it was measured beside.
 
@@ -160,5 +164,5 @@ def kl_table(kl: Mapping[str, float | None], kv_bytes: Mapping[str, Mapping[str,
     """
     at = ", ".join(f"{row['plan'] / row['dense']:.1%} at {format_length(int(n))}" for n, row in kv_bytes.items())
     rows = [(NAMES.get(name, name), readable_number(value)) for name, value in kl.items()]
-    table = section(f"KL(dense || plan) on validation samples; KV bytes {at}", ("", "nats a token"), rows)
+    table = section(f"KL(dense || plan) on validation samples; KV bytes {at}", ("", "nats per token"), rows)
     return Group(table, MOA_NOTE) if kl.get("moa") is not None else table

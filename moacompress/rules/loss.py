@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moacompress.core.errors import UsageError
+from moacompress.core.statistics import SMALLEST
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,24 @@ class Loss:
         if not 0 < share <= 1:
             raise UsageError(f"loss {text!r} is not understood; write '1%' or '0.01', above 0 and at most 100%")
         return Loss(text.strip(), math.log1p(share))
+
+
+def check_loss_samples(loss: Loss, samples: int) -> None:
+    """Refuses a loss that too few samples judge: an upper bound of the mean KL has to be within it, not the mean alone.
+
+    Args:
+        loss: the most KL.
+        samples: validation samples that plans are measured on.
+
+    Raises:
+        UsageError: there are fewer than a bound takes.
+    """
+    if samples < SMALLEST:
+        raise UsageError(
+            f"a loss of {loss.text} is held with 95% confidence, which takes at least {SMALLEST} validation samples, and there "
+            f"{'is' if samples == 1 else 'are'} {samples}; profile with --validation-samples {SMALLEST} or more; 12 give a "
+            "closer bound, and so a smaller budget"
+        )
 
 
 def one_limit(budget: Sequence[str] | None, max_loss: str | None) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moacompress.core.artefact_names import gates_file
+from moacompress.core.artefact_names import gates_file, shingles_file
 from moacompress.core.errors import ArtefactError, PlanError
-from moacompress.core.files import MAX_JSON_BYTES, fingerprint, finite_json, read_json, write_json
+from moacompress.core.files import MAX_JSON_BYTES, fingerprint, finite_json, read_json, remove, write_json
+from moacompress.core.shingles import Shingles
 from moacompress.core.shown import Shown
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.model_shape import ModelShape
@@ -85,6 +86,8 @@ class Plan(Shown):
         shares: what each layer takes from an earlier one, or None; empty where no layer shares attention.
         gates: fingerprint of the gates that choose tokens; empty where no rule selects.
         gate_weights: these gates, where they are at hand: a plan's file has them beside it.
+        seen: shingles of the text and prompts that it was calibrated on, which a plan's file has beside it too; None where
+            that is not known.
     """
 
     model: ModelShape
@@ -96,6 +99,7 @@ class Plan(Shown):
     shares: LayerShares = ()
     gates: str = ""
     gate_weights: GateWeights | None = field(default=None, compare=False, repr=False)
+    seen: Shingles | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not any(self.shares):
@@ -180,9 +184,10 @@ class Plan(Shown):
     def in_dtype(self, dtype: str) -> Plan:
         """Returns the same rules for the same model in another dtype, for what its cache takes, stated bytes included.
 
-        What its step was predicted to take is known of its own dtype alone.
+        What its step was predicted to take, and the worst share, are known of its own dtype alone.
         """
-        known = {name: note for name, note in self.budget.items() if name != "step_ms" or dtype == self.model.dtype}
+        own = () if dtype == self.model.dtype else ("step_ms", "worst_share")
+        known = {name: note for name, note in self.budget.items() if name not in own}
         other = replace(self, model=replace(self.model, dtype=dtype), budget=known)
         stated = {
             length: {"plan": other.kv_bytes(int(length)), "dense": other.model.dense_kv_bytes(int(length))}
@@ -339,24 +344,31 @@ class Plan(Shown):
         return plan
 
     def save(self, path: str | Path) -> None:
-        """Writes the plan as JSON, atomically, and its gates beside it.
+        """Writes the plan as JSON, atomically, and beside it its gates and the shingles of its calibration.
 
         Gates that were read off a model's weights, where they are rounded, are not those that the plan names, and stay there.
         """
         if self.gate_weights is not None and self.gate_weights.fingerprint == self.gates:
             self.gate_weights.save(gates_file(Path(path)))
+        if self.seen is None:
+            remove([shingles_file(Path(path))])  # of the plan that was here before
+        else:
+            self.seen.save(shingles_file(Path(path)))
         write_json(Path(path), self.to_dict())
 
     @staticmethod
     def load(path: str | Path) -> Plan:
-        """Reads a plan file, and its gates where they lie beside it.
+        """Reads a plan file, and its gates and the shingles of its calibration where they lie beside it.
 
         Raises:
-            PlanError: unreadable, too large, or not a valid plan, or other gates; the message starts with the path.
+            PlanError: unreadable, too large, or not a valid plan, or other gates or shingles beside it; the message starts
+                with the path.
         """
         try:
             plan = Plan.from_dict(read_json(Path(path), "plan", MAX_JSON_BYTES))
-            beside = gates_file(Path(path))
+            beside, shingles = gates_file(Path(path)), shingles_file(Path(path))
+            if shingles.is_file():
+                plan = replace(plan, seen=Shingles.load(shingles))
             if not plan.gates or not beside.is_file():
                 return plan
             heads = plan.model.layers, plan.model.kv_heads

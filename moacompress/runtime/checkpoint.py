@@ -12,10 +12,18 @@ from moacompress.core.artefact_names import PLAN_FILE, PROFILE_FOLDER, gates_fil
 from moacompress.core.errors import DataError, MoaCompressError, ModelError, PlanError, UsageError, one_line
 from moacompress.models.fingerprint import weights_fingerprint, weights_like
 from moacompress.models.placement import checked_placement, input_device
-from moacompress.models.source import ROUNDING, check_family, context_length, find_model_folder, is_compressed
+from moacompress.models.source import (
+    ROUNDING,
+    check_family,
+    context_length,
+    find_model_folder,
+    is_compressed,
+    loses_bits,
+)
 from moacompress.models.stored_plan import stored_plan
 from moacompress.rules.formats import DTYPE_BYTES, dtype_name
 from moacompress.rules.plan import WEIGHTS_VERSION, Plan, weights_version
+from moacompress.rules.planned_weights import own_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,6 +69,15 @@ class Checkpoint:
     def weights_like(self, given: str) -> str:
         """Returns the fingerprint of the dense model's weights in the version of a given one."""
         return self.dense_weights if weights_version(given) == WEIGHTS_VERSION else weights_like(self._base, given)
+
+    @cached_property
+    def has_other_weights(self) -> bool:
+        """Whether the weights are not those that the plan was made for, and none of its notes says why they would not be."""
+        given, dtype = self.plan.model.weights_fingerprint, str(self.model.dtype).removeprefix("torch.")
+        if not given or self.plan.shares or own_weights(self.plan) or loses_bits(self.plan.model.dtype, dtype):
+            return False
+        newest = weights_version(given) == WEIGHTS_VERSION
+        return (self.weights if newest else weights_like(self.model, given)) != given
 
     @property
     def _base(self) -> PreTrainedModel:
@@ -197,7 +214,8 @@ def _with_own_gates(folder: Path, model: PreTrainedModel, plan: Plan) -> Plan:
     from moacompress.runtime.hf.attaching import attached_plan
 
     if plan.gate_weights is None:
-        return attached_plan(model) or plan
+        attached = attached_plan(model)
+        return plan if attached is None else replace(attached, seen=plan.seen)
     layers = other_gates(attention_modules(model), plan.gate_weights, plan.model.dtype)
     if layers:
         file = gates_file(folder / PLAN_FILE)

@@ -27,6 +27,7 @@ from moacompress.core.files import fingerprint, finite_json, read_json, remove, 
 from moacompress.core.lock_holders import own_file
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.shown import Shown
+from moacompress.core.statistics import Resampled
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.budget import Budget
@@ -37,7 +38,7 @@ from moacompress.runtime.ready_model import load_for
 from moacompress.search.audit.precision import assess_formats, choose_format_picks, format_plans
 from moacompress.search.audit.sharing import assess_copies, audit_repairs, choose_copy_picks, copy_costs, copy_plans
 from moacompress.search.audit.split_half import split_half
-from moacompress.search.audit.statistics import BootstrapValue, assess
+from moacompress.search.audit.statistics import assess
 from moacompress.search.audit.subjects import check_counts, choose_ablations, equal_byte_choices, masking_rules
 from moacompress.search.measure.measuring import measured_kls
 from moacompress.search.predict.surrogate import Surrogate
@@ -300,6 +301,6 @@ def predicted_influence(profile: Profile, samples: Sequence[Sample]) -> dict[str
     return found
 
 
-def _difference(one: BootstrapValue, other: BootstrapValue) -> dict[str, Any]:
+def _difference(one: Resampled, other: Resampled) -> dict[str, Any]:
     difference = one - other
     return {"value": difference.value, "ci95": difference.ci95}

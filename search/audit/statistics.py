@@ -1,7 +1,7 @@
 """What an audit says in numbers: rank correlation, slope and regret of predicted against measured KL.
 
-Intervals are 95% percentile bootstraps over the ablations or plans. Every estimator is resampled alike, so that
-differences are paired. A number that cannot be had (too few points, all equal) is NaN.
+Ablations and plans are drawn at random and are the points that intervals resample, every estimator's alike, so that
+differences are paired. A number that cannot be had (too few points, all equal) is NaN; an interval that cannot be had is None.
 """
 
 from __future__ import annotations
@@ -14,45 +14,15 @@ import numpy as np
 from scipy.stats import rankdata
 
 from moacompress.core.arrays import Floats, Ints
+from moacompress.core.statistics import Resampled
 from moacompress.search.predict.surrogate import FLOOR, fit
 from moacompress.search.problem.knapsack import Pick, total_cost
 
-RESAMPLES = 5000
 RATIOS = (0.1, 0.9)
 """Quantiles between which most ratios of measured to predicted KL are."""
 
 
-@dataclass(frozen=True)
-class BootstrapValue:
-    """A number with its bootstrap.
-
-    Attributes:
-        value: on all points.
-        resampled: on resampled points, [resamples].
-    """
-
-    value: float
-    resampled: Floats
-
-    @property
-    def ci95(self) -> tuple[float, float]:
-        """The 2.5% and 97.5% quantiles of what could be computed of the bootstrap."""
-        found = self.resampled[np.isfinite(self.resampled)]
-        if not len(found):
-            return float("nan"), float("nan")
-        low, high = np.quantile(found, (0.025, 0.975))
-        return float(low), float(high)
-
-    def __sub__(self, other: BootstrapValue) -> BootstrapValue:
-        return BootstrapValue(self.value - other.value, self.resampled - other.resampled)
-
-
-def resamples(points: int, seed: int) -> Ints:
-    """Returns indices of points drawn with replacement, [`RESAMPLES`, points]; the same for the same arguments."""
-    return np.random.default_rng(seed).integers(points, size=(RESAMPLES, points))
-
-
-def spearman(predicted: Floats, measured: Floats, seed: int) -> BootstrapValue:
+def spearman(predicted: Floats, measured: Floats, seed: int) -> Resampled:
     """Returns Spearman's rank correlation, ties at their mean rank.
 
     Args:
@@ -60,14 +30,14 @@ def spearman(predicted: Floats, measured: Floats, seed: int) -> BootstrapValue:
         measured: [points].
         seed: of the bootstrap.
     """
-    # of all resamples at once: scipy's spearmanr takes one pair a call
-    drawn = resamples(len(predicted), seed)
-    ranks = [rankdata(np.concatenate([values[None], values[drawn]]), axis=1) for values in (predicted, measured)]
-    found = _correlation(ranks[0], ranks[1])
-    return BootstrapValue(float(found[0]), found[1:])
+
+    def of(drawn: Ints) -> Floats:  # of all resamples at once: scipy's spearmanr takes one pair a call
+        return _correlation(*(rankdata(values[drawn], axis=1) for values in (predicted, measured)))
+
+    return Resampled.of(len(predicted), seed, of)
 
 
-def slope(predicted: Floats, measured: Floats, seed: int) -> BootstrapValue:
+def slope(predicted: Floats, measured: Floats, seed: int) -> Resampled:
     """Returns the least-squares slope of log measured on log predicted KL, over the points above the noise.
 
     Args:
@@ -77,14 +47,12 @@ def slope(predicted: Floats, measured: Floats, seed: int) -> BootstrapValue:
     """
     usable = (predicted > FLOOR) & (measured > FLOOR)
     if not usable.any():
-        return BootstrapValue(float("nan"), np.zeros(0))
+        return Resampled(float("nan"), np.zeros(0), 0)
     x, y = np.log(predicted[usable]), np.log(measured[usable])
-    drawn = resamples(len(x), seed)
-    found = _slopes(np.concatenate([x[None], x[drawn]]), np.concatenate([y[None], y[drawn]]))
-    return BootstrapValue(float(found[0]), found[1:])
+    return Resampled.of(len(x), seed, lambda drawn: _slopes(x[drawn], y[drawn]))
 
 
-def regret(predicted: Floats, measured: Floats, seed: int) -> BootstrapValue:
+def regret(predicted: Floats, measured: Floats, seed: int) -> Resampled:
     """Returns how much higher the KL of the plan of lowest predicted KL is than that of the best, as a share of the best's.
 
     Args:
@@ -92,10 +60,12 @@ def regret(predicted: Floats, measured: Floats, seed: int) -> BootstrapValue:
         measured: nats, [plans].
         seed: of the bootstrap.
     """
-    drawn = resamples(len(predicted), seed)
-    chosen = measured[drawn[np.arange(len(drawn)), predicted[drawn].argmin(axis=1)]]
-    own = _excess(measured[[predicted.argmin()]], measured.min(keepdims=True))
-    return BootstrapValue(float(own[0]), _excess(chosen, measured[drawn].min(axis=1)))
+
+    def of(drawn: Ints) -> Floats:
+        chosen = measured[drawn[np.arange(len(drawn)), predicted[drawn].argmin(axis=1)]]
+        return _excess(chosen, measured[drawn].min(axis=1))
+
+    return Resampled.of(len(predicted), seed, of)
 
 
 def rank_and_ratio(predicted: Floats, measured: Floats, seed: int) -> dict[str, Any]:
@@ -172,7 +142,7 @@ class Assessment:
         plan_points: of every plan.
     """
 
-    correlations: dict[str, BootstrapValue]
+    correlations: dict[str, Resampled]
     ablations: dict[str, dict[str, Any]]
     plans: dict[str, dict[str, Any]]
     points: list[dict[str, Any]]
@@ -230,5 +200,5 @@ def assess(
     return found
 
 
-def _rank_and_slope(rank: BootstrapValue, line: BootstrapValue) -> dict[str, Any]:
+def _rank_and_slope(rank: Resampled, line: Resampled) -> dict[str, Any]:
     return {"spearman": rank.value, "ci95": rank.ci95, "slope": line.value, "slope_ci95": line.ci95}

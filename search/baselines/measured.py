@@ -39,11 +39,16 @@ class MeasuredBaseline:
 
     Attributes:
         plan: the plan.
-        kl: its mean KL on all samples, nats.
+        kls: nats, in the order of the shuffled samples.
     """
 
     plan: Plan
-    kl: float
+    kls: list[float]
+
+    @property
+    def kl(self) -> float:
+        """Mean KL, nats."""
+        return float(np.mean(self.kls))
 
 
 def write_baselines(out: Path, request: SearchRequest, measured_baselines: Mapping[str, MeasuredBaseline]) -> None:
@@ -166,9 +171,9 @@ def _best(plans: Sequence[Plan], evaluator: PlanEvaluator) -> MeasuredBaseline |
     for index, job, kls in zip(finalists, jobs, rest, strict=True):
         if kls is None:
             return job.name
-        kl = float(np.mean([*(screened[index] or ()), *kls]))
-        if best is None or kl < best.kl:
-            best = MeasuredBaseline(plans[index], kl)
+        found = MeasuredBaseline(plans[index], [*(screened[index] or ()), *kls])
+        if best is None or found.kl < best.kl:
+            best = found
     return best
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.core.files import fingerprint
-from moacompress.core.progress import Progress
+from moacompress.core.progress import SILENT, Progress
 from moacompress.rules.plan import Plan
 from moacompress.search.deadline import Deadline
 from moacompress.search.measure.claims import ClaimLost
@@ -50,6 +50,7 @@ class PlanEvaluator:
         deadline: when to stop: it is checked before every measurement of a plan on a sample, and what was measured of
             several until then is kept for the next run.
         plain: the model with its own weights, on the same samples; by default what measures plans.
+        progress: told after every sample that work goes on.
     """
 
     study_storage: StudyStorage
@@ -57,13 +58,15 @@ class PlanEvaluator:
     order: Sequence[int]
     deadline: Deadline = field(default_factory=Deadline)
     plain: Measure | None = None
+    progress: Progress = SILENT
 
     @staticmethod
-    def of(study_storage: StudyStorage, measure: Measure, seed: int, deadline: Deadline) -> PlanEvaluator:
-        """Returns the meter whose samples are shuffled by a seed."""
-        return PlanEvaluator(
-            study_storage, measure, np.random.default_rng(seed).permutation(measure.size).tolist(), deadline
-        )
+    def of(
+        study_storage: StudyStorage, measure: Measure, seed: int, deadline: Deadline, progress: Progress = SILENT
+    ) -> PlanEvaluator:
+        """Returns the evaluator whose samples are shuffled by a seed."""
+        order = np.random.default_rng(seed).permutation(measure.size).tolist()
+        return PlanEvaluator(study_storage, measure, order, deadline, progress=progress)
 
     def kls(self, kind: str, plan: Plan, numbers: Sequence[int]) -> list[float]:
         """Returns the KL of each numbered sample, measured at most once in the life of the study storage.
@@ -77,6 +80,30 @@ class PlanEvaluator:
             TimeUp: the time is up, and one of them is not measured yet.
         """
         return self.together([self.job(kind, plan, numbers)])[0]
+
+    def shown(self, kind: str, plan: Plan, what: str) -> list[float]:
+        """Returns the KL of every sample in their order, as `kls`, with a bar of its own.
+
+        Args:
+            kind: what for.
+            plan: the plan.
+            what: what the progress calls it.
+        """
+        job = self.job(kind, plan, self.order)
+
+        def measured(done: int) -> Generator[float, None, None]:
+            for _ in range(done):
+                self.progress.step()
+            for kl in job.measured(done):
+                self.progress.step()
+                yield kl
+
+        if self.known(kind, plan) is not None:
+            return self.kls(kind, plan, self.order)
+        self.progress.start(what, job.count)
+        found = self.together([replace(job, measured=measured)])[0]
+        self.progress.done()
+        return found
 
     def job(self, kind: str, plan: Plan, numbers: Sequence[int]) -> Job:
         """Returns what `kls` measures, for `attempt` and `together`."""
@@ -109,6 +136,7 @@ class PlanEvaluator:
                     self.deadline.check()
                     found.append(next(kls))
                     claims.put(claim, found)
+                    self.progress.beat()
             claims.finish(claim, [float(np.mean(found)) if found else 0.0], result=found)
         except ClaimLost:
             return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import sqlite3
 import time
 import warnings
@@ -18,7 +19,6 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from moacompress.core.artefact_names import holders_of_studies
 from moacompress.core.errors import ArtefactError, RecipeError
@@ -149,7 +149,7 @@ def journal_file(storage: str) -> Path:
     """
     if not storage.endswith(JOURNAL_SUFFIXES):
         raise RecipeError(
-            f"storage {storage!r} is neither a journal file ending in .journal or .log nor a URL such as "
+            f"storage {shown(storage)!r} is neither a journal file ending in .journal or .log nor a URL such as "
             "sqlite:///study.db"
         )
     return Path(storage).absolute()
@@ -207,7 +207,7 @@ def guarded(where: str) -> Iterator[None]:
         yield
     except (OptunaError, SQLAlchemyError, OSError, ImportError, ValueError, KeyError) as error:
         told = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
-        reason = without_password(" ".join((str(told) or type(told).__name__).split()))
+        reason = " ".join(without_password(str(told) or type(told).__name__).split())
         raise ArtefactError(
             f"cannot use the study storage {where}: {reason[:300]}; check that it is there and writable, or "
             "choose another one with --storage"
@@ -230,13 +230,8 @@ def quiet_optuna() -> Iterator[None]:
 
 
 def shown(storage: str | None) -> str:
-    """Returns a storage as it may be shown: without user and password."""
+    """Returns a storage as it may be shown: without user, password and query."""
     if storage is None:
         return "in memory"
-    if "://" not in storage:
-        return storage
-    try:
-        parts = urlsplit(storage)
-    except ValueError:
-        return storage.split("://")[0] + "://..."
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    scheme, mark, rest = without_password(storage).partition("://")
+    return f"{scheme}{mark}{re.sub(r'^[^/@]*@', '', rest.partition('?')[0] if mark else rest)}"

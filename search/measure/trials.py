@@ -1,4 +1,4 @@
-"""The trials of a study: search parameters in, a plan by the solver, measured sample by sample until it is done or hopeless."""
+"""The trials of a study: search parameters in, a plan by the solver, measured sample by sample until it is done or pruned."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from moacompress.core.progress import Progress
+from moacompress.core.progress import SILENT, Progress
 from moacompress.rules.plan import Plan
 from moacompress.search.deadline import Deadline, TimeUp
 from moacompress.search.measure.claims import Claim, ClaimLost
+from moacompress.search.measure.kl_difference import CAUTION, KlDifference
 from moacompress.search.measure.objective import Measure
 from moacompress.search.measure.packed_plan import pack
 from moacompress.search.measure.study_storage import FinishedTrial, StartedTrial, StudyStorage
@@ -21,18 +22,13 @@ EPSILON = 1e-3
 """Nats added to a KL before its logarithm: differences far below it do not matter."""
 
 
-CAUTION = 2.0
-"""Standard errors by which a trial must beat trial 0. What looks best of many noisy numbers is usually less good: a trial
-that was better by 1.3 of them on 28 samples was worse on others."""
-
-
 def log_ratios(kls: Sequence[float], reference: Sequence[float]) -> list[float]:
     """Returns `log((kl + eps) / (reference + eps))` for each sample; the shorter list decides how many."""
     return [float(np.log((kl + EPSILON) / (base + EPSILON))) for kl, base in zip(kls, reference, strict=False)]
 
 
 def log_ratio(kls: Sequence[float], reference: Sequence[float]) -> float:
-    """Returns the mean of `log_ratios`: what plans are compared by."""
+    """Returns the mean of `log_ratios`: what Optuna's sampler is told of a trial."""
     return float(np.mean(log_ratios(kls, reference)))
 
 
@@ -45,8 +41,8 @@ class Tried:
         key: of its plan.
         plan: its rules, packed.
         kls: nats, in the order of the shuffled samples; fewer than all where it was pruned.
-        value: mean log-ratio to trial 0.
-        pruned: whether it was given up half-way.
+        value: mean log-ratio to trial 0, for the sampler.
+        pruned: whether it was pruned.
         measured: whether it was measured, and not known before: of several trials of one plan the first is.
         parameters: its search parameters.
     """
@@ -59,6 +55,11 @@ class Tried:
     pruned: bool
     measured: bool
     parameters: dict[str, float]
+
+    @property
+    def kl(self) -> float:
+        """Mean KL of the samples that it was measured on, nats."""
+        return float(np.mean(self.kls))
 
 
 @dataclass
@@ -88,6 +89,7 @@ class Trials:
         plan_of: makes a plan of search parameters; it is within the limits.
         deadline: when to stop; it is checked before every sample.
         known: the KLs of plans that are measured already, in the order of the samples, by the plan's key.
+        progress: told of every trial, and after every sample that work goes on.
     """
 
     study_storage: StudyStorage
@@ -96,6 +98,7 @@ class Trials:
     plan_of: Callable[[dict[str, Any]], Plan]
     deadline: Deadline = field(default_factory=Deadline)
     known: Mapping[str, list[float]] = field(default_factory=dict)
+    progress: Progress = SILENT
 
     def finished(self) -> list[Tried]:
         """Returns the finished trials."""
@@ -107,9 +110,7 @@ class Trials:
             found.append(tried)
         return found
 
-    def completed(
-        self, name: str, limit: int, progress: Progress, after: Callable[[Sequence[Tried]], str]
-    ) -> list[Tried]:
+    def completed(self, name: str, limit: int, after: Callable[[Sequence[Tried]], str]) -> list[Tried]:
         """Returns the finished trials, once the missing ones have run or the time is up.
 
         None is there where the time was up before the first one was measured; one whose plan is known takes no time.
@@ -117,10 +118,9 @@ class Trials:
         Args:
             name: of what is done, for the progress.
             limit: how many there are to be.
-            progress: told of every trial.
             after: is given the finished ones after each, and returns what is said of it.
         """
-        tried = self.finished()
+        tried, progress = self.finished(), self.progress
         progress.start(name, limit)
         for _ in tried[:limit]:
             progress.step()
@@ -223,6 +223,7 @@ class Trials:
                     self.deadline.check()
                     kls.append(kl(number))
                     self.study_storage.claims.put(claim, kls)
+                    self.progress.beat()
                 if trial.started.index and step + 1 < len(self.order):
                     tried = tried or self.finished()
                     if tried and is_hopeless(kls, tried):
@@ -240,13 +241,10 @@ def is_hopeless(kls: Sequence[float], tried: Sequence[Tried]) -> bool:
     import optuna
     from optuna.trial import TrialState, create_trial
 
-    reference = tried[0].kls
-    best = min(tried, key=lambda trial: (trial.value, trial.index))
+    best = least_trial(tried)
     study = optuna.create_study()
-    study.add_trial(
-        create_trial(value=best.value, intermediate_values=dict(enumerate(log_ratios(best.kls, reference))))
-    )
-    running = create_trial(state=TrialState.RUNNING, intermediate_values=dict(enumerate(log_ratios(kls, reference))))
+    study.add_trial(create_trial(value=best.kl, intermediate_values=dict(enumerate(best.kls))))
+    running = create_trial(state=TrialState.RUNNING, intermediate_values=dict(enumerate(kls)))
     return bool(optuna.pruners.WilcoxonPruner(p_threshold=0.1).prune(study, running))
 
 
@@ -266,23 +264,12 @@ def _tried(trial: FinishedTrial, seen: Container[str]) -> Tried:
     return Tried(trial.index, value=trial.values[0], parameters=trial.parameters, kls=kept.pop("harms"), **kept)
 
 
-def standard_error(ratios: Sequence[float]) -> float:
-    """Returns the standard error of the mean of log-ratios; 0 for a single one, which says nothing about it."""
-    return float(np.std(ratios, ddof=1) / len(ratios) ** 0.5) if len(ratios) > 1 else 0.0
-
-
-def noise(kls: Sequence[float], reference: Sequence[float], caution: float) -> float:
-    """Returns what the gain of one plan over another has to be beyond, to be believed: so many standard errors of it."""
-    return caution * standard_error(log_ratios(kls, reference))
-
-
 def least_trial(tried: Sequence[Tried]) -> Tried:
-    """Returns the trial of least value among those measured on all samples; trial 0 always is."""
-    return min((trial for trial in tried if not trial.pruned), key=lambda trial: (trial.value, trial.index))
+    """Returns the trial of lowest mean KL among those measured on all samples; trial 0 always is."""
+    return min((trial for trial in tried if not trial.pruned), key=lambda trial: (trial.kl, trial.index))
 
 
 def best_trial(tried: Sequence[Tried], caution: float = CAUTION) -> Tried:
-    """Returns the trial of least value among those that beat trial 0 by `caution` standard errors; trial 0 if none does."""
-    first = tried[0]
-    clear = [trial for trial in tried if trial.value + noise(trial.kls, first.kls, caution) < 0]
-    return least_trial([first, *clear])
+    """Returns the trial of lowest mean KL among those that beat trial 0 by `caution` standard errors; trial 0 if none does."""
+    first, *others = tried
+    return least_trial([first, *(trial for trial in others if KlDifference.of(trial.kls, first.kls).is_lower(caution))])

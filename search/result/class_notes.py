@@ -10,7 +10,7 @@ import numpy as np
 
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule_classes import classes_of
-from moacompress.search.measure.trials import log_ratio
+from moacompress.search.measure.kl_difference import KlDifference
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def class_quality(most: int | None, plan: Plan, cost: ClassCost | None = None) -
     Returns:
         `classes`: `most`, and the number that the `plan` has. Where the limit's cost was measured, also `trial`, and of the
         plans with its search parameters, `limited` and `unlimited`, their `classes`, `predicted_harm` and measured `harm`,
-        nats; and the mean paired `log_ratio` of the limited plan's measured KL to the other's.
+        nats; and the paired `difference` of the limited plan's measured KL to the other's.
     """
     if most is None:
         return {}
@@ -73,6 +73,6 @@ def class_quality(most: int | None, plan: Plan, cost: ClassCost | None = None) -
             "trial": cost.trial,
             "limited": cost.limited.to_dict(),
             "unlimited": cost.unlimited.to_dict(),
-            "log_ratio": log_ratio(cost.limited.kls, cost.unlimited.kls),
+            "difference": KlDifference.of(cost.limited.kls, cost.unlimited.kls).to_dict(),
         }
     return {"classes": notes}

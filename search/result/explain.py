@@ -10,14 +10,18 @@ import numpy as np
 
 from moacompress.rules.cost import format_rows, kept_bits
 from moacompress.rules.plan import Plan
+from moacompress.search.measure.kl_difference import KlDifference
 from moacompress.search.measure.packed_plan import unpack
-from moacompress.search.measure.trials import CAUTION, Tried, best_trial, noise
+from moacompress.search.measure.trials import Tried, best_trial
 from moacompress.search.predict.surrogate import Surrogate
 from moacompress.search.sharing.copy_costs import CopyCosts
 from moacompress.search.sharing.notes import sharing_notes
 
 if TYPE_CHECKING:
     from moacompress.search.search_request import SearchRequest
+
+STUDY = "study"
+"""Name of the step that runs the trials."""
 
 
 @dataclass(frozen=True)
@@ -26,25 +30,27 @@ class Stage:
 
     Attributes:
         name: what it was.
-        kl: of its plan, nats.
-        log_ratio: mean paired log-ratio of that KL to the surrogate's own plan.
+        kls: of its plan, nats, in the order of the shuffled samples.
         kept: whether its plan became the best one.
         plan: its plan's rules, as `packed_plan.pack` packs them.
-        gain: mean paired log-ratio to the plan that it had to beat, below 0 where it is better; None for the first one.
-        noise: what the gain had to be beyond: some standard errors of it.
+        difference: to the plan that it had to beat; None for the first one.
     """
 
     name: str
-    kl: float
-    log_ratio: float
+    kls: list[float]
     kept: bool
     plan: dict[str, Any]
-    gain: float | None = None
-    noise: float | None = None
+    difference: KlDifference | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns it as the explanation has it, where the KL is called `harm`."""
-        return {"harm" if name == "kl" else name: value for name, value in asdict(self).items()}
+        """Returns it as the explanation has it, where the mean KL is called `harm`."""
+        return {
+            "name": self.name,
+            "harm": float(np.mean(self.kls)),
+            "difference": None if self.difference is None else self.difference.to_dict(),
+            "kept": self.kept,
+            "plan": self.plan,
+        }
 
 
 def explain(
@@ -54,7 +60,7 @@ def explain(
     tried: Sequence[Tried],
     importances: Mapping[str, float],
     stages: Sequence[Stage],
-    kl: Mapping[str, float | None],
+    kls: Sequence[float],
 ) -> dict[str, Any]:
     """Returns what a search can say about its plan, as JSON values.
 
@@ -65,7 +71,7 @@ def explain(
         tried: the finished trials.
         importances: share of the variation between trials that goes with each search parameter.
         stages: steps of the search.
-        kl: measured, by name.
+        kls: of the plan, nats, in the order of the shuffled samples; empty where it is not measured.
 
     Returns:
         `heads`: of every KV head its rule, the tokens that it keeps at the longest limited length, and `saves`: predicted
@@ -75,17 +81,21 @@ def explain(
         `knobs`: the importances. `predicted`: predicted and measured KL of the trials, and their Spearman correlation.
         `kinds`: predicted KL of the plan on each kind of samples that was profiled; None where a rule is no candidate.
         `sharing`: see `sharing_notes`; where it was asked for.
-        `trials`: of every trial its number, its KL on the samples that it was measured on, whether it was given up and
-        whether it was the best, and its `gain` over trial 0 with the `noise` that this had to be beyond.
+        `trials`: of every trial its number, its KL on the samples that it was measured on, whether it was pruned and whether
+        it was the best, and its `difference` to trial 0 on these samples.
+        `refused`: see `refused`.
+        `best_baseline`: see `BesideBaseline.to_dict`; None where none was measured.
         `classes`: see `class_quality`; where their number had a limit.
-        `stages`, `harm`.
+        `stages`, `harm`: mean KLs by name.
     """
     n = max(request.lengths)
     return {
         "format": "moacompress-explanation",
         "plan": plan.key(),
         "budget": list(request.asked),
-        "harm": dict(kl),
+        "harm": dict(plan.quality["measured_harm"]),
+        "best_baseline": plan.quality.get("best_baseline"),
+        "refused": refused(plan, kls, tried, stages),
         "stages": [stage.to_dict() for stage in stages],
         "knobs": dict(sorted(importances.items(), key=lambda item: -item[1])),
         "predicted": _predicted(request, surrogate, tried),
@@ -98,17 +108,39 @@ def explain(
         "trials": [
             {
                 "trial": trial.index,
-                "harm": float(np.mean(trial.kls)) if trial.kls else None,
+                "harm": trial.kl if trial.kls else None,
                 "pruned": trial.pruned,
                 "kept": trial.index == best_trial(tried).index,
-                "gain": trial.value,
-                "noise": noise(trial.kls, tried[0].kls, CAUTION),
+                "difference": KlDifference.of(trial.kls, tried[0].kls).to_dict(),
             }
             for trial in tried
         ],
         **({"classes": plan.quality["classes"]} if "classes" in plan.quality else {}),
         **({"sharing": sharing_notes(request, surrogate, plan, tried)} if request.sharing else {}),
     }
+
+
+def refused(plan: Plan, kls: Sequence[float], tried: Sequence[Tried], stages: Sequence[Stage]) -> dict[str, Any] | None:
+    """Returns the plan of lowest mean KL that was measured on all samples, where it is not the one that is returned.
+
+    Args:
+        plan: the plan that is returned.
+        kls: its KLs, nats, in the order of the shuffled samples; empty where it is not measured.
+        tried: the finished trials.
+        stages: steps of the search.
+
+    Returns:
+        `name` of the step or trial, its `harm`, and its `difference` to the returned plan.
+    """
+    measured = [(f"trial {trial.index}", trial.kls) for trial in tried if not trial.pruned and trial.key != plan.key()]
+    measured += [(stage.name, stage.kls) for stage in stages if not stage.kept and stage.name != STUDY]
+    if not kls or not measured:
+        return None
+    name, least = min(measured, key=lambda item: float(np.mean(item[1])))
+    difference = KlDifference.of(least, kls)
+    if difference.value >= 0:
+        return None
+    return {"name": name, "harm": float(np.mean(least)), "difference": difference.to_dict()}
 
 
 def head_rows(request: SearchRequest, surrogate: Surrogate, plan: Plan) -> list[dict[str, Any]]:
@@ -164,7 +196,7 @@ def _predicted(request: SearchRequest, surrogate: Surrogate, tried: Sequence[Tri
     for trial in tried:
         if trial.measured and not trial.pruned:
             plan = unpack(trial.plan, profile)
-            pairs.append([request.predicted(surrogate, plan), float(np.mean(trial.kls))])
+            pairs.append([request.predicted(surrogate, plan), trial.kl])
     predicted, measured = zip(*pairs, strict=True) if pairs else ((), ())
     varied = min(len(set(predicted)), len(set(measured))) > 2
     return {"pairs": pairs, "spearman": float(spearmanr(predicted, measured).statistic) if varied else None}

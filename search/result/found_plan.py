@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import explanation_file
 from moacompress.core.errors import PlanError
 from moacompress.core.files import write_json
+from moacompress.core.statistics import upper_bound
 from moacompress.recipe import shared_name
 from moacompress.rules.plan import Plan
-from moacompress.rules.rule_classes import classes_of
+from moacompress.rules.worst_share import WorstShare
 from moacompress.search.baselines.families import FAMILIES
 from moacompress.search.baselines.measured import MeasuredBaseline, write_baselines
-from moacompress.search.measure.trials import Tried, best_trial, log_ratio
+from moacompress.search.measure.trials import Tried, best_trial
 from moacompress.search.predict.surrogate import Surrogate
+from moacompress.search.result.beside_baselines import BesideBaseline
 from moacompress.search.result.class_notes import class_quality
 from moacompress.search.result.explain import explain
 from moacompress.search.result.search_result import (
@@ -35,9 +37,6 @@ from moacompress.search.result.search_result import (
 from moacompress.search.search_context import Incumbent, SearchContext
 from moacompress.search.search_request import SearchRequest
 from moacompress.search.weights.weight_choice import WeightChoice
-
-logger = logging.getLogger(__name__)
-
 
 UNMEASURED = "surrogate"
 """Stage of a plan that nothing has been measured of."""
@@ -68,7 +67,7 @@ def write_so_far(incumbent: Incumbent, context: SearchContext) -> None:
         incumbent: the plan; what an earlier run left is written again if it is better.
         context: says where, and what was done.
     """
-    plan = _noted(_better_of_earlier(incumbent, context), context, finished=False)
+    plan, _ = _noted(_better_of_earlier(incumbent, context), context, finished=False)
     if context.out is not None:
         plan.save(context.out)
 
@@ -90,7 +89,7 @@ def write_found(incumbent: Incumbent, context: SearchContext) -> tuple[Plan, dic
             return earlier, read_explanation(context.out)
     elif context.deadline.stopped:
         incumbent = _better_of_earlier(incumbent, context)
-    plan = _noted(incumbent, context, finished=True)
+    plan, kls = _noted(incumbent, context, finished=True)
     explanation = explain(
         context.request,
         context.surrogate,
@@ -98,7 +97,7 @@ def write_found(incumbent: Incumbent, context: SearchContext) -> tuple[Plan, dic
         context.tried,
         context.evaluator.study_storage.importances(),
         context.stages,
-        plan.quality["measured_harm"],
+        kls,
     )
     if context.out is not None:
         write_json(explanation_file(context.out), explanation)
@@ -126,7 +125,7 @@ def _measured_before(request: SearchRequest, out: Path) -> Plan | None:
 
 def _better_of_earlier(incumbent: Incumbent, context: SearchContext) -> Incumbent:
     """Returns the better of a plan and what an earlier run improved: a run that stops sooner takes nothing back."""
-    return min(incumbent, _earlier(context) or incumbent, key=lambda one: one.value)
+    return min(incumbent, _earlier(context) or incumbent, key=lambda one: one.kl)
 
 
 def _earlier(context: SearchContext) -> Incumbent | None:
@@ -136,23 +135,32 @@ def _earlier(context: SearchContext) -> Incumbent | None:
     if plan is None or kls is None:
         return None
     bare = plan.with_notes(budget={}, quality={}, provenance={})
-    return Incumbent(bare, kls, log_ratio(kls, context.reference), plan.provenance["stage"])
+    return Incumbent(bare, kls, plan.provenance["stage"])
 
 
-def _noted(incumbent: Incumbent, context: SearchContext, *, finished: bool) -> Plan:
-    """Returns the plan, or that of a baseline that measured better, with all notes."""
-    plan, kl = _least(incumbent, context, said=finished)
-    lengths = _noted_lengths(context.request)
+def _noted(incumbent: Incumbent, context: SearchContext, *, finished: bool) -> tuple[Plan, list[float]]:
+    """Returns the plan with all notes, and its KLs, nats: those of a baseline where that is better, or as good and smaller.
+
+    Where the incumbent is not measured its plan is returned: no baseline is known to be better.
+    """
+    request, baselines = context.request, context.measured_baselines
+    lengths, plan, kls, most = _noted_lengths(request), incumbent.plan, incumbent.kls, request.recipe.search.classes
+    kl, beside = _unmeasured(baselines), None
+    if kls:
+        beside = BesideBaseline.of(incumbent, baselines, max(request.lengths), most)
+        if beside is not None:
+            plan, kls = beside.plan, beside.kls
+        kl |= {"plan": float(np.mean(kls)), "trial0": float(np.mean(context.reference))}
     measured = {
-        "baselines": {
-            family: baseline_note(other.plan, other.kl, lengths) for family, other in context.measured_baselines.items()
-        },
-        "samples": len(incumbent.kls),
-        **class_quality(context.request.recipe.search.classes, plan, context.class_cost),
+        "baselines": {family: baseline_note(other.plan, other.kl, lengths) for family, other in baselines.items()},
+        "best_baseline": None if beside is None else beside.to_dict(),
+        "samples": len(kls),
+        "harm_upper95": upper_bound(kls) if kls else None,
+        **class_quality(most, plan, context.class_cost),
     }
     stage = incumbent.stage if incumbent.kls else UNMEASURED
     made = _made(context.tried, stage, finished and not context.deadline.stopped)
-    return _with_notes(context.request, context.surrogate, plan, kl, measured, made)
+    return _with_notes(request, context.surrogate, plan, kl, measured, made), kls
 
 
 def _made(tried: Sequence[Tried], stage: str, finished: bool) -> dict[str, Any]:
@@ -193,10 +201,11 @@ def _with_notes(
     profile, recipe = request.profile, request.recipe
     shared = recipe.of_profile(profile.recipe).shared(profile.source)
     shared["budget"] = list(request.asked)
-    return plan.with_notes(
+    noted = plan.with_notes(
         budget={
             "asked": list(request.asked),
             "bytes": bytes_note(plan, _noted_lengths(request)),
+            "worst_share": WorstShare.of(plan, profile.lengths).to_dict(),
             **step_note(request, plan),
             **memory_note(request, plan),
         },
@@ -221,6 +230,7 @@ def _with_notes(
             **weights_note(request),
         },
     )
+    return replace(noted, seen=profile.shingles)
 
 
 def _unmeasured(measured_baselines: Mapping[str, MeasuredBaseline] | None = None) -> dict[str, float | None]:
@@ -231,37 +241,6 @@ def _unmeasured(measured_baselines: Mapping[str, MeasuredBaseline] | None = None
         "trial0": None,
         **{family: found[family].kl if family in found else None for family in FAMILIES},
     }
-
-
-def _least(incumbent: Incumbent, context: SearchContext, *, said: bool) -> tuple[Plan, dict[str, float | None]]:
-    """Returns the plan of lowest KL, of the incumbent and the baselines, and the KL of each of them, nats.
-
-    A baseline of more classes than the search may use is measured, and not taken.
-
-    Args:
-        incumbent: the best plan found.
-        context: its `alternatives` are the baselines.
-        said: whether a baseline that wins is warned of.
-
-    Returns:
-        The incumbent's plan, and None for its KL, where that is not measured: then no baseline is known to be better.
-    """
-    measured_baselines = context.measured_baselines
-    if not incumbent.kls:
-        return incumbent.plan, _unmeasured(measured_baselines)
-    plan, least, most = incumbent.plan, incumbent.kl, context.request.recipe.search.classes
-    for family, other in measured_baselines.items():
-        if other.kl < least and (most is None or len(classes_of(other.plan)) <= most):
-            plan, least = other.plan, other.kl
-            if said:
-                logger.warning(
-                    "nothing that was found beats the baseline %s: it measures %.3g nats, the best plan %.3g; its plan is "
-                    "returned",
-                    family,
-                    other.kl,
-                    incumbent.kl,
-                )
-    return plan, {**_unmeasured(measured_baselines), "plan": least, "trial0": float(np.mean(context.reference))}
 
 
 def _rounding(profile: Profile) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class SearchResult(Shown):
         step_ms: see `step_note`; empty without a cost table.
         seconds: time that this run took; close to 0 when an earlier run had found it.
         explanation: see `explain.explain`; empty where there is none beside the plan.
-        written: whether this process wrote it, or found it there; False where another worker of the search writes it.
+        written: whether this process wrote it; False where it was there, or another worker of the search writes it.
         classes: see `class_quality`; None where the search had no limit of them.
     """
 

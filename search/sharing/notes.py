@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from moacompress.core.errors import InfeasibleBudgetError
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import LayerShares
+from moacompress.search.measure.kl_difference import KlDifference
 from moacompress.search.measure.trials import Tried
 from moacompress.search.predict.surrogate import Surrogate
 
@@ -32,7 +31,7 @@ def sharing_notes(request: SearchRequest, surrogate: Surrogate, plan: Plan, trie
         `most`, layers that a trial could let share, or None; `shared`, layers of the plan that share; `counts`: for no copy,
         one, and every number that was tried or asked for, `layers`; `pairs` of a layer and its anchor, as chosen for this
         number; `copies`, their predicted KL; `predicted`, that of the solver's plan with them, None where none fits; and of
-        the best trial that shared so many, `harm`, None where none was measured on all samples, and `log_ratio` to trial 0.
+        the best trial that shared so many, `harm` and the `difference` to trial 0, None where none was measured on all samples.
         KLs in nats.
     """
     choice = request.sharing
@@ -40,7 +39,7 @@ def sharing_notes(request: SearchRequest, surrogate: Surrogate, plan: Plan, trie
     best: dict[int, Tried] = {}
     for trial in tried:
         count = sum(share is not None for share in trial.plan.get("shares", ()))
-        if count not in best or (trial.pruned, trial.value) < (best[count].pruned, best[count].value):
+        if count not in best or (trial.pruned, trial.kl) < (best[count].pruned, best[count].kl):
             best[count] = trial
     known: dict[int, LayerShares] = {0: ()}
     for count in {1, *best} if choice.asked.auto else ():
@@ -55,14 +54,16 @@ def sharing_notes(request: SearchRequest, surrogate: Surrogate, plan: Plan, trie
         except InfeasibleBudgetError:  # only what shares more fits
             made = None
         found = best.get(count)
+        measured: dict[str, Any] = {"harm": None, "difference": None}
+        if found is not None and not found.pruned:
+            measured = {"harm": found.kl, "difference": KlDifference.of(found.kls, tried[0].kls).to_dict()}
         rows.append(
             {
                 "layers": count,
                 "pairs": [[layer, share.anchor] for layer, share in enumerate(shares) if share is not None],
                 "copies": choice.costs.cost(shares, surrogate.calibration),
                 "predicted": None if made is None else request.predicted(surrogate, made),
-                "harm": None if found is None or found.pruned else float(np.mean(found.kls)),
-                "log_ratio": None if found is None else found.value,
+                **measured,
             }
         )
     return {

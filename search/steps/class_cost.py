@@ -34,7 +34,9 @@ def measure_class_cost(incumbent: Incumbent, context: SearchContext) -> Incumben
         Compared.of(
             plan,
             request.predicted(surrogate, plan),
-            best.kls if same else context.evaluator.kls("unlimited", plan, context.evaluator.order),
+            best.kls
+            if same
+            else context.evaluator.shown("unlimited", plan, "measuring the plan without a class limit"),
         ),
     )
     return incumbent

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from moacompress.search.measure.trials import log_ratio, log_ratios, standard_error
+from moacompress.search.measure.kl_difference import KlDifference
 from moacompress.search.search_context import Incumbent, SearchContext
+
+REST_CAUTION = 1.0
+"""Standard errors by which the plan before must be lower for the rest to be left."""
 
 
 def spend_leftover(incumbent: Incumbent, context: SearchContext) -> Incumbent:
     """Spends what is left of the budget: what interactions and moves gave back, and what another length left over.
 
     No KV head then takes fewer bytes at any length of the budget, and some take more. What the validation samples do not ask
-    for may need it, so it stays unless they say that it is worse, by more than the standard error of their paired differences.
+    for may need it, so it stays unless they say that it is worse, by more than the standard error of the paired difference.
 
     Args:
         incumbent: measured.
@@ -22,6 +25,6 @@ def spend_leftover(incumbent: Incumbent, context: SearchContext) -> Incumbent:
     if plan.key() == incumbent.plan.key() or context.deadline.over():
         return incumbent
     found = context.measured(incumbent, plan, "rest")
-    kept = log_ratio(found.kls, incumbent.kls) <= standard_error(log_ratios(found.kls, incumbent.kls))
-    context.add_stage("rest", found, kept, incumbent.kls, 1.0)
+    kept = not KlDifference.of(incumbent.kls, found.kls).is_lower(REST_CAUTION)
+    context.add_stage("rest", found, kept, incumbent.kls)
     return found if kept else incumbent

@@ -48,7 +48,7 @@ def make_moves(incumbent: Incumbent, context: SearchContext) -> Incumbent:
         if plan.key() == incumbent.plan.key():
             continue
         found = context.measured(incumbent, plan, "moves")
-        kept = found.value < incumbent.value
+        kept = found.kl < incumbent.kl
         context.add_stage("moves", found, kept, incumbent.kls)
         if kept:
             return found

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from moacompress.rules.plan import Plan
 from moacompress.search.deadline import TimeUp
-from moacompress.search.measure.trials import CAUTION, Trials, Tried, best_trial, least_trial
+from moacompress.search.measure.trials import Trials, Tried, best_trial, least_trial
+from moacompress.search.result.explain import STUDY
 from moacompress.search.result.found_plan import write_so_far
 from moacompress.search.search_context import Incumbent, SearchContext
 from moacompress.search.search_request import ParameterValues
@@ -36,16 +37,22 @@ def tune_parameters(incumbent: Incumbent, context: SearchContext) -> Incumbent:
             write_so_far(best, context)
         return _note(best, context)
 
-    trials = Trials(evaluator.study_storage, evaluator.measure, evaluator.order, plan_of, context.deadline)
-    tried = context.tried = trials.completed("searching", request.recipe.search.trials, context.progress, after)
+    trials = Trials(
+        evaluator.study_storage,
+        evaluator.measure,
+        evaluator.order,
+        plan_of,
+        context.deadline,
+        progress=context.progress,
+    )
+    tried = context.tried = trials.completed("searching", request.recipe.search.trials, after)
     if not tried:
         raise TimeUp
-    best, least, first = (
-        Incumbent.of(trial, request.profile) for trial in (best_trial(tried), least_trial(tried), tried[0])
-    )
+    best, first = best_trial(tried), Incumbent.of(tried[0], request.profile)
     context.add_stage("surrogate", first, True)
-    context.add_stage("study", best if best.value < 0 else least, best.value < 0, first.kls, CAUTION)
-    return best
+    shown = Incumbent.of(best if best.index else least_trial(tried), request.profile)
+    context.add_stage(STUDY, shown, best.index > 0, first.kls)
+    return Incumbent.of(best, request.profile)
 
 
 def _note(best: Incumbent, context: SearchContext) -> str:

@@ -71,7 +71,7 @@ def make_rounds(incumbent: Incumbent, context: SearchContext) -> Incumbent:
         "rounds know nothing of layers that share attention: they improve the best plan without, to be compared"
     )
     alone = _rounds(Incumbent.of(best_trial(own), context.request.profile), context, incumbent)
-    return min(incumbent, alone, key=lambda one: one.value)
+    return min(incumbent, alone, key=lambda one: one.kl)
 
 
 def _rounds(incumbent: Incumbent, context: SearchContext, reference: Incumbent) -> Incumbent:
@@ -89,7 +89,7 @@ def _rounds(incumbent: Incumbent, context: SearchContext, reference: Incumbent) 
         if better is None:
             break
         incumbent = better
-        write_so_far(min(incumbent, reference, key=lambda one: one.value), context)
+        write_so_far(min(incumbent, reference, key=lambda one: one.kl), context)
     return incumbent if forms is None else replace(incumbent, form=forms(NEUTRAL["relative"]))
 
 
@@ -111,12 +111,13 @@ def _round(number: int, incumbent: Incumbent, forms: Forms, context: SearchConte
 
     study_storage = context.study_storage_of(incumbent.plan.key(), RANGES, NEUTRAL, STARTS)
     known = {incumbent.plan.key(): incumbent.kls}
-    trials = Trials(study_storage, evaluator.measure, evaluator.order, plan_of, context.deadline, known)
+    trials = Trials(
+        study_storage, evaluator.measure, evaluator.order, plan_of, context.deadline, known, context.progress
+    )
     tried = trials.completed(
         f"round {number}",
         1 + context.request.recipe.search.round_trials,
-        context.progress,
-        lambda done: f"{done[-1].parameters['moved']:.0%} moved: {np.expm1(done[-1].value):+.0%} KL",
+        lambda done: f"{done[-1].parameters['moved']:.0%} moved: {done[-1].kl:.3g} nats",
     )
     if not tried:  # the time was over before another worker had measured the plan as it is
         return None
@@ -125,7 +126,7 @@ def _round(number: int, incumbent: Incumbent, forms: Forms, context: SearchConte
     shown = least_trial(others) if others and not won.index else won
     found = context.compared(incumbent, Incumbent.of(shown, profile).plan, shown.kls, f"round {number}")
     name = f"round {number}, {shown.parameters['moved']:.1%} moved"
-    context.add_stage(name, found, won.index > 0, incumbent.kls, ROUND_CAUTION)
+    context.add_stage(name, found, won.index > 0, incumbent.kls)
     if not won.index:
         return None
     evaluator.keep("improved", found.plan, found.kls)

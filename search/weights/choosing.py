@@ -22,6 +22,7 @@ from moacompress.core.arrays import Floats, Ints
 from moacompress.core.errors import InfeasibleBudgetError, ModelError
 from moacompress.core.files import fingerprint
 from moacompress.core.progress import Progress
+from moacompress.core.statistics import standard_error
 from moacompress.kernels.weight_blocks import WEIGHT_TYPES, dequantized
 from moacompress.models.source import SourceModel
 from moacompress.models.weight_choices import CHOICES
@@ -99,7 +100,7 @@ def choose_weights(
         "weights": request.recipe.weights,
         "head_weights": request.recipe.head_weights,
         "kl": float(np.mean(kls)),
-        "standard_error": float(np.std(kls, ddof=1) / len(kls) ** 0.5) if len(kls) > 1 else None,
+        "standard_error": standard_error(kls),
         "samples": len(kls),
     }
     taken = replace(taken, compared=tuple(compared), alone=alone)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from moacompress.bench.bench_request import Cell
-from moacompress.bench.timing_rows import COMPILED_NAME, break_even, first_faster, make_row, median_interval
+from moacompress.bench.timing_rows import COMPILED_NAME, break_even, first_faster, make_row
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -96,12 +96,6 @@ def test_sides_that_were_not_asked_for_are_none():
     assert found["dense_best_ms"] == pytest.approx(200)
     alone = row({"plan": TIMES["plan"]}, sides=["plan"])
     assert (alone["dense_best_ms"], alone["dense_best"], alone["speedup"]) == (None, None, {})
-
-
-def test_interval_of_a_median():
-    assert median_interval([1.0] * 5) is None
-    assert median_interval([3, 1, 2, 6, 5, 4]) == (1, 6)
-    assert median_interval(range(20)) == (5, 14)  # the 6th and the 15th: 95.9%
 
 
 @pytest.mark.parametrize(

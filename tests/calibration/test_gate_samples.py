@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from moacompress.calibration.data.data_rows import first_of_each, split_rows
 from moacompress.calibration.data.samples import Sample, load_samples
 from moacompress.calibration.gates.gate_samples import gate_recipe
 from moacompress.calibration.profile import profiler
@@ -74,40 +75,40 @@ def document(name: int, words: int) -> str:
 
 
 def prompts(folder: Path) -> dict[str, Any]:
-    rows = [{"prompt": f"D{row:02d}w0000. " + "x" * 200} for row in range(14)]
+    rows = [{"prompt": f"D{row:02d}w0000. " + "x" * 200} for row in range(30)]
     # the same prompt with two answers is one row
     return {"sources": [{"path": rows_file(folder, [*rows, *({**row, "answer": "other"} for row in rows)])}]}
 
 
 def conversations(folder: Path) -> dict[str, Any]:
-    turns = [[{"role": "user", "content": f"D{row:02d}w0000. " + "x" * 170}] for row in range(14)]
+    turns = [[{"role": "user", "content": f"D{row:02d}w0000. " + "x" * 170}] for row in range(30)]
     return {"sources": [{"path": rows_file(folder, [{"messages": messages} for messages in turns])}]}
 
 
 def texts(folder: Path) -> dict[str, Any]:
-    return {"sources": [{"path": rows_file(folder, [{"text": document(row, 60)} for row in range(6)])}]}
+    return {"sources": [{"path": rows_file(folder, [{"text": document(row, 60)} for row in range(24)])}]}
 
 
 def one_text(folder: Path) -> dict[str, Any]:
-    (folder / "text.txt").write_text(document(0, 400))
+    (folder / "text.txt").write_text(document(0, 9000))
     return {"sources": [{"path": str(folder / "text.txt")}]}
 
 
 def questions(folder: Path) -> dict[str, Any]:
     rows = [
-        {"title": f"T{row // 4}", "context": document(row, 4), "question": f"D{row:02d}w0009. ?"} for row in range(72)
+        {"title": f"T{row // 4}", "context": document(row, 4), "question": f"D{row:02d}w0009. ?"} for row in range(240)
     ]
     return {"sources": [{"path": rows_file(folder, rows)}], "lengths": [360]}
 
 
 def haystack(folder: Path) -> dict[str, Any]:
     for name in range(3):
-        (folder / f"{name}.txt").write_text(document(name, 400))
+        (folder / f"{name}.txt").write_text(document(name, 4000))
     return {"sources": [{"generator": "needle", "haystack": "prose"}], "lengths": [800], "text": str(folder)}
 
 
 def plain_text(folder: Path) -> dict[str, Any]:
-    for name in range(12):
+    for name in range(28):
         (folder / f"{name:02d}.txt").write_text(document(name, 90))
     return {"sources": [{"generator": "needle"}], "lengths": [600], "text": str(folder), "text_samples": 8}
 
@@ -131,10 +132,18 @@ def test_gates_are_trained_on_nothing_that_is_profiled(
     assert not words(profiled) & words(trained)
 
 
+def prompts_of_calibration(count: int) -> list[dict[str, Any]]:
+    """Returns prompts of which so many, and some of validation, are dealt to calibration."""
+    rows: list[dict[str, Any]] = [{"prompt": f"{row:02d}" + "x" * 200} for row in range(60)]
+    found = first_of_each(rows, "prompt", "rows")
+    mine = split_rows(found, "calibration", "rows")[:count]
+    return [rows[index] for index in (*mine, *split_rows(found, "validation", "rows"))]
+
+
 def test_few_rows_give_gates_what_is_left_of_them(
     both: Callable[[Recipe], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rows = [{"prompt": f"{row:02d}" + "x" * 200} for row in range(12)]  # 8 of them are for calibration
+    rows = prompts_of_calibration(8)
     profiled, trained = both(recipe([{"path": rows_file(tmp_path, rows)}]))
     assert (len(profiled), len(trained)) == (6, 2)
     assert "2 of the 3 samples that gates are trained on can be had" in caplog.text
@@ -145,16 +154,16 @@ def test_few_rows_give_gates_what_is_left_of_them(
     ("rows", "says"),
     [
         (
-            [{"prompt": f"{row:02d}" + "x" * 200} for row in range(9)],
+            prompts_of_calibration(6),
             r"0 of the 3 samples that gates are trained on .*not those of the 6 profiled .*; give more rows",
         ),
         (
             [{"title": f"T{row // 12}", "context": document(row, 4), "question": "?"} for row in range(36)],
-            "has 1 documents or articles with questions for calibration, which gates and the profile would share",
+            "the calibration part of .* has 1 documents or articles with questions that differ; profile, gates need at least",
         ),
         (
-            [{"text": document(0, 90)}, {"text": "x"}, {"text": document(1, 90)}, {"text": "short"}],
-            "left for gates beside what is profiled: the longest of 1 texts .*; or leave out the gates",
+            [{"text": document(row, 90)} for row in range(3)],
+            "the calibration part of file:rows.json has 1 sections of 500 words that differ; profile, gates need at least",
         ),
     ],
     ids=["prompts", "questions", "texts"],

@@ -33,6 +33,14 @@ def test_plain_text_begins_as_the_tokenizer_begins_any(tiny_tokenizer: PreTraine
 
 
 def test_texts_that_are_there_twice_are_read_once(tmp_path: Path) -> None:
-    for name, text in (("a", "one text"), ("b", "another"), ("c", "one text"), ("d", " ")):
-        (tmp_path / f"{name}.txt").write_text(text)
-    assert read_documents(tmp_path) == ["one text", "another"]
+    for name, text in (
+        ("a", "One text"),
+        ("b", "another"),
+        ("c", "One text"),
+        ("d", " "),
+        ("e", "one text"),
+        ("f", "One\u00a0\n text "),
+        ("g", "\ufeffOne text"),
+    ):
+        (tmp_path / f"{name}.txt").write_text(text, "utf-8")
+    assert read_documents(tmp_path) == ["One text", "another"]

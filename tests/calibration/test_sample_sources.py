@@ -18,6 +18,7 @@ from moacompress.calibration.data.data_rows import first_of_each
 from moacompress.calibration.data.sample_sources import build_samples, longer_counts, make_drafts, spread, varied
 from moacompress.calibration.data.samples import Sample, fingerprint_samples
 from moacompress.core.errors import DataError
+from moacompress.evaluation.tasks.squad_questions import Questions
 from moacompress.prompts.pools import SPLITS, Prose, Split
 from moacompress.recipe import Recipe
 from moacompress.recipe_sections import Generator
@@ -107,7 +108,7 @@ def test_deterministic_and_split(source: SourceModel) -> None:
 
 
 def test_prompt_rows_are_answered_by_the_model(source: SourceModel, tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "qa.jsonl", [*prompts(12), *prompts(3)])
+    path = write_rows(tmp_path / "qa.jsonl", [*prompts(24), *prompts(3)])
     seen = {}
     for split in ("calibration", "validation"):
         samples = build_samples(source, recipe([{"path": path}]), split)
@@ -139,7 +140,7 @@ def test_a_prompt_with_several_answers_is_one_sample_of_one_split(source: Source
         [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for prompt, answer in pairs
     ]
     prompt_rows: list[Any] = [{"prompt": prompt, "answer": answer} for prompt, answer in pairs]
-    splits: tuple[tuple[Split, int], ...] = (("calibration", 12), ("validation", 6))
+    splits: tuple[tuple[Split, int], ...] = (("calibration", 8), ("validation", 3))
     for number, rows in enumerate((prompt_rows, [{"messages": each} for each in turns])):
         path = write_rows(tmp_path / f"{number}.jsonl", rows)
         seen = {}
@@ -149,7 +150,7 @@ def test_a_prompt_with_several_answers_is_one_sample_of_one_split(source: Source
             assert len(seen[split]) == count
         assert not seen["calibration"] & seen["validation"]
     rows_of_hub = HubRows(rows)
-    assert first_of_each(rows_of_hub, "messages", "hub") == list(range(0, 54, 3))
+    assert list(first_of_each(rows_of_hub, "messages", "hub")) == list(range(0, 54, 3))
     assert rows_of_hub.columns == ["messages"]
 
 
@@ -168,7 +169,7 @@ def test_a_text_has_the_split_that_evaluation_gives_it(source: SourceModel, tmp_
     folder = tmp_path / "texts"
     folder.mkdir()
     for number in range(documents):
-        words = (f"d{number}w{word}" for word in range(900))
+        words = (f"d{number}w{word}" for word in range(3000))
         (folder / f"{number}.txt").write_text(" ".join(words))
     pools = Prose.load(folder).pools
     for split in SPLITS[:2]:
@@ -210,7 +211,7 @@ def test_parquet_rows(source: SourceModel, tmp_path: Path) -> None:
 @pytest.mark.parametrize("documents", [1, 5])
 def test_plain_text(source: SourceModel, tmp_path: Path, documents: int) -> None:
     for name in range(documents):
-        (tmp_path / f"{name}.txt").write_text(" ".join(f"{name}w{i:04d}" for i in range(300)))
+        (tmp_path / f"{name}.txt").write_text(" ".join(f"{name}w{i:04d}" for i in range(3000)))
     words = {}
     for split in ("calibration", "validation"):
         samples = build_samples(source, recipe([{"path": str(tmp_path)}], (256, 300)), split)
@@ -225,19 +226,19 @@ def test_plain_text(source: SourceModel, tmp_path: Path, documents: int) -> None
 def test_text_for_the_lengths_but_not_for_twice_the_longest(
     source: SourceModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "t.txt").write_text("Once upon a time. " * 600)
+    (tmp_path / "t.txt").write_text(" ".join(f"Once upon a time {number}." for number in range(1000)))
     asked = recipe(
         [{"generator": "needle", "haystack": "prose"}], (700,), 2, text=str(tmp_path / "t.txt"), longer_samples=1
     )
     assert {draft.length for draft in make_drafts(source, asked, "validation")} == {700, 1400}
     assert caplog.text == ""
-    (tmp_path / "t.txt").write_text("Once upon a time. " * 150)
+    (tmp_path / "t.txt").write_text(" ".join(f"Once {number}." for number in range(560)))
     assert {draft.length for draft in make_drafts(source, asked, "validation")} == {700}
     assert "no plan will be measured on needle beyond the lengths that were asked for" in caplog.text
 
 
 def test_prose_haystack(source: SourceModel, tmp_path: Path) -> None:
-    (tmp_path / "t.txt").write_text("Once upon a time. " * 300)
+    (tmp_path / "t.txt").write_text(" ".join(f"Once upon a time {number}." for number in range(1000)))
     asked = recipe([{"generator": "needle", "haystack": "prose"}], (700,), 2, text=str(tmp_path / "t.txt"))
     (first, _) = build_samples(source, asked, "validation")
     assert first.source == "needle/prose"
@@ -283,7 +284,7 @@ def test_hub_set_without_network(source: SourceModel) -> None:
         (
             "rows.json",
             '[{"prompt": "a"}, {"text": "b"}, {"text": "c"}]',
-            r"row 2 of file:rows.json has no text under 'prompt'",
+            r"row \d of file:rows.json has no text under 'prompt'",
         ),
         ("list.json", "[[1]]", r"row 0 of .*list.json is no object but \[1\]"),
         ("x.csv", "a", r"x.csv is no .jsonl, .json, .parquet or .txt file"),
@@ -293,22 +294,22 @@ def test_hub_set_without_network(source: SourceModel) -> None:
             '[{"question": 1, "id": 2}]',
             r"has the columns id, question; rows need `messages`, .*`context` with `question`",
         ),
-        ("one.json", '[{"prompt": "a"}]', r"has 1 row; calibration and validation need at least one each"),
+        ("one.json", '[{"prompt": "a"}]', r"has 1 rows that differ; calibration, validation need at least one each"),
         (
             "null.json",
             '[{"prompt": null}, {"prompt": 2}]',
-            r"row 0 of file:null.json has no text under 'prompt' but None",
+            r"row \d of file:null.json has no text under 'prompt' but (None|2)",
         ),
-        ("m.json", '[{"messages": 1}, {"messages": 2}]', r"row 0 of file:m.json has no list of turns"),
+        ("m.json", '[{"messages": 1}, {"messages": 2}]', r"row \d of file:m.json has no list of turns"),
         (
             "t.json",
-            '[{"messages": [{"role": "user"}]}, {"messages": 2}]',
-            r"turn 0 of row 0 .*needs a role and a content",
+            '[{"messages": [{"role": "user"}]}, {"messages": [{"role": "assistant"}]}]',
+            r"turn 0 of row \d .*needs a role and a content",
         ),
         (
             "a.json",
-            '[{"messages": [{"role": "assistant", "content": "a"}]}, {"messages": 2}]',
-            r"row 0 .*has no user turn before",
+            '[{"messages": [{"role": "assistant", "content": "a"}]}, {"messages": []}]',
+            r"row \d .*has no user turn before",
         ),
         (
             "short.json",
@@ -316,8 +317,12 @@ def test_hub_set_without_network(source: SourceModel) -> None:
             r"0 calibration prompts of 121 to 248 .*of 4 needed at 256 .*have 39 to 39",
         ),
         ("long.json", json.dumps(prompts(9, 400)), r"0 calibration prompts of 121 to 248 .*have 419 to 419"),
-        ("few.json", json.dumps(prompts(4)), r"has 3 calibration prompts of 121 to 248 .*of 4 needed"),
-        ("short.txt", "word " * 50, r"the longest of 1 texts .*has 80 tokens; stretches of 256"),
+        ("few.json", json.dumps(prompts(4)), r"has \d calibration prompts of 121 to 248 .*of 4 needed"),
+        (
+            "short.txt",
+            " ".join(str(number) for number in range(900)),
+            r"short.txt has 2 sections of 500 words that differ; calibration, validation, evaluation need at least one each",
+        ),
     ],
 )
 def test_bad_data(source: SourceModel, tmp_path: Path, name: str, content: str | None, message: str) -> None:
@@ -380,7 +385,7 @@ def part(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
             return {"generator": name}
         path = tmp_path / f"{name}.{'txt' if name == 'text' else 'json' if name == 'squad' else 'jsonl'}"
         if name == "text":
-            path.write_text(" ".join(f"w{i:04d}" for i in range(900)))
+            path.write_text(" ".join(f"w{i:04d}" for i in range(3000)))
         elif name == "squad":
             asked = [{"context": row["context"], "qas": [{**row, "answers": [{"text": "y"}]}]} for row in questions(60)]
             path.write_text(json.dumps({"data": [{"paragraphs": asked[i : i + 6]} for i in range(0, 60, 6)]}))
@@ -420,7 +425,7 @@ def test_every_source_with_and_without_a_chat_template(
         assert before == ("" if name != "conversations" else "first.<|im_end|>" if chat else "first.")
 
 
-def prose(tmp_path: Path, documents: int, words: int = 400) -> str:
+def prose(tmp_path: Path, documents: int, words: int = 3000) -> str:
     folder = tmp_path / "prose"
     folder.mkdir()
     for name in range(documents):
@@ -481,8 +486,9 @@ def test_questions_of_calibration_validation_and_evaluation_share_no_document(
     for split in SPLITS[:2]:
         text = " ".join(text_of(source, sample) for sample in build_samples(source, asked, split))
         seen[split] = {int(name) // 6 for name in re.findall(r"\]\nD(\d+) ", text)}  # one that is cut may end in a name
-    assert {article % 3 for article in seen["calibration"]} == {0}
-    assert {article % 3 for article in seen["validation"]} == {1}
+    seen["evaluation"] = {int(text[1:4]) // 6 for text in Questions.load(asked.calibration.sources[0].path).documents}
+    assert all(seen.values())
+    assert len(set.union(*seen.values())) == sum(map(len, seen.values()))
 
 
 def test_a_run_that_was_stopped_while_it_answered_goes_on(

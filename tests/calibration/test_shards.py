@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moacompress.calibration.data.answers import SampleDraft, answer_batches
+from moacompress.calibration.gates.gate_samples import gate_drafts
 from moacompress.calibration.profile import profiler
 from moacompress.calibration.profile.merging import merge_shards
 from moacompress.calibration.profile.profiler import profile, profile_shard
@@ -23,6 +24,9 @@ from moacompress.calibration.profile.skipped import check_skipped
 from moacompress.calibration.profile.store import Profile, sample_path
 from moacompress.cli import app
 from moacompress.core.errors import ArtefactError, DataError, UsageError
+from moacompress.exporter.exporting import export
+from moacompress.models.source import load_source
+from moacompress.models.stored_plan import stored_plan
 from moacompress.recipe import Recipe
 from moacompress.search.study import find_plan
 
@@ -70,6 +74,22 @@ def test_shards_in_any_order_are_one_profile(
     assert heads[0] == heads[1]
     rounding = [json.loads((folder / "weights.json").read_text()) for folder in (made.path, whole.path)]
     assert rounding[0] == rounding[1]
+    shingles = [(folder / "calibration.shingles").read_bytes() for folder in (made.path, whole.path)]
+    assert shingles[0] == shingles[1]
+
+
+def test_a_profile_and_its_plans_know_all_that_they_saw(tiny_folder: Path, whole: Profile, tmp_path: Path) -> None:
+    seen, source = whole.shingles, load_source(tiny_folder)
+    assert seen is not None
+    samples = [*whole.calibration_samples(), *whole.validation]
+    ids = [*(sample.input_ids.tolist() for sample in samples), *(draft.ids for draft in gate_drafts(source, RECIPE))]
+    assert seen.share(str(source.tokenizer.decode(list(each), skip_special_tokens=True)) for each in ids) == 1.0
+    assert len(seen.hashes) < sum(map(len, ids))
+    found = find_plan(whole, "50%", out=tmp_path / "plan.json")
+    assert (tmp_path / "plan.shingles").read_bytes() == (whole.path / "calibration.shingles").read_bytes()
+    export(tiny_folder, found.plan, tmp_path / "model", weights="int8")
+    assert (tmp_path / "model" / "plan.shingles").read_bytes() == (tmp_path / "plan.shingles").read_bytes()
+    assert stored_plan(tmp_path / "model").seen is not None
 
 
 def test_a_plan_is_that_of_one_run(shards: Folders, whole: Profile, tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_a_profile_of_another_version_is_refused_and_not_touched(
     folder: Path, fields: dict[str, Any], made_by: str | None
 ) -> None:
     change(folder, moacompress_version=made_by, **fields)
-    (folder / ".profile.json.abcdefgh.tmp").write_text("half a fi")
+    (folder / ".profile.json.89abcdef.tmp").write_text("half a fi")
     before = contents(folder)
     by = f"moacompress {made_by}" if made_by else "an unnamed version of moacompress"
     for use in (
@@ -321,7 +321,7 @@ def test_prepare_refuses_what_is_not_a_profile(tmp_path: Path) -> None:
                 prepare(path, head(), overwrite)
     assert (tmp_path / "notes.txt").read_text() == (tmp_path / "file").read_text() == "mine"
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / ".profile.json.abcdefgh.tmp").write_text("half a fi")  # killed in the very first write
+    (tmp_path / "empty" / ".profile.json.89abcdef.tmp").write_text("half a fi")  # killed in the very first write
     assert prepare(tmp_path / "empty", head(), False) == head()
     foreign = tmp_path / "foreign"
     foreign.mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,12 @@ def prose(tmp_path: Path) -> Path:
 def test_all_baselines_with_the_profile_of_the_run(place: Path, tmp_path: Path) -> None:
     names = ["dense", "uniform", "uniform-elastic", "per-layer", "split", "uniform:4"]
     for path in (place, place / "model"):
-        data = measure(path, "--against", ",".join(names), *SMALL)
+        data = measure(path, "--tasks", "recall", "--against", ",".join(names), *SMALL)
         assert list(dict.fromkeys(row["model"] for row in data["results"])) == ["plan", *names]
         kv_bytes = {row["model"]: row["kv_bytes"] for row in data["results"]}
         assert all(kv_bytes[name] <= kv_bytes["plan"] < kv_bytes["dense"] for name in names[1:])
     shutil.copytree(place / "model", tmp_path / "model")
-    arguments = (tmp_path / "model", "--against", "per-layer", *SMALL)
+    arguments = (tmp_path / "model", "--tasks", "recall", "--against", "per-layer", *SMALL)
     assert "made from a profile and there is none" in problem(*arguments)
     again = measure(*arguments, "--profile", place / "profile")
     row = {row["model"]: row["value"] for row in data["results"] if row["metric"] == "nll"}
@@ -100,10 +101,14 @@ def test_files(place: Path, prose: Path, tmp_path: Path) -> None:
     assert json.loads(out.read_text()) == data
     assert (tmp_path / "eval.scores.jsonl").is_file()
     rows = list(csv.DictReader(table.open()))
-    assert len(rows) == len(data["results"]) + len(data["differences"])
+    pooled = data["pooled"]
+    assert len(rows) == sum(len(part[name]) for part in (data, pooled) for name in ("results", "differences"))
     for row, result in zip(rows, data["results"], strict=False):
         assert (row["kind"], row["model"], row["metric"]) == ("result", result["model"], result["metric"])
-        assert [float(row[name]) for name in ("value", "low", "high")] == [result["value"], *result["ci95"]]
+        assert [row[name] and float(row[name]) for name in ("value", "low", "high")] == [
+            result["value"],
+            *(result["ci95"] or ("", "")),
+        ]
         assert (int(row["prompts"]), int(row["kv_bytes"])) == (result["prompts"], result["kv_bytes"])
     assert rows[-1]["kind"] == "difference"
 
@@ -144,23 +149,56 @@ def test_text_is_measured_where_it_is_given(place: Path, prose: Path) -> None:
     def tasks(*arguments: str | Path) -> set[str]:
         return {row["task"] for row in measure(place, "--against", "none", *SMALL, *arguments)["results"]}
 
-    assert tasks("--text", prose) == {"needle-noise", "text"}
+    defaults = {"code-question", "second-question", "needle-noise"}
+    assert tasks("--text", prose) == {*defaults, "text"}
     assert tasks("--text", prose, "--tasks", "needle-prose") == {"needle-prose"}
-    assert tasks() == {"needle-noise"}
+    assert tasks() == defaults
 
 
 def test_tables(place: Path, prose: Path) -> None:
     result = invoke(place, "--text", prose, "--lengths", "768", "--prompts", "20", "-q")
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
-    assert max(map(len, lines)) <= 100
+    assert lines[0].startswith(
+        "Kinds of prompts that no calibration has (code-question, second-question; 768 tokens): "
+    )
+    assert lines[1].startswith("Kinds that the plan was calibrated on (needle-noise; 768 tokens): ")
+    assert lines[2].startswith("Not measured: prompts beyond 768 tokens, ")
+    assert max(map(len, lines[3:])) <= 100
     for part in ("needle-noise@768*", "text@768", "  dense", "  uniform", "exact match", "same top", "no evidence"):
         assert part in result.stdout
-    assert sum(line.strip().startswith("plan") for line in lines) == 2
+    assert sum(line.strip().startswith("plan") for line in lines) == 6
+
+
+def test_questions_and_answers_are_kept_and_shown(place: Path, tmp_path: Path) -> None:
+    """Those of dense and of the plan, and they are there again where all scores are taken from the records."""
+    out = tmp_path / "eval.json"
+    arguments = (place, "--tasks", "code-question,line-lookup", "--against", "dense,uniform", *SMALL, "-o", out)
+    rows = measure(*arguments)["answers"]
+    assert [row["task"] for row in rows] == ["code-question"] * 2 + ["line-lookup"] * 2
+    for row in rows:
+        assert row.keys() == {
+            "task", "length", "question", "references", "dense", "plan", "dense_match", "plan_match",
+        }  # fmt: skip
+        assert row["question"]
+        assert row["dense"]
+    assert measure(*arguments)["answers"] == rows
+    kept = json.loads(out.read_text())
+    result = invoke(*arguments, "--show-failures", "-q")
+    assert "0 of 4 prompts are answered differently well" in result.stdout
+    assert kept["answers"] == rows
+
+
+def test_how_long_it_takes_is_said_before_it_starts(place: Path, tmp_path: Path) -> None:
+    arguments = (place, "--tasks", "recall", *SMALL, "-o", tmp_path / "eval.json")
+    said = invoke(*arguments).stderr
+    assert re.search(r"This takes about .* for \d+ answers\.", said)
+    assert said.index("This takes about") < said.index("evaluating")
+    assert "This takes about" not in invoke(*arguments).stderr  # nothing is left to do
 
 
 def test_fail_under(place: Path) -> None:
-    arguments = (place, "--against", "none", *SMALL)
+    arguments = (place, "--tasks", "needle-noise", "--against", "none", *SMALL)
     assert measure(*arguments, "--fail-under", "exact_match=0")["failures"] == []
     result = invoke(*arguments, "--fail-under", "exact_match=0.5, needle-noise@768:retention=0.9", "--json", "-q")
     assert result.exit_code == 1

@@ -164,6 +164,25 @@ def test_quiet_is_quiet_where_a_library_has_a_bar_of_its_own(tmp_path: Path) -> 
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_no_password_is_printed_or_logged(tmp_path: Path) -> None:
+    """Whatever a library's error says; the traceback and the log show the chain of errors."""
+    url = "mysql://me:s3/cret@host/db?passwd=s3cret"
+
+    def failing(run: CommandRun) -> Output:
+        logging.getLogger("moacompress.somewhere").warning("the storage is %s", url)
+        try:
+            raise ValueError(f"no such host in {url}")
+        except ValueError as error:
+            logging.getLogger("moacompress.somewhere").warning("failed", exc_info=True)
+            raise ModelError(f"cannot use '{url}'") from error
+
+    result = call(failing, "--debug", "--log-file", str(tmp_path / "run.log"))
+    for text in (result.stderr, (tmp_path / "run.log").read_text("utf-8")):
+        assert "Traceback" in text
+        assert "mysql://me@host/db" in text
+        assert "cret" not in text
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk that is always full")
 @pytest.mark.parametrize("json_too", [(), ("--json",)])
 def test_a_result_that_cannot_be_printed_is_said_in_a_line(json_too: tuple[str, ...], compressed: Path) -> None:
@@ -396,6 +415,43 @@ def test_progress_ends_what_it_began(terminal: bool, tmp_path: Path) -> None:
         text = file.read()
     assert "first" in text
     assert "1/1" in text
+
+
+def test_a_piped_log_has_stage_percent_and_time_left_now_and_then(tmp_path: Path) -> None:
+    now = [0.0]
+    with (tmp_path / "out").open("w+") as file:
+        progress = RichProgress(Console(file=file, width=100), clock=lambda: now[0])
+        progress.plan({"profile": 60.0, "search": 120.0}, in_seconds=True)
+        progress.stage("profile")
+        progress.start("profiling", 60)
+        for _ in range(60):
+            now[0] += 1
+            progress.step()
+        progress.stage("search")
+        progress.start("searching", 2)
+        for _ in range(4):  # one step that takes a minute, of which every sample is a beat
+            now[0] += 15
+            progress.beat()
+        progress.step("best 0.1 nats")
+        progress.done()
+        file.seek(0)
+        lines = file.read().splitlines()
+    assert lines == [
+        "1 of 2: profile, 0%, about 3 min left",
+        "1 of 2: profile, profiling: 60 steps, 0%, about 3 min left",
+        *(
+            f"1 of 2: profile, profiling: {spent}/60, {spent / 180:.0%}, about {left} left"
+            for spent, left in ((15, "3 min"), (30, "2 min"), (45, "2 min"), (60, "2 min"))
+        ),
+        "1 of 2: profile, profiling: 60/60 in 60 s",
+        "2 of 2: search, 33%, about 2 min left",
+        "2 of 2: search, searching: 2 steps, 33%, about 2 min left",
+        "2 of 2: search, searching: 0/2, 42%, about 2 min left",
+        "2 of 2: search, searching: 0/2, 50%, about 2 min left",
+        "2 of 2: search, searching: 0/2, 58%, about 75 s left",
+        "2 of 2: search, searching: 0/2, 67%, about 60 s left",
+        "2 of 2: search, searching: 1/2 in 60 s",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -222,3 +222,40 @@ def test_what_a_terminal_would_obey_is_spelt_out(tmp_path: Path) -> None:
     done = RUNNER.invoke(app, ["inspect", str(tmp_path / "plan.json")])
     assert done.exit_code == 1
     assert r"min_window is \x1b[2J, not one of" in done.stderr
+
+
+def test_memory_of_requests_of_a_plan_and_of_a_dense_model(tmp_path: Path, tiny_folder: Path) -> None:
+    made = plan(**NOTES)
+    made.save(tmp_path / "plan.json")
+    asked = ["--lengths", "1k", "--batch", "1,8"]
+    data = json.loads(RUNNER.invoke(app, ["inspect", str(tmp_path / "plan.json"), *asked, "--json"]).stdout)
+    (row,) = data["memory"]["rows"]
+    assert row["kv_bytes"]["8"] | {"int8": 0, "int4": 0} == {
+        "dense": 8 * made.model.dense_kv_bytes(1024),
+        "plan": 8 * made.kv_bytes(1024),
+        "int8": 0,
+        "int4": 0,
+    }
+    assert row["requests"]["plan"] is None  # a plan alone has no weights
+    data = json.loads(RUNNER.invoke(app, ["inspect", str(tiny_folder), *asked, "--json"]).stdout)
+    (row,) = data["memory"]["rows"]
+    assert data["dense"]
+    assert row["kv_bytes"]["8"]["25%"] == 8 * int(row["kv_bytes"]["1"]["dense"] * 0.25)
+    assert row["requests"]["12.5%"] > row["requests"]["dense"] > 0
+    told = RUNNER.invoke(app, ["inspect", str(tiny_folder), *asked]).stdout
+    assert "plan at 12.5%" in told
+    assert "4-bit cache, all tokens" in told
+    refused = RUNNER.invoke(app, ["inspect", str(tiny_folder), "--batch", "0"])
+    assert refused.exit_code == 2
+
+
+def test_doctor_says_what_requests_take(tiny_folder: Path, environment: dict[str, Any], monkeypatch: Any) -> None:
+    from moacompress.doctor import checks
+
+    monkeypatch.setattr(checks, "check_environment", lambda: environment)
+    asked = ["--lengths", "32k", "--batch", "8", "--json"]
+    data = json.loads(RUNNER.invoke(app, ["doctor", str(tiny_folder), *asked]).stdout)
+    (row,) = data["model"]["memory"]["rows"]
+    assert row["length"] == 32768
+    assert set(row["kv_bytes"]["8"]) == {"dense", "int8", "int4", "50%", "25%", "12.5%"}
+    assert RUNNER.invoke(app, ["doctor", "--batch", "8"]).exit_code == 2

@@ -180,7 +180,7 @@ def test_a_full_disk(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moacompress.core.files.tempfile.mkstemp", full)
+    monkeypatch.setattr("moacompress.core.files.os.fsync", full)
     assert "No space left on device; nothing was changed" in compress(1, tiny_folder, tmp_path / "out")
 
 

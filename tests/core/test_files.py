@@ -30,6 +30,7 @@ from moacompress.core.files import (
     write_texts,
 )
 from moacompress.core.lock_holders import own_file
+from moacompress.core.records import Records, named_numbers
 
 
 def test_equal_values_have_equal_fingerprints() -> None:
@@ -47,10 +48,43 @@ def test_json_round_trip_and_non_finite_numbers(tmp_path: Path) -> None:
     assert finite_json((math.nan, 1)) == [None, 1]
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_files_have_the_mode_that_the_umask_leaves(mask: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of libraries in a new folder too, which may be for their owner alone; nobody else's files are made meanwhile."""
+    before, out = os.umask(mask), tmp_path / "out"
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "umask", lambda mask: pytest.fail("the umask was set, for other threads too"))
+            write_text(tmp_path / "text", "x")
+            with new_folder(out) as folder:
+                (folder / "in").mkdir()
+                (folder / "in" / "private").touch(0o600)
+                (folder / "link").symlink_to(tmp_path / "text")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "text", out / "in" / "private"):
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+    assert out.stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="this system has no file without an end")
+def test_links_in_a_folder_of_others_lead_nowhere(tmp_path: Path) -> None:
+    """Not to a device that has no end, nor to a file of one's own, whose last line would be cut off."""
+    (tmp_path / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(ArtefactError, match="config .* has no end; at most 1,000 bytes are read"):
+        read_json(tmp_path / "config.json", "config", 1000)
+    (tmp_path / "mine").write_text("half a line")
+    (tmp_path / "eval.scores.jsonl").symlink_to(tmp_path / "mine")
+    for resume in (False, True):
+        with pytest.raises(ArtefactError, match="is a link, which is not written through"):
+            Records(tmp_path / "eval.scores.jsonl", named_numbers, resume=resume)
+    write_text(tmp_path / "eval.scores.jsonl", "ours")
+    assert (tmp_path / "mine").read_text() == "half a line"
+
+
 def test_files_are_replaced_whole_and_nothing_is_left_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.json"
     write_text(path, "old")
-    assert os.stat(path).st_mode & 0o777 == 0o666 & ~files._umask()
 
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -286,7 +320,7 @@ def test_a_folder_that_came_to_be_meanwhile_is_not_replaced(tmp_path: Path) -> N
 
 
 def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path) -> None:
-    (tmp_path / ".out.abcdefgh.partial").mkdir()
+    (tmp_path / ".out.89abcdef.partial").mkdir()
     (tmp_path / "..out.01234567.partial.owner").write_text('{"host": "half')
     with new_folder(tmp_path / "out"):
         pass
@@ -344,8 +378,8 @@ def test_what_a_killed_process_was_making_is_cleared_away(
 
 @pytest.mark.parametrize("name", ["out", "a[1]", "*", "?b", "a.b"])
 def test_a_name_is_no_pattern(name: str, tmp_path: Path) -> None:
-    others = [".other.abcdefgh.partial", ".out.b.abcdefgh.partial", ".xb.abcdefgh.partial", ".a1.abcdefgh.partial"]
-    for left in (*others, f".{name}.abcdefgh.partial"):
+    others = [".other.89abcdef.partial", ".out.b.89abcdef.partial", ".xb.89abcdef.partial", ".a1.89abcdef.partial"]
+    for left in (*others, f".{name}.89abcdef.partial"):
         (tmp_path / left).mkdir()
     (tmp_path / f".{name}.notes.partial").mkdir()  # somebody's own: no name that is made here
     with new_folder(tmp_path / name):
@@ -354,12 +388,12 @@ def test_a_name_is_no_pattern(name: str, tmp_path: Path) -> None:
 
 
 def test_files_half_written_are_cleared_away_by_their_holder(tmp_path: Path) -> None:
-    for name in (".a[1].json.abcdefgh.tmp", ".a1.json.abcdefgh.tmp", ".a[1].json.notes.tmp", "a[1].json"):
+    for name in (".a[1].json.89abcdef.tmp", ".a1.json.89abcdef.tmp", ".a[1].json.notes.tmp", "a[1].json"):
         (tmp_path / name).write_text("")
     sweep_files(tmp_path / "a[1].json")
     sweep_files(tmp_path / "none" / "a.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        ".a1.json.abcdefgh.tmp",
+        ".a1.json.89abcdef.tmp",
         ".a[1].json.notes.tmp",
         "a[1].json",
     ]

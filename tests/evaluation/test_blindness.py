@@ -127,8 +127,8 @@ def test_the_retrieval_head_of_the_real_model(smollm2: Path) -> None:
     """The KV head of largest influence is one of 90; blind, it costs a needle, another one of its model not a tenth of that."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from moacompress.core.statistics import paired_difference
     from moacompress.evaluation.scoring.prompts import score_batch
-    from moacompress.evaluation.scoring.stats import paired_difference
     from moacompress.evaluation.tasks.registry import make_cases
     from moacompress.runtime import attach
 

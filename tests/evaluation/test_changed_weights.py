@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from moacompress.bench.sides import make_models
 from moacompress.core.errors import PlanError, UsageError
 from moacompress.evaluation import evaluate
-from moacompress.models.source import model_shape
+from moacompress.models.source import find_model_folder, model_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import Share, with_shared_rules
@@ -113,3 +114,21 @@ def test_benchmarks_have_a_dense_model_of_the_same_sizes(folders: dict[str, Path
     assert models["dense"].num_parameters() == models["full_span"].num_parameters() == dense
     assert models["plan"].num_parameters() < dense
     assert model_shape(models["dense"]).layers == plan.model.layers
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_weights_that_the_plan_was_not_made_for_are_said(
+    tuned: bool, compressed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(find_model_folder(compressed) or compressed, folder)
+    if tuned:
+        weights = load_file(folder / "model.safetensors")
+        weights["model.norm.weight"] = weights["model.norm.weight"] * 1.5
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for dtype in ("auto", "float16"):  # which loses bits, so that nothing is known of the weights
+        caplog.clear()
+        report = run(folder, against=(), prompts=1, dtype=dtype)
+        said = tuned and dtype == "auto"
+        assert report["checkpoint"]["other_weights"] is said
+        assert ("are not those that its plan was made for" in caplog.text) is said

@@ -269,15 +269,15 @@ def test_layers_with_windows_of_their_own(
 
 
 BEGINS = {
-    "needle-noise": "What is the number of",
-    "key-value": "Which value does it have",
-    "multi-query-prose": "What are the numbers of",
+    "needle-noise": "Which number was",
+    "key-value": "Give the setting",
+    "multi-query-prose": "Which numbers were given to",
     "variable-chain": "Which variables end up with",
     "common-words": "Which ten words are they?",
     "frequent-words": "Leaving out the dots",
-    "document-question": "Question: ",
+    "document-question": "Which is blue?",
     "line-lookup": "Which number is on the line of",
-    "second-question": "What is the number of",
+    "second-question": "Which number was",
     "legal-codes": "What is the ",
     "table-lookup": "In the table above, ",
     "dialogue-fact": "What is ",

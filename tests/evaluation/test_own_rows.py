@@ -11,12 +11,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from moacompress.calibration.data.data_rows import first_of_each, split_rows
+from moacompress.calibration.data.held_out import held_out_rows
+from moacompress.calibration.data.joined import Library
 from moacompress.cli import app
 from moacompress.core.errors import DataError, PlanError, UsageError
 from moacompress.evaluation import evaluate
 from moacompress.evaluation.scoring.prompts import match_share
-from moacompress.evaluation.tasks.own_rows import own_tasks
+from moacompress.evaluation.tasks.own_rows import answered_sources, own_tasks
 from moacompress.evaluation.tasks.registry import Resources, find_task, make_cases
+from moacompress.prompts.pools import SPLITS
+from moacompress.recipe_sections import SourceRecipe
 
 PROMPT = {"prompt": "The capital of France is", "answer": ["Paris", "the city of Paris"]}
 QUESTION = {"context": "Ada was born in 1815.", "question": "When was Ada born?", "answer": "1815"}
@@ -177,22 +182,51 @@ def test_rows_that_do_not_fit_are_counted_though_enough_do(
     assert "3 of 8 rows of mine do not fit into 200 tokens" in caplog.text
 
 
-def test_rows_of_the_calibration_are_said(compressed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_that_are_held_out_are_those_that_no_calibration_has(tmp_path: Path) -> None:
+    """By row, or by the document that is asked about; a row that is added moves no other."""
+    prompts = [{"prompt": f"number {n} is", "answer": str(n)} for n in range(40)]
+    mine = write(tmp_path / "mine.jsonl", prompts)
+    pools = [split_rows(first_of_each(prompts, "prompt", "mine"), split, "mine") for split in SPLITS]
+    assert sorted(index for pool in pools for index in pool) == list(range(40))
+    held = held_out_rows(prompts, "prompt", "mine")
+    assert held == pools[SPLITS.index("evaluation")]
+    assert 4 <= len(held) <= 16
+    more = held_out_rows([{"prompt": "a new one", "answer": "x"}, *prompts], "prompt", "mine")
+    assert [index - 1 for index in more if index] == held
+    for known in ((mine,), ("mine.jsonl",)):
+        given = own_tasks([mine], known)["mine"].given
+        assert given is not None
+        assert [draft.references for draft in given] == [(str(index),) for index in held]
+    asked = [
+        {"context": f"Text {n} is about {n}.", "question": f"What {q}?", "answer": "x"} for n in range(20) for q in "ab"
+    ]
+    kept = {asked[index]["context"] for index in held_out_rows(asked, "question", "asked")}
+    for split in ("calibration", "validation"):
+        assert not kept & {*Library.of(asked, "asked", split).documents}
+    assert kept == {*Library.of(asked, "asked", "evaluation").documents}
+
+
+def test_a_source_without_answers_is_not_evaluated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": f"number {n} is"} for n in range(9)]
+    mine = write(tmp_path / "mine.jsonl", rows)
+    assert answered_sources([SourceRecipe(path=mine), SourceRecipe(generator="needle")]) == []
+    assert "rows of file:mine.jsonl that are held out are not evaluated: row 0 of" in caplog.text
+    answered = write(tmp_path / "answered.jsonl", [{**row, "answer": "x"} for row in rows])
+    assert answered_sources([SourceRecipe(path=answered)]) == [answered]
+
+
+def test_what_a_plan_was_calibrated_on(compressed: Path) -> None:
     import moacompress.evaluation.runner as runner
     from moacompress.rules.plan import Plan
 
     plan = Plan.load(compressed / "model" / "plan.json")
-    sources = [{"path": "mine.jsonl", "dataset": None}]
+    sources = [{"path": "some/mine.jsonl", "dataset": None}, {"path": None, "dataset": "who/set"}]
     seen = plan.with_notes(provenance={**plan.provenance, "recipe": {"calibration": {"sources": sources}}})
-    runner._warn_of_calibration(["some/where/mine.jsonl"], seen)
-    assert "calibrated on rows of mine.jsonl" in caplog.text
-    caplog.clear()
-    runner._warn_of_calibration(["other.jsonl"], seen)
-    assert not caplog.text
+    assert runner.calibrated_on(seen) == {"some/mine.jsonl", "mine.jsonl", "who/set", "set"}
     for recipe in ("x", {"calibration": "x"}, {"calibration": {"sources": ["x"]}}):
         damaged = plan.with_notes(provenance={**plan.provenance, "recipe": recipe})
         with pytest.raises(PlanError, match="what the plan's notes say of its recipe is damaged"):
-            runner._warn_of_calibration(["other.jsonl"], damaged)
+            runner.calibrated_on(damaged)
 
 
 def test_the_command(compressed: Path, tmp_path: Path) -> None:

@@ -70,12 +70,12 @@ def test_drawn_recall(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 FIRST = (
-    "Here and there the text below says which number a name has. Keep that in mind: a question about it "
-    "follows the text.\nHay.\nWhat is the number of bold-raven?"
+    "In the following lines some names are each given a number. Read them to the end, where one is asked for.\n"
+    "Hay.\nWhich number was bold-raven given?"
 )
-SECOND = "What is the number of calm-otter?"
-ANSWERED = "The number of bold-raven is 1111111."
-PREFIX = "The number of calm-otter is"
+SECOND = "Which number was calm-otter given?"
+ANSWERED = "bold-raven was given the number 1111111."
+PREFIX = "calm-otter was given the number"
 
 
 def test_second_question(tiny_tokenizer: PreTrainedTokenizerBase, base_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -101,9 +101,9 @@ def test_drawn_second_question(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     firsts = 0
     for case in make_cases("second-question", 1200, 40, 0, tiny_tokenizer):
         text = str(tiny_tokenizer.decode(case.prompt_ids[: case.turn_at]))
-        assert text.count("Remember that the ") == 2
-        needles = [line for line in text.split("\n") if line.startswith("Remember")]
-        asked = [f"is {case.references[0]}." in needle for needle in needles]
+        assert text.count("\nNote that ") == 2
+        needles = [line for line in text.split("\n") if line.startswith("Note that ")]
+        asked = [f" {case.references[0]}." in needle for needle in needles]
         assert sum(asked) == 1
         firsts += asked[0]
     assert 10 < firsts < 30

@@ -21,13 +21,14 @@ from moacompress.evaluation.tasks.registry import TASKS
 from moacompress.evaluation.tasks.squad_questions import Question, Questions
 from moacompress.evaluation.tasks.vocabulary import WORDS
 from moacompress.prompts.pools import ADJECTIVES, NOUNS, SPLITS, Prose, draw_uuids
-from moacompress.prompts.sentences import DOCUMENTS, NEEDLES, NOISE
+from moacompress.prompts.sentences import DOCUMENTS, EVALUATION_NEEDLES, EVALUATION_NOISE, NEEDLES, NOISE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LINE = " ".join(NOISE)
-HIDDEN = "Remember that the "
+OURS = " ".join(EVALUATION_NOISE)
+HIDDEN = "Note that "
 
 
 @pytest.fixture
@@ -118,9 +119,11 @@ def test_needles_hide_among_their_like(write: Any) -> None:
         lines = lines_of(draft)
         assert len(set(lines)) == len(lines) > 15
         for line in lines:
-            assert re.fullmatch(rf"Remember that the {kind} of {key} is {value}\.", line)
-        asked = draft.prefix.split(" of ")[1].split()[0]
-        assert [line for line in lines if f" {asked} " in line] == [NEEDLES.hide(kind, asked, draft.references[0])]
+            assert re.fullmatch(rf"Note that {key} was given the {kind} {value}\.", line)
+        asked = draft.prefix.split()[0]
+        assert [line for line in lines if f" {asked} " in line] == [
+            EVALUATION_NEEDLES.hide(kind, asked, draft.references[0])
+        ]
 
 
 @pytest.mark.parametrize(
@@ -139,8 +142,8 @@ def test_prose_tasks(write: Any, prose: Resources, name: str, hidden: int, answe
         text = draft.messages[0]
         assert text.count(HIDDEN) == hidden
         assert len(set(draft.references)) == answers
-        assert all(text.count(f"is {value}.") == 1 for value in draft.references)
-        assert (" are" if answers > 1 else " is") == draft.prefix[-len(" are" if answers > 1 else " is") :]
+        assert all(text.count(f" {value}.") == 1 for value in draft.references)
+        assert ("The numbers given to " in draft.prefix) == (answers > 1)
         body = text.split("\n")[1]
         *before, last = [part.rstrip() for part in body.split(HIDDEN)]
         if last.endswith("."):
@@ -150,10 +153,11 @@ def test_prose_tasks(write: Any, prose: Resources, name: str, hidden: int, answe
             places = [text.index(value) for value in draft.references]
             assert places == sorted(places)
         if name == "multi-query-prose":
-            keys = draft.prefix.split(" of ")[1].removesuffix(" are").replace("and ", "").split(", ")
-            assert [f"of {key} is {value}." in text for key, value in zip(keys, draft.references, strict=True)] == [
-                True
-            ] * 4
+            keys = draft.prefix.split(" given to ")[1].removesuffix(":").replace("and ", "").split(", ")
+            assert [
+                f"{key} was given the number {value}." in text
+                for key, value in zip(keys, draft.references, strict=True)
+            ] == [True] * 4
 
 
 def test_depths_are_the_published_ones() -> None:
@@ -181,13 +185,13 @@ def test_variable_tracking() -> None:
     user, prefix = tracking.render(["AAAAA", "BBBBB", "CCCCC"], 12345, [0, 0, 2], 3, tracking.TRACKING)
     assert user == (
         "The text below gives values to variables, to most of them by way of another one.\n\n"
-        f"Let AAAAA be 12345.  Let BBBBB be AAAAA.  {LINE}\n {LINE}\n Let CCCCC be BBBBB.  {LINE}\n\n"
+        f"Let AAAAA be 12345.  Let BBBBB be AAAAA.  {OURS}\n {OURS}\n Let CCCCC be BBBBB.  {OURS}\n\n"
         "Which variables end up with 12345?"
     )
     assert prefix == "\nThe 3 variables that end up with 12345 are"
     assert tracking.render_example(["AAA", "BBB"], 77777, [0, 0], 1, tracking.TRACKING) == (
         "The text below gives values to variables, to most of them by way of another one.\n\n"
-        f"Let AAA be 77777.  Let BBB be AAA.  {LINE}\n\n"
+        f"Let AAA be 77777.  Let BBB be AAA.  {OURS}\n\n"
         "Which variables end up with 77777?\nThe 2 variables that end up with 77777 are AAA BBB\n\n\n\n"
     )
 
@@ -195,7 +199,7 @@ def test_variable_tracking() -> None:
 def test_drawn_chains(write: Any) -> None:
     draft = write("variable-chain", 4000)
     example, asked = draft.messages[0].split("\n\n\n\n")
-    assert example.count(LINE) == tracking.EXAMPLE_LINES
+    assert example.count(OURS) == tracking.EXAMPLE_LINES
     names = list(draft.references)
     assert [len(name) for name in names] == [5] * 5
     assert len(set(names)) == 5
@@ -305,9 +309,9 @@ def squad(path: Path, articles: int = 12, paragraphs: int = 3, size: int = 100) 
 
 def test_documents_of_the_article_come_first(write: Any, tmp_path: Path) -> None:
     resources = Resources(squad=squad(tmp_path / "squad.json"))
-    assert [len(q.answers) for q in resources.questions.questions] == [1] * 12
-    # the others are left to calibration and validation
-    assert {q.answers[0].split(".")[0] for q in resources.questions.questions} == {"2", "5", "8", "11"}
+    ours = {q.answers[0].split(".")[0] for q in resources.questions.questions}
+    assert [len(q.answers) for q in resources.questions.questions] == [1] * 3 * len(ours)
+    assert 0 < len(ours) < 12  # the others are left to calibration and validation
     few, all_ = (write("document-question", length, resources=resources) for length in (620, 8000))
     article = few.references[0].split(".")[0]
     shown = [line.split()[1] for line in few.messages[0].split("\n") if line.endswith("x")]
@@ -315,21 +319,28 @@ def test_documents_of_the_article_come_first(write: Any, tmp_path: Path) -> None
     assert len(shown) == 3
     assert {document.split(".")[0] for document in shown} == {article}
     shown = [line.split()[1] for line in all_.messages[0].split("\n") if line.endswith("x")]
-    assert len(set(shown)) == len(shown) == 12
-    asked = [write("document-question", 620, index=index, resources=resources).references[0] for index in range(12)]
-    assert len(set(asked)) == 12
+    assert len(set(shown)) == len(shown) == 3 * len(ours)
+    asked = [
+        write("document-question", 620, index=index, resources=resources).references[0]
+        for index in range(3 * len(ours))
+    ]
+    assert len(set(asked)) == 3 * len(ours)
 
 
 def test_a_question_with_too_long_a_document_makes_way(write: Any, tmp_path: Path) -> None:
-    path = squad(tmp_path / "squad.json")
+    path = squad(tmp_path / "squad.json", paragraphs=1)
     data = json.loads(path.read_text())
     for article in data["data"][3:]:
-        for paragraph in article["paragraphs"]:
-            paragraph["context"] += "y" * 2000
+        long = {**article["paragraphs"][0], "context": article["paragraphs"][0]["context"] + "y" * 2000}
+        article["paragraphs"] = [long]
     path.write_text(json.dumps(data))
     resources = Resources(squad=path)
+    short = {
+        q.answers[0] for q in resources.questions.questions if len(resources.questions.documents[q.document]) < 900
+    }
+    assert 0 < len(short) < len(resources.questions.questions)
     for index in range(8):
-        assert write("document-question", 900, index=index, resources=resources).references[0].startswith("2.")
+        assert write("document-question", 900, index=index, resources=resources).references[0] in short
 
 
 @pytest.mark.parametrize(
@@ -342,7 +353,7 @@ def test_a_question_with_too_long_a_document_makes_way(write: Any, tmp_path: Pat
         ('{"data": []}', "has no answerable question"),
         (
             '{"data": [{"paragraphs": [{"context": "a", "qas": [{"question": "b?", "answers": [{"text": "a"}]}]}]}]}',
-            "no answerable question in every third article",
+            "has 1 documents or articles with questions that differ",
         ),
     ],
 )

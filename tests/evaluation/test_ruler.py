@@ -99,7 +99,7 @@ def test_wording_is_that_of_the_sentences(monkeypatch: pytest.MonkeyPatch) -> No
     wordings = {name: task.wording for name, task in TASKS.items()}
     assert all(re.fullmatch(r"[\da-f]{16}", wording) for wording in wordings.values())
     monkeypatch.setattr(
-        tasks, "NEEDLES", NeedleSentences("Now {key} has {value}.", NEEDLES.one, NEEDLES.several, ("A.",))
+        tasks, "EVALUATION_NEEDLES", NeedleSentences("Now {key} has {value}.", NEEDLES.one, NEEDLES.several, ("A.",))
     )
     changed = {name for name, task in TASKS.items() if task.wording != wordings[name]}
     assert {"needle-noise", "needle-prose-uuids", "multi-value-prose", "second-question"} <= changed

@@ -14,7 +14,7 @@ from moacompress.evaluation.tasks import ruler
 from moacompress.evaluation.tasks.registry import TASKS, Resources, check_resources, expand_tasks, find_task, make_cases
 from moacompress.evaluation.tasks.vocabulary import WORDS
 from moacompress.prompts.pools import NOUNS, Prose
-from moacompress.prompts.sentences import NEEDLES, NOISE
+from moacompress.prompts.sentences import EVALUATION_NEEDLES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,7 +105,12 @@ def bpe() -> PreTrainedTokenizerBase:
         show_progress=False,
     )
     tokenizer.train_from_iterator(
-        [" ".join(WORDS), *[" ".join([*NOISE, *ruler.needles().noise])] * 20, NEEDLES.needle], trainer
+        [
+            " ".join(WORDS),
+            *[" ".join([*EVALUATION_NEEDLES.noise, *ruler.needles().noise])] * 20,
+            EVALUATION_NEEDLES.needle,
+        ],
+        trainer,
     )
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
     wrapped.chat_template = CHAT
@@ -200,9 +205,9 @@ def test_needs(resources: Resources, tmp_path: Path, tiny_tokenizer: PreTrainedT
         make_cases("document-question", 1024, 1, 0, tiny_tokenizer)
     with pytest.raises(DataError, match="cannot read SQuAD file"):
         check_resources(("document-question",), Resources(squad=tmp_path / "none.json"))
-    (tmp_path / "short.txt").write_text("word " * 2688)
+    (tmp_path / "short.txt").write_text(" ".join(f"word{number}" for number in range(3000)))
     short = Resources(Prose.load(tmp_path / "short.txt"))
-    with pytest.raises(DataError, match=r"has 896 words, too few for a prompt of 60,000 tokens; give longer text"):
+    with pytest.raises(DataError, match=r"has [\d,]+ words, too few for a prompt of 60,000 tokens; give longer text"):
         make_cases("needle-prose-uuids", 60_000, 1, 0, tiny_tokenizer, short)
 
 

@@ -161,13 +161,14 @@ def test_logits_that_are_not_finite(tiny_model: Callable[..., PreTrainedModel], 
 
 def test_windows(prose: Prose, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     windows = text_windows(prose, tiny_tokenizer, 100, 12, seed=3)
-    assert [len(window) for window in windows] == [100] * 12
-    texts = [str(tiny_tokenizer.decode(window)) for window in windows]
+    assert [len(window.ids) for window in windows] == [100] * 12
+    texts = [str(tiny_tokenizer.decode(window.ids)) for window in windows]
     pool = [" ".join(document) for document in prose.pools["evaluation"]]
     places = []
     for piece in texts:
         (document,) = (number for number, whole in enumerate(pool) if piece in whole)
         places.append((document, pool[document].index(piece)))
+    assert [document for document, _ in places] == [window.document for window in windows]
     assert {document for document, _ in places[:3]} == {0, 1, 2}
     for document in range(3):
         starts = sorted(start for where, start in places if where == document)
@@ -201,5 +202,5 @@ def test_a_beginning_token_counts(prose: Prose, tiny_tokenizer: PreTrainedTokeni
         windows = text_windows(prose, tiny_tokenizer, 100, 3)
     finally:
         backend.post_processor = before
-    assert [len(window) for window in windows] == [100] * 3
-    assert all(window[0] == 1 and 1 not in window[1:] and 2 not in window for window in windows)
+    assert [len(window.ids) for window in windows] == [100] * 3
+    assert all(ids[0] == 1 and 1 not in ids[1:] and 2 not in ids for _, ids in windows)

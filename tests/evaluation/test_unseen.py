@@ -17,8 +17,15 @@ from moacompress.core.errors import DataError
 from moacompress.evaluation.scoring.prompts import match_share
 from moacompress.evaluation.tasks.cases import Case
 from moacompress.evaluation.tasks.drafts import encode_draft
-from moacompress.evaluation.tasks.registry import make_cases
-from moacompress.evaluation.tasks.unseen import code_completion, dialogue_fact, legal_codes, table_lookup, tool_call
+from moacompress.evaluation.tasks.registry import find_task, make_cases
+from moacompress.evaluation.tasks.unseen import (
+    code_completion,
+    code_question,
+    dialogue_fact,
+    legal_codes,
+    table_lookup,
+    tool_call,
+)
 from moacompress.evaluation.tasks.unseen.dialogue_fact import SaidFact
 from moacompress.evaluation.tasks.unseen.legal_codes import FiledCode
 from moacompress.evaluation.tasks.unseen.names import NAMES, SPEAKERS, draw_names
@@ -30,7 +37,7 @@ from moacompress.recipe_sections import Generator
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-UNSEEN = ("legal-codes", "table-lookup", "dialogue-fact", "code-completion", "tool-call")
+UNSEEN = ("code-question", "legal-codes", "table-lookup", "dialogue-fact", "code-completion", "tool-call")
 
 
 def drawn(task: str, length: int, count: int, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
@@ -177,6 +184,45 @@ def test_drawn_modules(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
         assert len(functions) > 10
 
 
+@pytest.mark.parametrize("length", [900, 4000])
+def test_drawn_code_questions(length: int, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Each answer is found again in the code of the prompt alone, by other means, and there is one."""
+    depths, asked = [], set()
+    for case in make_cases("code-question", length, 40, 0, tiny_tokenizer):
+        text, (answer,) = str(tiny_tokenizer.decode(case.prompt_ids)), case.references
+        code, question = re.fullmatch(r".*?```python\n(.*)\n```\n\n(.*?) Answer with .*", text, re.DOTALL).groups()  # type: ignore[union-attr]
+        names = re.findall(r"`([^`]*)`", question)
+        asked.add(question.partition("`")[0])
+        if question.startswith("What is the default"):
+            parameter, function = names
+            (head,) = re.findall(rf"def {function}\((.*?)\)(?: ->.*)?:\n", code, re.DOTALL)
+            (value,) = re.findall(rf"\b{parameter}\b(?:: \w+)?\s*=\s*([^,)\n]+)", head)
+            assert value.strip("'\"") == answer
+        elif question.startswith("What value"):
+            (value,) = re.findall(rf"^{names[0]}(?:: \w+)? *= *(.*?)(?:\s+#.*)?$", code, re.MULTILINE)
+            assert value.strip("'\"") == answer
+        else:
+            said = rf"\b{names[0]}\(" if "calls" in question else re.escape(names[0])
+            (place,) = (
+                found.start() for found in re.finditer(said, re.sub(r"def \w+\(", lambda m: "#" * len(m[0]), code))
+            )
+            assert re.findall(r"def (\w+)\(", code[:place])[-1] == answer
+            depths.append(place / len(code))
+    assert len(asked) >= 4
+    assert min(depths) < 0.3 < 0.6 < max(depths)
+
+
+def test_code_questions_of_another_python_are_other_questions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = find_task("code-question").wording
+    monkeypatch.setattr(code_question, "_texts", lambda: (("csv", "def f(a=7):\n    pass\n"),))
+    assert find_task("code-question").wording != before
+    monkeypatch.undo()
+    code_question._texts.cache_clear()
+    monkeypatch.setattr(code_question.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(DataError, match=r"source of Python's standard library, which .* lacks .*; give other --tasks"):
+        _ = find_task("code-question").wording
+
+
 def test_tool_call(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     draft = tool_call.render(["Ashford: Hello?"], "Beckham", tool_call.TOOLS[1], "Ashford", 12345)
     assert draft.messages == (
@@ -227,7 +273,7 @@ def test_a_call_is_right_that_parses_and_is_the_one_asked_for(answer: str, right
 @pytest.fixture
 def calibrated(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> str:
     """Returns prompts of every generator, haystack and kind of value that calibration and validation draw."""
-    (tmp_path / "a.txt").write_text("word " * 3000)
+    (tmp_path / "a.txt").write_text(" ".join(f"word{number}" for number in range(9000)))
     prose, texts = Prose.load(tmp_path), []
     for task in TASKS:
         for values in get_args(Values):
@@ -248,6 +294,8 @@ def test_calibration_has_nothing_of_them(calibrated: str, tiny_tokenizer: PreTra
     assert not re.search(r"(?<![\w-])\d{4}(?![\w-])", calibrated)
     assert not re.search(r"^\||^\w+(,\w+)+$|^\w+: .*[.!?]$", calibrated, re.MULTILINE)
     for task in UNSEEN:
+        if task == "code-question":
+            continue  # its answers are words and numbers of real code
         for text, value in drawn(task, 1500, 5, tiny_tokenizer):
             assert value not in re.findall(r"[\w-]+", calibrated)
             assert set(text.split("\n")[2:]) & set(calibrated.split("\n")) <= {""}
@@ -278,5 +326,6 @@ def test_nothing_but_the_registry_of_tasks_reads_them() -> None:
         "table_lookup.py",
         "dialogue_fact.py",
         "code_completion.py",
+        "code_question.py",
         "tool_call.py",
     }

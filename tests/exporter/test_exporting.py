@@ -293,6 +293,8 @@ def test_paths_in_an_older_plan_are_not_exported(tiny_folder, plan, tmp_path):
         ("org/model-1b", "# model-1b, compressed", "base_model: org/model-1b"),
         ("dense", "# dense, compressed", None),
         ("model.Q4_1.gguf", "# model.Q4_1.gguf, compressed", None),
+        ("org/model\nlicense: mit", "# model_license_ mit, compressed", None),
+        ("<b>`x", "# _b__x, compressed", None),
     ],
 )
 def test_the_card_names_the_model(source, title, base, plan):

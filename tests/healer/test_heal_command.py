@@ -56,7 +56,7 @@ def test_helpers_of_torchrun_say_nothing(command: list[str], monkeypatch: pytest
     from moacompress.rules.plan import Plan
 
     plan = Plan.full(ModelShape("llama", 1, 1, 1, 16, "float32", (None,), "0" * 16))
-    statistics = {"mean": 1.0, "standard_error": 0.1}
+    statistics = {"mean": 1.0, "standard_error": None, "ci95": None, "p": 1.0}
     notes = {
         "held_out_kl": {"before": statistics, "after": statistics, "difference": statistics, "samples": 2},
         **dict.fromkeys(("steps", "tokens", "seconds", "best_step", "training_samples"), 1),

@@ -482,7 +482,7 @@ def test_what_a_kill_left_of_the_best_state_is_in_nobody_s_way(
     killed = Mock(side_effect=KeyboardInterrupt)
     with patch("moacompress.healer.heal_trainer.save_best", killed), pytest.raises(KeyboardInterrupt):
         heal(healable["model"], tmp_path / "out", **arguments)
-    left = heal_folder(tmp_path / "out") / f".best.safetensors.abcd_123{TEMPORARY}"
+    left = heal_folder(tmp_path / "out") / f".best.safetensors.abcd0123{TEMPORARY}"
     left.write_bytes(b"half")
     assert heal(healable["model"], tmp_path / "out", **arguments).notes["improved"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

@@ -18,10 +18,10 @@ from moacompress.healer.training_data import (
     count_samples,
     held_out_samples,
     make_heal_data,
-    refuse_evaluation_text,
 )
 from moacompress.models.kl import kl_divergence
 from moacompress.models.source import load_source
+from moacompress.prompts.pools import pool_of
 from moacompress.recipe import Recipe
 
 NEEDLES = [{"generator": "needle"}]
@@ -77,7 +77,8 @@ def test_new_samples_are_others_than_the_profile_s(profiled: Profile, texts: Pat
         assert sample.answer_mask.sum() == 256
         assert not sample.answer_mask[:SHORTEST].any()
         said = str(tokenizer.decode(sample.input_ids)).replace(" ", "")
-        assert {number for number in range(6) if f"word{number}x" in said} <= {0, 3}  # the calibration pool
+        pool = pool_of([(texts / f"{number}.txt").read_text() for number in range(6)], "calibration", "texts")
+        assert {number for number in range(6) if f"word{number}x" in said} <= set(pool)
 
 
 def test_held_out_samples_are_no_longer_than_what_is_trained_on(profiled: Profile) -> None:
@@ -87,24 +88,20 @@ def test_held_out_samples_are_no_longer_than_what_is_trained_on(profiled: Profil
         held_out_samples(profiled, recipe(lengths=[100]))
 
 
-def test_texts_that_evaluations_read_are_refused(texts: Path, tmp_path: Path) -> None:
-    refuse_evaluation_text(str(texts), str(texts))
-    refuse_evaluation_text(None, str(texts))
-    refuse_evaluation_text(str(texts / "3.txt"), str(texts))  # of the calibration pool
-    for number in (1, 2):  # validation and evaluation
-        with pytest.raises(DataError, match="1 of the texts in .* that would be trained on"):
-            refuse_evaluation_text(str(texts / f"{number}.txt"), str(texts))
-    (tmp_path / "a.txt").write_text((texts / "2.txt").read_text().replace(" ", "\n"))
-    for name in "bc":
-        (tmp_path / f"{name}.txt").write_text(f"something else {name}")
-    with pytest.raises(DataError, match="train on other texts"):
-        refuse_evaluation_text(str(tmp_path), str(texts))
-
-
-def test_the_refusal_comes_before_any_work(profiled: Profile, texts: Path) -> None:
-    theirs = replace(profiled, recipe=profiled.recipe.override(calibration__text=str(texts)))
-    with pytest.raises(DataError, match="evaluations and validation read"):
-        made(theirs, recipe(texts / "1.txt", samples=4, lengths=[512]))
+def test_held_out_text_is_not_trained_on(profiled: Profile, texts: Path) -> None:
+    chosen = recipe(texts, samples=4, text_share=0.5, lengths=[512])
+    data = made(profiled, chosen)
+    trained = next(sample for sample in data.training if sample.kind == "text")
+    held_out = replace(trained, input_ids=trained.input_ids[40:], answer_mask=trained.answer_mask[40:])
+    theirs = replace(profiled, validation=[held_out])
+    with pytest.raises(
+        DataError,
+        match=r"[\d.]+% of the runs of 13 words in the held-out text of .* were seen in training on .*--allow-overlap",
+    ):
+        made(theirs, chosen)
+    allowed = make_heal_data(theirs, load_source(theirs.source), chosen, allow_overlap=True)
+    assert (allowed.overlap["text"] or 0) > 0.9
+    assert allowed.overlap["answer"] is None
 
 
 def test_losses() -> None:

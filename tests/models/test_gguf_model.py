@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from moacompress.kernels.weight_blocks import WEIGHT_TYPES, dequantized
 from moacompress.models import support
 from moacompress.models.block_layers import BlockEmbedding, BlockLinear, block_weights, weight_types
 from moacompress.models.fingerprint import weights_like
+from moacompress.models.skeleton import load_config
 from moacompress.models.source import load_source
+from moacompress.models.weight_files import gguf_problems
 from tests.weight_blocks import random_blocks, types_of, write_gguf
 
 pytest.importorskip("gguf")
@@ -155,6 +158,19 @@ def test_a_file_is_read_once(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="damaged"):
         load_source(damaged)
     assert gguf.GGUFReader is kind
+
+
+def test_a_header_that_names_more_than_the_file_has(tmp_path):
+    """Of a list of bytes the package reads one after the other, whether there are any: 2**40 of them take all memory."""
+    file = tmp_path / "hostile.gguf"
+    key = b"general.architecture"
+    fields = struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", 9, 0, 10**6)
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + fields)
+    for read, said in ((load_source, "the file ends before what its header says is at byte 68"), (load_config, "68")):
+        with pytest.raises(ModelError, match=said):
+            read(str(file))
+    with pytest.raises(ValueError, match="the file ends before what its header says is at byte 68"):
+        gguf_problems(file)
 
 
 def test_threads_read_files_of_their_own(tmp_path):

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
-from moacompress.core.errors import MoaCompressError, ModelError, PlanError
+from moacompress.core.errors import ArtefactError, MoaCompressError, ModelError, PlanError
 from moacompress.exporter.exporting import save_dense
 from moacompress.models.fingerprint import weights_like
 from moacompress.models.modules import check_supported
 from moacompress.models.source import load_source, locate_source, model_shape
 from moacompress.models.support import native_windows
-from moacompress.models.weight_files import gguf_dtype
+from moacompress.models.weight_files import checkpoint_files, gguf_dtype, weight_problems
 from moacompress.recipe import Recipe
 from moacompress.runtime.linear import KernelLinear
 from moacompress.runtime.ready_model import load_for
@@ -175,6 +176,27 @@ def test_an_index_that_names_a_pickle(tiny_folder: Path, tmp_path: Path, monkeyp
         load_source(folder)
 
 
+@pytest.mark.parametrize(
+    "place", ["../other.safetensors", "{elsewhere}", "sub/other.safetensors", "..\\other.safetensors"]
+)
+def test_an_index_that_names_files_elsewhere(place: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """They would be read, and written into what is exported."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    elsewhere = tmp_path / "other.safetensors"
+    (folder / "model.safetensors").rename(elsewhere)
+    name = place.format(elsewhere=elsewhere)
+    with safe_open(elsewhere, "numpy") as opened:
+        weights = dict.fromkeys(opened.keys(), name)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weights}))
+    with pytest.raises(ModelError, match=r"which is not a plain file name; .* put the file there"):
+        load_source(folder)
+    assert weight_problems(folder) != []
+    with pytest.raises(ArtefactError, match="which is not a plain file name"):
+        checkpoint_files(folder)
+
+
 @pytest.mark.parametrize("name", ["x.safetensors.index.json", "adapter_model.bin", "model.safetensors"])
 def test_a_config_that_names_the_file_of_its_weights(name: str, tiny_folder: Path, tmp_path: Path) -> None:
     """What transformers would open in place of the files whose headers are checked."""
@@ -198,7 +220,9 @@ def test_a_tokenizer_that_is_damaged(tiny_folder: Path, tmp_path: Path) -> None:
         load_source(folder)
 
 
-def test_weights_with_an_adapter_beside_them(tiny_folder: Path, tmp_path: Path) -> None:
+def test_weights_with_an_adapter_beside_them(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -206,6 +230,9 @@ def test_weights_with_an_adapter_beside_them(tiny_folder: Path, tmp_path: Path) 
     shutil.copytree(tiny_folder, folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(str(folder))
+    with pytest.raises(ModelError, match=r"has an adapter beside its weights .* merge it"):
+        load_source(folder)
+    monkeypatch.setattr("moacompress.models.source.weight_problems", lambda folder: [])  # as on the hub
     with pytest.raises(ModelError, match=r"has an adapter beside its weights .* merge it"):
         load_source(folder)
 

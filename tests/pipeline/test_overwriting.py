@@ -52,8 +52,8 @@ def test_overwrite_leaves_nothing_of_the_run_before_and_all_of_the_users(finishe
         *before,
         "plan.baselines/old.json",
         "plan.rounds/x",
-        ".summary.json.abcdefgh.tmp",
-        ".model.abcdefgh.partial/x",
+        ".summary.json.89abcdef.tmp",
+        ".model.89abcdef.partial/x",
     ):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text('{"provenance": {"baseline": "old"}}' if name.endswith("old.json") else "of before")
@@ -73,7 +73,7 @@ def test_overwrite_leaves_nothing_of_the_run_before_and_all_of_the_users(finishe
     if seed == 0:
         assert left == ours - users
     assert not [
-        path for path in left if path.name in ("x", "old.json", "9", "99.safetensors", ".model.abcdefgh.partial")
+        path for path in left if path.name in ("x", "old.json", "9", "99.safetensors", ".model.89abcdef.partial")
     ]
 
 

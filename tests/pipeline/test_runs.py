@@ -11,20 +11,32 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from moacompress import pipeline
+from moacompress.calibration.data.held_out import held_out_rows
 from moacompress.core.artefact_names import of_compress
 from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, PlanError, RecipeError
 from moacompress.core.files import read_json
 from moacompress.core.progress import Progress
 from moacompress.evaluation.runner import evaluate
+from moacompress.exporter.card import state_measured
 from moacompress.exporter.exporting import export
 from moacompress.models.fingerprint import weights_like
 from moacompress.models.source import load_source
 from moacompress.models.weight_choices import checkpoint_bytes
 from moacompress.pipeline import compress, measured_kv_bytes, quality_table
 from moacompress.recipe import Recipe
+from moacompress.recipe_sections import SourceRecipe
 from moacompress.report.summary_tables import closing_lines, summary_tables
 from moacompress.rules.plan import Plan
+from moacompress.search.baselines.families import FAMILIES
 from moacompress.search.study import find_plan
+
+
+def test_every_file_of_a_run_has_the_mode_of_any_other(finished, tmp_path):
+    out, _ = finished
+    (tmp_path / "any").touch()
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert out / "model" / "model.safetensors" in files
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "any").stat().st_mode}
 
 
 def test_summary_and_artefacts(finished):
@@ -37,9 +49,71 @@ def test_summary_and_artefacts(finished):
     assert summary["kv_bytes"]["planned"] <= 0.5 * summary["kv_bytes"]["dense"]
     assert plan.kv_bytes(700) <= 0.5 * plan.model.dense_kv_bytes(700)
     assert summary["kv_bytes"]["measured_at"]["length"] == 800
-    assert set(summary["quality"]["needle-noise@700"]) == {"dense", "uniform", "plan", "prompts", "nll"}
+    assert set(summary["quality"]["needle-noise@700"]) >= {"dense", "uniform", "plan", "prompts", "nll", "kind"}
     assert set(summary["seconds"]) == {"profile", "search", "export", "eval"}
     assert plan.provenance["recipe"]["calibration"]["samples"] == 4
+
+
+def test_what_no_calibration_has_is_said_first(finished):
+    """In the summary, in the lines that the command ends with, in the evaluation and on the checkpoint's card."""
+    out, summary = finished
+    kinds = ["unseen kinds", "calibrated kinds"]
+    assert [row["kind"] for row in summary["kept"]] == kinds
+    assert [(task, row["kind"]) for task, row in summary["quality"].items()] == [
+        ("code-question@700", kinds[0]),
+        ("needle-noise@700", kinds[1]),
+    ]
+    evaluation = json.loads((out / "eval.json").read_text())
+    assert evaluation["kinds"] == dict(zip(("code-question", "needle-noise"), kinds, strict=True))
+    assert list(dict.fromkeys(row["task"] for row in evaluation["pooled"]["results"])) == kinds
+    shown = [line for line in summary_tables(summary) if isinstance(line, str)]
+    first, second, missing = shown[1:4]
+    assert first.startswith(
+        "Kinds of prompts that no calibration has (code-question; 700 tokens): dense answers none of 2"
+    )
+    assert second.startswith("Kinds that the plan was calibrated on (needle-noise; 700 tokens): ")
+    assert missing == (
+        "Not measured: prompts beyond 700 tokens, a second question, tables, dialogues, tool calls, long text, long answers."
+    )
+    card = (out / "model" / "README.md").read_text()
+    assert card.index(first) < card.index(second) < card.index(missing) < card.index("| tokens |")
+    state_measured(out / "model", [first, second, missing])
+    assert (out / "model" / "README.md").read_text() == card
+
+
+def test_own_rows_that_are_held_out_are_evaluated_and_come_first(recipe, tmp_path):
+    rows = [
+        {"prompt": f"In box {n} there are {n * n} pens. " * 17 + f"Box {n} holds", "answer": str(n * n)}
+        for n in range(24)
+    ]
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("\n".join(map(json.dumps, rows)))
+    summary = compress(recipe.override(calibration__sources=(SourceRecipe(path=str(mine)),)), tmp_path / "out")
+    assert [row["kind"] for row in summary["kept"]] == ["own rows", "unseen kinds", "calibrated kinds"]
+    assert next(iter(summary["quality"])) == "mine@700"
+    held = {rows[index]["answer"] for index in held_out_rows(rows, "prompt", "mine")}
+    answers = json.loads((tmp_path / "out" / "eval.json").read_text())["answers"]
+    asked = [row["references"][0] for row in answers if row["task"] == "mine"]
+    assert len(asked) == 2
+    assert {*asked} <= held
+    shutil.copy(mine, tmp_path / "out")
+    again = evaluate(
+        tmp_path / "out",
+        sources=[str(tmp_path / "out" / "mine.jsonl")],
+        tasks=(),
+        lengths=(700,),
+        prompts=99,
+        against=(),
+    )
+    assert len(again["answers"]) == len(held) < len(rows)
+
+
+def test_the_best_baseline_of_the_search_is_evaluated(finished):
+    out, summary = finished
+    noted = Plan.load(out / "plan.json").quality["baselines"]
+    family = min((name for name in noted if FAMILIES[name]), key=lambda name: noted[name]["harm"])
+    for row in summary["quality"].values():
+        assert set(FAMILIES[family]) & row.keys()
 
 
 def test_everything_that_is_left_is_listed(finished):
@@ -306,7 +380,8 @@ def test_quality_table():
         {"task": "t", "length": 8, "metric": "retention", "model": "plan", "value": 0.9, "prompts": 2},
         {"task": "text", "length": 8, "metric": "kl", "model": "plan", "value": 0.1, "prompts": 4},
     ]
-    assert quality_table(rows) == {"t@8": {"plan": 0.5, "nll": {"plan": 0.7}, "prompts": 4}}
+    found = quality_table({"results": rows, "kinds": {"t": "unseen kinds"}})
+    assert found == {"t@8": {"kind": "unseen kinds", "plan": 0.5, "nll": {"plan": 0.7}, "prompts": 4}}
 
 
 def test_clock_adds_up_over_runs(tmp_path):

@@ -38,7 +38,7 @@ from moacompress.prompts.pools import (
     draw_numbers,
 )
 from moacompress.prompts.recall import WORDS
-from moacompress.prompts.sentences import NOISE
+from moacompress.prompts.sentences import EVALUATION_NOISE, NOISE
 from moacompress.prompts.templates import encode_prompt
 from tests.templates import without_template
 
@@ -71,13 +71,10 @@ def test_keys_and_values_of_splits_are_disjoint_by_construction() -> None:
 
 
 def test_prose_of_splits_is_disjoint(prose: Prose, tmp_path: Path) -> None:
-    words = {split: set(prose.words(rng(), split)) for split in SPLITS}
-    assert all(len(pool) == 1200 for pool in words.values())
-    assert len(set.union(*words.values())) == 3600
-    single = Prose.load(tmp_path / "a.txt")
-    parts = [single.words(rng(3), split) for split in SPLITS]
-    assert [len(part) for part in parts] == [200, 200, 200]
-    assert len({word for part in parts for word in part}) == 600
+    words = {split: prose.words(rng(), split) for split in SPLITS}
+    assert all(words.values())
+    assert len({word for pool in words.values() for word in pool}) == sum(map(len, words.values())) == 6 * (600 - 13)
+    assert {name.name for files in prose.files.values() for name in files} == {f"{name}.txt" for name in "abcdef"}
 
 
 def test_prose_begins_at_a_sentence_and_wraps(prose: Prose) -> None:
@@ -107,14 +104,35 @@ def test_prompts_fit_closely(
         assert prompt == make_prompt(task, rng(seed), split, tokenizer, length, prose)
 
 
-def test_needle_format(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    prompt = make_needle(rng(1), "evaluation", tiny_tokenizer, 700)
-    key = prompt.prefix.removeprefix("The number of ").removesuffix(" is")
+@pytest.mark.parametrize(
+    ("split", "first", "needle", "asked", "prefix"),
+    [
+        (
+            "validation",
+            "Here and there the text below says which number a name has.",
+            "Remember that the number of {key} is {value}.",
+            "What is the number of {key}?",
+            "The number of {key} is",
+        ),
+        (
+            "evaluation",
+            "In the following lines some names are each given a number.",
+            "Note that {key} was given the number {value}.",
+            "Which number was {key} given?",
+            "{key} was given the number",
+        ),
+    ],
+)
+def test_needle_format(
+    tiny_tokenizer: PreTrainedTokenizerBase, split: Split, first: str, needle: str, asked: str, prefix: str
+) -> None:
+    prompt = make_needle(rng(1), split, tiny_tokenizer, 700)
+    key = next(word for word in prompt.prefix.split() if "-" in word)
     lines = prompt.user.split("\n")
-    assert lines[0].startswith("Here and there the text below says which number a name has.")
-    assert f"Remember that the number of {key} is {prompt.answer}." in lines
-    assert lines[-1] == f"What is the number of {key}?"
-    assert " ".join(NOISE) in lines
+    assert lines[0].startswith(first)
+    assert needle.format(key=key, value=prompt.answer) in lines
+    assert (lines[-1], prompt.prefix) == (asked.format(key=key), prefix.format(key=key))
+    assert " ".join(EVALUATION_NOISE if split == "evaluation" else NOISE) in lines
 
 
 def test_needles_and_pairs_of_uuids(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -270,7 +288,7 @@ def test_recall_has_an_end(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
 def test_too_short(tiny_tokenizer: PreTrainedTokenizerBase, prose: Prose) -> None:
     with pytest.raises(DataError, match=r"task multi-needle-noise takes at least \d+ tokens; 300 were asked for"):
         make_needle(rng(), "calibration", tiny_tokenizer, 300, keys=4)
-    with pytest.raises(DataError, match=r"1,200 words, too few for a prompt of 20,000 tokens"):
+    with pytest.raises(DataError, match=r"[\d,]+ words, too few for a prompt of 20,000 tokens"):
         make_needle(rng(), "calibration", tiny_tokenizer, 20_000, "prose", prose)
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from moacompress.core.errors import ArtefactError, PlanError
+from moacompress.evaluation import evaluate
 from moacompress.pipeline import compress
 from moacompress.recipe import Recipe
 from moacompress.report.page.findings import FRONTS, Findings
@@ -66,6 +68,23 @@ def test_an_evaluation_of_earlier_weights_is_left_out(run_folder: Path, tmp_path
     assert passed(str(heal["from_weights"]), heal=heal) == said
     assert passed("2-1111111111111111", heal=heal) == []
     assert passed(measured, heal={**heal, "train": "gates", "changed_weights": False}) == []
+
+
+def test_an_evaluation_of_other_weights_than_the_plans_is_said(run_folder: Path, tmp_path: Path) -> None:
+    """Such as fine-tuned ones: no note tells of them."""
+    out = tmp_path / "out"
+    shutil.copytree(run_folder, out)
+    assert Findings.load(out / "plan.json").warnings == []
+    weights = load_file(out / "model" / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 1.5
+    save_file(weights, out / "model" / "model.safetensors", metadata={"format": "pt"})
+    evaluate(out, against=(), lengths=(700,), prompts=1, out=out / "eval.json", overwrite=True)
+    found = Findings.load(out / "plan.json")
+    (said,) = found.warnings
+    assert "are not those that the plan was made for" in said
+    assert found.evaluation is not None
+    write_page(found, out / "report.html")
+    assert said in (out / "report.html").read_text()
 
 
 def test_the_summary_of_another_plan_is_left_out(run_folder: Path, tmp_path: Path) -> None:

@@ -25,16 +25,19 @@ SUMMARY = {
     "budget": ["25%"],
     "reference_length": 1024,
     "kv_bytes": {"dense": 4096, "planned": 1024, "measured": 1024},
-    "quality": {NAME: {"dense": 1.0, "uniform": 0.5, "plan": 0.75, "prompts": 4}},
+    "kept": [],
+    "not_measured": ["long answers"],
+    "quality": {NAME: {"dense": 1.0, "uniform": 0.5, "plan": 0.75, "prompts": 4, "nll": {"dense": 0.1}}},
     "seconds": {"profile": 2.0},
 }
 ESTIMATOR = {"spearman": 0.9, "ci95": [0.8, 1.0], "slope": 1.0, "slope_ci95": [0.9, 1.1], "n": 7}
 AUDIT = {
     "estimator": NAME, "samples": 2, "points": [], "audit": {NAME: ESTIMATOR}, "audit_plans": {}, "split_half": [],
 }  # fmt: skip
-KL = {name: {"mean": 0.1, "standard_error": 0.01} for name in ("before", "after", "difference")}
+KL = {name: {"mean": 0.1, "standard_error": 0.01} for name in ("before", "after")}
 HEALED = {
-    "held_out_kl": {**KL, "samples": 3}, "improved": True, "objective": "kl", "train": "lora", "tokens": 100, "seconds": 2.0,
+    "held_out_kl": {**KL, "difference": {"mean": -0.1, "ci95": None, "p": 0.25}, "samples": 3},
+    "improved": True, "objective": "kl", "train": "lora", "tokens": 100, "seconds": 2.0,
     "steps": 5, "best_step": 4, "training_samples": 6, "recipe": {"modules": [NAME]},
 }  # fmt: skip
 

@@ -16,12 +16,13 @@ import pytest
 from typer.testing import CliRunner
 
 from moacompress.cli import app
+from moacompress.core.tables import readable_bytes
 from moacompress.report.page.cost_figures import peak_picture
 from moacompress.report.page.figure_style import OTHERS, roles_of
 from moacompress.report.page.findings import Findings
 from moacompress.report.page.head_figures import head_map, head_shades, rule_text
-from moacompress.report.page.quality_figures import quality_pictures, side_names
-from moacompress.report.page.report_page import embedded, page_sections, seen_from, write_page
+from moacompress.report.page.quality_figures import answer_table, quality_pictures, side_names
+from moacompress.report.page.report_page import embedded, page_sections, seen_from, tiles, verdict, write_page
 from moacompress.report.page.still_pictures import write_pictures
 from moacompress.rules.cost import kept_bits
 from moacompress.rules.plan import Plan
@@ -94,14 +95,61 @@ def test_quality_is_that_of_the_evaluation(run_folder: Path, page: str) -> None:
     evaluation = json.loads((run_folder / "eval.json").read_text())
     rows = [row for row in evaluation["results"] if row["metric"] == "nll"]
     shown = traces(page, "quality-nll")
-    assert len(rows) == 3
+    assert {row["model"] for row in rows} >= {"plan", "dense", "uniform"}
     for row in rows:
         trace = shown["this plan" if row["model"] == "plan" else row["model"]]
         assert trace["orientation"] == "h"
-        at = trace["y"].index("needle-noise, 700")
+        at = trace["y"].index(f"{row['task']}, 700")
         assert trace["x"][at] == row["value"]
-        assert trace["x"][at] + trace["error_x"]["array"][at] == pytest.approx(row["ci95"][1])
-        assert trace["x"][at] - trace["error_x"]["arrayminus"][at] == pytest.approx(row["ci95"][0])
+        low, high = row["ci95"] or (row["value"],) * 2
+        assert trace["x"][at] + trace["error_x"]["array"][at] == pytest.approx(high)
+        assert trace["x"][at] - trace["error_x"]["arrayminus"][at] == pytest.approx(low)
+
+
+def test_the_first_sentence_is_what_it_saves_and_what_it_costs(run_folder: Path) -> None:
+    """A kind that no calibration has comes before needles, the plan's own gain beside its kernels'."""
+    evaluation = json.loads((run_folder / "eval.json").read_text())
+    row = {"model": "plan", "metric": "retention", "length": None, "value": 0.6, "ci95": [0.31, 0.83], "prompts": 10}
+    needles = {**row, "task": "calibrated kinds", "value": 1.0}
+    evaluation["pooled"]["results"] += [needles, {**row, "task": "unseen kinds"}]
+    found = Findings.load(run_folder / "plan.json")
+    bench = json.loads((run_folder / "bench.json").read_text())
+    prefill = next(row for row in bench["runs"] if row["phase"] == "prefill" and row["length"] == 128)
+    prefill |= {"plan_ms": 150.0, "dense_ms": 100.0}
+    plan, n = found.plan, 800
+    dense, ours = plan.model.dense_kv_bytes(n), plan.kv_bytes(n)
+    shown = verdict(replace(found, evaluation=evaluation, bench=bench))
+    assert shown == (
+        f"At 800 tokens the KV cache of a request takes {readable_bytes(ours)} instead of {readable_bytes(dense)}, so that "
+        f"{10 * dense // ours} requests fit where 10 did; of 10 prompts that the dense model answers it answers 60% (95% "
+        "interval 31% to 83%; kinds of prompts that no calibration has: code-question), and the first token takes 1.50 times "
+        "as long as dense's (128 tokens, batch 1)."
+    )
+    bare = verdict(replace(found, evaluation=None, bench=None))
+    assert bare.endswith("; what it still answers was not measured, and what the first token costs was not measured.")
+    for row in bench["runs"]:
+        row["full_span_ms"] = 16.3
+    first, second, _, speed, *_ = tiles(replace(found, evaluation=evaluation, bench=bench))
+    assert (first["value"], second["value"]) == ("60%", "100%")
+    assert second["what"].startswith("Kinds that the plan was calibrated on")
+    assert speed["beside"].endswith("; the same kernels with all keys 16.3 ms")
+
+
+def test_sample_answers_are_those_of_the_evaluation(run_folder: Path, page: str) -> None:
+    evaluation = json.loads((run_folder / "eval.json").read_text())
+    assert len(evaluation["answers"]) == 4
+    for row in evaluation["answers"]:
+        assert row["question"].splitlines()[0][-40:] in row["question"]
+        assert row["references"]
+        assert row.keys() >= {"dense", "plan", "dense_match", "plan_match"}
+    first = evaluation["answers"][0]
+    assert (first["task"], first["question"][-15:]) == ("code-question", "The answer is `")
+    scored = [
+        {**first, "dense_match": a, "plan_match": b, "plan": f"{a}{b}"} for a, b in ((0, 0), (1, 1), (1, 1), (1, 0))
+    ]
+    found = answer_table({"answers": scored})
+    assert found is not None
+    assert [row[-1] for row in found[1]] == ["10", "11", "00"]
 
 
 def test_what_dense_cannot_do_is_marked(run_folder: Path, tmp_path: Path) -> None:
@@ -118,6 +166,11 @@ def test_memory_is_that_of_the_plan_and_latency_that_of_the_bench(run_folder: Pa
     shown = traces(page, "memory")["this plan"]
     assert dict(zip(shown["x"], shown["y"], strict=True)) == {n: plan.kv_bytes(n) / 2**20 for n in shown["x"]}
     assert {256, 800, 32768} <= set(shown["x"])
+    dense, eight, four = (
+        traces(page, "memory")[name]["y"][-1]
+        for name in (f"dense, {plan.model.dtype}", "all keys, 8 bits", "all keys, 4 bits")
+    )
+    assert dense > 1.5 * eight > 2 * four
     runs = [row for row in json.loads((run_folder / "bench.json").read_text())["runs"] if row["phase"] == "decode"]
     decode = traces(page, f"decode-1-{runs[0]['dtype']}")
     assert decode["this plan"]["y"] == [row["plan_ms"] for row in runs]
@@ -173,7 +226,7 @@ def test_kl_and_history_are_those_of_the_search(run_folder: Path, page: str) -> 
     assert sorted(kl["x"]) == sorted(there.values())
     trials = {row["trial"]: row["harm"] for row in explanation["trials"]}
     shown = traces(page, "history")
-    plotted = [shown[name] for name in ("measured to the end", "given up half-way") if name in shown]
+    plotted = [shown[name] for name in ("measured on all samples", "pruned") if name in shown]
     assert {x: y for trace in plotted for x, y in zip(trace["x"], trace["y"], strict=True)} == trials
     ended = [row["harm"] for row in explanation["trials"] if not row["pruned"]]
     assert shown["best so far"]["y"][-1] == min(ended)

@@ -65,22 +65,34 @@ def test_answers_beside_ours_at_the_bytes(rivals: SimpleNamespace) -> None:
     assert cells(table, "wins")[3:] == [
         "0.150",
         "1.00 [0.84, 1.00]",
-        "small: -0.50 [-0.70, -0.30]",
+        "small: -0.50 [-0.70, -0.26], p .002",
         "**the rival**",
         "a note",
     ]
-    assert cells(table, "loses")[4:7] == ["0.00 [0.00, 0.16]", "large: +1.00 [+0.68, +1.00]", "ours"]
+    assert cells(table, "loses")[4:7] == ["0.00 [0.00, 0.16]", "large: +1.00 [+0.68, +1.00], p < .001", "ours"]
     assert cells(table, "tiny")[4:7] == ["1.00 [0.57, 1.00] of 5", "", ""]
     assert cells(table, "masks")[2:7] == [
         "seen",
         "0.260, 1.00 in memory",
         "1.00 [0.84, 1.00]",
-        "large: +0.00 [-0.16, +0.16]",
-        "not told apart",
+        "large: +0.00 [-0.16, +0.16], p 1",
+        "no difference found",
     ]
     order = [line.split("|")[2].strip() for line in table.splitlines()[4:]]
     assert order == ["tiny", "small", "wins", "large", "masks", "loses", "dense"]
     assert rivals.table.quality_table(rows[21:]) == ""
+
+
+def test_three_prompts_of_seven_are_no_verdict(rivals: SimpleNamespace) -> None:
+    """The exact p of three pairs that all differ one way is .25, whatever an interval shows."""
+    rows = [
+        *answers("transformers", "dense", [1.0] * 7, 1),
+        *answers("moacompress", "ours", [1.0] * 7, 0.1),
+        *answers("other", "theirs", [1.0] * 4 + [0.0] * 3, 0.15),
+    ]
+    beside, better = cells(rivals.table.quality_table(rows), "theirs")[5:7]
+    assert beside.endswith(", p .25")
+    assert better == "no difference found"
 
 
 def test_times_are_medians_and_the_best_is_bold(rivals: SimpleNamespace) -> None:
@@ -150,8 +162,8 @@ def test_answers_to_other_prompts_of_the_same_place_are_not_paired(rivals: Simpl
         *of("xbz", answers("other", "wrong", [1.0, 1.0, 1.0], 0.5)),
     ]
     table = rivals.table.quality_table(rows)
-    assert cells(table, "large")[4] == "1.00 [0.21, 1.00] of 1"
-    assert cells(table, "some")[4:7] == ["0.00 [0.00, 0.79] of 1", "", ""]
+    assert cells(table, "large")[4] == "1.00 of 1"
+    assert cells(table, "some")[4:7] == ["0.00 of 1", "", ""]
     assert "none" not in table  # of no prompt that dense answered
     assert "wrong" not in table  # of one that it did not answer right
 

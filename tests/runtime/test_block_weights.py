@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.models.fingerprint import weights_fingerprint
@@ -170,6 +171,25 @@ def test_gradients_of_gradients_of_a_layer(twins):
         found.append(torch.autograd.grad(first.square().sum(), given)[0])
     assert found[0].abs().max() > 1e-3
     assert apart(*found) < 1e-3
+
+
+def test_what_would_change_constants_is_refused(twins, token_ids, tmp_path):
+    """torch speaks of dtypes that can require gradients, and of kernels for bytes, and transformers of sizes."""
+    blocks, dense = twins()
+    plan = plan_kinds.windows(dense)
+    attach(blocks, plan).save_pretrained(tmp_path)
+    for model in (blocks, AutoModelForCausalLM.from_pretrained(tmp_path), copy.deepcopy(blocks)):
+        with pytest.raises(
+            UnsupportedError, match=r"weights are in blocks, such as model.embed_tokens in Q8_0, and cannot get grad"
+        ):
+            model.requires_grad_()
+        with pytest.raises(UnsupportedError, match=r"cannot be given rows for 300 tokens \(resize_token_embeddings\)"):
+            model.resize_token_embeddings(300)
+        assert model.requires_grad_(False) is model
+        assert model(token_ids(1, 20)).logits.shape[1] == 20
+    attach(dense, plan)
+    assert dense.requires_grad_() is dense
+    assert dense.resize_token_embeddings(300).weight.shape[0] == 300
 
 
 def test_adapters_train_on_blocks_as_on_numbers_and_are_not_merged(twins, token_ids):

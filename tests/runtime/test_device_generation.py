@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from moacompress.core.errors import UnsupportedError
 from moacompress.models.source import model_shape
 from moacompress.rules.share import Share
 from moacompress.runtime import PlanCache, generate_on_device
+from moacompress.runtime.cache import pool, ring
 from moacompress.runtime.hf import ops
 from moacompress.runtime.hf.attaching import attached_plan
 from moacompress.runtime.hf.device_generation import DeviceSteps, Sampling, greedy
@@ -54,6 +56,55 @@ def test_greedy_is_transformers(kind: str, under_plan: Callable[[str], Any]) -> 
     given = prompts(model, 0, 7)
     wanted = model.generate(**given, max_new_tokens=24, do_sample=False)
     assert torch.equal(generate_on_device(model, **given, max_new_tokens=24), wanted)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_places_for_tokens_come_as_they_are_needed(
+    backend: str, under_plan: Callable[[str], Any], use_backend: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = under_plan("spans")
+    given = prompts(model, 0, 7)
+    wanted = model.generate(**given, max_new_tokens=50, do_sample=False, eos_token_id=None, pad_token_id=0)
+    use_backend(backend)
+    monkeypatch.setattr(pool, "AT_ONCE", 10)
+    monkeypatch.setattr(ring, "AHEAD", 7)
+    assert torch.equal(generate_on_device(model, **given, max_new_tokens=50, eos_token_id=[]), wanted)
+    end = int(wanted[0, 65])
+    wanted = model.generate(**given, max_new_tokens=50, do_sample=False, eos_token_id=end, pad_token_id=0)
+    found = generate_on_device(
+        model, **given, max_new_tokens=10**9, eos_token_id=[end, int(wanted[1, 70])], pad_token_id=0
+    )
+    assert torch.equal(found[0, :66], wanted[0, :66])
+    assert 66 <= found.shape[1] <= 90
+
+
+def test_graphs_are_captured_again_where_rings_are_full(
+    under_plan: Callable[[str], Any], triton: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands in for a graph makes a plain step, and sees to it that there is a place for its token."""
+    model = under_plan("spans")
+    given = prompts(model, 0, length=20)
+    wanted = model.generate(**given, max_new_tokens=60, do_sample=False, eos_token_id=None, pad_token_id=0)
+    captures = []
+
+    def capture(steps: DeviceSteps) -> None:
+        captures.append(steps)
+        steps.step()
+        steps._graph = SimpleNamespace(replay=lambda: replay(steps))
+
+    def replay(steps: DeviceSteps) -> None:
+        assert not steps.cache.is_full
+        steps.step()
+
+    monkeypatch.setattr(DeviceSteps, "_can_capture", True)
+    monkeypatch.setattr(DeviceSteps, "_capture", capture)
+    monkeypatch.setattr(PlanCache, "count_steps", lambda cache, steps: None)  # the stand-in's step is counted as it is
+    for at_once, ahead, least in ((10, 7, 5), (pool.AT_ONCE, 7, 1), (10, ring.AHEAD, 5)):
+        monkeypatch.setattr(pool, "AT_ONCE", at_once)
+        monkeypatch.setattr(ring, "AHEAD", ahead)
+        captures.clear()
+        assert torch.equal(generate_on_device(model, **given, max_new_tokens=60, eos_token_id=[]), wanted)
+        assert (len(captures) >= least) if least > 1 else len(captures) == 1
 
 
 @pytest.mark.parametrize("look_every", [1, 3, 100])

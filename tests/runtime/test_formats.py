@@ -18,7 +18,7 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import visible_intervals
-from moacompress.runtime import attach
+from moacompress.runtime import attach, clipped
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.cache.pool import Layout, Pool
@@ -49,6 +49,25 @@ def attended(context: LayerContext, cache: Any, chunk: list[torch.Tensor], mask:
     """Attention of a chunk's query, key and value as a layer has it, `[rows, tokens, heads, dim]`."""
     call: Any = {CONTEXT: LayerCall(context, cache)}
     return attention_forward(MODULE, chunk[0], chunk[1], chunk[2], mask, **call)[0]
+
+
+def test_values_beyond_float16_are_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(clipped, "_said", set())
+    context = LayerContext.of(0, RULES, 16, None)
+    chunk = [torch.randn(1, heads, 5, 8) for heads in (6, 3, 3)]
+    wild = [chunk[0], chunk[1], chunk[2].clone()]
+    wild[2][0, 2] *= 1e6  # a KV head whose values are native
+    attended(context, None, chunk)
+    attended(context, None, wild)
+    wild[2][0, 0, 1] = torch.inf  # which codes keep, as NaN
+    attended(context, None, wild)
+    wild[2][0, 1, 3] = -30_000.0  # rotated one of them is -84,853
+    attended(context, None, [part[:, :, 3:4] for part in wild])  # nothing is looked at in a step
+    assert caplog.text == ""
+    attended(context, None, wild)
+    assert "values of layer 0, KV head 1, are beyond what the scales of int8 hold, float16 up to 65504" in caplog.text
+    attended(context, None, wild)
+    assert len(caplog.records) == 1
 
 
 def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

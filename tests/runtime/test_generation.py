@@ -10,7 +10,9 @@ from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.runtime import attach, detach
+from moacompress.runtime.cache import pool
 from moacompress.runtime.cache.plan_cache import PlanCache
+from moacompress.runtime.compat.alternates import returned_cache
 
 TOLERANCE = 1e-4
 CLEAR = 1e-3
@@ -305,6 +307,38 @@ def test_streamers_and_stopping(model, tiny_tokenizer, token_ids):
 
     found = model.generate(ids, stopping_criteria=StoppingCriteriaList([Enough()]), **settings(max_new_tokens=12))
     assert torch.equal(found[0, 50:], expected[:5])
+
+
+def test_what_is_allowed_is_not_reserved(model, token_ids):
+    """A server allows as many tokens as a client asks for, and stops at an end, or when it has enough."""
+    ids, caches = token_ids(1, 100), []
+
+    def stop(ids, scores, **_):
+        return torch.full((len(ids),), ids.shape[1] >= 160, dtype=torch.bool)
+
+    for most in (60, 10**9):
+        criteria = StoppingCriteriaList([stop])
+        out = model.generate(
+            ids,
+            max_new_tokens=most,
+            stopping_criteria=criteria,
+            return_dict_in_generate=True,
+            **settings(),
+        )
+        caches.append((out.sequences, returned_cache(out)))
+    assert torch.equal(caches[0][0], caches[1][0])
+    few, many = (cache.kv_bytes() for _, cache in caches)
+    a_token = many / (100 + pool.AT_ONCE)
+    assert few < many < few + a_token * pool.AT_ONCE
+
+
+def test_pools_grow_beyond_what_is_reserved(model, token_ids, monkeypatch):
+    ids = token_ids(2, 30)
+    expected = model.generate(ids, max_new_tokens=200, **settings())
+    monkeypatch.setattr(pool, "AT_ONCE", 20)
+    out = model.generate(ids, max_new_tokens=200, return_dict_in_generate=True, **settings())
+    assert torch.equal(out.sequences, expected)
+    assert returned_cache(out).kv_bytes() < 1.3 * returned_cache(out).used_bytes()
 
 
 def test_threads_share_a_model(model, rows):

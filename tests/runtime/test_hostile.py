@@ -21,6 +21,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from moacompress.core.errors import MoaCompressError
 from moacompress.doctor.checks import check_model
 from moacompress.models.source import load_source, model_shape
+from moacompress.models.weight_files import checkpoint_files
 from moacompress.report.inspection import inspect_plan
 from moacompress.rules import plan_form
 from moacompress.rules.plan import Plan
@@ -212,6 +213,37 @@ def test_a_hostile_weights_file(kind: str, folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(content)
     refuses(folder, match)
     refuses(folder, match, lambda path: load_checkpoint(path, "auto", "cpu"))
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "model.safetensors.index.fp16.json"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_an_index_that_names_files_elsewhere(index: str, absolute: bool, folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").rename(tmp_path / "others.safetensors")
+    name = str(tmp_path / "others.safetensors") if absolute else "../others.safetensors"
+    named = dict.fromkeys(load_file(tmp_path / "others.safetensors"), name)
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": named}))
+    variant = "fp16" if "fp16" in index else None
+    refuses(
+        folder, "is not a plain file name", lambda place: AutoModelForCausalLM.from_pretrained(place, variant=variant)
+    )
+    refuses(folder, "is not a plain file name", checkpoint_files)
+
+
+def test_an_adapter_beside_a_checkpoint(folder: Path, tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    """transformers would put it on the weights in silence, for the dense model of an evaluation too."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    adapter = get_peft_model(
+        tiny_model(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    )
+    adapter.save_pretrained(str(tmp_path / "adapter"))
+    assert (
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(tmp_path / "adapter")) is not None
+    )
+    for file in (tmp_path / "adapter").glob("adapter_*"):
+        file.rename(folder / file.name)
+    for load in (AutoModelForCausalLM.from_pretrained, lambda place: load_checkpoint(place, "auto", "cpu")):
+        refuses(folder, "has an adapter beside its weights", load)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])

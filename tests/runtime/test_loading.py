@@ -209,6 +209,43 @@ def test_fine_tuned_weights_still_load(compressed, token_ids):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, model(ids).logits)
 
 
+RELOADED = """
+import importlib, sys
+import torch
+import moacompress
+import transformers.modeling_utils, transformers.masking_utils
+from transformers import AutoModelForCausalLM, MistralConfig
+for module in (transformers.masking_utils, transformers.modeling_utils):
+    importlib.reload(module)
+from moacompress.models.source import model_shape
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+ids = torch.arange(300)[None] % 50
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+torch.save(model(ids).logits, sys.argv[2])
+sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+late = AutoModelForCausalLM.from_config(MistralConfig(vocab_size=64, **sizes)).eval()
+dense = late(ids).logits
+under = moacompress.attach(late, Plan.uniform(model_shape(late), Rule(4, 32, 0)))(ids).logits
+assert not torch.equal(dense, under)
+assert torch.equal(moacompress.detach(late)(ids).logits, dense)
+"""
+
+
+def test_a_reload_of_transformers_loses_no_attention(compressed, tmp_path):
+    """As `autoreload` of a notebook does; a family whose module is imported after it attends by the new one."""
+    folder, model, _ = compressed("llama")
+    ids = torch.arange(300)[None] % 50
+    done = subprocess.run(
+        [sys.executable, "-c", RELOADED, str(folder), str(tmp_path / "logits")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert torch.equal(torch.load(tmp_path / "logits"), model(ids).logits)
+
+
 def test_from_config_is_refused(compressed):
     folder, _, _ = compressed()
     config = AutoConfig.from_pretrained(folder)

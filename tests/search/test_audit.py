@@ -217,7 +217,7 @@ def test_numbers_that_cannot_be_had() -> None:
     same = np.ones(5)
     assert np.isnan(spearman(same, np.arange(5.0), 0).value)
     assert np.isnan(slope(np.zeros(5), same, 0).value)
-    assert all(np.isnan(slope(np.zeros(5), same, 0).ci95))
+    assert slope(np.zeros(5), same, 0).ci95 is None
 
 
 def test_predictions_are_for_the_lengths_and_kinds_of_the_samples(profiles: Profiles) -> None:
@@ -266,7 +266,8 @@ def test_more_samples_bring_the_halves_together(profiles: Profiles) -> None:
     assert ratios[0] > ratios[-1] > 0.99
     assert ratios[0] > 1.02
     for row in found:
-        assert row["ci95"][0] <= row["ratio"] <= row["ci95"][1] <= row["max"]
+        assert set(row) == {"samples", "ratio", "max"}  # splits of the same samples tell no interval
+        assert row["ratio"] <= row["max"]
     same = replace(noisy, statistics=replace(profile.statistics, arrays={"squares": np.concatenate([base] * 16)}))
     assert split_half(SearchRequest.of(same, "30%", same.recipe), 0)[-1]["ratio"] == pytest.approx(1)
 

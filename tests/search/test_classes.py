@@ -155,7 +155,7 @@ def test_every_plan_of_a_search_keeps_the_limit(
     assert (notes["most"], notes["plan"]) == (5, len(classes_of(plan)))
     assert notes["limited"]["classes"] <= 5 < notes["unlimited"]["classes"]
     assert notes["limited"]["predicted_harm"] > notes["unlimited"]["predicted_harm"] > 0
-    assert notes["log_ratio"] > 0
+    assert notes["difference"]["value"] > 0
     lines = class_lines(found.explanation)
     assert "at most 5 were allowed" in lines[0]
     assert f"Without the limit the plan of trial {notes['trial']} has {notes['unlimited']['classes']}" in lines[1]
@@ -182,7 +182,7 @@ def test_a_limit_that_does_not_bind_changes_nothing(search: Search, profiles: Pr
         "trial": loose.best_trial,
         "limited": loose.classes["limited"],
         "unlimited": loose.classes["limited"],
-        "log_ratio": 0.0,
+        "difference": {"value": 0.0, "standard_error": 0.0, "ci95": [0.0, 0.0], "samples": 8, "p": 1.0},
     }
 
 

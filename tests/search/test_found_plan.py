@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 
 from moacompress.calibration.profile.store import Profile
+from moacompress.report.search_tables import baseline_line
 from moacompress.rules.plan import Plan
 from moacompress.search import study
 from moacompress.search.search_context import Incumbent, SearchContext
@@ -37,13 +37,16 @@ def test_a_better_uniform_window_is_returned_and_said(
     search: Search,
     profiles: Profiles,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
     fake_objective: Any,
 ) -> None:
     monkeypatch.setattr(fake_objective, "_cost", lambda self, layer, head, rule: 0.1 if rule in self.index else 0.01)
-    with caplog.at_level(logging.WARNING, "moacompress"):
-        result, _ = search(profiles(trials=3))
-    assert "nothing that was found beats the baseline uniform" in caplog.text
+    result, _ = search(profiles(trials=3))
+    beside = result.plan.quality["best_baseline"]
+    assert (beside["family"], beside["verdict"], beside["saved"]) == ("uniform", "worse", True)
+    assert beside["harm"] == result.harm["uniform"] < beside["found_harm"]
+    (line,) = baseline_line(beside)
+    assert line.startswith("The baseline uniform window (")
+    assert "beats the best searched plan" in line
     assert len({rule for row in result.plan.rules for rule in row}) == 1
     assert result.harm["plan"] == result.harm["uniform"] < result.harm["trial0"]
 
@@ -54,7 +57,7 @@ def test_the_last_step_of_a_whole_search_stays(
     """What is left of the budget is spent also where that measures a little worse; the round's plan is on disk by then."""
 
     def worse(incumbent: Incumbent, context: SearchContext) -> Incumbent:
-        return replace(incumbent, value=incumbent.value + 0.01, stage="rest")
+        return replace(incumbent, kls=[kl + 0.01 for kl in incumbent.kls], stage="rest")
 
     monkeypatch.setattr(study, "STEPS", (*study.STEPS[:-1], worse))
     found, _ = search(profiles(trials=1, rounds=1), out=tmp_path / "plan.json")

@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 
 from moacompress.calibration.profile.store import Profile
-from moacompress.core.artefact_names import of_front, plans_of_front
+from moacompress.core.artefact_names import front_file, of_front, plans_of_front
 from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, OutOfTimeError, UsageError
 from moacompress.core.lock_holders import own_file
+from moacompress.report.summary_tables import loss_lines
 from moacompress.rules.budget import Budget, label, split_budgets
 from moacompress.rules.constraints import byte_constraints
 from moacompress.rules.cost import layer_floors, meets
 from moacompress.rules.loss import Loss
 from moacompress.rules.plan import Plan
+from moacompress.run_checks import check_recipe
 from moacompress.search import front, study
 from moacompress.search.front import find_front
 from moacompress.search.plan_sets import find_plans, find_smallest, smallest_share
@@ -158,7 +160,9 @@ def test_the_smallest_budget_for_a_loss(fake: Any, profiles: Profiles, tmp_path:
     out, loss = tmp_path / "plan.json", Loss.parse(share)
     assert loss.kl == pytest.approx(math.log1p(float(share[:-1]) / 100))
     found = find_smallest(profile, loss, recipe=profile.recipe, out=out, model=model(profile))
-    assert (found.harm["plan"] or 0.0) <= loss.kl
+    assert (found.harm["plan"] or 0.0) < found.plan.quality["harm_upper95"] <= loss.kl  # not the mean alone
+    (line,) = loss_lines(found.plan)
+    assert f"{len(profile.validation)} samples" in line
     assert Plan.load(out) == found.plan
     assert found.plan.budget["max_loss"] == share
     assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "plan.explain.json", "plan.scouts"}
@@ -166,13 +170,26 @@ def test_the_smallest_budget_for_a_loss(fake: Any, profiles: Profiles, tmp_path:
     # somewhat less does not hold, by the surrogate's own plan
     kept = int(found.plan.budget["asked"][0][:-1])
     if kept * 0.8 / 100 > smallest_share(profile, profile.recipe):
-        less = find_plan(profile, f"{int(kept * 0.8)}%", recipe=profile.recipe, model=model(profile))
-        assert (less.harm["trial0"] or 0.0) > loss.kl
+        quick = profile.recipe.override(search__trials=1, search__ablations=0, search__alternatives=False)
+        less = find_plan(profile, f"{int(kept * 0.8)}%", recipe=quick, model=model(profile))
+        assert less.plan.quality["harm_upper95"] > loss.kl
     calls = len(fake.calls)
     assert find_smallest(profile, loss, recipe=profile.recipe, out=out, model=model(profile)).plan == found.plan
     assert len(fake.calls) == calls
     with pytest.raises(ArtefactError, match="of another search"):
         find_smallest(profile, Loss.parse("3%"), recipe=profile.recipe, out=out, model=model(profile))
+
+
+def test_a_loss_takes_five_validation_samples(profiles: Profiles, tmp_path: Path) -> None:
+    profile = profiles()
+    few = replace(profile, validation=profile.validation[:4])
+    with pytest.raises(
+        UsageError, match=r"at least 5 validation samples, and there are 4; profile with --validation-samples"
+    ):
+        find_smallest(few, Loss.parse("1%"), recipe=few.recipe, out=tmp_path / "plan.json")
+    asked = few.recipe.override(max_loss="1%", budget=[], calibration__validation_samples=4)
+    with pytest.raises(UsageError, match="at least 5 validation samples"):
+        check_recipe(asked)
 
 
 def test_the_smallest_budget_keeps_floors_and_counts_layers_that_share(
@@ -245,9 +262,11 @@ def test_overwrite_starts_every_budget_anew(fake: Any, profiles: Profiles, tmp_p
 
 def test_a_second_run_beside_the_first_is_refused(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
     profile, out = profiles(trials=2), tmp_path / "plan.json"
-    with own_file(out):
-        with pytest.raises(ArtefactError, match="plan.json is in use"):
+    with own_file(out), own_file(front_file(out)):
+        with pytest.raises(ArtefactError, match="plan.front.json is in use"):
             find_front(profile, ["60%", "22%"], recipe=profile.recipe, out=out, model=model(profile))
+        with pytest.raises(ArtefactError, match="plan.front.json is in use"):
+            find_plans(profile, split_budgets(["60%,22%"]), recipe=profile.recipe, out=out, model=model(profile))
         with pytest.raises(ArtefactError, match="plan.json is in use"):
             find_smallest(profile, Loss.parse("5%"), recipe=profile.recipe, out=out, model=model(profile))
     assert fake.calls == []
@@ -255,7 +274,9 @@ def test_a_second_run_beside_the_first_is_refused(fake: Any, profiles: Profiles,
 
 def test_a_loss_that_nothing_holds(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
     profile = profiles(trials=1)
-    with pytest.raises(InfeasibleBudgetError, match="even 99% of the bytes cost more"):
+    with pytest.raises(
+        InfeasibleBudgetError, match=r"with 95% confidence on 8 samples: even 99% of the bytes may cost more"
+    ):
         find_smallest(
             profile, Loss("tiny", 1e-9), recipe=profile.recipe, out=tmp_path / "plan.json", model=model(profile)
         )

@@ -163,7 +163,7 @@ def test_overwrite_starts_anew_and_leaves_what_is_not_of_the_search(
     for name in ("plan.baselines/old.json", "plan.rounds/key/samples/00000.safetensors", "plan.scouts/99.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text('{"provenance": {"baseline": "old"}}')
-    (tmp_path / ".plan.json.abcdefgh.tmp").write_text("half a pl")
+    (tmp_path / ".plan.json.89abcdef.tmp").write_text("half a pl")
     (tmp_path / "plan.study.journal.lock").write_text("")
     own = ("plan.txt", "plan.notes.json", "plan-25.json", "plan.study.journal.copy", "other.study.journal")
     for name in own:

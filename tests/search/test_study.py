@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ import pytest
 
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, ModelError
+from moacompress.core.progress import Progress
 from moacompress.rules.constraints import byte_constraints
 from moacompress.rules.plan import Plan
 from moacompress.search.baselines.families import FAMILIES, family_plans
@@ -151,13 +152,12 @@ def test_the_explanation_has_the_gain_of_what_was_not_kept(search: Search, profi
     told = result.explanation
     assert [trial["trial"] for trial in told["trials"] if trial["kept"]] == [result.best_trial]
     for trial in told["trials"][1:]:
-        better = not trial["pruned"] and trial["gain"] + trial["noise"] < 0
+        apart = trial["difference"]
+        better = not trial["pruned"] and apart["value"] + 2 * apart["standard_error"] < 0
         assert better or not trial["kept"]
     first, *others = told["stages"]
-    assert first["gain"] is first["noise"] is None
-    assert all(
-        stage["noise"] >= 0 and (stage["gain"] < 0 or not stage["kept"] or stage["name"] == "rest") for stage in others
-    )
+    assert first["difference"] is None
+    assert all(stage["difference"]["value"] < 0 or not stage["kept"] or stage["name"] == "rest" for stage in others)
 
 
 @pytest.mark.parametrize("solver", ["milp", "lagrange"])
@@ -179,9 +179,8 @@ def test_rounds_and_moves_only_ever_help(search: Search, profiles: Profiles, tmp
     stages = improved.explanation["stages"]
     assert [stage["name"].partition(",")[0] for stage in stages][:3] == ["surrogate", "study", "round 1"]
     kept = [stage for stage in stages if stage["kept"]]
-    assert [stage["log_ratio"] for stage in kept[1:]] == sorted(
-        (stage["log_ratio"] for stage in kept[1:]), reverse=True
-    )
+    kls = [stage["harm"] for stage in kept]
+    assert kls == sorted(kls, reverse=True)
     assert improved.plan.provenance["stage"].startswith(("round", "moves", "rest"))
     again, fake = search(profiles(trials=1, rounds=3, moves=4), out=out)
     assert fake.calls == []
@@ -197,3 +196,42 @@ def test_a_floor_keeps_a_layer(search: Search, profiles: Profiles) -> None:
         search(profiles(trials=1, floors={0: 1.0, 1: 1.0, 2: 1.0}), "20%")
     with pytest.raises(BudgetError, match="a floor is asked for in layer 9"):
         search(profiles(trials=1, floors={9: 0.5}))
+
+
+class Told(Progress):
+    """Keeps what a search tells of its stages and tasks: how many steps each task is to have, how many it had, and beats."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.task = ""
+        self.tasks: dict[str, list[int]] = {}
+        self.planned: Mapping[str, float | None] = {}
+
+    def plan(self, stages: Mapping[str, float | None], *, in_seconds: bool = False) -> None:
+        self.planned = stages
+
+    def stage(self, name: str) -> None:
+        self.stages.append(name)
+
+    def start(self, what: str, total: int) -> None:
+        self.task = what
+        self.tasks[what] = [total, 0, 0]
+
+    def step(self, note: str = "") -> None:
+        self.tasks[self.task][1] += 1
+
+    def beat(self) -> None:
+        self.tasks[self.task][2] += 1  # fails between two tasks: then a person sees nothing of it
+
+    def done(self) -> None:
+        self.task = ""
+
+
+def test_every_stage_is_told_and_nothing_is_measured_in_silence(search: Search, profiles: Profiles) -> None:
+    told = Told()
+    _, fake = search(profiles(trials=3, rounds=1, moves=2, classes=4), progress=told)
+    assert list(told.planned) == ["calibration", "baselines", "trials", "rounds", "moves", "leftover", "class limit"]
+    assert [name for name in told.stages if name] == list(told.planned)
+    rest = told.tasks["measuring the plan without a class limit"]
+    assert rest[:2] == [8, 8]  # samples
+    assert sum(beats for _, _, beats in told.tasks.values()) >= len(fake.calls)

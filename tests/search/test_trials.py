@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moacompress.search.measure.trials import CAUTION, Tried, best_trial, least_trial, log_ratio, standard_error
+from moacompress.search.measure.kl_difference import CAUTION, KlDifference
+from moacompress.search.measure.trials import Tried, best_trial, is_hopeless, least_trial, log_ratio
 
 
 def trial(index, kls, first, pruned=False):
@@ -28,8 +29,9 @@ def test_a_clear_winner_wins():
 @pytest.mark.seeds(40)
 def test_the_best_of_many_that_differ_by_chance_does_not(seed):
     tried = trials(*[0.0] * 6, noise=0.3, seed=seed)
-    least = least_trial(tried)
-    clear = -least.value > CAUTION * standard_error(np.log(np.divide(least.kls, tried[0].kls)).tolist())
+    least, first = least_trial(tried), tried[0]
+    apart = np.subtract(least.kls, first.kls)
+    clear = -apart.mean() > CAUTION * apart.std(ddof=1) / len(apart) ** 0.5
     assert best_trial(tried).index == (least.index if clear else 0)
 
 
@@ -38,9 +40,19 @@ def test_chance_seldom_wins():
     assert sum(winner > 0 for winner in winners) < 50  # the least of the seven would be another than the first in 170
 
 
+def test_mean_kl_decides_and_not_its_logarithm():
+    """Many samples of hardly any KL are halved, one that has nearly all of it gets worse: a user loses more."""
+    first = np.array([0.001] * 11 + [1.0])
+    halves = first * np.array([0.5] * 11 + [1.1])
+    tried = [trial(0, first, first), trial(1, halves, first), trial(2, first * 0.9, first)]
+    assert tried[1].value < tried[2].value < 0  # so says the mean log-ratio
+    assert least_trial(tried).index == 2
+    assert not KlDifference.of(halves, first).value < 0
+
+
 def test_a_noisy_winner_gives_way_to_a_clear_one():
     first = np.full(10, 0.1)
-    noisy = first * np.exp([-3.0, 1.0] * 5)
+    noisy = first + [-0.099, 0.059] * 5
     clear = first * 0.9
     tried = [trial(0, first, first), trial(1, noisy, first), trial(2, clear, first)]
     assert least_trial(tried).index == 1
@@ -51,8 +63,17 @@ def test_pruned_trials_never_win():
     first = [0.1] * 4
     tried = [trial(0, first, first), trial(1, [0.001], first, pruned=True)]
     assert best_trial(tried).index == least_trial(tried).index == 0
+    assert is_hopeless([0.9, 0.8, 0.7, 0.9], tried) == is_hopeless([0.9, 0.8, 0.7, 0.9], tried[:1])
 
 
-def test_one_sample_decides_alone():
+def test_a_single_sample_says_nothing_of_noise():
     tried = [trial(0, [0.1], [0.1]), trial(1, [0.09], [0.1])]
-    assert best_trial(tried).index == 1
+    assert best_trial(tried).index == 0
+    assert least_trial(tried).index == 1
+    assert KlDifference.of([0.09], [0.1]).to_dict() == {
+        "value": pytest.approx(-0.01),
+        "standard_error": None,
+        "ci95": None,
+        "samples": 1,
+        "p": 1.0,
+    }

@@ -24,7 +24,6 @@ from optuna.distributions import FloatDistribution
 
 from moacompress.core import lock_holders
 from moacompress.core.lock_holders import LockHolder
-from moacompress.core.progress import SILENT
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -127,7 +126,7 @@ class Simulated:
             with workers.joined(alone=False):
                 claims = Claims(real, study_id, workers, "simulated")
                 storage = Unsampled(claims, "s", "none", {"x": FloatDistribution(0.0, 1.0)}, {"x": 0.5}, 0)
-                Trials(storage, self, list(range(SAMPLES)), plan_of).completed("", TRIALS, SILENT, lambda tried: "")
+                Trials(storage, self, list(range(SAMPLES)), plan_of).completed("", TRIALS, lambda tried: "")
         except Killed:
             pass
         except BaseException as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,8 @@ import pytest
 
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import ArtefactError, InUseError
-from moacompress.core.lock_holders import LockHolder
+from moacompress.core.lock_holders import LockHolder, own_file
 from moacompress.core.progress import Progress
-from moacompress.core.urls import without_password
 from moacompress.rules.budget import split_budgets
 from moacompress.rules.loss import Loss
 from moacompress.rules.plan import Plan
@@ -25,7 +25,7 @@ from moacompress.search.front import find_front
 from moacompress.search.measure import claims as claims_module
 from moacompress.search.measure import workers as workers_module
 from moacompress.search.measure.claims import open_claims
-from moacompress.search.measure.storages import open_storage, quiet_optuna
+from moacompress.search.measure.storages import guarded, open_storage, quiet_optuna, shown
 from moacompress.search.plan_sets import find_plans, find_smallest
 from moacompress.search.search_status import search_status
 from tests.search_workers import FORK, SearchRun, check_nothing_is_lost_or_doubled, killed_at_random
@@ -121,6 +121,42 @@ def test_workers_share_several_searches(
     assert shared.measured() == alone.measured()
     measured = (tmp_path / "measured.txt").read_text().splitlines()
     assert len({line.split()[0] for line in measured}) == 2 or not at_once
+
+
+@pytest.mark.parametrize(("find", "stem"), [(the_front, "plan-front-"), (two_budgets, "plan-"), (the_smallest, "plan")])
+def test_what_another_worker_has_written_is_not_written_again(
+    find: Callable[..., Any], stem: str, run: Callable[..., SearchRun], tmp_path: Path
+) -> None:
+    """A worker may come to a plan after the lock holder has written it and gone."""
+    shared = run("journal", trials=4)
+    shared.find = find
+    shared.start()
+    assert shared.wait() == [0], shared.errors()
+    files = sorted(path for path in tmp_path.glob("plan*.json") if path.is_file())
+    assert any(path.name.startswith(stem) for path in files)
+    before = [path.stat().st_ino for path in files]
+    shared.start()
+    assert shared.wait() == [0, 0], shared.errors()
+    assert [path.stat().st_ino for path in files] == before
+    written = [result["path"] for result in shared.results() if result["written"]]
+    assert len(written) == len(set(written)) == len(shared.results()) / 2
+
+
+@pytest.mark.parametrize("find", [the_front, two_budgets])
+def test_a_worker_whose_time_is_up_writes_no_front_over_anothers(
+    find: Callable[..., Any], run: Callable[..., SearchRun], tmp_path: Path
+) -> None:
+    """The lock holder is at work still: this process."""
+    shared = run("journal", trials=4)
+    shared.find = find
+    front = tmp_path / "plan.front.json"
+    with own_file(front):
+        front.write_text("the lock holder's")
+        shared.profile = replace(shared.profile, recipe=shared.profile.recipe.override(search__timeout=0.5))
+        shared.seconds = 0.02
+        shared.start()
+        shared.wait()
+        assert front.read_text() == "the lock holder's"
 
 
 @pytest.mark.parametrize("kind", STORAGES)
@@ -223,11 +259,17 @@ def test_optunas_own_tools_see_the_finished_trials(search: Search, profiles: Pro
     assert all(trial.duration is not None and trial.duration.total_seconds() >= 0 for trial in study.trials)
 
 
-def test_a_password_is_neither_shown_nor_kept(profiles: Profiles) -> None:
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql+psycopg2://me:s3cr@t:x@db.example:5432/moa",
+        "postgresql://db.example/moa?user=me&password=s3cret",
+        "mysql://me:s3/cr@db.example",
+    ],
+)
+def test_a_password_is_neither_shown_nor_kept(url: str, profiles: Profiles) -> None:
     from moacompress.cli.harness import resumes_with
-    from moacompress.search.measure.storages import shown
 
-    url = "postgresql+psycopg2://me:s3cr@t:x@db.example:5432/moa"
     recipe = profiles().recipe.override(search__storage=url)
     assert recipe.search.storage == url
     texts = [
@@ -236,9 +278,11 @@ def test_a_password_is_neither_shown_nor_kept(profiles: Profiles) -> None:
         resumes_with(["moacompress", "search", "--storage", url], overwrite=False),
         shown(url),
     ]
-    assert all("s3cr" not in text and "x@db" not in text for text in texts)
-    assert "postgresql+psycopg2://me@db.example:5432/moa" in texts[0]
-    assert without_password("sqlite:///a@b/c.db and /home/me:x/a@b") == "sqlite:///a@b/c.db and /home/me:x/a@b"
+    assert all("s3" not in text and "x@db" not in text for text in texts)
+    assert all("db.example" in text for text in (texts[0], texts[3]))
+    with pytest.raises(ArtefactError) as refused, guarded(shown(url)):
+        raise ValueError(f"no such host in '{url}'")
+    assert "s3" not in str(refused.value)
 
 
 @pytest.mark.parametrize("kind", STORAGES)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moacompress.calibration.profile.store import Profile
-from moacompress.core.errors import PlanError, UsageError, did_you_mean
+from moacompress.core.errors import InfeasibleBudgetError, PlanError, UsageError, did_you_mean
 from moacompress.core.files import fingerprint
 from moacompress.evaluation.baselines.evictions import compared_eviction, eviction_names, expanded, is_eviction
 from moacompress.evaluation.baselines.quantized_caches import QUANTIZED, ComparedQuantizedCache
@@ -22,12 +24,14 @@ from moacompress.search.baselines.families import BASELINES, FAMILIES, baseline_
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.getLogger(__name__)
 
-PLAN, DENSE, STOCK = "plan", "dense", "dense:transformers"
+PLAN, DENSE, STOCK, BEST = "plan", "dense", "dense:transformers", "best"
 DENSE_SIDES = (DENSE, STOCK)
 """The dense model by our kernels at full span, and by transformers' own attention."""
-NAMED = (DENSE, STOCK, *BASELINES, *(f"uniform:{sink}" for sink in SINKS), *QUANTIZED)
-"""What can be measured against by name besides `is_eviction`; anything else is another compressed checkpoint."""
+NAMED = (DENSE, STOCK, BEST, *BASELINES, *(f"uniform:{sink}" for sink in SINKS), *QUANTIZED)
+"""What can be measured against by name besides `is_eviction`; anything else is another compressed checkpoint. `BEST` stands for
+the baseline that the search measured best."""
 NEED_PROFILE = ("per-layer", "split", "moa")
 
 
@@ -188,6 +192,8 @@ class Comparison:
         profile: the profile that some baselines are made from, or None.
         every_candidate: try every sink of a baseline, also where the search has found one to be best. Every pair of formats
             is tried where the plan does not say which the search found best.
+        best: the baseline that stands in `against` because the search measured it best; None where it was asked for by name,
+            or not at all. It is left out where it does not fit a prompt.
     """
 
     checkpoint: Checkpoint
@@ -195,6 +201,7 @@ class Comparison:
     others: dict[str, Plan | Checkpoint]
     profile: Profile | None
     every_candidate: bool
+    best: str | None = None
 
     @property
     def plan(self) -> Plan:
@@ -228,8 +235,9 @@ class Comparison:
             elif name in self.others:
                 found.append(_other_model(name, self.others[name], tokens))
             else:
-                plans = self._baseline(name, tokens, limit)
-                found += [ComparedPlan(name, plan, plan.kv_bytes(tokens)) for plan in plans]
+                with suppress(InfeasibleBudgetError) if name == self.best else nullcontext():
+                    plans = self._baseline(name, tokens, limit)
+                    found += [ComparedPlan(name, plan, plan.kv_bytes(tokens)) for plan in plans]
         return found
 
     def _first(self, kv_bytes: int) -> ComparedModel:
@@ -252,7 +260,8 @@ class Comparison:
         plans = baseline_plans(name, shape, tokens, limit, min_window, self.profile, CODED)
         sink, formats = _known_best(self.plan, name)
         plans = [plan for plan in plans if formats in _formats_of(plan)] or plans
-        return plans if self.every_candidate else [plan for plan in plans if sink in _sinks_of(plan)] or plans
+        every = self.every_candidate and name != self.best
+        return plans if every else [plan for plan in plans if sink in _sinks_of(plan)] or plans
 
 
 def sides(against: Sequence[str]) -> tuple[str, ...]:
@@ -285,10 +294,32 @@ def make_comparison(
         UsageError: a baseline that needs a profile, and there is none.
         PlanError: a plan of another model.
     """
-    names = sides(against)
+    best = best_baseline(checkpoint.plan) if BEST in against else None
+    if best in NEED_PROFILE and profile_folder(checkpoint.folder, profile) is None:
+        logger.warning(
+            "the baseline that the search measured best, %s, is made from a profile, and there is none beside %s: it is left "
+            "out; give one (--profile DIR)",
+            best,
+            checkpoint.folder,
+        )
+        best = None
+    best = None if best in against else best
+    asked = [best if name == BEST else name for name in against]
+    names = sides([name for name in asked if name is not None])
     found = _profile(checkpoint, names, profile)
     others = {name: _other(checkpoint, name) for name in names if name not in NAMED and not is_eviction(name)}
-    return Comparison(checkpoint, names, others, found, every_candidate)
+    return Comparison(checkpoint, names, others, found, every_candidate, best)
+
+
+def best_baseline(plan: Plan) -> str | None:
+    """Returns the baseline of lowest KL by the search's notes, of those that can be made again; None where there are none."""
+    noted = plan.quality.get("baselines")
+    found: list[tuple[float, str]] = []
+    for family, note in noted.items() if isinstance(noted, dict) else ():
+        names, kl = FAMILIES.get(family, ()), note.get("harm") if isinstance(note, dict) else None
+        if names and isinstance(kl, int | float):
+            found.append((kl, names[-1] if note.get("beta_q") else names[0]))
+    return min(found)[1] if found else None
 
 
 def check_names(against: Sequence[str]) -> None:

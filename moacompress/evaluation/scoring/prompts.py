@@ -44,11 +44,13 @@ class Score:
         exact_match: how much of the reference is in the greedy answer, 0 to 1, by the prompt's rule of matching.
         accuracy: share of the reference's value tokens that the model ranks first, teacher-forced.
         nll: mean negative log-likelihood of the reference's value tokens, teacher-forced, nats a token.
+        answer: the greedy answer, as far as it decides the score.
     """
 
     exact_match: float
     accuracy: float
     nll: float
+    answer: str = ""
 
 
 def batches(cases: Sequence[Case], vocabulary: int) -> list[list[int]]:
@@ -113,7 +115,8 @@ def score_answers(
         forced = _teacher_forced(model, cases, last, copy.deepcopy(cache))
         answers = _greedy(model, tokenizer, cases, last, cache)
     return [
-        Score(match_share(case, answer), *numbers) for case, answer, numbers in zip(cases, answers, forced, strict=True)
+        Score(match_share(case, answer), *numbers, answer)
+        for case, answer, numbers in zip(cases, answers, forced, strict=True)
     ]
 
 

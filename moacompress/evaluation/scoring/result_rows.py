@@ -6,23 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from moacompress.evaluation.baselines.compared_models import DENSE, DENSE_SIDES, ComparedModel
+from moacompress.core.shingles import OVERLAP_LIMIT
+from moacompress.core.statistics import Estimate, Interval, mean, p_value, paired_difference, paired_rates, rate
+from moacompress.evaluation.baselines.compared_models import DENSE, DENSE_SIDES, PLAN, ComparedModel
 from moacompress.evaluation.scoring.prompts import Score
-from moacompress.evaluation.scoring.stats import (
-    FLOOR,
-    Interval,
-    mean,
-    paired_difference,
-    paired_rates,
-    rate,
-    retained,
-    retention,
-)
+from moacompress.evaluation.scoring.retention import retained, retention
+from moacompress.evaluation.tasks.cases import Case
 
 SCORES = ("exact_match", "accuracy", "nll")
 """Metrics that every prompt has; `differences` are of these."""
 POOLED = "all tasks"
-"""Task of the rows that pool all prompts."""
+"""Task of the rows that pool prompts of several kinds."""
+FLOOR = 0.2
+"""A rate whose interval ends below this is at floor: the model cannot do the task, and losing nothing proves nothing."""
 ResultRow = dict[str, Any]
 
 
@@ -35,12 +31,14 @@ class TaskCell:
         length: nominal length, tokens.
         prompts: how many prompts, or windows of text.
         tokens: their mean number of tokens, where KV bytes are stated.
+        overlap: share of their shingles that the plan's calibration has seen; None where that is not known.
     """
 
     task: str
     length: int
     prompts: int
     tokens: int
+    overlap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def best_candidates(measured: Iterable[Candidate], nll: str = "nll") -> list[Can
     return list(best.values())
 
 
-def result_rows(cell: TaskCell, comparison: Sequence[Measured], seed: int) -> list[ResultRow]:
+def result_rows(cell: TaskCell, comparison: Sequence[Measured]) -> list[ResultRow]:
     """Returns the rows of every model: `SCORES`, and `retention` where the dense model is there and gets a prompt right.
 
     `retention` is of the prompts that all dense sides answer fully; `prompts_dense` says how many each of them does.
@@ -92,9 +90,9 @@ def result_rows(cell: TaskCell, comparison: Sequence[Measured], seed: int) -> li
     rows = []
     for one in comparison:
         for metric in SCORES:
-            value, interval = _value(metric, one.values(metric), seed)
+            value, interval = _value(metric, one.values(metric))
             rows.append(result_row(cell, one.compared, metric, value, interval, cell.prompts))
-        kept = retention(dense, one.values("exact_match"), seed) if dense else None
+        kept = retention(dense, one.values("exact_match")) if dense else None
         if kept is not None:
             rows.append({**result_row(cell, one.compared, "retention", *kept), **_answered(sides)})
     return rows
@@ -115,23 +113,24 @@ def _answered(sides: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 
 
 def result_row(
-    cell: TaskCell, compared: ComparedModel, metric: str, value: float, interval: Interval, prompts: int
+    cell: TaskCell, compared: ComparedModel, metric: str, value: float, interval: Interval | None, prompts: int
 ) -> ResultRow:
     """Returns one row of `results`."""
     return {
         **_row(cell.task, cell.length, compared.name, metric, value, interval, prompts),
         "kv_bytes": compared.kv_bytes,
         "tokens": cell.tokens,
+        "overlap": cell.overlap,
         **compared.description(cell.tokens),
     }
 
 
-def difference_rows(cell: TaskCell, comparison: Sequence[Measured], seed: int) -> list[ResultRow]:
+def difference_rows(cell: TaskCell, comparison: Sequence[Measured]) -> list[ResultRow]:
     """Returns the rows of the plan (first in `comparison`) minus every other model, paired by prompt."""
     ours, *others = comparison
     return [
         difference_row(cell, ours.compared, one.compared, metric, *_difference(
-            metric, ours.values(metric), one.values(metric), seed
+            metric, ours.values(metric), one.values(metric)
         ))
         for one in others
         for metric in SCORES
@@ -139,21 +138,63 @@ def difference_rows(cell: TaskCell, comparison: Sequence[Measured], seed: int) -
 
 
 def difference_row(
-    cell: TaskCell, plan: ComparedModel, other: ComparedModel, metric: str, value: float, interval: Interval
+    cell: TaskCell,
+    plan: ComparedModel,
+    other: ComparedModel,
+    metric: str,
+    value: float,
+    interval: Interval | None,
+    p: float,
 ) -> ResultRow:
-    """Returns one row of `differences`: the plan minus another model."""
+    """Returns one row of `differences`: the plan minus another model, and how likely that is of two that are alike."""
     row = _row(cell.task, cell.length, other.name, metric, value, interval, cell.prompts)
-    return {**row, "kv_bytes": plan.kv_bytes, "kv_bytes_of_model": other.kv_bytes, "tokens": cell.tokens}
+    return {
+        **row,
+        "p": p,
+        "kv_bytes": plan.kv_bytes,
+        "kv_bytes_of_model": other.kv_bytes,
+        "tokens": cell.tokens,
+        "overlap": cell.overlap,
+    }
 
 
-def pooled_rows(fields: Sequence[Sequence[Measured]], seed: int) -> tuple[list[ResultRow], list[ResultRow]]:
-    """Returns the rows and the differences of all prompts of all cells together, under the task `POOLED` without a length.
+def answer_rows(
+    cell: TaskCell, cases: Sequence[Case], questions: Sequence[str], comparison: Sequence[Measured]
+) -> list[ResultRow]:
+    """Returns for every prompt what was asked, the reference, and what plan and dense said, with their exact match."""
+    said = {one.compared.name: one.scores for one in comparison if one.compared.name in (PLAN, DENSE)}
+    return [
+        {
+            "task": cell.task,
+            "length": cell.length,
+            "question": question,
+            "references": list(case.references),
+            **{name: scores[index].answer for name, scores in said.items()},
+            **{f"{name}_match": scores[index].exact_match for name, scores in said.items()},
+        }
+        for index, (case, question) in enumerate(zip(cases, questions, strict=True))
+    ]
+
+
+def mean_overlap(cells: Sequence[TaskCell]) -> float | None:
+    """Returns the overlap of all prompts of several cells together; None where that of one is not known."""
+    seen = [(cell.overlap, cell.prompts) for cell in cells]
+    if any(share is None for share, _ in seen):
+        return None
+    return sum(share * count for share, count in seen if share is not None) / sum(count for _, count in seen)
+
+
+def pooled_rows(
+    fields: Sequence[Sequence[Measured]], overlap: float | None = None, task: str = POOLED
+) -> tuple[list[ResultRow], list[ResultRow]]:
+    """Returns the rows and the differences of all prompts of several cells together, without a length.
 
     Differences also have `retention`: of the prompts that dense gets right, by all attentions that it was measured with.
 
     Args:
         fields: the models of every cell, the plan first; only those that all cells have are pooled.
-        seed: of the intervals.
+        overlap: of all prompts together, as `TaskCell` has it.
+        task: what the rows are called, such as one of `tasks.registry.KINDS`.
     """
     names = [one.compared.name for one in fields[0]]
     names = [name for name in names if all(name in {one.compared.name for one in comparison} for comparison in fields)]
@@ -174,16 +215,17 @@ def pooled_rows(fields: Sequence[Sequence[Measured]], seed: int) -> tuple[list[R
         if 1.0 in dense:
             values["retention"] = retained(dense, values["exact_match"])
         for metric, numbers in values.items():
-            value, interval = _value(metric, numbers, seed)
-            row = _row(POOLED, None, name, metric, value, interval, len(numbers))
+            value, interval = _value(metric, numbers)
+            row = _row(task, None, name, metric, value, interval, len(numbers))
             answered = _answered(sides) if metric == "retention" else {}
-            results.append({**row, "kv_bytes": round(share), **answered})
+            results.append({**row, "kv_bytes": round(share), "overlap": overlap, **answered})
         if name == names[0]:
             ours = values
             continue
         for metric, numbers in values.items():
-            value, interval = _difference(metric, ours[metric], numbers, seed)
-            differences.append(_row(POOLED, None, name, metric, value, interval, len(numbers)))
+            value, interval, p = _difference(metric, ours[metric], numbers)
+            row = _row(task, None, name, metric, value, interval, len(numbers))
+            differences.append({**row, "p": p, "overlap": overlap})
     return results, differences
 
 
@@ -192,20 +234,31 @@ def at_floor(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {"task": row["task"], "length": row["length"]}
         for row in results
-        if row["model"] == DENSE and row["metric"] == "exact_match" and row["ci95"][1] < FLOOR
+        if row["model"] == DENSE and row["metric"] == "exact_match" and row["ci95"] and row["ci95"][1] < FLOOR
     ]
 
 
-def _value(metric: str, numbers: Sequence[float], seed: int) -> tuple[float, Interval]:
-    return (mean if metric == "nll" else rate)(numbers, seed)
+def seen_in_calibration(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns `{task, length, overlap}` of what calibration has seen more of than `OVERLAP_LIMIT`."""
+    found = {(row["task"], row["length"]): row["overlap"] for row in results}
+    return [
+        {"task": task, "length": length, "overlap": share}
+        for (task, length), share in found.items()
+        if share is not None and share > OVERLAP_LIMIT
+    ]
 
 
-def _difference(metric: str, first: Sequence[float], second: Sequence[float], seed: int) -> tuple[float, Interval]:
-    return (paired_difference if metric == "nll" else paired_rates)(first, second, seed)
+def _value(metric: str, numbers: Sequence[float]) -> Estimate:
+    return (mean if metric == "nll" else rate)(numbers)
+
+
+def _difference(metric: str, first: Sequence[float], second: Sequence[float]) -> tuple[float, Interval | None, float]:
+    compare = paired_difference if metric == "nll" else paired_rates
+    return (*compare(first, second), p_value(first, second))
 
 
 def _row(
-    task: str, length: int | None, model: str, metric: str, value: float, interval: Interval, prompts: int
+    task: str, length: int | None, model: str, metric: str, value: float, interval: Interval | None, prompts: int
 ) -> ResultRow:
     return {
         "model": model,
@@ -213,6 +266,6 @@ def _row(
         "length": length,
         "metric": metric,
         "value": value,
-        "ci95": list(interval),
+        "ci95": None if interval is None else list(interval),
         "prompts": prompts,
     }

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moacompress.core.files import fingerprint
 from moacompress.core.progress import Progress
-from moacompress.core.records import Entry, Records
+from moacompress.core.records import JsonLine, Records, named_numbers
 from moacompress.evaluation.baselines.compared_models import DENSE, ComparedModel, ComparedPlan
 from moacompress.evaluation.baselines.evictions import ComparedEviction, score_evictions
 from moacompress.evaluation.baselines.quantized_caches import text_steps
@@ -23,8 +23,10 @@ from moacompress.models.processes import agreed, check_alike, shared
 from moacompress.rules.plan import Plan
 from moacompress.runtime.checkpoint import Checkpoint
 
-SCORE_VERSION = 4
+SCORE_VERSION = 5
 """Part of every records key: raised when the same prompt would be scored in another way."""
+Entry = dict[str, Any]
+"""The numbers of a score by name, and of a prompt `answer`, what the model said."""
 
 
 class Scored(NamedTuple):
@@ -34,6 +36,21 @@ class Scored(NamedTuple):
     task: str
     length: int
     prompt: int
+
+
+def read_entry(line: JsonLine) -> dict[str, Entry]:
+    """Returns the score on a line, by its key.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is another kind of line, or a number is not finite.
+    """
+    said = {"answer": str(line["answer"])} if "answer" in line else {}
+    return {key: {**numbers, **said} for key, numbers in named_numbers(line).items()}
+
+
+def _line(key: str, entry: Entry) -> JsonLine:
+    numbers = {name: value for name, value in entry.items() if name != "answer"}
+    return {"key": key, "numbers": numbers, **({"answer": entry["answer"]} if "answer" in entry else {})}
 
 
 class Job(NamedTuple):
@@ -165,7 +182,7 @@ class Scorer:
         known = agreed({key: self.records.get(key) for key in keys if self.records.get(key) is not None})
         for key in sorted(known):
             if self.records.get(key) is None:
-                self.records.append({"key": key, "numbers": known[key]})
+                self.records.append(_line(key, known[key]))
         begun, left = set(known), []
         for number, job in enumerate(jobs):
             if begun.issuperset(job.keys):  # it is on disk, or another one that is left is as good
@@ -176,9 +193,9 @@ class Scorer:
 
         def file(number: int, entries: list[Entry]) -> None:
             job = jobs[number]
-            for key, numbers, scored in zip(job.keys, entries, job.scores, strict=True):
+            for key, entry, scored in zip(job.keys, entries, job.scores, strict=True):
                 if self.records.get(key) is None:
-                    self.records.append({"key": key, "numbers": numbers, **scored._asdict()})
+                    self.records.append({**_line(key, entry), **scored._asdict()})
             self._told(job)
 
         shared(left, score, file)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -71,9 +71,21 @@ class States:
     states: torch.Tensor
 
 
+class Window(NamedTuple):
+    """Tokens of a text.
+
+    Attributes:
+        document: number of the document in the evaluation pool.
+        ids: token ids.
+    """
+
+    document: int
+    ids: list[int]
+
+
 def text_windows(
     prose: Prose, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int = 0
-) -> list[list[int]]:
+) -> list[Window]:
     """Returns windows of text for evaluation; no two overlap, and a larger count begins with those of a smaller one.
 
     Documents come in random order and give one window each before one gives a second. A tokenizer's beginning-of-text
@@ -96,7 +108,7 @@ def text_windows(
     documents = prose.pools["evaluation"]
     order: list[int] = rng.permutation(len(documents)).tolist()
     cuts: dict[int, list[list[int]]] = {}
-    windows: list[list[int]] = []
+    windows: list[Window] = []
     turn = 0
     while len(windows) < count:
         before = len(windows)
@@ -105,7 +117,7 @@ def text_windows(
                 cut_rng = np.random.default_rng((seed, SPLITS.index("evaluation"), length, number))
                 ids = encode_text(tokenizer, " ".join(documents[number]), special=False)
                 cuts[number] = [[*begin, *cut] for cut in _cut(ids, length - len(begin), cut_rng)]
-            windows += cuts[number][turn : turn + 1]
+            windows += [Window(number, cut) for cut in cuts[number][turn : turn + 1]]
             if len(windows) == count:
                 return windows
         if len(windows) == before:

@@ -7,8 +7,9 @@ dense model's: `prompt` or `context` with `question`, and `answer`, a text or a 
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,21 +24,26 @@ from moacompress.calibration.data.data_rows import (
     rows_named,
     source_name,
 )
+from moacompress.calibration.data.held_out import held_out_rows
 from moacompress.core.errors import DataError, UsageError
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
 from moacompress.evaluation.tasks.prompt_request import PromptRequest
 from moacompress.evaluation.tasks.registry import GROUPS, EvaluationTask, known_tasks
-from moacompress.prompts.sentences import DOCUMENTS
+from moacompress.prompts.sentences import EVALUATION_DOCUMENTS
+from moacompress.recipe_sections import SourceRecipe
+
+logger = logging.getLogger(__name__)
 
 SENTENCE = 64
 """Tokens that an answer is given at least: models say in a sentence what a row says in a word."""
 
 
-def own_tasks(names: Iterable[str]) -> dict[str, EvaluationTask]:
+def own_tasks(names: Iterable[str], calibrated_on: Container[str] = ()) -> dict[str, EvaluationTask]:
     """Returns a task for each file or hub set, by its name: the file's without its ending.
 
     Args:
         names: files of rows, or hub ids.
+        calibrated_on: of these, by path or by the path's last part, only the rows are taken that calibration holds out.
 
     Raises:
         UsageError: neither a file nor a hub id; or a name that a task has, or two of them.
@@ -45,14 +51,38 @@ def own_tasks(names: Iterable[str]) -> dict[str, EvaluationTask]:
     """
     found: dict[str, EvaluationTask] = {}
     for name in names:
-        task = _own_task(name)
+        task = _own_task(name, name in calibrated_on or Path(name).name in calibrated_on)
         if task.name in (*found, *known_tasks(), *GROUPS, "text"):
             raise UsageError(f"{name} would be the task {task.name}, which there is already; rename it")
         found[task.name] = task
     return found
 
 
-def _own_task(place: str) -> EvaluationTask:
+def answered_sources(sources: Iterable[SourceRecipe]) -> list[str]:
+    """Returns the sources of a calibration whose rows have answers, so that those which are held out can be evaluated.
+
+    Of one without answers it is said that it is not.
+
+    Raises:
+        UsageError: one has the name of a task.
+        DataError: one has too few rows to hold some out.
+    """
+    found = []
+    for source in sources:
+        name = source.dataset or source.path
+        if name is None or row_kind(read_rows(source), source_name(source)) == "text":
+            continue
+        try:
+            own_tasks([name])
+        except DataError as error:
+            logger.warning("rows of %s that are held out are not evaluated: %s", source_name(source), error)
+            continue
+        own_tasks([name], (name,))
+        found.append(name)
+    return found
+
+
+def _own_task(place: str, held_out: bool) -> EvaluationTask:
     source = rows_named(place)
     if source is None:
         raise UsageError(
@@ -63,7 +93,8 @@ def _own_task(place: str) -> EvaluationTask:
     kind = row_kind(rows, where)
     if kind == "text":
         raise DataError(f"{where} is plain text, which has no answers; give it as --text, and the task text")
-    given = tuple(_draft(row, kind, where, index) for index, row in enumerate(rows))
+    taken = held_out_rows(rows, kind, where) if held_out else range(len(rows))
+    given = tuple(_draft(rows[index], kind, where, index) for index in taken)
     stem = place.rpartition("/")[2] if source.dataset is not None else Path(place).stem
     name = re.sub(r"[^\w.-]+", "-", stem)
 
@@ -72,7 +103,7 @@ def _own_task(place: str) -> EvaluationTask:
 
     return EvaluationTask(
         name,
-        f"the rows of {where}",
+        f"the rows of {where}" + (" that were held out" if held_out else ""),
         write,
         lambda: tuple((draft.system, draft.messages, draft.references) for draft in given),
         new_tokens=SENTENCE,
@@ -87,9 +118,9 @@ def _draft(row: DataRow, kind: RowKind, where: str, index: int) -> PromptDraft:
     references = _references(row, where, index)
     if kind == "question":
         question = field(row, "question", where, index)
-        user = DOCUMENTS.render([field(row, "context", where, index)], question)
-        draft = _answered((user,), DOCUMENTS.answer, references)
-        return replace(draft, question=DOCUMENTS.asks(question))
+        user = EVALUATION_DOCUMENTS.render([field(row, "context", where, index)], question)
+        draft = _answered((user,), EVALUATION_DOCUMENTS.answer, references)
+        return replace(draft, question=EVALUATION_DOCUMENTS.asks(question))
     return _answered((field(row, "prompt", where, index),), "", references)
 
 

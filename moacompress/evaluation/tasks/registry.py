@@ -1,6 +1,7 @@
 """The registry of evaluation tasks: their names, what they need, and the prompts they make.
 
-Prompts come from the pools that neither calibration nor validation draw from, and are the same whatever models run.
+Prompts come from the pools that neither calibration nor validation draw from, say other sentences than theirs, and are the
+same whatever models run.
 """
 
 from __future__ import annotations
@@ -27,17 +28,25 @@ from moacompress.evaluation.tasks.needles import Needles, make_needles
 from moacompress.evaluation.tasks.prompt_request import PromptRequest, Resources
 from moacompress.evaluation.tasks.second_question import make_second_question
 from moacompress.evaluation.tasks.tracking import TRACKING, make_tracking
-from moacompress.evaluation.tasks.unseen import code_completion, dialogue_fact, legal_codes, table_lookup, tool_call
+from moacompress.evaluation.tasks.unseen import (
+    code_completion,
+    code_question,
+    dialogue_fact,
+    legal_codes,
+    table_lookup,
+    tool_call,
+)
 from moacompress.evaluation.tasks.vocabulary import WORDS
-from moacompress.prompts.generators import ANSWER_ROOM, PAIRS, Values, make_prompt
-from moacompress.prompts.pools import ADJECTIVES, NOUNS, SPLITS
-from moacompress.prompts.sentences import DOCUMENTS, NEEDLES, NeedleSentences, wording_of
+from moacompress.prompts.generators import ANSWER_ROOM, EVALUATION_PAIRS, Values, make_prompt
+from moacompress.prompts.pools import EVALUATION_ADJECTIVES, NOUNS, SPLITS
+from moacompress.prompts.sentences import EVALUATION_DOCUMENTS, EVALUATION_NEEDLES, NeedleSentences, wording_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "GROUPS",
+    "KINDS",
     "TASKS",
     "EvaluationTask",
     "Resources",
@@ -56,6 +65,10 @@ _HOW = {
     "squad": "give a SQuAD file, such as dev-v2.0.json",
 }
 _WHAT = {"prose": "prose", "squad": "SQuAD's questions"}
+OWN, UNSEEN, CALIBRATED = "own rows", "unseen kinds", "calibrated kinds"
+KINDS = (OWN, UNSEEN, CALIBRATED)
+"""What prompts are to calibration, the one that a claim rests on first: rows of the user's own, kinds that no calibration has,
+and kinds that calibration's generators make too."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,7 @@ class EvaluationTask:
         match: how an answer is compared, see `Case`.
         needs: the user's text that the task needs, or None.
         ruler: one of RULER's, whose sentences an installed package ships.
+        calibrated: calibration has prompts of this kind, of other pools: needles, and pairs of keys and numbers.
         given: the prompts, where they are the user's own and no length is asked of them; None where they are written.
     """
 
@@ -83,6 +97,7 @@ class EvaluationTask:
     match: Match = "all"
     needs: Need | None = None
     ruler: bool = False
+    calibrated: bool = False
     given: tuple[PromptDraft, ...] | None = None
 
     @property
@@ -92,7 +107,12 @@ class EvaluationTask:
         Raises:
             UsageError: one of RULER's, and the package is not installed.
         """
-        return wording_of(self.sentences(), *((ADJECTIVES, NOUNS) if self.given is None else ()))
+        return wording_of(self.sentences(), *((EVALUATION_ADJECTIVES, NOUNS) if self.given is None else ()))
+
+    @property
+    def kind(self) -> str:
+        """Which of `KINDS` its prompts are."""
+        return CALIBRATED if self.calibrated else UNSEEN if self.given is None else OWN
 
     def lengths(self, asked: Iterable[int]) -> list[int]:
         """Returns the lengths at which it has prompts, of those asked for: those that are given are taken once."""
@@ -110,7 +130,7 @@ class EvaluationTask:
 def _calibrated(
     name: str, description: str, needs: Need | None = None, generator: str | None = None, values: Values = "numbers"
 ) -> EvaluationTask:
-    """Returns a task that calibration has too; here it draws from the evaluation pools."""
+    """Returns a task that calibration has too; here it draws from the evaluation pools and says it in other words."""
 
     def write(request: PromptRequest) -> PromptDraft:
         prompt = make_prompt(
@@ -124,7 +144,14 @@ def _calibrated(
         )
         return PromptDraft((prompt.user,), f"\n{prompt.prefix}", Answer.of(prompt.answer), (prompt.answer,))
 
-    return EvaluationTask(name, description, write, lambda: (NEEDLES, PAIRS), needs=needs)
+    return EvaluationTask(
+        name,
+        description,
+        write,
+        lambda: (EVALUATION_NEEDLES, EVALUATION_PAIRS),
+        needs=needs,
+        calibrated=True,
+    )
 
 
 def _worded(
@@ -150,7 +177,7 @@ def _needles(
     name: str,
     description: str,
     needles: Needles,
-    sentences: Callable[[], NeedleSentences] = lambda: NEEDLES,
+    sentences: Callable[[], NeedleSentences] = lambda: EVALUATION_NEEDLES,
     **options: Any,
 ) -> EvaluationTask:
     return _worded(
@@ -159,6 +186,7 @@ def _needles(
         lambda request, said: make_needles(request, needles, said),
         sentences,
         needs="prose" if needles.haystack == "prose" else None,
+        calibrated=True,
         **options,
     )
 
@@ -191,7 +219,7 @@ _OURS = (
         "document-question",
         "a SQuAD question among documents",
         make_question,
-        lambda: DOCUMENTS,
+        lambda: EVALUATION_DOCUMENTS,
         new_tokens=32,
         match="any-words",
         needs="squad",
@@ -209,7 +237,7 @@ _OURS = (
         "second-question",
         "a second needle asked for on a context already read",
         make_second_question,
-        lambda: NEEDLES,
+        lambda: EVALUATION_NEEDLES,
     ),
     EvaluationTask(
         "legal-codes",
@@ -234,6 +262,13 @@ _OURS = (
         "a default in a module of functions, one of which is begun again",
         code_completion.make_code_completion,
         lambda: code_completion.SENTENCES,
+    ),
+    EvaluationTask(
+        "code-question",
+        "a question on the source of Python's standard library",
+        code_question.make_code_question,
+        code_question.code_sentences,
+        match="any-words",
     ),
     EvaluationTask(
         "tool-call",
@@ -400,7 +435,10 @@ def make_cases(
     if known.given is None:
         return [_make_case(known, request(index), known.write(request(index))) for index in range(prompts)]
     fitting = (draft for draft in known.given if request(0).tokens(draft) <= length)
-    return [_make_case(known, request(0), draft) for draft in islice(fitting, prompts)]
+    found = [_make_case(known, request(0), draft) for draft in islice(fitting, prompts)]
+    if not found:
+        raise DataError(f"no row of {task} fits into {length:,} tokens, its answer included; give longer --lengths")
+    return found
 
 
 def rows_left_out(

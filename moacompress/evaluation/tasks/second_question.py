@@ -14,7 +14,7 @@ from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
 from moacompress.evaluation.tasks.needles import in_lines
 from moacompress.evaluation.tasks.prompt_request import PromptRequest
 from moacompress.prompts.pools import draw_keys, draw_numbers
-from moacompress.prompts.sentences import NEEDLES, NOISE
+from moacompress.prompts.sentences import EVALUATION_NEEDLES
 
 
 def make_second_question(request: PromptRequest) -> PromptDraft:
@@ -27,17 +27,17 @@ def make_second_question(request: PromptRequest) -> PromptDraft:
     keys, values = draw_keys(rng, "evaluation", 2), draw_numbers(rng, "evaluation", 2)
     depths = np.sort(rng.random(2))
     hidden = rng.permutation(2).tolist()
-    needles = [NEEDLES.hide("number", keys[index], values[index]) for index in hidden]
+    needles = [EVALUATION_NEEDLES.hide("number", keys[index], values[index]) for index in hidden]
 
     def write(count: int) -> PromptDraft:
-        return render(in_lines([" ".join(NOISE)] * count, needles, depths), keys, values)
+        return render(in_lines([" ".join(EVALUATION_NEEDLES.noise)] * count, needles, depths), keys, values)
 
     return request.fit(write, request.length)
 
 
 def render(context: str, keys: Sequence[str], values: Sequence[str]) -> PromptDraft:
     """Returns the conversation about a context; the first key's question is answered, the second's is asked."""
-    first, second = (NEEDLES.ask("number", [key], 1) for key in keys)
+    first, second = (EVALUATION_NEEDLES.ask("number", [key], 1) for key in keys)
     asked = f"{first.before}\n{context}\n{first.after}"
     messages = (asked, f"{first.answer} {values[0]}.", second.after)
     return PromptDraft(messages, f" {second.answer}", Answer.of(values[1]), (values[1],), second_turn=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moacompress.core.errors import ArtefactError, DataError
 from moacompress.core.files import read_json
-from moacompress.prompts.pools import SPLITS
+from moacompress.prompts.pools import split_articles
 from moacompress.prompts.squad import Paragraph, parse_articles
 
 
@@ -32,8 +32,8 @@ class Question:
 class Questions:
     """The answerable questions and the documents of a file's evaluation third, each document once.
 
-    Every third article is evaluation's, so that calibration with the same file never sees its documents; one that two
-    articles share belongs to the first.
+    Articles are dealt by the hash of their documents (`prompts.pools`), so that calibration with the same file, or with one
+    that has articles of it, never sees the documents of evaluation; one that two articles share belongs to the first.
     """
 
     questions: tuple[Question, ...]
@@ -44,31 +44,27 @@ class Questions:
         """Reads a SQuAD file.
 
         Raises:
-            DataError: unreadable, or not SQuAD, or without an answerable question in every third article.
+            DataError: unreadable, or not SQuAD, or without an answerable question in evaluation's articles.
         """
         try:
             data = read_json(Path(path), "SQuAD file")
         except ArtefactError as error:
             raise DataError(str(error)) from error
-        questions = _index(_evaluation_third(parse_articles(data, path)))
+        questions = _index(_of_evaluation(parse_articles(data, path), path))
         if not questions.questions:
             raise DataError(
-                f"{path} has no answerable question in every third article, which are evaluation's; give a file with more "
+                f"{path} has no answerable question in the third of its articles that is evaluation's; give a file with more "
                 "articles"
             )
         return questions
 
 
-def _evaluation_third(articles: list[list[Paragraph]]) -> list[list[Paragraph]]:
-    first: dict[str, int] = {}
-    for number, article in enumerate(articles):
-        for paragraph in article:
-            first.setdefault(paragraph.context.strip(), number)
-    ours = SPLITS.index("evaluation")
+def _of_evaluation(articles: list[list[Paragraph]], path: str | Path) -> list[list[Paragraph]]:
+    documents = ((paragraph.context, number) for number, article in enumerate(articles) for paragraph in article)
+    found = split_articles(documents, str(path))
     return [
-        [paragraph for paragraph in article if first[paragraph.context.strip()] == number]
+        [paragraph for paragraph in article if found[paragraph.context] == (number, "evaluation")]
         for number, article in enumerate(articles)
-        if number % len(SPLITS) == ours
     ]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
 from moacompress.evaluation.tasks.prompt_request import PromptRequest
-from moacompress.prompts.sentences import NOISE
+from moacompress.prompts.sentences import EVALUATION_NOISE
 
 HOPS = 4
 LETTERS, EXAMPLE_LETTERS = 5, 3
@@ -54,7 +54,7 @@ TRACKING = TrackingSentences(
     answer="\nThe {count} variables that end up with {value} are",
     first="Let {name} be {value}. ",
     then="Let {name} be {other}. ",
-    noise=" ".join(NOISE) + "\n",
+    noise=" ".join(EVALUATION_NOISE) + "\n",
 )
 
 

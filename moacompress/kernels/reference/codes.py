@@ -51,13 +51,25 @@ def encode(x: torch.Tensor, bits: int) -> Codes:
         bits: of a code, 1 to 8.
     """
     levels, y = (1 << bits) - 1, rotated(x)
-    # adding makes a minus zero a plus
-    low, high = (bound(-1, keepdim=True) + 0.0 for bound in (y.amin, y.amax))
-    wild = ~y.isfinite().all(-1, keepdim=True)
-    zero, scale = (stored(part.masked_fill(wild, torch.nan)) for part in (low, (high - low) / levels))
+    zero, scale = map(stored, _zero_and_scale(y, levels))
+    wild = scale.isnan()
     inverse = torch.where(scale == 0, 0, 1 / scale.float())
     codes = torch.round((y - zero.float()) * inverse).clamp(0, levels)
     return Codes(codes.masked_fill(wild, 0).to(torch.uint8), scale, zero)
+
+
+def is_clipped(x: torch.Tensor, bits: int) -> bool:
+    """Returns whether some finite vectors, `[..., dim]`, have a scale or a zero point beyond what float16 holds."""
+    parts = _zero_and_scale(rotated(x), (1 << bits) - 1)
+    return any(bool((part.abs() > LARGEST).any()) for part in parts)
+
+
+def _zero_and_scale(y: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns zero points and scales of rotated vectors, float32 `[..., 1]`; NaN for a vector that is not finite."""
+    # adding makes a minus zero a plus
+    low, high = (bound(-1, keepdim=True) + 0.0 for bound in (y.amin, y.amax))
+    wild = ~y.isfinite().all(-1, keepdim=True)
+    return low.masked_fill(wild, torch.nan), ((high - low) / levels).masked_fill(wild, torch.nan)
 
 
 def decode(kept: Codes) -> torch.Tensor:

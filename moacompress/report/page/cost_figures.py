@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from moacompress.core.artefact_names import BENCH_FILE
 from moacompress.core.tables import readable_bytes
-from moacompress.report.bench_tables import memory_rows
+from moacompress.report.bench_tables import gain_text, memory_rows
 from moacompress.report.page.figure_style import Picture, Trace, axis, lines
 from moacompress.report.page.findings import Finding, Findings, reading_file
 from moacompress.rules.budget import format_length
 from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 
 SIDES = {"plan": "this plan", "full_span": "all keys, the same kernels", "dense": "dense", "dense_best": "best dense"}
 ROLE_OF = {"plan": "plan", "full_span": "other-1", "dense": "dense", "dense_best": "uniform"}
@@ -19,26 +21,38 @@ MIB = 2**20
 
 
 def memory_picture(found: Findings) -> Picture:
-    """Returns the bytes of cache at many lengths, exact: they follow from the plan."""
+    """Returns the bytes of cache at many lengths, exact: they follow from the plan. All keys at 8 and 4 bits are beside."""
     plan = found.plan
     lengths = memory_lengths(found)
-    ours = [plan.kv_bytes(n) for n in lengths]
-    dense = [plan.model.dense_kv_bytes(n) for n in lengths]
+    kept = {
+        f"dense, {plan.model.dtype}": ("dense", Plan.full(plan.model)),
+        "all keys, 8 bits": ("other-1", _all_keys(plan, "int8")),
+        "all keys, 4 bits": ("other-2", _all_keys(plan, "int4")),
+        "this plan": ("plan", plan),
+    }
+    sizes = {name: [one.kv_bytes(n) for n in lengths] for name, (_, one) in kept.items()}
     traces = [
-        lines(role, name, lengths, [size / MIB for size in sizes], hovertemplate="%{x:,} tokens: %{y:.4g} MiB")
-        for role, name, sizes in (("dense", f"dense, {plan.model.dtype}", dense), ("plan", "this plan", ours))
+        lines(role, name, lengths, [size / MIB for size in sizes[name]], hovertemplate="%{x:,} tokens: %{y:.4g} MiB")
+        for name, (role, _) in kept.items()
     ]
+    ticks = [n for n in lengths if n & (n - 1) == 0 and n >= lengths[-1] // 8]
     layout = {
-        "xaxis": axis("tokens", type="log", **length_ticks(lengths)),
-        "yaxis": axis("MiB", type="log"),
+        "xaxis": axis("tokens", rangemode="tozero", **length_ticks(ticks)),
+        "yaxis": axis("MiB", rangemode="tozero"),
         "height": 340,
     }
+    whole, ours = next(iter(sizes.values())), sizes["this plan"]
     rows = [
-        (format_length(n), readable_bytes(whole), readable_bytes(size), f"{size / whole:.1%}")
-        for n, size, whole in zip(lengths, ours, dense, strict=True)
+        (format_length(n), *(readable_bytes(column[at]) for column in sizes.values()), f"{ours[at] / whole[at]:.1%}")
+        for at, n in enumerate(lengths)
     ]
-    note = "Batch 1, whole blocks of 16 tokens."
-    return Picture("memory", "KV cache", traces, layout, note, ("tokens", "dense", "this plan", "share"), rows)
+    note = "Batch 1, whole blocks of 16 tokens; the share is the plan's of dense."
+    return Picture("memory", "KV cache", traces, layout, note, ("tokens", *sizes, "share"), rows)
+
+
+def _all_keys(plan: Plan, name: str) -> Plan:
+    """Returns the plan that keeps everything in one format."""
+    return Plan.uniform(plan.model, replace(Rule.FULL, key_format=name, value_format=name))
 
 
 def memory_lengths(found: Findings) -> list[int]:
@@ -95,6 +109,8 @@ def latency_pictures(bench: Finding) -> list[Picture]:
             if phase == "decode" and (entry["batch"], entry["dtype"]) == (batch, dtype)
         )
         note = f"This plan is {note}." if note else ""
+        gain = gain_text(rows[-1]) if phase == "decode" else ""
+        note += f" At {format_length(lengths[-1])} tokens {gain}." if gain else ""
         found.append(Picture(f"{phase}-{batch}-{dtype}", title, traces, layout, note, columns, table))
     return found
 

@@ -80,6 +80,16 @@ class Findings:
     passed_over: list[str] = field(default_factory=list)
 
     @property
+    def warnings(self) -> list[str]:
+        """What a reader must know before any number, one sentence each."""
+        if self.evaluation is None or not self.evaluation["checkpoint"].get("other_weights"):
+            return []
+        return [
+            f"The weights that were evaluated are not those that the plan was made for: {EVALUATION_FILE} has the fingerprint "
+            f"{self.evaluation['checkpoint'].get('weights')}, the plan {self.plan.model.weights_fingerprint}."
+        ]
+
+    @property
     def reference(self) -> int:
         """The reference length, tokens."""
         asked = [Budget.parse(text) for text in self.plan.budget.get("asked", [])]

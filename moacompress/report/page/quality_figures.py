@@ -20,6 +20,8 @@ METRICS = {
 }
 """What is shown, in this order: title and axis."""
 SHARES = ("exact_match", "retention")
+SHOWN = 200
+"""Most characters of a sample's text."""
 FLOOR = " * Dense cannot do this itself, so nothing follows from it."
 
 
@@ -33,10 +35,14 @@ def quality_pictures(evaluation: Finding) -> list[Picture]:
     Raises:
         ArtefactError: it is of another form.
     """
-    pooled = (evaluation.get("pooled") or {}).get("results", ())
-    floor = {(row["task"], row["length"]) for row in evaluation.get("at_floor", ())}
+    pooled = evaluation["pooled"]["results"]
+    floor = evaluation.get("at_floor", ())
+    marks = dict.fromkeys(((row["task"], row["length"]) for row in floor), " *")
+    for row in evaluation.get("seen_in_calibration", ()):
+        place = row["task"], row["length"]
+        marks[place] = f"{marks.get(place, '')} †"
     rows = [
-        {**row, "task": f"{row['task']} *"} if (row["task"], row["length"]) in floor else row
+        {**row, "task": f"{row['task']}{marks[place]}"} if (place := (row["task"], row["length"])) in marks else row
         for row in (*pooled, *evaluation["results"])
     ]
     roles, names = roles_of(row["model"] for row in rows), side_names(row["model"] for row in rows)
@@ -129,22 +135,22 @@ def _bytes(row: Any) -> str:
 
 
 @reading_file(EVALUATION_FILE)
-def lost_text(evaluation: Finding) -> str | None:
-    """Returns one sentence on what was kept, from all prompts together; None where no task was measured.
+def answer_table(evaluation: Finding) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
+    """Returns columns and rows of sample answers: one that plan and dense answer differently well, one right, one wrong.
 
     Raises:
         ArtefactError: `eval.json` is of another form.
     """
-    pooled = (evaluation.get("pooled") or {}).get("results") or evaluation["results"]
-    found = {(row["model"], row["metric"]): row for row in pooled}
-    ours, dense = found.get(("plan", "exact_match")), found.get(("dense", "exact_match"))
-    if ours is None:
-        return None
-    low, high = ours["ci95"]
-    text = f"Of {ours['prompts']} prompts it answers {ours['value']:.0%} [{low:.0%}, {high:.0%}]"
-    names = side_names(model for model, _ in found)
-    others = [] if dense is None else [f"the dense model {dense['value']:.0%}"]
-    for (model, metric), row in found.items():
-        if metric == "exact_match" and model not in ("plan", "dense"):
-            others.append(f"{names[model]} {row['value']:.0%}")
-    return text + (", " + ", ".join(others[:3]) if others else "") + "."
+    chosen: dict[str, tuple[str, ...]] = {}
+    for row in evaluation["answers"]:
+        if "dense" in row:
+            differ = row["dense_match"] != row["plan_match"]
+            outcome = "differ" if differ else "right" if row["plan_match"] == 1.0 else "wrong"
+            task, texts = group_name(row), (row["question"], row["references"][0], row["dense"], row["plan"])
+            chosen.setdefault(outcome, (task, *map(_shortened, texts)))
+    rows = [chosen[outcome] for outcome in ("differ", "right", "wrong") if outcome in chosen]
+    return (("sample answers", "question", "reference", "dense", "this plan"), rows) if rows else None
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN else f"…{text[1 - SHOWN :]}"

@@ -20,12 +20,14 @@ from moacompress.core.tables import readable_types
 from moacompress.core.version import own_version
 from moacompress.exporter.card import WEIGHTS, repair_text
 from moacompress.recipe import shared_name
+from moacompress.report.evaluation_tables import overlap_note
+from moacompress.report.headline import SAID, headline, interval_text, kept_rows
 from moacompress.report.heal_tables import heal_sentence
 from moacompress.report.page.cost_figures import bytes_text, machine_text, memory_picture, speed_pictures
 from moacompress.report.page.figure_style import ROLES, Picture
 from moacompress.report.page.findings import EXPLANATIONS, Finding, Findings, reading_file
 from moacompress.report.page.head_figures import head_details, head_map, head_shades, most_worth
-from moacompress.report.page.quality_figures import SHARES, lost_text, quality_pictures
+from moacompress.report.page.quality_figures import answer_table, quality_pictures
 from moacompress.report.page.search_figures import (
     baselines_picture,
     front_picture,
@@ -38,8 +40,11 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.planned_weights import memory_lines, own_weights, plan_memory
 from moacompress.rules.step_time import step_lines
 from moacompress.rules.untrusted import reading_notes
+from moacompress.rules.worst_share import WorstShare
 
 ASSETS = "moacompress.report.page"
+REQUESTS = 10
+"""Dense requests, in whose memory so many more fit."""
 GENERATOR = '<meta name="generator" content="moacompress">'
 """In the head of every page, which is known by it."""
 CONFIG_NAME = "config.json"
@@ -80,7 +85,7 @@ def write_page(found: Findings, out: Path) -> dict[str, Any]:
         out: the file; an earlier page there is replaced.
 
     Returns:
-        `report`, its path; `sections` that it shows; `missing`, a list of `what` and `command`; `passed_over`.
+        `report`, its path; `sections` that it shows; `missing`, a list of `what` and `command`; `passed_over`; `warnings`.
 
     Raises:
         UsageError: plotly or jinja2 is not installed.
@@ -94,7 +99,8 @@ def write_page(found: Findings, out: Path) -> dict[str, Any]:
     write_text(out, page_html(found, sections))
     missing = [{"what": row.what, "command": row.command} for row in missing_parts(found)]
     shown = [section.name for section in sections if section.all_pictures or section.table]
-    return {"report": str(out), "sections": shown, "missing": missing, "passed_over": found.passed_over}
+    notes = {"passed_over": found.passed_over, "warnings": found.warnings}
+    return {"report": str(out), "sections": shown, "missing": missing, **notes}
 
 
 def page_html(found: Findings, sections: list[PageSection]) -> str:
@@ -119,12 +125,14 @@ def page_html(found: Findings, sections: list[PageSection]) -> str:
     return environment.get_template("page.html.j2").render(
         title=f"{found.model_name}, compressed",
         verdict=verdict(found),
+        about=about(found),
         tiles=tiles(found),
         sections=sections,
         missing=missing_parts(found, seen_from(found.folder)),
         provenance=provenance(found),
         recipe=json.dumps(found.plan.provenance.get("recipe"), indent=1, ensure_ascii=False),
         passed_over=found.passed_over,
+        warnings=found.warnings,
         made=f"moacompress {own_version()}, {date.today():%d %B %Y}",
         plotly=get_plotlyjs(),
         style=_asset("page.css"),
@@ -136,6 +144,16 @@ def page_html(found: Findings, sections: list[PageSection]) -> str:
 def embedded(data: Any) -> str:
     """Returns JSON that can stand in a script element: nothing in it ends one."""
     return json.dumps(finite_json(data), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+@reading_file(EVALUATION_FILE)
+def quality_text(evaluation: Finding) -> str:
+    """Returns what was kept of each kind of prompts, and what was not measured, in sentences.
+
+    Raises:
+        ArtefactError: `eval.json` is of another form.
+    """
+    return " ".join([*headline(evaluation), overlap_note(evaluation["results"])])
 
 
 def _asset(name: str) -> str:
@@ -161,8 +179,9 @@ def page_sections(found: Findings) -> list[PageSection]:
         PageSection(
             "quality",
             "What it still answers",
-            (lost_text(evaluation) or "") if evaluation is not None else "",
+            quality_text(evaluation) if evaluation is not None else "",
             tabs=quality_pictures(evaluation) if evaluation is not None else [],
+            table=answer_table(evaluation) if evaluation is not None else None,
         ),
         PageSection(
             "costs",
@@ -172,7 +191,7 @@ def page_sections(found: Findings) -> list[PageSection]:
         ),
         PageSection(
             "harm",
-            "What it loses, and whether that was foreseen",
+            "Quality loss: predicted vs measured",
             pictures=[*([baselines] if baselines else []), *predicted_pictures(found)],
         ),
         PageSection(
@@ -250,19 +269,58 @@ def missing_parts(found: Findings, place: Callable[[str], str] = str) -> list[Mi
 
 
 def verdict(found: Findings) -> str:
-    """Returns what the plan is, in one sentence."""
+    """Returns in one sentence what the plan saves at the reference length, and what that costs.
+
+    Raises:
+        ArtefactError: a file beside the plan is not of the form that it has.
+    """
     plan, n = found.plan, found.reference
-    dense, ours, share = bytes_text(plan, n)
+    dense, ours, _ = bytes_text(plan, n)
+    fit = REQUESTS * plan.model.dense_kv_bytes(n) // plan.kv_bytes(n)
+    return (
+        f"At {format_length(n)} tokens the KV cache of a request takes {ours} instead of {dense}, so that {fit} requests fit "
+        f"where {REQUESTS} did; {_quality_cost(found.evaluation)}, and {_first_token_cost(found.bench, n)}."
+    )
+
+
+@reading_file(EVALUATION_FILE)
+def _quality_cost(evaluation: Finding | None) -> str:
+    rows = [row for row in kept_rows(evaluation) if row.get("dense_right")] if evaluation is not None else []
+    if not rows:
+        return "what it still answers was not measured"
+    row = rows[0]
+    return (
+        f"of {row['dense_right']} prompts that the dense model answers it answers {row['kept']:.0%} ({interval_text(row)}; "
+        f"{SAID[row['kind']][0].lower()}{SAID[row['kind']][1:]}: {', '.join(row['tasks'])})"
+    )
+
+
+@reading_file(BENCH_FILE)
+def _first_token_cost(bench: Finding | None, n: int) -> str:
+    rows = [
+        row for row in (bench or {}).get("runs", ()) if row["phase"] == "prefill" and row["dense_ms"] and row["plan_ms"]
+    ]
+    if not rows:
+        return "what the first token costs was not measured"
+    row = min(rows, key=lambda row: (abs(row["length"] - n), row["batch"]))
+    times = row["plan_ms"] / row["dense_ms"]
+    where = f"{format_length(row['length'])} tokens, batch {row['batch']}"
+    return f"the first token takes {times:.2f} times as long as dense's ({where})"
+
+
+def about(found: Findings) -> str:
+    """Returns what the plan is made of."""
+    plan = found.plan
     asked = ", ".join(map(str, plan.budget.get("asked", []))) or "no budget in particular"
     parts = ["span and formats"] + (["tokens chosen by a gate"] if plan.selects else [])
     shared = sum(share is not None for share in plan.shares)
     also = f"; {shared} layers attend as an earlier one does" if shared else ""
-    return (
-        f"At {format_length(n)} tokens the KV cache takes {ours} instead of {dense}, {share} of it (asked for: {asked}). Each "
-        f"of {plan.model.layers} x {plan.model.kv_heads} KV heads has its own {' and '.join(parts)}{also}. It has "
-        f"{WEIGHTS[own_weights(plan)]}."
-        + "".join(
-            f" {line}" for line in (*step_lines(plan.budget.get("step_ms", {})), *memory_lines(plan_memory(plan)))
+    lines = (*step_lines(plan.budget.get("step_ms", {})), *memory_lines(plan_memory(plan)))
+    return " ".join(
+        (
+            f"Asked for: {asked}. Each of {plan.model.layers} x {plan.model.kv_heads} KV heads has its own "
+            f"{' and '.join(parts)}{also}. It has {WEIGHTS[own_weights(plan)]}.",
+            *lines,
         )
     )
 
@@ -277,26 +335,29 @@ def tiles(found: Findings) -> list[dict[str, str]]:
     plan, n = found.plan, found.reference
     dense, ours, share = bytes_text(plan, n)
     return [
-        {"value": share, "what": f"of the KV bytes at {format_length(n)} tokens", "beside": f"{ours} of {dense}"},
-        *_quality_tiles(found.evaluation or {}),
+        *_quality_tiles(found.evaluation),
+        {
+            "value": share,
+            "what": f"of the KV bytes at {format_length(n)} tokens",
+            "beside": f"{ours} of {dense}; {WorstShare.of(plan)}",
+        },
         *_speed_tiles(found.bench or {}),
         *_kl_tiles(plan),
     ]
 
 
 @reading_file(EVALUATION_FILE)
-def _quality_tiles(evaluation: Finding) -> list[dict[str, str]]:
-    shown, rows = list[dict[str, str]](), _pooled(evaluation)
-    for metric in reversed(SHARES):
-        mine, theirs = rows.get(("plan", metric)), rows.get(("dense", metric))
-        if mine is None or (metric == "exact_match" and shown):
-            continue
-        low, high = mine["ci95"]
-        what = "kept of what dense gets right" if metric == "retention" else "exact match"
-        beside = f"[{low:.1%}, {high:.1%}], {mine['prompts']} prompts"
-        if metric == "exact_match" and theirs is not None:
-            beside += f"; dense {theirs['value']:.1%}"
-        shown.append({"value": f"{mine['value']:.1%}", "what": what, "beside": beside})
+def _quality_tiles(evaluation: Finding | None) -> list[dict[str, str]]:
+    shown = []
+    for row in kept_rows(evaluation) if evaluation is not None else ():
+        what = f"{SAID[row['kind']]}: kept of what dense gets right"
+        if row.get("dense_right"):
+            beside = (
+                f"{interval_text(row)}, n = {row['dense_right']} of {row['prompts']} prompts: {', '.join(row['tasks'])}"
+            )
+            shown.append({"value": f"{row['kept']:.0%}", "what": what, "beside": beside})
+        elif "dense_right" in row:
+            shown.append({"value": "-", "what": what, "beside": f"dense answers none of {row['prompts']} prompts"})
     return shown
 
 
@@ -308,6 +369,8 @@ def _speed_tiles(bench: Finding) -> list[dict[str, str]]:
     row = max(steps, key=lambda row: (row["length"], row["batch"]))
     where = f"a decode step of dense at {format_length(row['length'])} tokens, batch {row['batch']}"
     beside = f"{row['plan_ms']:.3g} ms for {row['dense_ms']:.3g} ms"
+    if row["full_span_ms"] is not None:
+        beside += f"; the same kernels with all keys {row['full_span_ms']:.3g} ms"
     return [{"value": f"{row['speedup']['dense']['value']:.2f} x", "what": f"as fast as {where}", "beside": beside}]
 
 
@@ -322,16 +385,6 @@ def _kl_tiles(plan: Plan) -> list[dict[str, str]]:
         beside = "the search was stopped before it was measured"
         return [{"value": "not measured", "what": "KL of the plan", "beside": beside}]
     return []
-
-
-def _pooled(evaluation: Finding) -> dict[tuple[str, str], Any]:
-    results = (evaluation.get("pooled") or {}).get("results") or ()
-    if not results:
-        groups = {
-            (row["task"], row["length"]) for row in evaluation.get("results", ()) if row["metric"] == "exact_match"
-        }
-        results = evaluation.get("results", ()) if len(groups) == 1 else ()
-    return {(row["model"], row["metric"]): row for row in results}
 
 
 @reading_notes("where it comes from")

@@ -9,12 +9,11 @@ from moacompress.core.artefact_names import AUDIT_FILE
 from moacompress.core.tables import readable_number
 from moacompress.report.page.figure_style import OTHERS, ROLES, Picture, Trace, axis, dots, lines
 from moacompress.report.page.findings import EXPLANATIONS, FRONTS, Finding, Findings, reading_file
-from moacompress.report.search_tables import trial_remark
-from moacompress.report.summary_tables import MOA_NOTE, NAMES
+from moacompress.report.search_tables import MOA_NOTE, NAMES, trial_remark
 from moacompress.rules.untrusted import reading_notes
-from moacompress.search.measure.trials import CAUTION
+from moacompress.search.measure.kl_difference import CAUTION
 
-KL = "KL to dense, nats a token"
+KL = "KL to dense, nats per token"
 
 
 def baselines_picture(found: Findings) -> Picture | None:
@@ -52,17 +51,17 @@ def _baselines(kl: dict[str, float | None], samples: int | None) -> Picture | No
         "hovertemplate": "%{y}: %{x:.4g} nats<extra></extra>",
     }
     layout = {
-        "xaxis": axis(KL, type="log", exponentformat="power"),
+        "xaxis": axis(KL, rangemode="tozero"),
         "yaxis": axis("", type="category"),
         "height": 130 + 26 * len(found),
         "showlegend": False,
     }
-    note = "Each kind at its best sink, window and formats" + (
+    note = "Each baseline at its best sink, window and formats" + (
         f", on {samples} validation samples." if samples else "."
     )
     note += f" {MOA_NOTE}" if NAMES["moa"] in names else ""
     rows = [(name, readable_number(value)) for value, name in zip(values, names, strict=True)]
-    return Picture("baselines", "KL at the same bytes", [trace], layout, note, ("plan", "nats a token"), rows)
+    return Picture("baselines", "KL at the same bytes", [trace], layout, note, ("plan", "nats per token"), rows)
 
 
 def predicted_pictures(found: Findings) -> list[Picture]:
@@ -87,7 +86,7 @@ def _audit(audit: Finding) -> Picture:
         ),
         ("whole plans", [(point["calibrated"].get(name), point["measured"]) for point in audit["plans"]]),
     ]
-    note = f"{audit['samples']} held-out samples; the estimator is {name}. On the line, KL is what was predicted."
+    note = f"{audit['samples']} held-out samples, estimator {name}. On the line, predicted and measured KL are equal."
     return _scatter("audit", "Predicted and measured KL: the audit", groups, note)
 
 
@@ -118,8 +117,8 @@ def _scatter(name: str, title: str, groups: Any, note: str) -> Picture:
             lines("faint", "equal", line, line, mode="lines", line={"dash": "dot", "width": 1}, hoverinfo="skip")
         )
     layout = {
-        "xaxis": axis("predicted, nats a token", type="log", exponentformat="power"),
-        "yaxis": axis("measured, nats a token", type="log", exponentformat="power"),
+        "xaxis": axis("predicted, nats per token", type="log", exponentformat="none"),
+        "yaxis": axis("measured, nats per token", type="log", exponentformat="none"),
         "height": 380,
     }
     return Picture(name, title, traces, layout, note, ("of", "predicted", "measured"), rows)
@@ -141,22 +140,17 @@ def history_picture(explanation: Finding) -> Picture | None:
         best.append(low)
     numbers = [row["trial"] for row in trials]
     ended = [row for row in trials if not row["pruned"]]
-    given_up = [row for row in trials if row["pruned"]]
+    pruned = [row for row in trials if row["pruned"]]
     traces = [
-        dots("plan", "measured to the end", [row["trial"] for row in ended], [row["harm"] for row in ended]),
-        dots(
-            "uniform",
-            "given up half-way",
-            [row["trial"] for row in given_up],
-            [row["harm"] for row in given_up],
-        ),
+        dots("plan", "measured on all samples", [row["trial"] for row in ended], [row["harm"] for row in ended]),
+        dots("uniform", "pruned", [row["trial"] for row in pruned], [row["harm"] for row in pruned]),
         lines("faint", "best so far", numbers, best, mode="lines", line={"shape": "hv"}),
     ]
-    layout = {"xaxis": axis("trial"), "yaxis": axis(KL, type="log"), "height": 320}
+    layout = {"xaxis": axis("trial"), "yaxis": axis(KL, rangemode="tozero"), "height": 320}
     rows = [(str(row["trial"]), readable_number(row["harm"]), trial_remark(row)) for row in trials]
     note = (
-        "What was given up half-way was measured on fewer samples. A trial of lower KL than trial 0 is kept only where its "
-        f"gain, sample by sample, is above {CAUTION:g} standard errors: the best of many noisy numbers is usually less good."
+        "Pruned trials saw fewer samples. A trial replaces trial 0 only if its gain in mean KL, paired by sample, exceeds "
+        f"{CAUTION:g} standard errors."
     )
     return Picture(
         "history",
@@ -164,7 +158,7 @@ def history_picture(explanation: Finding) -> Picture | None:
         [t for t in traces if t["x"]],
         layout,
         note,
-        ("trial", "nats a token", ""),
+        ("trial", "nats per token", ""),
         rows,
     )
 
@@ -183,11 +177,11 @@ def front_picture(front: Finding) -> Picture | None:
     x, y = zip(*points, strict=True)
     layout = {
         "xaxis": axis("% of the dense KV bytes"),
-        "yaxis": axis(KL, type="log"),
+        "yaxis": axis(KL, rangemode="tozero"),
         "height": 320,
         "showlegend": False,
     }
     rows = [(f"{share:.1f}%", readable_number(kl)) for share, kl in points]
     return Picture(
-        "front", "KL against bytes", [lines("plan", "plans", x, y)], layout, "", ("bytes", "nats a token"), rows
+        "front", "KL against bytes", [lines("plan", "plans", x, y)], layout, "", ("bytes", "nats per token"), rows
     )

@@ -8,13 +8,14 @@ from typing import Any
 from moacompress.core.artefact_names import MODEL_FOLDER
 from moacompress.core.errors import UsageError, one_line
 from moacompress.core.files import write_bytes, write_text
+from moacompress.exporter.card import CARD
 from moacompress.report.page.figure_style import Picture
 from moacompress.report.page.findings import Findings
 from moacompress.report.page.report_page import page_sections
 
 WIDTH, SCALE = 900, 2
-CARD, PICTURES, HEADING = "README.md", "pictures", "## Pictures"
-"""A checkpoint's card, the folder of its pictures, and the heading above them, which ends the card."""
+PICTURES, HEADING = "pictures", "## Pictures"
+"""The folder of a card's pictures, and the heading above them, which ends the card."""
 NEEDS = (
     'PNG files need kaleido and a Chrome or Chromium ({}); pip install "moacompress[report]", and install a browser with '
     "`plotly_get_chrome` or your system's packages"

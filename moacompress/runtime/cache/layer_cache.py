@@ -22,7 +22,7 @@ from moacompress.runtime.cache.commit import commit
 from moacompress.runtime.cache.fork import fork, pack, unpack
 from moacompress.runtime.cache.join import join
 from moacompress.runtime.cache.layer_blocks import LayerBlocks
-from moacompress.runtime.cache.pool import Pool, SharedFormats
+from moacompress.runtime.cache.pool import Pool, SharedFormats, reserved
 from moacompress.runtime.cache.real_tokens import Chunk
 from moacompress.runtime.cache.ring import Ring, ring_for
 from moacompress.runtime.cache.roll_back import check_roll_back, roll_back
@@ -144,7 +144,7 @@ class PlanCacheLayer(CacheLayer):
 
     Args:
         rules: of the KV heads, in numpy.
-        reserve: tokens of a row for which memory is taken at once, or None.
+        reserve: tokens of a row that there may be in the end, or None; see `pool.reserved`.
         shared_values: formats of the values beside each KV head's own.
 
     Single tokens may go into rings of its blocks (`ring`), where the device counts them: what is held is known again once
@@ -168,6 +168,11 @@ class PlanCacheLayer(CacheLayer):
         self.lengths_before: Ints = np.zeros(0, np.int64)
         self.stepping = False
         self.is_initialized = False
+
+    @property
+    def is_full(self) -> bool:
+        """Whether rings, in which its tokens are, have no place for more."""
+        return self._ring is not None and self._ring.is_full
 
     @property
     def held(self) -> LayerBlocks | None:
@@ -402,7 +407,8 @@ class PlanCacheLayer(CacheLayer):
             schedule: what becomes of the selected tokens in it, where that is known already.
         """
         assert self._pending is not None
-        to_come = (self.reserve or 0) - self.columns - chunk.columns
+        there = self.columns + chunk.columns
+        to_come = reserved(self.reserve, there) - there
         held = self.blocks_held()
         if self.record_past and scores is not None:
             self._commit_in_parts(held, chunk, scores)

@@ -31,7 +31,8 @@ class PlanCache(Cache):
 
     Args:
         plan: the plan of the model that will use it.
-        reserve: tokens of a row, padding included, for which memory is taken at once; more is taken as it is needed.
+        reserve: tokens of a row, padding included, that there may be in the end; memory for them is taken at once, for
+            `pool.AT_ONCE` to come at most, and more as it is needed.
 
     Attributes:
         plan_key: what the plan does; see `Plan.key`.
@@ -129,6 +130,11 @@ class PlanCache(Cache):
     def trusts(self, positions: Any) -> bool:
         """Whether position ids are taken as they are; see `trust_positions`."""
         return positions is not None and positions is self._trusted
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a step that the device makes by itself would not go into the rings any more."""
+        return any(layer.is_full for layer in self.layers if isinstance(layer, PlanCacheLayer))
 
     def count_steps(self, steps: int) -> None:
         """Takes note of steps of one real token a row that the device has made by itself, into rings, since the last one.

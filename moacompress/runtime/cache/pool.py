@@ -25,10 +25,22 @@ Ids: TypeAlias = npt.NDArray[np.int32]
 
 SharedFormats: TypeAlias = tuple[tuple[int, ...], ...]
 """Of each KV head the formats of the values that layers which share its keys keep beside its own; empty where none does."""
+AT_ONCE = 8192
+"""Tokens of a row to come for which memory is taken before they come, at most: few answers are longer, whatever was allowed."""
 SLACK = 8
 """A pool that must grow beyond what was reserved grows by at least 1/8, so that it is not done at every block."""
 LEAST_GROWTH = 4
 """Smallest growth of a pool, blocks."""
+
+
+def reserved(reserve: int | None, there: int) -> int:
+    """Returns for how many tokens of a row memory is taken at once.
+
+    Args:
+        reserve: tokens that there may be in the end, or None.
+        there: tokens that there are.
+    """
+    return min(reserve or 0, there + AT_ONCE)
 
 
 class Table:

@@ -19,7 +19,7 @@ from moacompress.kernels.bound import BoundReuse, BoundRing
 from moacompress.rules.windows import BLOCK, whole_blocks
 from moacompress.runtime.cache.block_runs import BEGIN, END, kept_runs
 from moacompress.runtime.cache.layer_blocks import LayerBlocks
-from moacompress.runtime.cache.pool import Ids
+from moacompress.runtime.cache.pool import Ids, reserved
 
 AHEAD = 256
 """Tokens that rings are made for at least, beyond those that there are."""
@@ -257,7 +257,7 @@ def ring_for(held: LayerBlocks, reserve: int | None, lag: int, backend: Backend,
 
     Args:
         held: the layer's blocks.
-        reserve: tokens of a row for which memory is taken at once, or None.
+        reserve: tokens of a row that there may be in the end, or None.
         lag: tokens that can be rolled back.
         backend: that makes the steps.
         copies: whether blocks that are shared, and would be written over, are copied once.
@@ -265,7 +265,8 @@ def ring_for(held: LayerBlocks, reserve: int | None, lag: int, backend: Backend,
     Returns:
         None where such blocks are not to be copied, or blocks lie as they do in no ring.
     """
-    until = max(reserve or 0, int(held.lengths.max(initial=0)) + AHEAD)
+    longest = int(held.lengths.max(initial=0))
+    until = max(reserved(reserve, longest), longest + AHEAD)
     with held.pool.lock:
         sizes = ring_sizes(held, until, lag)
         if sizes is None or not _own_what_is_written(held, until, sizes, copies):

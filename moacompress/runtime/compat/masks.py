@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AttentionMaskInterface
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.runtime.compat.mask_functions import CAUSAL_MASK, image_blocks, is_stock_mask
@@ -49,8 +48,3 @@ def plan_mask(
     if attention_mask is None or q_length is None:
         return None
     return attention_mask[:, attention_mask.shape[1] - q_length :].bool()
-
-
-def register(name: str) -> None:
-    """Makes the mask function known to transformers under the attention's name."""
-    AttentionMaskInterface.register(name, plan_mask)

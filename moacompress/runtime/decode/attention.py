@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
+from transformers import masking_utils, modeling_utils
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import Scores
@@ -13,6 +13,8 @@ from moacompress.kernels.backend import prefill_alone
 from moacompress.kernels.dispatch import backend_for
 from moacompress.runtime import autocast
 from moacompress.runtime.cache.plan_cache import PlanCache
+from moacompress.runtime.clipped import warn_of_clipped
+from moacompress.runtime.compat.masks import plan_mask
 from moacompress.runtime.decode.context import CONTEXT, NAME, LayerCall, LayerContext
 from moacompress.runtime.decode.routes import straight_through, take
 from moacompress.runtime.decode.step_requests import AttendRequest
@@ -94,6 +96,7 @@ def _attended(
     context, cache, *of_gates = call
     tensors = (query, key, value, attention_mask)
     if not torch.compiler.is_compiling():
+        warn_of_clipped(context, key, value)
         return take(AttendRequest(context, cache, *tensors, scores, *of_gates))
     if not (torch.is_grad_enabled() and query.requires_grad) and call.trained_scores is None:
         handle = None if cache is None else cache.handle
@@ -149,5 +152,6 @@ def _refuse(
 
 
 def register() -> None:
-    """Makes the attention known to transformers."""
-    AttentionInterface.register(NAME, attention_forward)
+    """Makes the attention known to transformers, and again to a module of it that was reloaded."""
+    modeling_utils.AttentionInterface.register(NAME, attention_forward)
+    masking_utils.AttentionMaskInterface.register(NAME, plan_mask)

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from moacompress.core.errors import MoaCompressError, PlanError, UnsupportedError
 from moacompress.kernels.dispatch import check_formats
 from moacompress.models.block_layers import weight_types
-from moacompress.models.modules import attention_modules, check_supported, check_unwrapped
+from moacompress.models.modules import attention_modules, check_supported, check_unwrapped, is_pretrained
 from moacompress.models.placement import layer_devices
 from moacompress.models.shape import config_shape
 from moacompress.models.tensor_parallel import own_heads
@@ -22,6 +22,7 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.share import reuse_layers_of
 from moacompress.runtime.cache.kept_prefixes import KeptPrefixes
 from moacompress.runtime.compat.untested import check_installed
+from moacompress.runtime.decode import attention
 from moacompress.runtime.decode.all_layers import Stack
 from moacompress.runtime.decode.context import NAME, AttentionHook, LayerContext
 from moacompress.runtime.decode.fused import are_fused, fuse, read_layers, unfuse
@@ -220,6 +221,7 @@ def _put(
     dropped: list[Dropped] | None,
     limit: int | None,
 ) -> None:
+    attention.register()  # transformers may have been reloaded
     decoder = model.get_decoder() or model.base_model
     for part in model.modules():
         fuse(part)
@@ -280,7 +282,7 @@ def _configs_around(model: PreTrainedModel, decoder: torch.nn.Module) -> list[An
     Other parts, such as a tower that reads images, attend as they did.
     """
     inside = {id(module) for module in decoder.modules()}
-    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    parts = [module for module in model.modules() if is_pretrained(module)]
     around = [part for part in parts if id(part) in inside or any(module is decoder for module in part.modules())]
     return [*{id(part.config): part.config for part in around}.values()]
 

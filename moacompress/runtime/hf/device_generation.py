@@ -16,6 +16,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.runtime.cache.plan_cache import PlanCache
+from moacompress.runtime.cache.pool import reserved
 from moacompress.runtime.compat.alternates import cache_argument
 from moacompress.runtime.decode.routes import RingStep
 from moacompress.runtime.hf.attaching import own_plan
@@ -88,7 +89,7 @@ class DeviceSteps:
 
     Attributes:
         cache: see above.
-        tokens: new tokens, int64 `[rows, tokens]`; written to by steps.
+        tokens: new tokens, int64 `[rows, any]`; written to by steps.
         ended: which rows have ended, bool `[rows]`; likewise.
     """
 
@@ -107,7 +108,8 @@ class DeviceSteps:
         rows, device = len(first), first.device
         self._ends, self._pad = ends, torch.full((rows,), pad, dtype=torch.int64, device=device)
         self.ended = torch.isin(first, ends)
-        self.tokens = self._pad[:, None].repeat(1, tokens)
+        self._most, self._made = tokens, 1
+        self.tokens = self._pad[:, None].repeat(1, reserved(tokens, 0))
         self.tokens[:, 0] = first
         self._token, self._positions = first[:, None].clone(), positions[:, None].clone()
         self._at = torch.ones(1, dtype=torch.int64, device=device)
@@ -134,7 +136,17 @@ class DeviceSteps:
         self._at.add_(1)
 
     def advance(self) -> None:
-        """Makes a step, by the graph once there is one, which is captured after one that went into rings."""
+        """Makes a step, by the graph once there is one, which is captured after one that went into rings.
+
+        Where tokens or rings have no place for more they get it, and the next graph is of those.
+        """
+        full = self._made == self.tokens.shape[1]
+        if full:
+            more = reserved(self._most, self._made) - self._made
+            self.tokens = torch.cat((self.tokens, self._pad[:, None].repeat(1, more)), 1)
+        if full or (self._graph is not None and self.cache.is_full):
+            self._graph, self._warm = None, False
+        self._made += 1
         if self._graph is not None:
             self._graph.replay()
             self.cache.count_steps(1)

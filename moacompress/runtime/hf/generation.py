@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from transformers.generation.configuration_utils import GenerationMode
 
 from moacompress.core.errors import MoaCompressError, UnsupportedError
+from moacompress.models.block_layers import check_no_blocks
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.compat import private_names
 from moacompress.runtime.compat.alternates import CACHE
@@ -86,8 +88,25 @@ def _refuse_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> None:
     )
 
 
+def _train(self: Any, requires_grad: bool = True) -> Any:
+    """Is `requires_grad_` of a model some of whose weights may be in blocks."""
+    if requires_grad:
+        check_no_blocks(self, "get gradients")
+    return type(self).requires_grad_(self, requires_grad)
+
+
+def _resize(self: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+    """Is `resize_token_embeddings` of a model whose embedding or output layer may be in blocks."""
+    for end in (self.get_input_embeddings(), self.get_output_embeddings()):
+        if isinstance(end, torch.nn.Module):
+            check_no_blocks(end, f"be given rows for {new_num_tokens} tokens (resize_token_embeddings)")
+    return type(self).resize_token_embeddings(self, new_num_tokens, *args, **kwargs)
+
+
 OVERRIDES: dict[str, Callable[..., Any]] = {
     private_names.PREPARE_CACHE: _prepare_cache,
+    "requires_grad_": _train,
+    "resize_token_embeddings": _resize,
     "set_attn_implementation": _refuse_other_attention,
     "generate_batch": _refuse_continuous_batching,
     "init_continuous_batching": _refuse_continuous_batching,

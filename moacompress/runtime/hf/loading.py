@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
@@ -25,8 +25,8 @@ from moacompress.models.block_layers import block_weights, put_block_layers, set
 from moacompress.models.modules import check_supported, needed_weights
 from moacompress.models.shape import config_shape
 from moacompress.models.support import quantization_method
-from moacompress.models.weight_files import check_weights
-from moacompress.runtime.compat import alternates, masks, private_names
+from moacompress.models.weight_files import check_beside, check_weights
+from moacompress.runtime.compat import alternates, private_names
 from moacompress.runtime.compat.http_errors import refusal
 from moacompress.runtime.compat.untested import check_installed
 from moacompress.runtime.decode import attention
@@ -67,6 +67,7 @@ class MoaCompressQuantizer(HfQuantizer):
                 f"attn_implementation={wanted!r} would ignore the plan; leave it out, or use moacompress.detach(model) after "
                 "loading to get the dense model"
             )
+        register()  # transformers may have been reloaded
         for part in (config, config.get_text_config(decoder=True)):
             setattr(part, private_names.IMPLEMENTATION, NAME)
         plan = self.quantization_config.plan
@@ -82,6 +83,8 @@ class MoaCompressQuantizer(HfQuantizer):
         put_block_layers(model, _types_here(model, self.quantization_config.weights))
         install(model, self.quantization_config.plan)
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
+        for folder in sorted({*map(Path, filter(None, [model.name_or_path])), *(file.parent for file in files)}):
+            check_beside(folder)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         check_weights(files, shapes, block_weights(model))
 
@@ -141,7 +144,8 @@ def _guard_from_config() -> None:
     a model's own, end in one class method, which is wrapped. For any other config the wrapper hands on at once. It is put on
     once: a wrapper of an earlier import of this module goes.
     """
-    own: Any = vars(PreTrainedModel)[private_names.FROM_CONFIG].__func__
+    base: Any = modeling_utils.PreTrainedModel
+    own: Any = vars(base)[private_names.FROM_CONFIG].__func__
     code = getattr(own, "__code__", None)
     if code is not None and code.co_filename == _guard_from_config.__code__.co_filename:
         own = own.__wrapped__
@@ -155,7 +159,7 @@ def _guard_from_config() -> None:
             )
         return own(cls, config, **kwargs)
 
-    setattr(PreTrainedModel, private_names.FROM_CONFIG, classmethod(guarded))  # type: ignore[arg-type]
+    setattr(base, private_names.FROM_CONFIG, classmethod(guarded))  # type: ignore[arg-type]
 
 
 def _is_being_loaded(config: Any) -> bool:
@@ -164,7 +168,7 @@ def _is_being_loaded(config: Any) -> bool:
 
 
 def register() -> None:
-    """Makes the quantizer and its config known to transformers; what it knows already stays, so it may be called often."""
+    """Makes all of this known to transformers; what it knows already stays, so it may be called often."""
     configs, quantizers = (
         private_names.take(private_names.QUANTIZATION_CONFIGS),
         private_names.take(private_names.QUANTIZERS),
@@ -177,9 +181,8 @@ def register() -> None:
         if mapping.get(METHOD) is not ours:
             mapping.pop(METHOD, None)  # of an earlier import of this module: transformers refuses a second one
             registering(METHOD)(ours)
+    attention.register()
+    _guard_from_config()
 
 
 register()
-attention.register()
-masks.register(NAME)
-_guard_from_config()

@@ -51,7 +51,7 @@ def first(context: SearchContext) -> Incumbent:
     plan = context.start().plan
     kls = context.evaluator.kls("test", plan, context.evaluator.order)
     context.tried = [Tried(0, plan.key(), pack(plan), kls, 0.0, False, True, context.request.parameters.neutral)]
-    return Incumbent(plan, kls, 0.0, "trial 0")
+    return Incumbent(plan, kls, "trial 0")
 
 
 def fits(plan: Plan, context: SearchContext) -> bool:
@@ -85,7 +85,7 @@ def test_a_round_runs_alone(context: SearchContext) -> None:
     incumbent = first(context)
     assert incumbent.form is None
     found = make_rounds(incumbent, context)
-    assert found.value < incumbent.value  # around the plan the stand-in knows the truth
+    assert found.kl < incumbent.kl  # around the plan the stand-in knows the truth
     assert found.form is not None
     assert fits(found.plan, context)
     assert found.kls == context.evaluator.known("improved", found.plan)
@@ -95,7 +95,7 @@ def test_a_round_runs_alone(context: SearchContext) -> None:
 def test_moves_run_alone(context: SearchContext) -> None:
     incumbent = first(context)
     found = make_moves(incumbent, context)
-    assert found.value <= incumbent.value
+    assert found.kl <= incumbent.kl
     assert fits(found.plan, context)
     assert set(names(context)) == {"moves"}
 
@@ -106,7 +106,7 @@ def test_moves_follow_the_form_of_a_round(context: SearchContext) -> None:
     backwards = replace(incumbent, form=replace(incumbent.form, linear=-incumbent.form.linear))
     assert np.array_equal(context.changes(backwards), -context.changes(incumbent))
     found = make_moves(incumbent, context)
-    assert found.value <= incumbent.value
+    assert found.kl <= incumbent.kl
     assert found.form is incumbent.form
 
 

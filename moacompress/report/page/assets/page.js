@@ -80,12 +80,14 @@
         layout: {
           height: 300, showlegend: true,
           xaxis: { title: { text: `tokens kept at ${heads.at}` }, automargin: true, rangemode: "tozero" },
-          yaxis: { title: { text: "predicted harm, nats" }, type: "log", automargin: true, exponentformat: "power" },
+          yaxis: { title: { text: "predicted harm, nats" }, type: "log", automargin: true, exponentformat: "none" },
         },
       });
     }
     if (heads.distance) {
-      const sinks = heads.sinks.tokens.map((tokens, i) => `first ${tokens}: ${(100 * heads.sinks.share[layer][head][i]).toFixed(0)}%`);
+      const [first] = heads.sinks.share[layer][head];
+      document.getElementById("distance-note").textContent =
+        `Bars add up to all of its attention; ${(100 * first).toFixed(0)}% of it goes to the first ${heads.sinks.tokens[0]} tokens, at whatever distance.`;
       draw(document.getElementById("distance"), {
         data: [{
           type: "bar", x: heads.distance.labels, y: heads.distance.share[layer][head], meta: { role: "plan" },
@@ -93,7 +95,7 @@
         }],
         layout: {
           height: 300, showlegend: false,
-          xaxis: { title: { text: `tokens back (${sinks.join(", ")})` }, type: "category", automargin: true },
+          xaxis: { title: { text: "tokens back" }, type: "category", automargin: true },
           yaxis: { title: { text: "share of its attention" }, automargin: true, tickformat: ".0%" },
         },
       });

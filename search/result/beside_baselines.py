@@ -1,0 +1,97 @@
+"""Whether the plan that was found is better than what needs no search, and which of the two is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule_classes import classes_of
+from moacompress.search.baselines.measured import MeasuredBaseline
+from moacompress.search.measure.kl_difference import KlDifference
+from moacompress.search.search_context import Incumbent
+
+SMALLER = 0.99
+"""Share of the found plan's bytes below which a baseline counts as smaller: of one budget all take nearly the same."""
+
+
+@dataclass(frozen=True)
+class BesideBaseline:
+    """The plan that was found, and the baseline of lowest mean KL among those that may be saved, or else among all.
+
+    Attributes:
+        family: of the baseline.
+        baseline: its plan, measured.
+        found: the best plan of the search.
+        difference: the found plan's KL less the baseline's.
+        bytes_share: KV bytes of the baseline as a share of the found plan's.
+        allowed: whether it may be saved: it has no more classes of KV heads than were asked for.
+    """
+
+    family: str
+    baseline: MeasuredBaseline
+    found: Incumbent
+    difference: KlDifference
+    bytes_share: float
+    allowed: bool
+
+    @staticmethod
+    def of(
+        found: Incumbent, baselines: Mapping[str, MeasuredBaseline], length: int, most: int | None
+    ) -> BesideBaseline | None:
+        """Compares a measured plan with the best baseline; None where no baseline was measured.
+
+        Args:
+            found: the best plan of the search.
+            baselines: by family.
+            length: at which their bytes are compared, tokens.
+            most: classes of KV heads that a plan may have; None for any number.
+        """
+        if not baselines:
+            return None
+        allowed = {name: one for name, one in baselines.items() if most is None or len(classes_of(one.plan)) <= most}
+        family, best = min((allowed or baselines).items(), key=lambda item: item[1].kl)
+        return BesideBaseline(
+            family,
+            best,
+            found,
+            KlDifference.of(found.kls, best.kls),
+            best.plan.kv_bytes(length) / found.plan.kv_bytes(length),
+            bool(allowed),
+        )
+
+    @property
+    def better(self) -> bool:
+        """Whether a test says that the baseline is lower."""
+        return self.difference.verdict == "worse"
+
+    @property
+    def saved(self) -> bool:
+        """Whether the baseline's plan is saved: it is better, or no worse and smaller."""
+        smaller = self.bytes_share <= SMALLER and self.baseline.kl <= self.found.kl
+        return self.allowed and (self.better or smaller)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that is saved."""
+        return self.baseline.plan if self.saved else self.found.plan
+
+    @property
+    def kls(self) -> list[float]:
+        """KLs of the plan that is saved, nats, in the order of the shuffled samples."""
+        return self.baseline.kls if self.saved else self.found.kls
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what a plan's notes say of it: the `verdict` on the found plan is `better`, `alike` or `worse`."""
+        return {
+            "family": self.family,
+            "harm": self.baseline.kl,
+            "found_harm": float(np.mean(self.found.kls)),
+            "difference": self.difference.to_dict(),
+            "bytes_share": self.bytes_share,
+            "verdict": self.difference.verdict,
+            "saved": self.saved,
+        }
