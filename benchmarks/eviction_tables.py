@@ -4,9 +4,10 @@
     python benchmarks/eviction_tables.py eighth.1k.json --keep docs/data/
 
 A file is what `moacompress eval plan/ --against dense,... -o` wrote of prompts of one length and more tasks than one. Retention
-is of the prompts of all tasks that dense answers right, NLL in nats a token. Brackets are 95% intervals; p is that of an exact
-test (retention) or of a permutation test (NLL) of the paired difference. All of it is computed from the scores of single
-prompts in the file. `--keep` writes these alone, so that they can lie beside the tables that are made of them.
+is of the prompts of all tasks that dense answers right, by both attentions where it was measured by both; NLL is in nats per
+token. Brackets are 95% intervals; p is that of an exact test (retention) or of a permutation test (NLL) of the paired
+difference. All of it is computed from the scores of single prompts in the file. `--keep` writes these alone, so that they can
+lie beside the tables that are made of them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from moacompress.core.files import write_text
 from moacompress.core.statistics import estimate_text, p_text
-from moacompress.evaluation.baselines.compared_models import DENSE, PLAN
+from moacompress.evaluation.baselines.compared_models import DENSE, DENSE_SIDES, PLAN
 from moacompress.evaluation.scoring.result_rows import POOLED, pooled_rows, result_rows
 from moacompress.evaluation.scoring.stored_scores import measured_again
 from moacompress.rules.budget import format_length
@@ -117,7 +118,7 @@ def task_table(all_found: list[Evaluation], sides: list[str]) -> str:
     for task in dict.fromkeys(task for found in all_found for task in found.tasks):
         right = ", ".join("{} of {}".format(*found.right(task)) if task in found.tasks else "-" for found in all_found)
         cells = [", ".join(_kept(found, [side], task) for found in all_found) for side in (PLAN, *sides)]
-        others = [[side for side in found.sides if side not in (PLAN, DENSE, *sides)] for found in all_found]
+        others = [[side for side in found.sides if side not in (PLAN, *DENSE_SIDES, *sides)] for found in all_found]
         best = ", ".join(_kept(found, names, task) for found, names in zip(all_found, others, strict=True))
         lines.append(_line(f"`{task}`", right, *cells, best))
     return "\n".join(lines)

@@ -174,7 +174,11 @@ def test_tables_of_ways_to_evict(
     matches = {"easy": {"plan": "1111", "dense": "1111", "poor": "0011", "other:seen": "0111"}}
     matches["hard"] = {"plan": "1001", "dense": "1101", "poor": "0000", "other:seen": "0000"}
     matches["none"] = dict.fromkeys(matches["hard"], "0000")
-    taken = {"plan": 130, "dense": 1000, "poor": 131, "other:seen": 130}
+    matches = {
+        task: {"plan": said["plan"], "dense": said["dense"], "dense:transformers": said["dense"], **said}
+        for task, said in matches.items()
+    }
+    taken = {"plan": 130, "dense": 1000, "dense:transformers": 1000, "poor": 131, "other:seen": 130}
     for task, sides in matches.items():
         cells.append(TaskCell(task, 2048, 4, 2000))
         fields.append([
@@ -191,9 +195,9 @@ def test_tables_of_ways_to_evict(
     assert "retention, of 7 |" in lines[0]
     assert lines[2].startswith("| `plan` | 13.0% | 0.86 [")
     assert lines[2].endswith("| 0.250 |  |  |")
-    assert lines[4].startswith("| `poor` | 13.1% | 0.29 [")
-    assert "] | 2.250 | +0.57 [+" in lines[4]
-    assert lines[4].endswith("| -2.00 [-2.00, -2.00], p < .001 |")
+    assert lines[5].startswith("| `poor` | 13.1% | 0.29 [")
+    assert "] | 3.250 | +0.57 [+" in lines[5]
+    assert lines[5].endswith("| -3.00 [-3.00, -3.00], p < .001 |")
     assert script.task_table([evaluation, evaluation], ["other:seen"]).splitlines()[2:] == [
         "| `easy` | 4 of 4, 4 of 4 | 1.00, 1.00 | 0.75, 0.75 | 0.50, 0.50 |",
         "| `hard` | 3 of 4, 3 of 4 | 0.67, 0.67 | 0.00, 0.00 | 0.00, 0.00 |",

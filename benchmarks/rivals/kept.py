@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from moacompress.core.files import fingerprint
+from moacompress.evaluation.eviction.registry import known_evictions
 from rivals.measures import Bench, Failures, attempt
 from rivals.prompts import SEEN, UNSEEN, Prompt
 from rivals.settings import OURS, Setting
@@ -29,7 +30,8 @@ def measure_kept(
 
     def rows(setting: Setting) -> None:
         mine = Setting(OURS, setting.ours, {"baseline": setting.ours})
-        of = bench.key(setting, "kept", DTYPE)
+        counterpart = known_evictions()[setting.ours]()
+        of = fingerprint([bench.key(setting, "kept", DTYPE), counterpart.key()])
         wanted = [
             (fingerprint([of, way, prompt.case.prompt_ids, prompt.question_at]), way, prompt)
             for way in (SEEN, UNSEEN)
@@ -53,7 +55,8 @@ def measure_kept(
                     "share": count / (len(read) * sum(len(layer) for layer in kept)),
                 }
                 where = {"task": case.task, "length": case.length, "index": prompt.index}
-                bench.file(key, numbers, theirs, setting, measure="kept", question=way, ours=setting.ours, **where)
+                what = {"measure": "kept", "question": way, "ours": setting.ours, "made_of": of}
+                bench.file(key, numbers, theirs, setting, **what, **where)
                 print(
                     f"{setting.full_name} {way} {case.task}: {numbers['same']:.3f} of the keys are the same",
                     file=sys.stderr,

@@ -49,10 +49,11 @@ def evaluate(
         str,
         typer.Option(
             metavar="LIST",
-            help="What to measure beside it: dense, best (the baseline that the search measured best), uniform, uniform:4, "
-            "uniform-elastic, per-layer, split, transformers' "
-            "quantized caches (quantized:hqq-8, quantized:hqq-4, quantized:quanto-4, quantized:fp8), known ways to evict "
-            "tokens (streaming-llm, h2o, snapkv, pyramidkv, adakv, expected-attention, keydiff, kvzip; snapkv:seen for the "
+            help="What to measure beside it: dense, dense:transformers (by transformers' own attention, always there beside "
+            "quantized caches and evictions), best (the baseline that the search measured best), uniform, uniform:4, "
+            "uniform-elastic, per-layer, split, transformers' quantized caches (quantized:hqq-8, quantized:hqq-4, "
+            "quantized:quanto-4, quantized:fp8), known ways to evict tokens "
+            "(streaming-llm, h2o, snapkv, pyramidkv, adakv, expected-attention, keydiff, kvzip; snapkv:seen for the "
             "question seen alone, snapkv:window=16 for another setting than the default), folders of other compressed models "
             "made from the same one, or none.",
         ),

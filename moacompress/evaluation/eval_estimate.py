@@ -11,7 +11,7 @@ from moacompress.estimate.devices import on_devices
 from moacompress.estimate.estimate import Estimate
 from moacompress.estimate.live_bytes import weight_bytes
 from moacompress.estimate.rates import Rates, TimedRates
-from moacompress.evaluation.baselines.evictions import expanded
+from moacompress.evaluation.baselines.compared_models import sides
 from moacompress.evaluation.scoring.prompts import BATCH_TOKENS
 from moacompress.models.placement import input_device
 from moacompress.rules.rule import SINKS
@@ -96,7 +96,7 @@ def estimate_eval(
     checkpoint = load_checkpoint(compressed_folder(target), dtype, device, trust_remote_code=trust_remote_code)
     use_kernels(checkpoint.model)
     checkpoint.check_lengths(lengths)
-    models = 1 + sum(len(SINKS) if name in ("uniform", "uniform-elastic") else 1 for name in expanded(against))
+    models = 1 + sum(len(SINKS) if name in ("uniform", "uniform-elastic") else 1 for name in sides(against))
     rates = TimedRates(checkpoint.put_on(checkpoint.plan), input_device(checkpoint.model))
     seconds = eval_seconds(len(tasks), lengths, prompts, models, rates)
     rows = sum(min(count, prompts) for count in (own or {}).values())

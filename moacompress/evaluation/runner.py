@@ -119,6 +119,8 @@ def evaluate(
     All models are the same loaded weights, run by the same kernels on the same prompts in the same batches: under the
     plan, with every KV head at full span (dense), and under baselines that take at most the plan's KV bytes at the
     prompts' mean length. With a quantized cache they run as transformers runs them, and the cache's tensors are counted.
+    Beside such a side, or an eviction, dense runs as transformers runs it too (`dense:transformers`): the two attentions round
+    differently, and retention is of the prompts that dense answers by both.
     Known ways to evict tokens run under masks, in plain PyTorch, within the plan's bytes of each prompt; their memory is
     counted as if it were freed. They have no rows for `text`.
     A baseline with several candidates (sinks, streaming windows) is represented by the one with the lowest mean NLL on
@@ -127,10 +129,10 @@ def evaluate(
 
     Args:
         target: a compressed checkpoint, or a run's folder with one under `model/`.
-        against: what to measure beside the plan: `dense`; the baselines `uniform`, `uniform-elastic`, `quantized`,
-            `per-layer`, `split` and `moa`; `best` for the one of these that the search measured best, where the plan says so;
-            `uniform:4`, `uniform:16` and `uniform:64` for a given sink; transformers'
-            quantized caches, such as `quantized:hqq-8` (`quantized_caches.QUANTIZED`), at the bytes that they take;
+        against: what to measure beside the plan: `dense`; `dense:transformers`; the baselines `uniform`, `uniform-elastic`,
+            `quantized`, `per-layer`, `split` and `moa`; `best` for the one of these that the search measured best, where the
+            plan says so; `uniform:4`, `uniform:16` and `uniform:64` for a given sink; transformers' quantized caches, such as
+            `quantized:hqq-8` (`quantized_caches.QUANTIZED`), at the bytes that they take;
             known ways to evict tokens (`baselines.evictions`), such as `snapkv`, which is measured with the question seen
             and unseen, or `snapkv:seen`;
             folders of other compressed checkpoints of the same dense model, with their own weights where these were repaired
@@ -171,7 +173,8 @@ def evaluate(
           are stated), `overlap` (the share of the prompts' runs of 13 words that the plan's calibration has seen; None where
           the checkpoint does not say), and `sink` and `window` of a baseline where all its KV heads have the same. Metrics are
           `exact_match`, `accuracy`, `nll` (nats a token) and, where dense is measured and gets a prompt right,
-          `retention`, whose `prompts` are those that dense gets right; for text see `TEXT_METRICS`.
+          `retention`, whose `prompts` are those that dense gets right, by both attentions where both are measured
+          (`prompts_dense` has the number of each); for text see `TEXT_METRICS`.
         - `differences`: rows of the plan minus each other `model`, paired by prompt, with `p`, the p-value of an exact or a
           permutation test. `ci95` is None below 5 prompts, as everywhere.
         - `kinds`: for every task which of `tasks.registry.KINDS` it is.

@@ -80,6 +80,26 @@ def render_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, g
     return str(text)
 
 
+def template_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Returns the tokens before and after the text of a single user's turn, with the assistant's header behind it.
+
+    Without a chat template there is nothing before it, and a line break behind it.
+
+    Raises:
+        DataError: the template does not render the user's text once and as it is.
+    """
+    if tokenizer.chat_template is None:
+        return [], encode_text(tokenizer, "\n", special=False)
+    text = "the user's text"
+    parts = render_messages(tokenizer, [{"role": "user", "content": text}], generate=True).split(text)
+    if len(parts) != 2:
+        raise DataError(
+            f"the model's chat template renders a user's text {len(parts) - 1} times; it must stand there once"
+        )
+    before, after = (encode_text(tokenizer, part, special=False) for part in parts)
+    return before, after
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, user: str, prefix: str = "", plain: bool = False) -> list[int]:
     """Returns the token ids after which the answer follows.
 
@@ -172,12 +192,13 @@ def _prefix_length(tokenizer: PreTrainedTokenizerBase, messages: Messages, ids: 
     if ids[: len(head)] != head:
         raise DataError(
             f"the chat template renders the first {len(messages)} turns of a conversation differently from the same "
-            f"turns inside the whole (token {_common(ids, head):,} of {len(head):,}), so the assistant's turns cannot "
+            f"turns inside the whole (token {shared_start(ids, head):,} of {len(head):,}), so the assistant's turns cannot "
             "be found; give rows with one assistant turn"
         )
     return len(head)
 
 
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
+def shared_start(first: Sequence[int], second: Sequence[int]) -> int:
+    """Returns how many tokens two texts begin with alike."""
     size = min(len(first), len(second))
     return next((i for i in range(size) if first[i] != second[i]), size)

@@ -13,6 +13,7 @@ from moacompress.core.artefact_names import page_file
 from moacompress.core.files import write_text
 from moacompress.core.statistics import estimate_text
 from moacompress.core.tables import readable_number, section
+from moacompress.report.search_tables import MOA_NOTE
 from moacompress.rules.rule import Rule
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ def audit_tables(audit: Data) -> list[RenderableType]:
     for name in names:
         row = audit["fisher_minus_moa" if name == "fisher" else "chosen_minus_moa"]
         shown.append(f"Spearman of {name} minus that of moa: {_number(row, 'value', 'ci95')}")
+    if names:
+        shown.append(MOA_NOTE)
     if audit["split_half"]:
         title = f"KL of the plan of half the samples, times that of the other half's own, at {audit['budget']}"
         rows = [(str(row["samples"]), f"{row['ratio']:.2f}", f"{row['max']:.2f}") for row in audit["split_half"]]

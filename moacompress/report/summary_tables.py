@@ -13,7 +13,7 @@ from moacompress.core.artefact_names import MODEL_FOLDER, REPORT_FILE
 from moacompress.core.tables import readable_bytes, readable_number, readable_types, section
 from moacompress.recipe import AUTO
 from moacompress.report.headline import kept_sentence, not_measured_sentence
-from moacompress.report.search_tables import NAMES, baseline_line, class_lines
+from moacompress.report.search_tables import MOA_NOTE, NAMES, baseline_line, class_lines
 from moacompress.rules.budget import format_length
 from moacompress.rules.plan import Plan
 from moacompress.rules.planned_weights import memory_lines
@@ -164,4 +164,5 @@ def kl_table(kl: Mapping[str, float | None], kv_bytes: Mapping[str, Mapping[str,
     """
     at = ", ".join(f"{row['plan'] / row['dense']:.1%} at {format_length(int(n))}" for n, row in kv_bytes.items())
     rows = [(NAMES.get(name, name), readable_number(value)) for name, value in kl.items()]
-    return section(f"KL(dense || plan) on validation samples; KV bytes {at}", ("", "nats per token"), rows)
+    table = section(f"KL(dense || plan) on validation samples; KV bytes {at}", ("", "nats per token"), rows)
+    return Group(table, MOA_NOTE) if kl.get("moa") is not None else table

@@ -16,7 +16,7 @@ import pytest
 from moacompress.core.errors import DataError, InfeasibleBudgetError, UsageError
 from moacompress.evaluation import evaluate
 from moacompress.evaluation.baselines import evictions
-from moacompress.evaluation.baselines.compared_models import check_names, make_comparison
+from moacompress.evaluation.baselines.compared_models import STOCK, check_names, make_comparison
 from moacompress.evaluation.baselines.evictions import (
     SEEN,
     UNSEEN,
@@ -142,11 +142,11 @@ ASKED: dict[str, Any] = {"tasks": ("needle-noise",), "lengths": (700,), "prompts
 def test_rows_beside_the_others(compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = evaluate(compressed, against=("dense", "snapkv", "h2o"), out=tmp_path / "eval.json", **ASKED)
     rows = {(row["model"], row["metric"]): row for row in report["results"]}
-    names = ["plan", "dense", "snapkv:unseen", "snapkv:seen", "h2o"]
+    names = ["plan", "dense", STOCK, "snapkv:unseen", "snapkv:seen", "h2o"]
     assert [name for name, metric in rows if metric == "nll"] == names
     assert [row["model"] for row in report["differences"] if row["metric"] == "nll"] == names[1:]
     plan = rows["plan", "nll"]["kv_bytes"]
-    for name in names[2:]:
+    for name in names[3:]:
         row = rows[name, "nll"]
         assert row["kv_bytes"] <= plan < row["kv_bytes"] + 200
         assert (row["readings"], row["freed"]) == (1, False)

@@ -176,34 +176,50 @@ def test_later_rotations_are_rotations_in_16_bits(dtype: torch.dtype) -> None:
     assert (later - wanted).abs().max() < 0.05
 
 
-@pytest.mark.parametrize("chunk", [1000, 40])
-def test_kvzip_is_the_most_attention_of_a_second_reading(
-    chunk: int, model: PreTrainedModel, reading: DenseReading, ids: list[int], tiny_tokenizer: Any
+@pytest.mark.parametrize(("chunk", "keeps_template"), [(1000, False), (30, False), (30, True)])
+def test_kvzip_is_the_most_attention_of_a_repetition(
+    chunk: int, keeps_template: bool, model: PreTrainedModel, ids: list[int], tiny_tokenizer: Any
 ) -> None:
-    """The model reads the prompt, the request and a chunk again: plain attention, over sinks, chunk and repetition."""
-    end, before = 60, 8
-    baseline = KVzip(chunk, before)
-    found = scores_of(baseline, reading, end)
-    asked = tiny_tokenizer(baseline.request, add_special_tokens=False)["input_ids"]
-    for begin in range(0, end, chunk):
+    """The model reads the request, the header of its turn and a chunk: plain attention, over sinks, chunk and repetition."""
+    before = 8
+    user = "".join(map(chr, np.random.default_rng(ids[0]).integers(33, 126, 70)))
+    opening, header = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+
+    def tokens(text: str) -> list[int]:
+        found: list[int] = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found
+
+    asked = (
+        "\n\nRepeat the previous context exactly.",
+        "\n\nRepeat the part of the previous context exactly, starting with",
+    )
+    read, first = tokens(opening + user), len(tokens(opening))
+    assert first > 4
+    end, kept = len(read), first if keeps_template else 4
+    found = scores_of(KVzip(chunk, before, template=keeps_template), read_prompt(model, tiny_tokenizer, read), end)
+    for begin in range(first, end, chunk):
         last = min(begin + chunk, end)
-        fed = [*asked, *ids[max(begin - before, 0) : last]]
-        by_hand = plain(model, [*ids[:end], *fed])
+        again = [*tokens(asked[begin > first]), *read[max(begin - before, first) : begin], *tokens(header)]
+        again += read[begin:last]
+        by_hand = plain(model, [*read, *again])
         for layer in range(LAYERS):
             for head in range(KV_HEADS):
                 key = by_hand.key[layer][head]
                 most = torch.zeros(last - begin)
                 for own in (2 * head, 2 * head + 1):
-                    for at in range(end, end + len(fed)):
-                        sinks = min(baseline.sinks, begin)
-                        seen = torch.cat([key[:sinks], key[begin:last], key[end : at + 1]])
+                    for at in range(end, end + len(again)):
+                        seen = torch.cat([key[:kept], key[begin:last], key[end : at + 1]])
                         row = weights(by_hand.query[layer][own, at], seen)
-                        most = torch.maximum(most, row[sinks : sinks + last - begin])
-                skipped = max(baseline.sinks - begin, 0)
-                torch.testing.assert_close(
-                    found[layer, head, begin + skipped : last], most[skipped:], rtol=2e-3, atol=1e-6
-                )
+                        most = torch.maximum(most, row[kept : kept + last - begin])
+                torch.testing.assert_close(found[layer, head, begin:last], most, rtol=2e-3, atol=1e-6)
+    assert found[:, :, :kept].isinf().all()
+    assert (found[:, :, kept:first] == 0).all()
+
+
+def test_kvzip_repeats_all_of_a_prompt_without_a_template(reading: DenseReading) -> None:
+    found = scores_of(KVzip(), reading, 60)
     assert found[:, :, :4].isinf().all()
+    assert (found[:, :, 4:] > 0).all()
 
 
 @pytest.mark.parametrize("name", PROMPTED)

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from moacompress.core.errors import DataError
-from moacompress.prompts.templates import encode_conversation, encode_prompt, encode_text
+from moacompress.prompts.templates import (
+    encode_conversation,
+    encode_prompt,
+    encode_text,
+    shared_start,
+    template_around,
+)
 from tests.templates import without_template
 
 if TYPE_CHECKING:
@@ -92,3 +98,16 @@ def test_turns_of_a_base_model_are_found_by_where_tokens_stand(tiny_tokenizer: P
     assert encode_conversation(slow, turns[:1]) == ([1] * 16, [False] * 16)
     with pytest.raises(DataError, match="does not tell where tokens stand in the text, .*one assistant turn"):
         encode_conversation(slow, turns)
+
+
+def test_what_a_template_puts_around_a_users_text(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    before, after = template_around(tiny_tokenizer)
+    whole = encode_prompt(tiny_tokenizer, "said")
+    assert [*before, *tiny_tokenizer("said", add_special_tokens=False)["input_ids"], *after] == whole
+    assert shared_start(before, whole) == len(before)
+    base = copy.deepcopy(tiny_tokenizer)
+    base.chat_template = None
+    assert template_around(base) == ([], tiny_tokenizer("\n", add_special_tokens=False)["input_ids"])
+    base.chat_template = "{{ messages[0]['content'] | upper }}"
+    with pytest.raises(DataError, match="a user's text 0 times"):
+        template_around(base)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from moacompress.core.errors import UsageError
+from moacompress.evaluation.eviction.key_scores import KeyDiff
 from moacompress.evaluation.tasks.cases import Case
 
 STOP = [2]
@@ -134,7 +135,7 @@ def test_kept_keys_are_compared_at_as_many(
     """The counterpart is the same fake rival: it is told the number of kept keys, and keeps those from the tenth on."""
     monkeypatch.setattr(rivals.kept, "OURS", "fake")
     settings = [
-        rivals.settings.Setting("fake", "one", {"keeps": 8}, ours="mine"),
+        rivals.settings.Setting("fake", "one", {"keeps": 8}, ours="keydiff"),
         rivals.settings.Setting("fake", "alone", {"keeps": 8}),
     ]
     failures = rivals.kept.measure_kept(bench(), settings, prompts[:1], ["unseen"])
@@ -147,6 +148,11 @@ def test_kept_keys_are_compared_at_as_many(
     assert found["seen"] == pytest.approx({"same": (size - 11) / (size - 9), "share": (size - 9) / (size - 1)})
     read = prompts[0].question_at
     assert found["unseen"] == pytest.approx({"same": (read - 10) / (read - 8), "share": (read - 8) / read})
+    assert len(rows(rivals, tmp_path)) == 2
+    monkeypatch.setattr(KeyDiff, "key", lambda self: "another")  # rows of the baseline as it was are no rows of it
+    assert rivals.kept.measure_kept(bench(), settings, prompts[:1], ["unseen"]) == {}
+    assert len(rows(rivals, tmp_path)) == 3
+    assert [row["question"] for row in rivals.table.newest(rows(rivals, tmp_path))] == ["unseen"]
 
 
 def test_our_baseline_keeps_as_many_as_it_is_told(rivals: SimpleNamespace, tiny_folder: Path) -> None:

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PLAN, DENSE, BEST = "plan", "dense", "best"
-NAMED = (DENSE, BEST, *BASELINES, *(f"uniform:{sink}" for sink in SINKS), *QUANTIZED)
+PLAN, DENSE, STOCK, BEST = "plan", "dense", "dense:transformers", "best"
+DENSE_SIDES = (DENSE, STOCK)
+"""The dense model by our kernels at full span, and by transformers' own attention."""
+NAMED = (DENSE, STOCK, BEST, *BASELINES, *(f"uniform:{sink}" for sink in SINKS), *QUANTIZED)
 """What can be measured against by name besides `is_eviction`; anything else is another compressed checkpoint. `BEST` stands for
 the baseline that the search measured best."""
 NEED_PROFILE = ("per-layer", "split", "moa")
@@ -116,6 +118,37 @@ class ComparedPlan:
 
 
 @dataclass(frozen=True)
+class ComparedStock:
+    """A `ComparedModel`: the dense model as transformers runs it, as quantized caches and evictions run it.
+
+    Attributes:
+        kv_bytes: see `ComparedModel`.
+        name: see `ComparedModel`.
+        unit: see `ComparedModel`.
+    """
+
+    kv_bytes: int
+    name: str = STOCK
+    unit: int = 1
+
+    def key(self) -> str:
+        """Returns what its scores are kept under."""
+        return STOCK
+
+    def put_on(self, checkpoint: Checkpoint) -> PreTrainedModel:
+        """Returns the dense model."""
+        return checkpoint.without_plan()
+
+    def new_cache(self, model: PreTrainedModel) -> Any:
+        """Returns None: the model makes its own cache."""
+        return None
+
+    def description(self, tokens: int) -> dict[str, Any]:
+        """Returns nothing to add to a row."""
+        return {}
+
+
+@dataclass(frozen=True)
 class ComparedCheckpoint:
     """A `ComparedModel` with weights of its own: repaired, healed, or without the projections that sharing layers do without.
 
@@ -191,6 +224,8 @@ class Comparison:
         for name in self.against:
             if name == DENSE:
                 found.append(ComparedPlan(name, Plan.full(shape), shape.dense_kv_bytes(tokens)))
+            elif name == STOCK:
+                found.append(ComparedStock(shape.dense_kv_bytes(tokens)))
             elif name in QUANTIZED:
                 kind = QUANTIZED[name]
                 held = kind.measured_bytes(self.checkpoint.model, shape, tokens, last)
@@ -229,6 +264,20 @@ class Comparison:
         return plans if every else [plan for plan in plans if sink in _sinks_of(plan)] or plans
 
 
+def sides(against: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names of what is measured: evictions in both their settings, and dense by both attentions where needed.
+
+    Quantized caches and evictions run transformers' attention, the plan and dense our kernels. Rounding differs between the two
+    and decides a few prompts. With such a side the dense model is measured by both attentions, and retention is of the prompts
+    that both answer, so that rounding counts against no side.
+    """
+    names = expanded(against)
+    if DENSE not in names or STOCK in names or not any(name in QUANTIZED or is_eviction(name) for name in names):
+        return names
+    at = names.index(DENSE) + 1
+    return (*names[:at], STOCK, *names[at:])
+
+
 def make_comparison(
     checkpoint: Checkpoint, against: Sequence[str], profile: str | Path | None, every_candidate: bool
 ) -> Comparison:
@@ -256,7 +305,7 @@ def make_comparison(
         best = None
     best = None if best in against else best
     asked = [best if name == BEST else name for name in against]
-    names = expanded(name for name in asked if name is not None)
+    names = sides([name for name in asked if name is not None])
     found = _profile(checkpoint, names, profile)
     others = {name: _other(checkpoint, name) for name in names if name not in NAMED and not is_eviction(name)}
     return Comparison(checkpoint, names, others, found, every_candidate, best)

@@ -1,36 +1,42 @@
-"""KVzip's score: the most attention that a token gets as the prompt is read again, after a request to repeat it."""
+"""KVzip's score: the maximum attention that a token gets while the model repeats the prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from moacompress.core.files import fingerprint
 from moacompress.evaluation.eviction.allocation import best_of_all
 from moacompress.evaluation.eviction.baseline import LayerReading, PromptBaseline, PromptReading, check_setting
+from moacompress.prompts.templates import encode_text, shared_start, template_around
 
 BLOCK = 128
 """Queries whose scores are made at a time: so few that they stay in a processor's caches."""
-REQUEST = "\n\nRepeat the text above, word for word.\n\n"
+REPEAT_ALL = "\n\nRepeat the previous context exactly."
+"""Asks for the first chunk; these words and the next are part of the method, since they decide what is attended to."""
+REPEAT_PART = "\n\nRepeat the part of the previous context exactly, starting with"
+"""Asks for a later chunk; the last tokens of the chunk before it follow."""
 
 
 @dataclass(frozen=True)
 class KVzip(PromptBaseline):
     """KVzip (arXiv 2505.23416): keeps what the model needs to write the prompt down again.
 
-    The prompt is repeated a chunk at a time. Attention of a chunk's repetition is normalised over the sinks, the chunk's own
-    cached tokens and the tokens of the repetition up to each query, and the score is the most that any query of any head of the
-    group gives. All layers and KV heads compete for the bytes.
+    The user's text is repeated one chunk at a time: a request in the user's turn, the assistant's header, the chunk.
+    Attention of these tokens is normalised over the sinks, the cached keys of the chunk and the fed tokens up to each
+    query; the score is the maximum over all fed queries and the query heads of the group. All layers and KV heads compete
+    for the bytes.
+
+    What the chat template puts before the user's text is not repeated. By default it scores 0 beyond the sinks and is evicted,
+    as in NVIDIA's kvpress; the authors' own code keeps it, and all of it serves as sinks (`template`).
 
     Attributes:
         chunk: tokens that are repeated at a time.
-        before: how many tokens before a chunk its repetition begins with.
+        before: how many tokens of the chunk before are part of the request for the next.
         sinks: first tokens that are always kept.
-        request: asks for the repetition.
+        template: keep what the chat template puts before the user's text, in place of `sinks`.
     """
 
     name = "kvzip"
@@ -38,7 +44,7 @@ class KVzip(PromptBaseline):
     chunk: int = 2048
     before: int = 8
     sinks: int = 4
-    request: str = REQUEST
+    template: bool = False
 
     def __post_init__(self) -> None:
         check_setting("chunk", self.chunk, 1)
@@ -46,27 +52,28 @@ class KVzip(PromptBaseline):
         check_setting("sinks", self.sinks, 0)
 
     def prepare(self, prompt: PromptReading) -> list[Tensor]:
-        """Reads the prompt again; returns the scores of each layer, `[kv_heads, n]`."""
-        asked: list[int] = prompt.tokenizer(self.request, add_special_tokens=False)["input_ids"]
+        """Reads the prompt again; returns the scores of each layer, `[kv_heads, n]`, infinity for the sinks."""
+        opening, header = template_around(prompt.tokenizer)
+        first = shared_start(opening, prompt.ids)
+        kept = first if self.template else self.sinks
         found = [reading.key.new_zeros(reading.key.shape[:2]) for reading in prompt.layers]
-        for begin in range(0, len(prompt.ids), self.chunk):
+        for begin in range(first, len(prompt.ids), self.chunk):
             end = min(begin + self.chunk, len(prompt.ids))
-            fed: Sequence[int] = [*asked, *prompt.ids[max(begin - self.before, 0) : end]]
+            request = encode_text(prompt.tokenizer, REPEAT_ALL if begin == first else REPEAT_PART, special=False)
+            last = prompt.ids[max(begin - self.before, first) : begin]
+            fed = [*request, *last, *header, *prompt.ids[begin:end]]
             for layer, (reading, (query, key)) in enumerate(zip(prompt.layers, prompt.read_on(fed), strict=True)):
-                sinks = reading.key[:, : min(self.sinks, begin)]  # those before the chunk
+                sinks = reading.key[:, : min(kept, begin)]  # those before the chunk
                 cached = torch.cat([sinks, reading.key[:, begin:end]], 1)
                 most = most_attention(query, cached, key, reading.scaling)
                 found[layer][:, begin:end] = most[:, sinks.shape[1] :]
+        for scores in found:
+            scores[:, :kept] = torch.inf
         return found
 
-    def key(self) -> str:
-        """Returns what its masks depend on; with longer prompts they are others since sinks count in every chunk."""
-        return fingerprint([super().key(), "sinks in every chunk"])
-
     def layer_scores(self, reading: LayerReading, prepared: Any) -> Tensor:
-        """Returns the most attention that each token got; the sinks get infinity."""
-        scores: Tensor = prepared[reading.layer].clone()
-        scores[:, : self.sinks] = torch.inf
+        """Returns the maximum attention that each token got; the sinks get infinity."""
+        scores: Tensor = prepared[reading.layer]
         return scores
 
     def allocate(self, scores: Tensor, kv_bytes: int, token_bytes: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from moacompress.core.shingles import OVERLAP_LIMIT
 from moacompress.core.statistics import Estimate, Interval, mean, p_value, paired_difference, paired_rates, rate
-from moacompress.evaluation.baselines.compared_models import DENSE, PLAN, ComparedModel
+from moacompress.evaluation.baselines.compared_models import DENSE, DENSE_SIDES, PLAN, ComparedModel
 from moacompress.evaluation.scoring.prompts import Score
 from moacompress.evaluation.scoring.retention import retained, retention
 from moacompress.evaluation.tasks.cases import Case
@@ -81,17 +81,35 @@ def best_candidates(measured: Iterable[Candidate], nll: str = "nll") -> list[Can
 
 
 def result_rows(cell: TaskCell, comparison: Sequence[Measured]) -> list[ResultRow]:
-    """Returns the rows of every model: `SCORES`, and `retention` where the dense model is there and gets a prompt right."""
-    dense = next((one.values("exact_match") for one in comparison if one.compared.name == DENSE), None)
+    """Returns the rows of every model: `SCORES`, and `retention` where the dense model is there and gets a prompt right.
+
+    `retention` is of the prompts that all dense sides answer fully; `prompts_dense` says how many each of them does.
+    """
+    sides = _dense_sides({one.compared.name: one.values("exact_match") for one in comparison})
+    dense = all_answer(sides.values())
     rows = []
     for one in comparison:
         for metric in SCORES:
             value, interval = _value(metric, one.values(metric))
             rows.append(result_row(cell, one.compared, metric, value, interval, cell.prompts))
-        kept = retention(dense, one.values("exact_match")) if dense is not None else None
+        kept = retention(dense, one.values("exact_match")) if dense else None
         if kept is not None:
-            rows.append(result_row(cell, one.compared, "retention", *kept))
+            rows.append({**result_row(cell, one.compared, "retention", *kept), **_answered(sides)})
     return rows
+
+
+def all_answer(sides: Iterable[Sequence[float]]) -> list[float]:
+    """Returns the least exact match of some sides on each prompt: 1 where all of them answer it fully."""
+    return [min(of_prompt) for of_prompt in zip(*sides, strict=True)]
+
+
+def _dense_sides(exact: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
+    """Returns the exact match of the dense model by each attention that it was measured with."""
+    return {name: exact[name] for name in DENSE_SIDES if name in exact}
+
+
+def _answered(sides: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    return {"prompts_dense": {name: sum(value == 1.0 for value in exact) for name, exact in sides.items()}}
 
 
 def result_row(
@@ -171,7 +189,7 @@ def pooled_rows(
 ) -> tuple[list[ResultRow], list[ResultRow]]:
     """Returns the rows and the differences of all prompts of several cells together, without a length.
 
-    Differences also have `retention`: of the prompts that dense gets right.
+    Differences also have `retention`: of the prompts that dense gets right, by all attentions that it was measured with.
 
     Args:
         fields: the models of every cell, the plan first; only those that all cells have are pooled.
@@ -188,7 +206,8 @@ def pooled_rows(
         for name, column in columns.items()
     }
     count = sum(len(comparison[0].scores) for comparison in fields)
-    dense = scores[DENSE]["exact_match"] if DENSE in scores else []
+    sides = _dense_sides({name: scored["exact_match"] for name, scored in scores.items()})
+    dense = all_answer(sides.values())
     results, differences = [], []
     for name, column in columns.items():
         share = sum(one.compared.kv_bytes * len(one.scores) for one in column) / count
@@ -198,7 +217,8 @@ def pooled_rows(
         for metric, numbers in values.items():
             value, interval = _value(metric, numbers)
             row = _row(task, None, name, metric, value, interval, len(numbers))
-            results.append({**row, "kv_bytes": round(share), "overlap": overlap})
+            answered = _answered(sides) if metric == "retention" else {}
+            results.append({**row, "kv_bytes": round(share), "overlap": overlap, **answered})
         if name == names[0]:
             ours = values
             continue

@@ -9,7 +9,7 @@ from moacompress.core.artefact_names import AUDIT_FILE
 from moacompress.core.tables import readable_number
 from moacompress.report.page.figure_style import OTHERS, ROLES, Picture, Trace, axis, dots, lines
 from moacompress.report.page.findings import EXPLANATIONS, FRONTS, Finding, Findings, reading_file
-from moacompress.report.search_tables import NAMES, trial_remark
+from moacompress.report.search_tables import MOA_NOTE, NAMES, trial_remark
 from moacompress.rules.untrusted import reading_notes
 from moacompress.search.measure.kl_difference import CAUTION
 
@@ -59,6 +59,7 @@ def _baselines(kl: dict[str, float | None], samples: int | None) -> Picture | No
     note = "Each baseline at its best sink, window and formats" + (
         f", on {samples} validation samples." if samples else "."
     )
+    note += f" {MOA_NOTE}" if NAMES["moa"] in names else ""
     rows = [(name, readable_number(value)) for value, name in zip(values, names, strict=True)]
     return Picture("baselines", "KL at the same bytes", [trace], layout, note, ("plan", "nats per token"), rows)
 
