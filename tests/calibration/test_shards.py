@@ -87,7 +87,7 @@ def test_a_profile_and_its_plans_know_all_that_they_saw(tiny_folder: Path, whole
     assert len(seen.hashes) < sum(map(len, ids))
     found = find_plan(whole, "50%", out=tmp_path / "plan.json")
     assert (tmp_path / "plan.shingles").read_bytes() == (whole.path / "calibration.shingles").read_bytes()
-    export(tiny_folder, found.plan, tmp_path / "model")
+    export(tiny_folder, found.plan, tmp_path / "model", weights="int8")
     assert (tmp_path / "model" / "plan.shingles").read_bytes() == (tmp_path / "plan.shingles").read_bytes()
     assert stored_plan(tmp_path / "model").seen is not None
 

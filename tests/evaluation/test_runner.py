@@ -409,7 +409,7 @@ def test_groups_of_tasks(prose: Path) -> None:
 
 
 def test_prose(compressed: Path, tmp_path: Path) -> None:
-    (tmp_path / "t.txt").write_text("Once upon a time there was a king. " * 100)
+    (tmp_path / "t.txt").write_text(" ".join(f"Once upon a time there was king {n}." for n in range(400)))
     report = run(compressed, against=(), tasks=("needle-prose",), text=tmp_path / "t.txt", prompts=1)
     assert report["results"][0]["task"] == "needle-prose"
 
