@@ -48,7 +48,7 @@ def main() -> None:
         rows += found
         for row in [] if given.json else found:
             said = {
-                name: estimate_text(*row[name].values(), ".3f")
+                name: estimate_text(row[name]["value"], row[name]["ci95"], ".3f")
                 for name in ("retention", "exact_match", "nll")
                 if row[name]
             }

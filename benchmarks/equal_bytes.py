@@ -109,7 +109,7 @@ def shown(row: dict[str, Any]) -> str:
         f"{row['budget']:>7} {row['way']:<32} {row['tokens']:5} tokens  {row['kl']:9.4f} nats  {row['kept']:.2f} kept"
     )
     if row["ratio"] is not None:
-        line += f"  {estimate_text(*row['ratio'].values())} of the first"
+        line += f"  {estimate_text(row['ratio']['value'], row['ratio']['ci95'])} of the first"
     return line
 
 

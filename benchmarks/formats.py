@@ -250,7 +250,7 @@ def main() -> None:
     for row in rows:
         line = f"{row['way']:<32} {row['bytes']:6.3f} of the bytes  {row['kl']:9.6f} nats  {row['kept']:.2f} kept"
         if row["ratio"] is not None:
-            line += f"  {estimate_text(*row['ratio'].values())} of {row['way'].split()[0]}"
+            line += f"  {estimate_text(row['ratio']['value'], row['ratio']['ci95'])} of {row['way'].split()[0]}"
         print(line)
 
 

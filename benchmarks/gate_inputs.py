@@ -298,7 +298,9 @@ def main() -> None:
         return
     for row in measured:
         (kl, error), times = row["kl"], row["times"]
-        print(f"{row['probe']:<18} {error_text(kl, error)} nats, {estimate_text(*times.values())} x input's")
+        print(
+            f"{row['probe']:<18} {error_text(kl, error)} nats, {estimate_text(times['value'], times['ci95'])} x input's"
+        )
     for row in found:
         (left, error), (more, spread) = row["left"], row["difference"]
         line = f"{row['probe']:<18} {row['share']:5.0%} chosen: {error_text(left, error, '.3f')} left, "

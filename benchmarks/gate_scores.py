@@ -205,7 +205,7 @@ def side_row(
 
 def shown(row: dict[str, Any]) -> str:
     """Returns a row for people."""
-    kept, nll = (estimate_text(*row[name].values(), ".3f") for name in ("kept", "nll"))
+    kept, nll = (estimate_text(row[name]["value"], row[name]["ci95"], ".3f") for name in ("kept", "nll"))
     return f"{row['side']:24} {row['share']:.1%} of the bytes; keeps {kept} of {row['right']}; NLL {nll} above dense"
 
 

@@ -63,7 +63,7 @@ def main() -> None:
     for one in rows:
         print(
             f"{one['plan']:24} {one['harm']:.4f} nats, median {one['median']:.4f}; {shown(one['change'])}, median ratio "
-            f"{estimate_text(*one['median_ratio'].values(), '.3f')}; "
+            f"{estimate_text(one['median_ratio']['value'], one['median_ratio']['ci95'], '.3f')}; "
             f"{shown(one['change_of_first'])} against the surrogate's own plan"
         )
 
@@ -104,7 +104,7 @@ def change(kls: np.ndarray, before: np.ndarray) -> dict[str, Any]:
 
 def shown(number: dict[str, Any]) -> str:
     """Returns a change with its interval, for people."""
-    return estimate_text(*number.values(), "+.1%")
+    return estimate_text(number["value"], number["ci95"], "+.1%")
 
 
 if __name__ == "__main__":

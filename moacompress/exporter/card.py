@@ -259,8 +259,8 @@ def _healed(notes: dict[str, Any]) -> str:
         f"Trained: {notes['train']}, objective {notes['objective']}, {notes['tokens']:,} tokens in {notes['steps']} steps; the "
         f"best state, after step {notes['best_step']}, is what is here."
         if notes["improved"]
-        else f"{notes['steps']} steps ({notes['train']}, objective {notes['objective']}) gave nothing better: these are the "
-        "weights as they were exported."
+        else f"{notes['steps']} steps ({notes['train']}, objective {notes['objective']}) did not lower the held-out KL: "
+        "these are the weights as they were exported."
     )
     what = " ".join(filter(None, [what, healed_bytes_text(notes)]))
     measured = (

@@ -21,7 +21,7 @@ def gate_table(report: Mapping[str, Any]) -> RenderableType:
     rows = [
         (
             f"{row['share']:.0%}",
-            *("-" if row[name][0] is None else error_text(*row[name], ".2f") for name in names),
+            *("-" if row[name][0] is None else error_text(row[name][0], row[name][1], ".2f") for name in names),
             *(readable_number(row[f"{name}_of_all"], ".2f") for name in names),
         )
         for row in report["left"]

@@ -29,11 +29,10 @@ def heal_sentence(notes: Mapping[str, Any]) -> str:
     before, after = (error_text(*_mean(kl, name)) for name in ("before", "after"))
     trained = f"{_trained_part(notes)}, {notes['objective']}, {notes['tokens']:,} tokens in {notes['steps']} steps"
     if not notes["improved"]:
-        return (
-            f"{trained}: nothing was better than the start, a held-out KL of {before} nats on {kl['samples']} samples"
-        )
+        return f"{trained}: no step lowered the held-out KL of {before} nats on {kl['samples']} samples"
     stored = healed_bytes_text(notes)
-    return f"{trained}: held-out KL from {before} to {after} nats on {kl['samples']} samples{stored and f'. {stored}'}"
+    tested = f"{kl['samples']} samples, {p_text(kl['difference']['p'])}"
+    return f"{trained}: held-out KL from {before} to {after} nats on {tested}{stored and f'. {stored}'}"
 
 
 def _mean(kl: Mapping[str, Any], name: str) -> tuple[float, float | None]:

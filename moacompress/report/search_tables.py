@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
+from moacompress.core.statistics import p_text
 from moacompress.core.tables import readable_bytes, readable_number, section
 from moacompress.report.inspection import formats_table
 from moacompress.rules.budget import format_length
@@ -113,8 +114,8 @@ def step_rows(explanation: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def difference_text(found: Mapping[str, Any]) -> str:
-    """Returns a paired difference of mean KL in nats, such as `-0.0007 [-0.0016, +0.0003], 6 samples`."""
-    return f"{found['value']:+.2g}{_interval(found)}, {_samples(found)}"
+    """Returns a paired difference of mean KL in nats, such as `-0.0007 [-0.0016, +0.0003], p .25, 6 samples`."""
+    return f"{found['value']:+.2g}{_interval(found)}, {p_text(found['p'])}, {_samples(found)}"
 
 
 def _interval(found: Mapping[str, Any]) -> str:
@@ -175,7 +176,7 @@ def baseline_line(found: Mapping[str, Any] | None) -> list[str]:
     difference = found["difference"]
     beside = difference_text(difference)
     if found["saved"]:
-        if found["verdict"] == "worse":
+        if found["verdict"] == "worse":  # which a permutation test says
             return [
                 f"The baseline {name} ({theirs} nats) beats the best searched plan ({ours}), so its plan was saved: the "
                 f"searched plan's difference is {beside}."

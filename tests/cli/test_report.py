@@ -201,7 +201,7 @@ def test_csv_has_every_row() -> None:
 
 
 def apart(value: float, ci95: list[float] | None = None, samples: int = 6) -> dict[str, Any]:
-    return {"value": value, "standard_error": 0.001, "ci95": ci95, "samples": samples}
+    return {"value": value, "standard_error": 0.001, "ci95": ci95, "samples": samples, "p": 0.25}
 
 
 def test_what_was_not_kept_though_its_kl_is_lower_has_a_reason() -> None:
@@ -221,10 +221,10 @@ def test_what_was_not_kept_though_its_kl_is_lower_has_a_reason() -> None:
     )
     assert [row[2:] for row in rows] == [
         ("-", "yes"),
-        ("-0.003 [-0.008, +0.002], 6 samples", "no: gain within noise"),
-        ("-0.02 [-0.03, -0.01], 6 samples", "yes"),
-        ("+0.02, 4 samples", "no: not lower"),
-        ("+0.001 [-0.001, +0.003], 6 samples", "yes: higher by less than the noise"),
+        ("-0.003 [-0.008, +0.002], p .25, 6 samples", "no: gain within noise"),
+        ("-0.02 [-0.03, -0.01], p .25, 6 samples", "yes"),
+        ("+0.02, p .25, 4 samples", "no: not lower"),
+        ("+0.001 [-0.001, +0.003], p .25, 6 samples", "yes: higher by less than the noise"),
     ]
     trials = [
         {"trial": 0, "harm": 0.1, "pruned": False, "kept": True, "difference": apart(0.0)},
@@ -234,7 +234,7 @@ def test_what_was_not_kept_though_its_kl_is_lower_has_a_reason() -> None:
     ]
     picture = history_picture({"trials": trials})
     assert picture is not None
-    remark = "within noise: -0.01 [-0.03, +0.01], 6 samples"
+    remark = "within noise: -0.01 [-0.03, +0.01], p .25, 6 samples"
     assert [row[-1] for row in picture.rows] == ["kept", remark, "pruned", ""]
     assert picture.note.startswith("Pruned trials saw fewer samples. A trial replaces trial 0 only if its gain")
 
@@ -281,7 +281,7 @@ def test_one_line_says_whether_the_plan_beats_the_best_baseline(
     found = {"family": "duo", "harm": 0.0268, "found_harm": 0.0285, "difference": apart(0.0017, [-0.002, 0.005])}
     (line,) = baseline_line({**found, "bytes_share": share, "verdict": verdict, "saved": saved})
     assert said in line
-    assert "[-0.002, +0.005], 6 samples" in line or "classes" in line
+    assert "[-0.002, +0.005], p .25, 6 samples" in line or "classes" in line
     assert baseline_line(None) == []
 
 

@@ -23,7 +23,9 @@ def random_rule(rng: np.random.Generator, gates: bool) -> Rule:
     beta = int(rng.choice([0, 100, 517, 1000]))
     formats = rng.choice(["native", "int8", "int4"], 2).tolist()
     chosen = (int(rng.integers(0, 60)), int(rng.choice([0, 33, 200]))) if gates and rng.random() < 0.5 else (0, 0)
-    return Rule(int(rng.choice([4, 16, 64])), int(rng.integers(0, 200)), beta, *formats, *chosen)
+    return Rule(
+        int(rng.choice([4, 16, 64])), int(rng.integers(0, 200)), beta, formats[0], formats[1], chosen[0], chosen[1]
+    )
 
 
 def test_what_holds_at_profiled_lengths_need_not_hold_between_them() -> None:
