@@ -197,7 +197,7 @@ def test_csv_has_every_row() -> None:
     assert head.startswith("kind,model,task,length,metric,value,low,high,prompts,kv_bytes")
     assert first == "result,plan,multi-needle-noise,4096,nll,0.5,0.25,0.75,100,25165824,,4000,4,,,,"
     assert second.startswith("difference,dense,")
-    assert third == "lm_eval,plan,t,,acc,1.0,,,3,,,,,,,"
+    assert third == "lm_eval,plan,t,,acc,1.0,,,3,,,,,,,,"
 
 
 def apart(value: float, ci95: list[float] | None = None, samples: int = 6) -> dict[str, Any]:

@@ -226,7 +226,7 @@ def test_kl_and_history_are_those_of_the_search(run_folder: Path, page: str) -> 
     assert sorted(kl["x"]) == sorted(there.values())
     trials = {row["trial"]: row["harm"] for row in explanation["trials"]}
     shown = traces(page, "history")
-    plotted = [shown[name] for name in ("measured to the end", "given up half-way") if name in shown]
+    plotted = [shown[name] for name in ("measured on all samples", "pruned") if name in shown]
     assert {x: y for trace in plotted for x, y in zip(trace["x"], trace["y"], strict=True)} == trials
     ended = [row["harm"] for row in explanation["trials"] if not row["pruned"]]
     assert shown["best so far"]["y"][-1] == min(ended)
