@@ -75,7 +75,6 @@ def inspect(
             plan.model, asked or plan.stated_lengths, batches, weights=weights, available=free, plan=plan
         )
         shown = Output({**data, "memory": memory}, [*shown.show, *memory_tables(memory)])
-        data = shown.data
     if show_tokens is None:
         return shown
     from moacompress.report.shown_tokens import selected_tokens, token_tables
@@ -86,4 +85,4 @@ def inspect(
             f"{path} has no weights, and --show-tokens reads a text with the model; give a compressed model"
         )
     found = selected_tokens(folder, plan, show_tokens, device, trust_remote_code=trust_remote_code)
-    return Output({**data, "shown_tokens": found}, [*shown.show, token_tables(found)])
+    return Output({**shown.data, "shown_tokens": found}, [*shown.show, token_tables(found)])
