@@ -192,6 +192,8 @@ _LOADING = (
     PrivateName(f"{_MODEL}._supports_attention_backend", "telling which models can be compressed"),
     PrivateName(f"{_MODEL}._supports_sdpa", "the attention that `detach` gives back"),
     PrivateName(f"{_MODEL}.set_attn_implementation", "refusing another attention", checks.takes("attn_implementation")),
+    PrivateName(f"{_MODEL}.resize_token_embeddings", "refusing rows of blocks", checks.takes("new_num_tokens")),
+    PrivateName(f"{_MODULE}.requires_grad_", "refusing gradients of blocks", checks.takes("requires_grad")),
     PrivateName(f"{_MODEL}.get_decoder", "the module whose inputs are checked"),
     PrivateName(f"{_CONFIG}._attn_implementation", "telling which attention a model runs"),
     PrivateName(f"{_CONFIG}.{IMPLEMENTATION}", "telling which attention one part of a model runs", checks.on_instance),
