@@ -155,7 +155,7 @@ def test_pass_phrases_stand_in_the_text(
     load_script: Callable[[Path], Any], tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
     script = load_script(FOLDER / "duo_attention.py")
-    (tmp_path / "text.txt").write_text("It rained all day. Nobody went out of the house. " * 200)
+    (tmp_path / "text.txt").write_text(" ".join(f"It rained on day {n}. Nobody went out." for n in range(900)))
     prose, source = Prose.load(tmp_path / "text.txt"), SimpleNamespace(tokenizer=tiny_tokenizer)
     ids, answer = script.make_prompt(source, prose, np.random.default_rng(0), 600, 3, 2)
     said = tiny_tokenizer.decode(ids[-answer:])

@@ -46,7 +46,7 @@ def inspect(
     """
     from moacompress.models.described import is_dense_model
     from moacompress.models.device import available_memory
-    from moacompress.models.source import find_model_folder, is_compressed
+    from moacompress.models.source import find_model_folder
     from moacompress.models.stored_plan import read_plan
     from moacompress.report.inspection import inspect_plan, inspection_tables
     from moacompress.report.memory_tables import memory_tables
@@ -58,7 +58,7 @@ def inspect(
         raise UsageError(
             f"inspect computes nothing without --show-tokens, so --device {device} has no meaning; leave it out"
         )
-    if is_dense_model(path) and not is_compressed(path):
+    if is_dense_model(path):
         if show_tokens is not None:
             raise UsageError(f"{path} is a dense model, which has no gates; --show-tokens needs a compressed one")
         memory = dense_memory(str(path), lengths, batch, device, trust_remote_code)
@@ -75,7 +75,6 @@ def inspect(
             plan.model, asked or plan.stated_lengths, batches, weights=weights, available=free, plan=plan
         )
         shown = Output({**data, "memory": memory}, [*shown.show, *memory_tables(memory)])
-        data = shown.data
     if show_tokens is None:
         return shown
     from moacompress.report.shown_tokens import selected_tokens, token_tables
@@ -86,4 +85,4 @@ def inspect(
             f"{path} has no weights, and --show-tokens reads a text with the model; give a compressed model"
         )
     found = selected_tokens(folder, plan, show_tokens, device, trust_remote_code=trust_remote_code)
-    return Output({**data, "shown_tokens": found}, [*shown.show, token_tables(found)])
+    return Output({**shown.data, "shown_tokens": found}, [*shown.show, token_tables(found)])

@@ -72,8 +72,6 @@ from moacompress.runtime.checkpoint import Checkpoint, compressed_folder, load_c
 logger = logging.getLogger(__name__)
 
 
-QUESTION_TOKENS = 64
-"""Most tokens of a question that a report keeps."""
 NOT_ASKED = {
     "code": ("code-question", "code-completion"),
     "a second question": ("second-question",),
@@ -533,7 +531,7 @@ class _Evaluation:
                 kind = find_task(task, self.resources).kind
                 cells.setdefault(kind, []).append(cell)
                 fields.setdefault(kind, []).append(field_of_cell)
-                answers += answer_rows(cell, cases, list(map(self._question, cases)), field_of_cell)
+                answers += answer_rows(cell, cases, field_of_cell)
                 scores += score_rows(cell, field_of_cell)
                 rows = result_rows(cell, field_of_cell)
                 paired = difference_rows(cell, field_of_cell)
@@ -550,11 +548,6 @@ class _Evaluation:
             "scores": scores,
             "answers": answers,
         }
-
-    def _question(self, case: Case) -> str:
-        """Returns the end of what is asked, as text."""
-        ids = case.prompt_ids[max(case.question_at or 0, len(case.prompt_ids) - QUESTION_TOKENS) :]
-        return str(self.checkpoint.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def task(self, task: str, length: int) -> tuple[TaskCell, list[Case], list[Measured]]:
         """Returns a task at a length, its prompts, and the models on them, each by its best candidate."""

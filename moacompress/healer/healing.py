@@ -45,7 +45,7 @@ from moacompress.core.progress import SILENT, Progress
 from moacompress.core.ranks import rank, world_size
 from moacompress.core.shingles import Shingles
 from moacompress.core.shown import Shown
-from moacompress.core.statistics import mean, p_value, standard_error
+from moacompress.core.statistics import estimate_row, mean, p_value, standard_error
 from moacompress.exporter.cache_settings import with_its_cache
 from moacompress.exporter.exporting import check_place, exported_plan, write_checkpoint
 from moacompress.exporter.fresh import verify_fresh
@@ -344,7 +344,10 @@ def _noted(request: HealRequest, data: HealData, history: HealHistory, model: An
             "before": _statistics(history.start.kls),
             "after": _statistics((best or history.start).kls),
             "difference": _statistics(apart.tolist())
-            | {"ci95": mean(apart.tolist())[1], "p": p_value((best or history.start).kls, history.start.kls)},
+            | {
+                "ci95": estimate_row(*mean(apart.tolist()))["ci95"],
+                "p": p_value((best or history.start).kls, history.start.kls),
+            },
             "samples": len(data.held_out),
         },
         "best_step": best.step if best is not None else 0,

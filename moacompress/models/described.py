@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import ModelError
 from moacompress.models.modules import check_supported
 from moacompress.models.shape import config_shape
 from moacompress.models.skeleton import load_config, make_skeleton
-from moacompress.models.source import locate_source
+from moacompress.models.source import is_compressed, locate_source
 from moacompress.models.weight_files import gguf_dtype, stored_dtype
 from moacompress.rules.formats import DTYPE_BYTES, dtype_name
 from moacompress.rules.model_shape import ModelShape
@@ -50,8 +51,10 @@ class DescribedModel:
 
 
 def is_dense_model(path: Path) -> bool:
-    """Returns whether a path is a `.gguf` file, or a folder that has a model's config."""
-    return (path.is_file() and path.suffix == ".gguf") or (path / "config.json").is_file()
+    """Returns whether a path is a `.gguf` file, or a folder that has a model's config and no plan."""
+    if path.is_file():
+        return path.suffix == ".gguf"
+    return (path / "config.json").is_file() and not (path / PLAN_FILE).is_file() and not is_compressed(path)
 
 
 def _is_gguf(source: str) -> bool:

@@ -82,7 +82,7 @@ def test_samples_are_those_of_the_profile(tiny_folder: Path, base_folder: Path, 
     from moacompress.recipe import Recipe
 
     folder = tiny_folder if chat else base_folder
-    (tmp_path / "prose.txt").write_text(" ".join(f"w{i:04d}" for i in range(600)))
+    (tmp_path / "prose.txt").write_text(" ".join(f"w{i:04d}" for i in range(3000)))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("seed: 4\ncalibration: {samples: 6, text_samples: 2, answer_tokens: 8}\n")
     flags = ("--source", "needle", "--source", "recall", "--text", tmp_path / "prose.txt", "--lengths", "700,768")

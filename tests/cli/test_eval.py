@@ -313,7 +313,9 @@ def test_a_table_never_replaces_what_is_no_table(place: Path, tmp_path: Path) ->
 
 def test_a_threshold_may_be_of_all_that_is_measured(place: Path, tmp_path: Path) -> None:
     """`all` has the tasks of prose where there is some."""
-    (tmp_path / "prose.txt").write_text("It rained all day. Nobody went out of the house. " * 900)
+    (tmp_path / "prose.txt").write_text(
+        " ".join(f"It rained on day {n}. Nobody went out of the house." for n in range(900))
+    )
     ask = (place, "--tasks", "all", "--text", tmp_path / "prose.txt", "--fail-under", "needle-prose:accuracy=0.1")
     assert "needle-prose" not in problem(*ask, "--lengths", "8", exit_code=1)
     assert "unknown task" in problem(place, "--tasks", "all", "--fail-under", "needle-prose:accuracy=0.1")

@@ -15,15 +15,20 @@ from moacompress.core.statistics import (
     Interval,
     Resampled,
     by_document,
+    error_text,
+    estimate_row,
+    estimate_text,
     exponential_mean,
     mean,
     median,
+    p_text,
     p_value,
     paired_difference,
     paired_rates,
     perplexity_difference,
     positive_mean,
     rate,
+    reported_mean,
     standard_error,
     tango,
     upper_bound,
@@ -191,6 +196,23 @@ def test_few_units_have_no_interval() -> None:
         assert paired(few, few[::-1])[1] is None
     assert (wilson(2, 4), tango(1, 1, 4), upper_bound(few), standard_error([1.0])) == (None, None, None, None)
     assert Resampled.of(4, 0, lambda drawn: np.asarray(few)[drawn].mean(axis=1)).ci95 is None
+
+
+def test_what_people_read_has_no_brackets_where_there_is_no_interval() -> None:
+    assert (estimate_text(0.5, None), estimate_text(0.5, (0.25, 0.75))) == ("0.50", "0.50 [0.25, 0.75]")
+    assert (error_text(0.1, None), error_text(0.1, 0.02)) == ("0.1", "0.1 ± 0.02")  # a single sample has no error
+    assert (p_text(0.0001), p_text(0.25), p_text(1.0)) == ("p < .001", "p .25", "p 1")
+    assert estimate_row(0.5, None) == {"value": 0.5, "ci95": None}
+
+
+def test_a_reported_mean_has_the_interval_of_its_values() -> None:
+    for values in ([1.0, 0.0, 1.0, 1.0, 0.0, 1.0], [1.0] * 6):
+        error = standard_error(values)
+        assert error is not None
+        assert reported_mean(mean(values)[0], error, 6) == pytest.approx(known(rate(values)[1]))
+    values = [3.0, 1.0, 2.5, 2.0, 4.0]
+    assert reported_mean(2.5, standard_error(values) or 0.0, 5) == pytest.approx(known(mean(values)[1]))
+    assert reported_mean(2.5, 0.1, 4) is None
 
 
 def test_the_value_is_within_its_interval() -> None:

@@ -250,9 +250,9 @@ def test_text(compressed: Path, prose: Path) -> None:
     assert found["plan", "kl"] > 0.01
     assert 0 < found["plan", "top1_agreement"] < 1
     for row in report["results"]:
-        assert row["ci95"] is None  # four windows of two documents
+        assert row["ci95"] is None  # of four documents
         assert (row["task"], row["length"], row["tokens"], row["prompts"]) == ("text", LENGTH, LENGTH, 4)
-        assert row["documents"] == 2
+        assert row["documents"] == 4
     for row in report["differences"]:
         ours, theirs = (found[model, row["metric"]] for model in ("plan", row["model"]))
         assert row["value"] == pytest.approx(ours - theirs)

@@ -139,11 +139,11 @@ def test_sample_answers_are_those_of_the_evaluation(run_folder: Path, page: str)
     evaluation = json.loads((run_folder / "eval.json").read_text())
     assert len(evaluation["answers"]) == 4
     for row in evaluation["answers"]:
-        assert row["question"].splitlines()[0][-40:] in row["question"]
+        assert "?" in row["question"]
         assert row["references"]
         assert row.keys() >= {"dense", "plan", "dense_match", "plan_match"}
     first = evaluation["answers"][0]
-    assert (first["task"], first["question"][-15:]) == ("code-question", "The answer is `")
+    assert re.fullmatch(r"(What|Which) .*\? Answer with .* alone\.", first["question"])
     scored = [
         {**first, "dense_match": a, "plan_match": b, "plan": f"{a}{b}"} for a, b in ((0, 0), (1, 1), (1, 1), (1, 0))
     ]

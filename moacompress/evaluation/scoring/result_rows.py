@@ -158,21 +158,19 @@ def difference_row(
     }
 
 
-def answer_rows(
-    cell: TaskCell, cases: Sequence[Case], questions: Sequence[str], comparison: Sequence[Measured]
-) -> list[ResultRow]:
+def answer_rows(cell: TaskCell, cases: Sequence[Case], comparison: Sequence[Measured]) -> list[ResultRow]:
     """Returns for every prompt what was asked, the reference, and what plan and dense said, with their exact match."""
     said = {one.compared.name: one.scores for one in comparison if one.compared.name in (PLAN, DENSE)}
     return [
         {
             "task": cell.task,
             "length": cell.length,
-            "question": question,
+            "question": case.question,
             "references": list(case.references),
             **{name: scores[index].answer for name, scores in said.items()},
             **{f"{name}_match": scores[index].exact_match for name, scores in said.items()},
         }
-        for index, (case, question) in enumerate(zip(cases, questions, strict=True))
+        for index, case in enumerate(cases)
     ]
 
 

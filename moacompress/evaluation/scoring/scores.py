@@ -25,6 +25,8 @@ from moacompress.runtime.checkpoint import Checkpoint
 
 SCORE_VERSION = 5
 """Part of every records key: raised when the same prompt would be scored in another way."""
+UNSCORED = ("question_at", "question")
+"""What of a case no score depends on."""
 Entry = dict[str, Any]
 """The numbers of a score by name, and of a prompt `answer`, what the model said."""
 
@@ -220,4 +222,4 @@ class Scorer:
 def _content(cases: Sequence[Case]) -> str:
     """Returns what cases say; where the question begins matters to ways to evict alone, and stands in their own keys."""
     said = [asdict(case) for case in cases]
-    return fingerprint([{name: each[name] for name in each if name != "question_at"} for each in said])
+    return fingerprint([{name: each[name] for name in each if name not in UNSCORED} for each in said])

@@ -29,6 +29,7 @@ class Case:
             None for a prompt of one part.
         question_at: `prompt_ids[question_at:]` is what is asked, with all that follows it; None where that is not known.
         opening: the text of the answer that the prompt ends with.
+        question: what is asked, for a reader.
     """
 
     task: str
@@ -42,6 +43,7 @@ class Case:
     turn_at: int | None = None
     question_at: int | None = None
     opening: str = ""
+    question: str = ""
 
     @property
     def tokens(self) -> int:

@@ -74,6 +74,12 @@ class PromptDraft:
     question: str = ""
 
     @property
+    def asked(self) -> str:
+        """What is asked: the end of the last message, or of a second turn all of it."""
+        last = self.messages[-1].strip()
+        return self.question.strip() or (last if self.second_turn else last.rpartition("\n")[2])
+
+    @property
     def before_question(self) -> tuple[str, ...] | None:
         """The messages without what is asked; None where nothing is before it, as in a single message of one line."""
         *earlier, last = self.messages

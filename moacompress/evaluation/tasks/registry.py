@@ -65,6 +65,8 @@ _HOW = {
     "squad": "give a SQuAD file, such as dev-v2.0.json",
 }
 _WHAT = {"prose": "prose", "squad": "SQuAD's questions"}
+SHOWN_QUESTION = 300
+"""Most characters of a question that a report keeps."""
 OWN, UNSEEN, CALIBRATED = "own rows", "unseen kinds", "calibrated kinds"
 KINDS = (OWN, UNSEEN, CALIBRATED)
 """What prompts are to calibration, the one that a claim rests on first: rows of the user's own, kinds that no calibration has,
@@ -471,4 +473,5 @@ def _make_case(task: EvaluationTask, request: PromptRequest, draft: PromptDraft)
         turn_at=ids.turn_at,
         question_at=ids.question_at,
         opening=draft.prefix,
+        question=draft.asked[-SHOWN_QUESTION:],
     )

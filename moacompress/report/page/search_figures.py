@@ -117,8 +117,8 @@ def _scatter(name: str, title: str, groups: Any, note: str) -> Picture:
             lines("faint", "equal", line, line, mode="lines", line={"dash": "dot", "width": 1}, hoverinfo="skip")
         )
     layout = {
-        "xaxis": axis("predicted, nats per token", type="log", exponentformat="none"),
-        "yaxis": axis("measured, nats per token", type="log", exponentformat="none"),
+        "xaxis": axis("predicted, nats per token", type="log", exponentformat="none", dtick=1),
+        "yaxis": axis("measured, nats per token", type="log", exponentformat="none", dtick=1),
         "height": 380,
     }
     return Picture(name, title, traces, layout, note, ("of", "predicted", "measured"), rows)
@@ -146,7 +146,11 @@ def history_picture(explanation: Finding) -> Picture | None:
         dots("uniform", "pruned", [row["trial"] for row in pruned], [row["harm"] for row in pruned]),
         lines("faint", "best so far", numbers, best, mode="lines", line={"shape": "hv"}),
     ]
-    layout = {"xaxis": axis("trial"), "yaxis": axis(KL, rangemode="tozero"), "height": 320}
+    layout = {
+        "xaxis": axis("trial", tick0=0, dtick=max(1, len(trials) // 8)),
+        "yaxis": axis(KL, rangemode="tozero"),
+        "height": 320,
+    }
     rows = [(str(row["trial"]), readable_number(row["harm"]), trial_remark(row)) for row in trials]
     note = (
         "Pruned trials saw fewer samples. A trial replaces trial 0 only if its gain in mean KL, paired by sample, exceeds "

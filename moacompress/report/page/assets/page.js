@@ -80,7 +80,7 @@
         layout: {
           height: 300, showlegend: true,
           xaxis: { title: { text: `tokens kept at ${heads.at}` }, automargin: true, rangemode: "tozero" },
-          yaxis: { title: { text: "predicted harm, nats" }, type: "log", automargin: true, exponentformat: "none" },
+          yaxis: { title: { text: "predicted harm, nats" }, type: "log", automargin: true, exponentformat: "none", dtick: 1 },
         },
       });
     }
