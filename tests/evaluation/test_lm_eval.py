@@ -106,7 +106,7 @@ def test_rows(
         ("tiny_text", "bits_per_byte"),
     }
     for row in rows:
-        assert list(row) == ["model", "task", "length", "metric", "value", "ci95", "prompts"]
+        assert list(row) == ["model", "task", "length", "metric", "value", "ci95", "prompts", "overlap"]
         assert (row["model"], row["length"], row["prompts"]) == ("plan", None, 4)
         if row["ci95"] is not None:
             assert row["ci95"][0] <= row["value"] <= row["ci95"][1]
