@@ -244,12 +244,12 @@ def _rows(found: dict[str, Any], name: str) -> list[dict[str, Any]]:
                 {
                     "model": name,
                     "task": task,
-                    "overlap": None,
                     "length": None,
                     "metric": metric if kind == "none" else key,
                     "value": float(value),
                     "ci95": list(interval) if interval else None,
                     "prompts": prompts,
+                    "overlap": None,
                 }
             )
     return rows

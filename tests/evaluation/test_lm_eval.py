@@ -107,7 +107,7 @@ def test_rows(
         ("tiny_text", "bits_per_byte"),
     }
     for row in rows:
-        assert list(row) == ["model", "task", "length", "metric", "value", "ci95", "prompts"]
+        assert list(row) == ["model", "task", "length", "metric", "value", "ci95", "prompts", "overlap"]
         assert (row["model"], row["length"], row["prompts"]) == ("plan", None, 4)
         assert row["ci95"] is None  # four documents have no interval
     assert all(count == 1 and (mask is None or bool(mask.all())) for count, mask in seen)
