@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from rich.console import RenderableType
+
 from moacompress.cli.dense_memory import dense_memory
 from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import BatchOption, TrustRemoteCode
@@ -53,7 +55,7 @@ def doctor(
         if given is not None and model is None:
             raise UsageError(f"{name} is for the KV memory of a MODEL; name one")
     data = check_environment()
-    show = [environment_table(data)]
+    show: list[RenderableType] = [environment_table(data)]
     problems = list(data["problems"])
     data["model"] = None
     if model is not None:

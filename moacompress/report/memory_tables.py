@@ -21,7 +21,7 @@ def memory_tables(found: Mapping[str, Any]) -> list[RenderableType]:
     """
     weights = found["weights"]
     room = "" if weights is None else f"{readable_bytes(found['available'])} free, {readable_bytes(weights)} of weights"
-    tables = []
+    tables: list[RenderableType] = []
     for row in found["rows"]:
         names = list(row["requests"])
         cells = [

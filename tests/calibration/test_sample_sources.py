@@ -486,7 +486,9 @@ def test_questions_of_calibration_validation_and_evaluation_share_no_document(
     for split in SPLITS[:2]:
         text = " ".join(text_of(source, sample) for sample in build_samples(source, asked, split))
         seen[split] = {int(name) // 6 for name in re.findall(r"\]\nD(\d+) ", text)}  # one that is cut may end in a name
-    seen["evaluation"] = {int(text[1:4]) // 6 for text in Questions.load(asked.calibration.sources[0].path).documents}
+    seen["evaluation"] = {
+        int(text[1:4]) // 6 for text in Questions.load(str(asked.calibration.sources[0].path)).documents
+    }
     assert all(seen.values())
     assert len(set.union(*seen.values())) == sum(map(len, seen.values()))
 

@@ -146,5 +146,7 @@ def test_the_retrieval_head_of_the_real_model(smollm2: Path) -> None:
         return [score_batch(model, tokenizer, [case])[0].nll for case in cases]
 
     dense = losses(None)
-    assert paired_difference(losses((18, 2)), dense)[1][0] > 0.5
-    assert paired_difference(losses((3, 0)), dense)[1][1] < 0.02
+    hurt, harmless = (paired_difference(losses(head), dense)[1] for head in ((18, 2), (3, 0)))
+    assert hurt is not None and harmless is not None
+    assert hurt[0] > 0.5
+    assert harmless[1] < 0.02

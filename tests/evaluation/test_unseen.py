@@ -218,7 +218,7 @@ def test_code_questions_of_another_python_are_other_questions(monkeypatch: pytes
     assert find_task("code-question").wording != before
     monkeypatch.undo()
     code_question._texts.cache_clear()
-    monkeypatch.setattr(code_question.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     with pytest.raises(DataError, match=r"source of Python's standard library, which .* lacks .*; give other --tasks"):
         _ = find_task("code-question").wording
 

@@ -58,8 +58,8 @@ def test_a_baseline_is_saved_if_it_is_better_or_no_worse_and_smaller(
 
 
 def test_one_of_too_many_classes_is_not_saved() -> None:
-    assert beside(KLS - 0.01, most=1).saved  # it has one class
-    assert not beside(KLS - 0.01, most=0).saved
+    assert beside((KLS - 0.01).tolist(), most=1).saved  # it has one class
+    assert not beside((KLS - 0.01).tolist(), most=0).saved
 
 
 def test_no_baseline_nothing_to_compare() -> None:
