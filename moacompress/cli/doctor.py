@@ -1,11 +1,10 @@
-"""`moacompress doctor`: is the environment right, can this model be compressed, is this compressed checkpoint whole."""
+"""`moacompress doctor`: checks the environment, a model to compress, or a compressed checkpoint."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 import typer
-
 from rich.console import RenderableType
 
 from moacompress.cli.dense_memory import dense_memory
@@ -20,14 +19,15 @@ from moacompress.core.errors import UsageError
     "moacompress doctor path/to/model --lengths 32k --batch 8",
     "moacompress doctor path/to/model.gguf --json",
     "moacompress doctor runs/mine",
-    on_device=True,
 )
 def doctor(
     run: CommandRun,
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="Hub id, folder or .gguf file; or a compressed model.", show_default=False
+            metavar="[MODEL]",
+            help="Hub id, folder or .gguf file of a dense model, or a compressed model.",
+            show_default=False,
         ),
     ] = None,
     lengths: Annotated[
@@ -41,19 +41,16 @@ def doctor(
     batch: BatchOption = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
-    """Check the environment, and whether MODEL works.
+    """Check the environment and, if given, MODEL.
 
-    For a dense model it says whether it can be compressed, and how much KV memory requests take, dense and compressed, and how
-    many fit on this machine. A compressed model, or the folder of its run, is described and checked. No weights are loaded.
+    For a dense model it tells whether it can be compressed, how much KV memory requests take, dense and compressed, and how
+    many fit on this machine. A compressed model or the folder of its run is described and checked. The weights are not loaded.
     Exits with 1 if something does not work.
     """
     from moacompress.doctor.checks import check_environment, check_model
     from moacompress.report.doctor_tables import environment_table, model_table
     from moacompress.report.memory_tables import memory_tables
 
-    for name, given in {"--lengths": lengths, "--batch": batch}.items():
-        if given is not None and model is None:
-            raise UsageError(f"{name} is for the KV memory of a MODEL; name one")
     data = check_environment()
     show: list[RenderableType] = [environment_table(data)]
     problems = list(data["problems"])

@@ -147,6 +147,7 @@ def test_the_retrieval_head_of_the_real_model(smollm2: Path) -> None:
 
     dense = losses(None)
     hurt, harmless = (paired_difference(losses(head), dense)[1] for head in ((18, 2), (3, 0)))
-    assert hurt is not None and harmless is not None
+    assert hurt is not None
+    assert harmless is not None
     assert hurt[0] > 0.5
     assert harmless[1] < 0.02
