@@ -21,7 +21,6 @@ from pydantic import (
     model_validator,
 )
 
-from moacompress.core.deprecation import new_key, with_new_keys
 from moacompress.core.errors import MoaCompressError, RecipeError, did_you_mean
 from moacompress.core.urls import without_password
 from moacompress.recipe_sections import (
@@ -117,11 +116,6 @@ class Recipe(Section):
             )
         return {key: value for key, value in data.items() if key != CONSENT}
 
-    @model_validator(mode="before")
-    @classmethod
-    def _new_names(cls, data: Any) -> Any:
-        return with_new_keys(data) if isinstance(data, dict) else data
-
     @model_validator(mode="after")
     def _head(self) -> Recipe:
         if self.head_weights is not None and self.weights not in ("int8", "int4", AUTO):
@@ -209,7 +203,7 @@ class Recipe(Section):
         for key, value in flags.items():
             if value is None:
                 continue
-            *sections, name = new_key(key.replace("__", ".")).split(".")
+            *sections, name = key.split("__")
             target = data
             for section in sections:
                 target = target[section]

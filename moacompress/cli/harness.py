@@ -20,13 +20,11 @@ from typing import Annotated, Any, Concatenate, ParamSpec, TextIO
 
 import typer
 from rich.console import Console, RenderableType
-from typer.core import TyperCommand
 
 from moacompress.cli.bars import RichProgress
 from moacompress.cli.kernel_line import kernel_line
 from moacompress.cli.recipe_options import collected, recipe_option
 from moacompress.cli.result_stream import for_the_result
-from moacompress.core.deprecation import with_new_options
 from moacompress.core.errors import ArtefactError, MoaCompressError, UsageError, one_line
 from moacompress.core.files import finite_json
 from moacompress.core.printable import printable
@@ -269,20 +267,9 @@ def command(
     return lambda function: Command(function, examples, computes, on_device, shared, maps)
 
 
-class _WithOldNames(TyperCommand):
-    """Takes old names of its options for as long as they are kept."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        names, above = [], ctx
-        while above.parent is not None:  # what the program is called depends on how it was started
-            names.append(above.info_name)
-            above = above.parent
-        return super().parse_args(ctx, with_new_options(" ".join([PROGRAM, *reversed(names)]), args, say))
-
-
 def add_command(app: typer.Typer, name: str, command: Command) -> None:
     """Adds a command to an app, with its help."""
-    app.command(name, cls=_WithOldNames, help=command.help, epilog=command.epilog)(command)
+    app.command(name, help=command.help, epilog=command.epilog)(command)
 
 
 def group(text: str, commands: Mapping[str, Command]) -> typer.Typer:
