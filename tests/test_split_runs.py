@@ -123,7 +123,7 @@ def test_what_is_not_split(dense, compressed):
         ("--front", "one plan of given budgets is searched"),
         ("--storage sqlite:///study.db", "workers that each begin by themselves"),
         ("--timeout 60", "would not stop at the same plan"),
-        ("--dry-run", "--dry-run times one process"),
+        ("--dry-run", "--dry-run"),
     ],
 )
 @pytest.mark.parametrize("split", ["--tensor-parallel", ""])
@@ -140,8 +140,11 @@ def test_what_is_not_searched_by_ranks(options, said, split, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--dry-run", "--dry-run times one process"),
-        ("--lm-eval arc_easy", "lm-evaluation-harness deals prompts out to ranks"),
+        ("--dry-run", "--tensor-parallel has no effect beside --dry-run"),
+        (
+            "--lm-eval arc_easy",
+            "--tensor-parallel has no effect beside --lm-eval: lm-evaluation-harness deals its prompts",
+        ),
         ("--against dense,snapkv", "snapkv has a cache of its own or other weights"),
     ],
 )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -151,16 +150,7 @@ def bench(
     Time of a prompt and of a decode step, bytes of weights and cache, peak memory, and from which length on the plan is
     faster. Sides take turns, so that what else the machine does meets all alike. --dtype takes a list too.
     """
-    if cost_table is not None or against is not None:
-        _refuse(
-            "--cost-table" if cost_table is not None else "--against-cost-table",
-            {"--sides": sides, "--prefill-repeats": prefill_repeats, "--out": out, "--serve": serve or None}
-            | {"--compile": compile_ours or None, "--no-peak": None if peak else True}
-            | {"--trace": trace or None, "--quick": quick or None, "--dry-run": dry_run or None}
-            | {"--kv-memory": kv_memory, "--requests": requests, "--prompt": prompt, "--new": new, "--rate": rate},
-        )
     if cost_table is not None:
-        _refuse("--cost-table", {"--against-cost-table": against})
         return _cost_table(
             run,
             path,
@@ -172,23 +162,10 @@ def bench(
             overwrite,
             trust_remote_code,
         )
-    for name, value in {"--weights": weights, "--head-weights": head_weights}.items():
-        if value is not None:
-            raise UsageError(f"{name} goes with --cost-table, which loads a dense model; leave it out")
     if against is not None:
-        _refuse("--against-cost-table", {"--dtype": run.common.dtype, "--overwrite": overwrite or None})
         return _against(run, path, against, lengths, batch, tokens, repeats, trust_remote_code)
     recipe = CommandRun(replace(run.common, dtype=None), run.progress).recipe()  # --dtype is a list here
     dtypes = split_list(run.common.dtype if run.common.dtype is not None else "auto") or ()
-    of_table = {"--lengths": lengths, "--batch": batch, "--tokens": tokens, "--repeats": repeats}
-    of_table |= {"--prefill-repeats": prefill_repeats, "--quick": quick or None, "--compile": compile_ours or None}
-    of_table |= {"--no-peak": None if peak else True, "--trace": trace or None}
-    of_table |= {"--dry-run": (dry_run and serve) or None}
-    of_serving = {"--kv-memory": kv_memory, "--requests": requests, "--prompt": prompt, "--new": new, "--rate": rate}
-    if serve:
-        _refuse("--serve", of_table)
-    else:
-        _refuse("--serve", of_serving, needed=True)
     if serve:
         from moacompress.bench.request_mix import ANSWERS, PROMPTS
         from moacompress.bench.serve_benchmark import ServeRequest, run_serving
@@ -239,19 +216,6 @@ def bench(
 
     report = run_bench(path, request, out=out, overwrite=overwrite, progress=run.progress)
     return Output(report, bench_tables(report))
-
-
-def _refuse(option: str, others: Mapping[str, Any], needed: bool = False) -> None:
-    """Refuses options that were given and do not go with another one, or without it.
-
-    Args:
-        option: the other one.
-        others: values by name; None is not given.
-        needed: whether they go with it alone.
-    """
-    for name, value in others.items():
-        if value is not None:
-            raise UsageError(f"{name} goes {'with' if needed else 'without'} {option}; leave one of the two out")
 
 
 def _cost_table(

@@ -34,7 +34,6 @@ from moacompress.cli.options import (
     with_memory,
 )
 from moacompress.cli.recipe_options import recipe_option
-from moacompress.core.errors import UsageError
 from moacompress.efforts import Effort, effort_recipe
 from moacompress.rules.loss import one_limit
 
@@ -93,8 +92,6 @@ def compress(
     OUT gets profile/, plan.json, model/, eval.json, summary.json and report.html. A run that was stopped resumes with the same
     command.
     """
-    if recipe is not None and effort is not None:
-        raise UsageError("a recipe says how much is measured, and so does --effort; give one of them")
     resolved = run.recipe(
         recipe,
         base=None if recipe else effort_recipe(effort or "standard", prose=text is not None),

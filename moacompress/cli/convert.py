@@ -78,9 +78,6 @@ def convert(
         raise UsageError("say where the plan comes from, or for whom it is: one of --from and --to")
     if target is not None and out == Path(PLAN_FILE):
         raise UsageError(f"say where the plan for {target} goes (--out PATH): {PLAN_FILE} would be one of ours")
-    for name, given, of in (("--model", model, source), ("--sparsity", sparsity, "duo-attention"), ("--at", at, "moa")):
-        if given is not None and (source is None or source != of):
-            raise UsageError(f"{name} is for plans that come from {of or 'outside'} (--from); leave it out")
     read = {path, *(path / name for name in (HEADS_FILE, CONFIG_FILE, MODELOPT_FILE) if source is not None)}
     if target is not None:
         read.add(find_plan_file(path))

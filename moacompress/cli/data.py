@@ -22,7 +22,6 @@ from moacompress.cli.options import (
     "moacompress data preview path/to/model",
     "moacompress data preview path/to/model --source recall --source squad.json --lengths 1k,4k",
     "moacompress data preview path/to/model --recipe recipe.yaml --count 6 --json",
-    on_device=True,
     maps=True,
 )
 def preview(

@@ -18,7 +18,6 @@ from moacompress.core.errors import UsageError
     "moacompress doctor path/to/model --lengths 32k --batch 8",
     "moacompress doctor path/to/model.gguf --json",
     "moacompress doctor runs/mine",
-    on_device=True,
 )
 def doctor(
     run: CommandRun,
@@ -49,9 +48,6 @@ def doctor(
     from moacompress.report.doctor_tables import environment_table, model_table
     from moacompress.report.memory_tables import memory_tables
 
-    for name, given in {"--lengths": lengths, "--batch": batch}.items():
-        if given is not None and model is None:
-            raise UsageError(f"{name} is for the KV memory of a MODEL; name one")
     data = check_environment()
     show = [environment_table(data)]
     problems = list(data["problems"])

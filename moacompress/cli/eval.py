@@ -15,7 +15,6 @@ from moacompress.cli.options import (
     TensorParallel,
     Text,
     TrustRemoteCode,
-    asked_devices,
     dry_run_option,
     split_list,
 )
@@ -138,7 +137,6 @@ def evaluate(
     or --lm-eval is. -o keeps question, reference and both answers of every prompt.
     Under torchrun (torchrun --standalone --nproc-per-node 2 -m moacompress eval ...) processes share the prompts.
     """
-    count = asked_devices(devices, dry_run)
     if list_tasks:
         return _list_tasks()
     if path is None:
@@ -174,7 +172,7 @@ def evaluate(
     thresholds = parse_thresholds(fail_under, (*own, *names))
     others = tuple(name for name in split_list(against) or () if name != "none")
     if tensor_parallel:
-        _check_tensor_parallel(dry_run, harness, others)
+        _check_tensor_parallel(others)
     if dry_run:
         from moacompress.evaluation.baselines.compared_models import check_names
         from moacompress.evaluation.eval_estimate import estimate_eval
@@ -194,7 +192,7 @@ def evaluate(
             own={name: len(task.given or ()) for name, task in own.items()},
             dtype=recipe.dtype,
             device=recipe.device,
-            devices=count,
+            devices=devices or 1,
             trust_remote_code=trust_remote_code,
         )
         besides = " Tasks of lm-evaluation-harness are not counted." if harness else ""
@@ -251,18 +249,12 @@ def _check_csv(csv: Path, out: Path | None) -> None:
     check_writable(csv.absolute().parent)
 
 
-def _check_tensor_parallel(dry_run: bool, harness: tuple[str, ...], against: tuple[str, ...]) -> None:
+def _check_tensor_parallel(against: tuple[str, ...]) -> None:
     """Refuses what cannot be measured of a model that is split over ranks.
 
     Raises:
         UsageError: says what.
     """
-    if dry_run:
-        raise UsageError("--dry-run times one process; leave --tensor-parallel out, or run it")
-    if harness:
-        raise UsageError(
-            "lm-evaluation-harness deals prompts out to ranks, so it takes no --tensor-parallel; leave one of them out"
-        )
     unknown = [name for name in against if name not in SPLIT]
     if unknown:
         raise UsageError(

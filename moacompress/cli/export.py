@@ -10,7 +10,6 @@ import typer
 from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import HeadWeightsOption, Overwrite, TrustRemoteCode, WeightsOption
 from moacompress.core.artefact_names import MODEL_FOLDER
-from moacompress.core.errors import UsageError
 from moacompress.models.locate import find_plan_file
 
 
@@ -19,7 +18,6 @@ from moacompress.models.locate import find_plan_file
     "moacompress export path/to/model plan.json -o model/ --overwrite --json",
     "moacompress export path/to/model plan.json -o model/ --repair profile/",
     "moacompress export path/to/model plan.json -o model/ --ranks 4",
-    on_device=True,
     maps=True,
 )
 def export(
@@ -70,8 +68,6 @@ def export(
     chosen = run.recipe()
     if run.common.dtype not in (None, "auto"):
         loaded = loaded.in_dtype(run.recipe().dtype)
-    if dry_run and ranks is not None:
-        raise UsageError("--dry-run moves no KV heads; leave --ranks out, or run it")
     if dry_run:
         from moacompress.exporter.exporting import estimate_export
 

@@ -20,7 +20,6 @@ from moacompress.models.locate import find_running_plan
     "moacompress inspect runs/mine/model --json",
     "moacompress inspect path/to/dense --lengths 32k --batch 1,8",
     "moacompress inspect runs/mine --show-tokens notes.txt",
-    on_device=True,
 )
 def inspect(
     run: CommandRun,
@@ -54,10 +53,6 @@ def inspect(
     from moacompress.rules.kv_memory import kv_memory
 
     device = run.common.device or "cpu"
-    if show_tokens is None and device != "cpu":
-        raise UsageError(
-            f"inspect computes nothing without --show-tokens, so --device {device} has no meaning; leave it out"
-        )
     if is_dense_model(path):
         if show_tokens is not None:
             raise UsageError(f"{path} is a dense model, which has no gates; --show-tokens needs a compressed one")

@@ -90,19 +90,6 @@ Devices = Annotated[
 ]
 
 
-def asked_devices(devices: int | None, dry_run: bool) -> int:
-    """Returns the devices that an estimate is for.
-
-    Raises:
-        UsageError: they are given where nothing is estimated.
-    """
-    if devices is not None and not dry_run:
-        raise UsageError(
-            "--devices is for an estimate: give --dry-run too; torchrun, --shard or --storage use many devices"
-        )
-    return devices or 1
-
-
 def _wait_asleep(dry_run: bool) -> bool:
     """Has OpenMP's threads sleep while they wait for one another; OpenMP reads this once, when torch is loaded.
 

@@ -27,7 +27,6 @@ from moacompress.cli.options import (
     TrustRemoteCode,
     ValidationSamples,
     WeightsOption,
-    asked_devices,
     dry_run_option,
     required_model,
 )
@@ -138,17 +137,10 @@ def profile(
     Under torchrun (torchrun --standalone --nproc-per-node 2 -m moacompress profile ...) processes share the samples, or with
     --tensor-parallel the model.
     """
-    count = asked_devices(devices, dry_run)
-    if dry_run and tensor_parallel:
-        raise UsageError("--dry-run times one process; leave --tensor-parallel out, or run it")
     if merge:
-        return _merged([name for name in (model, *(others or ())) if name], out, overwrite, run)
+        return _merged([name for name in (model, *(others or ())) if name], out, overwrite, dry_run, run)
     if others:
         raise UsageError(f"one MODEL is profiled, and {1 + len(others)} are given; folders of shards take --merge")
-    if shard is not None and audit is not None:
-        raise UsageError("--audit needs the whole profile; merge the shards first, and run it without --shard")
-    if around is not None and audit is not None:
-        raise UsageError("--audit compares predictions for the dense model; run it without --around")
     if audit is not None and world_size() > 1:
         raise UsageError(
             "--audit runs in one process: profile under torchrun first, then give the command with --audit alone"
@@ -179,13 +171,17 @@ def profile(
 
         check_data(resolved)
         if plan is None and is_described(name):
+            if shard is not None:
+                raise UsageError(
+                    f"{name} has no weights, so the operations of the whole profile are counted; leave --shard out"
+                )
             if devices is not None:
                 raise UsageError(
                     f"{name} has no weights, so operations are counted and nothing is timed; --devices is for times"
                 )
             return _counted(resolved, name, trust_remote_code)
         loaded = load_for(resolved, name, trust_remote_code=trust_remote_code)
-        expected = estimate(loaded, resolved, run.progress, around=plan, devices=count)
+        expected = estimate(loaded, resolved, run.progress, around=plan, devices=devices or 1, shard=shard)
         return Output(expected.to_dict(), list(expected.lines()))
 
     from moacompress.calibration.profile.profiler import profile as profile_model
@@ -241,12 +237,19 @@ def _counted(recipe: Recipe, model: str, trust_remote_code: bool) -> Output:
     return Output(found.to_dict(), [f"It would take {found.line()} Nothing was profiled."])
 
 
-def _merged(folders: list[str], out: Path, overwrite: bool, run: CommandRun) -> Output:
-    """Puts shards together."""
-    from moacompress.calibration.profile.merging import merge_shards
+def _merged(folders: list[str], out: Path, overwrite: bool, dry_run: bool, run: CommandRun) -> Output:
+    """Puts shards together, or says what that would give."""
+    from moacompress.calibration.profile.merging import check_merge, merge_shards
 
     if world_size() > 1:
         raise UsageError("--merge runs in one process; start it without torchrun")
+    if dry_run:
+        found = check_merge(folders, out, overwrite=overwrite)
+        text = (
+            f"{found['shards']} shards would make one profile of {found['samples']} calibration and "
+            f"{found['validation_samples']} validation samples in {out}. Nothing was written."
+        )
+        return Output({"profile": str(out), **found}, [text])
     made = merge_shards(folders, out, overwrite=overwrite, progress=run.progress)
     data, show = _profile_output(made, out)
     return Output(data, [*show, f"Next: moacompress search {shlex.quote(str(out))} --budget 25% -o plan.json"])

@@ -23,13 +23,12 @@ from moacompress.cli.options import (
     TensorParallel,
     TrustRemoteCode,
     WeightsOption,
-    asked_devices,
     dry_run_option,
     with_memory,
 )
 from moacompress.cli.recipe_options import recipe_option
 from moacompress.core.artefact_names import PLAN_FILE
-from moacompress.core.errors import BudgetError, UsageError
+from moacompress.core.errors import UsageError
 from moacompress.core.ranks import world_size
 from moacompress.rules.loss import one_limit
 
@@ -117,7 +116,6 @@ def search(
     (torchrun --standalone --nproc-per-node 2 -m moacompress search ...) processes share the samples of every measurement.
     """
     started = time.monotonic()
-    count = asked_devices(devices, dry_run)
     if status is not None:
         return _status(status)
     if profile is None:
@@ -126,10 +124,6 @@ def search(
     from moacompress.rules.budget import split_budgets
 
     budget = with_memory(budget, memory)
-    if max_loss is not None and (budget or front):
-        raise BudgetError(
-            "--max-loss finds the budget itself; give either --max-loss or --budget, and --front only with budgets"
-        )
     asked = split_budgets(budget) if budget else []
     loaded = Profile.load(profile)
     if scorer is not None:
@@ -145,13 +139,11 @@ def search(
     if together:
         _check_ranks(dry_run, front or len(asked) > 1 or resolved.max_loss is not None, resolved)
     if dry_run:
-        if front:
-            raise UsageError("--dry-run knows what a search of single plans takes; leave out --front")
         from moacompress.search.search_estimate import estimate_search
 
         several = asked if len(asked) > 1 else []
         expected = estimate_search(
-            loaded, resolved, several, run.progress, devices=count, trust_remote_code=trust_remote_code
+            loaded, resolved, several, run.progress, devices=devices or 1, trust_remote_code=trust_remote_code
         )
         return Output(expected.to_dict(), [*expected.lines()])
     from moacompress.search.deadline import Deadline

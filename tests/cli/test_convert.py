@@ -159,10 +159,10 @@ def test_the_config_of_a_large_model_is_enough(tmp_path: Path) -> None:
         (["nowhere", "--to", "moa"], "does not exist"),
         (
             ["d", "--from", "moa", "--model", "m", "--sparsity", "0.5"],
-            "--sparsity is for plans that come from duo-attention",
+            "--sparsity has no effect without --from duo-attention",
         ),
-        (["d", "--from", "duo-attention", "--model", "m", "--at", "4k"], "--at is for plans that come from moa"),
-        (["d", "--to", "moa", "--model", "m"], "--model is for plans that come from outside"),
+        (["d", "--from", "duo-attention", "--model", "m", "--at", "4k"], "--at has no effect without --from moa"),
+        (["d", "--to", "moa", "--model", "m"], "--model has no effect without --from"),
     ],
 )
 def test_what_is_wrong_is_said(
