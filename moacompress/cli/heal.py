@@ -53,9 +53,7 @@ def heal(
     evaluations: Annotated[int | None, recipe_option("heal.evaluations")] = None,
     patience: Annotated[int | None, recipe_option("heal.patience")] = None,
     held_out: Annotated[int | None, recipe_option("heal.held_out")] = None,
-    checkpointing: Annotated[
-        bool | None, recipe_option("heal.checkpointing", "--checkpointing/--no-checkpointing")
-    ] = None,
+    checkpointing: Annotated[bool | None, recipe_option("heal.checkpointing")] = None,
     allow_overlap: AllowOverlap = False,
     dry_run: Annotated[
         bool, dry_run_option("Say what it would take (tokens, time, memory), and train nothing.")

@@ -50,6 +50,7 @@ LengthsOption = Annotated[str | None, recipe_option("calibration.lengths", metav
 CostTableOption = Annotated[Path | None, recipe_option("search.cost_table", metavar="FILE", read=str)]
 FormatsOption = Annotated[str | None, recipe_option("search.formats", metavar="LIST")]
 ScorerOption = Annotated[str | None, recipe_option("profile.scorer", metavar="NAME")]
+GatesOption = Annotated[bool | None, recipe_option("profile.gates")]
 ClassesOption = Annotated[int | None, recipe_option("search.classes", metavar="N")]
 WeightsOption = Annotated[str | None, recipe_option("weights")]
 HeadWeightsOption = Annotated[str | None, recipe_option("head_weights")]

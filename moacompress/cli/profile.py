@@ -13,6 +13,7 @@ from rich.console import RenderableType
 from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import (
     Devices,
+    GatesOption,
     HeadWeightsOption,
     LengthsOption,
     ModelArgument,
@@ -92,10 +93,10 @@ def profile(
     validation_samples: ValidationSamples = None,
     draws: Annotated[int | None, recipe_option("profile.draws")] = None,
     estimator: Annotated[str | None, recipe_option("profile.estimator")] = None,
-    baselines: Annotated[bool | None, recipe_option("profile.baselines", "--baselines")] = None,
-    heads: Annotated[bool | None, recipe_option("profile.heads", "--heads")] = None,
+    baselines: Annotated[bool | None, recipe_option("profile.baselines")] = None,
+    heads: Annotated[bool | None, recipe_option("profile.heads")] = None,
     anchors: Annotated[int | None, recipe_option("profile.anchors", metavar="N")] = None,
-    gates: Annotated[bool | None, recipe_option("profile.gates", "--gates")] = None,
+    gates: GatesOption = None,
     scorer: ScorerOption = None,
     source: Sources = None,
     text: Text = None,

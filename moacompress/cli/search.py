@@ -79,7 +79,7 @@ def search(
     moves: Annotated[int | None, recipe_option("search.moves")] = None,
     timeout: Annotated[float | None, recipe_option("search.timeout")] = None,
     formats: FormatsOption = None,
-    gates: Annotated[bool | None, recipe_option("search.gates", "--gates/--no-gates")] = None,
+    gates: Annotated[bool | None, recipe_option("search.gates")] = None,
     scorer: Annotated[
         str | None,
         typer.Option(
@@ -89,7 +89,7 @@ def search(
         ),
     ] = None,
     share: Annotated[str | None, recipe_option("search.share", metavar="WHICH")] = None,
-    assume_repaired: Annotated[bool | None, recipe_option("search.assume_repaired", "--assume-repaired")] = None,
+    assume_repaired: Annotated[bool | None, recipe_option("search.assume_repaired")] = None,
     assume_healed: Annotated[float | None, recipe_option("search.assume_healed", metavar="F")] = None,
     classes: ClassesOption = None,
     cost_table: CostTableOption = None,
