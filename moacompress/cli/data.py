@@ -60,10 +60,10 @@ def preview(
     loaded = load_for(resolved, name, trust_remote_code=trust_remote_code)
     check_samples(loaded, resolved)
     drafts = varied(make_drafts(loaded, resolved, "calibration"), count)
-    samples = answer_drafts(loaded.model, drafts, run.progress)
+    answered = answer_drafts(loaded.model, drafts, run.progress)
     return Output(
-        {"model": loaded.source, "samples": [as_json(sample, loaded.tokenizer) for sample in samples]},
-        [ShownSample(sample, loaded.tokenizer, f"{i}/{len(samples)}") for i, sample in enumerate(samples, 1)],
+        {"model": loaded.source, "samples": [as_json(sample, loaded.tokenizer) for sample in answered]},
+        [ShownSample(sample, loaded.tokenizer, f"{i}/{len(answered)}") for i, sample in enumerate(answered, 1)],
     )
 
 
