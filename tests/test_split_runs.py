@@ -120,9 +120,9 @@ def test_what_is_not_split(dense, compressed):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--front", "one plan of given budgets is searched"),
-        ("--storage sqlite:///study.db", "workers that each begin by themselves"),
-        ("--timeout 60", "would not stop at the same plan"),
+        ("--front", "searches one plan for given budgets"),
+        ("--storage sqlite:///study.db", "independently started workers"),
+        ("--timeout 60", "would stop at different plans"),
         ("--dry-run", "--dry-run"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`moacompress data`: the data that a profile is made of."""
+"""`moacompress data`: the data that a profile is made from."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def preview(
     text_samples: TextSamples = None,
     validation_samples: ValidationSamples = None,
     gates: GatesOption = None,
-    count: Annotated[int, typer.Option(min=1, help="Samples shown, of as many sources and lengths as there are.")] = 3,
+    count: Annotated[int, typer.Option(min=1, help="Number of samples to show, spread over sources and lengths.")] = 3,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
-    """Show some calibration samples, with the tokens that count marked.
+    """Show some calibration samples, with their target tokens marked.
 
     These are some of the samples that `moacompress profile` would make with the same options, including MODEL's answers; what
     `profile` would refuse is refused here.
@@ -67,4 +67,4 @@ def preview(
     )
 
 
-app = group("Look at the data that a profile is made of.", {"preview": preview})
+app = group("Look at the data that a profile is made from.", {"preview": preview})

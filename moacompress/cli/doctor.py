@@ -1,4 +1,4 @@
-"""`moacompress doctor`: is the environment right, can this model be compressed, is this compressed checkpoint whole."""
+"""`moacompress doctor`: checks the environment, a model to compress, or a compressed checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def doctor(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="Hub id, folder or .gguf file; or a compressed model.", show_default=False
+            metavar="[MODEL]",
+            help="Hub id, folder or .gguf file of a dense model, or a compressed model.",
+            show_default=False,
         ),
     ] = None,
     lengths: Annotated[
@@ -38,10 +40,10 @@ def doctor(
     batch: BatchOption = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
-    """Check the environment, and whether MODEL works.
+    """Check the environment and, if given, MODEL.
 
-    For a dense model it says whether it can be compressed, and how much KV memory requests take, dense and compressed, and how
-    many fit on this machine. A compressed model, or the folder of its run, is described and checked. No weights are loaded.
+    For a dense model it tells whether it can be compressed, how much KV memory requests take, dense and compressed, and how
+    many fit on this machine. A compressed model or the folder of its run is described and checked. The weights are not loaded.
     Exits with 1 if something does not work.
     """
     from moacompress.doctor.checks import check_environment, check_model

@@ -62,12 +62,13 @@ logger = logging.getLogger("moacompress")
 class Common:
     """The options that every command has."""
 
-    as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout and nothing else.")] = False
+    as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout, and nothing else.")] = False
     verbose: Annotated[
-        int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Say more on stderr; -vv for all.")
+        int,
+        typer.Option("--verbose", "-v", count=True, show_default=False, help="Log more to stderr; -vv for everything."),
     ] = 0
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but errors.")] = False
-    debug: Annotated[bool, typer.Option("--debug", help="Log everything, and show the traceback of an error.")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Write only errors to stderr.")] = False
+    debug: Annotated[bool, typer.Option("--debug", help="Log everything, and show tracebacks.")] = False
     seed: Annotated[int | None, recipe_option("seed", collected=False)] = None
     device: Annotated[str | None, recipe_option("device", metavar="DEVICE", collected=False)] = None
     dtype: Annotated[str | None, recipe_option("dtype", collected=False)] = None
@@ -76,7 +77,7 @@ class Common:
         typer.Option(
             "--log-file",
             metavar="FILE",
-            help="Also log everything to FILE, behind what is there; process 1 of a run logs to run.1.log for run.log.",
+            help="Also append a full log to FILE; under torchrun, process 1 logs to run.1.log for run.log.",
         ),
     ] = None
 

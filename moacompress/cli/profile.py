@@ -1,4 +1,4 @@
-"""`moacompress profile`: how much every rule on every KV head would cost, and whether that is so."""
+"""`moacompress profile`: predicts what every rule would cost on every KV head, and audits the predictions."""
 
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ def profile(
     model: ModelArgument = None,
     others: Annotated[
         list[str] | None,
-        typer.Argument(metavar="DIR...", help="With --merge: all folders of shards.", show_default=False),
+        typer.Argument(metavar="DIR...", help="With --merge: the folders of all shards.", show_default=False),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the profile.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write the profile to.")] = Path(
         PROFILE_FOLDER
     ),
     recipe: RecipeFile = None,
@@ -101,57 +101,60 @@ def profile(
     source: Sources = None,
     text: Text = None,
     around: Annotated[
-        Path | None, typer.Option(metavar="PLAN", help="Profile what every change of this plan would do.")
+        Path | None,
+        typer.Option(metavar="PLAN", help="Profile the changes to this plan instead of to the dense model."),
     ] = None,
     audit: Annotated[
         int | None,
         typer.Option(
             metavar="K",
-            help="Then measure K ablations of one KV head, K of one in another format, and with --anchors up to K layers that "
-            "share, and compare them with what is predicted.",
+            help="Afterwards measure K single-head ablations, K single-head format changes and, with --anchors, up to K shared "
+            "layers, and compare them with the predictions.",
         ),
     ] = None,
-    audit_plans: Annotated[int, typer.Option(metavar="M", help="Plans of equal bytes that --audit measures.")] = 40,
-    budget: Annotated[str, typer.Option(metavar="BUDGET", help="Budget of these plans.")] = "25%",
+    audit_plans: Annotated[
+        int, typer.Option(metavar="M", help="Number of equal-size plans that --audit measures.")
+    ] = 40,
+    budget: Annotated[str, typer.Option(metavar="BUDGET", help="Budget of the plans that --audit measures.")] = "25%",
     shard: Annotated[
         str | None,
         typer.Option(
             metavar="K/N",
-            help="Profile the Kth of N parts of the samples, without a network between the runs; --merge puts them together.",
+            help="Profile part K of N of the samples. The runs need no network between them; --merge combines them.",
         ),
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Put the shards in the folders that are given together into one profile.")
+        bool, typer.Option("--merge", help="Combine the shards in the given folders into one profile.")
     ] = False,
-    dry_run: Annotated[
-        bool, dry_run_option("Say what it would take (tokens, time, memory), and profile nothing.")
-    ] = False,
+    dry_run: Annotated[bool, dry_run_option("Estimate tokens, time and memory; profile nothing.")] = False,
     devices: Devices = None,
     overwrite: Overwrite = False,
     tensor_parallel: TensorParallel = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
-    """Predict what every KV head loses by each rule.
+    """Predict what each rule costs on every KV head.
 
-    Writes a profile of MODEL at several lengths. A run that was stopped resumes with the same command. With --audit the
-    predictions are compared with measured KL, in DIR/audit.json and DIR/audit.html.
-    Under torchrun (torchrun --standalone --nproc-per-node 2 -m moacompress profile ...) processes share the samples, or with
-    --tensor-parallel the model.
+    Writes a profile of MODEL at several lengths. The same command resumes a stopped run. --audit compares the predictions with
+    measured KL and writes DIR/audit.json and DIR/audit.html.
+    Under torchrun (torchrun --standalone --nproc-per-node 2 -m moacompress profile ...) the processes share the samples, or
+    the model with --tensor-parallel.
     """
     if merge:
         return _merged([name for name in (model, *(others or ())) if name], out, overwrite, dry_run, run)
     if others:
-        raise UsageError(f"one MODEL is profiled, and {1 + len(others)} are given; folders of shards take --merge")
+        raise UsageError(
+            f"{1 + len(others)} models given, but only one can be profiled; to combine shards, add --merge"
+        )
     if audit is not None and world_size() > 1:
         raise UsageError(
-            "--audit runs in one process: profile under torchrun first, then give the command with --audit alone"
+            "--audit runs in one process; profile under torchrun first, then run the command with --audit without torchrun"
         )
     from moacompress.calibration.profile.manifest import recipe_in
     from moacompress.models.processes import agreed
 
     earlier = agreed(None if overwrite or recipe is not None or rank() else recipe_in(out, model))
     if earlier is not None:
-        logger.info("%s holds a profile of this model: what no option says is as it was made", out)
+        logger.info("%s holds a profile of this model; settings that no option gives are taken from it", out)
     resolved = run.recipe(
         recipe,
         base=earlier,
@@ -177,9 +180,7 @@ def profile(
                     f"{name} has no weights, so the operations of the whole profile are counted; leave --shard out"
                 )
             if devices is not None:
-                raise UsageError(
-                    f"{name} has no weights, so operations are counted and nothing is timed; --devices is for times"
-                )
+                raise UsageError(f"{name} has no weights, so operations are counted, not timed; leave --devices out")
             return _counted(resolved, name, trust_remote_code)
         loaded = load_for(resolved, name, trust_remote_code=trust_remote_code)
         expected = estimate(loaded, resolved, run.progress, around=plan, devices=devices or 1, shard=shard)

@@ -149,9 +149,9 @@ def test_the_config_of_a_large_model_is_enough(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["x.json"], "one of --from and --to"),
-        (["x.json", "--from", "moa", "--to", "moa"], "one of --from and --to"),
-        (["x.json", "--from", "moa"], "does not know its model"),
+        (["x.json"], "give one of --from"),
+        (["x.json", "--from", "moa", "--to", "moa"], "give one of --from"),
+        (["x.json", "--from", "moa"], "does not name its model"),
         (["x.json", "--from", "moa", "--model", "m"], "it needs `alphas` and `betas`"),
         (["nowhere", "--from", "duo-attention", "--model", "m"], "config.json"),
         (["d", "--from", "duo-attention", "--model", "m"], "it needs `sink_size` and `recent_size`"),
