@@ -48,7 +48,7 @@ def export_estimate(
     )
     return Estimate(
         seconds=seconds,
-        slowdown=slowdown,
+        slowdown=1.0 if exists else slowdown,
         text=(f"{folder} is an export of this plan already; it would be left as it is." if exists else text,),
         facts={
             "model": str(folder),
