@@ -145,7 +145,7 @@ def test_what_is_not_searched_by_ranks(options, said, split, monkeypatch):
             "--lm-eval arc_easy",
             "--tensor-parallel has no effect beside --lm-eval: lm-evaluation-harness deals its prompts",
         ),
-        ("--against dense,snapkv", "snapkv has a cache of its own or other weights"),
+        ("--against dense,snapkv", "snapkv has its own cache or weights"),
     ],
 )
 def test_what_is_not_measured_of_a_split_model(options, said, compressed, monkeypatch):

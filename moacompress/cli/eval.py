@@ -52,8 +52,8 @@ def evaluate(
             "evictions); best (the baseline that the search measured best); the baselines uniform, uniform:4, uniform-elastic, "
             "per-layer and split; transformers' quantized caches (quantized:hqq-8, quantized:hqq-4, quantized:quanto-4, "
             "quantized:fp8); eviction methods (streaming-llm, h2o, snapkv, pyramidkv, adakv, expected-attention, keydiff, "
-            "kvzip; snapkv:seen if the method sees the question, snapkv:window=16 for a setting other than the default); folders "
-            "of other models compressed from the same dense model; or none.",
+            "kvzip; snapkv:seen if the method sees the question, snapkv:window=16 for a setting other than the default); "
+            "folders of other models compressed from the same dense model; or none.",
         ),
     ] = "dense,uniform,best",
     dense: Annotated[

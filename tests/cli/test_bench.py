@@ -104,7 +104,7 @@ def test_where_a_plan_is_slower_it_is_said() -> None:
         console.print(part, markup=False)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "0.90*" in text
-    assert "2.00 1.90-2.10" in text
+    assert "2.00 [1.90, 2.10]" in text
     assert "* The plan is slower here" in text
     assert "10.0/6.2" in text
     assert "1 x 1k fp32: the best dense is the static cache, compiled." in text

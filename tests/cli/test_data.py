@@ -151,8 +151,8 @@ ROWS = ("--source", "rows.jsonl")
     ("options", "refused"),
     [
         ((*ROWS, "--lengths", "256", "--samples", "6", "--validation-samples", "3"), ""),
-        (ROWS, "22 fit 256; choose such lengths (--lengths), ask for fewer samples (--samples), or give more rows"),
-        ((*ROWS, "--lengths", "256", "--samples", "40"), "has 22 calibration prompts of 97 to 224 tokens left"),
+        (ROWS, " fit 256; choose such lengths (--lengths), ask for fewer samples (--samples), or give more rows"),
+        ((*ROWS, "--lengths", "256", "--samples", "40"), "calibration prompts of 97 to 224 tokens left, of 40 needed"),
         ((*ROWS, "--lengths", "256", "--samples", "6"), "validation prompts of 97 to 224 tokens left, of 12 needed"),
         (("--lengths", "64"), "64"),
     ],

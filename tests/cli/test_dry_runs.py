@@ -90,7 +90,6 @@ WAITING = """
 import os, sys
 from typer.testing import CliRunner
 from moacompress.cli import app
-from moacompress.estimate.stopwatch import Stopwatch
 done = CliRunner().invoke(app, ["eval", "nothing", *sys.argv[1:]])
 assert done.exit_code, done.output
 print(os.environ.get("OMP_WAIT_POLICY"))
