@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.console import RenderableType
 
 from moacompress.cli.dense_memory import dense_memory
 from moacompress.cli.harness import CommandRun, Output, command
@@ -51,7 +52,7 @@ def doctor(
     from moacompress.report.memory_tables import memory_tables
 
     data = check_environment()
-    show = [environment_table(data)]
+    show: list[RenderableType] = [environment_table(data)]
     problems = list(data["problems"])
     data["model"] = None
     if model is not None:
