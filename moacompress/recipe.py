@@ -21,7 +21,6 @@ from pydantic import (
     model_validator,
 )
 
-from moacompress.core.deprecation import new_key, with_new_keys
 from moacompress.core.errors import MoaCompressError, RecipeError, did_you_mean
 from moacompress.core.urls import without_password
 from moacompress.recipe_sections import (
@@ -78,27 +77,27 @@ class Recipe(Section):
     )
     max_loss: Annotated[str | None, BeforeValidator(_loss, json_schema_input_type=str | float | None)] = Field(
         None,
-        description="instead of a budget: the smallest one is found whose plan raises the perplexity of the dense"
-        " model's own answers by at most this, such as 1%",
+        description="instead of a budget: find the smallest budget whose plan raises the perplexity of the dense model's own"
+        " answers by at most this, such as 1%",
     )
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_dtype)] = Field(
-        "auto", description="what the model computes in, auto for the checkpoint's own; bytes are counted at that"
+        "auto", description="compute dtype, auto for the checkpoint's own; KV bytes are counted in it"
     )
     weights: Literal["keep", "dense", "int8", "int4", "auto"] = Field(
         "keep",
-        description="weights of linear layers: keep, as they are, a .gguf file's blocks of codes too; dense, all "
-        "floats; rounded to int8 or int4; or auto, as the search chooses for each within a budget of "
-        "memory",
+        description="weights of linear layers: keep (as stored, including the quantized blocks of a .gguf file), dense (all "
+        "floats), int8 or int4 (rounded), or auto (the search chooses for each layer within a memory budget)",
     )
     head_weights: Literal["int8", "int4"] | None = Field(
-        None, description="what embedding and output layer are rounded to where `weights` rounds; by default not"
+        None,
+        description="format of the embedding and the output layer if `weights` rounds; by default they are not rounded",
     )
     device: str = Field(
         "cpu",
-        description="torch device, such as cpu or cuda; profile, search, export, eval and compress take a device "
-        "map too: auto, balanced, sequential, or a JSON FILE of one",
+        description="torch device, such as cpu or cuda; profile, search, export, eval and compress also take a device map: "
+        "auto, balanced, sequential, or a JSON file with one",
     )
-    seed: int = Field(0, ge=0, le=2**31 - 1, description="seed of everything random")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="seed for everything random")
     calibration: CalibrationRecipe = CalibrationRecipe()
     profile: ProfileRecipe = ProfileRecipe()
     search: SearchRecipe = SearchRecipe()
@@ -117,17 +116,12 @@ class Recipe(Section):
             )
         return {key: value for key, value in data.items() if key != CONSENT}
 
-    @model_validator(mode="before")
-    @classmethod
-    def _new_names(cls, data: Any) -> Any:
-        return with_new_keys(data) if isinstance(data, dict) else data
-
     @model_validator(mode="after")
     def _head(self) -> Recipe:
         if self.head_weights is not None and self.weights not in ("int8", "int4", AUTO):
             raise ValueError(
-                f"head_weights is {self.head_weights} but weights is {self.weights}; they are rounded with int8, int4 or auto "
-                "alone"
+                f"head_weights is {self.head_weights} but weights is {self.weights}; head_weights needs weights int8, int4 or "
+                "auto"
             )
         return self
 
@@ -135,8 +129,8 @@ class Recipe(Section):
     def _one_limit(self) -> Recipe:
         if self.budget and self.max_loss is not None:
             raise ValueError(
-                f"budget is {', '.join(self.budget)} and max_loss is {self.max_loss}; a loss finds the budget itself, so give "
-                "one of them"
+                f"budget is {', '.join(self.budget)} and max_loss is {self.max_loss}; max_loss finds the budget itself; "
+                "give one of them"
             )
         return self
 
@@ -209,7 +203,7 @@ class Recipe(Section):
         for key, value in flags.items():
             if value is None:
                 continue
-            *sections, name = new_key(key.replace("__", ".")).split(".")
+            *sections, name = key.split("__")
             target = data
             for section in sections:
                 target = target[section]

@@ -98,16 +98,16 @@ class SourceRecipe(Section):
     ALWAYS_HASHED = frozenset(
         {"generator", "path", "dataset", "config", "split", "haystack", "values", "weight"},
     )
-    generator: Generator | None = Field(None, description="synthetic task with known long-range dependency")
+    generator: Generator | None = Field(None, description="synthetic task with a known long-range dependency")
     path: str | None = Field(None, description="local .jsonl, .json, .parquet or .txt file")
-    dataset: str | None = Field(None, description="hub id of a `datasets` set")
-    config: str | None = Field(None, description="configuration name of the hub set")
-    split: str = Field("train", description="split of the hub set")
-    haystack: Literal["noise", "prose"] = Field("noise", description="filler of a generator; prose needs `text`")
+    dataset: str | None = Field(None, description="hub id of a dataset")
+    config: str | None = Field(None, description="configuration name of the hub dataset")
+    split: str = Field("train", description="split of the hub dataset")
+    haystack: Literal["noise", "prose"] = Field("noise", description="filler text of a generator; prose needs `text`")
     values: Literal["numbers", "uuids", "codes"] = Field(
-        "numbers", description="what needles, key-value pairs and records hide"
+        "numbers", description="values hidden in needles, key-value pairs and records"
     )
-    weight: float = Field(1.0, gt=0, le=1000, description="share of the samples, relative to the other sources")
+    weight: float = Field(1.0, gt=0, le=1000, description="share of the samples relative to the other sources")
 
     @model_validator(mode="after")
     def _one_kind(self) -> SourceRecipe:
@@ -144,19 +144,24 @@ class CalibrationRecipe(Section):
             SourceRecipe(generator="key-value", weight=0.5),
         ),
         min_length=1,
-        description="where calibration samples come from: generators, data files and hub sets, each with its weight",
+        description="sources of calibration samples: generators, data files and hub datasets, each with a weight",
     )
-    text: str | None = Field(None, description="file or folder of long prose, the haystack of `prose` sources")
+    text: str | None = Field(
+        None, description="file or folder of long prose: the haystack of `prose` sources, and plain-text samples"
+    )
     lengths: Lengths = Field(
-        (512, 1024), min_length=1, max_length=8, description="lengths in tokens that are profiled, such as 1k,4k"
+        (512, 1024), min_length=1, max_length=8, description="lengths in tokens to profile, such as 1k,4k"
     )
-    samples: int = Field(96, ge=1, le=100_000, description="calibration samples, over all lengths")
-    text_samples: int = Field(0, ge=0, le=100_000, description="samples of plain text from `text` beside them")
-    validation_samples: int = Field(12, ge=1, le=10_000, description="samples on which plans are measured")
+    samples: int = Field(96, ge=1, le=100_000, description="number of calibration samples over all lengths")
+    text_samples: int = Field(0, ge=0, le=100_000, description="number of additional plain-text samples from `text`")
+    validation_samples: int = Field(12, ge=1, le=10_000, description="number of samples that plans are measured on")
     longer_samples: int = Field(
-        2, ge=0, le=10_000, description="of generators, twice as long as the longest, beside the validation samples"
+        2,
+        ge=0,
+        le=10_000,
+        description="number of additional validation samples from generators, at twice the longest length",
     )
-    answer_tokens: int = Field(32, ge=1, le=4096, description="longest answer of the dense model, tokens")
+    answer_tokens: int = Field(32, ge=1, le=4096, description="maximum tokens of the dense model's answers")
 
     def hashed(self) -> dict[str, Any]:
         """Returns the settings that count for the fingerprint, those of the sources likewise.
@@ -170,31 +175,35 @@ class CalibrationRecipe(Section):
 class ProfileRecipe(Section):
     """How influence is estimated."""
 
-    draws: int = Field(2, ge=1, le=64, description="random logit cotangents a sample")
+    draws: int = Field(2, ge=1, le=64, description="random logit cotangents per sample")
     estimator: Estimator = Field(
-        "robust", description="statistic that the search goes by; moa, mass, gold-fisher and gold-sample are baselines"
+        "robust",
+        description="influence statistic that the search uses; moa, mass, gold-fisher and gold-sample are baselines",
     )
     baselines: bool = Field(False, description="also record the statistics of moa, mass and the gold label")
-    heads: bool = Field(False, description="also record distances, sink mass and entropy of every KV head")
-    anchors: int = Field(0, ge=0, le=64, description="earlier layers whose attention every layer is tried with")
+    heads: bool = Field(False, description="also record attention distance, sink mass and entropy of every KV head")
+    anchors: int = Field(
+        0, ge=0, le=64, description="number of earlier layers whose attention each layer is tried with"
+    )
     gates: bool = Field(
-        False, description="train a gate for every KV head, which scores tokens, and profile rules that keep its choice"
+        False,
+        description="train a gate per KV head that scores tokens, and profile rules that keep the tokens it selects",
     )
     scorer: str = Field(
         INFLUENCE,
         min_length=1,
         max_length=64,
-        description="what gates are fitted to: influence, value-norm, keydiff, expected-attention, or an installed one",
+        description="score that gates are fitted to: influence, value-norm, keydiff, expected-attention, or an installed one",
     )
     gate_samples: int = Field(
         24,
         ge=2,
         le=100_000,
-        description="samples of the shortest length that gates are trained on, and nothing else is",
+        description="number of extra samples, of the shortest length, that gates are trained on",
     )
-    formats: Formats = Field(CODED, description="formats of keys and values that are profiled")
-    min_window: int = Field(32, description="smallest window of any KV head, tokens")
-    sinks: tuple[int, ...] = Field(SINKS, min_length=1, description="sink sizes on offer, tokens")
+    formats: Formats = Field(CODED, description="formats of keys and values to profile")
+    min_window: int = Field(32, description="smallest window of a KV head, tokens")
+    sinks: tuple[int, ...] = Field(SINKS, min_length=1, description="sink sizes to choose from, tokens")
 
     @model_validator(mode="after")
     def _recorded(self) -> ProfileRecipe:
@@ -220,64 +229,70 @@ class ProfileRecipe(Section):
 class SearchRecipe(Section):
     """How the plan is found."""
 
-    trials: int = Field(16, ge=1, le=100_000, description="measured trials, the pure surrogate's (trial 0) included")
+    trials: int = Field(
+        16, ge=1, le=100_000, description="number of measured trials, including trial 0, the surrogate's own plan"
+    )
     timeout: float | None = Field(
         None,
         gt=0,
-        description="seconds that a search may take, loading included: it ends within the measurement of one "
-        "sample after them",
+        description="time limit of a search in seconds, including loading; it stops at most one sample's measurement "
+        "later",
     )
-    text_weight: float = Field(0.25, ge=0, le=1000, description="weight of plain text beside answers, if profiled")
+    text_weight: float = Field(0.25, ge=0, le=1000, description="weight of plain text relative to answers, if profiled")
     formats: Formats | None = Field(
         None,
-        description="formats of keys and values on offer beside native, such as int8,int4; native for spans "
-        "alone; by default all that are profiled",
+        description="formats of keys and values to choose from besides native, such as int8,int4; native for spans only; by "
+        "default all that were profiled",
     )
-    gates: bool = Field(True, description="offer rules that keep tokens which a gate chooses, where they are profiled")
-    solver: Solver = Field("lagrange", description="solver inside each trial")
+    gates: bool = Field(True, description="allow rules that keep the tokens a gate selects, if they were profiled")
+    solver: Solver = Field("lagrange", description="solver used in each trial")
     share: Annotated[str, BeforeValidator(_share, json_schema_input_type=str | bool | int)] = Field(
         "off",
-        description="layers that attend as an earlier one does and keep values alone: off, a number of them, "
-        "layers=12:11,18:17 with their anchors, or auto, where some trials share and measured KL "
-        "decides; needs a profile with anchors",
+        description="layers that reuse the attention of an earlier one (their anchor) and cache only values: off, a number of "
+        "layers, layers=12:11,18:17 (layer:anchor), or auto (some trials share and measured KL decides); needs a profile "
+        "with anchors",
     )
-    segments: bool = Field(False, description="layers that share follow their anchor at once, with none between")
+    segments: bool = Field(False, description="require shared layers to follow their anchor directly")
     assume_repaired: bool = Field(
         False,
-        description="predict and measure shared attention after the repair of the layers that share: export with "
-        "--repair",
+        description="predict and measure shared attention as it is after a repair of the shared layers; export with --repair",
     )
     assume_healed: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="share of the KL of shared attention that healing is assumed to leave, 0.3 for three tenths",
+        description="fraction of the KL of shared attention that is assumed to remain after healing, such as 0.3",
     )
     classes: int | None = Field(
         None,
         ge=1,
         le=100_000,
-        description="most different rules of a plan, whose KV heads form a class: for servers that free memory by"
-        " class, such as vLLM with 18; by default any number",
+        description="maximum number of different rules in a plan; KV heads with the same rule form a class. For servers that"
+        " free memory per class, such as vLLM with 18; by default unlimited",
     )
-    ablations: int = Field(12, ge=0, le=10_000, description="single KV heads measured to calibrate the surrogate")
-    alternatives: bool = Field(
-        True, description="measure baselines beside the found plan, and what a limit of classes costs"
+    ablations: int = Field(
+        12, ge=0, le=10_000, description="number of single-head ablations measured to calibrate the surrogate"
     )
-    rounds: int = Field(3, ge=0, le=100, description="times that the best plan is profiled around and improved")
-    round_samples: int = Field(16, ge=1, le=100_000, description="calibration samples of a round")
-    round_trials: int = Field(4, ge=1, le=1_000, description="plans that a round measures")
-    moves: int = Field(10, ge=0, le=10_000, description="KV heads measured with more, and with less, at the end")
-    floors: dict[int, float] = Field({}, description="smallest share of its KV bytes that a layer keeps, by layer")
+    alternatives: bool = Field(True, description="also measure baselines, and the cost of a limit on classes")
+    rounds: int = Field(
+        3,
+        ge=0,
+        le=100,
+        description="rounds in which the neighbourhood of the best plan is profiled and the plan improved",
+    )
+    round_samples: int = Field(16, ge=1, le=100_000, description="calibration samples per round")
+    round_trials: int = Field(4, ge=1, le=1_000, description="plans measured per round")
+    moves: int = Field(10, ge=0, le=10_000, description="number of KV heads tried with more and with less at the end")
+    floors: dict[int, float] = Field({}, description="minimum share of its KV bytes that a layer keeps, per layer")
     cost_table: str | None = Field(
         None,
-        description="file of `bench MODEL --cost-table FILE`, what a step takes on this machine: budgets such as "
-        "latency=0.8@8kx8 go by it, and the plan's step is predicted",
+        description="file written by `bench MODEL --cost-table FILE` on this machine: needed for budgets such as "
+        "latency=0.8@8kx8, and predicts the plan's step time",
     )
     storage: str | None = Field(
         None,
-        description="where the study is: a file ending in .journal, or a URL of SQLite, PostgreSQL or MySQL; the "
-        "same command in other processes, or on other machines, shares the work",
+        description="study storage: a file ending in .journal, or a URL of SQLite, PostgreSQL or MySQL; run the same command "
+        "in other processes or on other machines to share the work",
     )
 
     @field_validator("floors")
@@ -293,12 +308,12 @@ class EvaluationRecipe(Section):
     """What is measured at the end."""
 
     tasks: tuple[str, ...] = Field(
-        ("code-question", "second-question", "needle-noise"), min_length=1, description="tasks of the evaluation"
+        ("code-question", "second-question", "needle-noise"), min_length=1, description="evaluation tasks"
     )
     lengths: Lengths = Field(
-        (1024,), min_length=1, max_length=16, description="lengths in tokens of the prompts, such as 1k,4k"
+        (1024,), min_length=1, max_length=16, description="prompt lengths in tokens, such as 1k,4k"
     )
-    prompts: int = Field(20, ge=1, le=100_000, description="prompts of each task and length of the evaluation")
+    prompts: int = Field(20, ge=1, le=100_000, description="number of prompts per task and length")
 
 
 class HealRecipe(Section):
@@ -326,41 +341,43 @@ class HealRecipe(Section):
     )
     objective: HealObjective = Field(
         "kl",
-        description="what is lowered: kl, the KL to dense; echoatt, EchoAtt's two stages: first states of layers,"
-        " KL and tokens, then tokens alone",
+        description="training loss: kl (KL to dense), or echoatt (EchoAtt's two stages: first hidden states, KL and tokens,"
+        " then tokens alone)",
     )
     train: TrainedPart = Field(
         "lora",
-        description="what is trained: full, all weights; lora, LoRA of linear layers, merged at the end; reuse, "
-        "layers that reuse attention; gates, the gates that choose tokens, and nothing else",
+        description="what is trained: full (all weights), lora (LoRA on linear layers, merged at the end), reuse (layers "
+        "that reuse attention), or gates (only the gates that select tokens)",
     )
-    samples: int = Field(96, ge=1, le=1_000_000, description="training samples, those of the profile first")
-    text_share: float = Field(0.25, ge=0, le=1, description="share of plain text in them, where there is prose")
+    samples: int = Field(
+        96, ge=1, le=1_000_000, description="number of training samples; those of the profile come first"
+    )
+    text_share: float = Field(0.25, ge=0, le=1, description="share of plain text among them, if there is prose")
     lengths: Lengths | None = Field(
         None,
         min_length=1,
         max_length=8,
-        description="lengths in tokens of training samples; by default those of the profile",
+        description="lengths of training samples in tokens; by default those of the profile",
     )
-    steps: int = Field(100, ge=1, le=10_000_000, description="optimizer steps")
-    max_minutes: float | None = Field(None, gt=0, description="minutes of training after which it ends")
-    batch: int = Field(8192, ge=1, le=2**30, description="tokens of an optimizer step")
-    lr: float | None = Field(None, gt=0, le=1, description="largest learning rate; by default what suits `train`")
-    rank: int = Field(16, ge=1, le=4096, description="rank of LoRA")
+    steps: int = Field(100, ge=1, le=10_000_000, description="number of optimizer steps")
+    max_minutes: float | None = Field(None, gt=0, description="time limit of the training in minutes")
+    batch: int = Field(8192, ge=1, le=2**30, description="tokens per optimizer step")
+    lr: float | None = Field(None, gt=0, le=1, description="peak learning rate; the default depends on `train`")
+    rank: int = Field(16, ge=1, le=4096, description="LoRA rank")
     modules: Annotated[tuple[str, ...], BeforeValidator(_names, json_schema_input_type=str | list[str])] | None = Field(
         None,
         min_length=1,
-        description="linear layers that LoRA is trained in, such as o_proj,down_proj; by default all",
+        description="linear layers that get LoRA, such as o_proj,down_proj; by default all",
     )
-    hidden_weight: float = Field(1.0, ge=0, description="weight of the states of layers, in EchoAtt's first stage")
-    soft_weight: float = Field(1.0, ge=0, description="weight of KL to dense, likewise")
-    hard_weight: float = Field(1.0, ge=0, description="weight of the answers' own tokens, likewise")
-    first_stage: float = Field(0.7, ge=0, le=1, description="share of the steps that EchoAtt's first stage takes")
-    evaluations: int = Field(8, ge=1, le=10_000, description="times that held-out KL is measured on the way")
-    patience: int = Field(3, ge=1, le=10_000, description="evaluations in a row without a new best that end it")
-    held_out: int | None = Field(
-        None, ge=1, description="validation samples that held-out KL is measured on; by default all"
+    hidden_weight: float = Field(1.0, ge=0, description="weight of hidden states in EchoAtt's first stage")
+    soft_weight: float = Field(1.0, ge=0, description="weight of the KL to dense in EchoAtt's first stage")
+    hard_weight: float = Field(1.0, ge=0, description="weight of the answer tokens in EchoAtt's first stage")
+    first_stage: float = Field(0.7, ge=0, le=1, description="share of the steps in EchoAtt's first stage")
+    evaluations: int = Field(
+        8, ge=1, le=10_000, description="number of times that held-out KL is measured during training"
     )
+    patience: int = Field(3, ge=1, le=10_000, description="stop after this many evaluations without a new best")
+    held_out: int | None = Field(None, ge=1, description="number of validation samples for held-out KL; by default all")
     checkpointing: bool | None = Field(
-        None, description="compute layers twice and keep less; by default for samples beyond 1,536 tokens"
+        None, description="gradient checkpointing; by default for samples beyond 1,536 tokens"
     )

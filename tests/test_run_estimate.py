@@ -106,7 +106,7 @@ def test_a_dry_run_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:
     recipe.write_text("budget: 50%\n")
     refused = invoke("compress", tiny_folder, "--recipe", recipe, "--effort", "quick")
     assert (refused.exit_code, refused.stdout) == (2, "")
-    assert "a recipe says how much is measured" in refused.stderr
+    assert "--effort has no effect beside --recipe: the recipe says how much is measured" in refused.stderr
 
 
 def test_search_and_eval_say_what_they_would_take(tiny_folder: Path, tmp_path: Path) -> None:

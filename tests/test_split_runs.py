@@ -120,10 +120,10 @@ def test_what_is_not_split(dense, compressed):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--front", "one plan of given budgets is searched"),
-        ("--storage sqlite:///study.db", "workers that each begin by themselves"),
-        ("--timeout 60", "would not stop at the same plan"),
-        ("--dry-run", "--dry-run times one process"),
+        ("--front", "searches one plan for given budgets"),
+        ("--storage sqlite:///study.db", "independently started workers"),
+        ("--timeout 60", "would stop at different plans"),
+        ("--dry-run", "--dry-run"),
     ],
 )
 @pytest.mark.parametrize("split", ["--tensor-parallel", ""])
@@ -140,9 +140,12 @@ def test_what_is_not_searched_by_ranks(options, said, split, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--dry-run", "--dry-run times one process"),
-        ("--lm-eval arc_easy", "lm-evaluation-harness deals prompts out to ranks"),
-        ("--against dense,snapkv", "snapkv has a cache of its own or other weights"),
+        ("--dry-run", "--tensor-parallel has no effect beside --dry-run"),
+        (
+            "--lm-eval arc_easy",
+            "--tensor-parallel has no effect beside --lm-eval: lm-evaluation-harness deals its prompts",
+        ),
+        ("--against dense,snapkv", "snapkv has its own cache or weights"),
     ],
 )
 def test_what_is_not_measured_of_a_split_model(options, said, compressed, monkeypatch):

@@ -8,7 +8,9 @@ document or a stretch: see `gate_samples`.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SAMPLES_OPTION = {"calibration": "--samples", "validation": "--validation-samples"}
+"""Options that say how many samples a split has."""
 _TEXT_STREAM = 2**31
 """Stands in the seed of `text_samples` where a source has its number."""
 
@@ -89,10 +93,7 @@ def check_data(recipe: Recipe) -> None:
     calibration = recipe.calibration
     for name in (*(part.path for part in calibration.sources), calibration.text):
         if name and not Path(name).exists():
-            hint = "; of data a shared recipe has only the name; give its path (--text, --source, or in the recipe)"
-            raise DataError(
-                f"cannot read {name}: no such file or folder{hint if Path(name).name == str(Path(name)) else ''}"
-            )
+            raise DataError(f"cannot read {name}: there is no such file or folder; give its path (--source, --text)")
     if _load_prose(recipe) is None and calibration.text is not None:
         Prose.load(calibration.text)
     for part in calibration.sources:
@@ -302,7 +303,16 @@ def _from_rows(
     first = first_of_each(rows, kind, name)
     order: list[int] = rng.permutation(split_rows(first, split, name)).tolist()
     picker = _RowPicker(rows, order, name, kind == "messages", tokenizer, used)
-    return [draft for length, n in wanted.items() for draft in picker.pick(n, length, answer_tokens, split)]
+    drafts = [draft for length, n in wanted.items() for draft in picker.pick(n, length, answer_tokens, split)]
+    if used is None:
+        picker.say_left_out(list(wanted), answer_tokens, split)
+    return drafts
+
+
+@cache
+def _warn_once(text: str) -> None:
+    """Logs a warning, once: the samples of a run are made more than once."""
+    logger.warning("%s", text)
 
 
 class _RowPicker:
@@ -347,14 +357,41 @@ class _RowPicker:
             if low <= len(ids) <= high and tuple(ids) not in self.used:
                 chosen.append(index)
         if len(chosen) < count and not self.may_lack:
-            sizes = sorted(len(ids) for ids, _ in self.encoded.values()) or [0]
             raise DataError(
                 f"{self.name} has {len(chosen)} {split} prompts of {low:,} to {high:,} tokens left, of {count} needed "
-                f"at {length:,} tokens (its {len(sizes)} {split} prompts have {sizes[0]:,} to {sizes[-1]:,}); give "
-                "more or longer rows, or choose other lengths"
+                f"at {length:,} tokens; {self._sizes(answer_tokens, split)}; choose such lengths (--lengths), ask for fewer "
+                f"samples ({SAMPLES_OPTION[split]}), or give more rows"
             )
         self.left = [index for index in self.left if index not in chosen]
         return [SampleDraft(*self.encoded[index], answer_tokens, self.name, length) for index in chosen]
+
+    def say_left_out(self, lengths: Sequence[int], answer_tokens: int, split: Split) -> None:
+        """Warns of prompts that were tried and are too long, or too short, for every length."""
+        low, high = min(lengths) // 2 - answer_tokens, max(lengths) - answer_tokens
+        sizes = [len(ids) for ids, _ in self.encoded.values()]
+        longer, shorter = [size for size in sizes if size > high], [size for size in sizes if size <= low]
+        text = f"of {len(sizes)} {split} prompts of {self.name} that were tried"
+        if longer:
+            _warn_once(
+                f"{len(longer)} {text} are longer than {high:,} tokens, for which samples of {max(lengths):,} have room beside "
+                f"an answer of {answer_tokens}, and are left out; the longest has {max(longer):,}"
+            )
+        if shorter:
+            _warn_once(
+                f"{len(shorter)} {text} have at most {low:,} tokens, too few for samples of {min(lengths):,}, and are left "
+                f"out; the shortest has {min(shorter):,}"
+            )
+
+    def _sizes(self, answer_tokens: int, split: Split) -> str:
+        """Returns how long the prompts are, and how many of them each power of two would take."""
+        sizes = sorted(len(ids) for ids, _ in self.encoded.values())
+        if not sizes:
+            return f"it has no {split} prompts"
+        fits = Counter(1 << (size + answer_tokens - 1).bit_length() for size in sizes if size > SHORTEST)
+        shown = (
+            ", ".join(f"{count} fit {length:,}" for length, count in sorted(fits.items())) or "too few for any length"
+        )
+        return f"its {len(sizes)} {split} prompts have {sizes[0]:,} to {sizes[-1]:,} tokens: {shown}"
 
     def encode(self, index: int) -> tuple[list[int], list[bool]]:
         """Returns the ids of a row's prompt and which of them are targets."""

@@ -16,12 +16,13 @@ from typing import Any
 
 from moacompress.calibration.data.answers import BATCH_TOKENS
 from moacompress.calibration.data.plain import TARGETS
-from moacompress.calibration.data.sample_sources import check_counts, longer_counts, spread
+from moacompress.calibration.data.sample_sources import check_counts, longer_counts, make_drafts, spread
 from moacompress.calibration.gates.training import JUDGED
 from moacompress.calibration.profile import passes
 from moacompress.calibration.profile.influence import TILE
 from moacompress.calibration.profile.probe import SHORT, Gathered, Probe
-from moacompress.calibration.profile.profiler import check_around, check_lengths
+from moacompress.calibration.profile.profiler import check_around, check_lengths, data_recipe, rules_on_offer
+from moacompress.calibration.profile.shard import Shard, parse_shard
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.tables import readable_bytes, readable_seconds
 from moacompress.estimate.devices import makespan, on_devices
@@ -29,6 +30,7 @@ from moacompress.estimate.estimate import Estimate
 from moacompress.estimate.live_bytes import Line
 from moacompress.estimate.rates import Rates
 from moacompress.models.source import SourceModel
+from moacompress.prompts.pools import SPLITS
 from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
@@ -169,9 +171,10 @@ def dry_run(
     *,
     around: Plan | None = None,
     devices: int = 1,
+    shard: str | None = None,
     trust_remote_code: bool = False,
 ) -> ProfileEstimate:
-    """Estimates what `profile` would take with the same arguments. Nothing is written, no data is read.
+    """Estimates what `profile` would take with the same arguments. Nothing is written; data is read for a shard alone.
 
     Args:
         model: MODEL, or a loaded model.
@@ -179,12 +182,14 @@ def dry_run(
         progress: receives the progress.
         around: the plan to profile around, or None.
         devices: also say what it takes on so many, each as fast as this one.
+        shard: only this part of the samples: "3/8" is the third of eight.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
 
     Raises:
         ModelError: the model cannot be loaded or profiled.
         DataError: lengths that the model or the rules do not allow, or fewer samples than lengths.
         PlanError: as `profile`.
+        UsageError: no shard, or one without samples.
     """
     source = load_for(recipe, model, trust_remote_code=trust_remote_code)
     check_lengths(source.context, recipe)
@@ -200,19 +205,41 @@ def dry_run(
     gates = recipe.profile.gate_samples if recipe.profile.gates and around is None else 0
     arithmetic = _Arithmetic(probe, recipe.calibration.answer_tokens)
     progress.step(f"{SHORT[-1]} tokens")
-    counts = asked.samples, asked.text_samples, asked.validation_samples
-    shares = ([row[0] for row in spread(count, len(lengths), [1.0])] for count in counts)
+    counted = _samples_by_length(source, recipe) if shard is None else _samples_of_shard(source, recipe, around, shard)
     parts = []
-    for length, *numbers in zip(lengths, *shares, strict=True):
+    for length, numbers in sorted(counted.items()):
         parts.append(arithmetic.estimate(length, *numbers))
         progress.step(f"{length} tokens")
-    if gates:
+    if gates:  # every shard trains them
         parts[0] = arithmetic.with_gates(parts[0], gates)
-    if longer := sum(longer_counts(recipe, source.context)):
-        parts.append(arithmetic.estimate(2 * lengths[-1], 0, 0, longer))
     progress.done()
     fits = probe.gate_groups if gates else 1
     return ProfileEstimate.of(tuple(parts), probe.weight_bytes, probe.watch.slowdown, probe, devices, fits)
+
+
+def _samples_by_length(source: SourceModel, recipe: Recipe) -> dict[int, list[int]]:
+    """Returns the numbers of answered calibration, plain-text and validation samples of each length."""
+    asked = recipe.calibration
+    counts = asked.samples, asked.text_samples, asked.validation_samples
+    shares = ([row[0] for row in spread(count, len(asked.lengths), [1.0])] for count in counts)
+    found = {length: list(numbers) for length, *numbers in zip(asked.lengths, *shares, strict=True)}
+    if longer := sum(longer_counts(recipe, source.context)):
+        found[2 * asked.lengths[-1]] = [0, 0, longer]
+    return found
+
+
+def _samples_of_shard(source: SourceModel, recipe: Recipe, around: Plan | None, shard: str) -> dict[int, list[int]]:
+    """Returns the same of one shard, from the very samples that it would have."""
+    chosen = data_recipe(recipe, rules_on_offer(recipe, around))
+    drafts = [make_drafts(source, chosen, split) for split in SPLITS[:2]]
+    part = Shard.of(*parse_shard(shard), *drafts)
+    found = {length: [0, 0, 0] for length in recipe.calibration.lengths}
+    for split, numbers in enumerate((part.calibration, part.validation)):
+        for draft in (drafts[split][number] for number in numbers):
+            if draft.kind != "text" or not split:  # plain text of validation is not answered
+                column = 2 if split else int(draft.kind == "text")
+                found.setdefault(draft.length, [0, 0, 0])[column] += 1
+    return found
 
 
 class _Arithmetic:

@@ -359,13 +359,8 @@ def with_recorded(manifest: Manifest, earlier: Manifest) -> Manifest:
 
 def _same_request(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest | None:
     """Returns the manifest to resume with; None if the folder is to be made empty."""
-    if not folder.exists():
+    if not _holds_profile(folder):
         return None
-    if folder.is_dir() and not set(folder.iterdir()) - {holder_of_folder(folder)}:
-        return None
-    # not even with --overwrite: a mistyped folder must not cost somebody's files
-    if not (folder / MANIFEST_FILE).is_file():
-        raise ArtefactError(f"{folder} exists already and is not a profile; choose another folder")
     if overwrite:
         with suppress(DamagedProfile):
             _head(folder / MANIFEST_FILE)
@@ -380,9 +375,44 @@ def _same_request(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest
         return found if _has_begun(folder) else replace(found, wording=manifest.wording)
     if not _has_begun(folder):
         return None  # the other request failed before anything was saved
-    raise ArtefactError(
+    raise _other_request(folder, found, manifest.request)
+
+
+def check_place(folder: Path, request: str, overwrite: bool) -> None:
+    """Refuses a folder that a profile cannot go to; nothing in it is touched.
+
+    Args:
+        folder: where the profile would go.
+        request: of the profile.
+        overwrite: an earlier profile there would be removed.
+
+    Raises:
+        ArtefactError: the folder holds something else, or another profile and `overwrite` is False.
+    """
+    if not _holds_profile(folder) or overwrite:
+        return
+    found = _read(folder)
+    if found is not None and found.request != request and _has_begun(folder):
+        raise _other_request(folder, found, request)
+
+
+def _holds_profile(folder: Path) -> bool:
+    """Returns whether a folder holds a profile, begun or finished; False where it is empty or not there.
+
+    Raises:
+        ArtefactError: it holds something else, which not even --overwrite removes: a mistyped folder must not cost files.
+    """
+    if not folder.exists() or (folder.is_dir() and not set(folder.iterdir()) - {holder_of_folder(folder)}):
+        return False
+    if not (folder / MANIFEST_FILE).is_file():
+        raise ArtefactError(f"{folder} exists already and is not a profile; choose another folder")
+    return True
+
+
+def _other_request(folder: Path, found: Manifest, request: str) -> ArtefactError:
+    return ArtefactError(
         f"{folder} holds a profile of another model or recipe ({found.source}, request {found.request}, this "
-        f"one is {manifest.request}); choose another folder or pass --overwrite"
+        f"one is {request}); choose another folder or pass --overwrite"
     )
 
 

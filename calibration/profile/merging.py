@@ -9,7 +9,7 @@ from typing import Any
 
 from moacompress.calibration.data.samples import Sample, save_samples
 from moacompress.calibration.gates.training import Gates
-from moacompress.calibration.profile.manifest import Manifest, begun_profile, prepare, with_recorded
+from moacompress.calibration.profile.manifest import Manifest, begun_profile, check_place, prepare, with_recorded
 from moacompress.calibration.profile.rounding_loss import rounding_of, write_rounding
 from moacompress.calibration.profile.shard import Shard
 from moacompress.calibration.profile.skipped import check_skipped
@@ -83,15 +83,7 @@ def merge_shards(
         DataError: too many samples are left out.
     """
     out, progress = Path(out), progress or SILENT
-    check_writable(out)
-    parts = _parts([Path(folder) for folder in folders], out)
-    _check_alike(parts)
-    _check_whole(parts, lambda shard: shard.calibration, 0, "calibration")
-    _check_whole(parts, lambda shard: shard.validation, 1, "validation")
-    calibration, validation = dict[int, Sample](), dict[int, Sample]()
-    for part in parts:
-        calibration |= part.samples(CALIBRATION_FILE, part.head.calibration_fingerprint, part.shard.calibration)
-        validation |= part.samples(VALIDATION_FILE, part.head.validation_fingerprint, part.shard.validation)
+    parts, calibration, validation = _checked(folders, out)
     samples, held_out = ([found[number] for number in sorted(found)] for found in (calibration, validation))
     with no_empty_folder(out), own_folder(out):
         first = parts[0].head
@@ -128,6 +120,44 @@ def merge_shards(
         head = replace(head, skipped=skipped, seconds=round(total, 3))
         merge(out, head, samples, [found[number][0] for number in sorted(found)])
         return Profile.load(out)
+
+
+def check_merge(folders: Sequence[str | Path], out: str | Path, *, overwrite: bool = False) -> dict[str, int]:
+    """Checks that `merge_shards` could put shards together; nothing is written.
+
+    Args:
+        folders: see `merge_shards`.
+        out: likewise.
+        overwrite: likewise.
+
+    Returns:
+        The numbers of `shards`, and of `samples` and `validation_samples` in all of them.
+
+    Raises:
+        MoaCompressError: as `merge_shards`.
+    """
+    parts, calibration, validation = _checked(folders, Path(out))
+    first = parts[0].head
+    if not overwrite:
+        _check_statistics(first, Path(out))
+    check_place(Path(out), first.request, overwrite)
+    for part in parts:
+        part.statistics()
+    return {"shards": len(parts), "samples": len(calibration), "validation_samples": len(validation)}
+
+
+def _checked(folders: Sequence[str | Path], out: Path) -> tuple[list[_Part], dict[int, Sample], dict[int, Sample]]:
+    """Returns the shards in folders, and their calibration and validation samples by number."""
+    check_writable(out)
+    parts = _parts([Path(folder) for folder in folders], out)
+    _check_alike(parts)
+    _check_whole(parts, lambda shard: shard.calibration, 0, "calibration")
+    _check_whole(parts, lambda shard: shard.validation, 1, "validation")
+    calibration, validation = dict[int, Sample](), dict[int, Sample]()
+    for part in parts:
+        calibration |= part.samples(CALIBRATION_FILE, part.head.calibration_fingerprint, part.shard.calibration)
+        validation |= part.samples(VALIDATION_FILE, part.head.validation_fingerprint, part.shard.validation)
+    return parts, calibration, validation
 
 
 def _check_statistics(head: Manifest, out: Path) -> None:

@@ -463,7 +463,7 @@ def _built(
     from moacompress.calibration.data.sample_sources import build_samples
 
     if manifest.shard is None:
-        return build_samples(source, _data_recipe(manifest), split, progress, answers)
+        return build_samples(source, data_recipe(manifest.recipe, manifest.rules), split, progress, answers)
     numbers = manifest.shard.calibration if split == "calibration" else manifest.shard.validation
     drafts = None if rank() else _drafts(source, manifest, split)
     chosen = agreed(None if drafts is None else [drafts[number] for number in numbers])
@@ -474,13 +474,13 @@ def _drafts(source: SourceModel, manifest: Manifest, split: Split) -> list[Sampl
     """Returns the samples of a whole profile's split before the dense model has answered."""
     from moacompress.calibration.data.sample_sources import make_drafts
 
-    return make_drafts(source, _data_recipe(manifest), split)
+    return make_drafts(source, data_recipe(manifest.recipe, manifest.rules), split)
 
 
-def _data_recipe(manifest: Manifest) -> Recipe:
+def data_recipe(recipe: Recipe, rules: Sequence[Rule]) -> Recipe:
     """Returns the recipe that samples are made by: something is left for gates where rules select by some."""
-    gates = manifest.recipe.profile.model_copy(update={"gates": manifest.has_gates})
-    return manifest.recipe.model_copy(update={"profile": gates})
+    gates = recipe.profile.model_copy(update={"gates": any(rule.selects for rule in rules)})
+    return recipe.model_copy(update={"profile": gates})
 
 
 def _run_samples(

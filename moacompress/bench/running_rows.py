@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
 from moacompress.bench.serving import RunningRows
+from moacompress.models.kept_logits import kept_logits
 from moacompress.rules.plan import Plan
 from moacompress.runtime import PlanCache
 from moacompress.runtime.compat.alternates import cache_argument
@@ -28,8 +28,6 @@ class _Rows(ABC):
         self.model = model
         self.cache: Any = None
         self.lengths = torch.zeros(0, dtype=torch.int64)
-        named = inspect.signature(type(model).forward).parameters
-        self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in named else {}
 
     def add(self, prompt: torch.Tensor) -> int:
         """See `RunningRows`."""
@@ -61,9 +59,8 @@ class _Rows(ABC):
     @torch.no_grad()
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor, cache: Any, **more: Any) -> list[int]:
         """Returns the likeliest next token of every row."""
-        model: Any = self.model
-        more |= self._last_logits
-        out = model(input_ids=ids, position_ids=positions, use_cache=True, **cache_argument(cache), **more)
+        inputs = {"input_ids": ids, "position_ids": positions, "use_cache": True, **cache_argument(cache), **more}
+        out = kept_logits(self.model, 1, **inputs)
         found: list[int] = out.logits[:, -1].argmax(dim=-1).tolist()
         return found
 

@@ -7,7 +7,6 @@ the time, and every row has its own, so that no side reads one row's memory for 
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from moacompress.bench.bench_request import SPARE_TOKENS, Cell
 from moacompress.core.errors import MoaCompressError
+from moacompress.models.kept_logits import kept_logits
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.runtime import PlanCache, attach, detach
@@ -321,8 +321,6 @@ class PrefillTurn:
     def __init__(self, model: PreTrainedModel, ids: torch.Tensor, device: str) -> None:
         self._model, self._ids, self._device = model, ids, device
         self._cache: Any = None
-        named = inspect.signature(type(model).forward).parameters
-        self._more = {"logits_to_keep": 1} if "logits_to_keep" in named else {}
 
     def prepare(self) -> None:
         """Forgets the cache of the turn before."""
@@ -331,7 +329,7 @@ class PrefillTurn:
     def run(self) -> None:
         """Prefills: what is timed."""
         with torch.no_grad():
-            self._cache = returned_cache(self._model(input_ids=self._ids, use_cache=True, **self._more))
+            self._cache = returned_cache(kept_logits(self._model, 1, input_ids=self._ids, use_cache=True))
         synchronize(self._device)
 
 

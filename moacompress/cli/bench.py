@@ -1,11 +1,10 @@
-"""`moacompress bench`: how fast a compressed model is, and what memory it takes, beside the dense one."""
+"""`moacompress bench`: measures speed and memory of a compressed model, beside the dense one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -45,84 +44,89 @@ SIDES, SERVED = "plan,full_span,dense,dense_best", "dense,plan"
 def bench(
     run: CommandRun,
     path: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Compressed model, or folder of a run; with --cost-table MODEL.")
+        Path,
+        typer.Argument(
+            metavar="DIR", help="Compressed model, or the folder of a run; with --cost-table, the dense MODEL."
+        ),
     ],
     lengths: Annotated[
         str | None,
-        typer.Option("--lengths", metavar="LIST", help=f"Tokens in the cache of a row [default: {LENGTHS}]."),
+        typer.Option("--lengths", metavar="LIST", help=f"Tokens in the cache of each row [default: {LENGTHS}]."),
     ] = None,
     batch: Annotated[
-        str | None, typer.Option(metavar="LIST", help="Rows, such as 1,8 [default: 1].", show_default=False)
+        str | None, typer.Option(metavar="LIST", help="Batch sizes, such as 1,8 [default: 1].", show_default=False)
     ] = None,
     sides: Annotated[
         str | None,
         typer.Option(
             metavar="LIST",
-            help="plan; full_span (the same kernels, all keys kept); dense (transformers as it is); dense_best (the "
-            f"faster of that and of a static cache with a compiled step) [default: {SIDES}; with --serve {SERVED}].",
+            help="plan; full_span (our kernels, all keys kept); dense (stock transformers); dense_best (the faster of stock "
+            f"transformers and a static cache with a compiled step) [default: {SIDES}; with --serve {SERVED}].",
             show_default=False,
         ),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help=f"Decode steps that are timed as one [default: {TOKENS}].", show_default=False)
+        int | None, typer.Option(help=f"Decode steps per timed turn [default: {TOKENS}].", show_default=False)
     ] = None,
     repeats: Annotated[
         int | None,
-        typer.Option(help=f"Turns of decoding, every side once in each [default: {REPEATS}].", show_default=False),
+        typer.Option(help=f"Decode turns; each times every side once [default: {REPEATS}].", show_default=False),
     ] = None,
     prefill_repeats: Annotated[
         int | None,
-        typer.Option(help=f"Turns of prefilling; 0 for none [default: {PREFILL_REPEATS}].", show_default=False),
+        typer.Option(help=f"Prefill turns; 0 skips prefill [default: {PREFILL_REPEATS}].", show_default=False),
     ] = None,
     compile_ours: Annotated[
-        bool, typer.Option("--compile", help="Compile the decode step of plan and full_span too.")
+        bool, typer.Option("--compile", help="Also compile the decode step of plan and full_span.")
     ] = False,
     peak: Annotated[
-        bool, typer.Option("--peak/--no-peak", help="Measure peak memory, each side in a process of its own.")
+        bool, typer.Option("--peak/--no-peak", help="Measure peak memory, each side in its own process.")
     ] = True,
     trace: Annotated[
         bool,
         typer.Option(
-            "--trace", help="Say where the time of a step under the plan goes, phase by phase, in turns of its own."
+            "--trace", help="Break down the time of a decode step under the plan by phase, in separate turns."
         ),
     ] = False,
     quick: Annotated[
         bool,
         typer.Option(
             "--quick",
-            help=f"A small table: {QUICK_LENGTHS} tokens, {QUICK_REPEATS} turns of {QUICK_TOKENS} steps. Other options win.",
+            help=f"A small table: {QUICK_LENGTHS} tokens, {QUICK_REPEATS} turns of {QUICK_TOKENS} steps. Options override it.",
         ),
     ] = False,
     serve: Annotated[
         bool,
         typer.Option(
             "--serve",
-            help="Instead of the table: serve a mix of requests in the same KV memory, as many at a time as fit, with the "
-            "plan and with the dense model.",
+            help="Instead of the table: serve a mix of requests with the plan and with the dense model in the same KV memory, "
+            "running as many at a time as fit.",
         ),
     ] = False,
     kv_memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="KV cache that there is for --serve [default: 128M].", show_default=False),
+        typer.Option(metavar="SIZE", help="KV memory for --serve [default: 128M].", show_default=False),
     ] = None,
-    requests: Annotated[int | None, typer.Option(help="Requests of --serve [default: 48].", show_default=False)] = None,
+    requests: Annotated[
+        int | None, typer.Option(help="Number of requests for --serve [default: 48].", show_default=False)
+    ] = None,
     prompt: Annotated[
-        int | None, typer.Option(help="Tokens of every prompt of --serve; by default their lengths are drawn.")
+        int | None, typer.Option(help="Prompt tokens per request for --serve. Default: random lengths.")
     ] = None,
     new: Annotated[
-        int | None, typer.Option(help="Tokens of every answer of --serve; by default their lengths are drawn.")
+        int | None, typer.Option(help="New tokens per request for --serve. Default: random lengths.")
     ] = None,
     rate: Annotated[
         float | None,
-        typer.Option(help="Mean requests a second of --serve, at random times; by default all come at once."),
+        typer.Option(help="Mean requests per second for --serve, arriving at random. Default: all at once."),
     ] = None,
     cost_table: Annotated[
         Path | None,
         typer.Option(
             "--cost-table",
             metavar="FILE",
-            help="Instead of the table: measure what a step of the dense MODEL takes against what KV heads keep, by "
-            "formats, at each length and number of rows, and write it to FILE, for budgets such as latency=0.8@8kx8 "
+            help="Instead of the table: measure how the decode step of the dense MODEL depends on what KV heads keep, per "
+            "format, length and batch size, and write it to FILE, for budgets such as latency=0.8@8kx8 "
             f"[default: lengths {COST_LENGTHS}, batch {COST_BATCH}].",
             show_default=False,
         ),
@@ -132,35 +136,28 @@ def bench(
         typer.Option(
             "--against-cost-table",
             metavar="FILE",
-            help="Instead of the table: measure the plan's step where the cost table FILE has been measured, and say how far "
-            "its prediction is off; --lengths and --batch choose among its places.",
+            help="Instead of the table: measure the plan's decode step at the lengths and batch sizes of the cost table FILE, "
+            "and report the error of its prediction. --lengths and --batch select some of them.",
         ),
     ] = None,
     weights: WeightsOption = None,
     head_weights: HeadWeightsOption = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="Write the result here; a stopped run resumes from there."),
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="Write the result here; a stopped run resumes from this file."
+        ),
     ] = None,
-    dry_run: Annotated[bool, dry_run_option("Say what it would take (time, memory), and measure nothing.")] = False,
+    dry_run: Annotated[bool, dry_run_option("Estimate time and memory; measure nothing.")] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Measure speed and memory of a compressed model beside the dense one.
 
-    Time of a prompt and of a decode step, bytes of weights and cache, peak memory, and from which length on the plan is
-    faster. Sides take turns, so that what else the machine does meets all alike. --dtype takes a list too.
+    Reports prefill and decode times, bytes of weights and cache, peak memory, and the length from which the plan is faster.
+    Sides take turns, so that other load on the machine affects all of them equally. --dtype also takes a list.
     """
-    if cost_table is not None or against is not None:
-        _refuse(
-            "--cost-table" if cost_table is not None else "--against-cost-table",
-            {"--sides": sides, "--prefill-repeats": prefill_repeats, "--out": out, "--serve": serve or None}
-            | {"--compile": compile_ours or None, "--no-peak": None if peak else True}
-            | {"--trace": trace or None, "--quick": quick or None, "--dry-run": dry_run or None}
-            | {"--kv-memory": kv_memory, "--requests": requests, "--prompt": prompt, "--new": new, "--rate": rate},
-        )
     if cost_table is not None:
-        _refuse("--cost-table", {"--against-cost-table": against})
         return _cost_table(
             run,
             path,
@@ -172,23 +169,10 @@ def bench(
             overwrite,
             trust_remote_code,
         )
-    for name, value in {"--weights": weights, "--head-weights": head_weights}.items():
-        if value is not None:
-            raise UsageError(f"{name} goes with --cost-table, which loads a dense model; leave it out")
     if against is not None:
-        _refuse("--against-cost-table", {"--dtype": run.common.dtype, "--overwrite": overwrite or None})
         return _against(run, path, against, lengths, batch, tokens, repeats, trust_remote_code)
     recipe = CommandRun(replace(run.common, dtype=None), run.progress).recipe()  # --dtype is a list here
     dtypes = split_list(run.common.dtype if run.common.dtype is not None else "auto") or ()
-    of_table = {"--lengths": lengths, "--batch": batch, "--tokens": tokens, "--repeats": repeats}
-    of_table |= {"--prefill-repeats": prefill_repeats, "--quick": quick or None, "--compile": compile_ours or None}
-    of_table |= {"--no-peak": None if peak else True, "--trace": trace or None}
-    of_table |= {"--dry-run": (dry_run and serve) or None}
-    of_serving = {"--kv-memory": kv_memory, "--requests": requests, "--prompt": prompt, "--new": new, "--rate": rate}
-    if serve:
-        _refuse("--serve", of_table)
-    else:
-        _refuse("--serve", of_serving, needed=True)
     if serve:
         from moacompress.bench.request_mix import ANSWERS, PROMPTS
         from moacompress.bench.serve_benchmark import ServeRequest, run_serving
@@ -241,19 +225,6 @@ def bench(
     return Output(report, bench_tables(report))
 
 
-def _refuse(option: str, others: Mapping[str, Any], needed: bool = False) -> None:
-    """Refuses options that were given and do not go with another one, or without it.
-
-    Args:
-        option: the other one.
-        others: values by name; None is not given.
-        needed: whether they go with it alone.
-    """
-    for name, value in others.items():
-        if value is not None:
-            raise UsageError(f"{name} goes {'with' if needed else 'without'} {option}; leave one of the two out")
-
-
 def _cost_table(
     run: CommandRun,
     model: Path,
@@ -273,7 +244,7 @@ def _cost_table(
     recipe = run.recipe()
     if recipe.weights == AUTO:
         raise UsageError(
-            "--weights auto is for a search, which chooses them; a cost table is of weights as they are loaded"
+            "--weights auto lets a search choose; a cost table needs fixed weights: keep, dense, int8 or int4"
         )
     request = CostTableRequest(
         lengths=parse_lengths(lengths or COST_LENGTHS),

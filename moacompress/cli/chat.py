@@ -23,29 +23,29 @@ NEW, END = "/new", ("/exit", "/quit")
 )
 def chat(
     run: CommandRun,
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="Compressed model, or folder of a run.")],
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="Compressed model, or the folder of a run.")],
     ask: Annotated[
         list[str] | None,
-        typer.Option("--ask", metavar="TEXT", help="Ask this and end; repeated: one turn after the other."),
+        typer.Option("--ask", metavar="TEXT", help="Ask this and exit. Repeat for several turns."),
     ] = None,
-    system: Annotated[str, typer.Option(metavar="TEXT", help="What the model is told before.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 for the likeliest token always.")] = 0.0,
+    system: Annotated[str, typer.Option(metavar="TEXT", help="System prompt.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 for greedy decoding.")] = 0.0,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Talk to a compressed model.
 
-    After every answer it says what the KV cache holds, beside what the dense model's would. Ctrl-C breaks an answer off, /new
-    begins a new conversation, /exit or the end of the input ends.
+    After every answer it shows the size of the KV cache beside that of the dense model. Ctrl-C interrupts an answer, /new
+    starts a new conversation, /exit or end of input quits.
     """
     if run.common.as_json and not ask:
-        raise UsageError("--json needs --ask, as nobody is there to type")
+        raise UsageError("--json needs --ask, because its output is not interactive")
 
     import torch
 
     from moacompress.demo.chat_session import ChatSession
 
-    run.progress.say(f"{NEW} begins a new conversation, {END[0]} ends")
+    run.progress.say(f"{NEW} starts a new conversation, {END[0]} quits")
     recipe = run.recipe()
     torch.manual_seed(recipe.seed)
     system = readable(system)
@@ -72,7 +72,7 @@ def chat(
             try:
                 answer(line)
             except MoaCompressError as error:
-                run.note(f"{error} ({NEW} begins a new conversation)")
+                run.note(f"{error} ({NEW} starts a new conversation)")
             except KeyboardInterrupt:
-                run.note("broken off; the question is forgotten")
+                run.note("interrupted; the question is dropped")
     return Output({"turns": turns})

@@ -1,4 +1,4 @@
-"""`moacompress compress`: profile, search, export and eval in one run."""
+"""`moacompress compress`: profiles, searches, exports and evaluates in one run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from moacompress.cli.options import (
     ClassesOption,
     CostTableOption,
     FormatsOption,
+    GatesOption,
     HeadWeightsOption,
     LengthsOption,
     MaxLossOption,
@@ -34,7 +35,6 @@ from moacompress.cli.options import (
     with_memory,
 )
 from moacompress.cli.recipe_options import recipe_option
-from moacompress.core.errors import UsageError
 from moacompress.efforts import Effort, effort_recipe
 from moacompress.rules.loss import one_limit
 
@@ -55,7 +55,7 @@ def compress(
     budget: Budgets = None,
     max_loss: MaxLossOption = None,
     memory: MemoryOption = None,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder of the run.")] = Path("out"),
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder to write the run to.")] = Path("out"),
     recipe: RecipeFile = None,
     lengths: LengthsOption = None,
     samples: Samples = None,
@@ -66,7 +66,7 @@ def compress(
     weights: WeightsOption = None,
     head_weights: HeadWeightsOption = None,
     formats: FormatsOption = None,
-    gates: Annotated[bool | None, recipe_option("profile.gates", "--gates")] = None,
+    gates: GatesOption = None,
     scorer: ScorerOption = None,
     classes: ClassesOption = None,
     cost_table: CostTableOption = None,
@@ -79,22 +79,19 @@ def compress(
         Effort | None,
         typer.Option(
             "--effort",
-            help="How much is measured where no recipe says so: quick, standard or thorough, meant for at most 10, 45 and "
-            "150 minutes with SmolLM2-135M on two CPU cores; --dry-run says what it will be. Flags win over it. "
+            help="How much to measure without a recipe: quick, standard or thorough, designed to take at most 10, 45 and 150 "
+            "minutes for SmolLM2-135M on two CPU cores; --dry-run estimates it for your model. Options override it. "
             "[default: standard]",
         ),
     ] = None,
-    dry_run: Annotated[bool, dry_run_option("Say what all steps would take (time, memory), and do nothing.")] = False,
+    dry_run: Annotated[bool, dry_run_option("Estimate time and memory of all steps; do nothing.")] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Profile, search, export and evaluate in one run.
 
-    OUT gets profile/, plan.json, model/, eval.json, summary.json and report.html. A run that was stopped resumes with the same
-    command.
+    Writes profile/, plan.json, model/, eval.json, summary.json and report.html to OUT. The same command resumes a stopped run.
     """
-    if recipe is not None and effort is not None:
-        raise UsageError("a recipe says how much is measured, and so does --effort; give one of them")
     resolved = run.recipe(
         recipe,
         base=None if recipe else effort_recipe(effort or "standard", prose=text is not None),

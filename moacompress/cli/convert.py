@@ -1,4 +1,4 @@
-"""`moacompress convert`: plans of other projects, in and out."""
+"""`moacompress convert`: imports and exports plans of other projects."""
 
 from __future__ import annotations
 
@@ -41,32 +41,39 @@ def convert(
     path: Annotated[
         Path,
         typer.Argument(
-            metavar="PATH", help="A pattern's folder, MoA's JSON file, a quantized checkpoint or its config, or a plan."
+            metavar="PATH",
+            help="A DuoAttention pattern folder, a MoA JSON file, a quantized checkpoint or its config, or a plan of ours.",
         ),
     ],
-    source: Annotated[Form | None, typer.Option("--from", help="Whose plan PATH is.")] = None,
-    target: Annotated[Form | None, typer.Option("--to", help="Whose plan is to be written of ours.")] = None,
+    source: Annotated[Form | None, typer.Option("--from", help="Format of PATH, to import it.")] = None,
+    target: Annotated[Form | None, typer.Option("--to", help="Format to export our plan to.")] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="The model that a plan from outside is for; a folder with its config.json is enough."
+            metavar="MODEL",
+            help="With --from: the model that the plan is for. A folder with its config.json is enough.",
         ),
     ] = None,
     sparsity: Annotated[
         float | None,
-        typer.Option(help="Share of the KV heads that DuoAttention's pattern has not full. [default: below 0.5]"),
+        typer.Option(help="With --from duo-attention: share of KV heads that stream. [default: those below 0.5]"),
     ] = None,
     at: Annotated[
         str | None,
-        typer.Option(metavar="LENGTH", help="Where the spans of MoA's query heads are compared. [default: 8k]"),
+        typer.Option(
+            metavar="LENGTH",
+            help="With --from moa: length at which the spans of query heads are compared. [default: 8k]",
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="PATH", help="What is written.")] = Path(PLAN_FILE),
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="PATH", help="File or folder to write.")] = Path(
+        PLAN_FILE
+    ),
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
-    """Read plans of DuoAttention and MoA and caches of ModelOpt and llm-compressor, or write one of ours for them.
+    """Convert plans from and to DuoAttention, MoA, ModelOpt and llm-compressor.
 
-    What the other form cannot say is listed. Nothing is measured: export a plan that came in, and `eval` it.
+    Lists what the other format cannot express. Nothing is measured: export an imported plan and `eval` it.
     """
     from moacompress.models.locate import find_plan_file
     from moacompress.models.skeleton import is_described
@@ -75,28 +82,25 @@ def convert(
     from moacompress.rules.foreign_plans import duo_of_plan, moa_of_plan
 
     if (source is None) == (target is None):
-        raise UsageError("say where the plan comes from, or for whom it is: one of --from and --to")
+        raise UsageError("give one of --from (to import a plan) and --to (to export one)")
     if target is not None and out == Path(PLAN_FILE):
-        raise UsageError(f"say where the plan for {target} goes (--out PATH): {PLAN_FILE} would be one of ours")
-    for name, given, of in (("--model", model, source), ("--sparsity", sparsity, "duo-attention"), ("--at", at, "moa")):
-        if given is not None and (source is None or source != of):
-            raise UsageError(f"{name} is for plans that come from {of or 'outside'} (--from); leave it out")
+        raise UsageError(f"give --out PATH for the {target} plan: {PLAN_FILE} is the name of a plan of ours")
     read = {path, *(path / name for name in (HEADS_FILE, CONFIG_FILE, MODELOPT_FILE) if source is not None)}
     if target is not None:
         read.add(find_plan_file(path))
     if out.resolve() in {each.resolve() for each in read}:
-        raise UsageError(f"{out} is what is read; choose another place for what is written (--out PATH)")
+        raise UsageError(f"{out} is the input; choose another place for the output (--out PATH)")
     if out.exists() and not overwrite:
         raise ArtefactError(f"{out} exists already; choose another place or pass --overwrite")
     if source is not None:
         if model is None:
-            raise UsageError(f"a plan of {source} does not know its model; give it (--model MODEL)")
+            raise UsageError(f"a plan of {source} does not name its model; give it (--model MODEL)")
         plan, notes = _read(path, source, model, sparsity, at or "8k", run, trust_remote_code)
         plan.save(out)
         shown = [f"The plan is {out}: {plan}", *(f"Not as it was: {note}." for note in notes)]
         named = model
         if is_described(model):
-            shown.append("There were no weights to say whose it is, so any of this shape are taken.")
+            shown.append("The model folder has no weights, so the plan is accepted for any weights of this shape.")
             named = "MODEL"
         following = shlex.join(["moacompress", "export", str(named), str(out), "-o", "model/"])
         return Output({"plan": str(out), "lost": notes}, [*shown, f"Next: {following}"])

@@ -1,4 +1,4 @@
-"""`moacompress data`: the data that a profile is made of."""
+"""`moacompress data`: the data that a profile is made from."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import typer
 
 from moacompress.cli.harness import CommandRun, Output, command, group
 from moacompress.cli.options import (
+    GatesOption,
     LengthsOption,
     ModelArgument,
     RecipeFile,
+    Samples,
     Sources,
     Text,
+    TextSamples,
     TrustRemoteCode,
+    ValidationSamples,
     required_model,
 )
 
@@ -22,7 +26,6 @@ from moacompress.cli.options import (
     "moacompress data preview path/to/model",
     "moacompress data preview path/to/model --source recall --source squad.json --lengths 1k,4k",
     "moacompress data preview path/to/model --recipe recipe.yaml --count 6 --json",
-    on_device=True,
     maps=True,
 )
 def preview(
@@ -32,28 +35,36 @@ def preview(
     source: Sources = None,
     text: Text = None,
     lengths: LengthsOption = None,
-    count: Annotated[int, typer.Option(min=1, help="Samples shown, of as many sources and lengths as there are.")] = 3,
+    samples: Samples = None,
+    text_samples: TextSamples = None,
+    validation_samples: ValidationSamples = None,
+    gates: GatesOption = None,
+    count: Annotated[int, typer.Option(min=1, help="Number of samples to show, spread over sources and lengths.")] = 3,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
-    """Show some calibration samples, with the tokens that count marked.
+    """Show some calibration samples, with their target tokens marked.
 
-    They are among those that `moacompress profile` would make of the same options, the answers of MODEL included.
+    These are some of the samples that `moacompress profile` would make with the same options, including MODEL's answers; what
+    `profile` would refuse is refused here.
     """
     resolved = run.recipe(recipe)
     name = required_model(model, resolved.model)
 
     from moacompress.calibration.data.answers import answer_drafts
-    from moacompress.calibration.data.sample_sources import make_drafts, varied
+    from moacompress.calibration.data.sample_sources import check_data, make_drafts, varied
+    from moacompress.calibration.profile.profiler import check_samples
     from moacompress.report.shown_samples import ShownSample, as_json
     from moacompress.runtime.ready_model import load_for
 
+    check_data(resolved)
     loaded = load_for(resolved, name, trust_remote_code=trust_remote_code)
+    check_samples(loaded, resolved)
     drafts = varied(make_drafts(loaded, resolved, "calibration"), count)
-    samples = answer_drafts(loaded.model, drafts, run.progress)
+    answered = answer_drafts(loaded.model, drafts, run.progress)
     return Output(
-        {"model": loaded.source, "samples": [as_json(sample, loaded.tokenizer) for sample in samples]},
-        [ShownSample(sample, loaded.tokenizer, f"{i}/{len(samples)}") for i, sample in enumerate(samples, 1)],
+        {"model": loaded.source, "samples": [as_json(sample, loaded.tokenizer) for sample in answered]},
+        [ShownSample(sample, loaded.tokenizer, f"{i}/{len(answered)}") for i, sample in enumerate(answered, 1)],
     )
 
 
-app = group("Look at the data that a profile is made of.", {"preview": preview})
+app = group("Look at the data that a profile is made from.", {"preview": preview})

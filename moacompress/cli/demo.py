@@ -1,4 +1,4 @@
-"""`moacompress demo`: the whole way on a small real model."""
+"""`moacompress demo`: a whole run on a small real model."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ SQUAD_FILE = "squad.json"
 )
 def demo(
     run: CommandRun,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder of the run.")] = Path("runs/demo"),
-    data: Annotated[Path, typer.Option(metavar="DIR", help="Where `make test-data` put model and data.")] = Path(
-        ".cache"
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder to write the run to.")] = Path(
+        "runs/demo"
     ),
+    data: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder that `make test-data` filled with the model and data.")
+    ] = Path(".cache"),
     model: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="The model (folder or .gguf) instead of the one in --data.")
+        Path | None, typer.Option(metavar="PATH", help="Model (folder or .gguf) to use instead of the one in --data.")
     ] = None,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
-    """Compress a small real model, start to end.
+    """Compress a small real model from start to end.
 
-    SmolLM2-135M-Instruct keeps a quarter of its KV cache and is measured, on a laptop's CPU. --dtype is that of the checkpoint,
-    bfloat16 by default; profiling and searching compute in float32.
+    Compresses the KV cache of SmolLM2-135M-Instruct to a quarter and evaluates it, on a laptop's CPU. --dtype sets the
+    checkpoint's dtype (bfloat16 by default); profiling and searching compute in float32.
     """
     model = model or _find(data, MODEL_FILE)
     squad = _find(data, SQUAD_FILE)
@@ -67,6 +69,6 @@ def _find(folder: Path, pattern: str) -> Path:
     found = sorted(folder.glob(f"**/{pattern}"))
     if not found:
         raise DataError(
-            f"no {pattern} in {folder}; fetch it with `make test-data`, or say where with --data or --model"
+            f"no {pattern} in {folder}; fetch it with `make test-data`, or say where it is with --data or --model"
         )
     return found[0]

@@ -1,4 +1,4 @@
-"""`moacompress eval`: a compressed model on held-out tasks and text, beside dense and the usual baselines."""
+"""`moacompress eval`: measures a compressed model on held-out tasks and text, beside dense and the usual baselines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from moacompress.cli.options import (
     TensorParallel,
     Text,
     TrustRemoteCode,
-    asked_devices,
     dry_run_option,
     split_list,
 )
@@ -24,7 +23,7 @@ from moacompress.core.errors import UsageError
 from moacompress.core.ranks import rank
 
 SPLIT = ("dense", "uniform", "uniform-elastic", "per-layer", "split")
-"""What can be measured beside a model that is split over ranks: the dense model, and other plans."""
+"""What can be measured beside a model that is split across ranks: the dense model, and other plans."""
 
 
 @command(
@@ -43,27 +42,26 @@ def evaluate(
     run: CommandRun,
     path: Annotated[
         Path | None,
-        typer.Argument(metavar="DIR", help="Compressed model, or folder of a run.", show_default=False),
+        typer.Argument(metavar="DIR", help="Compressed model, or the folder of a run.", show_default=False),
     ] = None,
     against: Annotated[
         str,
         typer.Option(
             metavar="LIST",
-            help="What to measure beside it: dense, dense:transformers (by transformers' own attention, always there beside "
-            "quantized caches and evictions), best (the baseline that the search measured best), uniform, uniform:4, "
-            "uniform-elastic, per-layer, split, transformers' quantized caches (quantized:hqq-8, quantized:hqq-4, "
-            "quantized:quanto-4, quantized:fp8), known ways to evict tokens "
-            "(streaming-llm, h2o, snapkv, pyramidkv, adakv, expected-attention, keydiff, kvzip; snapkv:seen for the "
-            "question seen alone, snapkv:window=16 for another setting than the default), folders of other compressed models "
-            "made from the same one, or none.",
+            help="What to compare with: dense; dense:transformers (stock attention, always added beside quantized caches and "
+            "evictions); best (the baseline that the search measured best); the baselines uniform, uniform:4, uniform-elastic, "
+            "per-layer and split; transformers' quantized caches (quantized:hqq-8, quantized:hqq-4, quantized:quanto-4, "
+            "quantized:fp8); eviction methods (streaming-llm, h2o, snapkv, pyramidkv, adakv, expected-attention, keydiff, "
+            "kvzip; snapkv:seen if the method sees the question, snapkv:window=16 for a setting other than the default); "
+            "folders of other models compressed from the same dense model; or none.",
         ),
     ] = "dense,uniform,best",
     dense: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Dense model that DIR was made from, needed where its layers share attention, and for dense and baselines "
-            "where its weights were repaired or healed.",
+            help="Dense model that DIR was made from. Needed if its layers share attention, and for dense and baselines if its "
+            "weights were repaired or healed.",
         ),
     ] = None,
     tasks: Annotated[
@@ -71,35 +69,35 @@ def evaluate(
         recipe_option(
             "evaluation.tasks",
             metavar="LIST",
-            more="Such as needle-noise, or ruler, all, and text for long text.",
+            more="Names such as needle-noise; ruler or all for groups; text for long text.",
             read=split_list,
         ),
     ] = None,
     list_tasks: Annotated[
-        bool, typer.Option("--list-tasks", help="Say which tasks there are and what they need, and measure nothing.")
+        bool, typer.Option("--list-tasks", help="List the tasks and what they need; measure nothing.")
     ] = False,
     lengths: Annotated[str | None, recipe_option("evaluation.lengths", metavar="LIST")] = None,
     prompts: Annotated[int | None, recipe_option("evaluation.prompts")] = None,
     text: Text = None,
-    squad: Annotated[Path | None, typer.Option(metavar="FILE", help="SQuAD as JSON, for question answering.")] = None,
+    squad: Annotated[Path | None, typer.Option(metavar="FILE", help="SQuAD JSON file, for question answering.")] = None,
     source: Annotated[
         list[str] | None,
         typer.Option(
             "--source",
             metavar="FILE",
-            help="Rows of your own with answers (.jsonl, .json, .parquet) or a hub set, a task of its own; may be repeated.",
+            help="Your own rows with answers (.jsonl, .json, .parquet) or a hub dataset; each becomes a task. Repeatable.",
         ),
     ] = None,
     profile: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Profile that per-layer and split are made from; by default the run's own."),
+        typer.Option(metavar="DIR", help="Profile that per-layer and split are made from. Default: the run's own."),
     ] = None,
     allow_overlap: AllowOverlap = False,
     fail_under: Annotated[
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Exit with 1 where a value of the plan is lower: exact_match=0.9, needle-noise:retention=0.95 or "
+            help="Exit with 1 if the plan scores below a limit, such as exact_match=0.9, needle-noise:retention=0.95 or "
             "key-value@2k:accuracy=0.9.",
         ),
     ] = None,
@@ -107,25 +105,27 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Tasks of lm-evaluation-harness (names or .yaml files); --prompts then limits their documents too.",
+            help="Tasks of lm-evaluation-harness (names or .yaml files). --prompts also limits their documents.",
         ),
     ] = None,
     lm_eval_batch: Annotated[
-        str, typer.Option(metavar="N", help="Requests of lm-evaluation-harness at once: a number, auto, or auto:N.")
+        str, typer.Option(metavar="N", help="Batch size of lm-evaluation-harness: a number, auto, or auto:N.")
     ] = "auto",
     show_failures: Annotated[
         bool,
         typer.Option(
             "--show-failures",
-            help="Print the prompts that the plan and dense answer differently well: question, reference and both answers.",
+            help="Print the prompts on which the plan and dense score differently: question, reference and both answers.",
         ),
     ] = False,
-    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all rows as CSV.")] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write all rows as CSV.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="Write the results here; a stopped run resumes from there."),
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="Write the results here; a stopped run resumes from this file."
+        ),
     ] = None,
-    dry_run: Annotated[bool, dry_run_option("Say how long it would take, and measure nothing.")] = False,
+    dry_run: Annotated[bool, dry_run_option("Estimate the time; measure nothing.")] = False,
     devices: Devices = None,
     overwrite: Overwrite = False,
     tensor_parallel: TensorParallel = False,
@@ -133,12 +133,11 @@ def evaluate(
 ) -> Output:
     """Measure a compressed model beside dense and others.
 
-    All models get the same prompts, which no calibration has seen, and the baselines the plan's KV bytes. Without --tasks
-    the tasks are code-question, second-question, needle-noise and, where --text is given, text; none of them where --source
-    or --lm-eval is. -o keeps question, reference and both answers of every prompt.
-    Under torchrun (torchrun --standalone --nproc-per-node 2 -m moacompress eval ...) processes share the prompts.
+    All models get the same prompts, which calibration has not seen; baselines get the plan's KV bytes. The default tasks are
+    code-question, second-question and needle-noise, plus text with --text; none if --source or --lm-eval is given. -o keeps the
+    question, the reference and both answers of every prompt.
+    Under torchrun (torchrun --standalone --nproc-per-node 2 -m moacompress eval ...) the processes share the prompts.
     """
-    count = asked_devices(devices, dry_run)
     if list_tasks:
         return _list_tasks()
     if path is None:
@@ -174,7 +173,7 @@ def evaluate(
     thresholds = parse_thresholds(fail_under, (*own, *names))
     others = tuple(name for name in split_list(against) or () if name != "none")
     if tensor_parallel:
-        _check_tensor_parallel(dry_run, harness, others)
+        _check_tensor_parallel(others)
     if dry_run:
         from moacompress.evaluation.baselines.compared_models import check_names
         from moacompress.evaluation.eval_estimate import estimate_eval
@@ -194,10 +193,10 @@ def evaluate(
             own={name: len(task.given or ()) for name, task in own.items()},
             dtype=recipe.dtype,
             device=recipe.device,
-            devices=count,
+            devices=devices or 1,
             trust_remote_code=trust_remote_code,
         )
-        besides = " Tasks of lm-evaluation-harness are not counted." if harness else ""
+        besides = " This excludes the tasks of lm-evaluation-harness." if harness else ""
         return Output(expected.to_dict(), [f"It would take {expected.line()}{besides} Nothing was measured."])
     report = evaluate_model(
         path,
@@ -246,28 +245,22 @@ def _check_csv(csv: Path, out: Path | None) -> None:
     from moacompress.report.evaluation_tables import CSV_COLUMNS
 
     if out is not None and csv.resolve() == out.resolve():
-        raise UsageError(f"{csv} is where the report goes; give --csv and --out two files")
+        raise UsageError(f"--csv and --out are both {csv}; give two different files")
     check_replaceable(csv, lambda text: text.splitlines()[:1] == [",".join(CSV_COLUMNS)], "a table of scores")
     check_writable(csv.absolute().parent)
 
 
-def _check_tensor_parallel(dry_run: bool, harness: tuple[str, ...], against: tuple[str, ...]) -> None:
+def _check_tensor_parallel(against: tuple[str, ...]) -> None:
     """Refuses what cannot be measured of a model that is split over ranks.
 
     Raises:
         UsageError: says what.
     """
-    if dry_run:
-        raise UsageError("--dry-run times one process; leave --tensor-parallel out, or run it")
-    if harness:
-        raise UsageError(
-            "lm-evaluation-harness deals prompts out to ranks, so it takes no --tensor-parallel; leave one of them out"
-        )
     unknown = [name for name in against if name not in SPLIT]
     if unknown:
         raise UsageError(
-            f"{unknown[0]} has a cache of its own or other weights, and is not measured with --tensor-parallel; "
-            f"give some of {', '.join(SPLIT)}"
+            f"{unknown[0]} has its own cache or weights and cannot be measured with --tensor-parallel; "
+            f"choose from {', '.join(SPLIT)}"
         )
 
 

@@ -1,4 +1,4 @@
-"""`moacompress export`: a folder that plain `from_pretrained` loads."""
+"""`moacompress export`: writes a folder that plain `from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import typer
 from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import HeadWeightsOption, Overwrite, TrustRemoteCode, WeightsOption
 from moacompress.core.artefact_names import MODEL_FOLDER
-from moacompress.core.errors import UsageError
 from moacompress.models.locate import find_plan_file
 
 
@@ -19,16 +18,15 @@ from moacompress.models.locate import find_plan_file
     "moacompress export path/to/model plan.json -o model/ --overwrite --json",
     "moacompress export path/to/model plan.json -o model/ --repair profile/",
     "moacompress export path/to/model plan.json -o model/ --ranks 4",
-    on_device=True,
     maps=True,
 )
 def export(
     run: CommandRun,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file.")],
     plan: Annotated[
-        Path, typer.Argument(metavar="PLAN", help="Plan file that `search` made, or a folder that holds one.")
+        Path, typer.Argument(metavar="PLAN", help="Plan file written by `search`, or a folder that holds one.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the checkpoint.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write the checkpoint to.")] = Path(
         MODEL_FOLDER
     ),
     repair: Annotated[
@@ -36,29 +34,28 @@ def export(
         typer.Option(
             "--repair",
             metavar="PROFILE",
-            help="Folder that `profile` made: refit the output projections of attention to the plan with its samples, where "
-            "that lowers measured KL. The weights change.",
+            help="Folder written by `profile`: refit the output projections of attention to the plan on its samples, wherever "
+            "that lowers measured KL. This changes weights.",
         ),
     ] = None,
     ranks: Annotated[
         int | None,
         typer.Option(
-            help="Of tensor parallelism that it is for: KV heads change places, and their weights with them, so that ranks "
-            "have caches alike in bytes."
+            help="Reorder KV heads, with their weights, so that N tensor-parallel ranks hold caches of equal size."
         ),
     ] = None,
     weights: WeightsOption = None,
     head_weights: HeadWeightsOption = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check model and plan, say what would be written, and write nothing.")
+        bool, typer.Option("--dry-run", help="Check model and plan and say what would be written; write nothing.")
     ] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Write a checkpoint that from_pretrained loads.
 
-    It is loaded and made to generate in a fresh process before it is moved into place. --dtype is that of the checkpoint; by
-    default it is the plan's.
+    A fresh process loads it and generates with it before it is moved into place. --dtype sets the checkpoint's dtype; the
+    default is the plan's.
     """
     from moacompress.exporter.card import repair_text
     from moacompress.exporter.exporting import export as export_model
@@ -70,8 +67,6 @@ def export(
     chosen = run.recipe()
     if run.common.dtype not in (None, "auto"):
         loaded = loaded.in_dtype(run.recipe().dtype)
-    if dry_run and ranks is not None:
-        raise UsageError("--dry-run moves no KV heads; leave --ranks out, or run it")
     if dry_run:
         from moacompress.exporter.exporting import estimate_export
 

@@ -20,13 +20,12 @@ from typing import Annotated, Any, Concatenate, ParamSpec, TextIO
 
 import typer
 from rich.console import Console, RenderableType
-from typer.core import TyperCommand
 
 from moacompress.cli.bars import RichProgress
 from moacompress.cli.kernel_line import kernel_line
-from moacompress.cli.recipe_options import collected, recipe_option
+from moacompress.cli.option_rules import GivenOptions, given_options
+from moacompress.cli.recipe_options import collected, recipe_key, recipe_option
 from moacompress.cli.result_stream import for_the_result
-from moacompress.core.deprecation import with_new_options
 from moacompress.core.errors import ArtefactError, MoaCompressError, UsageError, one_line
 from moacompress.core.files import finite_json
 from moacompress.core.printable import printable
@@ -63,12 +62,13 @@ logger = logging.getLogger("moacompress")
 class Common:
     """The options that every command has."""
 
-    as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout and nothing else.")] = False
+    as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout, and nothing else.")] = False
     verbose: Annotated[
-        int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Say more on stderr; -vv for all.")
+        int,
+        typer.Option("--verbose", "-v", count=True, show_default=False, help="Log more to stderr; -vv for everything."),
     ] = 0
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but errors.")] = False
-    debug: Annotated[bool, typer.Option("--debug", help="Log everything, and show the traceback of an error.")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Write only errors to stderr.")] = False
+    debug: Annotated[bool, typer.Option("--debug", help="Log everything, and show tracebacks.")] = False
     seed: Annotated[int | None, recipe_option("seed", collected=False)] = None
     device: Annotated[str | None, recipe_option("device", metavar="DEVICE", collected=False)] = None
     dtype: Annotated[str | None, recipe_option("dtype", collected=False)] = None
@@ -77,7 +77,7 @@ class Common:
         typer.Option(
             "--log-file",
             metavar="FILE",
-            help="Also log everything to FILE, behind what is there; process 1 of a run logs to run.1.log for run.log.",
+            help="Also append a full log to FILE; under torchrun, process 1 logs to run.1.log for run.log.",
         ),
     ] = None
 
@@ -112,6 +112,7 @@ class CommandRun:
         out: the standard output, which is not `sys.stdout` while a command runs.
         device_check: refuses a device that the command cannot use.
         given: what its options set of a recipe, as `Recipe.override` takes it.
+        options: which of its options the command line names.
     """
 
     common: Common
@@ -119,6 +120,7 @@ class CommandRun:
     out: TextIO = field(default_factory=lambda: sys.stdout)
     device_check: Callable[[str], None] = lambda device: None
     given: Mapping[str, Any] = field(default_factory=dict)
+    options: GivenOptions = field(default_factory=GivenOptions)
 
     def write(self, text: str) -> None:
         """Writes a piece of what the person asked for."""
@@ -152,7 +154,7 @@ class CommandRun:
 
         Raises:
             RecipeError: from the file or from a flag.
-            UsageError: a device that the command cannot use.
+            UsageError: a device that the command cannot use, or an option that has no effect under this recipe.
         """
         recipe = Recipe.load(file) if file is not None else base or Recipe()
         flags |= {"seed": self.common.seed, "device": self.common.device, "dtype": self.common.dtype}
@@ -160,6 +162,7 @@ class CommandRun:
         for name, value in given.items():
             logger.info("%s = %s, from the command line", name.replace("__", "."), value)
         recipe = recipe.override(**given)
+        self.options.check_with(recipe)
         self.device_check(recipe.device)
         return recipe
 
@@ -173,7 +176,6 @@ class Command:
         function: does the work.
         examples: end its help.
         computes: whether it runs a model, so that its first line says with which kernels.
-        on_device: whether `--device` has a meaning; it has one where a model runs.
         maps: whether it can be a device map.
         shared: whether the processes of `torchrun` do it together. The first of them prints, and whichever fails first.
     """
@@ -183,13 +185,11 @@ class Command:
         function: Callable[Concatenate[CommandRun, P], Output],
         examples: tuple[str, ...],
         computes: bool = False,
-        on_device: bool = False,
         shared: bool = False,
         maps: bool = False,
     ) -> None:
         self._work: Callable[..., Output] = function
-        self._computes, self._on_device, self._shared = computes, computes or on_device, shared
-        self._maps = maps
+        self._computes, self._shared, self._maps = computes, shared, maps
         self.examples = examples
         self.help = inspect.getdoc(function) or ""
         self.epilog = "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
@@ -197,14 +197,18 @@ class Command:
         self.__annotations__: dict[str, Any] = {}  # Typer asks for it; the signature has all
         own = _own_parameters(function)
         self._parameters = {parameter.name: parameter for parameter in own}
-        self.__signature__ = inspect.Signature([*own, *_common_parameters()])
+        self._keys = {name: key.key for name, part in self._parameters.items() if (key := recipe_key(part)) is not None}
+        self.__signature__ = inspect.Signature([_CONTEXT, *own, *_common_parameters()])
 
-    def __call__(self, **arguments: Any) -> None:
+    def __call__(self, context: typer.Context, **arguments: Any) -> None:
         """Runs the command, prints its result and raises `typer.Exit` unless all is well."""
+        options = given_options(context, self._keys)
         common = Common(**{name: arguments.pop(name) for name in _COMMON})
         _check_rank()
         interrupted = resumes_with(sys.argv, overwrite=bool(arguments.get("overwrite")))
-        output = _guarded(lambda run: self._checked(run, arguments), common, interrupted, self._computes)
+        output = _guarded(
+            lambda run: self._checked(replace(run, options=options), arguments), common, interrupted, self._computes
+        )
         if not rank():
             try:
                 _print(output, common.as_json)
@@ -219,7 +223,8 @@ class Command:
             raise typer.Exit(output.exit_code)
 
     def _checked(self, run: CommandRun, arguments: Mapping[str, Any]) -> Output:
-        """Runs the command, once its device and the other processes of the run are known to be there."""
+        """Runs the command, once its options go together, and its device and the other processes of the run are there."""
+        run.options.check()
         splits = bool(arguments.get("tensor_parallel"))
         if splits and world_size() == 1:
             raise UsageError(
@@ -237,8 +242,6 @@ class Command:
             join()
         device = run.common.device
         if device is not None and device != "cpu":
-            if not self._on_device:
-                raise UsageError(f"{self.__name__} runs on the CPU, so --device {device} has no meaning; leave it out")
             from moacompress.models.placement import checked_placement
 
             self._check_map(device)
@@ -253,7 +256,7 @@ class Command:
         Raises:
             UsageError: it is one.
         """
-        if device != "cpu" and self._on_device and not self._maps:
+        if device != "cpu" and not self._maps:
             from moacompress.models.placement import is_device_map
 
             if is_device_map(device):
@@ -263,26 +266,15 @@ class Command:
 
 
 def command(
-    *examples: str, computes: bool = False, on_device: bool = False, shared: bool = False, maps: bool = False
+    *examples: str, computes: bool = False, shared: bool = False, maps: bool = False
 ) -> Callable[[Callable[Concatenate[CommandRun, P], Output]], Command]:
     """Makes a `Command` of the decorated function; `examples` end its help and can be run as they are."""
-    return lambda function: Command(function, examples, computes, on_device, shared, maps)
-
-
-class _WithOldNames(TyperCommand):
-    """Takes old names of its options for as long as they are kept."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        names, above = [], ctx
-        while above.parent is not None:  # what the program is called depends on how it was started
-            names.append(above.info_name)
-            above = above.parent
-        return super().parse_args(ctx, with_new_options(" ".join([PROGRAM, *reversed(names)]), args, say))
+    return lambda function: Command(function, examples, computes, shared, maps)
 
 
 def add_command(app: typer.Typer, name: str, command: Command) -> None:
     """Adds a command to an app, with its help."""
-    app.command(name, cls=_WithOldNames, help=command.help, epilog=command.epilog)(command)
+    app.command(name, help=command.help, epilog=command.epilog)(command)
 
 
 def group(text: str, commands: Mapping[str, Command]) -> typer.Typer:
@@ -326,6 +318,7 @@ def say(message: str) -> None:
     print("moacompress: " + printable(" ".join(without_password(message).split())), file=sys.stderr, flush=True)
 
 
+_CONTEXT = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
 _COMMON = tuple(item.name for item in fields(Common))
 
 

@@ -1,4 +1,4 @@
-"""`moacompress heal`: weights that fit the plan, by a short distillation from the dense model."""
+"""`moacompress heal`: fits the weights to the plan by a short distillation from the dense model."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from moacompress.cli.recipe_options import recipe_option
 )
 def heal(
     run: CommandRun,
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="Compressed model, or folder of a run.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the healed checkpoint.")],
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="Compressed model, or the folder of a run.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write the healed checkpoint to.")],
     recipe: RecipeFile = None,
     profile: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Profile of the dense model, whose validation samples are held out; by default the run's own.",
+            help="Profile of the dense model; its validation samples are held out. Default: the run's own.",
         ),
     ] = None,
     teacher: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="The dense model; by default the one that was profiled."),
+        typer.Option(metavar="MODEL", help="The dense model. Default: the one that was profiled."),
     ] = None,
     objective: Annotated[str | None, recipe_option("heal.objective")] = None,
     train: Annotated[str | None, recipe_option("heal.train")] = None,
@@ -53,22 +53,18 @@ def heal(
     evaluations: Annotated[int | None, recipe_option("heal.evaluations")] = None,
     patience: Annotated[int | None, recipe_option("heal.patience")] = None,
     held_out: Annotated[int | None, recipe_option("heal.held_out")] = None,
-    checkpointing: Annotated[
-        bool | None, recipe_option("heal.checkpointing", "--checkpointing/--no-checkpointing")
-    ] = None,
+    checkpointing: Annotated[bool | None, recipe_option("heal.checkpointing")] = None,
     allow_overlap: AllowOverlap = False,
-    dry_run: Annotated[
-        bool, dry_run_option("Say what it would take (tokens, time, memory), and train nothing.")
-    ] = False,
+    dry_run: Annotated[bool, dry_run_option("Estimate tokens, time and memory; train nothing.")] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Distil the weights of a compressed model from the dense one.
 
-    The plan stays as it is, but for its gates where these are trained. What is written is the state of least KL to the dense
-    model on held-out samples, and the start where no step was better. --dtype is what is computed in: float32 on a CPU, else
-    bfloat16; weights are trained in float32.
-    Under torchrun (torchrun --standalone --nproc-per-node 2 -m moacompress heal ...) processes share the samples.
+    The plan does not change, except for its gates if those are trained. The state with the lowest KL to the dense model on
+    held-out samples is written; if no step improved on the start, that is the start. --dtype sets the compute dtype (float32 on
+    a CPU, otherwise bfloat16); weights are trained in float32.
+    Under torchrun (torchrun --standalone --nproc-per-node 2 -m moacompress heal ...) the processes share the samples.
     """
     resolved = run.recipe(recipe)
     if dry_run:

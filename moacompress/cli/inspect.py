@@ -1,4 +1,4 @@
-"""`moacompress inspect`: what a plan keeps and what it costs, without loading the model."""
+"""`moacompress inspect`: shows what a plan keeps and what it costs, without loading the model."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ from moacompress.models.locate import find_running_plan
     "moacompress inspect runs/mine/model --json",
     "moacompress inspect path/to/dense --lengths 32k --batch 1,8",
     "moacompress inspect runs/mine --show-tokens notes.txt",
-    on_device=True,
 )
 def inspect(
     run: CommandRun,
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="Compressed model, folder of a run, plan file, or dense model.")
+        Path,
+        typer.Argument(metavar="PATH", help="Compressed model, the folder of a run, a plan file, or a dense model."),
     ],
     lengths: Annotated[
-        str | None, typer.Option("--lengths", metavar="LIST", help="Lengths in tokens, such as 1k,4k.")
+        str | None, typer.Option("--lengths", metavar="LIST", help="Lengths in tokens to report, such as 1k,4k.")
     ] = None,
     batch: BatchOption = None,
     show_tokens: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Read a text with the compressed model, and mark the tokens that its gates keep."
+            metavar="FILE", help="Run the compressed model on a text and mark the tokens that its gates keep."
         ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Show what a plan keeps and what it costs.
 
-    KV bytes at several lengths, and the kept share and the bits of every layer and KV head. With --batch, also the KV memory of
-    requests and how many fit on this machine; for a dense model that is all. The model is loaded for --show-tokens only.
+    Shows KV bytes at several lengths, and the kept share and bits of every layer and KV head. --batch adds the KV memory of
+    requests and how many fit on this machine, which is all that is shown for a dense model. The model is loaded only for
+    --show-tokens.
     """
     from moacompress.models.described import is_dense_model
     from moacompress.models.device import available_memory
@@ -54,10 +55,6 @@ def inspect(
     from moacompress.rules.kv_memory import kv_memory
 
     device = run.common.device or "cpu"
-    if show_tokens is None and device != "cpu":
-        raise UsageError(
-            f"inspect computes nothing without --show-tokens, so --device {device} has no meaning; leave it out"
-        )
     if is_dense_model(path):
         if show_tokens is not None:
             raise UsageError(f"{path} is a dense model, which has no gates; --show-tokens needs a compressed one")
@@ -81,8 +78,6 @@ def inspect(
 
     folder = find_model_folder(file.parent)
     if folder is None:
-        raise UsageError(
-            f"{path} has no weights, and --show-tokens reads a text with the model; give a compressed model"
-        )
+        raise UsageError(f"{path} has no weights, and --show-tokens runs the model; give a compressed model")
     found = selected_tokens(folder, plan, show_tokens, device, trust_remote_code=trust_remote_code)
     return Output({**shown.data, "shown_tokens": found}, [*shown.show, token_tables(found)])

@@ -16,23 +16,27 @@ from moacompress.recipe_sections import Generator
 ModelArgument = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file.", show_default=False)
 ]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="Recipe (YAML); flags win over it.")]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", metavar="FILE", help="Recipe (YAML). Options override it.")
+]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Start from scratch: what an earlier run left there is removed.")
+    bool, typer.Option("--overwrite", help="Start from scratch: remove what an earlier run left there.")
 ]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the model, in this run.")
+    bool,
+    typer.Option("--trust-remote-code", help="Run the modelling code that comes with the model, for this run only."),
 ]
 TensorParallel = Annotated[
     bool,
     typer.Option(
         "--tensor-parallel",
-        help="Split every layer over the processes of torchrun, which otherwise hold a model each and share the work.",
+        help="Split every layer across the processes of torchrun. Without it, each process holds a whole model and they share "
+        "the work.",
     ),
 ]
 Budgets = Annotated[
     list[str] | None,
-    recipe_option("budget", metavar="BUDGET", more="May be repeated.", collected=False),
+    recipe_option("budget", metavar="BUDGET", more="Repeatable.", collected=False),
 ]
 MaxLossOption = Annotated[str | None, recipe_option("max_loss", metavar="LOSS", collected=False)]
 MemoryOption = Annotated[
@@ -40,16 +44,17 @@ MemoryOption = Annotated[
     typer.Option(
         "--memory",
         metavar="M@L",
-        help="Most bytes of weights and of the KV cache of L tokens together, such as 6GiB@8k: the budget memory=6GiB@8k.",
+        help="Limit on weights plus the KV cache at L tokens, such as 6GiB@8k. Short for --budget memory=6GiB@8k.",
     ),
 ]
 BatchOption = Annotated[
-    str | None, typer.Option("--batch", metavar="LIST", help="Requests at a time, such as 1,8.", show_default=False)
+    str | None, typer.Option("--batch", metavar="LIST", help="Concurrent requests, such as 1,8.", show_default=False)
 ]
 LengthsOption = Annotated[str | None, recipe_option("calibration.lengths", metavar="LIST", states_default=False)]
 CostTableOption = Annotated[Path | None, recipe_option("search.cost_table", metavar="FILE", read=str)]
 FormatsOption = Annotated[str | None, recipe_option("search.formats", metavar="LIST")]
 ScorerOption = Annotated[str | None, recipe_option("profile.scorer", metavar="NAME")]
+GatesOption = Annotated[bool | None, recipe_option("profile.gates")]
 ClassesOption = Annotated[int | None, recipe_option("search.classes", metavar="N")]
 WeightsOption = Annotated[str | None, recipe_option("weights")]
 HeadWeightsOption = Annotated[str | None, recipe_option("head_weights")]
@@ -59,7 +64,7 @@ Sources = Annotated[
         "calibration.sources",
         "--source",
         metavar="NAME",
-        more="May be repeated.",
+        more="Repeatable.",
         read=lambda given: read_sources(given),
         states_default=False,
     ),
@@ -71,7 +76,7 @@ AllowOverlap = Annotated[
     bool,
     typer.Option(
         "--allow-overlap",
-        help="Take text too of which calibration has seen more than 1% (runs of 13 words); results are marked.",
+        help="Accept text that overlaps calibration by more than 1% (13-word sequences); the results are marked.",
     ),
 ]
 Text = Annotated[str | None, recipe_option("calibration.text", metavar="PATH")]
@@ -85,22 +90,9 @@ def dry_run_option(text: str) -> Any:
 Devices = Annotated[
     int | None,
     typer.Option(
-        "--devices", metavar="N", min=1, help="With --dry-run: also say what it takes on N devices as fast as this one."
+        "--devices", metavar="N", min=1, help="With --dry-run: also estimate for N devices as fast as this one."
     ),
 ]
-
-
-def asked_devices(devices: int | None, dry_run: bool) -> int:
-    """Returns the devices that an estimate is for.
-
-    Raises:
-        UsageError: they are given where nothing is estimated.
-    """
-    if devices is not None and not dry_run:
-        raise UsageError(
-            "--devices is for an estimate: give --dry-run too; torchrun, --shard or --storage use many devices"
-        )
-    return devices or 1
 
 
 def _wait_asleep(dry_run: bool) -> bool:
@@ -129,7 +121,7 @@ def batch_sizes(text: str) -> tuple[int, ...]:
     items = split_list(text) or ()
     for item in items:
         if not item.isdecimal():
-            raise UsageError(f"batch {item!r} is not a number of rows; give some such as 1,8")
+            raise UsageError(f"batch {item!r} is not a number of rows; give numbers such as 1,8")
         if not int(item):
             raise UsageError("batch is 0; it must be at least 1")
     return tuple(sorted({int(item) for item in items}))

@@ -1,4 +1,4 @@
-"""`moacompress profile`: how much every rule on every KV head would cost, and whether that is so."""
+"""`moacompress profile`: predicts what every rule would cost on every KV head, and audits the predictions."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import RenderableType
 from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import (
     Devices,
+    GatesOption,
     HeadWeightsOption,
     LengthsOption,
     ModelArgument,
@@ -27,7 +28,6 @@ from moacompress.cli.options import (
     TrustRemoteCode,
     ValidationSamples,
     WeightsOption,
-    asked_devices,
     dry_run_option,
     required_model,
 )
@@ -79,9 +79,9 @@ def profile(
     model: ModelArgument = None,
     others: Annotated[
         list[str] | None,
-        typer.Argument(metavar="DIR...", help="With --merge: all folders of shards.", show_default=False),
+        typer.Argument(metavar="DIR...", help="With --merge: the folders of all shards.", show_default=False),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the profile.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write the profile to.")] = Path(
         PROFILE_FOLDER
     ),
     recipe: RecipeFile = None,
@@ -93,72 +93,68 @@ def profile(
     validation_samples: ValidationSamples = None,
     draws: Annotated[int | None, recipe_option("profile.draws")] = None,
     estimator: Annotated[str | None, recipe_option("profile.estimator")] = None,
-    baselines: Annotated[bool | None, recipe_option("profile.baselines", "--baselines")] = None,
-    heads: Annotated[bool | None, recipe_option("profile.heads", "--heads")] = None,
+    baselines: Annotated[bool | None, recipe_option("profile.baselines")] = None,
+    heads: Annotated[bool | None, recipe_option("profile.heads")] = None,
     anchors: Annotated[int | None, recipe_option("profile.anchors", metavar="N")] = None,
-    gates: Annotated[bool | None, recipe_option("profile.gates", "--gates")] = None,
+    gates: GatesOption = None,
     scorer: ScorerOption = None,
     source: Sources = None,
     text: Text = None,
     around: Annotated[
-        Path | None, typer.Option(metavar="PLAN", help="Profile what every change of this plan would do.")
+        Path | None,
+        typer.Option(metavar="PLAN", help="Profile the changes to this plan instead of to the dense model."),
     ] = None,
     audit: Annotated[
         int | None,
         typer.Option(
             metavar="K",
-            help="Then measure K ablations of one KV head, K of one in another format, and with --anchors up to K layers that "
-            "share, and compare them with what is predicted.",
+            help="Afterwards measure K single-head ablations, K single-head format changes and, with --anchors, up to K shared "
+            "layers, and compare them with the predictions.",
         ),
     ] = None,
-    audit_plans: Annotated[int, typer.Option(metavar="M", help="Plans of equal bytes that --audit measures.")] = 40,
-    budget: Annotated[str, typer.Option(metavar="BUDGET", help="Budget of these plans.")] = "25%",
+    audit_plans: Annotated[
+        int, typer.Option(metavar="M", help="Number of equal-size plans that --audit measures.")
+    ] = 40,
+    budget: Annotated[str, typer.Option(metavar="BUDGET", help="Budget of the plans that --audit measures.")] = "25%",
     shard: Annotated[
         str | None,
         typer.Option(
             metavar="K/N",
-            help="Profile the Kth of N parts of the samples, without a network between the runs; --merge puts them together.",
+            help="Profile part K of N of the samples. The runs need no network between them; --merge combines them.",
         ),
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Put the shards in the folders that are given together into one profile.")
+        bool, typer.Option("--merge", help="Combine the shards in the given folders into one profile.")
     ] = False,
-    dry_run: Annotated[
-        bool, dry_run_option("Say what it would take (tokens, time, memory), and profile nothing.")
-    ] = False,
+    dry_run: Annotated[bool, dry_run_option("Estimate tokens, time and memory; profile nothing.")] = False,
     devices: Devices = None,
     overwrite: Overwrite = False,
     tensor_parallel: TensorParallel = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
-    """Predict what every KV head loses by each rule.
+    """Predict what each rule costs on every KV head.
 
-    Writes a profile of MODEL at several lengths. A run that was stopped resumes with the same command. With --audit the
-    predictions are compared with measured KL, in DIR/audit.json and DIR/audit.html.
-    Under torchrun (torchrun --standalone --nproc-per-node 2 -m moacompress profile ...) processes share the samples, or with
-    --tensor-parallel the model.
+    Writes a profile of MODEL at several lengths. The same command resumes a stopped run. --audit compares the predictions with
+    measured KL and writes DIR/audit.json and DIR/audit.html.
+    Under torchrun (torchrun --standalone --nproc-per-node 2 -m moacompress profile ...) the processes share the samples, or
+    the model with --tensor-parallel.
     """
-    count = asked_devices(devices, dry_run)
-    if dry_run and tensor_parallel:
-        raise UsageError("--dry-run times one process; leave --tensor-parallel out, or run it")
     if merge:
-        return _merged([name for name in (model, *(others or ())) if name], out, overwrite, run)
+        return _merged([name for name in (model, *(others or ())) if name], out, overwrite, dry_run, run)
     if others:
-        raise UsageError(f"one MODEL is profiled, and {1 + len(others)} are given; folders of shards take --merge")
-    if shard is not None and audit is not None:
-        raise UsageError("--audit needs the whole profile; merge the shards first, and run it without --shard")
-    if around is not None and audit is not None:
-        raise UsageError("--audit compares predictions for the dense model; run it without --around")
+        raise UsageError(
+            f"{1 + len(others)} models given, but only one can be profiled; to combine shards, add --merge"
+        )
     if audit is not None and world_size() > 1:
         raise UsageError(
-            "--audit runs in one process: profile under torchrun first, then give the command with --audit alone"
+            "--audit runs in one process; profile under torchrun first, then run the command with --audit without torchrun"
         )
     from moacompress.calibration.profile.manifest import recipe_in
     from moacompress.models.processes import agreed
 
     earlier = agreed(None if overwrite or recipe is not None or rank() else recipe_in(out, model))
     if earlier is not None:
-        logger.info("%s holds a profile of this model: what no option says is as it was made", out)
+        logger.info("%s holds a profile of this model; settings that no option gives are taken from it", out)
     resolved = run.recipe(
         recipe,
         base=earlier,
@@ -179,13 +175,15 @@ def profile(
 
         check_data(resolved)
         if plan is None and is_described(name):
-            if devices is not None:
+            if shard is not None:
                 raise UsageError(
-                    f"{name} has no weights, so operations are counted and nothing is timed; --devices is for times"
+                    f"{name} has no weights, so the operations of the whole profile are counted; leave --shard out"
                 )
+            if devices is not None:
+                raise UsageError(f"{name} has no weights, so operations are counted, not timed; leave --devices out")
             return _counted(resolved, name, trust_remote_code)
         loaded = load_for(resolved, name, trust_remote_code=trust_remote_code)
-        expected = estimate(loaded, resolved, run.progress, around=plan, devices=count)
+        expected = estimate(loaded, resolved, run.progress, around=plan, devices=devices or 1, shard=shard)
         return Output(expected.to_dict(), list(expected.lines()))
 
     from moacompress.calibration.profile.profiler import profile as profile_model
@@ -241,12 +239,19 @@ def _counted(recipe: Recipe, model: str, trust_remote_code: bool) -> Output:
     return Output(found.to_dict(), [f"It would take {found.line()} Nothing was profiled."])
 
 
-def _merged(folders: list[str], out: Path, overwrite: bool, run: CommandRun) -> Output:
-    """Puts shards together."""
-    from moacompress.calibration.profile.merging import merge_shards
+def _merged(folders: list[str], out: Path, overwrite: bool, dry_run: bool, run: CommandRun) -> Output:
+    """Puts shards together, or says what that would give."""
+    from moacompress.calibration.profile.merging import check_merge, merge_shards
 
     if world_size() > 1:
         raise UsageError("--merge runs in one process; start it without torchrun")
+    if dry_run:
+        found = check_merge(folders, out, overwrite=overwrite)
+        text = (
+            f"{found['shards']} shards would make one profile of {found['samples']} calibration and "
+            f"{found['validation_samples']} validation samples in {out}. Nothing was written."
+        )
+        return Output({"profile": str(out), **found}, [text])
     made = merge_shards(folders, out, overwrite=overwrite, progress=run.progress)
     data, show = _profile_output(made, out)
     return Output(data, [*show, f"Next: moacompress search {shlex.quote(str(out))} --budget 25% -o plan.json"])

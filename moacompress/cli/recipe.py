@@ -1,4 +1,4 @@
-"""`moacompress recipe`: recipes written, checked and shown."""
+"""`moacompress recipe`: writes, checks and shows recipes."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ def init(
     budget: Budgets = None,
     max_loss: MaxLossOption = None,
     effort: Annotated[
-        Effort, typer.Option("--effort", help="Whose settings it begins with: quick, standard or thorough.")
+        Effort, typer.Option("--effort", help="Settings to start from: quick, standard or thorough.")
     ] = "standard",
     text: Text = None,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The recipe.")] = Path("recipe.yaml"),
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="File to write the recipe to.")] = Path(
+        "recipe.yaml"
+    ),
     overwrite: Overwrite = False,
 ) -> Output:
-    """Write a recipe with every setting in it, each with what it is for, and beside it the schema for editors."""
+    """Write a recipe with every setting and a comment on each, and the JSON schema for editors beside it."""
     from moacompress.core.files import write_text
     from moacompress.report.recipe_text import SCHEMA_LINE, recipe_yaml, schema_text
 
@@ -52,17 +54,17 @@ def init(
     next_step = shlex.join(["moacompress", "compress", "--recipe", str(out), "-o", "runs/mine"])
     return Output(
         {"recipe": str(out), "schema": str(beside), "settings": recipe.resolved()},
-        [f"The recipe is {out}; editors complete it by {beside}", f"Next: {next_step}"],
+        [f"The recipe is {out}; editors complete it with {beside}", f"Next: {next_step}"],
     )
 
 
 @command("moacompress recipe validate recipe.yaml", "moacompress recipe validate recipe.yaml --text prose/ --json")
 def validate(
     run: CommandRun,
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="A recipe, YAML or JSON.")],
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="Recipe, YAML or JSON.")],
     text: Text = None,
 ) -> Output:
-    """Check a recipe and the data that it names, without a model: keys, values, tasks, files."""
+    """Check a recipe without a model: keys, values, tasks, and the data files that it names."""
     from moacompress.report.recipe_text import changed_settings
     from moacompress.run_checks import check_recipe
 
@@ -71,7 +73,7 @@ def validate(
     changed = changed_settings(recipe)
     return Output(
         {"recipe": str(path), "valid": True, "changed": changed},
-        [f"{path} is valid; {len(changed)} settings are not the defaults."],
+        [f"{path} is valid; {len(changed)} settings differ from the defaults."],
     )
 
 
@@ -83,11 +85,11 @@ def validate(
 def show(
     run: CommandRun,
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A recipe, the folder of a run, a profile, or a plan's file.")
+        Path, typer.Argument(metavar="PATH", help="Recipe, the folder of a run, a profile, or a plan file.")
     ],
-    everything: Annotated[bool, typer.Option("--all", help="Also the settings that have their defaults.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Also show settings that have their default.")] = False,
 ) -> Output:
-    """Show the settings of a recipe, or those that a run, a profile or a plan was made with."""
+    """Show the settings of a recipe, or those of a run, a profile or a plan."""
     from moacompress.report.recipe_text import recipe_yaml
 
     recipe = _recipe_at(path)
@@ -97,7 +99,7 @@ def show(
 
 @command("moacompress recipe schema > recipe.schema.json")
 def schema(run: CommandRun) -> Output:
-    """Print the JSON schema of recipes, by which editors complete and check them."""
+    """Print the JSON schema of recipes, for completion and checks in editors."""
     from moacompress.report.recipe_text import recipe_schema, schema_text
 
     return Output(recipe_schema(), [schema_text().rstrip()])
@@ -113,11 +115,13 @@ def _check_schema(beside: Path, out: Path) -> None:
     from moacompress.report.recipe_text import SCHEMA_TITLE
 
     if out == beside:
-        raise ArtefactError(f"{SCHEMA_FILE} is the name of the schema; give the recipe another, such as recipe.yaml")
+        raise ArtefactError(
+            f"{SCHEMA_FILE} is the name of the schema; give the recipe another name, such as recipe.yaml"
+        )
     if beside.exists():
         found = read_json(beside, "schema")
         if not isinstance(found, dict) or found.get("title") != SCHEMA_TITLE:
-            raise ArtefactError(f"{beside} is no schema of recipes, and it would be replaced; choose another folder")
+            raise ArtefactError(f"{beside} exists and is not a schema of recipes; choose another folder")
 
 
 def _recipe_at(path: Path) -> Any:

@@ -56,7 +56,7 @@ def recipe_option(
 
     Args:
         key: of the field, dotted.
-        *flags: its names, where they are not the field's with dashes.
+        *flags: its names, where they are not the field's with dashes; a switch has `--no-` too.
         metavar: what stands for the value; by default the field's choices, where it has some.
         more: said behind the field's description.
         read: see `RecipeKey`.
@@ -64,8 +64,12 @@ def recipe_option(
         states_default: whether the help says the recipe's own default; not where a command begins with another recipe.
         **settings: of `typer.Option`.
     """
-    names = flags or (f"--{key.rpartition('.')[2].replace('_', '-')}",)
     field = recipe_field(key)
+    name = key.rpartition(".")[2].replace("_", "-")
+    # a recipe may say either, so a command line can too
+    names = flags or (
+        f"--{name}/--no-{name}" if bool in (field.annotation, *get_args(field.annotation)) else f"--{name}",
+    )
     shown = metavar or ("|".join(choices(field)) or None)
     usual = _shown(field.get_default()) if states_default else ""
     where = f"[recipe: {key}{f' = {usual}' if usual else ''}]"

@@ -1,4 +1,4 @@
-"""`moacompress report`: one page of a run."""
+"""`moacompress report`: writes one page about a run."""
 
 from __future__ import annotations
 
@@ -19,26 +19,30 @@ from moacompress.models.locate import find_running_plan
 )
 def report(
     run: CommandRun,
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, compressed model, or plan file.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The folder of a run, a compressed model, or a plan file.")
+    ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="The page [default: report.html in the run's folder]."),
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="File to write the page to [default: report.html in the run's folder]."
+        ),
     ] = None,
     profile: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Profile of the dense model; by default the run's own.")
+        Path | None, typer.Option(metavar="DIR", help="Profile of the dense model. Default: the run's own.")
     ] = None,
     pictures: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Also write the pictures as PNG, for a card; needs kaleido and a Chrome."),
+        typer.Option(metavar="DIR", help="Also write the figures as PNG; needs kaleido and Chrome."),
     ] = None,
     card: Annotated[
-        bool, typer.Option("--card", help="Also put the pictures into the checkpoint, and show them in its card.")
+        bool, typer.Option("--card", help="Also add the figures to the checkpoint and its model card.")
     ] = False,
 ) -> Output:
-    """Show what was gained and what was lost on one page.
+    """Show gains and losses on one page.
 
-    A single HTML file: a map of what every KV head keeps, quality beside the baselines, memory and speed against length,
-    predicted against measured KL, and how the plan was found. What was not measured yet names the command that does it.
+    Writes a single HTML file: a map of what every KV head keeps, quality beside the baselines, memory and speed against length,
+    predicted against measured KL, and how the plan was found. For each missing measurement it names the command to run.
     """
     from moacompress.report.page.findings import Findings, report_file
     from moacompress.report.page.report_page import write_page

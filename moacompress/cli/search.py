@@ -1,4 +1,4 @@
-"""`moacompress search`: the plan of lowest measured KL within a budget."""
+"""`moacompress search`: finds the plan with the lowest measured KL within a budget."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ from moacompress.cli.options import (
     TensorParallel,
     TrustRemoteCode,
     WeightsOption,
-    asked_devices,
     dry_run_option,
     with_memory,
 )
 from moacompress.cli.recipe_options import recipe_option
 from moacompress.core.artefact_names import PLAN_FILE
-from moacompress.core.errors import BudgetError, UsageError
+from moacompress.core.errors import UsageError
 from moacompress.core.ranks import world_size
 from moacompress.rules.loss import one_limit
 
@@ -59,11 +58,16 @@ if TYPE_CHECKING:
 def search(
     run: CommandRun,
     profile: Annotated[
-        Path | None, typer.Argument(metavar="PROFILE", help="Folder that `profile` made.", show_default=False)
+        Path | None, typer.Argument(metavar="PROFILE", help="Folder written by `profile`.", show_default=False)
     ] = None,
     budget: Annotated[
         list[str] | None,
-        recipe_option("budget", metavar="BUDGET", more="May be repeated; with commas: one plan each.", collected=False),
+        recipe_option(
+            "budget",
+            metavar="BUDGET",
+            more="Repeatable; a comma-separated list gives one plan per budget.",
+            collected=False,
+        ),
     ] = None,
     memory: MemoryOption = None,
     weights: WeightsOption = None,
@@ -71,26 +75,30 @@ def search(
     max_loss: MaxLossOption = None,
     front: Annotated[
         bool,
-        typer.Option("--front", help="Search the front of KL and bytes between the smallest and the largest budget."),
+        typer.Option(
+            "--front", help="Search the Pareto front of KL and bytes between the smallest and the largest budget."
+        ),
     ] = False,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="File of the plan.")] = Path(PLAN_FILE),
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="File to write the plan to.")] = Path(
+        PLAN_FILE
+    ),
     recipe: RecipeFile = None,
     trials: Annotated[int | None, recipe_option("search.trials")] = None,
     rounds: Annotated[int | None, recipe_option("search.rounds")] = None,
     moves: Annotated[int | None, recipe_option("search.moves")] = None,
     timeout: Annotated[float | None, recipe_option("search.timeout")] = None,
     formats: FormatsOption = None,
-    gates: Annotated[bool | None, recipe_option("search.gates", "--gates/--no-gates")] = None,
+    gates: Annotated[bool | None, recipe_option("search.gates")] = None,
     scorer: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="What the gates must be fitted to, as `profile --scorer` did: influence, value-norm, keydiff or "
-            "expected-attention. A profile of others is refused.",
+            help="Require a profile whose gates were fitted to this score (`profile --scorer`): influence, value-norm, keydiff "
+            "or expected-attention.",
         ),
     ] = None,
     share: Annotated[str | None, recipe_option("search.share", metavar="WHICH")] = None,
-    assume_repaired: Annotated[bool | None, recipe_option("search.assume_repaired", "--assume-repaired")] = None,
+    assume_repaired: Annotated[bool | None, recipe_option("search.assume_repaired")] = None,
     assume_healed: Annotated[float | None, recipe_option("search.assume_healed", metavar="F")] = None,
     classes: ClassesOption = None,
     cost_table: CostTableOption = None,
@@ -102,34 +110,29 @@ def search(
         str | None,
         typer.Option(
             metavar="STORAGE",
-            help="Search nothing: show the workers, the trials and the best so far of every search in a storage.",
+            help="Search nothing; show workers, trials and the best result so far of every search in a storage.",
         ),
     ] = None,
-    dry_run: Annotated[bool, dry_run_option("Say how long it would take, and search nothing.")] = False,
+    dry_run: Annotated[bool, dry_run_option("Estimate the time; search nothing.")] = False,
     devices: Devices = None,
     overwrite: Overwrite = False,
     tensor_parallel: TensorParallel = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
-    """Find the plan of lowest KL within a budget.
+    """Find the plan with the lowest KL within a budget.
 
-    Plans are measured on the model of PROFILE. A search that was stopped resumes with the same command. Under torchrun
-    (torchrun --standalone --nproc-per-node 2 -m moacompress search ...) processes share the samples of every measurement.
+    Plans are measured on the model that PROFILE was made from. The same command resumes a stopped search. Under torchrun
+    (torchrun --standalone --nproc-per-node 2 -m moacompress search ...) the processes share the samples of every measurement.
     """
     started = time.monotonic()
-    count = asked_devices(devices, dry_run)
     if status is not None:
         return _status(status)
     if profile is None:
-        raise UsageError("there is no PROFILE; name the folder that `moacompress profile` made")
+        raise UsageError("missing argument PROFILE: the folder written by `moacompress profile`")
     from moacompress.calibration.profile.store import Profile
     from moacompress.rules.budget import split_budgets
 
     budget = with_memory(budget, memory)
-    if max_loss is not None and (budget or front):
-        raise BudgetError(
-            "--max-loss finds the budget itself; give either --max-loss or --budget, and --front only with budgets"
-        )
     asked = split_budgets(budget) if budget else []
     loaded = Profile.load(profile)
     if scorer is not None:
@@ -145,13 +148,11 @@ def search(
     if together:
         _check_ranks(dry_run, front or len(asked) > 1 or resolved.max_loss is not None, resolved)
     if dry_run:
-        if front:
-            raise UsageError("--dry-run knows what a search of single plans takes; leave out --front")
         from moacompress.search.search_estimate import estimate_search
 
         several = asked if len(asked) > 1 else []
         expected = estimate_search(
-            loaded, resolved, several, run.progress, devices=count, trust_remote_code=trust_remote_code
+            loaded, resolved, several, run.progress, devices=devices or 1, trust_remote_code=trust_remote_code
         )
         return Output(expected.to_dict(), [*expected.lines()])
     from moacompress.search.deadline import Deadline
@@ -186,14 +187,14 @@ def _check_ranks(dry_run: bool, several: bool, recipe: Recipe) -> None:
         raise UsageError("--dry-run times one process; start it without torchrun, or run it")
     if several:
         raise UsageError(
-            "under torchrun one plan of given budgets is searched; leave out --front, --max-loss and several"
+            "torchrun searches one plan for given budgets; leave out --front, --max-loss and several budgets"
         )
     if recipe.search.storage is not None:
         raise UsageError(
-            "--storage shares a search among workers that each begin by themselves; leave it or torchrun out"
+            "--storage shares a search between independently started workers; leave out --storage or torchrun"
         )
     if recipe.search.timeout is not None:
-        raise UsageError("processes of one run would not stop at the same plan; leave --timeout or torchrun out")
+        raise UsageError("the processes of one run would stop at different plans; leave out --timeout or torchrun")
 
 
 def _status(storage: str) -> Output:

@@ -21,7 +21,6 @@ the reverse order of its making: what is half removed looks as if it had stopped
 from __future__ import annotations
 
 import re
-from glob import escape
 from pathlib import Path
 
 RECIPE_FILE = "recipe.json"
@@ -74,16 +73,6 @@ def holder_of_file(path: Path) -> Path:
 def holder_of_folder(folder: Path) -> Path:
     """Returns where the lock holder of a folder stands: in it."""
     return folder / f".moacompress{HOLDER}"
-
-
-def holder_of_study(journal: Path, study: str) -> Path:
-    """Returns where the lock holder of one of the studies in a journal stands."""
-    return journal.parent / f".{journal.name}.{study}{HOLDER}"
-
-
-def holders_of_studies(journal: Path) -> list[Path]:
-    """Returns the lock holders of all studies in a journal."""
-    return sorted(journal.parent.glob(f".{escape(journal.name)}.*{HOLDER}"))
 
 
 def sample_file(folder: Path, index: int) -> Path:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from textwrap import wrap
 from typing import Any, TypeAlias
 
 from rich import box
-from rich.console import Group
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -14,16 +17,54 @@ from moacompress.core.printable import printable
 
 Row: TypeAlias = Mapping[str, Any]
 """One row of a result, as its JSON has it."""
+MIN_WIDTH = 8
+"""Characters to which a heading may be wrapped above shorter cells."""
 
 
-def section(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Group:
-    """Returns a titled table: the first column to the left, the others, numbers, to the right."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="right" if index else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(_cell, row))
-    return Group(Text(title, style="bold"), table)
+class Section:
+    """A titled table: the first column to the left, the others, numbers, to the right.
+
+    Where it is wider than the console, headings are wrapped, and columns that still have no room follow in a table of their
+    own, whose first column is repeated: no number is broken over two lines.
+    """
+
+    def __init__(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        self.title, self.columns = title, tuple(columns)
+        self.rows = [(*row, *[""] * (len(self.columns) - len(row))) for row in rows]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.title, style="bold")
+        numbers = range(1, len(self.columns))
+        whole = self._table((0, *numbers), self.columns)
+        if self._fits(whole, console, options):
+            yield whole
+            return
+        widths = [max((cell_len(printable(row[index])) for row in self.rows), default=0) for index in (0, *numbers)]
+        heads = ["\n".join(wrap(name, max(width, MIN_WIDTH))) for name, width in zip(self.columns, widths, strict=True)]
+        shown: tuple[int, ...] = (0,)
+        for index in numbers:
+            if len(shown) > 1 and not self._fits(self._table((*shown, index), heads), console, options):
+                yield self._table(shown, heads)
+                shown = (0,)
+            shown = (*shown, index)
+        yield self._table(shown, heads)
+
+    def _fits(self, table: Table, console: Console, options: ConsoleOptions) -> bool:
+        unlimited = options.update_width(10_000)
+        return Measurement.get(console, unlimited, table).maximum <= options.max_width
+
+    def _table(self, shown: Sequence[int], heads: Sequence[str]) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for index in shown:
+            table.add_column(heads[index], justify="right" if index else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(*(_cell(row[index]) for index in shown))
+        return table
+
+
+def section(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Section:
+    """Returns a titled table; see `Section`."""
+    return Section(title, columns, rows)
 
 
 def facts(title: str, rows: Mapping[str, str]) -> Group:
@@ -38,6 +79,14 @@ def facts(title: str, rows: Mapping[str, str]) -> Group:
 
 def _cell(text: str) -> Text:
     return Text(printable(text))
+
+
+def with_interval(value: float, interval: Sequence[float] | None, form: str = ".2f", mark: str = "") -> str:
+    """Returns `0.95 [0.87, 1.00]`, and the value alone where there is no interval; a mark stands behind the value."""
+    if interval is None:
+        return f"{value:{form}}{mark}"
+    low, high = interval
+    return f"{value:{form}}{mark} [{low:{form}}, {high:{form}}]"
 
 
 def readable_bytes(count: int) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from moacompress.estimate.stopwatch import Stopwatch
+from moacompress.models.kept_logits import kept_logits
 from moacompress.runtime.compat.alternates import cache_argument, returned_cache
 from moacompress.runtime.linear import use_kernels
 
@@ -75,7 +76,7 @@ class TimedRates(Rates):
         ids = torch.full((1, tokens), 3, device=self._device)
         if not self._forwards:
             self._model(input_ids=ids[:, :WARM], use_cache=True)
-        forward, read = self.watch.once(lambda: self._model(input_ids=ids, use_cache=True, logits_to_keep=1))
+        forward, read = self.watch.once(lambda: kept_logits(self._model, 1, input_ids=ids, use_cache=True))
         step = {"input_ids": ids[:, :1], "use_cache": True, **cache_argument(returned_cache(read))}
         self._steps[tokens] = self.watch.least(lambda: self._model(**step), REPEATS)
         return forward

@@ -25,6 +25,7 @@ from moacompress.healer.healing import check_out
 from moacompress.healer.teacher import HeldOut, Teacher, target_rows
 from moacompress.healer.trained_weights import make_trainable
 from moacompress.healer.training_data import count_samples, heal_drafts, heal_lengths, held_out_samples
+from moacompress.models.kept_logits import kept_logits
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 
@@ -146,7 +147,7 @@ class _HealRates:
 
         def step() -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=request.compute == "bfloat16"):
-                logits = model(input_ids=ids[None], logits_to_keep=rows, use_cache=False).logits[0]
+                logits = kept_logits(model, rows, input_ids=ids[None], use_cache=False).logits[0]
                 soft_loss(logits, dense).backward()
 
         self.step, _ = self.watch.once(step)

@@ -25,6 +25,7 @@ from moacompress.healer.heal_history import Evaluated, HealHistory, save_best
 from moacompress.healer.teacher import HeldOut, Teacher, target_rows
 from moacompress.healer.trained_weights import as_written, written_tensors
 from moacompress.models import processes
+from moacompress.models.kept_logits import kept_logits
 from moacompress.recipe_sections import HealRecipe
 
 WARM_UP = 0.05
@@ -148,13 +149,13 @@ class HealTrainer(Trainer):
     def _loss(self, model: Any, ids: Tensor, rows: Tensor, number: int) -> Tensor:
         heal, teacher = self._parts.heal, self._parts.teacher
         if heal.objective == "kl":
-            logits = model(input_ids=ids, logits_to_keep=rows, use_cache=False).logits[0]
+            logits = kept_logits(model, rows, input_ids=ids, use_cache=False).logits[0]
             return soft_loss(logits, teacher.target_logits(number, ids[0], rows))
         labels = ids[0, rows + 1]
         if self.done >= heal.first_stage:
-            return hard_loss(model(input_ids=ids, logits_to_keep=rows, use_cache=False).logits[0], labels)
+            return hard_loss(kept_logits(model, rows, input_ids=ids, use_cache=False).logits[0], labels)
         dense, wanted = teacher.logits_and_layers(ids[0], rows, self._parts.layers)
-        out = model(input_ids=ids, logits_to_keep=rows, use_cache=False, output_hidden_states=True)
+        out = kept_logits(model, rows, input_ids=ids, use_cache=False, output_hidden_states=True)
         states = [out.hidden_states[layer + 1] for layer in self._parts.layers]
         logits = out.logits[0]
         return (

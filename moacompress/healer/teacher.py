@@ -14,6 +14,7 @@ from moacompress.calibration.profile.passes import answer_logits, output_logits,
 from moacompress.core.errors import ModelError
 from moacompress.core.ranks import rank, world_size
 from moacompress.models import processes
+from moacompress.models.kept_logits import kept_logits
 from moacompress.models.kl import kl_divergence
 
 
@@ -58,7 +59,7 @@ class Teacher:
     def logits_and_layers(self, ids: Tensor, rows: Tensor, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """Returns logits `[rows, vocabulary]`, and what each of some layers gives, `[1, N, hidden]`."""
         with torch.no_grad():
-            out = self.model(input_ids=ids[None], logits_to_keep=rows, use_cache=False, output_hidden_states=True)
+            out = kept_logits(self.model, rows, input_ids=ids[None], use_cache=False, output_hidden_states=True)
         return out.logits[0], [out.hidden_states[layer + 1] for layer in layers]
 
 

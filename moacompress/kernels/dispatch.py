@@ -75,13 +75,6 @@ def register(backend: Backend) -> None:
     forget()
 
 
-def unregister(name: str) -> None:
-    """Takes a backend away; one that is not there is no error, and the reference stays."""
-    global _backends
-    _backends = {known: other for known, other in _backends.items() if known != name or other is REFERENCE}
-    forget()
-
-
 def forget() -> None:
     """Has the choice made again, as after a change of the environment."""
     chosen.cache_clear()

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from moacompress.bench.bench_request import SIDES
-from moacompress.core.tables import Row, section
+from moacompress.core.tables import Row, section, with_interval
 from moacompress.rules.budget import format_length
 
 HEADS = {"plan": "this plan", "full_span": "full span", "dense": "dense", "dense_best": "best dense"}
@@ -78,7 +78,7 @@ def _table(title: str, rows: Sequence[Row], name: str, value: Any, sides: Sequen
 
 def _time(row: Row, side: str, factor: float) -> str:
     low, high = (_digits(end * factor) for end in row["spread_ms"][side])
-    return f"{_digits(row[f'{side}_ms'] * factor)} {low}-{high}"
+    return f"{_digits(row[f'{side}_ms'] * factor)} [{low}, {high}]"
 
 
 def _digits(value: float) -> str:
@@ -90,8 +90,7 @@ def _speedup(row: Row, side: str) -> str:
     if side not in row["speedup"]:
         return "-"
     found = row["speedup"][side]
-    interval = "" if found["ci95"] is None else " {:.2f}-{:.2f}".format(*found["ci95"])
-    return f"{found['value']:.2f}{'*' if _slower(row, side) else ''}{interval}"
+    return with_interval(found["value"], found["ci95"], ".2f", "*" if _slower(row, side) else "")
 
 
 def _slower(row: Row, side: str) -> bool:

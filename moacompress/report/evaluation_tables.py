@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from moacompress.core.printable import printable
 from moacompress.core.shingles import OVERLAP_LIMIT, SHINGLE_WORDS
 from moacompress.core.statistics import SIGNIFICANT
-from moacompress.core.tables import Row, readable_bytes, section
+from moacompress.core.tables import Row, readable_bytes, section, with_interval
 from moacompress.report.headline import headline
 from moacompress.rules.budget import format_length
 
@@ -237,17 +237,10 @@ def _text_difference_line(metrics: Mapping[str, Row]) -> Sequence[str]:
 
 
 def _number(row: Row, digits: int) -> str:
-    """Returns `0.95 0.87-1.00`; the value alone where there are too few prompts for an interval."""
-    if row["ci95"] is None:
-        return f"{row['value']:.{digits}f}"
-    low, high = (f"{end:.{digits}f}" for end in row["ci95"])
-    return f"{row['value']:.{digits}f} {low}-{high}"
+    """Returns `0.95 [0.87, 1.00]`; the value alone where there are too few prompts for an interval."""
+    return with_interval(row["value"], row["ci95"], f".{digits}f")
 
 
 def _signed(row: Row, digits: int = 2) -> str:
-    """Returns `-0.12* [-0.20 -0.04]`; the star where a test tells the two apart."""
-    star = "*" if row["p"] < SIGNIFICANT else ""
-    if row["ci95"] is None:
-        return f"{row['value']:+.{digits}f}{star}"
-    low, high = (f"{end:+.{digits}f}" for end in row["ci95"])
-    return f"{row['value']:+.{digits}f}{star} [{low} {high}]"
+    """Returns `-0.12* [-0.20, -0.04]`; the star where a test tells the two apart."""
+    return with_interval(row["value"], row["ci95"], f"+.{digits}f", "*" if row["p"] < SIGNIFICANT else "")

@@ -14,6 +14,7 @@ from rich.text import Text
 from moacompress.core.errors import DataError, UsageError
 from moacompress.core.printable import printable
 from moacompress.core.tables import section
+from moacompress.models.kept_logits import kept_logits
 from moacompress.models.modules import attention_modules
 from moacompress.models.placement import input_device
 from moacompress.rules.plan import Plan
@@ -103,7 +104,7 @@ def _scores(model: Any, ids: Any) -> dict[int, Any]:
             gate = getattr(module, "gate", None)
             if isinstance(gate, TokenGate):
                 stack.callback(gate.register_forward_hook(keep(layer)).remove)
-        model(ids.to(input_device(model)), use_cache=False, logits_to_keep=1)
+        kept_logits(model, 1, input_ids=ids.to(input_device(model)), use_cache=False)
     return found
 
 

@@ -20,9 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moacompress.core.artefact_names import holders_of_studies
 from moacompress.core.errors import ArtefactError, RecipeError
-from moacompress.core.lock_holders import release_dead
 from moacompress.core.urls import without_password
 
 if TYPE_CHECKING:
@@ -177,8 +175,6 @@ def _journal(path: Path) -> BaseStorage:
             return acquired
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    for holder in holders_of_studies(path):  # earlier versions had one lock holder for each study
-        release_dead(holder)
     lock = Lock(str(path), grace_period=LOCK_GRACE)
     backend = JournalFileBackend(str(path), lock_obj=lock)
     lock.acquire()

@@ -236,7 +236,7 @@ def test_files_that_a_shared_recipe_only_names(source: SourceModel, tmp_path: Pa
     recipe = RECIPE.override(calibration__text="prose")
     with pytest.raises(
         DataError,
-        match="cannot read prose: no such file or folder; .* a shared recipe has only the name; give its path",
+        match="cannot read prose: there is no such file or folder; give its path",
     ):
         profile(source, tmp_path / "p", recipe)
     assert not (tmp_path / "p").exists()

@@ -314,9 +314,13 @@ def test_hub_set_without_network(source: SourceModel) -> None:
         (
             "short.json",
             json.dumps(prompts(9, 20)),
-            r"0 calibration prompts of 121 to 248 .*of 4 needed at 256 .*have 39 to 39",
+            r"0 calibration prompts of 121 to 248 .*of 4 needed at 256 .*have 39 to 39 tokens: too few for any length",
         ),
-        ("long.json", json.dumps(prompts(9, 400)), r"0 calibration prompts of 121 to 248 .*have 419 to 419"),
+        (
+            "long.json",
+            json.dumps(prompts(9, 400)),
+            r"0 calibration prompts of 121 to 248 .*have 419 to 419 tokens: \d fit 512; choose such lengths \(--lengths\)",
+        ),
         ("few.json", json.dumps(prompts(4)), r"has \d calibration prompts of 121 to 248 .*of 4 needed"),
         (
             "short.txt",
@@ -330,6 +334,23 @@ def test_bad_data(source: SourceModel, tmp_path: Path, name: str, content: str |
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         build_samples(source, recipe([{"path": str(tmp_path / name)}]), "calibration")
+
+
+def test_prompts_that_no_length_has_room_for_are_counted(
+    source: SourceModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are left out, and whoever gave them is told how many they are: a calibration of the others is none of theirs."""
+    rows = [*prompts(30, 200), *({"prompt": "x" * size + str(size)} for size in range(600, 630))]
+    path = write_rows(tmp_path / "mixed.jsonl", rows)
+    asked = recipe([{"path": path}], (256,), 8)
+    with caplog.at_level("WARNING"):
+        drafts = make_drafts(source, asked, "calibration")
+        make_drafts(source, asked, "calibration")  # as a run does
+    assert len(drafts) == 8
+    longer = [text for text in caplog.messages if "are longer than 248 tokens" in text]
+    assert len(longer) == 1
+    assert "of file:mixed.jsonl that were tried" in longer[0]
+    assert "the longest has 6" in longer[0]
 
 
 def test_lengths_that_cannot_be(source: SourceModel) -> None:

@@ -271,3 +271,28 @@ def test_commands(shards: Folders, tiny_folder: Path, tmp_path: Path) -> None:
     assert json.loads(again.stdout)["shard"] == "1/3"
     assert "--merge" in run(tiny_folder, tmp_path, "-o", tmp_path / "p").stderr
     assert "--shard" in run(tiny_folder, "-o", tmp_path / "p", "--shard", "1/2", "--audit", "2").stderr
+
+
+def test_dry_runs_of_shards_write_nothing_and_are_of_the_shard(
+    shards: Folders, tiny_folder: Path, tmp_path: Path
+) -> None:
+    def run(*arguments: str | Path, exit_code: int = 0) -> Any:
+        done = CliRunner().invoke(app, ["profile", *map(str, arguments), "--dry-run", "--json"])
+        assert done.exit_code == exit_code, done.output
+        assert not out.exists()
+        return json.loads(done.stdout) if exit_code == 0 else done.stderr
+
+    out, recipe = tmp_path / "profile", tmp_path / "recipe.yaml"
+    found = run("--merge", *shards.values(), "-o", out)
+    held_out = RECIPE.calibration.validation_samples + RECIPE.calibration.longer_samples
+    assert (found["shards"], found["samples"], found["validation_samples"]) == (3, 6, held_out)
+    assert "calibration samples are in no shard" in run("--merge", shards[1], shards[2], "-o", out, exit_code=1)
+    recipe.write_text(json.dumps(RECIPE.resolved()))
+    whole = run(tiny_folder, "-o", out, "--recipe", recipe)
+    parts = [run(tiny_folder, "-o", out, "--recipe", recipe, "--shard", f"{number}/3") for number in (1, 2, 3)]
+    for name in ("samples", "text_samples", "validation_samples"):
+        assert sum(part[name] for part in parts) == whole[name]
+    for number, part in enumerate(parts, 1):
+        head = json.loads((shards[number] / "profile.json").read_text())
+        assert part["samples"] + part["text_samples"] == len(head["shard"]["calibration"])
+    assert "the third of eight shards is 3/8" in run(tiny_folder, "-o", out, "--shard", "4/3", exit_code=2)

@@ -104,7 +104,7 @@ def test_where_a_plan_is_slower_it_is_said() -> None:
         console.print(part, markup=False)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "0.90*" in text
-    assert "2.00 1.90-2.10" in text
+    assert "2.00 [1.90, 2.10]" in text
     assert "* The plan is slower here" in text
     assert "10.0/6.2" in text
     assert "1 x 1k fp32: the best dense is the static cache, compiled." in text
@@ -186,8 +186,8 @@ def test_serving(compressed: Path, tmp_path: Path) -> None:
     assert "4 requests of 800 + 24 tokens in all, in 500.0 KiB of KV cache" in text
     assert "fp32: the plan serves " in text
     for wrong, said in (
-        (("--serve", "--lengths", "1k"), "--lengths goes without --serve"),
-        (("--kv-memory", "1M"), "--kv-memory goes with --serve"),
+        (("--serve", "--lengths", "1k"), "--lengths has no effect beside --serve"),
+        (("--kv-memory", "1M"), "--kv-memory has no effect without --serve"),
         (("--serve", "--kv-memory", "much"), "size 'much' is not understood"),
     ):
         assert said in problem(compressed, *wrong)
@@ -243,13 +243,17 @@ def test_a_cost_table_is_measured(tiny_folder: Path, tmp_path: Path) -> None:
 
 def test_what_goes_with_a_cost_table(tiny_folder: Path, compressed: Path, tmp_path: Path) -> None:
     out = tmp_path / "costs.json"
-    assert "--serve goes without --cost-table" in problem(compressed, "--serve", "--cost-table", out)
-    assert "--sides goes without --cost-table" in problem(compressed, "--sides", "plan", "--cost-table", out)
-    assert "--weights goes with --cost-table" in problem(compressed, "--weights", "int8")
+    assert "--serve has no effect beside --cost-table" in problem(compressed, "--serve", "--cost-table", out)
+    assert "--sides has no effect beside --cost-table" in problem(compressed, "--sides", "plan", "--cost-table", out)
+    assert "--weights has no effect without --cost-table" in problem(compressed, "--weights", "int8")
     assert "batch 'x' is not a number of rows" in problem(tiny_folder, "--batch", "x", "--cost-table", out)
     assert "is compressed" in problem(compressed / "model", "--cost-table", out, exit_code=1)
-    assert "--dtype goes without --against" in problem(compressed, "--dtype", "bfloat16", "--against-cost-table", out)
-    assert "--overwrite goes without --against" in problem(compressed, "--overwrite", "--against-cost-table", out)
+    assert "--dtype has no effect beside --against" in problem(
+        compressed, "--dtype", "bfloat16", "--against-cost-table", out
+    )
+    assert "--overwrite has no effect beside --against" in problem(
+        compressed, "--overwrite", "--against-cost-table", out
+    )
     assert not out.exists()
 
 
@@ -266,5 +270,7 @@ def test_a_plan_is_measured_against_a_cost_table(compressed: Path, tmp_path: Pat
     assert (row["length"], row["rows"], row["asked"]) == (256, 2, None)
     assert row["error"] == pytest.approx(row["predicted_ms"] / row["measured_ms"] - 1)
     assert "256x2" in invoke(compressed, *asked, "-q").stdout
-    assert "goes without --against-cost-table" in problem(compressed, *asked, "--trace")
-    assert "goes without --cost-table" in problem(compressed, *asked, "--cost-table", tmp_path / "other.json")
+    assert "--trace has no effect beside --against-cost-table" in problem(compressed, *asked, "--trace")
+    assert "--against-cost-table has no effect beside --cost-table" in problem(
+        compressed, *asked, "--cost-table", tmp_path / "other.json"
+    )

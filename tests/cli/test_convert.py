@@ -126,7 +126,7 @@ def test_a_config_alone_is_model_enough(tiny_folder: Path, shape: Any, tmp_path:
     write_pattern(pattern, DuoPattern(heads, 64, 256))
     done = invoke(pattern, "--from", "duo-attention", "--model", described, "-o", plan)
     assert done.exit_code == 0, done.output
-    assert "any of this shape are taken. Next: moacompress export MODEL" in said(done)
+    assert "any weights of this shape. Next: moacompress export MODEL" in said(done)
     made = Plan.load(plan)
     assert made.model == replace(shape, weights_fingerprint="")
     folder = moacompress.export(tiny_folder, made, tmp_path / "model")
@@ -149,9 +149,9 @@ def test_the_config_of_a_large_model_is_enough(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["x.json"], "one of --from and --to"),
-        (["x.json", "--from", "moa", "--to", "moa"], "one of --from and --to"),
-        (["x.json", "--from", "moa"], "does not know its model"),
+        (["x.json"], "give one of --from"),
+        (["x.json", "--from", "moa", "--to", "moa"], "give one of --from"),
+        (["x.json", "--from", "moa"], "does not name its model"),
         (["x.json", "--from", "moa", "--model", "m"], "it needs `alphas` and `betas`"),
         (["nowhere", "--from", "duo-attention", "--model", "m"], "config.json"),
         (["d", "--from", "duo-attention", "--model", "m"], "it needs `sink_size` and `recent_size`"),
@@ -159,10 +159,10 @@ def test_the_config_of_a_large_model_is_enough(tmp_path: Path) -> None:
         (["nowhere", "--to", "moa"], "does not exist"),
         (
             ["d", "--from", "moa", "--model", "m", "--sparsity", "0.5"],
-            "--sparsity is for plans that come from duo-attention",
+            "--sparsity has no effect without --from duo-attention",
         ),
-        (["d", "--from", "duo-attention", "--model", "m", "--at", "4k"], "--at is for plans that come from moa"),
-        (["d", "--to", "moa", "--model", "m"], "--model is for plans that come from outside"),
+        (["d", "--from", "duo-attention", "--model", "m", "--at", "4k"], "--at has no effect without --from moa"),
+        (["d", "--to", "moa", "--model", "m"], "--model has no effect without --from"),
     ],
 )
 def test_what_is_wrong_is_said(
@@ -186,8 +186,8 @@ def test_what_is_read_is_never_replaced(compressed: Path, tmp_path: Path, monkey
     before = plan.read_bytes()
     monkeypatch.chdir(tmp_path)
     for arguments, match in (
-        ((plan, "--to", "moa", "--overwrite"), "say where the plan for moa goes (--out PATH)"),
-        ((plan, "--to", "moa", "--overwrite", "-o", tmp_path / "." / "plan.json"), "plan.json is what is read"),
+        ((plan, "--to", "moa", "--overwrite"), "give --out PATH for the moa plan"),
+        ((plan, "--to", "moa", "--overwrite", "-o", tmp_path / "." / "plan.json"), "plan.json is the input"),
     ):
         done = invoke(*arguments)
         assert done.exit_code == 2
@@ -196,10 +196,10 @@ def test_what_is_read_is_never_replaced(compressed: Path, tmp_path: Path, monkey
     shutil.copyfile(plan, tmp_path / "run" / "plan.json")
     (tmp_path / "run" / "config.json").write_text("{}")
     done = invoke("run", "--to", "moa", "--overwrite", "-o", "run/plan.json")
-    assert "plan.json is what is read" in said(done)
+    assert "plan.json is the input" in said(done)
     assert (tmp_path / "run" / "plan.json").read_bytes() == before
     done = invoke("run", "--from", "modelopt", "--model", "run", "--overwrite", "-o", "run/config.json")
-    assert "config.json is what is read" in said(done)
+    assert "config.json is the input" in said(done)
     (tmp_path / "file").write_text("")
     done = invoke(plan, "--to", "duo-attention", "-o", tmp_path / "file", "--overwrite")
     assert done.exit_code == 1

@@ -132,12 +132,44 @@ def test_people_see_the_head_the_tail_and_the_answer(tiny_folder: Path, base_fol
         (("MODEL", "--count", "0"), 2, "Invalid value for '--count'"),
         (("MODEL", "--lengths", "128"), 1, "takes at least"),
         (("MODEL", "--source", "needle-prose"), 1, "calibration.text names no file or folder"),
-        (("MODEL", "--source", "none.jsonl"), 1, "cannot read none.jsonl"),
+        (
+            ("MODEL", "--source", "none.jsonl"),
+            1,
+            "error: cannot read none.jsonl: there is no such file or folder; give its",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line(arguments: tuple[str, ...], code: int, message: str, tiny_folder: Path) -> None:
     given = [str(tiny_folder) if argument == "MODEL" else argument for argument in arguments]
     assert message in run(*given, exit_code=code)
+
+
+ROWS = ("--source", "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ((*ROWS, "--lengths", "256", "--samples", "6", "--validation-samples", "3"), ""),
+        (ROWS, " fit 256; choose such lengths (--lengths), ask for fewer samples (--samples), or give more rows"),
+        ((*ROWS, "--lengths", "256", "--samples", "40"), "calibration prompts of 97 to 224 tokens left, of 40 needed"),
+        ((*ROWS, "--lengths", "256", "--samples", "6"), "validation prompts of 97 to 224 tokens left, of 12 needed"),
+        (("--lengths", "64"), "64"),
+    ],
+)
+def test_what_a_profile_takes_is_shown_and_what_it_refuses_is_refused(
+    options: tuple[str, ...], refused: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = ({"prompt": f"{number:03d}" + "x" * 170} for number in range(33))
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    if not refused:
+        assert {each["source"] for each in run(tiny_folder, *options)["samples"]} == {"file:rows.jsonl"}
+        return
+    said = run(tiny_folder, *options, exit_code=1)
+    assert refused in said
+    profiled = RUNNER.invoke(app, ["profile", str(tiny_folder), *options, "-o", "profile", "-q"])
+    assert profiled.stderr.splitlines()[-1] == said.splitlines()[-1]
 
 
 def sample(mask: list[int], n: int = 400, text: str = "", kind: Any = "answer") -> Sample:

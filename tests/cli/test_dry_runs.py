@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moacompress.cli import app
+from moacompress.estimate.stopwatch import Stopwatch
 from tests.plan_kinds import gated_plan
 
 RUNNER = CliRunner()
@@ -51,6 +52,11 @@ def test_export(compressed: Path, tiny_folder: Path, tmp_path: Path, monkeypatch
     shutil.copyfile(compressed / "model" / "plan.json", plan)
     command = ("export", tiny_folder, plan, "-o", out)
     assert f"It would write {out}, about " in dry(*command)
+    opened = Stopwatch.once
+    with monkeypatch.context() as slow:  # most of an export of a .gguf file is what reading it takes
+        slow.setattr(Stopwatch, "once", lambda watch, work: (100.0, opened(watch, work)[1]))
+        assert numbers(*command)["seconds"] > 100
+    assert numbers(*command)["seconds"] < 100
     weight_bytes = numbers(*command)["weight_bytes"]
     assert not out.exists()
     assert RUNNER.invoke(app, list(map(str, command))).exit_code == 0

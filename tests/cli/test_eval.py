@@ -302,7 +302,7 @@ def test_a_table_never_replaces_what_is_no_table(place: Path, tmp_path: Path) ->
     ask = (place, "--against", "none", "--tasks", "needle-noise", *SMALL)
     assert "exists already and is not a table of scores" in problem(*ask, "--csv", plan, exit_code=1)
     assert "cannot be replaced by a table of scores" in problem(*ask, "--csv", folder, exit_code=1)
-    assert "is where the report goes" in problem(*ask, "--csv", table, "-o", tmp_path / "." / "table.csv")
+    assert "--csv and --out are both" in problem(*ask, "--csv", table, "-o", tmp_path / "." / "table.csv")
     assert "is not a folder" in problem(*ask, "--csv", plan / "table.csv", exit_code=1)
     assert plan.read_bytes() == before
     for _ in range(2):

@@ -71,7 +71,7 @@ def test_init_replaces_no_file_but_a_schema(tmp_path: Path) -> None:
     assert json.loads(schema.read_text()) == recipe_schema()
     schema.write_text('{"title": "Bread"}')
     done = invoke("init", "-o", tmp_path / "b.yaml", "--overwrite")
-    assert "is no schema of recipes" in " ".join(done.output.split())
+    assert "is not a schema of recipes" in " ".join(done.output.split())
     assert schema.read_text() == '{"title": "Bread"}'
     assert not (tmp_path / "b.yaml").exists()
     assert invoke("init", "-o", schema, "--overwrite").exit_code == 1

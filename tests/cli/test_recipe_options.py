@@ -11,6 +11,7 @@ from typing import Any, Union, get_args, get_origin
 import click
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from moacompress.cli import app
 from moacompress.cli.harness import Command, CommandRun, Common
@@ -57,6 +58,11 @@ def parameters() -> Iterator[tuple[str, inspect.Parameter, RecipeKey, click.Para
                 yield name, parameter, key, made[parameter.name]
 
 
+def is_switch(option: Any) -> bool:
+    """Whether an option is on or off."""
+    return bool(getattr(option, "is_flag", False)) and option.name != "help"
+
+
 FOUND = [*parameters()]
 IDS = [f"{name} {parameter.name}" for name, parameter, _, _ in FOUND]
 
@@ -74,6 +80,21 @@ def test_there_are_options() -> None:
     } <= keys
     names = {name for name, *_ in FOUND}
     assert {"compress", "profile", "search", "heal", "eval", "export", "data preview", "recipe init"} <= names
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [(name, option) for name, command in commands() for option in command.params if is_switch(option)],
+)
+def test_every_switch_that_may_be_on_otherwise_can_be_given_off_and_says_so(name: str, option: Any) -> None:
+    """A recipe or an earlier profile may say yes; a switch that is off by itself has nothing to take back."""
+    fields = [key for command, parameter, key, _ in FOUND if (command, parameter.name) == (name, option.name)]
+    if fields or option.default is True:
+        assert option.secondary_opts == [f"--no-{option.opts[0].removeprefix('--')}"]
+        shown = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "100"}).stdout
+        assert f"{option.opts[0]} / {option.secondary_opts[0]}" in shown
+    else:
+        assert not option.secondary_opts
 
 
 @pytest.mark.parametrize(("name", "parameter", "key", "option"), FOUND, ids=IDS)

@@ -78,4 +78,4 @@ def test_commands(tiny_folder: Path, compressed: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     assert "On 4 devices as fast as this one: about " in " ".join(done.stdout.split())
     for command in (("profile", tiny_folder), ("eval", compressed), ("search", tmp_path)):
-        assert "--devices is for an estimate" in run(*command, "--devices", "4").stderr
+        assert "--devices has no effect without --dry-run" in run(*command, "--devices", "4").stderr

@@ -120,7 +120,7 @@ def test_small_copies_cost_what_is_predicted(
     again = audit(profile, source, 6, 0, "50%", out=tmp_path / "audit.json").data
     assert again["repair_points"] == found["repair_points"]
     assert "6 layers that copy" in scatter_html(found)
-    assert any("copy" in str(getattr(part, "renderables", part)) for part in audit_tables(found))
+    assert any("copy" in str(getattr(part, "title", part)) for part in audit_tables(found))
 
 
 def alike(model: Any) -> None:

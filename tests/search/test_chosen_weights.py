@@ -323,7 +323,7 @@ def test_commands(source, profiled, tiny_folder, tmp_path):
     fixed = ("search", profiled.path, "--memory", least, "-o", tmp_path / "other.json", *small)
     assert "as they are, which leaves" in run(*fixed, "--dry-run")
     tables = ("bench", tiny_folder, "--cost-table", tmp_path / "costs.json", "--weights", "auto")
-    assert "for a search" in run(*tables, code=2)
+    assert "a cost table needs fixed weights" in run(*tables, code=2)
 
 
 def run(*arguments, code=0) -> str:

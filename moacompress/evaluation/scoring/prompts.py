@@ -20,6 +20,7 @@ import torch
 from moacompress.calibration.data.answers import stop_tokens
 from moacompress.core.errors import ModelError, UsageError
 from moacompress.evaluation.tasks.cases import Case
+from moacompress.models.kept_logits import kept_logits
 from moacompress.models.placement import input_device
 from moacompress.runtime.compat.alternates import cache_argument, returned_cache
 
@@ -200,7 +201,7 @@ def read_on(
         for first, after in itertools.pairwise(edges):
             if first == after:
                 continue
-            out = model(input_ids=ids[:, first:after], use_cache=True, logits_to_keep=1, **cache_argument(cache))
+            out = kept_logits(model, 1, input_ids=ids[:, first:after], use_cache=True, **cache_argument(cache))
             cache = returned_cache(out)
     return ids[:, end:], cache
 
@@ -215,8 +216,8 @@ def _teacher_forced(
     size = max(len(case.answer_ids) for case in cases)
     answers = torch.tensor([case.answer_ids + case.answer_ids[-1:] * (size - len(case.answer_ids)) for case in cases])
     given = torch.cat((last, answers[:, :-1].to(last.device)), 1)
-    logits = model(
-        input_ids=given, use_cache=True, logits_to_keep=size, **cache_argument(cache)
+    logits = kept_logits(
+        model, size, input_ids=given, use_cache=True, **cache_argument(cache)
     ).logits  # [batch, size, vocabulary]
     found = []
     for case, row in zip(cases, logits, strict=True):
@@ -246,7 +247,7 @@ def _greedy(
     answers = [""] * len(cases)
     open_rows = [index for index, case in enumerate(cases) if case.new_tokens > 0]
     while open_rows:
-        logits = model(input_ids=last, use_cache=True, logits_to_keep=1, **cache_argument(cache)).logits
+        logits = kept_logits(model, 1, input_ids=last, use_cache=True, **cache_argument(cache)).logits
         last = logits[:, -1:].argmax(-1)
         chosen = last[:, 0].tolist()
         for index in tuple(open_rows):

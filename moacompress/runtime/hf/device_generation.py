@@ -15,6 +15,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from moacompress.core.errors import UnsupportedError
+from moacompress.models.kept_logits import kept_logits
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.cache.pool import reserved
 from moacompress.runtime.compat.alternates import cache_argument
@@ -226,12 +227,13 @@ def generate_on_device(
     cache = PlanCache(plan, reserve=length + max_new_tokens)
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
     positions = (real.cumsum(-1) - 1).clamp_min(0)
-    logits = model(
+    logits = kept_logits(
+        model,
+        1,
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=positions,
         use_cache=True,
-        logits_to_keep=1,
         **cache_argument(cache),
     ).logits[:, -1]
     at_end = torch.tensor(ends, dtype=torch.int64, device=device)
