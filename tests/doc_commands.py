@@ -93,6 +93,10 @@ def smaller(command: str) -> str:
     verb = command.split()[1]
     if "--shard" in command:
         return "--samples 16 --validation-samples 8 --draws 1"  # or a shard has no samples
+    if verb == "search" and "--status" in command:
+        return ""
+    if verb == "search" and "--front" in command:
+        return "--trials 1"
     return "" if verb == "eval" and "--dry-run" in command else SMALLER.get(verb, "")
 
 
