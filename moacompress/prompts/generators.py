@@ -47,7 +47,7 @@ ANSWER_ROOM = 4
 """Tokens kept free after the reference answer, for a full stop and the closing token."""
 
 PAIRS = 'Here is a JSON object of names and values.\n{context}\nWhich value does it have for "{key}"?'
-EVALUATION_PAIRS = 'The settings of a program, as JSON:\n{context}\nGive the setting "{key}".'
+EVALUATION_PAIRS = 'Names and their values are listed below as JSON.\n{context}\nWhat value is listed for "{key}"?'
 PAIRS_PREFIX = '"{key}":'
 RECORD_TOKENS = 8
 """A record surely has more tokens: how many are drawn at most."""

@@ -40,7 +40,9 @@ Demo = Callable[..., Any]
 @pytest.fixture
 def squad(tmp_path: Path) -> Path:
     path = tmp_path / "squad.json"
-    path.write_text(json.dumps({"data": [{"title": f"{i}", "paragraphs": [{"context": "Text."}]} for i in range(3)]}))
+    path.write_text(
+        json.dumps({"data": [{"title": f"{i}", "paragraphs": [{"context": f"Text. {i}"}]} for i in range(3)]})
+    )
     return path
 
 

@@ -270,7 +270,7 @@ def test_layers_with_windows_of_their_own(
 
 BEGINS = {
     "needle-noise": "Which number was",
-    "key-value": "Give the setting",
+    "key-value": "What value is listed for",
     "multi-query-prose": "Which numbers were given to",
     "variable-chain": "Which variables end up with",
     "common-words": "Which ten words are they?",

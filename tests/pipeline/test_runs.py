@@ -222,10 +222,13 @@ def texts_in(value):
         yield from texts_in(item)
 
 
+BINARY = (".safetensors", ".shingles")
+
+
 def places_in(folder, places):
     """Returns what in the files that may be shared names one of the places, or is an absolute path."""
     found = []
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".safetensors"):
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix not in BINARY):
         text = file.read_text("utf-8")
         found += [(file.name, place) for place in places if str(place) in text]
         if file.suffix == ".json" and not file.name.startswith("tokenizer"):
