@@ -23,6 +23,7 @@ from moacompress.core.statistics import (
     median,
     p_text,
     p_value,
+    p_value_of_chosen,
     paired_difference,
     paired_rates,
     perplexity_difference,
@@ -126,6 +127,38 @@ def test_verdicts_of_nothing_are_rare(n: int) -> None:
     for first, second in (yes_and_no, shares, kls):
         told = [verdict(one.tolist(), other.tolist()) for one, other in zip(first, second, strict=True)]
         assert np.mean(np.abs(told)) <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / draws)
+
+
+@pytest.mark.parametrize("n", [8, 20])
+def test_verdicts_on_the_lowest_of_many_that_are_alike_are_rare(n: int) -> None:
+    """By `p_value`, which takes no notice of the choice, more than a tenth of them are below .05."""
+    rng, naive, found = np.random.default_rng(n), 0, 0
+    for _ in range(200):
+        reference = rng.lognormal(size=n)
+        candidates = (reference * np.exp(rng.normal(0, 0.2, (20, n)))).tolist()
+        lowest = min(candidates, key=sum)
+        others = [one for one in candidates if one is not lowest]
+        naive += p_value(lowest, reference.tolist()) < 0.05
+        found += p_value_of_chosen(lowest, others, reference.tolist()) < 0.05
+    assert naive > 20
+    assert found <= 16  # above 16 of 200 at .05 comes up in 2% of runs
+
+
+def test_the_p_value_of_a_choice_among_one_is_that_of_the_pair() -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=(2, 9)).tolist()
+    assert p_value_of_chosen(first, [], second) == pytest.approx(p_value(first, second))
+    assert p_value_of_chosen(first, [first], second) == pytest.approx(p_value(first, second))
+    assert p_value_of_chosen(first, [second], first) == 1.0
+    lower = (np.array(second) - 1 - 0.1 * rng.random(9)).tolist()
+    assert p_value_of_chosen(lower, [first], second) == 2 / 2**9  # what is clear stays clear
+
+
+def test_nothing_is_tested_of_numbers_that_are_not_finite() -> None:
+    """Comparisons with NaN are false, so that no flip would come to as much and the p-value would be 0."""
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="not finite"):
+            p_value([bad] * 6, [0.0] * 6)
 
 
 def test_what_differs_is_told() -> None:
