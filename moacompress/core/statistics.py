@@ -19,7 +19,7 @@ What was chosen of several on the samples that it is tested on looks better than
 
 Also: `wilson` and `tango` of counts, `reported_mean` (of a mean and its error), `upper_bound` (one-sided, of a positive
 mean), `standard_error`, and for JSON and people
-`estimate_row`, `estimate_text`, `error_text` and `p_text`.
+`estimate_row`, `estimate_text`, `rounded_text`, `error_text` and `p_text`.
 
 Coverage was simulated, and a test repeats it. Of paired proportions Newcombe's method 10 covers .89 at n = 8 in the worst
 case tried and Tango's .93, so Tango's is used. Of shares that are neither 0 nor 1 Student's t covers .44 where nine of ten
@@ -310,6 +310,21 @@ def standard_error(values: Sequence[float]) -> float | None:
 def estimate_row(value: float, interval: Interval | None) -> dict[str, Any]:
     """Returns an estimate as JSON has it: `value`, and `ci95`, null where there is none."""
     return {"value": value, "ci95": None if interval is None else list(interval)}
+
+
+def rounded_text(value: float, form: str) -> str:
+    """Returns a number with so many more digits as tell it from 0 and 1: 0.996 is not `1.00`, nor 0.9996 `100%`.
+
+    Args:
+        value: the number.
+        form: how it is written otherwise, such as `.2f` or `.0%`.
+    """
+    digits, kind = int(form[1:-1]), form[-1]
+    for more in range(digits, digits + 4):
+        text = format(value, f".{more}{kind}")
+        if not any(text.lstrip("-") == format(whole, f".{more}{kind}") for whole in (0.0, 1.0) if value != whole):
+            return text
+    return text
 
 
 def estimate_text(value: float, interval: Sequence[float] | None, form: str = ".2f") -> str:

@@ -131,6 +131,7 @@ def test_pooled_prompts_have_tables_of_their_own() -> None:
     assert "0.50 0.25-0.75 (240)" in text
     assert "…ery/long/name/model" in text
     assert text.count("-0.50 ") == 3  # no interval, no brackets
+    assert "differences is tested alone" in text
     assert (
         sum(line.startswith(("result,plan,unseen kinds,,", "difference,a/")) for line in csv_text(report).splitlines())
         == 6
@@ -177,9 +178,9 @@ def test_sentences_of_kinds() -> None:
     assert headline(report) == [
         "Your own rows, held out (mine; 64, 512 tokens): dense answers none of 9 prompts, so nothing follows from them.",
         "Kinds of prompts that no calibration has (recall; 64, 512 tokens): dense answers 7 of 9 prompts, and the plan "
-        "60% of these (95% interval 31% to 83%).",
+        "60% of these (95% interval 31% to 83%); exact match on all 9: dense 50%, plan 50%.",
         "Kinds that the plan was calibrated on (needle-noise; 64, 512 tokens): dense answers 4 of 9 prompts, and the "
-        "plan 60% of these (n too small for an interval).",
+        "plan 60% of these (n too small for an interval); exact match on all 9: dense 50%, plan 50%.",
         "Not measured: prompts beyond 64 tokens.",
     ]
 
@@ -195,9 +196,9 @@ def test_csv_has_every_row() -> None:
     }
     head, first, second, third = csv_text(report).splitlines()
     assert head.startswith("kind,model,task,length,metric,value,low,high,prompts,kv_bytes")
-    assert first == "result,plan,multi-needle-noise,4096,nll,0.5,0.25,0.75,100,25165824,,4000,4,,,,"
+    assert first == "result,plan,multi-needle-noise,4096,nll,0.5,0.25,0.75,100,25165824,,4000,4,,,,,"
     assert second.startswith("difference,dense,")
-    assert third == "lm_eval,plan,t,,acc,1.0,,,3,,,,,,,,"
+    assert third == "lm_eval,plan,t,,acc,1.0,,,3,,,,,,,,,"
 
 
 def apart(value: float, ci95: list[float] | None = None, samples: int = 6, candidates: int = 1) -> dict[str, Any]:

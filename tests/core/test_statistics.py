@@ -30,6 +30,7 @@ from moacompress.core.statistics import (
     positive_mean,
     rate,
     reported_mean,
+    rounded_text,
     standard_error,
     tango,
     upper_bound,
@@ -238,6 +239,23 @@ def test_what_people_read_has_no_brackets_where_there_is_no_interval() -> None:
     assert estimate_row(0.5, None) == {"value": 0.5, "ci95": None}
 
 
+@pytest.mark.parametrize(
+    ("value", "form", "text"),
+    [
+        (0.996, ".2f", "0.996"),
+        (0.9996, ".0%", "99.96%"),
+        (0.004, ".0%", "0.4%"),
+        (1.0, ".2f", "1.00"),
+        (0.0, ".0%", "0%"),
+        (0.95, ".2f", "0.95"),
+        (-0.001, ".2f", "-0.001"),
+        (1.0e-9, ".2f", "0.00000"),
+    ],
+)
+def test_rounding_makes_nothing_of_hardly_anything(value: float, form: str, text: str) -> None:
+    assert rounded_text(value, form) == text
+
+
 def test_a_reported_mean_has_the_interval_of_its_values() -> None:
     for values in ([1.0, 0.0, 1.0, 1.0, 0.0, 1.0], [1.0] * 6):
         error = standard_error(values)
@@ -292,3 +310,20 @@ def test_resampled_statistics_are_paired() -> None:
     low, high = known((one - other).ci95)
     assert low == pytest.approx(1.0) == high
     assert known(one.ci95)[0] < one.value < known(one.ci95)[1]
+
+
+@pytest.mark.parametrize("n", [40, 120])
+def test_intervals_of_resampled_statistics_cover(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a rank correlation, at the numbers of plans and ablations that an audit measures; it is nominal for many alone."""
+    from moacompress.search.audit.statistics import spearman
+
+    monkeypatch.setattr("moacompress.core.statistics.RESAMPLES", 400)
+    rng, r = np.random.default_rng(n), 0.8
+    truth = 6 / math.pi * math.asin(r / 2)  # of a bivariate normal (Pearson, 1907)
+
+    def draw(number: int) -> Estimate:
+        x = rng.normal(size=n)
+        found = spearman(x, r * x + math.sqrt(1 - r * r) * rng.normal(size=n), number)
+        return found.value, found.ci95
+
+    assert coverage(draw, truth, 300) > 0.90
