@@ -54,6 +54,8 @@ RESAMPLES = 9_999
 """Of sign flips where there are more than 2^13 of them, and of bootstraps."""
 LONGEST_TAIL = 1.5
 """Standard deviation of logarithms above which numbers are not taken for lognormal."""
+FEWEST_POINTS = 12
+"""Points below which a bootstrap gives no interval: of a rank correlation of .97 it covers .55 at 5, .87 at 8, .98 at 12."""
 _Z95 = 1.959963984540054
 _PIVOTS = 20_000
 
@@ -378,9 +380,12 @@ class Resampled:
 
     @property
     def ci95(self) -> Interval | None:
-        """The 2.5% and 97.5% quantiles of what could be computed of the bootstrap (Efron, Ann. Stat. 7, 1979)."""
+        """The 2.5% and 97.5% quantiles of what could be computed of the bootstrap (Efron, Ann. Stat. 7, 1979).
+
+        None below `FEWEST_POINTS`: few points that happen to be in order give `[1, 1]`.
+        """
         found = self.resampled[np.isfinite(self.resampled)]
-        if self.points < SMALLEST or not len(found):
+        if self.points < FEWEST_POINTS or not len(found):
             return None
         low, high = np.quantile(found, (0.025, 0.975))
         return float(low), float(high)
