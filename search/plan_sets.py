@@ -164,7 +164,9 @@ def find_smallest(
     """Finds the plan of the smallest budget, a share of the dense bytes, whose KL is within a loss with 95% confidence.
 
     The mean KL of a few samples is below a limit by chance half of the time where the true one lies on it, so that the
-    one-sided bound of `core.statistics.upper_bound` has to be within the loss. It is of each plan by itself.
+    one-sided bound of `core.statistics.upper_bound` has to be within the loss. It is of each plan by itself, not of the lowest
+    of many: where 30 trials truly cost the same, the one that is returned cost more than its bound in .06 to .08 of simulated
+    searches instead of .05.
 
     Bisection to a percent with the surrogate's own plans, which take a minute each; then a whole search somewhat below the
     budget at which they hold, and where its plan does not hold, one at that budget.

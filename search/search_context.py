@@ -135,7 +135,14 @@ class SearchContext:
         """
         return replace(incumbent, plan=plan, kls=kls, stage=stage)
 
-    def add_stage(self, name: str, incumbent: Incumbent, kept: bool, reference: Sequence[float] = ()) -> None:
+    def add_stage(
+        self,
+        name: str,
+        incumbent: Incumbent,
+        kept: bool,
+        reference: Sequence[float] = (),
+        tried: Sequence[Tried] = (),
+    ) -> None:
         """Notes what was tried for the explanation.
 
         Args:
@@ -143,9 +150,16 @@ class SearchContext:
             incumbent: the plan that it came to.
             kept: whether that became the best one.
             reference: KLs of the plan that it had to beat; none for the first.
+            tried: the trials that it was chosen among, the reference's first; none where it is the only one.
         """
-        difference = KlDifference.of(incumbent.kls, reference) if reference else None
+        among = [trial.kls for trial in tried[1:] if not trial.pruned]
+        difference = KlDifference.of(incumbent.kls, reference, among) if reference else None
         self.stages.append(Stage(name, incumbent.kls, kept, pack(incumbent.plan), difference))
+
+    @property
+    def candidates(self) -> list[list[float]]:
+        """KLs of the plans that were measured on all samples, in their order: the best plan is chosen among them."""
+        return [trial.kls for trial in self.tried if not trial.pruned] + [stage.kls for stage in self.stages]
 
     def changes(self, incumbent: Incumbent) -> Floats:
         """Returns the predicted change of KL by every change of one row of the plan's knapsack, nats, the rules last.

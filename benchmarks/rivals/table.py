@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moacompress.core.statistics import estimate_text, p_text, p_value, paired_rates, rate, verdict
+from moacompress.core.statistics import SIGNIFICANT, estimate_text, p_text, p_value, paired_rates, rate, verdict
 from moacompress.rules.budget import format_length
 from rivals.settings import DENSE, OURS
 
@@ -112,6 +112,7 @@ def quality_table(rows: Sequence[Row]) -> str:
         "| | setting | question | KV bytes, of dense | retention | ours at these bytes, minus it | better | |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    tests = 0
     for one in found:
         some = [which for which in one.match if which in right]
         if not some:
@@ -122,7 +123,14 @@ def quality_table(rows: Sequence[Row]) -> str:
         bytes_said = f"{one.share:.3f}" + (f", {one.in_memory:.2f} in memory" if one.in_memory > one.share else "")
         cells = [one.rival, one.setting, one.question, bytes_said]
         cells += [f"{kept}{counted}", beside, better, one.note]
+        tests += bool(beside)
         lines.append(f"| {' | '.join(cells)} |")
+    if tests > 1:
+        chance = f"{SIGNIFICANT * tests:.2g}"
+        lines += [
+            "",
+            f"Each of {tests} differences is tested alone: if none were real, up to {chance} would count by chance.",
+        ]
     return "\n".join(lines)
 
 

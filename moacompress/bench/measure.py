@@ -26,10 +26,12 @@ def interleave(
     clock: Clock = time.perf_counter,
     on_turn: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Times every side in turn, `repeats` times.
+    """Times every side in turn, `repeats` times, every second time in the other order.
+
+    So no side always runs after the same one, and a machine that slows down within a turn favours none.
 
     Args:
-        turns: by name of the side, in the order in which they are taken.
+        turns: by name of the side, in the order in which they are taken first.
         repeats: how often each is timed.
         clock: seconds.
         on_turn: called after all sides were timed once more.
@@ -38,8 +40,8 @@ def interleave(
         Seconds of every run by name of the side; the i-th of all sides were taken one after another.
     """
     seconds: dict[str, list[float]] = {name: [] for name in turns}
-    for _ in range(repeats):
-        for name, turn in turns.items():
+    for number in range(repeats):
+        for name, turn in [*turns.items()][:: -1 if number % 2 else 1]:
             turn.prepare()
             gc.disable()  # no collection while the clock runs
             try:

@@ -81,14 +81,6 @@ def _cell(text: str) -> Text:
     return Text(printable(text))
 
 
-def with_interval(value: float, interval: Sequence[float] | None, form: str = ".2f", mark: str = "") -> str:
-    """Returns `0.95 [0.87, 1.00]`, and the value alone where there is no interval; a mark stands behind the value."""
-    if interval is None:
-        return f"{value:{form}}{mark}"
-    low, high = interval
-    return f"{value:{form}}{mark} [{low:{form}}, {high:{form}}]"
-
-
 def readable_bytes(count: int) -> str:
     """Returns `24.0 MiB` for 25165824."""
     size = float(count)

@@ -45,7 +45,7 @@ from moacompress.core.progress import SILENT, Progress
 from moacompress.core.ranks import rank, world_size
 from moacompress.core.shingles import Shingles
 from moacompress.core.shown import Shown
-from moacompress.core.statistics import estimate_row, mean, p_value, standard_error
+from moacompress.core.statistics import estimate_row, mean, p_value_of_chosen, standard_error
 from moacompress.exporter.cache_settings import with_its_cache
 from moacompress.exporter.exporting import check_place, exported_plan, write_checkpoint
 from moacompress.exporter.fresh import verify_fresh
@@ -333,7 +333,9 @@ def _noted(request: HealRequest, data: HealData, history: HealHistory, model: An
     """Returns the plan with what was done in its notes."""
     assert history.start is not None
     heal, best = request.heal, history.best
-    apart = np.subtract((best or history.start).kls, history.start.kls)
+    chosen = best or history.start
+    apart = np.subtract(chosen.kls, history.start.kls).tolist()
+    others = [found.kls for found in history.evaluations if found.step != chosen.step]
     notes = {
         "request": request.key,
         "objective": heal.objective,
@@ -342,13 +344,14 @@ def _noted(request: HealRequest, data: HealData, history: HealHistory, model: An
         "changed_weights": (best is not None and heal.train != "gates") or request.plan.changed_weights == "healed",
         "held_out_kl": {
             "before": _statistics(history.start.kls),
-            "after": _statistics((best or history.start).kls),
-            "difference": _statistics(apart.tolist())
+            "after": _statistics(chosen.kls),
+            "difference": _statistics(apart)
             | {
-                "ci95": estimate_row(*mean(apart.tolist()))["ci95"],
-                "p": p_value((best or history.start).kls, history.start.kls),
+                "ci95": estimate_row(*mean(apart))["ci95"],
+                "p": p_value_of_chosen(chosen.kls, others, history.start.kls),
             },
             "samples": len(data.held_out),
+            "evaluations": len(history.evaluations),
         },
         "best_step": best.step if best is not None else 0,
         "steps": len(history.losses),

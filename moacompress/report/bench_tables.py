@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import RenderableType
 
 from moacompress.bench.bench_request import SIDES
-from moacompress.core.tables import Row, section, with_interval
+from moacompress.core.statistics import estimate_text
+from moacompress.core.tables import Row, section
 from moacompress.rules.budget import format_length
 
 HEADS = {"plan": "this plan", "full_span": "full span", "dense": "dense", "dense_best": "best dense"}
@@ -90,7 +91,7 @@ def _speedup(row: Row, side: str) -> str:
     if side not in row["speedup"]:
         return "-"
     found = row["speedup"][side]
-    return with_interval(found["value"], found["ci95"], ".2f", "*" if _slower(row, side) else "")
+    return estimate_text(found["value"], found["ci95"], ".2f", "*" if _slower(row, side) else "")
 
 
 def _slower(row: Row, side: str) -> bool:

@@ -11,8 +11,8 @@ from rich.console import RenderableType
 
 from moacompress.core.printable import printable
 from moacompress.core.shingles import OVERLAP_LIMIT, SHINGLE_WORDS
-from moacompress.core.statistics import SIGNIFICANT
-from moacompress.core.tables import Row, readable_bytes, section, with_interval
+from moacompress.core.statistics import SIGNIFICANT, estimate_text, rounded_text
+from moacompress.core.tables import Row, readable_bytes, section
 from moacompress.report.headline import headline
 from moacompress.rules.budget import format_length
 
@@ -20,11 +20,11 @@ RowGroup = dict[str, dict[str, Row]]
 NAME_WIDTH = 20
 CSV_COLUMNS = (
     "kind", "model", "task", "length", "metric", "value", "low", "high", "prompts", "kv_bytes", "kv_bytes_of_model",
-    "tokens", "sink", "window", "formats", "p", "overlap",
+    "tokens", "sink", "window", "formats", "p", "overlap", "documents",
 )  # fmt: skip
 """`kind` is `result`, `difference` (the plan minus `model`) or `lm_eval`; `low` and `high` are the 95% interval, empty
 below 5 prompts;
-`p` is that of a difference."""
+`p` is that of a difference; `documents` is n where several prompts are of one document."""
 TASK_TITLE = "Tasks, mean and 95% interval over n prompts; retention: of those that {} (how many)"
 ANSWERED, ANSWERED_TWICE = "dense gets right", "dense gets right by our kernels and by transformers' attention"
 TEXT_TITLE = "Long text: perplexity of first and last half; KL to dense and same top token in the last (n windows)"
@@ -33,6 +33,7 @@ POOLED_TITLE = "All prompts of a kind together: first what no calibration has, t
 POOLED_DIFFERENCE_TITLE = "All prompts of a kind: this plan minus the other, paired, with 95% interval; * p < .05"
 TEXT_DIFFERENCE_TITLE = "Long text: this plan minus the other model, paired by document, with 95% interval; * p < .05"
 OVERLAP_UNKNOWN = "Overlap with calibration is unknown: the checkpoint does not say what the plan was calibrated on."
+CHANCE_NOTE = "Each of {} differences is tested alone: if none were real, up to {} stars would come up by chance."
 FLOOR_NOTE = "* Dense cannot do this itself (its interval ends below 0.2): no evidence for or against a plan."
 
 
@@ -75,6 +76,10 @@ def evaluation_tables(report: Mapping[str, Any]) -> list[RenderableType]:
             columns = ("", "exact match", "retention", "NLL")
             apart = _lines(_groups(pooled["differences"]), _pooled_difference_line, marks)
             shown.append(section(POOLED_DIFFERENCE_TITLE, columns, apart))
+    tested = [row["metric"] != "ppl_early" for row in report["differences"]]
+    tested += [row["metric"] != "accuracy" for row in pooled["differences"] if len(tasks) > 1]
+    if sum(tested) > 1:
+        shown.append(CHANCE_NOTE.format(sum(tested), f"{SIGNIFICANT * sum(tested):.2g}"))
     if report.get("lm_eval"):
         columns = ("task", "model", "n", "metric", "value")
         lines = [
@@ -189,10 +194,10 @@ def _task_line(metrics: Mapping[str, Row]) -> Sequence[str]:
     kept = metrics.get("retention")
     return (
         readable_bytes(metrics["exact_match"]["kv_bytes"]),
-        str(metrics["exact_match"]["prompts"]),
+        _prompts(metrics["exact_match"]),
         _number(metrics["exact_match"], 2),
         "-" if kept is None else f"{_number(kept, 2)} ({kept['prompts']})",
-        f"{metrics['accuracy']['value']:.2f}",
+        rounded_text(metrics["accuracy"]["value"], ".2f"),
         f"{metrics['nll']['value']:.3f}",
     )
 
@@ -205,7 +210,7 @@ def _pooled_line(metrics: Mapping[str, Row]) -> Sequence[str]:
     kept = metrics.get("retention")
     return (
         readable_bytes(metrics["exact_match"]["kv_bytes"]),
-        str(metrics["exact_match"]["prompts"]),
+        _prompts(metrics["exact_match"]),
         _number(metrics["exact_match"], 2),
         "-" if kept is None else f"{_number(kept, 2)} ({kept['prompts']})",
         f"{metrics['nll']['value']:.3f}",
@@ -215,7 +220,7 @@ def _pooled_line(metrics: Mapping[str, Row]) -> Sequence[str]:
 def _text_line(metrics: Mapping[str, Row]) -> Sequence[str]:
     return (
         readable_bytes(metrics["ppl_late"]["kv_bytes"]),
-        str(metrics["ppl_late"]["prompts"]),
+        _prompts(metrics["ppl_late"]),
         f"{metrics['ppl_early']['value']:.1f}",
         _number(metrics["ppl_late"], 1),
         _number(metrics["kl"], 3),
@@ -225,7 +230,7 @@ def _text_line(metrics: Mapping[str, Row]) -> Sequence[str]:
 
 def _difference_line(metrics: Mapping[str, Row]) -> Sequence[str]:
     numbers = (_signed(metrics[metric]) for metric in ("exact_match", "accuracy", "nll"))
-    return (str(metrics["exact_match"]["prompts"]), *numbers)
+    return (_prompts(metrics["exact_match"]), *numbers)
 
 
 def _text_difference_line(metrics: Mapping[str, Row]) -> Sequence[str]:
@@ -236,11 +241,17 @@ def _text_difference_line(metrics: Mapping[str, Row]) -> Sequence[str]:
     return (str(row["prompts"]), str(row["documents"]), *numbers)
 
 
+def _prompts(row: Row) -> str:
+    """Returns how many prompts a row is of, and of how many documents where several are of one: these are its n."""
+    count = row.get("documents", row["prompts"])
+    return str(row["prompts"]) if count == row["prompts"] else f"{row['prompts']} of {count} documents"
+
+
 def _number(row: Row, digits: int) -> str:
     """Returns `0.95 [0.87, 1.00]`; the value alone where there are too few prompts for an interval."""
-    return with_interval(row["value"], row["ci95"], f".{digits}f")
+    return estimate_text(row["value"], row["ci95"], f".{digits}f")
 
 
 def _signed(row: Row, digits: int = 2) -> str:
     """Returns `-0.12* [-0.20, -0.04]`; the star where a test tells the two apart."""
-    return with_interval(row["value"], row["ci95"], f"+.{digits}f", "*" if row["p"] < SIGNIFICANT else "")
+    return estimate_text(row["value"], row["ci95"], f"+.{digits}f", "*" if row["p"] < SIGNIFICANT else "")

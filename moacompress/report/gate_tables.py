@@ -29,6 +29,6 @@ def gate_table(report: Mapping[str, Any]) -> RenderableType:
     what = f"Importance by {report['scorer']}" if "scorer" in report else "Influence"
     title = (
         f"{what} of tokens {report['lag']} and more behind that is left out, mean over KV heads and {report['judged']} "
-        "samples that gates were not fitted to; and of all KV heads together"
+        "samples that gates were not fitted to ± standard error over samples; and of all KV heads together"
     )
     return section(title, ("tokens chosen", *names, *(f"all: {name}" for name in names)), rows)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moacompress.core.statistics import rounded_text
+from moacompress.evaluation.baselines.compared_models import DENSE_SIDES
 from moacompress.evaluation.tasks.registry import CALIBRATED, KINDS, OWN, UNSEEN
 from moacompress.rules.budget import format_length
 
@@ -24,7 +26,9 @@ def kept_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     Returns:
         Rows of `kind`, `tasks`, `lengths`, `prompts`, and where dense was measured `dense_right`, how many prompts it answers
-        in full, and `kept` with its `ci95` (None where n is too small), the plan's mean exact match on these.
+        in full, `kept` with its `ci95` (None where n is too small), the plan's mean exact match on these, and `exact_match`,
+        that of dense and the plan on all prompts: of what dense answers by luck a plan that is as good keeps less than all,
+        and it may answer others.
     """
     pooled = {(row["model"], row["task"], row["metric"]): row for row in evaluation["pooled"]["results"]}
     found = []
@@ -44,6 +48,9 @@ def kept_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
             row |= {"dense_right": kept["prompts"], "kept": kept["value"], "ci95": kept["ci95"]}
         elif ("dense", kind, "exact_match") in pooled:
             row |= {"dense_right": 0, "kept": None, "ci95": None}
+        if "dense_right" in row:
+            sides = (side for side in DENSE_SIDES if (side, kind, "exact_match") in pooled)
+            row["exact_match"] = {side: pooled[side, kind, "exact_match"]["value"] for side in (*sides, "plan")}
         found.append(row)
     return found
 
@@ -56,9 +63,15 @@ def kept_sentence(row: Mapping[str, Any]) -> str:
     if not row["dense_right"]:
         return f"{of}: dense answers none of {row['prompts']} prompts, so nothing follows from them."
     return (
-        f"{of}: dense answers {row['dense_right']} of {row['prompts']} prompts, and the plan {row['kept']:.0%} of these "
-        f"({interval_text(row)})."
+        f"{of}: dense answers {row['dense_right']} of {row['prompts']} prompts, and the plan "
+        f"{rounded_text(row['kept'], '.0%')} of these ({interval_text(row)}); {all_text(row)}."
     )
+
+
+def all_text(row: Mapping[str, Any]) -> str:
+    """Returns the exact match on all prompts of a row of `kept_rows`."""
+    sides = (f"{side} {rounded_text(value, '.0%')}" for side, value in row["exact_match"].items())
+    return f"exact match on all {row['prompts']}: {', '.join(sides)}"
 
 
 def interval_text(row: Mapping[str, Any]) -> str:

@@ -31,12 +31,19 @@ def heal_sentence(notes: Mapping[str, Any]) -> str:
     if not notes["improved"]:
         return f"{trained}: no step lowered the held-out KL of {before} nats on {kl['samples']} samples"
     stored = healed_bytes_text(notes)
-    tested = f"{kl['samples']} samples, {p_text(kl['difference']['p'])}"
+    tested = f"{kl['samples']} samples, {_tested(kl)}"
     return f"{trained}: held-out KL from {before} to {after} nats on {tested}{stored and f'. {stored}'}"
 
 
 def _mean(kl: Mapping[str, Any], name: str) -> tuple[float, float | None]:
     return kl[name]["mean"], kl[name]["standard_error"]
+
+
+def _tested(kl: Mapping[str, Any]) -> str:
+    """Returns the p-value of a difference, and among how many states the samples that it is of chose one."""
+    count = kl["evaluations"]
+    chosen = f" as the best of {count} states on these samples" if count > 1 else ""
+    return f"{p_text(kl['difference']['p'])}{chosen}"
 
 
 def _trained_part(notes: Mapping[str, Any]) -> str:
@@ -64,7 +71,7 @@ def heal_table(notes: Mapping[str, Any]) -> Group:
     kl = notes["held_out_kl"]
     rows = {name: f"{error_text(*_mean(kl, name))} nats, {kl['samples']} samples" for name in ("before", "after")}
     apart = kl["difference"]
-    rows["difference"] = f"{estimate_text(apart['mean'], apart['ci95'], '.3g')} nats, {p_text(apart['p'])}"
+    rows["difference"] = f"{estimate_text(apart['mean'], apart['ci95'], '.3g')} nats, {_tested(kl)}"
     share = 1 - kl["after"]["mean"] / kl["before"]["mean"] if kl["before"]["mean"] else 0.0
     rows["taken off"] = f"{share:.0%} of the KL" if notes["improved"] else "nothing: the weights are those of the start"
     rate = notes["tokens"] / notes["seconds"] if notes["seconds"] else 0.0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
-from moacompress.core.statistics import p_text
+from moacompress.core.statistics import TESTABLE, p_text
 from moacompress.core.tables import readable_bytes, readable_number, section
 from moacompress.report.inspection import formats_table
 from moacompress.rules.budget import format_length
@@ -120,8 +120,12 @@ def step_rows(explanation: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def difference_text(found: Mapping[str, Any]) -> str:
-    """Returns a paired difference of mean KL in nats, such as `-0.0007 [-0.0016, +0.0003], p .25, 6 samples`."""
-    return f"{found['value']:+.2g}{_interval(found)}, {p_text(found['p'])}, {_samples(found)}"
+    """Returns a paired difference of mean KL in nats, such as `-0.0007 [-0.0016, +0.0003], p .25, 6 samples`.
+
+    A p-value that allows for a choice among several plans says so: `p .25 as the lowest of 30 plans`.
+    """
+    of = f" as the lowest of {found['candidates']} plans" if found["candidates"] > 1 and found["value"] < 0 else ""
+    return f"{found['value']:+.2g}{_interval(found)}, {p_text(found['p'])}{of}, {_samples(found)}"
 
 
 def _interval(found: Mapping[str, Any]) -> str:
@@ -134,13 +138,16 @@ def _samples(found: Mapping[str, Any]) -> str:
 
 
 def _kept(stage: Mapping[str, Any]) -> str:
-    """Returns whether a step's plan was kept, with the reason where its KL alone would say otherwise."""
+    """Returns whether a step's plan was kept, with the reason where its KL alone would say otherwise.
+
+    What is kept is decided by standard errors of the difference (see `kl_difference`), not by its p-value.
+    """
     if stage["difference"] is None:
         return _yes(stage["kept"])
     lower = stage["difference"]["value"] < 0
     if stage["kept"]:
-        return _yes(True) if lower else "yes: higher by less than the noise"
-    return "no: gain within noise" if lower else "no: not lower"
+        return _yes(True) if lower else "yes: higher by less than its error"
+    return "no: gain too small for its error" if lower else "no: not lower"
 
 
 def trial_remark(trial: Mapping[str, Any]) -> str:
@@ -149,7 +156,11 @@ def trial_remark(trial: Mapping[str, Any]) -> str:
         return "pruned"
     if trial["kept"]:
         return "kept"
-    return f"within noise: {difference_text(trial['difference'])}" if trial["difference"]["value"] < 0 else ""
+    return (
+        f"gain too small for its error: {difference_text(trial['difference'])}"
+        if trial["difference"]["value"] < 0
+        else ""
+    )
 
 
 def refused_line(explanation: Mapping[str, Any]) -> list[str]:
@@ -158,13 +169,10 @@ def refused_line(explanation: Mapping[str, Any]) -> list[str]:
     if found is None:
         return []
     difference, name = found["difference"], found["name"]
-    ends, number = difference["ci95"], _samples(difference)
-    doubt = f"within noise of {number}" + ("" if ends is None else f":{_interval(difference)}")
-    if ends is not None and ends[1] < 0:  # clear against the chosen plan, not against the one that it had to beat
-        doubt = f"but did not clearly beat the plan that it was compared with on {number}"
     return [
-        f"{name[:1].upper()}{name[1:]} measured {readable_number(found['harm'])} nats, {-difference['value']:.2g} below the "
-        f"chosen plan, {doubt}; the chosen plan is kept because the lowest of many noisy measurements is usually too low."
+        f"{name[:1].upper()}{name[1:]} measured {readable_number(found['harm'])} nats ({difference_text(difference)} against "
+        "the chosen plan), but did not beat the plan that it was compared with by enough standard errors; the chosen plan is "
+        "kept because the lowest of many noisy measurements is usually too low."
     ]
 
 
@@ -192,13 +200,15 @@ def baseline_line(found: Mapping[str, Any] | None) -> list[str]:
             ]
         return [
             f"The baseline {name} ({theirs} nats) takes {1 - found['bytes_share']:.0%} fewer bytes than the best searched plan "
-            f"({ours}) and is no worse, so its plan was saved: the searched plan's difference is {beside}."
+            f"({ours}) and measured no higher, so its plan was saved: the searched plan's difference is {beside}."
         ]
     if found["verdict"] == "better":
         return [f"Better than the best baseline, {name}, at {at}: {ours} vs {theirs} nats, difference {beside}."]
     if found["verdict"] == "worse":
         return [f"The baseline {name} is better, but has too many classes of KV heads: {theirs} vs {ours} nats."]
-    return [f"As good as {name} at {at}: {ours} vs {theirs} nats, difference within noise ({beside})."]
+    if difference["samples"] < TESTABLE:
+        return [f"Too few samples to compare with {name} at {at}: {ours} vs {theirs} nats ({beside})."]
+    return [f"Not shown to differ from {name} at {at}: {ours} vs {theirs} nats ({beside})."]
 
 
 def _sharing(found: Mapping[str, Any]) -> list[RenderableType]:

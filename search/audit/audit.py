@@ -60,7 +60,7 @@ class Audit(Shown):
         data: `model`, `profile` (fingerprint), `samples`, `budget`, `estimator` (the recipe's), and the results:
             `audit`: for each estimator `spearman, ci95, slope, slope_ci95, n`, of the ablations, and the calibration
             `c, gamma` to all of them;
-            `audit_plans`: for each estimator `spearman, ci95, slope, slope_ci95, regret, regret_ci95, n`;
+            `audit_plans`: for each estimator `spearman, ci95, slope, slope_ci95, regret, n`;
             `audit_precision`, `precision_points`: of single KV heads in other formats, see `audit_precision`; where the search
             offers formats;
             `audit_sharing`, `sharing_points`: of single layers that copy an earlier one's attention, see `audit_sharing`, and

@@ -52,20 +52,17 @@ def slope(predicted: Floats, measured: Floats, seed: int) -> Resampled:
     return Resampled.of(len(x), seed, lambda drawn: _slopes(x[drawn], y[drawn]))
 
 
-def regret(predicted: Floats, measured: Floats, seed: int) -> Resampled:
+def regret(predicted: Floats, measured: Floats) -> float:
     """Returns how much higher the KL of the plan of lowest predicted KL is than that of the best, as a share of the best's.
+
+    It has no interval: the least of some points is not resampled truly, and percentiles covered .85 of 40 plans, .77 of 10.
 
     Args:
         predicted: of every plan, [plans].
         measured: nats, [plans].
-        seed: of the bootstrap.
     """
-
-    def of(drawn: Ints) -> Floats:
-        chosen = measured[drawn[np.arange(len(drawn)), predicted[drawn].argmin(axis=1)]]
-        return _excess(chosen, measured[drawn].min(axis=1))
-
-    return Resampled.of(len(predicted), seed, of)
+    # below the noise a KL says nothing
+    return float(max(measured[predicted.argmin()], FLOOR) / max(measured.min(), FLOOR) - 1)
 
 
 def rank_and_ratio(predicted: Floats, measured: Floats, seed: int) -> dict[str, Any]:
@@ -106,12 +103,6 @@ def cross_fitted(influence: Floats, measured: Floats, seed: int) -> Floats:
     for ours, theirs in (halves, halves[::-1]):
         found[ours] = fit(influence[theirs], measured[theirs])(influence[ours])
     return found
-
-
-def _excess(chosen: Floats, best: Floats) -> Floats:
-    # below the noise a KL says nothing
-    excess: Floats = np.maximum(chosen, FLOOR) / np.maximum(best, FLOOR) - 1
-    return excess
 
 
 def _correlation(x: Floats, y: Floats) -> Floats:
@@ -188,11 +179,9 @@ def assess(
         if not len(choices):
             continue
         totals = np.array([total_cost(calibration(table), choice) for choice in choices])
-        lost = regret(totals, measured_plans, seed)
         found.plans[name] = {
             **_rank_and_slope(spearman(totals, measured_plans, seed), slope(totals, measured_plans, seed)),
-            "regret": lost.value,
-            "regret_ci95": lost.ci95,
+            "regret": regret(totals, measured_plans),
             "n": len(choices),
         }
         for point, kl in zip(found.plan_points, totals.tolist(), strict=True):

@@ -7,11 +7,13 @@ where it is lower by some standard errors of the paired difference. Optuna alone
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moacompress.core.statistics import SIGNIFICANT, mean, p_value, standard_error
+import numpy as np
+
+from moacompress.core.statistics import SIGNIFICANT, mean, p_value_of_chosen, standard_error
 
 CAUTION = 2.0
 """Standard errors by which a trial must be lower to replace trial 0. A trial that was lower by 1.3 of them on 28
@@ -27,7 +29,9 @@ class KlDifference:
         standard_error: of the mean of the paired differences, nats; None for a single sample.
         ci95: 95% interval of `value`, nats; None where there are too few samples for one.
         samples: how many there are.
-        p: p-value of both plans being alike, by a permutation test of the paired differences.
+        p: p-value of both plans being alike, by a permutation test of the paired differences. It allows for the plan having
+            been chosen as the lowest of `candidates` on these samples; the interval does not.
+        candidates: plans that this one was chosen among, itself included.
     """
 
     value: float
@@ -35,14 +39,24 @@ class KlDifference:
     ci95: tuple[float, float] | None
     samples: int
     p: float
+    candidates: int = 1
 
     @staticmethod
-    def of(kls: Sequence[float], others: Sequence[float]) -> KlDifference:
-        """Compares KLs in nats, in the order of the same samples; the shorter list decides how many."""
-        paired = [kl - other for kl, other in zip(kls, others, strict=False)]
-        value, interval = mean(paired)
-        p = p_value(paired, [0.0] * len(paired))
-        return KlDifference(value, standard_error(paired), interval, len(paired), p)
+    def of(kls: Sequence[float], others: Sequence[float], among: Iterable[Sequence[float]] = ()) -> KlDifference:
+        """Compares KLs in nats, in the order of the same samples.
+
+        Args:
+            kls: of the plan.
+            others: of the other plan; the shorter list decides how many samples there are.
+            among: of the plans that this one was chosen among as the lowest; those measured on fewer samples, and itself,
+                do not count.
+        """
+        n = min(len(kls), len(others))
+        value, interval = mean(apart := np.subtract(kls[:n], others[:n]).tolist())
+        rest = [list(one) for one in among if len(one) == n and list(one) != list(kls)]
+        # a plan that is higher was chosen in spite of it
+        p = p_value_of_chosen(kls[:n], rest if value < 0 else (), others[:n])
+        return KlDifference(value, standard_error(apart), interval, n, p, 1 + len(rest))
 
     @property
     def verdict(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,11 @@ class BesideBaseline:
 
     @staticmethod
     def of(
-        found: Incumbent, baselines: Mapping[str, MeasuredBaseline], length: int, most: int | None
+        found: Incumbent,
+        baselines: Mapping[str, MeasuredBaseline],
+        length: int,
+        most: int | None,
+        among: Iterable[Sequence[float]] = (),
     ) -> BesideBaseline | None:
         """Compares a measured plan with the best baseline; None where no baseline was measured.
 
@@ -49,6 +53,7 @@ class BesideBaseline:
             baselines: by family.
             length: at which their bytes are compared, tokens.
             most: classes of KV heads that a plan may have; None for any number.
+            among: KLs of the plans that the best one was chosen among.
         """
         if not baselines:
             return None
@@ -58,7 +63,7 @@ class BesideBaseline:
             family,
             best,
             found,
-            KlDifference.of(found.kls, best.kls),
+            KlDifference.of(found.kls, best.kls, among),
             best.plan.kv_bytes(length) / found.plan.kv_bytes(length),
             bool(allowed),
         )

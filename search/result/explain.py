@@ -137,7 +137,7 @@ def refused(plan: Plan, kls: Sequence[float], tried: Sequence[Tried], stages: Se
     if not kls or not measured:
         return None
     name, least = min(measured, key=lambda item: float(np.mean(item[1])))
-    difference = KlDifference.of(least, kls)
+    difference = KlDifference.of(least, kls, [other for _, other in measured])
     if difference.value >= 0:
         return None
     return {"name": name, "harm": float(np.mean(least)), "difference": difference.to_dict()}

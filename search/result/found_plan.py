@@ -147,7 +147,7 @@ def _noted(incumbent: Incumbent, context: SearchContext, *, finished: bool) -> t
     lengths, plan, kls, most = _noted_lengths(request), incumbent.plan, incumbent.kls, request.recipe.search.classes
     kl, beside = _unmeasured(baselines), None
     if kls:
-        beside = BesideBaseline.of(incumbent, baselines, max(request.lengths), most)
+        beside = BesideBaseline.of(incumbent, baselines, max(request.lengths), most, context.candidates)
         if beside is not None:
             plan, kls = beside.plan, beside.kls
         kl |= {"plan": float(np.mean(kls)), "trial0": float(np.mean(context.reference))}

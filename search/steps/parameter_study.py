@@ -51,7 +51,7 @@ def tune_parameters(incumbent: Incumbent, context: SearchContext) -> Incumbent:
     best, first = best_trial(tried), Incumbent.of(tried[0], request.profile)
     context.add_stage("surrogate", first, True)
     shown = Incumbent.of(best if best.index else least_trial(tried), request.profile)
-    context.add_stage(STUDY, shown, best.index > 0, first.kls)
+    context.add_stage(STUDY, shown, best.index > 0, first.kls, tried)
     return Incumbent.of(best, request.profile)
 
 

@@ -126,7 +126,7 @@ def _round(number: int, incumbent: Incumbent, forms: Forms, context: SearchConte
     shown = least_trial(others) if others and not won.index else won
     found = context.compared(incumbent, Incumbent.of(shown, profile).plan, shown.kls, f"round {number}")
     name = f"round {number}, {shown.parameters['moved']:.1%} moved"
-    context.add_stage(name, found, won.index > 0, incumbent.kls)
+    context.add_stage(name, found, won.index > 0, incumbent.kls, tried)
     if not won.index:
         return None
     evaluator.keep("improved", found.plan, found.kls)

@@ -131,6 +131,7 @@ def test_pooled_prompts_have_tables_of_their_own() -> None:
     assert "0.50 [0.25, 0.75] (240)" in text
     assert "…ery/long/name/model" in text
     assert text.count("-0.50 ") == 3  # no interval, no brackets
+    assert "differences is tested alone" in text
     assert (
         sum(line.startswith(("result,plan,unseen kinds,,", "difference,a/")) for line in csv_text(report).splitlines())
         == 6
@@ -177,9 +178,9 @@ def test_sentences_of_kinds() -> None:
     assert headline(report) == [
         "Your own rows, held out (mine; 64, 512 tokens): dense answers none of 9 prompts, so nothing follows from them.",
         "Kinds of prompts that no calibration has (recall; 64, 512 tokens): dense answers 7 of 9 prompts, and the plan "
-        "60% of these (95% interval 31% to 83%).",
+        "60% of these (95% interval 31% to 83%); exact match on all 9: dense 50%, plan 50%.",
         "Kinds that the plan was calibrated on (needle-noise; 64, 512 tokens): dense answers 4 of 9 prompts, and the "
-        "plan 60% of these (n too small for an interval).",
+        "plan 60% of these (n too small for an interval); exact match on all 9: dense 50%, plan 50%.",
         "Not measured: prompts beyond 64 tokens.",
     ]
 
@@ -195,13 +196,14 @@ def test_csv_has_every_row() -> None:
     }
     head, first, second, third = csv_text(report).splitlines()
     assert head.startswith("kind,model,task,length,metric,value,low,high,prompts,kv_bytes")
-    assert first == "result,plan,multi-needle-noise,4096,nll,0.5,0.25,0.75,100,25165824,,4000,4,,,,"
+    assert first == "result,plan,multi-needle-noise,4096,nll,0.5,0.25,0.75,100,25165824,,4000,4,,,,,"
     assert second.startswith("difference,dense,")
-    assert third == "lm_eval,plan,t,,acc,1.0,,,3,,,,,,,,"
+    assert third == "lm_eval,plan,t,,acc,1.0,,,3,,,,,,,,,"
 
 
-def apart(value: float, ci95: list[float] | None = None, samples: int = 6) -> dict[str, Any]:
-    return {"value": value, "standard_error": 0.001, "ci95": ci95, "samples": samples, "p": 0.25}
+def apart(value: float, ci95: list[float] | None = None, samples: int = 6, candidates: int = 1) -> dict[str, Any]:
+    found = {"value": value, "standard_error": 0.001, "ci95": ci95, "samples": samples, "p": 0.25}
+    return {**found, "candidates": candidates}
 
 
 def test_what_was_not_kept_though_its_kl_is_lower_has_a_reason() -> None:
@@ -221,10 +223,10 @@ def test_what_was_not_kept_though_its_kl_is_lower_has_a_reason() -> None:
     )
     assert [row[2:] for row in rows] == [
         ("-", "yes"),
-        ("-0.003 [-0.008, +0.002], p .25, 6 samples", "no: gain within noise"),
+        ("-0.003 [-0.008, +0.002], p .25, 6 samples", "no: gain too small for its error"),
         ("-0.02 [-0.03, -0.01], p .25, 6 samples", "yes"),
         ("+0.02, p .25, 4 samples", "no: not lower"),
-        ("+0.001 [-0.001, +0.003], p .25, 6 samples", "yes: higher by less than the noise"),
+        ("+0.001 [-0.001, +0.003], p .25, 6 samples", "yes: higher by less than its error"),
     ]
     trials = [
         {"trial": 0, "harm": 0.1, "pruned": False, "kept": True, "difference": apart(0.0)},
@@ -234,19 +236,21 @@ def test_what_was_not_kept_though_its_kl_is_lower_has_a_reason() -> None:
     ]
     picture = history_picture({"trials": trials})
     assert picture is not None
-    remark = "within noise: -0.01 [-0.03, +0.01], p .25, 6 samples"
+    remark = "gain too small for its error: -0.01 [-0.03, +0.01], p .25, 6 samples"
     assert [row[-1] for row in picture.rows] == ["kept", remark, "pruned", ""]
     assert picture.note.startswith("Pruned trials saw fewer samples. A trial replaces trial 0 only if its gain")
 
 
 def test_a_plan_that_measured_better_and_was_refused_has_a_line() -> None:
-    found = {"name": "trial 3", "harm": 0.000418, "difference": apart(-0.00066, [-0.0016, 0.0003])}
+    found = {"name": "trial 3", "harm": 0.000418, "difference": apart(-0.00066, [-0.0016, 0.0003], candidates=9)}
     (line,) = refused_line({"refused": found})
     assert line == (
-        "Trial 3 measured 0.000418 nats, 0.00066 below the chosen plan, within noise of 6 samples: [-0.0016, +0.0003]; the "
-        "chosen plan is kept because the lowest of many noisy measurements is usually too low."
+        "Trial 3 measured 0.000418 nats (-0.00066 [-0.0016, +0.0003], p .25 as the lowest of 9 plans, 6 samples against the "
+        "chosen plan), but did not beat the plan that it was compared with by enough standard errors; the chosen plan is kept "
+        "because the lowest of many noisy measurements is usually too low."
     )
-    assert "within noise of 4 samples; the" in refused_line({"refused": {**found, "difference": apart(-1, None, 4)}})[0]
+    (few,) = refused_line({"refused": {**found, "difference": apart(-1, None, 4)}})
+    assert "nats (-1, p .25, 4 samples against the chosen plan)" in few
     assert refused_line({"refused": None}) == refused_line({}) == []
 
 
@@ -257,7 +261,7 @@ def test_a_plan_that_measured_better_and_was_refused_has_a_line() -> None:
             "alike",
             False,
             1.0,
-            "As good as full and streaming heads (DuoAttention-style) at the same bytes: 0.0285 vs 0.0268 nats",
+            "Not shown to differ from full and streaming heads (DuoAttention-style) at the same bytes: 0.0285 vs 0.0268 nats (",
         ),
         (
             "better",
@@ -269,14 +273,14 @@ def test_a_plan_that_measured_better_and_was_refused_has_a_line() -> None:
             "alike",
             False,
             1.25,
-            "(DuoAttention-style) at 20% fewer bytes: 0.0285 vs 0.0268 nats, difference within noise",
+            "(DuoAttention-style) at 20% fewer bytes: 0.0285 vs 0.0268 nats (",
         ),
         ("worse", True, 1.0, "(0.0268 nats) beats the best searched plan (0.0285), so its plan was saved"),
         (
             "alike",
             True,
             0.9,
-            "takes 10% fewer bytes than the best searched plan (0.0285) and is no worse, so its plan was saved",
+            "takes 10% fewer bytes than the best searched plan (0.0285) and measured no higher, so its plan was saved",
         ),
         ("worse", False, 1.0, "is better, but has too many classes of KV heads"),
     ],
@@ -288,6 +292,12 @@ def test_one_line_says_whether_the_plan_beats_the_best_baseline(
     (line,) = baseline_line({**found, "bytes_share": share, "verdict": verdict, "saved": saved})
     assert said in line
     assert "[-0.002, +0.005], p .25, 6 samples" in line or "classes" in line
+
+
+def test_samples_that_no_test_can_judge_are_not_called_alike() -> None:
+    found = {"family": "duo", "harm": 0.1, "found_harm": 0.01, "difference": apart(-0.09, [-0.1, -0.08], 5)}
+    (line,) = baseline_line({**found, "bytes_share": 1.0, "verdict": "alike", "saved": False})
+    assert line.startswith("Too few samples to compare with full and streaming heads")
     assert baseline_line(None) == []
 
 

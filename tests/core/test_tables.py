@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from moacompress.core.tables import section, with_interval
+from moacompress.core.statistics import estimate_text
+from moacompress.core.tables import section
 from moacompress.report.bench_tables import bench_tables
 from moacompress.report.evaluation_tables import evaluation_tables
 
@@ -26,9 +27,9 @@ def lines(shown: list[RenderableType], width: int) -> list[str]:
 
 
 def test_an_interval_has_brackets() -> None:
-    assert with_interval(0.951, (0.87, 1.0)) == "0.95 [0.87, 1.00]"
-    assert with_interval(-0.12, (-0.2, 0.04), "+.2f") == "-0.12 [-0.20, +0.04]"
-    assert with_interval(0.5, None, ".2f", "*") == "0.50*"
+    assert estimate_text(0.951, (0.87, 1.0)) == "0.95 [0.87, 1.00]"
+    assert estimate_text(-0.12, (-0.2, 0.04), "+.2f") == "-0.12 [-0.20, +0.04]"
+    assert estimate_text(0.5, None, ".2f", "*") == "0.50*"
 
 
 def test_columns_without_room_follow_in_a_table_of_their_own() -> None:

@@ -57,6 +57,7 @@ def test_every_kind_of_row(tmp_path: Path, tiny_tokenizer: Any) -> None:
         assert tiny_tokenizer.decode(case.answer_ids).strip() == answer
         assert any(case.is_value)
         assert case.match == "any-words"
+        assert bool(case.document) == (name == "questions")  # other questions on the text are not independent
     assert own_tasks([str(tmp_path / "prompts.jsonl")])["prompts"].given[0].references == tuple(PROMPT["answer"])  # type: ignore[index]
     with pytest.raises(UsageError, match="unknown task 'prompts'"):
         find_task("prompts")

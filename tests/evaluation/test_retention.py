@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from moacompress.core.statistics import wilson
+from moacompress.evaluation.scoring.prompts import Score
+from moacompress.evaluation.scoring.result_rows import Measured, TaskCell, pooled_rows, result_rows
 from moacompress.evaluation.scoring.retention import retention
+from moacompress.evaluation.scoring.stored_scores import StoredModel, measured_again, score_rows
+
+
+def named(name: str) -> Any:
+    return StoredModel(name, 1)
+
+
+def scored(exact: list[float]) -> list[Score]:
+    return [Score(value, value, 1 - value) for value in exact]
 
 
 def test_retention_counts_what_dense_gets_fully_right() -> None:
@@ -14,3 +27,29 @@ def test_retention_counts_what_dense_gets_fully_right() -> None:
     assert retention([0.5, 0.0], [1.0, 1.0]) is None
     with pytest.raises(ValueError, match="zip"):
         retention([1.0], [1.0, 1.0])
+
+
+def test_prompts_of_one_document_count_as_one() -> None:
+    """Five questions, each at three lengths: as many units as questions, whatever the number of prompts."""
+    dense, model = [1.0] * 15, [1.0, 1.0, 1.0, 1.0, 0.0] * 3
+    documents = ["a", "b", "c", "d", "e"] * 3
+    assert retention(dense, model, documents) == (0.8, wilson(4, 5), 15)
+    sides = {"plan": model[:5], "dense": dense[:5]}
+    fields = [[Measured(named(name), scored(exact), documents[:5]) for name, exact in sides.items()]] * 3
+    results, differences = pooled_rows(fields)
+    (kept,) = [row for row in results if (row["model"], row["metric"]) == ("plan", "retention")]
+    assert (kept["value"], kept["prompts"], kept["documents"]) == (0.8, 15, 5)
+    assert kept["ci95"] == list(wilson(4, 5) or ())
+    apart = {row["metric"]: row for row in differences}
+    assert apart["exact_match"]["p"] == 1.0  # one question of five; three prompts of fifteen would be p .25
+    assert apart["exact_match"]["documents"] == 5
+    alone = [[Measured(one.compared, one.scores) for one in field] for field in fields]
+    assert {row["metric"]: row["p"] for row in pooled_rows(alone)[1]}["exact_match"] == 0.25
+
+
+def test_documents_outlive_the_prompts() -> None:
+    cell = TaskCell("document-question", 512, 2, 500)
+    stored = score_rows(cell, [Measured(named("plan"), scored([1.0, 0.0]), ["a", "a"])])
+    ((_, (again,)),) = measured_again(stored)
+    assert again.units() == ["a", "a"]
+    assert result_rows(cell, [again])[0]["documents"] == 1

@@ -133,6 +133,11 @@ def test_questions_of_long_documents_make_way_for_others(bpe: PreTrainedTokenize
     ]
     assert all(len(each) == 1 for each in asked)
     assert len({each[0] for each in asked}) == 12
+    short, long = (
+        [case.document for case in make_cases("document-question", n, 12, 0, bpe, texts)] for n in (512, 1024)
+    )
+    assert len({*short}) == 12
+    assert {*short} & {*long}  # the same questions come again at another length
 
 
 @pytest.mark.parametrize("length", [1024, 2048])

@@ -58,7 +58,11 @@ def test_helpers_of_torchrun_say_nothing(command: list[str], monkeypatch: pytest
     plan = Plan.full(ModelShape("llama", 1, 1, 1, 16, "float32", (None,), "0" * 16))
     statistics = {"mean": 1.0, "standard_error": None, "ci95": None, "p": 1.0}
     notes = {
-        "held_out_kl": {"before": statistics, "after": statistics, "difference": statistics, "samples": 2},
+        "held_out_kl": {
+            **dict.fromkeys(("before", "after", "difference"), statistics),
+            "samples": 2,
+            "evaluations": 1,
+        },
         **dict.fromkeys(("steps", "tokens", "seconds", "best_step", "training_samples"), 1),
         "train": "full",
         "objective": "kl",

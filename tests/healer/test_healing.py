@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock, patch
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -26,6 +27,7 @@ from moacompress.calibration.data.samples import load_samples
 from moacompress.core.artefact_names import TEMPORARY, heal_folder
 from moacompress.core.errors import ArtefactError, DataError, ModelError, PlanError, UsageError
 from moacompress.core.progress import Progress
+from moacompress.core.statistics import p_value, p_value_of_chosen
 from moacompress.healer.heal_estimate import estimate_heal
 from moacompress.healer.heal_history import HealHistory, last_checkpoint
 from moacompress.healer.healing import heal
@@ -203,19 +205,27 @@ def test_a_stopped_heal_ends_as_one_that_was_not(
 def test_the_best_state_is_written_and_worse_ones_end_the_training(
     healable: Place, small: Make, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The third of the measured states is the best: what is written are its weights, two fruitless ones later."""
-    states = []
-    given = iter([0.5, 0.4, 0.3, 0.6, 0.5, 0.1])
+    """The third of the measured states is the best: what is written are its weights, two fruitless ones later.
+
+    The p-value of its gain allows for the choice among the four that were measured after the start.
+    """
+    states, measured = [], []
+    given, rng = iter([0.5, 0.4, 0.3, 0.6, 0.5, 0.1]), np.random.default_rng(0)
 
     def kls(self: HeldOut, model: Any) -> list[float]:
         states.append({name: value.clone() for name, value in model.state_dict().items()})
-        return [next(given)] * len(self.samples)
+        measured.append((next(given) + rng.permutation(np.linspace(-0.2, 0.2, len(self.samples)))).tolist())
+        return list(measured[-1])
 
     monkeypatch.setattr(HeldOut, "kls", kls)
     recipe = small(steps=8, evaluations=8, patience=2)
     done = heal(healable["model"], tmp_path / "out", profile=healable["profile"], recipe=recipe)
     assert [found["kl"] for found in done.notes["evaluations"]] == pytest.approx([0.5, 0.4, 0.3, 0.6, 0.5])
     assert (done.notes["best_step"], done.notes["steps"]) == (2, 4)
+    start, *after = measured
+    kl, chosen = done.notes["held_out_kl"], after.pop(1)
+    assert kl["evaluations"] == 4
+    assert kl["difference"]["p"] == p_value_of_chosen(chosen, after, start) > p_value(chosen, start)
     written = weights(done.folder)
     assert all(torch.equal(value, states[2][name]) for name, value in written.items())
     assert not all(torch.equal(value, states[3][name]) for name, value in written.items())

@@ -36,7 +36,7 @@ AUDIT = {
 }  # fmt: skip
 KL = {name: {"mean": 0.1, "standard_error": 0.01} for name in ("before", "after")}
 HEALED = {
-    "held_out_kl": {**KL, "difference": {"mean": -0.1, "ci95": None, "p": 0.25}, "samples": 3},
+    "held_out_kl": {**KL, "difference": {"mean": -0.1, "ci95": None, "p": 0.25}, "samples": 3, "evaluations": 1},
     "improved": True, "objective": "kl", "train": "lora", "tokens": 100, "seconds": 2.0,
     "steps": 5, "best_step": 4, "training_samples": 6, "recipe": {"modules": [NAME]},
 }  # fmt: skip

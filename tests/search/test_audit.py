@@ -198,8 +198,8 @@ def test_slope_of_a_power() -> None:
 
 def test_regret_of_a_bad_choice() -> None:
     measured = np.array([0.3, 0.2, 0.5])
-    assert regret(np.array([2.0, 1.0, 3.0]), measured, 0).value == 0
-    assert regret(np.array([2.0, 3.0, 1.0]), measured, 0).value == pytest.approx(1.5)
+    assert regret(np.array([2.0, 1.0, 3.0]), measured) == 0
+    assert regret(np.array([2.0, 3.0, 1.0]), measured) == pytest.approx(1.5)
 
 
 def test_no_point_is_calibrated_by_its_own_half() -> None:

@@ -57,6 +57,22 @@ def test_a_baseline_is_saved_if_it_is_better_or_no_worse_and_smaller(
     assert low < notes["difference"]["value"] < high
 
 
+def test_the_lowest_of_many_is_better_only_where_chance_would_not_choose_it() -> None:
+    """By .03 alone; where it was chosen among plans that differ from the baseline as much, in all directions, it is not."""
+    rng = np.random.default_rng(0)
+    others = [KLS.tolist()] + [(KLS + 0.01 + rng.permutation([0.01, -0.01] * 3)).tolist() for _ in range(29)]
+    found, baseline = Incumbent(plan(128), KLS.tolist(), "trial 1"), MeasuredBaseline(plan(128), (KLS + 0.01).tolist())
+    verdicts = []
+    for among in ([], [KLS.tolist()], others, [[0.0] * 3]):
+        made = BesideBaseline.of(found, {"duo": baseline}, 512, None, among)
+        assert made is not None
+        verdicts.append((made.difference.verdict, made.difference.candidates))
+    assert verdicts[:2] == [("better", 1), ("better", 1)]
+    assert verdicts[2][1] > 10
+    assert verdicts[3] == ("better", 1)  # a pruned trial has fewer samples
+    assert made.difference.p == 2 / 2**6
+
+
 def test_one_of_too_many_classes_is_not_saved() -> None:
     assert beside((KLS - 0.01).tolist(), most=1).saved  # it has one class
     assert not beside((KLS - 0.01).tolist(), most=0).saved

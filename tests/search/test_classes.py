@@ -182,7 +182,14 @@ def test_a_limit_that_does_not_bind_changes_nothing(search: Search, profiles: Pr
         "trial": loose.best_trial,
         "limited": loose.classes["limited"],
         "unlimited": loose.classes["limited"],
-        "difference": {"value": 0.0, "standard_error": 0.0, "ci95": [0.0, 0.0], "samples": 8, "p": 1.0},
+        "difference": {
+            "value": 0.0,
+            "standard_error": 0.0,
+            "ci95": [0.0, 0.0],
+            "samples": 8,
+            "p": 1.0,
+            "candidates": 1,
+        },
     }
 
 

@@ -76,4 +76,5 @@ def test_a_single_sample_says_nothing_of_noise():
         "ci95": None,
         "samples": 1,
         "p": 1.0,
+        "candidates": 1,
     }

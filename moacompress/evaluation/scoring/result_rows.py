@@ -1,13 +1,26 @@
-"""From scores to the rows of an evaluation: values with intervals, differences, and what is at floor."""
+"""From scores to the rows of an evaluation: values with intervals, differences, and what is at floor.
+
+Prompts that ask about one document, at one length or at several, are not independent: they count as one, with their mean,
+and rows say of how many `documents` they are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from moacompress.core.shingles import OVERLAP_LIMIT
-from moacompress.core.statistics import Estimate, Interval, mean, p_value, paired_difference, paired_rates, rate
+from moacompress.core.statistics import (
+    Estimate,
+    Interval,
+    by_document,
+    mean,
+    p_value,
+    paired_difference,
+    paired_rates,
+    rate,
+)
 from moacompress.evaluation.baselines.compared_models import DENSE, DENSE_SIDES, PLAN, ComparedModel
 from moacompress.evaluation.scoring.prompts import Score
 from moacompress.evaluation.scoring.retention import retained, retention
@@ -43,10 +56,22 @@ class TaskCell:
 
 @dataclass(frozen=True)
 class Measured:
-    """A compared model with its scores, one for each prompt of a cell."""
+    """A compared model with its scores, one for each prompt of a cell.
+
+    Attributes:
+        compared: the model.
+        scores: one for each prompt.
+        documents: of each prompt, as `Case` has it; empty where every prompt has its own.
+    """
 
     compared: ComparedModel
     scores: list[Score]
+    documents: Sequence[str] = ()
+
+    def units(self, cell: int = 0) -> list[Hashable]:
+        """Returns what each prompt of the cell of some number asks about: the document, or itself."""
+        documents = self.documents or [""] * len(self.scores)
+        return [document or (cell, index) for index, document in enumerate(documents)]
 
     def values(self, metric: str) -> list[float]:
         """Returns one number for each prompt."""
@@ -87,14 +112,16 @@ def result_rows(cell: TaskCell, comparison: Sequence[Measured]) -> list[ResultRo
     """
     sides = _dense_sides({one.compared.name: one.values("exact_match") for one in comparison})
     dense = all_answer(sides.values())
+    units = comparison[0].units()
     rows = []
     for one in comparison:
         for metric in SCORES:
-            value, interval = _value(metric, one.values(metric))
-            rows.append(result_row(cell, one.compared, metric, value, interval, cell.prompts))
-        kept = retention(dense, one.values("exact_match")) if dense else None
+            value, interval = _value(metric, by_document(one.values(metric), units))
+            rows.append({**result_row(cell, one.compared, metric, value, interval, cell.prompts), **_documents(units)})
+        kept = retention(dense, one.values("exact_match"), units) if dense else None
         if kept is not None:
-            rows.append({**result_row(cell, one.compared, "retention", *kept), **_answered(sides)})
+            row = result_row(cell, one.compared, "retention", *kept)
+            rows.append({**row, **_documents(retained(dense, units)), **_answered(sides)})
     return rows
 
 
@@ -110,6 +137,12 @@ def _dense_sides(exact: Mapping[str, Sequence[float]]) -> dict[str, Sequence[flo
 
 def _answered(sides: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     return {"prompts_dense": {name: sum(value == 1.0 for value in exact) for name, exact in sides.items()}}
+
+
+def _documents(units: Sequence[Hashable]) -> dict[str, int]:
+    """Returns how many documents some prompts ask about, where that is fewer than there are prompts."""
+    count = len(set(units))
+    return {"documents": count} if count < len(units) else {}
 
 
 def result_row(
@@ -128,10 +161,14 @@ def result_row(
 def difference_rows(cell: TaskCell, comparison: Sequence[Measured]) -> list[ResultRow]:
     """Returns the rows of the plan (first in `comparison`) minus every other model, paired by prompt."""
     ours, *others = comparison
+    units = ours.units()
     return [
-        difference_row(cell, ours.compared, one.compared, metric, *_difference(
-            metric, ours.values(metric), one.values(metric)
-        ))
+        {
+            **difference_row(cell, ours.compared, one.compared, metric, *_difference(
+                metric, by_document(ours.values(metric), units), by_document(one.values(metric), units)
+            )),
+            **_documents(units),
+        }
         for one in others
         for metric in SCORES
     ]  # fmt: skip
@@ -203,18 +240,22 @@ def pooled_rows(
         name: {metric: [value for one in column for value in one.values(metric)] for metric in SCORES}
         for name, column in columns.items()
     }
-    count = sum(len(comparison[0].scores) for comparison in fields)
+    units = [unit for cell, comparison in enumerate(fields) for unit in comparison[0].units(cell)]
+    count = len(units)
     sides = _dense_sides({name: scored["exact_match"] for name, scored in scores.items()})
     dense = all_answer(sides.values())
     results, differences = [], []
     for name, column in columns.items():
         share = sum(one.compared.kv_bytes * len(one.scores) for one in column) / count
-        values: dict[str, list[float]] = dict(scores[name])
+        asked: dict[str, list[Hashable]] = dict.fromkeys(SCORES, units)
+        prompts: dict[str, list[float]] = dict(scores[name])
         if 1.0 in dense:
-            values["retention"] = retained(dense, values["exact_match"])
+            asked["retention"] = retained(dense, units)
+            prompts["retention"] = retained(dense, prompts["exact_match"])
+        values = {metric: by_document(numbers, asked[metric]) for metric, numbers in prompts.items()}
         for metric, numbers in values.items():
             value, interval = _value(metric, numbers)
-            row = _row(task, None, name, metric, value, interval, len(numbers))
+            row = _row(task, None, name, metric, value, interval, len(asked[metric])) | _documents(asked[metric])
             answered = _answered(sides) if metric == "retention" else {}
             results.append({**row, "kv_bytes": round(share), "overlap": overlap, **answered})
         if name == names[0]:
@@ -222,7 +263,7 @@ def pooled_rows(
             continue
         for metric, numbers in values.items():
             value, interval, p = _difference(metric, ours[metric], numbers)
-            row = _row(task, None, name, metric, value, interval, len(numbers))
+            row = _row(task, None, name, metric, value, interval, len(asked[metric])) | _documents(asked[metric])
             differences.append({**row, "p": p, "overlap": overlap})
     return results, differences
 

@@ -25,7 +25,7 @@ from moacompress.runtime.checkpoint import Checkpoint
 
 SCORE_VERSION = 5
 """Part of every records key: raised when the same prompt would be scored in another way."""
-UNSCORED = ("question_at", "question")
+UNSCORED = ("question_at", "question", "document")
 """What of a case no score depends on."""
 Entry = dict[str, Any]
 """The numbers of a score by name, and of a prompt `answer`, what the model said."""

@@ -47,6 +47,7 @@ def score_rows(cell: TaskCell, comparison: Iterable[Measured]) -> list[StoredSco
             "kv_bytes": one.compared.kv_bytes,
             "notes": one.compared.description(cell.tokens),
             **{metric: one.values(metric) for metric in SCORES},
+            **({"documents": list(one.documents)} if any(one.documents) else {}),
         }
         for one in comparison
     ]
@@ -64,7 +65,8 @@ def measured_again(rows: Sequence[StoredScores]) -> list[tuple[TaskCell, list[Me
             scores = [Score(*values) for values in zip(*(row[metric] for metric in SCORES), strict=True)]
             cell = TaskCell(row["task"], row["length"], len(scores), row["tokens"])
             _, comparison = found.setdefault((cell.task, cell.length), (cell, []))
-            comparison.append(Measured(StoredModel(row["model"], row["kv_bytes"], row["notes"]), scores))  # type: ignore[arg-type]
+            model = StoredModel(row["model"], row["kv_bytes"], row["notes"])
+            comparison.append(Measured(model, scores, row.get("documents", ())))  # type: ignore[arg-type]
     except (KeyError, TypeError, ValueError) as error:
         raise ArtefactError(f"stored scores are damaged ({error}); evaluate again") from error
     return list(found.values())

@@ -30,6 +30,8 @@ class Case:
         question_at: `prompt_ids[question_at:]` is what is asked, with all that follows it; None where that is not known.
         opening: the text of the answer that the prompt ends with.
         question: what is asked, for a reader.
+        document: fingerprint of the text that is asked about, where other prompts may ask about it too, at this length or
+            another; empty for one of its own.
     """
 
     task: str
@@ -44,6 +46,7 @@ class Case:
     question_at: int | None = None
     opening: str = ""
     question: str = ""
+    document: str = ""
 
     @property
     def tokens(self) -> int:

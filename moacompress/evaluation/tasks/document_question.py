@@ -61,7 +61,9 @@ def render(question: Question, chosen: Sequence[int], known: Questions, sentence
     """Returns the prompt of a question with the documents `chosen`, in that order."""
     user = sentences.render([known.documents[index] for index in chosen], question.text)
     asked, answer = sentences.asks(question.text), Answer.of(question.answers[0])
-    return PromptDraft((user,), sentences.answer, answer, question.answers, question=asked)
+    return PromptDraft(
+        (user,), sentences.answer, answer, question.answers, question=asked, document=known.documents[question.document]
+    )
 
 
 def _distractors(question: Question, known: Questions, request: PromptRequest) -> list[int]:

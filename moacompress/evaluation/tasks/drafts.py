@@ -62,6 +62,7 @@ class PromptDraft:
         second_turn: the last message is a second turn, fed apart from what is before it.
         system: what the system says before the user; empty for nothing.
         question: how the last message ends, with what is asked; empty for its last line.
+        document: the text that is asked about, where other prompts may ask about it too; empty for one of its own.
     """
 
     messages: tuple[str, ...]
@@ -72,6 +73,7 @@ class PromptDraft:
     second_turn: bool = False
     system: str = ""
     question: str = ""
+    document: str = ""
 
     @property
     def asked(self) -> str:

@@ -118,9 +118,10 @@ def _draft(row: DataRow, kind: RowKind, where: str, index: int) -> PromptDraft:
     references = _references(row, where, index)
     if kind == "question":
         question = field(row, "question", where, index)
-        user = EVALUATION_DOCUMENTS.render([field(row, "context", where, index)], question)
+        context = field(row, "context", where, index)
+        user = EVALUATION_DOCUMENTS.render([context], question)
         draft = _answered((user,), EVALUATION_DOCUMENTS.answer, references)
-        return replace(draft, question=EVALUATION_DOCUMENTS.asks(question))
+        return replace(draft, question=EVALUATION_DOCUMENTS.asks(question), document=context)
     return _answered((field(row, "prompt", where, index),), "", references)
 
 

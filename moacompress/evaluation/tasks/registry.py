@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from moacompress.core.errors import DataError, UsageError, did_you_mean
+from moacompress.core.files import fingerprint
 from moacompress.core.plugins import TASKS as OUTSIDE
 from moacompress.core.plugins import named_plugins
 from moacompress.evaluation.tasks import ruler
@@ -474,4 +475,5 @@ def _make_case(task: EvaluationTask, request: PromptRequest, draft: PromptDraft)
         question_at=ids.question_at,
         opening=draft.prefix,
         question=draft.asked[-SHOWN_QUESTION:],
+        document=fingerprint(draft.document) if draft.document else "",
     )

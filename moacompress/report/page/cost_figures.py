@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from moacompress.core.artefact_names import BENCH_FILE
-from moacompress.core.tables import readable_bytes, with_interval
+from moacompress.core.statistics import estimate_text
+from moacompress.core.tables import readable_bytes
 from moacompress.report.bench_tables import gain_text, memory_rows
 from moacompress.report.page.figure_style import Picture, Trace, axis, lines
 from moacompress.report.page.findings import Finding, Findings, reading_file
@@ -205,7 +206,7 @@ def _speedup(row: Any) -> str:
     found = row["speedup"].get("dense")
     if found is None:
         return "-"
-    return with_interval(found["value"], found["ci95"])
+    return estimate_text(found["value"], found["ci95"])
 
 
 @reading_file(BENCH_FILE)

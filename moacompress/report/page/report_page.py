@@ -16,12 +16,13 @@ from moacompress.core.artefact_names import BENCH_FILE, EVALUATION_FILE, MODEL_F
 from moacompress.core.errors import UsageError
 from moacompress.core.files import finite_json, write_text
 from moacompress.core.place import check_replaceable
+from moacompress.core.statistics import rounded_text
 from moacompress.core.tables import readable_types
 from moacompress.core.version import own_version
 from moacompress.exporter.card import WEIGHTS, repair_text
 from moacompress.recipe import shared_name
 from moacompress.report.evaluation_tables import overlap_note
-from moacompress.report.headline import SAID, headline, interval_text, kept_rows
+from moacompress.report.headline import SAID, all_text, headline, interval_text, kept_rows
 from moacompress.report.heal_tables import heal_sentence
 from moacompress.report.page.cost_figures import bytes_text, machine_text, memory_picture, speed_pictures
 from moacompress.report.page.figure_style import ROLES, Picture
@@ -290,7 +291,7 @@ def _quality_cost(evaluation: Finding | None) -> str:
         return "what it still answers was not measured"
     row = rows[0]
     return (
-        f"of {row['dense_right']} prompts that the dense model answers it answers {row['kept']:.0%} ({interval_text(row)}; "
+        f"of {row['dense_right']} prompts that the dense model answers it answers {rounded_text(row['kept'], '.0%')} ({interval_text(row)}; "
         f"{SAID[row['kind']][0].lower()}{SAID[row['kind']][1:]}: {', '.join(row['tasks'])})"
     )
 
@@ -353,9 +354,10 @@ def _quality_tiles(evaluation: Finding | None) -> list[dict[str, str]]:
         what = f"{SAID[row['kind']]}: kept of what dense gets right"
         if row.get("dense_right"):
             beside = (
-                f"{interval_text(row)}, n = {row['dense_right']} of {row['prompts']} prompts: {', '.join(row['tasks'])}"
+                f"{interval_text(row)}, n = {row['dense_right']} of {row['prompts']} prompts: {', '.join(row['tasks'])}; "
+                f"{all_text(row)}"
             )
-            shown.append({"value": f"{row['kept']:.0%}", "what": what, "beside": beside})
+            shown.append({"value": rounded_text(row["kept"], ".0%"), "what": what, "beside": beside})
         elif "dense_right" in row:
             shown.append({"value": "-", "what": what, "beside": f"dense answers none of {row['prompts']} prompts"})
     return shown
