@@ -12,7 +12,7 @@ from typing import Any
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import explanation_file, front_file, of_search, plan_named, scouts_folder
 from moacompress.core.errors import ArtefactError, InfeasibleBudgetError, PlanError
-from moacompress.core.files import finite_json, read_json, remove, write_json
+from moacompress.core.files import check_no_link, finite_json, read_json, remove, write_json
 from moacompress.core.progress import Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
@@ -236,6 +236,7 @@ def _smallest(
     }
 
     begun: set[Path] = set()
+    check_no_link(scouts_folder(out))
 
     def search(share: int, target: Path, **settings: Any) -> SearchResult:
         resolved = recipe.override(budget=[f"{share}%"], max_loss="", **settings)

@@ -229,6 +229,8 @@ def opened(
     profile, name = request.profile, f"moacompress-{request.key}"
     storage = request.recipe.search.storage
     alone, trials = storage is None, request.recipe.search.trials
+    if out is not None:
+        check_no_link(rounds_folder(out))
     if alone and out is not None:
         check_no_link(study_journal(out))
         storage = str(study_journal(out))

@@ -176,8 +176,11 @@ def _read_local(path: Path) -> Sequence[DataRow]:
         if not isinstance(row, Mapping):
             raise DataError(f"row {index} of {path} is no object but {_short(row)}")
     first: dict[str, DataRow] = {}
-    for row in rows:
-        first.setdefault(canonical_json(_comparable(row)) if _is_json(row) else repr(row), row)
+    for index, row in enumerate(rows):
+        try:
+            first.setdefault(canonical_json(_comparable(row)) if _is_json(row) else repr(row), row)
+        except RecursionError as error:
+            raise DataError(f"row {index} of {path} is nested too deep") from error
     return list(first.values())
 
 

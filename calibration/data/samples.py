@@ -125,10 +125,13 @@ def load_samples(path: str | Path) -> list[Sample]:
             )
             sources = json.loads(notes["sources"])
             kinds = json.loads(notes["kinds"]) if "kinds" in notes else ["answer"] * len(sources)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+            if not isinstance(sources, list) or not isinstance(kinds, list):
+                raise ValueError("its notes are no lists")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ArtefactError(f"cannot read samples {path}: {error}; make them from scratch") from error
     consistent = (
         all(array.ndim == 1 for array in (ids, mask, offsets, lengths))
+        and all(array.dtype == np.int64 for array in (ids, offsets, lengths))
         and len(offsets) == len(lengths) + 1 == len(sources) + 1 == len(kinds) + 1
         and all(kind in get_args(SampleKind) for kind in kinds)
         and len(ids) == len(mask)

@@ -25,12 +25,23 @@ from moacompress.core.artefact_names import (
     of_profile,
 )
 from moacompress.core.errors import ArtefactError, MoaCompressError, one_line
-from moacompress.core.files import BrokenJson, fingerprint, read_json, remove, sweep_files, write_json, write_text
+from moacompress.core.files import (
+    BrokenJson,
+    check_no_link,
+    fingerprint,
+    read_json,
+    remove,
+    sweep_files,
+    write_json,
+    write_text,
+)
 from moacompress.core.version import own_version
 from moacompress.recipe import Recipe
 from moacompress.recipe_sections import INFLUENCE, ProfileRecipe
 from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.plan_form import check_candidates
 from moacompress.rules.rule import SINKS, Rule
+from moacompress.rules.untrusted import WRONG_FORM
 
 DISTANCE_BINS = 18
 """Bins of the distance histograms: 0, 1, 2-3, 4-7, ... tokens; the last begins at 65,536."""
@@ -167,17 +178,20 @@ class Manifest:
             )
             for name in ("gates", "wording"):
                 data.setdefault(name, "")
+            model, recipe = ModelShape(**shape), Recipe.from_dict(data["recipe"], "its recipe")
+            rules = tuple(Rule.from_list(rule) for rule in data["rules"])
+            check_candidates(model, recipe.profile.min_window, rules)
             return Manifest(
-                shape=ModelShape(**shape),
-                rules=tuple(Rule.from_list(rule) for rule in data["rules"]),
-                recipe=Recipe.from_dict(data["recipe"], "its recipe"),
+                shape=model,
+                rules=rules,
+                recipe=recipe,
                 skipped=tuple(map(int, data["skipped"])),
                 seconds=float(data["seconds"]),
                 complete=data["complete"] is True,
                 shard=Shard.from_dict(data["shard"]) if "shard" in data else None,
                 **{name: str(data[name]) for name in names},
             )
-        except (KeyError, TypeError, ValueError, AttributeError, MoaCompressError) as error:
+        except (*WRONG_FORM, MoaCompressError) as error:
             why = f"no {error}" if isinstance(error, KeyError) else one_line(error)
             raise ArtefactError(
                 f"{path} was made by {_maker(data)} and moacompress {own_version()} cannot read it: {why}; use the version "
@@ -299,10 +313,11 @@ def prepare(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest:
 
     Raises:
         ArtefactError: the folder holds something else, or a profile that is of another request or that this version does not
-            accept, and `overwrite` is False; nothing in it is touched. Or it cannot be written.
+            accept, and `overwrite` is False; nothing in it is touched. Or its samples are a link, or it cannot be written.
     """
     if not overwrite:
         _read(folder)
+    check_no_link(folder / SAMPLES_FOLDER)
     _sweep(folder)
     found = _same_request(folder, manifest, overwrite)
     if found is None:

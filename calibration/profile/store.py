@@ -462,7 +462,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         with safe_open(str(path), framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, TypeError, ValueError) as error:  # numpy has not all types
         raise damaged(path, str(error)) from error
 
 
@@ -472,6 +472,8 @@ def _read_merged(path: Path, head: Manifest) -> tuple[npt.NDArray[np.int64], tup
     if set(arrays) != {*wanted, "lengths", "kinds"}:
         raise damaged(path, f"it holds {', '.join(sorted(arrays)) or 'nothing'}")
     lengths, kinds = arrays.pop("lengths"), arrays.pop("kinds")
+    if (lengths.dtype, lengths.ndim, kinds.dtype) != (np.int64, 1, np.uint8):
+        raise damaged(path, "its lengths or kinds of samples are of another type")
     statistics = Statistics(arrays)
     for name, shape in statistics.shapes.items():
         if shape != (len(lengths), *wanted[name]):

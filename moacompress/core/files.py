@@ -78,7 +78,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         ArtefactError: the folder cannot be written (missing, read-only, disk full); nothing is left behind.
     """
-    write_bytes(path, text.encode())
+    write_bytes(path, _encoded(text))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -102,7 +102,12 @@ def write_texts(texts: Mapping[Path, str]) -> None:
     Raises:
         ArtefactError: one of them cannot be written; names it, and what was moved before.
     """
-    _write_and_move({path: text.encode() for path, text in texts.items()})
+    _write_and_move({path: _encoded(text) for path, text in texts.items()})
+
+
+def _encoded(text: str) -> bytes:
+    """Returns UTF-8, in which half a character that JSON may hold is spelt out, as JSON itself does."""
+    return text.encode(errors="backslashreplace")
 
 
 def _write_and_move(contents: Mapping[Path, bytes]) -> None:
@@ -169,14 +174,17 @@ def read_json(path: Path, what: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
         raise BrokenJson(f"{what} {path} is not valid JSON: {error}") from error
 
 
-def check_no_link(path: Path) -> None:
-    """Refuses a link in the place of a file that is appended to: it could lead out of a folder that somebody else made.
+def check_no_link(*paths: Path) -> None:
+    """Refuses a link in the place of a file that is appended to, or of a folder that files are written into.
+
+    It could lead out of a folder that somebody else made.
 
     Raises:
         ArtefactError: there is one.
     """
-    if path.is_symlink():
-        raise ArtefactError(f"{path} is a link, which is not written through; remove it, or choose another place")
+    for path in paths:
+        if path.is_symlink():
+            raise ArtefactError(f"{path} is a link, which is not written through; remove it, or choose another place")
 
 
 @contextmanager

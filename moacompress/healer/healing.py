@@ -31,6 +31,7 @@ from moacompress.core.artefact_names import (
 )
 from moacompress.core.errors import ArtefactError
 from moacompress.core.files import (
+    check_no_link,
     holds_something,
     new_folder,
     read_json,
@@ -220,6 +221,7 @@ def check_out(out: Path, request: HealRequest, overwrite: bool) -> HealResult | 
 
 def _claim(work: Path, request: HealRequest, overwrite: bool) -> None:
     """Makes the work folder this heal's, or refuses it. This process owns it."""
+    check_no_link(work / HEAL_CHECKPOINTS_FOLDER)
     _sweep(work)
     if _is_begun(work, request, overwrite):
         return

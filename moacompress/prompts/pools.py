@@ -307,6 +307,8 @@ def read_files(path: str | Path) -> dict[Path, str]:
         raise DataError(f"{path} has no .txt files; give a .txt file or a folder with some")
     texts: dict[str, tuple[Path, str]] = {}
     for file in files:
+        if file != path and not file.is_file():  # a pipe would be waited for, and a device has no end
+            raise DataError(f"cannot read {file}: it is no file")
         try:
             text = file.read_text("utf-8-sig")
         except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
@@ -199,7 +200,7 @@ class PlanForm(RulesForm):
 
 NOTES = ("budget", "quality", "provenance")
 _VERSION = TypeAdapter(Annotated[int, Field(strict=True), Field(ge=1, le=10**6)])
-_PLAN, _RULES = TypeAdapter(PlanForm), TypeAdapter(RulesForm)
+_PLAN, _RULES, _MODEL = TypeAdapter(PlanForm), TypeAdapter(RulesForm), TypeAdapter(ModelForm)
 
 
 def plan_fields(data: Any) -> dict[str, Any]:
@@ -258,6 +259,23 @@ def check_rules(model: ModelShape, min_window: int, rules: Sequence[Sequence[Rul
     names = RULE_FIELDS + SELECT_FIELDS
     layers = [{name: [getattr(rule, name) for rule in row] for name in names} for row in rules]
     _check_columns(checked(_RULES, {"model": model.to_dict(), "min_window": min_window, "layers": layers}, _name))
+
+
+def check_candidates(model: ModelShape, min_window: int, rules: Sequence[Rule]) -> None:
+    """Refuses rules to choose among of which a plan may not have one, and a model of a shape that cannot be.
+
+    Args:
+        model: its shape.
+        min_window: smallest window, tokens.
+        rules: to choose among.
+
+    Raises:
+        PlanError: which number is out of bounds.
+    """
+    checked(_MODEL, model.to_dict(), lambda path: _name(("model", *path)))
+    one_head = replace(model, layers=1, heads=1, kv_heads=1, native_windows=(None,))
+    for rule in rules:
+        check_rules(one_head, min_window, ((rule,),))
 
 
 def _check_columns(form: RulesForm) -> None:

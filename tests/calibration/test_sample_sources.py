@@ -260,6 +260,7 @@ def test_hub_set_without_network(source: SourceModel) -> None:
         ("bad.jsonl", '{"prompt": ' + "9" * 5000 + "}", r"line 1 of .*bad.jsonl is not valid JSON"),
         ("bad.json", "9" * 5000, r"bad.json is not valid JSON"),
         ("dict.json", "{}", r"dict.json must hold a list of rows, not dict, or be in SQuAD's form"),
+        ("deep.json", f'[{{"text": "a", "more": {"[" * 700}{"]" * 700}}}]', r"row 0 of .*deep.json is nested too deep"),
         ("empty.json", "[]", r"file:empty.json has no rows"),
         ("blank.txt", " ", r"blank.txt has no text"),
         (

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from moacompress.calibration.data.samples import Sample, fingerprint_samples, save_samples
 from moacompress.calibration.profile.manifest import (
@@ -185,6 +189,71 @@ def test_a_nonsense_head_is_refused(folder: Path, key: str, value: Any) -> None:
         Profile.load(folder)
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rules": [[4, 0, 1024], [4, 2**70, 0]]}, "alpha of layer 0 KV head 0 is 1180591620717411303424"),
+        ({"shape": {**SHAPE.to_dict(), "native_windows": [None, 2.5, None]}}, "native_windows of layer 1"),
+        ({"shape": {**SHAPE.to_dict(), "layers": 10**9}}, "model.layers is 1000000000"),
+        ({"skipped": [float("inf")]}, "cannot convert float infinity"),
+    ],
+)
+def test_numbers_that_no_profile_has_are_refused(folder: Path, fields: dict[str, Any], said: str) -> None:
+    change(folder, **fields)
+    with pytest.raises(ArtefactError, match=said):
+        Profile.load(folder)
+
+
+def in_float64(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float64)
+
+
+OTHER_ARRAYS: dict[str, tuple[str, str, Any]] = {
+    "kinds": ("influence", "kinds", in_float64),
+    "column": ("influence", "lengths", lambda array: array[:, None]),
+    "scalar": ("influence", "lengths", lambda array: array.sum()),
+    "offsets": ("validation", "offsets", in_float64),
+    "infinite": ("validation", "lengths", lambda array: array * np.inf),
+    "bfloat16": ("influence", "lengths", None),
+    "bfloat16 ids": ("validation", "input_ids", None),
+}
+"""Files and their arrays, with what is put in the array's place; None for a type that numpy has not."""
+
+
+@pytest.mark.parametrize(("file", "name", "other"), OTHER_ARRAYS.values(), ids=OTHER_ARRAYS)
+def test_arrays_of_other_types_are_one_error(folder: Path, file: str, name: str, other: Any) -> None:
+    path = folder / f"{file}.safetensors"
+    with safe_open(path, "pt") as opened:
+        arrays, notes = {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata()  # noqa: SIM118
+    arrays[name] = arrays[name].bfloat16() if other is None else torch.as_tensor(other(arrays[name].numpy()))
+    save_file(arrays, path, notes)
+    with pytest.raises(ArtefactError, match=f"{file}.safetensors"):
+        Profile.load(folder)
+
+
+@pytest.mark.parametrize("sources", ["3", '{"a": 1}', "[" * 100_000])
+def test_notes_of_samples_may_be_anything(folder: Path, sources: str) -> None:
+    path = folder / "validation.safetensors"
+    with safe_open(path, "pt") as opened:
+        arrays, notes = {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata()  # noqa: SIM118
+    save_file(arrays, path, {**notes, "sources": sources})
+    with pytest.raises(ArtefactError, match="validation.safetensors"):
+        Profile.load(folder)
+
+
+def test_samples_are_not_written_through_a_link(folder: Path, tmp_path: Path) -> None:
+    """Which a profile of somebody else may have: a resumed run writes there, and removes what looks half-written."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / ".notes.safetensors.12345678.tmp").write_text("mine")
+    shutil.rmtree(folder / "samples")
+    (folder / "samples").symlink_to(mine)
+    for overwrite in (False, True):
+        with pytest.raises(ArtefactError, match="samples is a link, which is not written through"):
+            prepare(folder, head(), overwrite)
+    assert [path.name for path in mine.iterdir()] == [".notes.safetensors.12345678.tmp"]
+
+
 def test_a_newer_version_is_refused_and_kept(folder: Path) -> None:
     path = folder / "profile.json"
     path.write_text(path.read_text().replace('"version": 2', '"version": 3'))
@@ -243,11 +312,11 @@ def test_a_profile_of_another_version_is_refused_and_not_touched(
 def test_what_cannot_be_opened_is_not_taken_for_damaged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(folder)
 
-    def denied(path: Path) -> bytes:
+    def denied(path: Path, mode: str = "r") -> Any:
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "read_bytes", denied)
+        patched.setattr(Path, "open", denied)
         with pytest.raises(ArtefactError, match="cannot read profile .*: Permission denied"):
             prepare(folder, head(), False)
     assert contents(folder) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -30,6 +31,7 @@ from moacompress.core.files import (
     write_texts,
 )
 from moacompress.core.lock_holders import own_file
+from moacompress.core.printable import printable
 from moacompress.core.records import Records, named_numbers
 
 
@@ -80,6 +82,14 @@ def test_links_in_a_folder_of_others_lead_nowhere(tmp_path: Path) -> None:
             Records(tmp_path / "eval.scores.jsonl", named_numbers, resume=resume)
     write_text(tmp_path / "eval.scores.jsonl", "ours")
     assert (tmp_path / "mine").read_text() == "half a line"
+
+
+def test_half_a_character_is_written_as_json_spells_it(tmp_path: Path) -> None:
+    """JSON of others may hold one; no terminal can be given it either."""
+    half = json.loads('["a\\ud800b"]')
+    write_json(tmp_path / "half.json", half)
+    assert read_json(tmp_path / "half.json", "half") == half
+    assert printable(half[0]) == "a\\ud800b"
 
 
 def test_files_are_replaced_whole_and_nothing_is_left_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -346,6 +346,11 @@ def test_a_mistyped_folder_costs_nobody_s_files(healable: Place, small: Make, tm
             with pytest.raises(ArtefactError, match=match):
                 asked(healable["model"], tmp_path / name, profile=healable["profile"], recipe=small(), overwrite=True)
     assert len(list(tmp_path.rglob("mine.txt"))) == 2
+    (tmp_path / "linked.heal").mkdir()
+    (tmp_path / "linked.heal" / "heal.json").write_text("{}")
+    (tmp_path / "linked.heal" / "checkpoints").symlink_to(tmp_path / "out")
+    with pytest.raises(ArtefactError, match="checkpoints is a link, which is not written through"):
+        heal(healable["model"], tmp_path / "linked", profile=healable["profile"], recipe=small(), overwrite=True)
     with pytest.raises(ArtefactError, match="is the model that is to be healed"):
         heal(healable["model"], healable["model"], profile=healable["profile"], recipe=small(), overwrite=True)
     shutil.copytree(healable["model"], tmp_path / "around")

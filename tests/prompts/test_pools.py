@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,6 +74,13 @@ def test_copies_are_read_once(tmp_path: Path) -> None:
         (tmp_path / f"{number}.txt").write_text(copy, "utf-8")
     files = {name.name for names in Prose.load(tmp_path).files.values() for name in names}
     assert files == {"0.txt", "5.txt"}
+
+
+def test_a_folder_of_others_with_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(text(0, 4000))
+    os.mkfifo(tmp_path / "b.txt")
+    with pytest.raises(DataError, match=r"cannot read .*b\.txt: it is no file"):
+        Prose.load(tmp_path)
 
 
 def test_sections_leave_out_what_would_be_shared() -> None:

@@ -339,6 +339,23 @@ def test_a_model_with_markup_in_its_name(run_folder: Path, tmp_path: Path) -> No
     assert "&lt;b&gt;bold" in (tmp_path / "page.html").read_text("utf-8")
 
 
+def test_tags_in_an_evaluation_are_text(run_folder: Path, tmp_path: Path) -> None:
+    """Plotly makes a link of `<a href>` and takes any `style`, which could fetch something."""
+    shutil.copyfile(run_folder / "plan.json", tmp_path / "plan.json")
+    evil = "<a href='https://example.com' style='cursor:url(https://example.com)'>task</a>\ud800"
+    evaluation = json.loads((run_folder / "eval.json").read_text())
+    for row in (*evaluation["results"], *evaluation["answers"]):
+        row |= {"task": evil, "prompts": evil}
+    evaluation["answers"][0]["question"] = evil
+    (tmp_path / "eval.json").write_text(json.dumps(evaluation))
+    write_page(Findings.load(tmp_path / "plan.json"), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert "<a href='https" not in page
+    figures = json.dumps(page_data(page)["figures"])
+    assert "&lt;a href='https://example.com'" in figures
+    assert {tag.lower() for tag in re.findall(r"<(/?\w+)", figures)} <= {"b", "/b", "br", "extra", "/extra"}
+
+
 def test_every_side_has_a_colour_of_its_own() -> None:
     roles = roles_of(["plan", "dense", "uniform:4", "uniform-elastic", "split", "quantized:hqq-4", "plan"])
     assert roles["uniform:4"] == "uniform"

@@ -154,6 +154,17 @@ def test_a_front_and_a_smallest_budget_end_with_what_is_measured(
     assert rest.plan.kv_share(512) <= smallest.plan.kv_share(512)
 
 
+def test_scouts_are_not_written_through_a_link(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
+    profile = profiles(trials=4)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "plan.scouts").symlink_to(tmp_path / "mine")
+    with pytest.raises(ArtefactError, match=r"plan.scouts is a link, which is not written through"):
+        find_smallest(
+            profile, Loss.parse("5%"), recipe=profile.recipe, out=tmp_path / "plan.json", model=model(profile)
+        )
+    assert not any((tmp_path / "mine").iterdir())
+
+
 @pytest.mark.parametrize("share", ["1%", "5%", "20%"])
 def test_the_smallest_budget_for_a_loss(fake: Any, profiles: Profiles, tmp_path: Path, share: str) -> None:
     profile = profiles(trials=4)

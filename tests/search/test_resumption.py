@@ -196,6 +196,14 @@ def test_a_folder_that_no_search_left_is_not_removed(
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == {file}
 
 
+def test_rounds_are_not_written_through_a_link(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "plan.rounds").symlink_to(tmp_path / "mine")
+    with pytest.raises(ArtefactError, match=r"plan.rounds is a link, which is not written through"):
+        search(profiles(trials=1), out=tmp_path / "plan.json")
+    assert not any((tmp_path / "mine").iterdir())
+
+
 @pytest.mark.parametrize("kind", ["journal", "sqlite"])
 def test_overwrite_forgets_the_study_in_a_storage_and_no_other(
     search: Search, profiles: Profiles, tmp_path: Path, kind: str

@@ -26,6 +26,8 @@ ROLES: dict[str, tuple[str, str, str]] = {
 }
 """Of every role its colour on a light and on a dark page, and its mark."""
 OTHERS = tuple(name for name in ROLES if name.startswith("other-"))
+_TAG = re.compile(r"<(?!/?(?:b|br|extra)>)")
+"""The start of a tag that no picture has of its own."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Picture:
         return re.sub(r"[^A-Za-z0-9_-]", "_", self.name)
 
     def figure(self) -> dict[str, Any]:
-        """Returns the figure as JSON values, checked by plotly.
+        """Returns the figure as JSON values, checked by plotly, which would obey tags: those of the data are shown as text.
 
         Raises:
             ImportError: plotly is not installed.
@@ -65,7 +67,16 @@ class Picture:
 
         found = Figure({"data": list(self.traces), "layout": dict(self.layout)}).to_plotly_json()
         del found["layout"]["template"]
-        return {"data": found["data"], "layout": found["layout"]}
+        return {"data": without_tags(found["data"]), "layout": without_tags(found["layout"])}
+
+
+def without_tags(value: Any) -> Any:
+    """Returns JSON values in whose texts plotly finds no link and no style: a task may have any name in a file."""
+    if isinstance(value, Mapping):
+        return {key: without_tags(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_tags(item) for item in value]
+    return _TAG.sub("&lt;", value) if isinstance(value, str) else value
 
 
 def roles_of(names: Iterable[str]) -> dict[str, str]:

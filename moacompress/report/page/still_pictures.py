@@ -9,7 +9,7 @@ from moacompress.core.artefact_names import MODEL_FOLDER
 from moacompress.core.errors import UsageError, one_line
 from moacompress.core.files import write_bytes, write_text
 from moacompress.exporter.card import CARD
-from moacompress.report.page.figure_style import Picture
+from moacompress.report.page.figure_style import Picture, without_tags
 from moacompress.report.page.findings import Findings
 from moacompress.report.page.report_page import page_sections
 
@@ -70,7 +70,7 @@ def png(picture: Picture) -> bytes:
     from plotly.graph_objects import Figure
 
     drawn: Any = Figure(picture.figure())
-    drawn.update_layout(**LAYOUT, title={"text": picture.title})
+    drawn.update_layout(**LAYOUT, title={"text": without_tags(picture.title)})
     try:
         image: bytes = drawn.to_image("png", scale=SCALE)
     except (ImportError, ValueError, RuntimeError) as error:
