@@ -110,7 +110,7 @@ def test_what_is_refused_leaves_nothing_behind(compressed, tmp_path, tiny_folder
         run_bench(tiny_folder, ONE, out=out)
     with pytest.raises(UsageError, match="missing does not exist; give a compressed model"):
         run_bench(tmp_path / "missing", ONE, out=out)
-    monkeypatch.setattr(benchmark, "available_bytes", lambda: 2**20)
+    monkeypatch.setattr(benchmark, "available_memory", lambda device: 2**20)
     with pytest.raises(MoaCompressError, match=r"1.0 MiB is available"):
         run_bench(compressed, ONE, out=out)
     monkeypatch.undo()

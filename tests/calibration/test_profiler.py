@@ -20,7 +20,7 @@ from moacompress.calibration.profile.profiler import profile
 from moacompress.calibration.profile.sample_statistics import sample_statistics
 from moacompress.calibration.profile.statistics import ESTIMATORS, Statistics
 from moacompress.calibration.profile.store import Profile, sample_path
-from moacompress.core.artefact_names import MANIFEST_FILE, holder_of_folder, of_profile
+from moacompress.core.artefact_names import MANIFEST_FILE, SHINGLES_FILE, holder_of_folder, of_profile
 from moacompress.core.errors import ArtefactError, DataError, ModelError, PlanError, UsageError
 from moacompress.core.files import remove
 from moacompress.core.progress import Progress
@@ -115,7 +115,7 @@ def test_overwrite_starts_anew_and_leaves_what_is_not_of_a_profile(
         made = profile(source, out, RECIPE.override(seed=seed), overwrite=True)
         assert not before & {path.stat().st_ino for path in out.rglob("*")}
     assert (len(data), len(done), made.recipe.seed) == (4, 8, seed)
-    left = {"notes.txt", "samples", MANIFEST_FILE, *(f"{name}.safetensors" for name in SETS)}
+    left = {"notes.txt", "samples", MANIFEST_FILE, SHINGLES_FILE, *(f"{name}.safetensors" for name in SETS)}
     assert {path.name for path in out.iterdir()} == left
     assert (out / "notes.txt").read_text() == "mine"
 

@@ -134,7 +134,7 @@ def test_an_answer_that_takes_all_the_room_is_refused_before_the_model_answers(
 
 def test_a_prompt_with_several_answers_is_one_sample_of_one_split(source: SourceModel, tmp_path: Path) -> None:
     """Answers of rows are not used, so rows that differ in them alone are the same prompt."""
-    asked = [row["prompt"] for row in prompts(18)]
+    asked = [row["prompt"] for row in prompts(40)]
     pairs = [(prompt, answer) for prompt in asked for answer in "abc"]
     turns = [
         [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for prompt, answer in pairs
@@ -150,7 +150,7 @@ def test_a_prompt_with_several_answers_is_one_sample_of_one_split(source: Source
             assert len(seen[split]) == count
         assert not seen["calibration"] & seen["validation"]
     rows_of_hub = HubRows(rows)
-    assert list(first_of_each(rows_of_hub, "messages", "hub")) == list(range(0, 54, 3))
+    assert list(first_of_each(rows_of_hub, "messages", "hub")) == list(range(0, 120, 3))
     assert rows_of_hub.columns == ["messages"]
 
 
@@ -202,9 +202,9 @@ def test_parquet_rows(source: SourceModel, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    (tmp_path / "marked.json").write_text(json.dumps(prompts(9)), "utf-8-sig")
+    (tmp_path / "marked.json").write_text(json.dumps(prompts(24)), "utf-8-sig")
     assert len(build_samples(source, recipe([{"path": str(tmp_path / "marked.json")}]), "calibration")) == 4
-    pq.write_table(pa.Table.from_pylist(prompts(9)), tmp_path / "qa.parquet")
+    pq.write_table(pa.Table.from_pylist(prompts(24)), tmp_path / "qa.parquet")
     assert len(build_samples(source, recipe([{"path": str(tmp_path / "qa.parquet")}]), "calibration")) == 4
 
 
@@ -265,7 +265,7 @@ def test_hub_set_without_network(source: SourceModel) -> None:
         ("blank.txt", " ", r"blank.txt has no text"),
         (
             "half.jsonl",
-            '{"prompt": "\\ud83d"}\n{"prompt": "b\\ud83d"}',
+            '{"prompt": "\\ud83d"}\n{"prompt": "b\\ud83d"}\n{"prompt": "c\\ud83d"}',
             r"row \d of file:half.jsonl has half a character",
         ),
         ("squad.json", '{"data": 5}', r"squad.json is not a SQuAD file: TypeError"),
@@ -284,7 +284,7 @@ def test_hub_set_without_network(source: SourceModel) -> None:
         ),
         (
             "rows.json",
-            '[{"prompt": "a"}, {"text": "b"}, {"text": "c"}]',
+            json.dumps([{"prompt": "a"}, *({"text": str(row)} for row in range(20))]),
             r"row \d of file:rows.json has no text under 'prompt'",
         ),
         ("list.json", "[[1]]", r"row 0 of .*list.json is no object but \[1\]"),
@@ -295,21 +295,21 @@ def test_hub_set_without_network(source: SourceModel) -> None:
             '[{"question": 1, "id": 2}]',
             r"has the columns id, question; rows need `messages`, .*`context` with `question`",
         ),
-        ("one.json", '[{"prompt": "a"}]', r"has 1 rows that differ; calibration, validation need at least one each"),
+        ("one.json", '[{"prompt": "a"}]', r"has 1 rows that differ; calibration, validation, evaluation need at least one each"),
         (
             "null.json",
-            '[{"prompt": null}, {"prompt": 2}]',
-            r"row \d of file:null.json has no text under 'prompt' but (None|2)",
+            '[{"prompt": null}, {"prompt": 2}, {"prompt": 3}]',
+            r"row \d of file:null.json has no text under 'prompt' but (None|2|3)",
         ),
-        ("m.json", '[{"messages": 1}, {"messages": 2}]', r"row \d of file:m.json has no list of turns"),
+        ("m.json", '[{"messages": 1}, {"messages": 2}, {"messages": 3}]', r"row \d of file:m.json has no list of turns"),
         (
             "t.json",
-            '[{"messages": [{"role": "user"}]}, {"messages": [{"role": "assistant"}]}]',
+            '[{"messages": [{"role": "user"}]}, {"messages": [{"role": "assistant"}]}, {"messages": [{"role": "system"}]}]',
             r"turn 0 of row \d .*needs a role and a content",
         ),
         (
             "a.json",
-            '[{"messages": [{"role": "assistant", "content": "a"}]}, {"messages": []}]',
+            '[{"messages": [{"role": "assistant", "content": "a"}]}, {"messages": []}, {"messages": [{"role": "assistant", "content": "b"}]}]',
             r"row \d .*has no user turn before",
         ),
         (
