@@ -185,8 +185,8 @@ class Recipe(Section):
             raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
         if room_after(data, MAX_BYTES, finite=False) < 0:  # an alias of YAML stands for all of what it names, time and again
             raise RecipeError(
-                f"recipe {path} must be at most {MAX_DEPTH} deep, and {MAX_BYTES:,} numbers and characters, what an alias stands "
-                "for counted each time"
+                f"recipe {path} must be at most {MAX_DEPTH} deep, and {MAX_BYTES:,} numbers and characters, what an alias "
+                "stands for counted each time"
             )
         return Recipe.from_dict(data, f"recipe {path}")
 

@@ -295,7 +295,7 @@ def test_hub_set_without_network(source: SourceModel) -> None:
             '[{"question": 1, "id": 2}]',
             r"has the columns id, question; rows need `messages`, .*`context` with `question`",
         ),
-        ("one.json", '[{"prompt": "a"}]', r"has 1 rows that differ; calibration, validation, evaluation need at least one each"),
+        ("one.json", '[{"prompt": "a"}]', r"has 1 rows that differ; calibration, validation, evaluation need"),
         (
             "null.json",
             '[{"prompt": null}, {"prompt": 2}, {"prompt": 3}]',
@@ -309,7 +309,7 @@ def test_hub_set_without_network(source: SourceModel) -> None:
         ),
         (
             "a.json",
-            '[{"messages": [{"role": "assistant", "content": "a"}]}, {"messages": []}, {"messages": [{"role": "assistant", "content": "b"}]}]',
+            '[{"messages": [{"role": "assistant", "content": "a"}]}, {"messages": []}, {"messages": [{"role": "system"}]}]',
             r"row \d .*has no user turn before",
         ),
         (

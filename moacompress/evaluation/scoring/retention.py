@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-
 from typing import TypeVar
 
 from moacompress.core.statistics import Interval, by_document, rate
