@@ -35,8 +35,7 @@ def reword(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     said = replace(sentences.NEEDLES, needle="Keep in mind that {key} has the {kind} {value}.")
 
     def change() -> None:
-        for module in ("sentences", "generators"):
-            monkeypatch.setattr(f"moacompress.prompts.{module}.NEEDLES", said)
+        monkeypatch.setattr(sentences, "NEEDLES", said)
 
     return change
 
