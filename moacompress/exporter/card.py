@@ -45,7 +45,9 @@ def state_measured(folder: Path, sentences: Sequence[str]) -> None:
     before, heading, after = text.partition(FIRST_NUMBERS)
     if heading:  # else somebody wrote a card of their own
         before = before.partition(MEASURED)[0]
-        write_text(card, "".join((before, MEASURED, *(f"- {each}\n" for each in sentences), "\n", heading, after)))
+        stated = "".join((before, MEASURED, *(f"- {each}\n" for each in sentences), "\n", heading, after))
+        if stated != text:
+            write_text(card, stated)
 
 
 @reading_notes("what was measured and done")

@@ -301,7 +301,11 @@ def test_hub_set_without_network(source: SourceModel) -> None:
             '[{"prompt": null}, {"prompt": 2}, {"prompt": 3}]',
             r"row \d of file:null.json has no text under 'prompt' but (None|2|3)",
         ),
-        ("m.json", '[{"messages": 1}, {"messages": 2}, {"messages": 3}]', r"row \d of file:m.json has no list of turns"),
+        (
+            "m.json",
+            '[{"messages": 1}, {"messages": 2}, {"messages": 3}]',
+            r"row \d of file:m.json has no list of turns",
+        ),
         (
             "t.json",
             '[{"messages": [{"role": "user"}]}, {"messages": [{"role": "assistant"}]}, {"messages": [{"role": "system"}]}]',

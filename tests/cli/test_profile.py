@@ -102,7 +102,7 @@ def test_another_audit_is_not_touched_without_overwrite(
         (("--audit", "4", "--audit-plans", "-1"), "an audit of -1 plans is not possible"),
         (("--audit", "4", "--budget", "0.1%"), "ask for at least"),
         (("--audit", "4", "--budget", "some"), "is not understood"),
-        (("--audit", "4", "--around", "plan.json"), "run it without --around"),
+        (("--audit", "4", "--around", "plan.json"), "--audit has no effect beside --around"),
         (("--around", "none.json"), "none.json does not exist"),
         (("--anchors", "-1"), "profile.anchors"),
         (("--text-samples", "3"), "text"),

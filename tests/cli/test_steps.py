@@ -158,7 +158,7 @@ def test_eval(place: Path) -> None:
         "eval", place / "model", "--tasks", "needle-noise", "--lengths", "768", "--prompts", "2",
         "-o", place / "eval.json",
     )  # fmt: skip
-    assert {row["model"] for row in data["results"]} == {"dense", "uniform", "plan"}
+    assert {row["model"] for row in data["results"]} >= {"dense", "uniform", "plan"}
     assert {row["metric"] for row in data["results"]} >= {"exact_match", "nll"}
     assert (place / "eval.json").is_file()
 

@@ -45,7 +45,7 @@ def folders(
 
 
 def run(folder: Path, **options: Any) -> dict[str, Any]:
-    return evaluate(folder, **{"lengths": (700,), "prompts": 2, **options})
+    return evaluate(folder, **{"tasks": ("needle-noise",), "lengths": (700,), "prompts": 2, **options})
 
 
 def test_shared_attention_is_measured_beside_the_dense_model(folders: dict[str, Path]) -> None:

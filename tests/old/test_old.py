@@ -133,11 +133,11 @@ def test_a_finished_profile_is_returned(made: Any, old: Path, profiled: list[int
     assert profiled == []
     assert found.fingerprint == read.fingerprint == manifest["fingerprint"]
     assert (found.gates is None) == (name == "profile")
-    assert changed(before, digests(old)) <= {f"{name}/profile.json"}
+    assert changed(before, digests(old)) <= {f"{name}/profile.json", f"{name}/calibration.shingles"}
     (old / name / "influence.safetensors").unlink()
     moacompress.profile("dense", name, recipe)
     assert profiled == []
-    assert changed(before, digests(old)) <= {f"{name}/profile.json"}
+    assert changed(before, digests(old)) <= {f"{name}/profile.json", f"{name}/calibration.shingles"}
 
 
 def test_a_profile_that_was_killed_is_finished(made: Any, old: Path, profiled: list[int]) -> None:

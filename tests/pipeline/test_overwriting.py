@@ -159,6 +159,7 @@ def test_overwrite_never_costs_what_no_run_left_or_what_is_read(finished, recipe
     shutil.copytree(finished[0], whole)
     shutil.copytree(tiny_folder, whole / "dense")
     (whole / "demo.json").write_text("{}")
+    (whole / "profile" / "answers.jsonl").write_text(" ".join(f"word{number}" for number in range(3000)))
     (tmp_path / "link").symlink_to(whole / "dense")
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     for model in (whole / "dense", tmp_path / "link"):

@@ -15,7 +15,7 @@ from moacompress.calibration.data.held_out import held_out_rows
 from moacompress.core.artefact_names import of_compress
 from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, PlanError, RecipeError
 from moacompress.core.files import read_json
-from moacompress.core.progress import Progress
+from moacompress.core.progress import SILENT, Progress
 from moacompress.evaluation.runner import evaluate
 from moacompress.exporter.card import state_measured
 from moacompress.exporter.exporting import export
@@ -166,7 +166,7 @@ def test_a_budget_far_beyond_what_a_run_reads_is_measured_where_it_reads(recipe,
 
 def test_a_loss_finds_the_budget_of_a_run(recipe, tmp_path):
     out = tmp_path / "out"
-    asked = recipe.override(budget=[], max_loss="30%")
+    asked = recipe.override(budget=[], max_loss="30%", calibration__validation_samples=5)
     summary = compress(asked, out)
     plan = Plan.load(out / "plan.json")
     assert (summary["max_loss"], summary["budget"]) == ("30%", plan.budget["asked"])
@@ -389,13 +389,13 @@ def test_quality_table():
 
 def test_clock_adds_up_over_runs(tmp_path):
     for _ in range(2):
-        clock = pipeline._Clock(tmp_path / "seconds.json")
+        clock = pipeline._Clock(tmp_path / "seconds.json", SILENT)
         clock.run("step", lambda: time.sleep(0.06))
     assert json.loads((tmp_path / "seconds.json").read_text())["step"] >= 0.1
     for damaged in ("[]", '{"step": "1"}'):
         (tmp_path / "seconds.json").write_text(damaged)
         with pytest.raises(ArtefactError, match=r"seconds\.json does not say what steps took"):
-            pipeline._Clock(tmp_path / "seconds.json")
+            pipeline._Clock(tmp_path / "seconds.json", SILENT)
 
 
 def test_rounded_weights_in_another_dtype_than_the_model_s(recipe, tmp_path):

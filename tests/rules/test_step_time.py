@@ -133,7 +133,7 @@ def test_a_plan_says_what_its_step_is_predicted_to_take() -> None:
     from moacompress.exporter.card import model_card
     from moacompress.report.inspection import inspect_plan, overview
     from moacompress.report.page.findings import Findings
-    from moacompress.report.page.report_page import verdict
+    from moacompress.report.page.report_page import about
 
     plan = Plan.from_dict(noted(STEP_MS))
     assert plan.budget["step_ms"] == STEP_MS
@@ -146,7 +146,7 @@ def test_a_plan_says_what_its_step_is_predicted_to_take() -> None:
     console = Console(width=1000, file=io.StringIO())
     data = inspect_plan(plan, [512])
     console.print(overview(plan, data))
-    shown = [model_card(plan), console.file.getvalue(), verdict(Findings(Path("run"), plan))]  # type: ignore[attr-defined]
+    shown = [model_card(plan), console.file.getvalue(), about(Findings(Path("run"), plan))]  # type: ignore[attr-defined]
     assert data["step_ms"] == STEP_MS
     for text in shown:
         assert all(line in text for line in lines)

@@ -295,14 +295,12 @@ def make_comparison(
         PlanError: a plan of another model.
     """
     best = best_baseline(checkpoint.plan) if BEST in against else None
-    if best in NEED_PROFILE and profile_folder(checkpoint.folder, profile) is None:
-        logger.warning(
-            "the baseline that the search measured best, %s, is made from a profile, and there is none beside %s: it is left "
-            "out; give one (--profile DIR)",
-            best,
-            checkpoint.folder,
-        )
-        best = None
+    if best is not None and best not in against:
+        try:
+            _profile(checkpoint, [best], profile)
+        except (UsageError, PlanError) as error:  # none, or of weights that were rounded since
+            logger.warning("%s, the baseline that the search measured best, is left out: %s", best, error)
+            best = None
     best = None if best in against else best
     asked = [best if name == BEST else name for name in against]
     names = sides([name for name in asked if name is not None])
