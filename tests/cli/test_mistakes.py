@@ -94,7 +94,11 @@ WRONG_DATA = [
     (1, ("--tasks", "needle-prose"), "task needle-prose needs prose: give a .txt file or a folder of them as text"),
     (2, ("--tasks", "qa-squad"), "moacompress eval OUT --tasks qa-squad --squad FILE"),
     (1, ("--text", "no-such-folder"), "cannot read no-such-folder: there is no such file or folder; give its path"),
-    (1, ("--source", "no-such-file.jsonl"), "cannot read no-such-file.jsonl: there is no such file or folder; give its path"),
+    (
+        1,
+        ("--source", "no-such-file.jsonl"),
+        "cannot read no-such-file.jsonl: there is no such file or folder; give its path",
+    ),
     (1, ("--source", "empty.jsonl"), "file:empty.jsonl has no rows"),
     (1, ("--source", "columns.jsonl"), "file:columns.jsonl has the columns a; rows need `messages`"),
     (1, ("--source", "broken.jsonl"), "line 1 of broken.jsonl is not valid JSON"),
