@@ -177,9 +177,7 @@ def gain_text(row: Row) -> str:
     plan, full, dense = (row[f"{side}_ms"] for side in ("plan", "full_span", "dense"))
     if None in (plan, full, dense):
         return ""
-    return (
-        f"{dense / plan:.2f}x dense's speed: {dense / full:.2f}x from the kernels, {full / plan:.2f}x from the plan"
-    )
+    return f"{dense / plan:.2f}x dense's speed: {dense / full:.2f}x from the kernels, {full / plan:.2f}x from the plan"
 
 
 def _named(best: str) -> str:

@@ -79,7 +79,7 @@ def test_answers_beside_ours_at_the_bytes(rivals: SimpleNamespace) -> None:
         "no difference found",
     ]
     *lines, _, chance = table.splitlines()[4:]
-    assert chance == "Each of 3 differences is tested alone: if none were real, up to 0.15 would count by chance."
+    assert chance == "Each of 4 differences is tested alone: if none were real, up to 0.2 would count by chance."
     order = [line.split("|")[2].strip() for line in lines]
     assert order == ["tiny", "small", "wins", "large", "masks", "loses", "dense"]
     assert rivals.table.quality_table(rows[21:]) == ""

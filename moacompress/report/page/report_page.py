@@ -291,7 +291,8 @@ def _quality_cost(evaluation: Finding | None) -> str:
         return "what it still answers was not measured"
     row = rows[0]
     return (
-        f"of {row['dense_right']} prompts that the dense model answers it answers {rounded_text(row['kept'], '.0%')} ({interval_text(row)}; "
+        f"of {row['dense_right']} prompts that the dense model answers it answers {rounded_text(row['kept'], '.0%')} "
+        f"({interval_text(row)}; {all_text(row)}; "
         f"{SAID[row['kind']][0].lower()}{SAID[row['kind']][1:]}: {', '.join(row['tasks'])})"
     )
 
