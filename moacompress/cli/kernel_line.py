@@ -29,5 +29,6 @@ def kernel_line(device: str | None) -> str:
     choice = dispatch.choice_on_cpu(choice)
     if choice.name != ReferenceBackend.name:
         isa = f" ({choice.isa})" if choice.isa else ""
-        return f"kernels: {choice.name}{isa}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"kernels: {choice.name}{isa}, {threads} thread{'' if threads == 1 else 's'}"
     return f"kernels: plain PyTorch, as {choice.reason}; {dispatch.slower_on_cpu()}"

@@ -71,7 +71,7 @@ def facts(title: str, rows: Mapping[str, str]) -> Group:
     """Returns titled lines of name and value."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True)
-    table.add_column()
+    table.add_column(overflow="fold")  # a path is longer than a line
     for name, value in rows.items():
         table.add_row(_cell(name), _cell(value))
     return Group(Text(title, style="bold"), table, "")

@@ -202,8 +202,8 @@ def _formats_table(plan: Plan, n: int) -> str:
     ]
     bits = kept_bits(plan, n)
     return "\n".join(rows) + (
-        f"\n\nAt {format_length(n)} tokens, where a kept number takes {bits['keys']:.1f} bits in keys and "
-        f"{bits['values']:.1f} in values, scales and zero points counted."
+        f"\n\nAt {format_length(n)} tokens, where kept keys take {bits['keys']:.1f} bits per number and kept values "
+        f"{bits['values']:.1f}, scales and zero points counted."
     )
 
 

@@ -328,7 +328,7 @@ def _if_name_only(source: str | Path) -> str:
     """Returns the hint for what may be the name of a local model without its path."""
     if Path(source).exists() or Path(source).name != str(source):
         return ""
-    return "; of a local model a shared recipe has only the name; give its path as MODEL"
+    return "; give the path of the model as MODEL (a shared recipe holds only its name)"
 
 
 def find_model_folder(target: Path) -> Path | None:

@@ -193,8 +193,8 @@ def deal(keys: Sequence[int], shares: Mapping[Pool, int], name: str, unit: str =
     found = {key: table[key % len(table)] for key in keys}
     if len(found) < len(shares):
         raise DataError(
-            f"{name} has {len(found)} {unit} that differ; {', '.join(map(str, shares))} need at least one each, better dozens: "
-            "give more or longer text"
+            f"{name} has too few distinct {unit}: {len(found)}; {', '.join(map(str, shares))} need at least one each, "
+            "better dozens: give more or longer text"
         )
     for pool in shares:
         if pool not in found.values():

@@ -18,7 +18,7 @@ UNITS = {"decode": ("ms a step, in which each row gets one token", 1.0), "prefil
 SPEED_TITLE = "This plan is so many times as fast as the others (median of the turns, 95% interval)"
 SLOWER_NOTE = "* The plan is slower here. Where the interval holds 1, that may be chance."
 MEMORY_TITLE = "Memory in MiB: weights, KV cache, and the peak of a process with all that is in it"
-BITS_NOTE = "Bits: of a kept number in keys and in values, scales and zero points counted."
+BITS_NOTE = "Bits: per number in kept keys and values, scales and zero points counted."
 CEILING_NOTE = "Ceiling: (weights + dense KV) / (weights + kept KV), the most that fewer bytes can speed a step up."
 TRACE_TITLE = "Where a step's time goes under this plan, {cell}: {ms} ms, traced, on {threads}"
 

@@ -49,19 +49,20 @@ def model_table(data: Mapping[str, Any]) -> Group:
     rows = {"model": data["source"], "family": data["model_type"] or "unknown"}
     if data["tested"] is not None:
         rows["tested"] = (
-            "yes, this family is part of the test-suite"
+            "yes, this family is part of the test suite"
             if data["tested"]
-            else "no, this family is no part of the test-suite; compare with the dense model first (moacompress eval)"
+            else "no, this family is not part of the test suite; compare with the dense model first (moacompress eval)"
         )
     if data["layers"] is not None:
+        sliding = f", {data['sliding_layers']} layers with sliding windows" if data["sliding_layers"] else ""
         rows["attention"] = (
-            f"{data['layers']} layers, {data['heads']} query heads, {data['kv_heads']} KV heads of {data['head_dim']}, "
-            f"{data['sliding_layers']} layers with a window of their own"
+            f"{data['layers']} layers, {data['heads']} query heads, {data['kv_heads']} KV heads, head size {data['head_dim']}"
+            f"{sliding}"
         )
     if data["context"]:
         rows["context"] = f"{data['context']:,} tokens"
     if not data["compressed"]:
-        rows["can be used"] = "no" if data["problems"] else "yes"
+        rows["supported"] = "no" if data["problems"] else "yes"
         return facts("Model", rows)
     rows["state"] = "compressed"
     if data["checkpoint"] is not None:

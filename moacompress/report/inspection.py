@@ -208,7 +208,7 @@ def overview(plan: Plan, data: dict[str, Any]) -> Group:
         **({"memory": " ".join(memory_lines(data["memory"]))} if data["memory"] else {}),
         "any length": str(WorstShare(**data["worst_share"])),
         "density": f"{data['density']:.1%} of the keys at {format_length(reference)} tokens",
-        "bits": f"{data['bits']['keys']:.1f} a kept number of the keys, {data['bits']['values']:.1f} of the values",
+        "bits": f"{data['bits']['keys']:.1f} per number in kept keys, {data['bits']['values']:.1f} in kept values",
         "KV heads": f"{heads}, {full} of them full, {data['classes']} different rules, no window under {plan.min_window}",
     }
     if data["gates"] is not None:
@@ -250,7 +250,7 @@ def kv_table(data: dict[str, Any]) -> Group:
             )
         )
     titles = ("tokens", "dense", "this plan", "share", "attention FLOPs, prefill", "decode")
-    return section(f"KV cache, batch 1; shares are of the {data['dtype']} dense cache", titles, rows)
+    return section(f"KV cache, batch 1; shares relative to the {data['dtype']} dense cache", titles, rows)
 
 
 def formats_table(formats: Sequence[Mapping[str, Any]], bits: Mapping[str, float]) -> Group:
@@ -265,10 +265,8 @@ def formats_table(formats: Sequence[Mapping[str, Any]], bits: Mapping[str, float
         (pair["key_format"], pair["value_format"], str(pair["kv_heads"]), f"{pair['kv_bytes'] / total:.0%}")
         for pair in formats
     ]
-    title = (
-        f"Where the bytes are: a kept number takes {bits['keys']:.1f} bits in keys and {bits['values']:.1f} in values"
-    )
-    return section(title, ("keys", "values", "KV heads", "of the bytes"), rows)
+    title = f"Bytes by format: {bits['keys']:.1f} bits per number in kept keys, {bits['values']:.1f} in kept values"
+    return section(title, ("keys", "values", "KV heads", "share of bytes"), rows)
 
 
 def formats_map(plan: Plan) -> Text | None:
@@ -278,7 +276,7 @@ def formats_map(plan: Plan) -> Text | None:
     """
     if all(rule.is_native for row in plan.rules for rule in row):
         return None
-    lines = [f"Bits of the keys (K) and values (V) of each KV head ({NATIVE_MARK} as the model computes them):"]
+    lines = [f"Bits of the keys (K) and values (V) of each KV head ({NATIVE_MARK} not quantized):"]
     for first in range(0, plan.model.layers, MAP_COLUMNS):
         rows = plan.rules[first : first + MAP_COLUMNS]
         lines.append(f"layers {first}-{first + len(rows) - 1}")
@@ -301,7 +299,7 @@ def gates_map(plan: Plan, n: int) -> Text | None:
         window = rule.without_choice().kept(n, plan.min_window, native)
         return _shade_of((kept - window) / kept)
 
-    title = f"Share of the kept tokens that its gate chose, at {format_length(n)} tokens ({SHADES[0]} none, {SHADES[-1]} all):"
+    title = f"Share of kept tokens that the gate selected, at {format_length(n)} tokens ({SHADES[0]} none, {SHADES[-1]} all):"
     return _map(plan, title, shade)
 
 

@@ -150,7 +150,7 @@ def loss_lines(plan: Plan) -> list[str]:
     if limit is None or bound is None:
         return []
     return [
-        f"Loss of {plan.budget['max_loss']}: KL is below {bound:.3g} nats a token with 95% confidence (one-sided, "
+        f"Loss of {plan.budget['max_loss']}: KL is below {bound:.3g} nats per token with 95% confidence (one-sided, "
         f"{plan.quality['samples']} samples); {limit:.3g} were allowed."
     ]
 

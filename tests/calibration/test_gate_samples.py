@@ -159,11 +159,11 @@ def test_few_rows_give_gates_what_is_left_of_them(
         ),
         (
             [{"title": f"T{row // 12}", "context": document(row, 4), "question": "?"} for row in range(36)],
-            "the calibration part of .* has 1 documents or articles with questions that differ; profile, gates need at least",
+            "the calibration part of .* has too few distinct documents or articles with questions: 1; profile, gates need",
         ),
         (
             [{"text": document(row, 90)} for row in range(3)],
-            "the calibration part of file:rows.json has 1 sections of 500 words that differ; profile, gates need at least",
+            "the calibration part of file:rows.json has too few distinct sections of 500 words: 1; profile, gates need",
         ),
     ],
     ids=["prompts", "questions", "texts"],

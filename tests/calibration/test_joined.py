@@ -221,7 +221,7 @@ def test_a_question_whose_document_is_too_long_makes_way(tokenizers: dict[str, P
 @pytest.mark.parametrize(
     ("given", "length", "message"),
     [
-        (rows(2), 900, r"qa has 2 documents or articles with questions that differ; .*need at least one each"),
+        (rows(2), 900, r"qa has too few distinct documents or articles with questions: 2; .*need at least one each"),
         (
             rows(9, 5),
             4000,

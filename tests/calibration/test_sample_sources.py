@@ -295,7 +295,7 @@ def test_hub_set_without_network(source: SourceModel) -> None:
             '[{"question": 1, "id": 2}]',
             r"has the columns id, question; rows need `messages`, .*`context` with `question`",
         ),
-        ("one.json", '[{"prompt": "a"}]', r"has 1 rows that differ; calibration, validation, evaluation need"),
+        ("one.json", '[{"prompt": "a"}]', r"has too few distinct rows: 1; calibration, validation, evaluation need"),
         (
             "null.json",
             '[{"prompt": null}, {"prompt": 2}, {"prompt": 3}]',
@@ -330,7 +330,7 @@ def test_hub_set_without_network(source: SourceModel) -> None:
         (
             "short.txt",
             " ".join(str(number) for number in range(900)),
-            r"short.txt has 2 sections of 500 words that differ; calibration, validation, evaluation need at least one each",
+            r"short.txt has too few distinct sections of 500 words: 2; calibration, validation, evaluation need at",
         ),
     ],
 )

@@ -148,7 +148,7 @@ def test_formats_are_shown_where_there_are_codes(tmp_path: Path) -> None:
     coded.save(tmp_path / "plan.json")
     result = RUNNER.invoke(app, ["inspect", str(tmp_path / "plan.json")])
     assert result.exit_code == 0
-    assert "Where the bytes are" in result.stdout
+    assert "Bytes by format" in result.stdout
     assert "KV head 1 K 48" in result.stdout
 
 
@@ -178,7 +178,7 @@ def test_what_gates_choose_is_shown(tmp_path: Path) -> None:
     result = RUNNER.invoke(app, ["inspect", str(tmp_path / "plan.json")])
     assert result.exit_code == 0
     assert "3 KV heads keep tokens by their score" in result.stdout
-    assert "Share of the kept tokens that its gate chose" in result.stdout
+    assert "Share of kept tokens that the gate selected" in result.stdout
     data = inspect_plan(gated)["gates"]
     n = inspect_plan(gated)["reference_length"]
     chosen = gated.kept(n) - replace(made, rules=made.rules).kept(n)

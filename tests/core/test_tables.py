@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from moacompress.core.statistics import estimate_text
-from moacompress.core.tables import section
+from moacompress.core.tables import facts, section
 from moacompress.report.bench_tables import bench_tables
 from moacompress.report.evaluation_tables import evaluation_tables
 
@@ -30,6 +30,11 @@ def test_an_interval_has_brackets() -> None:
     assert estimate_text(0.951, (0.87, 1.0)) == "0.95 [0.87, 1.00]"
     assert estimate_text(-0.12, (-0.2, 0.04), "+.2f") == "-0.12 [-0.20, +0.04]"
     assert estimate_text(0.5, None, ".2f", "*") == "0.50*"
+
+
+def test_a_long_path_is_shown_whole() -> None:
+    path = "/models/" + "a-name" * 20
+    assert path in "".join(line.removeprefix("model").strip() for line in lines([facts("Model", {"model": path})], 60))
 
 
 def test_columns_without_room_follow_in_a_table_of_their_own() -> None:

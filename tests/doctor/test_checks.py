@@ -322,11 +322,11 @@ def test_which_families_are_tested(families: tuple[str, ...], tiny_folder: Path,
     assert sorted(TESTED_FAMILIES) == sorted(families)
     found = check_model(str(tiny_folder))
     assert found["tested"] is True
-    assert "yes, this family is part of the test-suite" in shown(model_table(found))
+    assert "yes, this family is part of the test suite" in shown(model_table(found))
     (tmp_path / "config.json").write_text(json.dumps(COMMON | {"model_type": "gpt2"}))
     found = check_model(str(tmp_path))
     assert found["tested"] is False
-    assert "no, this family is no part of the test-suite" in shown(model_table(found))
+    assert "no, this family is not part of the test suite" in shown(model_table(found))
 
 
 @pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])

@@ -109,7 +109,9 @@ def test_not_a_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["dense", "model.gguf"])
 def test_a_name_from_a_recipe_that_was_shared(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match="of a local model a shared recipe has only the name; give its path as MODEL$"):
+    with pytest.raises(
+        ModelError, match="give the path of the model as MODEL \\(a shared recipe holds only its name\\)$"
+    ):
         load_source(name)
 
 

@@ -104,7 +104,9 @@ def test_no_pool_is_empty() -> None:
 @pytest.mark.parametrize("given", [text(0, 1000), "The same again and again. " * 1000, "word"])
 def test_too_little_text_is_one_clear_error(given: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(given)
-    with pytest.raises(DataError, match=r"a\.txt has \d sections of 500 words that differ; calibration, .*longer text"):
+    with pytest.raises(
+        DataError, match=r"a\.txt has too few distinct sections of 500 words: \d; calibration, .*longer text"
+    ):
         Prose.load(tmp_path / "a.txt")
 
 

@@ -22,7 +22,15 @@ from moacompress.report.page.figure_style import OTHERS, roles_of
 from moacompress.report.page.findings import Findings
 from moacompress.report.page.head_figures import head_map, head_shades, rule_text
 from moacompress.report.page.quality_figures import answer_table, quality_pictures, side_names
-from moacompress.report.page.report_page import embedded, page_sections, seen_from, tiles, verdict, write_page
+from moacompress.report.page.report_page import (
+    embedded,
+    missing_parts,
+    page_sections,
+    seen_from,
+    tiles,
+    verdict,
+    write_page,
+)
 from moacompress.report.page.still_pictures import write_pictures
 from moacompress.rules.cost import kept_bits
 from moacompress.rules.plan import Plan
@@ -121,7 +129,7 @@ def test_the_first_sentence_is_what_it_saves_and_what_it_costs(run_folder: Path)
     shown = verdict(replace(found, evaluation=evaluation, bench=bench))
     assert shown == (
         f"At 800 tokens the KV cache of a request takes {readable_bytes(ours)} instead of {readable_bytes(dense)}, so that "
-        f"{10 * dense // ours} requests fit where 10 did; of 10 prompts that the dense model answers it answers 60% (95% "
+        f"{10 * dense // ours} requests fit where 10 did; of the 10 prompts that the dense model answers, it answers 60% (95% "
         "interval 31% to 83%; kinds of prompts that no calibration has: code-question), and the first token takes 1.50 times "
         "as long as dense's (128 tokens, batch 1)."
     )
@@ -129,10 +137,20 @@ def test_the_first_sentence_is_what_it_saves_and_what_it_costs(run_folder: Path)
     assert bare.endswith("; what it still answers was not measured, and what the first token costs was not measured.")
     for row in bench["runs"]:
         row["full_span_ms"] = 16.3
-    first, second, _, speed, *_ = tiles(replace(found, evaluation=evaluation, bench=bench))
+    first, second, _, speed, kl = tiles(replace(found, evaluation=evaluation, bench=bench))
     assert (first["value"], second["value"]) == ("60%", "100%")
     assert second["what"].startswith("Kinds that the plan was calibrated on")
     assert speed["beside"].endswith("; the same kernels with all keys 16.3 ms")
+    assert kl["beside"].endswith(
+        f"; n = {plan.quality['samples']} validation samples, which the search chose the plan by"
+    )
+
+
+def test_a_missing_search_names_its_profile_and_budget(run_folder: Path) -> None:
+    found = replace(Findings.load(run_folder / "plan.json"), explanation=None)
+    (missing,) = missing_parts(found)
+    asked = " ".join(f"--budget {budget}" for budget in found.plan.budget["asked"])
+    assert missing.command == f"moacompress search {run_folder}/profile {asked} -o plan.json"
 
 
 def test_sample_answers_are_those_of_the_evaluation(run_folder: Path, page: str) -> None:

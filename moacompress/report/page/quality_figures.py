@@ -14,9 +14,9 @@ from moacompress.rules.budget import format_length
 METRICS = {
     "exact_match": ("Exact match", "share of the prompts"),
     "retention": ("Kept of what dense gets right", "share of those prompts"),
-    "nll": ("Loss of the answer", "negative log-likelihood, nats a token; less is better"),
+    "nll": ("Loss of the answer", "negative log-likelihood, nats per token; less is better"),
     "ppl_late": ("Perplexity of long text", "last half of each text; less is better"),
-    "kl": ("KL to dense on long text", "nats a token; less is better"),
+    "kl": ("KL to dense on long text", "nats per token; less is better"),
 }
 """What is shown, in this order: title and axis."""
 SHARES = ("exact_match", "retention")

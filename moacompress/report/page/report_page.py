@@ -264,8 +264,16 @@ def missing_parts(found: Findings, place: Callable[[str], str] = str) -> list[Mi
         where = "PROFILE" if profile is None else quoted(profile.path)
         parts.append(MissingPart("harm", what, f"moacompress profile -o {where} --audit 50"))
     if found.explanation is None:
-        shown_command = f"moacompress search PROFILE --budget BUDGET -o {PLAN_FILE}"
-        parts.append(MissingPart("search", "The search's own notes are not here.", shown_command))
+        where = "PROFILE" if profile is None else quoted(profile.path)
+        asked = found.plan.budget.get("asked") or ["BUDGET"]
+        budgets = " ".join(f"--budget {shlex.quote(budget)}" for budget in asked)
+        parts.append(
+            MissingPart(
+                "search",
+                "The search's notes are not here.",
+                f"moacompress search {where} {budgets} -o {PLAN_FILE}",
+            )
+        )
     return parts
 
 
@@ -291,7 +299,7 @@ def _quality_cost(evaluation: Finding | None) -> str:
         return "what it still answers was not measured"
     row = rows[0]
     return (
-        f"of {row['dense_right']} prompts that the dense model answers it answers {rounded_text(row['kept'], '.0%')} "
+        f"of the {row['dense_right']} prompts that the dense model answers, it answers {rounded_text(row['kept'], '.0%')} "
         f"({interval_text(row)}; {all_text(row)}; "
         f"{SAID[row['kind']][0].lower()}{SAID[row['kind']][1:]}: {', '.join(row['tasks'])})"
     )
@@ -383,7 +391,8 @@ def _kl_tiles(plan: Plan) -> list[dict[str, str]]:
     others = [value for name, value in kl.items() if name not in ("plan", "trial0") and value is not None]
     if kl.get("plan") is not None:
         beside = f"best baseline {min(others):.3g}" if others else "no baseline was measured"
-        return [{"value": f"{kl['plan']:.3g}", "what": "nats a token from the dense model", "beside": beside}]
+        beside += f"; n = {plan.quality['samples']} validation samples, which the search chose the plan by"
+        return [{"value": f"{kl['plan']:.3g}", "what": "KL to the dense model, nats per token", "beside": beside}]
     if "plan" in kl:
         beside = "the search was stopped before it was measured"
         return [{"value": "not measured", "what": "KL of the plan", "beside": beside}]
