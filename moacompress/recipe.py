@@ -183,7 +183,9 @@ class Recipe(Section):
             raise RecipeError(f"cannot read recipe {path}: {error.strerror or error}") from error
         except (ValueError, yaml.YAMLError, RecursionError) as error:  # a date that there is not is a ValueError
             raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
-        if room_after(data, MAX_BYTES, finite=False) < 0:  # an alias of YAML stands for all of what it names, time and again
+        if (
+            room_after(data, MAX_BYTES, finite=False) < 0
+        ):  # an alias of YAML stands for all of what it names, time and again
             raise RecipeError(
                 f"recipe {path} must be at most {MAX_DEPTH} deep, and {MAX_BYTES:,} numbers and characters, what an alias "
                 "stands for counted each time"
