@@ -53,7 +53,7 @@ def test_a_loaded_model_gets_a_plan(loaded: Any, recipe: Recipe, tmp_path: Path)
 
 
 def test_rows_in_memory_are_what_it_is_calibrated_on(loaded: Any, recipe: Recipe, tmp_path: Path) -> None:
-    rows = [f"{'words ' * (35 if n % 2 else 20)} number {n} is" for n in range(16)]  # a token a letter
+    rows = [f"{'words ' * (35 if n % 2 else 20)} number {n} is" for n in range(40)]  # a token a letter
     work = tmp_path / "work"
     options: dict[str, Any] = {"lengths": "200,300", "recipe": recipe, "work": work}
     found = moacompress.compress_(loaded, "50%", rows, **options)
@@ -78,7 +78,7 @@ def test_rows_in_a_file_are_what_it_is_calibrated_on(loaded: Any, recipe: Recipe
     file = tmp_path / "mine.jsonl"
     with pytest.raises(DataError, match=r"mine\.jsonl"):
         moacompress.compress_(loaded, "50%", file, lengths=200, recipe=recipe)
-    file.write_text("".join(json.dumps({"prompt": f"{'words ' * 20} number {n} is"}) + "\n" for n in range(16)))
+    file.write_text("".join(json.dumps({"prompt": f"{'words ' * 20} number {n} is"}) + "\n" for n in range(40)))
     found = moacompress.compress_(loaded, "50%", str(file), lengths=200, recipe=recipe)
     noted = found.plan.provenance["recipe"]["calibration"]
     assert [part["path"] for part in noted["sources"]] == ["mine.jsonl"]
