@@ -301,7 +301,8 @@ def _layers_named(targets: Any, shape: ModelShape, *, classes: bool = False) -> 
 def _pattern(target: str) -> re.Pattern[str]:
     pattern = target.removeprefix("re:")
     repeats, choices = (len(re.findall(each, pattern)) for each in (r"[*+{]", r"[?|]"))
-    if len(pattern) > MAX_PATTERN or repeats > MAX_REPEATS or choices > MAX_CHOICES or re.search(r"\)[*+{]", pattern):
+    repeated_group = re.search(r"\)[*+{]|\(\?[a-zA-Z]*x", pattern)  # the flag x allows for spaces between the two
+    if len(pattern) > MAX_PATTERN or repeats > MAX_REPEATS or choices > MAX_CHOICES or repeated_group:
         raise PlanError(
             f"its target {short(target)} is too long a pattern; at most {MAX_PATTERN} characters, {MAX_REPEATS} "
             f"repetitions, of no group, and {MAX_CHOICES} choices (? and |) are read"

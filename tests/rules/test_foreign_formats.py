@@ -170,6 +170,7 @@ WRONG_SCHEMES: list[tuple[Any, str]] = [
     ({"config_groups": 5}, "config_groups must be an object"),
     ({"config_groups": {"a": {"targets": "Linear"}}}, "targets must be a list of names"),
     ({"config_groups": {"a": {"targets": ["re:(.*)*$"]}}}, "too long a pattern"),
+    ({"config_groups": {"a": {"targets": ["re:(?x:(?:.*) *)!"]}}}, "too long a pattern"),
     ({"config_groups": {"a": {"targets": ["re:" + ".*" * 9]}}}, "too long a pattern"),
     ({"config_groups": {"a": {"targets": ["re:" + ".?" * 34 + "Z"]}}}, "too long a pattern"),
     ({"config_groups": {"a": {"targets": ["re:" + "(.|.|.)" * 20 + "Z"]}}}, "too long a pattern"),
