@@ -235,7 +235,7 @@ def overview(plan: Plan, data: dict[str, Any]) -> Group:
     return facts("Plan", rows)
 
 
-def kv_table(data: dict[str, Any]) -> Group:
+def kv_table(data: dict[str, Any]) -> RenderableType:
     """Returns the KV bytes at each length, and the share of attention's work that is left."""
     rows = []
     for length, numbers in data["kv_bytes"].items():
@@ -253,7 +253,7 @@ def kv_table(data: dict[str, Any]) -> Group:
     return section(f"KV cache, batch 1; shares relative to the {data['dtype']} dense cache", titles, rows)
 
 
-def formats_table(formats: Sequence[Mapping[str, Any]], bits: Mapping[str, float]) -> Group:
+def formats_table(formats: Sequence[Mapping[str, Any]], bits: Mapping[str, float]) -> RenderableType:
     """Returns where the bytes of a plan are, by formats of keys and values.
 
     Args:

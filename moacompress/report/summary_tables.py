@@ -155,7 +155,7 @@ def loss_lines(plan: Plan) -> list[str]:
     ]
 
 
-def kl_table(kl: Mapping[str, float | None], kv_bytes: Mapping[str, Mapping[str, int]]) -> Group:
+def kl_table(kl: Mapping[str, float | None], kv_bytes: Mapping[str, Mapping[str, int]]) -> RenderableType:
     """Returns the measured KL of a plan and of what it was measured beside.
 
     Args:

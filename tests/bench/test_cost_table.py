@@ -41,7 +41,8 @@ class Clock:
 
     def __call__(self) -> float:
         if self.calls % 2:
-            self.now += self.slots[self.calls // 2 % len(self.slots)] * 1e-6
+            turn, at = divmod(self.calls // 2, len(self.slots))
+            self.now += self.slots[-1 - at if turn % 2 else at] * 1e-6  # every second turn runs in the other order
         self.calls += 1
         return self.now
 

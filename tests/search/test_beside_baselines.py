@@ -70,6 +70,7 @@ def test_the_lowest_of_many_is_better_only_where_chance_would_not_choose_it() ->
     assert verdicts[:2] == [("better", 1), ("better", 1)]
     assert verdicts[2][1] > 10
     assert verdicts[3] == ("better", 1)  # a pruned trial has fewer samples
+    assert made is not None
     assert made.difference.p == 2 / 2**6
 
 
