@@ -276,7 +276,11 @@ def test_hub_set_without_network(source: SourceModel) -> None:
             '[{"context": "a", "question": "b"}, {"context": "c"}]',
             r"row 1 of file:qa.json has no text under 'question'",
         ),
-        ("qa.json", json.dumps([{"context": "a", "question": "b"}]), r"has 1 documents or articles with questions"),
+        (
+            "qa.json",
+            json.dumps([{"context": "a", "question": "b"}]),
+            r"has too few distinct documents or articles with questions: 1",
+        ),
         (
             "qa.json",
             json.dumps([{"context": f"{i} {'long ' * 40}", "question": "b"} for i in range(9)]),

@@ -353,7 +353,7 @@ def test_a_question_with_too_long_a_document_makes_way(write: Any, tmp_path: Pat
         ('{"data": []}', "has no answerable question"),
         (
             '{"data": [{"paragraphs": [{"context": "a", "qas": [{"question": "b?", "answers": [{"text": "a"}]}]}]}]}',
-            "has 1 documents or articles with questions that differ",
+            "has too few distinct documents or articles with questions: 1",
         ),
     ],
 )
