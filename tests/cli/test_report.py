@@ -323,7 +323,7 @@ def test_an_explanation_says_where_the_bytes_are() -> None:
         },
     }
     text = shown(*explanation_tables(told))
-    assert "8.5 bits in keys and 4.5 in values" in text
+    assert "8.5 bits per number in kept keys, 4.5 in kept values" in text
     rows = [line.split() for line in text.splitlines()]
     assert ["int8", "int4", "5", "75%"] in rows
     assert ["native", "native", "1", "25%"] in rows
