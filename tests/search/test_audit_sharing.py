@@ -107,7 +107,7 @@ def test_small_copies_cost_what_is_predicted(
     row = found["audit_sharing"]
     assert row["n"] == len(found["sharing_points"]) == 6
     assert row["spearman"] > 0.8
-    assert row["ci95"][0] <= row["spearman"] <= row["ci95"][1]
+    assert row["ci95"] is None  # six points are too few for an interval
     assert 0.6 < row["ratio"] < 1.6
     repaired = found["audit_repair"]
     assert repaired["n"] == len(found["repair_points"]) == 6
