@@ -102,7 +102,7 @@ def test_workers_share_several_searches(
     find: Callable[..., Any], at_once: bool, run: Callable[..., SearchRun], tmp_path: Path
 ) -> None:
     """A front, several budgets, the smallest budget for a loss: as one worker alone, and nothing measured twice."""
-    shared = run("journal", trials=4)
+    shared = run("journal", trials=4, samples=5)
     (tmp_path / "alone").mkdir()
     alone = SearchRun(
         shared.profile, str(tmp_path / "alone.journal"), tmp_path / "alone", tmp_path / "alone" / "plan.json"
@@ -128,7 +128,7 @@ def test_what_another_worker_has_written_is_not_written_again(
     find: Callable[..., Any], stem: str, run: Callable[..., SearchRun], tmp_path: Path
 ) -> None:
     """A worker may come to a plan after the lock holder has written it and gone."""
-    shared = run("journal", trials=4)
+    shared = run("journal", trials=4, samples=5)
     shared.find = find
     shared.start()
     assert shared.wait() == [0], shared.errors()
@@ -147,7 +147,7 @@ def test_a_worker_whose_time_is_up_writes_no_front_over_anothers(
     find: Callable[..., Any], run: Callable[..., SearchRun], tmp_path: Path
 ) -> None:
     """The lock holder is at work still: this process."""
-    shared = run("journal", trials=4)
+    shared = run("journal", trials=4, samples=5)
     shared.find = find
     front = tmp_path / "plan.front.json"
     with own_file(front):
