@@ -79,10 +79,10 @@ QUICK = {
 """Run by `make test`, on a tiny model and on files: seconds each."""
 
 SMALLER = {
-    "profile": "--samples 2 --validation-samples 2 --draws 1",
+    "profile": "--samples 2 --validation-samples 5 --draws 1",
     "search": "--trials 1 --rounds 0 --moves 0",
     "eval": "--prompts 2",
-    "compress": "--samples 2 --text-samples 0 --validation-samples 2 --trials 1 --prompts 1 --lengths 1k",
+    "compress": "--samples 2 --text-samples 0 --validation-samples 5 --trials 1 --prompts 1 --lengths 1k",
     "heal": "--steps 2 --samples 2 --batch 1024 --evaluations 1",
 }
 """Put behind a command that is run by `make test-all`: less of the same work."""
