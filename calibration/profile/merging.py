@@ -126,9 +126,9 @@ def check_merge(folders: Sequence[str | Path], out: str | Path, *, overwrite: bo
     """Checks that `merge_shards` could put shards together; nothing is written.
 
     Args:
-        folders: see `merge_shards`.
-        out: likewise.
-        overwrite: likewise.
+        folders: of the shards, in any order.
+        out: the folder of the profile.
+        overwrite: whether a profile in `out` would be replaced.
 
     Returns:
         The numbers of `shards`, and of `samples` and `validation_samples` in all of them.

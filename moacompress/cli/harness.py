@@ -162,7 +162,7 @@ class CommandRun:
         for name, value in given.items():
             logger.info("%s = %s, from the command line", name.replace("__", "."), value)
         recipe = recipe.override(**given)
-        self.options.check_with(recipe)
+        self.options.check(recipe)
         self.device_check(recipe.device)
         return recipe
 

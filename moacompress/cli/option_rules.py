@@ -136,23 +136,15 @@ class GivenOptions:
     keys: Mapping[str, str] = field(default_factory=dict)
     given: Sequence[str] = ()
 
-    def check(self) -> None:
-        """Refuses an option that has no effect beside the others.
+    def check(self, recipe: Any = None) -> None:
+        """Refuses an option that has no effect.
+
+        Args:
+            recipe: what the options and the files give, for the rules that depend on it; None for the rules on options alone.
 
         Raises:
             UsageError: says which, beside or without which, and what to do.
         """
-        self._check(None)
-
-    def check_with(self, recipe: Any) -> None:
-        """Refuses an option that has no effect under the recipe that the options and the files give.
-
-        Raises:
-            UsageError: likewise.
-        """
-        self._check(recipe)
-
-    def _check(self, recipe: Any) -> None:
         for rule in TABLE:
             if rule.command not in ("*", self.command) or rule.of_recipe != (recipe is not None):
                 continue

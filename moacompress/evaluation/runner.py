@@ -171,9 +171,8 @@ def evaluate(
           are stated), `overlap` (the share of the prompts' runs of 13 words that the plan's calibration has seen; None where
           the checkpoint does not say), `documents` where several prompts ask about one (of SQuAD, or a row's context, at any
           length): these count as one, with their mean; and `sink` and `window` of a baseline where all its KV heads have the
-          same. Metrics are `exact_match`, `accuracy`, `nll` (nats a token) and, where dense is measured and gets a prompt
-          right,
-          `retention`, whose `prompts` are those that dense gets right, by both attentions where both are measured
+          same. Metrics are `exact_match`, `accuracy`, `nll` (nats per token) and, where dense is measured and gets a prompt
+          right, `retention`, whose `prompts` are those that dense gets right, by both attentions where both are measured
           (`prompts_dense` has the number of each); for text see `TEXT_METRICS`.
         - `differences`: rows of the plan minus each other `model`, paired by prompt, with `p`, the p-value of an exact or a
           permutation test. `ci95` is None below 5 prompts, as everywhere.

@@ -184,7 +184,7 @@ def deal(keys: Sequence[int], shares: Mapping[Pool, int], name: str, unit: str =
         keys: hashes; equal ones go to one pool.
         shares: of each pool, in whole parts.
         name: of the source, for the message.
-        unit: what the hashes are of, likewise.
+        unit: what the hashes are of, for the message.
 
     Raises:
         DataError: fewer different ones than pools.

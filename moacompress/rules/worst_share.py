@@ -101,7 +101,7 @@ def _line(rule: Rule, min_window: int, native: int | None) -> tuple[float, float
         return (min(window, native) if not slope else native) + blocks, 0.0
     if rule.sees_all:
         return blocks, 1.0
-    # of n tokens at most (1 - slope) n - alpha + 1 have left the window
+    # at most (1 - slope) n - alpha + 1 of n tokens are evicted from the window
     share = rule.select_beta_q / BETA_ONE
     chosen = BLOCK + rule.select_alpha + share * (max(0, -rule.alpha) + 1) if rule.selects else 0
     return window + blocks + chosen, slope + share * (1 - slope) * rule.selects

@@ -91,7 +91,7 @@ def test_an_option_that_has_no_effect_is_refused(rule: Ignored) -> None:
     for option in options:
         call = GivenOptions(command, {case: value or True, option: 3}, names, {}, [option, case])
         with pytest.raises(UsageError, match=f"--{option} has no effect "):
-            call.check() if recipe is None else call.check_with(recipe)
+            call.check(recipe)
     if not rule.of_recipe:
         beside = given(command, case, value) if case else []
         line = [*command.split(), *given(command, option), *beside, *needed(command, (option, case))]

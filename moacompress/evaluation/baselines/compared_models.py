@@ -294,17 +294,18 @@ def make_comparison(
         UsageError: a baseline that needs a profile, and there is none.
         PlanError: a plan of another model.
     """
+    given = [name for name in against if name != BEST]
+    found = _profile(checkpoint, sides(given), profile)
     best = best_baseline(checkpoint.plan) if BEST in against else None
-    if best is not None and best not in against:
+    best = None if best in given else best
+    if best is not None and found is None:
         try:
-            _profile(checkpoint, [best], profile)
+            found = _profile(checkpoint, [best], profile)
         except (UsageError, PlanError) as error:  # none, or of weights that were rounded since
             logger.warning("%s, the baseline that the search measured best, is left out: %s", best, error)
             best = None
-    best = None if best in against else best
     asked = [best if name == BEST else name for name in against]
     names = sides([name for name in asked if name is not None])
-    found = _profile(checkpoint, names, profile)
     others = {name: _other(checkpoint, name) for name in names if name not in NAMED and not is_eviction(name)}
     return Comparison(checkpoint, names, others, found, every_candidate, best)
 
