@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-import moacompress.evaluation.runner as runner
+import moacompress.evaluation.measurement as measurement
 from moacompress.evaluation import evaluate
 from moacompress.evaluation.tasks.cases import Case
 from moacompress.models.source import model_shape
@@ -83,7 +83,7 @@ def measured(
     """Returns a function that blinds one KV head and evaluates; its rows by model and metric, `-` before differences."""
     from moacompress.runtime import attach, detach
 
-    monkeypatch.setattr(runner, "make_cases", marked_cases)
+    monkeypatch.setattr(measurement, "make_cases", marked_cases)
     model = retriever(tiny_model)
     tiny_tokenizer.save_pretrained(tmp_path)
 

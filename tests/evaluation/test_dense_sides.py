@@ -13,7 +13,7 @@ import torch
 from rich.console import Console, Group
 from torch.nn import functional
 
-import moacompress.evaluation.runner as runner
+import moacompress.evaluation.measurement as measurement
 from moacompress.evaluation import evaluate
 from moacompress.evaluation.baselines.compared_models import DENSE, STOCK, sides
 from moacompress.evaluation.scoring.prompts import read_on
@@ -58,7 +58,7 @@ def tied(
     drawn = np.random.default_rng(0).integers(4, 100, (PROMPTS, 300)).tolist()
     answer = tiny_tokenizer("Q", add_special_tokens=False)["input_ids"]
     cases = [Case("t", 320, ids, answer, [True], ("Q",), "all", 2, None, 250) for ids in drawn]
-    monkeypatch.setattr(runner, "make_cases", lambda task, length, prompts, *rest: cases[:prompts])
+    monkeypatch.setattr(measurement, "make_cases", lambda task, length, prompts, *rest: cases[:prompts])
     model: Any = tiny_model("llama")
     plan = Plan.full(model_shape(model))
     states = []
