@@ -35,9 +35,9 @@ class RichProgress(Progress):
         self._first = first
         self._stages = StageClock(clock)
         self._bars: Bars | None = None
-        self._what, self._note, self._total, self._steps = "", "", 0, 0
+        self._what, self._note = "", ""
         self._running = False
-        self._begun = self._said = 0.0
+        self._said = 0.0
 
     def plan(self, stages: Mapping[str, float | None], *, in_seconds: bool = False) -> None:
         """Names the stages of the whole."""
@@ -55,9 +55,9 @@ class RichProgress(Progress):
         """Begins a task."""
         self._begin()
         self.done()
-        self._what, self._note, self._total, self._steps, self._running = what, "", total, 0, True
+        self._what, self._note, self._running = what, "", True
         self._stages.task(total)
-        self._begun = self._said = self._stages.clock()
+        self._said = self._stages.task_began
         if self._console.is_terminal:
             self._bars = Bars(
                 TextColumn("{task.description}"),
@@ -77,7 +77,6 @@ class RichProgress(Progress):
 
     def step(self, note: str = "") -> None:
         """Counts one step as done."""
-        self._steps += 1
         self._note = note
         self._stages.step()
         self.beat()
@@ -86,11 +85,11 @@ class RichProgress(Progress):
         """Brings the bar up to date, or says a line where the last one is some time ago."""
         if self._bars is not None:
             told = ", ".join(filter(None, [self._outlook().removeprefix(", "), self._note]))
-            self._bars.update(self._bars.task_ids[0], completed=self._steps, note=told)
+            self._bars.update(self._bars.task_ids[0], completed=self._stages.steps, note=told)
         elif self._running and self._stages.clock() - self._said >= LINE_SECONDS:
             self._said = self._stages.clock()
             note = f" ({self._note})" if self._note else ""
-            self._line(f"{self._name}: {self._steps}/{self._total}{self._outlook()}{note}")
+            self._line(f"{self._name}: {self._stages.steps}/{self._stages.total}{self._outlook()}{note}")
 
     def done(self) -> None:
         """Ends the task; without one it does nothing."""
@@ -98,8 +97,8 @@ class RichProgress(Progress):
             self._bars.stop()
             self._bars = None
         elif self._running:
-            taken = self._stages.clock() - self._begun
-            self._line(f"{self._name}: {self._steps}/{self._total} in {taken:.0f} s")
+            taken = self._stages.clock() - self._stages.task_began
+            self._line(f"{self._name}: {self._stages.steps}/{self._stages.total} in {taken:.0f} s")
         self._running = False
 
     def say(self, text: str) -> None:

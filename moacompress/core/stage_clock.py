@@ -15,8 +15,11 @@ class StageClock:
     What is left of a stage is what its task says, and at least what the stage was expected to take more; the stages behind it
     take what was expected of them, at the pace of those that are done.
 
-    Args:
+    Attributes:
         clock: returns seconds.
+        total: steps of the task at hand.
+        steps: how many of them are done.
+        task_began: when it began, by the clock.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -24,9 +27,9 @@ class StageClock:
         self._stages: dict[str, float | None] = {}
         self._in_seconds = False
         self._current: str | None = None
-        self._began = self._stage_began = self._task_began = clock()
+        self._began = self._stage_began = self.task_began = clock()
         self._taken: dict[str, float] = {}
-        self._steps = self._total = 0
+        self.steps = self.total = 0
 
     def plan(self, stages: Mapping[str, float | None], in_seconds: bool) -> None:
         """See `Progress.plan`."""
@@ -44,18 +47,18 @@ class StageClock:
             self._began = now
         else:
             self._taken[self._current] = self._taken.get(self._current, 0.0) + now - self._stage_began
-        self._current, self._stage_began, self._steps, self._total = name, now, 0, 0
+        self._current, self._stage_began, self.steps, self.total = name, now, 0, 0
         return True
 
     def task(self, total: int) -> None:
         """Begins a task of so many steps."""
-        self._task_began, self._steps, self._total = self.clock(), 0, total
+        self.task_began, self.steps, self.total = self.clock(), 0, total
         if self._current is None:
-            self._began = self._task_began
+            self._began = self.task_began
 
     def step(self) -> None:
         """Counts a step of the task as done."""
-        self._steps += 1
+        self.steps += 1
 
     @property
     def label(self) -> str:
@@ -81,14 +84,14 @@ class StageClock:
         """Returns how much of everything is done, 0 to 1, by time; without a plan, of the task by steps."""
         left = self.left()
         if self._current is None:
-            return self._steps / self._total if self._total else None
+            return self.steps / self.total if self.total else None
         spent = self.clock() - self._began
         return None if left is None else spent / (spent + left) if spent + left else 0.0
 
     def _task_left(self) -> float | None:
-        if not self._steps:
+        if not self.steps:
             return None
-        return (self.clock() - self._task_began) / self._steps * max(self._total - self._steps, 0)
+        return (self.clock() - self.task_began) / self.steps * max(self.total - self.steps, 0)
 
     def _pace(self, task: float | None) -> float | None:
         """Returns the seconds that one unit of the plan takes, by the stages that are done or else by the task at hand."""
@@ -99,4 +102,4 @@ class StageClock:
         if self._in_seconds:
             return 1.0
         own = self._stages[self._current or ""]
-        return None if task is None or not own else (self.clock() - self._task_began + task) / own
+        return None if task is None or not own else (self.clock() - self.task_began + task) / own

@@ -65,8 +65,9 @@ class Measurement:
         Whatever is wrong with the request is found here, before the first minute of work.
         """
         if task == TEXT:
-            seen = self._overlap([window.ids for window in self._windows(length)])
+            windows = self._windows(length)
             if not self.allow_overlap:
+                seen = self._overlap(window.ids for window in windows)
                 refuse_overlap(seen, f"the text in {self._prose.name} (windows of {length:,} tokens)")
             return len(self._readers(length)) * self.prompts
         given = find_task(task, self.resources).given
@@ -137,7 +138,7 @@ class Measurement:
     def task(self, task: str, length: int) -> tuple[TaskCell, list[Case], list[Measured]]:
         """Returns a task at a length, its prompts, and the models on them, each by its best candidate."""
         cases = self._cases(task, length, self.prompts)
-        seen = self._overlap([case.prompt_ids for case in cases])
+        seen = self._overlap(case.prompt_ids for case in cases)
         cell = TaskCell(task, length, len(cases), mean_tokens(cases), seen)
         answerers = self._answerers(cases)
         documents = [case.document for case in cases]
@@ -148,7 +149,7 @@ class Measurement:
     def text(self, task: str, length: int) -> tuple[list[ResultRow], list[ResultRow]]:
         """Returns the rows and the differences on long text."""
         windows = self._windows(length)
-        cell = TaskCell(task, length, len(windows), length, self._overlap([window.ids for window in windows]))
+        cell = TaskCell(task, length, len(windows), length, self._overlap(window.ids for window in windows))
         compared_models = self._readers(length)
         entries = self.scorer.windows(compared_models, [window.ids for window in windows], task)
         documents = [window.document for window in windows]
