@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule_classes import classes_of
 from moacompress.search.baselines.measured import MeasuredBaseline
@@ -94,7 +92,7 @@ class BesideBaseline:
         return {
             "family": self.family,
             "harm": self.baseline.kl,
-            "found_harm": float(np.mean(self.found.kls)),
+            "found_harm": self.found.kl,
             "difference": self.difference.to_dict(),
             "bytes_share": self.bytes_share,
             "verdict": self.difference.verdict,
