@@ -17,7 +17,7 @@ from moacompress.calibration.profile.statistics import Statistics
 from moacompress.calibration.profile.store import Profile, merge, read_sample, read_samples, write_sample
 from moacompress.core.artefact_names import ANSWERS_FILE, CALIBRATION_FILE, GATES_FILE, SHINGLES_FILE, VALIDATION_FILE
 from moacompress.core.errors import ArtefactError, UsageError
-from moacompress.core.files import write_bytes
+from moacompress.core.files import check_no_link, write_bytes
 from moacompress.core.lock_holders import own_folder
 from moacompress.core.place import check_writable, no_empty_folder
 from moacompress.core.progress import SILENT, Progress
@@ -150,6 +150,7 @@ def _checked(folders: Sequence[str | Path], out: Path) -> tuple[list[_Part], dic
     """Returns the shards in folders, and their calibration and validation samples by number."""
     check_writable(out)
     parts = _parts([Path(folder) for folder in folders], out)
+    check_no_link(*(part.folder / ANSWERS_FILE for part in parts))  # their bytes are copied
     _check_alike(parts)
     _check_whole(parts, lambda shard: shard.calibration, 0, "calibration")
     _check_whole(parts, lambda shard: shard.validation, 1, "validation")
@@ -254,15 +255,16 @@ def _check_whole(parts: Sequence[_Part], numbers: Callable[[Shard], Sequence[int
                 )
             holder[number] = part
     total = parts[0].shard.totals[split]
-    missing = [number for number in range(total) if number not in holder]
+    missing = total - len(holder)
     if missing:
+        first = next(number for number in range(total) if number not in holder)
         there = {part.shard.number for part in parts}
         counts = {part.shard.count for part in parts}
         lacking = [f"{number}/{max(counts)}" for number in range(1, max(counts) + 1) if number not in there]
         shards = (
             f"; give shard {', '.join(lacking[:5])}{' and more' if len(lacking) > 5 else ''} too" if lacking else ""
         )
-        raise ArtefactError(f"{len(missing)} of {total} {name} samples are in no shard, such as {missing[0]}{shards}")
+        raise ArtefactError(f"{missing} of {total} {name} samples are in no shard, such as {first}{shards}")
 
 
 def _copy_answers(parts: Sequence[_Part], out: Path) -> None:

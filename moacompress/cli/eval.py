@@ -115,7 +115,8 @@ def evaluate(
         bool,
         typer.Option(
             "--show-failures",
-            help="Print the prompts on which the plan and dense score differently: question, reference and both answers.",
+            help="Print the prompts on which the plan and dense score differently: question, reference and both answers. "
+            "With -o and the file of an earlier evaluation of the same tasks nothing is measured again.",
         ),
     ] = False,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write all rows as CSV.")] = None,

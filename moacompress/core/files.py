@@ -175,7 +175,7 @@ def read_json(path: Path, what: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
 
 
 def check_no_link(*paths: Path) -> None:
-    """Refuses a link in the place of a file that is appended to, or of a folder that files are written into.
+    """Refuses a link in the place of a file that is appended to or copied, or of a folder that files are written into.
 
     It could lead out of a folder that somebody else made.
 
@@ -184,7 +184,7 @@ def check_no_link(*paths: Path) -> None:
     """
     for path in paths:
         if path.is_symlink():
-            raise ArtefactError(f"{path} is a link, which is not written through; remove it, or choose another place")
+            raise ArtefactError(f"{path} is a link, which is not followed; remove it, or choose another place")
 
 
 @contextmanager

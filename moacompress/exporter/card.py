@@ -230,7 +230,9 @@ def _quality(plan: Plan) -> str:
     rows = ["| model | KL(dense \\|\\| model), nats per answer token |", "| --- | ---: |"]
     rows += [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in kl.items() if value is not None]
     samples = plan.quality.get("samples")
-    note = f"\n\nTeacher-forced, mean over {samples} validation samples." if samples else ""
+    note = (
+        f"\n\nTeacher-forced, mean over {samples} validation samples, by which the plan was chosen." if samples else ""
+    )
     return "\n".join(rows) + note
 
 

@@ -11,7 +11,7 @@ from moacompress.rules.windows import BETA_ONE, Span, kept, selected, slots, tok
 
 SINKS = (4, 16, 64)
 MIN_WINDOWS = (16, 32, 64)
-MAX_ALPHA = 1 << 24
+MAX_ALPHA = (1 << 24) - 1
 SCORE_BYTES = 2
 """Bytes of the score of a token that a gate may choose, which is kept beside its key and value."""
 

@@ -287,6 +287,16 @@ def test_dry_runs_of_shards_write_nothing_and_are_of_the_shard(
     held_out = RECIPE.calibration.validation_samples + RECIPE.calibration.longer_samples
     assert (found["shards"], found["samples"], found["validation_samples"]) == (3, 6, held_out)
     assert "calibration samples are in no shard" in run("--merge", shards[1], shards[2], "-o", out, exit_code=1)
+    stolen, alone = tmp_path / "stolen", tmp_path / "alone"
+    shutil.copytree(shards[1], stolen)
+    (stolen / "answers.jsonl").unlink(missing_ok=True)
+    (stolen / "answers.jsonl").symlink_to(shards[2] / "profile.json")
+    assert "answers.jsonl is a link" in run("--merge", stolen, shards[2], shards[3], "-o", out, exit_code=1)
+    shutil.copytree(shards[1], alone)
+    manifest = json.loads((alone / "profile.json").read_text())
+    manifest["shard"]["totals"] = [10**12, 10**12]
+    (alone / "profile.json").write_text(json.dumps(manifest))
+    assert "of 1000000000000 calibration samples are in no" in run("--merge", alone, "-o", out, exit_code=1)
     recipe.write_text(json.dumps(RECIPE.resolved()))
     whole = run(tiny_folder, "-o", out, "--recipe", recipe)
     parts = [run(tiny_folder, "-o", out, "--recipe", recipe, "--shard", f"{number}/3") for number in (1, 2, 3)]

@@ -249,7 +249,7 @@ def test_samples_are_not_written_through_a_link(folder: Path, tmp_path: Path) ->
     shutil.rmtree(folder / "samples")
     (folder / "samples").symlink_to(mine)
     for overwrite in (False, True):
-        with pytest.raises(ArtefactError, match="samples is a link, which is not written through"):
+        with pytest.raises(ArtefactError, match="samples is a link, which is not followed"):
             prepare(folder, head(), overwrite)
     assert [path.name for path in mine.iterdir()] == [".notes.safetensors.12345678.tmp"]
 

@@ -78,7 +78,7 @@ def test_links_in_a_folder_of_others_lead_nowhere(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("half a line")
     (tmp_path / "eval.scores.jsonl").symlink_to(tmp_path / "mine")
     for resume in (False, True):
-        with pytest.raises(ArtefactError, match="is a link, which is not written through"):
+        with pytest.raises(ArtefactError, match="is a link, which is not followed"):
             Records(tmp_path / "eval.scores.jsonl", named_numbers, resume=resume)
     write_text(tmp_path / "eval.scores.jsonl", "ours")
     assert (tmp_path / "mine").read_text() == "half a line"
@@ -90,6 +90,7 @@ def test_half_a_character_is_written_as_json_spells_it(tmp_path: Path) -> None:
     write_json(tmp_path / "half.json", half)
     assert read_json(tmp_path / "half.json", "half") == half
     assert printable(half[0]) == "a\\ud800b"
+    assert printable("plan\u202ejson\u2066") == "plan\\u202ejson\\u2066"  # would be shown in another order
 
 
 def test_files_are_replaced_whole_and_nothing_is_left_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -349,7 +349,7 @@ def test_a_mistyped_folder_costs_nobody_s_files(healable: Place, small: Make, tm
     (tmp_path / "linked.heal").mkdir()
     (tmp_path / "linked.heal" / "heal.json").write_text("{}")
     (tmp_path / "linked.heal" / "checkpoints").symlink_to(tmp_path / "out")
-    with pytest.raises(ArtefactError, match="checkpoints is a link, which is not written through"):
+    with pytest.raises(ArtefactError, match="checkpoints is a link, which is not followed"):
         heal(healable["model"], tmp_path / "linked", profile=healable["profile"], recipe=small(), overwrite=True)
     with pytest.raises(ArtefactError, match="is the model that is to be healed"):
         heal(healable["model"], healable["model"], profile=healable["profile"], recipe=small(), overwrite=True)

@@ -158,7 +158,7 @@ def test_scouts_are_not_written_through_a_link(fake: Any, profiles: Profiles, tm
     profile = profiles(trials=4)
     (tmp_path / "mine").mkdir()
     (tmp_path / "plan.scouts").symlink_to(tmp_path / "mine")
-    with pytest.raises(ArtefactError, match=r"plan.scouts is a link, which is not written through"):
+    with pytest.raises(ArtefactError, match=r"plan.scouts is a link, which is not followed"):
         find_smallest(
             profile, Loss.parse("5%"), recipe=profile.recipe, out=tmp_path / "plan.json", model=model(profile)
         )

@@ -199,7 +199,7 @@ def test_a_folder_that_no_search_left_is_not_removed(
 def test_rounds_are_not_written_through_a_link(search: Search, profiles: Profiles, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "plan.rounds").symlink_to(tmp_path / "mine")
-    with pytest.raises(ArtefactError, match=r"plan.rounds is a link, which is not written through"):
+    with pytest.raises(ArtefactError, match=r"plan.rounds is a link, which is not followed"):
         search(profiles(trials=1), out=tmp_path / "plan.json")
     assert not any((tmp_path / "mine").iterdir())
 
