@@ -35,7 +35,6 @@ MATRIX = (
     "tests/runtime/test_loading.py",
     "tests/runtime/test_prefixes.py",
     "tests/golden/test_golden.py",
-    "tests/old/test_old.py",
     "tests/calibration/test_answers.py",
     "tests/evaluation/test_scoring.py",
     "tests/evaluation/test_quantized_caches.py",

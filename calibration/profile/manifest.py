@@ -39,7 +39,7 @@ from moacompress.core.version import own_version
 from moacompress.recipe import Recipe
 from moacompress.recipe_sections import INFLUENCE, ProfileRecipe
 from moacompress.rules.model_shape import ModelShape
-from moacompress.rules.plan_form import check_candidates
+from moacompress.rules.plan_form import check_candidates, read_shape
 from moacompress.rules.rule import SINKS, Rule
 from moacompress.rules.untrusted import WRONG_FORM
 
@@ -163,8 +163,6 @@ class Manifest:
             raise ArtefactError(f"{folder} is not a profile: it has no {MANIFEST_FILE}; {hint}")
         data = _json(path)
         try:
-            shape = {**data["shape"], "native_windows": tuple(data["shape"]["native_windows"])}
-            data["recipe"]["profile"].setdefault("formats", [])  # older profiles know of none
             names = (
                 "source",
                 "request",
@@ -176,9 +174,7 @@ class Manifest:
                 "gates",
                 "wording",
             )
-            for name in ("gates", "wording"):
-                data.setdefault(name, "")
-            model, recipe = ModelShape(**shape), Recipe.from_dict(data["recipe"], "its recipe")
+            model, recipe = read_shape(data["shape"]), Recipe.from_dict(data["recipe"], "its recipe")
             rules = tuple(Rule.from_list(rule) for rule in data["rules"])
             check_candidates(model, recipe.profile.min_window, rules)
             return Manifest(

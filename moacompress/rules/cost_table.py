@@ -318,7 +318,7 @@ def _check_cell(cell: TimedCell, model: ModelForm, where: str) -> None:
     Raises:
         ArtefactError: names what is wrong.
     """
-    heads, most = model.layers * model.kv_heads, whole_blocks(cell.length)
+    heads, most = sum(model.kv_heads), whole_blocks(cell.length)
     for number, point in enumerate(cell.points):
         counted = sum(group.heads for group in point.groups)
         if counted != heads:

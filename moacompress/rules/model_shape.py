@@ -50,5 +50,13 @@ class ModelShape:
         return int(batch * self.kv_heads * self.token_bytes(Rule.FULL) * sum(per_layer))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the JSON form."""
-        return {**self.__dict__, "native_windows": list(self.native_windows)}
+        """Returns the JSON form, `plan_form.ModelForm`, which says sizes of every layer."""
+        return {
+            "model_type": self.model_type,
+            "layers": self.layers,
+            **{name: [getattr(self, name)] * self.layers for name in ("kv_heads", "heads", "head_dim")},
+            "native_windows": list(self.native_windows),
+            "kv_owners": [None] * self.layers,
+            "dtype": self.dtype,
+            "weights_fingerprint": self.weights_fingerprint,
+        }

@@ -10,19 +10,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from moacompress.core.arrays import Floats
 from moacompress.core.artefact_names import gates_file, shingles_file
 from moacompress.core.errors import ArtefactError, PlanError
 from moacompress.core.files import MAX_JSON_BYTES, fingerprint, finite_json, read_json, remove, write_json
 from moacompress.core.shingles import Shingles
 from moacompress.core.shown import Shown
+from moacompress.rules.formats import NATIVE
 from moacompress.rules.gate_weights import GateWeights
+from moacompress.rules.key_centres import Centres, check_centres, numbers, to_text
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan_form import (
     FORMAT,
     RULE_FIELDS,
     SELECT_FIELDS,
     VERSION,
-    WITHOUT_GATES,
     check_rules,
     plan_fields,
 )
@@ -84,6 +86,8 @@ class Plan(Shown):
         quality: predicted and measured KL, of the plan and of the baselines.
         provenance: calibration fingerprint, lengths, seeds, versions and the resolved recipe.
         shares: what each layer takes from an earlier one, or None; empty where no layer shares attention.
+        centres: what the coded keys of each KV head lie less, `centres[layer][kv_head]`; those of native keys, and of layers
+            that take another's, are left out.
         gates: fingerprint of the gates that choose tokens; empty where no rule selects.
         gate_weights: these gates, where they are at hand: a plan's file has them beside it.
         seen: shingles of the text and prompts that it was calibrated on, which a plan's file has beside it too; None where
@@ -97,6 +101,7 @@ class Plan(Shown):
     quality: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     shares: LayerShares = ()
+    centres: Centres = field(default=(), repr=False)
     gates: str = ""
     gate_weights: GateWeights | None = field(default=None, compare=False, repr=False)
     seen: Shingles | None = field(default=None, compare=False, repr=False)
@@ -104,6 +109,7 @@ class Plan(Shown):
     def __post_init__(self) -> None:
         if not any(self.shares):
             object.__setattr__(self, "shares", ())
+        object.__setattr__(self, "centres", self._used_centres())
         if not self.selects:
             object.__setattr__(self, "gates", "")
             object.__setattr__(self, "gate_weights", None)
@@ -177,6 +183,24 @@ class Plan(Shown):
             found.append(sizes)
         return found
 
+    def _used_centres(self) -> Centres:
+        """Returns the centres of KV heads whose own keys are in codes; none where no KV head has one."""
+        if not self.centres:
+            return ()
+        check_centres(self.centres, self.model.layers, self.model.kv_heads, self.model.head_dim)
+        used = tuple(
+            tuple(
+                centre if rule.key_format != NATIVE and self.share(layer) is None else b""
+                for rule, centre in zip(rules, row, strict=True)
+            )
+            for layer, (rules, row) in enumerate(zip(self.rules, self.centres, strict=True))
+        )
+        return used if any(map(any, used)) else ()
+
+    def key_centre(self, layer: int) -> Floats | None:
+        """Returns what a layer's keys lie less, float32 `[kv_heads, head_dim]`; None where no KV head has a centre."""
+        return numbers(self.centres[layer], self.model.head_dim) if self.centres else None
+
     def share(self, layer: int) -> Share | None:
         """Returns what a layer takes from an earlier one, or None."""
         return self.shares[layer] if self.shares else None
@@ -220,11 +244,13 @@ class Plan(Shown):
 
     def key(self) -> str:
         """Returns a hash of what the plan does (rules, min_window, shape), not of its numbers or history."""
-        shape = self.model.to_dict()
+        shape = {**self.model.__dict__, "native_windows": list(self.model.native_windows)}
         del shape["weights_fingerprint"]
         does: list[Any] = [shape, self.min_window, [[rule.to_list() for rule in row] for row in self.rules]]
         if self.shares:
             does.append([share and share.to_dict() for share in self.shares])
+        if self.centres:
+            does.append([[to_text(centre) for centre in row] for row in self.centres])
         if self.gates:
             does.append(self.gates)
         return fingerprint(does)
@@ -250,8 +276,8 @@ class Plan(Shown):
                 )
         group = self.model.heads // self.model.kv_heads
         shape = replace(self.model, kv_heads=len(heads), heads=group * len(heads))
-        rules = tuple(row[heads.start : heads.stop] for row in self.rules)
-        return Plan(shape, self.min_window, rules, gates=self.gates)
+        rules, centres = (tuple(row[heads.start : heads.stop] for row in rows) for rows in (self.rules, self.centres))
+        return Plan(shape, self.min_window, rules, centres=centres, gates=self.gates)
 
     def with_gates(self, gates: GateWeights) -> Plan:
         """Returns the same rules with other gates to choose by."""
@@ -301,27 +327,31 @@ class Plan(Shown):
             shares = self.share(layer), other.share(layer) if layer < other.model.layers else None
             if shares[0] != shares[1]:
                 lines.append(f"layer {layer}: {' -> '.join(str(share or 'own attention') for share in shares)}")
+        if self.centres != other.centres:
+            lines.append(f"centres of keys: {_centres_said(self)} -> {_centres_said(other)}")
         if self.gates != other.gates:
             lines.append(f"gates: {self.gates or 'none'} -> {other.gates or 'none'}")
         return lines
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the JSON form; what only newer versions know of is there where the plan has it."""
+        """Returns the JSON form; see `plan_form`."""
 
-        def layer(row: tuple[Rule, ...], share: Share | None) -> dict[str, Any]:
+        def layer(index: int, row: tuple[Rule, ...]) -> dict[str, Any]:
             names = RULE_FIELDS + (SELECT_FIELDS if any(rule.selects for rule in row) else ())
+            share, centres = self.share(index), self.centres[index] if self.centres else ()
             return {
+                "layer": index,
                 **{name: [getattr(rule, name) for rule in row] for name in names},
+                **({"key_centre": [to_text(centre) for centre in centres]} if any(centres) else {}),
                 "share": share and share.to_dict(),
             }
 
-        shares = self.shares or (None,) * self.model.layers
         return {
             "format": FORMAT,
-            "version": VERSION if self.selects else WITHOUT_GATES,
+            "version": VERSION,
             "model": self.model.to_dict(),
             "min_window": self.min_window,
-            "layers": [layer(row, share) for row, share in zip(self.rules, shares, strict=True)],
+            "layers": [layer(index, row) for index, row in enumerate(self.rules)],
             **({"gates": self.gates} if self.gates else {}),
             "budget": finite_json(self.budget),
             "quality": finite_json(self.quality),
@@ -381,6 +411,10 @@ class Plan(Shown):
         for row, native in zip(self.rules, self.model.native_windows, strict=True):
             for rule in row:
                 yield rule, native
+
+
+def _centres_said(plan: Plan) -> str:
+    return f"of {sum(map(bool, sum(plan.centres, ())))} KV heads" if plan.centres else "none"
 
 
 def _check(plan: Plan) -> None:

@@ -1,4 +1,8 @@
-"""The JSON form of a plan: its versions, and how what somebody else may have written is read."""
+"""The JSON form of a plan, and how what somebody else may have written is read.
+
+Sizes are said of every layer, and rules name the layer that they are of: models of uneven layers, and plans about some of them,
+need no other form. What this moacompress does not know yet is refused by its name.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +20,13 @@ from pydantic import (
     Field,
     TypeAdapter,
     ValidationInfo,
+    model_validator,
 )
 
 from moacompress.core.errors import PlanError
-from moacompress.rules.formats import DTYPE_BYTES, NATIVE, all_formats, is_format
+from moacompress.rules.formats import DTYPE_BYTES, all_formats, is_format
 from moacompress.rules.gate_weights import DIGITS
+from moacompress.rules.key_centres import from_text
 from moacompress.rules.model_shape import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, ModelShape
 from moacompress.rules.rule import MAX_ALPHA, MIN_WINDOWS, SINKS, Rule
 from moacompress.rules.share import COPY, Share
@@ -42,10 +48,12 @@ RULE_FIELDS = ("sink", "alpha", "beta_q", "key_format", "value_format")
 """What a layer says of each of its KV heads."""
 SELECT_FIELDS = ("select_alpha", "select_beta_q")
 """What a layer says besides where one of them keeps tokens that a gate chooses."""
-WITHOUT_GATES = 2
-"""Version of the plans that no gate belongs to."""
-VERSION = 3
+SIZES = ("heads", "kv_heads", "head_dim")
+"""What a model says of every layer, and this moacompress wants to be alike in all."""
+VERSION = 1
 """Newest version of a plan."""
+MAX_CENTRE = 4 * MAX_HEAD_DIM
+"""Most characters of a centre."""
 MAX_PLACES = 256
 """Most lengths and rows that a plan's step is predicted for."""
 _PLACE = re.compile(r"[1-9]\d{0,7}x[1-9]\d{0,6}")
@@ -74,10 +82,10 @@ def _is_format(name: str) -> str:
 Format = Annotated[Text, AfterValidator(_is_format)]
 
 
-def _whole_groups(heads: int, info: ValidationInfo) -> int:
-    kv_heads = info.data.get("kv_heads", 1)
-    if heads % kv_heads:
-        raise ValueError(f"is {heads}, no multiple of model.kv_heads {kv_heads}")
+def _whole_groups(heads: list[int], info: ValidationInfo) -> list[int]:
+    for layer, (queries, kv_heads) in enumerate(zip(heads, info.data.get("kv_heads", ()), strict=False)):
+        if queries % kv_heads:
+            raise ValueError(f"of layer {layer} is {queries}, no multiple of model.kv_heads {kv_heads}")
     return heads
 
 
@@ -102,17 +110,46 @@ def _are_by_length(sizes: dict[Any, Any]) -> dict[Any, Any]:
     return sizes
 
 
+_OF_LAYERS = as_many(lambda known: known["layers"])
+HeadCount = Annotated[int, Field(ge=1, le=MAX_HEADS)]
+
+
 class ModelForm(Form):
-    """The JSON form of a `ModelShape`."""
+    """The JSON form of a `ModelShape`: what it says of layers is a list, one entry for each."""
 
     model_type: Text
     layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
-    kv_heads: Annotated[int, Field(ge=1, le=MAX_HEADS)]
-    heads: Annotated[int, Field(ge=1, le=MAX_HEADS), AfterValidator(_whole_groups)]
-    head_dim: Annotated[int, Field(ge=1, le=MAX_HEAD_DIM)]
+    kv_heads: Annotated[list[HeadCount], FailFast(), _OF_LAYERS]
+    heads: Annotated[list[HeadCount], FailFast(), _OF_LAYERS, AfterValidator(_whole_groups)]
+    head_dim: Annotated[list[Annotated[int, Field(ge=1, le=MAX_HEAD_DIM)]], FailFast(), _OF_LAYERS]
+    native_windows: Annotated[list[Length | None], FailFast(), _OF_LAYERS]
+    kv_owners: Annotated[list[None], FailFast(), _OF_LAYERS]
     dtype: Annotated[Text, one_of(sorted(DTYPE_BYTES))]
-    native_windows: Annotated[list[Length | None], FailFast(), as_many(lambda known: known["layers"])]
     weights_fingerprint: Text
+
+    @model_validator(mode="after")
+    def _alike(self) -> ModelForm:
+        for name in SIZES:
+            sizes = getattr(self, name)
+            other = next((layer for layer, size in enumerate(sizes) if size != sizes[0]), None)
+            if other is not None:
+                raise ValueError(
+                    f"has {name} {sizes[0]} in layer 0 and {sizes[other]} in layer {other}; this moacompress runs plans of "
+                    "models whose layers are alike"
+                )
+        return self
+
+    def shape(self) -> ModelShape:
+        """Returns the model's shape."""
+        sizes = {name: getattr(self, name)[0] for name in SIZES}
+        return ModelShape(
+            model_type=self.model_type,
+            layers=self.layers,
+            dtype=self.dtype,
+            native_windows=tuple(self.native_windows),
+            weights_fingerprint=self.weights_fingerprint,
+            **sizes,
+        )
 
 
 class ShareForm(Form):
@@ -126,6 +163,7 @@ class ShareForm(Form):
 class LayerForm(Form):
     """The rules of a layer, a column of each of their numbers; and what it shares."""
 
+    layer: Annotated[int, Field(ge=0, le=MAX_LAYERS - 1)]
     sink: Column[Sink]
     alpha: Column[Alpha]
     beta_q: Column[Beta]
@@ -133,6 +171,7 @@ class LayerForm(Form):
     value_format: Column[Format]
     select_alpha: Column[Alpha] = Field(default_factory=list)
     select_beta_q: Column[Beta] = Field(default_factory=list)
+    key_centre: Column[Annotated[str, Field(max_length=MAX_CENTRE)] | None] = Field(default_factory=list)
     share: ShareForm | None = None
 
 
@@ -188,7 +227,7 @@ class ProvenanceNotes(BaseModel):
 
 
 class PlanForm(RulesForm):
-    """A plan of the newest version."""
+    """A plan."""
 
     format: str
     version: int
@@ -223,9 +262,10 @@ def plan_fields(data: Any) -> dict[str, Any]:
                 f"{name} must be an object of finite numbers and texts, at most {MAX_DEPTH} deep, and {MAX_NOTES:,} numbers "
                 "and characters with the other notes"
             )
-    form = checked(_PLAN, _upgraded(data, version), _name)
+    form = checked(_PLAN, data, _name)
     _check_columns(form)
-    unselected = [0] * form.model.kv_heads
+    model = form.model.shape()
+    unselected, none = [0] * model.kv_heads, [None] * model.kv_heads
     columns = (
         [
             *(getattr(layer, name) for name in RULE_FIELDS),
@@ -234,15 +274,31 @@ def plan_fields(data: Any) -> dict[str, Any]:
         for layer in form.layers
     )
     return {
-        "model": ModelShape(**{**dict(form.model), "native_windows": tuple(form.model.native_windows)}),
+        "model": model,
         "min_window": form.min_window,
         "rules": tuple(tuple(Rule(*values) for values in zip(*column, strict=True)) for column in columns),
         "shares": tuple(
             layer.share and Share(layer.share.anchor, tuple(layer.share.head_map)) for layer in form.layers
         ),
+        "centres": tuple(
+            tuple(
+                from_text(text, model.head_dim, f"key_centre of layer {layer.layer} KV head {head}")
+                for head, text in enumerate(layer.key_centre or none)
+            )
+            for layer in form.layers
+        ),
         "gates": form.gates,
         **notes,
     }
+
+
+def read_shape(data: Any) -> ModelShape:
+    """Reads the JSON form of a model's shape.
+
+    Raises:
+        PlanError: which number is out of bounds.
+    """
+    return checked(_MODEL, data, lambda path: _name(("model", *path))).shape()
 
 
 def check_rules(model: ModelShape, min_window: int, rules: Sequence[Sequence[Rule]]) -> None:
@@ -257,7 +313,10 @@ def check_rules(model: ModelShape, min_window: int, rules: Sequence[Sequence[Rul
         PlanError: which number is out of bounds, with layer and KV head.
     """
     names = RULE_FIELDS + SELECT_FIELDS
-    layers = [{name: [getattr(rule, name) for rule in row] for name in names} for row in rules]
+    layers = [
+        {"layer": layer, **{name: [getattr(rule, name) for rule in row] for name in names}}
+        for layer, row in enumerate(rules)
+    ]
     _check_columns(checked(_RULES, {"model": model.to_dict(), "min_window": min_window, "layers": layers}, _name))
 
 
@@ -272,16 +331,20 @@ def check_candidates(model: ModelShape, min_window: int, rules: Sequence[Rule]) 
     Raises:
         PlanError: which number is out of bounds.
     """
-    checked(_MODEL, model.to_dict(), lambda path: _name(("model", *path)))
+    read_shape(model.to_dict())
     one_head = replace(model, layers=1, heads=1, kv_heads=1, native_windows=(None,))
     for rule in rules:
         check_rules(one_head, min_window, ((rule,),))
 
 
 def _check_columns(form: RulesForm) -> None:
-    kv_heads = form.model.kv_heads
     for index, layer in enumerate(form.layers):
-        columns = {name: getattr(layer, name) for name in layer.model_fields_set - {"share"}}
+        kv_heads = form.model.kv_heads[index]
+        if layer.layer != index:
+            raise PlanError(
+                f"entry {index} of layers is about layer {layer.layer}; this moacompress runs plans about all layers, in order"
+            )
+        columns = {name: getattr(layer, name) for name in layer.model_fields_set - {"share", "layer"}}
         if layer.share is not None:
             columns["head_map of share"] = layer.share.head_map
         for name, column in columns.items():
@@ -301,32 +364,7 @@ def _name(path: Loc) -> str:
             return name
         case ("provenance", "lengths", int()):
             return "a length in provenance.lengths"
-        case ("model", "native_windows", int(layer)):
-            return f"model.native_windows of layer {layer}"
+        case ("model", str(name), int(layer)):
+            return f"model.{name} of layer {layer}"
         case _:
             return ".".join(map(str, path))
-
-
-def _upgraded(data: dict[str, Any], version: int) -> dict[str, Any]:
-    """Returns a plan of an older version in the form of the present one; what is wrong with it is found later."""
-    layers, model = data.get("layers"), data.get("model")
-    if version > 1 or not isinstance(layers, list):
-        return data
-    heads = model.get("kv_heads") if isinstance(model, dict) else None
-    native = [NATIVE] * heads if isinstance(heads, int) and 0 < heads <= MAX_HEADS else []
-    return {**data, "layers": [_formatted(layer, f"layer {index}", native) for index, layer in enumerate(layers)]}
-
-
-def _formatted(layer: Any, where: str, native: list[str]) -> Any:
-    """Returns a layer of version 1, which knew no formats, with native ones."""
-    if not isinstance(layer, dict):
-        return layer
-    for name in ("key_format", "value_format"):
-        if name in layer:
-            raise PlanError(f"{where} has the unknown key {name!r}; plans of version 1 have no formats")
-    given = layer.get("kv_dtype", [])
-    for head, dtype in enumerate(given if isinstance(given, list) else [given]):
-        if dtype is not None:
-            raise PlanError(f"kv_dtype of {where} KV head {head} is {short(dtype)!r}; version 1 has only null")
-    rest = {name: value for name, value in layer.items() if name != "kv_dtype"}
-    return {**rest, "key_format": native, "value_format": native}

@@ -342,21 +342,21 @@ def test_a_cleared_folder_with_other_files_is_free_again(folder: Path, damage: A
 
 
 def forget_formats(folder: Path) -> None:
-    """Makes a profile one of a version that knew of no formats."""
+    """Makes a profile one that was asked for no formats."""
     path = folder / "profile.json"
     data = json.loads(path.read_text())
-    del data["recipe"]["profile"]["formats"]
+    data["recipe"]["profile"]["formats"] = []
     plain = [Statistics({k: v for k, v in statistics(i).arrays.items() if k in ("squares", "total")}) for i in range(3)]
     data["digest"] = Statistics.stack(plain).digest()
     path.write_text(json.dumps(data))
     begun = Manifest.read(folder)
     merge(folder, replace(begun, complete=False), PROFILED, plain)
     data = json.loads(path.read_text())
-    del data["recipe"]["profile"]["formats"]
+    data["recipe"]["profile"]["formats"] = []
     path.write_text(json.dumps(data))
 
 
-def test_a_profile_that_knows_of_no_formats_is_read_and_completed(folder: Path) -> None:
+def test_a_profile_without_formats_is_read_and_completed(folder: Path) -> None:
     forget_formats(folder)
     older = Profile.load(folder)
     assert older.recipe.profile.formats == ()

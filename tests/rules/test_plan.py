@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import moacompress
 from moacompress.core.errors import PlanError
+from moacompress.rules import key_centres
 from moacompress.rules import plan as plan_module
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
@@ -121,28 +122,6 @@ def test_bytes_are_slots_times_key_and_value() -> None:
     assert shape(dtype="bfloat16").dense_kv_bytes(300) * 2 == shape().dense_kv_bytes(300)
 
 
-def test_a_plan_of_version_1_is_one_of_native_formats() -> None:
-    plan = some_plan()
-    old = plan.to_dict() | {"version": 1}
-    for layer in old["layers"]:
-        del layer["key_format"], layer["value_format"]
-        layer["kv_dtype"] = [None, None]
-    loaded = Plan.from_dict(old)
-    assert loaded == plan
-    assert loaded.to_dict()["version"] == 2
-    for change, match in (
-        ({"kv_dtype": [None, "int8"]}, "kv_dtype of layer 1 KV head 1 is 'int8'"),
-        ({"sink": [4]}, "sink of layer 1 has 1 entries, not 2"),
-        ({"key_format": ["native", "native"]}, "layer 1 has the unknown key 'key_format'; plans of version 1"),
-    ):
-        layers = [layer | change if index == 1 else layer for index, layer in enumerate(old["layers"])]
-        with pytest.raises(PlanError, match=match):
-            Plan.from_dict(old | {"layers": layers})
-    del old["layers"][1]["sink"], old["layers"][0]["kv_dtype"]
-    with pytest.raises(PlanError, match="layer 1 lacks the key 'sink'"):
-        Plan.from_dict(old)
-
-
 def test_round_trip_is_exact(tmp_path: Path) -> None:
     plan = some_plan()
     plan.save(tmp_path / "plan.json")
@@ -163,6 +142,38 @@ def test_lengths_in_notes_that_somebody_else_wrote(noted: Any) -> None:
     assert known.profiled_lengths == known.stated_lengths
     assert str(known).startswith("plan for")
     assert moacompress.inspect(known)["kv_bytes"]
+
+
+def test_centres_are_of_keys_in_codes_and_are_kept(tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0).normal(0, 100, (3, 2, 16))
+    numbers[0, 0] = 1e9  # beyond float16
+    centres = key_centres.stored(numbers)
+    native = some_plan()
+    assert Plan(native.model, 32, native.rules, centres=centres).centres == ()
+    assert native.key_centre(0) is None
+    rows = [list(row) for row in native.rules]
+    rows[0][1] = Rule(4, 0, 0, "int4", "native")
+    rows[2] = [Rule(4, 0, 0, "int8", "int8")] * 2
+    plan = Plan(native.model, 32, tuple(map(tuple, rows)), centres=centres)
+    assert [[bool(centre) for centre in row] for row in plan.centres] == [[False, True], [False, False], [True, True]]
+    assert plan.key_centre(1) is None
+    assert np.array_equal(plan.key_centre(2), numbers[2].astype(np.float16).astype(np.float32))
+    assert not plan.key_centre(0)[0].any()
+    plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert loaded == plan
+    assert "key_centre" not in loaded.to_dict()["layers"][1]
+    without = Plan(native.model, 32, plan.rules)
+    assert without.key() != plan.key()
+    assert without.diff(plan) == ["centres of keys: none -> of 3 KV heads"]
+    other = Plan(native.model, 32, plan.rules, centres=key_centres.stored(numbers + 1))
+    assert other.key() != plan.key()
+    ours = plan.of_heads(range(1, 2))
+    assert np.array_equal(ours.key_centre(2), plan.key_centre(2)[1:])
+    with pytest.raises(PlanError, match="of 2 layers, not 3"):
+        Plan(native.model, 32, plan.rules, centres=centres[:2])
+    with pytest.raises(PlanError, match="layer 1 are not those of 2 KV heads of 16"):
+        Plan(native.model, 32, plan.rules, centres=(centres[0], (b"\0\0", b""), centres[2]))
 
 
 def test_key_ignores_notes_and_weights() -> None:
@@ -203,7 +214,7 @@ def without(*path: str | int) -> Callable[[dict[str, Any]], None]:
 
 REFUSED: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (at("format", value="other"), 'not a moacompress plan: "format" is not'),
-    (at("version", value=4), "version 4, this moacompress reads up to 3; upgrade"),
+    (at("version", value=4), "version 4, this moacompress reads up to 1; upgrade"),
     (at("version", value=True), "version must be a whole number, not 'True'"),
     (at("version", value=0), "version is 0, outside"),
     (without("version"), "version must be a whole number, not 'None'"),
@@ -212,11 +223,15 @@ REFUSED: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (at("model", value=[]), "model must be an object"),
     (at("model", "extra", value=1), "model has the unknown key 'extra'"),
     (without("model", "head_dim"), "model lacks the key 'head_dim'"),
-    (at("model", "layers", value=4), "model.native_windows has 3 entries, not 4"),
+    (at("model", "layers", value=4), "model.kv_heads has 3 entries, not 4"),
     (at("model", "layers", value=10**9), "model.layers is 1000000000, outside"),
-    (at("model", "heads", value=5), "model.heads is 5, no multiple of model.kv_heads 2"),
-    (at("model", "kv_heads", value=0), "model.kv_heads is 0, outside"),
-    (at("model", "head_dim", value=-1), "model.head_dim is -1, outside"),
+    (at("model", "heads", 1, value=5), "model.heads of layer 1 is 5, no multiple of model.kv_heads 2"),
+    (at("model", "heads", value=4), "model.heads must be a list"),
+    (at("model", "kv_heads", 2, value=0), "model.kv_heads of layer 2 is 0, outside"),
+    (at("model", "head_dim", 0, value=-1), "model.head_dim of layer 0 is -1, outside"),
+    (at("model", "head_dim", 2, value=32), "model has head_dim 16 in layer 0 and 32 in layer 2; this moacompress runs"),
+    (at("model", "kv_owners", 2, value=0), "model.kv_owners of layer 2"),
+    (without("model", "kv_owners"), "model lacks the key 'kv_owners'"),
     (at("model", "dtype", value="int4"), "model.dtype is int4, not one of"),
     (at("model", "dtype", value=["float32"]), "model.dtype must be a text"),
     (at("model", "model_type", value="x" * 300), "model.model_type must be a text of at most 256"),
@@ -230,6 +245,19 @@ REFUSED: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (without("layers", 2), "layers has 2 entries, not 3"),
     (at("layers", 1, value=7), "layer 1 must be an object"),
     (at("layers", 1, "width", value=[]), "layer 1 has the unknown key 'width'"),
+    (
+        at("layers", 1, "layer", value=2),
+        "entry 1 of layers is about layer 2; this moacompress runs plans about all layers",
+    ),
+    (without("layers", 1, "layer"), "layer 1 lacks the key 'layer'"),
+    (at("layers", 1, "key_centre", value=["AAAA"]), "key_centre of layer 1 has 1 entries, not 2"),
+    (at("layers", 1, "key_centre", value=[None, 3]), "key_centre of layer 1 KV head 1 must be a text"),
+    (at("layers", 1, "key_centre", value=[None, "*"]), "key_centre of layer 1 KV head 1 is no base64"),
+    (at("layers", 1, "key_centre", value=["AAAA", None]), "KV head 0 has 3 bytes, not the 32 of 16 float16 numbers"),
+    (
+        at("layers", 1, "key_centre", value=[None, "AHwA" * 10 + "AHw="]),
+        "key_centre of layer 1 KV head 1 has numbers that",
+    ),
     (without("layers", 1, "sink"), "layer 1 lacks the key 'sink'"),
     (at("layers", 1, "sink", value=[4]), "sink of layer 1 has 1 entries, not 2"),
     (at("layers", 1, "sink", 1, value=5), "sink of layer 1 KV head 1 is 5, not one of 4, 16, 64"),

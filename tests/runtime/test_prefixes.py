@@ -6,18 +6,17 @@ import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from moacompress.core.errors import BudgetError, PlanError, UnsupportedError
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
+from moacompress.rules.share import Share, with_shared_rules
 from moacompress.runtime import PlanCache, attach, detach, keep_prefixes
 from moacompress.runtime.cache.kept_prefixes import KeptPrefixes
 from moacompress.runtime.compat.alternates import CHUNKS_CONTINUE, cache_argument, returned_cache
@@ -25,8 +24,6 @@ from moacompress.runtime.hf.prefixes import LEAST_SHARED
 from tests.plan_kinds import KINDS
 
 MUCH = 2**30
-COPIES = Path(__file__).parent.parent / "old" / "models" / "copies"
-"""A checkpoint whose layers share attention."""
 
 
 @contextmanager
@@ -66,9 +63,12 @@ def pair(tiny_model: Any) -> Callable[..., tuple[Any, Any]]:
     """Makes two models under the same plan: one that keeps prefixes, and one that does not."""
 
     def made(kind: str) -> Any:
+        model = tiny_model()
+        plan = KINDS["windows" if kind == "copies" else kind](model)
         if kind == "copies":
-            return AutoModelForCausalLM.from_pretrained(COPIES)
-        return attach(tiny_model(), KINDS[kind](tiny_model()))
+            shares = (None, None, Share(0, (1, 0)))
+            plan = Plan(plan.model, plan.min_window, with_shared_rules(plan.rules, shares), shares=shares)
+        return attach(model, plan)
 
     def make(kind: str = "windows") -> tuple[Any, Any]:
         return keep_prefixes(made(kind), MUCH), made(kind)
