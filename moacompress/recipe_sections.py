@@ -202,6 +202,7 @@ class ProfileRecipe(Section):
         description="number of extra samples, of the shortest length, that gates are trained on",
     )
     formats: Formats = Field(CODED, description="formats of keys and values to profile")
+    centres: bool = Field(True, description="keep the keys of each KV head in codes less their mean")
     min_window: int = Field(32, description="smallest window of a KV head, tokens")
     sinks: tuple[int, ...] = Field(SINKS, min_length=1, description="sink sizes to choose from, tokens")
 

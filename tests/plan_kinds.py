@@ -12,6 +12,7 @@ import numpy as np
 from moacompress.models.source import model_shape
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.gate_weights import GateWeights
+from moacompress.rules.key_centres import Centres, stored
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import MIN_WINDOWS, SINKS, Rule
@@ -72,6 +73,18 @@ def formats(model: Any) -> Plan:
 def gates(model: Any) -> Plan:
     """Windows, and tokens that gates select."""
     return gated_plan(model, 5)
+
+
+def centres(model: Any) -> Plan:
+    """Formats, and keys that lie less centres of norm 100."""
+    plan = formats(model)
+    return replace(plan, centres=random_centres(plan.model, 100.0))
+
+
+def random_centres(shape: ModelShape, norm: float, seed: int = 0) -> Centres:
+    """Returns centres of a norm, of all KV heads."""
+    drawn = np.random.default_rng(seed).standard_normal((shape.layers, shape.kv_heads, shape.head_dim))
+    return stored(norm * drawn / np.linalg.norm(drawn, axis=-1, keepdims=True))
 
 
 KINDS: dict[str, Callable[[Any], Plan]] = {kind.__name__: kind for kind in (full, windows, formats, gates)}

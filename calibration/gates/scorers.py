@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moacompress.calibration.profile.passes import Recording, read_through, recorded
-from moacompress.calibration.profile.statistics import Floats32
+from moacompress.core.arrays import Floats32
 from moacompress.core.errors import ModelError, UsageError, did_you_mean
 from moacompress.core.plugins import SCORERS as OUTSIDE
 from moacompress.core.plugins import named_plugins

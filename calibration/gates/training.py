@@ -25,8 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moacompress.calibration.profile.passes import read_through
-from moacompress.calibration.profile.statistics import Floats32
-from moacompress.core.arrays import Floats
+from moacompress.core.arrays import Floats, Floats32
 from moacompress.core.artefact_names import GATES_FILE
 from moacompress.core.errors import DataError
 from moacompress.core.progress import SILENT, Progress

@@ -19,6 +19,7 @@ from moacompress.calibration.data.plain import TARGETS
 from moacompress.calibration.data.sample_sources import check_counts, longer_counts, make_drafts, spread
 from moacompress.calibration.gates.training import JUDGED
 from moacompress.calibration.profile import passes
+from moacompress.calibration.profile.centres import SAMPLES
 from moacompress.calibration.profile.influence import TILE
 from moacompress.calibration.profile.probe import SHORT, Gathered, Probe
 from moacompress.calibration.profile.profiler import check_around, check_lengths, data_recipe, rules_on_offer
@@ -210,6 +211,9 @@ def dry_run(
     for length, numbers in sorted(counted.items()):
         parts.append(arithmetic.estimate(length, *numbers))
         progress.step(f"{length} tokens")
+    if recipe.profile.formats and recipe.profile.centres:  # every shard reads for them
+        total = sum(part.samples + part.text_samples for part in parts)
+        parts = [arithmetic.with_centres(part, total) for part in parts]
     if gates:  # every shard trains them
         parts[0] = arithmetic.with_gates(parts[0], gates)
     progress.done()
@@ -275,6 +279,11 @@ class _Arithmetic:
             forward_seconds=self._probe.forward(length),
             decode_seconds=self._probe.step(length),
         )
+
+    def with_centres(self, estimate: LengthEstimate, total: int) -> LengthEstimate:
+        """Returns the estimate of a length with its part of the forward passes for mean keys, of `total` profiled samples."""
+        read = min(SAMPLES, total) * (estimate.samples + estimate.text_samples) / max(total, 1)
+        return replace(estimate, profile_seconds=estimate.profile_seconds + read * estimate.forward_seconds)
 
     def with_gates(self, estimate: LengthEstimate, samples: int) -> LengthEstimate:
         """Returns the estimate of a length with so many samples more that gates are trained on."""

@@ -38,6 +38,7 @@ from moacompress.core.files import (
 from moacompress.core.version import own_version
 from moacompress.recipe import Recipe
 from moacompress.recipe_sections import INFLUENCE, ProfileRecipe
+from moacompress.rules.key_centres import Centres, from_texts, to_texts
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan_form import check_candidates, read_shape
 from moacompress.rules.rule import SINKS, Rule
@@ -74,6 +75,7 @@ class Manifest:
         seconds: time that the samples took.
         complete: whether everything is there.
         gates: fingerprint of the gates that rules which select choose by; empty until they are there.
+        centres: mean keys that keys in codes lie less, see `Plan.centres`; none until they are known, or without formats.
         wording: digest of what prompts said when it was begun; empty where an older version began it.
         shard: the part of the samples that is here; None for all of them.
     """
@@ -92,6 +94,7 @@ class Manifest:
     seconds: float = 0.0
     complete: bool = False
     gates: str = ""
+    centres: Centres = ()
     wording: str = ""
     shard: Shard | None = None
 
@@ -128,7 +131,8 @@ class Manifest:
     @property
     def owner(self) -> str:
         """What files of samples are marked with."""
-        return f"{self.fingerprint} {self.gates}" if self.gates else self.fingerprint
+        centres = fingerprint(to_texts(self.centres)) if self.centres else ""
+        return " ".join(filter(None, (self.fingerprint, self.gates, centres)))
 
     def write(self, folder: Path) -> None:
         """Writes `profile.json`, atomically."""
@@ -136,6 +140,7 @@ class Manifest:
             **self.__dict__,
             "shape": self.shape.to_dict(),
             "rules": [rule.to_list() for rule in self.rules],
+            "centres": to_texts(self.centres),
             "recipe": self.recipe.resolved(),
             "lengths": self.lengths,
             "min_window": self.recipe.profile.min_window,
@@ -184,6 +189,7 @@ class Manifest:
                 skipped=tuple(map(int, data["skipped"])),
                 seconds=float(data["seconds"]),
                 complete=data["complete"] is True,
+                centres=from_texts(data["centres"], model.layers, model.kv_heads, model.head_dim),
                 shard=Shard.from_dict(data["shard"]) if "shard" in data else None,
                 **{name: str(data[name]) for name in names},
             )
@@ -229,6 +235,7 @@ def request_fingerprint(
             "calibration": recipe.calibration.hashed(),
             "files": files,
             **({"computes_in": computes_in} if other else {}),
+            **({} if recipe.profile.centres else {"centres": False}),
             **({"gate_samples": recipe.profile.gate_samples} if trains else {}),
             **({"scorer": recipe.profile.scorer} if trains and recipe.profile.scorer != INFLUENCE else {}),
         }

@@ -92,7 +92,7 @@ def merge_shards(
         head = prepare(out, replace(first, shard=None, skipped=(), gates="", seconds=0.0, complete=False), overwrite)
         if head.complete:
             return Profile.load(out)
-        head = replace(head.of_samples(samples, held_out), gates=first.gates)
+        head = replace(head.of_samples(samples, held_out), gates=first.gates, centres=first.centres)
         head.write(out)
         save_samples(out / CALIBRATION_FILE, samples)
         save_samples(out / VALIDATION_FILE, held_out)
@@ -219,6 +219,8 @@ def _check_alike(parts: Sequence[_Part]) -> None:
                 f"gates (fingerprint {theirs.gates or 'none yet'}, not {ours.gates or 'none yet'}); finish all shards, on "
                 "processors of one kind, or profile under torchrun, which trains gates once"
             )
+        elif ours.centres != theirs.centres:
+            what = "mean keys; finish all shards, on processors of one kind"
         else:
             continue
         raise ArtefactError(f"{part.name} has another {what}, than {first.name}; all shards are to be of one profile")

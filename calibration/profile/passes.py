@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,14 +30,19 @@ from moacompress.calibration.profile.sharing import Attended
 from moacompress.calibration.profile.tiles import AttentionSpec, Collector, GradientCollector
 from moacompress.core.errors import ModelError
 from moacompress.kernels.arguments import Choices
+from moacompress.kernels.centred_keys import centred
 from moacompress.kernels.reference.rounding import as_kept
 from moacompress.models.modules import decoder_layers
 from moacompress.models.placement import input_device, is_offloaded
 from moacompress.rules.gate_weights import GateWeights
+from moacompress.rules.key_centres import Centres, numbers
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
+
+if TYPE_CHECKING:
+    from moacompress.calibration.profile.centres import KeyMeans
 
 ATTENTION = "moacompress_profile"
 """Name of the profiling attention among transformers' attention functions."""
@@ -63,6 +68,8 @@ class Recording:
         values: whether that has the values too.
         gates: of the layers, where rules select.
         choices: what rules choose in every layer, kept until the tape ends.
+        centres: what keys of every layer lie less, float32 `[kv_heads, head_dim]`, or None.
+        means: takes in the keys, or None.
     """
 
     table: RuleTable
@@ -73,6 +80,8 @@ class Recording:
     values: bool = False
     gates: GateWeights | None = None
     choices: dict[int, Choices | None] = field(default_factory=dict)
+    centres: tuple[Tensor | None, ...] = ()
+    means: KeyMeans | None = None
 
     @staticmethod
     def of(
@@ -83,11 +92,15 @@ class Recording:
         values: bool = False,
         gates: GateWeights | None = None,
         heads: range | None = None,
+        centres: Centres = (),
+        means: KeyMeans | None = None,
     ) -> Recording:
         """Returns a recording without collectors; with `keep` it keeps queries and keys, with `values` the values too.
 
-        It is of the KV heads `heads` where a rank has no others; plan and gates are of all.
+        It is of the KV heads `heads` where a rank has no others; plan, gates and centres are of all.
         """
+        own = slice(None) if heads is None else slice(heads.start, heads.stop)
+        rows = [numbers(row[own], shape.head_dim) for row in centres]
         plans: list[RuleTable | None] = [None] * shape.layers
         if heads is not None and len(heads) < shape.kv_heads:
             plan = None if plan is None else plan.of_heads(heads)
@@ -97,7 +110,15 @@ class Recording:
                 plans[layer] = RuleTable.of(rules, plan.min_window, shape.native_windows[layer])
         collectors: tuple[list[Collector | GradientCollector], ...] = tuple([] for _ in range(shape.layers))
         return Recording(
-            table, shape.native_windows, tuple(plans), collectors, {} if keep or values else None, values, gates
+            table,
+            shape.native_windows,
+            tuple(plans),
+            collectors,
+            {} if keep or values else None,
+            values,
+            gates,
+            centres=tuple(None if row is None else torch.from_numpy(row) for row in rows),
+            means=means,
         )
 
 
@@ -126,6 +147,11 @@ def _attention(
         native_window=recording.native_windows[layer],
         softcap=softcap,
     )
+    if s_aux is None and not softcap:  # else scores count as they are
+        if recording.means is not None:
+            recording.means.add(layer, key)
+        centre = recording.centres[layer] if recording.centres else None
+        key = centred(key, None if centre is None else centre.to(key.device))
     choices = recording.choices.get(layer)
     if recording.attended is not None:
         plan = recording.plans[layer]

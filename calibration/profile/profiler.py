@@ -20,14 +20,16 @@ from moacompress.calibration.data.samples import Sample, save_samples
 from moacompress.calibration.gates.gate_samples import GATE_SEED, gate_drafts
 from moacompress.calibration.gates.scorers import find_scorer, scored_by
 from moacompress.calibration.gates.training import Gates, train_gates
+from moacompress.calibration.profile.centres import centre_texts, mean_keys
 from moacompress.calibration.profile.manifest import Manifest, prepare, request_fingerprint
 from moacompress.calibration.profile.rounding_loss import measure_rounding
 from moacompress.calibration.profile.sample_statistics import sample_statistics, token_influence
 from moacompress.calibration.profile.shard import Shard, parse_shard
 from moacompress.calibration.profile.skipped import check_skipped
-from moacompress.calibration.profile.statistics import Floats32, Statistics
+from moacompress.calibration.profile.statistics import Statistics
 from moacompress.calibration.profile.store import Profile, merge, read_sample, read_samples, write_sample
 from moacompress.calibration.profile.wording import calibration_wording, check_wording
+from moacompress.core.arrays import Floats32
 from moacompress.core.artefact_names import (
     ANSWERS_FILE,
     CALIBRATION_FILE,
@@ -54,6 +56,7 @@ from moacompress.recipe import Recipe
 from moacompress.recipe_sections import file_name
 from moacompress.rules.candidates import candidate_rules, gated_rules
 from moacompress.rules.gate_weights import GateWeights
+from moacompress.rules.key_centres import Centres
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -182,6 +185,9 @@ def _profiled(
         untrained = trains and agreed(None if rank() else _known_gates(out, manifest)) is None
         drafts = agreed(gate_drafts(source, manifest.recipe) if untrained and not rank() else None)
         manifest, samples, validation = _make_samples(out, source, manifest, progress, from_scratch=untrained)
+        if recipe.profile.formats and recipe.profile.centres and not manifest.centres:
+            manifest = replace(manifest, centres=_centres(source, manifest, progress))
+            _write(out, manifest)
         if not rank():
             _write_shingles(out, source, manifest, [*samples, *validation], around, drafts)
         if around is None:
@@ -296,6 +302,13 @@ def _write_shingles(
     found = Shingles.of(decode_text(source.tokenizer, tokens) for tokens in ids)
     known = around.seen if around is not None else None
     (found if known is None else Shingles.union([found, known])).save(path)
+
+
+def _centres(source: SourceModel, manifest: Manifest, progress: Progress) -> Centres:
+    """Returns the mean keys of a profile, which are those of all its shards too."""
+    texts = agreed(None if rank() else centre_texts(_drafts(source, manifest, "calibration")))
+    found: Centres = agreed(mean_keys(source, texts, progress))
+    return found
 
 
 def _gates(
@@ -522,6 +535,7 @@ def _run_samples(
             manifest.recipe.seed,
             index,
             gates,
+            manifest.centres,
         )
         seconds = time.perf_counter() - begin
         if turns()[0] == rank():

@@ -27,13 +27,15 @@ from moacompress.calibration.profile.head_statistics import HeadSums
 from moacompress.calibration.profile.passes import Cotangent, Recording, Tape, output_logits, recorded, target_states
 from moacompress.calibration.profile.precision import PrecisionSums
 from moacompress.calibration.profile.sharing import CopySums, copyable
-from moacompress.calibration.profile.statistics import DRAWN, Floats32, Statistics
+from moacompress.calibration.profile.statistics import DRAWN, Statistics
 from moacompress.calibration.profile.tiles import Collector, GradientCollector
+from moacompress.core.arrays import Floats32
 from moacompress.core.errors import UsageError
 from moacompress.models.placement import input_device, layer_devices
 from moacompress.models.tensor_parallel import heads_here, of_all_ranks
 from moacompress.recipe_sections import ProfileRecipe
 from moacompress.rules.gate_weights import GateWeights
+from moacompress.rules.key_centres import Centres
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -113,6 +115,7 @@ def sample_statistics(
     seed: int,
     index: int,
     gates: GateWeights | None = None,
+    centres: Centres = (),
 ) -> Statistics:
     """Runs one sample forward and several times backward.
 
@@ -126,6 +129,7 @@ def sample_statistics(
         seed: the run's seed.
         index: number of the sample; with `seed` it decides the cotangents.
         gates: what rules that select choose by, those of the plan too.
+        centres: what keys in codes lie less, those of the plan too.
 
     Returns:
         See `store.Statistics`; the numbers may be not finite. Where ranks have KV heads of their own, all return those of all.
@@ -148,7 +152,7 @@ def sample_statistics(
         )
     here, size, devices = len(own), (len(own), len(table)), layer_devices(model)
     stacked = partial(_stacked, heads=own, kv_heads=shape.kv_heads)
-    recording = Recording.of(shape, table, around, keep=chosen.anchors > 0, gates=gates, heads=own)
+    recording = Recording.of(shape, table, around, keep=chosen.anchors > 0, gates=gates, heads=own, centres=centres)
     influence = [InfluenceSums(*size, device) for device in devices]
     rounding = [
         PrecisionSums(here, chosen.formats, plan, device)

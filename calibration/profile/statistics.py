@@ -10,7 +10,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-Floats32: TypeAlias = npt.NDArray[np.float32]
+from moacompress.core.arrays import Floats32
+
 Doubles: TypeAlias = npt.NDArray[np.float64]
 
 ESTIMATORS = ("robust", "fisher", "sample", "moa", "mass", "gold-fisher", "gold-sample")

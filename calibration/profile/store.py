@@ -48,6 +48,7 @@ from moacompress.core.shingles import Shingles
 from moacompress.core.shown import Shown
 from moacompress.recipe import Recipe
 from moacompress.rules.candidates import in_formats
+from moacompress.rules.key_centres import Centres
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -84,6 +85,7 @@ class Profile(Shown):
         around: key of the plan that was profiled around; empty for the dense model.
         formats: of keys and values that `rules` has beside the native one; see `offering`.
         gates_fingerprint: of the gates that rules which select choose by; empty where no rule does.
+        centres: mean keys that the keys of plans in codes lie less; empty where no formats were profiled.
         skipped: indices of the calibration samples that were left out because a number was not finite.
     """
 
@@ -104,6 +106,7 @@ class Profile(Shown):
     around: str = ""
     formats: tuple[str, ...] = ()
     gates_fingerprint: str = ""
+    centres: Centres = ()
     skipped: tuple[int, ...] = ()
 
     @property
@@ -242,6 +245,7 @@ class Profile(Shown):
             self.min_window,
             tuple(map(tuple, rules)),
             shares=shares,
+            centres=self.centres,
             gates=self.gates_fingerprint,
             gate_weights=self.gate_weights,
         )
@@ -358,6 +362,7 @@ class Profile(Shown):
             statistics=statistics,
             around=head.around,
             gates_fingerprint=head.gates,
+            centres=head.centres,
             skipped=head.skipped,
         )
 

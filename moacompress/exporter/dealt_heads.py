@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moacompress.core.errors import ModelError, PlanError, UsageError
 from moacompress.models.block_layers import weight_types
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+T = TypeVar("T")
 Orders = tuple[tuple[int, ...], ...]
 """Of every layer: which of its KV heads comes first, second, and so on."""
 MOVED = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -95,7 +96,8 @@ def deal_heads(model: PreTrainedModel, plan: Plan, ranks: int) -> tuple[Plan, di
     made = replace(
         plan,
         model=replace(shape, weights_fingerprint=fingerprint),
-        rules=tuple(tuple(row[head] for head in order) for row, order in zip(plan.rules, orders, strict=True)),
+        rules=_ordered(plan.rules, orders),
+        centres=_ordered(plan.centres, orders) if plan.centres else (),
         **({} if gates is None else _gates(gates, orders)),
     )
     note = {
@@ -106,6 +108,10 @@ def deal_heads(model: PreTrainedModel, plan: Plan, ranks: int) -> tuple[Plan, di
         "kv_heads": [list(order) for order in orders],
     }
     return made.with_notes(provenance={**plan.provenance, "dealt_heads": note}), weights
+
+
+def _ordered(rows: Sequence[Sequence[T]], orders: Orders) -> tuple[tuple[T, ...], ...]:
+    return tuple(tuple(row[head] for head in order) for row, order in zip(rows, orders, strict=True))
 
 
 def _gates(gates: GateWeights, orders: Orders) -> dict[str, Any]:

@@ -188,11 +188,13 @@ class Projections(NamedTuple):
         weights: of the three, `[outputs, inputs]` each, or uint8 `[outputs, bytes]` of one in blocks, contiguous.
         biases: of the three, `[outputs]` each, or none.
         kinds: of each weight the code of its type of blocks, or `weight_blocks.NATIVE`; none where all are native.
+        centre: what keys lie less, once they are rotated, float32 `[kv_heads, head_dim]`; None for nothing.
     """
 
     weights: Sequence[torch.Tensor]
     biases: Sequence[torch.Tensor]
     kinds: Sequence[int] = ()
+    centre: torch.Tensor | None = None
 
 
 class NormAndMlpWeights(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moacompress.core.arrays import Floats
+from moacompress.core.arrays import Floats32
 from moacompress.core.errors import PlanError
 
 NUMBER = np.dtype("<f2")
@@ -35,7 +35,7 @@ def stored(centres: Any) -> Centres:
     return tuple(tuple(head.tobytes() for head in layer) for layer in numbers)
 
 
-def numbers(row: Sequence[Centre], head_dim: int) -> Floats | None:
+def numbers(row: Sequence[Centre], head_dim: int) -> Floats32 | None:
     """Returns the centres of a layer, float32 `[kv_heads, head_dim]`, 0 of a KV head without; None where none has one."""
     if not any(row):
         return None
@@ -87,4 +87,25 @@ def from_text(text: str | None, head_dim: int, where: str) -> Centre:
         )
     if not np.isfinite(np.frombuffer(found, NUMBER)).all():
         raise PlanError(f"{where} has numbers that are not finite")
+    return found
+
+
+def to_texts(centres: Centres) -> list[list[str | None]]:
+    """Returns the JSON form of the centres of all layers; empty of none."""
+    return [[to_text(centre) for centre in row] for row in centres]
+
+
+def from_texts(texts: Any, layers: int, kv_heads: int, head_dim: int) -> Centres:
+    """Reads what `to_texts` returned.
+
+    Raises:
+        PlanError: it is of another model, or something else.
+        TypeError: likewise.
+    """
+    found = tuple(
+        tuple(from_text(text, head_dim, f"the centre of layer {layer} KV head {head}") for head, text in enumerate(row))
+        for layer, row in enumerate(texts)
+    )
+    if found:
+        check_centres(found, layers, kv_heads, head_dim)
     return found

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moacompress.core.arrays import Floats
+from moacompress.core.arrays import Floats32
 from moacompress.core.artefact_names import gates_file, shingles_file
 from moacompress.core.errors import ArtefactError, PlanError
 from moacompress.core.files import MAX_JSON_BYTES, fingerprint, finite_json, read_json, remove, write_json
@@ -18,7 +18,7 @@ from moacompress.core.shingles import Shingles
 from moacompress.core.shown import Shown
 from moacompress.rules.formats import NATIVE
 from moacompress.rules.gate_weights import GateWeights
-from moacompress.rules.key_centres import Centres, check_centres, numbers, to_text
+from moacompress.rules.key_centres import Centres, check_centres, numbers, to_text, to_texts
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan_form import (
     FORMAT,
@@ -86,8 +86,7 @@ class Plan(Shown):
         quality: predicted and measured KL, of the plan and of the baselines.
         provenance: calibration fingerprint, lengths, seeds, versions and the resolved recipe.
         shares: what each layer takes from an earlier one, or None; empty where no layer shares attention.
-        centres: what the coded keys of each KV head lie less, `centres[layer][kv_head]`; those of native keys, and of layers
-            that take another's, are left out.
+        centres: what keys of each KV head lie less where they are in codes, `centres[layer][kv_head]`; empty for nothing.
         gates: fingerprint of the gates that choose tokens; empty where no rule selects.
         gate_weights: these gates, where they are at hand: a plan's file has them beside it.
         seen: shingles of the text and prompts that it was calibrated on, which a plan's file has beside it too; None where
@@ -109,7 +108,6 @@ class Plan(Shown):
     def __post_init__(self) -> None:
         if not any(self.shares):
             object.__setattr__(self, "shares", ())
-        object.__setattr__(self, "centres", self._used_centres())
         if not self.selects:
             object.__setattr__(self, "gates", "")
             object.__setattr__(self, "gate_weights", None)
@@ -183,23 +181,21 @@ class Plan(Shown):
             found.append(sizes)
         return found
 
-    def _used_centres(self) -> Centres:
-        """Returns the centres of KV heads whose own keys are in codes; none where no KV head has one."""
-        if not self.centres:
-            return ()
-        check_centres(self.centres, self.model.layers, self.model.kv_heads, self.model.head_dim)
+    @property
+    def used_centres(self) -> Centres:
+        """The centres of KV heads whose own keys are in codes; empty where no KV head has one."""
         used = tuple(
             tuple(
                 centre if rule.key_format != NATIVE and self.share(layer) is None else b""
                 for rule, centre in zip(rules, row, strict=True)
             )
-            for layer, (rules, row) in enumerate(zip(self.rules, self.centres, strict=True))
+            for layer, (rules, row) in enumerate(zip(self.rules, self.centres, strict=False))
         )
         return used if any(map(any, used)) else ()
 
-    def key_centre(self, layer: int) -> Floats | None:
+    def key_centre(self, layer: int) -> Floats32 | None:
         """Returns what a layer's keys lie less, float32 `[kv_heads, head_dim]`; None where no KV head has a centre."""
-        return numbers(self.centres[layer], self.model.head_dim) if self.centres else None
+        return numbers(self.used_centres[layer], self.model.head_dim) if self.used_centres else None
 
     def share(self, layer: int) -> Share | None:
         """Returns what a layer takes from an earlier one, or None."""
@@ -249,8 +245,8 @@ class Plan(Shown):
         does: list[Any] = [shape, self.min_window, [[rule.to_list() for rule in row] for row in self.rules]]
         if self.shares:
             does.append([share and share.to_dict() for share in self.shares])
-        if self.centres:
-            does.append([[to_text(centre) for centre in row] for row in self.centres])
+        if self.used_centres:
+            does.append(to_texts(self.used_centres))
         if self.gates:
             does.append(self.gates)
         return fingerprint(does)
@@ -276,7 +272,8 @@ class Plan(Shown):
                 )
         group = self.model.heads // self.model.kv_heads
         shape = replace(self.model, kv_heads=len(heads), heads=group * len(heads))
-        rules, centres = (tuple(row[heads.start : heads.stop] for row in rows) for rows in (self.rules, self.centres))
+        own = slice(heads.start, heads.stop)
+        rules, centres = tuple(row[own] for row in self.rules), tuple(row[own] for row in self.centres)
         return Plan(shape, self.min_window, rules, centres=centres, gates=self.gates)
 
     def with_gates(self, gates: GateWeights) -> Plan:
@@ -327,7 +324,7 @@ class Plan(Shown):
             shares = self.share(layer), other.share(layer) if layer < other.model.layers else None
             if shares[0] != shares[1]:
                 lines.append(f"layer {layer}: {' -> '.join(str(share or 'own attention') for share in shares)}")
-        if self.centres != other.centres:
+        if self.used_centres != other.used_centres:
             lines.append(f"centres of keys: {_centres_said(self)} -> {_centres_said(other)}")
         if self.gates != other.gates:
             lines.append(f"gates: {self.gates or 'none'} -> {other.gates or 'none'}")
@@ -414,10 +411,12 @@ class Plan(Shown):
 
 
 def _centres_said(plan: Plan) -> str:
-    return f"of {sum(map(bool, sum(plan.centres, ())))} KV heads" if plan.centres else "none"
+    return f"of {sum(map(bool, sum(plan.used_centres, ())))} KV heads" if plan.used_centres else "none"
 
 
 def _check(plan: Plan) -> None:
+    if plan.centres:
+        check_centres(plan.centres, plan.model.layers, plan.model.kv_heads, plan.model.head_dim)
     check_rules(plan.model, plan.min_window, plan.rules)
     for layer, (row, native) in enumerate(zip(plan.rules, plan.model.native_windows, strict=True)):
         for head, rule in enumerate(row):

@@ -273,6 +273,13 @@ def plan_fields(data: Any) -> dict[str, Any]:
         ]
         for layer in form.layers
     )
+    centres = tuple(
+        tuple(
+            from_text(text, model.head_dim, f"key_centre of layer {layer.layer} KV head {head}")
+            for head, text in enumerate(layer.key_centre or none)
+        )
+        for layer in form.layers
+    )
     return {
         "model": model,
         "min_window": form.min_window,
@@ -280,13 +287,7 @@ def plan_fields(data: Any) -> dict[str, Any]:
         "shares": tuple(
             layer.share and Share(layer.share.anchor, tuple(layer.share.head_map)) for layer in form.layers
         ),
-        "centres": tuple(
-            tuple(
-                from_text(text, model.head_dim, f"key_centre of layer {layer.layer} KV head {head}")
-                for head, text in enumerate(layer.key_centre or none)
-            )
-            for layer in form.layers
-        ),
+        "centres": centres if any(map(any, centres)) else (),
         "gates": form.gates,
         **notes,
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -26,6 +27,7 @@ from moacompress.rules.constraints import (
     limit_array,
 )
 from moacompress.rules.formats import NATIVE, find_format
+from moacompress.rules.key_centres import Centres
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan, may_be_same_weights
 from moacompress.rules.rule import SINKS, Rule
@@ -65,9 +67,11 @@ def baseline_plans(
     min_window: int,
     profile: Profile | None = None,
     formats: Sequence[str] = (),
+    centres: Centres = (),
 ) -> list[Plan]:
     """Returns the candidates of a baseline that take at most `kv_bytes` at `n` tokens; see `plans_within`."""
-    return plans_within(name, shape, byte_constraints({n: kv_bytes}), min_window, profile, formats=formats)
+    limit = byte_constraints({n: kv_bytes})
+    return plans_within(name, shape, limit, min_window, profile, formats=formats, centres=centres)
 
 
 def plans_within(
@@ -78,6 +82,7 @@ def plans_within(
     profile: Profile | None = None,
     sinks: Sequence[int] = SINKS,
     formats: Sequence[str] = (),
+    centres: Centres = (),
 ) -> list[Plan]:
     """Returns the candidates of a baseline within constraints, as near below them as the baseline allows.
 
@@ -97,6 +102,7 @@ def plans_within(
         profile: what all but the first three are predicted from.
         sinks: sink sizes on offer; of the first two a candidate each, of the others those that the profile knows.
         formats: formats on offer beside the native one, see `format_pairs`; `moa` is native.
+        centres: what keys in codes lie less, as of any plan of the model.
 
     Returns:
         At least one plan, all different; pairs of formats take turns, and of each the plan of lowest predicted KL comes first
@@ -121,7 +127,7 @@ def plans_within(
     found = [plan for turn in turns for plan in turn if plan is not None]
     if not found:
         raise InfeasibleBudgetError(_too_little(name, shape, constraints, min_window, sinks, pairs))
-    return found
+    return [replace(plan, centres=centres) for plan in found]
 
 
 def _different(plans: Sequence[Plan]) -> list[Plan]:
@@ -368,7 +374,7 @@ def family_plans(
         if name == "uniform-elastic" and len(lengths_of(constraints)) == 1:
             continue  # at one length it is a fixed window
         with suppress(InfeasibleBudgetError):
-            plans = plans_within(name, shape, constraints, profile.min_window, profile, sinks, formats)
+            plans = plans_within(name, shape, constraints, profile.min_window, profile, sinks, formats, profile.centres)
             found |= {plan.key(): plan for plan in plans}
     return list(found.values())
 

@@ -147,7 +147,16 @@ class ProfileAround:
         profile, source, sample = self.profile, self.source, self.samples[index]
         seed, gates = self.recipe.seed, profile.gate_weights
         statistics = sample_statistics(
-            source.model, profile.shape, of_plan.table, sample, of_plan.chosen, of_plan.plan, seed, index, gates
+            source.model,
+            profile.shape,
+            of_plan.table,
+            sample,
+            of_plan.chosen,
+            of_plan.plan,
+            seed,
+            index,
+            gates,
+            profile.centres,
         )
         if not statistics.finite:
             raise ModelError(

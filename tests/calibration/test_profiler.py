@@ -64,7 +64,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     indices: list[int] = []
 
     def counted(*args: Any) -> Statistics:
-        indices.append(args[-2])  # gates come last
+        indices.append(args[7])
         return sample_statistics(*args)
 
     monkeypatch.setattr(profiler, "sample_statistics", counted)
@@ -291,7 +291,7 @@ def test_a_newer_fingerprint_is_refused(source: SourceModel, tmp_path: Path, dat
 
 def poison(monkeypatch: pytest.MonkeyPatch, indices: set[int]) -> None:
     def statistics(
-        model: Any, shape: Any, table: Any, sample: Any, chosen: Any, around: Any, seed: int, index: int, gates: Any
+        model: Any, shape: Any, table: Any, sample: Any, chosen: Any, around: Any, seed: int, index: int, *rest: Any
     ) -> Statistics:
         values = np.full((chosen.draws, shape.layers, shape.kv_heads, len(table)), index, np.float32)
         values[..., 0] = 0

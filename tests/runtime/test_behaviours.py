@@ -365,7 +365,7 @@ def kept(made: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
 TABLE = [
     pytest.param(family, kind, behaviour, id=f"{family}-{kind.__name__}-{behaviour.__name__}")
     for family in TINY
-    for kind in KINDS
+    for kind in (*KINDS, *([plan_kinds.centres] if family in SOME[:2] else []))
     for behaviour in (*BEHAVIOURS, *(OF_SOME if family in SOME else ()), *(OF_ONE if family == SOME[0] else ()))
 ]
 
@@ -379,4 +379,11 @@ def test_behaviour(
     kept: Callable[[str, Any], Any],
     tmp_path: Path,
 ) -> None:
-    behaviour(Case(kept(family, kind), lambda: made(family, kind), kind is not plan_kinds.formats, tmp_path))
+    behaviour(
+        Case(
+            kept(family, kind),
+            lambda: made(family, kind),
+            kind not in (plan_kinds.formats, plan_kinds.centres),
+            tmp_path,
+        )
+    )

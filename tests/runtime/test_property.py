@@ -78,7 +78,8 @@ class World:
     """A cache, and beside it all keys and values that were ever fed.
 
     `rows[r][layer]` are keys and values `[kv_heads, tokens, dim]` and scores `[kv_heads, tokens]` of the real tokens of row r;
-    `real` is the whole mask; `longest` is how many real tokens each row ever had.
+    `real` is the whole mask; `longest` is how many real tokens each row ever had. Keys lie less `centres[layer]` in the cache,
+    those of native formats too, where that changes nothing.
     """
 
     cache: PlanCache
@@ -86,13 +87,18 @@ class World:
     real: np.ndarray
     recorded: bool
     longest: np.ndarray
+    centres: np.ndarray | None = None
+
+    def centre(self, layer):
+        return None if self.centres is None else self.centres[layer]
 
     @property
     def lengths(self):
         return np.array([row[0][0].shape[1] for row in self.rows])
 
     def fork(self, cache):
-        return World(cache, [list(row) for row in self.rows], self.real.copy(), self.recorded, self.longest)
+        rows = [list(row) for row in self.rows]
+        return World(cache, rows, self.real.copy(), self.recorded, self.longest, self.centres)
 
 
 def selected(rule, min_window, scores):
@@ -120,8 +126,11 @@ def selected(rule, min_window, scores):
     return entered, gone, left
 
 
-def expected(plan, layer, query, key, value, scored):
-    """Attention of the last rows of one sequence by the words of the definition: `[heads, tokens, dim]`."""
+def expected(plan, layer, query, key, value, scored, centre):
+    """Attention of the last rows of one sequence by the words of the definition: `[heads, tokens, dim]`.
+
+    What is kept of keys is kept less their centre, `[kv_heads, dim]`, and they are whole again here.
+    """
     heads, tokens, _ = query.shape
     n, group = key.shape[1], heads // plan.model.kv_heads
     out = torch.zeros(heads, tokens, DIM, dtype=query.dtype)
@@ -136,7 +145,8 @@ def expected(plan, layer, query, key, value, scored):
         if rule.selects:
             entered, gone, left = selected(rule, plan.min_window, scored[head // group].tolist())
             seen |= (j <= i) & (entered[j] <= left[i]) & (left[i] < gone[j])
-        k, v = kept(key[head // group], rule.key_format), kept(value[head // group], rule.value_format)
+        c = 0 if centre is None else torch.from_numpy(centre[head // group]).to(key.dtype)
+        k, v = kept(key[head // group] - c, rule.key_format) + c, kept(value[head // group], rule.value_format)
         scores = query[head] @ k.T * DIM**-0.5
         weights = scores.masked_fill(~torch.from_numpy(seen), -torch.inf).softmax(-1)
         out[head] = weights @ v
@@ -176,14 +186,16 @@ def feed(plan, world, tokens, real, generator, same=False):
             shape.native_windows[layer],
             share,
             bool(reuse_layers_of(plan.shares, layer)),
+            None if share is not None else world.centre(layer),
         )
         call = {CONTEXT: LayerCall(context, world.cache, scored if context.selects else None), SHARED_KEYS: shared_keys}
         found, _ = attention_forward(MODULE, query, key, value, chunk_mask, **call)
         found = found.transpose(1, 2)
-        chunks[layer] = query, key
+        chunks[layer], centre = (query, key), world.centre(layer)
         if share is not None:
             its_query, its_key = chunks[share.anchor]
-            key = its_key[:, list(share.head_map)]
+            key, heads = its_key[:, list(share.head_map)], list(share.head_map)
+            centre = None if centre is None else world.centre(share.anchor)[heads]
             by_head = its_query.unflatten(1, (shape.kv_heads, -1))
             query = by_head[:, list(share.head_map)].flatten(1, 2)
         for row in range(batch):
@@ -194,11 +206,11 @@ def feed(plan, world, tokens, real, generator, same=False):
             )
             world.rows[row][layer] = k, v, s
             if len(at):
-                wanted = expected(plan, layer, query[row][:, at], k, v, s)
+                wanted = expected(plan, layer, query[row][:, at], k, v, s, centre)
                 assert (found[row][:, at] - wanted).abs().max() < TOLERANCE[dtype]
             assert not found[row][:, :-1][:, ~real[row, :-1]].any()
             if not real[row, -1]:  # generate continues from the last column: it sees what the last real token sees
-                wanted = expected(plan, layer, query[row][:, -1:], k, v, s) if k.shape[1] else 0.0
+                wanted = expected(plan, layer, query[row][:, -1:], k, v, s, centre) if k.shape[1] else 0.0
                 assert (found[row][:, -1:] - wanted).abs().max() < TOLERANCE[dtype]
     world.real = np.concatenate([world.real, real], axis=1)
     world.longest = np.maximum(world.longest, world.lengths)
@@ -314,7 +326,10 @@ def run_any_sequence(data):
     if recorded:
         cache.activate_past_recording()
     rows = [[(empty, empty, unscored)] * plan.model.layers for _ in range(batch)]
-    worlds = [World(cache, rows, np.zeros((batch, 0), bool), recorded, np.zeros(batch, int))]
+    norm, shape = data.draw(st.sampled_from([0, 1, 100])), plan.model
+    drawn = np.random.default_rng(norm).standard_normal((shape.layers, shape.kv_heads, DIM)).astype(np.float32)
+    centres = norm * drawn / np.linalg.norm(drawn, axis=-1, keepdims=True) if norm else None
+    worlds = [World(cache, rows, np.zeros((batch, 0), bool), recorded, np.zeros(batch, int), centres)]
     for step in range(data.draw(st.integers(2, 9))):
         world = worlds[data.draw(st.integers(0, len(worlds) - 1))]
         rows, columns = world.real.shape

@@ -21,7 +21,7 @@ from tests import plan_kinds
 from tests.torchrun import torchrun
 
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
-KINDS = ("windows", "formats", "gates")
+KINDS = ("windows", "formats", "gates", "centres")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def folder(tiny_model, tmp_path_factory) -> Path:
     model = tiny_model("llama", **HEADS)
     model.save_pretrained(folder / "dense")
     for kind in KINDS:
-        attach(model, plan_kinds.KINDS[kind](model)).save_pretrained(folder / kind)
+        attach(model, getattr(plan_kinds, kind)(model)).save_pretrained(folder / kind)
         detach(model)
     shares = (None, None, Share(0, (0, 1, 2, 3)))
     plan = plan_kinds.windows(model)

@@ -140,14 +140,14 @@ std::vector<Gate> gates_of(const Tensors& given, const Layers& read, const char*
   return found;
 }
 
-int64_t read_layers_op(Tensors weights, Tensors biases, Shapes kinds, Tensors norms, double eps, int64_t head_dim, Tensors rules, double scaling,
+int64_t read_layers_op(Tensors weights, Tensors biases, Shapes kinds, Tensors centres, Tensors norms, double eps, int64_t head_dim, Tensors rules, double scaling,
                        Tensor shares, Tensors gates) {
   const char* op = "read_layers";
   const size_t count = rules.size();
-  REQUIRE(count && weights.size() == 7 * count && norms.size() == 2 * count &&
+  REQUIRE(count && weights.size() == 7 * count && norms.size() == 2 * count && centres.size() == count &&
               (biases.empty() || biases.size() == 3 * count),
-          op, ": ", weights.size(), " weights, ", biases.size(), " biases and ", norms.size(), " norms for ", count,
-          " layers with rules; 7, 3 or none, and 2 of each are needed");
+          op, ": ", weights.size(), " weights, ", biases.size(), " biases, ", norms.size(), " norms and ", centres.size(), " centres for ",
+          count, " layers with rules; 7, 3 or none, 2 and 1 of each are needed");
   check(norms[0], {-1}, norms[0].scalar_type(), op, "a norm");
   const std::vector<WeightKind> all_kinds = kinds_of(kinds, weights.size(), op);
   Layers read;
@@ -161,12 +161,13 @@ int64_t read_layers_op(Tensors weights, Tensors biases, Shapes kinds, Tensors no
     const Shape like = anchor ? *anchor : Shape{};  // `layers` may move
     read.layers.emplace_back(&weights[7 * i], biases.empty() ? nullptr : &biases[3 * i], &norms[2 * i], eps, read.inputs,
                              rules[i].size(1), head_dim, read.type, dtype_of(norms[0], op, "a norm"), op, &all_kinds[7 * i], anchor ? &like : nullptr);
+    if (!anchor) read.layers.back().projections.take_centre(centres[i], op);
     const Shape& shape = read.layers.back().projections.shape;
     read.rests.push_back(rest_of(rules[i], scaling, 0.0, std::nullopt, shape, op));
   }
   count_shared_values(read);
   read.gates = gates_of(gates, read, op);
-  for (const Tensors* some : {&weights, &biases, &norms, &rules, &gates}) append(read.held, *some);
+  for (const Tensors* some : {&weights, &biases, &centres, &norms, &rules, &gates}) append(read.held, *some);
   for (size_t i = 0; i < read.held.size(); i++) read.memory.push_back(read.memory_of(i));
   return all_layers().add(std::move(read));
 }
@@ -303,7 +304,7 @@ EXPORT void moacompress_forget_layers(int64_t number) { all_layers().forget(numb
 EXPORT void moacompress_forget_caches(int64_t number) { all_caches().forget(number); }
 
 static const moacompress::Operators operators("moacompress_cpu", {
-    {"read_layers(Tensor[] weights, Tensor[] biases, int[] kinds, Tensor[] norms, float eps, int head_dim, Tensor[] rules, float scaling, "
+    {"read_layers(Tensor[] weights, Tensor[] biases, int[] kinds, Tensor[] centres, Tensor[] norms, float eps, int head_dim, Tensor[] rules, float scaling, "
      "Tensor shares, Tensor[] gates) -> int",
      Boxed<&read_layers_op>::call},
     {"read_caches(int layers, Tensor[] keys, Tensor[] values, int[] segments, Tensor[] beside, Tensor[] states, int lag) -> int",

@@ -90,8 +90,8 @@ void check_rotary(const Tensor& cos, const Tensor& table, const char* op) {
           "; both must have 3 dimensions");
 }
 
-std::tuple<Tensor, int64_t> step_hidden_op(Tensor x, Tensors weights, Tensors biases, Shapes kinds, Tensor cos, Tensor sin, Tensors keys,
-                                           Tensors values, Tensor table, Tensor lengths, Tensor runs, Tensor refs, Tensor rules, int64_t lag,
+std::tuple<Tensor, int64_t> step_hidden_op(Tensor x, Tensors weights, Tensors biases, Shapes kinds, std::optional<Tensor> centre, Tensor cos,
+                                           Tensor sin, Tensors keys, Tensors values, Tensor table, Tensor lengths, Tensor runs, Tensor refs, Tensor rules, int64_t lag,
                                            double scaling, double softcap, std::optional<Tensor> sink_logits) {
   const char* op = "step_hidden";
   const TracedStep traced(REST);
@@ -102,8 +102,9 @@ std::tuple<Tensor, int64_t> step_hidden_op(Tensor x, Tensors weights, Tensors bi
   const int64_t rows = x.size(0);
   const ScalarType type = x.scalar_type();
   const Rotary rotary(cos, sin, rows, cos.size(2), type, op);
-  const Projections projections(weights.data(), biases.empty() ? nullptr : biases.data(), x.size(2), table.size(1), cos.size(2), type,
-                                dtype_of(x, op), op, kinds_of(kinds, 3, op).data());
+  Projections projections(weights.data(), biases.empty() ? nullptr : biases.data(), x.size(2), table.size(1), cos.size(2), type,
+                          dtype_of(x, op), op, kinds_of(kinds, 3, op).data());
+  if (centre) projections.take_centre(*centre, op);
   Shape shape = projections.shape;
   shape.rows = rows;
   const State state = {keys, values, table, lengths, runs, refs, rules, lag, scaling, softcap, sink_logits};
@@ -114,7 +115,7 @@ std::tuple<Tensor, int64_t> step_hidden_op(Tensor x, Tensors weights, Tensors bi
   return {out, take(cache, token, out.mutable_data_ptr(), op)};
 }
 
-std::tuple<Tensor, int64_t> step_layer_op(Tensor x, Tensors weights, Tensors biases, Shapes kinds, Tensors norms, double eps, Tensor cos,
+std::tuple<Tensor, int64_t> step_layer_op(Tensor x, Tensors weights, Tensors biases, Shapes kinds, std::optional<Tensor> centre, Tensors norms, double eps, Tensor cos,
                                           Tensor sin, Tensors keys, Tensors values, Tensor table, Tensor lengths, Tensor runs,
                                           Tensor refs, Tensor rules, int64_t lag, double scaling, double softcap,
                                           std::optional<Tensor> sink_logits) {
@@ -127,8 +128,9 @@ std::tuple<Tensor, int64_t> step_layer_op(Tensor x, Tensors weights, Tensors bia
   const int64_t rows = x.size(0), inputs = x.size(2);
   const ScalarType type = x.scalar_type();
   const Rotary rotary(cos, sin, rows, cos.size(2), type, op);
-  const DecoderLayer layer(weights.data(), biases.empty() ? nullptr : biases.data(), norms.data(), eps, inputs, table.size(1),
-                           cos.size(2), type, dtype_of(x, op), op, kinds_of(kinds, 7, op).data());
+  DecoderLayer layer(weights.data(), biases.empty() ? nullptr : biases.data(), norms.data(), eps, inputs, table.size(1), cos.size(2), type,
+                     dtype_of(x, op), op, kinds_of(kinds, 7, op).data());
+  if (centre) layer.projections.take_centre(*centre, op);
   Shape shape = layer.projections.shape;
   shape.rows = rows;
   const State state = {keys, values, table, lengths, runs, refs, rules, lag, scaling, softcap, sink_logits};
@@ -169,8 +171,8 @@ static const moacompress::Operators operators("moacompress_cpu", {
      Boxed<&expand_blocks_op>::call},
     {"step(Tensor query, Tensor key, Tensor value, " CACHE ", Tensor(g!)[] chosen, Tensor? scores" DONE,
      Boxed<&step_op>::call},
-    {"step_hidden(Tensor x, Tensor[] weights, Tensor[] biases, int[] kinds, Tensor cos, Tensor sin, " CACHE DONE,
+    {"step_hidden(Tensor x, Tensor[] weights, Tensor[] biases, int[] kinds, Tensor? centre, Tensor cos, Tensor sin, " CACHE DONE,
      Boxed<&step_hidden_op>::call},
-    {"step_layer(Tensor x, Tensor[] weights, Tensor[] biases, int[] kinds, Tensor[] norms, float eps, Tensor cos, Tensor sin, " CACHE DONE,
+    {"step_layer(Tensor x, Tensor[] weights, Tensor[] biases, int[] kinds, Tensor? centre, Tensor[] norms, float eps, Tensor cos, Tensor sin, " CACHE DONE,
      Boxed<&step_layer_op>::call},
 });

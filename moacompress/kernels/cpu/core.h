@@ -286,6 +286,7 @@ struct RotateCall {
   void* x;                   // [rows, heads, dim], dense
   const void *cos, *sin;     // [rows, dim] with strides of a row; 0 where all rows have the same
   int64_t cos_row, sin_row;
+  const float* less;         // what is subtracted of what is rotated, [heads, dim]; null for nothing
 };
 
 Isa best_isa();            // the best that this processor and this build have
@@ -470,7 +471,7 @@ struct Kernels {
   size_t (*block_scratch)(int64_t inputs, int64_t rows);  // in floats; no rows: of what is to be made of blocks
   void (*linear_blocks[3])(const LinearTile&);  // of a weight in blocks
   void (*expand_blocks[3])(const LinearTile&);
-  void (*rotate[3])(void* x, const void* cos, const void* sin, int64_t dim);  // one head
+  void (*rotate[3])(void* x, const void* cos, const void* sin, const float* less, int64_t dim);  // one head
   void (*gate[3])(void* x, const void* up, int64_t count);                    // x = silu(x) * up
   void (*add[3])(void* x, const void* other, int64_t count);                  // x += other
   void (*norm[3])(const void* x, const void* weight, float eps, int64_t count, void* out);  // one row

@@ -237,7 +237,8 @@ class CpuBackend(Backend):
         scores: Scores,
     ) -> tuple[torch.Tensor, AllocationShortfall | None]:
         """As `step`, projections and rotary embeddings included: `[rows, 1, heads * value_dim]`."""
-        made = (hidden, *map(list, projections), _rows(rotary.cos), _rows(rotary.sin))
+        *lists, centre = projections
+        made = (hidden, *map(list, lists), centre, _rows(rotary.cos), _rows(rotary.sin))
         out, wanted = torch.ops.moacompress_cpu.step_hidden(
             *made, *_state(cache), rules.columns, cache.lag, *_numbers(scores)
         )
@@ -259,6 +260,7 @@ class CpuBackend(Backend):
             [*projections.weights, *norms_and_mlp.weights],
             list(projections.biases),
             _kinds([layer]),
+            projections.centre,
             list(norms_and_mlp.norms),
             norms_and_mlp.eps,
         )
@@ -370,9 +372,11 @@ class _CpuLayers(BoundLayers):
         tables = [table.columns for table in rules]
         none = torch.empty(0, device="cpu")
         gates = [t for layer in layers for t in (layer.gate or (none, none))] if any(one.gate for one in layers) else []
+        centres = [none if layer.projections.centre is None else layer.projections.centre for layer in layers]
         self.number: int = torch.ops.moacompress_cpu.read_layers(
             *lists[:2],
             kinds,
+            centres,
             lists[2],
             layers[0].norms_and_mlp.eps,
             head_dim,

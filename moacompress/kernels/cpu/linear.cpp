@@ -126,7 +126,8 @@ void rotate(const RotateCall& call, Isa isa) {
     const char *cos = static_cast<const char*>(call.cos) + row * call.cos_row * element,
                *sin = static_cast<const char*>(call.sin) + row * call.sin_row * element;
     for (int64_t head = 0; head < call.heads; head++)
-      kernels.rotate[call.dtype](static_cast<char*>(call.x) + (row * call.heads + head) * call.dim * element, cos, sin, call.dim);
+      kernels.rotate[call.dtype](static_cast<char*>(call.x) + (row * call.heads + head) * call.dim * element, cos, sin,
+                                 call.less ? call.less + head * call.dim : nullptr, call.dim);
   }
 }
 

@@ -71,15 +71,20 @@ void lay_out(const void*, int64_t, int64_t, float*) {}
 void linear_tiles(const LinearTile&) {}
 #endif
 
-template <class T> void rotate_head(void* x, const void* cos, const void* sin, int64_t dim) {
+template <class T> void rotate_head(void* x, const void* cos, const void* sin, const float* less, int64_t dim) {
   const int64_t half = dim / 2;
   T *low = static_cast<T*>(x), *high = low + half;
   const T *c = static_cast<const T*>(cos), *s = static_cast<const T*>(sin);
   for (int64_t i = 0; i < half; i += W) {
     const int n = int(half - i < W ? half - i : W);
     const V a = load_part(low + i, n), b = load_part(high + i, n);
-    store_part(low + i, a * load_part(c + i, n) - b * load_part(s + i, n), n);
-    store_part(high + i, b * load_part(c + half + i, n) + a * load_part(s + half + i, n), n);
+    V first = a * load_part(c + i, n) - b * load_part(s + i, n), second = b * load_part(c + half + i, n) + a * load_part(s + half + i, n);
+    if (less) {
+      first = first - load_part(less + i, n);
+      second = second - load_part(less + half + i, n);
+    }
+    store_part(low + i, first, n);
+    store_part(high + i, second, n);
   }
 }
 

@@ -253,6 +253,7 @@ struct Rotary {
 struct Projections {
   LinearCall calls[3];
   Shape shape;  // of the heads; rows are those of a step
+  const float* centre = nullptr;  // what rotated keys lie less, [kv_heads, head_dim]; null for nothing
 
   Projections(const Tensor* weights, const Tensor* biases, int64_t inputs, int64_t kv_heads, int64_t dim, ScalarType type,
               DType dtype, const char* op, const WeightKind* kinds, const Shape* anchor = nullptr) {
@@ -272,6 +273,12 @@ struct Projections {
               " has ", calls[i].outputs, " outputs, for ", kv_heads, " KV heads of ", dim);
     }
     shape = {dtype, 0, kv_heads, calls[0].outputs / (kv_heads * dim), dim, calls[2].outputs / kv_heads};
+  }
+
+  // Takes a centre, or one of no numbers.
+  void take_centre(const Tensor& given, const char* op) {
+    if (given.numel() == 0) return;
+    centre = static_cast<const float*>(dense(given, {shape.kv_heads, shape.head_dim}, ScalarType::Float, op, "the centre of the keys"));
   }
 
   size_t bytes(int64_t rows) const {  // that a token takes
@@ -299,7 +306,7 @@ struct Projections {
     enter(ROTARY);
     for (size_t i = 0; i < 2 && now[i].outputs; i++)
       rotate({shape.dtype, rows, now[i].outputs / shape.head_dim, shape.head_dim, now[i].out, rotary.cos, rotary.sin,
-              rotary.cos_row, rotary.sin_row},
+              rotary.cos_row, rotary.sin_row, i == 1 ? centre : nullptr},
              isa());
     const auto at = [&](size_t i, int64_t dim) { return Strides{now[i].outputs, dim, now[i].outputs}; };
     Token token = {shape, now[0].out, now[1].out, now[2].out, at(0, shape.head_dim), at(1, shape.head_dim), at(2, shape.value_dim)};

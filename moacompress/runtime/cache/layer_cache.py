@@ -244,6 +244,11 @@ class PlanCacheLayer(CacheLayer):
         self._pending = key_states, value_states
         return key_states, value_states
 
+    def replace_keys(self, key_states: torch.Tensor) -> None:
+        """Has the keys of the running forward's chunk be these, less their centre, `[batch, kv_heads, tokens, head_dim]`."""
+        assert self._pending is not None
+        self._pending = key_states, self._pending[1]
+
     def check_rows(self, rows: int) -> None:
         """Refuses a chunk that cannot follow what the cache has taken in.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import masking_utils, modeling_utils
@@ -10,8 +10,10 @@ from transformers import masking_utils, modeling_utils
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import Scores
 from moacompress.kernels.backend import prefill_alone
+from moacompress.kernels.centred_keys import centred
 from moacompress.kernels.dispatch import backend_for
 from moacompress.runtime import autocast
+from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.clipped import warn_of_clipped
 from moacompress.runtime.compat.masks import plan_mask
@@ -74,14 +76,35 @@ def attention_forward(
         query, key, s_aux = taken(shared_keys, context.layer, context.share)
         value = value.to(query.device)  # where the anchor's blocks are, if the layers are on two devices
         attention_mask = None if attention_mask is None else attention_mask.to(query.device)
-    elif context.serves and shared_keys is not None:
-        shared_keys.put(context.layer, SharedKeys(query, key, s_aux))
+    else:
+        if context.centre is not None:
+            key = _less_centre(call, key, softcap, s_aux)
+        if context.serves and shared_keys is not None:
+            shared_keys.put(context.layer, SharedKeys(query, key, s_aux))
     scores = Scores(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap or 0.0, s_aux)
     tensors = (query, key, value, attention_mask)
     if not autocast.is_on(query):
         return _attended(call, *tensors, scores).to(device), None
     with torch.autocast(query.device.type, enabled=False):
         return _attended(call, *tensors, scores).to(device), None
+
+
+def _less_centre(call: LayerCall, key: torch.Tensor, softcap: float | None, s_aux: torch.Tensor | None) -> torch.Tensor:
+    """Returns keys less the layer's centre, and has the cache take these in: the one place for all that is attended by keys.
+
+    Raises:
+        UnsupportedError: what the scores are in absolute terms counts.
+    """
+    context = call.context
+    if softcap or s_aux is not None:
+        raise UnsupportedError(
+            f"layer {context.layer} bounds its scores or has learned sink logits, and the plan has centres of its keys, which "
+            "move all scores of a query; profile and search this model"
+        )
+    less = centred(key, context.centre_on(key.device))
+    if call.cache is not None and not torch.compiler.is_compiling():
+        cast(PlanCacheLayer, call.cache.layers[context.layer]).replace_keys(less)
+    return less
 
 
 def _attended(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 
-from moacompress.core.arrays import Ints
+from moacompress.core.arrays import Floats32, Ints
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import as_tensors
 from moacompress.models.modules import given_hidden
@@ -36,6 +36,7 @@ class LayerContext:
         native_window: the layer's own sliding window in tokens, or None.
         share: what it takes from its anchor, or None.
         serves: whether other layers share its attention.
+        centre: what its keys lie less, float32 `[kv_heads, head_dim]` on the CPU; None for nothing.
     """
 
     layer: int
@@ -43,6 +44,8 @@ class LayerContext:
     native_window: int | None = None
     share: Share | None = None
     serves: bool = False
+    centre: torch.Tensor | None = None
+    _centres: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def kv_heads(self) -> int:
@@ -65,9 +68,25 @@ class LayerContext:
         rules = RuleTable(columns)
         return LayerContext(layer, rules, int(rules.span.native_window[0]) or None)
 
+    def centre_on(self, device: torch.device) -> torch.Tensor | None:
+        """Returns `centre` on a device, where it stays: a step copies nothing to it."""
+        if self.centre is None or device.type == "cpu":
+            return self.centre
+        if device not in self._centres:
+            self._centres[device] = self.centre.to(device)
+        return self._centres[device]
+
     def __reduce__(self) -> tuple[Any, ...]:
-        # not as a tensor, which would be read onto the device of the weights
-        return _from_columns, (self.layer, self.rules.columns.numpy(), self.native_window, self.share, self.serves)
+        # not as tensors, which would be read onto the device of the weights
+        centre = None if self.centre is None else self.centre.numpy()
+        return _from_columns, (
+            self.layer,
+            self.rules.columns.numpy(),
+            self.native_window,
+            self.share,
+            self.serves,
+            centre,
+        )
 
     @staticmethod
     def of(
@@ -77,9 +96,12 @@ class LayerContext:
         native_window: int | None,
         share: Share | None = None,
         serves: bool = False,
+        centre: Floats32 | None = None,
     ) -> LayerContext:
         """Returns the context of a layer with these rules."""
-        return _with_tensors(layer, RuleTable.of(rules, min_window, native_window), native_window, share, serves)
+        return _with_tensors(
+            layer, RuleTable.of(rules, min_window, native_window), native_window, share, serves, centre
+        )
 
     @property
     def takes_part(self) -> bool:
@@ -91,12 +113,13 @@ def _from_columns(layer: int, columns: Ints, *rest: Any) -> LayerContext:
     return _with_tensors(layer, RuleTable(columns.copy()), *rest)
 
 
-def _with_tensors(layer: int, rules: RuleTable, *rest: Any) -> LayerContext:
+def _with_tensors(layer: int, rules: RuleTable, native: Any, share: Any, serves: bool, centre: Any) -> LayerContext:
     with torch.inference_mode(False):  # or no gradients could be taken after a load in it
         here = as_tensors(rules)
+        less = None if centre is None else torch.from_numpy(centre)
     # or a graph of as many rows as there are KV heads would be for no other number of rows
     torch._dynamo.mark_static(here.columns)
-    context = LayerContext(layer, here, *rest)
+    context = LayerContext(layer, here, native, share, serves, less)
     context.formats, context.selects  # noqa: B018  read now: a graph could not
     return context
 

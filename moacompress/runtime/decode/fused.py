@@ -86,6 +86,7 @@ class _FusedAttention:
             whole = super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)  # type: ignore[misc]
             return cast("tuple[torch.Tensor, torch.Tensor | None]", whole)
         context, cache, *_ = call
+        found = found._replace(centre=context.centre)
         if torch.compiler.is_compiling():
             rest = (*rotary, cache.handle, context.rules.columns, context.layer, module.scaling)
             out = torch.ops.moacompress.attend_hidden(hidden_states, *found, *rest)
@@ -164,7 +165,7 @@ def _fits(
         projections: the weights and biases.
         among_all: whether all layers are asked for together, those too that share attention.
     """
-    weights, biases, _ = projections
+    weights, biases, *_ = projections
     if not isinstance(call, LayerCall) or call.cache is None or rotary is None or module.training:
         return False
     rows, tokens, _ = hidden.shape
@@ -222,11 +223,12 @@ def _layer(
     eps = norms[0].variance_epsilon
     if type(activation) not in SILU or norms[1].variance_epsilon != eps:
         return None
-    weights, biases, kinds = found
+    weights, biases, kinds, _ = found
     projections = Projections(weights[:3], biases, kinds[:3])
     call = _call(attention, kwargs) if all(lies_ready(scale, hidden) for scale in scales) else None
     if call is None or not _fits(attention, hidden, rotary, call, projections, among_all):
         return None
+    projections = projections._replace(centre=call.context.centre)
     gate: tuple[torch.Tensor, ...] = ()
     if call.context.selects:
         if _is_touched(own["gate"]):

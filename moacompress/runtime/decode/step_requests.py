@@ -15,6 +15,7 @@ from torch.nn.functional import linear, silu
 
 from moacompress.kernels.arguments import LayerWeights, NormAndMlpWeights, Projections, Rotary, Scores
 from moacompress.kernels.backend import Backend
+from moacompress.kernels.centred_keys import centred
 from moacompress.kernels.dispatch import backend_for
 from moacompress.kernels.weight_blocks import NATIVE, weight_type
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
@@ -32,7 +33,7 @@ class AttendRequest:
         context: the layer's part of the plan.
         whole: the model's cache, or None.
         query: `[batch, heads, tokens, head_dim]`.
-        key: `[batch, kv_heads, tokens, head_dim]`; the cache knows of it and of `value`.
+        key: `[batch, kv_heads, tokens, head_dim]`, less its centre; the cache knows of it and of `value`.
         value: `[batch, kv_heads, tokens, value_dim]`.
         mask: which tokens are real, bool `[batch, tokens]`, or None where all are.
         scores: how scores are made; learned logits `[heads]`.
@@ -123,7 +124,7 @@ class HiddenRequest(_TokenRequest):
     def attend_request(self) -> AttendRequest:
         """Returns the attention that it asks for."""
         rows, head_dim = self.hidden.shape[0], self.rotary.cos.shape[-1]
-        weights, biases, kinds = self.projections
+        weights, biases, kinds, centre = self.projections
         value_dim = weights[2].shape[0] // self.context.kv_heads
         query, key, value = (
             product(self.hidden, weight, kind, bias).view(rows, 1, -1, dim).transpose(1, 2)
@@ -131,7 +132,7 @@ class HiddenRequest(_TokenRequest):
                 weights, kinds or (NATIVE,) * 3, biases or (None,) * 3, (head_dim, head_dim, value_dim), strict=True
             )
         )
-        query, key = rotated(query, self.rotary), rotated(key, self.rotary)
+        query, key = rotated(query, self.rotary), centred(rotated(key, self.rotary), centre)
         self.whole.update(key, value, self.context.layer)
         return AttendRequest(self.context, self.whole, query, key, value, None, self.scores)
 

@@ -289,4 +289,5 @@ def _configs_around(model: PreTrainedModel, decoder: torch.nn.Module) -> list[An
 
 def _context(plan: Plan, layer: int) -> LayerContext:
     native, serves = plan.model.native_windows[layer], bool(reuse_layers_of(plan.shares, layer))
-    return LayerContext.of(layer, plan.rules[layer], plan.min_window, native, plan.share(layer), serves)
+    share, centre = plan.share(layer), plan.key_centre(layer)
+    return LayerContext.of(layer, plan.rules[layer], plan.min_window, native, share, serves, centre)

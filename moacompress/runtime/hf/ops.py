@@ -29,13 +29,14 @@ _LIBRARY.define(
     tags=_ON_THE_HOST,
 )
 _LIBRARY.define(
-    "attend_hidden(Tensor hidden, Tensor[] weights, Tensor[] biases, int[] kinds, Tensor cos, Tensor sin, Tensor cache, "
-    "Tensor rules, int layer, float scaling) -> Tensor",
+    "attend_hidden(Tensor hidden, Tensor[] weights, Tensor[] biases, int[] kinds, Tensor? centre, Tensor cos, Tensor sin, "
+    "Tensor cache, Tensor rules, int layer, float scaling) -> Tensor",
     tags=_ON_THE_HOST,
 )
 _LIBRARY.define(
-    "step_layer(Tensor hidden, Tensor[] weights, Tensor[] biases, int[] kinds, Tensor[] norms, float eps, Tensor[] around, "
-    "int[] kinds_around, Tensor cos, Tensor sin, Tensor cache, Tensor rules, int layer, float scaling) -> Tensor",
+    "step_layer(Tensor hidden, Tensor[] weights, Tensor[] biases, int[] kinds, Tensor? centre, Tensor[] norms, float eps, "
+    "Tensor[] around, int[] kinds_around, Tensor cos, Tensor sin, Tensor cache, Tensor rules, int layer, float scaling) "
+    "-> Tensor",
     tags=_ON_THE_HOST,
 )
 
@@ -78,6 +79,7 @@ def _attend_hidden(
     weights: list[torch.Tensor],
     biases: list[torch.Tensor],
     kinds: list[int],
+    centre: torch.Tensor | None,
     cos: torch.Tensor,
     sin: torch.Tensor,
     handle: torch.Tensor,
@@ -86,7 +88,7 @@ def _attend_hidden(
     scaling: float,
 ) -> torch.Tensor:
     """Does what a `HiddenRequest` asks for."""
-    context, projections = LayerContext.from_tensor(layer, rules), Projections(weights, biases, kinds)
+    context, projections = LayerContext.from_tensor(layer, rules), Projections(weights, biases, kinds, centre)
     return take(HiddenRequest(context, PlanCache.find(handle), hidden, Rotary(cos, sin), scaling, projections))
 
 
@@ -95,6 +97,7 @@ def _step_layer(
     weights: list[torch.Tensor],
     biases: list[torch.Tensor],
     kinds: list[int],
+    centre: torch.Tensor | None,
     norms: list[torch.Tensor],
     eps: float,
     around: list[torch.Tensor],
@@ -108,12 +111,20 @@ def _step_layer(
 ) -> torch.Tensor:
     """Does what a `LayerRequest` asks for."""
     context, whole = LayerContext.from_tensor(layer, rules), PlanCache.find(handle)
-    parts = LayerWeights(Projections(weights, biases, kinds), NormAndMlpWeights(norms, eps, around, kinds_around))
+    parts = LayerWeights(
+        Projections(weights, biases, kinds, centre), NormAndMlpWeights(norms, eps, around, kinds_around)
+    )
     return take(LayerRequest(context, whole, hidden, Rotary(cos, sin), scaling, parts))
 
 
 def _fake_attend_hidden(
-    hidden: torch.Tensor, weights: list[torch.Tensor], biases: Any, kinds: Any, cos: torch.Tensor, *rest: Any
+    hidden: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: Any,
+    kinds: Any,
+    centre: Any,
+    cos: torch.Tensor,
+    *rest: Any,
 ) -> torch.Tensor:
     head_dim, kv_heads = cos.shape[-1], weights[1].shape[0] // cos.shape[-1]
     return hidden.new_empty(hidden.shape[0], 1, weights[0].shape[0] // head_dim, weights[2].shape[0] // kv_heads)

@@ -14,6 +14,7 @@ from vllm.v1.attention.backend import AttentionType
 
 from moacompress.core.errors import PlanError, UnsupportedError
 from moacompress.kernels.arguments import Scores, SelectedView, as_tensors
+from moacompress.kernels.centred_keys import centred
 from moacompress.kernels.dispatch import backend_for
 from moacompress.rules.rule_table import RuleTable
 from moacompress.serving.vllm.class_layers import ClassLayer, PlanBackend, class_layers
@@ -33,6 +34,7 @@ class PlanAttention(Attention):
         plan_classes: the model's classes as layers, by their indices.
         plan_table: rules of the KV heads.
         plan_scores: how scores are made.
+        plan_centre: what keys lie less, float32 `[kv_heads, head_dim]`; None for nothing.
         plan_gate: what scores tokens; None where no rule selects.
         plan_view: the KV heads' memory; None until vLLM has made it.
     """
@@ -40,6 +42,7 @@ class PlanAttention(Attention):
     plan_classes: Sequence[ClassLayer]
     plan_table: RuleTable
     plan_scores: Scores
+    plan_centre: torch.Tensor | None
     plan_gate: LayerGate | None
     plan_view: LayerMemory | None
 
@@ -74,9 +77,10 @@ class PlanAttention(Attention):
             output_dtype: not used; that of the query.
         """
         out = torch.empty_like(query.view(-1, self.num_heads, self.head_size))
+        keys = key.view(-1, self.num_kv_heads, self.head_size)
         torch.ops.moacompress_vllm.attend(
             query.view(-1, self.num_heads, self.head_size),
-            key.view(-1, self.num_kv_heads, self.head_size),
+            centred(keys.transpose(0, 1)[None], self.plan_centre)[0].transpose(0, 1),
             value.view(-1, self.num_kv_heads, self.head_size_v),
             None if self.plan_gate is None else self.plan_gate.take(len(query)),
             out,
@@ -225,6 +229,12 @@ def take_over(layer: Attention, prefix: str, config: PlanConfig) -> None:
     layer.plan_table = as_tensors(RuleTable.of(plan.rules[index], plan.min_window, native))
     sinks = getattr(impl, "sinks", None)
     layer.plan_scores = Scores(impl.scale, float(impl.logits_soft_cap or 0.0), sinks)
+    centre = plan.key_centre(index)
+    layer.plan_centre = None if centre is None else torch.from_numpy(centre)
+    if centre is not None and (layer.plan_scores.softcap or sinks is not None):
+        raise PlanError(
+            f"layer {index} bounds its scores or has learned sink logits, and the plan has centres of its keys"
+        )
     layer.plan_view = layer.plan_gate = None
     if any(rule.selects for rule in plan.rules[index]):
         inputs = vllm_config.model_config.get_hidden_size()

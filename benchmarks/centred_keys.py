@@ -1,0 +1,126 @@
+"""What keys in codes cost a model, whole and less their mean key, by the kernels that run a checkpoint.
+
+    python benchmarks/centred_keys.py MODEL ... --text FOLDER --tokens 1k --texts 4 -o rows.jsonl
+
+Every KV head keeps every token; keys are in one format and values as they are, or both in one. KL(dense || codes) is the mean
+over the later half of each text, nats a token, dense by the same kernels at full span. `whole` has no centre. `mean` has the
+mean key of another text as long. The others say how far it matters what the mean is of: `first` of all tokens of that text, its
+first four too; `code` of source code; `short` of a quarter as many tokens; `own` of the text itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moacompress.calibration.profile.centres import mean_keys
+from moacompress.models.source import SourceModel, load_source
+from moacompress.rules.budget import parse_length
+from moacompress.rules.key_centres import Centres
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+from moacompress.runtime import attach, detach
+
+FORMATS = (("int8", "native"), ("int4", "native"), ("int4", "int4"))
+WHOLE = "whole"
+
+
+def main() -> None:
+    """Measures every model, and prints each row as it is found."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("models", nargs="+", metavar="MODEL")
+    parser.add_argument("--text", type=Path, required=True, help="folder of prose")
+    parser.add_argument("--tokens", default="1k")
+    parser.add_argument("--texts", type=int, default=4)
+    parser.add_argument("--centres", default="mean", help="which, such as mean,first,code,short,own")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("-o", "--out", type=Path, help="a file that every row is appended to")
+    given = parser.parse_args()
+    for name in given.models:
+        source = load_source(name, dtype=given.dtype, weights="dense")
+        for row in measured(source, given):
+            row = {"model": Path(name).name, "dtype": given.dtype, "text": given.text.name, **row}
+            if given.out is not None:
+                with given.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            print(shown(row), flush=True)
+
+
+def measured(source: SourceModel, given: Any) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a model."""
+    length = parse_length(given.tokens)
+    *texts, other = pieces(source, prose(given.text), length, given.texts + 1)
+    code = pieces(source, standard_library(), length, 1)[0]
+    known: dict[str, Centres] = {
+        WHOLE: (),
+        "mean": mean_keys(source, [other]),
+        "first": mean_keys(source, [other], first=0),
+        "code": mean_keys(source, [code]),
+        "short": mean_keys(source, [other[: length // 4]]),
+    }
+    chosen = [WHOLE, *given.centres.split(",")]
+    with torch.inference_mode():
+        dense = [logits(source, Plan.full(source.shape), text) for text in texts]
+        for keys, values in FORMATS:
+            rule = Rule.FULL.in_formats(keys, values)
+            for name in chosen:
+                kls = []
+                for text, wanted in zip(texts, dense, strict=True):
+                    centres = mean_keys(source, [text]) if name == "own" else known[name]
+                    plan = Plan(
+                        source.shape, 16, ((rule,) * source.shape.kv_heads,) * source.shape.layers, centres=centres
+                    )
+                    kls.append(divergence(wanted, logits(source, plan, text)))
+                row: dict[str, Any] = {"keys": keys, "values": values, "centre": name, "tokens": length}
+                yield row | {"kl": sum(kls) / len(kls), "of_texts": kls}
+
+
+def logits(source: SourceModel, plan: Plan, text: list[int]) -> torch.Tensor:
+    """Returns log probabilities of the later half of a text under a plan, `[tokens, vocabulary]`."""
+    model: Any = source.model
+    attach(model, plan)
+    found = model(torch.tensor([text]), use_cache=False, logits_to_keep=len(text) - len(text) // 2).logits
+    detach(model)
+    return torch.log_softmax(found[0].float(), -1)
+
+
+def divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    """Returns the mean KL over tokens, nats."""
+    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+
+def prose(folder: Path) -> str:
+    """Returns all text files of a folder, in the order of their names."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in ("", ".txt", ".md"))
+    return "\n".join(path.read_text("utf-8", errors="ignore") for path in files)
+
+
+def standard_library() -> str:
+    """Returns some modules of Python's standard library."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    return "\n".join((folder / name).read_text("utf-8") for name in ("argparse.py", "ast.py", "tarfile.py"))
+
+
+def pieces(source: SourceModel, text: str, tokens: int, count: int) -> list[list[int]]:
+    """Returns pieces of a text from places at random, tokens of each."""
+    text, rng = re.sub(r"[^\S\n]+", " ", text), random.Random(0)
+    size = 8 * tokens
+    starts = [rng.randrange(max(len(text) - size, 1)) for _ in range(count)]
+    return [source.tokenizer(text[start : start + size])["input_ids"][:tokens] for start in starts]
+
+
+def shown(row: dict[str, Any]) -> str:
+    """Returns a row for people."""
+    return f"{row['model'][:32]:<32} {row['keys']}/{row['values']:<7} {row['centre']:<6} {row['kl']:.5f} nats"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Centres of keys: any changes nothing where keys are kept as they are, by every route, and codes are of what is left."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moacompress.core.errors import UnsupportedError
+from moacompress.models.source import model_shape
+from moacompress.rules.key_centres import numbers, stored
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
+from moacompress.rules.share import Share, with_shared_rules
+from moacompress.runtime import PlanCache, attach, keep_prefixes
+from moacompress.runtime.decode import attention
+from tests.conftest import TINY
+from tests.plan_kinds import KINDS, centres, random_centres, random_plan
+from tests.runtime.test_routes import WITHOUT
+
+ABSOLUTE = ("gemma2", "gpt_oss")
+"""Families whose scores count as they are: bounded, or beside learned logits."""
+FAMILIES = [family for family in TINY if family not in ABSOLUTE]
+NORM = 100.0
+NATIVE = ("windows", "gates", "shares")
+
+
+def plan_of(model: Any, kind: str) -> Plan:
+    if kind != "shares":
+        return KINDS[kind](model)
+    plan = random_plan(model_shape(model), seed=5)
+    windows = plan.model.native_windows
+    heads = tuple(reversed(range(plan.model.kv_heads)))
+    shares = (None, None, Share(0 if windows[0] == windows[2] else 1, heads))
+    return replace(plan, rules=with_shared_rules(plan.rules, shares), shares=shares)
+
+
+def give_centres(model: Any, norm: float = NORM) -> Any:
+    """Has all keys of a model under a plan lie less a centre, those too that are kept as they are: a plan has none of these."""
+    attachment = model._moacompress
+    shape = attachment.plan.model
+    drawn = random_centres(shape, norm)
+    for layer, hook in enumerate(attachment.layer_hooks):
+        if hook.context.share is None:
+            centre = torch.from_numpy(numbers(drawn[layer], shape.head_dim))
+            hook.context = replace(hook.context, centre=centre, _centres={})
+    return model
+
+
+@pytest.fixture
+def pair(tiny_model: Any) -> Callable[..., tuple[Any, Any]]:
+    """Makes two models under one plan; all keys of the second lie less centres."""
+
+    def make(family: str = "llama", kind: str = "windows", **more: Any) -> tuple[Any, Any]:
+        plain, moved = (tiny_model(family, **more) for _ in range(2))
+        plan = plan_of(plain, kind)
+        return attach(plain, plan), give_centres(attach(moved, plan))
+
+    return make
+
+
+def stepped(model: Any, ids: torch.Tensor, prompt: int = 60, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns the logits of chunks and of single tokens, `[rows, tokens, vocabulary]`."""
+    cache, found = PlanCache(model.config.quantization_config.plan), []
+    for begin, end in ((0, 40), (40, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))):
+        given = {} if mask is None else {"attention_mask": mask[:, :end]}
+        found.append(model(ids[:, begin:end], cache=cache, **given).logits)
+    return torch.cat(found, 1)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (found - expected).abs().max() < 2e-3 * expected.abs().max()  # scores of some hundred have an ulp of 3e-5
+
+
+@pytest.mark.parametrize("kind", NATIVE)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_changes_at_native_formats(family: str, kind: str, pair: Any, token_ids: Any) -> None:
+    plain, moved = pair(family, kind)
+    ids = token_ids(2, 75) % plain.config.get_text_config().vocab_size
+    with torch.no_grad():
+        assert_close(moved(ids, use_cache=False).logits, plain(ids, use_cache=False).logits)
+        assert_close(stepped(moved, ids), stepped(plain, ids))
+        mask = torch.ones_like(ids)
+        mask[1, :9] = 0
+        assert_close(stepped(moved, ids, mask=mask)[0], stepped(plain, ids, mask=mask)[0])
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("kind", NATIVE)
+def test_on_other_backends(backend: str, kind: str, pair: Any, token_ids: Any, use_backend: Any) -> None:
+    plain, moved = pair(kind=kind)
+    ids = token_ids(2, 66) % 160
+    use_backend(backend)
+    with torch.no_grad():
+        assert_close(stepped(moved, ids), stepped(plain, ids))
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_by_every_route(family: str, pair: Any, token_ids: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, moved = pair(family)
+    ids = token_ids(2, 75) % 160
+    with torch.no_grad():
+        expected = stepped(plain, ids)
+        for name, without in WITHOUT.items():
+            without(monkeypatch)
+            cache = moved(ids[:, :50]).cache
+            moved(ids[:, 50:51], cache=cache)
+            assert set(cache.step_routes) == {name}
+            assert_close(stepped(moved, ids), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_calls_subtract_as_plain_attention_does(
+    dtype: torch.dtype, tiny_model: Any, token_ids: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan's own centres, and formats: what is cached by the step through all layers is what plain torch caches."""
+    model = tiny_model("qwen2").to(dtype)
+    attach(model, centres(model))
+    ids = token_ids(2, 80) % 160
+    with torch.no_grad():
+        found = stepped(model, ids)
+        for without in WITHOUT.values():
+            without(monkeypatch)
+        expected = stepped(model, ids)
+    limit = (
+        1e-3 if dtype == torch.float32 else 0.2
+    )  # a code that falls on the other side moves little; of 16 bits many do
+    assert (found - expected).abs().max() < limit * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", NATIVE)
+def test_compiled_by_torch(kind: str, pair: Any, token_ids: Any) -> None:
+    torch._dynamo.reset()
+    plain, moved = pair(kind=kind)
+    ids = token_ids(2, 64) % 160
+    with torch.no_grad():
+        expected = stepped(plain, ids)
+        assert_close(stepped(torch.compile(moved, backend="eager"), ids), expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", NATIVE)
+def test_ways_to_generate(kind: str, pair: Any, token_ids: Any) -> None:
+    plain, moved = pair(kind=kind)
+    ids = token_ids(1, 50) % 160
+    rest = {"max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    ways: list[dict[str, Any]] = [{"do_sample": False}, {"do_sample": False, "num_beams": 3}]
+    if kind != "shares":
+        ways.append({"do_sample": False, "prompt_lookup_num_tokens": 3})
+    for way in ways:
+        assert plain.generate(ids, **rest, **way).tolist() == moved.generate(ids, **rest, **way).tolist()
+    keep_prefixes(moved, 2**30)
+    for tokens in (50, 40):
+        more = torch.cat([ids[:, :tokens], token_ids(1, 20, seed=tokens) % 160], 1)
+        given = {**rest, "do_sample": False, "attention_mask": torch.ones_like(more)}
+        assert plain.generate(more, **given).tolist() == moved.generate(more, **given).tolist()
+
+
+def test_gradients_are_those_of_keys_as_they_are(pair: Any, token_ids: Any) -> None:
+    found = []
+    ids = token_ids(1, 70) % 160
+    for model in pair("qwen2"):
+        model.requires_grad_(True)
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        found.append({name: weight.grad for name, weight in model.named_parameters()})
+    assert found[0].keys() == found[1].keys()
+    for name, grad in found[0].items():
+        assert (grad - found[1][name]).abs().max() <= 2e-3 * grad.abs().max() + 1e-6, name
+
+
+def test_a_centre_makes_codes_of_keys_with_a_bias_exact(
+    tiny_model: Any, token_ids: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys with one large constant: codes lose what tells them apart, and less that constant much less."""
+    dense, ids = tiny_model("llama", attention_bias=True), token_ids(1, 90) % 160
+    for layer in dense.model.layers:
+        layer.self_attn.k_proj.bias.data.zero_().view(2, -1)[:, 7] = 300.0  # a pair that rotary hardly turns
+    shape = model_shape(dense)
+    keys: list[torch.Tensor] = []
+
+    def under(plan: Plan) -> torch.Tensor:
+        logits: torch.Tensor = attach(copy.deepcopy(dense), plan)(ids, use_cache=False).logits
+        return logits
+
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            attended = attention._attended
+            patch.setattr(attention, "_attended", lambda *given: keys.append(given[2].mean((0, 2))) or attended(*given))
+            expected = under(Plan.full(shape))
+        plan = Plan.uniform(shape, Rule.FULL.in_formats("int4", "native"), 16)
+        without, less = under(plan), under(replace(plan, centres=stored(torch.stack(keys).numpy())))
+    assert (less - expected).abs().mean() < 0.2 * (without - expected).abs().mean()
+
+
+def test_they_are_saved_and_loaded(tiny_model: Any, token_ids: Any, tmp_path: Path) -> None:
+    model, ids = tiny_model("qwen2"), token_ids(1, 70) % 160
+    plan = centres(model)
+    attach(model, plan).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.quantization_config.plan == plan
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert torch.equal(loaded(ids).logits, expected)
+        assert torch.equal(pickle.loads(pickle.dumps(loaded))(ids).logits, expected)
+        assert not torch.equal(attach(tiny_model("qwen2"), replace(plan, centres=()))(ids).logits, expected)
+
+
+@pytest.mark.parametrize("family", ABSOLUTE)
+def test_scores_that_count_as_they_are_have_none(family: str, tiny_model: Any, token_ids: Any) -> None:
+    model = tiny_model(family)
+    attach(model, centres(model))
+    with pytest.raises(UnsupportedError, match="centres of its keys"):
+        model(token_ids(1, 20) % 160)
