@@ -126,6 +126,8 @@ FAMILIES = {
     "gemma3-270m": "gemma3_text",
     "llama-3.1-8b": "llama",
     "mistral-7b": "mistral",
+    "qwen2.5-coder-0.5b": "qwen2",
+    "qwen2.5-coder-1.5b": "qwen2",
     "qwen3-30b-a3b": "qwen3_moe",
     "qwen3-8b": "qwen3",
     "smollm2-135m": "llama",

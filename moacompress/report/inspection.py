@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
         "bits": kept_bits(plan, reference),
         "formats": format_rows(plan, reference),
         "gates": chosen_share(plan, reference) if plan.selects else None,
+        "centres": _centres(plan),
         "reference_length": reference,
         "kv_bytes": {str(n): {"dense": plan.model.dense_kv_bytes(n), "plan": plan.kv_bytes(n)} for n in chosen},
         "worst_share": WorstShare.of(plan).to_dict(),
@@ -211,6 +213,11 @@ def overview(plan: Plan, data: dict[str, Any]) -> Group:
         "bits": f"{data['bits']['keys']:.1f} per number in kept keys, {data['bits']['values']:.1f} in kept values",
         "KV heads": f"{heads}, {full} of them full, {data['classes']} different rules, no window under {plan.min_window}",
     }
+    if data["centres"] is not None:
+        rows["centres"] = (
+            f"keys of {data['centres']['kv_heads']} KV heads are kept less their mean, which takes "
+            f"{data['centres']['bytes']:,} bytes once"
+        )
     if data["gates"] is not None:
         rows["gates"] = (
             f"{data['gates']['kv_heads']} KV heads keep tokens by their score: {data['gates']['share']:.0%} of the kept tokens "
@@ -286,6 +293,12 @@ def formats_map(plan: Plan) -> Text | None:
                 marks = "".join(str(bit) if bit else NATIVE_MARK for bit in bits)
                 lines.append(f"KV head {head:<2}{side[0].upper()} {marks}")
     return Text("\n".join(lines), no_wrap=True, overflow="crop")
+
+
+def _centres(plan: Plan) -> dict[str, int] | None:
+    """Returns how many KV heads have centres and the bytes of these in memory, float32; None where none has."""
+    heads = sum(map(bool, chain.from_iterable(plan.used_centres)))
+    return {"kv_heads": heads, "bytes": heads * plan.model.head_dim * 4} if heads else None
 
 
 def gates_map(plan: Plan, n: int) -> Text | None:

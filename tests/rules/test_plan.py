@@ -167,6 +167,8 @@ def test_centres_are_of_keys_in_codes_and_are_kept(tmp_path: Path) -> None:
     loaded = Plan.load(tmp_path / "plan.json")
     assert loaded == plan
     assert loaded.key_centre(1) is None
+    assert moacompress.inspect(plan)["centres"] == {"kv_heads": 3, "bytes": 3 * 16 * 4}
+    assert moacompress.inspect(native)["centres"] is None
     without = Plan(native.model, 32, plan.rules)
     assert without.key() != plan.key()
     assert without.diff(plan) == ["centres of keys: none -> of 3 KV heads"]

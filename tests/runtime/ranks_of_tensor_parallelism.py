@@ -71,7 +71,7 @@ def of_kind(folder: Path, kind: str, source: str = "dense") -> dict[str, Any]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    found = {kind: of_kind(folder, kind) for kind in ("windows", "formats", "gates")}
+    found = {kind: of_kind(folder, kind) for kind in ("windows", "formats", "gates", "centres")}
     found["fused"] = of_kind(folder, "fused", "dense phi3")
     found["refusals"] = {
         "uneven": said(folder / "uneven"),

@@ -228,9 +228,23 @@ def test_bad_arguments_of_what_comes_before_are_refused():
     (layer, _), dim = pair(random.Random(1)), 6
     feed([layer], torch.randn(2, HEADS, 20, dim), torch.randn(2, HEADS, 20, VALUE_DIM))
     pool, state = layer.held.pool, (layer.held.table.ids, layer.lengths, layer.held.runs, layer.held.pool.refs)
-    names = ("x", "weights", "biases", "kinds", "cos", "sin", "keys", "values", *range(4), "rules", "lag", *range(4, 7))
+    names = (
+        "x",
+        "weights",
+        "biases",
+        "kinds",
+        "centre",
+        "cos",
+        "sin",
+        "keys",
+        "values",
+        *range(4),
+        "rules",
+        "lag",
+        *range(4, 7),
+    )
     weights = [torch.randn(outputs, 12) for outputs in (HEADS * GROUP * dim, HEADS * dim, HEADS * VALUE_DIM)]
-    token = (torch.randn(2, 1, 12), weights, [], [], torch.randn(2, 1, dim), torch.randn(1, 1, dim))
+    token = (torch.randn(2, 1, 12), weights, [], [], None, torch.randn(2, 1, dim), torch.randn(1, 1, dim))
     arguments = (
         *token,
         pool.keys,
@@ -252,6 +266,8 @@ def test_bad_arguments_of_what_comes_before_are_refused():
         assert all(np.array_equal(a, b) for a, b in zip(before, state, strict=True))
 
     refused("2 weights and 0 biases", weights=weights[:2])
+    refused("centre of the keys has the shape", centre=torch.zeros(HEADS, dim + 1))
+    refused("centre of the keys has another dtype", centre=torch.zeros(HEADS, dim).half())
     refused("3 weights and 1 biases", biases=[torch.zeros(HEADS * dim)])
     refused("bias has the shape", biases=[torch.zeros(1)] * 3)
     refused("weight has the shape", weights=[weights[0][:, 1:].contiguous(), *weights[1:]])
