@@ -1,6 +1,7 @@
 """What keys in codes cost a model, whole and less their mean key, by the kernels that run a checkpoint.
 
-    python benchmarks/centred_keys.py MODEL ... --text FOLDER --tokens 1k --texts 4 -o rows.jsonl
+    python benchmarks/centred_keys.py MODEL ... --text FILE,FILE --tokens 1k --texts 4 -o rows.jsonl
+    python benchmarks/centred_keys.py --table rows.jsonl
 
 Every KV head keeps every token; keys are in one format and values as they are, or both in one. KL(dense || codes) is the mean
 over the later half of each text, nats a token, dense by the same kernels at full span. `whole` has no centre. `mean` has the
@@ -36,18 +37,24 @@ WHOLE = "whole"
 def main() -> None:
     """Measures every model, and prints each row as it is found."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("models", nargs="+", metavar="MODEL")
-    parser.add_argument("--text", type=Path, required=True, help="folder of prose")
+    parser.add_argument("models", nargs="*", metavar="MODEL")
+    parser.add_argument("--text", help="files of prose, with commas")
+    parser.add_argument("--table", type=Path, help="print the rows of a file as Markdown; nothing is measured")
     parser.add_argument("--tokens", default="1k")
     parser.add_argument("--texts", type=int, default=4)
     parser.add_argument("--centres", default="mean", help="which, such as mean,first,code,short,own")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("-o", "--out", type=Path, help="a file that every row is appended to")
     given = parser.parse_args()
+    if given.table is not None:
+        print(table([json.loads(line) for line in given.table.read_text("utf-8").splitlines()]))
+        return
+    if given.text is None:
+        parser.error("give files of prose with --text")
     for name in given.models:
         source = load_source(name, dtype=given.dtype, weights="dense")
         for row in measured(source, given):
-            row = {"model": Path(name).name, "dtype": given.dtype, "text": given.text.name, **row}
+            row = {"model": Path(name).name, "dtype": given.dtype, **row}
             if given.out is not None:
                 with given.out.open("a") as file:
                     file.write(json.dumps(row) + "\n")
@@ -57,7 +64,8 @@ def main() -> None:
 def measured(source: SourceModel, given: Any) -> Iterator[dict[str, Any]]:
     """Yields the rows of a model."""
     length = parse_length(given.tokens)
-    *texts, other = pieces(source, prose(given.text), length, given.texts + 1)
+    files = [Path(name).read_text("utf-8", errors="ignore") for name in given.text.split(",")]
+    *texts, other = pieces(source, re.sub(r"\s+", " ", "".join(files)), length, given.texts + 1)
     code = pieces(source, standard_library(), length, 1)[0]
     known: dict[str, Centres] = {
         WHOLE: (),
@@ -97,12 +105,6 @@ def divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:
     return float((wanted.exp() * (wanted - found)).sum(-1).mean())
 
 
-def prose(folder: Path) -> str:
-    """Returns all text files of a folder, in the order of their names."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in ("", ".txt", ".md"))
-    return "\n".join(path.read_text("utf-8", errors="ignore") for path in files)
-
-
 def standard_library() -> str:
     """Returns some modules of Python's standard library."""
     folder = Path(sysconfig.get_path("stdlib"))
@@ -111,10 +113,22 @@ def standard_library() -> str:
 
 def pieces(source: SourceModel, text: str, tokens: int, count: int) -> list[list[int]]:
     """Returns pieces of a text from places at random, tokens of each."""
-    text, rng = re.sub(r"[^\S\n]+", " ", text), random.Random(0)
-    size = 8 * tokens
+    rng, size = random.Random(5), 6 * tokens
     starts = [rng.randrange(max(len(text) - size, 1)) for _ in range(count)]
     return [source.tokenizer(text[start : start + size])["input_ids"][:tokens] for start in starts]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Returns a table of a line for each model and pair of formats, and a column for each centre."""
+    names = list(dict.fromkeys(row["centre"] for row in rows))
+    kls: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in rows:
+        kls.setdefault((row["model"], row["keys"], row["values"]), {})[row["centre"]] = row["kl"]
+    lines = [f"| model | keys | values | {' | '.join(names)} |", "| --- " * (3 + len(names)) + "|"]
+    for place, found in kls.items():
+        cells = [f"{found[name]:.5f}" if name in found else "" for name in names]
+        lines.append(f"| {' | '.join((*place, *cells))} |")
+    return "\n".join(lines)
 
 
 def shown(row: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from moacompress.models.source import model_shape
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.gate_weights import GateWeights
-from moacompress.rules.key_centres import Centres, stored
+from moacompress.rules.key_centres import Centres, as_centres
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import MIN_WINDOWS, SINKS, Rule
@@ -84,7 +84,7 @@ def centres(model: Any) -> Plan:
 def random_centres(shape: ModelShape, norm: float, seed: int = 0) -> Centres:
     """Returns centres of a norm, of all KV heads."""
     drawn = np.random.default_rng(seed).standard_normal((shape.layers, shape.kv_heads, shape.head_dim))
-    return stored(norm * drawn / np.linalg.norm(drawn, axis=-1, keepdims=True))
+    return as_centres(norm * drawn / np.linalg.norm(drawn, axis=-1, keepdims=True))
 
 
 KINDS: dict[str, Callable[[Any], Plan]] = {kind.__name__: kind for kind in (full, windows, formats, gates)}

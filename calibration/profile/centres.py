@@ -13,7 +13,7 @@ from moacompress.calibration.profile.passes import Recording, recorded
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.placement import input_device
 from moacompress.models.tensor_parallel import heads_here, of_all_ranks
-from moacompress.rules.key_centres import Centres, stored
+from moacompress.rules.key_centres import Centres, as_centres
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 
@@ -83,7 +83,7 @@ def mean_keys(
             progress.step(f"{len(ids)} tokens")
     progress.done()
     found = means.tensor(torch.empty(len(heads), shape.head_dim))
-    return stored(of_all_ranks(found, heads, shape.kv_heads, dim=1).numpy())
+    return as_centres(of_all_ranks(found, heads, shape.kv_heads, dim=1).numpy())
 
 
 def centre_texts(drafts: Sequence[SampleDraft]) -> list[list[int]]:

@@ -35,7 +35,7 @@ from moacompress.kernels.reference.rounding import as_kept
 from moacompress.models.modules import decoder_layers
 from moacompress.models.placement import input_device, is_offloaded
 from moacompress.rules.gate_weights import GateWeights
-from moacompress.rules.key_centres import Centres, numbers
+from moacompress.rules.key_centres import Centres, centre_numbers
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -100,7 +100,7 @@ class Recording:
         It is of the KV heads `heads` where a rank has no others; plan, gates and centres are of all.
         """
         own = slice(None) if heads is None else slice(heads.start, heads.stop)
-        rows = [numbers(row[own], shape.head_dim) for row in centres]
+        rows = [centre_numbers(row[own], shape.head_dim) for row in centres]
         plans: list[RuleTable | None] = [None] * shape.layers
         if heads is not None and len(heads) < shape.kv_heads:
             plan = None if plan is None else plan.of_heads(heads)

@@ -185,7 +185,8 @@ def _profiled(
         untrained = trains and agreed(None if rank() else _known_gates(out, manifest)) is None
         drafts = agreed(gate_drafts(source, manifest.recipe) if untrained and not rank() else None)
         manifest, samples, validation = _make_samples(out, source, manifest, progress, from_scratch=untrained)
-        if recipe.profile.formats and recipe.profile.centres and not manifest.centres:
+        chosen = manifest.recipe.profile
+        if chosen.formats and chosen.centres and not manifest.centres:
             manifest = replace(manifest, centres=_centres(source, manifest, progress))
             _write(out, manifest)
         if not rank():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from moacompress.core.errors import PlanError
@@ -60,6 +61,9 @@ def layers_of_plan(plan: Plan) -> tuple[list[LayerFormats], list[str]]:
     counts = {
         "windows of {} KV heads are left out: all tokens are kept": sum(not rule.sees_all for rule, _ in rules),
         "what the gates of {} KV heads select is left out": sum(rule.selects for rule, _ in rules),
+        "keys of {} KV heads are rounded whole, not less their mean": sum(
+            map(bool, chain.from_iterable(plan.used_centres))
+        ),
         "{} KV heads are kept more exactly, as others of their layer are": sum(
             (rule.key_format, rule.value_format) != each for rule, each in rules
         ),

@@ -25,7 +25,7 @@ Centres = tuple[tuple[Centre, ...], ...]
 """`centres[layer][kv_head]`."""
 
 
-def stored(centres: Any) -> Centres:
+def as_centres(centres: Any) -> Centres:
     """Returns centres as a plan holds them.
 
     Args:
@@ -35,7 +35,7 @@ def stored(centres: Any) -> Centres:
     return tuple(tuple(head.tobytes() for head in layer) for layer in numbers)
 
 
-def numbers(row: Sequence[Centre], head_dim: int) -> Floats32 | None:
+def centre_numbers(row: Sequence[Centre], head_dim: int) -> Floats32 | None:
     """Returns the centres of a layer, float32 `[kv_heads, head_dim]`, 0 of a KV head without; None where none has one."""
     if not any(row):
         return None

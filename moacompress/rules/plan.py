@@ -18,7 +18,7 @@ from moacompress.core.shingles import Shingles
 from moacompress.core.shown import Shown
 from moacompress.rules.formats import NATIVE
 from moacompress.rules.gate_weights import GateWeights
-from moacompress.rules.key_centres import Centres, check_centres, numbers, to_text, to_texts
+from moacompress.rules.key_centres import Centres, centre_numbers, check_centres, to_text, to_texts
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan_form import (
     FORMAT,
@@ -195,7 +195,8 @@ class Plan(Shown):
 
     def key_centre(self, layer: int) -> Floats32 | None:
         """Returns what a layer's keys lie less, float32 `[kv_heads, head_dim]`; None where no KV head has a centre."""
-        return numbers(self.used_centres[layer], self.model.head_dim) if self.used_centres else None
+        used = self.used_centres
+        return centre_numbers(used[layer], self.model.head_dim) if used else None
 
     def share(self, layer: int) -> Share | None:
         """Returns what a layer takes from an earlier one, or None."""

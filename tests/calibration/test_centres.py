@@ -17,7 +17,7 @@ from moacompress.calibration.profile.profiler import profile
 from moacompress.calibration.profile.store import Profile
 from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import Recipe
-from moacompress.rules.key_centres import numbers
+from moacompress.rules.key_centres import centre_numbers
 from moacompress.rules.rule import Rule
 
 RECIPE = Recipe.from_dict(
@@ -49,7 +49,7 @@ def test_they_are_means_of_rotated_keys(tiny_model: Any, tiny_tokenizer: Any, mo
     assert len(keys) == 2 * 3
     for layer in range(3):
         wanted = torch.cat([keys[layer], keys[3 + layer]], 1).mean(1).numpy()
-        assert np.allclose(numbers(found[layer], 16), wanted, atol=2e-3 * abs(wanted).max())
+        assert np.allclose(centre_numbers(found[layer], 16), wanted, atol=2e-3 * abs(wanted).max())
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])

@@ -19,6 +19,7 @@ from moacompress.rules.foreign_formats import (
     plan_of_layers,
 )
 from moacompress.rules.formats import CODED, FORMATS, NATIVE
+from moacompress.rules.key_centres import as_centres
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -137,6 +138,9 @@ def test_what_a_layer_cannot_say_is_listed() -> None:
         "what the gates of 4 KV heads select is left out",
         "12 KV heads are kept more exactly, as others of their layer are",
     ]
+    centres = as_centres(np.ones((4, 4, 64)))
+    _, lost = layers_of_plan(Plan(SHAPE, 32, (row,) * 4, centres=centres, gates="0123456789abcdef"))
+    assert "keys of 12 KV heads are rounded whole, not less their mean" in lost
 
 
 def test_other_families_have_other_names() -> None:

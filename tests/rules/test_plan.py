@@ -147,7 +147,7 @@ def test_lengths_in_notes_that_somebody_else_wrote(noted: Any) -> None:
 def test_centres_are_of_keys_in_codes_and_are_kept(tmp_path: Path) -> None:
     numbers = np.random.default_rng(0).normal(0, 100, (3, 2, 16))
     numbers[0, 0] = 1e9  # beyond float16
-    centres = key_centres.stored(numbers)
+    centres = key_centres.as_centres(numbers)
     native = some_plan()
     held = Plan(native.model, 32, native.rules, centres=centres)
     assert (held.key_centre(0), held.key(), held.diff(native)) == (None, native.key(), [])  # for baselines beside it
@@ -172,7 +172,7 @@ def test_centres_are_of_keys_in_codes_and_are_kept(tmp_path: Path) -> None:
     without = Plan(native.model, 32, plan.rules)
     assert without.key() != plan.key()
     assert without.diff(plan) == ["centres of keys: none -> of 3 KV heads"]
-    other = Plan(native.model, 32, plan.rules, centres=key_centres.stored(numbers + 1))
+    other = Plan(native.model, 32, plan.rules, centres=key_centres.as_centres(numbers + 1))
     assert other.key() != plan.key()
     ours = plan.of_heads(range(1, 2))
     assert np.array_equal(ours.key_centre(2), plan.key_centre(2)[1:])

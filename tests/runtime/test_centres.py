@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.models.source import model_shape
-from moacompress.rules.key_centres import numbers, stored
+from moacompress.rules.key_centres import as_centres, centre_numbers
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import Share, with_shared_rules
@@ -49,7 +49,7 @@ def give_centres(model: Any, norm: float = NORM) -> Any:
     drawn = random_centres(shape, norm)
     for layer, hook in enumerate(attachment.layer_hooks):
         if hook.context.share is None:
-            centre = torch.from_numpy(numbers(drawn[layer], shape.head_dim))
+            centre = torch.from_numpy(centre_numbers(drawn[layer], shape.head_dim))
             hook.context = replace(hook.context, centre=centre, _centres={})
     return model
 
@@ -196,7 +196,7 @@ def test_a_centre_makes_codes_of_keys_with_a_bias_exact(
             patch.setattr(attention, "_attended", lambda *given: keys.append(given[2].mean((0, 2))) or attended(*given))
             expected = under(Plan.full(shape))
         plan = Plan.uniform(shape, Rule.FULL.in_formats("int4", "native"), 16)
-        without, less = under(plan), under(replace(plan, centres=stored(torch.stack(keys).numpy())))
+        without, less = under(plan), under(replace(plan, centres=as_centres(torch.stack(keys).numpy())))
     assert (less - expected).abs().mean() < 0.2 * (without - expected).abs().mean()
 
 
