@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from tests.plan_kinds import random_plan
+from moacompress.runtime import attach
+from tests.plan_kinds import centres, random_plan
 from tests.serving.engine.conftest import VOCABULARY
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -64,6 +66,18 @@ def check_served(served: Any, model: Any, expected: Callable[..., list[float]], 
 def test_spans(engine, checkpoints, expected, poisoned, chunk):
     folder, model = checkpoints(spans)
     check_served(engine(folder, max_num_batched_tokens=chunk), model, expected, poisoned)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_keys_less_their_centres(engine, checkpoints, expected, poisoned, family):
+    """Of norm 100, under codes: what is cached and what is in the chunk lie less the same."""
+    folder, model = checkpoints(centres, family)
+    found = engine(folder, max_num_batched_tokens=96).ask(prompts())
+    assert (
+        agree(found, model, expected) < 0.05
+    )  # a code may fall on the other side, and the centre is in scores of some hundred
+    wrong = attach(model, replace(centres(model), centres=()))
+    assert agree(found, wrong, expected) > 0.5
 
 
 def test_a_block_too_many_is_noticed(engine, checkpoints, expected, monkeypatch):
