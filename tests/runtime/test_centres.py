@@ -193,7 +193,12 @@ def test_a_centre_makes_codes_of_keys_with_a_bias_exact(
     with torch.no_grad():
         with monkeypatch.context() as patch:
             attended = attention._attended
-            patch.setattr(attention, "_attended", lambda *given: keys.append(given[2].mean((0, 2))) or attended(*given))
+
+            def noted(*given: Any) -> Any:
+                keys.append(given[2].mean((0, 2)))
+                return attended(*given)
+
+            patch.setattr(attention, "_attended", noted)
             expected = under(Plan.full(shape))
         plan = Plan.uniform(shape, Rule.FULL.in_formats("int4", "native"), 16)
         without, less = under(plan), under(replace(plan, centres=as_centres(torch.stack(keys).numpy())))
