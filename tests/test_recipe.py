@@ -34,8 +34,8 @@ def test_an_empty_recipe_is_the_defaults() -> None:
         ({"calibration": {"sources": [{"generatr": "needle"}]}}, "did you mean 'generator'?"),
         (
             {"profile": {"qqq": 3}},
-            "known keys are draws, estimator, baselines, heads, anchors, gates, scorer, gate_samples, formats, min_window, "
-            "sinks",
+            "known keys are draws, estimator, baselines, heads, anchors, gates, scorer, gate_samples, formats, centres, "
+            "min_window, sinks",
         ),
         ({"search": {"trials": 0}}, "search.trials: "),
         ({"search": {"trials": "many"}}, "search.trials: "),

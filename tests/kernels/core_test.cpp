@@ -830,17 +830,22 @@ void test_linear(Isa isa, DType dtype) {
 
 void test_rotate(Isa isa, DType dtype) {
   const int64_t rows = pick(1, 4), heads = pick(1, 4), half = pick(1, 40), dim = 2 * half;
-  const bool shared = pick(0, 1);
+  const bool shared = pick(0, 1), subtracts = pick(0, 1);
   Data x(dtype, rows * heads * dim), before(dtype, rows * heads * dim), cos(dtype, (shared ? 1 : rows) * dim), sin(dtype, cos.count);
+  Data less(F32, heads * dim);
+  for (int64_t i = 0; i < less.count; i++) less.set(i, 10 * number());
   for (Data* data : {&before, &cos, &sin})
     for (int64_t i = 0; i < data->count; i++) data->set(i, number());
   for (int64_t i = 0; i < x.count; i++) x.set(i, before.get(i));
-  rotate({dtype, rows, heads, dim, x.bytes.get(), cos.bytes.get(), sin.bytes.get(), shared ? 0 : dim, shared ? 0 : dim}, isa);
+  rotate({dtype, rows, heads, dim, x.bytes.get(), cos.bytes.get(), sin.bytes.get(), shared ? 0 : dim, shared ? 0 : dim,
+          subtracts ? reinterpret_cast<const float*>(less.bytes.get()) : nullptr}, isa);
   for (int64_t i = 0; i < x.count; i++) {
     const int64_t d = i % dim, at = (shared ? 0 : i / (heads * dim)) * dim + d;
     const double other = d < half ? -before.get(i + half) : before.get(i - half);
-    const double wanted = before.get(i) * cos.get(at) + other * sin.get(at);
-    near(x.get(i), wanted, (dtype == F32 ? 1e-6 : dtype == BF16 ? 8e-3 : 1e-3) * (1 + std::fabs(wanted)), "rotate", isa, dtype);
+    const double rotated = before.get(i) * cos.get(at) + other * sin.get(at);
+    const double wanted = rotated - (subtracts ? less.get(i % (heads * dim)) : 0);
+    near(x.get(i), wanted, (dtype == F32 ? 2e-6 : dtype == BF16 ? 8e-3 : 1e-3) * (1 + std::fabs(rotated) + std::fabs(wanted)), "rotate", isa,
+         dtype);
   }
 }
 

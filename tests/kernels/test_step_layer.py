@@ -84,8 +84,8 @@ class Case:
     def arguments(self, **changes: Any) -> tuple[Any, ...]:
         """What the operator takes, in its order; `changes` by name."""
         keys, values, *state, lag, _, _, _ = self.state()
-        names = ("x", "weights", "biases", "kinds", "norms", "eps", "cos", "sin", "keys", "values")
-        layer = (self.x, self.given, self.biases, [*self.kinds], self.norms, self.eps, *self.rotary)
+        names = ("x", "weights", "biases", "kinds", "centre", "norms", "eps", "cos", "sin", "keys", "values")
+        layer = (self.x, self.given, self.biases, [*self.kinds], None, self.norms, self.eps, *self.rotary)
         found = dict(zip(names, (*layer, keys, values), strict=True)) | changes
         return (*found.values(), *state, self.rules.columns, lag, *self.scores)
 
@@ -352,6 +352,7 @@ def test_what_is_read_is_checked():
         "weights": case.weights,
         "biases": [],
         "kinds": [],
+        "centres": [torch.zeros(0)],
         "norms": case.norms,
         "eps": case.eps,
         "head_dim": case.rotary.cos.shape[-1],
@@ -365,7 +366,9 @@ def test_what_is_read_is_checked():
         with pytest.raises(RuntimeError, match=match):
             ops.read_layers(*(good | changes).values())
 
-    refused("6 weights, 0 biases and 2 norms for 1 layers with rules", weights=case.weights[:6])
+    refused("6 weights, 0 biases, 2 norms and 1 centres for 1 layers with rules", weights=case.weights[:6])
+    refused("2 norms and 0 centres for 1 layers", centres=[])
+    refused("centre of the keys has the shape", centres=[torch.zeros(1, 1)])
     refused("3 kinds of 7 weights", kinds=[0] * 3)
     refused("weight 2 is of the kind 8; known are 0 to 7", kinds=[0, 0, 8, 0, 0, 0, 0])
     refused("no multiple of the 256 numbers of a block|weight has another dtype", kinds=[5] + [0] * 6)
@@ -433,13 +436,13 @@ def test_fakes_have_the_shapes_of_the_real_ones():
     case = build(11, torch.float32, rows=2)
     assert case.step() is not None  # there is room for another token
     arguments = case.arguments()
-    layer, state = arguments[:8], arguments[8:]
-    heads, dim, value_dim = len(case.cache.rules), layer[6].shape[-1], state[1][0].shape[-1]
+    layer, state = arguments[:9], arguments[9:]
+    heads, dim, value_dim = len(case.cache.rules), layer[7].shape[-1], state[1][0].shape[-1]
     token = tuple(torch.randn(2, n, 1, d) for n, d in ((heads * 2, dim), (heads, dim), (heads, value_dim)))
     unscored = (*state[:-1], None, [], None)
     calls = {
         "step": (*token, *unscored),
-        "step_hidden": (layer[0], layer[1][:3], *layer[2:4], *layer[6:], *state),
+        "step_hidden": (layer[0], layer[1][:3], *layer[2:5], *layer[7:], *state),
         "step_layer": arguments,
     }
     for name, given in calls.items():

@@ -148,5 +148,5 @@ def test_arguments_are_released_and_results_handed_over() -> None:
         assert torch.allclose(out, torch.nn.functional.linear(x, weight, given), atol=1e-6)
         assert out._use_count() == torch.zeros(2)._use_count()  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match="^read_layers: "):
-        operators.read_layers([weight, weight], [bias], [], [x], 1e-5, 4, [weight], 1.0, weight, [])
+        operators.read_layers([weight, weight], [bias], [], [], [x], 1e-5, 4, [weight], 1.0, weight, [])
     assert [part._use_count() for part in (x, weight, bias)] == held  # type: ignore[attr-defined]

@@ -58,7 +58,13 @@ def _fake_step(query: torch.Tensor, key: Any, value: torch.Tensor, *rest: Any) -
 
 
 def _fake_step_hidden(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Any, kinds: Any, cos: torch.Tensor, *rest: Any
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Any,
+    kinds: Any,
+    centre: Any,
+    cos: torch.Tensor,
+    *rest: Any,
 ) -> tuple[torch.Tensor, Any]:
     head_dim = cos.shape[-1]
     queries, keys, values = (weight.shape[0] for weight in weights)
