@@ -38,7 +38,7 @@ CANNOT = {
     r"--device (cuda|auto)|gpu\w*\.py|--tensor-parallel": "needs a GPU",
     r"^(\S+=\S+ )?python (benchmarks|tests)/(?!scale\.py)": "a measurement of minutes or hours; tests/test_benchmarks.py runs "
     "small ones",
-    r"smollm2|SmolLM2|gemma|\.cache/|runs/demo|rotated/": "a measurement on a real model and texts, of minutes or "
+    r"smollm2|SmolLM2|gemma|qwen2|\.cache/|runs/demo|rotated/": "a measurement on a real model and texts, of minutes or "
     "hours, as the page says",
     r"--memory 6GiB|--budget 512MiB@32k|latency=|cost-table": "its budget is of a model with billions of weights, or of a "
     "machine that was timed; tests/cli/test_steps.py has them for a tiny one",
