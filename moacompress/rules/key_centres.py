@@ -29,10 +29,11 @@ def as_centres(centres: Any) -> Centres:
     """Returns centres as a plan holds them.
 
     Args:
-        centres: `[layers, kv_heads, head_dim]`, finite; what float16 cannot hold becomes its largest number.
+        centres: `[layers, kv_heads, head_dim]`, finite; what float16 cannot hold becomes its largest number. A KV head of zeros
+            has none.
     """
     numbers = np.clip(np.asarray(centres, np.float64), -LARGEST, LARGEST).astype(NUMBER)
-    return tuple(tuple(head.tobytes() for head in layer) for layer in numbers)
+    return tuple(tuple(head.tobytes() if head.any() else b"" for head in layer) for layer in numbers)
 
 
 def centre_numbers(row: Sequence[Centre], head_dim: int) -> Floats32 | None:
@@ -96,16 +97,16 @@ def to_texts(centres: Centres) -> list[list[str | None]]:
 
 
 def from_texts(texts: Any, layers: int, kv_heads: int, head_dim: int) -> Centres:
-    """Reads what `to_texts` returned.
+    """Reads what `to_texts` returned; empty where no KV head has one.
 
     Raises:
-        PlanError: it is of another model, or something else.
-        TypeError: likewise.
+        PlanError: they are of another model, or are not centres.
+        TypeError: they are not lists of texts.
     """
     found = tuple(
-        tuple(from_text(text, head_dim, f"the centre of layer {layer} KV head {head}") for head, text in enumerate(row))
+        tuple(from_text(text, head_dim, f"key_centre of layer {layer} KV head {head}") for head, text in enumerate(row))
         for layer, row in enumerate(texts)
     )
     if found:
         check_centres(found, layers, kv_heads, head_dim)
-    return found
+    return found if any(map(any, found)) else ()

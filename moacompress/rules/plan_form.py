@@ -26,7 +26,7 @@ from pydantic import (
 from moacompress.core.errors import PlanError
 from moacompress.rules.formats import DTYPE_BYTES, all_formats, is_format
 from moacompress.rules.gate_weights import DIGITS
-from moacompress.rules.key_centres import from_text
+from moacompress.rules.key_centres import from_texts
 from moacompress.rules.model_shape import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, ModelShape
 from moacompress.rules.rule import MAX_ALPHA, MIN_WINDOWS, SINKS, Rule
 from moacompress.rules.share import COPY, Share
@@ -273,13 +273,7 @@ def plan_fields(data: Any) -> dict[str, Any]:
         ]
         for layer in form.layers
     )
-    centres = tuple(
-        tuple(
-            from_text(text, model.head_dim, f"key_centre of layer {layer.layer} KV head {head}")
-            for head, text in enumerate(layer.key_centre or none)
-        )
-        for layer in form.layers
-    )
+    centres = [layer.key_centre or none for layer in form.layers]
     return {
         "model": model,
         "min_window": form.min_window,
@@ -287,7 +281,7 @@ def plan_fields(data: Any) -> dict[str, Any]:
         "shares": tuple(
             layer.share and Share(layer.share.anchor, tuple(layer.share.head_map)) for layer in form.layers
         ),
-        "centres": centres if any(map(any, centres)) else (),
+        "centres": from_texts(centres, model.layers, model.kv_heads, model.head_dim),
         "gates": form.gates,
         **notes,
     }

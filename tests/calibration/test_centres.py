@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import Recipe
 from moacompress.rules.key_centres import centre_numbers
+from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
+from moacompress.runtime import attach
 
 RECIPE = Recipe.from_dict(
     {
@@ -56,6 +59,9 @@ def test_they_are_means_of_rotated_keys(tiny_model: Any, tiny_tokenizer: Any, mo
 def test_scores_that_count_as_they_are_have_none(family: str, tiny_model: Any, tiny_tokenizer: Any) -> None:
     found = mean_keys(source_of(tiny_model(family), tiny_tokenizer), [list(range(3, 60))])
     assert all(not np.frombuffer(head, "<f2").any() for layer in found for head in layer)
+    model = tiny_model(family)
+    plan = Plan.uniform(model_shape(model), Rule.FULL.in_formats("int4", "int4"))
+    attach(model, replace(plan, centres=found))(torch.tensor([[*range(3, 40)]]))  # a plan of such a profile runs
 
 
 def test_a_profile_keeps_them_and_its_plans_have_them(
