@@ -16,7 +16,7 @@ import json
 import random
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,15 @@ def measured(source: SourceModel, given: Any) -> Iterator[dict[str, Any]]:
     length = parse_length(given.tokens)
     files = [Path(name).read_text("utf-8", errors="ignore") for name in given.text.split(",")]
     *texts, other = pieces(source, re.sub(r"\s+", " ", "".join(files)), length, given.texts + 1)
-    code = pieces(source, standard_library(), length, 1)[0]
-    known: dict[str, Centres] = {
-        WHOLE: (),
-        "mean": mean_keys(source, [other]),
-        "first": mean_keys(source, [other], first=0),
-        "code": mean_keys(source, [code]),
-        "short": mean_keys(source, [other[: length // 4]]),
+    makes: dict[str, Callable[[], Centres]] = {
+        WHOLE: lambda: (),
+        "mean": lambda: mean_keys(source, [other]),
+        "first": lambda: mean_keys(source, [other], first=0),
+        "code": lambda: mean_keys(source, pieces(source, standard_library(), length, 1)),
+        "short": lambda: mean_keys(source, [other[: length // 4]]),
     }
     chosen = [WHOLE, *given.centres.split(",")]
+    known = {name: makes[name]() for name in chosen if name != "own"}
     with torch.inference_mode():
         dense = [logits(source, Plan.full(source.shape), text) for text in texts]
         for keys, values in FORMATS:

@@ -13,9 +13,11 @@ import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.progress import SILENT
+from moacompress.report.search_tables import difference_text
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.measure.kl_difference import KlDifference
@@ -40,7 +42,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             less, whole = measured_kls(source, profile.validation, both, Path(folder) / "kls.jsonl", SILENT).tolist()
         n = plan.stated_lengths[-1]
-        row = {
+        row: dict[str, Any] = {
             "model": Path(profile.source).name,
             "plan": path.name,
             "kv_share": plan.kv_share(n),
@@ -53,10 +55,9 @@ def main() -> None:
             with given.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         means = [sum(kls) / len(kls) for kls in (less, whole)]
-        difference = row["difference"]
         print(
-            f"{path.name}: {row['kv_share']:.1%} at {n:,} tokens, less their mean {means[0]:.5f} nats, whole {means[1]:.5f}, "
-            f"difference {difference['value']:+.5f} {difference['ci95']}, p {difference['p']:.3g}",
+            f"{path.name}: {plan.kv_share(n):.1%} at {n:,} tokens, less their mean {means[0]:.5f} nats, whole {means[1]:.5f}, "
+            f"difference {difference_text(row['difference'])}",
             flush=True,
         )
 

@@ -18,7 +18,7 @@ import torch
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.passes import answer_logits
 from moacompress.calibration.profile.store import Profile
-from moacompress.core.arrays import Floats
+from moacompress.core.arrays import Floats, spread_over
 from moacompress.core.errors import DataError, ModelError
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.statistics import standard_error
@@ -152,7 +152,7 @@ def repair_by_profile(source: SourceModel, plan: Plan, profile: Profile, progres
     profile.check_model(source, "repair")
     plan.check_model(source.shape, weights=source.weights_like)
     samples = repair_samples(profile, plan.model)
-    done = repair(source, plan, samples, _spread(profile.validation, VALIDATION_SAMPLES), progress=progress)
+    done = repair(source, plan, samples, spread_over(profile.validation, VALIDATION_SAMPLES), progress=progress)
     return Repaired(done.weights, {**done.report, "profile": profile.fingerprint})
 
 
@@ -164,17 +164,10 @@ def repair_samples(profile: Profile, shape: ModelShape) -> list[Sample]:
 def _of_tokens(samples: Sequence[Sample], wanted: int) -> list[Sample]:
     """Returns as few samples, from all over a list, as have the tokens that are wanted; all where there are not so many."""
     for count in range(1, len(samples)):
-        some = _spread(samples, count)
+        some = spread_over(samples, count)
         if sum(len(sample.input_ids) for sample in some) >= wanted:
             return some
     return list(samples)
-
-
-def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """Returns at most `count` samples from all over a list."""
-    if len(samples) <= count:
-        return list(samples)
-    return [samples[int(index)] for index in np.linspace(0, len(samples) - 1, count).round()]
 
 
 def _mean(kls: Floats) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from moacompress.core.shingles import Shingles
 from moacompress.core.shown import Shown
 from moacompress.rules.formats import NATIVE
 from moacompress.rules.gate_weights import GateWeights
-from moacompress.rules.key_centres import Centres, centre_numbers, check_centres, to_text, to_texts
+from moacompress.rules.key_centres import Centre, Centres, centre_numbers, check_centres, to_text, to_texts
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan_form import (
     FORMAT,
@@ -184,19 +184,18 @@ class Plan(Shown):
     @property
     def used_centres(self) -> Centres:
         """The centres of KV heads whose own keys are in codes; empty where no KV head has one."""
-        used = tuple(
-            tuple(
-                centre if rule.key_format != NATIVE and self.share(layer) is None else b""
-                for rule, centre in zip(rules, row, strict=True)
-            )
-            for layer, (rules, row) in enumerate(zip(self.rules, self.centres, strict=False))
-        )
+        used = tuple(map(self._used_centres, range(len(self.centres))))
         return used if any(map(any, used)) else ()
+
+    def _used_centres(self, layer: int) -> tuple[Centre, ...]:
+        if not self.centres or self.share(layer) is not None:
+            return (b"",) * self.model.kv_heads
+        pairs = zip(self.rules[layer], self.centres[layer], strict=True)
+        return tuple(centre if rule.key_format != NATIVE else b"" for rule, centre in pairs)
 
     def key_centre(self, layer: int) -> Floats32 | None:
         """Returns what a layer's keys lie less, float32 `[kv_heads, head_dim]`; None where no KV head has a centre."""
-        used = self.used_centres
-        return centre_numbers(used[layer], self.model.head_dim) if used else None
+        return centre_numbers(self._used_centres(layer), self.model.head_dim)
 
     def share(self, layer: int) -> Share | None:
         """Returns what a layer takes from an earlier one, or None."""
@@ -246,8 +245,8 @@ class Plan(Shown):
         does: list[Any] = [shape, self.min_window, [[rule.to_list() for rule in row] for row in self.rules]]
         if self.shares:
             does.append([share and share.to_dict() for share in self.shares])
-        if self.used_centres:
-            does.append(to_texts(self.used_centres))
+        if used := self.used_centres:
+            does.append(to_texts(used))
         if self.gates:
             does.append(self.gates)
         return fingerprint(does)

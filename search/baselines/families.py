@@ -127,7 +127,7 @@ def plans_within(
     found = [plan for turn in turns for plan in turn if plan is not None]
     if not found:
         raise InfeasibleBudgetError(_too_little(name, shape, constraints, min_window, sinks, pairs))
-    return [replace(plan, centres=centres) for plan in found]
+    return [replace(plan, centres=centres) for plan in found] if centres else found
 
 
 def _different(plans: Sequence[Plan]) -> list[Plan]:
