@@ -12,7 +12,7 @@ one pair of cumulative sums over the keys serves all rules.
 
 A layer may itself run under a plan. Then O and D are those under the plan, P is that of all keys, and the same formula says
 what every change of a span does, up or down. Keys and values are as the plan's formats keep them, in float32; what a change of
-a format does is told from the gradients, see `precision`.
+a format does is told from the gradients, see `precision`. Codes of keys are of what they are less their centre.
 
 Where a backend has a sweep of its own and all that is wanted are sums, it makes gradients and sums at once; what is here in
 PyTorch is its reference, and what collectors that look at whole tiles get.
@@ -41,6 +41,7 @@ from moacompress.calibration.profile.tiles import (
 from moacompress.kernels import sdpa
 from moacompress.kernels.arguments import Choices, Passing, as_tensors
 from moacompress.kernels.backend import prefill_alone
+from moacompress.kernels.centred_keys import centred
 from moacompress.kernels.dispatch import backend_for
 from moacompress.kernels.reference.rounding import as_kept
 from moacompress.rules.rule import Rule
@@ -240,6 +241,20 @@ def _work_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def as_attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    formats: tuple[Sequence[int], Sequence[int]] | None,
+    centre: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns `as_kept` of keys that lie less their centre, `[kv_heads, head_dim]`, and keys with it again."""
+    if formats is None or centre is None:
+        return as_kept(query, key, value, formats)
+    asking, less, values = as_kept(query, centred(key, centre), value, formats)
+    return asking, less + centre[:, None], values
+
+
 class ProfiledAttention(torch.autograd.Function):
     """`attend` under a plan's formats, whose backward pass runs `attend_backward` and fills collectors, every time."""
 
@@ -255,11 +270,13 @@ class ProfiledAttention(torch.autograd.Function):
         collectors: Sequence[Collector | GradientCollector],
         plan: RuleTable | None = None,
         choices: Choices | None = None,
+        centre: Tensor | None = None,
     ) -> Tensor:
-        """Returns `attend` of what `as_kept` returns, in the query's dtype."""
-        seen = as_kept(query, key, value, None if plan is None else plan.formats)
+        """Returns `attend` of what `as_attended` returns, in the query's dtype."""
+        seen = as_attended(query, key, value, None if plan is None else plan.formats, centre)
         ctx.save_for_backward(query, key, value, sink_logit, *(seen if seen[1] is not key else ()))
         ctx.spec, ctx.table, ctx.collectors, ctx.plan, ctx.choices = spec, table, collectors, plan, choices
+        ctx.centre = centre
         return attend(*seen, spec, sink_logit, plan, None if choices is None else choices.own).to(query.dtype)
 
     @staticmethod
@@ -273,9 +290,9 @@ class ProfiledAttention(torch.autograd.Function):
         gradients = attend_backward(
             *seen, pulled, ctx.spec, sink_logit, ctx.table, tiled, ctx.plan, choices=ctx.choices
         )
-        for collector in ending:
-            collector.take_gradients(
-                *(CachedPart(*one) for one in zip((key, value), seen[1:], gradients[1:], strict=True))
-            )
+        if ending:
+            keys = CachedPart(centred(key, ctx.centre), centred(seen[1], ctx.centre), gradients[1])
+            for collector in ending:
+                collector.take_gradients(keys, CachedPart(value, seen[2], gradients[2]))
         straight = (grad.to(query.dtype) for grad in gradients)  # what is rounded hands its gradient on as it is
-        return (*straight, None, None, None, None, None, None)
+        return (*straight, None, None, None, None, None, None, None)

@@ -25,13 +25,11 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.choices import choosing
-from moacompress.calibration.profile.influence import ProfiledAttention
+from moacompress.calibration.profile.influence import ProfiledAttention, as_attended
 from moacompress.calibration.profile.sharing import Attended
 from moacompress.calibration.profile.tiles import AttentionSpec, Collector, GradientCollector
 from moacompress.core.errors import ModelError
 from moacompress.kernels.arguments import Choices
-from moacompress.kernels.centred_keys import centred
-from moacompress.kernels.reference.rounding import as_kept
 from moacompress.models.modules import decoder_layers
 from moacompress.models.placement import input_device, is_offloaded
 from moacompress.rules.gate_weights import GateWeights
@@ -147,16 +145,14 @@ def _attention(
         native_window=recording.native_windows[layer],
         softcap=softcap,
     )
-    if s_aux is None and not softcap:  # else scores count as they are
-        if recording.means is not None:
-            recording.means.add(layer, key)
-        centre = recording.centres[layer] if recording.centres else None
-        key = centred(key, None if centre is None else centre.to(key.device))
+    if recording.means is not None and not softcap:  # bounds on scores are of what they are in absolute terms
+        recording.means.add(layer, key)
+    centre = recording.centres[layer].to(key.device) if recording.centres else None
     choices = recording.choices.get(layer)
     if recording.attended is not None:
         plan = recording.plans[layer]
-        asking, keys, values = as_kept(
-            query.detach(), key.detach(), value.detach(), None if plan is None else plan.formats
+        asking, keys, values = as_attended(
+            query.detach(), key.detach(), value.detach(), None if plan is None else plan.formats, centre
         )
         recording.attended[layer] = Attended(
             asking,
@@ -177,6 +173,7 @@ def _attention(
         recording.collectors[layer],
         recording.plans[layer],
         choices,
+        centre,
     )
     return out.transpose(1, 2).contiguous(), None
 

@@ -285,8 +285,8 @@ class CachedPart(NamedTuple):
     """A layer's keys or its values, and what a backward pass says of them, `[1, kv_heads, N, dim]` each.
 
     Attributes:
-        given: as the model makes them, keys after their rotary embedding.
-        seen: as the layer attends to them: rounded where its plan says so.
+        given: as the model makes them, keys after their rotary embedding, less their centre.
+        seen: as the layer attends to them, likewise: rounded where its plan says so.
         grad: gradient of `seen`.
     """
 

@@ -24,11 +24,18 @@ class Scores(NamedTuple):
         scaling: factor on the scores.
         softcap: bound of the scores by tanh (Gemma 2), 0 for none.
         sink_logits: learned logit of each query head that takes probability and gives no value (gpt-oss), `[heads]`, or None.
+            Backends are given no others; beside keys less a centre it is of each query, `[rows, heads, tokens]`, see
+            `centred_keys.logits_beside`.
     """
 
     scaling: float
     softcap: float = 0.0
     sink_logits: torch.Tensor | None = None
+
+    @property
+    def by_query(self) -> bool:
+        """Whether learned logits are of each query."""
+        return self.sink_logits is not None and self.sink_logits.ndim > 1
 
 
 class Choices(NamedTuple):

@@ -25,9 +25,9 @@ from tests.conftest import TINY
 from tests.plan_kinds import KINDS, centres, random_centres, random_plan
 from tests.runtime.test_routes import WITHOUT
 
-ABSOLUTE = ("gemma2", "gpt_oss")
-"""Families whose scores count as they are: bounded, or beside learned logits."""
-FAMILIES = [family for family in TINY if family not in ABSOLUTE]
+BOUNDED = "gemma2"
+"""A family that bounds its scores, which count as they are."""
+FAMILIES = [family for family in TINY if family != BOUNDED]
 NORM = 100.0
 NATIVE = ("windows", "gates", "shares")
 
@@ -164,10 +164,11 @@ def test_ways_to_generate(kind: str, pair: Any, token_ids: Any) -> None:
         assert plain.generate(more, **given).tolist() == moved.generate(more, **given).tolist()
 
 
-def test_gradients_are_those_of_keys_as_they_are(pair: Any, token_ids: Any) -> None:
+@pytest.mark.parametrize("family", ["qwen2", "gpt_oss"])
+def test_gradients_are_those_of_keys_as_they_are(family: str, pair: Any, token_ids: Any) -> None:
     found = []
     ids = token_ids(1, 70) % 160
-    for model in pair("qwen2"):
+    for model in pair(family):
         model.requires_grad_(True)
         model(ids, labels=ids, use_cache=False).loss.backward()
         found.append({name: weight.grad for name, weight in model.named_parameters()})
@@ -218,9 +219,8 @@ def test_they_are_saved_and_loaded(tiny_model: Any, token_ids: Any, tmp_path: Pa
         assert not torch.equal(attach(tiny_model("qwen2"), replace(plan, centres=()))(ids).logits, expected)
 
 
-@pytest.mark.parametrize("family", ABSOLUTE)
-def test_scores_that_count_as_they_are_have_none(family: str, tiny_model: Any, token_ids: Any) -> None:
-    model = tiny_model(family)
+def test_bounded_scores_have_none(tiny_model: Any, token_ids: Any) -> None:
+    model = tiny_model(BOUNDED)
     attach(model, centres(model))
     with pytest.raises(UnsupportedError, match="centres of its keys"):
         model(token_ids(1, 20) % 160)

@@ -10,7 +10,7 @@ from transformers import masking_utils, modeling_utils
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import Scores
 from moacompress.kernels.backend import prefill_alone
-from moacompress.kernels.centred_keys import centred
+from moacompress.kernels.centred_keys import centred, logits_beside
 from moacompress.kernels.dispatch import backend_for
 from moacompress.runtime import autocast
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
@@ -72,16 +72,18 @@ def attention_forward(
     _refuse(module, context, key, attention_mask, dropout, sliding_window, is_causal)
     device = value.device
     query, key, value = autocast.as_computed(query, key, value)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if context.share is not None:
         query, key, s_aux = taken(shared_keys, context.layer, context.share)
         value = value.to(query.device)  # where the anchor's blocks are, if the layers are on two devices
         attention_mask = None if attention_mask is None else attention_mask.to(query.device)
     else:
-        if context.centre is not None:
-            key = _less_centre(call, key, softcap, s_aux)
+        if (centre := context.centre_on(query.device)) is not None:
+            key = _less_centre(call, key, centre, softcap)
+            s_aux = None if s_aux is None else logits_beside(s_aux, query, centre, scaling)
         if context.serves and shared_keys is not None:
             shared_keys.put(context.layer, SharedKeys(query, key, s_aux))
-    scores = Scores(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap or 0.0, s_aux)
+    scores = Scores(scaling, softcap or 0.0, s_aux)
     tensors = (query, key, value, attention_mask)
     if not autocast.is_on(query):
         return _attended(call, *tensors, scores).to(device), None
@@ -89,19 +91,19 @@ def attention_forward(
         return _attended(call, *tensors, scores).to(device), None
 
 
-def _less_centre(call: LayerCall, key: torch.Tensor, softcap: float | None, s_aux: torch.Tensor | None) -> torch.Tensor:
+def _less_centre(call: LayerCall, key: torch.Tensor, centre: torch.Tensor, softcap: float | None) -> torch.Tensor:
     """Returns keys less the layer's centre, and has the cache take these in: the one place for all that is attended by keys.
 
     Raises:
-        UnsupportedError: what the scores are in absolute terms counts.
+        UnsupportedError: the layer bounds its scores.
     """
     context = call.context
-    if softcap or s_aux is not None:
+    if softcap:
         raise UnsupportedError(
-            f"layer {context.layer} bounds its scores or has learned sink logits, and the plan has centres of its keys, which "
-            "move all scores of a query; profile and search this model"
+            f"layer {context.layer} bounds its scores, and the plan has centres of its keys, which move all scores of a query; "
+            "profile and search this model"
         )
-    less = centred(key, context.centre_on(key.device))
+    less = centred(key, centre)
     if call.cache is not None and not torch.compiler.is_compiling():
         cast(PlanCacheLayer, call.cache.layers[context.layer]).replace_keys(less)
     return less
@@ -130,7 +132,7 @@ def _attended(
     backend = backend_for(query)
     able = backend.capabilities
     traced = able.prefill_gradients and able.traced and not context.selects
-    if cache is None and attention_mask is None and traced:
+    if cache is None and attention_mask is None and traced and not scores.by_query:
         chunk, rules = straight_through(context, query, key, value)
         whole = prefill_alone(backend, *chunk, rules=rules, scores=scores).to(query.dtype)
         return whole.transpose(1, 2).contiguous()

@@ -112,7 +112,9 @@ def score_gradients(
             parts = (each[row, head].float() for each in (*grouped, key, value, gate_scores))
             span = Span(*rules.columns[: len(Span._fields), head].tolist())
             logits = scores.sink_logits
-            own = None if logits is None else logits.view(kv_heads, -1)[head].float()
+            if logits is not None:
+                logits = (logits[row] if scores.by_query else logits[:, None]).unflatten(0, (kv_heads, -1))[head]
+            own = None if logits is None else logits.float().expand(-1, tokens)
             found[row, head] = _of_head(
                 *parts,
                 competing=schedule.of_head(row, head),
@@ -148,7 +150,7 @@ def _of_head(
         competing: the tokens that leave the window in its time: those from the end of the sinks on.
         times: how many have left when each query attends, `[tokens]`.
         span: of the KV head.
-        scores: how attention makes its scores, with the learned logits of the group.
+        scores: how attention makes its scores, with the learned logits of the group's queries, `[group, tokens]`.
     """
     tokens, at = len(key), slice(span.sink, span.sink + len(competing.positions))
     found, positions = key.new_zeros(tokens), torch.arange(tokens, device=key.device)
@@ -169,7 +171,7 @@ def _of_head(
         raw = torch.tanh(raw / scores.softcap) * scores.softcap if scores.softcap else raw
         lse = raw.masked_fill(~visible, -torch.inf).logsumexp(-1)
         if scores.sink_logits is not None:
-            lse = torch.logaddexp(lse, scores.sink_logits[:, None].expand_as(lse))
+            lse = torch.logaddexp(lse, scores.sink_logits[:, rows])
         rest = torch.where(selected, lse[..., None], torch.logaddexp(lse[..., None], raw[..., at]))
         share = (raw[..., at] - rest).exp()
         gained = share / torch.where(selected, (1 - share).clamp_min(MUCH), 1.0)

@@ -27,6 +27,7 @@ import torch
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import CacheView, Passing
+from moacompress.kernels.centred_keys import beside_logits
 from moacompress.kernels.dispatch import REFERENCE, backend_for, backend_with_gradients
 from moacompress.kernels.reference.passing import attend_passing, merged
 from moacompress.kernels.reference.rounding import as_kept
@@ -144,7 +145,9 @@ class CacheStep(Route[AttendRequest]):
     def can(self, request: AttendRequest) -> bool:
         """Whether there is no padding, no gradient, and a cache with memory."""
         query, cache = request.query, request.cache
-        single = request.tokens == 1 and request.chunk.real is None and not request.learns
+        single = (
+            request.tokens == 1 and request.chunk.real is None and not request.learns and not request.scores.by_query
+        )
         able = isinstance(cache, PlanCacheLayer) and cache.can_step(query, scored=request.gate_scores is not None)
         return able and single and backend_for(query).capabilities.step
 
@@ -170,7 +173,7 @@ class RingStep(Route[AttendRequest]):
     def can(self, request: AttendRequest) -> bool:
         """Whether the backend has such a step; there must be no gradient, and a cache with memory, or an anchor's step."""
         query, cache = request.query, request.cache
-        if not backend_for(query).capabilities.ring or request.tokens != 1 or request.learns:
+        if not backend_for(query).capabilities.ring or request.tokens != 1 or request.learns or request.scores.by_query:
             return False
         if isinstance(cache, ReuseCacheLayer):
             return cache.can_step_in_ring
@@ -239,16 +242,27 @@ class Plain(Route[AttendRequest]):
             in_numpy = RuleTable(request.context.rules.columns.numpy())
             schedule = schedule_of_chunk(in_numpy, past, request.gate_scores, chunk, held)
             passing = passing_tokens(schedule, past, held)
-        sinks = () if request.scores.sink_logits is None else (request.scores.sink_logits,)
+        scores = request.scores
+        if scores.by_query and order is not None:
+            logits = cast(torch.Tensor, scores.sink_logits)
+            scores = scores._replace(sink_logits=logits.gather(2, order[..., 0].expand_as(logits)))
+        sinks = () if scores.sink_logits is None else (scores.sink_logits,)
         backend = backend_with_gradients(*asked, *sinks, cached=cached or passing is not None)
-        out, _ = backend.prefill(
-            *asked,
-            cache=view,
-            past=torch.from_numpy(past),
-            valid=torch.from_numpy(chunk.counts(batch)),
-            rules=rules,
-            scores=request.scores,
-            passing=passing,
+        if scores.by_query and request.learns:  # logs of denominators have gradients there
+            backend = REFERENCE
+        out, _ = beside_logits(
+            lambda scores, with_lse: backend.prefill(
+                *asked,
+                cache=view,
+                past=torch.from_numpy(past),
+                valid=torch.from_numpy(chunk.counts(batch)),
+                rules=rules,
+                scores=scores,
+                with_lse=with_lse,
+                passing=passing,
+            ),
+            scores,
+            with_lse=False,
         )
         out = out.to(query.dtype)
         if request.trained_scores is not None:
@@ -384,8 +398,16 @@ def _attended(
     backend = backend_with_gradients(query, *view.keys, *view.values, cached=True)
     if selects and query.requires_grad and torch.is_grad_enabled():
         backend = REFERENCE
-    out, lse = backend.decode(
-        query, cache=view, lengths=torch.from_numpy(lengths), rules=rules, scores=request.scores, with_lse=selects
+    scores = request.scores
+    if scores.by_query:  # of the last query, which is the one
+        scores = scores._replace(sink_logits=cast(torch.Tensor, scores.sink_logits)[:, :, -1])
+        backend = REFERENCE if request.learns else backend
+    out, lse = beside_logits(
+        lambda scores, with_lse: backend.decode(
+            query, cache=view, lengths=torch.from_numpy(lengths), rules=rules, scores=scores, with_lse=with_lse
+        ),
+        scores,
+        with_lse=selects,
     )
     return out, torch.full(query.shape[:2], -torch.inf, dtype=wide) if lse is None else lse
 

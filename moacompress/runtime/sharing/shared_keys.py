@@ -24,7 +24,7 @@ class SharedKeys(NamedTuple):
     Attributes:
         query: `[batch, heads, tokens, head_dim]`.
         key: `[batch, kv_heads, tokens, head_dim]`.
-        sink_logits: learned logit of each query head, `[heads]`, or None.
+        sink_logits: learned logits, as of `Scores`.
     """
 
     query: torch.Tensor
@@ -35,7 +35,9 @@ class SharedKeys(NamedTuple):
         """Returns what a reuse layer attends with, given what it takes."""
         kv_heads, heads = self.key.shape[1], self.query.shape[1]
         of_keys, of_queries = (_places(share.head_map, group, self.key.device) for group in (1, heads // kv_heads))
-        logits = None if self.sink_logits is None else self.sink_logits.index_select(0, of_queries)
+        logits = self.sink_logits
+        if logits is not None:
+            logits = logits.index_select(int(logits.ndim > 1), of_queries)
         return SharedKeys(self.query.index_select(1, of_queries), self.key.index_select(1, of_keys), logits)
 
 
