@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -82,6 +83,11 @@ def split_rows(rows: Mapping[int, int], split: Split, name: str) -> list[int]:
     """
     pools = deal(list(rows.values()), _SHARES, name, "rows")
     return [index for index, pool in zip(rows, pools, strict=True) if pool == split]
+
+
+def rows_for(wanted: Mapping[Split, int]) -> int:
+    """Returns about how many rows a source must have, by `_SHARES`, for each split to get as many as are wanted."""
+    return max(math.ceil(count * sum(_SHARES.values()) / _SHARES[split]) for split, count in wanted.items())
 
 
 def first_of_each(rows: Sequence[DataRow], kind: RowKind, name: str) -> dict[int, int]:

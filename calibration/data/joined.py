@@ -110,6 +110,7 @@ def joined_drafts(
     tokenizer: PreTrainedTokenizerBase,
     answer_tokens: int,
     part: CalibrationPart | None = None,
+    may_lack: bool = False,
 ) -> list[SampleDraft]:
     """Returns prompts of `length - answer_tokens` tokens exactly, each with a question of its own.
 
@@ -125,6 +126,7 @@ def joined_drafts(
         tokenizer: the model's.
         answer_tokens: room for the answer.
         part: of calibration's articles; by default all.
+        may_lack: too few questions are no error.
 
     Raises:
         DataError: from `Library.of`; too few documents to fill a length, or too few questions whose document fits it.
@@ -141,7 +143,7 @@ def joined_drafts(
             if ids is not None:
                 chosen.append(index)
                 drafts.append(SampleDraft(ids, [False] * len(ids), answer_tokens, name, length))
-        if len(chosen) < count:
+        if len(chosen) < count and not may_lack:
             raise DataError(
                 f"{name} has {len(chosen)} {split} questions left whose document fits a prompt of {length:,} tokens, of "
                 f"{count} needed; give more questions or shorter documents, or ask for longer lengths"

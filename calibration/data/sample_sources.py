@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from moacompress.calibration.data.data_rows import (
     first_of_each,
     read_rows,
     row_kind,
+    rows_for,
     source_name,
     split_rows,
 )
@@ -101,8 +103,46 @@ def check_data(recipe: Recipe) -> None:
             row_kind(read_rows(part), source_name(part))
 
 
+@dataclass(frozen=True)
+class RowsWanted:
+    """How many rows a profile takes of a file or hub set whose rows are a sample each.
+
+    Attributes:
+        source: its name.
+        rows: that it has; a local one that repeats an earlier one does not count.
+        wanted: samples that a profile makes of them, by split.
+        needed: rows with which every split has so many, about: which split a row is in goes by its hash.
+    """
+
+    source: str
+    rows: int
+    wanted: dict[Split, int]
+    needed: int
+
+
+def rows_wanted(recipe: Recipe) -> list[RowsWanted]:
+    """Returns how many rows a profile takes of each file and hub set; plain text, which is cut as is needed, has none.
+
+    Raises:
+        DataError: as `check_data`.
+    """
+    calibration, found = recipe.calibration, []
+    weights = [part.weight for part in calibration.sources]
+    counts: dict[Split, int] = {"calibration": calibration.samples, "validation": calibration.validation_samples}
+    shares = {split: spread(count, len(calibration.lengths), weights) for split, count in counts.items()}
+    for number, given in enumerate(calibration.sources):
+        if given.generator is None and row_kind(rows := read_rows(given), name := source_name(given)) != "text":
+            wanted = {split: sum(row[number] for row in table) for split, table in shares.items()}
+            found.append(RowsWanted(name, len(rows), wanted, rows_for(wanted)))
+    return found
+
+
 def make_drafts(
-    source: SourceModel, recipe: Recipe, split: Split, beside: Sequence[SampleDraft] | None = None
+    source: SourceModel,
+    recipe: Recipe,
+    split: Split,
+    beside: Sequence[SampleDraft] | None = None,
+    may_lack: bool = False,
 ) -> list[SampleDraft]:
     """Returns the samples of a split before the dense model has answered; the model does not run.
 
@@ -112,6 +152,7 @@ def make_drafts(
         split: likewise.
         beside: what is profiled, where these are the samples that gates are trained on: they are of texts that are left for
             gates, and of other rows; where too few of these are left there are fewer samples.
+        may_lack: makes fewer samples of files and hub sets with too few prompts or questions, of the rows of all splits.
 
     Raises:
         DataError: data missing, empty, without the columns needed, or too short; lengths that the model or the samples
@@ -144,7 +185,7 @@ def make_drafts(
                     "no plan will be measured on %s beyond the lengths that were asked for: %s", given.generator, error
                 )
         elif wanted:
-            drafts += _from_rows(given, wanted, split, seed, tokenizer, calibration.answer_tokens, part, used)
+            drafts += _from_rows(given, wanted, split, seed, tokenizer, calibration.answer_tokens, part, used, may_lack)
     drafts.sort(key=lambda draft: draft.length)
     if prose is not None and calibration.text_samples:
         try:
@@ -291,6 +332,7 @@ def _from_rows(
     answer_tokens: int,
     part: CalibrationPart | None,
     used: Collection[tuple[int, ...]] | None,
+    may_lack: bool,
 ) -> list[SampleDraft]:
     rows, name = read_rows(given), source_name(given)
     kind = row_kind(rows, name)
@@ -299,10 +341,10 @@ def _from_rows(
         texts = [field(rows[index], "text", name, index) for index in first_of_each(rows, kind, name)]
         return chop([*pool_of(texts, split, name, part).values()], wanted, name, rng, tokenizer)
     if kind == "question":
-        return joined_drafts(rows, name, wanted, split, seed, tokenizer, answer_tokens, part)
+        return joined_drafts(rows, name, wanted, split, seed, tokenizer, answer_tokens, part, may_lack)
     first = first_of_each(rows, kind, name)
-    order: list[int] = rng.permutation(split_rows(first, split, name)).tolist()
-    picker = _RowPicker(rows, order, name, kind == "messages", tokenizer, used)
+    order: list[int] = rng.permutation(list(first) if may_lack else split_rows(first, split, name)).tolist()
+    picker = _RowPicker(rows, order, name, kind == "messages", tokenizer, used or (), may_lack or used is not None)
     drafts = [draft for length, n in wanted.items() for draft in picker.pick(n, length, answer_tokens, split)]
     if used is None:
         picker.say_left_out(list(wanted), answer_tokens, split)
@@ -324,7 +366,8 @@ class _RowPicker:
         name: of the source.
         chat: whether rows are conversations.
         tokenizer: the model's.
-        used: token ids of prompts that are not to be chosen; where it is given too few are no error.
+        used: token ids of prompts that are not to be chosen.
+        may_lack: too few are no error.
     """
 
     def __init__(
@@ -334,10 +377,11 @@ class _RowPicker:
         name: str,
         chat: bool,
         tokenizer: PreTrainedTokenizerBase,
-        used: Collection[tuple[int, ...]] | None = None,
+        used: Collection[tuple[int, ...]] = (),
+        may_lack: bool = False,
     ) -> None:
         self.rows, self.left, self.name, self.chat, self.tokenizer = rows, order, name, chat, tokenizer
-        self.used, self.may_lack = used or (), used is not None
+        self.used, self.may_lack = used, may_lack
         self.encoded: dict[int, tuple[list[int], list[bool]]] = {}
 
     def pick(self, count: int, length: int, answer_tokens: int, split: Split) -> list[SampleDraft]:

@@ -155,7 +155,8 @@ def bench(
     """Measure speed and memory of a compressed model beside the dense one.
 
     Reports prefill and decode times, bytes of weights and cache, peak memory, and the length from which the plan is faster.
-    Sides take turns, so that other load on the machine affects all of them equally. --dtype also takes a list.
+    Sides take turns, so that other load on the machine affects all of them equally; a speed-up is the median of the turns'
+    ratios. --dtype also takes a list.
     """
     if cost_table is not None:
         return _cost_table(

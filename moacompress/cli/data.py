@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +21,9 @@ from moacompress.cli.options import (
     ValidationSamples,
     required_model,
 )
+
+if TYPE_CHECKING:
+    from moacompress.calibration.data.sample_sources import RowsWanted
 
 
 @command(
@@ -44,26 +48,53 @@ def preview(
 ) -> Output:
     """Show some calibration samples, with their target tokens marked.
 
-    These are some of the samples that `moacompress profile` would make with the same options, including MODEL's answers; what
-    `profile` would refuse is refused here.
+    These are some of the samples that `moacompress profile` would make with the same options, including MODEL's answers. Of a
+    file with too few rows for a profile those that there are are shown, and how many a profile takes; what else `profile`
+    would refuse is refused here.
     """
     resolved = run.recipe(recipe)
     name = required_model(model, resolved.model)
 
     from moacompress.calibration.data.answers import answer_drafts
-    from moacompress.calibration.data.sample_sources import check_data, make_drafts, varied
+    from moacompress.calibration.data.sample_sources import check_data, make_drafts, rows_wanted, varied
     from moacompress.calibration.profile.profiler import check_samples
+    from moacompress.core.errors import DataError
     from moacompress.report.shown_samples import ShownSample, as_json
     from moacompress.runtime.ready_model import load_for
 
     check_data(resolved)
     loaded = load_for(resolved, name, trust_remote_code=trust_remote_code)
-    check_samples(loaded, resolved)
-    drafts = varied(make_drafts(loaded, resolved, "calibration"), count)
-    answered = answer_drafts(loaded.model, drafts, run.progress)
+    rows, refused = rows_wanted(resolved), None
+    try:
+        check_samples(loaded, resolved)
+    except DataError as error:
+        if not rows:
+            raise
+        refused = error
+    drafts = make_drafts(loaded, resolved, "calibration", may_lack=refused is not None)
+    if refused is not None and not drafts:
+        raise refused
+    answered = answer_drafts(loaded.model, varied(drafts, count), run.progress)
     return Output(
-        {"model": loaded.source, "samples": [as_json(sample, loaded.tokenizer) for sample in answered]},
-        [ShownSample(sample, loaded.tokenizer, f"{i}/{len(answered)}") for i, sample in enumerate(answered, 1)],
+        {
+            "model": loaded.source,
+            "samples": [as_json(sample, loaded.tokenizer) for sample in answered],
+            "rows": [asdict(each) for each in rows],
+            "refused": None if refused is None else str(refused),
+        },
+        [
+            *(ShownSample(sample, loaded.tokenizer, f"{i}/{len(answered)}") for i, sample in enumerate(answered, 1)),
+            *map(_rows_text, rows),
+            *([] if refused is None else [f"A profile with these settings is refused: {refused}"]),
+        ],
+    )
+
+
+def _rows_text(each: RowsWanted) -> str:
+    return (
+        f"{each.source} has {each.rows:,} rows; a profile with these settings needs about {each.needed:,}: it makes "
+        f"{each.wanted['calibration']} calibration samples of half of them, {each.wanted['validation']} validation samples of "
+        "a quarter, and a quarter is held out."
     )
 
 

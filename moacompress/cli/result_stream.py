@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import os
 import sys
 from collections.abc import Iterator
 from typing import TextIO
 
-_STDOUT, _STDERR = 1, 2
+from moacompress.core.c_output import STDOUT, flush_c_output
+
+_STDERR = 2
 
 
 @contextlib.contextmanager
 def for_the_result() -> Iterator[TextIO]:
-    """Sends to stderr what is printed, by libraries in C (HiGHS) and by child processes as well; yields the standard output."""
+    """Sends to stderr what is printed, by libraries in C and by child processes as well; yields the standard output."""
     if not _is_the_process_own(sys.stdout):
         out = sys.stdout
         with contextlib.redirect_stdout(sys.stderr):
             yield out
         return
     sys.stdout.flush()
-    kept = os.dup(_STDOUT)
+    kept = os.dup(STDOUT)
     try:
-        os.dup2(_STDERR, _STDOUT)
+        os.dup2(_STDERR, STDOUT)
         with (
             open(kept, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, closefd=False) as out,
             contextlib.redirect_stdout(sys.stderr),
         ):
             yield out
     finally:
-        _flush_c()  # or what C holds back would go to where it then leads
-        os.dup2(kept, _STDOUT)
+        flush_c_output()  # or what C holds back would go to where it then leads
+        os.dup2(kept, STDOUT)
         os.close(kept)
 
 
@@ -47,12 +48,6 @@ def _is_the_process_own(stream: TextIO) -> bool:
     """Returns whether a stream is the process' own standard output, and there is a stderr to send others to."""
     try:
         os.fstat(_STDERR)
-        return stream.fileno() == _STDOUT
+        return stream.fileno() == STDOUT
     except (OSError, io.UnsupportedOperation):
         return False
-
-
-def _flush_c() -> None:
-    """Has C write out what it holds back, where there is such a library to ask."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).fflush(None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moacompress.core.files import write_text
-from moacompress.core.statistics import error_text
+from moacompress.core.statistics import TESTABLE, error_text, p_text
 from moacompress.models.hub import is_hub_name
 from moacompress.rules.budget import format_length
 from moacompress.rules.cost import chosen_share, format_rows, kept_bits
@@ -112,10 +112,14 @@ def repair_text(plan: Plan) -> str:
     fitted = f"{notes.get('tokens'):,} tokens of the profile {notes.get('profile')}"
     if notes.get("penalty") is None:
         tried = notes.get("harm", {}).get("not_enough")
-        measured = "" if tried is None else f" (a change of {_with_error(tried)} nats, mean and standard error)"
+        measured = ""
+        if tried is not None:
+            measured = f" (a change of {_with_error(tried)} nats, mean and standard error{_p(tried)})"
+            if (judged := notes["validation_samples"]) < TESTABLE:
+                measured += f"; {judged} validation samples judged it, and a test needs {TESTABLE}"
         return (
-            f"A repair with {fitted} changed nothing: it would not lower measured KL beyond doubt{measured}. The weights are "
-            "the source's."
+            f"A repair with {fitted} changed nothing: it was not shown to lower measured KL{measured}. The weights are the "
+            "source's."
         )
     kl = notes["harm"]
     before, after, change = (_with_error(kl[name]) for name in ("before", "after", "change"))
@@ -123,7 +127,7 @@ def repair_text(plan: Plan) -> str:
         "The weights are not the source's: the output projections of attention were refitted to this plan (closed form, ridge "
         f"{notes['penalty']:g}) on {fitted}. On {notes['validation_samples']} validation samples, which had no part in the "
         f"fit or in the choice of the ridge, KL(dense || model) is {after} nats per answer token, and {before} with the "
-        f"source's weights: a change of {change} (mean and standard error)."
+        f"source's weights: a change of {change} (mean and standard error{_p(kl['change'])})."
     )
 
 
@@ -131,6 +135,10 @@ def _with_error(value: dict[str, float | None]) -> str:
     mean = value["mean"]
     assert mean is not None
     return error_text(mean, value["error"], ".3g")
+
+
+def _p(change: dict[str, float]) -> str:
+    return f", {p_text(change['p'])}" if "p" in change else ""
 
 
 def _error(value: dict[str, float | None]) -> str:

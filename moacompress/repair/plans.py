@@ -1,7 +1,7 @@
 """Repair of a plan's weights: fitted on a profile's calibration samples, chosen and judged by measured KL on validation.
 
 Of the validation samples every other one chooses among the settings, and the rest judge the choice. Weights are changed only
-where both say that this lowers KL, the latter beyond doubt; otherwise the model keeps its own.
+where both say that this lowers KL, the latter by a permutation test; otherwise the model keeps its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats, spread_over
 from moacompress.core.errors import DataError, ModelError
 from moacompress.core.progress import SILENT, Progress
-from moacompress.core.statistics import standard_error
+from moacompress.core.statistics import SIGNIFICANT, p_value, standard_error
 from moacompress.models.kl import MAX_DENSE_BYTES, kl_divergence
 from moacompress.models.source import SourceModel
 from moacompress.repair.projections import RepairSetting, Weights, repaired_weights, with_weights
@@ -38,9 +38,6 @@ TOKENS_PER_INPUT = 32
 """Calibration tokens for every input of an output projection: enough that the fit is not to their noise."""
 VALIDATION_SAMPLES = 16
 """Validation samples that are measured on, at most."""
-CAUTION = 2.0
-"""Standard errors by which KL must be lower on the samples that judge. On SmolLM2 repairs of layers that share attention gain
-4.5 and more; those of plans with gates gained less than two, and the larger of these changes degraded other text."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +48,9 @@ class Repaired:
         weights: of the parameters that it changed, in the checkpoint's dtype; empty where no repair lowered the KL.
         report: `penalty` and `answer_share` of the setting, None where nothing was changed; `harm` in nats per answer token,
             each of `before`, `after` and `change` with its `mean` and standard `error`, on samples that had no part in the
-            choice, and the change that would have been where it was `not_enough`; `tokens` and `samples` that were fitted to,
-            `validation_samples` that judged, `seconds`. Of a plan that keeps everything as it is, `tokens` are 0 and
-            nothing was judged.
+            choice, and the change that would have been where it was `not_enough`; changes with the `p` of a permutation test
+            too; `tokens` and `samples` that were fitted to, `validation_samples` that judged, `seconds`. Of a plan that keeps
+            everything as it is, `tokens` are 0 and nothing was judged.
     """
 
     weights: Weights
@@ -69,7 +66,7 @@ def repair(
     settings: Sequence[RepairSetting] = SETTINGS,
     progress: Progress = SILENT,
 ) -> Repaired:
-    """Fits the output projections of all layers to what a plan leaves of their attention, where that lowers KL beyond doubt.
+    """Fits the output projections of all layers to what a plan leaves of their attention, where a test says that KL is lower.
 
     Args:
         source: the dense model; it has its own weights again afterwards.
@@ -110,9 +107,8 @@ def repair(
     after, not_enough = before, {}
     if chosen[0] is not None:
         tried = kls.under(chosen[1], judging)
-        change = _mean(tried[judging] - before[judging])
-        sure = change["error"] is not None and change["mean"] + CAUTION * change["error"] < 0
-        if sure:  # one sample alone has no error, and tells nothing
+        change = _change(tried[judging], before[judging])
+        if change["mean"] < 0 and change["p"] < SIGNIFICANT:
             after = tried
         else:
             chosen, not_enough = (None, {}), {"not_enough": change}
@@ -124,7 +120,7 @@ def repair(
         "harm": {
             "before": _mean(before[judging]),
             "after": _mean(after[judging]),
-            "change": _mean(after[judging] - before[judging]),
+            "change": _change(after[judging], before[judging]),
             **not_enough,
         },
         **counts,
@@ -172,6 +168,10 @@ def _of_tokens(samples: Sequence[Sample], wanted: int) -> list[Sample]:
 
 def _mean(kls: Floats) -> dict[str, Any]:
     return {"mean": float(kls.mean()), "error": standard_error(kls.tolist())}
+
+
+def _change(after: Floats, before: Floats) -> dict[str, Any]:
+    return {**_mean(after - before), "p": p_value(after.tolist(), before.tolist())}
 
 
 class _RepairedKl:

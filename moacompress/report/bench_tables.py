@@ -15,7 +15,8 @@ from moacompress.rules.budget import format_length
 HEADS = {"plan": "this plan", "full_span": "full span", "dense": "dense", "dense_best": "best dense"}
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 UNITS = {"decode": ("ms a step, in which each row gets one token", 1.0), "prefill": ("seconds, all rows", 1e-3)}
-SPEED_TITLE = "This plan is so many times as fast as the others (median of the turns, 95% interval)"
+SPEED_TITLE = "This plan is so many times as fast as the others: the median of the turns' ratios, 95% interval"
+SPEED_NOTE = "Sides of a turn meet the same load, so ratios are taken turn by turn, not of the medians above."
 SLOWER_NOTE = "* The plan is slower here. Where the interval holds 1, that may be chance."
 MEMORY_TITLE = "Memory in MiB: weights, KV cache, and the peak of a process with all that is in it"
 BITS_NOTE = "Bits: per number in kept keys and values, scales and zero points counted."
@@ -38,9 +39,9 @@ def bench_tables(report: Mapping[str, Any]) -> list[RenderableType]:
             title = f"{phase.capitalize()}, {unit}: median of {turns} turns, 10th to 90th percentile"
             shown.append(_table(title, rows, "{}_ms", lambda row, side, factor=factor: _time(row, side, factor)))
     if any(row["speedup"] for row in runs):
+        slower = any(_slower(row, side) for row in runs for side in row["speedup"])
         shown.append(_table(SPEED_TITLE, runs, "{}_ms", _speedup, SIDES[1:]))
-        if any(_slower(row, side) for row in runs for side in row["speedup"]):
-            shown += [SLOWER_NOTE, ""]
+        shown += [SPEED_NOTE, *([SLOWER_NOTE] if slower else []), ""]
     for row in runs:
         if row.get("trace"):
             shown.append(_trace(row))
@@ -173,11 +174,14 @@ def _sentences(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def gain_text(row: Row) -> str:
-    """Returns how much of a step's gain over dense the kernels give and how much the plan; empty where a side was not timed."""
-    plan, full, dense = (row[f"{side}_ms"] for side in ("plan", "full_span", "dense"))
-    if None in (plan, full, dense):
+    """Returns how much of a step's gain over dense the plan gives and how much the kernels, which is the rest.
+
+    Empty where a side was not timed.
+    """
+    if not {"full_span", "dense"} <= row["speedup"].keys():
         return ""
-    return f"{dense / plan:.2f}x dense's speed: {dense / full:.2f}x from the kernels, {full / plan:.2f}x from the plan"
+    whole, plan = (row["speedup"][side]["value"] for side in ("dense", "full_span"))
+    return f"{whole:.2f}x dense's speed: {whole / plan:.2f}x from the kernels, {plan:.2f}x from the plan"
 
 
 def _named(best: str) -> str:

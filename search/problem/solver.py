@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moacompress.core.arrays import Floats, Ints
+from moacompress.core.c_output import without_c_output
 from moacompress.core.errors import InfeasibleBudgetError
 
 TOLERANCE = 1e-5
@@ -147,18 +148,18 @@ def _highs(costs: Floats, sizes: Ints, limits: Ints, start: Solution | None, opt
     columns = np.arange(len(heads))
     one_each = sparse.csr_array((np.ones(len(heads)), (heads, columns)), shape=(len(costs), len(heads)))
     scale = (float(costs.max()) if start is None else start.cost) or 1.0
-    found = optimize.milp(
-        costs[heads, rules] * (1000.0 / scale),  # far above HiGHS's absolute tolerances
-        constraints=[
-            optimize.LinearConstraint(one_each, 1, 1),
-            optimize.LinearConstraint(
-                sparse.csr_array((sizes[:, heads, rules] // unit).astype(np.float64)), -np.inf, limits // unit
-            ),
-        ],
-        integrality=np.ones(len(heads)),
-        bounds=optimize.Bounds(0, 1),
-        options=options,
-    )
+    within = sparse.csr_array((sizes[:, heads, rules] // unit).astype(np.float64))
+    with without_c_output():  # HiGHS prints where it repairs a solution, whatever `disp` says
+        found = optimize.milp(
+            costs[heads, rules] * (1000.0 / scale),  # far above HiGHS's absolute tolerances
+            constraints=[
+                optimize.LinearConstraint(one_each, 1, 1),
+                optimize.LinearConstraint(within, -np.inf, limits // unit),
+            ],
+            integrality=np.ones(len(heads)),
+            bounds=optimize.Bounds(0, 1),
+            options=options,
+        )
     choice = None
     if found.x is not None:
         chosen = found.x > 0.5

@@ -117,7 +117,8 @@ def test_first_length_at_which_a_plan_is_faster(gaps, expected):
 def test_break_even_for_each_batch_and_dtype():
     def decode(length, batch, plan, dense, best):
         names = {"plan_ms": plan, "dense_ms": dense, "dense_best_ms": best}
-        return {"phase": "decode", "length": length, "batch": batch, "dtype": "float32", **names}
+        ratios = {name: {"value": ms / plan} for name, ms in (("dense", dense), ("dense_best", best)) if plan and ms}
+        return {"phase": "decode", "length": length, "batch": batch, "dtype": "float32", "speedup": ratios, **names}
 
     runs = [
         decode(1024, 1, 10, 9, 8),
@@ -135,6 +136,16 @@ def test_break_even_for_each_batch_and_dtype():
     assert found[0]["text"] == "faster than dense from about 2,048 tokens on (interpolated)"
     assert found[1]["text"] == "not faster than the best dense at 4k tokens, the longest measured"
     assert found[2]["text"] == "faster than dense at 1k tokens, the only length measured"
+
+
+def test_what_is_faster_goes_by_the_ratios_of_turns():
+    """The plan has the lower median, but is the slower one in two turns of three."""
+    found = row({"plan": [1.0, 2.0, 3.1], "dense": [4.0, 1.9, 3.0]}, sides=["plan", "dense"])
+    assert found["speedup"]["dense"]["value"] == pytest.approx(3.0 / 3.1)
+    slower = row({"plan": [1.0, 2.0, 3.1], "dense": [1.1, 2.9, 0.9]}, sides=["plan", "dense"])
+    assert slower["dense_ms"] < slower["plan_ms"]
+    assert break_even([slower])[0]["how"] == "measured"
+    assert break_even([found])[0]["length"] is None
 
 
 def test_bytes_are_those_of_the_dtype():

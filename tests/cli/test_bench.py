@@ -88,7 +88,8 @@ def test_where_a_plan_is_slower_it_is_said() -> None:
         "routes": {"plan": ["all layers"]},
         "spread_ms": {side: [value - 1, value + 1] for side, value in ms.items()}, "load_per_core": None,
         "speedup": {
-            "dense": {"value": 2.0, "ci95": [1.9, 2.1]}, "dense_best": {"value": 0.9, "ci95": None}
+            "dense": {"value": 2.1, "ci95": [1.9, 2.2]}, "dense_best": {"value": 0.9, "ci95": None},
+            "full_span": {"value": 1.25, "ci95": None},
         },
         "dense_best": "static cache, compiled", "dense_best_refused": None, "graphs": {}, "byte_ratio": 1.5,
         "weight_bytes": 100, "kv_bytes_plan": 25, "kv_bytes_dense": 100,
@@ -104,7 +105,9 @@ def test_where_a_plan_is_slower_it_is_said() -> None:
         console.print(part, markup=False)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "0.90*" in text
-    assert "2.00 [1.90, 2.10]" in text
+    assert "2.10 [1.90, 2.20]" in text
+    assert "the median of the turns' ratios, 95% interval" in text
+    assert "1 x 1k fp32: 2.10x dense's speed: 1.68x from the kernels, 1.25x from the plan." in text  # not of medians
     assert "* The plan is slower here" in text
     assert "10.0/6.2" in text
     assert "1 x 1k fp32: the best dense is the static cache, compiled." in text

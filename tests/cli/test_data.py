@@ -152,8 +152,6 @@ ROWS = ("--source", "rows.jsonl")
     [
         ((*ROWS, "--lengths", "256", "--samples", "6", "--validation-samples", "3"), ""),
         (ROWS, " fit 256; choose such lengths (--lengths), ask for fewer samples (--samples), or give more rows"),
-        ((*ROWS, "--lengths", "256", "--samples", "40"), "calibration prompts of 97 to 224 tokens left, of 40 needed"),
-        ((*ROWS, "--lengths", "256", "--samples", "6"), "validation prompts of 97 to 224 tokens left, of 12 needed"),
         (("--lengths", "64"), "64"),
     ],
 )
@@ -170,6 +168,45 @@ def test_what_a_profile_takes_is_shown_and_what_it_refuses_is_refused(
     assert refused in said
     profiled = RUNNER.invoke(app, ["profile", str(tiny_folder), *options, "-o", "profile", "-q"])
     assert profiled.stderr.splitlines()[-1] == said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("count", "samples", "refused"),
+    [
+        (33, 40, "calibration prompts of 97 to 224 tokens left, of 40 needed"),
+        (33, 6, "validation prompts of 97 to 224 tokens left, of 12 needed"),
+        (
+            2,
+            40,
+            "file:rows.jsonl has too few distinct rows: 2; calibration, validation, evaluation need at least one each",
+        ),
+    ],
+)
+def test_rows_too_few_for_a_profile_are_shown_and_counted(
+    count: int, samples: int, refused: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = ({"prompt": f"{number:03d}" + "x" * 170} for number in range(count))
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = (*ROWS, "--lengths", "256", "--samples", str(samples))
+    data = run(tiny_folder, *options)
+    assert len(data["samples"]) == min(3, count)
+    assert refused in data["refused"]
+    needed = max(2 * samples, 4 * 12)
+    wanted = {"calibration": samples, "validation": 12}
+    assert data["rows"] == [{"source": "file:rows.jsonl", "rows": count, "wanted": wanted, "needed": needed}]
+    shown = RUNNER.invoke(app, ["data", "preview", str(tiny_folder), *options]).stdout
+    assert f"file:rows.jsonl has {count} rows; a profile with these settings needs about {needed}: " in shown
+    assert f"A profile with these settings is refused: {data['refused']}\n" in shown
+
+
+def test_few_questions_are_shown(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = [{"context": f"{number:02d}" * 60, "question": f"What is {number}?"} for number in range(24)]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = run(tiny_folder, "--source", tmp_path / "asked.jsonl", "--lengths", "512", "--samples", "40")
+    assert len(data["samples"]) == 3
+    assert "of 40 needed" in data["refused"]
+    assert data["rows"][0]["rows"] == 24
 
 
 def sample(mask: list[int], n: int = 400, text: str = "", kind: Any = "answer") -> Sample:

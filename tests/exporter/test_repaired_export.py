@@ -41,7 +41,7 @@ RECIPE = {
 def _any_gain() -> Iterator[None]:
     """Takes a repair of whatever gain: four samples of a random model leave every gain in doubt."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moacompress.repair.plans.CAUTION", 0.0)
+        patch.setattr("moacompress.repair.plans.SIGNIFICANT", 1.1)
         yield
 
 
@@ -132,6 +132,11 @@ def test_a_repair_that_does_not_help_is_noted(profiled: Profile, plan: Plan) -> 
     assert "the same weights" in card
     assert "changed nothing" in card
     assert "nothing to repair" in model_card(plan.with_notes(provenance={"repair": {**notes, "tokens": 0}}))
+    tried = {"mean": -0.01, "error": 0.001, "p": 0.25}
+    judged = {**notes, "harm": {"not_enough": tried}, "validation_samples": 3}
+    card = model_card(plan.with_notes(provenance={"repair": judged}))
+    assert "(a change of -0.01 ± 0.001 nats, mean and standard error, p .25)" in card
+    assert "3 validation samples judged it, and a test needs 6" in card
 
 
 def test_bad_profiles(profiled: Profile, plan: Plan, tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from moacompress.cli import app
 from moacompress.core.tables import readable_bytes
+from moacompress.recipe import Recipe
 from moacompress.report.page.cost_figures import peak_picture
 from moacompress.report.page.figure_style import OTHERS, roles_of
 from moacompress.report.page.findings import Findings
@@ -150,7 +152,43 @@ def test_a_missing_search_names_its_profile_and_budget(run_folder: Path) -> None
     found = replace(Findings.load(run_folder / "plan.json"), explanation=None)
     (missing,) = missing_parts(found)
     asked = " ".join(f"--budget {budget}" for budget in found.plan.budget["asked"])
-    assert missing.command == f"moacompress search {run_folder}/profile {asked} -o plan.json"
+    assert missing.command == f"moacompress search {run_folder}/profile {asked} -o {run_folder}/plan-again.json"
+
+
+def test_a_missing_search_can_be_pasted(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it ran, the page finds the search's notes; the plan is left as it is."""
+    folder = tmp_path / "my run"
+    shutil.copytree(run_folder, folder)
+    (folder / "plan.explain.json").unlink()
+    before = (folder / "plan.json").read_bytes()
+    (missing,) = missing_parts(Findings.load(folder / "plan.json"))
+    program, *arguments = shlex.split(missing.command)
+    assert program == "moacompress"
+    result = RUNNER.invoke(app, [*arguments, "-q"])
+    assert result.exit_code == 0, result.output
+    assert (folder / "plan.json").read_bytes() == before
+    assert (folder / "plan-again.json").is_file()
+    assert Findings.load(folder / "plan.json").explanation is not None
+
+
+def test_a_search_with_settings_of_its_own_is_repeated_with_them(run_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "my run"
+    shutil.copytree(run_folder / "profile", folder / "profile")
+    plan = Plan.load(run_folder / "plan.json")
+    recipe = Recipe.from_dict(plan.provenance["recipe"]).override(search__trials=5, search__floors={0: 0.5})
+    plan.with_notes(provenance={**plan.provenance, "recipe": recipe.shared("dense")}).save(folder / "half.json")
+    found = Findings.load(folder / "half.json")
+    (command,) = [part.command for part in missing_parts(found) if part.section == "search"]
+    shown, search = command.split(" && ")
+    first, file = shown.split(" > ")
+    text = RUNNER.invoke(app, shlex.split(first)[1:]).stdout
+    Path(shlex.split(file)[0]).write_text(text)
+    profile, yaml, again = (
+        shlex.quote(f"{folder}/{name}") for name in ("profile", "half-again.yaml", "half-again.json")
+    )
+    asked = " ".join(f"--budget {budget}" for budget in plan.budget["asked"])
+    assert search == f"moacompress search {profile} {asked} --recipe {yaml} -o {again}"
+    assert Recipe.load(folder / "half-again.yaml").search == recipe.search
 
 
 def test_sample_answers_are_those_of_the_evaluation(run_folder: Path, page: str) -> None:

@@ -43,12 +43,12 @@ def narrow(source: SourceModel) -> Plan:
 
 def test_it_lowers_kl_where_it_was_not_fitted(source: SourceModel, narrow: Plan) -> None:
     own = {name: tensor.clone() for name, tensor in source.model.state_dict().items()}
-    validation = made(8, 6)
-    done = repair(source, narrow, made(7, 20), validation, settings=[RepairSetting(0.03), RepairSetting(100.0)])
+    validation = made(8, 12)
+    done = repair(source, narrow, made(7, 60), validation, settings=[RepairSetting(0.03), RepairSetting(100.0)])
     assert all(torch.equal(tensor, own[name]) for name, tensor in source.model.state_dict().items())
     report = done.report
-    assert (report["penalty"], report["answer_share"], report["tokens"], report["samples"]) == (0.03, None, 2400, 20)
-    assert report["validation_samples"] == 3
+    assert (report["penalty"], report["answer_share"], report["tokens"], report["samples"]) == (0.03, None, 7200, 60)
+    assert report["validation_samples"] == 6
     judged = Objective(source.model, validation[1::2])
     before = judged.kls(narrow)
     with with_weights(source.model, done.weights):
@@ -56,7 +56,8 @@ def test_it_lowers_kl_where_it_was_not_fitted(source: SourceModel, narrow: Plan)
     assert np.mean(after) < np.mean(before)
     assert report["harm"]["before"]["mean"] == pytest.approx(np.mean(before), rel=1e-4)
     assert report["harm"]["after"]["mean"] == pytest.approx(np.mean(after), rel=1e-4)
-    assert report["harm"]["change"]["error"] == pytest.approx(np.std(after - before, ddof=1) / 3**0.5, rel=1e-3)
+    assert report["harm"]["change"]["error"] == pytest.approx(np.std(after - before, ddof=1) / 6**0.5, rel=1e-3)
+    assert report["harm"]["change"]["p"] == 2 / 2**6
 
 
 def kls_against(own: dict[str, Any], source: SourceModel, plan: Plan, samples: list[Sample]) -> np.ndarray[Any, Any]:
@@ -92,16 +93,21 @@ def test_none_is_kept_that_the_other_half_does_not_confirm(
         monkeypatch.setattr(repairing, "repaired_weights", lambda *args: [{"weight": torch.ones(1)}])
         return repair(source, narrow, made(1, 2), made(2, 4), settings=[RepairSetting(0.1)])
 
-    worse, better_in_one_of_three = (0.5, 2.5, 2.5, 4.5, 4.5, 6.5), (0.5, 1.0, 2.5, 4.1, 4.5, 5.9)
-    for doubtful in (worse, better_in_one_of_three):
-        done = kept(*doubtful)
+    def changed(*judged: float) -> list[float]:
+        """Returns KLs of which those that choose are lower, and those that judge differ by so much."""
+        return [before + change for before, change in enumerate(np.ravel([(-0.5, one) for one in judged]), 1)]
+
+    worse, better_in_one_of_six = (0.5,) * 6, (-1.0, 0.1, -0.1, 0.1, -0.1, -0.1)
+    three_alike = (-0.5, -0.51, -0.49)  # by 87 standard errors, of three samples
+    for doubtful in (worse, better_in_one_of_six, three_alike):
+        done = kept(*changed(*doubtful))
         assert done.weights == {}
         assert done.report["penalty"] is None
         assert done.report["harm"]["change"]["mean"] == 0
-        tried = np.array(doubtful)[1::2] - [2, 4, 6]
-        assert done.report["harm"]["not_enough"]["mean"] == pytest.approx(tried.mean())
-    assert kept(0.1, 0.1, 0.1).report["penalty"] is None  # one sample judges, and says nothing of its error
-    done = kept(0.5, 1.5, 2.5, 3.4, 4.5, 5.5)
+        assert done.report["harm"]["not_enough"]["mean"] == pytest.approx(np.mean(doubtful))
+        assert done.report["harm"]["not_enough"]["p"] >= 0.05 or done.report["harm"]["not_enough"]["mean"] > 0
+    assert kept(0.1, 0.1, 0.1).report["penalty"] is None  # one sample judges
+    done = kept(*changed(-0.5, -0.6, -0.5, -0.1, -0.5, -0.5))
     assert done.report["penalty"] == 0.1
     assert "not_enough" not in done.report["harm"]
 

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import ctypes
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import optimize
 
 from moacompress.core.arrays import Floats, Ints
+from moacompress.core.c_output import flush_c_output
 from moacompress.core.errors import InfeasibleBudgetError
 from moacompress.rules.candidates import candidate_rules
 from moacompress.rules.cost import byte_table
@@ -128,3 +132,21 @@ def test_same_instance_same_choice() -> None:
     limits = sizes.max(axis=2).sum(axis=1) // 4
     first = lagrange(costs, sizes, limits)
     assert (first.choice == lagrange(costs.copy(), sizes.copy(), limits).choice).all()
+
+
+def test_what_highs_prints_reaches_no_standard_output(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It prints a line where it repairs a solution, through the buffers of C."""
+    whole = optimize.milp
+
+    def talking(*args: Any, **kwargs: Any) -> Any:
+        ctypes.CDLL(None).printf(b"tmpSolver.run();\n")
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(optimize, "milp", talking)
+    costs, sizes = instance(2, 2, (512,), seed=0)
+    milp(costs, sizes, sizes.max(axis=2).sum(axis=1) // 3)
+    print("ours")
+    flush_c_output()
+    assert capfd.readouterr().out == "ours\n"

@@ -66,6 +66,7 @@ class Findings:
         audit: of the profile.
         front: plans of other budgets, from the same search.
         passed_over: files that are there and were not taken, with the reason.
+        file: the plan was read from.
     """
 
     folder: Path
@@ -78,6 +79,7 @@ class Findings:
     audit: Finding | None = None
     front: Finding | None = None
     passed_over: list[str] = field(default_factory=list)
+    file: Path = Path(PLAN_FILE)
 
     @property
     def warnings(self) -> list[str]:
@@ -159,6 +161,7 @@ class Findings:
             ),
             front=_front(plan_file, passed),
             passed_over=passed,
+            file=plan_file,
         )
 
 

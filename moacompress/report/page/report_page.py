@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from moacompress.core.artefact_names import BENCH_FILE, EVALUATION_FILE, MODEL_FOLDER, PLAN_FILE, SUMMARY_FILE
+from moacompress.core.artefact_names import BENCH_FILE, EVALUATION_FILE, MODEL_FOLDER, SUMMARY_FILE
 from moacompress.core.errors import UsageError
 from moacompress.core.files import finite_json, write_text
 from moacompress.core.place import check_replaceable
@@ -49,6 +49,8 @@ REQUESTS = 10
 GENERATOR = '<meta name="generator" content="moacompress">'
 """In the head of every page, which is known by it."""
 CONFIG_NAME = "config.json"
+SEARCHED_BY = ("search", "weights", "head_weights", "dtype", "device", "seed")
+"""Settings of a recipe that a search goes by, beside its budget."""
 NEEDS = 'the page needs plotly and jinja2; pip install "moacompress[report]" and run `moacompress report` on the folder'
 
 
@@ -264,17 +266,26 @@ def missing_parts(found: Findings, place: Callable[[str], str] = str) -> list[Mi
         where = "PROFILE" if profile is None else quoted(profile.path)
         parts.append(MissingPart("harm", what, f"moacompress profile -o {where} --audit 50"))
     if found.explanation is None:
-        where = "PROFILE" if profile is None else quoted(profile.path)
-        asked = found.plan.budget.get("asked") or ["BUDGET"]
-        budgets = " ".join(f"--budget {shlex.quote(budget)}" for budget in asked)
-        parts.append(
-            MissingPart(
-                "search",
-                "The search's notes are not here.",
-                f"moacompress search {where} {budgets} -o {PLAN_FILE}",
-            )
-        )
+        parts.append(MissingPart("search", "The search's notes are not here.", _search_again(found, quoted)))
     return parts
+
+
+@reading_notes("its search")
+def _search_again(found: Findings, quoted: Callable[[Path], str]) -> str:
+    """Returns the command that searches a plan again as it was searched, and writes another file than the plan's.
+
+    The settings are the profile's unless the plan notes others, which are then read from the plan.
+    """
+    again = found.folder / f"{found.file.stem}-again.json"
+    where = "PROFILE" if found.profile is None else quoted(found.profile.path)
+    asked = found.plan.budget.get("asked") or ["BUDGET"]
+    search = " ".join(["moacompress search", where, *(f"--budget {shlex.quote(budget)}" for budget in asked)])
+    noted = found.plan.provenance.get("recipe")
+    usual = None if found.profile is None else found.profile.recipe.shared(found.profile.source)
+    if noted is None or (usual is not None and all(noted.get(name) == usual[name] for name in SEARCHED_BY)):
+        return f"{search} -o {quoted(again)}"
+    recipe = quoted(again.with_suffix(".yaml"))
+    return f"moacompress recipe show {quoted(found.file)} > {recipe} && {search} --recipe {recipe} -o {quoted(again)}"
 
 
 def verdict(found: Findings) -> str:
@@ -379,10 +390,14 @@ def _speed_tiles(bench: Finding) -> list[dict[str, str]]:
         return []
     row = max(steps, key=lambda row: (row["length"], row["batch"]))
     where = f"a decode step of dense at {format_length(row['length'])} tokens, batch {row['batch']}"
-    beside = f"{row['plan_ms']:.3g} ms for {row['dense_ms']:.3g} ms"
+    found = row["speedup"]["dense"]
+    beside = "median of the turns' ratios"
+    if found["ci95"] is not None:
+        beside += ", 95% interval {:.2f} to {:.2f}".format(*found["ci95"])
+    beside += f"; median times {row['plan_ms']:.3g} ms for {row['dense_ms']:.3g} ms"
     if row["full_span_ms"] is not None:
         beside += f"; the same kernels with all keys {row['full_span_ms']:.3g} ms"
-    return [{"value": f"{row['speedup']['dense']['value']:.2f} x", "what": f"as fast as {where}", "beside": beside}]
+    return [{"value": f"{found['value']:.2f} x", "what": f"as fast as {where}", "beside": beside}]
 
 
 @reading_notes("measured KL")
