@@ -41,7 +41,7 @@ def logits_beside(sink_logits: torch.Tensor, query: torch.Tensor, centre: torch.
 
 
 Attended = tuple[torch.Tensor, torch.Tensor | None]
-"""What a backend's call returns: `[..., value_dim]` for the queries `[...]`, and logs of the softmax's denominators, `[...]`."""
+"""What a backend's call returns: `[..., value_dim]` of queries, and the logs of their softmax's denominators, `[...]`."""
 
 
 def beside_logits(call: Callable[[Scores, bool], Attended], scores: Scores, with_lse: bool) -> Attended:

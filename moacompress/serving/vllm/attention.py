@@ -233,8 +233,8 @@ def take_over(layer: Attention, prefix: str, config: PlanConfig) -> None:
     layer.plan_centre = None if centre is None else torch.from_numpy(centre)
     if centre is not None and (layer.plan_scores.softcap or sinks is not None):
         raise PlanError(
-            f"vLLM cannot serve this plan: layer {index} has learned sink logits or bounds its scores, and the plan has centres "
-            "of its keys; profile with `profile: {centres: false}`"
+            f"vLLM cannot serve this plan: layer {index} has learned sink logits or bounds its scores, and the plan has "
+            "centres of its keys; profile with `profile: {centres: false}`"
         )
     layer.plan_view = layer.plan_gate = None
     if any(rule.selects for rule in plan.rules[index]):

@@ -1,0 +1,95 @@
+"""KL of plans on the same samples, each compared with another one, paired by sample.
+
+    python benchmarks/compare_plans.py PROFILE quarter=plan-25.json eighth=plan-12.5.json:whole -o rows.json
+    python benchmarks/compare_plans.py --table rows.json
+
+KL(dense || plan) in nats per answer token, on PROFILE's validation samples or, with `--samples N`, on as many others of the
+pools that are kept for evaluation. A plan is `NAME=FILE`; `:whole` after it takes its keys whole, `:mean` less the profile's
+mean keys. `eighth/no gates` is compared with `eighth`, a name without a slash with none. Records beside the output keep what is
+measured: the same command resumes, and adds to a file that has other plans.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moacompress.calibration.data.sample_sources import build_samples
+from moacompress.calibration.profile.store import Profile
+from moacompress.core.progress import Progress
+from moacompress.report.search_tables import difference_text
+from moacompress.rules.plan import Plan
+from moacompress.runtime.ready_model import load_for
+from moacompress.search.measure.kl_difference import KlDifference
+from moacompress.search.measure.measuring import measured_kls
+
+
+def main() -> None:
+    """Measures the plans, writes their rows, and prints a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("profile", type=Path, nargs="?")
+    parser.add_argument("plans", nargs="*", metavar="NAME=FILE")
+    parser.add_argument("--model", help="where the model is, if not where it was profiled")
+    parser.add_argument(
+        "--samples", type=int, help="so many samples of no calibration, in place of the validation samples"
+    )
+    parser.add_argument("-o", "--out", type=Path, help="JSON file of the rows")
+    parser.add_argument("--table", type=Path, help="measure nothing; print the rows of a file")
+    given = parser.parse_args()
+    if given.table is not None:
+        print(table(json.loads(given.table.read_text("utf-8"))))
+        return
+    if given.profile is None or given.out is None or not given.plans:
+        parser.error("give a profile, plans and --out, or --table")
+    profile = Profile.load(given.profile)
+    plans = dict(named_plan(text, profile) for text in given.plans)
+    source = load_for(profile.recipe, given.model or profile.source)
+    samples = profile.validation
+    if given.samples is not None:
+        calibration = profile.recipe.calibration.model_copy(update={"validation_samples": given.samples})
+        samples = build_samples(source, profile.recipe.model_copy(update={"calibration": calibration}), "evaluation")
+    records = given.out.with_suffix(".records.jsonl")
+    kls = measured_kls(source, samples, list(plans.values()), records, Progress()).tolist()
+    n = profile.lengths[-1]
+    rows = {row["plan"]: row for row in json.loads(given.out.read_text("utf-8"))} if given.out.exists() else {}
+    for (name, plan), found in zip(plans.items(), kls, strict=True):
+        row = {"model": Path(profile.source).name, "plan": name, "length": n, "kv_share": plan.kv_share(n)}
+        predicted = plan.quality.get("predicted_harm")
+        rows[name] = {**row, "predicted": predicted, "samples": len(samples), "kls": found}
+    given.out.write_text(json.dumps(list(rows.values()), indent=1) + "\n", "utf-8")
+    print(table(list(rows.values())))
+
+
+def named_plan(text: str, profile: Profile) -> tuple[str, Plan]:
+    """Reads `NAME=FILE`, `NAME=FILE:whole` or `NAME=FILE:mean`."""
+    name, _, rest = text.partition("=")
+    file, _, keys = rest.partition(":")
+    plan = Plan.load(file)
+    if keys == "mean" and not profile.centres:
+        raise SystemExit("the profile has no mean keys; profile again")
+    return name, {"": plan, "whole": replace(plan, centres=()), "mean": replace(plan, centres=profile.centres)}[keys]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Returns rows as a table in Markdown."""
+    kls = {row["plan"]: row["kls"] for row in rows}
+    lines = [
+        "| plan | KV bytes, of dense | KL predicted, nats | measured | difference |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        name, mean = row["plan"], float(np.mean(row["kls"]))
+        other = name.rpartition("/")[0]
+        apart = difference_text(KlDifference.of(kls[name], kls[other]).to_dict()) if other in kls else ""
+        foreseen = "" if row["predicted"] is None else f"{row['predicted']:.2g}"
+        lines.append(f"| {name} | {row['kv_share']:.3f} | {foreseen} | {mean:.3g} | {apart} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
