@@ -34,7 +34,7 @@ from moacompress.core.shown import ShownDict
 from moacompress.core.version import own_version
 from moacompress.estimate.estimate import Estimate
 from moacompress.exporter.card import state_measured
-from moacompress.exporter.exporting import as_exported, check_reusable, export, exported_plan, unrepaired
+from moacompress.exporter.exporting import check_reusable, export, exported_plan, unrepaired
 from moacompress.exporter.fresh import GREEDY
 from moacompress.models.locate import find_running_plan
 from moacompress.models.placement import checked_placement, input_device
@@ -307,7 +307,7 @@ def _is_earlier(plan: Plan, other: Plan) -> bool:
 
     The smallest budget for a loss is found by a search of every budget that is tried.
     """
-    ours, theirs = (unrepaired(as_exported(one)).to_dict() for one in (plan, other))
+    ours, theirs = (unrepaired(one).to_dict() for one in (plan, other))
     return ours != theirs and _search_of(plan) == _search_of(other)
 
 

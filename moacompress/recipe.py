@@ -6,7 +6,6 @@ which wins over the defaults here.
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,15 +36,10 @@ from moacompress.rules.formats import dtype_name
 from moacompress.rules.loss import Loss
 from moacompress.rules.untrusted import MAX_DEPTH, room_after
 
-logger = logging.getLogger(__name__)
-
 MAX_BYTES = 1 << 20
 """Of a recipe's file, and of what it stands for: numbers and characters."""
 AUTO = "auto"
 """Of weights: a search chooses their formats."""
-CONSENT = "trust_remote_code"
-"""Key of recipes that earlier versions wrote, which says nothing any more."""
-ALLOWED_BY = "--trust-remote-code of the command that runs it, or that argument of the function"
 
 
 def _texts(value: Any) -> Any:
@@ -103,18 +97,6 @@ class Recipe(Section):
     search: SearchRecipe = SearchRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     heal: HealRecipe = HealRecipe()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_consent(cls, data: Any) -> Any:
-        """Drops what earlier versions wrote: whether code may run is said by whoever runs it, never by a file."""
-        if not isinstance(data, dict) or CONSENT not in data:
-            return data
-        if data[CONSENT] is not False:
-            logger.warning(
-                "%s is ignored: no recipe or profile can allow a model's own code, only %s", CONSENT, ALLOWED_BY
-            )
-        return {key: value for key, value in data.items() if key != CONSENT}
 
     @model_validator(mode="after")
     def _head(self) -> Recipe:

@@ -76,7 +76,7 @@ class Manifest:
         complete: whether everything is there.
         gates: fingerprint of the gates that rules which select choose by; empty until they are there.
         centres: mean keys that keys in codes lie less, see `Plan.centres`; none until they are known, or without formats.
-        wording: digest of what prompts said when it was begun; empty where an older version began it.
+        wording: digest of what prompts said when it was begun.
         shard: the part of the samples that is here; None for all of them.
     """
 

@@ -57,7 +57,6 @@ from moacompress.recipe_sections import file_name
 from moacompress.rules.candidates import candidate_rules, gated_rules
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.key_centres import Centres
-from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
@@ -73,7 +72,7 @@ def check_around(source: SourceModel, plan: Plan) -> None:
     Raises:
         PlanError: a plan of another model, one whose layers share attention, or one whose gates are not at hand.
     """
-    plan.check_model(source.shape, weights=source.weights_like)
+    plan.check_model(source.shape, weights=True)
     if plan.shares:
         raise PlanError(
             "layers of the plan share attention, and profiling around such a plan is not possible; give a plan without sharing"
@@ -184,7 +183,7 @@ def _profiled(
         # too little data is found before anything is answered
         untrained = trains and agreed(None if rank() else _known_gates(out, manifest)) is None
         drafts = agreed(gate_drafts(source, manifest.recipe) if untrained and not rank() else None)
-        manifest, samples, validation = _make_samples(out, source, manifest, progress, from_scratch=untrained)
+        manifest, samples, validation = _make_samples(out, source, manifest, progress)
         chosen = manifest.recipe.profile
         if chosen.formats and chosen.centres and not manifest.centres:
             manifest = replace(manifest, centres=_centres(source, manifest, progress))
@@ -231,7 +230,7 @@ def _begin(
     check_samples(source, recipe, None if overwrite else out, around)
     rules = rules_on_offer(recipe, around)
     key = around.key() if around is not None else ""
-    shape = _known_shape(out, source, overwrite)
+    shape = source.shape
     request = request_fingerprint(shape, rules, recipe, _local_files(recipe), key, source.computes_in)
     trains = around is None and any(rule.selects for rule in rules)
     kept = recipe.of_any_machine()
@@ -359,26 +358,6 @@ def _answers(out: Path, source: SourceModel, manifest: Manifest) -> AnswerStore:
     return AnswerStore(path, manifest.shape.weights_fingerprint, source.computes_in)
 
 
-def _known_shape(out: Path, source: SourceModel, overwrite: bool) -> ModelShape:
-    """Returns the model's shape; where `out` has a profile of these weights, with the fingerprint that it knows them by.
-
-    So what was begun under an older version of the fingerprint is taken up, with its samples and answers.
-
-    Raises:
-        PlanError: a profile whose fingerprint has a newer version than is known, and it may not be replaced.
-    """
-    try:
-        known = Manifest.read(out).shape.weights_fingerprint
-        same = source.weights_like(known) == known
-    except ArtefactError:
-        return source.shape
-    except PlanError:
-        if overwrite:
-            return source.shape
-        raise
-    return replace(source.shape, weights_fingerprint=known) if same else source.shape
-
-
 def check_lengths(context: int, recipe: Recipe) -> None:
     """Refuses lengths that cannot be profiled.
 
@@ -436,15 +415,11 @@ def check_samples(source: SourceModel, recipe: Recipe, out: Path | None = None, 
 
 
 def _make_samples(
-    out: Path, source: SourceModel, manifest: Manifest, progress: Progress, from_scratch: bool
+    out: Path, source: SourceModel, manifest: Manifest, progress: Progress
 ) -> tuple[Manifest, list[Sample], list[Sample]]:
-    """Makes the samples of both splits, or reads those that are on disk already, and completes the fingerprints.
-
-    With `from_scratch` those that are profiled are not read: an older version may have left nothing for the gates that are
-    to be trained. What the model answered before is not answered again.
-    """
+    """Makes the samples of both splits, or reads those that are on disk already, and completes the fingerprints."""
     makes = partial(_stored_or_built, out, source=source, manifest=manifest, progress=progress)
-    calibration = makes("calibration", None if from_scratch else manifest.calibration_fingerprint)
+    calibration = makes("calibration", manifest.calibration_fingerprint)
     validation = makes("validation", manifest.validation_fingerprint)
     manifest = manifest.of_samples(calibration, validation)
     _write(out, manifest)
@@ -458,11 +433,11 @@ def _make_samples(
 
 
 def _stored_or_built(
-    out: Path, split: Split, expected: str | None, source: SourceModel, manifest: Manifest, progress: Progress
+    out: Path, split: Split, expected: str, source: SourceModel, manifest: Manifest, progress: Progress
 ) -> list[Sample]:
-    """Returns samples on disk of the expected fingerprint, any if that is empty; None builds them."""
+    """Returns samples on disk of the expected fingerprint, any if that is empty, or builds them."""
     path = out / (CALIBRATION_FILE if split == "calibration" else VALIDATION_FILE)
-    samples: list[Sample] | None = agreed(None if expected is None or rank() else read_samples(path, expected))
+    samples: list[Sample] | None = agreed(None if rank() else read_samples(path, expected))
     if samples is None:
         samples = _built(source, manifest, split, progress, _answers(out, source, manifest))
         if not rank():

@@ -279,12 +279,8 @@ class Profile(Shown):
 
         Raises:
             ModelError: other weights.
-            PlanError: the profile's fingerprint has a newer version than is known.
         """
-        ours = self.shape.weights_fingerprint
-        if ours == source.shape.weights_fingerprint:
-            return
-        theirs = source.weights_like(ours)
+        ours, theirs = self.shape.weights_fingerprint, source.shape.weights_fingerprint
         if ours != theirs:
             raise ModelError(
                 f"the profile in {self.path} is of other weights (fingerprint {ours}) than {source.source} ({theirs}); "

@@ -157,7 +157,7 @@ class _Checkpoint:
         with self._noting():
             stored = _stored(config)
             self.plan, self.weights = stored.plan, stored.weights
-            self.plan.check_model(config_shape(config, dtype=self.plan.model.dtype), weights=None)
+            self.plan.check_model(config_shape(config, dtype=self.plan.model.dtype), weights=False)
         with self._noting():
             self._check_model(config, folder, trust_remote_code)
         self.problems = [*self.stopping, *self._beside, *self._plan_file_problems(folder)]

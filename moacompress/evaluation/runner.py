@@ -341,7 +341,7 @@ def _check_place(
     try:
         found = read_json(out, "evaluation")
         ours = "results" in found and found.get("checkpoint", subject) == subject
-        earlier = _earlier_wording(found) if ours else {}
+        earlier = dict(found["wording"]) if ours else {}
         rows = {
             kind: [{**row, "task": str(row["task"])} for row in found.get(kind, ())] for kind in ("results", "lm_eval")
         }
@@ -379,13 +379,6 @@ def _warn_of_lost(out: Path, before: Iterable[ResultRow], now: Iterable[ResultRo
             more,
             scores_file(out).name,
         )
-
-
-def _earlier_wording(found: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the wording of every task in an evaluation; empty where an older moacompress did not write it."""
-    tasks = {str(row["task"]) for row in found["results"]}
-    wording = found.get("wording", {})
-    return {task: str(wording.get(task, "")) for task in tasks}
 
 
 def task_names(tasks: Iterable[str], resources: Resources | None = None) -> list[str]:

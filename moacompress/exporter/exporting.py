@@ -29,7 +29,7 @@ from moacompress.exporter.licences import licence_files
 from moacompress.models.placement import check_in_memory
 from moacompress.models.source import DENSE, KEEP, SourceModel, is_compressed, load_source
 from moacompress.models.stored_plan import checkpoint_weights, stored_plan
-from moacompress.recipe import AUTO, CONSENT, shared_name
+from moacompress.recipe import AUTO
 from moacompress.rules.budget import Budget, format_length
 from moacompress.rules.plan import Plan
 from moacompress.rules.planned_weights import planned_weights, without_planned_weights
@@ -111,7 +111,6 @@ def export(
             "the KL of this plan was measured with repaired weights, which this checkpoint will not have; export with "
             "--repair PROFILE"
         )
-    plan = as_exported(plan)
     progress.step("model loaded")
     if profile is not None:
         repaired = _repaired(source, model, plan, profile, trust_remote_code, progress)
@@ -186,7 +185,7 @@ def _prepared(
         )
     source = _loaded_in(plan.model.dtype, model, weights, device, trust_remote_code)
     _check_in_memory(source.model, plan, profile is not None)
-    plan.check_model(source.shape, weights=source.weights_like)
+    plan.check_model(source.shape, weights=True)
     gates_of(plan, model_inputs(source.model))
     check_can_round(source.model, planned_weights(plan) or {})
     if reused and not _has_types(out, plan, source, repaired=profile is not None):
@@ -196,7 +195,7 @@ def _prepared(
     changed: Mapping[str, Any] = {}
     if ranks is not None:
         check_in_memory(source.model, "moving KV heads for ranks")
-        plan, changed = deal_heads(source.model, as_exported(plan), ranks)
+        plan, changed = deal_heads(source.model, plan, ranks)
         if reused and not _is_export_of(out, plan):
             raise ArtefactError(
                 f"{out} exists already and is not of this plan for {ranks} ranks; choose another folder or pass --overwrite"
@@ -428,22 +427,6 @@ def warn_of_budget(plan: Plan) -> None:
     )
 
 
-def as_exported(plan: Plan) -> Plan:
-    """Returns the plan as checkpoints have it: without what only plans of earlier versions hold.
-
-    That is paths, of which each leaves its last part, and whether the code of a model was allowed to run.
-    """
-
-    def named(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: named(item) for key, item in value.items() if key != CONSENT}
-        if isinstance(value, list | tuple):
-            return [named(item) for item in value]
-        return shared_name(value) if isinstance(value, str) else value
-
-    return plan.with_notes(provenance=named(plan.provenance))
-
-
 def exported_plan(folder: Path) -> Plan | None:
     """Returns the plan of a compressed checkpoint, or None if the folder is not one.
 
@@ -486,7 +469,7 @@ def check_reusable(folder: Path, plan: Plan, repair: Profile | None = None) -> b
 
 def _is_export_of(folder: Path, plan: Plan, repaired_by: str | None = None) -> bool:
     found = exported_plan(folder)
-    if found is None or unrepaired(as_exported(found)).to_dict() != unrepaired(as_exported(plan)).to_dict():
+    if found is None or unrepaired(found).to_dict() != unrepaired(plan).to_dict():
         return False
     return _repaired_by(found) == repaired_by
 

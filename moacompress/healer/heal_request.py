@@ -130,7 +130,7 @@ class HealRequest:
         plan = checkpoint.plan
         check_trainable(plan, recipe.heal, checkpoint.model)
         source = _load_teacher(teacher, known, compute, recipe, trust_remote_code)
-        plan.check_model(source.shape, weights=source.weights_like)
+        plan.check_model(source.shape, weights=True)
         known.check_model(source, "heal")
         if known.around:
             raise UsageError(

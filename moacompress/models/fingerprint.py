@@ -1,12 +1,10 @@
-"""Whose weights these are: the fingerprint of a model's weights, in every version that profiles and plans hold.
+"""Whose weights these are: the fingerprint of a model's weights, which profiles and plans hold.
 
-A fingerprint says its version in front, as in `2-0123456789abcdef`; one without is of version 1. A model is compared with a
-fingerprint in that one's version: see `weights_like`.
-
-Both versions round numbers to bfloat16, so that loads of one checkpoint agree: of a checkpoint in bfloat16 those in float32
-and bfloat16, and in float16 where that holds its numbers exactly; of one in float32 those in float32 and bfloat16. So what is
-told apart of float32 weights is their bfloat16: a change too small to move a single number to another bfloat16 is not seen.
-Weights in blocks count as the numbers that they stand for: a model has one fingerprint, however its weights are kept.
+It says how it was made in front, as in `2-0123456789abcdef`. Numbers are rounded to bfloat16, so that loads of one checkpoint
+agree: of a checkpoint in bfloat16 those in float32 and bfloat16, and in float16 where that holds its numbers exactly; of one in
+float32 those in float32 and bfloat16. So what is told apart of float32 weights is their bfloat16: a change too small to move a
+single number to another bfloat16 is not seen. Weights in blocks count as the numbers that they stand for: a model has one
+fingerprint, however its weights are kept.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -24,17 +22,14 @@ import numpy.typing as npt
 
 from moacompress.models.placement import tensor_in_memory
 from moacompress.models.tensor_parallel import is_sharded
-from moacompress.rules.plan import weights_version
 
 if TYPE_CHECKING:
     import torch
 
     from moacompress.kernels.weight_blocks import WeightType
 
-SAMPLES = 1024
-"""Numbers of a tensor that version 1 reads."""
 CHUNK = 1 << 20
-"""Numbers that version 2 hashes at once; part of what its hashes are."""
+"""Numbers that are hashed at once; part of what hashes are."""
 QUEUED = 2
 """Chunks that wait for each thread, at most: with CHUNK they bound the memory."""
 
@@ -44,50 +39,13 @@ ADDED = "added_by_moacompress"
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:
-    """Returns the fingerprint of a model's weights, in the newest version.
-
-    Raises:
-        ModelError: some weights are neither in memory nor offloaded by a device map.
-    """
-    return f"2-{_all_numbers(model)}"
-
-
-def weights_like(model: torch.nn.Module, given: str) -> str:
-    """Returns the fingerprint of a model's weights in the version of a given one: they are equal iff the weights are.
-
-    Args:
-        model: the model at hand.
-        given: a fingerprint from a profile or a plan.
-
-    Raises:
-        PlanError: `given` has a newer version than is known.
-        ModelError: some weights are neither in memory nor offloaded by a device map.
-    """
-    return _VERSIONS[weights_version(given)](model)
-
-
-def _sampled(model: torch.nn.Module) -> str:
-    """Version 1: of every parameter the name, the shape and a spread sample of at most `SAMPLES` numbers."""
-    import torch
-
-    from moacompress.models.block_layers import block_weights
-
-    digest = hashlib.sha256()
-    kinds = block_weights(model)
-    for name, tensor in _own(model, model.named_parameters()):
-        numbers = _Numbers(tensor_in_memory(model, name, tensor).detach(), kinds.get(name))
-        digest.update(f"{name}{numbers.shape}".encode())
-        step = max(1, numbers.count // SAMPLES)
-        sample = numbers.at(torch.arange(0, numbers.count, step)[:SAMPLES]).to(torch.bfloat16).cpu()
-        digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _all_numbers(model: torch.nn.Module) -> str:
-    """Version 2: of every parameter and saved buffer each name that it goes by, the shape and all numbers.
+    """Returns the fingerprint of a model's weights: of every parameter and saved buffer each name, the shape and all numbers.
 
     Tensors are cut into chunks of CHUNK numbers in row-major order, which this thread rounds and brings to the host and other
     threads hash; of a tensor that goes by several names (tied weights) this is done once. Offloaded ones are read one by one.
+
+    Raises:
+        ModelError: some weights are neither in memory nor offloaded by a device map.
     """
     import torch
 
@@ -120,7 +78,7 @@ def _all_numbers(model: torch.nn.Module) -> str:
         digest.update(f"{name} {shapes[name]}{kind}\n".encode())
         for part in parts[places[name]]:
             digest.update(part.result())
-    return digest.hexdigest()[:16]
+    return f"2-{digest.hexdigest()[:16]}"
 
 
 class _Numbers:
@@ -153,24 +111,11 @@ class _Numbers:
         rows = self._tensor[first : -(-min(stop, self.count) // inputs)]
         return dequantized(rows, self._kind).reshape(-1)[start - first * inputs : stop - first * inputs]
 
-    def at(self, places: torch.Tensor) -> torch.Tensor:
-        """Returns the numbers at some places, `[places]`."""
-        places = places.to(self._tensor.device)
-        if self._kind is None:
-            return self._flat[places]
-        from moacompress.kernels.weight_blocks import dequantized
-
-        rows = dequantized(self._tensor[places // self.shape[-1]], self._kind)
-        return rows.gather(1, (places % self.shape[-1])[:, None])[:, 0]
-
 
 def _own(model: torch.nn.Module, named: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
     """Returns what is named, sorted, without what lies in modules that are none of the model's own."""
     added = tuple(f"{name}." for name, module in model.named_modules() if getattr(module, ADDED, False))
     return sorted(item for item in named if not item[0].startswith(added)) if added else sorted(named)
-
-
-_VERSIONS: dict[int, Callable[[torch.nn.Module], str]] = {1: _sampled, 2: weights_fingerprint}
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moacompress.core.artefact_names import DENSE_FOLDER, MODEL_FOLDER, PLAN_FILE, PROFILE_FOLDER, RECIPE_FILE
 from moacompress.core.errors import ArtefactError, MoaCompressError, ModelError, UsageError, did_you_mean, one_line
 from moacompress.core.files import read_json
-from moacompress.models.fingerprint import weights_fingerprint, weights_like
+from moacompress.models.fingerprint import weights_fingerprint
 from moacompress.models.gguf_config import complete_config
 from moacompress.models.gguf_model import check_all_read, load_gguf
 from moacompress.models.gguf_reading import reading_once
@@ -28,7 +28,6 @@ from moacompress.models.tokenizer_files import tokenizer_problems
 from moacompress.models.weight_files import ADAPTER_FILE, check_index, gguf_dtype, stored_dtype, weight_problems
 from moacompress.rules.formats import DTYPE_BYTES, dtype_name
 from moacompress.rules.model_shape import ModelShape
-from moacompress.rules.plan import weights_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,11 +63,6 @@ class SourceModel:
     def computes_in(self) -> str:
         """The dtype of the loaded weights; what is measured depends on it, bytes go by that of `shape`."""
         return _dtype_name(self.model.dtype)
-
-    def weights_like(self, given: str) -> str:
-        """Returns the fingerprint of the weights in the version of a given one; see `fingerprint.weights_like`."""
-        ours = self.shape.weights_fingerprint
-        return ours if weights_version(ours) == weights_version(given) else weights_like(self.model, given)
 
 
 def load_source(

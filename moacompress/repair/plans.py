@@ -146,7 +146,7 @@ def repair_by_profile(source: SourceModel, plan: Plan, profile: Profile, progres
         DataError: see `repair`.
     """
     profile.check_model(source, "repair")
-    plan.check_model(source.shape, weights=source.weights_like)
+    plan.check_model(source.shape, weights=True)
     samples = repair_samples(profile, plan.model)
     done = repair(source, plan, samples, spread_over(profile.validation, VALIDATION_SAMPLES), progress=progress)
     return Repaired(done.weights, {**done.report, "profile": profile.fingerprint})

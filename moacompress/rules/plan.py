@@ -5,7 +5,7 @@ Reading a plan never runs code from it, never unpickles and never fetches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,37 +31,6 @@ from moacompress.rules.plan_form import (
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import LayerShares, Share, check_shares
 from moacompress.rules.untrusted import short
-
-WEIGHTS_VERSION = 2
-"""Newest version of the weights fingerprint; see `moacompress.models.fingerprint`."""
-
-
-def weights_version(fingerprint: str) -> int:
-    """Returns the version of a weights fingerprint: the number in front, as in `2-0123456789abcdef`, or 1.
-
-    Raises:
-        PlanError: newer than is known, or none.
-    """
-    version = _version_in(fingerprint)
-    if version < 1:
-        raise PlanError(f"the weights fingerprint {short(fingerprint)} has version {version}, and the first is 1")
-    if version > WEIGHTS_VERSION:
-        raise PlanError(
-            f"the weights fingerprint {short(fingerprint)} has version {short(version)}, this moacompress knows up to "
-            f"{WEIGHTS_VERSION}; upgrade moacompress"
-        )
-    return version
-
-
-def may_be_same_weights(one: str, other: str) -> bool:
-    """Returns False where two fingerprints are of different weights; those of two versions only the model can compare."""
-    return one == other or _version_in(one) != _version_in(other)
-
-
-def _version_in(fingerprint: str) -> int:
-    front, dash, _ = fingerprint.partition("-")
-    return int(front) if dash and front.isascii() and front.isdecimal() else 1
-
 
 _SAID = {
     "model_type": "the model type {}",
@@ -280,13 +249,12 @@ class Plan(Shown):
         """Returns the same rules with other gates to choose by."""
         return replace(self, gates=gates.fingerprint, gate_weights=gates)
 
-    def check_model(self, model: ModelShape, *, weights: Callable[[str], str] | None) -> None:
+    def check_model(self, model: ModelShape, *, weights: bool) -> None:
         """Refuses a model that the plan was not made for.
 
         Args:
             model: the model at hand.
-            weights: returns the fingerprint of its weights in the version of a given one, `SourceModel.weights_like`; None
-                where only the shape counts (search and export compare weights, loading does not). A plan made of a config
+            weights: whether its weights count too (search and export compare them, loading does not). A plan made of a config
                 alone has no fingerprint, and takes any weights of its shape.
 
         Raises:
@@ -299,13 +267,10 @@ class Plan(Shown):
                     f"the plan is for another model: it is for {_SAID[name].format(short(ours))}, and this model has "
                     f"{_SAID[name].format(short(theirs))}; make a plan for this model with `moacompress search`"
                 )
-        if weights is None or not self.model.weights_fingerprint:
-            return
-        found = weights(self.model.weights_fingerprint)
-        if found != self.model.weights_fingerprint:
+        if weights and self.model.weights_fingerprint not in ("", model.weights_fingerprint):
             raise PlanError(
-                f"the plan is for other weights: fingerprint {self.model.weights_fingerprint}, the model has {found}; profile "
-                "and search this model from scratch"
+                f"the plan is for other weights: fingerprint {self.model.weights_fingerprint}, the model has "
+                f"{model.weights_fingerprint}; profile and search this model from scratch"
             )
 
     def diff(self, other: Plan) -> list[str]:
@@ -313,7 +278,7 @@ class Plan(Shown):
         lines = []
         for name in ("model_type", "layers", "heads", "kv_heads", "head_dim", "native_windows", "weights_fingerprint"):
             ours, theirs = getattr(self.model, name), getattr(other.model, name)
-            if ours != theirs and not (name == "weights_fingerprint" and may_be_same_weights(ours, theirs)):
+            if ours != theirs:
                 lines.append(f"model.{name}: {short(ours)} -> {short(theirs)}")
         if self.min_window != other.min_window:
             lines.append(f"min_window: {self.min_window} -> {other.min_window}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moacompress.core.artefact_names import PLAN_FILE, PROFILE_FOLDER, gates_file
 from moacompress.core.errors import DataError, MoaCompressError, ModelError, PlanError, UsageError, one_line
-from moacompress.models.fingerprint import weights_fingerprint, weights_like
+from moacompress.models.fingerprint import weights_fingerprint
 from moacompress.models.placement import checked_placement, input_device
 from moacompress.models.source import (
     ROUNDING,
@@ -22,7 +22,7 @@ from moacompress.models.source import (
 )
 from moacompress.models.stored_plan import stored_plan
 from moacompress.rules.formats import DTYPE_BYTES, dtype_name
-from moacompress.rules.plan import WEIGHTS_VERSION, Plan, weights_version
+from moacompress.rules.plan import Plan
 from moacompress.rules.planned_weights import own_weights
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Checkpoint:
 
     @cached_property
     def weights(self) -> str:
-        """Fingerprint of the weights, in the newest version."""
+        """Fingerprint of the weights."""
         return weights_fingerprint(self.model)
 
     @cached_property
@@ -66,18 +66,13 @@ class Checkpoint:
         """Fingerprint of the dense model's weights."""
         return self.weights if self.dense is None else weights_fingerprint(self.dense)
 
-    def weights_like(self, given: str) -> str:
-        """Returns the fingerprint of the dense model's weights in the version of a given one."""
-        return self.dense_weights if weights_version(given) == WEIGHTS_VERSION else weights_like(self._base, given)
-
     @cached_property
     def has_other_weights(self) -> bool:
         """Whether the weights are not those that the plan was made for, and none of its notes says why they would not be."""
         given, dtype = self.plan.model.weights_fingerprint, str(self.model.dtype).removeprefix("torch.")
         if not given or self.plan.shares or own_weights(self.plan) or loses_bits(self.plan.model.dtype, dtype):
             return False
-        newest = weights_version(given) == WEIGHTS_VERSION
-        return (self.weights if newest else weights_like(self.model, given)) != given
+        return self.weights != given
 
     @property
     def _base(self) -> PreTrainedModel:
@@ -85,13 +80,9 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> tuple[str, ...]:
-        """What scores depend on besides plan and prompt: weights, dtype, kind of device.
-
-        Weights are known as to the plan, so that scores under a fingerprint of an older version are found again.
-        """
-        weights = self.weights_like(self.plan.model.weights_fingerprint)
+        """What scores depend on besides plan and prompt: weights, dtype, kind of device."""
         own = () if self.dense is None else (self.weights,)
-        return weights, *own, str(self.model.dtype), input_device(self.model).type
+        return self.dense_weights, *own, str(self.model.dtype), input_device(self.model).type
 
     def put_on(self, plan: Plan) -> PreTrainedModel:
         """Returns the dense model under `plan`."""
@@ -182,7 +173,6 @@ def load_checkpoint(folder: Path, dtype: str, device: str, *, trust_remote_code:
     if dtype != "auto" and dtype not in DTYPE_BYTES:
         raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPE_BYTES)}")
     plan = stored_plan(folder)
-    weights_version(plan.model.weights_fingerprint)
     check_family(folder, trust_remote_code)
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
@@ -257,6 +247,6 @@ def with_dense(checkpoint: Checkpoint, dense: str | Path) -> Checkpoint:
         trust_remote_code=checkpoint.trust_remote_code,
         **_rounding(checkpoint.plan),
     )
-    checkpoint.plan.check_model(source.shape, weights=source.weights_like)
+    checkpoint.plan.check_model(source.shape, weights=True)
     use_kernels(source.model)
     return replace(checkpoint, dense=source.model)

@@ -29,7 +29,7 @@ from moacompress.rules.constraints import (
 from moacompress.rules.formats import NATIVE, find_format
 from moacompress.rules.key_centres import Centres
 from moacompress.rules.model_shape import ModelShape
-from moacompress.rules.plan import Plan, may_be_same_weights
+from moacompress.rules.plan import Plan
 from moacompress.rules.rule import SINKS, Rule
 from moacompress.rules.windows import BETA_ONE
 from moacompress.search.predict.surrogate import Surrogate
@@ -232,7 +232,7 @@ class _Costs:
                 f"the baseline {name} is made from a profile and there is none; give the folder of a finished profile, or "
                 f"leave {name} out"
             )
-        if not may_be_same_weights(profile.shape.weights_fingerprint, shape.weights_fingerprint):
+        if profile.shape.weights_fingerprint != shape.weights_fingerprint:
             raise UsageError(
                 f"the baseline {name} needs a profile of this model (weights {shape.weights_fingerprint}); that in "
                 f"{profile.path} is of weights {profile.shape.weights_fingerprint}"

@@ -10,10 +10,8 @@ no random state is lost and nothing depends on who samples.
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -107,16 +105,14 @@ class StudyStorage:
             if dict(start) not in self._queue:
                 self._queue.append(dict(start))
         self._study = self._open(profile)
-        self._fail_unfinished()
 
     def recall(self, name: str) -> Any:
         """Returns what was kept under this name, or None."""
-        found = self.claims.result(name)
-        return self._kept_before.get(name) if found is None else found
+        return self.claims.result(name)
 
     def finished(self) -> list[FinishedTrial]:
         """Returns the finished trials, in the order of their indices."""
-        found = dict(self._finished_before)
+        found = {}
         for trial in self._claimed("COMPLETE"):
             index, kept = self._index(trial.user_attrs["name"]), attributes(trial)["result"]
             found[index] = FinishedTrial(index, self._ordered(kept["parameters"]), kept["values"], kept["notes"])
@@ -197,29 +193,6 @@ class StudyStorage:
         study.sampler = GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS, warn_independent_sampling=False)
         return self._ordered(agreed(study.ask(self._distributions).params))
 
-    @cached_property
-    def _kept_before(self) -> dict[str, Any]:
-        """What earlier versions kept, which had no claims."""
-        with guarded(self.claims.where):
-            return dict(self._study.user_attrs)
-
-    @cached_property
-    def _finished_before(self) -> dict[int, FinishedTrial]:
-        """The finished trials that earlier versions kept in the study itself."""
-        with guarded(self.claims.where):
-            trials = self._study.get_trials(deepcopy=False)
-        found: dict[int, FinishedTrial] = {}
-        unnamed = 0  # the earliest count in the order in which they finished
-        for trial in trials:
-            if trial.state.name == "COMPLETE" and SHOWN not in trial.user_attrs:
-                name = trial.user_attrs.get("name")
-                index = unnamed if name is None else int(name.rpartition(":")[2])
-                unnamed += name is None
-                kept = attributes(trial)
-                notes = kept.get("notes", kept)
-                found[index] = FinishedTrial(index, self._ordered(trial.params), list(trial.values), notes)
-        return found
-
     def _names(self, limit: int, finished: Container[int]) -> list[str]:
         """Returns the names of the trials below a limit that are not finished."""
         return [f"{self.name}{TRIAL}{index}" for index in range(limit) if index not in finished]
@@ -270,19 +243,6 @@ class StudyStorage:
                 "another storage"
             )
         return study
-
-    def _fail_unfinished(self) -> None:
-        """Marks what earlier versions had queued or had begun in the study itself as failed."""
-        from optuna.exceptions import UpdateFinishedTrialError
-        from optuna.trial import TrialState
-
-        storage = self.claims.storage
-        with guarded(self.claims.where):
-            study_id = storage.get_study_id_from_name(self.name)
-            for trial in self._study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING)):
-                trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
-                with suppress(UpdateFinishedTrialError):
-                    storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
     def _started(self, index: int, claim: Claim) -> StartedTrial:
         """Returns a claimed trial with its search parameters: those that an earlier claim of it had, or new ones."""

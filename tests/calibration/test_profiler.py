@@ -21,7 +21,7 @@ from moacompress.calibration.profile.sample_statistics import sample_statistics
 from moacompress.calibration.profile.statistics import ESTIMATORS, Statistics
 from moacompress.calibration.profile.store import Profile, sample_path
 from moacompress.core.artefact_names import MANIFEST_FILE, SHINGLES_FILE, holder_of_folder, of_profile
-from moacompress.core.errors import ArtefactError, DataError, ModelError, PlanError, UsageError
+from moacompress.core.errors import ArtefactError, DataError, PlanError, UsageError
 from moacompress.core.files import remove
 from moacompress.core.progress import Progress
 from moacompress.models.source import SourceModel, model_shape
@@ -240,53 +240,6 @@ def test_files_that_a_shared_recipe_only_names(source: SourceModel, tmp_path: Pa
     ):
         profile(source, tmp_path / "p", recipe)
     assert not (tmp_path / "p").exists()
-
-
-def of_old(source: SourceModel) -> SourceModel:
-    """The model as the first version of moacompress knew it."""
-    return replace(source, shape=replace(source.shape, weights_fingerprint=source.weights_like("0" * 16)))
-
-
-def test_a_profile_of_an_older_fingerprint_is_taken_up(
-    source: SourceModel, tmp_path: Path, data: list[str], done: list[int]
-) -> None:
-    old = of_old(source)
-    assert source.shape.weights_fingerprint.startswith("2-")
-    made = profile(old, tmp_path / "p", RECIPE)
-    again = profile(source, tmp_path / "p", RECIPE)
-    assert (again.fingerprint, again.shape) == (made.fingerprint, old.shape)
-    sample_path(tmp_path / "p", 2).unlink()
-    (tmp_path / "p" / "influence.safetensors").unlink()
-    assert profile(source, tmp_path / "p", RECIPE).fingerprint == made.fingerprint
-    assert (len(data), done) == (2, [0, 1, 2, 3, 2])
-    made.check_model(source, "search")
-    assert profile(source, tmp_path / "new", RECIPE).shape == source.shape
-
-
-def test_an_older_fingerprint_of_other_weights_is_refused(
-    source: SourceModel, tiny_model: Factory, tmp_path: Path, data: list[str]
-) -> None:
-    made = profile(of_old(source), tmp_path / "p", RECIPE)
-    model = tiny_model("llama", seed=1)
-    other = replace(source, model=model, shape=model_shape(model))
-    with pytest.raises(ArtefactError, match="another model or recipe"):
-        profile(other, tmp_path / "p", RECIPE)
-    theirs = other.weights_like("0" * 16)
-    with pytest.raises(ModelError, match=f"fingerprint {made.shape.weights_fingerprint}.* than tiny .{theirs}."):
-        made.check_model(other, "search")
-    assert profile(other, tmp_path / "p", RECIPE, overwrite=True).shape == other.shape
-
-
-def test_a_newer_fingerprint_is_refused(source: SourceModel, tmp_path: Path, data: list[str]) -> None:
-    made = profile(source, tmp_path / "p", RECIPE)
-    head = json.loads((tmp_path / "p" / "profile.json").read_text())
-    head["shape"]["weights_fingerprint"], head["request"] = "3-00", "0" * 16
-    (tmp_path / "p" / "profile.json").write_text(json.dumps(head))
-    with pytest.raises(PlanError, match="3-00 has version 3, this moacompress knows up to 2; upgrade"):
-        profile(source, tmp_path / "p", RECIPE)
-    with pytest.raises(PlanError, match="has version 3"):
-        Profile.load(tmp_path / "p").check_model(source, "search")
-    assert profile(source, tmp_path / "p", RECIPE, overwrite=True).fingerprint == made.fingerprint
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, indices: set[int]) -> None:

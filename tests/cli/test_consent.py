@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from moacompress.cli import app
+from moacompress.core.errors import RecipeError
 from moacompress.exporter.exporting import export
 from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
@@ -73,7 +73,7 @@ def says_so(folder: Path) -> list[Path]:
 
 
 def give_consent(folder: Path) -> None:
-    """Makes files what earlier versions left, or what somebody else put there: their recipes say that code may run."""
+    """Makes files what somebody may put there: their recipes say that code may run."""
     names = (
         "profile/profile.json",
         "plan.json",
@@ -110,25 +110,38 @@ def test_consent_is_stored_nowhere(place: Path) -> None:
     assert says_so(place) == []
 
 
-def test_what_a_file_says_is_no_consent(
-    place: Path, coded: Coded, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    old = tmp_path / "old"
-    shutil.copytree(place, old)
-    give_consent(old)
-    ask = ("--budget", "60%", "--trials", "1", "--rounds", "0", "--moves", "0")
-    run("search", old / "profile", *ask, "-o", tmp_path / "plan.json")
-    run("export", coded.folder, old / "plan.json", "-o", tmp_path / "model")
-    run("eval", old, "--lengths", "512", "--prompts", "1", "--against", "none", "--dense", coded.folder)
-    run("bench", old, "--quick", "--lengths", "128", "--tokens", "1", "--repeats", "1", "--sides", "plan", "--no-peak")
-    run("chat", old, "--ask", "one two", "--max-new-tokens", "2")
-    run("heal", old, "-o", tmp_path / "healed", "--dry-run")
-    run("data", "preview", "--recipe", old / "model" / "recipe.json", coded.folder, "--count", "1")
-    assert not coded.ran()
-    assert says_so(tmp_path / "model") == []
-    with caplog.at_level(logging.WARNING, "moacompress"):
-        Recipe.load(old / "model" / "recipe.json")
-    assert "trust_remote_code is ignored" in caplog.text
+def test_what_a_file_says_is_no_consent(place: Path, coded: Coded, tmp_path: Path) -> None:
+    """Files that say it are refused, or what they say counts for nothing: the model's code never runs."""
+    marked = tmp_path / "marked"
+    shutil.copytree(place, marked)
+    give_consent(marked)
+    commands: list[tuple[str | Path, ...]] = [
+        ("search", marked / "profile", "--budget", "60%", "--trials", "1", "-o", tmp_path / "plan.json"),
+        ("export", coded.folder, marked / "plan.json", "-o", tmp_path / "model"),
+        ("eval", marked, "--lengths", "512", "--prompts", "1", "--against", "none", "--dense", coded.folder),
+        (
+            "bench",
+            marked,
+            "--quick",
+            "--lengths",
+            "128",
+            "--tokens",
+            "1",
+            "--repeats",
+            "1",
+            "--sides",
+            "plan",
+            "--no-peak",
+        ),
+        ("chat", marked, "--ask", "one two", "--max-new-tokens", "2"),
+        ("heal", marked, "-o", tmp_path / "healed", "--dry-run"),
+        ("data", "preview", "--recipe", marked / "model" / "recipe.json", coded.folder, "--count", "1"),
+    ]
+    for command in commands:
+        RUNNER.invoke(app, [*map(str, command)])
+        assert not coded.ran(), command
+    with pytest.raises(RecipeError, match="unknown key 'trust_remote_code'"):
+        Recipe.load(marked / "model" / "recipe.json")
 
 
 def test_the_flag_is_consent(place: Path, coded: Coded, tmp_path: Path) -> None:
@@ -156,10 +169,9 @@ def test_the_flag_is_consent(place: Path, coded: Coded, tmp_path: Path) -> None:
 
 
 def test_what_was_made_without_the_flag_is_taken_up_with_it(place: Path, coded: Coded, tmp_path: Path) -> None:
-    """Consent is in no fingerprint: artefacts with it, without it and of earlier versions are the same."""
+    """Consent is in no fingerprint: artefacts with it and without it are the same."""
     old = tmp_path / "old"
     shutil.copytree(place, old)
-    give_consent(old)
     before = (old / "profile" / "influence.safetensors").stat().st_mtime_ns
     quick = ("--trials", "1", "--rounds", "0", "--moves", "0")
     small = ("--samples", "2", "--validation-samples", "2", "--draws", "1", "--source", "needle", "--lengths", "768")
@@ -173,19 +185,6 @@ def test_what_was_made_without_the_flag_is_taken_up_with_it(place: Path, coded: 
 @pytest.mark.parametrize("command", LOAD_MODELS, ids=" ".join)
 def test_every_verb_that_loads_a_model_has_the_flag(command: tuple[str, ...]) -> None:
     assert FLAG in RUNNER.invoke(app, [*command, "--help"], env={"COLUMNS": "200"}).stdout
-
-
-def test_a_checkpoint_forgets_what_an_older_plan_says(
-    coded: Coded, random_plan: Callable[..., Plan], tmp_path: Path
-) -> None:
-    from moacompress.models.source import load_source
-
-    recipe = {**Recipe().resolved(), "trust_remote_code": True}
-    plan = random_plan(load_source(coded.folder).shape, 3).with_notes(provenance={"recipe": recipe})
-    export(coded.folder, plan, tmp_path / "model")
-    export(coded.folder, plan, tmp_path / "model")  # and it is an export of that plan
-    assert not coded.ran()
-    assert says_so(tmp_path / "model") == []
 
 
 FAMILY = """

@@ -213,11 +213,6 @@ def test_prompts_in_another_wording_are_scored_again(
         "needle-noise"
     }
     assert "has numbers of other prompts of the same name (needle-noise, in another wording); they are" in caplog.text
-    del after["wording"]  # as older versions left it
-    out.write_text(json.dumps(after))
-    run(compressed, **options)
-    assert "(recall, needle-noise, in another wording)" in caplog.text
-    assert set(seen) == {"needle-noise"}
 
 
 def test_twice_gives_the_same_numbers(compressed: Path) -> None:
@@ -346,27 +341,6 @@ def test_folders_of_other_weights_are_refused(
         run(compressed, against=("dense", str(tmp_path / "weights")))
     with pytest.raises(PlanError, match="another model: it is for"):
         run(compressed, against=(str(tmp_path / "shape"),))
-
-
-def test_scores_under_an_older_fingerprint_are_found_again(compressed: Path) -> None:
-    from moacompress.models.fingerprint import weights_fingerprint, weights_like
-    from moacompress.runtime.checkpoint import load_checkpoint
-
-    checkpoint = load_checkpoint(compressed / "model", "auto", "cpu")
-    newest, oldest = weights_fingerprint(checkpoint.model), weights_like(checkpoint.model, "0" * 16)
-    plan = checkpoint.plan
-    old = replace(checkpoint, plan=replace(plan, model=replace(plan.model, weights_fingerprint=oldest)))
-    assert checkpoint.identity == (newest, "torch.float32", "cpu")
-    assert old.identity == (oldest, "torch.float32", "cpu")
-    assert (old.weights, old.weights_like(oldest), checkpoint.weights_like(oldest)) == (newest, oldest, oldest)
-
-
-def test_a_newer_fingerprint_is_refused(compressed: Path, tmp_path: Path) -> None:
-    shutil.copytree(compressed, tmp_path / "OUT")
-    plan = Plan.load(tmp_path / "OUT" / "model" / "plan.json")
-    store(tmp_path / "OUT" / "model", replace(plan, model=replace(plan.model, weights_fingerprint="3-0")))
-    with pytest.raises(PlanError, match="3-0 has version 3"):
-        run(tmp_path / "OUT")
 
 
 def test_best_candidate_is_measured(compressed: Path, tmp_path: Path) -> None:

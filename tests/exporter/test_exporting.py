@@ -313,19 +313,6 @@ def test_the_card_counts_the_weights_that_a_heal_left(plan):
     assert "weights 300 bytes and KV cache 500, 800 where 700 were asked for" in said
 
 
-def test_a_plan_of_an_older_fingerprint_is_exported_into_an_empty_folder(tiny_folder, plan, tmp_path):
-    source = load_source(tiny_folder)
-    old = replace(plan, model=replace(plan.model, weights_fingerprint=source.weights_like("0" * 16)))
-    (tmp_path / "model").mkdir()
-    assert exported_plan(export(source, old, tmp_path / "model")) == old
-    wrong = replace(plan, model=replace(plan.model, weights_fingerprint="0" * 16))
-    with pytest.raises(PlanError, match=f"fingerprint {'0' * 16}, the model has {old.model.weights_fingerprint}"):
-        export(source, wrong, tmp_path / "other")
-    newer = replace(plan, model=replace(plan.model, weights_fingerprint="3-0"))
-    with pytest.raises(PlanError, match="version 3, this moacompress knows up to 2"):
-        export(source, newer, tmp_path / "other")
-
-
 def test_nothing_is_left_when_the_fresh_process_fails(tiny_folder, plan, tmp_path, monkeypatch):
     def fail(*args, **options):
         raise MoaCompressError("no")

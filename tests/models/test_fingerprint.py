@@ -1,4 +1,4 @@
-"""The fingerprint of weights: every number counts, loads of one checkpoint agree, and older versions are still read."""
+"""The fingerprint of weights: every number counts, and loads of one checkpoint agree."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ import pytest
 import torch
 from torch import nn
 
-from moacompress.core.errors import ModelError, PlanError
+from moacompress.core.errors import ModelError
 from moacompress.models import fingerprint
-from moacompress.models.fingerprint import weights_fingerprint, weights_like
+from moacompress.models.fingerprint import weights_fingerprint
 from moacompress.models.source import load_source, model_shape
-from moacompress.rules.plan import Plan, may_be_same_weights, weights_version
+from moacompress.rules.plan import Plan
 from moacompress.runtime import attach, detach
 from moacompress.runtime.linear import use_kernels
 
-OLD = "05177ce6c1efc8b7"
-"""What the first version of moacompress wrote for `Made()`."""
 PLANS = Path(__file__).resolve().parents[2] / "docs" / "plans"
 
 
 class Made(nn.Module):
-    """A module of known numbers, with a tensor of more numbers than version 1 reads, and a tied one."""
+    """A module of known numbers, with a tied tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,16 +43,12 @@ def changed(made: Made, row: int, column: int, value: float) -> Made:
 def test_a_fingerprint_names_its_version() -> None:
     found = weights_fingerprint(Made())
     assert re.fullmatch("2-[0-9a-f]{16}", found)
-    assert weights_version(found) == 2
-    assert weights_like(Made(), found) == found
 
 
 def test_every_number_counts(tiny_model: Callable[..., Any]) -> None:
-    """A change that a sample of the numbers does not see."""
     first, second = tiny_model("llama"), tiny_model("llama")
     second.model.layers[1].mlp.up_proj.weight.data[50, 33] += 0.01
     assert model_shape(first).weights_fingerprint != model_shape(second).weights_fingerprint
-    assert weights_like(first, OLD) == weights_like(second, OLD)
 
 
 def test_names_and_shapes_count() -> None:
@@ -65,26 +59,6 @@ def test_names_and_shapes_count() -> None:
 
     kinds = [module("a", 2, 6), module("b", 2, 6), module("a", 6, 2), module("a", 12), module("a", 0)]
     assert len({weights_fingerprint(kind) for kind in kinds}) == len(kinds)
-
-
-def test_the_old_version_is_still_computed() -> None:
-    assert weights_like(Made(), OLD) == OLD
-    assert weights_like(Made().to(torch.bfloat16), OLD) == OLD
-    assert weights_like(changed(Made(), 0, 0, 7.0), OLD) != OLD
-    assert weights_like(changed(Made(), 0, 1, 7.0), OLD) == OLD  # it reads every fifth number
-
-
-def test_a_newer_version_is_refused() -> None:
-    with pytest.raises(PlanError, match="fingerprint 3-0123 has version 3, this moacompress knows up to 2; upgrade"):
-        weights_like(Made(), "3-0123")
-
-
-def test_two_versions_are_not_compared_without_the_model() -> None:
-    new = weights_fingerprint(Made())
-    assert may_be_same_weights(OLD, OLD)
-    assert may_be_same_weights(new, OLD)
-    assert not may_be_same_weights(OLD, "f" * 16)
-    assert not may_be_same_weights(new, "2-" + "f" * 16)
 
 
 def test_dtypes_agree_where_they_hold_the_checkpoint(tiny_model: Callable[..., Any]) -> None:
@@ -180,9 +154,8 @@ def test_saved_buffers_count() -> None:
 def test_weights_that_are_not_in_memory_are_refused() -> None:
     with torch.device("meta"):
         made = Made()
-    for given in (OLD, weights_fingerprint(Made())):
-        with pytest.raises(ModelError, match="not all in memory: a is on the device 'meta', and no device map"):
-            weights_like(made, given)
+    with pytest.raises(ModelError, match="not all in memory: a is on the device 'meta', and no device map"):
+        weights_fingerprint(made)
 
 
 def test_threads_do_not_change_it() -> None:
@@ -231,4 +204,4 @@ def test_published_plans_know_their_model(model: str, request: pytest.FixtureReq
     files = sorted(PLANS.glob(f"{model}*.json"))
     assert files
     for file in files:
-        Plan.load(file).check_model(source.shape, weights=source.weights_like)
+        Plan.load(file).check_model(source.shape, weights=True)

@@ -16,7 +16,6 @@ from moacompress.core.tables import readable_bytes
 from moacompress.kernels.weight_blocks import WEIGHT_TYPES, dequantized
 from moacompress.models import support
 from moacompress.models.block_layers import BlockEmbedding, BlockLinear, block_weights, weight_types
-from moacompress.models.fingerprint import weights_like
 from moacompress.models.skeleton import load_config
 from moacompress.models.source import load_source
 from moacompress.models.weight_files import gguf_problems
@@ -44,7 +43,6 @@ def check_same(kept, dense) -> None:
         assert torch.equal(tensor, numbers[name]), name
     assert numbers.keys() == kept.model.state_dict().keys()
     assert kept.shape == dense.shape
-    assert weights_like(kept.model, "0" * 16) == weights_like(dense.model, "0" * 16)
     found, expected = kept.model(TOKENS).logits, dense.model(TOKENS).logits
     assert found.dtype == expected.dtype
     assert float((found - expected).abs().max()) <= 2e-5 * float(expected.abs().max())

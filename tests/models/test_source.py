@@ -14,9 +14,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from moacompress.core.errors import ArtefactError, MoaCompressError, ModelError, PlanError
+from moacompress.core.errors import ArtefactError, MoaCompressError, ModelError
 from moacompress.exporter.exporting import save_dense
-from moacompress.models.fingerprint import weights_like
 from moacompress.models.modules import check_supported
 from moacompress.models.source import load_source, locate_source, model_shape
 from moacompress.models.support import native_windows
@@ -339,12 +338,3 @@ def test_the_dtype_of_a_gguf_file(tmp_path: Path) -> None:
             write()
         writer.close()
         assert gguf_dtype(gguf.GGUFReader(path)) == expected
-
-
-def test_a_loaded_model_tells_its_fingerprint_in_every_version(tiny_folder: Path) -> None:
-    source = load_source(tiny_folder)
-    newest = source.shape.weights_fingerprint
-    assert source.weights_like(newest) == newest
-    assert source.weights_like("0" * 16) == weights_like(source.model, "0" * 16)
-    with pytest.raises(PlanError, match="version 3"):
-        source.weights_like("3-0")

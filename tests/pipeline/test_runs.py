@@ -19,7 +19,6 @@ from moacompress.core.progress import SILENT, Progress
 from moacompress.evaluation.runner import evaluate
 from moacompress.exporter.card import state_measured
 from moacompress.exporter.exporting import export
-from moacompress.models.fingerprint import weights_like
 from moacompress.models.source import load_source
 from moacompress.models.weight_choices import checkpoint_bytes
 from moacompress.pipeline import compress, measured_kv_bytes, quality_table
@@ -197,21 +196,6 @@ def test_second_run_reuses_everything(finished, recipe):
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in summary.items() if k != "seconds"}
     rewritten = {path.name for path, stamp in kept.items() if path.stat().st_mtime_ns != stamp}
     assert rewritten <= {"summary.json", "seconds.json", "eval.json", "plan.json", "profile.json", "report.html"}
-
-
-def test_a_run_of_an_older_version_is_taken_up(recipe, tmp_path, monkeypatch):
-    """Weights had another fingerprint then: all that it left is still of this model, and nothing is made again."""
-    with monkeypatch.context() as older:
-        older.setattr("moacompress.models.source.weights_fingerprint", lambda model: weights_like(model, "0" * 16))
-        first = compress(recipe, tmp_path / "out")
-    plan = Plan.load(tmp_path / "out" / "plan.json")
-    assert len(plan.model.weights_fingerprint) == 16
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    again = compress(recipe, tmp_path / "out")
-    assert again["quality"] == first["quality"]
-    rewritten = {path.name for path, stamp in kept.items() if path.stat().st_mtime_ns != stamp}
-    assert rewritten <= {"summary.json", "seconds.json", "eval.json", "profile.json", "report.html"}
-    assert Plan.load(tmp_path / "out" / "plan.json") == plan
 
 
 def texts_in(value):

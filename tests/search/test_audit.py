@@ -419,18 +419,6 @@ def test_a_second_run_measures_nothing(audited: Profile, source: SourceModel, tm
     assert run(audited, source, tmp_path, seed=1, overwrite=True).request != first.request
 
 
-def test_an_audit_under_an_older_fingerprint_is_taken_up(
-    audited: Profile, source: SourceModel, tmp_path: Path, measured: Calls
-) -> None:
-    shape = replace(audited.shape, weights_fingerprint=source.weights_like("0" * 16))
-    old = replace(audited, shape=shape)
-    run(old, replace(source, shape=shape), tmp_path)
-    done = len(measured)
-    (tmp_path / "audit.json").unlink()
-    run(old, source, tmp_path)
-    assert len(measured) == done
-
-
 def test_overwrite_measures_anew(audited: Profile, source: SourceModel, tmp_path: Path, measured: Calls) -> None:
     first = run(audited, source, tmp_path)
     done = len(measured)

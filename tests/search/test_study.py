@@ -125,9 +125,7 @@ def test_bad_requests_fail_before_anything_is_measured(search: Search, profiles:
     with pytest.raises(InfeasibleBudgetError, match="at least"):
         search(profile, "1%")
     shape = replace(profile.shape, weights_fingerprint="other")
-    other = SimpleNamespace(
-        model=None, source="other", shape=shape, computes_in=shape.dtype, weights_like=lambda given: "other"
-    )
+    other = SimpleNamespace(model=None, source="other", shape=shape, computes_in=shape.dtype)
     with pytest.raises(ModelError, match="other weights"):
         search(profile, model=other)
     with pytest.raises(ArtefactError, match=r"no profile\.json"):

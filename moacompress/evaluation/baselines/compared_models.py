@@ -356,11 +356,10 @@ def _profile(checkpoint: Checkpoint, names: Sequence[str], given: str | Path | N
         )
     profile = Profile.load(path)
     profiled = profile.shape.weights_fingerprint
-    found = checkpoint.weights_like(profiled)
-    if found != profiled:
+    if checkpoint.dense_weights != profiled:
         raise PlanError(
-            f"the profile {path} is of other weights: fingerprint {profiled}, the model has {found}; give the profile that the "
-            "plan was found with"
+            f"the profile {path} is of other weights: fingerprint {profiled}, the model has {checkpoint.dense_weights}; give "
+            "the profile that the plan was found with"
         )
     return profile
 
@@ -376,14 +375,14 @@ def _other(checkpoint: Checkpoint, name: str) -> Plan | Checkpoint:
     dtype = str(checkpoint.model.dtype).removeprefix("torch.")
     folder = compressed_folder(Path(name))
     other = load_checkpoint(folder, dtype, checkpoint.device, trust_remote_code=checkpoint.trust_remote_code)
-    other.plan.check_model(checkpoint.plan.model, weights=None)
+    other.plan.check_model(checkpoint.plan.model, weights=False)
     if other.weights == checkpoint.dense_weights:
         return other.plan
     made_from = other.plan.model.weights_fingerprint
-    if checkpoint.weights_like(made_from) != made_from:
+    if checkpoint.dense_weights != made_from:
         raise PlanError(
             f"{name} was made from other weights than those that {checkpoint.folder} is measured beside: fingerprint "
-            f"{made_from}, not {checkpoint.weights_like(made_from)}; give the model that both were made from "
+            f"{made_from}, not {checkpoint.dense_weights}; give the model that both were made from "
             "(--dense MODEL), or evaluate it on its own"
         )
     use_kernels(other.model)

@@ -192,7 +192,7 @@ def install(model: PreTrainedModel, plan: Plan) -> None:
 
 def _fitting_modules(model: PreTrainedModel, plan: Plan) -> list[torch.nn.Module]:
     """Returns the attention modules that a plan's layers are for; refuses a plan that is for another model."""
-    plan.check_model(config_shape(model.config, dtype=plan.model.dtype), weights=None)
+    plan.check_model(config_shape(model.config, dtype=plan.model.dtype), weights=False)
     check_formats(plan.formats)
     modules = attention_modules(model)
     if len(modules) != plan.model.layers:

@@ -71,7 +71,7 @@ class MoaCompressQuantizer(HfQuantizer):
         for part in (config, config.get_text_config(decoder=True)):
             setattr(part, private_names.IMPLEMENTATION, NAME)
         plan = self.quantization_config.plan
-        plan.check_model(config_shape(config, dtype=plan.model.dtype), weights=None)
+        plan.check_model(config_shape(config, dtype=plan.model.dtype), weights=False)
         if getattr(config, "dtype", None) is None:
             config.dtype = plan.model.dtype  # transformers would open the weights, pickles too, to find it out
         return config
