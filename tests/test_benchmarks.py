@@ -53,31 +53,6 @@ def test_they_start() -> None:
     assert [script for script in scripts if not said[script].startswith("usage: ")] == []
 
 
-def test_ways_to_round(load_script: Callable[[Path], Any]) -> None:
-    formats = load_script(FOLDER / "formats.py")
-    x = torch.randn(1, 3, 50, 64) + 4
-    means = {0: x.mean(2, keepdim=True)}
-    ways = formats.ways(means, {0: x.square().mean(2, keepdim=True).sqrt()})
-    for name, way in ways.items():
-        bits = [int(number) for number in name.split()[0].split("/")]
-        group = 32 if "groups" in name else 64
-        taken = [number + 32 / group if number < 16 else 16 for number in bits]
-        assert way.share(64) == pytest.approx(sum(taken) / 32)
-        for rounds, number in zip((way.keys, way.values), bits, strict=True):
-            error = (rounds(x, 0) - x).abs().max()
-            assert error == 0 if number == 16 else error < 200 / 2**number
-    sinks = ways["4/4 native sinks"].keys(x, 0)
-    assert torch.equal(sinks[:, :, : formats.SINKS], x[:, :, : formats.SINKS])
-    assert formats.ratio([2.0, 4.0, 2.0], [1.0, 2.0, 1.0])["value"] == pytest.approx(2, abs=1e-4)
-
-
-def test_products_of_weights_take_turns(load_script: Callable[[Path], Any]) -> None:
-    script, called = load_script(FOLDER / "linear.py"), []
-    found = script.medians_ms({name: lambda name=name: called.append(name) for name in "ab"}, 2)
-    assert called == list("ababab")
-    assert all(ms > 0 for ms in found.values())
-
-
 def test_a_checkpoint_of_random_blocks_loads(
     load_script: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,20 +74,6 @@ def test_loading_in_the_shape_of_8b_takes_the_memory_of_the_files(tmp_path: Path
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(done.stdout.split("(")[1].split()[0]) <= 1.1
     assert not (tmp_path / "model").exists()
-
-
-def test_rotated_weights_compute_the_same(load_script: Callable[[Path], Any], tiny_model: Callable[..., Any]) -> None:
-    rotated = load_script(FOLDER / "rotated_weights.py")
-    model = tiny_model("llama").double()
-    ids = torch.arange(3, 60)[None]
-    for module in model.modules():
-        if "Norm" in type(module).__name__:
-            module.weight.data.uniform_(0.5, 2)
-    with torch.no_grad():
-        before, weight = model(ids).logits, model.model.layers[0].mlp.up_proj.weight.clone()
-        rotated.rotate(model)
-        assert torch.allclose(model(ids).logits, before, atol=1e-3 * float(before.abs().max()))
-    assert not torch.allclose(model.model.layers[0].mlp.up_proj.weight, weight, atol=1e-2)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 40])

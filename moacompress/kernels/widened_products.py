@@ -2,7 +2,7 @@
 
 torch hands products in bfloat16 and float16 to oneDNN where oneDNN takes them, which on x86-64 needs AVX-512. Elsewhere it has
 loops of its own, which take four to seven times as long from 128 rows on as to make float32 of both factors and multiply these
-(an EPYC without AVX-512, `python benchmarks/linear.py --dtype bfloat16`). A part of a weight is made float32 at a time, and
+(an EPYC without AVX-512). A part of a weight is made float32 at a time, and
 forgotten again.
 """
 

@@ -2,7 +2,7 @@
 
 Both round to nearest with the scale that is stored. Of a block of `int4` the range may be narrower than its numbers, whichever
 of `SHARES` leaves the least squared error. On normal numbers the relative squared error of Q4_1 is then 0.0058, at 5 bits a
-number, and that of the symmetric Q4_0 0.0069, at 4.5 (`python benchmarks/weight_rounding.py`).
+number, and that of the symmetric Q4_0 0.0069, at 4.5.
 """
 
 from __future__ import annotations
