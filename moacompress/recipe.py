@@ -34,7 +34,7 @@ from moacompress.recipe_sections import (
 from moacompress.rules.budget import Budget
 from moacompress.rules.formats import dtype_name
 from moacompress.rules.loss import Loss
-from moacompress.rules.untrusted import MAX_DEPTH, room_after
+from moacompress.rules.untrusted import MAX_DEPTH, remaining_budget
 
 MAX_BYTES = 1 << 20
 """Of a recipe's file, and of what it stands for: numbers and characters."""
@@ -166,7 +166,7 @@ class Recipe(Section):
         except (ValueError, yaml.YAMLError, RecursionError) as error:  # a date that there is not is a ValueError
             raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
         if (
-            room_after(data, MAX_BYTES, finite=False) < 0
+            remaining_budget(data, MAX_BYTES, finite=False) < 0
         ):  # an alias of YAML stands for all of what it names, time and again
             raise RecipeError(
                 f"recipe {path} must be at most {MAX_DEPTH} deep, and {MAX_BYTES:,} numbers and characters, what an alias "

@@ -19,7 +19,7 @@ from moacompress.search.measure.objective import Measure
 from moacompress.search.measure.packed_plan import pack, unpack
 from moacompress.search.measure.plan_evaluator import PlanEvaluator
 from moacompress.search.measure.study_storage import StudyStorage
-from moacompress.search.measure.trials import Tried
+from moacompress.search.measure.trials import TrialResult
 from moacompress.search.predict.around import Around
 from moacompress.search.predict.search_parameters import distributions
 from moacompress.search.predict.surrogate import Surrogate
@@ -50,7 +50,7 @@ class Incumbent:
     form: Quadratic | None = None
 
     @staticmethod
-    def of(trial: Tried, profile: Profile) -> Incumbent:
+    def of(trial: TrialResult, profile: Profile) -> Incumbent:
         """Returns the plan of a trial."""
         plan = unpack(trial.plan, profile)
         return Incumbent(plan, trial.kls, f"trial {trial.index}")
@@ -90,7 +90,7 @@ class SearchContext:
     out: Path | None
     deadline: Deadline
     progress: Progress
-    tried: list[Tried] = field(default_factory=list)
+    tried: list[TrialResult] = field(default_factory=list)
     stages: list[Stage] = field(default_factory=list)
     class_cost: ClassCost | None = None
     baselines_complete: bool = True
@@ -141,7 +141,7 @@ class SearchContext:
         incumbent: Incumbent,
         kept: bool,
         reference: Sequence[float] = (),
-        tried: Sequence[Tried] = (),
+        tried: Sequence[TrialResult] = (),
     ) -> None:
         """Notes what was tried for the explanation.
 

@@ -55,7 +55,7 @@ def measure_kept(
                     "share": count / (len(read) * sum(len(layer) for layer in kept)),
                 }
                 where = {"task": case.task, "length": case.length, "index": prompt.index}
-                what = {"measure": "kept", "question": way, "ours": setting.ours, "made_of": of}
+                what = {"measure": "kept", "question": way, "ours": setting.ours, "patch_points": of}
                 bench.file(key, numbers, theirs, setting, **what, **where)
                 print(
                     f"{setting.full_name} {way} {case.task}: {numbers['same']:.3f} of the keys are the same",

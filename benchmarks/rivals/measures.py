@@ -95,7 +95,7 @@ class Bench:
         return fingerprint([setting.rival, dict(setting.options), of, _digest(self.dense), *parts])
 
     def file(self, key: str, numbers: Mapping[str, float], process: Runner, setting: Setting, **notes: Any) -> None:
-        """Files a row; `model` and `made_of` in it are digests of what its key is of."""
+        """Files a row; `model` and `patch_points` in it are digests of what its key is of."""
         self.records.append(
             {
                 "key": key,
@@ -105,7 +105,7 @@ class Bench:
                 "note": setting.note,
                 "versions": process.ready["versions"],
                 "model": _digest(self.dense),
-                "made_of": self.key(setting),
+                "patch_points": self.key(setting),
                 "machine": self.machine,
                 "threads": self.threads,
                 "date": datetime.now(UTC).date().isoformat(),

@@ -77,7 +77,7 @@ def newest(rows: Sequence[Row]) -> list[Row]:
         rows: oldest first.
     """
     kept = _like_the_last(rows, ("measure",), COMMON)
-    kept = _like_the_last(kept, ("measure", "rival", "setting"), dict.fromkeys(COMMON, ("made_of",)))
+    kept = _like_the_last(kept, ("measure", "rival", "setting"), dict.fromkeys(COMMON, ("patch_points",)))
     if len(kept) < len(rows):
         print(
             f"{len(rows) - len(kept)} of {len(rows)} rows are left out: newer ones are of another model, checkpoint or "

@@ -12,7 +12,7 @@ import torch
 from moacompress.calibration.data.samples import Sample, SampleKind
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.placement import input_device
-from moacompress.models.processes import agreed, shared
+from moacompress.models.processes import broadcast, shared
 from moacompress.runtime.compat.alternates import cache_argument
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def answer_drafts(
             answers.add(prompts, room, made)
         finish(batch, made)
 
-    known = agreed([_known(*_of_batch(drafts, members), answers) for members in batches])
+    known = broadcast([_known(*_of_batch(drafts, members), answers) for members in batches])
     for batch, found in enumerate(known):
         if found is not None:
             finish(batch, found)

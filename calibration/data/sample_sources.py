@@ -34,7 +34,7 @@ from moacompress.calibration.data.plain import chop
 from moacompress.calibration.data.samples import SHORTEST, Sample
 from moacompress.core.errors import DataError
 from moacompress.core.ranks import rank
-from moacompress.models.processes import agreed
+from moacompress.models.processes import broadcast
 from moacompress.prompts.generators import ANSWER_ROOM, TASKS, make_prompt
 from moacompress.prompts.pools import SPLITS, CalibrationPart, Prose, Split, pool_of
 from moacompress.prompts.templates import encode_conversation, encode_prompt, encode_text
@@ -82,7 +82,7 @@ def build_samples(
         DataError: from `make_drafts`.
         ArtefactError: answers cannot be written.
     """
-    drafts = agreed(None if rank() else make_drafts(source, recipe, split))
+    drafts = broadcast(None if rank() else make_drafts(source, recipe, split))
     return answer_drafts(source.model, drafts, progress, answers)
 
 

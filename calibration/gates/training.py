@@ -29,7 +29,7 @@ from moacompress.core.arrays import Floats, Floats32
 from moacompress.core.artefact_names import GATES_FILE
 from moacompress.core.errors import DataError
 from moacompress.core.progress import SILENT, Progress
-from moacompress.core.ranks import turns
+from moacompress.core.ranks import work_shard
 from moacompress.core.statistics import standard_error
 from moacompress.models.least_squares import Normal, in_memory
 from moacompress.models.modules import attention_modules, given_hidden
@@ -168,7 +168,7 @@ def fitted_together(model: PreTrainedModel) -> list[Sequence[int]]:
 
     Processes of one run take turns layer by layer, so a gate is the same whatever their number.
     """
-    first, step = turns()
+    first, step = work_shard()
     layers = range(first, len(attention_modules(model)), step)
     return in_memory(layers, model.config.get_text_config(decoder=True).hidden_size + 1)
 

@@ -39,7 +39,7 @@ class InfluenceSums:
         self.total += deltas.sum(1)
         self.squares += deltas.square_().sum(1)
 
-    def take(self, sums: LayerSums) -> None:
+    def add_sums(self, sums: LayerSums) -> None:
         """Adds the sums of all tiles."""
         self.total += sums.total
         self.squares += sums.squares
@@ -81,7 +81,7 @@ class BaselineSums:
         self._mass += _masked(view, view.probabilities).mean(1).sum(1)
         self._rows += len(view.rows)
 
-    def take(self, sums: LayerSums) -> None:
+    def add_sums(self, sums: LayerSums) -> None:
         """Adds the sums of all tiles."""
         assert sums.moa is not None  # `baselines` asks for it
         assert sums.mass is not None
@@ -128,7 +128,7 @@ class TokenSums:
         moved = view.centred.sum(1).double().masked_fill_(view.rows[:, None] - keys < (self.lag or 0), 0)
         self.of_tokens[:, keys] += moved.square_().sum(1)
 
-    def take(self, sums: LayerSums) -> None:
+    def add_sums(self, sums: LayerSums) -> None:
         """Adds the sums of all tiles."""
         assert sums.of_tokens is not None  # `lag` asks for it
         self.of_tokens += sums.of_tokens

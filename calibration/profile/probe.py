@@ -291,7 +291,7 @@ class Probe(Rates):
 
     def _timed(self, work: Callable[[], object]) -> float:
         """Returns the seconds that `work` takes alone: see `Stopwatch.least`."""
-        return self.watch.least(work, REPEATS)
+        return self.watch.best_of(work, REPEATS)
 
 
 def _of_pairs(n: int, wanted: bool, size: int) -> bool:

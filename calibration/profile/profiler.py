@@ -44,11 +44,11 @@ from moacompress.core.files import digest_files, remove
 from moacompress.core.lock_holders import own_folder
 from moacompress.core.place import check_writable, no_empty_folder
 from moacompress.core.progress import SILENT, Progress
-from moacompress.core.ranks import rank, turns, world_size
+from moacompress.core.ranks import rank, work_shard, world_size
 from moacompress.core.shingles import Shingles
 from moacompress.core.version import own_version
 from moacompress.models.modules import attention_modules
-from moacompress.models.processes import agreed, check_alike, gathered, join, shared
+from moacompress.models.processes import broadcast, check_alike, gathered, join, shared
 from moacompress.models.source import SourceModel
 from moacompress.prompts.pools import Split
 from moacompress.prompts.templates import decode_text
@@ -175,14 +175,14 @@ def _profiled(
     with _place(out):
         made: Profile | None
         found = None if rank() else _begin(out, source, recipe, around, shard, overwrite)
-        manifest, trains, made = agreed(found)
+        manifest, trains, made = broadcast(found)
         if made is not None:
             return made, manifest
         if rank():
             _follow(out, manifest, overwrite)
         # too little data is found before anything is answered
-        untrained = trains and agreed(None if rank() else _known_gates(out, manifest)) is None
-        drafts = agreed(gate_drafts(source, manifest.recipe) if untrained and not rank() else None)
+        untrained = trains and broadcast(None if rank() else _known_gates(out, manifest)) is None
+        drafts = broadcast(gate_drafts(source, manifest.recipe) if untrained and not rank() else None)
         manifest, samples, validation = _make_samples(out, source, manifest, progress)
         chosen = manifest.recipe.profile
         if chosen.formats and chosen.centres and not manifest.centres:
@@ -201,11 +201,11 @@ def _profiled(
         statistics, manifest = _run_samples(out, source, manifest, numbered, around, gates, progress)
         if shard is not None:
             _write(out, manifest)
-            return None, agreed(manifest)
+            return None, broadcast(manifest)
         if not rank():
             merge(out, manifest, samples, statistics)
             made = Profile.load(out)
-        made, manifest = agreed((made, manifest))
+        made, manifest = broadcast((made, manifest))
         return made, manifest
 
 
@@ -306,8 +306,8 @@ def _write_shingles(
 
 def _centres(source: SourceModel, manifest: Manifest, progress: Progress) -> Centres:
     """Returns the mean keys of a profile, which are those of all its shards too."""
-    texts = agreed(None if rank() else centre_texts(_drafts(source, manifest, "calibration")))
-    found: Centres = agreed(mean_keys(source, texts, progress))
+    texts = broadcast(None if rank() else centre_texts(_drafts(source, manifest, "calibration")))
+    found: Centres = broadcast(mean_keys(source, texts, progress))
     return found
 
 
@@ -320,14 +320,14 @@ def _gates(
     progress: Progress,
 ) -> Gates:
     """Returns the gates in the folder of a profile, after they were put there, from the plan or by training."""
-    known: Gates | None = agreed(None if rank() else _known_gates(out, manifest))
+    known: Gates | None = broadcast(None if rank() else _known_gates(out, manifest))
     if known is not None:
         return known
     if around is not None:
         assert around.gate_weights is not None
         gates = Gates(around.gate_weights, {})
     else:
-        drafts = drafts or agreed(None if rank() else gate_drafts(source, manifest.recipe))
+        drafts = drafts or broadcast(None if rank() else gate_drafts(source, manifest.recipe))
         gates = _train_gates(out, source, manifest, drafts, progress)
     if not rank():
         gates.save(out, manifest.fingerprint)
@@ -437,7 +437,7 @@ def _stored_or_built(
 ) -> list[Sample]:
     """Returns samples on disk of the expected fingerprint, any if that is empty, or builds them."""
     path = out / (CALIBRATION_FILE if split == "calibration" else VALIDATION_FILE)
-    samples: list[Sample] | None = agreed(None if rank() else read_samples(path, expected))
+    samples: list[Sample] | None = broadcast(None if rank() else read_samples(path, expected))
     if samples is None:
         samples = _built(source, manifest, split, progress, _answers(out, source, manifest))
         if not rank():
@@ -455,7 +455,7 @@ def _built(
         return build_samples(source, data_recipe(manifest.recipe, manifest.rules), split, progress, answers)
     numbers = manifest.shard.calibration if split == "calibration" else manifest.shard.validation
     drafts = None if rank() else _drafts(source, manifest, split)
-    chosen = agreed(None if drafts is None else [drafts[number] for number in numbers])
+    chosen = broadcast(None if drafts is None else [drafts[number] for number in numbers])
     return answer_drafts(source.model, chosen, progress, answers)
 
 
@@ -514,7 +514,7 @@ def _run_samples(
             manifest.centres,
         )
         seconds = time.perf_counter() - begin
-        if turns()[0] == rank():
+        if work_shard()[0] == rank():
             write_sample(out, index, statistics, manifest.owner, seconds)
         if not rank():
             finished[index] = statistics, seconds
@@ -530,7 +530,7 @@ def _run_samples(
         if found is not None:
             finished[index] = found
             finish(index, found[0].not_finite())
-    missing: list[int] = agreed([index for index in samples if index not in finished])
+    missing: list[int] = broadcast([index for index in samples if index not in finished])
     # where machines share no disk, a sample that was finished before is on that of the process that ran it
     holders: dict[int, int] = gathered({index: rank() for index in missing if rank() and read(index) is not None})
     left = [index for index in missing if index not in holders]
@@ -541,8 +541,8 @@ def _run_samples(
         found = finished.get(index) or read(index)
         if found is not None:
             finished[index] = found
-    for index in agreed([index for index in missing if index not in finished]):
-        found = agreed(read(index) if rank() == holders[index] else None, of=holders[index])
+    for index in broadcast([index for index in missing if index not in finished]):
+        found = broadcast(read(index) if rank() == holders[index] else None, of=holders[index])
         if found is None:
             raise ArtefactError(
                 f"rank {holders[index]} ran sample {index}, and its file is gone; start the same run again"

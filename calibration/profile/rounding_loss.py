@@ -17,7 +17,7 @@ from moacompress.core.progress import Progress
 from moacompress.core.ranks import rank
 from moacompress.core.statistics import standard_error
 from moacompress.models.kl import kl_divergence
-from moacompress.models.processes import agreed, shared
+from moacompress.models.processes import broadcast, shared
 from moacompress.models.source import SourceModel
 from moacompress.models.weight_rounding import ROUNDED
 from moacompress.recipe import Recipe
@@ -49,7 +49,7 @@ def measure_rounding(
     """
     if recipe.weights not in ROUNDED:
         return
-    if agreed(None if rank() else rounding_of(folder, source.shape.weights_fingerprint)) is not None:
+    if broadcast(None if rank() else rounding_of(folder, source.shape.weights_fingerprint)) is not None:
         return
     plain = recipe.model_copy(update={"weights": "keep", "head_weights": None})
     before = load_for(plain, source.source, trust_remote_code=trust_remote_code)

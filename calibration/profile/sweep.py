@@ -47,7 +47,7 @@ class SumCollector(Protocol):
     baselines: bool
     lag: int | None
 
-    def take(self, sums: LayerSums) -> None:
+    def add_sums(self, sums: LayerSums) -> None:
         """Takes what would have come tile by tile."""
 
 
@@ -85,7 +85,7 @@ def summed(
         if found is None:
             sums = backend_for(query).profile_sums(grad, query, key, value, rules=table, scores=scores, choices=choices)
             found = LayerSums(sums[0], sums[1], None, None, 0)
-        each.take(found)
+        each.add_sums(found)
     return tiled
 
 
@@ -135,5 +135,5 @@ def swept(
     moa, mass = sums[2:] if baselines else (None, None)
     found = LayerSums(sums[0], sums[1], moa, mass, rows, None if lag is None else of_tokens)
     for collector in collectors:
-        collector.take(found)
+        collector.add_sums(found)
     return gradients[0], gradients[1], gradients[2]

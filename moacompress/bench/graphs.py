@@ -14,8 +14,8 @@ import torch
 
 from moacompress.runtime.compat import private_names
 
-_counters = private_names.take(private_names.COUNTERS)
-_lookup_backend = private_names.take(private_names.LOOKUP_BACKEND)
+_counters = private_names.resolve(private_names.COUNTERS)
+_lookup_backend = private_names.resolve(private_names.LOOKUP_BACKEND)
 BACKEND = "inductor"
 
 

@@ -150,9 +150,9 @@ def profile(
             "--audit runs in one process; profile under torchrun first, then run the command with --audit without torchrun"
         )
     from moacompress.calibration.profile.manifest import recipe_in
-    from moacompress.models.processes import agreed
+    from moacompress.models.processes import broadcast
 
-    earlier = agreed(None if overwrite or recipe is not None or rank() else recipe_in(out, model))
+    earlier = broadcast(None if overwrite or recipe is not None or rank() else recipe_in(out, model))
     if earlier is not None:
         logger.info("%s holds a profile of this model; settings that no option gives are taken from it", out)
     resolved = run.recipe(

@@ -191,7 +191,7 @@ def own(what: str, file: Path, choose: str) -> Iterator[None]:
             other = _living(file, locked=False)
         if other is not None:
             raise InUseError(other.refusal(what, choose))
-        with heard_of(lambda: _touch(file, holder)):
+        with heartbeat(lambda: _touch(file, holder)):
             yield
 
 
@@ -208,7 +208,7 @@ def release_dead(file: Path) -> bool:
     return True
 
 
-class Beats:
+class HeartbeatMonitor:
     """For how long each of several processes has had the same beat: no two clocks are compared, only this process's is asked.
 
     Args:
@@ -241,7 +241,7 @@ class Beats:
 
 
 @contextmanager
-def heard_of(beat: Callable[[], object]) -> Iterator[None]:
+def heartbeat(beat: Callable[[], object]) -> Iterator[None]:
     """Calls `beat` from time to time as long as the block runs; what it raises is left for the work itself to find."""
     over = threading.Event()
 

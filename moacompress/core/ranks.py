@@ -48,7 +48,7 @@ def splits_model() -> bool:
     return _split and world_size() > 1
 
 
-def turns() -> tuple[int, int]:
+def work_shard() -> tuple[int, int]:
     """Returns whose turn this process takes where work is dealt out, and of how many: all of it where they do the same."""
     return (0, 1) if splits_model() else (rank(), world_size())
 

@@ -78,7 +78,7 @@ class TimedRates(Rates):
             self._model(input_ids=ids[:, :WARM], use_cache=True)
         forward, read = self.watch.once(lambda: kept_logits(self._model, 1, input_ids=ids, use_cache=True))
         step = {"input_ids": ids[:, :1], "use_cache": True, **cache_argument(returned_cache(read))}
-        self._steps[tokens] = self.watch.least(lambda: self._model(**step), REPEATS)
+        self._steps[tokens] = self.watch.best_of(lambda: self._model(**step), REPEATS)
         return forward
 
     def _step(self, tokens: int) -> float:
@@ -95,4 +95,4 @@ def product_seconds(model: nn.Module, dtype: torch.dtype) -> float:
     layer = nn.Linear(inputs, largest.out_features, bias=False, device=device, dtype=dtype)
     use_kernels(layer)
     x = torch.ones(ROWS, inputs, dtype=dtype, device=device)
-    return Stopwatch(device).least(lambda: layer(x), REPEATS)
+    return Stopwatch(device).best_of(lambda: layer(x), REPEATS)

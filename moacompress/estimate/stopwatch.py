@@ -42,7 +42,7 @@ class Stopwatch:
         self.alone += alone
         return alone, result
 
-    def least(self, work: Callable[[], object], repeats: int) -> float:
+    def best_of(self, work: Callable[[], object], repeats: int) -> float:
         """Returns the least of the seconds that work takes alone, after one time that does not count."""
         work()
         return min(self.once(work)[0] for _ in range(repeats))

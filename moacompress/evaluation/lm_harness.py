@@ -22,10 +22,10 @@ import torch.distributed as dist
 
 from moacompress.core.errors import DataError, MoaCompressError, UsageError, did_you_mean
 from moacompress.core.memory import available_bytes
-from moacompress.core.ranks import rank, turns, world_size
+from moacompress.core.ranks import rank, work_shard, world_size
 from moacompress.core.statistics import reported_mean
 from moacompress.models.placement import input_device
-from moacompress.models.processes import agreed
+from moacompress.models.processes import broadcast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -106,13 +106,13 @@ def run_lm_eval(
             raise
         except (OSError, ValueError, KeyError, ImportError) as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            if turns()[1] > 1 and "did not find any docs" in first:
+            if work_shard()[1] > 1 and "did not find any docs" in first:
                 first = (
-                    f"one of {turns()[1]} processes has no document to score; start as many as the smallest task has, or "
+                    f"one of {work_shard()[1]} processes has no document to score; start as many as the smallest task has, or "
                     f"fewer{'' if limit is None else f', and no more than the {limit} that were asked for'}"
                 )
             raise DataError(f"lm-evaluation-harness cannot run {', '.join(tasks)}: {first}") from error
-    return list(agreed(None if rank() else _rows(found, name)))
+    return list(broadcast(None if rank() else _rows(found, name)))
 
 
 def _of_ranks(model_class: Any) -> Any:
@@ -148,7 +148,7 @@ def _of_ranks(model_class: Any) -> Any:
 
         def barrier(self) -> None:
             """Waits for all processes."""
-            agreed(None)
+            broadcast(None)
 
     return OfRanks
 
@@ -184,7 +184,7 @@ def check_lm_eval(tasks: Sequence[str], limit: int | None = None) -> None:
     Raises:
         UsageError: lm-evaluation-harness is not installed, an unknown task, or fewer documents than processes.
     """
-    ranks = turns()[1]
+    ranks = work_shard()[1]
     if limit is not None and limit < ranks:
         raise UsageError(
             f"{limit} documents of a task of lm-evaluation-harness were asked for, and each of the {ranks} processes takes "

@@ -39,7 +39,7 @@ from moacompress.evaluation.tasks.registry import (
     expand_tasks,
     find_task,
 )
-from moacompress.models.processes import agreed, check_alike, join
+from moacompress.models.processes import broadcast, check_alike, join
 from moacompress.models.stored_plan import stored_plan
 from moacompress.prompts.pools import Prose
 from moacompress.rules.budget import format_length
@@ -230,7 +230,7 @@ def evaluate(
     check_alike({"moacompress": own_version(), **subject})
     with nullcontext() if path is None else own_file(path):
         earlier = {} if path is None else _check_place(path, subject, wording, overwrite)
-        kept = agreed(earlier.get("lm_eval", []))
+        kept = broadcast(earlier.get("lm_eval", []))
         records = Records(None if path is None else scores_file(path), read_entry, resume=not overwrite)
         scorer = Scorer(checkpoint, records, progress)
         bench = Measurement(checkpoint, resources, comparison, scorer, prompts, seed, allow_overlap)
@@ -257,7 +257,7 @@ def evaluate(
         if path is not None:
             write_json(path, report)
             _warn_of_lost(path, earlier.get("results", ()), report["results"])
-        agreed(None)  # no process ends before the report is there
+        broadcast(None)  # no process ends before the report is there
         return EvaluationReport(report)
 
 

@@ -81,7 +81,7 @@ class HealHistory:
             self.best = found
         return better
 
-    def fruitless(self) -> int:
+    def evaluations_without_improvement(self) -> int:
         """Returns how many evaluations in a row, up to the last, were no new best."""
         best = self.best.step if self.best is not None else 0
         return sum(found.step > best for found in self.evaluations)

@@ -56,7 +56,7 @@ class TrainingProgress:
         """Returns the share of the heal that is done after so many steps, in all processes the same."""
         if self._limit is None:
             return min(step / self._steps, 1.0)
-        return float(processes.agreed(min(max(step / self._steps, self.seconds / self._limit), 1.0)))
+        return float(processes.broadcast(min(max(step / self._steps, self.seconds / self._limit), 1.0)))
 
 
 def rate_factor(share: float) -> float:
@@ -203,7 +203,7 @@ class HealCallback(TrainerCallback):
         history.losses.append(loss)
         history.tokens += tokens
         share = self._trainer.done = parts.training.share(state.global_step)
-        stopped = bool(processes.agreed(self._stop.is_set()))
+        stopped = bool(processes.broadcast(self._stop.is_set()))
         mark = math.floor(share * parts.heal.evaluations + 1e-9)
         last = history.evaluations[-1].mark if history.evaluations else 0
         if mark > last:  # also where a stop was asked for: no later step makes up for it
@@ -211,8 +211,8 @@ class HealCallback(TrainerCallback):
             if better and rank() == 0:
                 save_best(parts.work, written_tensors(self._trainer.model, parts.dtype))
             control.should_save = True
-        history.finished = share >= 1 or history.fruitless() >= parts.heal.patience
-        old = bool(processes.agreed(time.monotonic() - self._saved > SAVE_SECONDS))
+        history.finished = share >= 1 or history.evaluations_without_improvement() >= parts.heal.patience
+        old = bool(processes.broadcast(time.monotonic() - self._saved > SAVE_SECONDS))
         control.should_save |= stopped or old or history.finished
         control.should_training_stop |= stopped or history.finished
         if control.should_save:

@@ -144,13 +144,13 @@ def heal(
         plan = _noted(request, data, history, model)
         if request.heal.train == "gates" and history.best is not None:
             gates = _trained_gates(request, work) if rank() == 0 else None
-            plan = plan.with_gates(processes.agreed(gates))
+            plan = plan.with_gates(processes.broadcast(gates))
         result = HealResult(out, plan, tuple(history.losses))
         if rank() == 0:
             _write(result, request, history, work, overwrite, progress)
     if rank() == 0:
         _tidy(work)
-    processes.agreed(None)  # no process ends before the checkpoint is there
+    processes.broadcast(None)  # no process ends before the checkpoint is there
     return result
 
 
@@ -325,7 +325,7 @@ def _trained(
         progress.step("done before")
     with stopping(stop), writing_to(work):
         trainer.train(resume_from_checkpoint=None if begun is None else str(begun))
-    if processes.agreed(stop.is_set()):
+    if processes.broadcast(stop.is_set()):
         raise KeyboardInterrupt
     progress.done()
     return history, model

@@ -25,7 +25,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from moacompress.core.errors import MoaCompressError, ModelError, UsageError
-from moacompress.core.lock_holders import BEAT_SECONDS, SILENT_SECONDS, Beats, heard_of, readable_age
+from moacompress.core.lock_holders import BEAT_SECONDS, SILENT_SECONDS, HeartbeatMonitor, heartbeat, readable_age
 from moacompress.core.ranks import local_rank, rank, splits_model, world_size
 
 Task = TypeVar("Task")
@@ -62,7 +62,7 @@ def join() -> None:
     on_gpus = torch.cuda.is_available()
     if on_gpus and local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())
-    _beats.enter_context(heard_of(lambda: _store().add(f"{_BEAT} {rank()}", 1)))
+    _beats.enter_context(heartbeat(lambda: _store().add(f"{_BEAT} {rank()}", 1)))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
         store=PrefixStore("group", _store()),
@@ -86,7 +86,7 @@ def _store() -> Store:
     return PrefixStore("moacompress", store)
 
 
-def agreed(value: Any, of: int = 0) -> Any:
+def broadcast(value: Any, of: int = 0) -> Any:
     """Returns what one process gave, by default the first, in all of them; every process must call it."""
     if world_size() == 1:
         return value
@@ -163,7 +163,7 @@ def shared(tasks: Sequence[Task], work: Callable[[Task], Any], done: Callable[[T
     """
     if world_size() == 1 or splits_model():
         for task in tasks:
-            done(task, agreed(work(task)))
+            done(task, broadcast(work(task)))
         return
     store, name, told = _store(), f"tasks {next(_lists)}", 0
     others = _Others(store)
@@ -198,7 +198,7 @@ class _Others:
     """
 
     def __init__(self, store: Store) -> None:
-        self._store, self._beats = store, Beats()
+        self._store, self._beats = store, HeartbeatMonitor()
         self._looked = time.monotonic()
 
     def check(self) -> None:

@@ -38,7 +38,7 @@ from moacompress.rules.untrusted import (
     as_many,
     checked,
     one_of,
-    room_after,
+    remaining_budget,
     short,
 )
 from moacompress.rules.windows import BETA_ONE
@@ -256,7 +256,7 @@ def plan_fields(data: Any) -> dict[str, Any]:
     notes = {name: data.get(name, {}) for name in NOTES}
     room = MAX_NOTES
     for name, note in notes.items():
-        room = room_after(note, room)
+        room = remaining_budget(note, room)
         if room < 0:
             raise PlanError(
                 f"{name} must be an object of finite numbers and texts, at most {MAX_DEPTH} deep, and {MAX_NOTES:,} numbers "

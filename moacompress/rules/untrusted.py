@@ -119,7 +119,7 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def room_after(value: Any, room: int, depth: int = MAX_DEPTH, *, finite: bool = True) -> int:
+def remaining_budget(value: Any, room: int, depth: int = MAX_DEPTH, *, finite: bool = True) -> int:
     """Returns the room that is left after `value`, negative where it is too much, too deep or, if `finite`, not finite."""
     if finite and isinstance(value, float) and not math.isfinite(value):
         return -1
@@ -129,7 +129,7 @@ def room_after(value: Any, room: int, depth: int = MAX_DEPTH, *, finite: bool = 
         for item in value.items() if isinstance(value, dict) else value:
             parts = item if isinstance(value, dict) else (item,)
             for part in parts:
-                room = room_after(part, room, depth - 1, finite=finite)
+                room = remaining_budget(part, room, depth - 1, finite=finite)
                 if room < 0:
                     return -1
     return room - (len(value) if isinstance(value, str) else 1)

@@ -99,7 +99,7 @@ def quickest_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         bias: `[outputs]`, or None.
     """
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    ready = lies_ready(weight, x) and (bias is None or lies_ready(bias, x))
+    ready = is_kernel_compatible(weight, x) and (bias is None or is_kernel_compatible(bias, x))
     odd = x.layout is not _STRIDED or x.is_nested  # sparse, or nested
     if odd or trained or not ready or torch.is_autocast_enabled(x.device.type):
         return nn.functional.linear(x, weight, bias)
@@ -125,16 +125,16 @@ def use_kernels(*models: nn.Module) -> int:
     changed = 0
     for layer in layers:
         if layer.weight.device.type == "cpu":
-            changed += take(layer)
+            changed += install_kernel(layer)
             cast(KernelLinear, layer).stays = True
     return changed
 
 
-def take(layer: nn.Module) -> bool:
+def install_kernel(layer: nn.Module) -> bool:
     """As `use_kernels`, for one layer on any device.
 
     Returns:
-        Whether it was a plain one: `leave` undoes it.
+        Whether it was a plain one: `uninstall_kernel` undoes it.
     """
     if type(layer) is not nn.Linear:
         return False
@@ -142,7 +142,7 @@ def take(layer: nn.Module) -> bool:
     return True
 
 
-def leave(layer: nn.Module) -> None:
+def uninstall_kernel(layer: nn.Module) -> None:
     """Gives a linear layer back to torch, unless `use_kernels` took it too."""
     if type(layer) is KernelLinear and not layer.stays:
         layer.__class__ = nn.Linear  # type: ignore[assignment]
@@ -155,7 +155,7 @@ def has_few_rows(x: torch.Tensor) -> bool:
     return x.numel() <= FEW_ROWS * x.shape[-1] or x.numel() <= few_rows(x) * x.shape[-1]
 
 
-def lies_ready(tensor: object, x: torch.Tensor, kind: WeightType | None = None) -> bool:
+def is_kernel_compatible(tensor: object, x: torch.Tensor, kind: WeightType | None = None) -> bool:
     """Returns whether compiled kernels, where there are some for an input `x`, can read a parameter as it lies.
 
     It must be a tensor that is what it says (quantizers and parallelism have others in its place), contiguous, of the input's

@@ -81,7 +81,7 @@ class Claims:
     ) -> None:
         self.storage, self.study_id, self.workers, self.where = storage, study_id, workers, where
         self._progress = progress
-        self.beaten_by = 0
+        self.lost_races = 0
         self._mine: set[int] = set()
         self._unkept: dict[int, list[float]] = {}
         self._kept_at = 0.0
@@ -112,14 +112,14 @@ class Claims:
                 taken.add(name)
         return [name for name in names if name not in taken]
 
-    def take(self, name: str) -> Claim | None:
+    def acquire(self, name: str) -> Claim | None:
         """Claims what is to be measured; None where it is measured already, or a live worker is at it.
 
-        Where others claim it in the same moment, `beaten_by` says how many of them were faster.
+        Where others claim it in the same moment, `lost_races` says how many of them were faster.
         """
         from optuna.trial import TrialState, create_trial
 
-        self.beaten_by = 0
+        self.lost_races = 0
         seen = any(trial.state.name != "FAIL" for trial in self._named(name, fresh=False))
         if seen and self._taken(self._named(name)):
             return None
@@ -135,7 +135,7 @@ class Claims:
             number = max(trial.number for trial in named if trial.user_attrs.get("worker") == self.workers.token)
             earlier = [trial for trial in named if trial.number < number]
             if self._taken(earlier):
-                self.beaten_by = len(earlier)
+                self.lost_races = len(earlier)
                 self.release(claim)
                 return None
         except BaseException:
@@ -204,7 +204,7 @@ class Claims:
 
     def keep(self, name: str, value: Any) -> None:
         """Keeps a JSON value under a name that nobody else measures."""
-        claim = self.take(name)
+        claim = self.acquire(name)
         if claim is not None:
             with suppress(ClaimLost):
                 self.finish(claim, [0.0], result=value)

@@ -15,9 +15,9 @@ from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.passes import answer_logits
 from moacompress.core.errors import DataError, ModelError
 from moacompress.core.files import fingerprint
-from moacompress.core.ranks import rank, splits_model, turns
+from moacompress.core.ranks import rank, splits_model, work_shard
 from moacompress.models.kl import MAX_DENSE_BYTES, kl_divergence
-from moacompress.models.processes import agreed, gathered
+from moacompress.models.processes import broadcast, gathered
 from moacompress.repair.projections import Weights, with_weights
 from moacompress.rules.plan import Plan
 from moacompress.search.measure.prefix import first_changed, record, resumed
@@ -109,7 +109,7 @@ class Objective:
                 return kl_divergence(dense, answer_logits(self.model, self.samples[number]))
 
             ahead: dict[int, float] = {}
-            name = plan.key() if turns()[1] > 1 else ""
+            name = plan.key() if work_shard()[1] > 1 else ""
 
             def kl(number: int) -> float:
                 if number not in ahead:
@@ -126,7 +126,7 @@ class Objective:
             measured: measures one.
             name: of the plan.
         """
-        turn, ranks = turns()
+        turn, ranks = work_shard()
         if ranks == 1:
             return {number: measured(number)}
         at = self.order.index(number)
@@ -149,7 +149,7 @@ class Objective:
         """Yields the KL of every plan on one sample; a plan is run from the first layer in which it differs from `base`."""
         from moacompress import runtime
 
-        turn, ranks = turns()
+        turn, ranks = work_shard()
         numbered = {at: plan for at, plan in enumerate(plans) if at % ranks == turn}
         dense = self._dense_logits(number)
         with self._rounding():
@@ -199,7 +199,7 @@ def _gathered(kls: dict[int, float], name: str) -> dict[int, float]:
 
 def _finite(kl: float, number: int) -> float:
     if splits_model():
-        kl = agreed(kl)  # ranks go on alike, to the last bit
+        kl = broadcast(kl)  # ranks go on alike, to the last bit
     if not math.isfinite(kl):
         raise ModelError(f"the logits of validation sample {number} are not finite; try --dtype float32")
     return kl

@@ -125,7 +125,7 @@ class PlanEvaluator:
         if known is not None:
             return [float(kl) for kl in known]
         claims = self.study_storage.claims
-        claim = claims.take(job.name)
+        claim = claims.acquire(job.name)
         if claim is None:
             known = self.study_storage.recall(job.name)
             return None if known is None else [float(kl) for kl in known]

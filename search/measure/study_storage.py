@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moacompress.core.errors import ArtefactError
-from moacompress.models.processes import agreed
+from moacompress.models.processes import broadcast
 from moacompress.search.measure.claims import Claim, ClaimLost, Claims, attributes
 from moacompress.search.measure.storages import guarded
 
@@ -142,7 +142,7 @@ class StudyStorage:
         """
         names, at = self.claims.free(self._names(limit, finished)), 0
         while at < len(names):
-            claim = self.claims.take(names[at])
+            claim = self.claims.acquire(names[at])
             if claim is not None:
                 try:
                     return self._started(self._index(names[at]), claim)
@@ -151,7 +151,7 @@ class StudyStorage:
                 except BaseException:
                     self.claims.release(claim)
                     raise
-            at += max(1, self.claims.beaten_by)  # each of those that come in the same moment goes to another one
+            at += max(1, self.claims.lost_races)  # each of those that come in the same moment goes to another one
         return None
 
     def tell(self, started: StartedTrial, value: float | Sequence[float], **notes: Any) -> None:
@@ -191,7 +191,7 @@ class StudyStorage:
         seed = int(np.random.SeedSequence([self._seed, index]).generate_state(1)[0])
         study = self._in_memory(self.finished(), pending)
         study.sampler = GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS, warn_independent_sampling=False)
-        return self._ordered(agreed(study.ask(self._distributions).params))
+        return self._ordered(broadcast(study.ask(self._distributions).params))
 
     def _names(self, limit: int, finished: Container[int]) -> list[str]:
         """Returns the names of the trials below a limit that are not finished."""

@@ -33,7 +33,7 @@ def log_ratio(kls: Sequence[float], reference: Sequence[float]) -> float:
 
 
 @dataclass(frozen=True)
-class Tried:
+class TrialResult:
     """A finished trial.
 
     Attributes:
@@ -63,7 +63,7 @@ class Tried:
 
 
 @dataclass
-class _Open:
+class _PendingTrial:
     """A trial of this worker that is not finished.
 
     Attributes:
@@ -100,7 +100,7 @@ class Trials:
     known: Mapping[str, list[float]] = field(default_factory=dict)
     progress: Progress = SILENT
 
-    def finished(self) -> list[Tried]:
+    def finished(self) -> list[TrialResult]:
         """Returns the finished trials."""
         seen = set(self.known)
         found = []
@@ -110,7 +110,7 @@ class Trials:
             found.append(tried)
         return found
 
-    def completed(self, name: str, limit: int, after: Callable[[Sequence[Tried]], str]) -> list[Tried]:
+    def completed(self, name: str, limit: int, after: Callable[[Sequence[TrialResult]], str]) -> list[TrialResult]:
         """Returns the finished trials, once the missing ones have run or the time is up.
 
         None is there where the time was up before the first one was measured; one whose plan is known takes no time.
@@ -124,7 +124,7 @@ class Trials:
         progress.start(name, limit)
         for _ in tried[:limit]:
             progress.step()
-        unfinished: list[_Open] = []
+        unfinished: list[_PendingTrial] = []
         try:
             with suppress(TimeUp):
                 while not _complete(tried, limit) and not (tried and self.deadline.over()):
@@ -140,7 +140,7 @@ class Trials:
         progress.done()
         return tried
 
-    def _advance(self, unfinished: list[_Open], limit: int, tried: Sequence[Tried]) -> bool:
+    def _advance(self, unfinished: list[_PendingTrial], limit: int, tried: Sequence[TrialResult]) -> bool:
         """Finishes a trial that waits, or else runs the next one; returns False where there is nothing to do but wait.
 
         Raises:
@@ -153,7 +153,7 @@ class Trials:
         if started is None:
             return False
         try:
-            trial = _Open(started, self.plan_of(started.parameters))
+            trial = _PendingTrial(started, self.plan_of(started.parameters))
         except BaseException:
             self.study_storage.release(started)
             raise
@@ -161,7 +161,7 @@ class Trials:
         self._ran(trial, unfinished, tried)
         return True
 
-    def _ran(self, trial: _Open, unfinished: list[_Open], tried: Sequence[Tried]) -> bool:
+    def _ran(self, trial: _PendingTrial, unfinished: list[_PendingTrial], tried: Sequence[TrialResult]) -> bool:
         """Returns whether a trial has ended, or is another worker's now; if so it is none of the unfinished any more."""
         try:
             done = self._run(trial, tried)
@@ -172,7 +172,7 @@ class Trials:
             unfinished.remove(trial)
         return done
 
-    def _run(self, trial: _Open, tried: Sequence[Tried]) -> bool:
+    def _run(self, trial: _PendingTrial, tried: Sequence[TrialResult]) -> bool:
         """Runs a trial; returns False where it has to wait for what other workers measure: its plan, or trial 0."""
         key, started = trial.plan.key(), trial.started
         found = self._measured(trial, key, tried)
@@ -192,7 +192,9 @@ class Trials:
         )
         return True
 
-    def _measured(self, trial: _Open, key: str, tried: Sequence[Tried]) -> tuple[list[float], bool] | None:
+    def _measured(
+        self, trial: _PendingTrial, key: str, tried: Sequence[TrialResult]
+    ) -> tuple[list[float], bool] | None:
         """Returns the KLs of a trial's plan, and whether it was given up half-way; None where another worker measures it."""
         if key in self.known:
             return self.known[key], False
@@ -201,7 +203,7 @@ class Trials:
                 return old.kls, old.pruned
         name = f"{self.study_storage.name}:{key}"
         claims = self.study_storage.claims
-        claim = claims.take(name)
+        claim = claims.acquire(name)
         if claim is None:
             found = claims.result(name)
             return None if found is None else (list(map(float, found["kls"])), bool(found["pruned"]))
@@ -212,7 +214,7 @@ class Trials:
             claims.release(claim)
         return kls, pruned
 
-    def _race(self, trial: _Open, claim: Claim, tried: Sequence[Tried]) -> tuple[list[float], bool]:
+    def _race(self, trial: _PendingTrial, claim: Claim, tried: Sequence[TrialResult]) -> tuple[list[float], bool]:
         """Measures a plan sample by sample until it is done or clearly worse than the best; trial 0 is never pruned."""
         kls: list[float] = []
         with self.measure.under(trial.plan) as kl:
@@ -231,7 +233,7 @@ class Trials:
         return kls, False
 
 
-def is_hopeless(kls: Sequence[float], tried: Sequence[Tried]) -> bool:
+def is_hopeless(kls: Sequence[float], tried: Sequence[TrialResult]) -> bool:
     """Returns whether a plan is worse than the best trial beyond doubt, by Wilcoxon's test of what is measured of both.
 
     Args:
@@ -248,28 +250,28 @@ def is_hopeless(kls: Sequence[float], tried: Sequence[Tried]) -> bool:
     return bool(optuna.pruners.WilcoxonPruner(p_threshold=0.1).prune(study, running))
 
 
-def _indices(tried: Sequence[Tried]) -> set[int]:
+def _indices(tried: Sequence[TrialResult]) -> set[int]:
     return {trial.index for trial in tried}
 
 
-def _complete(tried: Sequence[Tried], limit: int) -> bool:
+def _complete(tried: Sequence[TrialResult], limit: int) -> bool:
     """Returns whether all trials below a limit are finished."""
     return set(range(limit)) <= _indices(tried)
 
 
-def _tried(trial: FinishedTrial, seen: Container[str]) -> Tried:
+def _tried(trial: FinishedTrial, seen: Container[str]) -> TrialResult:
     """Returns a finished trial of a study, whose note `harms` is what was measured."""
     kept = dict(trial.notes)
     kept["measured"] = kept["key"] not in seen
-    return Tried(trial.index, value=trial.values[0], parameters=trial.parameters, kls=kept.pop("harms"), **kept)
+    return TrialResult(trial.index, value=trial.values[0], parameters=trial.parameters, kls=kept.pop("harms"), **kept)
 
 
-def least_trial(tried: Sequence[Tried]) -> Tried:
+def least_trial(tried: Sequence[TrialResult]) -> TrialResult:
     """Returns the trial of lowest mean KL among those measured on all samples; trial 0 always is."""
     return min((trial for trial in tried if not trial.pruned), key=lambda trial: (trial.kl, trial.index))
 
 
-def best_trial(tried: Sequence[Tried], caution: float = CAUTION) -> Tried:
+def best_trial(tried: Sequence[TrialResult], caution: float = CAUTION) -> TrialResult:
     """Returns the trial of lowest mean KL among those that beat trial 0 by `caution` standard errors; trial 0 if none does."""
     first, *others = tried
     return least_trial([first, *(trial for trial in others if KlDifference.of(trial.kls, first.kls).is_lower(caution))])

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moacompress.core.lock_holders import Beats, LockHolder, heard_of, held
+from moacompress.core.lock_holders import HeartbeatMonitor, LockHolder, heartbeat, held
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -85,7 +85,7 @@ class Workers:
         self._trial_id: int | None = None
         self._notes: dict[str, Any] = {}
         self._beats = 0
-        self._beats_of_others = Beats(monotonic)
+        self._beats_of_others = HeartbeatMonitor(monotonic)
 
     @property
     def token(self) -> str:
@@ -153,7 +153,7 @@ class Workers:
         with held(self.holder):
             self._announce()
             try:
-                with heard_of(self.beat):
+                with heartbeat(self.beat):
                     yield
             finally:
                 self._end()

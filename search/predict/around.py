@@ -25,7 +25,7 @@ from moacompress.calibration.profile.store import Profile, read_sample, write_sa
 from moacompress.core.errors import ArtefactError, ModelError
 from moacompress.core.files import fingerprint
 from moacompress.core.progress import Progress
-from moacompress.models.processes import agreed
+from moacompress.models.processes import broadcast
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.recipe_sections import ProfileRecipe
@@ -103,7 +103,7 @@ class ProfileAround:
                 missing = [index for index in range(len(self.samples)) if index not in found]
                 self.claims.pause([of_plan.name(index) for index in missing], self.deadline.left)
         progress.done()
-        found = agreed(found)  # processes that computed it alike, but for the last bits
+        found = broadcast(found)  # processes that computed it alike, but for the last bits
         lengths = np.array([sample.length for sample in self.samples], np.int64)
         around = replace(
             profile,
@@ -130,7 +130,7 @@ class ProfileAround:
         text = self.claims.result(name)
         if text is not None:
             return _from_text(text, of_plan.shapes, name)
-        claim = self.claims.take(name)
+        claim = self.claims.acquire(name)
         if claim is None:
             return None
         try:

@@ -12,7 +12,7 @@ from moacompress.rules.cost import format_rows, kept_bits
 from moacompress.rules.plan import Plan
 from moacompress.search.measure.kl_difference import KlDifference
 from moacompress.search.measure.packed_plan import unpack
-from moacompress.search.measure.trials import Tried, best_trial
+from moacompress.search.measure.trials import TrialResult, best_trial
 from moacompress.search.predict.surrogate import Surrogate
 from moacompress.search.sharing.copy_costs import CopyCosts
 from moacompress.search.sharing.notes import sharing_notes
@@ -57,7 +57,7 @@ def explain(
     request: SearchRequest,
     surrogate: Surrogate,
     plan: Plan,
-    tried: Sequence[Tried],
+    tried: Sequence[TrialResult],
     importances: Mapping[str, float],
     stages: Sequence[Stage],
     kls: Sequence[float],
@@ -120,7 +120,9 @@ def explain(
     }
 
 
-def refused(plan: Plan, kls: Sequence[float], tried: Sequence[Tried], stages: Sequence[Stage]) -> dict[str, Any] | None:
+def refused(
+    plan: Plan, kls: Sequence[float], tried: Sequence[TrialResult], stages: Sequence[Stage]
+) -> dict[str, Any] | None:
     """Returns the plan of lowest mean KL that was measured on all samples, where it is not the one that is returned.
 
     Args:
@@ -187,7 +189,7 @@ def _by_kind(request: SearchRequest, surrogate: Surrogate, plan: Plan) -> dict[s
     return found
 
 
-def _predicted(request: SearchRequest, surrogate: Surrogate, tried: Sequence[Tried]) -> dict[str, Any]:
+def _predicted(request: SearchRequest, surrogate: Surrogate, tried: Sequence[TrialResult]) -> dict[str, Any]:
     """Returns predicted and measured KL of the distinct plans that were measured on all samples."""
     from scipy.stats import spearmanr
 

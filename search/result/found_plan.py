@@ -20,7 +20,7 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.worst_share import WorstShare
 from moacompress.search.baselines.families import FAMILIES
 from moacompress.search.baselines.measured import MeasuredBaseline, write_baselines
-from moacompress.search.measure.trials import Tried, best_trial
+from moacompress.search.measure.trials import TrialResult, best_trial
 from moacompress.search.predict.surrogate import Surrogate
 from moacompress.search.result.beside_baselines import BesideBaseline
 from moacompress.search.result.class_notes import class_quality
@@ -163,7 +163,7 @@ def _noted(incumbent: Incumbent, context: SearchContext, *, finished: bool) -> t
     return _with_notes(request, context.surrogate, plan, kl, measured, made), kls
 
 
-def _made(tried: Sequence[Tried], stage: str, finished: bool) -> dict[str, Any]:
+def _made(tried: Sequence[TrialResult], stage: str, finished: bool) -> dict[str, Any]:
     """Returns what a plan's notes say of how far its search has come; `best_trial` is None where there is no trial yet."""
     best = best_trial(tried) if tried else None
     return {

@@ -9,14 +9,16 @@ from moacompress.core.errors import InfeasibleBudgetError
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import LayerShares
 from moacompress.search.measure.kl_difference import KlDifference
-from moacompress.search.measure.trials import Tried
+from moacompress.search.measure.trials import TrialResult
 from moacompress.search.predict.surrogate import Surrogate
 
 if TYPE_CHECKING:
     from moacompress.search.search_request import SearchRequest
 
 
-def sharing_notes(request: SearchRequest, surrogate: Surrogate, plan: Plan, tried: Sequence[Tried]) -> dict[str, Any]:
+def sharing_notes(
+    request: SearchRequest, surrogate: Surrogate, plan: Plan, tried: Sequence[TrialResult]
+) -> dict[str, Any]:
     """Returns what is known of sharing, as JSON values.
 
     Args:
@@ -36,7 +38,7 @@ def sharing_notes(request: SearchRequest, surrogate: Surrogate, plan: Plan, trie
     """
     choice = request.sharing
     assert choice is not None
-    best: dict[int, Tried] = {}
+    best: dict[int, TrialResult] = {}
     for trial in tried:
         count = sum(share is not None for share in trial.plan.get("shares", ()))
         if count not in best or (trial.pruned, trial.kl) < (best[count].pruned, best[count].kl):

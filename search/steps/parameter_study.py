@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from moacompress.rules.plan import Plan
 from moacompress.search.deadline import TimeUp
-from moacompress.search.measure.trials import Trials, Tried, best_trial, least_trial
+from moacompress.search.measure.trials import TrialResult, Trials, best_trial, least_trial
 from moacompress.search.result.explain import STUDY
 from moacompress.search.result.found_plan import write_so_far
 from moacompress.search.search_context import Incumbent, SearchContext
@@ -29,7 +29,7 @@ def tune_parameters(incumbent: Incumbent, context: SearchContext) -> Incumbent:
     def plan_of(parameters: ParameterValues) -> Plan:
         return incumbent.plan if parameters == neutral else context.plan_of(parameters)
 
-    def after(tried: Sequence[Tried]) -> str:
+    def after(tried: Sequence[TrialResult]) -> str:
         context.tried = list(tried)
         trial = best_trial(tried)
         best = Incumbent.of(trial, request.profile)

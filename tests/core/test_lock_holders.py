@@ -247,14 +247,14 @@ def test_a_holder_is_heard_of_as_long_as_it_works(target: Path, monkeypatch: pyt
     beats = threading.Semaphore(0)
     utime = os.utime
 
-    def heard_of(*arguments: Any) -> None:
+    def heartbeat(*arguments: Any) -> None:
         utime(*arguments)
         beats.release()
 
     monkeypatch.setattr(lock_holders, "BEAT_SECONDS", 0.001)
     with own_file(target):
         utime(holder_of_file(target), (0, 0))
-        monkeypatch.setattr(os, "utime", heard_of)
+        monkeypatch.setattr(os, "utime", heartbeat)
         assert beats.acquire(timeout=60)
         assert beats.acquire(timeout=60)
         assert holder_of_file(target).stat().st_mtime > 0

@@ -74,7 +74,7 @@ def test_every_task_is_done_once_and_told_to_all(
                 return [rank(), task / 3]
 
             processes.shared(range(tasks), do, lambda task, result: told.append((task, result)))
-        return told, processes.gathered(mine), processes.agreed({"of": rank()}, of=count - 1)
+        return told, processes.gathered(mine), processes.broadcast({"of": rank()}, of=count - 1)
 
     first, *others = in_processes(count, work, monkeypatch)
     assert all(other == first for other in others)
@@ -146,7 +146,7 @@ def test_a_process_alone_does_everything() -> None:
     processes.shared(range(3), lambda task: task * task, lambda *each: told.append(each))
     processes.check_alike({"weights": "any"})
     assert told == [(0, 0), (1, 1), (2, 4)]
-    assert (processes.agreed(5), processes.gathered({1: 2})) == (5, {1: 2})
+    assert (processes.broadcast(5), processes.gathered({1: 2})) == (5, {1: 2})
     assert (rank(), local_rank(), world_size(), named_rank()) == (0, 0, 1, "")
     assert processes.fails_first()
 

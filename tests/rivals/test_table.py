@@ -127,9 +127,9 @@ def test_rows_of_other_runs_are_left_out(rivals: SimpleNamespace, capsys: Any) -
         return [{**row, **notes} for row in rows]
 
     tables = rivals.table.tables
-    one = {"model": "m", "made_of": "a", "threads": 1}
+    one = {"model": "m", "patch_points": "a", "threads": 1}
     mine = [
-        *of(answers("transformers", "dense", [1.0, 1.0], 1), model="m", made_of="d"),
+        *of(answers("transformers", "dense", [1.0, 1.0], 1), model="m", patch_points="d"),
         *of(answers("moacompress", "gates", [1.0, 0.0], 0.25), **one),
         *of(times("a", 256, [3, 2]), **one, steps=24),
         *of(times("b", 256, [4]), **one, steps=24),
@@ -138,13 +138,13 @@ def test_rows_of_other_runs_are_left_out(rivals: SimpleNamespace, capsys: Any) -
     wanted = tables(mine)
     assert capsys.readouterr().err == ""
     before = [
-        *of(answers("moacompress", "gates", [0.0, 0.0], 0.5), **{**one, "made_of": "another checkpoint"}),
-        *of(answers("transformers", "dense", [1.0, 0.0], 1), model="another model", made_of="e"),
-        *of(answers("moacompress", "of-another-model", [1.0, 0.0], 0.3), model="another model", made_of="f"),
+        *of(answers("moacompress", "gates", [0.0, 0.0], 0.5), **{**one, "patch_points": "another checkpoint"}),
+        *of(answers("transformers", "dense", [1.0, 0.0], 1), model="another model", patch_points="e"),
+        *of(answers("moacompress", "of-another-model", [1.0, 0.0], 0.3), model="another model", patch_points="f"),
         *of(times("a", 256, [9]), **{**one, "threads": 4}, steps=24),
         *of(times("a", 256, [9]), **one, steps=8),
         *of(times("b", 256, [9]), **one, steps=24, machine="another"),
-        *of(times("b", 256, [9]), **{**one, "made_of": "b"}, steps=24),
+        *of(times("b", 256, [9]), **{**one, "patch_points": "b"}, steps=24),
     ]
     assert tables([*before, *mine]) == wanted
     assert capsys.readouterr().err.startswith("10 of 18 rows are left out: newer ones are of another model, checkpoint")

@@ -146,14 +146,14 @@ def test_a_plan_that_fails_later_leaves_the_one_before(tiny_model, random_plan, 
     model, ids = tiny_model(), token_ids(2, 70)
     own, other = random_plan(model_shape(model), 1), random_plan(model_shape(model), 2)
     expected = attach(model, own)(ids).logits
-    heads = attaching.take_own_heads
+    heads = attaching.shard_to_local_heads
 
     def fails(model):
         if attached_plan(model) == other:
             raise ModelError("no")
         heads(model)
 
-    monkeypatch.setattr(attaching, "take_own_heads", fails)
+    monkeypatch.setattr(attaching, "shard_to_local_heads", fails)
     with pytest.raises(ModelError, match="no"):
         attach(model, other)
     assert attached_plan(model) == own

@@ -183,12 +183,12 @@ def test_other_parts_of_a_layer_are_told(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_is_missing_is_said_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.utils import output_capturing
 
-    assert private_names.take(private_names.ACTIVE_COLLECTOR) is output_capturing._active_collector
+    assert private_names.resolve(private_names.ACTIVE_COLLECTOR) is output_capturing._active_collector
     monkeypatch.delattr(output_capturing, "_active_collector")
     with pytest.raises(
         UnsupportedError, match=f"^{private_names.ACTIVE_COLLECTOR} is missing .*; it is for .* is here; install"
     ):
-        private_names.take(private_names.ACTIVE_COLLECTOR)
+        private_names.resolve(private_names.ACTIVE_COLLECTOR)
 
 
 def product_files() -> Iterator[Path]:
@@ -277,7 +277,7 @@ def test_every_listed_name_that_is_taken_is_listed() -> None:
     listed = {entry.name for entry in NAMES}
     for path in product_files():
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "private_names.take":
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "private_names.resolve":
                 assert getattr(private_names, ast.unparse(node.args[0]).removeprefix("private_names.")) in listed
 
 

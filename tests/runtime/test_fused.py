@@ -35,13 +35,13 @@ def _one_by_one(monkeypatch):
 @pytest.fixture
 def calls(monkeypatch):
     """Counts the steps asked for of whole layers and of attention alone; `[layers, attentions]`, which tests may set back."""
-    found, own = [0, 0], fused.take
+    found, own = [0, 0], fused.dispatch
 
-    def take(request):
+    def dispatch(request):
         found[isinstance(request, HiddenRequest)] += 1
         return own(request)
 
-    monkeypatch.setattr(fused, "take", take)
+    monkeypatch.setattr(fused, "dispatch", dispatch)
     return found
 
 

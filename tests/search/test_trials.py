@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from moacompress.search.measure.kl_difference import CAUTION, KlDifference
-from moacompress.search.measure.trials import Tried, best_trial, is_hopeless, least_trial, log_ratio
+from moacompress.search.measure.trials import TrialResult, best_trial, is_hopeless, least_trial, log_ratio
 
 
 def trial(index, kls, first, pruned=False):
-    return Tried(index, str(index), {}, list(kls), log_ratio(kls, first), pruned, True, {})
+    return TrialResult(index, str(index), {}, list(kls), log_ratio(kls, first), pruned, True, {})
 
 
 def trials(*changes, samples=20, noise=0.0, seed=0):

@@ -170,7 +170,7 @@ def test_numbers_are_kept_every_few_seconds_and_where_a_claim_is_given_up(
         def kept() -> list[Any]:
             return [trial.user_attrs.get("numbers") for trial in claims.trials()]
 
-        claim = claims.take("x")
+        claim = claims.acquire("x")
         assert claim is not None
         claims.put(claim, [1.0])
         assert kept() == [None]
@@ -181,13 +181,13 @@ def test_numbers_are_kept_every_few_seconds_and_where_a_claim_is_given_up(
         assert kept() == [[1.0, 2.0]]
         claims.release(claim)
         assert kept() == [[1.0, 2.0, 3.0]]
-        again = claims.take("x")
+        again = claims.acquire("x")
         assert again is not None
         assert again.begun == (1.0, 2.0, 3.0)
         claims.put(again, [1.0, 2.0, 3.0, 4.0])
         claims.finish(again, [2.5], result="done")
         assert claims.result("x") == "done"
-        assert claims.take("x") is None
+        assert claims.acquire("x") is None
 
 
 def elsewhere(storage: str, alone: bool) -> tuple[Any, int]:
@@ -207,7 +207,7 @@ def test_a_search_goes_on_after_a_reboot(tmp_path: Path) -> None:
     backend, trial = elsewhere(storage, alone=True)
     begun = time.monotonic()
     with quiet_optuna(), open_claims(storage, "s", alone=True) as claims:
-        assert claims.take("measured") is not None
+        assert claims.acquire("measured") is not None
     assert time.monotonic() - begun < claims_module.LOOK_SECONDS
     assert backend.get_trial(trial).state.name == "FAIL"
 

@@ -19,7 +19,7 @@ from moacompress.evaluation.baselines.quantized_caches import text_steps
 from moacompress.evaluation.scoring.prompts import Score, batches, score_batch
 from moacompress.evaluation.scoring.text import States, read, score_window
 from moacompress.evaluation.tasks.cases import Case
-from moacompress.models.processes import agreed, check_alike, shared
+from moacompress.models.processes import broadcast, check_alike, shared
 from moacompress.rules.plan import Plan
 from moacompress.runtime.checkpoint import Checkpoint
 
@@ -181,7 +181,7 @@ class Scorer:
         """
         check_alike({"set of prompts": fingerprint([job.keys for job in jobs])})  # they are shared out by number
         keys = {key for job in jobs for key in job.keys}
-        known = agreed({key: self.records.get(key) for key in keys if self.records.get(key) is not None})
+        known = broadcast({key: self.records.get(key) for key in keys if self.records.get(key) is not None})
         for key in sorted(known):
             if self.records.get(key) is None:
                 self.records.append(_line(key, known[key]))

@@ -134,7 +134,7 @@ def _extend(held: LayerBlocks, before: Ints, counts: Ints, runs: Ints) -> None:
     owner, number = (np.concatenate(parts) for parts in zip(*new, strict=True))
     if len(owner):
         rows, heads = np.divmod(owner, held.heads)
-        table.ids[rows, heads, number] = pool.take(heads)
+        table.ids[rows, heads, number] = pool.allocate(heads)
     if not pool.shared:
         return
     open_rows = np.flatnonzero((before % BLOCK != 0) & (counts > 0))
@@ -142,7 +142,7 @@ def _extend(held: LayerBlocks, before: Ints, counts: Ints, runs: Ints) -> None:
     row, head = np.nonzero((last >= 0) & (pool.refs[np.maximum(last, 0)] > 1))
     if len(row):
         sources = last[row, head]
-        copies = pool.take(head)
+        copies = pool.allocate(head)
         pool.copy(sources, copies)
         pool.release(sources)
         table.ids[open_rows[row], head, before[open_rows[row]] // BLOCK] = copies

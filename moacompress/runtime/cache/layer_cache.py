@@ -28,7 +28,7 @@ from moacompress.runtime.cache.ring import Ring, ring_for
 from moacompress.runtime.cache.roll_back import check_roll_back, roll_back
 from moacompress.runtime.cache.selected_tokens import go_back, remember
 
-WITHOUT_RINGS = 64
+RING_RETRY_TOKENS = 64
 """Tokens that go by before rings are looked for again where there were none to be had: as beams are, for many steps."""
 
 StepCall = Callable[[CacheState], tuple[torch.Tensor, AllocationShortfall | None]]
@@ -373,7 +373,7 @@ class PlanCacheLayer(CacheLayer):
             held = self.blocks_held()
             self._ring = ring_for(held, self.reserve, self.lag, backend, copies=not self._repeated)
         if self._ring is None:
-            self._look_again = self.columns + WITHOUT_RINGS
+            self._look_again = self.columns + RING_RETRY_TOKENS
             return None
         self.stepping = True
         out = self._ring.step(query, *self._pending, scores, gate_scores, real)

@@ -205,7 +205,7 @@ class Pool:
         self.kinds = np.concatenate([self.kinds, np.full(blocks, kind, np.int64)])
         self.refs = np.concatenate([self.refs, np.zeros(blocks, np.int32)])
 
-    def take(self, heads: Ints) -> Ids:
+    def allocate(self, heads: Ints) -> Ids:
         """Returns the id of a free block for each of these KV heads, named once each; grows where there are too few."""
         taken = np.zeros(len(heads), np.int32)
         wanted = self.layout.of_head[heads]

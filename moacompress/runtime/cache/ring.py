@@ -178,7 +178,7 @@ def _ring_table(held: LayerBlocks, until: int, sizes: Ints) -> Ids:
     rows, heads, number = _owned(begin, end)
     slots = _slots(number, heads, sizes)
     missing = found[rows, heads, slots] < 0
-    found[rows[missing], heads[missing], slots[missing]] = held.pool.take(heads[missing])
+    found[rows[missing], heads[missing], slots[missing]] = held.pool.allocate(heads[missing])
     return found
 
 
@@ -224,7 +224,7 @@ def _own_what_is_written(held: LayerBlocks, until: int, sizes: Ints, copies: boo
         if not copies:
             return False
         sources, at = sources[shared], (rows[shared], heads[shared], number[shared])
-        ids[at] = pool.take(at[1])
+        ids[at] = pool.allocate(at[1])
         pool.copy(sources, ids[at])
         pool.release(sources)
     return True
@@ -237,7 +237,7 @@ def _take_selected(held: LayerBlocks, until: int) -> None:
     held.selected.widen(int(wanted.max(initial=1)))
     ids = held.selected.ids
     rows, heads, number = np.nonzero((ids < 0) & (np.arange(ids.shape[-1]) < wanted[:, None]))
-    ids[rows, heads, number] = held.pool.take(heads)
+    ids[rows, heads, number] = held.pool.allocate(heads)
 
 
 def _owned(begin: Ints, end: Ints) -> tuple[Ints, Ints, Ints]:

@@ -145,11 +145,11 @@ def make_places(held: LayerBlocks, admitted: EvictionSchedule) -> None:
     rows, heads, blocks = np.unravel_index(np.unique(where), table.ids.shape)
     ids = table.ids[rows, heads, blocks]
     missing = ids < 0
-    ids[missing] = pool.take(heads[missing])
+    ids[missing] = pool.allocate(heads[missing])
     shared = pool.refs[ids] > 1
     if shared.any():
         sources = ids[shared]
-        ids[shared] = pool.take(heads[shared])
+        ids[shared] = pool.allocate(heads[shared])
         pool.copy(sources, ids[shared])
         pool.release(sources)
     table.ids[rows, heads, blocks] = ids

@@ -10,8 +10,8 @@ from typing import Any
 
 from moacompress.runtime.compat import private_names
 
-_NAMES = private_names.take(private_names.OUTPUT_CAPTURING).__globals__
-_active = private_names.take(private_names.ACTIVE_COLLECTOR)
+_NAMES = private_names.resolve(private_names.OUTPUT_CAPTURING).__globals__
+_active = private_names.resolve(private_names.ACTIVE_COLLECTOR)
 
 
 def is_capturing() -> bool:

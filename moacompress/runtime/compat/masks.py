@@ -9,9 +9,9 @@ import torch
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.runtime.compat.mask_functions import CAUSAL_MASK, image_blocks, is_stock_mask
-from moacompress.runtime.compat.private_names import take
+from moacompress.runtime.compat.private_names import resolve
 
-_CAUSAL = take(CAUSAL_MASK)
+_CAUSAL = resolve(CAUSAL_MASK)
 
 
 def plan_mask(

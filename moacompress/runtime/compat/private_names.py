@@ -97,7 +97,7 @@ def check() -> list[Broken]:
     return [Broken(entry.name, entry.use, problem) for entry, problem in found if problem is not None]
 
 
-def take(name: str) -> Any:
+def resolve(name: str) -> Any:
     """Returns the object of a name in `NAMES`.
 
     Raises:

@@ -34,13 +34,16 @@ from moacompress.runtime.decode.step_requests import StackRequest
 
 RUN = "moacompress_run"
 """Keyword under which a `StackStep` reaches the decoder layers."""
-GLOBAL_HOOKS = (private_names.take(private_names.FORWARD_HOOKS), private_names.take(private_names.FORWARD_PRE_HOOKS))
+GLOBAL_HOOKS = (
+    private_names.resolve(private_names.FORWARD_HOOKS),
+    private_names.resolve(private_names.FORWARD_PRE_HOOKS),
+)
 """Hooks on all modules there are; both empty, mostly."""
 REPLACEMENTS = ("forward", private_names.COMPILED_CALL)
 """What a module has in its own dictionary where something else is run in its place."""
 
 
-class MadeOf(NamedTuple):
+class PatchPoint(NamedTuple):
     """Something that a fused layer stands in for, or leans on: as it was when the layer's class was made.
 
     Attributes:
@@ -54,7 +57,7 @@ class MadeOf(NamedTuple):
     was: Any
 
 
-def are_as_made(parts: Iterable[MadeOf]) -> bool:
+def are_unpatched(parts: Iterable[PatchPoint]) -> bool:
     """Returns whether nobody has put something else in the place of a part: another forward, another function."""
     return all(getattr(home, name, None) is was for home, name, was in parts)
 
@@ -109,7 +112,9 @@ class BoundLayers:
             for norm in norms:
                 self._watch(norm.__dict__, "variance_epsilon")
         self._kinds = [*map(type, self._modules)]
-        self._made_of = {part for layer in self.layers for part in (*layer.made_of, *layer.self_attn.made_of)}
+        self._patch_points = {
+            part for layer in self.layers for part in (*layer.patch_points, *layer.self_attn.patch_points)
+        }
         self._expected = [*self._now()]
         self._hooks_made, self.captured = RemovableHandle.next_id, any(self._hooks)
 
@@ -138,7 +143,7 @@ class BoundLayers:
             self.captured, self._hooks_made = any(self._hooks), made  # in this order: threads share the bound layers
         if any(any(map(dict.__contains__, self._own, repeat(name))) for name in REPLACEMENTS):
             return False
-        if not all(map(is_, map(type, self._modules), self._kinds)) or not are_as_made(self._made_of):
+        if not all(map(is_, map(type, self._modules), self._kinds)) or not are_unpatched(self._patch_points):
             return False
         try:
             return all(map(is_, self._now(), self._expected))
@@ -236,7 +241,7 @@ class StackStep:
         hidden: torch.Tensor,
         attention_mask: Any,
         rotary: Any,
-        take: Callable[[StackRequest], torch.Tensor | None],
+        dispatch: Callable[[StackRequest], torch.Tensor | None],
     ) -> torch.Tensor | None:
         """Returns what a layer's forward returns, or None where the layer is to do its part by itself.
 
@@ -245,7 +250,7 @@ class StackStep:
             hidden: `[rows, 1, hidden]`.
             attention_mask: the layer's.
             rotary: its position embeddings.
-            take: does the step of all layers; None where it cannot.
+            dispatch: does the step of all layers; None where it cannot.
         """
         if self._out is not None:
             if hidden is not self._out:
@@ -258,7 +263,7 @@ class StackStep:
         if not self._layers or layer is not self._layers[0]:
             return None
         if attention_mask is None and rotary is not None:
-            self._out = take(StackRequest(self._stack, self._layers, self._cache, hidden, Rotary(*rotary)))
+            self._out = dispatch(StackRequest(self._stack, self._layers, self._cache, hidden, Rotary(*rotary)))
         if self._out is None:
             self._layers = ()
         return self._out

@@ -18,7 +18,7 @@ from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.clipped import warn_of_clipped
 from moacompress.runtime.compat.masks import plan_mask
 from moacompress.runtime.decode.context import CONTEXT, NAME, LayerCall, LayerContext
-from moacompress.runtime.decode.routes import straight_through, take
+from moacompress.runtime.decode.routes import dispatch, straight_through
 from moacompress.runtime.decode.step_requests import AttendRequest
 from moacompress.runtime.sharing.shared_keys import SHARED_KEYS, SharedKeys, taken
 
@@ -122,7 +122,7 @@ def _attended(
     tensors = (query, key, value, attention_mask)
     if not torch.compiler.is_compiling():
         warn_of_clipped(context, key, value)
-        return take(AttendRequest(context, cache, *tensors, scores, *of_gates))
+        return dispatch(AttendRequest(context, cache, *tensors, scores, *of_gates))
     if not (torch.is_grad_enabled() and query.requires_grad) and call.trained_scores is None:
         handle = None if cache is None else cache.handle
         out: torch.Tensor = torch.ops.moacompress.attend(
@@ -146,7 +146,7 @@ def _take_around(context: LayerContext, cache: PlanCache | None, *arguments: Any
     request = AttendRequest(context, cache, *arguments)
     if cache is not None:
         cache.update(request.key, request.value, context.layer)
-    return take(request)
+    return dispatch(request)
 
 
 def _refuse(

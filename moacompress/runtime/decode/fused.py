@@ -32,20 +32,20 @@ from moacompress.runtime.decode.all_layers import (
     REPLACEMENTS,
     RUN,
     BoundLayers,
-    MadeOf,
+    PatchPoint,
     StackStep,
-    are_as_made,
+    are_unpatched,
 )
 from moacompress.runtime.decode.context import CONTEXT, AttentionHook, LayerCall
-from moacompress.runtime.decode.routes import first_route, take
+from moacompress.runtime.decode.routes import dispatch, first_route
 from moacompress.runtime.decode.step_requests import HiddenRequest, LayerRequest
-from moacompress.runtime.linear import KernelLinear, has_few_rows, lies_ready
+from moacompress.runtime.linear import KernelLinear, has_few_rows, is_kernel_compatible
 from moacompress.runtime.sharing.projections import DroppedProjection
 
 PREFIX = "Fused"
 _MODULE_CALL = nn.Module.__call__
 PLAIN = (nn.Linear, KernelLinear, BlockLinear)
-SILU = tuple({type(private_names.take(private_names.ACTIVATIONS)[name]) for name in ("silu", "swish")})
+SILU = tuple({type(private_names.resolve(private_names.ACTIVATIONS)[name]) for name in ("silu", "swish")})
 NOTHING = object()
 """What nothing is: in the place of a part that is not what is known."""
 
@@ -62,10 +62,10 @@ class _FusedAttention:
     """What a fused attention's class puts before the layer's own.
 
     Attributes:
-        made_of: the forward of the layer's own class and of its linear layers, and what turns queries and keys.
+        patch_points: the forward of the layer's own class and of its linear layers, and what turns queries and keys.
     """
 
-    made_of: tuple[MadeOf, ...]
+    patch_points: tuple[PatchPoint, ...]
 
     def forward(
         self,
@@ -79,7 +79,7 @@ class _FusedAttention:
         module, call, rotary = cast(Any, self), cast(Any, kwargs.get(CONTEXT)), cast(Any, position_embeddings)
         parts = module._modules
         found = None
-        if attention_mask is None and are_as_made(module.made_of):
+        if attention_mask is None and are_unpatched(module.patch_points):
             found = _read((parts.get(name) for name in PROJECTIONS), hidden_states)
         able = capabilities_for(hidden_states).step_hidden
         if found is None or not able or not _fits(module, hidden_states, rotary, call, found):
@@ -91,7 +91,7 @@ class _FusedAttention:
             rest = (*rotary, cache.handle, context.rules.columns, context.layer, module.scaling)
             out = torch.ops.moacompress.attend_hidden(hidden_states, *found, *rest)
         else:
-            out = take(HiddenRequest(context, cache, hidden_states, Rotary(*rotary), module.scaling, found))
+            out = dispatch(HiddenRequest(context, cache, hidden_states, Rotary(*rotary), module.scaling, found))
         return module.o_proj(out.flatten(2)), None
 
 
@@ -100,11 +100,11 @@ class _FusedLayer:
 
     Attributes:
         known: the classes of its attention, feed-forward and norms.
-        made_of: the forward of the layer's own class, of those, and of what they are made of.
+        patch_points: the forward of the layer's own class, of those, and of what they are made of.
     """
 
     known: tuple[type[nn.Module], ...]
-    made_of: tuple[MadeOf, ...]
+    patch_points: tuple[PatchPoint, ...]
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *args: Any, **kwargs: Any
@@ -124,7 +124,7 @@ class _FusedLayer:
         if torch.compiler.is_compiling():
             rest = (*norms_and_mlp, *rotary, cache.handle, context.rules.columns, context.layer, scaling)
             return cast(torch.Tensor, torch.ops.moacompress.step_layer(hidden_states, *projections, *rest))
-        return take(LayerRequest(context, cache, hidden_states, Rotary(*rotary), scaling, layer.weights))
+        return dispatch(LayerRequest(context, cache, hidden_states, Rotary(*rotary), scaling, layer.weights))
 
 
 def _read(
@@ -143,7 +143,7 @@ def _read(
         own = layer._parameters
         weight, bias = own.get("weight"), own.get("bias")
         kind = kind_of(layer)
-        if not lies_ready(weight, hidden, kind) or not (bias is None or lies_ready(bias, hidden)):
+        if not is_kernel_compatible(weight, hidden, kind) or not (bias is None or is_kernel_compatible(bias, hidden)):
             return None
         weights.append(weight)
         codes.append(NATIVE if kind is None else kind.code)
@@ -199,7 +199,7 @@ def _layer(
     attention, mlp, norms = parts.get("self_attn"), parts.get("mlp"), [parts.get(name) for name in NORMS]
     if module.training or tuple(type(part) for part in (attention, mlp, *norms)) != module.known:
         return None
-    if not (are_as_made(module.made_of) and are_as_made(attention.made_of)):
+    if not (are_unpatched(module.patch_points) and are_unpatched(attention.patch_points)):
         return None
     own, feed_forward = attention._modules, mlp._modules
     names = (*((own, name) for name in (*PROJECTIONS, "o_proj")), *((feed_forward, name) for name in FEED_FORWARD))
@@ -225,7 +225,7 @@ def _layer(
         return None
     weights, biases, kinds, _ = found
     projections = Projections(weights[:3], biases, kinds[:3])
-    call = _call(attention, kwargs) if all(lies_ready(scale, hidden) for scale in scales) else None
+    call = _call(attention, kwargs) if all(is_kernel_compatible(scale, hidden) for scale in scales) else None
     if call is None or not _fits(attention, hidden, rotary, call, projections, among_all):
         return None
     projections = projections._replace(centre=call.context.centre)
@@ -235,7 +235,7 @@ def _layer(
             return None
         probe = own["gate"]._parameters
         gate = probe["weight"], probe["bias"]
-        if not all(lies_ready(part, hidden) for part in gate):
+        if not all(is_kernel_compatible(part, hidden) for part in gate):
             return None
     return _LayerParts(
         attention, call, LayerWeights(projections, NormAndMlpWeights(scales, eps, weights[3:], kinds[3:]), gate)
@@ -327,28 +327,28 @@ def _is_from(kind: type[nn.Module], home: str) -> bool:
     return kind.__module__ == home and code is not None and code.co_filename == sys.modules[home].__file__
 
 
-def _forward_of(kind: type[nn.Module]) -> MadeOf:
-    return MadeOf(kind, "forward", kind.forward if _is_from(kind, kind.__module__) else NOTHING)
+def _forward_of(kind: type[nn.Module]) -> PatchPoint:
+    return PatchPoint(kind, "forward", kind.forward if _is_from(kind, kind.__module__) else NOTHING)
 
 
-def _calls(kind: type[nn.Module], call: Any = _MODULE_CALL) -> tuple[MadeOf, ...]:
+def _calls(kind: type[nn.Module], call: Any = _MODULE_CALL) -> tuple[PatchPoint, ...]:
     """Returns what runs where a module of a class is called: its forward, and `call` around that."""
-    return _forward_of(kind), MadeOf(kind, "__call__", call)
+    return _forward_of(kind), PatchPoint(kind, "__call__", call)
 
 
 def _layer_call() -> Any:
     """Returns what is around a decoder layer's forward: before 5.23 transformers has a call of its own there."""
-    found = private_names.take(private_names.LAYER_CALL)
+    found = private_names.resolve(private_names.LAYER_CALL)
     home = sys.modules[private_names.LAYER_CALL.rpartition(".")[0].rpartition(".")[0]]
     return found if found is _MODULE_CALL or found.__code__.co_filename == home.__file__ else NOTHING
 
 
-def _function_of(module: Any, name: str) -> MadeOf:
+def _function_of(module: Any, name: str) -> PatchPoint:
     """Returns a function of a module's own, which others replace there by their kernels."""
     found = getattr(module, name, None)
     code = getattr(inspect.unwrap(found), "__code__", None) if callable(found) else None
     own = code is not None and code.co_filename == module.__file__
-    return MadeOf(module, name, found if own else NOTHING)
+    return PatchPoint(module, name, found if own else NOTHING)
 
 
 def _fused(own: type[nn.Module]) -> type[nn.Module]:
@@ -361,17 +361,17 @@ def _fused(own: type[nn.Module]) -> type[nn.Module]:
     made: Any = type(own.__name__, (mixin, own), {"__module__": __name__, "__qualname__": name})
     # a pickled layer may come into a process where its class has been given another forward: that is not one to stand in for
     call = _layer_call() if mixin is _FusedLayer else _MODULE_CALL
-    made.made_of = (*_calls(own, call), *map(_forward_of, PLAIN))
+    made.patch_points = (*_calls(own, call), *map(_forward_of, PLAIN))
     if mixin is _FusedAttention:
-        made.made_of += tuple(_function_of(sys.modules[home], name) for name in private_names.ROTARY)
+        made.patch_points += tuple(_function_of(sys.modules[home], name) for name in private_names.ROTARY)
     else:
         prefix = own.__name__.removesuffix("DecoderLayer")
         kinds = [getattr(sys.modules[home], prefix + part) for part in ("Attention", "MLP", "RMSNorm")]
         attention, mlp, norm = kinds
         written_there = all(_is_from(kind, home) for kind in kinds)
         made.known = (_fused(attention), mlp, norm, norm) if written_there else ()
-        made.made_of += tuple(part for kind in (*kinds, *SILU) for part in _calls(kind))
-    made.made_of += (MadeOf(made, "forward", made.forward),)
+        made.patch_points += tuple(part for kind in (*kinds, *SILU) for part in _calls(kind))
+    made.patch_points += (PatchPoint(made, "forward", made.forward),)
     globals()[name] = made
     return cast("type[nn.Module]", made)
 

@@ -452,7 +452,7 @@ def first_route(request: Request) -> torch.Tensor | None:
     return None
 
 
-def take(request: AttendRequest | HiddenRequest | LayerRequest) -> torch.Tensor:
+def dispatch(request: AttendRequest | HiddenRequest | LayerRequest) -> torch.Tensor:
     """Does what a request asks for; one that no route can do is made of a smaller one.
 
     Returns:
@@ -462,6 +462,6 @@ def take(request: AttendRequest | HiddenRequest | LayerRequest) -> torch.Tensor:
     if out is not None:
         return out
     if isinstance(request, LayerRequest):
-        return request.finished(take(request.hidden_request()))
+        return request.finished(dispatch(request.hidden_request()))
     assert isinstance(request, HiddenRequest)  # plain attention can always
-    return take(request.attend_request())
+    return dispatch(request.attend_request())

@@ -33,7 +33,7 @@ from moacompress.runtime.hf.generation import OVERRIDES
 from moacompress.runtime.hf.hooks import DecoderHook
 from moacompress.runtime.hf.layer_order import LayerOrder
 from moacompress.runtime.hf.prefixes import GENERATE, keep_prefixes, limit_in_environment
-from moacompress.runtime.linear import leave, take
+from moacompress.runtime.linear import install_kernel, uninstall_kernel
 from moacompress.runtime.sharing.projections import Dropped, drop_projections
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -99,7 +99,7 @@ def attach(model: Model, plan: Plan | str | Path) -> Model:
             put_gates(modules, plan, model_inputs(model), model.dtype, devices=layer_devices(model))
             _take_own_configs(model)
             _put(model, plan, modules, dropped, limit)
-            take_own_heads(model)
+            shard_to_local_heads(model)
         except MoaCompressError:
             detach(model)
             if earlier is not None:
@@ -134,7 +134,7 @@ def detach(model: Model) -> Model:
         unfuse(module)
     take_gates_off(attention_modules(model))
     for layer in attachment.linear:
-        leave(layer)
+        uninstall_kernel(layer)
     for name in (*OVERRIDES, GENERATE):
         model.__dict__.pop(name, None)
     for config, implementation in attachment.implementations:
@@ -242,7 +242,7 @@ def _put(
         setattr(model, name, partial(override, model))  # a bound method cannot be pickled: it is looked up by its name
     head = model.get_output_embeddings()
     parts = [*decoder.modules(), *([head] if isinstance(head, torch.nn.Module) else [])]
-    taken = [part for part in parts if take(part)]
+    taken = [part for part in parts if install_kernel(part)]
     model.__dict__["_moacompress"] = _Attachment(
         plan, plan, hook, layer_hooks, handles, implementations, taken, dropped
     )
@@ -250,7 +250,7 @@ def _put(
         keep_prefixes(model, limit)
 
 
-def take_own_heads(model: PreTrainedModel) -> None:
+def shard_to_local_heads(model: PreTrainedModel) -> None:
     """Has a model under a plan attend by the part of it that is of the KV heads of this rank, once its weights are known.
 
     Raises:
@@ -271,7 +271,7 @@ def take_own_heads(model: PreTrainedModel) -> None:
     if found != {heads}:
         raise UnsupportedError("some layers are split over ranks and others are not; load the model without tp_plan")
     attachment.own = own
-    attachment.decoder_hook.take(own)
+    attachment.decoder_hook.set_plan(own)
     for layer, hook in enumerate(attachment.layer_hooks):
         hook.context, hook.heads = _context(own, layer), slice(heads.start, heads.stop)
 

@@ -40,12 +40,12 @@ class DecoderHook:
 
     def __init__(self, plan: Plan, decoder: torch.nn.Module, order: LayerOrder, stack: Stack | None = None) -> None:
         self.order, self.stack = order, stack
-        self.take(plan)
+        self.set_plan(plan)
         parameters = inspect.signature(type(decoder).forward).parameters
         self.names = [name for name in parameters if name not in ("self", "args", "kwargs")]
         self.cache_name = next((name for name in CACHE_NAMES if name in self.names), CACHE)
 
-    def take(self, plan: Plan) -> None:
+    def set_plan(self, plan: Plan) -> None:
         """Goes by another plan from now on, such as that of a rank's KV heads."""
         self.plan, self.plan_key = plan, plan.key()
 

@@ -31,7 +31,7 @@ from moacompress.runtime.compat.http_errors import refusal
 from moacompress.runtime.compat.untested import check_installed
 from moacompress.runtime.decode import attention
 from moacompress.runtime.decode.context import NAME
-from moacompress.runtime.hf.attaching import install, take_own_heads
+from moacompress.runtime.hf.attaching import install, shard_to_local_heads
 from moacompress.runtime.hf.config import METHOD, MoaCompressConfig
 from moacompress.runtime.huge_pages import move_weights
 
@@ -90,7 +90,7 @@ class MoaCompressQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         settle_scales(model)
-        take_own_heads(model)
+        shard_to_local_heads(model)
         # what is trained are float weights: without this transformers refuses .half(), .to(dtype) and the Trainer
         model.__dict__["is_quantized"] = False
         model.__dict__.pop(private_names.MISSING_WEIGHTS, None)
@@ -170,8 +170,8 @@ def _is_being_loaded(config: Any) -> bool:
 def register() -> None:
     """Makes all of this known to transformers; what it knows already stays, so it may be called often."""
     configs, quantizers = (
-        private_names.take(private_names.QUANTIZATION_CONFIGS),
-        private_names.take(private_names.QUANTIZERS),
+        private_names.resolve(private_names.QUANTIZATION_CONFIGS),
+        private_names.resolve(private_names.QUANTIZERS),
     )
     known: tuple[tuple[dict[str, type], Any, type], ...] = (
         (configs, register_quantization_config, MoaCompressConfig),

@@ -15,7 +15,7 @@ import torch
 from moacompress.kernels.arguments import LayerWeights, NormAndMlpWeights, Projections, Rotary, Scores
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.decode.context import LayerContext
-from moacompress.runtime.decode.routes import take
+from moacompress.runtime.decode.routes import dispatch
 from moacompress.runtime.decode.step_requests import AttendRequest, HiddenRequest, LayerRequest
 from moacompress.runtime.hf import hooks
 
@@ -71,7 +71,9 @@ def _attend(
     if cache is not None:
         cache.update(key, value, layer)
     context = LayerContext.from_tensor(layer, rules)
-    return take(AttendRequest(context, cache, query, key, value, mask, Scores(scaling, softcap, s_aux), gate_scores))
+    return dispatch(
+        AttendRequest(context, cache, query, key, value, mask, Scores(scaling, softcap, s_aux), gate_scores)
+    )
 
 
 def _attend_hidden(
@@ -89,7 +91,7 @@ def _attend_hidden(
 ) -> torch.Tensor:
     """Does what a `HiddenRequest` asks for."""
     context, projections = LayerContext.from_tensor(layer, rules), Projections(weights, biases, kinds, centre)
-    return take(HiddenRequest(context, PlanCache.find(handle), hidden, Rotary(cos, sin), scaling, projections))
+    return dispatch(HiddenRequest(context, PlanCache.find(handle), hidden, Rotary(cos, sin), scaling, projections))
 
 
 def _step_layer(
@@ -114,7 +116,7 @@ def _step_layer(
     parts = LayerWeights(
         Projections(weights, biases, kinds, centre), NormAndMlpWeights(norms, eps, around, kinds_around)
     )
-    return take(LayerRequest(context, whole, hidden, Rotary(cos, sin), scaling, parts))
+    return dispatch(LayerRequest(context, whole, hidden, Rotary(cos, sin), scaling, parts))
 
 
 def _fake_attend_hidden(

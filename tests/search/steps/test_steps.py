@@ -17,7 +17,7 @@ from moacompress.rules.plan import Plan
 from moacompress.search import study
 from moacompress.search.deadline import Deadline
 from moacompress.search.measure.packed_plan import pack
-from moacompress.search.measure.trials import Tried
+from moacompress.search.measure.trials import TrialResult
 from moacompress.search.problem.knapsack import Knapsack, chosen_plan
 from moacompress.search.search_context import Incumbent, SearchContext
 from moacompress.search.search_request import SearchRequest
@@ -50,7 +50,7 @@ def first(context: SearchContext) -> Incumbent:
     """The surrogate's own plan, as a study of one trial leaves it."""
     plan = context.start().plan
     kls = context.evaluator.kls("test", plan, context.evaluator.order)
-    context.tried = [Tried(0, plan.key(), pack(plan), kls, 0.0, False, True, context.request.parameters.neutral)]
+    context.tried = [TrialResult(0, plan.key(), pack(plan), kls, 0.0, False, True, context.request.parameters.neutral)]
     return Incumbent(plan, kls, "trial 0")
 
 

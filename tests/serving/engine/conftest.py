@@ -121,13 +121,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from moacompress.serving.vllm.layer_memory import LayerMemory
 
     memories, freed = list[Any](), list[int]()
-    made_of, free_blocks = LayerMemory.of, BlockPool.free_blocks
+    patch_points, free_blocks = LayerMemory.of, BlockPool.free_blocks
 
     def of(layer: int, classes: Any, rules: Any) -> Any:
         for one in classes if not memories else []:
             memories.append(one.kv_cache)
             one.kv_cache.fill_(NAN)
-        return made_of(layer, classes, rules)
+        return patch_points(layer, classes, rules)
 
     def free(pool: BlockPool, blocks: Any, *args: Any, **kwargs: Any) -> Any:
         blocks = list(blocks)
