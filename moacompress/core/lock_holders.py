@@ -58,7 +58,7 @@ class LockHolder:
     Attributes:
         host: name of its machine.
         boot: which boot of the machine; empty where the system does not say.
-        space: which space of process ids, as containers have their own; likewise.
+        pid_namespace: which space of process ids, as containers have their own; likewise.
         pid: its process id.
         started: when the process began, in ticks since the boot; likewise.
         begun: when it began to work on it, in seconds since 1970.
@@ -67,7 +67,7 @@ class LockHolder:
 
     host: str
     boot: str
-    space: str
+    pid_namespace: str
     pid: int
     started: str
     begun: float
@@ -79,7 +79,7 @@ class LockHolder:
         return LockHolder(
             host=socket.gethostname(),
             boot=_boot(),
-            space=_space(),
+            pid_namespace=_pid_namespace(),
             pid=os.getpid(),
             started=_started(os.getpid()) or "",
             begun=time.time(),
@@ -107,7 +107,7 @@ class LockHolder:
     @property
     def is_here(self) -> bool:
         """Whether its process is one of those that this one can look at."""
-        return self.shares_locks and self.space == _space() and self.started != ""
+        return self.shares_locks and self.pid_namespace == _pid_namespace() and self.started != ""
 
     def is_alive(self, silent: Callable[[], float]) -> bool:
         """Returns whether the process still works on it, where no lock says so.
@@ -360,7 +360,7 @@ def _boot() -> str:
         return ""
 
 
-def _space() -> str:
+def _pid_namespace() -> str:
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:

@@ -189,7 +189,7 @@ def parent() -> LockHolder:
     return replace(ALIVE, pid=os.getppid(), started=lock_holders._started(os.getppid()) or "")
 
 
-@pytest.mark.parametrize("change", [{}, {"host": "container", "space": "pid:[1]"}], ids=["here", "another container"])
+@pytest.mark.parametrize("change", [{}, {"host": "container", "pid_namespace": "pid:[1]"}], ids=["here", "another container"])
 def test_the_trace_of_what_has_lost_its_lock_does_not_count(
     change: dict[str, Any], parent: LockHolder, target: Path
 ) -> None:
@@ -206,7 +206,7 @@ def test_without_a_lock_a_holder_is_alive_if_its_process_is(change: dict[str, An
 
     assert parent.is_alive(silent)
     assert not replace(parent, **change).is_alive(silent)
-    for elsewhere in ({"boot": "another"}, {"space": "pid:[1]"}, {"started": ""}):
+    for elsewhere in ({"boot": "another"}, {"pid_namespace": "pid:[1]"}, {"started": ""}):
         holder = replace(parent, **change | elsewhere)
         assert holder.is_alive(lambda: 10.0)
         assert not holder.is_alive(lambda: lock_holders.SILENT_SECONDS + 1)
