@@ -5,11 +5,10 @@
 Parts, each with its share of `--minutes`, and what one does not use goes to the next: `correct` (kernels and a model's logits
 against plain PyTorch on the same card, replayed steps against steps, who waits for whom), `ceiling` (what copying memory and
 a product of matrices reach), `decode` and `prefill` (kernels alone, as a share of that and beside SDPA and FlashInfer),
-`profile` (a profiled sample beside a forward and backward pass of SDPA), `e2e` (a model with random weights under plans, at
-full span, plain, with a static cache compiled, with transformers' quantized cache: tokens a second, each side at its own
-largest batch, and then steps at the same rows and tokens). `ruler` is asked for alone, with `--parts ruler --model DIR`: RULER
-at 4k on a compressed checkpoint and the dense model through `moacompress eval`, which resumes; how long it will take and what
-memory it needs is said first.
+`e2e` (a model with random weights under plans, at full span, plain, with a static cache compiled, with transformers' quantized
+cache: tokens a second, each side at its own largest batch, and then steps at the same rows and tokens). `ruler` is asked for
+alone, with `--parts ruler --model DIR`: RULER at 4k on a compressed checkpoint and the dense model through `moacompress eval`,
+which resumes; how long it will take and what memory it needs is said first.
 
 Results are lines of JSON; at the end there is one table with the name of the card, and one of the targets. A result that
 cannot be had is a line that says why; if the process that has the device ends, another one goes on behind it. `--show` makes

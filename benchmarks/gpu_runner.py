@@ -51,14 +51,14 @@ class Runner:
         """What runs attention there."""
         return dispatch.backend_for(torch.empty(0, dtype=self.dtype, device=self.device))
 
-    def seconds(self, run: Callable[[], Any], repeats: int | None = None) -> float:
+    def seconds(self, run: Callable[[], Any]) -> float:
         """Returns the median time of a call, s, each after what caches of the card hold was written over.
 
         The card is still writing when it is given the call, so that a launch that takes the host less is not in its time.
         """
         run()
         found: list[float] = []
-        while len(found) < (repeats or self.sizes.repeats) and sum(found) < LONG:
+        while len(found) < self.sizes.repeats and sum(found) < LONG:
             self._cold.zero_()
             found.append(self._once(run))
         return statistics.median(found)

@@ -22,7 +22,6 @@ class Sizes(NamedTuple):
         cells: rows and tokens of decode steps, the most tokens first.
         batch: tokens of a row where batches are as large as memory allows.
         prompts: tokens of prompts.
-        sample: tokens of a profiled sample.
         copy: bytes that are copied.
         repeats: of every measurement.
         layers: of the model whose logits are compared.
@@ -33,7 +32,6 @@ class Sizes(NamedTuple):
     cells: tuple[tuple[int, int], ...]
     batch: int
     prompts: tuple[int, ...]
-    sample: int
     copy: int
     repeats: int
     layers: int
@@ -73,7 +71,6 @@ LARGE = Sizes(
     ((56, 8192), (8, 32768), (8, 8192), (1, 32768)),
     8192,
     (4096, 16384),
-    4096,
     1 << 30,
     20,
     4,
@@ -92,7 +89,6 @@ SMALL = Sizes(
     ((2, 96),),
     96,
     (80,),
-    96,
     1 << 16,
     1,
     2,

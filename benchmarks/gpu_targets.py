@@ -105,9 +105,6 @@ def _targets(found: Results, sizes: Sizes) -> Iterator[Target]:
     for prompt in sizes.prompts:
         share = found.number("prefill", f"{prompt:,} tokens, a quarter", "x visible share")
         yield Target(f"prefill of {prompt:,}: times the visible share of FlashAttention-2", 1.1, True, share)
-    for way in ("spans", "with heads", "with heads and gates"):
-        share = found.number("profile", f"{sizes.sample:,} tokens, {way}", "x SDPA")
-        yield Target(f"profile, {way}: times a forward and a backward pass of SDPA", 1.3, True, share)
     yield Target(
         f"{sizes.replayed} replayed steps are the steps: share of plans",
         1,

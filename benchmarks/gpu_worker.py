@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from gpu_rows import Boxes, Row, Task, run_tasks  # beside this script
 from gpu_sizes import LARGE, SMALL
 
-WEIGHTS = {"correct": 3.0, "ceiling": 0.5, "decode": 3.0, "prefill": 1.5, "profile": 2.0, "e2e": 10.0}
+WEIGHTS = {"correct": 3.0, "ceiling": 0.5, "decode": 3.0, "prefill": 1.5, "e2e": 10.0}
 """Share of the time of each part, in their order."""
 START = 120.0
 """Seconds until a process must have begun its first task."""
@@ -59,7 +59,6 @@ def parts_of(runner: Any) -> dict[str, Callable[[], Iterator[Task]]]:
     """Returns what makes the tasks of each part, by name."""
     from gpu_correct import correct
     from gpu_layers import ceiling, decode, prefill
-    from gpu_profile import profile
     from gpu_steps import e2e
 
     made = {
@@ -67,7 +66,6 @@ def parts_of(runner: Any) -> dict[str, Callable[[], Iterator[Task]]]:
         "ceiling": ceiling,
         "decode": decode,
         "prefill": prefill,
-        "profile": profile,
         "e2e": e2e,
     }
     return {name: lambda of=of: of(runner) for name, of in made.items()}  # type: ignore[misc]

@@ -9,8 +9,7 @@ attend, how many reads of 16 bytes the loops over tiles issue, ahead of use wher
 scores for layers that share the attention, and `ring-reuse` reads them in place of keys; `merge` adds up parts.
 `prefill-first` is that of a prompt without a past, and `prefill-careful` that of programs with numbers that are not finite. Of
 `append`, which rounds to the bit, how many operations are contracted, or not rounded to nearest (`inexact`). `select` lets a
-token compete that leaves a window, and `move` copies tokens; `profile` sums what rules would move, and `profile-selected` what
-those that select show; `gradients-q` and `gradients-kv` are those of queries, and of keys and values.
+token compete that leaves a window, and `move` copies tokens.
 """
 
 from __future__ import annotations
@@ -31,15 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moacompress.kernels.kv_parts import KVPart
-from moacompress.kernels.triton import (
-    append_kernels,
-    decode_kernels,
-    gradient_kernels,
-    prefill_kernels,
-    profile_kernels,
-    select_kernels,
-    selected_sum_kernels,
-)
+from moacompress.kernels.triton import append_kernels, decode_kernels, prefill_kernels, select_kernels
 from moacompress.kernels.triton.cards import CARDS, named
 from moacompress.kernels.triton.tile_sizes import (
     APPEND_WARPS,
@@ -48,11 +39,9 @@ from moacompress.kernels.triton.tile_sizes import (
     TileSizes,
     append_constants,
     append_next_constants,
-    gradient_constants,
     merge_constants,
     move_constants,
     prefill_constants,
-    profile_constants,
     select_constants,
     split_constants,
 )
@@ -72,19 +61,16 @@ REUSED = "-"
 """Bits of keys that are not read."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Of models."""
-OF_MODEL = ("Query", "Key", "Value", "ChunkKeys", "ChunkValues", "Cotangent", "SinkLogits", "Out", "KeyOut", "ValueOut")
+OF_MODEL = ("Query", "Key", "Value", "ChunkKeys", "ChunkValues", "SinkLogits", "Out")
 """Pointers to numbers of the model's dtype."""
-POINTERS = {
-    **dict.fromkeys(("Partial", "PartialLse", "Lse", "Kept", "Delta", "Windows", "Prefixes", "Sums"), "*fp32"),
-    **dict.fromkeys(("Suspect", "Starts", "Sinks", "Events", "Counts", "Ways", "Left"), "*i32"),
-}
+POINTERS = {**dict.fromkeys(("Partial", "PartialLse", "Lse", "Kept"), "*fp32"), "Suspect": "*i32"}
 """Types of pointers that are not to integers of 64 bits."""
 FLOATS = ("scaling", "softcap")
-IN_RING = {"Table": "*i32", "Selected": "*i32", "GateScores": "*i16", "Counts": "*i64"}
+IN_RING = {"Table": "*i32", "Selected": "*i32", "GateScores": "*i16"}
 """Types of pointers of the kernels of a step in rings."""
-OF_GATES = {"Kept": "*i16", "Counts": "*i64"}
+OF_GATES = {"Kept": "*i16"}
 """Types of pointers of the kernels that write and compare scores of tokens."""
-NATIVE = ("merge", "prefill-first", "profile", "profile-selected", "gradients-q", "gradients-kv")
+NATIVE = ("merge", "prefill-first")
 """Kernels that formats are no matter of."""
 
 
@@ -131,10 +117,6 @@ def main() -> None:
         "ring-reuse": partial(decode_resources, ring=True, reuse=True),
         "ring-append": partial(append_resources, ring=True),
         "ring-select": partial(select_resources, ring=True),
-        "profile": partial(profile_resources, profile_kernels.sum_outward),
-        "profile-selected": partial(profile_resources, selected_sum_kernels.sum_selected),
-        "gradients-q": partial(gradient_resources, gradient_kernels.of_queries),
-        "gradients-kv": partial(gradient_resources, gradient_kernels.of_keys),
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cards", default="sm_80,sm_90,sm_100", help=f"some of {', '.join(CARDS)}, with commas")
@@ -254,21 +236,6 @@ def prefill_resources(
     )
     types = pool_types(model, bits) | ({"Out": "*fp32"} if bits[1] else {})
     found = compiled(card, prefill_kernels.attend_chunk, {**constants, "CAREFUL": careful}, types, tiles.options)
-    return {"tokens": constants["TOKENS"], "tile": tiles.TILE, **_taken(card, found, tiles.num_warps)}
-
-
-def profile_resources(kernel: Any, card: str, model: Model, bits: tuple[int, int]) -> dict[str, Any]:
-    """Compiles a kernel of the profile's sums for a card; returns what it takes."""
-    tiles, constants = profile_constants(*model.sides, **model.products, card=named(card))
-    types = pool_types(model, bits) | {"Evicted": "*i32"}
-    found = compiled(card, kernel, constants, types, tiles.options)
-    return {"tokens": constants["TOKENS"], "tile": tiles.TILE, **_taken(card, found, tiles.num_warps)}
-
-
-def gradient_resources(kernel: Any, card: str, model: Model, bits: tuple[int, int]) -> dict[str, Any]:
-    """Compiles a kernel of gradients for a card; returns what it takes."""
-    tiles, constants = gradient_constants(*model.sides, **model.products, card=named(card))
-    found = compiled(card, kernel, constants, pool_types(model, bits), tiles.options)
     return {"tokens": constants["TOKENS"], "tile": tiles.TILE, **_taken(card, found, tiles.num_warps)}
 
 

@@ -12,7 +12,6 @@ from moacompress.kernels.arguments import CacheView, Scores, SelectedView
 from moacompress.kernels.backend import Backend
 from moacompress.kernels.capabilities import Status
 from moacompress.kernels.triton.triton_backend import DTYPES, TritonBackend
-from moacompress.rules.rule_table import RuleTable
 
 
 class Copies:
@@ -135,21 +134,6 @@ class OnDevice(Backend):
         keys, values = there.of_all(keys), there.of_all(values)
         self.kernels.append(kv_parts, own, there.of(value), keys=keys, values=values, **rest)
         there.write_back()
-
-    def profile_sums(
-        self,
-        dout: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        rules: RuleTable,
-        scores: Scores,
-        **rest: Any,
-    ) -> torch.Tensor:
-        there = Copies(self.device)
-        given = there.of_all((dout, query, key, value))
-        return self.kernels.profile_sums(*given, rules=rules, scores=there.of_scores(scores), **rest).to("cpu")
 
 
 def _here(found: tuple[torch.Tensor, torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor | None]:

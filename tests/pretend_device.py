@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from moacompress.kernels import sdpa
+
 aten = torch.ops.aten
 KIND = "xla"
 """Type of the device: not CUDA, which PyTorch's autograd would look for."""
@@ -45,15 +47,10 @@ INDEXING = {
 LAUNCHED = {
     "append_kernels": ("append", "append_next"),
     "decode_kernels": ("split", "merge"),
-    "gradient_kernels": ("of_queries", "of_keys"),
     "prefill_kernels": ("attend_chunk",),
-    "profile_kernels": ("sum_outward",),
     "select_kernels": ("select", "move"),
-    "selected_sum_kernels": ("sum_selected",),
 }
 """The kernels in Triton, by their modules."""
-BACKWARD = ("of_queries", "of_keys")
-"""Those that autograd launches, from a thread of the tensors' GPU."""
 
 
 class PretendTensor(torch.Tensor):
@@ -266,9 +263,7 @@ class Launched:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*given: Any, **constants: Any) -> None:
             self.launches += 1
-            assert self.kernel.__name__ in BACKWARD or self.chosen, (
-                "launched on the GPU that happens to be the current one"
-            )
+            assert self.chosen, "launched on the GPU that happens to be the current one"
             there = {isinstance(each, PretendTensor) for each in given if isinstance(each, torch.Tensor)}
             if there != {True} and not (self.cpu_too and there == {False}):
                 raise RuntimeError(f"{self.kernel.__name__} is given a tensor of the CPU")
@@ -302,3 +297,21 @@ def launch_there(patch: Any, *, cpu_too: bool = False) -> dict[str, Launched]:
             found[kernel] = Launched(getattr(module, kernel), cpu_too, chosen)
             patch.setattr(module, kernel, found[kernel])
     return found
+
+
+def as_a_card(patch: Any, triton: Any, *, cpu_too: bool = False) -> dict[str, Launched]:
+    """Has the device run as a card does: Triton's kernels, and PyTorch's attention for dense passes of a profile.
+
+    Args:
+        patch: pytest's `monkeypatch`.
+        triton: the backend, in use.
+        cpu_too: whether it runs what is on the CPU as well.
+
+    Returns:
+        What stands in the kernels' places, by their names.
+    """
+    patch.setattr(
+        type(triton), "supports", lambda backend, device, dtype: device == KIND or (cpu_too and device == "cpu")
+    )
+    patch.setattr(sdpa, "DEVICES", (KIND,))
+    return launch_there(patch, cpu_too=cpu_too)

@@ -15,7 +15,7 @@ what every change of a span does, up or down. Keys and values are as the plan's 
 a format does is told from the gradients, see `precision`. Codes of keys are of what they are less their centre.
 
 Where a backend has a sweep of its own and all that is wanted are sums, it makes gradients and sums at once; what is here in
-PyTorch is its reference, and what collectors that look at whole tiles get.
+PyTorch is its reference, what collectors that look at whole tiles get, and what runs on a GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moacompress.calibration.profile.sweep import SumCollector, summed, swept
+from moacompress.calibration.profile.sweep import SumCollector, swept
 from moacompress.calibration.profile.tiles import (
     AttentionSpec,
     CachedPart,
@@ -140,23 +140,14 @@ def attend_backward(
                 for collector in looking:
                     collector.add(view)
         return found
-    scores = spec.scores(sink_logit)
-    sums = plan is None and backend_for(query).capabilities.profile_sums
-    if sums:
-        tiled = summed(*chunk, scores, table, collectors, choices)
-        for view, *_ in _views(*chunk, spec, sink_logit, table, None, tile, choices) if tiled else ():
-            for other in tiled:
-                other.add(view)
-    if plan is None and (sums or not collectors) and sdpa.suits(query, scores):
+    if plan is None and not collectors and sdpa.suits(query, spec.scores(sink_logit)):
         return sdpa.dense_gradients(grad, query, key, value, spec.scaling, native)
-    if sums:
-        return _plain_gradients(query, key, value, grad, spec, sink_logit)
     (heads, n, size), work = query.shape[1:], _work_dtype(query)
     grad_query = torch.zeros(heads, n, size, dtype=work, device=query.device)
     grad_keys, grad_values = (torch.zeros_like(tensor[0], dtype=work) for tensor in (key, value))  # newest key first
     for view, attended, grad_logits, slope in _views(*chunk, spec, sink_logit, table, plan, tile, choices):
-        for other in collectors:
-            other.add(view)
+        for collector in collectors:
+            collector.add(view)
         at = view.tile.columns(n)
         grad_logits = (grad_logits if slope is None else grad_logits.mul_(slope)).flatten(1, 2)
         grad_query[:, view.rows] = torch.bmm(grad_logits, view.keys).mul_(spec.scaling).view(heads, -1, size)
@@ -167,17 +158,6 @@ def attend_backward(
         grad_keys.flip(1)[None].to(key.dtype),
         grad_values.flip(1)[None].to(value.dtype),
     )
-
-
-def _plain_gradients(
-    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, spec: AttentionSpec, sink_logit: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of dense attention by the backend's own; arguments are those of `attend_backward`."""
-    with torch.enable_grad():
-        leaves = [part.detach().requires_grad_() for part in (query, key, value)]
-        out = attend(leaves[0], leaves[1], leaves[2], spec, None if sink_logit is None else sink_logit.detach())
-        found = torch.autograd.grad(out, leaves, grad.to(out.dtype))
-    return found[0], found[1], found[2]
 
 
 def _views(

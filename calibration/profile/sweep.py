@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from moacompress.kernels.arguments import Choices, Scores, as_tensors
+from moacompress.kernels.arguments import Choices, as_tensors
 from moacompress.kernels.dispatch import backend_for
 from moacompress.rules.rule_table import RuleTable
 
 if TYPE_CHECKING:
-    from moacompress.calibration.profile.tiles import AttentionSpec, Collector
+    from moacompress.calibration.profile.tiles import AttentionSpec
 
 
 class LayerSums(NamedTuple):
@@ -49,44 +49,6 @@ class SumCollector(Protocol):
 
     def add_sums(self, sums: LayerSums) -> None:
         """Takes what would have come tile by tile."""
-
-
-def summed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad: Tensor,
-    scores: Scores,
-    table: RuleTable,
-    collectors: Sequence[Collector],
-    choices: Choices | None,
-) -> list[Collector]:
-    """Gives what every rule moves of a dense layer to collectors that need no more; the backend has `profile_sums`.
-
-    Args:
-        query: `[1, heads, N, head_dim]`.
-        key: `[1, kv_heads, N, head_dim]`.
-        value: as `key`.
-        grad: cotangent of the output, `[1, heads, N, head_dim]`.
-        scores: how scores are made.
-        table: the rules, for this layer, in numpy.
-        collectors: of any kind.
-        choices: what rules that select choose; without them they are taken for their sinks and windows alone.
-
-    Returns:
-        The other collectors.
-    """
-    tiled: list[Collector] = []
-    found: LayerSums | None = None
-    for each in collectors:
-        if not isinstance(each, SumCollector) or each.baselines or each.lag is not None:
-            tiled.append(each)
-            continue
-        if found is None:
-            sums = backend_for(query).profile_sums(grad, query, key, value, rules=table, scores=scores, choices=choices)
-            found = LayerSums(sums[0], sums[1], None, None, 0)
-        each.add_sums(found)
-    return tiled
 
 
 def swept(

@@ -381,33 +381,6 @@ class Backend(ABC):
         """
         raise self._cannot("profile_backward")
 
-    def profile_sums(
-        self,
-        dout: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        rules: RuleTable,
-        scores: Scores,
-        choices: Choices | None = None,
-    ) -> torch.Tensor:
-        """Returns what every rule would move of a dense layer's output, without gradients.
-
-        Args:
-            dout: cotangent of the output, `[1, heads, tokens, value_dim]`.
-            query: `[1, heads, tokens, head_dim]`.
-            key: `[1, kv_heads, tokens, head_dim]`.
-            value: `[1, kv_heads, tokens, value_dim]`.
-            rules: every KV head is asked what each of them would do; one native window.
-            scores: how scores are made.
-            choices: what rules that select choose; without them they are taken for their sinks and windows alone.
-
-        Returns:
-            Sums of squares and of the deltas, float64 `[2, kv_heads, rules]`.
-        """
-        raise self._cannot("profile_sums")
-
     def put(
         self, kv_parts: Sequence[KVPart], memory: Sequence[torch.Tensor], slots: torch.Tensor, vectors: torch.Tensor
     ) -> None:

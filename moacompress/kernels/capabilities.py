@@ -23,7 +23,6 @@ class Capabilities:
         linear: `Backend.linear`.
         linear_blocks: `Backend.linear_blocks` reads the blocks as they lie, without a dense copy of a few outputs at a time.
         profile: `Backend.profile_backward`.
-        profile_sums: `Backend.profile_sums`.
         trace: `Backend.start_trace`.
         outside_formats: keeps formats of installed packages, as `KVPart` does.
     """
@@ -40,7 +39,6 @@ class Capabilities:
     linear: bool = False
     linear_blocks: bool = False
     profile: bool = False
-    profile_sums: bool = False
     trace: bool = False
     outside_formats: bool = False
 

@@ -189,7 +189,9 @@ def parent() -> LockHolder:
     return replace(ALIVE, pid=os.getppid(), started=lock_holders._started(os.getppid()) or "")
 
 
-@pytest.mark.parametrize("change", [{}, {"host": "container", "pid_namespace": "pid:[1]"}], ids=["here", "another container"])
+@pytest.mark.parametrize(
+    "change", [{}, {"host": "container", "pid_namespace": "pid:[1]"}], ids=["here", "another container"]
+)
 def test_the_trace_of_what_has_lost_its_lock_does_not_count(
     change: dict[str, Any], parent: LockHolder, target: Path
 ) -> None:

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from moacompress.healer.healing import heal
-from tests.pretend_device import KIND
+from tests.pretend_device import KIND, as_a_card
 
 
 @pytest.fixture
@@ -36,16 +36,23 @@ def trainer_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return choose
 
 
+@pytest.mark.parametrize("kernel", ["reference", pytest.param("triton", marks=pytest.mark.heavy)])
 def test_healing_is_that_of_the_cpu(
+    kernel: str,
     healable: dict[str, Path],
     small: Callable[..., Any],
     tmp_path: Path,
     pretend_device: Any,
     trainer_on: Callable[[str], None],
+    use_backend: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe, found = small(steps=2).override(dtype="float32"), []
     for name in ("cpu", f"{KIND}:0"):
         trainer_on(name)
+        kernels = {}
+        if kernel == "triton" and name != "cpu":  # the checkpoint is tried on the CPU
+            kernels = as_a_card(monkeypatch, use_backend("triton"), cpu_too=True)
         with pretend_device():
             done = heal(
                 healable["model"],
@@ -55,5 +62,6 @@ def test_healing_is_that_of_the_cpu(
             )
         kl = done.plan.provenance["heal"]["held_out_kl"]
         found.append((kl["before"]["mean"], kl["after"]["mean"], *done.losses))
+    assert not kernels or kernels["attend_chunk"].launches
     assert found[1] == pytest.approx(found[0], rel=1e-4)
     assert found[0][1] < found[0][0]

@@ -14,7 +14,7 @@ from moacompress.kernels.arguments import Passing
 from moacompress.kernels.dispatch import REFERENCE
 from moacompress.kernels.triton.triton_backend import TritonBackend
 from tests import gpu
-from tests.kernels import test_append, test_selecting, test_triton_gradients, test_triton_profile
+from tests.kernels import test_append, test_selecting, test_triton_prefill
 from tests.on_device import Copies, OnDevice
 from tests.pretend_device import KIND, PretendTensor, launch_there
 
@@ -60,8 +60,8 @@ def test_decode_and_prefill(formats: str | None, on_device: OnDevice, random_cas
 
 
 def test_gradients(on_device: OnDevice, random_case: Any) -> None:
-    case = random_case(1, torch.float32, past=0, cuts=0, scaling=0.25, tokens=33, dim=16, value_dim=16, logits=True)
-    test_triton_gradients.check(on_device, case, torch.float32)
+    for past in (0, 40):
+        test_triton_prefill.test_gradients_are_the_references(past, on_device, random_case)
 
 
 def test_tokens_are_written(on_device: OnDevice, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,11 +76,6 @@ def test_tokens_are_selected_and_moved(
     given: Callable[[str], Any] = {"triton": on_device, "cpu": None}.__getitem__
     test_selecting.test_triton_selects_to_the_bit(1, "triton", given, kernels_cannot_run)
     test_selecting.test_tokens_are_moved_with_their_scores("triton", given)
-
-
-def test_sums_of_a_profile(on_device: OnDevice, use_backend: Callable[[str], Any]) -> None:
-    assert dispatch.backend_for(torch.empty(0)) is on_device
-    test_triton_profile.test_sums(0, on_device, use_backend)
 
 
 def test_a_kernel_that_is_given_a_tensor_of_the_cpu_fails(on_device: OnDevice, random_case: Any) -> None:

@@ -17,6 +17,7 @@ from moacompress.rules.windows import BLOCK
 from tests.kernels.test_triton import PAIRS
 
 REFERENCE = ReferenceBackend()
+GRADIENTS = ("query", "key", "value", "sink_logits")
 LSE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
@@ -108,6 +109,24 @@ def test_selected_tokens_that_are_not_finite_reach_those_who_see_them(pair, numb
     for mine, right in zip(found, wanted, strict=True):
         assert torch.equal(mine.isnan(), right.isnan())
         assert torch.allclose(mine.nan_to_num(), right.nan_to_num(), atol=3e-5)
+
+
+@pytest.mark.parametrize("past", [0, 40])
+def test_gradients_are_the_references(past, triton, random_case):
+    """In formats too, and over a cache and selected tokens; without gradients the same numbers are a kernel's."""
+    sizes = {"rows": 2, "tokens": 33, "valid": 33, "dim": 16, "value_dim": 16, "logits": True, "formats": "any"}
+    case, results = random_case(3, torch.float32, past=past, **sizes), []
+    if past:
+        case = case.keeping(random.Random(3))
+    for backend in (triton, REFERENCE):
+        leaves = {name: getattr(case, name).clone().requires_grad_() for name in GRADIENTS}
+        out, _ = replace(case, **leaves).prefilled(backend)
+        results.append((out.detach(), *torch.autograd.grad(out.square().sum(), list(leaves.values()))))
+    results.append((case.prefilled(triton)[0],))
+    for found in (results[0], results[2]):
+        for mine, wanted in zip(found, results[1], strict=False):
+            assert (mine - wanted).abs().max() < 2e-4 * (1 + wanted.abs().max())
+    assert all(found.abs().max() > 0 for found in results[0])
 
 
 def test_a_kernel_is_given_what_it_takes(triton):

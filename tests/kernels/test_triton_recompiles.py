@@ -15,13 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from moacompress.kernels.arguments import CacheView, Choices, SelectedView, as_tensors
+from moacompress.kernels.arguments import CacheView, SelectedView, as_tensors
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.triton.work_lists import UNIT, sent
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from tests.kernels import test_selecting
-from tests.kernels.test_gradients import gradients
 from tests.runtime.test_ring import DIM, MIN_WINDOW, SCORES, Pair
 
 CPU = torch.device("cpu")
@@ -38,26 +37,12 @@ class Variants:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import make_backend
 
-        from moacompress.kernels.triton import (
-            append_kernels,
-            decode_kernels,
-            gradient_kernels,
-            prefill_kernels,
-            profile_kernels,
-            select_kernels,
-            selected_sum_kernels,
-        )
+        from moacompress.kernels.triton import append_kernels, decode_kernels, prefill_kernels, select_kernels
 
         self.keys: defaultdict[str, set[Any]] = defaultdict(set)
         self.kernels = (
             *(append_kernels.append, append_kernels.append_next, decode_kernels.split, decode_kernels.merge),
-            *(gradient_kernels.of_queries, gradient_kernels.of_keys, prefill_kernels.attend_chunk),
-            *(
-                profile_kernels.sum_outward,
-                selected_sum_kernels.sum_selected,
-                select_kernels.select,
-                select_kernels.move,
-            ),
+            *(prefill_kernels.attend_chunk, select_kernels.select, select_kernels.move),
         )
         backend = make_backend(GPUTarget("cuda", 90, 32))
         self.hooks = [self._hook(kernel, backend) for kernel in self.kernels]
@@ -139,34 +124,6 @@ def test_chunks(interpreted: Any, random_case: Callable[..., Any], variants: Var
         case = random_case(tokens, torch.float32, past=past, tokens=tokens, formats=[(0, 0)] * 2, **SIZES)
         in_a_row(case).keeping(random.Random(past)).prefilled(interpreted)
     assert variants.of("attend_chunk") == 2
-
-
-def test_gradients(interpreted: Any, random_case: Callable[..., Any], variants: Variants) -> None:
-    for tokens in (1, 16, 33):
-        case = in_a_row(random_case(tokens, torch.float32, past=0, tokens=tokens, valid=tokens, **SIZES))
-        cotangents = torch.ones(case.value.shape[0], case.query.shape[1], tokens, 16), torch.ones(case.query.shape[:3])
-        case.keys, case.values = [], []
-        gradients(lambda each: each.prefilled(interpreted), case, *cotangents)
-    assert {name: len(found) for name, found in variants.keys.items()} == {
-        "attend_chunk": 2,
-        "of_queries": 1,
-        "of_keys": 1,
-    }
-
-
-def test_sums_of_a_profile(interpreted: Any, variants: Variants) -> None:
-    """Whatever the rules, too, and how many of them select."""
-    for tokens, alphas, native in ((32, (16,), 16), (33, (16, 20), None), (70, (16, 20, 40), None)):
-        rules = RuleTable.of([Rule.FULL, *(Rule(4, alpha, 0) for alpha in alphas)], 16, native)
-        choices = None
-        if native is None:
-            rules = RuleTable.of([Rule.FULL, *(Rule(4, alpha, 0, select_alpha=9) for alpha in alphas)], 16)
-            ways = torch.arange(len(alphas) + 1) - 1
-            choices = Choices(torch.full((2, len(alphas), tokens), 9, dtype=torch.int32), ways)
-        shape = torch.randn(1, 4, tokens, 16), torch.randn(1, 4, tokens, 16), *torch.randn(2, 1, 2, tokens, 16)
-        interpreted.profile_sums(*shape, rules=rules, scores=SCORES, choices=choices)
-    assert len(variants.keys["sum_outward"]) == 1
-    assert len(variants.keys["sum_selected"]) == 1
 
 
 def test_tokens_that_are_written(interpreted: Any, variants: Variants) -> None:

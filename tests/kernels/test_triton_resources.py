@@ -50,10 +50,6 @@ BOUNDS = {
     "ring-reuse": Bounds((168, 184, 152, 144, 128), 2, 2),
     "ring-append": Bounds((56, 56, 56, 56, 24), 24),
     "ring-select": Bounds((56, 40, 40, 40, 32), 9),
-    "profile": Bounds((224, 216, 240, 208, 272), 2, 32),
-    "profile-selected": Bounds((224, 176, 240, 216, 232), 2),
-    "gradients-q": Bounds((136, 144, 152, 160, 296), 2, 8),
-    "gradients-kv": Bounds((168, 184, 168, 168, 288), 2, 8),
 }
 FLOAT32, LARGE_FLOAT32 = "float32", "float32, heads of 256"
 SPILLS = {
@@ -63,15 +59,11 @@ SPILLS = {
     ("ring-decode", "sm_90", "heads of 32"): 16,
     ("ring-keep", "sm_90", "heads of 32"): 24,
     ("prefill", "sm_90", FLOAT32): 8,
-    ("profile", "sm_90", FLOAT32): 8,
     ("prefill", "sm_90", LARGE_FLOAT32): 336,
     ("decode", "sm_90", LARGE_FLOAT32): 232,
-    ("profile", "sm_90", LARGE_FLOAT32): 160,
-    ("profile-selected", "sm_90", LARGE_FLOAT32): 120,
-    ("gradients-q", "gfx942", LARGE_FLOAT32): 30,
 }
 """Most bytes of registers that do not fit, by kernel, card and model ("" for those of `BOUNDS`); nothing else spills."""
-ATTENTION = "prefill,decode,profile,profile-selected,gradients-q,gradients-kv"
+ATTENTION = "prefill,decode"
 MODELS = {
     "heads of 32": (",".join(BOUNDS), "--dims", "32"),
     "heads of 96": (",".join(BOUNDS), "--dims", "96"),

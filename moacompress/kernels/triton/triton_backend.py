@@ -1,23 +1,20 @@
-"""Triton as a backend: all attention by its kernels; gradients of what is cached or selected are the reference's."""
+"""Triton as a backend: attention by its kernels without gradients, and by the reference with them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
-from moacompress.kernels.arguments import CacheView, Choices, Passing, RingState, Scores, SelectedView, as_tensors
+from moacompress.kernels.arguments import CacheView, Passing, RingState, Scores, SelectedView
 from moacompress.kernels.backend import refuse_gradients
 from moacompress.kernels.bound import BoundRing
 from moacompress.kernels.capabilities import Capabilities, Status
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.reference.reference_backend import ReferenceBackend
-from moacompress.kernels.reference.rounding import as_kept
 from moacompress.kernels.triton import toolchain
 from moacompress.kernels.triton.work_lists import kinds_of
-from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,7 +29,7 @@ class TritonBackend(ReferenceBackend):
 
     name = "triton"
     known = f"float32, bfloat16 and float16 on CUDA, and on the CPU where {INTERPRET}=1"
-    capabilities = Capabilities(prefill_gradients=True, decode_selecting=True, ring=True, profile_sums=True)
+    capabilities = Capabilities(prefill_gradients=True, decode_selecting=True, ring=True)
 
     def status(self) -> Status:
         """See `Backend`."""
@@ -165,27 +162,25 @@ class TritonBackend(ReferenceBackend):
         with_lse: bool = False,
         passing: Passing | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `Backend.prefill`; gradients of rows with a past, or with selected tokens, are the reference's.
+        """See `Backend.prefill`; the reference computes it where gradients are needed.
 
         Raises:
             UnsupportedError: a visible block is not in the table; a format is not known.
         """
         asked = [query, key, value] + ([] if scores.sink_logits is None else [scores.sink_logits])
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in asked):
-            if passing is not None or bool(past.any()):
-                return super().prefill(
-                    query,
-                    key,
-                    value,
-                    cache=cache,
-                    past=past,
-                    valid=valid,
-                    rules=rules,
-                    scores=scores,
-                    with_lse=with_lse,
-                    passing=passing,
-                )
-            return self._with_gradients(query, key, value, valid, rules, scores)
+            return super().prefill(
+                query,
+                key,
+                value,
+                cache=cache,
+                past=past,
+                valid=valid,
+                rules=rules,
+                scores=scores,
+                with_lse=with_lse,
+                passing=passing,
+            )
         from moacompress.kernels.triton.prefill import attend_chunk
 
         with torch.cuda.device_of(query):
@@ -201,85 +196,6 @@ class TritonBackend(ReferenceBackend):
                 passing=passing,
                 wide=_is_wide(query.dtype),
             )
-
-    def _with_gradients(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        valid: torch.Tensor,
-        rules: RuleTable,
-        scores: Scores,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns attention of rows without a past; codes are rounded to before it, so that gradients pass straight through."""
-        from moacompress.kernels.triton.gradients import attend_whole
-
-        in_numpy = RuleTable(rules.columns.cpu().numpy())
-        kinds_of(in_numpy, query.shape[3], value.shape[3], query.dtype)  # refuses what is not known
-        dtype = query.dtype
-        codes = in_numpy.format_codes
-        if codes.any():
-            query, key, value = as_kept(query, key, value, (codes[0].tolist(), codes[1].tolist()))
-        rules = RuleTable(torch.from_numpy(in_numpy.native().columns))
-
-        def again(
-            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, logits: torch.Tensor | None
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            out, lse = super(TritonBackend, self).prefill(
-                query,
-                key,
-                value,
-                cache=CacheView.empty(key),
-                past=torch.zeros_like(valid),
-                valid=valid,
-                rules=rules,
-                scores=scores._replace(sink_logits=logits),
-                with_lse=True,
-            )
-            assert lse is not None
-            return out, lse
-
-        wide, native = _is_wide(query.dtype), RuleTable(rules.columns.numpy())
-        with torch.cuda.device_of(query):
-            out, lse = attend_whole(query, key, value, valid=valid, rules=native, scores=scores, wide=wide, again=again)
-        return out.to(dtype), lse
-
-    def profile_sums(
-        self,
-        dout: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        rules: RuleTable,
-        scores: Scores,
-        choices: Choices | None = None,
-    ) -> torch.Tensor:
-        """See `Backend.profile_sums`; one pass over keys and values, after a forward pass for the denominators.
-
-        Where rules select it is two.
-        """
-        from moacompress.kernels.triton.profile import rule_sums
-
-        native = int(rules.span.native_window[0])
-        full = as_tensors(RuleTable.of([Rule.FULL] * key.shape[1], 1).in_layer(native))
-        tokens = torch.full((1,), query.shape[2], dtype=torch.int64, device="cpu")
-        query, key, value = query.detach(), key.detach(), value.detach()
-        out, lse = self.prefill(
-            query,
-            key,
-            value,
-            cache=CacheView.empty(key),
-            past=torch.zeros_like(tokens),
-            valid=tokens,
-            rules=full,
-            scores=scores,
-            with_lse=True,
-        )
-        assert lse is not None
-        in_numpy = RuleTable(np.asarray(rules.columns))
-        with torch.cuda.device_of(query):
-            return rule_sums(dout, query, key, value, (out, lse), in_numpy, scores, choices, wide=_is_wide(query.dtype))
 
 
 def _is_wide(dtype: torch.dtype) -> bool:

@@ -1,0 +1,108 @@
+"""Dense passes of a profile by PyTorch's attention, and those with collectors by tiles of its products, as on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moacompress.calibration.profile.collectors import InfluenceSums
+from moacompress.calibration.profile.influence import attend
+from moacompress.calibration.profile.tiles import AttentionSpec
+from moacompress.kernels import sdpa
+from moacompress.kernels.arguments import Scores
+from tests.kernels.test_profile_kernel import SUMS, Sizes, build, close, with_gates
+
+
+class _Called(TorchDispatchMode):
+    """Notes operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class _Given(TorchFunctionMode):
+    """Notes what `scaled_dot_product_attention` is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.calls.append((args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("native", [None, 9], ids=["", "sliding"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dense_passes_are_pytorchs(
+    dtype: torch.dtype, native: int | None, monkeypatch: pytest.MonkeyPatch, use_backend: Callable[[str], Any]
+) -> None:
+    """Forward and backward; one mask for a sliding window, and groups of heads where FlashAttention takes them."""
+    use_backend("reference")
+    case = build(1, dtype, planned=False, kv_heads=2, group=3, dim=16, n=40, native=native, softcap=None, logits=False)
+    chunk, wanted = (case.query, case.key, case.value), case.exact().backward([])
+    out = attend(case.query.double(), case.key.double(), case.value.double(), case.spec)
+    monkeypatch.setattr(sdpa, "DEVICES", ("cpu",))
+    with _Called() as called, _Given() as given:
+        found = attend(*chunk, case.spec)
+        gradients = case.backward([])
+    error = 2e-5 if dtype == torch.float32 else 4e-2
+    assert (found - out).abs().max() < error
+    for mine, other in zip(gradients, wanted, strict=True):
+        assert mine.dtype == dtype
+        close(mine, other, error)
+    groups = native is None and dtype == torch.bfloat16
+    for args, kwargs in given.calls:
+        assert kwargs["is_causal"] == (native is None)
+        assert kwargs["enable_gqa"] == groups
+        assert args[1].shape[1] == (2 if groups else 6)
+        assert (args[3] is None) == (native is None)
+    assert len(given.calls) == 2
+    fused = [name for name in called.names if "flash_attention" in name]
+    assert any(name.endswith("backward") for name in fused)
+    assert "aten::_softmax" not in called.names
+
+
+@pytest.mark.parametrize(
+    ("spec", "logits"), [(AttentionSpec(0.25, softcap=30.0), None), (AttentionSpec(0.25), torch.zeros(2))]
+)
+def test_what_pytorchs_attention_cannot(spec: AttentionSpec, logits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdpa, "DEVICES", ("cpu",))
+    assert sdpa.suits(torch.zeros(1, 2, 3, 4), Scores(0.25))
+    assert not sdpa.suits(torch.zeros(1, 2, 3, 4), spec.scores(logits))
+    assert not sdpa.suits(torch.zeros(1, 2, 3, 4).double(), Scores(0.25))
+
+
+@pytest.mark.parametrize("bounded", [False, True], ids=["", "bounds and logits"])
+def test_passes_with_collectors(
+    bounded: bool, triton: Any, use_backend: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward by PyTorch's attention or a kernel; gradients are made from the tiles that collectors are given."""
+    sizes: dict[str, Any] = {"n": 90, "dim": 16, "native": None, "silent": False}
+    sizes |= {"softcap": 30.0 if bounded else None, "logits": bounded}
+    case = with_gates(build(4, torch.float32, planned=False, **sizes), 4)
+    monkeypatch.setattr(sdpa, "DEVICES", ("cpu",))
+    monkeypatch.setattr(sdpa, "dense_gradients", None)
+    found, exact = InfluenceSums(*case.sizes), case.exact()
+    out = attend(case.query, case.key, case.value, case.spec, case.sink_logit)
+    gradients = case.backward([found])
+    use_backend("reference")
+    wanted, totals = InfluenceSums(*case.sizes), Sizes()
+    close(out, attend(exact.query, exact.key, exact.value, exact.spec, exact.sink_logit), 2e-5)
+    for mine, other in zip(gradients, exact.backward([wanted, totals]), strict=True):
+        close(mine, other, 2e-5)
+    close(found.squares, wanted.squares, 2 * SUMS)
+    close(found.total, wanted.total, SUMS, torch.as_tensor(totals.total, dtype=torch.float64).max())
+    assert case.choices is not None
+    assert wanted.squares[:, case.choices.of_rule >= 0].any()
