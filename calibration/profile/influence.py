@@ -39,7 +39,7 @@ from moacompress.calibration.profile.tiles import (
     tiles_of,
 )
 from moacompress.kernels import sdpa
-from moacompress.kernels.arguments import Choices, Passing, as_tensors
+from moacompress.kernels.arguments import Choices, TransientTokens, as_tensors
 from moacompress.kernels.backend import prefill_alone
 from moacompress.kernels.centred_keys import centred
 from moacompress.kernels.dispatch import backend_for
@@ -51,7 +51,7 @@ TILE = 64
 """Query rows worked on at a time."""
 
 
-def _passing(own: Tensor, rules: RuleTable) -> Passing:
+def _passing(own: Tensor, rules: RuleTable) -> TransientTokens:
     """Returns the tokens that the rules a layer runs under select, from when they are evicted.
 
     Args:
@@ -62,7 +62,7 @@ def _passing(own: Tensor, rules: RuleTable) -> Passing:
     admitted = tokens - torch.from_numpy(np.asarray(rules.span.sink))[:, None] + 1
     heads, at = ((admitted > 0) & (own > admitted)).nonzero(as_tuple=True)
     begins = torch.searchsorted(heads, torch.arange(len(own) + 1))
-    return Passing(begins, -1 - at, admitted[heads, at], own[heads, at].long())
+    return TransientTokens(begins, -1 - at, admitted[heads, at], own[heads, at].long())
 
 
 def attend(

@@ -55,7 +55,7 @@ class Choices(NamedTuple):
     own: torch.Tensor | None = None
 
 
-class Passing(NamedTuple):
+class TransientTokens(NamedTuple):
     """The tokens of an `EvictionSchedule` that some query of a chunk may attend to, where attention reads them.
 
     A query attends to one, besides what rules show it, where so many tokens have left its window: `admitted` at least, and less

@@ -15,12 +15,12 @@ from moacompress.kernels.arguments import (
     CacheView,
     Choices,
     LayerWeights,
-    Passing,
     Projections,
     RingState,
     Rotary,
     Scores,
     SelectedView,
+    TransientTokens,
 )
 from moacompress.kernels.block_products import block_linear
 from moacompress.kernels.bound import BoundLayers, BoundRing
@@ -107,7 +107,7 @@ class Backend(ABC):
         rules: RuleTable,
         scores: Scores,
         with_lse: bool = False,
-        passing: Passing | None = None,
+        passing: TransientTokens | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of a chunk of tokens per row over the cache and over the chunk itself.
 
@@ -484,7 +484,7 @@ def prefill_alone(
     *,
     rules: RuleTable,
     scores: Scores,
-    passing: Passing | None = None,
+    passing: TransientTokens | None = None,
 ) -> torch.Tensor:
     """Returns attention of whole rows, with no past and no padding, `[rows, heads, tokens, value_dim]`.
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from moacompress.kernels.arguments import CacheView, Passing, Scores
+from moacompress.kernels.arguments import CacheView, Scores, TransientTokens
 from moacompress.kernels.backend import Backend
 from moacompress.kernels.dispatch import REFERENCE
 from moacompress.kernels.kv_parts import KVPart, read_tokens
@@ -51,7 +51,7 @@ class Case:
     sink_logits: torch.Tensor | None
     formats: torch.Tensor | None = None
     """Codes of the formats of keys and values, `[2, kv_heads]`."""
-    passing: Passing | None = None
+    passing: TransientTokens | None = None
 
     @property
     def rules(self) -> RuleTable:
@@ -141,7 +141,7 @@ class Case:
                     evicted.append(rng.choice((begin + 1, rng.randint(begin, most + 1), 1 << 40)))
                 begins.append(len(slots))
         parts = (torch.tensor(part, dtype=torch.int64) for part in (begins, slots, admitted, evicted))
-        return replace(self, passing=Passing(*parts))
+        return replace(self, passing=TransientTokens(*parts))
 
     def written(self, slots: list[int], head: int) -> list[int]:
         """Returns those tokens of the pool that hold numbers."""

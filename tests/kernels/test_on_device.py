@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moacompress.kernels import dispatch
-from moacompress.kernels.arguments import Passing
+from moacompress.kernels.arguments import TransientTokens
 from moacompress.kernels.dispatch import REFERENCE
 from moacompress.kernels.triton.triton_backend import TritonBackend
 from tests import gpu
@@ -55,7 +55,7 @@ def test_decode_and_prefill(formats: str | None, on_device: OnDevice, random_cas
     case = random_case(211, torch.float32, tokens=5, past=60, rows=2, cuts=2, logits=True, formats=formats, dim=16)
     close(case.decoded(on_device), case.decoded(REFERENCE), torch.float32)
     case = case.keeping(random.Random(0))
-    assert isinstance(case.passing, Passing)
+    assert isinstance(case.passing, TransientTokens)
     close(case.prefilled(on_device), case.prefilled(REFERENCE), torch.float32)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels.arguments import CacheView, Passing, Scores, SelectedView, as_tensors
+from moacompress.kernels.arguments import CacheView, Scores, SelectedView, TransientTokens, as_tensors
 from moacompress.kernels.backend import Backend, prefill_alone
 from moacompress.kernels.cpu import library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
@@ -31,13 +31,13 @@ TOKENS, WIDTH, GROUP, MIN_WINDOW = 150, 16, 2, 8
 ROWS = 2
 
 
-def passing_of(rules: RuleTable, scores: torch.Tensor) -> Passing:
+def passing_of(rules: RuleTable, scores: torch.Tensor) -> TransientTokens:
     """Returns which tokens of a row gates let be attended to, `scores` `[tokens, kv_heads]`, by the definition."""
     first, after = (rules.tokens_left(np.array([n])) for n in (0, len(scores)))
     tokens = competing_tokens(rules, first, after)
     of_tokens = scores.numpy()[tokens.positions, tokens.rows_and_heads[1]].astype(np.int64)
     found = eviction_schedule(tokens, rules, of_tokens).ever_selected
-    return Passing(*map(torch.from_numpy, (found.begins, -1 - found.positions, found.admitted, found.evicted)))
+    return TransientTokens(*map(torch.from_numpy, (found.begins, -1 - found.positions, found.admitted, found.evicted)))
 
 
 class Pool:

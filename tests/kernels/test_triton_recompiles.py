@@ -17,7 +17,7 @@ import torch
 
 from moacompress.kernels.arguments import CacheView, SelectedView, as_tensors
 from moacompress.kernels.kv_parts import KVPart
-from moacompress.kernels.triton.work_lists import UNIT, sent
+from moacompress.kernels.triton.work_lists import UNIT, to_device
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from tests.kernels import test_selecting
@@ -95,7 +95,7 @@ def test_numbers_that_may_be_one_have_no_methods(variants: Variants) -> None:
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 3, 16), (17, 0, 5)], ids=str)
 def test_lists_begin_at_whole_units(sizes: tuple[int, ...]) -> None:
     arrays = [np.arange(size) for size in sizes]
-    for found, array in zip(sent(arrays, CPU), arrays, strict=True):
+    for found, array in zip(to_device(arrays, CPU), arrays, strict=True):
         assert found.tolist() == array.tolist()
         assert found.storage_offset() * found.element_size() % UNIT == 0
 

@@ -18,11 +18,11 @@ from moacompress.kernels.arguments import (
     CacheView,
     Choices,
     LayerWeights,
-    Passing,
     Projections,
     Rotary,
     Scores,
     SelectedView,
+    TransientTokens,
 )
 from moacompress.kernels.backend import Backend, refuse_gradients
 from moacompress.kernels.block_products import block_linear
@@ -177,7 +177,7 @@ class CpuBackend(Backend):
         rules: RuleTable,
         scores: Scores,
         with_lse: bool = False,
-        passing: Passing | None = None,
+        passing: TransientTokens | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns `[batch, heads, tokens, value_dim]` by the compiled kernel, in tiles of queries and keys."""
         held = (list(cache.keys), list(cache.values), cache.table, past, valid)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels.arguments import CacheView, Passing, Scores
+from moacompress.kernels.arguments import CacheView, Scores, TransientTokens
 from moacompress.kernels.kv_parts import KVPart, read_tokens
 from moacompress.kernels.reference.nonfinite import attend_as_seen
 from moacompress.kernels.reference.rounding import rounded
@@ -59,7 +59,7 @@ def attend_passing(
     valid: Tensor,
     rules: RuleTable,
     scores: Scores,
-    passing: Passing,
+    passing: TransientTokens,
 ) -> PartOfSoftmax:
     """Attention of a chunk's queries over selected tokens.
 
@@ -103,7 +103,7 @@ def _vectors(slots: Tensor, kv_part: KVPart, own: Tensor, segments: Sequence[Ten
     """Returns keys or values of tokens as queries see them, `[tokens, dim]`.
 
     Args:
-        slots: where they are; see `Passing`.
+        slots: where they are; see `TransientTokens`.
         kv_part: what a block keeps of them.
         own: of the chunk, `[any, dim]`.
         segments: of the pool.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels.arguments import CacheView, Passing, Scores
+from moacompress.kernels.arguments import CacheView, Scores, TransientTokens
 from moacompress.kernels.backend import Backend
 from moacompress.kernels.capabilities import Capabilities, Status
 from moacompress.kernels.kv_format import check_codes
@@ -60,7 +60,7 @@ class ReferenceBackend(Backend):
         rules: RuleTable,
         scores: Scores,
         with_lse: bool = False,
-        passing: Passing | None = None,
+        passing: TransientTokens | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns `[batch, heads, tokens, value_dim]`, one row and KV head after the other."""
         wanted = with_lse or passing is not None

@@ -19,7 +19,7 @@ from moacompress.kernels.triton.tile_sizes import (
     move_constants,
     select_constants,
 )
-from moacompress.kernels.triton.work_lists import Memory, block_places, lie_in, memory_of, sent
+from moacompress.kernels.triton.work_lists import Memory, block_places, lie_in, memory_of, to_device
 from moacompress.rules.rule import SCORE_BYTES
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK, selected, whole_blocks
@@ -56,7 +56,7 @@ def append(
         part = given.detach() if kv_part.bits else given.detach().to(kv_part.dtype)
         vectors.append(part if part.stride(-1) == 1 else part.contiguous())
         memory.append(memory_of(segments, kv_part))
-    (work,) = sent((np.stack((sources, slots)),), value.device)
+    (work,) = to_device((np.stack((sources, slots)),), value.device)
     # without keys the values stand for them, and are not read
     append_kernels.append[(len(slots),)](
         vectors[0],
@@ -99,7 +99,7 @@ def move(
             continue
         places = np.stack((slots[mine], to[mine]))
         memory = _selected_memory(pair, cache, places // BLOCK)
-        (work,) = sent((places,), cache[0][0].device)
+        (work,) = to_device((places,), cache[0][0].device)
         count = int(mine.sum())
         select_kernels.move[(count,)](*by_kind(*memory), work, count, **move_constants(*pair), num_warps=SELECT_WARPS)
 
@@ -127,7 +127,7 @@ def select_next(
         return
     rows, kv_heads = competes.shape
     numbers = (cache.table.numpy(), kept.table.numpy(), lengths, rules.columns)
-    windows, places, row_lengths, columns = sent(numbers, cache.keys[0].device)
+    windows, places, row_lengths, columns = to_device(numbers, cache.keys[0].device)
     for pair in sorted(set(kv_parts)):
         mine = np.flatnonzero([pair == other and bool(rules.selecting[at]) for at, other in enumerate(kv_parts)])
         row, at = np.nonzero(competes[:, mine])
@@ -137,7 +137,7 @@ def select_next(
         ids = _ids_of(cache.table.numpy(), row, head, rules.span.sink[head] + left[row, head], 1)
         others = _ids_of(kept.table.numpy(), row, head, np.zeros_like(row), whole_blocks(counts[row, head]))
         memory = _selected_memory(pair, segments, np.concatenate((ids, others)))
-        (of_pair,) = sent((mine,), cache.keys[0].device)
+        (of_pair,) = to_device((mine,), cache.keys[0].device)
         select_kernels.select[(rows * len(mine),)](
             *by_kind(*memory),
             windows,

@@ -13,7 +13,7 @@ from moacompress.kernels.reference.codes import rotated
 from moacompress.kernels.triton import decode_kernels
 from moacompress.kernels.triton.cards import card_of
 from moacompress.kernels.triton.tile_sizes import MERGE_WARPS, TileSizes, merge_constants, split_constants
-from moacompress.kernels.triton.work_lists import Memory, memory_of, sent, work_lists
+from moacompress.kernels.triton.work_lists import Memory, memory_of, to_device, work_lists
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 
@@ -80,7 +80,7 @@ def attend_step(
     if selected is not None:
         held.append((selected[0].table.flatten(0, 1).numpy(), selected[1], RuleTable.of([Rule.FULL], 1).columns))
     works = [work for each in plan.launches for work in (each.work, each.selected)][:: 1 if selected else 2]
-    numbers = sent((plan.begins, *(part for each in held for part in each), *works), device)
+    numbers = to_device((plan.begins, *(part for each in held for part in each), *works), device)
     begins, of_held, of_work = numbers[0], numbers[1 : 1 + 3 * len(held)], iter(numbers[1 + 3 * len(held) :])
     partial = out.new_empty(int(plan.begins[-1]), group, value_dim, dtype=torch.float32)
     partial_lse = partial.new_empty(partial.shape[:2])

@@ -6,14 +6,14 @@ import numpy as np
 import torch
 
 from moacompress.core.arrays import Ints
-from moacompress.kernels.arguments import CacheView, Passing, Scores
+from moacompress.kernels.arguments import CacheView, Scores, TransientTokens
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.reference.codes import decode, encode, rotated
 from moacompress.kernels.triton import prefill_kernels
 from moacompress.kernels.triton.cards import card_of
 from moacompress.kernels.triton.decode import turned_back
 from moacompress.kernels.triton.tile_sizes import prefill_constants
-from moacompress.kernels.triton.work_lists import block_places, check_table, first_of, kinds_of, sent
+from moacompress.kernels.triton.work_lists import block_places, check_table, first_of, kinds_of, to_device
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK, visible_intervals
 
@@ -28,7 +28,7 @@ def attend_chunk(
     valid: torch.Tensor,
     rules: RuleTable,
     scores: Scores,
-    passing: Passing | None,
+    passing: TransientTokens | None,
     wide: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `Backend.prefill`; without gradients.
@@ -66,7 +66,7 @@ def attend_chunk(
     own = [np.nonzero(kinds.number == number)[0] for number in range(len(kinds.pairs))]
     lists = passing or _nothing(past)
     numbers = (cache.table.numpy(), past.numpy(), valid.numpy(), rules.columns, *(part.numpy() for part in lists), *own)
-    table, befores, valids, columns, begins, slots, admitted, evicted, *members = sent(numbers, device)
+    table, befores, valids, columns, begins, slots, admitted, evicted, *members = to_device(numbers, device)
     plain, key, value = (part if part.stride(3) == 1 else part.contiguous() for part in (query, key, value))
     turned = rotated(plain).to(query.dtype) if coded[0].any() else plain
     for kv_parts, launched in zip(kinds.pairs, members, strict=True):
@@ -148,6 +148,6 @@ def _as_kept(kv_part: KVPart, chunk: torch.Tensor, heads: torch.Tensor, wide: bo
     return found if wide else found.to(chunk.dtype)
 
 
-def _nothing(past: torch.Tensor) -> Passing:
+def _nothing(past: torch.Tensor) -> TransientTokens:
     """Returns selected tokens that nobody reads."""
-    return Passing(*(past[:0],) * 4)
+    return TransientTokens(*(past[:0],) * 4)

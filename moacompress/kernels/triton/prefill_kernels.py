@@ -196,7 +196,7 @@ def attend_chunk(
         Valid: real tokens of it, int64 `[rows]`.
         Rules: the columns of a rule table, int64 `[columns, kv_heads]`.
         Heads: KV heads of this launch, int64.
-        Begins: see `Passing`; int64 `[rows * kv_heads + 1]`.
+        Begins: see `TransientTokens`; int64 `[rows * kv_heads + 1]`.
         Slots: likewise, int64 `[selected]`.
         Admitted: likewise.
         Evicted: likewise.

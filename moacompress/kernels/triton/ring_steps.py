@@ -29,7 +29,7 @@ from moacompress.kernels.triton.tile_sizes import (
     select_constants,
     split_constants,
 )
-from moacompress.kernels.triton.work_lists import Memory, kinds_of, memory_of, sent, shares
+from moacompress.kernels.triton.work_lists import Memory, kinds_of, memory_of, shares, to_device
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
@@ -132,7 +132,7 @@ class RingSteps(BoundRing):
         self.ring, self.wide, self.dims, self.dtype = ring, wide, (head_dim, value_dim), dtype
         self.kept: torch.Tensor | None = None
         numbers = (rules.columns, full, ring.sizes, begins, np.ones(rows, np.int64))
-        self.columns, self._full, self.rings, self._begins, self._all_rows = sent(numbers, device)
+        self.columns, self._full, self.rings, self._begins, self._all_rows = to_device(numbers, device)
         self.taken = self._all_rows
         self._kinds = []
         for number, pair in enumerate(kinds.pairs):
@@ -141,11 +141,11 @@ class RingSteps(BoundRing):
             works = work[mine[work[:, 1]]], selected_work[mine[selected_work[:, 0] % kv_heads]]
             memory = memory_of(ring.keys, pair[0]), memory_of(ring.values, pair[1])
             scores = score_memory(ring.scores) if len(selecting) else None
-            heads, gated, read, others = sent((np.stack((own, own)), selecting, *works), device)
+            heads, gated, read, others = to_device((np.stack((own, own)), selecting, *works), device)
             self._kinds.append(_Kind(pair, memory, scores, heads, gated, read, others, int(chunks[mine][0])))
         coded = rules.format_codes != 0
         self._turns_queries, self._turns_outputs = (bool(side.any()) for side in coded)
-        self._turned, self._selecting = sent((coded[1], rules.selecting), device)
+        self._turned, self._selecting = to_device((coded[1], rules.selecting), device)
         self._places = int(begins[-1])
         self._parts: Parts | None = None
 
@@ -309,10 +309,10 @@ class ReuseSteps(BoundReuse):
             parts[:, 1] = head_map[parts[:, 1]]
             value = KVPart(code, value_dim, anchor.dtype, values=True)
             memory = memory_of(ring.shared_values[value_set], value)
-            heads, read = sent((np.stack((own, head_map[own])), parts), device)
+            heads, read = to_device((np.stack((own, head_map[own])), parts), device)
             self._kinds.append(_ReuseKind(value, memory, heads, read, int(chunks[mine][0])))
         coded = value_formats != 0
-        self._begins, self._turned = sent((begins, coded), device)
+        self._begins, self._turned = to_device((begins, coded), device)
         self._turns_outputs = bool(coded.any())
         self._parts = new_parts(int(begins[-1]), rows, kv_heads * group, group, value_dim, like=ring.lengths)
 

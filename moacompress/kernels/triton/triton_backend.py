@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from moacompress.kernels.arguments import CacheView, Passing, RingState, Scores, SelectedView
+from moacompress.kernels.arguments import CacheView, RingState, Scores, SelectedView, TransientTokens
 from moacompress.kernels.backend import refuse_gradients
 from moacompress.kernels.bound import BoundRing
 from moacompress.kernels.capabilities import Capabilities, Status
@@ -160,7 +160,7 @@ class TritonBackend(ReferenceBackend):
         rules: RuleTable,
         scores: Scores,
         with_lse: bool = False,
-        passing: Passing | None = None,
+        passing: TransientTokens | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Backend.prefill`; the reference computes it where gradients are needed.
 

@@ -177,7 +177,7 @@ def kinds_of(rules: RuleTable, head_dim: int, value_dim: int, dtype: torch.dtype
     return Kinds(parts, np.array([found.index(pair) for pair in pairs], np.int64))
 
 
-def sent(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """Returns integers on a device, int64 of the arrays' shapes; they go there together.
 
     Each begins at a multiple of `UNIT` bytes, whatever the sizes: Triton compiles a kernel for that and for its opposite.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from moacompress.core.arrays import Ints
-from moacompress.kernels.arguments import Passing
+from moacompress.kernels.arguments import TransientTokens
 from moacompress.kernels.dispatch import backend_on_host
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import EvictionSchedule, competing_tokens
@@ -119,7 +119,7 @@ def go_back(held: LayerBlocks, lengths: Ints) -> None:
         move_cached(held, admitted, lengths)
 
 
-def passing_tokens(schedule: EvictionSchedule, before: Ints, held: LayerBlocks | None) -> Passing:
+def passing_tokens(schedule: EvictionSchedule, before: Ints, held: LayerBlocks | None) -> TransientTokens:
     """Returns the selected tokens that queries of a chunk attend to, those selected before it included.
 
     Args:
@@ -132,7 +132,7 @@ def passing_tokens(schedule: EvictionSchedule, before: Ints, held: LayerBlocks |
     cached, slots = numbers < 0, -1 - numbers
     if held is not None:
         slots[cached] = _cached_slots(held, tokens.only(cached))
-    return Passing(*map(torch.from_numpy, (tokens.begins, slots, tokens.admitted, tokens.evicted)))
+    return TransientTokens(*map(torch.from_numpy, (tokens.begins, slots, tokens.admitted, tokens.evicted)))
 
 
 def make_places(held: LayerBlocks, admitted: EvictionSchedule) -> None:

@@ -26,7 +26,7 @@ import torch
 
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels.arguments import CacheView, Passing
+from moacompress.kernels.arguments import CacheView, TransientTokens
 from moacompress.kernels.centred_keys import beside_logits
 from moacompress.kernels.dispatch import REFERENCE, backend_for, backend_with_gradients
 from moacompress.kernels.reference.passing import attend_passing, merged
@@ -321,7 +321,7 @@ def _with_padded_ends(
     key: torch.Tensor,
     value: torch.Tensor,
     out: torch.Tensor,
-    passing: Passing | None,
+    passing: TransientTokens | None,
     alone: bool,
 ) -> torch.Tensor:
     """Returns `out` with attention for the last column of rows that end in padding.

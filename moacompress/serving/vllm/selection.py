@@ -16,7 +16,7 @@ import torch
 
 from moacompress.core.arrays import Bools, Ints
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels.arguments import Passing, SelectedView
+from moacompress.kernels.arguments import SelectedView, TransientTokens
 from moacompress.kernels.backend import Backend
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.rules.rule_table import RuleTable
@@ -153,11 +153,11 @@ class Selection:
         scores = memory.scores_of(_slots(tokens, tokens.positions < 0, self._ids))
         self.schedule = backend.eviction_schedule(tokens, rules, scores)
 
-    def passing(self, row: int) -> Passing:
+    def passing(self, row: int) -> TransientTokens:
         """Returns the selected tokens that the new queries of a row attend to."""
         tokens = self.schedule.of_rows(np.array([row])).ever_selected
         slots = _slots(tokens, tokens.positions < 0, self._ids, row)
-        return Passing(*map(torch.from_numpy, (tokens.begins, slots, tokens.admitted, tokens.evicted)))
+        return TransientTokens(*map(torch.from_numpy, (tokens.begins, slots, tokens.admitted, tokens.evicted)))
 
     def commit(self) -> None:
         """Copies tokens that are selected from now on to their places."""

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moacompress.core.errors import MoaCompressError
-from moacompress.kernels.arguments import Passing, Scores, as_tensors
+from moacompress.kernels.arguments import Scores, TransientTokens, as_tensors
 from moacompress.kernels.backend import prefill_alone
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.dispatch import REFERENCE
@@ -42,7 +42,7 @@ def gated_rules(rng: random.Random) -> tuple[Rule, ...]:
     return tuple(drawn)
 
 
-def seen(rules: RuleTable, scores: torch.Tensor) -> Passing:
+def seen(rules: RuleTable, scores: torch.Tensor) -> TransientTokens:
     """Returns which tokens of a whole row are attended to beside sinks and windows, by the definition.
 
     Args:
@@ -53,7 +53,7 @@ def seen(rules: RuleTable, scores: torch.Tensor) -> Passing:
     tokens = competing_tokens(rules, first, after)
     _, heads = tokens.rows_and_heads
     found = eviction_schedule(tokens, rules, scores.numpy()[tokens.positions, heads].astype(np.int64)).ever_selected
-    return Passing(*map(torch.from_numpy, (found.begins, -1 - found.positions, found.admitted, found.evicted)))
+    return TransientTokens(*map(torch.from_numpy, (found.begins, -1 - found.positions, found.admitted, found.evicted)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
