@@ -24,7 +24,7 @@ from moacompress.evaluation.scoring.result_rows import (
     result_rows,
     seen_in_calibration,
 )
-from moacompress.evaluation.scoring.scores import Scorer
+from moacompress.evaluation.scoring.scores import CaseScorer
 from moacompress.evaluation.scoring.stored_scores import StoredScores, score_rows
 from moacompress.evaluation.scoring.text import Window, text_windows
 from moacompress.evaluation.scoring.text_rows import TEXT, TextMeasured, text_difference_rows, text_result_rows
@@ -54,7 +54,7 @@ class Measurement:
     checkpoint: Checkpoint
     resources: Resources
     comparison: Comparison
-    scorer: Scorer
+    scorer: CaseScorer
     prompts: int
     seed: int
     allow_overlap: bool

@@ -27,7 +27,7 @@ from moacompress.evaluation.measurement import Measurement
 from moacompress.evaluation.scoring.result_rows import (
     ResultRow,
 )
-from moacompress.evaluation.scoring.scores import Scorer, read_entry
+from moacompress.evaluation.scoring.scores import CaseScorer, read_entry
 from moacompress.evaluation.scoring.text_rows import (
     TEXT,
 )
@@ -232,7 +232,7 @@ def evaluate(
         earlier = {} if path is None else _check_place(path, subject, wording, overwrite)
         kept = broadcast(earlier.get("lm_eval", []))
         records = Records(None if path is None else scores_file(path), read_entry, resume=not overwrite)
-        scorer = Scorer(checkpoint, records, progress)
+        scorer = CaseScorer(checkpoint, records, progress)
         bench = Measurement(checkpoint, resources, comparison, scorer, prompts, seed, allow_overlap)
         wanted = [(task, length) for task in names for length in bench.lengths(task, lengths)]
         counts: Counter[int] = Counter()

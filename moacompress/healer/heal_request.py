@@ -12,7 +12,7 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import ModelError, UsageError
 from moacompress.core.files import digest_files, fingerprint
 from moacompress.core.ranks import world_size
-from moacompress.healer.trained_weights import LEARNING_RATES, WeightBytes, check_installed, check_trainable
+from moacompress.healer.trained_weights import LEARNING_RATES, HealedBytes, check_installed, check_trainable
 from moacompress.healer.training_data import heal_lengths
 from moacompress.models.source import SourceModel, load_source
 from moacompress.models.stored_plan import checkpoint_weights, stored_bytes
@@ -81,7 +81,7 @@ class HealRequest:
         asked = self.heal.checkpointing
         return longest > TWICE_BEYOND if asked is None else asked
 
-    def weight_bytes(self, model: Any) -> WeightBytes | None:
+    def weight_bytes(self, model: Any) -> HealedBytes | None:
         """Returns what the checkpoint's weights take, and the healed one's; None where no weights are in blocks.
 
         Args:
@@ -89,7 +89,7 @@ class HealRequest:
         """
         if not self.types:
             return None
-        return WeightBytes.of(stored_bytes(self.checkpoint.folder), self.types, model, self.plan.model.dtype)
+        return HealedBytes.of(stored_bytes(self.checkpoint.folder), self.types, model, self.plan.model.dtype)
 
     @staticmethod
     def of(

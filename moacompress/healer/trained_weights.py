@@ -259,7 +259,7 @@ def put_written(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> 
 
 
 @dataclass(frozen=True)
-class WeightBytes:
+class HealedBytes:
     """What the weights of a checkpoint take, by their types: those of blocks, or dtypes.
 
     Attributes:
@@ -271,7 +271,7 @@ class WeightBytes:
     after: dict[str, int]
 
     @staticmethod
-    def of(stored: Mapping[str, int], types: Mapping[str, str], model: Any, dtype: str) -> WeightBytes:
+    def of(stored: Mapping[str, int], types: Mapping[str, str], model: Any, dtype: str) -> HealedBytes:
         """Counts them.
 
         Args:
@@ -287,4 +287,4 @@ class WeightBytes:
                 rows, inputs = weight.shape
                 after[name] -= rows * WEIGHT_TYPES[name].row_bytes(inputs)
                 after[dtype] = after.get(dtype, 0) + rows * inputs * getattr(torch, dtype).itemsize
-        return WeightBytes(dict(stored), {name: size for name, size in after.items() if size})
+        return HealedBytes(dict(stored), {name: size for name, size in after.items() if size})

@@ -226,9 +226,9 @@ def test_a_cache_that_is_kept_does_not_keep_the_weights(model):
     with torch.no_grad():
         cache = made(ids[:, :50]).cache
         made(ids[:, 50:], cache=cache)
-    assert cache.bound_layers is not None
+    assert cache.sealed_layers is not None
     weight = weakref.ref(made.model.layers[1].mlp.up_proj.weight)
-    bound = cache.bound_layers.bound
+    bound = cache.sealed_layers.bound
     del made
     gc.collect()
     assert weight() is None
@@ -302,7 +302,7 @@ def test_what_was_read_is_let_go(model, monkeypatch):
     with torch.no_grad():
         cache = made(ids[:, :50]).cache
         made(ids[:, 50:], cache=cache)
-        number = cache.bound_layers.bound.number
+        number = cache.sealed_layers.bound.number
         assert forgotten == []
         cache.reset()
         gc.collect()

@@ -55,7 +55,7 @@ def _line(key: str, entry: Entry) -> JsonLine:
     return {"key": key, "numbers": numbers, **({"answer": entry["answer"]} if "answer" in entry else {})}
 
 
-class Job(NamedTuple):
+class ScoringJob(NamedTuple):
     """What one process scores at a time: the keys of its scores, and what each is of."""
 
     keys: tuple[str, ...]
@@ -63,7 +63,7 @@ class Job(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Scorer:
+class CaseScorer:
     """What scores a checkpoint's weights under one plan after another."""
 
     checkpoint: Checkpoint
@@ -85,7 +85,7 @@ class Scorer:
         """Returns for every way to evict its score on every case."""
         contents = [_content([case]) for case in cases]
         jobs = [
-            Job(
+            ScoringJob(
                 tuple(self._key(compared.case_key(case), content, 0) for compared in evictions),
                 tuple(Scored(compared.name, case.task, case.length, index) for compared in evictions),
             )
@@ -107,7 +107,7 @@ class Scorer:
         of_batches = batches(cases, vocabulary)
         contents = [_content([cases[index] for index in members]) for members in of_batches]
         jobs = [
-            Job(
+            ScoringJob(
                 tuple(self._key(compared.key(), content, row) for row in range(len(members))),
                 tuple(Scored(compared.name, cases[index].task, cases[index].length, index) for index in members),
             )
@@ -145,7 +145,7 @@ class Scorer:
         """
         full = ComparedPlan(DENSE, Plan.full(self.checkpoint.plan.model), 0)
         jobs = [
-            Job(
+            ScoringJob(
                 tuple(self._key(compared.key(), fingerprint(list(window)), "text") for compared in compared_models),
                 tuple(Scored(compared.name, task, len(window), index) for compared in compared_models),
             )
@@ -172,7 +172,7 @@ class Scorer:
         self._share(jobs, score)
         return [[self._filed(job.keys[which]) for job in jobs] for which in range(len(compared_models))]
 
-    def _share(self, jobs: Sequence[Job], score: Callable[[int], list[Entry]]) -> None:
+    def _share(self, jobs: Sequence[ScoringJob], score: Callable[[int], list[Entry]]) -> None:
         """Files the scores of all jobs; under `torchrun` each is done in one process, and filed in the records of all.
 
         Args:
@@ -202,7 +202,7 @@ class Scorer:
 
         shared(left, score, file)
 
-    def _told(self, job: Job) -> None:
+    def _told(self, job: ScoringJob) -> None:
         for scored in job.scores:
             self.progress.step(f"{scored.model} {scored.task} {scored.length:,}")
 

@@ -37,7 +37,7 @@ class PlanCache(Cache):
     Attributes:
         plan_key: what the plan does; see `Plan.key`.
         real: which of the tokens fed so far are real, bool `[rows, columns]`; None while all are.
-        bound_layers: what the route through all layers knows of it, or None.
+        sealed_layers: what the route through all layers knows of it, or None.
         step_routes: how many layers of forwards of one token went by each route, by its name; see `runtime.decode.routes`.
         handle: names the cache in a compiled model, whose graph holds tensors alone: int64 `[]`, see `find`.
 
@@ -49,7 +49,7 @@ class PlanCache(Cache):
     def __init__(self, plan: Plan, reserve: int | None = None) -> None:
         self.plan_key = plan.key()
         self.real: Bools | None = None
-        self.bound_layers: Any = None
+        self.sealed_layers: Any = None
         self._positions: tuple[int, Ints] | None = None
         self._trusted: torch.Tensor | None = None
         self._is_user_defined = False
@@ -186,7 +186,7 @@ class PlanCache(Cache):
         """Returns a cache like this with layers of its own."""
         other = PlanCache.__new__(PlanCache)
         other.__dict__.update(self.__dict__)
-        other.layers, other.bound_layers, other._trusted = layers, None, None
+        other.layers, other.sealed_layers, other._trusted = layers, None, None
         other._link()
         other.step_routes = self.step_routes.copy()
         other._take_handle()
@@ -196,7 +196,7 @@ class PlanCache(Cache):
         """Returns an empty cache that takes its blocks from the same memory, so that its rows can `join` this one."""
         other = PlanCache.__new__(PlanCache)
         other.__dict__.update(self.__dict__)
-        other.layers, other.bound_layers = [layer.beside() for layer in self.layers], None
+        other.layers, other.sealed_layers = [layer.beside() for layer in self.layers], None
         other.real = other._positions = other._trusted = None
         other._link()
         other.step_routes = Counter()
@@ -227,7 +227,7 @@ class PlanCache(Cache):
         for layer, one in layers:
             layer.join(one, real.shape[1])
         self.real, self._positions = None if real.all() else real, (real.shape[1], np.concatenate(rows))
-        self.bound_layers = None
+        self.sealed_layers = None
         other.reset()
 
     def __copy__(self) -> PlanCache:
@@ -239,11 +239,11 @@ class PlanCache(Cache):
     def __getstate__(self) -> dict[str, Any]:
         self.check_whole()
         return {
-            name: value for name, value in self.__dict__.items() if name not in ("bound_layers", "handle", "_trusted")
+            name: value for name, value in self.__dict__.items() if name not in ("sealed_layers", "handle", "_trusted")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, bound_layers=None, _trusted=None)
+        self.__dict__.update(state, sealed_layers=None, _trusted=None)
         self._link()
         self._take_handle()
 
@@ -297,7 +297,7 @@ class PlanCache(Cache):
     def reset(self) -> None:
         """Empties the cache."""
         super().reset()  # type: ignore[no-untyped-call]
-        self.real = self._positions = self.bound_layers = None
+        self.real = self._positions = self.sealed_layers = None
 
     def _select(self, rows: Any) -> None:
         if self.real is not None:

@@ -63,7 +63,7 @@ def are_unpatched(parts: Iterable[PatchPoint]) -> bool:
 
 
 @dataclass
-class BoundLayers:
+class SealedLayers:
     """What all decoder layers are made of, as one after the other was read; and how to tell that it still is.
 
     Attributes:
@@ -160,23 +160,23 @@ class BoundLayers:
         )
 
 
-class BoundCaches:
+class SealedCaches:
     """The caches of all layers as the kernels have read them; the pools' locks are held while it is made and used.
 
     Args:
-        bound_layers: the layers.
+        sealed_layers: the layers.
         caches: their caches; all can step.
     """
 
-    def __init__(self, bound_layers: BoundLayers, caches: list[PlanCacheLayer]) -> None:
+    def __init__(self, sealed_layers: SealedLayers, caches: list[PlanCacheLayer]) -> None:
         # a cache that is kept does not keep the weights
-        self._bound_layers, self._caches, self._lag = weakref.ref(bound_layers), caches, caches[0].lag
-        self.bound = bound_layers.bound.read_caches([cache.state(self._lag) for cache in caches])
+        self._sealed_layers, self._caches, self._lag = weakref.ref(sealed_layers), caches, caches[0].lag
+        self.bound = sealed_layers.bound.read_caches([cache.state(self._lag) for cache in caches])
         self._arrays = [cache.arrays() for cache in caches]
 
-    def holds(self, bound_layers: BoundLayers, caches: list[PlanCacheLayer]) -> bool:
+    def holds(self, sealed_layers: SealedLayers, caches: list[PlanCacheLayer]) -> bool:
         """Whether it is of these, and nothing of them has been replaced since."""
-        if bound_layers is not self._bound_layers() or caches is not self._caches or caches[0].lag != self._lag:
+        if sealed_layers is not self._sealed_layers() or caches is not self._caches or caches[0].lag != self._lag:
             return False
         return all(all(map(is_, cache.arrays(), known)) for cache, known in zip(caches, self._arrays, strict=True))
 
@@ -194,9 +194,9 @@ class Stack:
         read: reads layers for a step: `fused.read_layers`.
     """
 
-    def __init__(self, read: Callable[..., BoundLayers | None]) -> None:
+    def __init__(self, read: Callable[..., SealedLayers | None]) -> None:
         self._read = read
-        self._last: BoundLayers | None = None
+        self._last: SealedLayers | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None}
@@ -206,7 +206,7 @@ class Stack:
         layers = tuple(decoder.layers._modules.values())
         return StackStep(self, layers, cache) if len(layers) == decoder.config.num_hidden_layers else None
 
-    def bound_layers(self, request: StackRequest) -> BoundLayers | None:
+    def sealed_layers(self, request: StackRequest) -> SealedLayers | None:
         """Returns what the layers are made of, or None where they cannot make one call."""
         last, hidden = self._last, request.hidden
         if last is None or not last.holds(request.modules, hidden):
@@ -276,7 +276,7 @@ def can_step_all(request: StackRequest) -> bool:
         return False
     if torch.is_autocast_enabled(hidden.device.type) or any(part.dtype != hidden.dtype for part in request.rotary):
         return False
-    return request.whole.bound_layers is not None or _can_step(_caches(request), hidden)
+    return request.whole.sealed_layers is not None or _can_step(_caches(request), hidden)
 
 
 def step_all(request: StackRequest) -> torch.Tensor | None:
@@ -284,15 +284,15 @@ def step_all(request: StackRequest) -> torch.Tensor | None:
     stack, hidden, whole = request.stack, request.hidden, request.whole
     caches = _caches(request)
     while True:
-        bound_layers = stack.bound_layers(request)
-        if bound_layers is None:
+        sealed_layers = stack.sealed_layers(request)
+        if sealed_layers is None:
             return None
         with _all_locked(caches):  # forks in other threads replace what is read when they make room in the pools
-            known = whole.bound_layers
-            if known is None or not known.holds(bound_layers, caches):
+            known = whole.sealed_layers
+            if known is None or not known.holds(sealed_layers, caches):
                 if not _can_step(caches, hidden):
                     return None
-                known = whole.bound_layers = BoundCaches(bound_layers, caches)
+                known = whole.sealed_layers = SealedCaches(sealed_layers, caches)
             elif hidden.shape[0] != len(caches[0].lengths):
                 return None  # for the layers to refuse
             caches[0].stepping = True  # an error or an interrupt in the midst of it leaves a cache that is refused
@@ -315,7 +315,9 @@ def _can_step(caches: list[PlanCacheLayer], hidden: torch.Tensor) -> bool:
     return all(cache.can_step_rows(hidden) for cache in caches)
 
 
-def _step_bound(known: BoundCaches, caches: list[PlanCacheLayer], hidden: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+def _step_bound(
+    known: SealedCaches, caches: list[PlanCacheLayer], hidden: torch.Tensor, rotary: Rotary
+) -> torch.Tensor:
     """Makes the call, and again where it lacks room.
 
     Raises:

@@ -31,8 +31,8 @@ from moacompress.runtime.decode.all_layers import (
     GLOBAL_HOOKS,
     REPLACEMENTS,
     RUN,
-    BoundLayers,
     PatchPoint,
+    SealedLayers,
     StackStep,
     are_unpatched,
 )
@@ -257,7 +257,7 @@ def _is_touched(module: Any) -> bool:
     return bool(hooked or any(name in own for name in REPLACEMENTS))
 
 
-def read_layers(layers: tuple[Any, ...], hidden: torch.Tensor, rotary: Any, cache: PlanCache) -> BoundLayers | None:
+def read_layers(layers: tuple[Any, ...], hidden: torch.Tensor, rotary: Any, cache: PlanCache) -> SealedLayers | None:
     """Reads decoder layers for a step through all of them; None where one of them cannot take part.
 
     Args:
@@ -266,23 +266,23 @@ def read_layers(layers: tuple[Any, ...], hidden: torch.Tensor, rotary: Any, cach
         rotary: cosines and sines of the step.
         cache: the model's.
     """
-    bound_layers = BoundLayers(layers)
+    sealed_layers = SealedLayers(layers)
     numbers, biased = set(), set()
     for module in layers:
         untouched = are_fused((module,)) and not _is_touched(module)
         layer = _layer(module, hidden, rotary, {CACHE: cache}, among_all=True) if untouched else None
         if layer is None:
             return None
-        bound_layers.weights.append(layer.weights)
-        bound_layers.contexts.append(layer.call.context)
+        sealed_layers.weights.append(layer.weights)
+        sealed_layers.contexts.append(layer.call.context)
         projections, norms_and_mlp, _ = layer.weights
         numbers.add((norms_and_mlp.eps, layer.attention.head_dim, layer.attention.scaling))
         biased.add(len(projections.biases))
     if len(numbers) != 1 or len(biased) != 1:
         return None
     _, head_dim, scaling = numbers.pop()
-    bound_layers.seal(head_dim, scaling)
-    return bound_layers
+    sealed_layers.seal(head_dim, scaling)
+    return sealed_layers
 
 
 def are_fused(layers: Iterable[nn.Module]) -> bool:
