@@ -31,7 +31,7 @@ SPLIT = ("dense", "uniform", "uniform-elastic", "per-layer", "split")
     "moacompress eval runs/mine --tasks all --text prose/ --squad dev-v2.0.json --against dense,uniform,per-layer,split",
     "moacompress eval runs/mine --source mine.jsonl --lengths 4k --prompts 200",
     "moacompress eval runs/mine/model --against dense,runs/other --csv scores.csv",
-    "moacompress eval runs/mine/model --against snapkv,kvzip,quantized:hqq-4",
+    "moacompress eval runs/mine/model --against snapkv,kvzip,kvzip:int4,quantized:hqq-4",
     "moacompress eval runs/mine --tasks needle-noise --fail-under exact_match=0.9,retention=0.95 --json",
     "moacompress eval --list-tasks",
     computes=True,
@@ -52,7 +52,8 @@ def evaluate(
             "evictions); best (the baseline that the search measured best); the baselines uniform, uniform:4, uniform-elastic, "
             "per-layer and split; transformers' quantized caches (quantized:hqq-8, quantized:hqq-4, quantized:quanto-4, "
             "quantized:fp8); eviction methods (streaming-llm, h2o, snapkv, pyramidkv, adakv, expected-attention, keydiff, "
-            "kvzip; snapkv:seen if the method sees the question, snapkv:window=16 for a setting other than the default); "
+            "kvzip; snapkv:seen if the method sees the question, snapkv:window=16 for a setting other than the default, "
+            "snapkv:int8 or snapkv:int4 to round what it keeps, if it evicts after the prompt); "
             "folders of other models compressed from the same dense model; or none.",
         ),
     ] = "dense,uniform,best",

@@ -159,7 +159,8 @@ class Measurement:
 
     def _answerers(self, cases: Sequence[Case]) -> list[ComparedModel]:
         """Returns the models that answer prompts."""
-        return self.comparison.at(mean_tokens(cases), mean_answer_tokens(cases))
+        found = self.comparison.at(mean_tokens(cases), mean_answer_tokens(cases))
+        return [one.on_prompts(cases) if isinstance(one, ComparedEviction) else one for one in found]
 
     def _readers(self, length: int) -> list[ComparedModel]:
         """Returns the models that read windows of so many tokens: not those that evict after a prompt, or by token."""

@@ -111,7 +111,7 @@ def evaluate(
             plan says so; `uniform:4`, `uniform:16` and `uniform:64` for a given sink; transformers' quantized caches, such as
             `quantized:hqq-8` (`quantized_caches.QUANTIZED`), at the bytes that they take;
             known ways to evict tokens (`baselines.evictions`), such as `snapkv`, which is measured with the question seen
-            and unseen, or `snapkv:seen`;
+            and unseen, or `snapkv:seen`; `snapkv:int4` rounds what it keeps too;
             folders of other compressed checkpoints of the same dense model, with their own weights where these were repaired
             or healed, or layers share attention.
         dense: the dense model, where the checkpoint's weights are not its any more: layers share attention, or the weights were

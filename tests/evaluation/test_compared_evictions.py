@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 
 from moacompress.core.errors import DataError, InfeasibleBudgetError, UsageError
 from moacompress.evaluation import evaluate
@@ -33,12 +34,14 @@ from moacompress.evaluation.eviction.window_scores import AdaKV
 from moacompress.evaluation.scoring.prompts import score_batch
 from moacompress.evaluation.tasks.cases import Case
 from moacompress.evaluation.tasks.registry import TASKS, Resources, make_cases
+from moacompress.kernels.reference.rounding import rounded
 from moacompress.models.source import model_shape
 from moacompress.prompts.pools import Prose
+from moacompress.rules.formats import CODED, FORMATS, NATIVE, find_format
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.runtime.checkpoint import load_checkpoint
-from tests.evaluation.under_masks import KV_HEADS, LAYERS, PROMPTED, STREAMED, logits_after
+from tests.evaluation.under_masks import DIM, KV_HEADS, LAYERS, PROMPTED, STREAMED, logits_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,29 +60,63 @@ def a_case(size: int = 150, question_at: int | None = 130) -> Case:
     return Case("t", 160, drawn[:size], drawn[size:], [True] * 4, ("~~",), "all", 3, None, question_at)
 
 
-def _windows(shape: Any) -> Plan:
+def _windows(shape: Any, window: int = 92) -> Plan:
     full = Plan.full(shape)
-    return replace(full, rules=tuple(tuple(Rule(4, 92, 0) for _ in row) for row in full.rules))
+    return replace(full, rules=tuple(tuple(Rule(4, window, 0) for _ in row) for row in full.rules))
 
 
-def compared(name: str, question: str | None, plan: Plan) -> ComparedEviction:
-    return ComparedEviction(EVICTIONS[name](), question, plan, 0)
+def compared(name: str, question: str | None, plan: Plan, format: str = NATIVE) -> ComparedEviction:
+    return ComparedEviction(EVICTIONS[name](), question, plan, 0, format)
 
 
 @pytest.mark.parametrize("question", [SEEN, UNSEEN])
+@pytest.mark.parametrize("format", FORMATS)
 def test_prompt_and_answer_take_the_plans_bytes(
-    question: str, model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+    format: str, question: str, model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     plan, case = _windows(model_shape(model)), a_case()
     reading = read_prompt(model, tiny_tokenizer, case.prompt_ids[:-1])
+    vector, whole = (FORMATS[name].vector_bytes(DIM, "float32") for name in (format, NATIVE))
     for name in PROMPTED:
-        one = compared(name, question, plan)
+        one = compared(name, question, plan, format)
         mask = kept_mask(one, case, reading)
         end = 149 if question == SEEN else 130
         assert mask.shape == (LAYERS, KV_HEADS, end)
-        taken = int(mask.sum()) + LAYERS * KV_HEADS * (case.tokens - end)
-        room = plan.kv_bytes(case.tokens) - taken * one.token_bytes
-        assert 0 <= room < one.token_bytes
+        taken = 2 * (vector * int(mask.sum()) + whole * LAYERS * KV_HEADS * (case.tokens - end))
+        assert one.on_prompts([case]).kv_bytes == taken
+        if format == NATIVE:
+            assert 0 <= plan.kv_bytes(case.tokens) - taken < 2 * vector
+        else:  # four times as many tokens and more: all of the prompt
+            assert mask.all()
+            assert taken < plan.kv_bytes(case.tokens)
+
+
+def test_codes_keep_more_tokens_in_the_same_bytes(
+    model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    plan, case = _windows(model_shape(model), window=28), a_case(300)
+    reading = read_prompt(model, tiny_tokenizer, case.prompt_ids[:-1])
+    for name in PROMPTED:
+        sides = [compared(name, SEEN, plan, format).on_prompts([case]) for format in FORMATS]
+        native, *coded = [int(kept_mask(one, case, reading).sum()) for one in sides]
+        assert [one.token_bytes for one in sides] == [128, 40, 24]
+        assert all(0 <= plan.kv_bytes(case.tokens) - one.kv_bytes < one.token_bytes for one in sides)
+        assert coded[0] > 3 * native
+        assert coded[1] > 5 * native
+
+
+def test_keys_are_rounded_less_their_mean(model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    reading = read_prompt(model, tiny_tokenizer, a_case().prompt_ids[:-1])
+    mask = torch.ones(LAYERS, KV_HEADS, 130, dtype=torch.bool)
+    offset = torch.nn.functional.normalize(torch.arange(DIM).float(), dim=0) * 100
+    moved = replace(reading, keys=[key + offset for key in reading.keys])
+    for (key, value), exact_key, exact_value in zip(
+        moved.kept(mask, format="int4")._held, reading.keys, reading.values, strict=True
+    ):
+        for found, exact in ((key - offset, exact_key[:, :, :130]), (value, exact_value[:, :, :130])):
+            assert 0 < (found - exact).norm() < 0.1 * exact.norm()
+        without = rounded(exact_key + offset, [find_format("int4").code] * KV_HEADS) - offset
+        assert (without - exact_key).norm() > exact_key.norm()
 
 
 def test_where_all_is_kept_scores_are_dense(compressed: Path) -> None:
@@ -107,11 +144,20 @@ def test_the_answer_is_scored_under_the_mask(compressed: Path) -> None:
     assert found.nll == pytest.approx(nll, abs=1e-4)
 
 
+def test_the_answer_is_scored_over_rounded_tokens(compressed: Path) -> None:
+    checkpoint = load_checkpoint(compressed / "model", "auto", "cpu")
+    plan, case = Plan.full(checkpoint.plan.model), a_case()
+    models = [compared("keydiff", UNSEEN, plan, format) for format in FORMATS]
+    native, *coded = [score.nll for score in score_evictions(checkpoint, case, models)]
+    assert 0 < abs(coded[0] - native) < abs(coded[1] - native) < 0.1
+
+
 def test_methods_answer_side_by_side_as_each_does_alone(compressed: Path) -> None:
     checkpoint = load_checkpoint(compressed / "model", "auto", "cpu")
     plan, case = _windows(checkpoint.plan.model), replace(a_case(), new_tokens=12)
     models = [compared(name, question, plan) for name in PROMPTED for question in (SEEN, UNSEEN)]
     models.insert(3, compared(STREAMED[0], None, plan))
+    models += [compared("keydiff", UNSEEN, plan, format) for format in CODED]
     together = score_evictions(checkpoint, case, models)
     for one, found in zip(models, together, strict=True):
         (alone,) = score_evictions(checkpoint, case, [one])
@@ -175,7 +221,8 @@ def test_names() -> None:
         "dense", "kvzip:unseen", "kvzip:seen", "snapkv:seen", "h2o", "snapkv:unseen",
     )  # fmt: skip
     assert {"snapkv", "snapkv:unseen", "kvzip:seen", "h2o", "streaming-llm"} <= set(eviction_names())
-    assert "h2o:seen" not in eviction_names()
+    assert {"kvzip:int4", "snapkv:int8"} <= set(eviction_names())
+    assert not {"h2o:seen", "h2o:int4"} & set(eviction_names())
     assert [EVICTIONS[name].readings for name in ("kvzip", "snapkv", "h2o")] == [2, 1, 1]
 
 
@@ -191,6 +238,16 @@ def test_settings_are_part_of_the_name(model: PreTrainedModel) -> None:
         "expected-attention:covariance=false:seen"
     )
     assert one.key() != compared_eviction("adakv:window=16:seen", plan, 160).key()
+
+
+def test_a_format_is_part_of_the_name(model: PreTrainedModel) -> None:
+    plan = _windows(model_shape(model))
+    assert expanded(("kvzip:int4", "snapkv:window=16:int8:seen", "keydiff:native", "h2o:native")) == (
+        "kvzip:int4:unseen", "kvzip:int4:seen", "snapkv:window=16:int8:seen", "keydiff:unseen", "keydiff:seen", "h2o",
+    )  # fmt: skip
+    one, native = (compared_eviction(name, plan, 160) for name in ("kvzip:int4:seen", "kvzip:native:seen"))
+    assert (one.name, one.format, native) == ("kvzip:int4:seen", "int4", compared_eviction("kvzip:seen", plan, 160))
+    assert one.key() != native.key()
 
 
 def test_settings_reach_the_masks(model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -216,6 +273,10 @@ def test_settings_reach_the_masks(model: PreTrainedModel, tiny_tokenizer: PreTra
         ("h2o:recent=nan", "recent is nan, and must be from 0 to 1"),
         ("kvzip:request=3", "kvzip has no setting 'request'"),
         ("expected-attention:covariance=2", "covariance is '2', and must be true or false"),
+        ("kvzip:int3", "cannot evaluate against 'kvzip:int3'; did you mean 'kvzip:int8'?"),
+        ("kvzip:seen:int4", "cannot evaluate against 'kvzip:seen:int4'; "),
+        ("uniform:int4", "cannot evaluate against 'uniform:int4'; did you mean 'uniform:4'?"),
+        ("h2o:int4", "'h2o:int4': h2o evicts as it reads, and only what is kept of a prompt that was read is rounded"),
         ("snapkv:window=8:later", "cannot evaluate against 'snapkv:window=8:later'; "),
     ],
 )

@@ -5,14 +5,17 @@ which is read after the eviction, as the answer is. With the question unseen it 
 one compressed context has to serve any; the question then comes after the eviction. All of them start from one dense reading. A
 method that evicts as it reads cannot know what follows, so it is measured once.
 
-What is evicted is masked and not freed. Bytes are counted as if it were: what is kept, token by token, in the model's dtype,
-and all that is read after the eviction, up to the end of the reference answer.
+What a method keeps of a prompt may be rounded to a format too, `snapkv:int4`: more tokens then fit into the same bytes. What is
+read after the eviction stays in the model's dtype.
+
+What is evicted is masked and not freed. Bytes are counted as if it were: what is kept, token by token, in its format, and all
+that is read after the eviction, up to the end of the reference answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,8 +28,9 @@ from moacompress.evaluation.eviction.reading import DenseReading, read_prompt
 from moacompress.evaluation.eviction.registry import baseline_name, known_evictions, read_baseline
 from moacompress.evaluation.eviction.stream_cache import stream_cache
 from moacompress.evaluation.scoring.prompts import Score, read_on, score_answers
-from moacompress.evaluation.tasks.cases import Case
+from moacompress.evaluation.tasks.cases import Case, mean_tokens
 from moacompress.models.placement import input_device
+from moacompress.rules.formats import CODED, NATIVE, is_format
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 
@@ -46,18 +50,20 @@ class ComparedEviction:
         baseline: how it evicts.
         question: "seen", "unseen", or None for a method that evicts as it reads.
         plan: the plan whose bytes it gets.
-        kv_bytes: of all tokens that it keeps, at the mean number of tokens of the prompts.
+        kv_bytes: of all tokens that it keeps, at the mean number of tokens of the prompts; see `on_prompts`.
+        format: of the keys and values that it keeps of a prompt, one of `formats.all_formats`.
     """
 
     baseline: Baseline
     question: str | None
     plan: Plan
     kv_bytes: int
+    format: str = NATIVE
 
     @property
     def name(self) -> str:
-        """Name in tables and on the command line, such as `snapkv:seen` and `snapkv:window=16:seen`."""
-        return _full_name(self.baseline, self.question)
+        """Name in tables and on the command line, such as `snapkv:seen` and `snapkv:window=16:int4:seen`."""
+        return _full_name(self.baseline, self.format, self.question)
 
     @property
     def unit(self) -> int:
@@ -66,12 +72,13 @@ class ComparedEviction:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token's key and value in one KV head."""
-        return self.plan.model.token_bytes(Rule.FULL)
+        """Bytes of one token's key and value in one KV head, as they are kept of a prompt."""
+        return self.plan.model.token_bytes(Rule.FULL.in_formats(self.format, self.format))
 
     def key(self) -> str:
-        """Returns what its scores of a prompt are kept under, besides the bytes: method, parameters and question."""
-        return fingerprint([self.baseline.key(), self.question])
+        """Returns what its scores of a prompt are kept under, besides the bytes: method, parameters, question and format."""
+        format = () if self.format == NATIVE else (self.format,)
+        return fingerprint([self.baseline.key(), self.question, *format])
 
     def case_key(self, case: Case) -> str:
         """Returns what its score of one prompt is kept under, besides weights and prompt."""
@@ -90,15 +97,31 @@ class ComparedEviction:
         return {"readings": self.baseline.readings, "freed": False}
 
     def end(self, case: Case) -> int:
-        """Returns how many tokens of a prompt are read before it evicts."""
+        """Returns how many tokens it evicts from: those read before it does, or all where it evicts as it reads."""
+        if isinstance(self.baseline, StreamBaseline):
+            return case.tokens
         last = len(case.prompt_ids) - 1
         return last if self.question != UNSEEN or case.question_at is None else min(case.question_at, last)
 
     def bytes_before(self, case: Case) -> int:
         """Returns the bytes that it may keep of what it evicts from; the tokens after that are kept whole."""
-        shape = self.plan.model
-        after = case.tokens - self.end(case) if isinstance(self.baseline, PromptBaseline) else 0
-        return self.plan.kv_bytes(case.tokens) - after * shape.layers * shape.kv_heads * self.token_bytes
+        return self.plan.kv_bytes(case.tokens) - self._bytes_after(case.tokens - self.end(case))
+
+    def on_prompts(self, cases: Sequence[Case]) -> ComparedEviction:
+        """Returns the same with the bytes that it takes on prompts: less than the plan's where all of a prompt fits."""
+        tokens, end = mean_tokens(cases), round(sum(map(self.end, cases)) / len(cases))
+        after = self._bytes_after(tokens - end)
+        kept = min((self.plan.kv_bytes(tokens) - after) // self.token_bytes, end * self._heads)
+        return replace(self, kv_bytes=kept * self.token_bytes + after)
+
+    def _bytes_after(self, tokens: int) -> int:
+        """Returns the bytes of tokens that are read after the eviction."""
+        return tokens * self._heads * self.plan.model.token_bytes(Rule.FULL)
+
+    @property
+    def _heads(self) -> int:
+        """KV heads of all layers."""
+        return self.plan.model.layers * self.plan.model.kv_heads
 
     def check(self, case: Case) -> None:
         """Refuses a prompt on which it cannot be measured.
@@ -112,8 +135,7 @@ class ComparedEviction:
                 f"{self.name} evicts before the question is read, and a prompt of {case.task} does not say where it begins: it "
                 f"is one line; put the question on a line of its own, or measure against {self.baseline.name}:{SEEN}"
             )
-        shape = self.plan.model
-        if self.bytes_before(case) < shape.layers * shape.kv_heads * self.token_bytes:
+        if self.bytes_before(case) < self._heads * self.token_bytes:
             after = case.tokens - self.end(case)
             raise InfeasibleBudgetError(
                 f"{self.name} keeps the {after} tokens of a prompt of {case.task} that follow its eviction, and the plan's "
@@ -123,16 +145,17 @@ class ComparedEviction:
 
 
 def eviction_names() -> tuple[str, ...]:
-    """Returns the names of known ways to evict without settings: of a method, and of it with the question seen or unseen."""
+    """Returns the names of known ways to evict without settings: of methods, and of these with what they know or a format."""
     known = known_evictions()
-    return (*known, *(f"{name}:{question}" for name in known for question in _questions(known[name]) if question))
+    once = [name for name, kind in known.items() if issubclass(kind, PromptBaseline)]
+    return (*known, *(f"{name}:{behind}" for name in once for behind in (UNSEEN, SEEN, *CODED)))
 
 
 def is_eviction(name: str) -> bool:
     """Returns whether a name is that of a way to evict, with settings or without.
 
     Raises:
-        UsageError: a setting that the method does not have, or a value that it cannot have.
+        UsageError: a setting or a format that the method does not have, or a value that it cannot have.
     """
     return _read(name) is not None
 
@@ -146,27 +169,42 @@ def _with_questions(name: str) -> tuple[str, ...]:
     found = _read(name)
     if found is None:
         return (name,)
-    baseline, question = found
+    baseline, format, question = found
     asked = _questions(type(baseline)) if question is None else (question,)
-    return tuple(_full_name(baseline, each) for each in asked)
+    return tuple(_full_name(baseline, format, each) for each in asked)
 
 
-def _read(name: str) -> tuple[Baseline, str | None] | None:
-    """Returns a way to evict and what it knows of the question, None where the name leaves that open; None of other names."""
+def _read(name: str) -> tuple[Baseline, str, str | None] | None:
+    """Returns a way to evict, the format of what it keeps, and what it knows of the question; None of other names.
+
+    What it knows is None where the name leaves that open.
+    """
     found = read_baseline(name)
-    return found if found is not None and found[1] in (None, *_questions(type(found[0]))) else None
+    if found is None:
+        return None
+    baseline, behind = found
+    format = behind.pop(0) if behind and is_format(behind[0]) else NATIVE
+    question = behind.pop(0) if behind else None
+    if behind or question not in (None, *_questions(type(baseline))):
+        return None
+    if format != NATIVE and isinstance(baseline, StreamBaseline):
+        raise UsageError(
+            f"cannot evaluate against {name!r}: {baseline.name} evicts as it reads, and only what is kept of a prompt that was "
+            f"read is rounded; leave {format} out, or choose a method that evicts after a prompt"
+        )
+    return baseline, format, question
 
 
-def _full_name(baseline: Baseline, question: str | None) -> str:
-    name = baseline_name(baseline)
-    return name if question is None else f"{name}:{question}"
+def _full_name(baseline: Baseline, format: str, question: str | None) -> str:
+    parts = (baseline_name(baseline), format if format != NATIVE else None, question)
+    return ":".join(filter(None, parts))
 
 
 def compared_eviction(name: str, plan: Plan, tokens: int) -> ComparedEviction:
     """Returns a known way to evict by a name that is not ambiguous, as `expanded` gives it.
 
     Args:
-        name: of a method and its settings, with `:seen` or `:unseen` where it evicts after a prompt.
+        name: of a method and its settings, with a format if any, and `:seen` or `:unseen` where it evicts after a prompt.
         plan: whose bytes it gets.
         tokens: of a prompt and its answer.
 
@@ -180,14 +218,15 @@ def compared_eviction(name: str, plan: Plan, tokens: int) -> ComparedEviction:
         )
     found = _read(name)
     assert found is not None
-    token_bytes = plan.model.token_bytes(Rule.FULL)
-    return ComparedEviction(*found, plan, plan.kv_bytes(tokens) // token_bytes * token_bytes)
+    baseline, format, question = found
+    return ComparedEviction(baseline, question, plan, plan.kv_bytes(tokens), format)
 
 
 def score_evictions(checkpoint: Checkpoint, case: Case, compared: Sequence[ComparedEviction]) -> list[Score]:
     """Returns the score of each way to evict on one prompt, which is read densely once at most.
 
-    Those that evict at the same place read on side by side, and all of them answer so, as rows of one batch.
+    Those that evict at the same place and keep the same format read on side by side, and all of them answer so, as rows of one
+    batch.
 
     Args:
         checkpoint: gives the dense model.
@@ -197,19 +236,19 @@ def score_evictions(checkpoint: Checkpoint, case: Case, compared: Sequence[Compa
     model = checkpoint.without_plan()
     # caches, each with how many tokens it holds and what it scores
     stores: list[tuple[WholeCache, int, list[int]]] = []
-    evicting: dict[int, list[int]] = {}
+    evicting: dict[tuple[int, str], list[int]] = {}
     for number, one in enumerate(compared):
         if isinstance(one.baseline, StreamBaseline):
             shape = one.plan.model
             room = one.baseline.allocate(one.bytes_before(case), one.token_bytes, shape.layers, shape.kv_heads)
             stores.append((stream_cache(one.baseline, room), 0, [number]))
         else:
-            evicting.setdefault(one.end(case), []).append(number)
+            evicting.setdefault((one.end(case), one.format), []).append(number)
     if evicting:
         reading = read_prompt(model, checkpoint.tokenizer, case.prompt_ids[:-1])
-        for end, numbers in evicting.items():
+        for (end, format), numbers in evicting.items():
             masks = [kept_mask(compared[number], case, reading) for number in numbers]
-            stores.append((reading.kept(*masks), end, numbers))
+            stores.append((reading.kept(*masks, format=format), end, numbers))
     with attending(model):
         for store, end, numbers in stores:
             read_on(model, [case] * len(numbers), store, end)

@@ -14,8 +14,11 @@ from torch import Tensor
 from moacompress.core.errors import ModelError
 from moacompress.evaluation.eviction.attention import Attending, KeptCache, WholeCache, attended_by, attending
 from moacompress.evaluation.eviction.baseline import LayerReading, PromptReading
+from moacompress.kernels.centred_keys import centred
+from moacompress.kernels.reference.rounding import rounded
 from moacompress.models.modules import attention_modules, given_hidden
 from moacompress.models.placement import input_device
+from moacompress.rules.formats import NATIVE, find_format
 from moacompress.runtime.compat.alternates import CACHE_NAMES, cache_argument
 
 if TYPE_CHECKING:
@@ -47,14 +50,20 @@ class DenseReading:
         read_on = partial(self._read_on, end)
         return PromptReading(self.ids[:end], _Widened(self.layers, end), read_on, self.tokenizer)
 
-    def kept(self, *masks: Tensor) -> KeptCache:
+    def kept(self, *masks: Tensor, format: str = NATIVE) -> KeptCache:
         """Returns a cache of the first tokens of the prompt that shows only what is kept, a row for each mask.
 
         Args:
             masks: bool `[layers, kv_heads, end]` each.
+            format: that keys and values are rounded to. Keys are rounded less the mean key of their KV head over these tokens,
+                kept or not.
         """
         kept = torch.stack(masks)
-        return KeptCache(kept, *self._first(kept.shape[-1]))
+        keys, values = self._first(kept.shape[-1])
+        if format != NATIVE:
+            keys = [_round_trip(key, format, key[0].float().mean(1)) for key in keys]
+            values = [_round_trip(value, format) for value in values]
+        return KeptCache(kept, keys, values)
 
     def _read_on(self, end: int, fed: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         watched = _Watched(*self._first(end))
@@ -158,6 +167,18 @@ def read_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids:
         for layer, (call, key, value, (query, scaling)) in enumerate(zip(calls, keys, values, cache.asked, strict=True))
     ]
     return DenseReading(model, tokenizer, ids, layers, keys, values)
+
+
+def _round_trip(x: Tensor, format: str, centre: Tensor | None = None) -> Tensor:
+    """Returns keys or values as a format gives them back, in their own dtype, `[1, kv_heads, tokens, dim]`.
+
+    Args:
+        x: keys or values, shaped so.
+        format: its name.
+        centre: subtracted before rounding and added back, float32 `[kv_heads, dim]`; None for none.
+    """
+    found = rounded(centred(x, centre), [find_format(format).code] * x.shape[1])
+    return (found if centre is None else found + centre[:, None]).to(x.dtype)
 
 
 def _feed(model: PreTrainedModel, ids: Sequence[int], cache: WholeCache) -> None:

@@ -1,6 +1,7 @@
 """The known ways to evict tokens by name: ours, and those of installed packages.
 
-`snapkv:window=16:seen` is a method, settings of its own that differ from its defaults, and whether it has seen the question.
+`snapkv:window=16:int4:seen` is a method, settings of its own that differ from its defaults, the format of what it keeps, and
+whether it has seen the question.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from itertools import takewhile
 from typing import Any
 
 from moacompress.core.errors import UsageError, did_you_mean
@@ -50,8 +52,8 @@ def known_evictions() -> dict[str, type[Baseline]]:
     return {**EVICTIONS, **outside}
 
 
-def read_baseline(name: str) -> tuple[Baseline, str | None] | None:
-    """Returns a way to evict as its name says it, and what stands behind its settings; None where no method is named.
+def read_baseline(name: str) -> tuple[Baseline, list[str]] | None:
+    """Returns a way to evict as its name says it, and the parts behind its settings; None where no method is named.
 
     Args:
         name: such as `snapkv`, `h2o:recent=0.25` or `snapkv:window=16:kernel=7:seen`.
@@ -61,11 +63,11 @@ def read_baseline(name: str) -> tuple[Baseline, str | None] | None:
     """
     method, *parts = name.split(":")
     kind = known_evictions().get(method)
-    behind = parts.pop() if parts and "=" not in parts[-1] else None
-    if kind is None or not all("=" in part for part in parts):
+    if kind is None:
         return None
+    settings = list(takewhile(lambda part: "=" in part, parts))
     try:
-        return kind(**_settings(kind, parts)), behind
+        return kind(**_settings(kind, settings)), parts[len(settings) :]
     except UsageError as error:
         raise UsageError(f"cannot evaluate against {name!r}: {error}") from error
 
