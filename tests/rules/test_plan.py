@@ -390,10 +390,3 @@ def test_other_weights_are_refused_only_where_weights_count() -> None:
     some_plan().check_model(other, weights=False)
     with pytest.raises(PlanError, match="other weights: fingerprint 0123456789abcdef, the model has ffffffffffffffff"):
         some_plan().check_model(other, weights=True)
-
-
-def test_fingerprints_of_two_versions_are_no_difference() -> None:
-    plan = some_plan()
-    newer, other = (Plan(shape(weights_fingerprint=of), plan.min_window, plan.rules) for of in ("2-01", "2-02"))
-    assert plan.diff(newer) == []
-    assert newer.diff(other) == ["model.weights_fingerprint: 2-01 -> 2-02"]
