@@ -60,7 +60,7 @@ def main() -> None:
     for (name, plan), found in zip(plans.items(), kls, strict=True):
         row = {"model": Path(profile.source).name, "plan": name, "length": n, "kv_share": plan.kv_share(n)}
         predicted = plan.quality.get("predicted_harm")
-        rows[name] = {**row, "predicted": predicted, "samples": len(samples), "kls": found}
+        rows[name] = {**row, "predicted": predicted, "kinds": [sample.source for sample in samples], "kls": found}
     given.out.write_text(json.dumps(list(rows.values()), indent=1) + "\n", "utf-8")
     print(table(list(rows.values())))
 
@@ -76,7 +76,7 @@ def named_plan(text: str, profile: Profile) -> tuple[str, Plan]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Returns rows as a table in Markdown."""
+    """Returns rows as two tables in Markdown: of all samples, and the means of each kind of samples."""
     kls = {row["plan"]: row["kls"] for row in rows}
     lines = [
         "| plan | KV bytes, of dense | KL predicted, nats | measured | difference |",
@@ -88,6 +88,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         apart = difference_text(KlDifference.of(kls[name], kls[other]).to_dict()) if other in kls else ""
         foreseen = "" if row["predicted"] is None else f"{row['predicted']:.2g}"
         lines.append(f"| {name} | {row['kv_share']:.3f} | {foreseen} | {mean:.3g} | {apart} |")
+    kinds = list(dict.fromkeys(rows[0]["kinds"]))
+    lines += ["", f"| kind | samples | {' | '.join(kls)} |", "| --- " * (2 + len(kls)) + "|"]
+    for kind in kinds:
+        of_kind = [index for index, other in enumerate(rows[0]["kinds"]) if other == kind]
+        cells = [f"{np.mean([kls[name][index] for index in of_kind]):.2g}" for name in kls]
+        lines.append(f"| {kind} | {len(of_kind)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
