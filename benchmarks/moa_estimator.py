@@ -19,7 +19,8 @@ import numpy as np
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.progress import SILENT
 from moacompress.report.search_tables import difference_text
-from moacompress.rules.constraints import Constraints, byte_constraints, cost_tables, limit_array
+from moacompress.rules.cost import byte_table
+from moacompress.rules.limits import Limits, limit_array
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.baselines.families import plans_within
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, help="a file that every row is appended to")
     given = parser.parse_args()
     profile = Profile.load(given.profile).without_gates().offering(())
-    limits = byte_constraints({n: int(profile.shape.dense_kv_bytes(n) * given.budget / 100) for n in profile.lengths})
+    limits = {n: int(profile.shape.dense_kv_bytes(n) * given.budget / 100) for n in profile.lengths}
     plans = {"uniform window": plans_within("uniform", profile.shape, limits, profile.min_window, sinks=(4,))[0]}
     for estimator in ("moa", "mass", profile.recipe.profile.estimator):
         for grid in ("ours", "moa"):
@@ -82,12 +83,13 @@ def numbers_of(profile: Profile, grid: str) -> list[int]:
     ]
 
 
-def chosen(profile: Profile, estimator: str, limits: Constraints, numbers: list[int]) -> Plan:
+def chosen(profile: Profile, estimator: str, limits: Limits, numbers: list[int]) -> Plan:
     """Returns the plan of the numbered rules that an estimator foresees the least of."""
     influence = profile.blended(estimator, profile.recipe.search.text_weight)
     costs = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths)).costs()
     rules = [profile.rules[number] for number in numbers]
-    knapsack = Knapsack(cost_tables(limits, profile.shape, rules, profile.min_window), limit_array(limits), "lagrange")
+    sizes = byte_table(profile.shape, rules, profile.min_window, list(limits))
+    knapsack = Knapsack(sizes, limit_array(limits), "lagrange")
     choice = knapsack.choose(costs[..., numbers])
     return profile.plan([[rules[number] for number in row] for row in choice.tolist()])
 

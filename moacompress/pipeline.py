@@ -217,7 +217,6 @@ def fill(
         "best_baseline": plan.quality.get("best_baseline"),
         "measured_plans": found.measured_plans,
         **({} if found.classes is None else {"classes": found.classes}),
-        **({"step_ms": found.step_ms} if found.step_ms else {}),
         "versions": {"moacompress": own_version()}
         | {name: version(name) for name in ("torch", "transformers", "optuna")},
     }
@@ -370,7 +369,7 @@ def inputs_of(recipe: Recipe) -> list[str]:
     """Returns what a run reads, where these are files or folders."""
     calibration = recipe.calibration
     paths = [source.path for source in calibration.sources]
-    named = [recipe.model, calibration.text, recipe.search.cost_table, *paths]
+    named = [recipe.model, calibration.text, *paths]
     return [name for name in named if name and Path(name).exists()]
 
 

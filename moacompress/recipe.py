@@ -66,9 +66,7 @@ class Recipe(Section):
     model: str | None = Field(None, description="hub id, folder or .gguf file")
     budget: Annotated[
         tuple[str, ...], BeforeValidator(_texts, json_schema_input_type=str | float | list[str | float])
-    ] = Field(
-        (), description="budgets that must all hold: 25%, 0.25, 25%@8k, 512MiB@32k, memory=6GiB@8k or latency=0.8@8kx8"
-    )
+    ] = Field((), description="budgets that must all hold: 25%, 0.25, 25%@8k, 512MiB@32k or memory=6GiB@8k")
     max_loss: Annotated[str | None, BeforeValidator(_loss, json_schema_input_type=str | float | None)] = Field(
         None,
         description="instead of a budget: find the smallest budget whose plan raises the perplexity of the dense model's own"
@@ -201,11 +199,6 @@ class Recipe(Section):
         data["search"]["storage"] = None if storage is None else without_password(storage)
         return data
 
-    def of_any_machine(self) -> Recipe:
-        """Returns the recipe as profiles keep it: without the cost table, which is of one machine; a search names its own."""
-        search = self.search.model_copy(update={"cost_table": None})
-        return self.model_copy(update={"search": search})
-
     def of_profile(self, profiled: Recipe) -> Recipe:
         """Returns the recipe of a search as it was run: with the calibration and the rules of what had been profiled."""
         return self.model_copy(update={"calibration": profiled.calibration, "profile": profiled.profile})
@@ -229,7 +222,6 @@ class Recipe(Section):
             if dataset is not None:  # a hub id, or a folder, which may look like one
                 part["dataset"] = file_name(dataset) if Path(dataset).exists() else shared_name(dataset)
         data["search"]["storage"] = None
-        data["search"]["cost_table"] = file_name(data["search"]["cost_table"])
         return data
 
 

@@ -285,11 +285,6 @@ class SearchRecipe(Section):
     round_trials: int = Field(4, ge=1, le=1_000, description="plans measured per round")
     moves: int = Field(10, ge=0, le=10_000, description="number of KV heads tried with more and with less at the end")
     floors: dict[int, float] = Field({}, description="minimum share of its KV bytes that a layer keeps, per layer")
-    cost_table: str | None = Field(
-        None,
-        description="file written by `bench MODEL --cost-table FILE` on this machine: needed for budgets such as "
-        "latency=0.8@8kx8, and predicts the plan's step time",
-    )
     storage: str | None = Field(
         None,
         description="study storage: a file ending in .journal, or a URL of SQLite, PostgreSQL or MySQL; run the same command "

@@ -21,11 +21,11 @@ from moacompress.recipe import AUTO, Recipe
 from moacompress.rules.asked_shares import AskedShares
 from moacompress.rules.budget import Budget, any_memory
 from moacompress.rules.candidates import in_formats
-from moacompress.rules.constraints import budget_constraints, check_no_sharing
 from moacompress.rules.cost import layer_floors
+from moacompress.rules.limits import budget_limits
 from moacompress.rules.loss import Loss, check_loss_samples
 from moacompress.rules.model_shape import ModelShape
-from moacompress.search.search_request import costs_of, offered_formats
+from moacompress.search.search_request import offered_formats
 from moacompress.search.weights.weight_choice import weight_choice
 
 
@@ -125,18 +125,14 @@ def _check_prompts(recipe: Recipe, context: int) -> None:
 def _check_budgets(recipe: Recipe, shape: ModelShape, source: SourceModel | None) -> None:
     """Where layers share, what that saves is known only by a profile."""
     floors = layer_floors(recipe.search.floors, shape)
-    costs = costs_of(recipe, shape)
     budgets = [Budget.parse(text) for text in recipe.budget]
     weights, _ = weight_choice(recipe, budgets, rules_on_offer(recipe, None), shape, source)
-    if not AskedShares.parse(recipe.search.share).off:
-        check_no_sharing(budgets)
-        return
-    if not budgets:
+    if not budgets or not AskedShares.parse(recipe.search.share).off:
         return
     spans = [rule for rule in rules_on_offer(recipe, None) if not rule.selects]
     rules = in_formats(spans, offered_formats(recipe.profile.formats, recipe))
     lengths, min_window = recipe.calibration.lengths, recipe.profile.min_window
-    budget_constraints(budgets, shape, lengths, rules, min_window, floors, costs=costs, weights=weights)
+    budget_limits(budgets, shape, lengths, rules, min_window, floors, weights=weights)
 
 
 def _resources(recipe: Recipe) -> Resources:

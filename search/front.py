@@ -20,7 +20,6 @@ from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.budget import Budget
-from moacompress.rules.constraints import byte_constraints
 from moacompress.rules.plan import Plan
 from moacompress.rules.worst_share import WorstShare
 from moacompress.runtime.ready_model import load_for
@@ -165,7 +164,7 @@ def _search_front(request: SearchRequest, evaluator: PlanEvaluator, trials: int,
             budget = Budget(SHARE, float(np.exp(started.parameters[SHARE])), None, None)
             limits = budget.limits(profile.shape, profile.lengths)
             parameters = {name: at for name, at in started.parameters.items() if name != SHARE}
-            plan = request.plan(surrogate, parameters, byte_constraints(limits))
+            plan = request.plan(surrogate, parameters, limits)
             kl = float(np.mean(evaluator.kls("front", plan, evaluator.order)))
             kept = max(plan.kv_share(n) for n in profile.lengths)
             study_storage.tell(started, [kl, kept], plan=pack(plan))

@@ -15,7 +15,7 @@ from moacompress.core.tables import readable_seconds
 from moacompress.estimate.devices import on_devices
 from moacompress.estimate.estimate import Estimate
 from moacompress.recipe import AUTO, Recipe
-from moacompress.rules.budget import any_memory
+from moacompress.rules.budget import any_memory, bytes_at
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.baselines.measured import CANDIDATES, CLOSE, FINALISTS, SCREENED
 from moacompress.search.search_request import SearchRequest
@@ -150,7 +150,7 @@ def estimate_search(
 def memory_text(request: SearchRequest) -> str:
     """Returns what weights take of a budget of memory, and what that leaves to the cache."""
     assert request.weight_bytes is not None
-    leaves = "; ".join(map(str, request.constraints))
+    leaves = "; ".join(bytes_at(limit, n) for n, limit in request.limits.items())
     size = request.weight_bytes.bytes
     if request.weights is None:
         return f"Weights take {size:,} bytes as they are, which leaves {leaves}."

@@ -16,29 +16,18 @@ from moacompress.core.arrays import Ints
 from moacompress.core.errors import UsageError
 from moacompress.core.files import fingerprint
 from moacompress.core.progress import Progress
-from moacompress.estimate.machine import this_machine
 from moacompress.kernels.dispatch import check_formats
-from moacompress.models.placement import is_device_map
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.repair.copies import repaired_copies
 from moacompress.repair.plans import repair_samples
 from moacompress.repair.projections import Weights
 from moacompress.rules.budget import Budget
-from moacompress.rules.constraints import (
-    Constraints,
-    WeightBytes,
-    budget_constraints,
-    check_no_sharing,
-    lengths_of,
-    step_times,
-)
 from moacompress.rules.cost import layer_floors
-from moacompress.rules.cost_table import CostTable
+from moacompress.rules.limits import Limits, WeightBytes, budget_limits
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import LayerShares
-from moacompress.rules.step_time import StepTime
 from moacompress.search.measure.objective import Measure
 from moacompress.search.predict.search_parameters import SearchParameters
 from moacompress.search.predict.surrogate import Surrogate
@@ -78,42 +67,13 @@ def offered(profile: Profile, recipe: Recipe) -> Profile:
     return profile.offering(offered_formats(profile.profiled_formats, recipe))
 
 
-def costs_of(recipe: Recipe, shape: ModelShape) -> CostTable | None:
-    """Returns the cost table of a recipe, where it names one.
-
-    Args:
-        recipe: the run.
-        shape: of the model.
-
-    Raises:
-        ArtefactError: it cannot be read, or is of another model or machine, or of other weights: says which.
-        UsageError: the model is spread over several devices.
-    """
-    path = recipe.search.cost_table
-    if path is None:
-        return None
-    if is_device_map(recipe.device):
-        raise UsageError(
-            f"{path} has the seconds of steps on one device, and the device map {recipe.device} spreads a model over several; "
-            "search with --device cpu or cuda"
-        )
-    table = CostTable.load(path)
-    table.check(path, shape, this_machine(recipe.device, shape.dtype), (recipe.weights, recipe.head_weights))
-    return table
-
-
-def _constraints(
-    profile: Profile,
-    recipe: Recipe,
-    budgets: Sequence[Budget],
-    shares: LayerShares,
-    costs: CostTable | None,
-    weights: WeightBytes | None,
-) -> Constraints:
-    """Returns what budgets restrict, beside weights that take so much; errors are those of `budget_constraints`."""
+def _limits(
+    profile: Profile, recipe: Recipe, budgets: Sequence[Budget], shares: LayerShares, weights: WeightBytes | None
+) -> Limits:
+    """Returns the limits of budgets, beside weights that take so much; errors are those of `budget_limits`."""
     floors = layer_floors(recipe.search.floors, profile.shape)
-    arguments = budgets, profile.shape, profile.lengths, profile.rules, profile.min_window, floors, shares
-    return budget_constraints(*arguments, costs=costs, weights=weights)
+    arguments = profile.shape, profile.lengths, profile.rules, profile.min_window
+    return budget_limits(budgets, *arguments, floors, shares, weights)
 
 
 def _check_classes(most: int | None, shape: ModelShape) -> None:
@@ -138,29 +98,27 @@ class SearchRequest:
         profile: the profile, with the formats on offer that the recipe asks for.
         recipe: the resolved recipe.
         asked: the budgets as given.
-        constraints: what the budgets restrict.
+        limits: of the budgets.
         surrogate: not yet calibrated.
         starts: parameters that are tried right after the neutral ones.
         computes_in: the dtype that the model computes in, on which what it measures depends.
         sharing: which layers may share attention, and what that is predicted to cost; None where none is to.
-        step_times: predict the time of a plan's step, at each place that the cost table has; none without one.
         weight_bytes: what the weights take, where a budget counts them.
         weights: their formats, where these are chosen.
-        limits: keys of the constraints as they were asked for: the weights that are chosen do not count.
+        first_limits: the limits before any weights are chosen, which a search is known by; None for `limits`.
     """
 
     profile: Profile
     recipe: Recipe
     asked: tuple[str, ...]
-    constraints: Constraints
+    limits: Limits
     surrogate: Surrogate
     starts: tuple[ParameterValues, ...]
     computes_in: str
     sharing: ShareChoice | None = None
-    step_times: tuple[StepTime, ...] = ()
     weight_bytes: WeightBytes | None = None
     weights: WeightChoice | None = None
-    limits: tuple[tuple[Any, ...], ...] = ()
+    first_limits: Limits | None = None
 
     @staticmethod
     def of(
@@ -194,11 +152,8 @@ class SearchRequest:
         _check_classes(recipe.search.classes, profile.shape)
         weight_bytes, weights = weight_choice(recipe, budgets, profile.rules, profile.shape, model)
         sharing = ShareChoice.of(profile, recipe)
-        if sharing is not None:
-            check_no_sharing(budgets)
         shares = () if sharing is None else sharing.fixed
-        costs = costs_of(recipe, profile.shape)
-        constraints = _constraints(profile, recipe, budgets, shares, costs, weight_bytes)
+        limits = _limits(profile, recipe, budgets, shares, weight_bytes)
         if profile.around:
             raise UsageError(
                 f"the profile in {profile.path} is of changes around a plan; search in one of the dense model"
@@ -211,32 +166,30 @@ class SearchRequest:
             profile,
             recipe,
             asked,
-            constraints,
+            limits,
             surrogate,
             tuple(starts),
             computes_in,
             sharing,
-            tuple(step_times(costs)),
             weight_bytes,
             weights,
-            tuple(tuple(constraint.key) for constraint in constraints),
         )
 
     def with_weights(self, weights: WeightChoice) -> SearchRequest:
-        """Returns the request with other formats of weights, and the constraints that they leave.
+        """Returns the request with other formats of weights, and the limits that they leave.
 
         Raises:
             InfeasibleBudgetError: no plan fits beside them.
         """
         budgets = [Budget.parse(text) for text in self.asked]
-        costs = costs_of(self.recipe, self.profile.shape)
-        constraints = _constraints(self.profile, self.recipe, budgets, (), costs, weights.bytes)
-        return replace(self, constraints=constraints, weight_bytes=weights.bytes, weights=weights)
+        limits = _limits(self.profile, self.recipe, budgets, (), weights.bytes)
+        first = self.first_limits or self.limits
+        return replace(self, limits=limits, weight_bytes=weights.bytes, weights=weights, first_limits=first)
 
     @cached_property
     def lengths(self) -> list[int]:
         """The lengths that the budgets restrict, tokens, ascending."""
-        return lengths_of(self.constraints)
+        return list(self.limits)
 
     @property
     def measures_moa(self) -> bool:
@@ -253,7 +206,7 @@ class SearchRequest:
                 "version": SEARCH_VERSION,
                 "profile": self.profile.fingerprint,
                 "validation": fingerprint_samples(self.profile.validation),
-                "limits": [list(limit) for limit in self.limits],
+                "limits": [list(limit) for limit in (self.first_limits or self.limits).items()],
                 "estimator": self.recipe.profile.estimator,
                 "text_weight": search.text_weight,
                 "solver": search.solver,
@@ -316,9 +269,9 @@ class SearchRequest:
             else self.sharing.fixed
         )
 
-    def space(self, shares: LayerShares = (), constraints: Constraints | None = None) -> PlanSpace:
-        """Returns the plans whose layers share so, within the constraints or others."""
-        return PlanSpace.of(self, shares, constraints, self.recipe.search.classes)
+    def space(self, shares: LayerShares = (), limits: Limits | None = None) -> PlanSpace:
+        """Returns the plans whose layers share so, within the limits or others."""
+        return PlanSpace.of(self, shares, limits, self.recipe.search.classes)
 
     def of_any_classes(self) -> SearchRequest:
         """Returns the request without its limit of different rules."""
@@ -393,13 +346,13 @@ class SearchRequest:
         nats = bent * (total_cost(space.costs(surrogate.raw()), choice) / max(total_cost(bent, choice), 1e-300))
         return space.form(self.quadratic).refined(choice, nats, share, space.knapsack)
 
-    def plan(self, surrogate: Surrogate, parameters: ParameterValues, constraints: Constraints | None = None) -> Plan:
-        """Returns the plan that the solver makes of the bent surrogate; it is within the constraints.
+    def plan(self, surrogate: Surrogate, parameters: ParameterValues, limits: Limits | None = None) -> Plan:
+        """Returns the plan that the solver makes of the bent surrogate; it is within the limits.
 
         Args:
             surrogate: calibrated.
             parameters: values of the search parameters.
-            constraints: other ones than the request's.
+            limits: other ones than the request's.
         """
-        space = self.space(self.shares(parameters), constraints)
+        space = self.space(self.shares(parameters), limits)
         return space.plan(self.choice(surrogate, space, parameters))

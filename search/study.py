@@ -26,7 +26,6 @@ from moacompress.models.source import SourceModel
 from moacompress.models.weight_rounding import RoundedLayers
 from moacompress.recipe import Recipe
 from moacompress.rules.budget import any_memory
-from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.baselines.measured import check_baselines
 from moacompress.search.deadline import Deadline, TimeUp
@@ -38,7 +37,7 @@ from moacompress.search.measure.study_storage import StudyStorage
 from moacompress.search.plan_place import PlanPlace, plan_place
 from moacompress.search.predict.around import Around, ProfileAround, spread_samples
 from moacompress.search.result.found_plan import stopped_at_once, write_first, write_found
-from moacompress.search.result.search_result import SearchResult, found_before, step_note
+from moacompress.search.result.search_result import SearchResult, found_before
 from moacompress.search.search_context import SearchContext, Step
 from moacompress.search.search_estimate import measurements
 from moacompress.search.search_request import ParameterValues, SearchRequest
@@ -137,7 +136,6 @@ def find_plan(
         if path is not None:
             plan = found_before(path, request.key, trials, overwrite)
             if plan is not None:
-                plan = _with_steps(plan, request, path if place.ours else None)
                 return SearchResult.of(plan, path, time.monotonic() - started, written=False)
         if place.out is not None:
             check_baselines(place.out)
@@ -162,17 +160,6 @@ def find_plan(
             progress.done()
             plan, explanation = stopped_at_once(request, place.out)
     return SearchResult.of(plan, path, time.monotonic() - started, explanation, written=place.ours)
-
-
-def _with_steps(plan: Plan, request: SearchRequest, path: Path | None) -> Plan:
-    """Returns a plan that was found before with the time of its step, where a cost table was given only now."""
-    note = step_note(request, plan)
-    if note.items() <= plan.budget.items():
-        return plan
-    plan = plan.with_notes(budget={**plan.budget, **note})
-    if path is not None:
-        plan.save(path)
-    return plan
 
 
 def _settle(place: PlanPlace, path: Path, request: SearchRequest, context: SearchContext) -> None:

@@ -40,8 +40,7 @@ CANNOT = {
     "small ones",
     r"smollm2|SmolLM2|gemma|qwen2|\.cache/|runs/demo|rotated/": "a measurement on a real model and texts, of minutes or "
     "hours, as the page says",
-    r"--memory 6GiB|--budget 512MiB@32k|latency=|cost-table": "its budget is of a model with billions of weights, or of a "
-    "machine that was timed; tests/cli/test_steps.py has them for a tiny one",
+    r"--memory 6GiB|--budget 512MiB@32k": "its budget is of a model with billions of weights",
     r"^(\S+=\S+ )?moacompress bench ": "times this machine for minutes; tests/cli/test_bench.py and tests/bench run small ones",
     r"--tasks ruler --lengths 1k,2k": "a token of the tiny tokenizer is a character: RULER's shortest prompts are longer",
     r"quantized:": "needs the extra rivals",

@@ -8,10 +8,8 @@ import pytest
 import torch
 
 import moacompress
-from moacompress.bench import cost_table
 from moacompress.bench.bench_request import BenchRequest
 from moacompress.bench.benchmark import run_bench
-from moacompress.bench.cost_table import CostTableRequest, measure_cost_table, probes
 from moacompress.calibration.profile.profiler import profile
 from moacompress.evaluation.eviction.attention import attending
 from moacompress.evaluation.eviction.baseline import PromptBaseline
@@ -140,26 +138,6 @@ def test_bench(kind, tiny_model, tiny_tokenizer, tmp_path, pretend_device):
     assert decode["kv_bytes_plan"] == plan.kv_bytes(96, 2)
     assert all(row[f"{side}_ms"] > 0 for row in (decode, prefill) for side in sides)
     assert decode["kernel"] == "reference"
-
-
-@pytest.mark.heavy
-def test_a_cost_table(tiny_folder, tmp_path, pretend_device, monkeypatch):
-    """Steps at full span and with gates, whose caches are filled with scores."""
-    request = CostTableRequest((256,), (2,), tokens=1, repeats=1, device=f"{KIND}:0")
-    monkeypatch.setattr(cost_table, "probes", lambda *given: [each for each in probes(*given) if not _windows(each)])
-    with pretend_device():
-        source = load_source(str(tiny_folder), device=request.device)
-        table = measure_cost_table(source, request, tmp_path / "costs.json", clock=iter((0, 3, 3, 5, 5, 7)).__next__)
-    (cell,) = table.cells
-    assert table.configuration.device == KIND
-    assert [point.name for point in cell.points] == ["full span", "native/native, gate 0.25", "int8/int4, gate 0.25"]
-    assert [point.ms for point in cell.points] == [3000, 2000, 2000]
-    assert all(group.gated for point in cell.points[1:] for group in point.groups)
-
-
-def _windows(probe):
-    """Whether it is none of the plans whose steps differ in what they do on a device."""
-    return probe.use != "full_span" and not probe.name.endswith("gate 0.25")
 
 
 def test_known_ways_to_evict(tiny_model, tiny_tokenizer, pretend_device):

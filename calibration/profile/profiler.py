@@ -233,8 +233,7 @@ def _begin(
     shape = source.shape
     request = request_fingerprint(shape, rules, recipe, _local_files(recipe), key, source.computes_in)
     trains = around is None and any(rule.selects for rule in rules)
-    kept = recipe.of_any_machine()
-    asked = Manifest(source.source, shape, rules, kept, request, key, wording=calibration_wording())
+    asked = Manifest(source.source, shape, rules, recipe, request, key, wording=calibration_wording())
     if shard is not None:
         drafts = (_drafts(source, asked, split) for split in ("calibration", "validation"))
         asked = replace(asked, shard=Shard.of(*parse_shard(shard), *drafts))

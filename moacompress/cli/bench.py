@@ -10,22 +10,17 @@ import typer
 
 from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import (
-    HeadWeightsOption,
     Overwrite,
     TrustRemoteCode,
-    WeightsOption,
     batch_sizes,
     dry_run_option,
     split_list,
 )
-from moacompress.core.errors import UsageError
-from moacompress.recipe import AUTO
 
 LENGTHS, QUICK_LENGTHS = "1k,4k", "1k"
 TOKENS, QUICK_TOKENS = 16, 8
 REPEATS, QUICK_REPEATS = 20, 7
 PREFILL_REPEATS = 3
-COST_LENGTHS, COST_BATCH, COST_TOKENS, COST_REPEATS = "4k", "8", 4, 9
 SIDES, SERVED = "plan,full_span,dense,dense_best", "dense,plan"
 
 
@@ -37,17 +32,13 @@ SIDES, SERVED = "plan,full_span,dense,dense_best", "dense,plan"
     "moacompress bench runs/mine --sides plan --lengths 256,4k --prefill-repeats 0 --trace",
     "moacompress bench runs/mine --serve --kv-memory 128M --dtype bfloat16 -o runs/mine/serve.json",
     "moacompress bench runs/mine --serve --requests 96 --prompt 1000 --new 512 --json",
-    "moacompress bench path/to/model --cost-table costs.json --lengths 4k,8k --batch 8,32",
-    "moacompress bench runs/mine --against-cost-table costs.json",
     computes=True,
 )
 def bench(
     run: CommandRun,
     path: Annotated[
         Path,
-        typer.Argument(
-            metavar="DIR", help="Compressed model, or the folder of a run; with --cost-table, the dense MODEL."
-        ),
+        typer.Argument(metavar="DIR", help="Compressed model, or the folder of a run."),
     ],
     lengths: Annotated[
         str | None,
@@ -120,28 +111,6 @@ def bench(
         float | None,
         typer.Option(help="Mean requests per second for --serve, arriving at random. Default: all at once."),
     ] = None,
-    cost_table: Annotated[
-        Path | None,
-        typer.Option(
-            "--cost-table",
-            metavar="FILE",
-            help="Instead of the table: measure how the decode step of the dense MODEL depends on what KV heads keep, per "
-            "format, length and batch size, and write it to FILE, for budgets such as latency=0.8@8kx8 "
-            f"[default: lengths {COST_LENGTHS}, batch {COST_BATCH}].",
-            show_default=False,
-        ),
-    ] = None,
-    against: Annotated[
-        Path | None,
-        typer.Option(
-            "--against-cost-table",
-            metavar="FILE",
-            help="Instead of the table: measure the plan's decode step at the lengths and batch sizes of the cost table FILE, "
-            "and report the error of its prediction. --lengths and --batch select some of them.",
-        ),
-    ] = None,
-    weights: WeightsOption = None,
-    head_weights: HeadWeightsOption = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -158,20 +127,6 @@ def bench(
     Sides take turns, so that other load on the machine affects all of them equally; a speed-up is the median of the turns'
     ratios. --dtype also takes a list.
     """
-    if cost_table is not None:
-        return _cost_table(
-            run,
-            path,
-            cost_table,
-            lengths,
-            batch,
-            tokens,
-            repeats,
-            overwrite,
-            trust_remote_code,
-        )
-    if against is not None:
-        return _against(run, path, against, lengths, batch, tokens, repeats, trust_remote_code)
     recipe = CommandRun(replace(run.common, dtype=None), run.progress).recipe()  # --dtype is a list here
     dtypes = split_list(run.common.dtype if run.common.dtype is not None else "auto") or ()
     if serve:
@@ -224,77 +179,3 @@ def bench(
 
     report = run_bench(path, request, out=out, overwrite=overwrite, progress=run.progress)
     return Output(report, bench_tables(report))
-
-
-def _cost_table(
-    run: CommandRun,
-    model: Path,
-    out: Path,
-    lengths: str | None,
-    batch: str | None,
-    tokens: int | None,
-    repeats: int | None,
-    overwrite: bool,
-    trust_remote_code: bool,
-) -> Output:
-    from moacompress.bench.cost_table import CostTableRequest, measure_cost_table
-    from moacompress.models.source import load_source
-    from moacompress.report.cost_table_tables import cost_table_tables, fitted_rows
-    from moacompress.rules.budget import parse_lengths
-
-    recipe = run.recipe()
-    if recipe.weights == AUTO:
-        raise UsageError(
-            "--weights auto lets a search choose; a cost table needs fixed weights: keep, dense, int8 or int4"
-        )
-    request = CostTableRequest(
-        lengths=parse_lengths(lengths or COST_LENGTHS),
-        rows=batch_sizes(batch or COST_BATCH),
-        tokens=COST_TOKENS if tokens is None else tokens,
-        repeats=COST_REPEATS if repeats is None else repeats,
-        seed=recipe.seed,
-        device=recipe.device,
-        weights=recipe.weights,
-        head_weights=recipe.head_weights,
-    )
-    source = load_source(
-        str(model),
-        dtype=recipe.dtype,
-        device=recipe.device,
-        weights=recipe.weights,
-        head_weights=recipe.head_weights,
-        trust_remote_code=trust_remote_code,
-    )
-    table = measure_cost_table(source, request, out, overwrite=overwrite, progress=run.progress)
-    data = {"cost_table": str(out), **table.model_dump(mode="json"), "fitted": fitted_rows(table)}
-    return Output(data, cost_table_tables(table))
-
-
-def _against(
-    run: CommandRun,
-    path: Path,
-    table: Path,
-    lengths: str | None,
-    batch: str | None,
-    tokens: int | None,
-    repeats: int | None,
-    trust_remote_code: bool,
-) -> Output:
-    from moacompress.bench.cost_table import measure_against
-    from moacompress.report.cost_table_tables import against_table
-    from moacompress.rules.budget import parse_lengths
-
-    recipe = run.recipe()
-    report = measure_against(
-        path,
-        table,
-        lengths=None if lengths is None else parse_lengths(lengths),
-        rows=None if batch is None else batch_sizes(batch),
-        tokens=COST_TOKENS if tokens is None else tokens,
-        repeats=COST_REPEATS if repeats is None else repeats,
-        seed=recipe.seed,
-        device=recipe.device,
-        trust_remote_code=trust_remote_code,
-        progress=run.progress,
-    )
-    return Output(report, against_table(report))

@@ -11,7 +11,6 @@ from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import (
     Budgets,
     ClassesOption,
-    CostTableOption,
     FormatsOption,
     GatesOption,
     HeadWeightsOption,
@@ -69,7 +68,6 @@ def compress(
     gates: GatesOption = None,
     scorer: ScorerOption = None,
     classes: ClassesOption = None,
-    cost_table: CostTableOption = None,
     trials: Annotated[int | None, recipe_option("search.trials", states_default=False)] = None,
     tasks: Annotated[
         str | None, recipe_option("evaluation.tasks", metavar="LIST", read=split_list, states_default=False)

@@ -13,7 +13,6 @@ from moacompress.core.errors import UsageError
 
 ALWAYS = ("as_json", "verbose", "quiet", "debug", "log_file")
 """Parameters that have an effect whatever else is given."""
-_OF_STEP = ("path", "lengths", "batch", "tokens", "repeats", "trust_remote_code", "seed", "device")
 _SERVING = ("kv_memory", "requests", "prompt", "new", "rate")
 _OF_TABLE = ("lengths", "batch", "tokens", "repeats", "prefill_repeats", "quick", "compile_ours", "peak", "trace")
 
@@ -87,20 +86,9 @@ TABLE = (
     Ignored("eval", ("devices",), without=("dry_run",), why="torchrun uses many devices"),
     Ignored("eval", ("tensor_parallel",), beside="dry_run", why="it is not estimated"),
     Ignored("eval", ("tensor_parallel",), beside="lm_eval", why="lm-evaluation-harness deals its prompts out to ranks"),
-    Ignored(
-        "bench",
-        but=(*_OF_STEP, "weights", "head_weights", "overwrite", "dtype"),
-        beside="cost_table",
-    ),
-    Ignored(
-        "bench",
-        but=("cost_table", *_OF_STEP),
-        beside="against",
-    ),
-    Ignored("bench", ("weights", "head_weights"), without=("cost_table",), why="a checkpoint says how it is rounded"),
     Ignored("bench", (*_OF_TABLE, "dry_run"), beside="serve"),
     Ignored("bench", _SERVING, without=("serve",)),
-    Ignored("bench", ("overwrite",), without=("out", "cost_table")),
+    Ignored("bench", ("overwrite",), without=("out",)),
     Ignored("inspect", ("seed", "dtype"), why="nothing in it is random or loaded in another dtype"),
     Ignored("inspect", ("device",), without=("show_tokens", "batch")),
     Ignored("report", ("seed", "device", "dtype"), why="no model is loaded"),

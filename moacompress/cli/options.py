@@ -51,7 +51,6 @@ BatchOption = Annotated[
     str | None, typer.Option("--batch", metavar="LIST", help="Concurrent requests, such as 1,8.", show_default=False)
 ]
 LengthsOption = Annotated[str | None, recipe_option("calibration.lengths", metavar="LIST", states_default=False)]
-CostTableOption = Annotated[Path | None, recipe_option("search.cost_table", metavar="FILE", read=str)]
 FormatsOption = Annotated[str | None, recipe_option("search.formats", metavar="LIST")]
 ScorerOption = Annotated[str | None, recipe_option("profile.scorer", metavar="NAME")]
 GatesOption = Annotated[bool | None, recipe_option("profile.gates")]

@@ -12,7 +12,6 @@ import typer
 from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import (
     ClassesOption,
-    CostTableOption,
     Devices,
     FormatsOption,
     HeadWeightsOption,
@@ -48,7 +47,6 @@ if TYPE_CHECKING:
     "moacompress search profile/ --budget 25% --share auto -o shared.json",
     "moacompress search profile/ --budget 25% --classes 18 -o plan.json",
     "moacompress search profile/ --weights auto --memory 6GiB@8k -o plan.json",
-    "moacompress search profile/ --budget latency=0.8@8kx8 --cost-table costs.json -o plan.json",
     "moacompress search profile/ --budget 12.5%@8k -o plan.json --storage sqlite:///study.db --json",
     "moacompress search --status sqlite:///study.db",
     computes=True,
@@ -101,7 +99,6 @@ def search(
     assume_repaired: Annotated[bool | None, recipe_option("search.assume_repaired")] = None,
     assume_healed: Annotated[float | None, recipe_option("search.assume_healed", metavar="F")] = None,
     classes: ClassesOption = None,
-    cost_table: CostTableOption = None,
     solver: Annotated[str | None, recipe_option("search.solver")] = None,
     storage: Annotated[
         str | None, recipe_option("search.storage", metavar="STORAGE", envvar="MOACOMPRESS_STORAGE")
@@ -212,14 +209,12 @@ def _one(profile: Profile, found: SearchResult, out: Path) -> Output:
     from moacompress.report.search_tables import explanation_tables, weight_tables
     from moacompress.report.summary_tables import kl_table, loss_lines
     from moacompress.rules.planned_weights import memory_lines
-    from moacompress.rules.step_time import step_lines
     from moacompress.rules.worst_share import WorstShare
 
     return Output(
         {"plan": str(out), **_numbers(found)},
         [
             kl_table(found.harm, found.kv_bytes),
-            *step_lines(found.step_ms),
             *memory_lines(found.plan.budget.get("memory", {})),
             *weight_tables(found.plan),
             *explanation_tables(found.explanation),
@@ -273,7 +268,6 @@ def _numbers(found: SearchResult) -> dict[str, Any]:
         "best_baseline": found.plan.quality.get("best_baseline"),
         "refused": found.explanation.get("refused"),
         **({} if found.classes is None else {"classes": found.classes}),
-        **({"step_ms": found.step_ms} if found.step_ms else {}),
         **({"memory": memory} if (memory := found.plan.budget.get("memory")) else {}),
         **({"weights": weights} if (weights := found.plan.quality.get("weight_choices")) else {}),
         "seconds": found.seconds,

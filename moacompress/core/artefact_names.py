@@ -152,7 +152,7 @@ def scores_file(evaluation: Path) -> Path:
 
 
 def cells_file(bench: Path) -> Path:
-    """Returns where a benchmark, or a cost table, keeps its finished cells: `bench.cells.jsonl` for `bench.json`."""
+    """Returns where a benchmark keeps its finished cells: `bench.cells.jsonl` for `bench.json`."""
     return bench.with_name(f"{bench.stem}.cells.jsonl")
 
 

@@ -15,7 +15,6 @@ from moacompress.rules.budget import format_length
 from moacompress.rules.cost import chosen_share, format_rows, kept_bits
 from moacompress.rules.plan import Plan
 from moacompress.rules.planned_weights import formats_text, memory_lines, own_weights, plan_memory, planned_weights
-from moacompress.rules.step_time import step_lines
 from moacompress.rules.untrusted import reading_notes
 
 CARD = "README.md"
@@ -167,8 +166,7 @@ def _bytes_table(plan: Plan) -> str:
         rows.append(f"| {format_length(length)} | {dense:,} | {kept:,} | {kept / dense:.1%} |")
     asked = plan.budget.get("asked")
     note = f"\n\nBudget asked for: {', '.join(map(str, asked))}." if asked else ""
-    lines = [*step_lines(plan.budget.get("step_ms", {})), *memory_lines(plan_memory(plan))]
-    note += "".join(f"\n\n{line}" for line in lines)
+    note += "".join(f"\n\n{line}" for line in memory_lines(plan_memory(plan)))
     return "\n".join(rows) + f"\n\nIn whole blocks of 16 tokens, batch 1, {plan.model.dtype}." + note
 
 

@@ -27,7 +27,6 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.planned_weights import formats_text, memory_lines, plan_memory, planned_weights
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_classes import classes_of
-from moacompress.rules.step_time import step_lines
 from moacompress.rules.worst_share import WorstShare
 
 SHADES = "▁▂▃▄▅▆▇█"
@@ -117,7 +116,6 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
         "repair": plan.provenance.get("repair"),
         "min_window": plan.min_window,
         "budget": list(plan.budget.get("asked", [])),
-        "step_ms": dict(plan.budget.get("step_ms", {})),
         "memory": plan_memory(plan),
         "planned_weights": planned_weights(plan),
         "healed": plan.provenance.get("heal"),
@@ -206,7 +204,6 @@ def overview(plan: Plan, data: dict[str, Any]) -> Group:
     rows = {
         "model": f"{shape.model_type}, {shape.layers} layers x {shape.kv_heads} KV heads, {shape.dtype}",
         "budget": ", ".join(data["budget"]) or "none asked for",
-        **({"step": " ".join(step_lines(data["step_ms"]))} if data["step_ms"] else {}),
         **({"memory": " ".join(memory_lines(data["memory"]))} if data["memory"] else {}),
         "any length": str(WorstShare(**data["worst_share"])),
         "density": f"{data['density']:.1%} of the keys at {format_length(reference)} tokens",

@@ -17,7 +17,6 @@ from moacompress.report.search_tables import MOA_NOTE, NAMES, baseline_line, cla
 from moacompress.rules.budget import format_length
 from moacompress.rules.plan import Plan
 from moacompress.rules.planned_weights import memory_lines
-from moacompress.rules.step_time import step_lines
 
 
 def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:
@@ -58,7 +57,6 @@ def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:
         size,
         *_measured_elsewhere(kv_bytes),
         quality,
-        *step_lines(summary.get("step_ms", {})),
         *memory_lines(summary.get("memory", {})),
         *baseline_line(summary.get("best_baseline")),
         *class_lines(summary),

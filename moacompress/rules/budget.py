@@ -1,8 +1,8 @@
-"""Budgets: how many KV bytes a plan may take, and at which lengths, or how long a decode step.
+"""Budgets: how many KV bytes a plan may take, and at which lengths.
 
 Grammar: `25%` or `0.25` (share of the dense model's KV bytes, at every profiled length), `25%@8k` (at that length
-only), `512MiB@32k` (absolute), `latency=0.8@8kx8` (share of full span's step at 8k tokens in 8 rows), `memory=6GiB@8k`
-(weights and the KV bytes of one row together). k is 1024. Several budgets must all hold.
+only), `512MiB@32k` (absolute), `memory=6GiB@8k` (weights and the KV bytes of one row together). k is 1024. Several budgets
+must all hold.
 """
 
 from __future__ import annotations
@@ -17,16 +17,13 @@ from moacompress.core.errors import BudgetError, InfeasibleBudgetError
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.rule import MAX_ALPHA
 
-FORMS = "'25%', '0.25', '25%@8k', '512MiB@32k', 'memory=6GiB@8k' or 'latency=0.8@8kx8'"
+FORMS = "'25%', '0.25', '25%@8k', '512MiB@32k' or 'memory=6GiB@8k'"
 MEMORY = "memory="
 """Before a budget that weights count for too."""
 _UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30}
 _MOST_BYTES = 2**62
 _SHORT_UNITS = {"k": "KiB", "kb": "KiB", "m": "MiB", "mb": "MiB", "g": "GiB", "gb": "GiB"}
 """What people write for them, though a thousand is no 1024."""
-_LATENCY = re.compile(
-    r"latency\s*=\s*(?P<share>[^@]*?)\s*@\s*(?P<length>[^@]*?)\s*x\s*(?P<rows>\d{1,7})", re.IGNORECASE
-)
 _AMOUNT = re.compile(r"(?P<number>\d+(?:\.\d+)?|\.\d+)\s*(?P<unit>(?!e[-+]?\d)\S*)", re.IGNORECASE)
 
 
@@ -70,16 +67,20 @@ def format_length(length: int) -> str:
     return f"{length // 1024}k" if length % 1024 == 0 else str(length)
 
 
+def bytes_at(kv_bytes: int, length: int) -> str:
+    """Returns `1,024 KV bytes at 8k tokens` for 1024 bytes at 8192 tokens."""
+    return f"{kv_bytes:,} KV bytes at {format_length(length)} tokens"
+
+
 @dataclass(frozen=True)
 class Budget:
-    """One budget: a share of dense, or bytes, at one length or at all; bytes of weights and cache; or a share of a step's time.
+    """One budget: a share of dense, or bytes, at one length or at all; or bytes of weights and cache.
 
     Attributes:
         text: as the user gave it.
-        share: fraction of the dense model's KV bytes, or of full span's step; None where bytes are given.
+        share: fraction of the dense model's KV bytes; None where bytes are given.
         bytes: absolute number of bytes, or None.
         length: the only length where it must hold, or None for every profiled length.
-        rows: rows of the batch whose step is meant; None for a budget of bytes.
         with_weights: whether the bytes are those of weights and cache together.
     """
 
@@ -87,7 +88,6 @@ class Budget:
     share: float | None
     bytes: int | None
     length: int | None
-    rows: int | None = None
     with_weights: bool = False
 
     @staticmethod
@@ -96,15 +96,13 @@ class Budget:
 
         Raises:
             BudgetError: what is wrong with it: empty, a sign, an unknown unit, a bare number above 1, a share outside
-                (0, 100%], bytes without a length, something after `@` that is no length, or a latency without rows.
+                (0, 100%], bytes without a length, or something after `@` that is no length.
         """
         given = str(text).strip()
         if "," in given:
             raise BudgetError(f"budget {given!r} names several plans; give one budget such as '25%' for each search")
         if not given:
             raise BudgetError(f"the budget is empty; write {FORMS}")
-        if given.lower().startswith("latency"):
-            return _parse_latency(given)
         if given.lower().startswith(MEMORY):
             return _parse_memory(given)
         amount, at, place = (part.strip() for part in given.partition("@"))
@@ -137,17 +135,15 @@ class Budget:
         return Budget(given, share, None, length)
 
     def limits(self, shape: ModelShape, lengths: Iterable[int], weight_bytes: int | None = None) -> dict[int, int]:
-        """Returns the most KV bytes at each length it speaks of; none for a budget of latency.
+        """Returns the most KV bytes at each length it speaks of.
 
         Args:
             shape: of the model.
             lengths: where a budget without a length holds, tokens.
             weight_bytes: what the weights take; None where it is not known: a budget of memory then restricts nothing.
         """
-        if self.rows is not None or (self.with_weights and weight_bytes is None):
-            return {}
         if self.with_weights:
-            return {self.length or 0: max(0, (self.bytes or 0) - (weight_bytes or 0))}
+            return {} if weight_bytes is None else {self.length or 0: max(0, (self.bytes or 0) - weight_bytes)}
         if self.length is not None:
             lengths = [self.length]
         if self.bytes is not None:
@@ -155,29 +151,6 @@ class Budget:
         assert self.share is not None
         share = Fraction(self.share).limit_denominator(10**9)  # as it was written: floats lose a byte of 29%
         return {length: int(share * shape.dense_kv_bytes(length)) for length in lengths}
-
-
-def _parse_latency(given: str) -> Budget:
-    """Reads `latency=0.8@8kx8` or `latency=80%@8kx8`.
-
-    Raises:
-        BudgetError: what is wrong with it.
-    """
-    match = _LATENCY.fullmatch(given)
-    if not match:
-        raise BudgetError(
-            f"budget {given!r} is not understood; a latency is a share of full span's step at a length and a number of rows, "
-            "such as 'latency=0.8@8kx8'"
-        )
-    share = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%?)", match["share"])
-    value = float(share[1]) / (100 if share[2] else 1) if share else 0.0
-    length, rows = parse_length(match["length"]), int(match["rows"])
-    if not 0 < value <= 1 or not rows:
-        raise BudgetError(
-            f"budget {given!r} is outside: its share is above 0 and at most 1 (100%), and there is at least 1 row, such as "
-            "'latency=0.8@8kx8'"
-        )
-    return Budget(given, value, None, length, rows)
 
 
 def _parse_memory(given: str) -> Budget:
@@ -235,7 +208,7 @@ def split_budgets(asked: Sequence[str]) -> list[tuple[str, ...]]:
     found = list(itertools.product(*([part.strip() for part in str(text).split(",")] for text in asked)))
     parsed = [[Budget.parse(text) for text in budgets] for budgets in found]
     if len(
-        {tuple((one.share, one.bytes, one.length, one.rows, one.with_weights) for one in budgets) for budgets in parsed}
+        {tuple((one.share, one.bytes, one.length, one.with_weights) for one in budgets) for budgets in parsed}
     ) < len(found):
         raise BudgetError(
             f"the budgets {' and '.join(map(str, asked))} ask for the same plan twice; name every budget once"
@@ -253,7 +226,7 @@ def byte_limits(
 ) -> dict[int, int]:
     """Returns the most KV bytes at each length, when all budgets must hold; lengths ascending.
 
-    Budgets of latency restrict none; arguments are those of `Budget.limits`.
+    Arguments are those of `Budget.limits`.
     """
     if not budgets:
         raise BudgetError(f"no budget given; write --budget with {FORMS}")
@@ -287,6 +260,6 @@ def check_feasible(limits: Mapping[int, int], smallest: Mapping[int, int], shape
             dense = shape.dense_kv_bytes(length)
             need = -(-1000 * smallest[length] // dense) / 10
             raise InfeasibleBudgetError(
-                f"no plan fits {limit:,} KV bytes at {format_length(length)} tokens ({limit / dense:.1%} of dense): "
+                f"no plan fits {bytes_at(limit, length)} ({limit / dense:.1%} of dense): "
                 f"the smallest takes {smallest[length]:,} bytes; ask for at least {need:.1f}% there"
             )

@@ -119,7 +119,7 @@ def holds_from(plan: Plan) -> int | None:
         None where no share was asked for, or the plan is not within it.
     """
     budgets = map(Budget.parse, plan.budget.get("asked", ()))
-    asked = [budget for budget in budgets if budget.share is not None and budget.rows is None]
+    asked = [budget for budget in budgets if budget.share is not None]
     found = [_holds_from(plan, budget.share or 0.0, budget.length or min(plan.profiled_lengths)) for budget in asked]
     return max((n for n in found if n is not None), default=None) if None not in found else None
 

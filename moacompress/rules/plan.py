@@ -173,10 +173,10 @@ class Plan(Shown):
     def in_dtype(self, dtype: str) -> Plan:
         """Returns the same rules for the same model in another dtype, for what its cache takes, stated bytes included.
 
-        What its step was predicted to take, and the worst share, are known of its own dtype alone.
+        The worst share is known of its own dtype alone.
         """
-        own = () if dtype == self.model.dtype else ("step_ms", "worst_share")
-        known = {name: note for name, note in self.budget.items() if name not in own}
+        same = dtype == self.model.dtype
+        known = {name: note for name, note in self.budget.items() if same or name != "worst_share"}
         other = replace(self, model=replace(self.model, dtype=dtype), budget=known)
         stated = {
             length: {"plan": other.kv_bytes(int(length)), "dense": other.model.dense_kv_bytes(int(length))}

@@ -6,7 +6,6 @@ need no other form. What this moacompress does not know yet is refused by its na
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, TypeVar
@@ -14,7 +13,6 @@ from typing import Annotated, Any, TypeVar
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     FailFast,
     Field,
@@ -54,9 +52,6 @@ VERSION = 1
 """Newest version of a plan."""
 MAX_CENTRE = 4 * MAX_HEAD_DIM
 """Most characters of a centre."""
-MAX_PLACES = 256
-"""Most lengths and rows that a plan's step is predicted for."""
-_PLACE = re.compile(r"[1-9]\d{0,7}x[1-9]\d{0,6}")
 MAX_NOTES = 1 << 24
 """Most numbers and characters in a plan's notes: a plan in a config.json has no file size of its own to check."""
 
@@ -183,24 +178,6 @@ class RulesForm(Form):
     layers: Annotated[list[LayerForm], FailFast(), as_many(lambda known: known["model"].layers)]
 
 
-def _are_places(found: Any) -> Any:
-    if isinstance(found, dict) and (len(found) > MAX_PLACES or not all(map(_PLACE.fullmatch, map(str, found)))):
-        raise ValueError(
-            f"must be an object of at most {MAX_PLACES} lengths and rows such as '8192x8', not {short(list(found))!r}"
-        )
-    return found
-
-
-class StepNotes(Form):
-    """The predicted step of a plan at a length and a number of rows, milliseconds; `error` is a share."""
-
-    predicted: Annotated[float, Field(ge=0, le=1e12)]
-    full_span: Annotated[float, Field(ge=0, le=1e12)]
-    floor: Annotated[float, Field(ge=0, le=1e12)]
-    limit: Annotated[float, Field(ge=0, le=1e12)] | None
-    error: Annotated[float, Field(ge=0, le=1e12)] | None
-
-
 class MemoryNotes(Form):
     """What weights and the cache take at a length, bytes, and the most that they may together."""
 
@@ -215,7 +192,6 @@ class BudgetNotes(BaseModel):
     model_config = ConfigDict(strict=True)
     asked: Annotated[list[Annotated[str, Field(max_length=64)]], FailFast()] = []
     bytes: Annotated[dict[Any, Any], AfterValidator(_are_by_length)] = {}
-    step_ms: Annotated[dict[str, StepNotes], BeforeValidator(_are_places)] = {}
     memory: Annotated[dict[Annotated[str, Field(pattern=r"^[1-9]\d{0,8}$")], MemoryNotes], Field(max_length=64)] = {}
 
 

@@ -1,4 +1,4 @@
-"""What a plan or a cost table holds that nobody may trust: values checked by pydantic, and one sentence on what is wrong.
+"""What a plan holds that nobody may trust: values checked by pydantic, and one sentence on what is wrong.
 
 A pydantic type says what is allowed; where a value is not, `checked` raises an error that begins with the value's name.
 Values are checked up to the first that is wrong: pydantic's list of all of them would take many times a hostile file's memory.

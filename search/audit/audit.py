@@ -32,7 +32,7 @@ from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.budget import Budget
 from moacompress.rules.candidates import candidate_rules, in_formats
-from moacompress.rules.constraints import budget_constraints
+from moacompress.rules.limits import budget_limits
 from moacompress.rules.model_shape import ModelShape
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.audit.precision import assess_formats, choose_format_picks, format_plans
@@ -43,7 +43,7 @@ from moacompress.search.audit.subjects import check_counts, choose_ablations, eq
 from moacompress.search.measure.measuring import measured_kls
 from moacompress.search.predict.surrogate import Surrogate
 from moacompress.search.problem.knapsack import Knapsack, ablation, chosen_plan
-from moacompress.search.search_request import SearchRequest, costs_of, offered_formats
+from moacompress.search.search_request import SearchRequest, offered_formats
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +107,7 @@ def check_audit(shape: ModelShape, recipe: Recipe, count: int, plans: int, budge
     spans = candidate_rules(max(lengths), chosen.sinks, chosen.min_window)
     check_counts(shape, masking_rules(shape, spans, chosen.min_window, lengths), count, plans)
     rules = in_formats(spans, offered_formats(chosen.formats, recipe))
-    costs = costs_of(recipe, shape)
-    budget_constraints([Budget.parse(budget)], shape, lengths, rules, chosen.min_window, costs=costs)
+    budget_limits([Budget.parse(budget)], shape, lengths, rules, chosen.min_window)
 
 
 def audit(

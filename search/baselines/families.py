@@ -14,20 +14,13 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from moacompress.core.arrays import Floats
+from moacompress.core.arrays import Floats, Ints
 from moacompress.core.errors import InfeasibleBudgetError, UsageError, did_you_mean
-from moacompress.rules.budget import format_length
-from moacompress.rules.constraints import (
-    Constraints,
-    Cost,
-    KvBytes,
-    byte_constraints,
-    cost_tables,
-    lengths_of,
-    limit_array,
-)
+from moacompress.rules.budget import bytes_at
+from moacompress.rules.cost import byte_table
 from moacompress.rules.formats import NATIVE, find_format
 from moacompress.rules.key_centres import Centres
+from moacompress.rules.limits import Limits, is_within, limit_array
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import SINKS, Rule
@@ -70,21 +63,20 @@ def baseline_plans(
     centres: Centres = (),
 ) -> list[Plan]:
     """Returns the candidates of a baseline that take at most `kv_bytes` at `n` tokens; see `plans_within`."""
-    limit = byte_constraints({n: kv_bytes})
-    return plans_within(name, shape, limit, min_window, profile, formats=formats, centres=centres)
+    return plans_within(name, shape, {n: kv_bytes}, min_window, profile, formats=formats, centres=centres)
 
 
 def plans_within(
     name: str,
     shape: ModelShape,
-    constraints: Constraints,
+    limits: Limits,
     min_window: int = 32,
     profile: Profile | None = None,
     sinks: Sequence[int] = SINKS,
     formats: Sequence[str] = (),
     centres: Centres = (),
 ) -> list[Plan]:
-    """Returns the candidates of a baseline within constraints, as near below them as the baseline allows.
+    """Returns the candidates of a baseline within limits, as near below them as the baseline allows.
 
     Args:
         name: one of `BASELINES`:
@@ -97,7 +89,7 @@ def plans_within(
             `moa`: the choice of rules of least influence by MoA's own estimator, one sink for all KV heads; the profile
             must have been made with `--baselines`.
         shape: the model; native windows are respected.
-        constraints: all hold.
+        limits: all hold.
         min_window: smallest window, tokens.
         profile: what all but the first three are predicted from.
         sinks: sink sizes on offer; of the first two a candidate each, of the others those that the profile knows.
@@ -118,15 +110,15 @@ def plans_within(
     pairs = format_pairs(formats) if name in _IN_FORMATS else (NATIVE_PAIR,)
     if name in _UNPROFILED:
         make = _UNPROFILED[name]
-        made = [[make(shape, constraints, sink, min_window, pair) for sink in sinks] for pair in pairs]
+        made = [[make(shape, limits, sink, min_window, pair) for sink in sinks] for pair in pairs]
         of_pairs = [[plan for plan in plans if plan is not None] for plans in made]
     else:
         costs = _Costs.of(name, shape, min_window, profile)
-        of_pairs = [_ranked(name, costs.in_formats(pair), constraints, sinks) for pair in pairs]
+        of_pairs = [_ranked(name, costs.in_formats(pair), limits, sinks) for pair in pairs]
     turns = zip_longest(*map(_different, of_pairs))
     found = [plan for turn in turns for plan in turn if plan is not None]
     if not found:
-        raise InfeasibleBudgetError(_too_little(name, shape, constraints, min_window, sinks, pairs))
+        raise InfeasibleBudgetError(_too_little(name, shape, limits, min_window, sinks, pairs))
     return [replace(plan, centres=centres) for plan in found] if centres else found
 
 
@@ -134,24 +126,24 @@ def _different(plans: Sequence[Plan]) -> list[Plan]:
     return list({plan.key(): plan for plan in reversed(plans)}.values())[::-1]
 
 
-def _ranked(name: str, costs: _Costs, constraints: Constraints, sinks: Sequence[int]) -> list[Plan]:
+def _ranked(name: str, costs: _Costs, limits: Limits, sinks: Sequence[int]) -> list[Plan]:
     """Returns the candidates of a baseline in one pair of formats, the one of lowest predicted KL first."""
-    ranked = [pair for sink in sinks for pair in _PROFILED[name](costs, constraints, sink)]
+    ranked = [pair for sink in sinks for pair in _PROFILED[name](costs, limits, sink)]
     return [plan for _, plan in sorted(ranked, key=lambda pair: pair[0])]
 
 
 def _too_little(
     name: str,
     shape: ModelShape,
-    constraints: Constraints,
+    limits: Limits,
     min_window: int,
     sinks: Sequence[int],
     pairs: Sequence[FormatPair],
 ) -> str:
     """Returns what to say where no candidate fits: what there is, and what the smallest one takes."""
-    first = constraints[0]
-    more = f" and {len(constraints) - 1} more limits" if len(constraints) > 1 else ""
-    text = f"no {name} plan fits {first}{more}"
+    n, limit = next(iter(limits.items()))
+    more = f" and {len(limits) - 1} more limits" if len(limits) > 1 else ""
+    text = f"no {name} plan fits {bytes_at(limit, n)}{more}"
     if name == "quantized":
         rules, what = (
             [Rule.FULL.in_formats(*pair) for pair in pairs if pair != NATIVE_PAIR],
@@ -162,8 +154,8 @@ def _too_little(
     else:
         rules = [Rule(min(sinks), min_window, 0).in_formats(*pair) for pair in pairs]
         what = f"a window of {min_window} tokens with a sink of {min(sinks)}"
-    smallest = min(_taken(first.cost, shape, rule, min_window) for rule in rules)
-    return f"{text}: {what} takes {first.cost.text(smallest)}"
+    smallest = min(int(_taken(shape, rule, min_window, [n])[0]) for rule in rules)
+    return f"{text}: {what} takes {smallest:,} KV bytes"
 
 
 def uniform_plan(shape: ModelShape, n: int, kv_bytes: int, sink: int, min_window: int = 32) -> Plan:
@@ -179,33 +171,31 @@ def uniform_plan(shape: ModelShape, n: int, kv_bytes: int, sink: int, min_window
     Raises:
         InfeasibleBudgetError: not even the smallest window fits.
     """
-    plan = _fixed(shape, byte_constraints({n: kv_bytes}), sink, min_window, NATIVE_PAIR)
+    plan = _fixed(shape, {n: kv_bytes}, sink, min_window, NATIVE_PAIR)
     if plan is None:
-        smallest = _taken(KvBytes(n), shape, Rule(sink, min_window, 0), min_window)
+        smallest = int(_taken(shape, Rule(sink, min_window, 0), min_window, [n])[0])
         raise InfeasibleBudgetError(
-            f"no uniform window with a sink of {sink} fits {kv_bytes:,} KV bytes at {format_length(n)} tokens: the "
-            f"smallest, {min_window} tokens, takes {smallest:,}"
+            f"no uniform window with a sink of {sink} fits {bytes_at(kv_bytes, n)}: the smallest, {min_window} tokens, takes "
+            f"{smallest:,}"
         )
     return plan
 
 
-def _fixed(shape: ModelShape, constraints: Constraints, sink: int, min_window: int, pair: FormatPair) -> Plan | None:
-    longest = max(lengths_of(constraints))
-    alpha = _widest(min_window, longest, lambda a: _fits(shape, Rule(sink, a, 0, *pair), constraints, min_window))
+def _fixed(shape: ModelShape, limits: Limits, sink: int, min_window: int, pair: FormatPair) -> Plan | None:
+    longest = max(limits)
+    alpha = _widest(min_window, longest, lambda a: _fits(shape, Rule(sink, a, 0, *pair), limits, min_window))
     return None if alpha is None else Plan.uniform(shape, Rule(sink, alpha, 0, *pair), min_window)
 
 
-def _elastic(shape: ModelShape, constraints: Constraints, sink: int, min_window: int, pair: FormatPair) -> Plan | None:
-    beta_q = _widest(0, BETA_ONE, lambda b: _fits(shape, Rule(sink, 0, b, *pair), constraints, min_window))
+def _elastic(shape: ModelShape, limits: Limits, sink: int, min_window: int, pair: FormatPair) -> Plan | None:
+    beta_q = _widest(0, BETA_ONE, lambda b: _fits(shape, Rule(sink, 0, b, *pair), limits, min_window))
     return None if beta_q is None else Plan.uniform(shape, Rule(sink, 0, beta_q, *pair), min_window)
 
 
-def _quantized(
-    shape: ModelShape, constraints: Constraints, sink: int, min_window: int, pair: FormatPair
-) -> Plan | None:
+def _quantized(shape: ModelShape, limits: Limits, sink: int, min_window: int, pair: FormatPair) -> Plan | None:
     """Everything in a pair of formats, whatever the sink; no candidate where that is the dense model."""
     rule = Rule.FULL.in_formats(*pair)
-    if rule.is_native or not _fits(shape, rule, constraints, min_window):
+    if rule.is_native or not _fits(shape, rule, limits, min_window):
         return None
     return Plan.uniform(shape, rule, min_window)
 
@@ -243,9 +233,9 @@ class _Costs:
         surrogate = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
         return _Costs(shape, min_window, profile.rules, surrogate.costs())
 
-    def sizes(self, numbers: Sequence[int], constraints: Constraints) -> np.ndarray:
-        """Returns what the numbered rules take, int64 [constraints, layers, kv_heads, rules]."""
-        return cost_tables(constraints, self.shape, [self.rules[number] for number in numbers], self.min_window)
+    def sizes(self, numbers: Sequence[int], limits: Limits) -> np.ndarray:
+        """Returns the bytes that the numbered rules take at the limited lengths, int64 [lengths, layers, kv_heads, rules]."""
+        return byte_table(self.shape, [self.rules[number] for number in numbers], self.min_window, list(limits))
 
     def plan(self, choice: np.ndarray) -> tuple[float, Plan]:
         """Returns the predicted KL and the plan of a choice of rules, [layers, kv_heads]."""
@@ -254,26 +244,26 @@ class _Costs:
         return kl, Plan(self.shape, self.min_window, rules)
 
 
-def _per_layer(costs: _Costs, constraints: Constraints, sink: int) -> Iterable[tuple[float, Plan]]:
+def _per_layer(costs: _Costs, limits: Limits, sink: int) -> Iterable[tuple[float, Plan]]:
     """The choice of one rule for each layer of lowest predicted KL."""
     numbers = [number for number, rule in enumerate(costs.rules) if rule.sees_all or rule.sink == sink]
-    sizes = costs.sizes(numbers, constraints).sum(axis=2)
+    sizes = costs.sizes(numbers, limits).sum(axis=2)
     try:
-        solution = solve(costs.kl[..., numbers].sum(axis=1), sizes, limit_array(constraints))
+        solution = solve(costs.kl[..., numbers].sum(axis=1), sizes, limit_array(limits))
     except InfeasibleBudgetError:
         return
     layers = np.array(numbers)[solution.choice]
     yield costs.plan(np.repeat(layers[:, None], costs.shape.kv_heads, axis=1))
 
 
-def _split(costs: _Costs, constraints: Constraints, sink: int) -> Iterable[tuple[float, Plan]]:
+def _split(costs: _Costs, limits: Limits, sink: int) -> Iterable[tuple[float, Plan]]:
     """For each streaming window: everything for the KV heads that it would degrade most, as many as fit."""
     full = next(number for number, rule in enumerate(costs.rules) if rule.sees_all)
     for number, rule in enumerate(costs.rules):
         if rule.sink != sink or rule.beta_q or rule.alpha > STREAMING_WINDOW:
             continue
-        streaming, everything = np.moveaxis(costs.sizes([number, full], constraints), -1, 0)
-        left = limit_array(constraints) - streaming.sum(axis=(1, 2))
+        streaming, everything = np.moveaxis(costs.sizes([number, full], limits), -1, 0)
+        left = limit_array(limits) - streaming.sum(axis=(1, 2))
         if (left < 0).any():
             continue
         choice = np.full(costs.kl.shape[:2], number)
@@ -287,10 +277,10 @@ def _split(costs: _Costs, constraints: Constraints, sink: int) -> Iterable[tuple
         yield costs.plan(choice)
 
 
-def _moa(costs: _Costs, constraints: Constraints, sink: int) -> Iterable[tuple[float, Plan]]:
+def _moa(costs: _Costs, limits: Limits, sink: int) -> Iterable[tuple[float, Plan]]:
     """The choice of a rule for each KV head of lowest predicted KL."""
     numbers = [number for number, rule in enumerate(costs.rules) if rule.is_full or rule.sink == sink]
-    knapsack = Knapsack(costs.sizes(numbers, constraints), limit_array(constraints), "lagrange")
+    knapsack = Knapsack(costs.sizes(numbers, limits), limit_array(limits), "lagrange")
     try:
         choice = knapsack.choose(costs.kl[..., numbers])
     except InfeasibleBudgetError:
@@ -298,12 +288,12 @@ def _moa(costs: _Costs, constraints: Constraints, sink: int) -> Iterable[tuple[f
     yield costs.plan(np.array(numbers)[choice])
 
 
-_UNPROFILED: dict[str, Callable[[ModelShape, Constraints, int, int, FormatPair], Plan | None]] = {
+_UNPROFILED: dict[str, Callable[[ModelShape, Limits, int, int, FormatPair], Plan | None]] = {
     "uniform": _fixed,
     "uniform-elastic": _elastic,
     "quantized": _quantized,
 }
-_PROFILED: dict[str, Callable[[_Costs, Constraints, int], Iterable[tuple[float, Plan]]]] = {
+_PROFILED: dict[str, Callable[[_Costs, Limits, int], Iterable[tuple[float, Plan]]]] = {
     "per-layer": _per_layer,
     "split": _split,
     MOA: _moa,
@@ -323,12 +313,12 @@ FAMILIES = {
 """What a search measures beside its plans, and the baselines whose best candidate stands for it."""
 
 
-def uniform_choices(profile: Profile, constraints: Constraints, formats: Sequence[str] = ()) -> list[Plan]:
+def uniform_choices(profile: Profile, limits: Limits, formats: Sequence[str] = ()) -> list[Plan]:
     """Returns plans of one rule for every KV head, by which its gate keeps as large a share of the tokens as fits.
 
     Args:
         profile: whose gates select; without any there is no such plan.
-        constraints: all hold.
+        limits: all hold.
         formats: on offer beside the native one, see `format_pairs`.
     """
     sink, found = min((rule.sink for rule in profile.rules if rule.selects), default=None), []
@@ -344,8 +334,7 @@ def uniform_choices(profile: Profile, constraints: Constraints, formats: Sequenc
         for window in (profile.min_window, 4 * profile.min_window):
 
             def fits(beta_q: int, window: int = window, pair: FormatPair = pair) -> bool:
-                plan = made(window, beta_q, pair)
-                return all(constraint.holds(plan) for constraint in constraints)
+                return is_within(made(window, beta_q, pair), limits)
 
             widest = _widest(1, BETA_ONE, fits)
             if widest is not None:
@@ -356,7 +345,7 @@ def uniform_choices(profile: Profile, constraints: Constraints, formats: Sequenc
 def family_plans(
     family: str,
     shape: ModelShape,
-    constraints: Constraints,
+    limits: Limits,
     profile: Profile,
     sinks: Sequence[int],
     formats: Sequence[str] = (),
@@ -366,26 +355,26 @@ def family_plans(
     Arguments are those of `plans_within`.
     """
     if family == UNIFORM_GATES:
-        return uniform_choices(profile, constraints, formats)
+        return uniform_choices(profile, limits, formats)
     found: dict[str, Plan] = {}
     for name in FAMILIES[family]:
         if name == MOA and name not in profile.estimators:
             continue
-        if name == "uniform-elastic" and len(lengths_of(constraints)) == 1:
+        if name == "uniform-elastic" and len(limits) == 1:
             continue  # at one length it is a fixed window
         with suppress(InfeasibleBudgetError):
-            plans = plans_within(name, shape, constraints, profile.min_window, profile, sinks, formats, profile.centres)
+            plans = plans_within(name, shape, limits, profile.min_window, profile, sinks, formats, profile.centres)
             found |= {plan.key(): plan for plan in plans}
     return list(found.values())
 
 
-def _fits(shape: ModelShape, rule: Rule, constraints: Constraints, min_window: int) -> bool:
-    return all(_taken(one.cost, shape, rule, min_window) <= one.limit for one in constraints)
+def _fits(shape: ModelShape, rule: Rule, limits: Limits, min_window: int) -> bool:
+    return bool((_taken(shape, rule, min_window, list(limits)) <= limit_array(limits)).all())
 
 
-def _taken(cost: Cost, shape: ModelShape, rule: Rule, min_window: int) -> int:
-    """Returns what is taken of a cost if every KV head has the rule."""
-    return int(cost.table(shape, [rule], min_window).sum())
+def _taken(shape: ModelShape, rule: Rule, min_window: int, lengths: Sequence[int]) -> Ints:
+    """Returns the KV bytes at each length if every KV head has the rule, int64 [lengths]."""
+    return np.asarray(byte_table(shape, [rule], min_window, lengths).sum(axis=(1, 2, 3)))
 
 
 def _widest(low: int, high: int, fits: Callable[[int], bool]) -> int | None:

@@ -184,7 +184,7 @@ def _candidates(family: str, request: SearchRequest) -> list[Plan]:
     sinks = sorted({rule.sink for rule in spans.rules if not rule.is_full})
     found = [
         plan
-        for plan in family_plans(family, spans.shape, request.constraints, spans, sinks, formats)
+        for plan in family_plans(family, spans.shape, request.limits, spans, sinks, formats)
         if meets(plan, floors, request.lengths)
     ]
     if formats:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moacompress.core.arrays import Floats, Ints
-from moacompress.rules.constraints import below_floors_at, cost_tables, limit_array
-from moacompress.rules.cost import layer_floors
+from moacompress.rules.cost import below_floors, byte_table, layer_floors
+from moacompress.rules.limits import limit_array
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import LayerShares, with_shared_rules
@@ -31,8 +31,8 @@ class Knapsack:
     """A budget for a profile's rules, ready for the solver.
 
     Attributes:
-        sizes: what every rule takes of each constraint's cost, int64 [constraints, layers, kv_heads, rules].
-        limits: the most of each, int64 [constraints].
+        sizes: what every rule takes of each limit, int64 [limits, layers, kv_heads, rules].
+        limits: the most of each, int64 [limits].
         solver: "lagrange" or "milp".
         classes: how many different rules there may be, or None for any number.
         forbidden: rules that a KV head may not have, bool [layers, kv_heads, rules], or None. They take what the first does.
@@ -47,12 +47,11 @@ class Knapsack:
     @staticmethod
     def of(request: SearchRequest) -> Knapsack:
         """Returns the knapsack of a request."""
-        profile, constraints = request.profile, request.constraints
-        arguments = (constraints, profile.shape, profile.rules, profile.min_window)
-        sizes = cost_tables(*arguments)
-        below = below_floors_at(*arguments, layer_floors(request.recipe.search.floors, profile.shape))
+        profile, limits = request.profile, request.limits
+        sizes = byte_table(profile.shape, profile.rules, profile.min_window, list(limits))
+        below = below_floors(sizes, layer_floors(request.recipe.search.floors, profile.shape))
         sizes = np.where(below, sizes[..., :1], sizes)
-        return Knapsack(sizes, limit_array(constraints), request.recipe.search.solver, forbidden=below)
+        return Knapsack(sizes, limit_array(limits), request.recipe.search.solver, forbidden=below)
 
     def choose(self, costs: Floats) -> Ints:
         """Returns the rule of every KV head of least total cost, int64 [layers, kv_heads]; costs have the rules last."""

@@ -9,8 +9,8 @@ import numpy as np
 
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats, Ints
-from moacompress.rules.constraints import Constraints, below_floors_at, cost_tables, limit_array
-from moacompress.rules.cost import layer_floors
+from moacompress.rules.cost import below_floors, byte_table, layer_floors
+from moacompress.rules.limits import Limits, limit_array
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import LayerShares
 from moacompress.search.problem.classes import ClassLimit
@@ -46,7 +46,7 @@ class PlanSpace:
     def of(
         request: SearchRequest,
         shares: LayerShares = (),
-        constraints: Constraints | None = None,
+        limits: Limits | None = None,
         classes: int | None = None,
     ) -> PlanSpace:
         """Returns the plans of a request.
@@ -54,24 +54,23 @@ class PlanSpace:
         Args:
             request: what is asked for.
             shares: of the layers.
-            constraints: by default the request's.
+            limits: by default the request's.
             classes: most different rules; None for any number.
         """
         profile, search = request.profile, request.recipe.search
-        constraints = request.constraints if constraints is None else constraints
-        arguments = (constraints, profile.shape, profile.rules, profile.min_window)
-        sizes = cost_tables(*arguments, shares)
-        below = below_floors_at(*arguments, layer_floors(search.floors, profile.shape), shares)
+        limits = request.limits if limits is None else limits
+        sizes = byte_table(profile.shape, profile.rules, profile.min_window, list(limits), shares)
+        below = below_floors(sizes, layer_floors(search.floors, profile.shape))
         groups = HeadGroups.of(profile.shape, shares) if shares else None
         forbidden = below
         if groups is not None:  # a rule that one of a group may not have none of it may have
             of_groups = groups.any_of(below)
             below, forbidden = of_groups[groups.of_head], of_groups[:, None]
-        limit = None if classes is None else ClassLimit.of(classes, profile.shape, profile.rules, below, groups)
+        few = None if classes is None else ClassLimit.of(classes, profile.shape, profile.rules, below, groups)
         sizes = np.where(below, sizes[..., :1], sizes)
         if groups is not None:
             sizes = groups.summed(sizes.reshape(len(sizes), -1, sizes.shape[-1]))[:, :, None]
-        knapsack = Knapsack(sizes, limit_array(constraints), search.solver, limit, forbidden)
+        knapsack = Knapsack(sizes, limit_array(limits), search.solver, few, forbidden)
         return PlanSpace(profile, shares, groups, knapsack)
 
     def costs(self, costs: Floats) -> Floats:

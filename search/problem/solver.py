@@ -1,8 +1,7 @@
 """The budgeted choice: one rule for every KV head, least total cost, and what they take within every limit.
 
-A multiple-choice knapsack with a capacity for each constraint (`rules.constraints`): the KV bytes at each length, or the time
-of a step. Here all of them are called sizes. `lagrange` puts a price on each, so that heads choose alone, and repairs the
-result; `milp` hands the pruned problem to HiGHS. Both respect the limits exactly.
+A multiple-choice knapsack with a capacity for each limit, such as the KV bytes at a length. `lagrange` puts a price on each, so
+that heads choose alone, and repairs the result; `milp` hands the pruned problem to HiGHS. Both respect the limits exactly.
 """
 
 from __future__ import annotations
@@ -50,8 +49,8 @@ def solve(costs: Floats, sizes: Ints, limits: Ints, *, solver: str = "lagrange",
 
     Args:
         costs: cost of every rule on every head, at least 0, [heads, rules].
-        sizes: what it takes of each constraint, [constraints, heads, rules].
-        limits: the most of each, [constraints].
+        sizes: what it takes of each limit, [limits, heads, rules].
+        limits: the most of each, [limits].
         solver: "lagrange" or "milp".
         time_limit: seconds that `milp` may take; its best choice by then is returned.
 

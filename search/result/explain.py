@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moacompress.rules.cost import format_rows, kept_bits
+from moacompress.rules.cost import byte_table, format_rows, kept_bits
 from moacompress.rules.plan import Plan
 from moacompress.search.measure.kl_difference import KlDifference
 from moacompress.search.measure.packed_plan import unpack
@@ -148,9 +148,9 @@ def refused(
 def head_rows(request: SearchRequest, surrogate: Surrogate, plan: Plan) -> list[dict[str, Any]]:
     """Returns a row of every KV head, those first whose bytes are worth most; see `explain`."""
     profile, shape = request.profile, request.profile.shape
-    constraint = request.constraints[-1]
-    n, average = constraint.cost.length, constraint.limit // (shape.layers * shape.kv_heads)
-    sizes_of = constraint.cost.table(shape, surrogate.rules, profile.min_window)
+    n = max(request.limits)
+    average = request.limits[n] // (shape.layers * shape.kv_heads)
+    (sizes_of,) = byte_table(shape, surrogate.rules, profile.min_window, [n])
     costs = surrogate.costs()
     number = {rule: index for index, rule in enumerate(surrogate.rules)}
     rows = []

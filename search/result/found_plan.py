@@ -30,7 +30,6 @@ from moacompress.search.result.search_result import (
     bytes_note,
     memory_note,
     read_explanation,
-    step_note,
     versions,
     weights_note,
 )
@@ -206,7 +205,6 @@ def _with_notes(
             "asked": list(request.asked),
             "bytes": bytes_note(plan, _noted_lengths(request)),
             "worst_share": WorstShare.of(plan, profile.lengths).to_dict(),
-            **step_note(request, plan),
             **memory_note(request, plan),
         },
         quality={

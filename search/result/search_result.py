@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,11 +14,9 @@ from moacompress.core.errors import ArtefactError, PlanError
 from moacompress.core.files import read_json
 from moacompress.core.shown import Shown
 from moacompress.rules.budget import Budget, memory_budgets
-from moacompress.rules.constraints import Latency
 from moacompress.rules.formats import NATIVE
 from moacompress.rules.plan import Plan
 from moacompress.rules.planned_weights import WEIGHTS_NOTE
-from moacompress.rules.step_time import NS_PER_MS
 
 if TYPE_CHECKING:
     from moacompress.search.search_request import SearchRequest
@@ -39,7 +37,6 @@ class SearchResult(Shown):
         harm: mean KL in nats of "plan", "trial0", and of each family of `baselines.FAMILIES` (None where it has no
             candidate within the budget, the profile lacks what it is made from, or the time was up before it was measured).
         kv_bytes: at each length, `{"dense": bytes, "plan": bytes}`.
-        step_ms: see `step_note`; empty without a cost table.
         seconds: time that this run took; close to 0 when an earlier run had found it.
         explanation: see `explain.explain`; empty where there is none beside the plan.
         written: whether this process wrote it; False where it was there, or another worker of the search writes it.
@@ -57,7 +54,6 @@ class SearchResult(Shown):
     explanation: dict[str, Any]
     written: bool = True
     classes: dict[str, Any] | None = None
-    step_ms: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Returns the plan and its measured KL in a line."""
@@ -90,7 +86,6 @@ class SearchResult(Shown):
             explanation=explanation,
             written=written,
             classes=plan.quality.get("classes"),
-            step_ms=plan.budget.get("step_ms", {}),
         )
 
 
@@ -131,33 +126,6 @@ def found_before(out: Path, search: str, trials: int, overwrite: bool) -> Plan |
 def bytes_note(plan: Plan, lengths: Iterable[int]) -> dict[str, dict[str, int]]:
     """Returns the KV bytes of a plan and of the dense model at each length."""
     return {str(n): {"dense": plan.model.dense_kv_bytes(n), "plan": plan.kv_bytes(n)} for n in sorted(set(lengths))}
-
-
-def step_note(request: SearchRequest, plan: Plan) -> dict[str, Any]:
-    """Returns the predicted time of a plan's step at every place that the cost table has; nothing without one.
-
-    Of each, in milliseconds: `predicted`, at `full_span`, of weights alone (`floor`) and the most that the budget allows
-    (`limit`); and how far the fit is off for plans that were measured and not fitted (`error`). Of layers that share nothing
-    is known.
-    """
-    if not request.step_times or any(plan.shares):
-        return {}
-    limits = {
-        (constraint.cost.length, constraint.cost.step.rows): constraint
-        for constraint in request.constraints
-        if isinstance(constraint.cost, Latency)
-    }
-    found = {}
-    for step in request.step_times:
-        constraint = limits.get((step.length, step.rows))
-        found[f"{step.length}x{step.rows}"] = {
-            "predicted": step.step_ms(plan),
-            "full_span": step.full_span_ms,
-            "floor": step.floor_ms,
-            "limit": None if constraint is None else step.floor_ms + constraint.limit / NS_PER_MS,
-            "error": step.check_error,
-        }
-    return {"step_ms": found}
 
 
 def memory_note(request: SearchRequest, plan: Plan) -> dict[str, Any]:

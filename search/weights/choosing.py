@@ -55,7 +55,7 @@ def choose_weights(
     deadline: Deadline,
     progress: Progress,
 ) -> tuple[SearchRequest, dict[str, str]]:
-    """Returns the request with chosen weights and the constraints that they leave, and the formats of the layers.
+    """Returns the request with chosen weights and the limits that they leave, and the formats of the layers.
 
     Args:
         request: its weights are to be chosen, and the smallest until here.

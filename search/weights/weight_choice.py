@@ -18,8 +18,9 @@ from moacompress.models.source import SourceModel
 from moacompress.models.weight_choices import CHOICES, WeightChoices, checkpoint_bytes
 from moacompress.recipe import AUTO, Recipe
 from moacompress.rules.budget import Budget, byte_limits, memory_budgets
-from moacompress.rules.constraints import Constraint, KvBytes, WeightBytes, byte_constraints
+from moacompress.rules.cost import byte_table, floored, layer_floors
 from moacompress.rules.formats import DTYPE_BYTES
+from moacompress.rules.limits import WeightBytes
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.planned_weights import count_formats
 from moacompress.rules.rule import Rule
@@ -150,7 +151,7 @@ def joint_choice(request: SearchRequest, choice: WeightChoice, kv_costs: Floats,
 def joint_problem(
     request: SearchRequest, choice: WeightChoice, kv_costs: Floats, scale: float = 1.0
 ) -> tuple[Floats, Ints, Ints]:
-    """Returns costs `[rows, options]`, sizes `[constraints, rows, options]` and limits, of which layers are the last rows.
+    """Returns costs `[rows, options]`, sizes `[limits, rows, options]` and limits, of which layers are the last rows.
 
     Rows of layers have fewer options than those of KV heads: their last one stands there several times.
 
@@ -160,20 +161,20 @@ def joint_problem(
     budgets = [Budget.parse(text) for text in request.asked]
     others = [budget for budget in budgets if not budget.with_weights]
     profile, choices = request.profile, choice.choices
-    bare = byte_constraints(byte_limits(others, profile.shape, profile.lengths)) if others else ()
-    with_weights = [
-        Constraint(KvBytes(budget.length or 0), (budget.bytes or 0) - choices.fixed)
-        for budget in memory_budgets(budgets)
-    ]
-    knapsack = request.space((), (*bare, *with_weights)).knapsack
-    heads = knapsack.sizes.reshape(len(knapsack.sizes), -1, knapsack.sizes.shape[-1])
+    bare = byte_limits(others, profile.shape, profile.lengths) if others else {}
+    totals = memory_budgets(budgets)
+    lengths = [*bare, *(budget.length or 0 for budget in totals)]
+    limits = [*bare.values(), *((budget.bytes or 0) - choices.fixed for budget in totals)]
+    table = byte_table(profile.shape, profile.rules, profile.min_window, lengths)
+    table = floored(table, layer_floors(request.recipe.search.floors, profile.shape))
+    heads = table.reshape(len(table), -1, table.shape[-1])
     options = max(heads.shape[-1], len(CHOICES))
     layers = np.repeat(choices.sizes[None], len(heads), axis=0)
     layers[: len(bare)] = 0
     return (
         np.concatenate([_padded(kv_costs.reshape(heads.shape[1:]), options), _padded(choice.prices * scale, options)]),
         np.concatenate([_padded(heads, options), _padded(layers, options)], axis=1),
-        knapsack.limits,
+        np.array(limits, np.int64),
     )
 
 

@@ -9,7 +9,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moacompress.bench.bench_request import Cell
-from moacompress.bench.sides import STATIC, DecodeTurn, FilledPlanCache, PrefillTurn, filled_cache, random_ids
+from moacompress.bench.sides import (
+    STATIC,
+    DecodeTurn,
+    FilledPlanCache,
+    PrefillTurn,
+    filled_cache,
+    overlapping_kv,
+    random_ids,
+)
 from moacompress.runtime.compat.alternates import CACHE, cache_argument
 from moacompress.runtime.hf.attaching import attached_plan
 
@@ -118,6 +126,17 @@ def test_rows_share_no_blocks(models, checkpoint):
         keys = torch.cat([segment.flatten(1) for segment in layer.held.pool.keys])[np.unique(ids)]
         keys = keys[keys.ne(0).any(1)]  # memory that nothing was written to yet may be all zeros
         assert len(keys.unique(dim=0)) == len(keys)  # and no two hold the same
+
+
+def test_rows_of_overlapping_keys_and_values_share_no_blocks(checkpoint):
+    """Else a step would read the same memory for every row."""
+    plan, cell = checkpoint.plan.in_dtype("float32"), Cell("float32", 512, 3)
+    kv = overlapping_kv(plan.model, cell, 5, "cpu")
+    keys = kv[0][0]
+    assert keys.shape == (3, plan.model.kv_heads, 512, plan.model.head_dim)
+    assert torch.equal(keys[1, :, :-1], keys[0, :, 1:])
+    filled = FilledPlanCache(plan, plan.model, cell, 520, 5, "cpu", kv)
+    assert filled.kv_bytes() == plan.kv_bytes(512, 3)
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -27,7 +27,6 @@ SAMPLES: dict[str, Any] = {
     "evaluation.tasks": "needle-prose,key-value",
     "search.formats": "int4",
     "search.share": "3",
-    "search.cost_table": Path("costs.json"),
     "heal.modules": "o_proj",
     "dtype": "float16",
     "weights": "int8",

@@ -66,56 +66,6 @@ def test_few_classes(place: Path, tmp_path: Path) -> None:
     assert "search.classes" in run("search", place / "profile", "--budget", "50%", "--classes", "0", exit_code=2)
 
 
-def test_a_latency(place: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    """By a table that is measured, half-way between what weights alone take and full span."""
-    table, out = tmp_path / "costs.json", tmp_path / "fast.json"
-    quick = ("--trials", "1", "--rounds", "0", "--moves", "0")
-    small = ("--lengths", "768", "--batch", "16", "--tokens", "2", "--repeats", "3")
-    (fitted,) = run("bench", tiny_folder, "--cost-table", table, *small)["fitted"]
-    budget = f"latency={(1 + fitted['smallest_share']) / 2:.4f}@768x16"
-    message = run("search", place / "profile", "--budget", budget, *quick, "-o", out, exit_code=2)
-    assert "there is no cost table; measure one" in message
-    found = run("search", place / "profile", "--budget", budget, "--cost-table", table, *quick, "-o", out)
-    row = found["step_ms"]["768x16"]
-    assert fitted["floor_ms"] < row["predicted"] <= row["limit"] < fitted["full_span_ms"]
-    assert run("inspect", out)["step_ms"] == found["step_ms"]
-    both = run(
-        "search", place / "profile", "--budget", budget, "--budget", "40%", "--cost-table", table, *quick,
-        "-o", tmp_path / "both.json",
-    )  # fmt: skip
-    assert both["step_ms"]["768x16"]["predicted"] <= row["limit"]
-    assert both["kv_bytes"]["768"]["plan"] <= 0.4 * both["kv_bytes"]["768"]["dense"]
-    message = run(
-        "search", place / "profile", "--budget", "latency=0.0001@768x16", "--cost-table", table, *quick,
-        "-o", tmp_path / "none.json", exit_code=1,
-    )  # fmt: skip
-    assert "weights alone take" in message
-
-
-def test_a_profile_keeps_no_cost_table(place: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    """It may be searched on another machine, or without a budget of latency."""
-    shutil.copytree(place / "profile", tmp_path / "profile")
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("search: {cost_table: of-elsewhere.json, trials: 1, rounds: 0, moves: 0}\n")
-    small = ("--samples", "2", "--validation-samples", "2", "--draws", "1", "--source", "needle", "--seed", "3")
-    run("profile", tiny_folder, "-o", tmp_path / "profile", "--recipe", recipe, "--lengths", "768", *small)
-    kept = json.loads((tmp_path / "profile" / "profile.json").read_text())["recipe"]["search"]
-    assert (kept["trials"], kept["cost_table"]) == (1, None)
-    assert "step_ms" not in run("search", tmp_path / "profile", "--budget", "50%", "-o", tmp_path / "plan.json")
-    message = run(
-        "search",
-        tmp_path / "profile",
-        "--budget",
-        "50%",
-        "--recipe",
-        recipe,
-        "-o",
-        tmp_path / "other.json",
-        exit_code=1,
-    )
-    assert "there is no cost table of-elsewhere.json" in message
-
-
 def test_the_same_command_again_redoes_nothing(place: Path, tiny_folder: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in place.rglob("*") if file.is_file()}
     small = ("--samples", "2", "--validation-samples", "2", "--draws", "1", "--source", "needle", "--seed", "3")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 from moacompress.core.errors import BudgetError, InfeasibleBudgetError
@@ -12,12 +10,10 @@ from moacompress.rules.budget import (
     byte_limits,
     check_feasible,
     format_length,
-    label,
     parse_bytes,
     parse_length,
     parse_lengths,
     reference_length,
-    split_budgets,
 )
 from moacompress.rules.model_shape import ModelShape
 
@@ -73,7 +69,6 @@ def test_understood(text: str, share: float | None, size: int | None, length: in
         ("512MiB", "needs the length it holds at, such as '512MiB@32k'"),
         ("0MiB@1k", "is no bytes at all"),
         ("25%,12.5%", "names several plans"),
-        ("latency=0.6@8k", "is not understood"),
         ("9" * 400 + "%", "outside"),
     ],
 )
@@ -134,53 +129,3 @@ def test_sizes_of_memory() -> None:
     for text in ("", "M", "-1M", "1T", "0", "0.1", "1e99"):
         with pytest.raises(BudgetError, match="is not understood; write bytes such as '128MiB'"):
             parse_bytes(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "share", "length", "rows"),
-    [
-        ("latency=0.8@8kx8", 0.8, 8192, 8),
-        ("latency=80%@8kx8", 0.8, 8192, 8),
-        ("LATENCY = .5 @ 1000 x 1", 0.5, 1000, 1),
-        ("latency=1@4kx32", 1.0, 4096, 32),
-    ],
-)
-def test_a_latency_is_a_share_of_a_step_at_a_length_and_rows(text: str, share: float, length: int, rows: int) -> None:
-    found = Budget.parse(text)
-    assert (found.share, found.bytes, found.length, found.rows) == (share, None, length, rows)
-    assert found.limits(SHAPE, [512]) == {}
-    assert byte_limits([found], SHAPE, [512]) == {}
-    assert reference_length([found], [512]) == length
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("latency", "such as 'latency=0.8@8kx8'"),
-        ("latency=0.8", "a length and a number of rows"),
-        ("latency=0.8@8k", "a length and a number of rows"),
-        ("latency=0.8@x8", "length '' is not a number of tokens"),
-        ("latency=0.8@8kx", "a length and a number of rows"),
-        ("latency=0.8@8kx-1", "a length and a number of rows"),
-        ("latency=0.8@8kx0", "at least 1 row"),
-        ("latency=0@8kx8", "above 0 and at most 1"),
-        ("latency=1.1@8kx8", "above 0 and at most 1"),
-        ("latency=-0.5@8kx8", "above 0 and at most 1"),
-        ("latency=120%@8kx8", "above 0 and at most 1"),
-        ("latency=fast@8kx8", "above 0 and at most 1"),
-        ("latency=0.8@8qx8", "length '8q' is not a number of tokens"),
-        ("latency=0.8@8kx8,25%", "names several plans"),
-    ],
-)
-def test_a_latency_that_is_not_understood(text: str, words: str) -> None:
-    with pytest.raises(BudgetError, match=re.escape(words)):
-        Budget.parse(text)
-
-
-def test_plans_of_latencies() -> None:
-    asked = ["latency=0.8@8kx8,latency=0.6@8kx8", "25%"]
-    assert split_budgets(asked) == [("latency=0.8@8kx8", "25%"), ("latency=0.6@8kx8", "25%")]
-    assert label(split_budgets(asked)[0]) == "latency-0.8-8kx8_25"
-    assert len(split_budgets(["latency=0.8@8kx8,latency=0.8@8kx32,80%@8k"])) == 3
-    with pytest.raises(BudgetError, match="the same plan twice"):
-        split_budgets(["latency=0.8@8kx8,latency=80%@8kx8"])

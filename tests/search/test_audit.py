@@ -124,7 +124,7 @@ def test_plans_have_equal_bytes_and_lie_near_the_optimum(profiles: Profiles) -> 
     plans = [chosen_plan(profile, choice) for _, choice in chosen]
     assert len({plan.key() for plan in plans}) == len(plans) == 12
     for plan in plans:
-        shares = [one.cost.of(plan) / one.limit for one in request.constraints]
+        shares = [plan.kv_bytes(n) / limit for n, limit in request.limits.items()]
         assert 0.97 < max(shares) <= 1  # at the length that binds
     totals = [total_cost(costs, choice) for _, choice in chosen]
     assert totals[0] == min(totals)
@@ -381,8 +381,8 @@ def test_measured_kl_is_that_of_the_objective(audited: Profile, source: SourceMo
         influence = predicted_influence(audited, audited.validation)["moa"]
         assert point["predicted"]["moa"] == influence[point["layer"], point["kv_head"], rule]
     assert len({plan["key"] for plan in data["plans"]}) == len(data["plans"])
-    for one in SearchRequest.of(audited, BUDGET, audited.recipe).constraints:
-        assert all(plan["kv_bytes"][str(one.cost.length)] <= one.limit for plan in data["plans"])
+    for n, limit in SearchRequest.of(audited, BUDGET, audited.recipe).limits.items():
+        assert all(plan["kv_bytes"][str(n)] <= limit for plan in data["plans"])
 
 
 def test_killed_and_taken_up_again_is_the_same_to_the_byte(

@@ -14,7 +14,6 @@ import pytest
 from moacompress.calibration.profile.statistics import Statistics
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import InfeasibleBudgetError, UsageError
-from moacompress.rules.constraints import byte_constraints
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
@@ -100,7 +99,7 @@ LIMITS = [{512: 0.3}, {500: 0.5}, {256: 0.4, 512: 0.4}, {256: 0.9, 512: 0.35}]
 @pytest.mark.parametrize("name", WINDOWED)
 def test_every_baseline_is_within_the_limits(profile: Profile, name: str, shares: dict[int, float]) -> None:
     limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n, share in shares.items()}
-    plans = plans_within(name, profile.shape, byte_constraints(limits), 32, profile)
+    plans = plans_within(name, profile.shape, limits, 32, profile)
     assert len({plan.key() for plan in plans}) == len(plans) >= 2
     assert all(plan.kv_bytes(n) <= limit for plan in plans for n, limit in limits.items())
     assert all((plan.min_window, plan.model) == (32, profile.shape) for plan in plans)
@@ -112,7 +111,7 @@ def test_every_baseline_is_within_the_limits(profile: Profile, name: str, shares
 @pytest.mark.parametrize("shares", LIMITS)
 def test_elastic_grows_as_fast_as_fits(profile: Profile, shares: dict[int, float]) -> None:
     limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n, share in shares.items()}
-    for plan in plans_within("uniform-elastic", profile.shape, byte_constraints(limits), 16):
+    for plan in plans_within("uniform-elastic", profile.shape, limits, 16):
         (rule,) = {rule for row in plan.rules for rule in row}
         assert rule.alpha == 0
         faster = [Rule(rule.sink, 0, beta_q) for beta_q in range(rule.beta_q + 1, BETA_ONE + 1)]
@@ -139,7 +138,7 @@ def test_per_layer_is_the_lowest_kl(profile: Profile, shares: dict[int, float]) 
             if fits(profile, tuple((profile.rules[number],) * 2 for number in choice), limits)
         ]
         found.append(min(choices)[0])
-    plans = plans_within("per-layer", profile.shape, byte_constraints(limits), 32, profile)
+    plans = plans_within("per-layer", profile.shape, limits, 32, profile)
     index = {rule: number for number, rule in enumerate(profile.rules)}
     assert all(len(set(row)) == 1 for plan in plans for row in plan.rules)
     kls = [sum(kl[i, :, index[row[0]]].sum() for i, row in enumerate(plan.rules)) for plan in plans]
@@ -153,7 +152,7 @@ def test_split_keeps_the_heads_that_need_it(
 ) -> None:
     profile = replace(profile, shape=replace(profile.shape, native_windows=natives))
     limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n, share in shares.items()}
-    plans = plans_within("split", profile.shape, byte_constraints(limits), 32, profile)
+    plans = plans_within("split", profile.shape, limits, 32, profile)
     assert {rule.sink for plan in plans for row in plan.rules for rule in row if not rule.is_full} == {4, 16, 64}
     kl = predicted(profile)
     index = {rule: number for number, rule in enumerate(profile.rules)}
@@ -207,7 +206,7 @@ def test_bad_requests(profile: Profile) -> None:
 
 def test_a_family_of_uniform_windows_holds_at_every_length(profile: Profile) -> None:
     limits = {n: profile.shape.dense_kv_bytes(n) // 2 for n in profile.lengths}
-    plans = family_plans("uniform", profile.shape, byte_constraints(limits), profile, (4, 16, 64))
+    plans = family_plans("uniform", profile.shape, limits, profile, (4, 16, 64))
     assert len({plan.key() for plan in plans}) == len(plans) >= 5
     assert all(plan.kv_bytes(n) <= limit for plan in plans for n, limit in limits.items())
     elastic = [plan.rules[0][0] for plan in plans if plan.rules[0][0].beta_q]
@@ -220,28 +219,26 @@ def test_a_family_of_uniform_windows_holds_at_every_length(profile: Profile) -> 
 
 def test_uniform_windows_of_one_length_are_fixed(profile: Profile) -> None:
     limits = {512: profile.shape.dense_kv_bytes(512) // 2}
-    plans = family_plans("uniform", profile.shape, byte_constraints(limits), profile, (4, 64))
+    plans = family_plans("uniform", profile.shape, limits, profile, (4, 64))
     assert [(p.rules[0][0].sink, p.rules[0][0].beta_q) for p in plans] == [(4, 0), (64, 0)]
 
 
 def test_a_family_that_can_not_be_is_empty(profile: Profile) -> None:
-    assert all(
-        family_plans(name, profile.shape, byte_constraints({512: 10}), profile, (4, 16, 64)) == [] for name in FAMILIES
-    )
+    assert all(family_plans(name, profile.shape, {512: 10}, profile, (4, 16, 64)) == [] for name in FAMILIES)
     limits = {512: profile.shape.dense_kv_bytes(512) // 2}
     plain = replace(
         profile,
         statistics=Statistics({name: profile.statistics.arrays[name] for name in ("squares", "total")}),
     )
-    assert [len(family_plans("moa", p.shape, byte_constraints(limits), p, (4, 16))) for p in (plain, profile)] == [0, 2]
+    assert [len(family_plans("moa", p.shape, limits, p, (4, 16))) for p in (plain, profile)] == [0, 2]
     with pytest.raises(UsageError, match="no statistics for the estimator 'moa'; profile with --baselines"):
-        plans_within("moa", profile.shape, byte_constraints(limits), 32, plain)
+        plans_within("moa", profile.shape, limits, 32, plain)
 
 
 @pytest.mark.parametrize("shares", LIMITS)
 def test_moa_is_the_least_of_its_own_estimator(profile: Profile, shares: dict[int, float]) -> None:
     limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n, share in shares.items()}
-    plans = plans_within("moa", profile.shape, byte_constraints(limits), 32, profile)
+    plans = plans_within("moa", profile.shape, limits, 32, profile)
     assert len(plans) == 3
     surrogate = Surrogate.build(profile.influence("moa"), profile.rules, 32, max(profile.lengths))
     kls = [surrogate.predicted(plan) or 0.0 for plan in plans]
@@ -286,11 +283,11 @@ def test_everything_in_the_formats_that_fit(shape: ModelShape) -> None:
 def test_a_baseline_in_every_pair_of_formats(profile: Profile, name: str, shares: dict[int, float]) -> None:
     profile = replace(profile, shape=replace(profile.shape, head_dim=64))
     limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n, share in shares.items()}
-    plans = plans_within(name, profile.shape, byte_constraints(limits), 32, profile, formats=BOTH)
+    plans = plans_within(name, profile.shape, limits, 32, profile, formats=BOTH)
     assert all(plan.kv_bytes(n) <= limit for plan in plans for n, limit in limits.items())
     of_pairs = {pair: [plan for plan in plans if formats_of(plan) == {pair}] for pair in format_pairs(BOTH)}
     assert sum(map(len, of_pairs.values())) == len(plans)
-    native = plans_within(name, profile.shape, byte_constraints(limits), 32, profile)
+    native = plans_within(name, profile.shape, limits, 32, profile)
     assert of_pairs["native", "native"] == native
     assert [formats_of(plan) for plan in plans[:4]] == [{pair} for pair in of_pairs]
     kept = [max(plan.kept(512) for plan in of_pair) for of_pair in of_pairs.values()]
@@ -300,12 +297,12 @@ def test_a_baseline_in_every_pair_of_formats(profile: Profile, name: str, shares
 
 def test_what_stays_native(profile: Profile) -> None:
     limits = {512: profile.shape.dense_kv_bytes(512) // 2}
-    plans = plans_within("moa", profile.shape, byte_constraints(limits), 32, profile, formats=BOTH)
-    assert plans == plans_within("moa", profile.shape, byte_constraints(limits), 32, profile)
-    assert family_plans("quantized", profile.shape, byte_constraints(limits), profile, (4,)) == []
+    plans = plans_within("moa", profile.shape, limits, 32, profile, formats=BOTH)
+    assert plans == plans_within("moa", profile.shape, limits, 32, profile)
+    assert family_plans("quantized", profile.shape, limits, profile, (4,)) == []
     shape = replace(profile.shape, head_dim=64)
     limits = {512: shape.dense_kv_bytes(512) // 2}
-    assert len(family_plans("quantized", shape, byte_constraints(limits), profile, (4, 16), BOTH)) == 3
+    assert len(family_plans("quantized", shape, limits, profile, (4, 16), BOTH)) == 3
 
 
 def test_one_choice_for_all_takes_what_it_may() -> None:
@@ -319,7 +316,7 @@ def test_one_choice_for_all_takes_what_it_may() -> None:
 
     profile: Any = types.SimpleNamespace(shape=shape, min_window=16, rules=rules, plan=plan)
     limits = {1024: shape.dense_kv_bytes(1024) // 4, 512: shape.dense_kv_bytes(512) // 4}
-    found = family_plans("uniform_gates", shape, byte_constraints(limits), profile, (4,), BOTH)
+    found = family_plans("uniform_gates", shape, limits, profile, (4,), BOTH)
     assert found
     for each in found:
         assert all(each.kv_bytes(n) <= limit for n, limit in limits.items())
@@ -331,6 +328,6 @@ def test_one_choice_for_all_takes_what_it_may() -> None:
             more = replace(first, select_beta_q=first.select_beta_q + 1)
             wider = plan([[more] * 2, [more.without_choice()] * 2])
             assert any(wider.kv_bytes(n) > limit for n, limit in limits.items())
-    assert family_plans("uniform_gates", shape, byte_constraints({512: 10}), profile, (4,), BOTH) == []
+    assert family_plans("uniform_gates", shape, {512: 10}, profile, (4,), BOTH) == []
     profile.rules = rules[:2]
-    assert family_plans("uniform_gates", shape, byte_constraints(limits), profile, (4,), BOTH) == []
+    assert family_plans("uniform_gates", shape, limits, profile, (4,), BOTH) == []

@@ -18,7 +18,6 @@ from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudget
 from moacompress.core.lock_holders import own_file
 from moacompress.report.summary_tables import loss_lines
 from moacompress.rules.budget import Budget, label, split_budgets
-from moacompress.rules.constraints import byte_constraints
 from moacompress.rules.cost import layer_floors, meets
 from moacompress.rules.loss import Loss
 from moacompress.rules.plan import Plan
@@ -26,6 +25,7 @@ from moacompress.run_checks import check_recipe
 from moacompress.search import front, study
 from moacompress.search.front import find_front
 from moacompress.search.plan_sets import find_plans, find_smallest, smallest_share
+from moacompress.search.search_request import SearchRequest
 from moacompress.search.study import find_plan
 
 Profiles = Callable[..., Profile]
@@ -106,11 +106,12 @@ def test_the_ends_of_a_front_are_the_budgets_that_were_asked_for(
     """To the byte, though a logarithm and back make another float of a share."""
     profile, seen = profiles(trials=4), list[dict[int, int]]()
 
-    def constraints(limits: dict[int, int]) -> Any:
+    def plan(request: SearchRequest, surrogate: Any, parameters: Any, limits: dict[int, int]) -> Any:
         seen.append(limits)
-        return byte_constraints(limits)
+        return made(request, surrogate, parameters, limits)
 
-    monkeypatch.setattr(front, "byte_constraints", constraints)
+    made = SearchRequest.plan
+    monkeypatch.setattr(SearchRequest, "plan", plan)
     budgets = ["60%", "34.375%"]
     find_front(profile, budgets, recipe=profile.recipe, out=tmp_path / "plan.json", model=model(profile))
     seen.sort(key=lambda limits: list(limits.values()))

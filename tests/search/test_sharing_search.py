@@ -17,6 +17,7 @@ from moacompress.core.errors import InfeasibleBudgetError
 from moacompress.core.progress import SILENT
 from moacompress.repair.copies import CopyRepair
 from moacompress.report.search_tables import explanation_tables
+from moacompress.rules.limits import is_within
 from moacompress.rules.plan import Plan
 from moacompress.search import search_request
 from moacompress.search.front import find_front
@@ -30,7 +31,7 @@ Search = Callable[..., tuple[Any, Any]]
 
 
 def fits(plan: Plan, profile: Profile, budget: str) -> bool:
-    return all(constraint.holds(plan) for constraint in SearchRequest.of(profile, budget, profile.recipe).constraints)
+    return is_within(plan, SearchRequest.of(profile, budget, profile.recipe).limits)
 
 
 def test_copies_that_cost_nothing_are_found(search: Search, profiles: Profiles) -> None:

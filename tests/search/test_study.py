@@ -16,7 +16,6 @@ import pytest
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, ModelError
 from moacompress.core.progress import Progress
-from moacompress.rules.constraints import byte_constraints
 from moacompress.rules.plan import Plan
 from moacompress.search.baselines.families import FAMILIES, family_plans
 from moacompress.search.baselines.measured import CANDIDATES
@@ -104,7 +103,7 @@ def test_baselines_are_each_at_their_best(search: Search, profiles: Profiles) ->
     profile = fake.profile
     limits = {n: profile.shape.dense_kv_bytes(n) // 2 for n in profile.lengths}
     for family in ("uniform", "per_layer", "duo"):
-        plans = family_plans(family, profile.shape, byte_constraints(limits), profile, (4, 16, 64))[:CANDIDATES]
+        plans = family_plans(family, profile.shape, limits, profile, (4, 16, 64))[:CANDIDATES]
         # samples only scale the KL here, so that the screening finds the best
         assert result.harm[family] == pytest.approx(min(np.mean(fake.kls(plan)) for plan in plans))
 

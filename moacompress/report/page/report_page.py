@@ -39,7 +39,6 @@ from moacompress.report.search_tables import STEP_COLUMNS, class_lines, step_row
 from moacompress.rules.budget import format_length
 from moacompress.rules.plan import Plan
 from moacompress.rules.planned_weights import memory_lines, own_weights, plan_memory
-from moacompress.rules.step_time import step_lines
 from moacompress.rules.untrusted import reading_notes
 from moacompress.rules.worst_share import WorstShare
 
@@ -336,12 +335,11 @@ def about(found: Findings) -> str:
     parts = ["span and formats"] + (["tokens chosen by a gate"] if plan.selects else [])
     shared = sum(share is not None for share in plan.shares)
     also = f"; {shared} layers attend as an earlier one does" if shared else ""
-    lines = (*step_lines(plan.budget.get("step_ms", {})), *memory_lines(plan_memory(plan)))
     return " ".join(
         (
             f"Asked for: {asked}. Each of {plan.model.layers} x {plan.model.kv_heads} KV heads has its own "
             f"{' and '.join(parts)}{also}. It has {WEIGHTS[own_weights(plan)]}.",
-            *lines,
+            *memory_lines(plan_memory(plan)),
         )
     )
 

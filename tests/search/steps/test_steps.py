@@ -13,6 +13,7 @@ import pytest
 
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.progress import SILENT
+from moacompress.rules.limits import is_within
 from moacompress.rules.plan import Plan
 from moacompress.search import study
 from moacompress.search.deadline import Deadline
@@ -55,7 +56,7 @@ def first(context: SearchContext) -> Incumbent:
 
 
 def fits(plan: Plan, context: SearchContext) -> bool:
-    return all(constraint.holds(plan) for constraint in context.request.constraints)
+    return is_within(plan, context.request.limits)
 
 
 def names(context: SearchContext) -> list[str]:
