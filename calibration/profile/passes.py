@@ -147,7 +147,8 @@ def _attention(
     )
     if recording.means is not None and not softcap:  # bounds on scores are of what they are in absolute terms
         recording.means.add(layer, key)
-    centre = recording.centres[layer].to(key.device) if recording.centres else None
+    centre = recording.centres[layer] if recording.centres else None
+    centre = None if centre is None else centre.to(key.device)
     choices = recording.choices.get(layer)
     if recording.attended is not None:
         plan = recording.plans[layer]
