@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -18,16 +18,16 @@ from moacompress.core.files import fingerprint
 from moacompress.core.progress import Progress
 from moacompress.estimate.machine import this_machine
 from moacompress.kernels.dispatch import check_formats
+from moacompress.models.checkpoint_bytes import checkpoint_bytes
 from moacompress.models.placement import is_device_map
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.repair.copies import repaired_copies
 from moacompress.repair.plans import repair_samples
 from moacompress.repair.projections import Weights
-from moacompress.rules.budget import Budget
+from moacompress.rules.budget import Budget, memory_budgets
 from moacompress.rules.constraints import (
     Constraints,
-    WeightBytes,
     budget_constraints,
     check_no_sharing,
     lengths_of,
@@ -35,8 +35,10 @@ from moacompress.rules.constraints import (
 )
 from moacompress.rules.cost import layer_floors
 from moacompress.rules.cost_table import CostTable
+from moacompress.rules.formats import DTYPE_BYTES
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 from moacompress.rules.share import LayerShares
 from moacompress.rules.step_time import StepTime
 from moacompress.search.measure.objective import Measure
@@ -47,7 +49,6 @@ from moacompress.search.problem.plan_space import PlanSpace
 from moacompress.search.problem.quadratic import Quadratic
 from moacompress.search.sharing.assumed_healing import HealedMeasure, healed_share
 from moacompress.search.sharing.share_choice import ShareChoice
-from moacompress.search.weights.weight_choice import WeightChoice, weight_choice
 
 ParameterValues: TypeAlias = Mapping[str, float]
 
@@ -55,6 +56,8 @@ MIN_ROWS = 32
 """Draws of all samples below which the quadratic form says nothing."""
 SEARCH_VERSION = 5
 """Part of a study's name: raised when the same request would be searched in another way."""
+GATE_BYTES = 320
+"""Most bytes of the names, headers and biases of a layer's gates in a checkpoint."""
 
 
 def offered_formats(profiled: tuple[str, ...], recipe: Recipe) -> tuple[str, ...]:
@@ -102,13 +105,35 @@ def costs_of(recipe: Recipe, shape: ModelShape) -> CostTable | None:
     return table
 
 
+def counted_weight_bytes(
+    budgets: Iterable[Budget], rules: Iterable[Rule], shape: ModelShape, source: SourceModel | None
+) -> int | None:
+    """Returns the bytes of weights that budgets of memory count; None where there is no such budget, or no model is loaded.
+
+    Args:
+        budgets: as asked for.
+        rules: on offer; gates of those that select are weights too.
+        shape: of the model.
+        source: the model.
+    """
+    if source is None or not memory_budgets(budgets):
+        return None
+    gates = _gate_bytes(source, shape) if any(rule.selects for rule in rules) else 0
+    return checkpoint_bytes(source.model, shape.dtype) + gates
+
+
+def _gate_bytes(source: SourceModel, shape: ModelShape) -> int:
+    hidden = int(source.model.config.get_text_config(decoder=True).hidden_size)
+    return shape.layers * (shape.kv_heads * (hidden + 1) * DTYPE_BYTES[shape.dtype] + GATE_BYTES)
+
+
 def _constraints(
     profile: Profile,
     recipe: Recipe,
     budgets: Sequence[Budget],
     shares: LayerShares,
     costs: CostTable | None,
-    weights: WeightBytes | None,
+    weights: int | None,
 ) -> Constraints:
     """Returns what budgets restrict, beside weights that take so much; errors are those of `budget_constraints`."""
     floors = layer_floors(recipe.search.floors, profile.shape)
@@ -145,8 +170,6 @@ class SearchRequest:
         sharing: which layers may share attention, and what that is predicted to cost; None where none is to.
         step_times: predict the time of a plan's step, at each place that the cost table has; none without one.
         weight_bytes: what the weights take, where a budget counts them.
-        weights: their formats, where these are chosen.
-        limits: keys of the constraints as they were asked for: the weights that are chosen do not count.
     """
 
     profile: Profile
@@ -158,9 +181,7 @@ class SearchRequest:
     computes_in: str
     sharing: ShareChoice | None = None
     step_times: tuple[StepTime, ...] = ()
-    weight_bytes: WeightBytes | None = None
-    weights: WeightChoice | None = None
-    limits: tuple[tuple[Any, ...], ...] = ()
+    weight_bytes: int | None = None
 
     @staticmethod
     def of(
@@ -192,7 +213,7 @@ class SearchRequest:
         asked = recipe.budget if budget is None else (budget,) if isinstance(budget, str) else tuple(budget)
         budgets = [Budget.parse(text) for text in asked]
         _check_classes(recipe.search.classes, profile.shape)
-        weight_bytes, weights = weight_choice(recipe, budgets, profile.rules, profile.shape, model)
+        weight_bytes = counted_weight_bytes(budgets, profile.rules, profile.shape, model)
         sharing = ShareChoice.of(profile, recipe)
         if sharing is not None:
             check_no_sharing(budgets)
@@ -218,20 +239,7 @@ class SearchRequest:
             sharing,
             tuple(step_times(costs)),
             weight_bytes,
-            weights,
-            tuple(tuple(constraint.key) for constraint in constraints),
         )
-
-    def with_weights(self, weights: WeightChoice) -> SearchRequest:
-        """Returns the request with other formats of weights, and the constraints that they leave.
-
-        Raises:
-            InfeasibleBudgetError: no plan fits beside them.
-        """
-        budgets = [Budget.parse(text) for text in self.asked]
-        costs = costs_of(self.recipe, self.profile.shape)
-        constraints = _constraints(self.profile, self.recipe, budgets, (), costs, weights.bytes)
-        return replace(self, constraints=constraints, weight_bytes=weights.bytes, weights=weights)
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -253,7 +261,7 @@ class SearchRequest:
                 "version": SEARCH_VERSION,
                 "profile": self.profile.fingerprint,
                 "validation": fingerprint_samples(self.profile.validation),
-                "limits": [list(limit) for limit in self.limits],
+                "limits": [constraint.key for constraint in self.constraints],
                 "estimator": self.recipe.profile.estimator,
                 "text_weight": search.text_weight,
                 "solver": search.solver,
@@ -270,7 +278,6 @@ class SearchRequest:
                 **({"share": self._share_key} if self.sharing else {}),
                 **({"classes": search.classes} if search.classes is not None else {}),
                 **({"gates": self.profile.gates_fingerprint} if self.profile.gates_fingerprint else {}),
-                **({"weights": [*self.asked, *self.weights.choices.key]} if self.weights else {}),
                 **({"rounds_of_gates": True} if self.profile.gates_fingerprint and search.rounds else {}),
             }
         )
@@ -326,14 +333,8 @@ class SearchRequest:
         return replace(self, recipe=self.recipe.model_copy(update={"search": search}))
 
     def predicted(self, surrogate: Surrogate, plan: Plan) -> float | None:
-        """Returns the predicted KL of a plan with its copies and chosen weights, nats.
-
-        It is None where a rule of it is no candidate, or weights are not priced yet.
-        """
+        """Returns the predicted KL of a plan with its copies, nats; None where a rule of it is no candidate."""
         found = surrogate.predicted(plan)
-        if found is not None and self.weights is not None:
-            of_weights = self.weights.predicted
-            return None if of_weights is None else found + of_weights
         if found is None or self.sharing is None:
             return found
         return found + self.sharing.costs.cost(plan.shares, surrogate.calibration)

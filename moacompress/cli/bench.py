@@ -18,8 +18,6 @@ from moacompress.cli.options import (
     dry_run_option,
     split_list,
 )
-from moacompress.core.errors import UsageError
-from moacompress.recipe import AUTO
 
 LENGTHS, QUICK_LENGTHS = "1k,4k", "1k"
 TOKENS, QUICK_TOKENS = 16, 8
@@ -243,10 +241,6 @@ def _cost_table(
     from moacompress.rules.budget import parse_lengths
 
     recipe = run.recipe()
-    if recipe.weights == AUTO:
-        raise UsageError(
-            "--weights auto lets a search choose; a cost table needs fixed weights: keep, dense, int8 or int4"
-        )
     request = CostTableRequest(
         lengths=parse_lengths(lengths or COST_LENGTHS),
         rows=batch_sizes(batch or COST_BATCH),

@@ -177,19 +177,6 @@ class Constraint:
         return f"{self.cost.text(self.limit)} {self.cost.place()}"
 
 
-@dataclass(frozen=True)
-class WeightBytes:
-    """What the weights of a checkpoint take.
-
-    Attributes:
-        bytes: of its files.
-        chosen: whether a search chooses the formats of linear layers; the bytes are then the least that it may choose.
-    """
-
-    bytes: int
-    chosen: bool = False
-
-
 Constraints = tuple[Constraint, ...]
 """All that must hold: KV bytes first, the shortest length first."""
 
@@ -263,7 +250,7 @@ def budget_constraints(
     floors: Shares | None = None,
     shares: LayerShares = (),
     costs: CostTable | None = None,
-    weights: WeightBytes | None = None,
+    weights: int | None = None,
 ) -> Constraints:
     """Returns the constraints of budgets, which all must hold.
 
@@ -276,7 +263,7 @@ def budget_constraints(
         floors: smallest share that every layer keeps, [layers]; none by default.
         shares: what each layer takes from an earlier one.
         costs: the cost table that budgets of latency go by.
-        weights: what the weights take, which budgets of memory count too; None where that is not known.
+        weights: bytes of the checkpoint's weight files, which budgets of memory count too; None where they are not known.
 
     Raises:
         BudgetError: no budget; or one of latency without a cost table, at a length or number of rows that it lacks, or with
@@ -292,7 +279,7 @@ def budget_constraints(
                 "KV bytes here, such as 25%"
             )
         _check_memory(budget, weights, shape, rules, min_window, floors, shares)
-    found = byte_constraints(byte_limits(budgets, shape, lengths, None if weights is None else weights.bytes))
+    found = byte_constraints(byte_limits(budgets, shape, lengths, weights))
     found += tuple(_latency_constraints([budget for budget in budgets if budget.rows is not None], costs))
     tables = cost_tables(found, shape, rules, min_window, shares)
     if floors is not None:
@@ -305,7 +292,7 @@ def budget_constraints(
 
 def _check_memory(
     budget: Budget,
-    weights: WeightBytes,
+    weights: int,
     shape: ModelShape,
     rules: Sequence[Rule],
     min_window: int,
@@ -323,14 +310,12 @@ def _check_memory(
     if floors is not None:
         table = np.where(below_floors_at(only, shape, rules, min_window, floors, shares), table[..., :1], table)
     smallest = int(table.min(axis=-1).sum())
-    if weights.bytes + smallest <= limit:
+    if weights + smallest <= limit:
         return
-    takes = "at the smallest" if weights.chosen else "as they are"
-    fix = "" if weights.chosen else ", or have smaller weights (--weights auto, int8 or int4)"
     raise InfeasibleBudgetError(
-        f"no plan fits {budget.text}, {limit:,} bytes: weights take {weights.bytes:,} {takes} and the KV cache at least "
-        f"{smallest:,} at {format_length(length)} tokens, {weights.bytes + smallest:,} in all; ask for at least that"
-        f"{fix}"
+        f"no plan fits {budget.text}, {limit:,} bytes: weights take {weights:,} as they are and the KV cache at least "
+        f"{smallest:,} at {format_length(length)} tokens, {weights + smallest:,} in all; ask for at least that, or "
+        "profile smaller weights (--weights int8 or int4)"
     )
 
 
