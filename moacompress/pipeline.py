@@ -39,11 +39,10 @@ from moacompress.exporter.fresh import GREEDY
 from moacompress.models.locate import find_running_plan
 from moacompress.models.placement import checked_placement, input_device
 from moacompress.models.skeleton import is_described
-from moacompress.models.source import KEEP, is_compressed
+from moacompress.models.source import is_compressed
 from moacompress.models.stored_plan import stored_bytes
-from moacompress.recipe import AUTO, Recipe, shared_name
+from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.plan import Plan
-from moacompress.rules.planned_weights import own_weights
 from moacompress.run_checks import check_recipe, check_with_model, check_with_shape
 from moacompress.run_counts import RunCounts, count_run, read_counts
 from moacompress.run_estimate import COMPARED, asked_length, estimate_run, measured_length
@@ -173,7 +172,7 @@ def fill(
         lambda: evaluate(
             out / MODEL_FOLDER,
             against=COMPARED,
-            dense=recipe.model if plan.shares or own_weights(plan) else None,
+            dense=recipe.model if plan.shares else None,
             tasks=evaluation.tasks,
             sources=answered_sources(recipe.calibration.sources),
             lengths=evaluation.lengths,
@@ -289,8 +288,8 @@ def _produce(
                 source,
                 found.plan,
                 model,
-                weights=KEEP if recipe.weights == AUTO else recipe.weights,  # a plan says itself what a search chose
-                head_weights=None if recipe.weights == AUTO else recipe.head_weights,
+                weights=recipe.weights,
+                head_weights=recipe.head_weights,
                 repair=repair,
                 device=recipe.device,
                 overwrite=stale,

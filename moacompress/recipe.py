@@ -38,8 +38,6 @@ from moacompress.rules.untrusted import MAX_DEPTH, remaining_budget
 
 MAX_BYTES = 1 << 20
 """Of a recipe's file, and of what it stands for: numbers and characters."""
-AUTO = "auto"
-"""Of weights: a search chooses their formats."""
 
 
 def _texts(value: Any) -> Any:
@@ -75,10 +73,10 @@ class Recipe(Section):
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_dtype)] = Field(
         "auto", description="compute dtype, auto for the checkpoint's own; KV bytes are counted in it"
     )
-    weights: Literal["keep", "dense", "int8", "int4", "auto"] = Field(
+    weights: Literal["keep", "dense", "int8", "int4"] = Field(
         "keep",
         description="weights of linear layers: keep (as stored, including the quantized blocks of a .gguf file), dense (all "
-        "floats), int8 or int4 (rounded), or auto (the search chooses for each layer within a memory budget)",
+        "floats), int8 or int4 (rounded)",
     )
     head_weights: Literal["int8", "int4"] | None = Field(
         None,
@@ -98,10 +96,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _head(self) -> Recipe:
-        if self.head_weights is not None and self.weights not in ("int8", "int4", AUTO):
+        if self.head_weights is not None and self.weights not in ("int8", "int4"):
             raise ValueError(
-                f"head_weights is {self.head_weights} but weights is {self.weights}; head_weights needs weights int8, int4 or "
-                "auto"
+                f"head_weights is {self.head_weights} but weights is {self.weights}; head_weights needs weights int8 or int4"
             )
         return self
 

@@ -17,7 +17,7 @@ from moacompress.evaluation.tasks.registry import Resources, find_task, make_cas
 from moacompress.kernels.dispatch import check_formats
 from moacompress.models.source import SourceModel
 from moacompress.prompts.pools import Prose
-from moacompress.recipe import AUTO, Recipe
+from moacompress.recipe import Recipe
 from moacompress.rules.asked_shares import AskedShares
 from moacompress.rules.budget import Budget, any_memory
 from moacompress.rules.candidates import in_formats
@@ -25,8 +25,7 @@ from moacompress.rules.cost import layer_floors
 from moacompress.rules.limits import budget_limits
 from moacompress.rules.loss import Loss, check_loss_samples
 from moacompress.rules.model_shape import ModelShape
-from moacompress.search.search_request import offered_formats
-from moacompress.search.weights.weight_choice import weight_choice
+from moacompress.search.search_request import counted_weight_bytes, offered_formats
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -63,8 +62,7 @@ def check_with_model(recipe: Recipe, source: SourceModel, profile: Path | None =
     Raises:
         DataError: lengths that the model does not take, or samples or prompts that cannot be made.
         InfeasibleBudgetError: no plan fits.
-        BudgetError: a floor for a layer that the model does not have; or weights to be chosen, and no budget of memory.
-        UsageError: weights that cannot be chosen.
+        BudgetError: a floor for a layer that the model does not have.
     """
     evaluation = recipe.evaluation
     _check_prompts(recipe, source.context)
@@ -93,7 +91,7 @@ def check_with_shape(recipe: Recipe, shape: ModelShape, context: int) -> None:
     """
     _check_prompts(recipe, context)
     check_profiled(recipe, context)
-    if recipe.weights != AUTO and not any_memory(recipe.budget):
+    if not any_memory(recipe.budget):
         _check_budgets(recipe, shape, None)
 
 
@@ -126,7 +124,7 @@ def _check_budgets(recipe: Recipe, shape: ModelShape, source: SourceModel | None
     """Where layers share, what that saves is known only by a profile."""
     floors = layer_floors(recipe.search.floors, shape)
     budgets = [Budget.parse(text) for text in recipe.budget]
-    weights, _ = weight_choice(recipe, budgets, rules_on_offer(recipe, None), shape, source)
+    weights = counted_weight_bytes(budgets, rules_on_offer(recipe, None), shape, source)
     if not budgets or not AskedShares.parse(recipe.search.share).off:
         return
     spans = [rule for rule in rules_on_offer(recipe, None) if not rule.selects]

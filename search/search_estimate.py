@@ -14,12 +14,11 @@ from moacompress.core.progress import Progress
 from moacompress.core.tables import readable_seconds
 from moacompress.estimate.devices import on_devices
 from moacompress.estimate.estimate import Estimate
-from moacompress.recipe import AUTO, Recipe
+from moacompress.recipe import Recipe
 from moacompress.rules.budget import any_memory, bytes_at
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.baselines.measured import CANDIDATES, CLOSE, FINALISTS, SCREENED
 from moacompress.search.search_request import SearchRequest
-from moacompress.search.weights.choosing import DRAWS, SAMPLES, SCALES
 
 PRUNED = 0.8
 """Share of a trial's samples that is measured, mean: one that is hopeless is pruned."""
@@ -29,8 +28,6 @@ MOVE = 0.5
 """What a move of one KV head takes of a measurement, mean."""
 PASSES = 4.0
 """What profiling a sample around a plan takes of a forward pass."""
-OF_WEIGHTS = len(SCALES) + 3
-"""Measurements of chosen weights: those of the joint problem, one format for all, and the weights alone; about one repeats."""
 FAMILIES = 3
 """Families of plans that need no search, without the one of gates."""
 
@@ -54,7 +51,6 @@ def measurements(recipe: Recipe, samples: int) -> dict[str, float]:
     finals = 1 + (FINALISTS - 1) / CLOSE / 2
     around = search.round_samples * PASSES / samples
     stages = {
-        "weights": (OF_WEIGHTS + SAMPLES * DRAWS * PASSES / samples) * (recipe.weights == AUTO),
         "calibration": ABLATION * search.ablations,
         "baselines": families * (screened + finals),
         "trials": 1 + PRUNED * search.trials,  # and the dense model's own passes
@@ -118,14 +114,14 @@ def estimate_search(
 
     Raises:
         ModelError: the model cannot be loaded.
-        BudgetError, UsageError: a budget of memory that does not fit, or weights that cannot be chosen.
+        BudgetError: a budget of memory that does not fit.
     """
     source = load_for(recipe, profile.source, trust_remote_code=trust_remote_code)
     plans = max(1, len(asked))
     memory = [
         memory_text(SearchRequest.of(profile, budgets, recipe, model=source))
         for budgets in asked or [recipe.budget]
-        if recipe.weights == AUTO or any_memory(budgets)
+        if any_memory(budgets)
     ]
     timed = dry_run(source, profile.recipe, progress)
     forwards = [(part.validation_samples, part.forward_seconds) for part in timed.lengths]
@@ -151,12 +147,4 @@ def memory_text(request: SearchRequest) -> str:
     """Returns what weights take of a budget of memory, and what that leaves to the cache."""
     assert request.weight_bytes is not None
     leaves = "; ".join(bytes_at(limit, n) for n, limit in request.limits.items())
-    size = request.weight_bytes.bytes
-    if request.weights is None:
-        return f"Weights take {size:,} bytes as they are, which leaves {leaves}."
-    layers = len(request.weights.choices.names)
-    most = request.weights.choices.bytes([0] * layers)
-    return (
-        f"Weights take {size:,} to {most:,} bytes, as the formats of {layers} linear layers are chosen; at the smallest they "
-        f"leave {leaves}."
-    )
+    return f"Weights take {request.weight_bytes:,} bytes as they are, which leaves {leaves}."

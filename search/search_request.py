@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -17,16 +17,19 @@ from moacompress.core.errors import UsageError
 from moacompress.core.files import fingerprint
 from moacompress.core.progress import Progress
 from moacompress.kernels.dispatch import check_formats
+from moacompress.models.checkpoint_bytes import checkpoint_bytes
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.repair.copies import repaired_copies
 from moacompress.repair.plans import repair_samples
 from moacompress.repair.projections import Weights
-from moacompress.rules.budget import Budget
+from moacompress.rules.budget import Budget, memory_budgets
 from moacompress.rules.cost import layer_floors
-from moacompress.rules.limits import Limits, WeightBytes, budget_limits
+from moacompress.rules.formats import DTYPE_BYTES
+from moacompress.rules.limits import Limits, budget_limits
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 from moacompress.rules.share import LayerShares
 from moacompress.search.measure.objective import Measure
 from moacompress.search.predict.search_parameters import SearchParameters
@@ -36,7 +39,6 @@ from moacompress.search.problem.plan_space import PlanSpace
 from moacompress.search.problem.quadratic import Quadratic
 from moacompress.search.sharing.assumed_healing import HealedMeasure, healed_share
 from moacompress.search.sharing.share_choice import ShareChoice
-from moacompress.search.weights.weight_choice import WeightChoice, weight_choice
 
 ParameterValues: TypeAlias = Mapping[str, float]
 
@@ -44,6 +46,8 @@ MIN_ROWS = 32
 """Draws of all samples below which the quadratic form says nothing."""
 SEARCH_VERSION = 5
 """Part of a study's name: raised when the same request would be searched in another way."""
+GATE_BYTES = 320
+"""Most bytes of the names, headers and biases of a layer's gates in a checkpoint."""
 
 
 def offered_formats(profiled: tuple[str, ...], recipe: Recipe) -> tuple[str, ...]:
@@ -67,10 +71,32 @@ def offered(profile: Profile, recipe: Recipe) -> Profile:
     return profile.offering(offered_formats(profile.profiled_formats, recipe))
 
 
+def counted_weight_bytes(
+    budgets: Iterable[Budget], rules: Iterable[Rule], shape: ModelShape, source: SourceModel | None
+) -> int | None:
+    """Returns the bytes of weights that budgets of memory count; None where there is no such budget, or no model is loaded.
+
+    Args:
+        budgets: as asked for.
+        rules: on offer; gates of those that select are weights too.
+        shape: of the model.
+        source: the model.
+    """
+    if source is None or not memory_budgets(budgets):
+        return None
+    gates = _gate_bytes(source, shape) if any(rule.selects for rule in rules) else 0
+    return checkpoint_bytes(source.model, shape.dtype) + gates
+
+
+def _gate_bytes(source: SourceModel, shape: ModelShape) -> int:
+    hidden = int(source.model.config.get_text_config(decoder=True).hidden_size)
+    return shape.layers * (shape.kv_heads * (hidden + 1) * DTYPE_BYTES[shape.dtype] + GATE_BYTES)
+
+
 def _limits(
-    profile: Profile, recipe: Recipe, budgets: Sequence[Budget], shares: LayerShares, weights: WeightBytes | None
+    profile: Profile, recipe: Recipe, budgets: Sequence[Budget], shares: LayerShares, weights: int | None
 ) -> Limits:
-    """Returns the limits of budgets, beside weights that take so much; errors are those of `budget_limits`."""
+    """Returns the limits of budgets, beside weights that take so many bytes; errors are those of `budget_limits`."""
     floors = layer_floors(recipe.search.floors, profile.shape)
     arguments = profile.shape, profile.lengths, profile.rules, profile.min_window
     return budget_limits(budgets, *arguments, floors, shares, weights)
@@ -104,8 +130,6 @@ class SearchRequest:
         computes_in: the dtype that the model computes in, on which what it measures depends.
         sharing: which layers may share attention, and what that is predicted to cost; None where none is to.
         weight_bytes: what the weights take, where a budget counts them.
-        weights: their formats, where these are chosen.
-        first_limits: the limits before any weights are chosen, which a search is known by; None for `limits`.
     """
 
     profile: Profile
@@ -116,9 +140,7 @@ class SearchRequest:
     starts: tuple[ParameterValues, ...]
     computes_in: str
     sharing: ShareChoice | None = None
-    weight_bytes: WeightBytes | None = None
-    weights: WeightChoice | None = None
-    first_limits: Limits | None = None
+    weight_bytes: int | None = None
 
     @staticmethod
     def of(
@@ -150,7 +172,7 @@ class SearchRequest:
         asked = recipe.budget if budget is None else (budget,) if isinstance(budget, str) else tuple(budget)
         budgets = [Budget.parse(text) for text in asked]
         _check_classes(recipe.search.classes, profile.shape)
-        weight_bytes, weights = weight_choice(recipe, budgets, profile.rules, profile.shape, model)
+        weight_bytes = counted_weight_bytes(budgets, profile.rules, profile.shape, model)
         sharing = ShareChoice.of(profile, recipe)
         shares = () if sharing is None else sharing.fixed
         limits = _limits(profile, recipe, budgets, shares, weight_bytes)
@@ -172,19 +194,7 @@ class SearchRequest:
             computes_in,
             sharing,
             weight_bytes,
-            weights,
         )
-
-    def with_weights(self, weights: WeightChoice) -> SearchRequest:
-        """Returns the request with other formats of weights, and the limits that they leave.
-
-        Raises:
-            InfeasibleBudgetError: no plan fits beside them.
-        """
-        budgets = [Budget.parse(text) for text in self.asked]
-        limits = _limits(self.profile, self.recipe, budgets, (), weights.bytes)
-        first = self.first_limits or self.limits
-        return replace(self, limits=limits, weight_bytes=weights.bytes, weights=weights, first_limits=first)
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -206,7 +216,7 @@ class SearchRequest:
                 "version": SEARCH_VERSION,
                 "profile": self.profile.fingerprint,
                 "validation": fingerprint_samples(self.profile.validation),
-                "limits": [list(limit) for limit in (self.first_limits or self.limits).items()],
+                "limits": [list(limit) for limit in self.limits.items()],
                 "estimator": self.recipe.profile.estimator,
                 "text_weight": search.text_weight,
                 "solver": search.solver,
@@ -223,7 +233,6 @@ class SearchRequest:
                 **({"share": self._share_key} if self.sharing else {}),
                 **({"classes": search.classes} if search.classes is not None else {}),
                 **({"gates": self.profile.gates_fingerprint} if self.profile.gates_fingerprint else {}),
-                **({"weights": [*self.asked, *self.weights.choices.key]} if self.weights else {}),
                 **({"rounds_of_gates": True} if self.profile.gates_fingerprint and search.rounds else {}),
             }
         )
@@ -279,14 +288,8 @@ class SearchRequest:
         return replace(self, recipe=self.recipe.model_copy(update={"search": search}))
 
     def predicted(self, surrogate: Surrogate, plan: Plan) -> float | None:
-        """Returns the predicted KL of a plan with its copies and chosen weights, nats.
-
-        It is None where a rule of it is no candidate, or weights are not priced yet.
-        """
+        """Returns the predicted KL of a plan with its copies, nats; None where a rule of it is no candidate."""
         found = surrogate.predicted(plan)
-        if found is not None and self.weights is not None:
-            of_weights = self.weights.predicted
-            return None if of_weights is None else found + of_weights
         if found is None or self.sharing is None:
             return found
         return found + self.sharing.costs.cost(plan.shares, surrogate.calibration)

@@ -10,10 +10,8 @@ it, and by measuring single KV heads near the threshold. Plans of the same bytes
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moacompress.calibration.profile.manifest import sweep_samples
@@ -23,7 +21,6 @@ from moacompress.core.files import check_no_link, remove, sweep_files, sweep_fol
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.processes import check_alike
 from moacompress.models.source import SourceModel
-from moacompress.models.weight_rounding import RoundedLayers
 from moacompress.recipe import Recipe
 from moacompress.rules.budget import any_memory
 from moacompress.runtime.ready_model import load_for
@@ -47,7 +44,6 @@ from moacompress.search.steps.moves import make_moves
 from moacompress.search.steps.parameter_study import tune_parameters
 from moacompress.search.steps.rounds import make_rounds
 from moacompress.search.steps.start import calibrate, complete_baselines, measure_baselines
-from moacompress.search.weights.choosing import choose_weights
 
 __all__ = ["SearchResult", "find_plan"]
 
@@ -242,21 +238,12 @@ def opened(
             [*map(request.parameters.within, request.starts), *request.parameters.starts],
         )
         objective = Objective(source.model, profile.validation, request.weights_of)
-        rounded: Callable[[], AbstractContextManager[None]] = nullcontext
-        measured = objective
-        if request.weights is not None:
-            progress.stage("weights")
-            layers = RoundedLayers(source.model)
-            request, formats = choose_weights(request, source, layers, objective, study_storage, deadline, progress)
-            rounded = partial(layers.in_place, formats)
-            measured = objective.with_rounding(rounded)
         evaluator = PlanEvaluator.of(
-            study_storage, request.as_healed(measured), request.recipe.seed, deadline, progress
+            study_storage, request.as_healed(objective), request.recipe.seed, deadline, progress
         )
-        evaluator = replace(evaluator, plain=objective) if request.weights is not None else evaluator
-        objective.order = measured.order = evaluator.order
+        objective.order = evaluator.order
         folder, shared = (out, None) if alone else (None, claims)
-        around, trainer = _improvers(request, source, rounded, folder, deadline, shared)
+        around, trainer = _improvers(request, source, folder, deadline, shared)
         yield SearchContext(
             request=request,
             evaluator=evaluator,
@@ -273,15 +260,11 @@ def opened(
 def _improvers(
     request: SearchRequest,
     source: SourceModel,
-    rounded: Callable[[], AbstractContextManager[None]],
     out: Path | None,
     deadline: Deadline,
     claims: Claims | None,
 ) -> tuple[Around, Measure] | tuple[None, None]:
-    """Returns what profiles around plans and what measures moves, both on calibration samples, where either is wanted.
-
-    Profiles around plans are of the model with its own weights, whichever a search chose: they only predict.
-    """
+    """Returns what profiles around plans and what measures moves, both on calibration samples, where either is wanted."""
     settings = request.recipe.search
     if not settings.rounds and not settings.moves:
         return None, None
@@ -290,5 +273,5 @@ def _improvers(
     chosen = spread_samples(samples, settings.round_samples)
     around = ProfileAround(request.profile, request.recipe, source, chosen, folder, deadline, claims)
     answers = [sample for sample in samples if sample.kind == "answer"] or samples
-    trained = Objective(source.model, spread_samples(answers, MOVE_SAMPLES), request.weights_of, rounded)
+    trained = Objective(source.model, spread_samples(answers, MOVE_SAMPLES), request.weights_of)
     return around, request.as_healed(trained)

@@ -43,7 +43,7 @@ from moacompress.rules.loss import one_limit
     "moacompress compress path/to/model --recipe recipes/smollm2-135m/quarter.yaml --text prose/ -o runs/mine",
     "moacompress compress path/to/model --budget 25% -o runs/mine --lengths 1k,2k --trials 24 --json",
     "moacompress compress path/to/model --max-loss 1% -o runs/mine",
-    "moacompress compress path/to/model --weights auto --memory 6GiB@8k -o runs/mine",
+    "moacompress compress path/to/model --weights int8 --memory 6GiB@8k -o runs/mine",
     "moacompress compress path/to/model --budget 25% --effort quick --dry-run",
     computes=True,
     maps=True,

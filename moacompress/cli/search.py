@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     "moacompress search profile/ --budget 25% --formats native -o spans.json",
     "moacompress search profile/ --budget 25% --share auto -o shared.json",
     "moacompress search profile/ --budget 25% --classes 18 -o plan.json",
-    "moacompress search profile/ --weights auto --memory 6GiB@8k -o plan.json",
+    "moacompress search profile/ --memory 6GiB@8k -o plan.json",
     "moacompress search profile/ --budget 12.5%@8k -o plan.json --storage sqlite:///study.db --json",
     "moacompress search --status sqlite:///study.db",
     computes=True,
@@ -206,9 +206,9 @@ def _following(profile: Profile, plan: object) -> str:
 
 
 def _one(profile: Profile, found: SearchResult, out: Path) -> Output:
-    from moacompress.report.search_tables import explanation_tables, weight_tables
+    from moacompress.report.search_tables import explanation_tables
     from moacompress.report.summary_tables import kl_table, loss_lines
-    from moacompress.rules.planned_weights import memory_lines
+    from moacompress.rules.plan_memory import memory_lines
     from moacompress.rules.worst_share import WorstShare
 
     return Output(
@@ -216,7 +216,6 @@ def _one(profile: Profile, found: SearchResult, out: Path) -> Output:
         [
             kl_table(found.harm, found.kv_bytes),
             *memory_lines(found.plan.budget.get("memory", {})),
-            *weight_tables(found.plan),
             *explanation_tables(found.explanation),
             _measured(found),
             f"KV cache: {WorstShare.of(found.plan)}.",
@@ -269,6 +268,5 @@ def _numbers(found: SearchResult) -> dict[str, Any]:
         "refused": found.explanation.get("refused"),
         **({} if found.classes is None else {"classes": found.classes}),
         **({"memory": memory} if (memory := found.plan.budget.get("memory")) else {}),
-        **({"weights": weights} if (weights := found.plan.quality.get("weight_choices")) else {}),
         "seconds": found.seconds,
     }

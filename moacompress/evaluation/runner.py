@@ -44,7 +44,6 @@ from moacompress.models.stored_plan import stored_plan
 from moacompress.prompts.pools import Prose
 from moacompress.rules.budget import format_length
 from moacompress.rules.plan import Plan
-from moacompress.rules.planned_weights import own_weights
 from moacompress.rules.untrusted import reading_notes
 from moacompress.runtime.checkpoint import Checkpoint, compressed_folder, load_checkpoint, with_dense
 
@@ -203,12 +202,12 @@ def evaluate(
             f"{folder} has layers that share attention and no queries and keys of their own, so dense and baselines cannot be "
             "made of it; give the model it was made from (--dense MODEL), or leave them out (--against none)"
         )
-    elif own_weights(checkpoint.plan) and against:
+    elif checkpoint.plan.changed_weights and against:
         logger.warning(
             "the weights of %s were %s: what is called dense here, and the baselines, have these weights too; give the model "
             "it was made from (--dense MODEL)",
             folder,
-            own_weights(checkpoint.plan),
+            checkpoint.plan.changed_weights,
         )
     comparison = make_comparison(checkpoint, against, profile, every_candidate)
     path = None if out is None or rank() else Path(out)

@@ -14,7 +14,7 @@ from moacompress.models.hub import is_hub_name
 from moacompress.rules.budget import format_length
 from moacompress.rules.cost import chosen_share, format_rows, kept_bits
 from moacompress.rules.plan import Plan
-from moacompress.rules.planned_weights import formats_text, memory_lines, own_weights, plan_memory, planned_weights
+from moacompress.rules.plan_memory import memory_lines, plan_memory
 from moacompress.rules.untrusted import reading_notes
 
 CARD = "README.md"
@@ -24,9 +24,8 @@ WEIGHTS = {
     None: "the same weights",
     "repaired": "weights that were repaired for it",
     "healed": "weights that were distilled from its own",
-    "rounded": "the same weights, some of them rounded",
 }
-"""What a card says of a checkpoint's weights, by `own_weights`."""
+"""What a card says of a checkpoint's weights, by `Plan.changed_weights`."""
 
 
 def state_measured(folder: Path, sentences: Sequence[str]) -> None:
@@ -65,7 +64,7 @@ def model_card(plan: Plan, stored: Mapping[str, int] | None = None) -> str:
     parts = [
         _front_matter(source),
         f"# {name}, compressed",
-        f"`{name}` with a smaller KV cache: {WEIGHTS[own_weights(plan)]}, and for each of its {plan.model.layers} x "
+        f"`{name}` with a smaller KV cache: {WEIGHTS[plan.changed_weights]}, and for each of its {plan.model.layers} x "
         f"{plan.model.kv_heads} KV heads its own sinks, attention window and formats of keys and values, found by "
         "moacompress.",
         "```python\nfrom transformers import AutoModelForCausalLM  # with moacompress installed\n\n"
@@ -177,14 +176,6 @@ def rounding_text(plan: Plan) -> str:
         return ""
     lost = error_text(notes["kl"], notes.get("standard_error"), ".3g")
     head = f", embedding and output layer to {notes['head_weights']}" if notes.get("head_weights") else ""
-    chosen = planned_weights(plan)
-    if chosen is not None:
-        of = formats_text(chosen)
-        return (
-            f"A search chose the formats of linear layers together with the plan, within a total of memory: {of}{head}. "
-            f"KL(before || rounded) is {lost} nats per answer token on {notes['samples']} validation "
-            "samples, without a plan. What was measured of the plan is against the model before, rounding included."
-        )
     return (
         f"Linear layers were rounded to {notes['weights']}{head}: KL(before || rounded) is {lost} nats per "
         f"answer token on {notes['samples']} validation samples, without a plan. What was measured of the plan is against the "

@@ -17,7 +17,6 @@ from moacompress.models.modules import attention_modules
 from moacompress.repair.projections import with_weights
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.plan import Plan
-from moacompress.rules.planned_weights import planned_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,10 +81,10 @@ def deal_heads(model: PreTrainedModel, plan: Plan, ranks: int) -> tuple[Plan, di
         raise PlanError(
             "layers of the plan share attention, which ranks of tensor parallelism cannot; export without --ranks"
         )
-    if weight_types(model) or planned_weights(plan):
+    if weight_types(model):
         raise ModelError(
-            "the model has weights in blocks of codes, or the plan chooses some, and blocks may span KV heads, so these cannot "
-            "be moved; export with --weights dense"
+            "the model has weights in blocks of codes, and blocks may span KV heads, so these cannot be moved; export with "
+            "--weights dense"
         )
     length = plan.stated_lengths[-1]
     orders = dealt(plan.head_bytes(length), ranks)

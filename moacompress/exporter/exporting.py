@@ -29,10 +29,8 @@ from moacompress.exporter.licences import licence_files
 from moacompress.models.placement import check_in_memory
 from moacompress.models.source import DENSE, KEEP, SourceModel, is_compressed, load_source
 from moacompress.models.stored_plan import checkpoint_weights, stored_plan
-from moacompress.recipe import AUTO
 from moacompress.rules.budget import Budget, format_length
 from moacompress.rules.plan import Plan
-from moacompress.rules.planned_weights import planned_weights, without_planned_weights
 
 if TYPE_CHECKING:
     from moacompress.calibration.profile.store import Profile
@@ -63,8 +61,7 @@ def export(
         plan: a plan or its file.
         out: the folder to make. One that holds an export of this plan, with the same repair and types of weights, is left as
             it is.
-        weights: as `load_source` takes it, of a model that is not loaded yet; the plan must be of these weights. By default
-            the linear layers that a search chose with the plan are rounded as it chose; with "dense" they stay floats.
+        weights: as `load_source` takes it, of a model that is not loaded yet; the plan must be of these weights.
         head_weights: likewise.
         repair: a finished profile of the model, or its folder: the output projections of attention are refitted with its
             samples, where that lowers measured KL; see `moacompress.repair.plans`. A loaded model has its own weights
@@ -80,16 +77,14 @@ def export(
         The folder.
 
     Raises:
-        PlanError: the plan is not for this model, or names weights to be rounded that it does not have.
-        UsageError: a repair of a plan whose weights a search chose, ranks that do not divide the KV heads, or beside a repair;
-            or a device that is not here.
+        PlanError: the plan is not for this model.
+        UsageError: ranks that do not divide the KV heads, or beside a repair; or a device that is not here.
         ModelError: the profile is of another model; or weights are offloaded that the plan or the repair changes.
         DataError: the profile has too few samples to repair with.
         ArtefactError: `out` holds something else, or cannot be written; nothing is left half-written. Or the profile cannot be
             read.
         MoaCompressError: a fresh process cannot load the written checkpoint, or computes something else with it.
     """
-    from moacompress.models.weight_rounding import RoundedLayers
     from moacompress.repair.projections import with_weights
     from moacompress.runtime import attach, detach
 
@@ -117,12 +112,7 @@ def export(
         plan, changed = _with_repair(plan, repaired.report), repaired.weights
         progress.start("export", 2)
     with new_folder(out, overwrite) as aside:
-        formats = planned_weights(plan) or {}
-        with (
-            RoundedLayers(source.model).in_place(formats),
-            with_weights(source.model, changed),
-            with_its_cache(source.model),
-        ):
+        with with_weights(source.model, changed), with_its_cache(source.model):
             attach(source.model, plan)
             try:
                 expected = write_checkpoint(source, plan, aside)
@@ -168,13 +158,11 @@ def _prepared(
     trust_remote_code: bool,
 ) -> _Prepared:
     """Loads and checks what an export is made of; nothing is written. Arguments are those of `export`."""
-    from moacompress.models.weight_rounding import check_can_round
     from moacompress.runtime.gate import gates_of
     from moacompress.runtime.hf.attaching import model_inputs
 
     check_writable(out)
     plan = _unhealed(unrepaired(plan if isinstance(plan, Plan) else Plan.load(plan)))
-    plan, weights = _with_chosen_weights(plan, weights, repair is not None)
     profile = _read_profile(repair)
     inputs = _read_places(model, profile) if overwrite else ()
     check_place(out, inputs)
@@ -187,8 +175,7 @@ def _prepared(
     _check_in_memory(source.model, plan, profile is not None)
     plan.check_model(source.shape, weights=True)
     gates_of(plan, model_inputs(source.model))
-    check_can_round(source.model, planned_weights(plan) or {})
-    if reused and not _has_types(out, plan, source, repaired=profile is not None):
+    if reused and not _has_types(out, source, repaired=profile is not None):
         raise ArtefactError(
             f"{out} exists already and has weights of other types; choose another folder or pass --overwrite"
         )
@@ -201,30 +188,6 @@ def _prepared(
                 f"{out} exists already and is not of this plan for {ranks} ranks; choose another folder or pass --overwrite"
             )
     return _Prepared(plan, changed, profile, source, inputs, reused)
-
-
-def _with_chosen_weights(
-    plan: Plan, weights: tuple[str, str | None], repairs: bool
-) -> tuple[Plan, tuple[str, str | None]]:
-    """Returns a plan and how the model is loaded, where a search may have chosen weights with it.
-
-    Raises:
-        UsageError: weights are chosen by no search, or chosen and repaired.
-        PlanError: the plan's note of them is damaged.
-    """
-    chosen, (kind, head) = planned_weights(plan), weights
-    if chosen is None:
-        if kind == AUTO:
-            raise UsageError("the plan has no weights that a search chose; search with --weights auto --memory 6GiB@8k")
-        return plan, weights
-    if kind == DENSE:
-        return without_planned_weights(plan), weights
-    if repairs:
-        raise UsageError(
-            "the plan's weights were chosen within a total of memory, and repaired projections would be numbers again; export "
-            "without --repair, or with --weights dense"
-        )
-    return plan, (AUTO, None) if kind in (KEEP, AUTO) else (kind, head)
 
 
 def estimate_export(
@@ -242,7 +205,6 @@ def estimate_export(
     """Returns what an export would do, after all that `export` checks before it writes; arguments and errors are its."""
     from moacompress.estimate.stopwatch import Stopwatch
     from moacompress.models.block_layers import stored_bytes
-    from moacompress.models.weight_rounding import saved_bytes
 
     out, watch = Path(out), Stopwatch("cpu")
     # an export begins with the same: of a .gguf file most of the time goes into the numbers that its blocks stand for
@@ -251,7 +213,6 @@ def estimate_export(
     )
     warn_of_budget(found.plan)
     size = sum(stored_bytes(found.source.model).values())
-    size -= saved_bytes(found.source.model, planned_weights(found.plan) or {})
     return export_estimate(
         out, found.reused, holds_something(out), size, found.profile is not None, loading, watch.slowdown
     )
@@ -399,8 +360,6 @@ def _check_in_memory(model: Any, plan: Plan, repairs: bool) -> None:
         check_in_memory(model, "a repair")
     if plan.shares:
         check_in_memory(model, "a plan whose layers share attention")
-    if planned_weights(plan):
-        check_in_memory(model, "a plan whose weights a search chose")
 
 
 def warn_of_budget(plan: Plan) -> None:
@@ -474,16 +433,11 @@ def _is_export_of(folder: Path, plan: Plan, repaired_by: str | None = None) -> b
     return _repaired_by(found) == repaired_by
 
 
-def _has_types(folder: Path, plan: Plan, source: SourceModel, repaired: bool) -> bool:
-    """Returns whether the weights of an export are in the blocks that a model's are in, but for those that were repaired.
-
-    Those that a search chose with the plan are in the blocks that it chose.
-    """
+def _has_types(folder: Path, source: SourceModel, repaired: bool) -> bool:
+    """Returns whether the weights of an export are in the blocks that a model's are in, but for those that were repaired."""
     from moacompress.models.block_layers import weight_types
-    from moacompress.models.weight_rounding import ROUNDED
 
-    chosen = {name: ROUNDED[kind] for name, kind in (planned_weights(plan) or {}).items()}
-    found, own = checkpoint_weights(folder), {**weight_types(source.model), **chosen}
+    found, own = checkpoint_weights(folder), weight_types(source.model)
     return found == own or (repaired and found.items() <= own.items())
 
 

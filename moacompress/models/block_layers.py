@@ -268,7 +268,7 @@ def can_hold_blocks(module: nn.Module | None, kind: WeightType) -> str | None:
         module: a layer of a model as transformers builds it.
         kind: of the blocks.
     """
-    if isinstance(module, nn.Linear) and (type(module) is nn.Linear or getattr(type(module), "IS_PLAIN", False)):
+    if type(module) is nn.Linear:
         inputs = module.in_features
     elif isinstance(module, nn.Embedding) and module.max_norm is None:
         plain = type(module) is nn.Embedding or isinstance(getattr(module, "scalar_embed_scale", None), float | int)

@@ -82,8 +82,7 @@ def load_source(
             `.gguf` file is `weight_files.gguf_dtype`.
         device: torch device, such as "cpu" or "cuda", or a device map, see `placement`.
         weights: "keep" for the blocks of a `.gguf` file as they are, where layers can multiply with them (`gguf_model`);
-            "dense" for floats, and "auto", of which a search then chooses what to round; "int8" or "int4" to round those of
-            linear layers to blocks (`weight_rounding`).
+            "dense" for floats; "int8" or "int4" to round those of linear layers to blocks (`weight_rounding`).
         head_weights: "int8" or "int4" for embedding and output layer, where `weights` rounds; None leaves them.
         trust_remote_code: run modelling code that comes with the model.
 

@@ -44,7 +44,7 @@ def with_floats(model: Any, trust_remote_code: bool = False) -> Any:
         else:
             numbers[name] = tensor
     logger.warning(
-        "%d weights are quantized by torchao (%s) and become floats (%s); --weights int8, int4 or auto rounds them again",
+        "%d weights are quantized by torchao (%s) and become floats (%s); --weights int8 or int4 rounds them again",
         count,
         readable_bytes(before),
         readable_bytes(after),

@@ -7,15 +7,13 @@ number, and that of the symmetric Q4_0 0.0069, at 4.5.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from moacompress.core.arrays import row_parts
-from moacompress.core.errors import ModelError, PlanError
+from moacompress.core.errors import ModelError
 from moacompress.kernels.weight_blocks import WEIGHT_TYPES, WeightType
 from moacompress.models.block_layers import can_hold_blocks, put_block_layer, weight_types
 
@@ -85,88 +83,6 @@ def round_like(model: Any, exact: Any) -> None:
     for name, kind in weight_types(exact).items():
         put_block_layer(model, name, WEIGHT_TYPES[kind], exact.get_parameter(f"{name}.weight").detach())
     model.tie_weights()
-
-
-def check_can_round(model: Any, formats: Mapping[str, str]) -> None:
-    """Refuses layers that cannot be rounded.
-
-    Args:
-        model: a causal language model.
-        formats: of layers by name, each one of `ROUNDED`; names may come from a file that is not trusted.
-
-    Raises:
-        PlanError: the model has no such layer, or none that can hold such blocks, or one whose weight is that of another layer,
-            which is not rounded alike.
-    """
-    modules = dict(model.named_modules()) if formats else {}
-    sharing: dict[int, list[str]] = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        sharing.setdefault(id(parameter), []).append(path.removesuffix(".weight"))
-    for name, kind in formats.items():
-        problem = can_hold_blocks(modules.get(name), WEIGHT_TYPES[ROUNDED[kind]])
-        if problem is not None:
-            what = problem if name in modules else "the model has no such layer"
-            raise PlanError(f"the weight of {name[:80]} cannot be rounded to {kind}: {what}")
-        for other in sharing[id(modules[name].weight)]:
-            if formats.get(other) != kind:
-                raise PlanError(f"{name} and {other} have one weight; a plan rounds both to one format, or neither")
-
-
-def saved_bytes(model: Any, formats: Mapping[str, str]) -> int:
-    """Returns how many bytes less weights take once they are rounded; arguments are those of `check_can_round`."""
-    saved = 0
-    for name, kind in formats.items():
-        weight = model.get_parameter(f"{name}.weight")
-        saved += weight.nbytes - len(weight) * WEIGHT_TYPES[ROUNDED[kind]].row_bytes(weight.shape[1])
-    return saved
-
-
-class RoundedLayers:
-    """Layers of a dense model in blocks, which take the place of its own for a while; each is rounded once, when it is needed.
-
-    Args:
-        model: a causal language model with float weights; its own layers are never changed.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._made: dict[tuple[int, str], torch.Tensor] = {}
-
-    def blocks(self, name: str, kind: str) -> torch.Tensor:
-        """Returns the blocks of a layer, uint8 `[outputs, bytes]`.
-
-        Args:
-            name: of the layer.
-            kind: one of `ROUNDED`.
-        """
-        weight = self._model.get_parameter(f"{name}.weight")
-        key = id(weight), kind
-        if key not in self._made:
-            self._made[key] = rounded(weight.detach(), WEIGHT_TYPES[ROUNDED[kind]])
-        return self._made[key]
-
-    @contextmanager
-    def in_place(self, formats: Mapping[str, str]) -> Iterator[None]:
-        """Gives the model layers in blocks for the length of a `with`.
-
-        Args:
-            formats: of layers by name, each one of `ROUNDED`; they may come from a file that is not trusted.
-
-        Raises:
-            PlanError: as `check_can_round`.
-        """
-        check_can_round(self._model, formats)
-        blocks = {name: self.blocks(name, kind) for name, kind in formats.items()}
-        own = {name: self._model.get_submodule(name) for name in formats}
-        try:
-            for name, kind in formats.items():
-                put_block_layer(self._model, name, WEIGHT_TYPES[ROUNDED[kind]], blocks[name])
-            if formats:
-                self._model.tie_weights()
-            yield
-        finally:
-            for name in formats:
-                self._model.set_submodule(name, own[name])
 
 
 def _half(numbers: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from moacompress.rules.budget import Budget, format_length, reference_length
 from moacompress.rules.cost import attention_flops, chosen_share, format_rows, kept_bits
 from moacompress.rules.formats import find_format
 from moacompress.rules.plan import Plan
-from moacompress.rules.planned_weights import formats_text, memory_lines, plan_memory, planned_weights
+from moacompress.rules.plan_memory import memory_lines, plan_memory
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_classes import classes_of
 from moacompress.rules.worst_share import WorstShare
@@ -117,7 +117,6 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
         "min_window": plan.min_window,
         "budget": list(plan.budget.get("asked", [])),
         "memory": plan_memory(plan),
-        "planned_weights": planned_weights(plan),
         "healed": plan.provenance.get("heal"),
     }
     return Inspection.of(plan, fields)
@@ -229,8 +228,6 @@ def overview(plan: Plan, data: dict[str, Any]) -> Group:
         rows["parameters"] = f"{ours:,}" if ours == dense else f"{ours:,} of {dense:,}"
     if data["weights"] is not None:
         rows["weights"] = readable_types(data["weights"])
-    elif data["planned_weights"] is not None:
-        rows["weights"] = f"linear layers chosen with the plan: {formats_text(data['planned_weights'])}"
     repair = repair_text(plan)
     if repair:
         rows["repair"] = repair

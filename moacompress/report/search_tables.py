@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import RenderableType
 
 from moacompress.core.statistics import TESTABLE, p_text
-from moacompress.core.tables import readable_bytes, readable_number, section
+from moacompress.core.tables import readable_number, section
 from moacompress.report.inspection import formats_table
 from moacompress.rules.budget import format_length
 from moacompress.rules.formats import NATIVE
 
 if TYPE_CHECKING:
-    from moacompress.rules.plan import Plan
     from moacompress.search.result.search_result import SearchResult
 
 HEADS = 8
@@ -273,25 +272,3 @@ def front_table(results: Sequence[SearchResult]) -> RenderableType:
 
 def _yes(kept: bool) -> str:
     return "yes" if kept else "no"
-
-
-def weight_tables(plan: Plan) -> list[RenderableType]:
-    """Returns the weights that a search chose among, with what was measured of each; none where it chose none.
-
-    Args:
-        plan: its notes have them.
-    """
-    rows = plan.quality.get("weight_choices")
-    if not rows:
-        return []
-    taken = plan.provenance["weights"]["bytes"]
-    cells = []
-    for row in rows:
-        formats = ", ".join(f"{count} {kind}" for kind, count in row["formats"].items()) or "none"
-        kv = ", ".join(f"{readable_bytes(size)} at {format_length(int(n))}" for n, size in row["kv_bytes"].items())
-        mark = " (taken)" if row["weight_bytes"] == taken else ""
-        numbers = readable_number(row["predicted"]), readable_number(row["kl"])
-        cells.append((f"{row['name']}{mark}", formats, readable_bytes(row["weight_bytes"]), kv, *numbers))
-    title = "Weights, each with the best predicted plan in what they leave"
-    names = ("", "layers rounded", "weights", "KV cache", "predicted KL", "measured KL")
-    return [section(title, names, cells)]

@@ -11,12 +11,11 @@ from rich.console import Group, RenderableType
 
 from moacompress.core.artefact_names import MODEL_FOLDER, REPORT_FILE
 from moacompress.core.tables import readable_bytes, readable_number, readable_types, section
-from moacompress.recipe import AUTO
 from moacompress.report.headline import kept_sentence, not_measured_sentence
 from moacompress.report.search_tables import MOA_NOTE, NAMES, baseline_line, class_lines
 from moacompress.rules.budget import format_length
 from moacompress.rules.plan import Plan
-from moacompress.rules.planned_weights import memory_lines
+from moacompress.rules.plan_memory import memory_lines
 
 
 def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:
@@ -76,12 +75,6 @@ def _weights(summary: Mapping[str, Any]) -> list[str]:
     rounding = summary.get("rounded_weights")
     if rounding is not None:
         plan = readable_number(summary["harm"].get("plan"))
-        if rounding["weights"] == AUTO:
-            lines.append(
-                f"Formats of linear layers were chosen with the plan. Their rounding costs {rounding['kl']:.3g} nats per token "
-                f"by itself; with the plan {plan} (both are KL to the model before)."
-            )
-            return lines
         lines.append(
             f"Rounding them to {rounding['weights']} costs {rounding['kl']:.3g} nats per token by itself (KL to the model "
             f"before); the plan on top of it {plan} (KL to the rounded model)."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -19,19 +18,6 @@ from moacompress.rules.share import LayerShares
 
 Limits: TypeAlias = Mapping[int, int]
 """The most KV bytes of one row at each length, tokens; all must hold. Budgets give the shortest length first."""
-
-
-@dataclass(frozen=True)
-class WeightBytes:
-    """What the weights of a checkpoint take.
-
-    Attributes:
-        bytes: of its files.
-        chosen: whether a search chooses the formats of linear layers; the bytes are then the least that it may choose.
-    """
-
-    bytes: int
-    chosen: bool = False
 
 
 def limit_array(limits: Limits) -> Ints:
@@ -52,7 +38,7 @@ def budget_limits(
     min_window: int,
     floors: Shares | None = None,
     shares: LayerShares = (),
-    weights: WeightBytes | None = None,
+    weights: int | None = None,
 ) -> Limits:
     """Returns the limits of budgets, which all must hold.
 
@@ -64,7 +50,7 @@ def budget_limits(
         min_window: smallest window, tokens.
         floors: smallest share that every layer keeps, [layers]; none by default.
         shares: what each layer takes from an earlier one.
-        weights: what the weights take, which budgets of memory count too; None where that is not known.
+        weights: bytes of the checkpoint's weight files, which budgets of memory count too; None where they are not known.
 
     Raises:
         BudgetError: no budget; or one of memory where nothing is known of the weights.
@@ -82,24 +68,22 @@ def budget_limits(
             )
         length = budget.length or 0
         _check_memory(budget, weights, smallest([length])[length])
-    limits = byte_limits(budgets, shape, lengths, None if weights is None else weights.bytes)
+    limits = byte_limits(budgets, shape, lengths, weights)
     check_feasible(limits, smallest(list(limits)), shape)
     return limits
 
 
-def _check_memory(budget: Budget, weights: WeightBytes, smallest: int) -> None:
+def _check_memory(budget: Budget, weights: int, smallest: int) -> None:
     """Refuses a budget of memory that weights and the smallest cache, KV bytes, exceed.
 
     Raises:
         InfeasibleBudgetError: says what each of them takes.
     """
     limit, length = budget.bytes or 0, budget.length or 0
-    if weights.bytes + smallest <= limit:
+    if weights + smallest <= limit:
         return
-    takes = "at the smallest" if weights.chosen else "as they are"
-    fix = "" if weights.chosen else ", or have smaller weights (--weights auto, int8 or int4)"
     raise InfeasibleBudgetError(
-        f"no plan fits {budget.text}, {limit:,} bytes: weights take {weights.bytes:,} {takes} and the KV cache at least "
-        f"{smallest:,} at {format_length(length)} tokens, {weights.bytes + smallest:,} in all; ask for at least that"
-        f"{fix}"
+        f"no plan fits {budget.text}, {limit:,} bytes: weights take {weights:,} as they are and the KV cache at least "
+        f"{smallest:,} at {format_length(length)} tokens, {weights + smallest:,} in all; ask for at least that, or "
+        "profile smaller weights (--weights int8 or int4)"
     )

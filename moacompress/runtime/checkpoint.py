@@ -23,7 +23,6 @@ from moacompress.models.source import (
 from moacompress.models.stored_plan import stored_plan
 from moacompress.rules.formats import DTYPE_BYTES, dtype_name
 from moacompress.rules.plan import Plan
-from moacompress.rules.planned_weights import own_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,7 +69,7 @@ class Checkpoint:
     def has_other_weights(self) -> bool:
         """Whether the weights are not those that the plan was made for, and none of its notes says why they would not be."""
         given, dtype = self.plan.model.weights_fingerprint, str(self.model.dtype).removeprefix("torch.")
-        if not given or self.plan.shares or own_weights(self.plan) or loses_bits(self.plan.model.dtype, dtype):
+        if not given or self.plan.shares or self.plan.changed_weights or loses_bits(self.plan.model.dtype, dtype):
             return False
         return self.weights != given
 

@@ -76,8 +76,6 @@ torch.library.register_autograd("moacompress::float32_linear", _gradients, setup
 class KernelLinear(nn.Linear):
     """A linear layer whose products go to what is quickest here; where its weight is trained, they are torch's own."""
 
-    IS_PLAIN = True
-    """As `models.block_layers.can_hold_blocks` asks: it computes what `torch.nn.Linear` does."""
     stays: bool = False
     """Whether it was asked for by itself, and is not only part of a plan: `leave` does nothing then."""
 

@@ -20,7 +20,7 @@ from moacompress.search.baselines.families import FAMILIES, MOA, family_plans
 from moacompress.search.measure.plan_evaluator import PlanEvaluator
 from moacompress.search.predict.surrogate import Surrogate
 from moacompress.search.problem.knapsack import total_cost
-from moacompress.search.result.search_result import bytes_note, memory_note, weights_note
+from moacompress.search.result.search_result import bytes_note, memory_note
 from moacompress.search.search_request import SearchRequest
 
 SCREENED = 3
@@ -76,7 +76,6 @@ def write_baselines(out: Path, request: SearchRequest, measured_baselines: Mappi
                 "source": shared_name(profile.source),
                 "profile": profile.fingerprint,
                 "baseline": family,
-                **weights_note(request),
             },
         )
         plan.save(folder / f"{family}.json")

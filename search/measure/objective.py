@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -61,7 +61,6 @@ class Objective:
         model: a transformers causal LM, dense, in eval mode.
         samples: validation samples with answer tokens.
         weights_of: returns the weights that the model has under a plan in place of its own, by the names of its parameters.
-        rounding: puts the layers in place that the model has under all plans, for the length of a `with`; by default its own.
 
     Attributes:
         size: number of samples.
@@ -72,24 +71,14 @@ class Objective:
     """
 
     def __init__(
-        self,
-        model: Any,
-        samples: Sequence[Sample],
-        weights_of: Callable[[Plan], Weights] = own_weights,
-        rounding: Callable[[], AbstractContextManager[None]] = nullcontext,
+        self, model: Any, samples: Sequence[Sample], weights_of: Callable[[Plan], Weights] = own_weights
     ) -> None:
         if not samples:
             raise DataError("there are no validation samples to measure plans on; profile again")
         self.model, self.samples, self.size = model, list(samples), len(samples)
-        self._weights_of, self._rounding = weights_of, rounding
+        self._weights_of = weights_of
         self.order: Sequence[int] = range(self.size)
         self._dense: dict[int, torch.Tensor] = {}
-
-    def with_rounding(self, rounding: Callable[[], AbstractContextManager[None]]) -> Objective:
-        """Returns the same with other layers under plans; both keep what the dense model said in one place."""
-        other = Objective(self.model, self.samples, self._weights_of, rounding)
-        other._dense = self._dense
-        return other
 
     @contextmanager
     def under(self, plan: Plan) -> Iterator[SampleKl]:
@@ -138,7 +127,7 @@ class Objective:
         """Puts the model under a plan, with its weights, for the block's length."""
         from moacompress import runtime
 
-        with self._rounding(), with_weights(self.model, self._weights_of(plan)):
+        with with_weights(self.model, self._weights_of(plan)):
             runtime.attach(self.model, plan)
             try:
                 yield
@@ -152,16 +141,15 @@ class Objective:
         turn, ranks = work_shard()
         numbered = {at: plan for at, plan in enumerate(plans) if at % ranks == turn}
         dense = self._dense_logits(number)
-        with self._rounding():
-            try:
-                found = kls_of_sample(self.model, self.samples[number], numbered, dense, base, self._weights_of)
-                if ranks > 1:
-                    name = fingerprint([plan.key() for plan in (base, *plans)])
-                    found = iter(sorted(_gathered(dict(found), name).items()))
-                for _, kl in found:
-                    yield _finite(kl, number)
-            finally:
-                runtime.detach(self.model)
+        try:
+            found = kls_of_sample(self.model, self.samples[number], numbered, dense, base, self._weights_of)
+            if ranks > 1:
+                name = fingerprint([plan.key() for plan in (base, *plans)])
+                found = iter(sorted(_gathered(dict(found), name).items()))
+            for _, kl in found:
+                yield _finite(kl, number)
+        finally:
+            runtime.detach(self.model)
 
     def kls(self, plan: Plan, numbers: Sequence[int] | None = None) -> npt.NDArray[np.float64]:
         """Returns the KL of every sample (or of those numbered), float64 [samples], nats."""

@@ -49,7 +49,6 @@ class PlanEvaluator:
         order: numbers of the samples, shuffled.
         deadline: when to stop: it is checked before every measurement of a plan on a sample, and what was measured of
             several until then is kept for the next run.
-        plain: the model with its own weights, on the same samples; by default what measures plans.
         progress: told after every sample that work goes on.
     """
 
@@ -57,7 +56,6 @@ class PlanEvaluator:
     measure: Measure
     order: Sequence[int]
     deadline: Deadline = field(default_factory=Deadline)
-    plain: Measure | None = None
     progress: Progress = SILENT
 
     @staticmethod
@@ -205,7 +203,7 @@ class PlanEvaluator:
     def calibrated(self, request: SearchRequest, progress: Progress) -> Surrogate:
         """Returns the surrogate fitted to measured ablations of single KV heads, at the shortest length (the cheapest).
 
-        A KV head gets another span or other formats, never both: what the two cost is told apart. Weights are the model's own.
+        A KV head gets another span or other formats, never both: what the two cost is told apart.
 
         Raises:
             TimeUp: the time is up, and an ablation is not measured yet.
@@ -220,7 +218,7 @@ class PlanEvaluator:
         plans, full = [ablation(profile, pick) for pick in picks], Plan.full(profile.shape)
         progress.start("calibrating", len(numbers))
         kls = self.together(
-            [self.near("ablations", number, plans, full, self.plain) for number in numbers],
+            [self.near("ablations", number, plans, full) for number in numbers],
             lambda done: progress.step(f"{len(plans)} KV heads on sample {numbers[done]}"),
         )
         progress.done()

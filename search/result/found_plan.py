@@ -31,11 +31,9 @@ from moacompress.search.result.search_result import (
     memory_note,
     read_explanation,
     versions,
-    weights_note,
 )
 from moacompress.search.search_context import Incumbent, SearchContext
 from moacompress.search.search_request import SearchRequest
-from moacompress.search.weights.weight_choice import WeightChoice
 
 UNMEASURED = "surrogate"
 """Stage of a plan that nothing has been measured of."""
@@ -208,7 +206,7 @@ def _with_notes(
             **memory_note(request, plan),
         },
         quality={
-            **(_rounding(profile) if request.weights is None else _chosen_weights(request.weights)),
+            **_rounding(profile),
             "predicted_harm": request.predicted(surrogate, plan),
             "measured_harm": dict(kl),
             **measured,
@@ -225,7 +223,6 @@ def _with_notes(
             "surrogate": dict(surrogate.calibration.__dict__),
             "versions": versions(),
             "recipe": shared,
-            **weights_note(request),
         },
     )
     return replace(noted, seen=profile.shingles)
@@ -247,13 +244,6 @@ def _rounding(profile: Profile) -> dict[str, Any]:
     if found is None:
         return {}
     return {"rounded_weights": {name: found[name] for name in found if name != "weights_fingerprint"}}
-
-
-def _chosen_weights(weights: WeightChoice) -> dict[str, Any]:
-    """Returns the notes of how weights were chosen, and what they lose by themselves; none before they are."""
-    if not weights.compared:
-        return {}
-    return {"rounded_weights": dict(weights.alone), "weight_choices": list(weights.compared)}
 
 
 def _assumed(request: SearchRequest, plan: Plan, kl: float | None) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from moacompress.core.shown import Shown
 from moacompress.rules.budget import Budget, memory_budgets
 from moacompress.rules.formats import NATIVE
 from moacompress.rules.plan import Plan
-from moacompress.rules.planned_weights import WEIGHTS_NOTE
 
 if TYPE_CHECKING:
     from moacompress.search.search_request import SearchRequest
@@ -139,14 +138,9 @@ def memory_note(request: SearchRequest, plan: Plan) -> dict[str, Any]:
     for budget in memory_budgets(map(Budget.parse, request.asked)):
         n, limit = budget.length or 0, budget.bytes or 0
         before = found.get(str(n), {"limit": limit})
-        taken = {"weights": request.weight_bytes.bytes, "kv_bytes": plan.kv_bytes(n)}
+        taken = {"weights": request.weight_bytes, "kv_bytes": plan.kv_bytes(n)}
         found[str(n)] = {"limit": min(limit, before["limit"]), **taken}
     return {"memory": found}
-
-
-def weights_note(request: SearchRequest) -> dict[str, Any]:
-    """Returns what a plan's provenance says of weights that were chosen with it; empty where none were."""
-    return {} if request.weights is None else {WEIGHTS_NOTE: request.weights.note}
 
 
 def baseline_note(plan: Plan, kl: float, lengths: Iterable[int]) -> dict[str, Any]:

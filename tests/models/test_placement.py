@@ -8,9 +8,9 @@ import torch
 from moacompress.core.errors import ModelError, UsageError
 from moacompress.models import placement
 from moacompress.models.block_layers import stored_bytes
+from moacompress.models.checkpoint_bytes import checkpoint_bytes
 from moacompress.models.placement import checked_placement, first_device, is_device_map, tensor_in_memory
 from moacompress.models.source import load_source
-from moacompress.models.weight_choices import checkpoint_bytes
 
 
 def test_one_device_is_no_map():

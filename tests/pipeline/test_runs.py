@@ -14,13 +14,12 @@ from moacompress import pipeline
 from moacompress.calibration.data.held_out import held_out_rows
 from moacompress.core.artefact_names import of_compress
 from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, PlanError, RecipeError
-from moacompress.core.files import read_json
 from moacompress.core.progress import SILENT, Progress
 from moacompress.evaluation.runner import evaluate
 from moacompress.exporter.card import state_measured
 from moacompress.exporter.exporting import export
+from moacompress.models.checkpoint_bytes import checkpoint_bytes
 from moacompress.models.source import load_source
-from moacompress.models.weight_choices import checkpoint_bytes
 from moacompress.pipeline import compress, measured_kv_bytes, quality_table
 from moacompress.recipe import Recipe
 from moacompress.recipe_sections import SourceRecipe
@@ -411,35 +410,25 @@ def test_a_run_on_rounded_weights_says_what_they_cost(recipe, tmp_path):
     export(recipe.model, tmp_path / "out" / "plan.json", tmp_path / "same", weights="int8", head_weights="int4")
 
 
-def test_a_run_chooses_weights_within_a_total_of_memory(recipe, tmp_path, caplog):
-    source = load_source(recipe.model)
-    limit = 300 * 1024
-    assert limit < checkpoint_bytes(source.model, source.shape.dtype)
-    chosen = recipe.override(weights="auto", budget=["memory=300KiB@800", "90%"], search__ablations=0)
-    summary = compress(chosen, tmp_path / "out")
+def test_a_run_keeps_weights_and_cache_within_a_total_of_memory(recipe, tmp_path):
+    source = load_source(recipe.model, weights="int8")
+    weights, cache = checkpoint_bytes(source.model, source.shape.dtype), source.shape.dense_kv_bytes(800) // 2
+    size = f"{(weights + cache) / 1024:.6f}KiB"
+    asked = recipe.override(weights="int8", budget=[f"memory={size}@800", "90%"], search__ablations=0)
+    summary = compress(asked, tmp_path / "out")
     row = summary["memory"]["800"]
     assert summary["reference_length"] == 800
-    assert row["weights"] + row["kv_bytes"] <= row["limit"] == limit
+    assert row["weights"] == weights
+    assert row["weights"] + row["kv_bytes"] <= row["limit"] <= weights + cache
     assert summary["kv_bytes"]["measured"] == row["kv_bytes"]
     assert sum(summary["weights"].values()) <= row["weights"]
-    assert summary["rounded_weights"]["weights"] == "auto"
     texts = "".join(text for text in summary_tables(summary) if isinstance(text, str))
     assert "Memory at 800 tokens: weights" in texts
-    assert "Formats of linear layers were chosen with the plan." in texts
     assert "Memory at 800 tokens" in (tmp_path / "out" / "report.html").read_text()
-    assert compress(chosen, tmp_path / "out")["memory"] == summary["memory"]  # all of it is reused
-    asked = chosen.evaluation
-    request = {"tasks": asked.tasks, "lengths": asked.lengths, "prompts": asked.prompts, "seed": chosen.seed}
-    rounded = evaluate(tmp_path / "out" / "model", **request)["results"]
-    assert "were rounded" in caplog.text  # what is called dense there is rounded too
-    ours = read_json(tmp_path / "out" / "eval.json", "eval.json")["results"]
-    assert ours == evaluate(tmp_path / "out" / "model", **request, dense=chosen.model)["results"] != rounded
+    assert compress(asked, tmp_path / "out")["memory"] == summary["memory"]  # all of it is reused
 
 
 def test_a_total_of_memory_that_nothing_fits_is_refused_before_anything_runs(recipe, tmp_path):
-    for weights, said in (("auto", "at the smallest"), ("keep", "as they are")):
-        with pytest.raises(InfeasibleBudgetError, match=said):
-            compress(recipe.override(weights=weights, budget="memory=8KiB@800"), tmp_path / "out")
-    with pytest.raises(BudgetError, match="--memory"):
-        compress(recipe.override(weights="auto"), tmp_path / "out")
+    with pytest.raises(InfeasibleBudgetError, match="as they are"):
+        compress(recipe.override(budget="memory=8KiB@800"), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ from moacompress.rules.budget import Budget, bytes_at
 from moacompress.rules.candidates import candidate_rules, gated_rules, in_formats
 from moacompress.rules.cost import byte_table
 from moacompress.rules.formats import CODED
-from moacompress.rules.limits import WeightBytes, budget_limits, is_within, limit_array
+from moacompress.rules.limits import budget_limits, is_within, limit_array
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import SINKS
@@ -72,7 +72,7 @@ def test_floors_raise_the_smallest_budget() -> None:
 
 
 def test_a_budget_of_memory_is_what_weights_leave() -> None:
-    weights = WeightBytes(10_000)
+    weights = 10_000
     assert budget_limits(parsed("memory=64KiB@512"), *ARGUMENTS, weights=weights) == {512: 65_536 - 10_000}
     with pytest.raises(BudgetError, match="is of weights and cache together"):
         budget_limits(parsed("memory=64KiB@512"), *ARGUMENTS)

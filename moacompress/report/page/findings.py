@@ -29,7 +29,6 @@ from moacompress.models.source import is_compressed
 from moacompress.models.stored_plan import read_plan, stored_plan
 from moacompress.rules.budget import Budget, reference_length
 from moacompress.rules.plan import Plan
-from moacompress.rules.planned_weights import own_weights
 from moacompress.rules.untrusted import WRONG_FORM, short
 
 Finding = Mapping[str, Any]
@@ -215,7 +214,7 @@ def _replaced_weights(folder: Path, plan: Plan) -> list[str]:
         return []
     if stored is None or stored.key() != plan.key():
         return []
-    replaced = [stored.model.weights_fingerprint] if own_weights(stored) else []
+    replaced = [stored.model.weights_fingerprint] if stored.changed_weights else []
     heal = stored.provenance.get("heal")
     if isinstance(heal, dict) and heal.get("improved") and heal.get("train") != "gates":
         replaced.append(str(heal.get("from_weights")))

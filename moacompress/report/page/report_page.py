@@ -38,7 +38,7 @@ from moacompress.report.page.search_figures import (
 from moacompress.report.search_tables import STEP_COLUMNS, class_lines, step_rows
 from moacompress.rules.budget import format_length
 from moacompress.rules.plan import Plan
-from moacompress.rules.planned_weights import memory_lines, own_weights, plan_memory
+from moacompress.rules.plan_memory import memory_lines, plan_memory
 from moacompress.rules.untrusted import reading_notes
 from moacompress.rules.worst_share import WorstShare
 
@@ -338,7 +338,7 @@ def about(found: Findings) -> str:
     return " ".join(
         (
             f"Asked for: {asked}. Each of {plan.model.layers} x {plan.model.kv_heads} KV heads has its own "
-            f"{' and '.join(parts)}{also}. It has {WEIGHTS[own_weights(plan)]}.",
+            f"{' and '.join(parts)}{also}. It has {WEIGHTS[plan.changed_weights]}.",
             *memory_lines(plan_memory(plan)),
         )
     )

@@ -1,0 +1,102 @@
+"""Budgets of weights and cache together, on a tiny model: the bytes of what is exported, refusals, commands."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import moacompress.runtime.hf.loading  # noqa: F401
+from moacompress.calibration.profile.profiler import profile
+from moacompress.cli import app
+from moacompress.core.errors import BudgetError, InfeasibleBudgetError
+from moacompress.exporter.exporting import export
+from moacompress.models.checkpoint_bytes import checkpoint_bytes
+from moacompress.models.source import load_source
+from moacompress.pipeline import measured_kv_bytes
+from moacompress.recipe import Recipe
+from moacompress.report.inspection import inspect_plan, overview
+from moacompress.rules.budget import Budget
+from moacompress.rules.plan import Plan
+from moacompress.search.search_request import SearchRequest
+from moacompress.search.study import find_plan
+
+LENGTH = 700
+
+
+@pytest.fixture(scope="module")
+def source(tiny_folder):
+    return load_source(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def profiled(source, small_run, tmp_path_factory):
+    recipe = Recipe.from_dict({**small_run, "budget": []}).override(search__trials=2, search__rounds=0, search__moves=0)
+    return profile(source, tmp_path_factory.mktemp("profile") / "profile", recipe)
+
+
+def memory(size: int) -> str:
+    return f"memory={size / 1024:.6f}KiB@{LENGTH}"
+
+
+def test_files_and_cache_take_at_most_what_was_asked_for(source, profiled, tiny_folder, tmp_path):
+    weights, cache = checkpoint_bytes(source.model, source.shape.dtype), source.shape.dense_kv_bytes(LENGTH) // 3
+    asked, out = weights + cache, tmp_path / "plan.json"
+    find_plan(profiled, None, recipe=profiled.recipe.override(budget=[memory(asked)]), out=out)
+    plan = Plan.load(out)
+    note = plan.budget["memory"][str(LENGTH)]
+    assert note["limit"] in (asked, asked - 1)
+    assert note["weights"] == weights
+    assert note["kv_bytes"] == plan.kv_bytes(LENGTH) <= cache
+    shown = inspect_plan(plan)
+    assert shown["memory"] == plan.budget["memory"]
+    overview(plan, shown)
+    folder = export(tiny_folder, out, tmp_path / "model")
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert stored <= weights < stored + 32 * 1024
+    assert stored + measured_kv_bytes(folder, LENGTH) <= asked
+    assert "asked for" in (folder / "README.md").read_text()
+
+
+def test_what_cannot_fit_is_refused_with_the_numbers(source, profiled):
+    weights = checkpoint_bytes(source.model, source.shape.dtype)
+    whole = memory(weights + source.shape.dense_kv_bytes(LENGTH))
+    request = SearchRequest.of(profiled, whole, profiled.recipe, model=source)
+    cache = int(request.space().knapsack.sizes.min(axis=-1).sum())
+    SearchRequest.of(profiled, memory(weights + cache + 1024), profiled.recipe, model=source)
+    said = f"weights take {weights:,} as they are and the KV cache at least {cache:,} .*--weights int8 or int4"
+    with pytest.raises(InfeasibleBudgetError, match=said):
+        SearchRequest.of(profiled, memory(weights + cache - 1024), profiled.recipe, model=source)
+    with pytest.raises(BudgetError, match="search. and .compress"):
+        SearchRequest.of(profiled, whole, profiled.recipe)
+
+
+@pytest.mark.parametrize("text", ["memory=50%@8k", "memory=1GiB", "memory=x@8k", "memory="])
+def test_a_memory_that_is_none_is_refused(text):
+    with pytest.raises(BudgetError, match="memory"):
+        Budget.parse(text)
+
+
+def test_commands(source, profiled, tmp_path):
+    weights, plan = checkpoint_bytes(source.model, source.shape.dtype), tmp_path / "plan.json"
+    small = ("--trials", "1", "--rounds", "0", "--moves", "0", "--formats", "native")
+
+    def command(cache: int, *more: str) -> str:
+        size = f"{(weights + cache) / 1024:.3f}KiB@{LENGTH}"
+        return run("search", profiled.path, "--memory", size, "-o", plan, *small, *more, code=int(cache < 0))
+
+    fits = source.shape.dense_kv_bytes(LENGTH) // 2
+    assert f"Weights take {weights:,} bytes as they are, which leaves" in command(fits, "--dry-run")
+    assert not plan.exists()
+    assert f"Memory at {LENGTH} tokens: weights" in command(fits)
+    again = json.loads(command(fits, "--json"))
+    assert again["memory"][str(LENGTH)]["weights"] == weights
+    assert f"Memory at {LENGTH} tokens: weights" in run("inspect", plan)
+    assert "as they are" in command(-1024)
+
+
+def run(*arguments, code=0) -> str:
+    done = CliRunner().invoke(app, [*map(str, arguments)])
+    assert done.exit_code == code, done.output
+    return " ".join((done.stdout if code == 0 else done.stderr).split()) if "--json" not in arguments else done.stdout
