@@ -72,7 +72,7 @@ QUICK = {
     "moacompress recipe init path/to/model --budget 25% -o recipe.yaml",
     "moacompress recipe validate recipe.yaml",
     "moacompress recipe show runs/quarter",
-    "moacompress compress tests/configs/qwen3-8b --recipe recipes/qwen3-8b/quarter.yaml --text README.md --dry-run",
+    "moacompress compress tests/configs/qwen3-8b --recipe recipes/qwen3-8b/quarter.yaml --text docs/comparison.md --dry-run",
     "python benchmarks/scale.py --tflops 200",
 }
 """Run by `make test`, on a tiny model and on files: seconds each."""

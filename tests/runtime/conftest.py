@@ -200,7 +200,7 @@ class _OnPretendDevice:
         """From now on what sends numbers from the host fails."""
         from moacompress.kernels.triton import ring_steps
 
-        self.patch.setattr(ring_steps, "sent", None)
+        self.patch.setattr(ring_steps, "to_device", None)
         self.patch.setattr(torch, "from_numpy", None)
 
 
