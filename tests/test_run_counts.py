@@ -144,7 +144,12 @@ def test_a_recipe_of_a_large_model_runs_dry(name: str, billions: float) -> None:
 def test_the_command_says_that_it_was_counted(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(CONFIGS / "qwen3-8b", folder)
-    recipe = ["--recipe", str(ROOT / "recipes" / "qwen3-8b" / "quarter.yaml"), "--text", str(ROOT / "docs" / "comparison.md")]
+    recipe = [
+        "--recipe",
+        str(ROOT / "recipes" / "qwen3-8b" / "quarter.yaml"),
+        "--text",
+        str(ROOT / "docs" / "comparison.md"),
+    ]
     done = CliRunner().invoke(app, ["compress", str(folder), *recipe, "--dry-run", "-o", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     said = " ".join(done.stdout.split())
