@@ -110,6 +110,17 @@ def test_consent_is_stored_nowhere(place: Path) -> None:
     assert says_so(place) == []
 
 
+def uses(folder: Path, out: Path) -> list[tuple[str | Path, ...]]:
+    """Returns commands that load the compressed model in a folder."""
+    steps = "--quick --lengths 128 --tokens 1 --repeats 1 --sides plan --no-peak"
+    return [
+        ("eval", folder, "--lengths", "512", "--prompts", "1", "--against", "none"),
+        ("bench", folder, *steps.split()),
+        ("chat", folder, "--ask", "one two", "--max-new-tokens", "2"),
+        ("heal", folder, "-o", out / "healed", "--dry-run"),
+    ]
+
+
 def test_what_a_file_says_is_no_consent(place: Path, coded: Coded, tmp_path: Path) -> None:
     """Files that say it are refused, or what they say counts for nothing: the model's code never runs."""
     marked = tmp_path / "marked"
@@ -118,26 +129,9 @@ def test_what_a_file_says_is_no_consent(place: Path, coded: Coded, tmp_path: Pat
     commands: list[tuple[str | Path, ...]] = [
         ("search", marked / "profile", "--budget", "60%", "--trials", "1", "-o", tmp_path / "plan.json"),
         ("export", coded.folder, marked / "plan.json", "-o", tmp_path / "model"),
-        ("eval", marked, "--lengths", "512", "--prompts", "1", "--against", "none", "--dense", coded.folder),
-        (
-            "bench",
-            marked,
-            "--quick",
-            "--lengths",
-            "128",
-            "--tokens",
-            "1",
-            "--repeats",
-            "1",
-            "--sides",
-            "plan",
-            "--no-peak",
-        ),
-        ("chat", marked, "--ask", "one two", "--max-new-tokens", "2"),
-        ("heal", marked, "-o", tmp_path / "healed", "--dry-run"),
         ("data", "preview", "--recipe", marked / "model" / "recipe.json", coded.folder, "--count", "1"),
     ]
-    for command in commands:
+    for command in [*commands, *uses(marked, tmp_path)]:
         RUNNER.invoke(app, [*map(str, command)])
         assert not coded.ran(), command
     with pytest.raises(RecipeError, match="unknown key 'trust_remote_code'"):
@@ -145,25 +139,7 @@ def test_what_a_file_says_is_no_consent(place: Path, coded: Coded, tmp_path: Pat
 
 
 def test_the_flag_is_consent(place: Path, coded: Coded, tmp_path: Path) -> None:
-    for arguments in (
-        ("eval", place, "--lengths", "512", "--prompts", "1", "--against", "none"),
-        (
-            "bench",
-            place,
-            "--quick",
-            "--lengths",
-            "128",
-            "--tokens",
-            "1",
-            "--repeats",
-            "1",
-            "--sides",
-            "plan",
-            "--no-peak",
-        ),
-        ("chat", place, "--ask", "one two", "--max-new-tokens", "2"),
-        ("heal", place, "-o", tmp_path / "healed", "--dry-run"),
-    ):
+    for arguments in uses(place, tmp_path):
         run(*arguments, FLAG)
         assert coded.ran(), arguments[0]
 
