@@ -87,7 +87,8 @@ def load_source(
         trust_remote_code: run modelling code that comes with the model.
 
     Raises:
-        UsageError: a device that is not here, a device map that is none, or one beside weights that are rounded or in blocks.
+        UsageError: weights that are nothing of the kind; a device that is not here, a device map that is none, or one beside
+            weights that are rounded or in blocks.
         ModelError: not a model, one that cannot be compressed, or one whose files are damaged or pickles.
     """
     import torch
@@ -98,6 +99,8 @@ def load_source(
     dtype = dtype_name(dtype)
     if dtype != "auto" and dtype not in DTYPE_BYTES:
         raise ModelError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPE_BYTES)}")
+    if weights not in (KEEP, DENSE, *ROUNDING):
+        raise UsageError(f"weights {weights!r} is not one of {', '.join((KEEP, DENSE, *ROUNDING))}")
     is_gguf = "gguf_file" in arguments
     if placed:
         _check_can_place(device, weights, is_gguf)

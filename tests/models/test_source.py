@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from moacompress.core.errors import ArtefactError, MoaCompressError, ModelError
+from moacompress.core.errors import ArtefactError, MoaCompressError, ModelError, UsageError
 from moacompress.exporter.exporting import save_dense
 from moacompress.models.modules import check_supported
 from moacompress.models.source import load_source, locate_source, model_shape
@@ -149,6 +149,11 @@ def test_a_config_that_is_none(config: str, tmp_path: Path) -> None:
 def test_an_unknown_dtype_is_refused(tiny_folder: Path) -> None:
     with pytest.raises(ModelError, match="dtype 'int4' is not one of auto, float32"):
         load_source(tiny_folder, dtype="int4")
+
+
+def test_unknown_weights_are_refused(tiny_folder: Path) -> None:
+    with pytest.raises(UsageError, match="weights 'auto' is not one of keep, dense, int8, int4"):
+        load_source(tiny_folder, weights="auto")
 
 
 def test_a_weights_file_that_is_cut_short(tiny_folder: Path, tmp_path: Path) -> None:
