@@ -56,7 +56,7 @@ SPILLS = {
     ("prefill-careful", "sm_90", ""): 416,
     ("ring-select", "sm_90", ""): 8,
     ("ring-select", "sm_100", ""): 8,
-    ("ring-decode", "sm_90", "heads of 32"): 16,
+    ("ring-decode", "sm_90", "heads of 32"): 24,
     ("ring-keep", "sm_90", "heads of 32"): 24,
     ("prefill", "sm_90", FLOAT32): 8,
     ("prefill", "sm_90", LARGE_FLOAT32): 336,
