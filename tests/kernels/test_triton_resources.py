@@ -57,7 +57,7 @@ SPILLS = {
     ("ring-select", "sm_90", ""): 8,
     ("ring-select", "sm_100", ""): 8,
     ("ring-decode", "sm_90", "heads of 32"): 24,
-    ("ring-keep", "sm_90", "heads of 32"): 24,
+    ("ring-keep", "sm_90", "heads of 32"): 32,
     ("prefill", "sm_90", FLOAT32): 8,
     ("prefill", "sm_90", LARGE_FLOAT32): 336,
     ("decode", "sm_90", LARGE_FLOAT32): 232,
