@@ -135,7 +135,7 @@ def test_the_retrieval_head_of_the_real_model(smollm2: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(smollm2).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(smollm2)
     shape = model_shape(model)
-    cases = make_cases("needle-noise", 512, 3, 0, tokenizer)
+    cases = make_cases("needle-noise", 512, 6, 0, tokenizer)
 
     def losses(blind: tuple[int, int] | None) -> list[float]:
         rules = [
