@@ -28,7 +28,7 @@ FIRST = 4
 
 
 class KeyMeans:
-    """Mean keys of the layers; a layer whose scores count as they are has none.
+    """Mean keys of the layers; a layer that bounds its scores has none.
 
     Args:
         layers: how many.

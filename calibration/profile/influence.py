@@ -271,7 +271,8 @@ class ProfiledAttention(torch.autograd.Function):
             *seen, pulled, ctx.spec, sink_logit, ctx.table, tiled, ctx.plan, choices=ctx.choices
         )
         if ending:
-            keys = CachedPart(centred(key, ctx.centre), centred(seen[1], ctx.centre), gradients[1])
+            less = centred(key, ctx.centre)
+            keys = CachedPart(less, less if seen[1] is key else centred(seen[1], ctx.centre), gradients[1])
             for collector in ending:
                 collector.take_gradients(keys, CachedPart(value, seen[2], gradients[2]))
         straight = (grad.to(query.dtype) for grad in gradients)  # what is rounded hands its gradient on as it is

@@ -230,10 +230,9 @@ def _begin(
     check_samples(source, recipe, None if overwrite else out, around)
     rules = rules_on_offer(recipe, around)
     key = around.key() if around is not None else ""
-    shape = source.shape
-    request = request_fingerprint(shape, rules, recipe, _local_files(recipe), key, source.computes_in)
+    request = request_fingerprint(source.shape, rules, recipe, _local_files(recipe), key, source.computes_in)
     trains = around is None and any(rule.selects for rule in rules)
-    asked = Manifest(source.source, shape, rules, recipe, request, key, wording=calibration_wording())
+    asked = Manifest(source.source, source.shape, rules, recipe, request, key, wording=calibration_wording())
     if shard is not None:
         drafts = (_drafts(source, asked, split) for split in ("calibration", "validation"))
         asked = replace(asked, shard=Shard.of(*parse_shard(shard), *drafts))

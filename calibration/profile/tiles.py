@@ -286,7 +286,7 @@ class CachedPart(NamedTuple):
 
     Attributes:
         given: as the model makes them, keys after their rotary embedding, less their centre.
-        seen: as the layer attends to them, likewise: rounded where its plan says so.
+        seen: as the layer attends to them, keys less their centre too: rounded where its plan says so.
         grad: gradient of `seen`.
     """
 

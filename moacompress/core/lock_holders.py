@@ -58,7 +58,7 @@ class LockHolder:
     Attributes:
         host: name of its machine.
         boot: which boot of the machine; empty where the system does not say.
-        pid_namespace: which space of process ids, as containers have their own; likewise.
+        pid_namespace: its namespace of process ids, of which each container has one; empty where that is not known.
         pid: its process id.
         started: when the process began, in ticks since the boot; likewise.
         begun: when it began to work on it, in seconds since 1970.
