@@ -3,8 +3,8 @@
     python benchmarks/eviction_tables.py eighth.1k.json eighth.2k.json --sides kvzip:unseen,kvzip:seen,quantized:hqq-4
     python benchmarks/eviction_tables.py eighth.1k.json --keep docs/data/
 
-A file is what `moacompress eval plan/ --against dense,... -o` wrote of prompts of one length and more tasks than one. Retention
-is of the prompts of all tasks that dense answers right, by both attentions where it was measured by both; NLL is in nats per
+A file is what `moacompress eval plan/ --against dense,... -o` wrote of more tasks than one. Retention is of the prompts of all
+tasks and lengths in it that dense answers right, by both attentions where it was measured by both; NLL is in nats per
 token. Brackets are 95% intervals; p is that of an exact test (retention) or of a permutation test (NLL) of the paired
 difference. All of it is computed from the scores of single prompts in the file. `--keep` writes these alone, so that they can
 lie beside the tables that are made of them.
@@ -41,41 +41,42 @@ def read_scores(path: Path) -> dict[str, Any]:
 
 
 class Evaluation:
-    """What was measured at one length.
+    """What was measured.
 
     Args:
         path: of the file.
 
     Attributes:
-        length: nominal, tokens.
+        lengths: nominal, tokens, ascending.
         tasks: in the order of the file.
-        sides: likewise; the plan and dense first.
+        sides: in the order of the file; the plan and dense first.
 
     Raises:
-        SystemExit: the file has no rows of dense, or of several tasks of one length.
+        SystemExit: the file has no rows of dense, or of several tasks.
     """
 
     def __init__(self, path: Path) -> None:
         rows = read_scores(path)["scores"]
         cells = measured_again(rows)
         fields = [comparison for _, comparison in cells]
-        lengths = {cell.length for cell, _ in cells}
-        self.tasks = [cell.task for cell, _ in cells]
+        self.lengths = sorted({cell.length for cell, _ in cells})
+        self.tasks = [*dict.fromkeys(cell.task for cell, _ in cells)]
         self.sides = [*dict.fromkeys(row["model"] for row in rows)]
-        if len(lengths) != 1 or len(self.tasks) < 2 or DENSE not in self.sides:
-            raise SystemExit(
-                f"{path}: an evaluation of two tasks or more, of one length, with dense among its sides is wanted"
-            )
-        (self.length,) = lengths
-        results, differences = pooled_rows(fields)
-        results += [row for cell in cells for row in result_rows(*cell)]
-        self._results, self._differences = (
-            {(row["model"], row["task"], row["metric"]): row for row in kind} for kind in (results, differences)
-        )
+        if len(self.tasks) < 2 or DENSE not in self.sides:
+            raise SystemExit(f"{path}: an evaluation of two tasks or more with dense among its sides is wanted")
+        pooled, differences = pooled_rows(fields)
+        self._differences = {(row["model"], row["task"], row["metric"]): row for row in differences}
+        self._results: dict[tuple[str, str, int | None, str], Row] = {
+            (row["model"], row["task"], None, row["metric"]): row for row in pooled
+        }
+        for cell in cells:
+            self._results |= {
+                (row["model"], row["task"], cell[0].length, row["metric"]): row for row in result_rows(*cell)
+            }
 
-    def row(self, side: str, task: str, metric: str) -> Row | None:
+    def row(self, side: str, task: str, metric: str, length: int | None = None) -> Row | None:
         """Returns a row of results; None where dense answers none of a task, so that nothing can be retained."""
-        return self._results.get((side, task, metric))
+        return self._results.get((side, task, length, metric))
 
     def less(self, side: str, metric: str) -> Row | None:
         """Returns the row of the plan less another side, of all tasks together; None for the plan."""
@@ -83,17 +84,17 @@ class Evaluation:
 
     def share(self, side: str) -> float:
         """Returns the bytes of a side as a share of dense's."""
-        ours, theirs = (self._results[name, POOLED, "nll"]["kv_bytes"] for name in (side, DENSE))
+        ours, theirs = (self._results[name, POOLED, None, "nll"]["kv_bytes"] for name in (side, DENSE))
         return float(ours / theirs)
 
-    def right(self, task: str) -> tuple[int, int]:
+    def right(self, task: str, length: int | None = None) -> tuple[int, int]:
         """Returns how many prompts of a task dense answers right, and how many there are."""
-        row, kept = self._results[DENSE, task, "exact_match"], self.row(DENSE, task, "retention")
+        row, kept = self._results[DENSE, task, length, "exact_match"], self.row(DENSE, task, "retention", length)
         return (0 if kept is None else kept["prompts"]), row["prompts"]
 
 
 def side_table(found: Evaluation) -> str:
-    """Returns all sides at one length, a line each."""
+    """Returns all sides, a line each."""
     count, _ = found.right(POOLED)
     rest = ("plan less this, retention", "plan less this, NLL")
     lines = [_line("", "KV bytes, of dense", f"retention, of {count}", "NLL", *rest), _line(*["---"] * 6)]
@@ -112,20 +113,24 @@ def side_table(found: Evaluation) -> str:
 
 def task_table(all_found: list[Evaluation], sides: list[str]) -> str:
     """Returns what is retained of each task at every length, by the plan, by `sides`, and by the best of the others."""
-    lengths = ", ".join(format_length(found.length) for found in all_found)
+    at = [(found, length) for found in all_found for length in found.lengths]
+    lengths = ", ".join(format_length(length) for _, length in at)
     heads = ("task", f"dense is right at {lengths}", PLAN, *(f"`{side}`" for side in sides), "best of the others")
     lines = [_line(*heads), _line(*["---"] * len(heads))]
     for task in dict.fromkeys(task for found in all_found for task in found.tasks):
-        right = ", ".join("{} of {}".format(*found.right(task)) if task in found.tasks else "-" for found in all_found)
-        cells = [", ".join(_kept(found, [side], task) for found in all_found) for side in (PLAN, *sides)]
-        others = [[side for side in found.sides if side not in (PLAN, *DENSE_SIDES, *sides)] for found in all_found]
-        best = ", ".join(_kept(found, names, task) for found, names in zip(all_found, others, strict=True))
-        lines.append(_line(f"`{task}`", right, *cells, best))
+        here = [(found, length) for found, length in at if found.row(DENSE, task, "nll", length) is not None]
+        right = ", ".join("{} of {}".format(*found.right(task, length)) for found, length in here)
+        cells = [", ".join(_kept(found, [side], task, length) for found, length in here) for side in (PLAN, *sides)]
+        others = ", ".join(
+            _kept(found, [side for side in found.sides if side not in (PLAN, *DENSE_SIDES, *sides)], task, length)
+            for found, length in here
+        )
+        lines.append(_line(f"`{task}`", right, *cells, others))
     return "\n".join(lines)
 
 
-def _kept(found: Evaluation, sides: list[str], task: str) -> str:
-    rows = [row for side in sides if (row := found.row(side, task, "retention")) is not None]
+def _kept(found: Evaluation, sides: list[str], task: str, length: int) -> str:
+    rows = [row for side in sides if (row := found.row(side, task, "retention", length)) is not None]
     return f"{max(row['value'] for row in rows):.2f}" if rows else "-"
 
 
@@ -146,7 +151,7 @@ def main() -> None:
         write_text(given.keep / path.name, json.dumps(read_scores(path)) + "\n")
     all_found = [Evaluation(path) for path in given.files]
     for found in all_found:
-        print(f"At {found.length:,} tokens:\n\n{side_table(found)}\n")
+        print(f"At {' and '.join(f'{length:,}' for length in found.lengths)} tokens:\n\n{side_table(found)}\n")
     print(f"Retention by task:\n\n{task_table(all_found, [side for side in given.sides.split(',') if side])}")
 
 
