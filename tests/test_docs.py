@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import html
 import importlib
 import re
@@ -135,8 +136,20 @@ def test_a_version_has_what_a_release_needs() -> None:
 
 def test_every_page_is_named_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text("utf-8")
+    contributing = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     pages = [path.name for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "index.md"]
-    assert [name for name in pages if f"(docs/{name}" not in readme] == []
+    assert [name for name in pages if f"(docs/{name}" not in readme] in ([], ["architecture.md"])
+    assert "(docs/architecture.md)" in contributing  # for those who change the code
+
+
+def test_what_the_architecture_names_is_there() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    found = re.findall(r"[\w*/]+(?:\.(?:py|h|cpp|inl)|/)(?=[\s`,;:)])", page)
+    names = {name.rstrip("/") for name in found if not name.startswith("OUT/")}
+    places = [str(path) for top in ("moacompress", "search", "calibration") for path in (ROOT / top).rglob("*")]
+    missing = [name for name in names if not (ROOT / name).exists() and not fnmatch.filter(places, f"*/{name}")]
+    assert len(names) > 50
+    assert missing == []
 
 
 def test_templates_and_citation_are_yaml() -> None:
