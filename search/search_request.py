@@ -24,9 +24,8 @@ from moacompress.repair.copies import repaired_copies
 from moacompress.repair.plans import repair_samples
 from moacompress.repair.projections import Weights
 from moacompress.rules.budget import Budget, memory_budgets
-from moacompress.rules.cost import layer_floors
 from moacompress.rules.formats import DTYPE_BYTES
-from moacompress.rules.limits import Limits, budget_limits
+from moacompress.rules.limits import Limits, budget_limits, layer_floors
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule

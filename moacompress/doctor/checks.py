@@ -219,9 +219,7 @@ class _Checkpoint:
                 "dtype": plan.model.dtype,
                 "weights_fingerprint": plan.model.weights_fingerprint,
                 "budget": list(plan.budget.get("asked", [])),
-                "kv_bytes": {
-                    str(n): {"dense": plan.model.dense_kv_bytes(n), "plan": plan.kv_bytes(n)} for n in lengths
-                },
+                "kv_bytes": plan.kv_bytes_by_length(lengths),
                 "kv_share": {str(n): plan.kv_share(n) for n in lengths},
                 "kernel": _kernel_for(plan.model.dtype) if environment["kernel"]["name"] else None,
             }

@@ -99,7 +99,7 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
         "gates": chosen_share(plan, reference) if plan.selects else None,
         "centres": _centres(plan),
         "reference_length": reference,
-        "kv_bytes": {str(n): {"dense": plan.model.dense_kv_bytes(n), "plan": plan.kv_bytes(n)} for n in chosen},
+        "kv_bytes": plan.kv_bytes_by_length(chosen),
         "worst_share": WorstShare.of(plan).to_dict(),
         "attention_flops": {str(n): _flops(plan, n) for n in chosen},
         "dtype": plan.model.dtype,

@@ -17,9 +17,9 @@ import numpy as np
 from moacompress.core.arrays import Floats, Ints
 from moacompress.core.errors import InfeasibleBudgetError, UsageError, did_you_mean
 from moacompress.rules.budget import bytes_at
-from moacompress.rules.cost import byte_table
 from moacompress.rules.formats import NATIVE, find_format
 from moacompress.rules.key_centres import Centres
+from moacompress.rules.kv_bytes import candidate_kv_bytes
 from moacompress.rules.limits import Limits, is_within, limit_array
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
@@ -235,7 +235,7 @@ class _Costs:
 
     def sizes(self, numbers: Sequence[int], limits: Limits) -> np.ndarray:
         """Returns the bytes that the numbered rules take at the limited lengths, int64 [lengths, layers, kv_heads, rules]."""
-        return byte_table(self.shape, [self.rules[number] for number in numbers], self.min_window, list(limits))
+        return candidate_kv_bytes(self.shape, [self.rules[number] for number in numbers], self.min_window, list(limits))
 
     def plan(self, choice: np.ndarray) -> tuple[float, Plan]:
         """Returns the predicted KL and the plan of a choice of rules, [layers, kv_heads]."""
@@ -374,7 +374,7 @@ def _fits(shape: ModelShape, rule: Rule, limits: Limits, min_window: int) -> boo
 
 def _taken(shape: ModelShape, rule: Rule, min_window: int, lengths: Sequence[int]) -> Ints:
     """Returns the KV bytes at each length if every KV head has the rule, int64 [lengths]."""
-    return np.asarray(byte_table(shape, [rule], min_window, lengths).sum(axis=(1, 2, 3)))
+    return np.asarray(candidate_kv_bytes(shape, [rule], min_window, lengths).sum(axis=(1, 2, 3)))
 
 
 def _widest(low: int, high: int, fits: Callable[[int], bool]) -> int | None:
