@@ -17,14 +17,13 @@ from moacompress.core.errors import UsageError
 from moacompress.core.files import fingerprint
 from moacompress.core.progress import Progress
 from moacompress.kernels.dispatch import check_formats
-from moacompress.models.checkpoint_bytes import checkpoint_bytes
 from moacompress.models.source import SourceModel
+from moacompress.models.weight_bytes import most_checkpoint_bytes, most_gate_bytes
 from moacompress.recipe import Recipe
 from moacompress.repair.copies import repaired_copies
 from moacompress.repair.plans import repair_samples
 from moacompress.repair.projections import Weights
 from moacompress.rules.budget import Budget, memory_budgets
-from moacompress.rules.formats import DTYPE_BYTES
 from moacompress.rules.limits import Limits, budget_limits, layer_floors
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
@@ -45,8 +44,6 @@ MIN_ROWS = 32
 """Draws of all samples below which the quadratic form says nothing."""
 SEARCH_VERSION = 5
 """Part of a study's name: raised when the same request would be searched in another way."""
-GATE_BYTES = 320
-"""Most bytes of the names, headers and biases of a layer's gates in a checkpoint."""
 
 
 def offered_formats(profiled: tuple[str, ...], recipe: Recipe) -> tuple[str, ...]:
@@ -83,13 +80,10 @@ def counted_weight_bytes(
     """
     if source is None or not memory_budgets(budgets):
         return None
-    gates = _gate_bytes(source, shape) if any(rule.selects for rule in rules) else 0
-    return checkpoint_bytes(source.model, shape.dtype) + gates
-
-
-def _gate_bytes(source: SourceModel, shape: ModelShape) -> int:
-    hidden = int(source.model.config.get_text_config(decoder=True).hidden_size)
-    return shape.layers * (shape.kv_heads * (hidden + 1) * DTYPE_BYTES[shape.dtype] + GATE_BYTES)
+    taken = most_checkpoint_bytes(source.model, shape.dtype)
+    if any(rule.selects for rule in rules):
+        taken += most_gate_bytes(shape, source.model.config.get_text_config(decoder=True).hidden_size)
+    return taken
 
 
 def _limits(

@@ -24,8 +24,8 @@ from moacompress.models.source import GGUF_PACKAGES, find_model_folder, locate_s
 from moacompress.models.stored_plan import plan_file_problem
 from moacompress.models.support import TORCHAO, config_problems, is_tested, quantization_method, stored_problems
 from moacompress.models.tokenizer_files import tokenizer_problems
+from moacompress.models.weight_bytes import file_weight_bytes
 from moacompress.models.weight_files import (
-    bytes_by_type,
     check_weights,
     checkpoint_files,
     gguf_problems,
@@ -225,7 +225,7 @@ class _Checkpoint:
             }
         facts["weight_files"] = [file.name for file in self.files]
         facts["weight_bytes"] = sum(file.stat().st_size for file in self.files)
-        facts["weight_types"] = bytes_by_type(self.files, self.weights)
+        facts["weight_types"] = file_weight_bytes(self.files, self.weights)
         facts["blocks_read_as_they_lie"] = _reads_blocks(plan) if plan is not None and self.weights else None
         facts["loads"] = not self.stopping and bool(environment["autoload"]["registered"])
         return facts

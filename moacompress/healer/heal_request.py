@@ -12,10 +12,11 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import ModelError, UsageError
 from moacompress.core.files import digest_files, fingerprint
 from moacompress.core.ranks import world_size
-from moacompress.healer.trained_weights import LEARNING_RATES, HealedBytes, check_installed, check_trainable
+from moacompress.healer.trained_weights import LEARNING_RATES, check_installed, check_trainable, healed_weight_bytes
 from moacompress.healer.training_data import heal_lengths
 from moacompress.models.source import SourceModel, load_source
-from moacompress.models.stored_plan import checkpoint_weights, stored_bytes
+from moacompress.models.stored_plan import checkpoint_weights
+from moacompress.models.weight_bytes import checkpoint_weight_bytes
 from moacompress.recipe import Recipe
 from moacompress.recipe_sections import HealRecipe
 from moacompress.rules.plan import Plan
@@ -81,15 +82,16 @@ class HealRequest:
         asked = self.heal.checkpointing
         return longest > TWICE_BEYOND if asked is None else asked
 
-    def weight_bytes(self, model: Any) -> HealedBytes | None:
-        """Returns what the checkpoint's weights take, and the healed one's; None where no weights are in blocks.
+    def weight_bytes(self, model: Any) -> dict[str, dict[str, int]] | None:
+        """Returns the bytes of the checkpoint's weights by type, `before` and `after`; None where none are in blocks.
 
         Args:
             model: the checkpoint's, as `make_trainable` returned it.
         """
         if not self.types:
             return None
-        return HealedBytes.of(stored_bytes(self.checkpoint.folder), self.types, model, self.plan.model.dtype)
+        before = checkpoint_weight_bytes(self.checkpoint.folder)
+        return {"before": before, "after": healed_weight_bytes(before, self.types, model, self.plan.model.dtype)}
 
     @staticmethod
     def of(

@@ -22,6 +22,7 @@ from moacompress.models.block_layers import (
 )
 from moacompress.models.modules import decoder_layers
 from moacompress.recipe_sections import HealRecipe
+from moacompress.rules.formats import DTYPE_BYTES
 from moacompress.rules.plan import Plan
 from moacompress.runtime.gate import TokenGate
 
@@ -258,33 +259,20 @@ def put_written(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> 
             held[name].copy_(tensor)
 
 
-@dataclass(frozen=True)
-class HealedBytes:
-    """What the weights of a checkpoint take, by their types: those of blocks, or dtypes.
+def healed_weight_bytes(before: Mapping[str, int], types: Mapping[str, str], model: Any, dtype: str) -> dict[str, int]:
+    """Returns the bytes of a healed checkpoint's weights by type: what was trained is stored as numbers, not in blocks.
 
-    Attributes:
-        before: the checkpoint that is healed.
-        after: the healed one, if a step is better than the start: what was trained is stored as numbers.
+    Args:
+        before: bytes of the checkpoint that is healed, by type.
+        types: its layers in blocks, with the names of the types.
+        model: as `make_trainable` returned it.
+        dtype: the checkpoint's.
     """
-
-    before: dict[str, int]
-    after: dict[str, int]
-
-    @staticmethod
-    def of(stored: Mapping[str, int], types: Mapping[str, str], model: Any, dtype: str) -> HealedBytes:
-        """Counts them.
-
-        Args:
-            stored: bytes of the checkpoint by types.
-            types: its layers in blocks, with the names of the types.
-            model: as `make_trainable` returned it.
-            dtype: the checkpoint's.
-        """
-        after = dict(stored)
-        for weight in trained_weights(model):
-            name = types.get(weight.name.removesuffix(".weight"))
-            if name is not None:
-                rows, inputs = weight.shape
-                after[name] -= rows * WEIGHT_TYPES[name].row_bytes(inputs)
-                after[dtype] = after.get(dtype, 0) + rows * inputs * getattr(torch, dtype).itemsize
-        return HealedBytes(dict(stored), {name: size for name, size in after.items() if size})
+    after = dict(before)
+    for weight in trained_weights(model):
+        name = types.get(weight.name.removesuffix(".weight"))
+        if name is not None:
+            rows, inputs = weight.shape
+            after[name] -= rows * WEIGHT_TYPES[name].row_bytes(inputs)
+            after[dtype] = after.get(dtype, 0) + rows * inputs * DTYPE_BYTES[dtype]
+    return {name: size for name, size in after.items() if size}
