@@ -18,7 +18,7 @@ from moacompress.core.files import fingerprint
 from moacompress.core.progress import Progress
 from moacompress.kernels.dispatch import check_formats
 from moacompress.models.source import SourceModel
-from moacompress.models.weight_bytes import most_checkpoint_bytes, most_gate_bytes
+from moacompress.models.weight_bytes import most_checkpoint_bytes
 from moacompress.recipe import Recipe
 from moacompress.repair.copies import repaired_copies
 from moacompress.repair.plans import repair_samples
@@ -80,10 +80,8 @@ def counted_weight_bytes(
     """
     if source is None or not memory_budgets(budgets):
         return None
-    taken = most_checkpoint_bytes(source.model, shape.dtype)
-    if any(rule.selects for rule in rules):
-        taken += most_gate_bytes(shape, source.model.config.get_text_config(decoder=True).hidden_size)
-    return taken
+    gated = shape if any(rule.selects for rule in rules) else None
+    return most_checkpoint_bytes(source.model, shape.dtype, gated)
 
 
 def _limits(

@@ -12,13 +12,15 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import ModelError, UsageError
 from moacompress.core.files import digest_files, fingerprint
 from moacompress.core.ranks import world_size
-from moacompress.healer.trained_weights import LEARNING_RATES, check_installed, check_trainable, healed_weight_bytes
+from moacompress.healer.trained_weights import LEARNING_RATES, check_installed, check_trainable, trained_weights
 from moacompress.healer.training_data import heal_lengths
+from moacompress.kernels.weight_blocks import WEIGHT_TYPES
 from moacompress.models.source import SourceModel, load_source
 from moacompress.models.stored_plan import checkpoint_weights
 from moacompress.models.weight_bytes import checkpoint_weight_bytes
 from moacompress.recipe import Recipe
 from moacompress.recipe_sections import HealRecipe
+from moacompress.rules.formats import DTYPE_BYTES
 from moacompress.rules.plan import Plan
 from moacompress.runtime.checkpoint import Checkpoint, compressed_folder, load_checkpoint, profile_folder
 
@@ -85,13 +87,22 @@ class HealRequest:
     def weight_bytes(self, model: Any) -> dict[str, dict[str, int]] | None:
         """Returns the bytes of the checkpoint's weights by type, `before` and `after`; None where none are in blocks.
 
+        What is trained is stored as numbers, if a step is better than the start.
+
         Args:
             model: the checkpoint's, as `make_trainable` returned it.
         """
         if not self.types:
             return None
-        before = checkpoint_weight_bytes(self.checkpoint.folder)
-        return {"before": before, "after": healed_weight_bytes(before, self.types, model, self.plan.model.dtype)}
+        before, dtype = checkpoint_weight_bytes(self.checkpoint.folder), self.plan.model.dtype
+        after = dict(before)
+        for weight in trained_weights(model):
+            kind = self.types.get(weight.name.removesuffix(".weight"))
+            if kind is not None:
+                rows, inputs = weight.shape
+                after[kind] -= rows * WEIGHT_TYPES[kind].row_bytes(inputs)
+                after[dtype] = after.get(dtype, 0) + rows * inputs * DTYPE_BYTES[dtype]
+        return {"before": before, "after": {kind: size for kind, size in after.items() if size}}
 
     @staticmethod
     def of(

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from moacompress.core.errors import UsageError
-from moacompress.kernels.weight_blocks import WEIGHT_TYPES
 from moacompress.models.block_layers import (
     BlockLinear,
     block_weights,
@@ -22,7 +21,6 @@ from moacompress.models.block_layers import (
 )
 from moacompress.models.modules import decoder_layers
 from moacompress.recipe_sections import HealRecipe
-from moacompress.rules.formats import DTYPE_BYTES
 from moacompress.rules.plan import Plan
 from moacompress.runtime.gate import TokenGate
 
@@ -257,22 +255,3 @@ def put_written(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> 
             put_numbers(layer, tensor.to(layer.weight.device))
         else:
             held[name].copy_(tensor)
-
-
-def healed_weight_bytes(before: Mapping[str, int], types: Mapping[str, str], model: Any, dtype: str) -> dict[str, int]:
-    """Returns the bytes of a healed checkpoint's weights by type: what was trained is stored as numbers, not in blocks.
-
-    Args:
-        before: bytes of the checkpoint that is healed, by type.
-        types: its layers in blocks, with the names of the types.
-        model: as `make_trainable` returned it.
-        dtype: the checkpoint's.
-    """
-    after = dict(before)
-    for weight in trained_weights(model):
-        name = types.get(weight.name.removesuffix(".weight"))
-        if name is not None:
-            rows, inputs = weight.shape
-            after[name] -= rows * WEIGHT_TYPES[name].row_bytes(inputs)
-            after[dtype] = after.get(dtype, 0) + rows * inputs * DTYPE_BYTES[dtype]
-    return {name: size for name, size in after.items() if size}

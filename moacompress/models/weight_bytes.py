@@ -5,7 +5,6 @@ By type they are those of the blocks that weights are in, such as Q8_0, or of dt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from moacompress.rules.model_shape import ModelShape
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
 HEADER_BYTES = 160
 """Most bytes that the header of a safetensors file takes for a tensor, beside its name, and for the file itself."""
@@ -41,32 +41,19 @@ def resident_bytes(model: nn.Module) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def file_weight_bytes(files: Iterable[Path], types: Mapping[str, str]) -> dict[str, int]:
-    """Returns the bytes of the tensors in safetensors files by type.
-
-    Args:
-        files: the files.
-        types: layers whose weights are in blocks, with the names of the types.
+def checkpoint_weight_bytes(folder: Path) -> dict[str, int]:
+    """Returns the bytes of a compressed checkpoint's weights by type; nothing where it has none.
 
     Raises:
-        ArtefactError: a file is cut short or is not safetensors.
+        ArtefactError, PlanError: the checkpoint is damaged.
     """
-    found: dict[str, int] = {}
-    for file in files:
+    types, found = checkpoint_weights(folder), dict[str, int]()
+    for file in loaded_files(folder):
         for name, tensor in read_header(file).items():
             kind = types.get(name.removesuffix(".weight"), FLOAT_NAMES.get(tensor.dtype, tensor.dtype))
             size = {**FLOAT_BYTES, **OTHER_BYTES}.get(tensor.dtype, 1)
             found[kind] = found.get(kind, 0) + tensor.numbers * size
     return found
-
-
-def checkpoint_weight_bytes(folder: Path) -> dict[str, int]:
-    """Returns the bytes of a compressed checkpoint's weights by type.
-
-    Raises:
-        ArtefactError, PlanError: the checkpoint is damaged.
-    """
-    return file_weight_bytes(loaded_files(folder), checkpoint_weights(folder))
 
 
 def loaded_weight_bytes(folder: Path, dtype: str) -> int:
@@ -79,20 +66,19 @@ def loaded_weight_bytes(folder: Path, dtype: str) -> int:
     return sum(size // DTYPE_BYTES[kind] * DTYPE_BYTES[dtype] if kind in DTYPE_BYTES else size for kind, size in stored)
 
 
-def most_checkpoint_bytes(model: nn.Module, dtype: str) -> int:
+def most_checkpoint_bytes(model: PreTrainedModel, dtype: str, gated: ModelShape | None = None) -> int:
     """Returns the most bytes that a checkpoint's weight files take, their headers counted; a shared weight counts once.
 
     Args:
         model: as it would be saved; blocks stay as they are.
         dtype: that its floats are saved in, where they are in the model's own now.
+        gated: its shape where each KV head gets a gate.
     """
-    own, total = getattr(model, "dtype", None), HEADER_BYTES
+    total = HEADER_BYTES
     for name, tensor in tensors_once(model):
-        size = tensor.numel() * DTYPE_BYTES[dtype] if tensor.dtype == own else tensor.nbytes
+        size = tensor.numel() * DTYPE_BYTES[dtype] if tensor.dtype == model.dtype else tensor.nbytes
         total += size + len(name.encode()) + HEADER_BYTES
+    if gated is not None:
+        hidden = model.config.get_text_config(decoder=True).hidden_size
+        total += gated.layers * (gated.kv_heads * (hidden + 1) * DTYPE_BYTES[dtype] + GATE_HEADER_BYTES)
     return total
-
-
-def most_gate_bytes(shape: ModelShape, hidden: int) -> int:
-    """Returns the most bytes that the gates of all KV heads take in a checkpoint, `hidden` numbers each."""
-    return shape.layers * (shape.kv_heads * (hidden + 1) * DTYPE_BYTES[shape.dtype] + GATE_HEADER_BYTES)

@@ -19,7 +19,7 @@ from moacompress.core.shown import Shown
 from moacompress.rules.formats import NATIVE
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.key_centres import Centre, Centres, centre_numbers, check_centres, to_text, to_texts
-from moacompress.rules.kv_bytes import kv_bytes, kv_bytes_of_heads
+from moacompress.rules.kv_bytes import head_kv_bytes, kv_bytes
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan_form import (
     FORMAT,
@@ -141,7 +141,12 @@ class Plan(Shown):
 
         A reuse layer takes what its values take.
         """
-        return kv_bytes_of_heads(self.model, self.rules, self.min_window, n, self.shares)
+        found = []
+        for layer, (row, native) in enumerate(zip(self.rules, self.model.native_windows, strict=True)):
+            reuses = self.share(layer) is not None
+            sizes = [head_kv_bytes(self.model, rule, self.min_window, native, n, reuses=reuses) for rule in row]
+            found.append(list(map(int, sizes)))
+        return found
 
     def kv_bytes_by_length(self, lengths: Iterable[int]) -> dict[str, dict[str, int]]:
         """Returns the bytes of the cache and of the dense model's at each length, as notes and `--json` have them."""

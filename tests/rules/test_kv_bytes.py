@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,6 @@ from moacompress.rules.kv_bytes import (
     dense_kv_bytes,
     head_kv_bytes,
     kv_bytes,
-    kv_bytes_of_heads,
 )
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
@@ -37,12 +38,13 @@ def test_candidates_agree_with_plans() -> None:
     table = candidate_kv_bytes(SHAPE, RULES, 32, LENGTHS)
     assert table.dtype == np.int64
     assert table.shape == (6, 6, 2, len(RULES))
-    shared = candidate_kv_bytes(SHAPE, RULES, 32, LENGTHS, SHARES)
+    reused = candidate_kv_bytes(SHAPE, RULES, 32, LENGTHS, SHARES)
     for number in (0, 1, 7, len(RULES) - 1):
         plan = Plan.uniform(SHAPE, RULES[number], 32)
+        shared = replace(plan, shares=SHARES)
         for index, n in enumerate(LENGTHS):
             assert table[index, :, :, number].sum() == plan.kv_bytes(n)
-            assert shared[index, ..., number].tolist() == kv_bytes_of_heads(SHAPE, plan.rules, 32, n, SHARES)
+            assert reused[index, ..., number].tolist() == shared.head_bytes(n)
 
 
 @pytest.mark.parametrize("shares", [(), SHARES])
