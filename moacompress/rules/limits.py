@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-from moacompress.core.arrays import Bools, Ints
+from moacompress.core.arrays import Bools, Floats, Ints
 from moacompress.core.errors import BudgetError, InfeasibleBudgetError
 from moacompress.rules.budget import Budget, byte_limits, check_feasible, format_length, memory_budgets
 from moacompress.rules.kv_bytes import candidate_kv_bytes, head_kv_bytes
@@ -19,10 +18,9 @@ from moacompress.rules.share import LayerShares
 
 Limits: TypeAlias = Mapping[int, int]
 """The most KV bytes of one row at each length, tokens; all must hold. Budgets give the shortest length first."""
-Shares: TypeAlias = npt.NDArray[np.float64]
 
 
-def layer_floors(floors: Mapping[int, float], shape: ModelShape) -> Shares:
+def layer_floors(floors: Mapping[int, float], shape: ModelShape) -> Floats:
     """Returns the smallest share of its KV bytes that every layer keeps, float64 [layers]; 0 where none is asked for.
 
     Raises:
@@ -38,7 +36,7 @@ def layer_floors(floors: Mapping[int, float], shape: ModelShape) -> Shares:
     return found
 
 
-def floored(sizes: Ints, floors: Shares) -> Ints:
+def floored(sizes: Ints, floors: Floats) -> Ints:
     """Returns the bytes with every rule that keeps less than its layer's floor standing for the full rule.
 
     Args:
@@ -48,12 +46,12 @@ def floored(sizes: Ints, floors: Shares) -> Ints:
     return np.where(below_floors(sizes, floors), sizes[..., :1], sizes)
 
 
-def below_floors(sizes: Ints, floors: Shares) -> Bools:
+def below_floors(sizes: Ints, floors: Floats) -> Bools:
     """Returns whether a rule keeps less than its layer's floor at some length, [layers, kv_heads, rules]; see `floored`."""
     return np.asarray((sizes < np.ceil(floors[:, None, None] * sizes[..., :1])).any(axis=0))
 
 
-def meets(plan: Plan, floors: Shares, lengths: Iterable[int]) -> bool:
+def meets(plan: Plan, floors: Floats, lengths: Iterable[int]) -> bool:
     """Returns whether every KV head keeps at least its layer's floor, [layers], at every length."""
     for row, native, floor in zip(plan.rules, plan.model.native_windows, floors, strict=True):
         for n in lengths if floor else ():
@@ -79,7 +77,7 @@ def budget_limits(
     lengths: Sequence[int],
     rules: Sequence[Rule],
     min_window: int,
-    floors: Shares | None = None,
+    floors: Floats | None = None,
     shares: LayerShares = (),
     weights: int | None = None,
 ) -> Limits:
@@ -121,7 +119,7 @@ def smallest_kv_bytes(
     rules: Sequence[Rule],
     min_window: int,
     lengths: Sequence[int],
-    floors: Shares | None = None,
+    floors: Floats | None = None,
     shares: LayerShares = (),
 ) -> dict[int, int]:
     """Returns the KV bytes of the smallest plan at each length.
