@@ -19,7 +19,8 @@ from transformers import DynamicCache, LlamaForCausalLM, QuantizedCache, StaticC
 
 from moacompress.bench.bench_request import Cell
 from moacompress.bench.graphs import CompiledForward
-from moacompress.bench.sides import FilledPlanCache, overlapping_kv, random_ids, same_weights, weight_bytes
+from moacompress.bench.sides import FilledPlanCache, overlapping_kv, random_ids, same_weights
+from moacompress.models.weight_bytes import weight_bytes
 from moacompress.rules.plan import Plan
 from moacompress.runtime import attach
 from moacompress.runtime.compat.alternates import cache_argument
@@ -55,7 +56,7 @@ class Sides:
     def read_bytes(self) -> int:
         """Bytes of the weights that a step reads: all but the table of embeddings."""
         table: Any = self.dense.get_input_embeddings()
-        return weight_bytes(self.dense) - int(table.weight.nbytes)
+        return sum(weight_bytes(self.dense).values()) - int(table.weight.nbytes)
 
     def plan(self, side: str) -> Plan:
         """Returns the plan of a side; of one that has none, that of full span."""

@@ -19,7 +19,7 @@ import numpy as np
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.progress import SILENT
 from moacompress.report.search_tables import difference_text
-from moacompress.rules.cost import byte_table
+from moacompress.rules.kv_bytes import candidate_kv_bytes
 from moacompress.rules.limits import Limits, limit_array
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
@@ -88,7 +88,7 @@ def chosen(profile: Profile, estimator: str, limits: Limits, numbers: list[int])
     influence = profile.blended(estimator, profile.recipe.search.text_weight)
     costs = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths)).costs()
     rules = [profile.rules[number] for number in numbers]
-    sizes = byte_table(profile.shape, rules, profile.min_window, list(limits))
+    sizes = candidate_kv_bytes(profile.shape, rules, profile.min_window, list(limits))
     knapsack = Knapsack(sizes, limit_array(limits), "lagrange")
     choice = knapsack.choose(costs[..., numbers])
     return profile.plan([[rules[number] for number in row] for row in choice.tolist()])

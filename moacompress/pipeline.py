@@ -40,7 +40,7 @@ from moacompress.models.locate import find_running_plan
 from moacompress.models.placement import checked_placement, input_device
 from moacompress.models.skeleton import is_described
 from moacompress.models.source import is_compressed
-from moacompress.models.stored_plan import stored_bytes
+from moacompress.models.weight_bytes import checkpoint_weight_bytes
 from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.plan import Plan
 from moacompress.run_checks import check_recipe, check_with_model, check_with_shape
@@ -205,7 +205,7 @@ def fill(
         },
         "kv_share": plan.kv_share(length),
         "dtype": plan.model.dtype,
-        "weights": stored_bytes(out / MODEL_FOLDER),
+        "weights": checkpoint_weight_bytes(out / MODEL_FOLDER),
         **({} if (memory := plan.budget.get("memory")) is None else {"memory": memory}),
         **({} if (rounding := plan.quality.get("rounded_weights")) is None else {"rounded_weights": rounding}),
         "seconds": clock.seconds,

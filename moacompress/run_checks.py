@@ -21,8 +21,7 @@ from moacompress.recipe import Recipe
 from moacompress.rules.asked_shares import AskedShares
 from moacompress.rules.budget import Budget, any_memory
 from moacompress.rules.candidates import in_formats
-from moacompress.rules.cost import layer_floors
-from moacompress.rules.limits import budget_limits
+from moacompress.rules.limits import budget_limits, layer_floors
 from moacompress.rules.loss import Loss, check_loss_samples
 from moacompress.rules.model_shape import ModelShape
 from moacompress.search.search_request import counted_weight_bytes, offered_formats

@@ -33,7 +33,7 @@ from moacompress.search.measure.study_storage import StudyStorage
 from moacompress.search.plan_place import plan_place
 from moacompress.search.plan_sets import write_front
 from moacompress.search.result.class_notes import class_quality
-from moacompress.search.result.search_result import SearchResult, bytes_note, versions
+from moacompress.search.result.search_result import SearchResult, versions
 from moacompress.search.search_request import SearchRequest
 
 SHARE = "log_share"
@@ -242,7 +242,7 @@ def _noted(request: SearchRequest, key: str, point: _Point, trials: int) -> Plan
     return plan.with_notes(
         budget={
             "asked": [f"{math.ceil(1000 * point.share) / 10:g}%"],
-            "bytes": bytes_note(plan, profile.lengths),
+            "bytes": plan.kv_bytes_by_length(sorted(profile.lengths)),
             "worst_share": WorstShare.of(plan, profile.lengths).to_dict(),
         },
         quality={

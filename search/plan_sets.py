@@ -17,7 +17,7 @@ from moacompress.core.progress import Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.rules.budget import any_memory, label
-from moacompress.rules.cost import layer_floors, smallest_bytes
+from moacompress.rules.limits import layer_floors, smallest_kv_bytes
 from moacompress.rules.loss import Loss, check_loss_samples
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
@@ -318,5 +318,5 @@ def smallest_share(profile: Profile, recipe: Recipe) -> float:
     """
     shape, sharing = profile.shape, ShareChoice.of(profile, recipe)
     floors, shares = layer_floors(recipe.search.floors, shape), () if sharing is None else sharing.fixed
-    smallest = smallest_bytes(shape, profile.rules, profile.min_window, list(profile.lengths), floors, shares)
+    smallest = smallest_kv_bytes(shape, profile.rules, profile.min_window, list(profile.lengths), floors, shares)
     return max(smallest[n] / shape.dense_kv_bytes(n) for n in profile.lengths)

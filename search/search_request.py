@@ -17,16 +17,14 @@ from moacompress.core.errors import UsageError
 from moacompress.core.files import fingerprint
 from moacompress.core.progress import Progress
 from moacompress.kernels.dispatch import check_formats
-from moacompress.models.checkpoint_bytes import checkpoint_bytes
 from moacompress.models.source import SourceModel
+from moacompress.models.weight_bytes import most_checkpoint_bytes
 from moacompress.recipe import Recipe
 from moacompress.repair.copies import repaired_copies
 from moacompress.repair.plans import repair_samples
 from moacompress.repair.projections import Weights
 from moacompress.rules.budget import Budget, memory_budgets
-from moacompress.rules.cost import layer_floors
-from moacompress.rules.formats import DTYPE_BYTES
-from moacompress.rules.limits import Limits, budget_limits
+from moacompress.rules.limits import Limits, budget_limits, layer_floors
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -46,8 +44,6 @@ MIN_ROWS = 32
 """Draws of all samples below which the quadratic form says nothing."""
 SEARCH_VERSION = 5
 """Part of a study's name: raised when the same request would be searched in another way."""
-GATE_BYTES = 320
-"""Most bytes of the names, headers and biases of a layer's gates in a checkpoint."""
 
 
 def offered_formats(profiled: tuple[str, ...], recipe: Recipe) -> tuple[str, ...]:
@@ -84,13 +80,8 @@ def counted_weight_bytes(
     """
     if source is None or not memory_budgets(budgets):
         return None
-    gates = _gate_bytes(source, shape) if any(rule.selects for rule in rules) else 0
-    return checkpoint_bytes(source.model, shape.dtype) + gates
-
-
-def _gate_bytes(source: SourceModel, shape: ModelShape) -> int:
-    hidden = int(source.model.config.get_text_config(decoder=True).hidden_size)
-    return shape.layers * (shape.kv_heads * (hidden + 1) * DTYPE_BYTES[shape.dtype] + GATE_BYTES)
+    gated = shape if any(rule.selects for rule in rules) else None
+    return most_checkpoint_bytes(source.model, shape.dtype, gated)
 
 
 def _limits(

@@ -22,8 +22,8 @@ from moacompress.calibration.profile import passes
 from moacompress.calibration.profile.sample_statistics import sample_statistics
 from moacompress.cli import app
 from moacompress.core.errors import DataError, ModelError
-from moacompress.estimate.live_bytes import weight_bytes
 from moacompress.models.source import model_shape
+from moacompress.models.weight_bytes import resident_bytes
 from moacompress.pipeline import estimate
 from moacompress.recipe import Recipe
 from moacompress.rules.candidates import candidate_rules
@@ -59,7 +59,7 @@ def test_weights_and_cache(family: str, tiny_model: Callable[..., PreTrainedMode
     model: Any = tiny_model(family)
     counts = ModelCounts.of(model.config)
     assert counts.parameters == model.num_parameters()
-    assert abs(weight_bytes(model) - 4 * counts.parameters) < 2000  # rotary frequencies
+    assert abs(resident_bytes(model) - 4 * counts.parameters) < 2000  # rotary frequencies
     with torch.no_grad():
         cache = returned_cache(model(input_ids=torch.full((1, LENGTH), 5), use_cache=True))
     stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

@@ -23,11 +23,12 @@ from moacompress.calibration.profile.profiler import rules_on_offer
 from moacompress.calibration.profile.sample_statistics import fisher_cotangent
 from moacompress.calibration.profile.sharing import Attended, CopySums, copyable
 from moacompress.calibration.profile.tiles import Collector
-from moacompress.estimate.live_bytes import Line, LiveBytes, weight_bytes
+from moacompress.estimate.live_bytes import Line, LiveBytes
 from moacompress.estimate.rates import REPEATS, Rates
 from moacompress.kernels.arguments import Choices
 from moacompress.models.placement import input_device
 from moacompress.models.source import SourceModel
+from moacompress.models.weight_bytes import resident_bytes
 from moacompress.recipe import Recipe
 from moacompress.recipe_sections import ProfileRecipe
 from moacompress.rules.plan import Plan
@@ -106,7 +107,7 @@ class Probe(Rates):
         super().__init__(device)
         self._model, self._shape, self.around = source.model, source.shape, around
         chosen = recipe.profile
-        self.weight_bytes = weight_bytes(source.model)
+        self.weight_bytes = resident_bytes(source.model)
         self._table, self._device = RuleTable.of(rules_on_offer(recipe, around), chosen.min_window), device
         self._plans = Recording.of(source.shape, self._table, around).plans
         self._allowed = copyable(source.shape.native_windows, chosen.anchors).tolist()

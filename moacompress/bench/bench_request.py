@@ -10,7 +10,7 @@ from typing import Any
 from moacompress.core.errors import DataError, MoaCompressError, UsageError, did_you_mean
 from moacompress.core.files import fingerprint, read_json
 from moacompress.core.tables import readable_bytes
-from moacompress.models.weight_files import loaded_bytes, loaded_files
+from moacompress.models.weight_bytes import loaded_weight_bytes
 from moacompress.rules.formats import DTYPE_BYTES, dtype_name
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
@@ -136,8 +136,7 @@ def largest_cell(request: BenchRequest, plan: Plan, folder: Path) -> tuple[int, 
     """Returns the bytes that the cell which needs most memory takes, about, and that cell; arguments as `check_fits`."""
     config = read_json(folder / "config.json", "config")
     text = config.get("text_config", config) if isinstance(config, dict) else {}
-    files = loaded_files(folder)
-    weights = {dtype: loaded_bytes(files, DTYPE_BYTES[dtype]) for dtype in {cell.dtype for cell in request.cells()}}
+    weights = {dtype: loaded_weight_bytes(folder, dtype) for dtype in {cell.dtype for cell in request.cells()}}
     return max(
         ((estimated_bytes(request, plan, cell, weights[cell.dtype], text), cell) for cell in request.cells()),
         key=lambda item: item[0],

@@ -28,7 +28,6 @@ from moacompress.bench.sides import (
     make_models,
     random_ids,
     vocabulary_size,
-    weight_bytes,
 )
 from moacompress.bench.step_trace import trace_steps
 from moacompress.bench.timing_rows import break_even, make_row
@@ -42,6 +41,7 @@ from moacompress.core.version import own_version
 from moacompress.kernels import dispatch
 from moacompress.models.device import available_memory
 from moacompress.models.stored_plan import stored_plan
+from moacompress.models.weight_bytes import weight_bytes
 from moacompress.rules.plan import Plan
 from moacompress.runtime.checkpoint import compressed_folder, load_checkpoint
 
@@ -230,7 +230,7 @@ class _Benchmark:
             probe = torch.empty(0, dtype=getattr(torch, cell.dtype), device=self.request.device)
             found |= {
                 "sides": list(self.request.sides),
-                "weight_bytes": weight_bytes(models["dense"]),
+                "weight_bytes": sum(weight_bytes(models["dense"]).values()),
                 "kernel": dispatch.backend_for(probe).name,
                 "load_per_core": load,
             }

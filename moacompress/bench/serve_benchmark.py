@@ -27,8 +27,8 @@ from moacompress.core.tables import readable_bytes
 from moacompress.kernels import dispatch
 from moacompress.models.device import available_memory
 from moacompress.models.stored_plan import stored_plan
-from moacompress.models.weight_files import loaded_bytes, loaded_files
-from moacompress.rules.formats import DTYPE_BYTES, dtype_name
+from moacompress.models.weight_bytes import loaded_weight_bytes
+from moacompress.rules.formats import dtype_name
 from moacompress.rules.plan import Plan
 from moacompress.runtime.checkpoint import compressed_folder, load_checkpoint
 
@@ -151,7 +151,7 @@ def _check_fits(request: ServeRequest, mix: Sequence[Request], plan: Plan, folde
         for side in request.sides:
             check_requests(mix, _bytes_of(side, plan.in_dtype(dtype)), request.kv_memory, side)
     # the dense cache is copied where a row joins or leaves
-    weights = loaded_bytes(loaded_files(folder), max(DTYPE_BYTES[dtype] for dtype in dtypes))
+    weights = max(loaded_weight_bytes(folder, dtype) for dtype in dtypes)
     needed, available = LIBRARY_BYTES + weights + 2 * request.kv_memory, available_memory(request.device)
     if needed > available:
         raise MoaCompressError(

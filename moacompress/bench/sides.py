@@ -75,11 +75,6 @@ def same_weights(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, shared)
 
 
-def weight_bytes(model: PreTrainedModel) -> int:
-    """Returns the bytes of all parameters, tied ones counted once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
 def synchronize(device: str) -> None:
     """Waits until the device has done what it was given."""
     if torch.device(device).type == "cuda":

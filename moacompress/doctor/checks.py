@@ -24,8 +24,8 @@ from moacompress.models.source import GGUF_PACKAGES, find_model_folder, locate_s
 from moacompress.models.stored_plan import plan_file_problem
 from moacompress.models.support import TORCHAO, config_problems, is_tested, quantization_method, stored_problems
 from moacompress.models.tokenizer_files import tokenizer_problems
+from moacompress.models.weight_bytes import checkpoint_weight_bytes
 from moacompress.models.weight_files import (
-    bytes_by_type,
     check_weights,
     checkpoint_files,
     gguf_problems,
@@ -144,6 +144,7 @@ class _Checkpoint:
         plan: the plan that would run, None if it cannot be read.
         weights: layers whose weights are in blocks, with the types.
         files: those of its weights.
+        bytes_by_type: of its weights.
         stopping: what keeps `from_pretrained` from loading it, one sentence each.
         problems: that and everything else that is wrong.
     """
@@ -152,6 +153,7 @@ class _Checkpoint:
         self.plan: Plan | None = None
         self.weights: dict[str, str] = {}
         self.files: list[Path] = []
+        self.bytes_by_type: dict[str, int] = {}
         self.stopping: list[str] = []
         self._beside: list[str] = []
         with self._noting():
@@ -184,7 +186,7 @@ class _Checkpoint:
         blocks = block_weights(skeleton)
         self.stopping += weight_problems(folder, blocks)
         if not self.stopping:
-            self.files = checkpoint_files(folder)
+            self.files, self.bytes_by_type = checkpoint_files(folder), checkpoint_weight_bytes(folder)
             expected = needed_weights(skeleton)
             check_weights(self.files, expected, blocks)
             lost = missing_weights(self.files, expected, getattr(skeleton, "all_tied_weights_keys", None) or {})
@@ -219,15 +221,13 @@ class _Checkpoint:
                 "dtype": plan.model.dtype,
                 "weights_fingerprint": plan.model.weights_fingerprint,
                 "budget": list(plan.budget.get("asked", [])),
-                "kv_bytes": {
-                    str(n): {"dense": plan.model.dense_kv_bytes(n), "plan": plan.kv_bytes(n)} for n in lengths
-                },
+                "kv_bytes": plan.kv_bytes_by_length(lengths),
                 "kv_share": {str(n): plan.kv_share(n) for n in lengths},
                 "kernel": _kernel_for(plan.model.dtype) if environment["kernel"]["name"] else None,
             }
         facts["weight_files"] = [file.name for file in self.files]
         facts["weight_bytes"] = sum(file.stat().st_size for file in self.files)
-        facts["weight_types"] = bytes_by_type(self.files, self.weights)
+        facts["weight_types"] = self.bytes_by_type
         facts["blocks_read_as_they_lie"] = _reads_blocks(plan) if plan is not None and self.weights else None
         facts["loads"] = not self.stopping and bool(environment["autoload"]["registered"])
         return facts

@@ -9,11 +9,11 @@ from pathlib import Path
 from moacompress.core.tables import readable_seconds
 from moacompress.estimate.devices import on_devices
 from moacompress.estimate.estimate import Estimate
-from moacompress.estimate.live_bytes import weight_bytes
 from moacompress.estimate.rates import Rates, TimedRates
 from moacompress.evaluation.baselines.compared_models import sides
 from moacompress.evaluation.scoring.prompts import BATCH_TOKENS
 from moacompress.models.placement import input_device
+from moacompress.models.weight_bytes import resident_bytes
 from moacompress.rules.rule import SINKS
 from moacompress.runtime.checkpoint import Checkpoint, compressed_folder, load_checkpoint
 from moacompress.runtime.linear import use_kernels
@@ -104,7 +104,7 @@ def estimate_eval(
     answers = (len(tasks) * len(lengths) * prompts + rows) * models
     together = eval_seconds_on(len(tasks), lengths, prompts, models, rates, devices)
     together += eval_seconds_on(1, [max(lengths)], rows, models, rates, devices)
-    size = weight_bytes(checkpoint.model)
+    size = resident_bytes(checkpoint.model)
     said, found = on_devices(seconds, together, devices, size) if devices > 1 else ("", {})
     return Estimate(
         seconds=seconds,

@@ -204,7 +204,7 @@ def estimate_export(
 ) -> Estimate:
     """Returns what an export would do, after all that `export` checks before it writes; arguments and errors are its."""
     from moacompress.estimate.stopwatch import Stopwatch
-    from moacompress.models.block_layers import stored_bytes
+    from moacompress.models.weight_bytes import weight_bytes
 
     out, watch = Path(out), Stopwatch("cpu")
     # an export begins with the same: of a .gguf file most of the time goes into the numbers that its blocks stand for
@@ -212,7 +212,7 @@ def estimate_export(
         lambda: _prepared(model, plan, out, (weights, head_weights), repair, None, device, overwrite, trust_remote_code)
     )
     warn_of_budget(found.plan)
-    size = sum(stored_bytes(found.source.model).values())
+    size = sum(weight_bytes(found.source.model).values())
     return export_estimate(
         out, found.reused, holds_something(out), size, found.profile is not None, loading, watch.slowdown
     )
@@ -319,7 +319,8 @@ def write_checkpoint(source: SourceModel, plan: Plan, folder: Path) -> Continuat
     Raises:
         ArtefactError: the folder cannot be written.
     """
-    from moacompress.models.block_layers import stored_bytes, weight_types
+    from moacompress.models.block_layers import weight_types
+    from moacompress.models.weight_bytes import weight_bytes
 
     with writing_to(folder):
         source.model.save_pretrained(folder)
@@ -329,7 +330,7 @@ def write_checkpoint(source: SourceModel, plan: Plan, folder: Path) -> Continuat
     recipe = plan.provenance.get("recipe")
     if recipe is not None:
         write_text(folder / RECIPE_FILE, json.dumps(recipe, indent=1, ensure_ascii=False) + "\n")
-    stored = stored_bytes(source.model) if weight_types(source.model) else None
+    stored = weight_bytes(source.model) if weight_types(source.model) else None
     write_text(folder / CARD, model_card(plan, stored))
     for licence in licence_files(source.source):
         shutil.copyfile(licence, folder / licence.name)

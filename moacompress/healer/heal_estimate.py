@@ -90,7 +90,7 @@ def estimate_heal(
         "peak_bytes": rates.peak_bytes + ADAM_BYTES * rates.trained,
         "trained_parameters": rates.trained,
         "max_minutes": heal.max_minutes,
-        "weight_bytes": None if rates.weights is None else vars(rates.weights),
+        "weight_bytes": rates.weights,
     }
     seconds = answer_seconds + (training if heal.max_minutes is None else min(training, 60 * heal.max_minutes))
     return Estimate(seconds=seconds, text=_said(facts, seconds), facts=facts, slowdown=rates.watch.slowdown)

@@ -12,12 +12,15 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import ModelError, UsageError
 from moacompress.core.files import digest_files, fingerprint
 from moacompress.core.ranks import world_size
-from moacompress.healer.trained_weights import LEARNING_RATES, HealedBytes, check_installed, check_trainable
+from moacompress.healer.trained_weights import LEARNING_RATES, check_installed, check_trainable, trained_weights
 from moacompress.healer.training_data import heal_lengths
+from moacompress.kernels.weight_blocks import WEIGHT_TYPES
 from moacompress.models.source import SourceModel, load_source
-from moacompress.models.stored_plan import checkpoint_weights, stored_bytes
+from moacompress.models.stored_plan import checkpoint_weights
+from moacompress.models.weight_bytes import checkpoint_weight_bytes
 from moacompress.recipe import Recipe
 from moacompress.recipe_sections import HealRecipe
+from moacompress.rules.formats import DTYPE_BYTES
 from moacompress.rules.plan import Plan
 from moacompress.runtime.checkpoint import Checkpoint, compressed_folder, load_checkpoint, profile_folder
 
@@ -81,15 +84,25 @@ class HealRequest:
         asked = self.heal.checkpointing
         return longest > TWICE_BEYOND if asked is None else asked
 
-    def weight_bytes(self, model: Any) -> HealedBytes | None:
-        """Returns what the checkpoint's weights take, and the healed one's; None where no weights are in blocks.
+    def weight_bytes(self, model: Any) -> dict[str, dict[str, int]] | None:
+        """Returns the bytes of the checkpoint's weights by type, `before` and `after`; None where none are in blocks.
+
+        What is trained is stored as numbers, if a step is better than the start.
 
         Args:
             model: the checkpoint's, as `make_trainable` returned it.
         """
         if not self.types:
             return None
-        return HealedBytes.of(stored_bytes(self.checkpoint.folder), self.types, model, self.plan.model.dtype)
+        before, dtype = checkpoint_weight_bytes(self.checkpoint.folder), self.plan.model.dtype
+        after = dict(before)
+        for weight in trained_weights(model):
+            kind = self.types.get(weight.name.removesuffix(".weight"))
+            if kind is not None:
+                rows, inputs = weight.shape
+                after[kind] -= rows * WEIGHT_TYPES[kind].row_bytes(inputs)
+                after[dtype] = after.get(dtype, 0) + rows * inputs * DTYPE_BYTES[dtype]
+        return {"before": before, "after": {kind: size for kind, size in after.items() if size}}
 
     @staticmethod
     def of(

@@ -372,9 +372,9 @@ def _noted(request: HealRequest, data: HealData, history: HealHistory, model: An
         "evaluations": [{"step": found.step, "kl": found.mean} for found in [history.start, *history.evaluations]],
         "recipe": {**request.recipe.shared(request.teacher.source)["heal"], "seed": request.recipe.seed},
     }
-    stored = request.weight_bytes(model)
-    if stored is not None:
-        notes["weight_bytes"] = {"before": stored.before, "after": stored.before if best is None else stored.after}
+    sizes = request.weight_bytes(model)
+    if sizes is not None:
+        notes["weight_bytes"] = {**sizes, "after": sizes["before"]} if best is None else sizes
     plan = request.plan.with_notes(provenance={**request.plan.provenance, "heal": notes})
     return plan if plan.seen is None else replace(plan, seen=Shingles.union([plan.seen, data.seen]))
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from moacompress.core.errors import UsageError
-from moacompress.kernels.weight_blocks import WEIGHT_TYPES
 from moacompress.models.block_layers import (
     BlockLinear,
     block_weights,
@@ -256,35 +255,3 @@ def put_written(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> 
             put_numbers(layer, tensor.to(layer.weight.device))
         else:
             held[name].copy_(tensor)
-
-
-@dataclass(frozen=True)
-class HealedBytes:
-    """What the weights of a checkpoint take, by their types: those of blocks, or dtypes.
-
-    Attributes:
-        before: the checkpoint that is healed.
-        after: the healed one, if a step is better than the start: what was trained is stored as numbers.
-    """
-
-    before: dict[str, int]
-    after: dict[str, int]
-
-    @staticmethod
-    def of(stored: Mapping[str, int], types: Mapping[str, str], model: Any, dtype: str) -> HealedBytes:
-        """Counts them.
-
-        Args:
-            stored: bytes of the checkpoint by types.
-            types: its layers in blocks, with the names of the types.
-            model: as `make_trainable` returned it.
-            dtype: the checkpoint's.
-        """
-        after = dict(stored)
-        for weight in trained_weights(model):
-            name = types.get(weight.name.removesuffix(".weight"))
-            if name is not None:
-                rows, inputs = weight.shape
-                after[name] -= rows * WEIGHT_TYPES[name].row_bytes(inputs)
-                after[dtype] = after.get(dtype, 0) + rows * inputs * getattr(torch, dtype).itemsize
-        return HealedBytes(dict(stored), {name: size for name, size in after.items() if size})

@@ -20,7 +20,6 @@ from moacompress.core.errors import ModelError, UnsupportedError
 from moacompress.kernels.derivatives import is_transformed
 from moacompress.kernels.dispatch import backend_for
 from moacompress.kernels.weight_blocks import WEIGHT_TYPES, WeightType, dequantized
-from moacompress.models.placement import tensors_once
 
 SCALED = "embed_scale"
 """The buffer of an embedding that scales its rows, as Gemma's does."""
@@ -233,15 +232,6 @@ def put_numbers(module: BlockLinear, weight: torch.Tensor) -> None:
     module.weight = nn.Parameter(weight, requires_grad=False)
     del module.kind
     module.__class__ = nn.Linear  # type: ignore[assignment]
-
-
-def stored_bytes(model: nn.Module) -> dict[str, int]:
-    """Returns the bytes of a model's weights by their types, those of blocks or dtypes; a shared weight counts once."""
-    kinds, found = block_weights(model), dict[str, int]()
-    for name, tensor in tensors_once(model):
-        key = kinds[name].name if name in kinds else str(tensor.dtype).removeprefix("torch.")
-        found[key] = found.get(key, 0) + tensor.nbytes
-    return found
 
 
 def settle_scales(model: nn.Module) -> None:

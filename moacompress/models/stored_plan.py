@@ -13,7 +13,6 @@ from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import PlanError
 from moacompress.core.files import read_json
 from moacompress.models.source import is_compressed
-from moacompress.models.weight_files import bytes_by_type, checkpoint_files
 from moacompress.rules.plan import Plan
 
 _NOTES = ("budget", "quality", "provenance")
@@ -69,15 +68,6 @@ def checkpoint_weights(folder: Path) -> dict[str, str]:
     """
     config = read_json(folder / "config.json", "config")
     return stored_weights(config.get("quantization_config") if isinstance(config, dict) else None)
-
-
-def stored_bytes(folder: Path) -> dict[str, int]:
-    """Returns the bytes of a compressed checkpoint's weights by their types: those of blocks, or dtypes.
-
-    Raises:
-        ArtefactError, PlanError: the checkpoint is damaged.
-    """
-    return bytes_by_type(checkpoint_files(folder), checkpoint_weights(folder))
 
 
 def plan_file_problem(folder: Path, for_people: Plan, plan: Plan) -> str | None:

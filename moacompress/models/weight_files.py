@@ -7,7 +7,7 @@ memory is taken.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,25 +237,6 @@ def missing_weights(
     return None
 
 
-def bytes_by_type(files: Iterable[Path], types: Mapping[str, str]) -> dict[str, int]:
-    """Returns the bytes of the tensors in safetensors files by their types: those of blocks, or dtypes.
-
-    Args:
-        files: the files.
-        types: layers whose weights are in blocks, with the names of the types.
-
-    Raises:
-        ArtefactError: as `read_header`.
-    """
-    found: dict[str, int] = {}
-    for file in files:
-        for name, tensor in read_header(file).items():
-            kind = types.get(name.removesuffix(".weight"), FLOAT_NAMES.get(tensor.dtype, tensor.dtype))
-            size = {**FLOAT_BYTES, **OTHER_BYTES}.get(tensor.dtype, 1)
-            found[kind] = found.get(kind, 0) + tensor.numbers * size
-    return found
-
-
 def gguf_problems(file: Path) -> list[str]:
     """Returns what in a `.gguf` file's tensor types cannot be dequantized, one sentence each."""
     import gguf
@@ -296,20 +277,3 @@ def _size(file: Path) -> str:
         return f" ({file.stat().st_size:,} bytes{', like a pickle of torch.save' if pickled else ''})"
     except OSError:
         return ""
-
-
-def loaded_bytes(files: Iterable[Path], size: int) -> int:
-    """Returns the bytes that the tensors in safetensors files take in memory.
-
-    Args:
-        files: the files.
-        size: bytes of a float, in the dtype that they are loaded in; bytes, as of weights in blocks, stay what they are.
-
-    Raises:
-        ArtefactError: as `read_header`.
-    """
-    return sum(
-        tensor.numbers * (size if tensor.dtype in FLOAT_BYTES else OTHER_BYTES.get(tensor.dtype, 1))
-        for file in files
-        for tensor in read_header(file).values()
-    )

@@ -18,7 +18,8 @@ from moacompress.exporter.card import repair_text
 from moacompress.models.locate import find_running_plan
 from moacompress.models.source import find_model_folder
 from moacompress.models.stored_plan import checkpoint_weights, read_plan
-from moacompress.models.weight_files import StoredTensor, bytes_by_type, loaded_files, read_header
+from moacompress.models.weight_bytes import checkpoint_weight_bytes
+from moacompress.models.weight_files import StoredTensor, loaded_files, read_header
 from moacompress.report.heal_tables import heal_sentence
 from moacompress.rules.budget import Budget, format_length, reference_length
 from moacompress.rules.cost import attention_flops, chosen_share, format_rows, kept_bits
@@ -99,7 +100,7 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
         "gates": chosen_share(plan, reference) if plan.selects else None,
         "centres": _centres(plan),
         "reference_length": reference,
-        "kv_bytes": {str(n): {"dense": plan.model.dense_kv_bytes(n), "plan": plan.kv_bytes(n)} for n in chosen},
+        "kv_bytes": plan.kv_bytes_by_length(chosen),
         "worst_share": WorstShare.of(plan).to_dict(),
         "attention_flops": {str(n): _flops(plan, n) for n in chosen},
         "dtype": plan.model.dtype,
@@ -110,9 +111,7 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
             {"layer": layer, **share.to_dict()} for layer, share in enumerate(plan.shares) if share is not None
         ],
         "parameters": parameters,
-        "weights": None
-        if folder is None or parameters is None
-        else bytes_by_type(loaded_files(folder), _in_blocks(folder)),
+        "weights": None if folder is None or parameters is None else checkpoint_weight_bytes(folder),
         "repair": plan.provenance.get("repair"),
         "min_window": plan.min_window,
         "budget": list(plan.budget.get("asked", [])),

@@ -1,98 +1,20 @@
-"""What a rule costs in bytes of cache, exactly, and whether a budget can be met at all.
-
-All numbers are integers from `moacompress.rules.rule_table`, so that the solver, the plan and the cache agree to the byte.
-"""
+"""What a plan costs and keeps: shares of the dense bytes, bytes and bits by format, what gates select, attention's work."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from moacompress.core.arrays import Floats, Ints
-from moacompress.core.errors import BudgetError
 from moacompress.rules.budget import Budget
 from moacompress.rules.formats import find_format
-from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.kv_bytes import dense_kv_bytes, kv_bytes
 from moacompress.rules.plan import Plan
-from moacompress.rules.rule import MIN_WINDOWS, Rule
-from moacompress.rules.rule_table import RuleTable
-from moacompress.rules.share import LayerShares
 from moacompress.rules.windows import BLOCK
 
-Shares: TypeAlias = npt.NDArray[np.float64]
 AT_ONCE = 1 << 20
 """Numbers of tokens that are counted at a time."""
-
-
-def byte_table(
-    shape: ModelShape, rules: Sequence[Rule], min_window: int, lengths: Sequence[int], shares: LayerShares = ()
-) -> Ints:
-    """Returns the bytes of cache that every KV head takes under every rule; those of a layer that shares are its values'.
-
-    Args:
-        shape: for layers, KV heads and native windows.
-        rules: candidate rules.
-        min_window: smallest window, tokens.
-        lengths: tokens so far.
-        shares: what each layer takes from an earlier one; empty for nothing.
-
-    Returns:
-        int64 [lengths, layers, kv_heads, rules].
-    """
-    n = np.array(lengths, np.int64)
-    slots = {native: RuleTable.of(rules, min_window, native).slots(n) for native in set(shape.native_windows)}
-    whole, values = (np.array([of(rule) for rule in rules], np.int64) for of in (shape.token_bytes, shape.value_bytes))
-    layers = [
-        slots[native] * (values if shares and shares[layer] is not None else whole)
-        for layer, native in enumerate(shape.native_windows)
-    ]
-    return np.repeat(np.stack(layers, axis=1)[:, :, None, :], shape.kv_heads, axis=2)
-
-
-def layer_floors(floors: Mapping[int, float], shape: ModelShape) -> Shares:
-    """Returns the smallest share of its KV bytes that every layer keeps, float64 [layers]; 0 where none is asked for.
-
-    Raises:
-        BudgetError: a layer that the model does not have.
-    """
-    found = np.zeros(shape.layers)
-    for layer, share in floors.items():
-        if layer >= shape.layers:
-            raise BudgetError(
-                f"a floor is asked for in layer {layer}; the model has the layers 0 to {shape.layers - 1}"
-            )
-        found[layer] = share
-    return found
-
-
-def floored(sizes: Ints, floors: Shares) -> Ints:
-    """Returns the bytes with every rule that keeps less than its layer's floor standing for the full rule.
-
-    Args:
-        sizes: bytes, [lengths, layers, kv_heads, rules], the full rule first.
-        floors: [layers].
-    """
-    return np.where(below_floors(sizes, floors), sizes[..., :1], sizes)
-
-
-def below_floors(sizes: Ints, floors: Shares) -> npt.NDArray[np.bool_]:
-    """Returns whether a rule keeps less than its layer's floor at some length, [layers, kv_heads, rules]; see `floored`."""
-    return np.asarray((sizes < np.ceil(floors[:, None, None] * sizes[..., :1])).any(axis=0))
-
-
-def meets(plan: Plan, floors: Shares, lengths: Iterable[int]) -> bool:
-    """Returns whether every KV head keeps at least its layer's floor, [layers], at every length."""
-    full = plan.model.token_bytes(Rule.FULL)
-    for row, native, floor in zip(plan.rules, plan.model.native_windows, floors, strict=True):
-        for n in lengths if floor else ():
-            least = floor * Rule.FULL.slots(n, plan.min_window, native) * full
-            if any(rule.slots(n, plan.min_window, native) * plan.model.token_bytes(rule) < least for rule in row):
-                return False
-    return True
 
 
 def chosen_share(plan: Plan, n: int) -> dict[str, float]:
@@ -133,17 +55,8 @@ def _holds_from(plan: Plan, share: float, n: int) -> int | None:
 
 def kv_shares(plan: Plan, lengths: Ints) -> Floats:
     """Returns the cache's bytes as a share of the dense model's at many numbers of tokens, as `Plan.kv_share` at one."""
-    shape, held = plan.model, Counter[tuple[Rule, int | None, int]]()
-    for layer, (row, native) in enumerate(zip(plan.rules, shape.native_windows, strict=True)):
-        size = shape.token_bytes if plan.share(layer) is None else shape.value_bytes
-        held.update((rule, native, size(rule)) for rule in row)
-    dense = Counter(shape.native_windows)
-    full = shape.kv_heads * shape.token_bytes(Rule.FULL)
-    kept = sum(
-        count * size * rule.slots(lengths, plan.min_window, native) for (rule, native, size), count in held.items()
-    )
-    whole = sum(count * full * Rule.FULL.slots(lengths, MIN_WINDOWS[0], native) for native, count in dense.items())
-    return np.asarray(kept / whole)
+    kept = kv_bytes(plan.model, plan.rules, plan.min_window, lengths, plan.shares)
+    return np.asarray(kept / dense_kv_bytes(plan.model, lengths))
 
 
 def kept_bits(plan: Plan, n: int) -> dict[str, float]:
@@ -163,24 +76,19 @@ def kept_bits(plan: Plan, n: int) -> dict[str, float]:
     return {side: total / kept[side] for side, total in bits.items()}
 
 
-def bytes_by_formats(plan: Plan, n: int) -> dict[tuple[str, str], tuple[int, int]]:
-    """Returns how many KV heads have each pair of formats of keys and values, and the bytes that they take at `n` tokens.
+def format_rows(plan: Plan, n: int) -> list[dict[str, str | int]]:
+    """Returns for each pair of formats how many KV heads have it, and the bytes that they take at `n` tokens.
 
-    The pair that takes most comes first.
+    Rows have `key_format`, `value_format`, `kv_heads` and `kv_bytes`; the pair that takes most comes first.
     """
-    found: dict[tuple[str, str], tuple[int, int]] = {}
+    heads, taken = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for row, sizes in zip(plan.rules, plan.head_bytes(n), strict=True):
         for rule, size in zip(row, sizes, strict=True):
-            heads, taken = found.get((rule.key_format, rule.value_format), (0, 0))
-            found[rule.key_format, rule.value_format] = heads + 1, taken + size
-    return dict(sorted(found.items(), key=lambda item: (-item[1][1], item[0])))
-
-
-def format_rows(plan: Plan, n: int) -> list[dict[str, str | int]]:
-    """Returns `bytes_by_formats` as rows of `key_format`, `value_format`, `kv_heads` and `kv_bytes`."""
+            heads[rule.key_format, rule.value_format] += 1
+            taken[rule.key_format, rule.value_format] += size
     return [
-        {"key_format": keys, "value_format": values, "kv_heads": heads, "kv_bytes": taken}
-        for (keys, values), (heads, taken) in bytes_by_formats(plan, n).items()
+        {"key_format": keys, "value_format": values, "kv_heads": heads[keys, values], "kv_bytes": size}
+        for (keys, values), size in sorted(taken.items(), key=lambda item: (-item[1], item[0]))
     ]
 
 
@@ -207,28 +115,3 @@ def attention_flops(plan: Plan, n: int) -> dict[str, int]:
     for (rule, native), count in heads.items():
         decode += count * int(rule.kept(n, plan.min_window, native))
     return {"prefill": each * prefill, "decode": each * decode}
-
-
-def smallest_bytes(
-    shape: ModelShape,
-    rules: Sequence[Rule],
-    min_window: int,
-    lengths: Sequence[int],
-    floors: Shares | None = None,
-    shares: LayerShares = (),
-) -> dict[int, int]:
-    """Returns the KV bytes of the smallest plan at each length.
-
-    KV heads of different layers that are to have one rule may take more, where floors differ; the solver says so.
-
-    Args:
-        shape: the model.
-        rules: candidate rules.
-        min_window: smallest window, tokens.
-        lengths: tokens.
-        floors: smallest share that every layer keeps, [layers]; none by default.
-        shares: what each layer takes from an earlier one.
-    """
-    table = byte_table(shape, rules, min_window, lengths, shares)
-    smallest = (table if floors is None else floored(table, floors)).min(axis=-1).sum(axis=(1, 2))
-    return {n: int(total) for n, total in zip(lengths, smallest, strict=True)}

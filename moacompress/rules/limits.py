@@ -1,16 +1,16 @@
-"""The limits that budgets set: the most KV bytes that a plan may take at each length, and whether any plan is within them."""
+"""The most KV bytes that budgets let a plan take at each length, the least that each layer keeps, and whether any plan fits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
 
-from moacompress.core.arrays import Ints
+from moacompress.core.arrays import Bools, Floats, Ints
 from moacompress.core.errors import BudgetError, InfeasibleBudgetError
 from moacompress.rules.budget import Budget, byte_limits, check_feasible, format_length, memory_budgets
-from moacompress.rules.cost import Shares, smallest_bytes
+from moacompress.rules.kv_bytes import candidate_kv_bytes, head_kv_bytes
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -18,6 +18,47 @@ from moacompress.rules.share import LayerShares
 
 Limits: TypeAlias = Mapping[int, int]
 """The most KV bytes of one row at each length, tokens; all must hold. Budgets give the shortest length first."""
+
+
+def layer_floors(floors: Mapping[int, float], shape: ModelShape) -> Floats:
+    """Returns the smallest share of its KV bytes that every layer keeps, float64 [layers]; 0 where none is asked for.
+
+    Raises:
+        BudgetError: a layer that the model does not have.
+    """
+    found = np.zeros(shape.layers)
+    for layer, share in floors.items():
+        if layer >= shape.layers:
+            raise BudgetError(
+                f"a floor is asked for in layer {layer}; the model has the layers 0 to {shape.layers - 1}"
+            )
+        found[layer] = share
+    return found
+
+
+def floored(sizes: Ints, floors: Floats) -> Ints:
+    """Returns the bytes with every rule that keeps less than its layer's floor standing for the full rule.
+
+    Args:
+        sizes: bytes, [lengths, layers, kv_heads, rules], the full rule first.
+        floors: [layers].
+    """
+    return np.where(below_floors(sizes, floors), sizes[..., :1], sizes)
+
+
+def below_floors(sizes: Ints, floors: Floats) -> Bools:
+    """Returns whether a rule keeps less than its layer's floor at some length, [layers, kv_heads, rules]; see `floored`."""
+    return np.asarray((sizes < np.ceil(floors[:, None, None] * sizes[..., :1])).any(axis=0))
+
+
+def meets(plan: Plan, floors: Floats, lengths: Iterable[int]) -> bool:
+    """Returns whether every KV head keeps at least its layer's floor, [layers], at every length."""
+    for row, native, floor in zip(plan.rules, plan.model.native_windows, floors, strict=True):
+        for n in lengths if floor else ():
+            full, *sizes = (head_kv_bytes(plan.model, rule, plan.min_window, native, n) for rule in (Rule.FULL, *row))
+            if min(sizes) < floor * full:
+                return False
+    return True
 
 
 def limit_array(limits: Limits) -> Ints:
@@ -36,7 +77,7 @@ def budget_limits(
     lengths: Sequence[int],
     rules: Sequence[Rule],
     min_window: int,
-    floors: Shares | None = None,
+    floors: Floats | None = None,
     shares: LayerShares = (),
     weights: int | None = None,
 ) -> Limits:
@@ -58,7 +99,7 @@ def budget_limits(
     """
 
     def smallest(at: Sequence[int]) -> dict[int, int]:
-        return smallest_bytes(shape, rules, min_window, at, floors, shares)
+        return smallest_kv_bytes(shape, rules, min_window, at, floors, shares)
 
     for budget in memory_budgets(budgets):
         if weights is None:
@@ -71,6 +112,31 @@ def budget_limits(
     limits = byte_limits(budgets, shape, lengths, weights)
     check_feasible(limits, smallest(list(limits)), shape)
     return limits
+
+
+def smallest_kv_bytes(
+    shape: ModelShape,
+    rules: Sequence[Rule],
+    min_window: int,
+    lengths: Sequence[int],
+    floors: Floats | None = None,
+    shares: LayerShares = (),
+) -> dict[int, int]:
+    """Returns the KV bytes of the smallest plan at each length.
+
+    KV heads of different layers that are to have one rule may take more, where floors differ; the solver says so.
+
+    Args:
+        shape: the model.
+        rules: candidate rules.
+        min_window: smallest window, tokens.
+        lengths: tokens.
+        floors: smallest share that every layer keeps, [layers]; none by default.
+        shares: what each layer takes from an earlier one.
+    """
+    sizes = candidate_kv_bytes(shape, rules, min_window, lengths, shares)
+    smallest = (sizes if floors is None else floored(sizes, floors)).min(axis=-1).sum(axis=(1, 2))
+    return {n: int(total) for n, total in zip(lengths, smallest, strict=True)}
 
 
 def _check_memory(budget: Budget, weights: int, smallest: int) -> None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moacompress.rules.formats import find_format
-from moacompress.rules.rule import MIN_WINDOWS, Rule
+from moacompress.rules.kv_bytes import dense_kv_bytes
+from moacompress.rules.rule import Rule
 
 MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM = 4096, 4096, 4096
 
@@ -36,18 +37,15 @@ class ModelShape:
     native_windows: tuple[int | None, ...]
     weights_fingerprint: str
 
-    def token_bytes(self, rule: Rule) -> int:
-        """Returns the bytes of one token's key and value of one KV head under a rule."""
+    def token_bytes(self, rule: Rule, *, reuses: bool = False) -> int:
+        """Returns the bytes of one token of one KV head under a rule; where the layer reuses keys, of its value alone."""
+        if reuses:
+            return find_format(rule.value_format).vector_bytes(self.head_dim, self.dtype)
         return rule.token_bytes(self.head_dim, self.head_dim, self.dtype)
-
-    def value_bytes(self, rule: Rule) -> int:
-        """Returns the bytes of one token's value alone of one KV head under a rule."""
-        return find_format(rule.value_format).vector_bytes(self.head_dim, self.dtype)
 
     def dense_kv_bytes(self, n: int, batch: int = 1) -> int:
         """Returns the KV bytes of the dense model at `n` tokens, native windows respected, in whole blocks."""
-        per_layer = (Rule.FULL.slots(n, MIN_WINDOWS[0], native) for native in self.native_windows)
-        return int(batch * self.kv_heads * self.token_bytes(Rule.FULL) * sum(per_layer))
+        return batch * int(dense_kv_bytes(self, n))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form, `plan_form.ModelForm`, which says sizes of every layer."""

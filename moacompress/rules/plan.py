@@ -19,6 +19,7 @@ from moacompress.core.shown import Shown
 from moacompress.rules.formats import NATIVE
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.key_centres import Centre, Centres, centre_numbers, check_centres, to_text, to_texts
+from moacompress.rules.kv_bytes import head_kv_bytes, kv_bytes
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan_form import (
     FORMAT,
@@ -133,7 +134,7 @@ class Plan(Shown):
 
     def kv_bytes(self, n: int, batch: int = 1) -> int:
         """Returns the bytes of the cache at `n` tokens."""
-        return batch * sum(size for row in self.head_bytes(n) for size in row)
+        return batch * int(kv_bytes(self.model, self.rules, self.min_window, n, self.shares))
 
     def head_bytes(self, n: int) -> list[list[int]]:
         """Returns the bytes of the cache at `n` tokens of every KV head, `[layer][kv_head]`.
@@ -142,13 +143,14 @@ class Plan(Shown):
         """
         found = []
         for layer, (row, native) in enumerate(zip(self.rules, self.model.native_windows, strict=True)):
-            share = self.share(layer)
-            sizes = []
-            for rule in row:
-                size = self.model.token_bytes(rule) if share is None else self.model.value_bytes(rule)
-                sizes.append(int(rule.slots(n, self.min_window, native)) * size)
-            found.append(sizes)
+            reuses = self.share(layer) is not None
+            sizes = [head_kv_bytes(self.model, rule, self.min_window, native, n, reuses=reuses) for rule in row]
+            found.append(list(map(int, sizes)))
         return found
+
+    def kv_bytes_by_length(self, lengths: Iterable[int]) -> dict[str, dict[str, int]]:
+        """Returns the bytes of the cache and of the dense model's at each length, as notes and `--json` have them."""
+        return {str(n): {"dense": self.model.dense_kv_bytes(n), "plan": self.kv_bytes(n)} for n in lengths}
 
     @property
     def used_centres(self) -> Centres:
@@ -178,10 +180,7 @@ class Plan(Shown):
         same = dtype == self.model.dtype
         known = {name: note for name, note in self.budget.items() if same or name != "worst_share"}
         other = replace(self, model=replace(self.model, dtype=dtype), budget=known)
-        stated = {
-            length: {"plan": other.kv_bytes(int(length)), "dense": other.model.dense_kv_bytes(int(length))}
-            for length in self.budget.get("bytes", {})
-        }
+        stated = other.kv_bytes_by_length(map(int, self.budget.get("bytes", ())))
         return other.with_notes(budget={**known, "bytes": stated}) if stated else other
 
     def kv_share(self, n: int) -> float:

@@ -78,12 +78,12 @@ def _beyond(plan: Plan, end: int) -> float:
     fixed, growing, dense_fixed, dense_growing, most = 0.0, 0.0, 0, 0, 0.0
     full = shape.token_bytes(Rule.FULL)
     for layer, (row, native) in enumerate(zip(plan.rules, shape.native_windows, strict=True)):
-        size = shape.token_bytes if plan.share(layer) is None else shape.value_bytes
         for rule in row:
             tokens, slope = _line(rule, plan.min_window, native)
-            fixed += tokens * size(rule)
-            growing += slope * size(rule)
-            most = max(most, size(rule) / full)
+            size = shape.token_bytes(rule, reuses=plan.share(layer) is not None)
+            fixed += tokens * size
+            growing += slope * size
+            most = max(most, size / full)
         dense_fixed += shape.kv_heads * full * (min(native, end) if native else 0)
         dense_growing += shape.kv_heads * full * (not native)
     ends = [(fixed + growing * end) / (dense_fixed + dense_growing * end)]

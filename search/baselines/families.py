@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from moacompress.core.arrays import Floats, Ints
+from moacompress.core.arrays import Floats
 from moacompress.core.errors import InfeasibleBudgetError, UsageError, did_you_mean
 from moacompress.rules.budget import bytes_at
-from moacompress.rules.cost import byte_table
 from moacompress.rules.formats import NATIVE, find_format
 from moacompress.rules.key_centres import Centres
+from moacompress.rules.kv_bytes import candidate_kv_bytes
 from moacompress.rules.limits import Limits, is_within, limit_array
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
@@ -154,7 +154,7 @@ def _too_little(
     else:
         rules = [Rule(min(sinks), min_window, 0).in_formats(*pair) for pair in pairs]
         what = f"a window of {min_window} tokens with a sink of {min(sinks)}"
-    smallest = min(int(_taken(shape, rule, min_window, [n])[0]) for rule in rules)
+    smallest = min(Plan.uniform(shape, rule, min_window).kv_bytes(n) for rule in rules)
     return f"{text}: {what} takes {smallest:,} KV bytes"
 
 
@@ -173,7 +173,7 @@ def uniform_plan(shape: ModelShape, n: int, kv_bytes: int, sink: int, min_window
     """
     plan = _fixed(shape, {n: kv_bytes}, sink, min_window, NATIVE_PAIR)
     if plan is None:
-        smallest = int(_taken(shape, Rule(sink, min_window, 0), min_window, [n])[0])
+        smallest = Plan.uniform(shape, Rule(sink, min_window, 0), min_window).kv_bytes(n)
         raise InfeasibleBudgetError(
             f"no uniform window with a sink of {sink} fits {bytes_at(kv_bytes, n)}: the smallest, {min_window} tokens, takes "
             f"{smallest:,}"
@@ -182,22 +182,25 @@ def uniform_plan(shape: ModelShape, n: int, kv_bytes: int, sink: int, min_window
 
 
 def _fixed(shape: ModelShape, limits: Limits, sink: int, min_window: int, pair: FormatPair) -> Plan | None:
-    longest = max(limits)
-    alpha = _widest(min_window, longest, lambda a: _fits(shape, Rule(sink, a, 0, *pair), limits, min_window))
-    return None if alpha is None else Plan.uniform(shape, Rule(sink, alpha, 0, *pair), min_window)
+    def made(alpha: int) -> Plan:
+        return Plan.uniform(shape, Rule(sink, alpha, 0, *pair), min_window)
+
+    alpha = _widest(min_window, max(limits), lambda a: is_within(made(a), limits))
+    return None if alpha is None else made(alpha)
 
 
 def _elastic(shape: ModelShape, limits: Limits, sink: int, min_window: int, pair: FormatPair) -> Plan | None:
-    beta_q = _widest(0, BETA_ONE, lambda b: _fits(shape, Rule(sink, 0, b, *pair), limits, min_window))
-    return None if beta_q is None else Plan.uniform(shape, Rule(sink, 0, beta_q, *pair), min_window)
+    def made(beta_q: int) -> Plan:
+        return Plan.uniform(shape, Rule(sink, 0, beta_q, *pair), min_window)
+
+    beta_q = _widest(0, BETA_ONE, lambda b: is_within(made(b), limits))
+    return None if beta_q is None else made(beta_q)
 
 
 def _quantized(shape: ModelShape, limits: Limits, sink: int, min_window: int, pair: FormatPair) -> Plan | None:
     """Everything in a pair of formats, whatever the sink; no candidate where that is the dense model."""
-    rule = Rule.FULL.in_formats(*pair)
-    if rule.is_native or not _fits(shape, rule, limits, min_window):
-        return None
-    return Plan.uniform(shape, rule, min_window)
+    plan = Plan.uniform(shape, Rule.FULL.in_formats(*pair), min_window)
+    return plan if pair != NATIVE_PAIR and is_within(plan, limits) else None
 
 
 class _Costs:
@@ -235,7 +238,7 @@ class _Costs:
 
     def sizes(self, numbers: Sequence[int], limits: Limits) -> np.ndarray:
         """Returns the bytes that the numbered rules take at the limited lengths, int64 [lengths, layers, kv_heads, rules]."""
-        return byte_table(self.shape, [self.rules[number] for number in numbers], self.min_window, list(limits))
+        return candidate_kv_bytes(self.shape, [self.rules[number] for number in numbers], self.min_window, list(limits))
 
     def plan(self, choice: np.ndarray) -> tuple[float, Plan]:
         """Returns the predicted KL and the plan of a choice of rules, [layers, kv_heads]."""
@@ -366,15 +369,6 @@ def family_plans(
             plans = plans_within(name, shape, limits, profile.min_window, profile, sinks, formats, profile.centres)
             found |= {plan.key(): plan for plan in plans}
     return list(found.values())
-
-
-def _fits(shape: ModelShape, rule: Rule, limits: Limits, min_window: int) -> bool:
-    return bool((_taken(shape, rule, min_window, list(limits)) <= limit_array(limits)).all())
-
-
-def _taken(shape: ModelShape, rule: Rule, min_window: int, lengths: Sequence[int]) -> Ints:
-    """Returns the KV bytes at each length if every KV head has the rule, int64 [lengths]."""
-    return np.asarray(byte_table(shape, [rule], min_window, lengths).sum(axis=(1, 2, 3)))
 
 
 def _widest(low: int, high: int, fits: Callable[[int], bool]) -> int | None:

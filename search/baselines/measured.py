@@ -13,14 +13,14 @@ from moacompress.core.errors import ArtefactError
 from moacompress.core.files import BrokenJson, read_json, remove
 from moacompress.core.progress import Progress
 from moacompress.recipe import shared_name
-from moacompress.rules.cost import layer_floors, meets
+from moacompress.rules.limits import layer_floors, meets
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.search.baselines.families import FAMILIES, MOA, family_plans
 from moacompress.search.measure.plan_evaluator import PlanEvaluator
 from moacompress.search.predict.surrogate import Surrogate
 from moacompress.search.problem.knapsack import total_cost
-from moacompress.search.result.search_result import bytes_note, memory_note
+from moacompress.search.result.search_result import memory_note
 from moacompress.search.search_request import SearchRequest
 
 SCREENED = 3
@@ -68,7 +68,7 @@ def write_baselines(out: Path, request: SearchRequest, measured_baselines: Mappi
         plan = other.plan.with_notes(
             budget={
                 "asked": list(request.asked),
-                "bytes": bytes_note(other.plan, {*profile.lengths, *request.lengths}),
+                "bytes": other.plan.kv_bytes_by_length(sorted({*profile.lengths, *request.lengths})),
                 **memory_note(request, other.plan),
             },
             quality={"measured_harm": {"plan": other.kl}, "samples": len(profile.validation)},

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moacompress.core.arrays import Floats, Ints
-from moacompress.rules.cost import below_floors, byte_table, layer_floors
-from moacompress.rules.limits import limit_array
+from moacompress.rules.kv_bytes import candidate_kv_bytes
+from moacompress.rules.limits import below_floors, layer_floors, limit_array
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import LayerShares, with_shared_rules
@@ -48,7 +48,7 @@ class Knapsack:
     def of(request: SearchRequest) -> Knapsack:
         """Returns the knapsack of a request."""
         profile, limits = request.profile, request.limits
-        sizes = byte_table(profile.shape, profile.rules, profile.min_window, list(limits))
+        sizes = candidate_kv_bytes(profile.shape, profile.rules, profile.min_window, list(limits))
         below = below_floors(sizes, layer_floors(request.recipe.search.floors, profile.shape))
         sizes = np.where(below, sizes[..., :1], sizes)
         return Knapsack(sizes, limit_array(limits), request.recipe.search.solver, forbidden=below)

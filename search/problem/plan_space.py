@@ -9,8 +9,8 @@ import numpy as np
 
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats, Ints
-from moacompress.rules.cost import below_floors, byte_table, layer_floors
-from moacompress.rules.limits import Limits, limit_array
+from moacompress.rules.kv_bytes import candidate_kv_bytes
+from moacompress.rules.limits import Limits, below_floors, layer_floors, limit_array
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import LayerShares
 from moacompress.search.problem.classes import ClassLimit
@@ -59,7 +59,7 @@ class PlanSpace:
         """
         profile, search = request.profile, request.recipe.search
         limits = request.limits if limits is None else limits
-        sizes = byte_table(profile.shape, profile.rules, profile.min_window, list(limits), shares)
+        sizes = candidate_kv_bytes(profile.shape, profile.rules, profile.min_window, list(limits), shares)
         below = below_floors(sizes, layer_floors(search.floors, profile.shape))
         groups = HeadGroups.of(profile.shape, shares) if shares else None
         forbidden = below

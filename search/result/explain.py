@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moacompress.rules.cost import byte_table, format_rows, kept_bits
+from moacompress.rules.cost import format_rows, kept_bits
+from moacompress.rules.kv_bytes import candidate_kv_bytes
 from moacompress.rules.plan import Plan
 from moacompress.search.measure.kl_difference import KlDifference
 from moacompress.search.measure.packed_plan import unpack
@@ -150,7 +151,7 @@ def head_rows(request: SearchRequest, surrogate: Surrogate, plan: Plan) -> list[
     profile, shape = request.profile, request.profile.shape
     n = max(request.limits)
     average = request.limits[n] // (shape.layers * shape.kv_heads)
-    (sizes_of,) = byte_table(shape, surrogate.rules, profile.min_window, [n])
+    (sizes_of,) = candidate_kv_bytes(shape, surrogate.rules, profile.min_window, [n])
     costs = surrogate.costs()
     number = {rule: index for index, rule in enumerate(surrogate.rules)}
     rows = []

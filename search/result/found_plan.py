@@ -27,7 +27,6 @@ from moacompress.search.result.class_notes import class_quality
 from moacompress.search.result.explain import explain
 from moacompress.search.result.search_result import (
     baseline_note,
-    bytes_note,
     memory_note,
     read_explanation,
     versions,
@@ -201,7 +200,7 @@ def _with_notes(
     noted = plan.with_notes(
         budget={
             "asked": list(request.asked),
-            "bytes": bytes_note(plan, _noted_lengths(request)),
+            "bytes": plan.kv_bytes_by_length(sorted(_noted_lengths(request))),
             "worst_share": WorstShare.of(plan, profile.lengths).to_dict(),
             **memory_note(request, plan),
         },

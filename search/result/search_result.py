@@ -122,11 +122,6 @@ def found_before(out: Path, search: str, trials: int, overwrite: bool) -> Plan |
     raise ArtefactError(f"{out} exists already and {what}; choose another file or pass --overwrite")
 
 
-def bytes_note(plan: Plan, lengths: Iterable[int]) -> dict[str, dict[str, int]]:
-    """Returns the KV bytes of a plan and of the dense model at each length."""
-    return {str(n): {"dense": plan.model.dense_kv_bytes(n), "plan": plan.kv_bytes(n)} for n in sorted(set(lengths))}
-
-
 def memory_note(request: SearchRequest, plan: Plan) -> dict[str, Any]:
     """Returns what a plan's budget says of memory: at each length that is restricted the limit, and what takes it, bytes.
 

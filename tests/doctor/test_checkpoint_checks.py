@@ -12,7 +12,7 @@ import pytest
 
 from moacompress.doctor.checks import check_model
 from moacompress.models.source import model_shape
-from moacompress.models.weight_files import bytes_by_type
+from moacompress.models.weight_bytes import checkpoint_weight_bytes
 from moacompress.report.doctor_tables import model_table
 from moacompress.rules.plan import Plan
 from moacompress.runtime.hf.attaching import attach
@@ -59,7 +59,7 @@ def test_a_compressed_checkpoint_is_described(checkpoint: Path, environment: dic
         "kernel": environment["kernel"]["name"],
         "weight_files": ["model.safetensors"],
         "weight_bytes": (checkpoint / "model.safetensors").stat().st_size,
-        "weight_types": {"float32": bytes_by_type([checkpoint / "model.safetensors"], {})["float32"]},
+        "weight_types": {"float32": checkpoint_weight_bytes(checkpoint)["float32"]},
         "blocks_read_as_they_lie": None,
         "loads": True,
     }

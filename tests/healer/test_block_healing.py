@@ -25,7 +25,7 @@ from moacompress.healer.trained_weights import as_written, make_trainable, put_w
 from moacompress.kernels.weight_blocks import WEIGHT_TYPES
 from moacompress.models.block_layers import BlockLinear, dense_weight, put_block_layer, weight_types
 from moacompress.models.source import load_source
-from moacompress.models.stored_plan import stored_bytes
+from moacompress.models.weight_bytes import checkpoint_weight_bytes
 from moacompress.models.weight_rounding import rounded
 from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
@@ -90,7 +90,10 @@ def test_adapters_are_merged_into_the_layers_that_they_are_of(
         kls = held_out.kls(measured)
         assert sum(kls) / len(kls) == pytest.approx(expected, rel=1e-3)
     sizes = notes["weight_bytes"]
-    assert sizes == {"before": stored_bytes(in_blocks["model"]), "after": stored_bytes(done.folder)}
+    assert sizes == {
+        "before": checkpoint_weight_bytes(in_blocks["model"]),
+        "after": checkpoint_weight_bytes(done.folder),
+    }
     assert sum(sizes["after"].values()) > sum(sizes["before"].values())
     card = (done.folder / "README.md").read_text()
     assert f"The weights take {sum(sizes['after'].values()):,} bytes, before {sum(sizes['before'].values()):,}" in card
@@ -127,7 +130,7 @@ def test_the_types_of_a_gguf_file(
     model = put_to_the_test(done.folder, place["model"], {"v_proj", "down_proj"}, tmp_path)
     assert model.dtype == torch.bfloat16
     assert set(weight_types(model).values()) == {"Q4_K", "Q8_0"}
-    assert done.notes["weight_bytes"]["after"] == stored_bytes(done.folder)
+    assert done.notes["weight_bytes"]["after"] == checkpoint_weight_bytes(done.folder)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -185,7 +188,7 @@ def test_layers_that_share_attention_are_trained_as_numbers(
         name for name, module in model.named_modules() if isinstance(module, nn.Linear)
     } - weight_types(model).keys()
     assert not any(name.startswith("model.layers.0") for name in plain)
-    assert done.notes["weight_bytes"]["after"] == stored_bytes(done.folder)
+    assert done.notes["weight_bytes"]["after"] == checkpoint_weight_bytes(done.folder)
 
 
 def test_where_nothing_was_better_all_bytes_are_kept(
@@ -197,7 +200,7 @@ def test_where_nothing_was_better_all_bytes_are_kept(
     before, after = (load_file(place / "model.safetensors") for place in (in_blocks["model"], done.folder))
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-    assert done.notes["weight_bytes"]["after"] == stored_bytes(in_blocks["model"])
+    assert done.notes["weight_bytes"]["after"] == checkpoint_weight_bytes(in_blocks["model"])
     assert "bytes, as before" in (done.folder / "README.md").read_text()
 
 
@@ -240,7 +243,7 @@ def test_the_command_says_what_the_weights_take(in_blocks: Place, tmp_path: Path
     data = json.loads(done.stdout)
     assert data["improved"]
     assert data["weight_bytes"] == expected.facts["weight_bytes"]
-    assert data["weight_bytes"]["after"] == stored_bytes(tmp_path / "out")
+    assert data["weight_bytes"]["after"] == checkpoint_weight_bytes(tmp_path / "out")
     assert any("trained layers are stored as numbers" in line for line in expected.lines())
     shown = CliRunner().invoke(app, ["heal", *place, *options]).stdout
     assert "lora of down_proj" in shown

@@ -7,10 +7,9 @@ import torch
 
 from moacompress.core.errors import ModelError, UsageError
 from moacompress.models import placement
-from moacompress.models.block_layers import stored_bytes
-from moacompress.models.checkpoint_bytes import checkpoint_bytes
 from moacompress.models.placement import checked_placement, first_device, is_device_map, tensor_in_memory
 from moacompress.models.source import load_source
+from moacompress.models.weight_bytes import most_checkpoint_bytes, weight_bytes
 
 
 def test_one_device_is_no_map():
@@ -83,6 +82,6 @@ def test_weights_on_meta_without_a_map(tiny_model):
 
 def test_what_is_offloaded_is_counted_whole(tiny_model):
     model = tiny_model("gemma2")  # its embedding is its output layer
-    counted = checkpoint_bytes(model, "float32"), stored_bytes(model)
+    counted = most_checkpoint_bytes(model, "float32"), weight_bytes(model)
     assert counted[1] == {"float32": sum(tensor.nbytes for tensor in model.parameters())}
-    assert (checkpoint_bytes(model.to("meta"), "float32"), stored_bytes(model)) == counted
+    assert (most_checkpoint_bytes(model.to("meta"), "float32"), weight_bytes(model)) == counted

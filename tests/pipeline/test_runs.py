@@ -18,8 +18,8 @@ from moacompress.core.progress import SILENT, Progress
 from moacompress.evaluation.runner import evaluate
 from moacompress.exporter.card import state_measured
 from moacompress.exporter.exporting import export
-from moacompress.models.checkpoint_bytes import checkpoint_bytes
 from moacompress.models.source import load_source
+from moacompress.models.weight_bytes import most_checkpoint_bytes
 from moacompress.pipeline import compress, measured_kv_bytes, quality_table
 from moacompress.recipe import Recipe
 from moacompress.recipe_sections import SourceRecipe
@@ -412,7 +412,7 @@ def test_a_run_on_rounded_weights_says_what_they_cost(recipe, tmp_path):
 
 def test_a_run_keeps_weights_and_cache_within_a_total_of_memory(recipe, tmp_path):
     source = load_source(recipe.model, weights="int8")
-    weights, cache = checkpoint_bytes(source.model, source.shape.dtype), source.shape.dense_kv_bytes(800) // 2
+    weights, cache = most_checkpoint_bytes(source.model, source.shape.dtype), source.shape.dense_kv_bytes(800) // 2
     size = f"{(weights + cache) / 1024:.6f}KiB"
     asked = recipe.override(weights="int8", budget=[f"memory={size}@800", "90%"], search__ablations=0)
     summary = compress(asked, tmp_path / "out")

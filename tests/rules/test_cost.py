@@ -7,17 +7,7 @@ import numpy as np
 import pytest
 
 from moacompress.rules.candidates import candidate_rules
-from moacompress.rules.cost import (
-    attention_flops,
-    byte_table,
-    bytes_by_formats,
-    floored,
-    holds_from,
-    kept_bits,
-    kv_shares,
-    layer_floors,
-    smallest_bytes,
-)
+from moacompress.rules.cost import attention_flops, format_rows, holds_from, kept_bits, kv_shares
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -28,7 +18,6 @@ class Offer(NamedTuple):
 
     shape: ModelShape
     rules: tuple[Rule, ...]
-    lengths: tuple[int, ...] = (256, 512)
     min_window: int = 32
 
 
@@ -43,26 +32,6 @@ def profiles() -> Profiles:
         return Offer(shape, candidate_rules(512, (4, 16, 64), 32))
 
     return offer
-
-
-def test_byte_table_agrees_with_the_plan(profiles: Profiles) -> None:
-    profile = profiles()
-    lengths = (1, 63, 64, 65, 511, 1000)
-    table = byte_table(profile.shape, profile.rules, profile.min_window, lengths)
-    assert table.dtype == np.int64
-    assert table.shape == (6, 6, 2, len(profile.rules))
-    for number in (0, 1, 7, len(profile.rules) - 1):
-        plan = Plan.uniform(profile.shape, profile.rules[number], profile.min_window)
-        for index, n in enumerate(lengths):
-            assert table[index, :, :, number].sum() == plan.kv_bytes(n)
-
-
-def test_smallest_plan_is_one_rule(profiles: Profiles) -> None:
-    profile = profiles()
-    smallest = smallest_bytes(profile.shape, profile.rules, profile.min_window, (256, 512))
-    rule = min(profile.rules, key=lambda rule: (rule.sink, rule.kept(512, 32)))
-    plan = Plan.uniform(profile.shape, min(r for r in profile.rules if r.sink == rule.sink and r.alpha == 32), 32)
-    assert smallest == {n: plan.kv_bytes(n) for n in (256, 512)}
 
 
 def test_flops_count_what_is_kept(profiles: Profiles) -> None:
@@ -92,18 +61,6 @@ def test_shares_at_many_lengths_are_those_at_each(profiles: Profiles, seed: int)
     assert holds_from(asked) == n
 
 
-def test_floors_stand_for_the_full_rule(profiles: Profiles) -> None:
-    profile = profiles()
-    table = byte_table(profile.shape, profile.rules, profile.min_window, profile.lengths)
-    floors = layer_floors({1: 0.5}, profile.shape)
-    found = floored(table, floors)
-    assert np.array_equal(found[:, [0, 2, 3]], table[:, [0, 2, 3]])
-    assert (found[:, 1] >= table[:, 1, :, :1] / 2).all()
-    assert (found[:, 1] < table[:, 1, :, :1]).any()
-    arguments = (profile.shape, profile.rules, profile.min_window, profile.lengths)
-    assert all(smallest_bytes(*arguments, floors)[n] > smallest_bytes(*arguments)[n] for n in profile.lengths)
-
-
 def test_bits_and_bytes_by_formats(profiles: Profiles) -> None:
     offer = profiles(layers=2)
     narrow, whole = Rule(4, 64, 0, "int8", "int4"), Rule(4, 0, 1024, "int4", "native")
@@ -114,7 +71,8 @@ def test_bits_and_bytes_by_formats(profiles: Profiles) -> None:
     values = 2 * few * (4 * dim + 32) + 2 * all_of_them * 32 * dim
     kept = 2 * (few + all_of_them) * dim
     assert kept_bits(plan, n) == pytest.approx({"keys": keys / kept, "values": values / kept})
-    found = bytes_by_formats(plan, n)
-    assert list(found) == [("native", "native"), ("int4", "native"), ("int8", "int4")]
-    assert [heads for heads, _ in found.values()] == [1, 1, 2]
-    assert sum(size for _, size in found.values()) == plan.kv_bytes(n)
+    found = format_rows(plan, n)
+    pairs = [(row["key_format"], row["value_format"]) for row in found]
+    assert pairs == [("native", "native"), ("int4", "native"), ("int8", "int4")]
+    assert [row["kv_heads"] for row in found] == [1, 1, 2]
+    assert sum(row["kv_bytes"] for row in found) == plan.kv_bytes(n)

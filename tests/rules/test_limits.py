@@ -8,14 +8,15 @@ import pytest
 from moacompress.core.errors import BudgetError, InfeasibleBudgetError
 from moacompress.rules.budget import Budget, bytes_at
 from moacompress.rules.candidates import candidate_rules, gated_rules, in_formats
-from moacompress.rules.cost import byte_table
 from moacompress.rules.formats import CODED
-from moacompress.rules.limits import budget_limits, is_within, limit_array
+from moacompress.rules.kv_bytes import candidate_kv_bytes
+from moacompress.rules.limits import budget_limits, floored, is_within, layer_floors, limit_array, smallest_kv_bytes
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
-from moacompress.rules.rule import SINKS
+from moacompress.rules.rule import SINKS, Rule
 
 SHAPE = ModelShape("llama", 3, 4, 2, 16, "float32", (None, 64, None), "0123456789abcdef")
+SPANS = candidate_rules(512, SINKS, 32)
 RULES = in_formats((*candidate_rules(512, SINKS, 16), *gated_rules(512, SINKS, 16)), CODED)
 ARGUMENTS = (SHAPE, (256, 512), RULES, 16)
 
@@ -34,7 +35,7 @@ def test_a_table_and_a_plan_say_the_same(seed: int) -> None:
     plan = Plan(SHAPE, 16, tuple(map(tuple, rows)), gates="0" * 16)
     index = {rule: number for number, rule in enumerate(RULES)}
     choice = np.array([[index[rule] for rule in row] for row in rows])
-    table = byte_table(SHAPE, RULES, 16, [300, 512])
+    table = candidate_kv_bytes(SHAPE, RULES, 16, [300, 512])
     assert table.dtype == np.int64
     assert table.shape == (2, 3, 2, len(RULES))
     for n, sizes in zip((300, 512), table, strict=True):
@@ -61,6 +62,22 @@ def test_several_budgets_all_hold_the_shortest_length_first() -> None:
     assert list(found) == [256, 512, 2048]
     assert found[512] == SHAPE.dense_kv_bytes(512) // 2  # the tightest counts
     assert bytes_at(found[2048], 2048) == "536,870,912 KV bytes at 2k tokens"
+
+
+def test_the_smallest_plan_is_one_rule() -> None:
+    smallest = smallest_kv_bytes(SHAPE, SPANS, 32, (256, 512))
+    plan = Plan.uniform(SHAPE, Rule(min(SINKS), 32, 0), 32)
+    assert smallest == {n: plan.kv_bytes(n) for n in (256, 512)}
+
+
+def test_floors_stand_for_the_full_rule() -> None:
+    arguments = (SHAPE, SPANS, 32, (256, 512))
+    table, floors = candidate_kv_bytes(*arguments), layer_floors({2: 0.5}, SHAPE)
+    found = floored(table, floors)
+    assert np.array_equal(found[:, :2], table[:, :2])
+    assert (found[:, 2] >= table[:, 2, :, :1] / 2).all()
+    assert (found[:, 2] < table[:, 2, :, :1]).any()
+    assert all(smallest_kv_bytes(*arguments, floors)[n] > smallest_kv_bytes(*arguments)[n] for n in (256, 512))
 
 
 def test_floors_raise_the_smallest_budget() -> None:

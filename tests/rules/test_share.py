@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from moacompress.core.errors import PlanError
-from moacompress.rules.cost import bytes_by_formats, kept_bits
+from moacompress.rules.cost import format_rows, kept_bits
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -30,7 +30,7 @@ def test_a_copy_takes_its_values_alone_for_as_long_as_its_anchor_keeps() -> None
     assert shared.head_bytes(1000)[2] == [tokens * size for tokens, size in zip(kept, values, strict=True)]
     keys = sum(tokens * (16 + 4) for tokens in kept)
     assert shared.kv_bytes(1000) == without.kv_bytes(1000) - keys
-    assert sum(size for _, size in bytes_by_formats(shared, 1000).values()) == shared.kv_bytes(1000)
+    assert sum(row["kv_bytes"] for row in format_rows(shared, 1000)) == shared.kv_bytes(1000)
     assert kept_bits(shared, 1000)["keys"] != kept_bits(without, 1000)["keys"]
     assert kept_bits(shared, 1000)["values"] == kept_bits(without, 1000)["values"]
 

@@ -17,7 +17,7 @@ from moacompress.core.arrays import Floats, Ints
 from moacompress.core.errors import InfeasibleBudgetError, UsageError
 from moacompress.report.search_tables import class_lines
 from moacompress.rules.candidates import candidate_rules
-from moacompress.rules.cost import byte_table
+from moacompress.rules.kv_bytes import candidate_kv_bytes
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -38,7 +38,7 @@ def instance(heads: int, share: float, seed: int) -> Instance:
     rng, lengths = np.random.default_rng(seed), (512, 1024)
     rules = candidate_rules(max(lengths), (4, 64), 32)[::2]
     shape = ModelShape("llama", heads, 1, 1, 64, "float32", (None,) * heads, "w")
-    sizes = byte_table(shape, rules, 32, lengths)[:, :, 0]
+    sizes = candidate_kv_bytes(shape, rules, 32, lengths)[:, :, 0]
     gone = (1 - sizes / sizes[..., :1]).mean(axis=0)
     noise = np.exp(rng.normal(0, 0.5, gone.shape))
     costs = np.exp(rng.normal(-6, 2, (heads, 1))) * gone ** rng.uniform(1, 6, (heads, 1)) * noise

@@ -12,8 +12,8 @@ from moacompress.calibration.profile.profiler import profile
 from moacompress.cli import app
 from moacompress.core.errors import BudgetError, InfeasibleBudgetError
 from moacompress.exporter.exporting import export
-from moacompress.models.checkpoint_bytes import checkpoint_bytes
 from moacompress.models.source import load_source
+from moacompress.models.weight_bytes import most_checkpoint_bytes
 from moacompress.pipeline import measured_kv_bytes
 from moacompress.recipe import Recipe
 from moacompress.report.inspection import inspect_plan, overview
@@ -41,7 +41,7 @@ def memory(size: int) -> str:
 
 
 def test_files_and_cache_take_at_most_what_was_asked_for(source, profiled, tiny_folder, tmp_path):
-    weights, cache = checkpoint_bytes(source.model, source.shape.dtype), source.shape.dense_kv_bytes(LENGTH) // 3
+    weights, cache = most_checkpoint_bytes(source.model, source.shape.dtype), source.shape.dense_kv_bytes(LENGTH) // 3
     asked, out = weights + cache, tmp_path / "plan.json"
     find_plan(profiled, None, recipe=profiled.recipe.override(budget=[memory(asked)]), out=out)
     plan = Plan.load(out)
@@ -60,7 +60,7 @@ def test_files_and_cache_take_at_most_what_was_asked_for(source, profiled, tiny_
 
 
 def test_what_cannot_fit_is_refused_with_the_numbers(source, profiled):
-    weights = checkpoint_bytes(source.model, source.shape.dtype)
+    weights = most_checkpoint_bytes(source.model, source.shape.dtype)
     whole = memory(weights + source.shape.dense_kv_bytes(LENGTH))
     request = SearchRequest.of(profiled, whole, profiled.recipe, model=source)
     cache = int(request.space().knapsack.sizes.min(axis=-1).sum())
@@ -79,7 +79,7 @@ def test_a_memory_that_is_none_is_refused(text):
 
 
 def test_commands(source, profiled, tmp_path):
-    weights, plan = checkpoint_bytes(source.model, source.shape.dtype), tmp_path / "plan.json"
+    weights, plan = most_checkpoint_bytes(source.model, source.shape.dtype), tmp_path / "plan.json"
     small = ("--trials", "1", "--rounds", "0", "--moves", "0", "--formats", "native")
 
     def command(cache: int, *more: str) -> str:

@@ -18,7 +18,7 @@ from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudget
 from moacompress.core.lock_holders import own_file
 from moacompress.report.summary_tables import loss_lines
 from moacompress.rules.budget import Budget, label, split_budgets
-from moacompress.rules.cost import layer_floors, meets
+from moacompress.rules.limits import layer_floors, meets
 from moacompress.rules.loss import Loss
 from moacompress.rules.plan import Plan
 from moacompress.run_checks import check_recipe

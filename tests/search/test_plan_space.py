@@ -12,8 +12,7 @@ import pytest
 from moacompress.calibration.profile.statistics import Statistics
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import InfeasibleBudgetError
-from moacompress.rules.cost import layer_floors, meets
-from moacompress.rules.limits import is_within
+from moacompress.rules.limits import is_within, layer_floors, meets
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import LayerShares, Share
 from moacompress.search.problem.plan_space import PlanSpace

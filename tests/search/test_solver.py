@@ -14,7 +14,7 @@ from moacompress.core.arrays import Floats, Ints
 from moacompress.core.c_output import flush_c_output
 from moacompress.core.errors import InfeasibleBudgetError
 from moacompress.rules.candidates import candidate_rules
-from moacompress.rules.cost import byte_table
+from moacompress.rules.kv_bytes import candidate_kv_bytes
 from moacompress.rules.model_shape import ModelShape
 from moacompress.search.predict.surrogate import Surrogate
 from moacompress.search.problem.solver import lagrange, milp, pareto, solve
@@ -25,7 +25,7 @@ def instance(layers: int, kv_heads: int, lengths: tuple[int, ...], seed: int) ->
     rng = np.random.default_rng(seed)
     rules = candidate_rules(max(lengths), (4, 16, 64), 32)
     shape = ModelShape("llama", layers, kv_heads, kv_heads, 64, "float32", (None,) * layers, "w")
-    sizes = byte_table(shape, rules, 32, lengths)
+    sizes = candidate_kv_bytes(shape, rules, 32, lengths)
     gone = 1 - sizes / sizes[..., :1]
     weight = np.exp(rng.normal(-6, 3, (layers, kv_heads, 1)))
     noise = np.exp(rng.normal(0, 1, gone.shape))

@@ -10,7 +10,6 @@ import torch
 from moacompress.core.arrays import Ints
 from moacompress.kernels.arguments import CacheView
 from moacompress.kernels.kv_parts import KVPart
-from moacompress.rules.rule import SCORE_BYTES
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
 from moacompress.serving.vllm.class_layers import ClassLayer
@@ -89,11 +88,10 @@ _Views = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def _views_of(memory: torch.Tensor, head: KVHead, at: int) -> _Views:
     """Returns keys, values and scores of a KV head, whose part begins at a byte of each block; no scores where it has none."""
     scores = at + head.key.nbytes + head.value.nbytes
-    size = BLOCK * SCORE_BYTES if head.rule.selects else 0
     return (
         _part_of(memory, head.key, at),
         _part_of(memory, head.value, at + head.key.nbytes),
-        memory.flatten(1)[:, scores : scores + size].view(torch.int16),
+        memory.flatten(1)[:, scores : at + head.nbytes].view(torch.int16),
     )
 
 
