@@ -7,7 +7,7 @@ from typing import Any
 
 from moacompress.core.statistics import rounded_text
 from moacompress.evaluation.baselines.compared_models import DENSE_SIDES
-from moacompress.evaluation.tasks.registry import CALIBRATED, KINDS, OWN, UNSEEN
+from moacompress.evaluation.tasks.task import CALIBRATED, KINDS, OWN, UNSEEN
 from moacompress.rules.budget import format_length
 
 SAID = {

@@ -11,8 +11,8 @@ import pytest
 from moacompress.core.errors import DataError
 from moacompress.evaluation.tasks import associative_recall, line_lookup, second_question
 from moacompress.evaluation.tasks.drafts import draft_ids, encode_draft
-from moacompress.evaluation.tasks.prompt_request import PromptRequest
 from moacompress.evaluation.tasks.registry import make_cases
+from moacompress.evaluation.tasks.task import PromptRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,9 +16,9 @@ import pytest
 from moacompress.core.errors import DataError
 from moacompress.evaluation.tasks import counting, document_question, needles, tracking
 from moacompress.evaluation.tasks.drafts import PromptDraft
-from moacompress.evaluation.tasks.prompt_request import PromptRequest, Resources
 from moacompress.evaluation.tasks.registry import TASKS
 from moacompress.evaluation.tasks.squad_questions import Question, Questions
+from moacompress.evaluation.tasks.task import PromptRequest, Resources
 from moacompress.evaluation.tasks.vocabulary import WORDS
 from moacompress.prompts.pools import ADJECTIVES, NOUNS, SPLITS, Prose, draw_uuids
 from moacompress.prompts.sentences import DOCUMENTS, EVALUATION_NEEDLES, EVALUATION_NOISE, NEEDLES, NOISE

@@ -68,8 +68,8 @@ def test_a_published_plan_keeps_what_it_promises(
     """An eighth of the bytes, to the byte, with most right answers kept and little KL, by prefill and cached decode."""
     import moacompress
     from moacompress.demo.smollm2 import articles_to_text
-    from moacompress.evaluation.tasks.prompt_request import Resources
     from moacompress.evaluation.tasks.registry import make_cases
+    from moacompress.evaluation.tasks.task import Resources
     from moacompress.prompts.pools import Prose
 
     articles_to_text(next((ROOT / ".cache").glob("**/squad.json")), tmp_path / "articles")

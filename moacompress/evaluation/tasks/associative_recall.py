@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
-from moacompress.evaluation.tasks.prompt_request import PromptRequest
+from moacompress.evaluation.tasks.task import PromptRequest
 from moacompress.evaluation.tasks.vocabulary import WORDS
 from moacompress.prompts.pools import KEYS_PER_SPLIT
 from moacompress.prompts.recall import Recall, most_pairs, pairs_text, question

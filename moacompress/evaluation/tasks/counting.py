@@ -16,7 +16,7 @@ import numpy as np
 
 from moacompress.core.errors import DataError
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
-from moacompress.evaluation.tasks.prompt_request import PromptRequest
+from moacompress.evaluation.tasks.task import PromptRequest
 from moacompress.evaluation.tasks.vocabulary import WORDS
 from moacompress.prompts.pools import KEYS_PER_SPLIT, draw_keys
 

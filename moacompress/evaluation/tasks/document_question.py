@@ -12,8 +12,8 @@ from itertools import count, islice
 import numpy as np
 
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
-from moacompress.evaluation.tasks.prompt_request import PromptRequest
 from moacompress.evaluation.tasks.squad_questions import Question, Questions
+from moacompress.evaluation.tasks.task import PromptRequest
 from moacompress.prompts.sentences import DocumentSentences
 
 STRIDE = 1000

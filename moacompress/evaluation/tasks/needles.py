@@ -15,7 +15,7 @@ import numpy as np
 
 from moacompress.core.errors import DataError
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
-from moacompress.evaluation.tasks.prompt_request import PromptRequest
+from moacompress.evaluation.tasks.task import PromptRequest
 from moacompress.prompts.pools import KEYS_PER_SPLIT, Prose, draw_keys, draw_numbers, draw_uuids, sentence_ends
 from moacompress.prompts.sentences import NeedleSentences
 

@@ -27,8 +27,8 @@ from moacompress.calibration.data.data_rows import (
 from moacompress.calibration.data.held_out import held_out_rows
 from moacompress.core.errors import DataError, UsageError
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
-from moacompress.evaluation.tasks.prompt_request import PromptRequest
 from moacompress.evaluation.tasks.registry import GROUPS, EvaluationTask, known_tasks
+from moacompress.evaluation.tasks.task import PromptRequest
 from moacompress.prompts.sentences import EVALUATION_DOCUMENTS
 from moacompress.recipe_sections import SourceRecipe
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -20,14 +19,14 @@ from moacompress.core.plugins import TASKS as OUTSIDE
 from moacompress.core.plugins import named_plugins
 from moacompress.evaluation.tasks import ruler
 from moacompress.evaluation.tasks.associative_recall import make_recall
-from moacompress.evaluation.tasks.cases import Case, Match
+from moacompress.evaluation.tasks.cases import Case
 from moacompress.evaluation.tasks.counting import COMMON, FREQUENT, make_common, make_frequent
 from moacompress.evaluation.tasks.document_question import make_question
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft, encode_draft
 from moacompress.evaluation.tasks.line_lookup import SAID, make_lines
 from moacompress.evaluation.tasks.needles import Needles, make_needles
-from moacompress.evaluation.tasks.prompt_request import PromptRequest, Resources
 from moacompress.evaluation.tasks.second_question import make_second_question
+from moacompress.evaluation.tasks.task import KINDS, EvaluationTask, Need, PromptRequest, Resources
 from moacompress.evaluation.tasks.tracking import TRACKING, make_tracking
 from moacompress.evaluation.tasks.unseen import (
     code_completion,
@@ -39,8 +38,8 @@ from moacompress.evaluation.tasks.unseen import (
 )
 from moacompress.evaluation.tasks.vocabulary import WORDS
 from moacompress.prompts.generators import ANSWER_ROOM, EVALUATION_PAIRS, Values, make_prompt
-from moacompress.prompts.pools import EVALUATION_ADJECTIVES, NOUNS, SPLITS
-from moacompress.prompts.sentences import EVALUATION_DOCUMENTS, EVALUATION_NEEDLES, NeedleSentences, wording_of
+from moacompress.prompts.pools import SPLITS
+from moacompress.prompts.sentences import EVALUATION_DOCUMENTS, EVALUATION_NEEDLES, NeedleSentences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,7 +59,6 @@ __all__ = [
 
 
 S = TypeVar("S")
-Need = Literal["prose", "squad"]
 _HOW = {
     "prose": "give a .txt file or a folder of them as text",
     "squad": "give a SQuAD file, such as dev-v2.0.json",
@@ -68,66 +66,6 @@ _HOW = {
 _WHAT = {"prose": "prose", "squad": "SQuAD's questions"}
 SHOWN_QUESTION = 300
 """Most characters of a question that a report keeps."""
-OWN, UNSEEN, CALIBRATED = "own rows", "unseen kinds", "calibrated kinds"
-KINDS = (OWN, UNSEEN, CALIBRATED)
-"""What prompts are to calibration, the one that a claim rests on first: rows of the user's own, kinds that no calibration has,
-and kinds that calibration's generators make too."""
-
-
-@dataclass(frozen=True)
-class EvaluationTask:
-    """A kind of prompt.
-
-    Attributes:
-        name: as given on the command line and written in results.
-        description: one line for a reader.
-        write: makes the draft of one prompt.
-        sentences: returns all that its prompts say but for what is drawn, for `wording`.
-        new_tokens: most tokens generated, or of given prompts what they are at least; 0 for as many as the reference takes
-            and a few more.
-        match: how an answer is compared, see `Case`.
-        needs: the user's text that the task needs, or None.
-        ruler: one of RULER's, whose sentences an installed package ships.
-        calibrated: calibration has prompts of this kind, of other pools: needles, and pairs of keys and numbers.
-        given: the prompts, where they are the user's own and no length is asked of them; None where they are written.
-    """
-
-    name: str
-    description: str
-    write: Callable[[PromptRequest], PromptDraft]
-    sentences: Callable[[], object]
-    new_tokens: int = 0
-    match: Match = "all"
-    needs: Need | None = None
-    ruler: bool = False
-    calibrated: bool = False
-    given: tuple[PromptDraft, ...] | None = None
-
-    @property
-    def wording(self) -> str:
-        """A digest of what its prompts say, 16 hex digits: prompts of two wordings are not one task.
-
-        Raises:
-            UsageError: one of RULER's, and the package is not installed.
-        """
-        return wording_of(self.sentences(), *((EVALUATION_ADJECTIVES, NOUNS) if self.given is None else ()))
-
-    @property
-    def kind(self) -> str:
-        """Which of `KINDS` its prompts are."""
-        return CALIBRATED if self.calibrated else UNSEEN if self.given is None else OWN
-
-    def lengths(self, asked: Iterable[int]) -> list[int]:
-        """Returns the lengths at which it has prompts, of those asked for: those that are given are taken once."""
-        lengths = sorted(set(asked))
-        return lengths if self.given is None else lengths[-1:]
-
-    @property
-    def requirements(self) -> str:
-        """What is to be given or installed for it, in words; empty for nothing."""
-        given = {"prose": "--text", "squad": "--squad"}
-        needs = [given[self.needs]] if self.needs else []
-        return ", ".join([*needs, *(["the extra eval"] if self.ruler else [])])
 
 
 def _calibrated(

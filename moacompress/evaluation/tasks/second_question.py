@@ -12,7 +12,7 @@ import numpy as np
 
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
 from moacompress.evaluation.tasks.needles import in_lines
-from moacompress.evaluation.tasks.prompt_request import PromptRequest
+from moacompress.evaluation.tasks.task import PromptRequest
 from moacompress.prompts.pools import draw_keys, draw_numbers
 from moacompress.prompts.sentences import EVALUATION_NEEDLES
 

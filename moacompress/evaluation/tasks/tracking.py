@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
-from moacompress.evaluation.tasks.prompt_request import PromptRequest
+from moacompress.evaluation.tasks.task import PromptRequest
 from moacompress.prompts.sentences import EVALUATION_NOISE
 
 HOPS = 4

@@ -18,10 +18,10 @@ from moacompress.kernels.centred_keys import centred
 from moacompress.kernels.dispatch import backend_for
 from moacompress.rules.rule_table import RuleTable
 from moacompress.serving.vllm.class_layers import ClassLayer, PlanBackend, class_layers
-from moacompress.serving.vllm.config import PlanConfig
 from moacompress.serving.vllm.gates import LayerGate, holder_of
 from moacompress.serving.vllm.layer_memory import LayerMemory
 from moacompress.serving.vllm.selection import Selection
+from moacompress.serving.vllm.served_plan import ServedPlan
 from moacompress.serving.vllm.step import Steps
 
 _LIBRARY = torch.library.Library("moacompress_vllm", "FRAGMENT")
@@ -183,7 +183,7 @@ torch.library.register_fake(
 )
 
 
-def take_over(layer: Attention, prefix: str, config: PlanConfig) -> None:
+def take_over(layer: Attention, prefix: str, served: ServedPlan) -> None:
     """Turns a freshly made attention layer into one under the plan; vLLM asks twice for each.
 
     Raises:
@@ -193,7 +193,7 @@ def take_over(layer: Attention, prefix: str, config: PlanConfig) -> None:
     if isinstance(layer, PlanAttention):
         return
     vllm_config = get_current_vllm_config()
-    plan, index = config.plan, extract_layer_index(prefix)
+    plan, index = served.plan, extract_layer_index(prefix)
     if index >= plan.model.layers:
         raise PlanError(f"the plan is for {plan.model.layers} layers, and the model has a layer {index}")
     layers = getattr(vllm_config.model_config.hf_text_config, "num_hidden_layers", None)
@@ -239,9 +239,9 @@ def take_over(layer: Attention, prefix: str, config: PlanConfig) -> None:
     layer.plan_view = layer.plan_gate = None
     if any(rule.selects for rule in plan.rules[index]):
         inputs = vllm_config.model_config.get_hidden_size()
-        layer.plan_gate = config.gates[holder_of(prefix)] = LayerGate(
+        layer.plan_gate = served.gates[holder_of(prefix)] = LayerGate(
             layer.num_kv_heads, inputs, layer.kv_cache_torch_dtype
         )
-    if config.class_layers is None:
-        config.class_layers = class_layers(config, layer.kv_cache_torch_dtype, vllm_config, impl)
-    object.__setattr__(layer, "plan_classes", config.class_layers)  # no submodules: they have no weights
+    if served.class_layers is None:
+        served.class_layers = class_layers(served, layer.kv_cache_torch_dtype, vllm_config, impl)
+    object.__setattr__(layer, "plan_classes", served.class_layers)  # no submodules: they have no weights

@@ -15,10 +15,10 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from moacompress.rules.windows import BLOCK
 from moacompress.serving.vllm.classes import KVClass, KVClasses, kv_classes
-from moacompress.serving.vllm.config import PlanConfig
 from moacompress.serving.vllm.options import options_of
 from moacompress.serving.vllm.scheduling import in_flight, logger
 from moacompress.serving.vllm.selected_blocks import SelectedBlocks
+from moacompress.serving.vllm.served_plan import ServedPlan
 from moacompress.serving.vllm.spec import ClassSpec, SelectedSpec
 
 _CLASS_NAME = "moacompress.kv_class.{}"
@@ -96,17 +96,17 @@ class ClassLayer(nn.Module, AttentionLayerBase):
         return self.spec
 
 
-def class_layers(config: PlanConfig, dtype: torch.dtype, vllm_config: VllmConfig, impl: Any) -> list[ClassLayer]:
+def class_layers(served: ServedPlan, dtype: torch.dtype, vllm_config: VllmConfig, impl: Any) -> list[ClassLayer]:
     """Makes the classes, and has vLLM take them for layers."""
-    length = min(config.plan.stated_lengths[-1], vllm_config.model_config.max_model_len)
-    classes = kv_classes(config.plan, dtype, options_of(vllm_config).classes, length)
+    length = min(served.plan.stated_lengths[-1], vllm_config.model_config.max_model_len)
+    classes = kv_classes(served.plan, dtype, options_of(vllm_config).classes, length)
     found = []
     for index, one in enumerate(classes.classes):
         kind: Any = partial(SelectedSpec, units=one.units) if one.selected else ClassSpec
         spec = kind(
             block_size=BLOCK,
             num_kv_heads=1,
-            head_size=config.plan.model.head_dim,
+            head_size=served.plan.model.head_dim,
             dtype=torch.uint8,
             state_content_bytes=classes.block_bytes // BLOCK,
             index=index,
@@ -115,12 +115,12 @@ def class_layers(config: PlanConfig, dtype: torch.dtype, vllm_config: VllmConfig
         )
         found.append(ClassLayer(index, one, spec, impl, vllm_config.model_config.max_model_len))
         vllm_config.compilation_config.static_forward_context[found[-1].layer_name] = found[-1]
-    _say(config, classes, length)
+    _say(served, classes, length)
     return found
 
 
-def _say(config: PlanConfig, classes: KVClasses, length: int) -> None:
-    plan = config.plan.in_dtype(str(classes.dtype).removeprefix("torch."))
+def _say(served: ServedPlan, classes: KVClasses, length: int) -> None:
+    plan = served.plan.in_dtype(str(classes.dtype).removeprefix("torch."))
     sizes = classes.held_bytes(length), plan.kv_bytes(length), plan.model.dense_kv_bytes(length)
     logger.info(
         "a sequence of %d tokens holds %.1f MiB of the KV cache, in %d classes of KV heads; by the plan alone it is %.1f MiB, "

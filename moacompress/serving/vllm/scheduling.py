@@ -16,8 +16,8 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.rules.windows import BLOCK
-from moacompress.serving.vllm.config import PlanConfig
 from moacompress.serving.vllm.options import options_of
+from moacompress.serving.vllm.served_plan import ServedPlan
 
 logger = init_logger("vllm.moacompress")
 
@@ -89,9 +89,9 @@ def _selects(model_config: Any) -> bool:
     """Whether gates choose tokens under a checkpoint's plan.
 
     Raises:
-        PlanError, UnsupportedError: as `PlanConfig.from_config`, which vLLM asks only later.
+        PlanError, UnsupportedError: as `ServedPlan.read`, which vLLM asks only later.
     """
-    return PlanConfig.from_config(getattr(model_config.hf_config, "quantization_config", {})).plan.selects
+    return ServedPlan.read(getattr(model_config.hf_config, "quantization_config", {})).plan.selects
 
 
 def leave_out_prefixes(vllm_config: VllmConfig) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
-from moacompress.evaluation.tasks.prompt_request import PromptRequest
 from moacompress.evaluation.tasks.registry import EvaluationTask
+from moacompress.evaluation.tasks.task import PromptRequest
 
 KEYS = ("house", "boat", "door", "tree")
 COLOUR_NAMES = ("red", "green", "blue", "white")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
-from moacompress.evaluation.tasks.prompt_request import PromptRequest
+from moacompress.evaluation.tasks.task import PromptRequest
 from moacompress.evaluation.tasks.unseen.names import NAMES, draw_names, pick
 
 FUNCTION_TOKENS = 20

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from moacompress.core.errors import DataError
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
-from moacompress.evaluation.tasks.prompt_request import PromptRequest
+from moacompress.evaluation.tasks.task import PromptRequest
 from moacompress.evaluation.tasks.unseen.names import pick
 
 _MODULES = """

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
-from moacompress.evaluation.tasks.prompt_request import PromptRequest
+from moacompress.evaluation.tasks.task import PromptRequest
 from moacompress.evaluation.tasks.unseen.names import draw_names, pick
 
 CLAUSE_TOKENS = 12

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
-from moacompress.evaluation.tasks.prompt_request import PromptRequest
+from moacompress.evaluation.tasks.task import PromptRequest
 from moacompress.evaluation.tasks.unseen.names import NAMES, draw_names
 
 TableLayout = Literal["markdown", "csv"]
