@@ -45,8 +45,7 @@ def report(
     predicted against measured KL, and how the plan was found. For each missing measurement it names the command to run.
     """
     from moacompress.report.page.findings import Findings, report_file
-    from moacompress.report.page.report_page import write_page
-    from moacompress.report.page.still_pictures import illustrate_card, write_pictures
+    from moacompress.report.page.report_page import illustrate_card, write_page, write_pictures
 
     found = Findings.load(find_running_plan(path), profile)
     page = out or report_file(found)

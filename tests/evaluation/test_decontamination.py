@@ -22,7 +22,7 @@ from moacompress.prompts import generators
 from moacompress.prompts.generators import Values, make_prompt
 from moacompress.prompts.pools import Prose
 from moacompress.report.evaluation_tables import OVERLAP_UNKNOWN, csv_text, evaluation_tables
-from moacompress.report.page.quality_figures import quality_pictures
+from moacompress.report.page.figures import quality_pictures
 from moacompress.report.page.report_page import quality_text
 from moacompress.rules.plan import Plan
 from moacompress.runtime.checkpoint import load_checkpoint

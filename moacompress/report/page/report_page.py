@@ -1,48 +1,47 @@
-"""The page itself: sections of pictures and tables, put into one HTML file that needs nothing from anywhere."""
+"""The page itself, sections of pictures and tables in one HTML file that needs nothing from anywhere; its pictures as PNG."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
-from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from moacompress.core.artefact_names import BENCH_FILE, EVALUATION_FILE, MODEL_FOLDER, SUMMARY_FILE
 from moacompress.core.errors import UsageError
-from moacompress.core.files import finite_json, write_text
+from moacompress.core.files import finite_json, write_bytes, write_text
 from moacompress.core.place import check_replaceable
-from moacompress.core.statistics import rounded_text
-from moacompress.core.tables import readable_types
+from moacompress.core.tables import Table, readable_bytes, readable_types, rounded_text
 from moacompress.core.version import own_version
-from moacompress.exporter.card import WEIGHTS, repair_text
+from moacompress.exporter.card import CARD, WEIGHTS, repair_text
 from moacompress.recipe import shared_name
-from moacompress.report.evaluation_tables import overlap_note
-from moacompress.report.headline import SAID, all_text, headline, interval_text, kept_rows
+from moacompress.report.evaluation_tables import SAID, all_text, headline, interval_text, kept_rows, overlap_note
 from moacompress.report.heal_tables import heal_sentence
-from moacompress.report.page.cost_figures import bytes_text, machine_text, memory_picture, speed_pictures
-from moacompress.report.page.figure_style import ROLES, Picture
-from moacompress.report.page.findings import EXPLANATIONS, Finding, Findings, reading_file
-from moacompress.report.page.head_figures import head_details, head_map, head_shades, most_worth
-from moacompress.report.page.quality_figures import answer_table, quality_pictures
-from moacompress.report.page.search_figures import (
+from moacompress.report.page.figures import (
+    answer_table,
+    audit_picture,
     baselines_picture,
     front_picture,
     history_picture,
-    predicted_pictures,
+    memory_picture,
+    quality_pictures,
+    speed_pictures,
+    trials_picture,
 )
-from moacompress.report.search_tables import STEP_COLUMNS, class_lines, step_rows
+from moacompress.report.page.findings import EXPLANATIONS, Finding, Findings, reading_file
+from moacompress.report.page.heads import head_details, head_map, head_shades, most_worth
+from moacompress.report.page.picture import ROLES, Picture
+from moacompress.report.search_tables import baseline_kls, class_lines, steps_table
 from moacompress.rules.budget import format_length
 from moacompress.rules.plan import Plan
 from moacompress.rules.plan_memory import memory_lines, plan_memory
 from moacompress.rules.untrusted import reading_notes
 from moacompress.rules.worst_share import WorstShare
 
-ASSETS = "moacompress.report.page"
 REQUESTS = 10
 """Dense requests, in whose memory so many more fit."""
 GENERATOR = '<meta name="generator" content="moacompress">'
@@ -50,6 +49,8 @@ GENERATOR = '<meta name="generator" content="moacompress">'
 CONFIG_NAME = "config.json"
 SEARCHED_BY = ("search", "weights", "head_weights", "dtype", "device", "seed")
 """Settings of a recipe that a search goes by, beside its budget."""
+PICTURES, HEADING = "pictures", "## Pictures"
+"""The folder of a card's pictures, and the heading above them, which ends the card."""
 NEEDS = 'the page needs plotly and jinja2; pip install "moacompress[report]" and run `moacompress report` on the folder'
 
 
@@ -62,8 +63,8 @@ class PageSection:
         title: its heading.
         text: a sentence below it.
         pictures: shown one below the other.
-        tabs: shown one at a time, with a button each.
-        table: columns and rows.
+        tabs: pictures that are shown one at a time, with a button each.
+        table: below the pictures.
     """
 
     name: str
@@ -71,12 +72,7 @@ class PageSection:
     text: str = ""
     pictures: list[Picture] = field(default_factory=list)
     tabs: list[Picture] = field(default_factory=list)
-    table: tuple[tuple[str, ...], list[tuple[str, ...]]] | None = None
-
-    @property
-    def all_pictures(self) -> list[Picture]:
-        """Those that are shown at once, and those of the tabs."""
-        return [*self.pictures, *self.tabs]
+    table: Table | None = None
 
 
 def write_page(found: Findings, out: Path) -> dict[str, Any]:
@@ -100,7 +96,7 @@ def write_page(found: Findings, out: Path) -> dict[str, Any]:
     sections = page_sections(found)
     write_text(out, page_html(found, sections))
     missing = [{"what": row.what, "command": row.command} for row in missing_parts(found)]
-    shown = [section.name for section in sections if section.all_pictures or section.table]
+    shown = [section.name for section in sections if section.pictures or section.tabs or section.table]
     notes = {"passed_over": found.passed_over, "warnings": found.warnings}
     return {"report": str(out), "sections": shown, "missing": missing, **notes}
 
@@ -111,14 +107,14 @@ def page_html(found: Findings, sections: list[PageSection]) -> str:
     from plotly.offline import get_plotlyjs
 
     environment = Environment(
-        loader=PackageLoader(ASSETS, "assets"),
+        loader=PackageLoader(__package__, "assets"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     data = {
-        "figures": {picture.name: picture.figure() for section in sections for picture in section.all_pictures},
+        "figures": {picture.name: picture.figure() for picture in _pictures(sections)},
         "shades": head_shades(found),
         "heads": head_details(found),
         "first": most_worth(found),
@@ -137,10 +133,44 @@ def page_html(found: Findings, sections: list[PageSection]) -> str:
         warnings=found.warnings,
         made=f"moacompress {own_version()}, {date.today():%d %B %Y}",
         plotly=get_plotlyjs(),
-        style=_asset("page.css"),
-        script=_asset("page.js"),
         data=embedded(data),
     )
+
+
+def _pictures(sections: list[PageSection]) -> list[Picture]:
+    return [picture for section in sections for picture in (*section.pictures, *section.tabs)]
+
+
+def write_pictures(found: Findings, folder: Path) -> dict[Path, str]:
+    """Writes every picture of the page as `NAME.png`, in the place of earlier ones, and returns the files with their titles.
+
+    Raises:
+        UsageError: kaleido is not installed, or it finds no browser.
+        ArtefactError: the folder cannot be made, or written to.
+    """
+    files = {}
+    for picture in _pictures(page_sections(found)):
+        path = folder / f"{picture.file_stem}.png"
+        write_bytes(path, picture.png())
+        files[path] = picture.title
+    return files
+
+
+def illustrate_card(found: Findings) -> dict[Path, str]:
+    """Writes the pictures into the checkpoint's folder and shows them in its card, in the place of earlier ones.
+
+    Raises:
+        UsageError: there is no checkpoint, or no picture can be drawn.
+    """
+    folder = found.folder / MODEL_FOLDER if (found.folder / MODEL_FOLDER).is_dir() else found.folder
+    card = folder / CARD
+    if not card.is_file():
+        raise UsageError(f"{found.folder} has no checkpoint with a card; export the plan with `moacompress export`")
+    files = write_pictures(found, folder / PICTURES)
+    shown = "".join(f"![{title}]({PICTURES}/{file.name})\n\n" for file, title in files.items())
+    before = card.read_text("utf-8").partition(f"\n{HEADING}\n")[0].rstrip("\n")
+    write_text(card, f"{before}\n\n{HEADING}\n\n{shown}")
+    return files
 
 
 def embedded(data: Any) -> str:
@@ -158,8 +188,9 @@ def quality_text(evaluation: Finding) -> str:
     return " ".join([*headline(evaluation), overlap_note(evaluation["results"])])
 
 
-def _asset(name: str) -> str:
-    return resources.files(ASSETS).joinpath("assets", name).read_text("utf-8")
+@reading_file(EXPLANATIONS)
+def _search_notes(explanation: Finding) -> tuple[str, Table]:
+    return " ".join(class_lines(explanation)), steps_table(explanation)
 
 
 def page_sections(found: Findings) -> list[PageSection]:
@@ -169,41 +200,49 @@ def page_sections(found: Findings) -> list[PageSection]:
         ArtefactError: a file beside the plan is not of the form that it has.
         PlanError: the plan's notes are not.
     """
-    evaluation, bench, explanation = found.evaluation, found.bench, found.explanation
-    baselines = baselines_picture(found)
-    with reading_file(EXPLANATIONS):
-        classes = " ".join(class_lines(explanation or {}))
-        steps = step_rows(explanation) if explanation is not None else None
-    history = history_picture(explanation) if explanation is not None else None
-    front = front_picture(found.front) if explanation is not None and found.front is not None else None
+    heads = PageSection("heads", "What is kept", pictures=[head_map(found)])
+    quality = PageSection("quality", "What it still answers")
+    if found.evaluation is not None:
+        quality = replace(
+            quality,
+            text=quality_text(found.evaluation),
+            tabs=quality_pictures(found.evaluation),
+            table=answer_table(found.evaluation),
+        )
+    costs = PageSection("costs", "Memory and speed", pictures=[memory_picture(found)])
+    if found.bench is not None:
+        costs = replace(costs, text=machine_text(found.bench), pictures=[*costs.pictures, *speed_pictures(found.bench)])
+    harm = [baselines_picture(found), None if found.audit is None else audit_picture(found.audit)]
+    steps, text, table = list[Picture | None](), "", None
+    if found.explanation is not None:
+        text, table = _search_notes(found.explanation)
+        harm.append(trials_picture(found.explanation))
+        steps = [history_picture(found.explanation), None if found.front is None else front_picture(found.front)]
     return [
-        PageSection("heads", "What is kept", pictures=[head_map(found)]),
-        PageSection(
-            "quality",
-            "What it still answers",
-            quality_text(evaluation) if evaluation is not None else "",
-            tabs=quality_pictures(evaluation) if evaluation is not None else [],
-            table=answer_table(evaluation) if evaluation is not None else None,
-        ),
-        PageSection(
-            "costs",
-            "Memory and speed",
-            machine_text(bench) if bench is not None else "",
-            [memory_picture(found), *(speed_pictures(bench) if bench is not None else [])],
-        ),
-        PageSection(
-            "harm",
-            "Quality loss: predicted vs measured",
-            pictures=[*([baselines] if baselines else []), *predicted_pictures(found)],
-        ),
-        PageSection(
-            "search",
-            "How it was found",
-            classes,
-            pictures=[picture for picture in (history, front) if picture is not None],
-            table=(("step", *STEP_COLUMNS), steps) if steps is not None else None,
-        ),
+        heads,
+        quality,
+        costs,
+        PageSection("harm", "Quality loss: predicted vs measured", pictures=_drawn(harm)),
+        PageSection("search", "How it was found", text, _drawn(steps), table=table),
     ]
+
+
+def _drawn(pictures: Iterable[Picture | None]) -> list[Picture]:
+    return [picture for picture in pictures if picture is not None]
+
+
+@reading_file(BENCH_FILE)
+def machine_text(bench: Finding) -> str:
+    """Returns where times were taken.
+
+    Raises:
+        ArtefactError: `bench.json` is of another form.
+    """
+    machine = bench["environment"]
+    isa = f" ({machine['isa']})" if machine.get("isa") else ""
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, kernels {machine['kernel']}{isa}."
+    )
 
 
 @dataclass(frozen=True)
@@ -245,9 +284,9 @@ def missing_parts(found: Findings, place: Callable[[str], str] = str) -> list[Mi
 
     def measuring(command: str, file: str) -> str:
         folder = found.folder
-        if not (folder / MODEL_FOLDER).is_dir() and not (folder / CONFIG_NAME).is_file():
-            return f"moacompress {command} DIR -o {file} (where DIR is what `moacompress export` makes of the plan)"
-        return f"moacompress {command} {quoted(folder)} -o {quoted(folder)}/{file}"
+        if (folder / MODEL_FOLDER).is_dir() or (folder / CONFIG_NAME).is_file():
+            return f"moacompress {command} {quoted(folder)} -o {quoted(folder)}/{file}"
+        return f"moacompress {command} DIR -o {file} (where DIR is what `moacompress export` makes of the plan)"
 
     parts, profile = [], found.profile
     if profile is None:
@@ -294,11 +333,11 @@ def verdict(found: Findings) -> str:
         ArtefactError: a file beside the plan is not of the form that it has.
     """
     plan, n = found.plan, found.reference
-    dense, ours, _ = bytes_text(plan, n)
-    fit = REQUESTS * plan.model.dense_kv_bytes(n) // plan.kv_bytes(n)
+    dense, ours = plan.model.dense_kv_bytes(n), plan.kv_bytes(n)
     return (
-        f"At {format_length(n)} tokens the KV cache of a request takes {ours} instead of {dense}, so that {fit} requests fit "
-        f"where {REQUESTS} did; {_quality_cost(found.evaluation)}, and {_first_token_cost(found.bench, n)}."
+        f"At {format_length(n)} tokens the KV cache of a request takes {readable_bytes(ours)} instead of "
+        f"{readable_bytes(dense)}, so that {REQUESTS * dense // ours} requests fit where {REQUESTS} did; "
+        f"{_quality_cost(found.evaluation)}, and {_first_token_cost(found.bench, n)}."
     )
 
 
@@ -352,13 +391,13 @@ def tiles(found: Findings) -> list[dict[str, str]]:
         PlanError: the plan's notes are not.
     """
     plan, n = found.plan, found.reference
-    dense, ours, share = bytes_text(plan, n)
+    dense, ours = plan.model.dense_kv_bytes(n), plan.kv_bytes(n)
     return [
         *_quality_tiles(found.evaluation),
         {
-            "value": share,
+            "value": f"{ours / dense:.1%}",
             "what": f"of the KV bytes at {format_length(n)} tokens",
-            "beside": f"{ours} of {dense}; {WorstShare.of(plan)}",
+            "beside": f"{readable_bytes(ours)} of {readable_bytes(dense)}; {WorstShare.of(plan)}",
         },
         *_speed_tiles(found.bench or {}),
         *_kl_tiles(plan),
@@ -401,7 +440,7 @@ def _speed_tiles(bench: Finding) -> list[dict[str, str]]:
 @reading_notes("measured KL")
 def _kl_tiles(plan: Plan) -> list[dict[str, str]]:
     kl: dict[str, Any] = plan.quality.get("measured_harm") or {}
-    others = [value for name, value in kl.items() if name not in ("plan", "trial0") and value is not None]
+    others = baseline_kls(kl)
     if kl.get("plan") is not None:
         beside = f"best baseline {min(others):.3g}" if others else "no baseline was measured"
         beside += f"; n = {plan.quality['samples']} validation samples, which the search chose the plan by"
@@ -424,14 +463,14 @@ def provenance(found: Findings) -> list[tuple[str, str]]:
     with reading_file(SUMMARY_FILE):
         summary = found.summary or {}
         types = readable_types(summary.get("weights") or {})
-        seconds = _joined(f"{step} {taken:.0f} s" for step, taken in summary.get("seconds", {}).items())
+        seconds = ", ".join(f"{step} {taken:.0f} s" for step, taken in summary.get("seconds", {}).items())
     rows: list[tuple[str, Any]] = [
         ("plan", plan.key()),
         ("model", f"{found.model_name}, weights {plan.model.weights_fingerprint}"),
         ("types of weights", types),
         ("profile", notes.get("profile")),
         ("calibration samples", notes.get("calibration")),
-        ("lengths", _joined(format_length(n) for n in notes.get("lengths", []) if isinstance(n, int))),
+        ("lengths", ", ".join(format_length(n) for n in notes.get("lengths", []) if isinstance(n, int))),
         ("seed", notes.get("seed")),
         ("trials", notes.get("trials")),
         ("plans measured", notes.get("measured_plans")),
@@ -439,10 +478,6 @@ def provenance(found: Findings) -> list[tuple[str, str]]:
         ("repair", repair_text(plan)),
         ("healed", heal_sentence(notes["heal"]) if isinstance(notes.get("heal"), dict) else ""),
         ("time", seconds),
-        ("versions", _joined(f"{name} {number}" for name, number in (notes.get("versions") or {}).items())),
+        ("versions", ", ".join(f"{name} {number}" for name, number in (notes.get("versions") or {}).items())),
     ]
     return [(name, str(value)) for name, value in rows if value not in (None, "")]
-
-
-def _joined(parts: Iterable[str]) -> str:
-    return ", ".join(parts)
