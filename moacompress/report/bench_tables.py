@@ -38,11 +38,7 @@ TRACE_TITLE = "Where a step's time goes under this plan, {cell}: {ms} ms, traced
 
 
 def bench_tables(report: Mapping[str, Any]) -> list[RenderableType]:
-    """Returns the tables of a benchmark, and below them sentences on what they do not show.
-
-    Args:
-        report: as `moacompress.bench.benchmark.run_bench` returns it.
-    """
+    """Returns the tables of what `run_bench` returns, and below them sentences on what they do not show."""
     runs = report["runs"]
     shown: list[RenderableType] = [_machine_line(report["environment"], runs)]
     for phase, (unit, factor) in UNITS.items():
@@ -120,11 +116,7 @@ def _trace(row: Row) -> RenderableType:
 
 
 def memory_table(runs: Sequence[Row]) -> Table:
-    """Returns what weights and caches take in MiB, and the peaks of the sides of which one was measured.
-
-    Args:
-        runs: rows of a benchmark; where no peak was measured a cell comes once, not once a phase.
-    """
+    """Returns what weights and caches take, and the measured peaks; without any, a cell comes once, not once a phase."""
     sides = [side for side in SIDES if any(row.get(f"peak_bytes_{side}") is not None for row in runs)]
     columns: Columns = {
         "": _place if sides else _cell,
@@ -189,11 +181,7 @@ def _named(best: str) -> str:
 
 
 def serve_tables(report: Mapping[str, Any]) -> list[RenderableType]:
-    """Returns the table of a benchmark of serving, and a sentence on what was served.
-
-    Args:
-        report: as `moacompress.bench.serve_benchmark.run_serving` returns it.
-    """
+    """Returns the table of what `run_serving` returns, and how many more requests than dense the plan serves."""
     rows = report["serve"]
     first = rows[0]
     title = (

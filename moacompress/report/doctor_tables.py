@@ -10,11 +10,7 @@ from moacompress.rules.budget import format_length
 
 
 def environment_table(data: Mapping[str, Any]) -> Table:
-    """Returns the environment.
-
-    Args:
-        data: as `moacompress.doctor.checks.check_environment` returns it.
-    """
+    """Returns the environment, as `check_environment` finds it."""
     rows = {"python": f"{data['python']}, {data['platform']}"}
     rows |= {name: version or "not installed" for name, version in data["versions"].items()}
     found = data["transformers"]
@@ -39,11 +35,7 @@ def environment_table(data: Mapping[str, Any]) -> Table:
 
 
 def model_table(data: Mapping[str, Any]) -> Table:
-    """Returns what is known of a model.
-
-    Args:
-        data: as `moacompress.doctor.checks.check_model` returns it.
-    """
+    """Returns what is known of a model, as `check_model` finds it."""
     rows = {"model": data["source"], "family": data["model_type"] or "unknown"}
     if data["tested"] is not None:
         rows["tested"] = (

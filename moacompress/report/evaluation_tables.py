@@ -47,9 +47,6 @@ FLOOR_NOTE = "* Dense cannot do this itself (its interval ends below 0.2): no ev
 def kept_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns what a plan keeps of each kind of prompts, the kind that a claim rests on first.
 
-    Args:
-        evaluation: as `moacompress.evaluate` returns it.
-
     Returns:
         Rows of `kind`, `tasks`, `lengths`, `prompts`, and where dense was measured `dense_right`, how many prompts it answers
         in full, `kept` with its `ci95` (None where n is too small), the plan's mean exact match on these, and `exact_match`,
@@ -113,24 +110,14 @@ def headline(evaluation: Mapping[str, Any]) -> list[str]:
     return [*map(kept_sentence, rows), not_measured_sentence(evaluation["not_measured"])] if rows else []
 
 
-def _number(metric: str, digits: int = 2) -> Callable[[Mapping[str, Row]], str]:
-    """Returns what writes a metric of a model: `0.95 [0.87, 1.00]`, the value alone of too few prompts for an interval."""
-
-    def write(metrics: Mapping[str, Row]) -> str:
-        row = metrics[metric]
-        return estimate_text(row["value"], row["ci95"], f".{digits}f")
-
-    return write
-
-
-def _signed(metric: str, digits: int = 2) -> Callable[[Mapping[str, Row]], str]:
-    """Returns what writes a difference, such as `-0.12* [-0.20, -0.04]`; the star where a test tells the two apart."""
+def _estimate(metric: str, form: str = ".2f") -> Callable[[Mapping[str, Row]], str]:
+    """Returns what writes a metric of a model, such as `0.95 [0.87, 1.00]`; a star marks a difference that a test finds."""
 
     def write(metrics: Mapping[str, Row]) -> str:
         if metric not in metrics:
             return "-"
         row = metrics[metric]
-        return estimate_text(row["value"], row["ci95"], f"+.{digits}f", "*" if row["p"] < SIGNIFICANT else "")
+        return estimate_text(row["value"], row["ci95"], form, "*" if row.get("p", 1.0) < SIGNIFICANT else "")
 
     return write
 
@@ -141,7 +128,7 @@ def _any(metrics: Mapping[str, Row]) -> Row:
 
 
 def _retention(metrics: Mapping[str, Row]) -> str:
-    return f"{_number('retention')(metrics)} ({metrics['retention']['prompts']})" if "retention" in metrics else "-"
+    return f"{_estimate('retention')(metrics)} ({metrics['retention']['prompts']})" if "retention" in metrics else "-"
 
 
 def _prompts(metrics: Mapping[str, Row]) -> str:
@@ -153,7 +140,7 @@ def _prompts(metrics: Mapping[str, Row]) -> str:
 
 SIZE: Columns = {"KV cache": lambda metrics: readable_bytes(_any(metrics)["kv_bytes"]), "n": _prompts}
 TASKS: Columns = SIZE | {
-    "exact match": _number("exact_match"),
+    "exact match": _estimate("exact_match"),
     "retention": _retention,
     "accuracy": lambda metrics: rounded_text(metrics["accuracy"]["value"], ".2f"),
     "NLL": lambda metrics: f"{metrics['nll']['value']:.3f}",
@@ -161,27 +148,27 @@ TASKS: Columns = SIZE | {
 POOLED: Columns = {name: write for name, write in TASKS.items() if name != "accuracy"}
 TEXTS: Columns = SIZE | {
     "first": lambda metrics: f"{metrics['ppl_early']['value']:.1f}",
-    "last": _number("ppl_late", 1),
-    "KL": _number("kl", 3),
-    "same top": _number("top1_agreement"),
+    "last": _estimate("ppl_late", ".1f"),
+    "KL": _estimate("kl", ".3f"),
+    "same top": _estimate("top1_agreement"),
 }
 TASK_DIFFERENCES: Columns = {
     "n": _prompts,
-    "exact match": _signed("exact_match"),
-    "accuracy": _signed("accuracy"),
-    "NLL": _signed("nll"),
+    "exact match": _estimate("exact_match", "+.2f"),
+    "accuracy": _estimate("accuracy", "+.2f"),
+    "NLL": _estimate("nll", "+.2f"),
 }
 TEXT_DIFFERENCES: Columns = {
     "n": lambda metrics: str(metrics["kl"]["prompts"]),
     "documents": lambda metrics: str(metrics["kl"]["documents"]),
-    "last": _signed("ppl_late"),
-    "KL": _signed("kl", 3),
-    "same top": _signed("top1_agreement"),
+    "last": _estimate("ppl_late", "+.2f"),
+    "KL": _estimate("kl", "+.3f"),
+    "same top": _estimate("top1_agreement", "+.2f"),
 }
 POOLED_DIFFERENCES: Columns = {
-    "exact match": _signed("exact_match"),
-    "retention": _signed("retention"),
-    "NLL": _signed("nll"),
+    "exact match": _estimate("exact_match", "+.2f"),
+    "retention": _estimate("retention", "+.2f"),
+    "NLL": _estimate("nll", "+.2f"),
 }
 LM_EVAL: Columns = {
     "task": lambda row: row["task"],
@@ -193,17 +180,9 @@ LM_EVAL: Columns = {
 
 
 def evaluation_tables(report: Mapping[str, Any]) -> list[RenderableType]:
-    """Returns the tables of an evaluation, each row with its prompts and KV bytes, models beside each other.
-
-    Args:
-        report: as `moacompress.evaluate` returns it.
-    """
-    results, differences, pooled, marks = (
-        report["results"],
-        report["differences"],
-        report["pooled"],
-        place_marks(report),
-    )
+    """Returns the tables of what `evaluate` returns, each row with its prompts and KV bytes, models beside each other."""
+    results, differences, pooled = report["results"], report["differences"], report["pooled"]
+    marks = place_marks(report)
     tasks = _groups(results, "exact_match")
     several = len(tasks) > 1  # of one alone the pooled prompts would be the same again
     twice = any(len(row.get("prompts_dense", ())) > 1 for row in results)
@@ -263,11 +242,7 @@ def _place(row: Row) -> str:
 
 
 def overlap_note(results: Iterable[Row]) -> str:
-    """Returns in a sentence how much of what was measured on the plan's calibration has seen.
-
-    Args:
-        results: rows of an evaluation.
-    """
+    """Returns in a sentence how much of what was measured on the plan's calibration has seen."""
     places: dict[str, float | None] = {_place(row): row.get("overlap") for row in results}
     known = {place: share for place, share in places.items() if share is not None}
     if not known:
@@ -285,11 +260,7 @@ def overlap_note(results: Iterable[Row]) -> str:
 
 
 def failure_lines(report: Mapping[str, Any]) -> list[str]:
-    """Returns the prompts that plan and dense answer differently well: the end of the question, the reference, both answers.
-
-    Args:
-        report: as `moacompress.evaluate` returns it.
-    """
+    """Returns the prompts that plan and dense answer differently well: the end of the question, the reference, both answers."""
     rows = [row for row in report["answers"] if "dense" in row and row["dense_match"] != row["plan_match"]]
     lines = [f"{len(rows)} of {len(report['answers'])} prompts are answered differently well by the plan and by dense."]
     for row in rows:
@@ -310,11 +281,7 @@ def _one_line(text: str) -> str:
 
 
 def csv_text(report: Mapping[str, Any]) -> str:
-    """Returns all rows of an evaluation as CSV with the columns `CSV_COLUMNS`.
-
-    Args:
-        report: as `moacompress.evaluate` returns it.
-    """
+    """Returns all rows of an evaluation as CSV with the columns `CSV_COLUMNS`."""
     file = io.StringIO()
     writer = csv.DictWriter(file, CSV_COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

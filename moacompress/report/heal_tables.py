@@ -16,10 +16,7 @@ from moacompress.rules.untrusted import reading_notes
 
 @reading_notes("a heal")
 def heal_sentence(notes: Mapping[str, Any]) -> str:
-    """Returns what was trained and what it gave.
-
-    Args:
-        notes: `heal` in the provenance of a plan.
+    """Returns what was trained and what it gave, by `heal` in a plan's provenance.
 
     Raises:
         PlanError: they are not what moacompress writes.
@@ -52,12 +49,7 @@ def _trained_part(notes: Mapping[str, Any]) -> str:
 
 
 def heal_tables(folder: Path, notes: Mapping[str, Any]) -> list[RenderableType]:
-    """Returns the result of a heal, and how to load it.
-
-    Args:
-        folder: the healed checkpoint.
-        notes: `heal` in the provenance of its plan.
-    """
+    """Returns the result of a heal, by `heal` in a plan's provenance, and how to load the healed checkpoint."""
     kl, sizes, overlap = notes["held_out_kl"], notes.get("weight_bytes"), notes.get("overlap")
     rows = {name: f"{error_text(*_mean(kl, name))} nats, {kl['samples']} samples" for name in ("before", "after")}
     apart = kl["difference"]

@@ -47,11 +47,7 @@ FORMATS: Columns = {
 
 
 class Inspection(ShownDict):
-    """The fields of `inspect --json`, and the plan that they are of.
-
-    Attributes:
-        plan: the plan.
-    """
+    """The fields of `inspect --json`, and the plan that they are of."""
 
     plan: Plan
 
@@ -134,13 +130,8 @@ def _flops(plan: Plan, n: int) -> dict[str, dict[str, int]]:
 def count_parameters(folder: Path, plan: Plan) -> dict[str, int] | None:
     """Returns the numbers in a checkpoint's safetensors files, read from their headers; None if there are none.
 
-    Args:
-        folder: the compressed checkpoint.
-        plan: its plan.
-
-    Returns:
-        `plan`, those that are there, and `dense`, without gates and with what layers that share do without: what their anchors
-        have more.
+    `plan` has those that are there; `dense` those without gates, and with what layers that share do without: what their
+    anchors have more.
 
     Raises:
         ArtefactError: a file is cut short or is not safetensors.
@@ -248,12 +239,7 @@ def kv_table(data: Row) -> Table:
 
 
 def formats_table(formats: Sequence[Row], bits: Mapping[str, float]) -> Table:
-    """Returns where the bytes of a plan are, by formats of keys and values.
-
-    Args:
-        formats: see `cost.format_rows`.
-        bits: of a kept number, of `keys` and of `values`.
-    """
+    """Returns where the bytes of a plan are, by the formats of `cost.format_rows`; `bits` are those of a kept number."""
     total = sum(pair["kv_bytes"] for pair in formats)
     columns = FORMATS | {"share of bytes": lambda pair: f"{pair['kv_bytes'] / total:.0%}"}
     title = f"Bytes by format: {bits['keys']:.1f} bits per number in kept keys, {bits['values']:.1f} in kept values"
@@ -261,11 +247,7 @@ def formats_table(formats: Sequence[Row], bits: Mapping[str, float]) -> Table:
 
 
 def memory_tables(found: Row) -> list[RenderableType]:
-    """Returns a table for every length: the KV bytes of each batch, and the requests that fit beside the weights.
-
-    Args:
-        found: as `rules.kv_memory.kv_memory` returns it.
-    """
+    """Returns a table for every length of `kv_memory`: the KV bytes of each batch, the requests that fit beside the weights."""
     weights = found["weights"]
     room = (
         "" if weights is None else f" ({readable_bytes(found['available'])} free, {readable_bytes(weights)} of weights)"

@@ -52,11 +52,7 @@ def profile_table(profile: Profile) -> Table:
 
 
 def gate_table(report: Data) -> Table:
-    """Returns how much influence is left out where tokens are selected by gates, by recency and by the influence itself.
-
-    Args:
-        report: of `calibration.gates.Gates`.
-    """
+    """Returns how much influence is left out where tokens are selected by gates, by recency and by the influence itself."""
     columns = {
         "tokens chosen": lambda row: f"{row['share']:.0%}",
         **{name: lambda row, name=name: error_text(*row[name], ".2f") for name in SCORES},
@@ -71,11 +67,7 @@ def gate_table(report: Data) -> Table:
 
 
 def audit_tables(audit: Data) -> list[RenderableType]:
-    """Returns the tables of an audit: the estimators on ablations and on plans, differences to MoA, split halves.
-
-    Args:
-        audit: the `data` of a `search.audit.Audit`.
-    """
+    """Returns the tables of an audit's data: estimators on ablations and on plans, differences to MoA, split halves."""
     chosen = audit["estimator"]
 
     def estimators(rows: Data) -> list[Data]:
@@ -102,8 +94,7 @@ def audit_tables(audit: Data) -> list[RenderableType]:
     if "fisher_minus_moa" in audit:
         for name in dict.fromkeys(("fisher", chosen)):
             row = audit["fisher_minus_moa" if name == "fisher" else "chosen_minus_moa"]
-            difference = estimate_text(row["value"], row["ci95"])
-            shown.append(f"Spearman of {name} minus that of moa: {difference}")
+            shown.append(f"Spearman of {name} minus that of moa: {estimate_text(row['value'], row['ci95'])}")
         shown.append(MOA_NOTE)
     if audit["split_half"]:
         title = f"KL of the plan of half the samples, times that of the other half's own, at {audit['budget']}"
@@ -124,13 +115,13 @@ PANELS: tuple[tuple[str, str, str, Callable[[Data], str]], ...] = (
         "audit_sharing",
         "sharing_points",
         "{} layers that copy",
-        lambda at: f"layer {at['layer']} of layer {at['anchor']}",
+        lambda at: "layer {layer} of layer {anchor}".format(**at),
     ),
     (
         "audit_repair",
         "repair_points",
         "{} of them, repaired",
-        lambda at: f"layer {at['layer']} of layer {at['anchor']}",
+        lambda at: "layer {layer} of layer {anchor}".format(**at),
     ),
 )
 """Parts of an audit that are plotted: the part, its points, a title, and what is said of a point."""
@@ -145,9 +136,6 @@ def scatter_html(audit: Data) -> str:
 
     One panel for the ablations, one for the plans, one for single formats and two for copies (these not calibrated), each
     with the line where both are equal.
-
-    Args:
-        audit: the `data` of a `search.audit.Audit`.
 
     Raises:
         ImportError: plotly is not installed.

@@ -108,12 +108,7 @@ def steps_table(explanation: Mapping[str, Any]) -> Table:
 
 
 def kl_table(kl: Mapping[str, float | None], kv_bytes: Mapping[str, Mapping[str, int]]) -> Table:
-    """Returns the measured KL of a plan and of what it was measured beside.
-
-    Args:
-        kl: nats, by name.
-        kv_bytes: at each length, `{"dense": bytes, "plan": bytes}`.
-    """
+    """Returns the measured KL of a plan and of what it was measured beside, in nats by name."""
     rows = [(NAMES.get(name, name), readable_number(value)) for name, value in kl.items()]
     title = f"KL(dense || plan) on validation samples; KV bytes {kept_shares(kv_bytes)}"
     return Table(title, ("", "nats per token"), rows, MOA_NOTE if kl.get("moa") is not None else "")
@@ -214,11 +209,7 @@ def refused_line(explanation: Mapping[str, Any]) -> list[str]:
 
 
 def baseline_line(found: Mapping[str, Any] | None) -> list[str]:
-    """Returns in one line whether a search's plan is better than the best baseline; nothing where none was measured.
-
-    Args:
-        found: `best_baseline` of the plan's notes on quality.
-    """
+    """Returns in one line whether a search's plan is better than the best baseline; nothing where none was measured."""
     if found is None:
         return []
     name, ours, theirs = NAMES[found["family"]], readable_number(found["found_harm"]), readable_number(found["harm"])

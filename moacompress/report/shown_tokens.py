@@ -137,11 +137,7 @@ def _classes(pieces: Sequence[str], shares: Any) -> list[dict[str, Any]]:
 
 
 def token_tables(data: Mapping[str, Any]) -> Group:
-    """Returns the classes of tokens with what is kept of them, and the text: tokens in brackets are kept by most gates.
-
-    Args:
-        data: of `selected_tokens`.
-    """
+    """Returns what is kept of each class of tokens, and the text: those in brackets are kept by most gates."""
     title = (
         f"What the gates of {data['kv_heads']} KV heads keep of the tokens that have left their windows, mean over them"
     )

@@ -18,11 +18,7 @@ from moacompress.rules.plan_memory import memory_lines
 
 
 def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:
-    """Returns the tables of a `summary.json`: KV bytes, quality, seconds.
-
-    Args:
-        summary: as `moacompress.compress` returns it.
-    """
+    """Returns the tables of a `summary.json`: KV bytes, quality, seconds."""
     kv_bytes, asked = summary["kv_bytes"], summary["budget"]
     budget = asked if isinstance(asked, str) else ", ".join(asked)
     loss = f", the smallest for a loss of {summary['max_loss']}" if "max_loss" in summary else ""
@@ -94,11 +90,7 @@ def _weights(summary: Mapping[str, Any]) -> list[str]:
 
 
 def closing_lines(out: Path) -> list[str]:
-    """Returns what a run ends with: a snippet that loads the model and asks it something, and where to look next.
-
-    Args:
-        out: folder of the run.
-    """
+    """Returns what a run ends with: a snippet that loads the model and asks it something, and where to look next."""
     page = out / REPORT_FILE
     return [
         f"Paste this into Python:\n\n{snippet(out / MODEL_FOLDER)}",

@@ -47,6 +47,17 @@ def test_columns_without_room_follow_in_a_table_of_their_own() -> None:
     assert all(text.count(digit * 9) == 1 for digit in "123")
 
 
+def test_the_same_table_as_markdown() -> None:
+    columns = {"name": str, "KL(dense || model)": lambda value: f"{value:.2f}"}
+    assert Table.of("Title", columns, (1, 25), "A note.").markdown() == (
+        "| name | KL(dense \\|\\| model) |\n| --- | ---: |\n| 1 | 1.00 |\n| 25 | 25.00 |\n\nA note."
+    )
+    shown = "\n".join(lines([Table.of("Title", columns, (1, 25), "A note.")], 80))
+    assert shown.startswith("Title\n")
+    assert "25.00" in shown
+    assert shown.endswith("A note.")
+
+
 def bench_report(length: int = 32768) -> dict[str, Any]:
     def row(phase: str) -> dict[str, Any]:
         values = {"plan": 103.2, "full_span": 112.5, "dense": 1210.0, "dense_best": 1130.0}

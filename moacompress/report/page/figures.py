@@ -57,14 +57,7 @@ PHASE_COLOURS = (
 
 @reading_file(EVALUATION_FILE)
 def quality_pictures(evaluation: Finding) -> list[Picture]:
-    """Returns a picture of every metric that was measured, a group of bars for each task and length.
-
-    Args:
-        evaluation: as `eval.json` has it.
-
-    Raises:
-        ArtefactError: it is of another form.
-    """
+    """Returns a picture of every metric that `eval.json` has, a group of bars for each task and length."""
     marks = {place: "".join(f" {mark}" for mark in found) for place, found in place_marks(evaluation).items()}
     rows = [
         {**row, "task": f"{row['task']}{marks.get((row['task'], row['length']), '')}"}
@@ -141,11 +134,7 @@ def _bytes(row: Any) -> str:
 
 @reading_file(EVALUATION_FILE)
 def answer_table(evaluation: Finding) -> Table | None:
-    """Returns sample answers: one that plan and dense answer differently well, one right, one wrong; None without any.
-
-    Raises:
-        ArtefactError: `eval.json` is of another form.
-    """
+    """Returns sample answers: one that plan and dense answer differently well, one right, one wrong; None without any."""
     chosen: dict[str, tuple[str, ...]] = {}
     for row in evaluation["answers"]:
         if "dense" in row:
@@ -201,11 +190,7 @@ def _tokens(lengths: list[int], **more: Any) -> dict[str, Any]:
 
 @reading_file(BENCH_FILE)
 def speed_pictures(bench: Finding) -> list[Picture]:
-    """Returns the pictures of times, of where they go if that was traced, and of peaks of memory if these were measured.
-
-    Raises:
-        ArtefactError: `bench.json` is of another form.
-    """
+    """Returns the pictures of times, of where they go if that was traced, and of peaks of memory if these were measured."""
     groups: dict[tuple[str, int, str], list[Any]] = {}
     for row in bench["runs"]:
         groups.setdefault((row["phase"], row["batch"], row["dtype"]), []).append(row)
@@ -300,12 +285,7 @@ def peak_picture(bench: Finding) -> Picture | None:
 
 
 def baselines_picture(found: Findings) -> Picture | None:
-    """Returns the measured KL of the plan and of what it was measured beside, at the same bytes; None where there is none.
-
-    Raises:
-        ArtefactError: the search's notes are of another form.
-        PlanError: the plan's are.
-    """
+    """Returns the measured KL of the plan and of what it was measured beside, at the same bytes; None where there is none."""
     noted = (found.explanation or {}).get("harm")
     with reading_file(EXPLANATIONS) if noted else reading_notes("measured KL"):
         quality = found.plan.quality
@@ -346,11 +326,7 @@ def _baselines(kl: dict[str, float | None], samples: int | None) -> Picture | No
 
 @reading_file(AUDIT_FILE)
 def audit_picture(audit: Finding) -> Picture:
-    """Returns predicted against measured KL of an audit's ablations, formats and plans.
-
-    Raises:
-        ArtefactError: the audit is of another form.
-    """
+    """Returns predicted against measured KL of an audit's ablations, formats and plans."""
     name = audit["estimator"]
     groups = {
         "one KV head's span": [(point["calibrated"].get(name), point["measured"]) for point in audit["points"]],
@@ -365,11 +341,7 @@ def audit_picture(audit: Finding) -> Picture:
 
 @reading_file(EXPLANATIONS)
 def trials_picture(explanation: Finding) -> Picture | None:
-    """Returns predicted against measured KL of the plans of a search; None of fewer than two.
-
-    Raises:
-        ArtefactError: the search's notes are of another form.
-    """
+    """Returns predicted against measured KL of the plans of a search; None of fewer than two."""
     predicted = explanation.get("predicted", {})
     pairs = predicted.get("pairs") or ()
     if len(pairs) < 2:
@@ -401,11 +373,7 @@ def _scatter(name: str, title: str, groups: dict[str, Any], note: str) -> Pictur
 
 @reading_file(EXPLANATIONS)
 def history_picture(explanation: Finding) -> Picture | None:
-    """Returns the trials of a search in their order, with the best so far; None where the search did not write them down.
-
-    Raises:
-        ArtefactError: its notes are of another form.
-    """
+    """Returns the trials of a search in their order, with the best so far; None where the search did not write them down."""
     trials = [row for row in explanation.get("trials", ()) if row["harm"] is not None]
     if len(trials) < 2:
         return None
@@ -437,11 +405,7 @@ def history_picture(explanation: Finding) -> Picture | None:
 
 @reading_file(FRONTS)
 def front_picture(front: Finding) -> Picture | None:
-    """Returns the KL of plans of several budgets against their bytes; None where there is only one.
-
-    Raises:
-        ArtefactError: the front is of another form.
-    """
+    """Returns the KL of plans of several budgets against their bytes; None where there is only one."""
     points = [(max(point["kv_share"].values()) * 100, point["harm"]["plan"]) for point in front["points"]]
     points = [(share, kl) for share, kl in points if kl is not None]
     if len(points) < 2:

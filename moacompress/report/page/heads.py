@@ -134,7 +134,7 @@ def head_details(found: Findings) -> dict[str, Any]:
         and of windows with gates the kept tokens `[layers, rules]` and the predicted KL `[layers, kv_heads, rules]`, nats;
         `chosen` `[layers, kv_heads]` with `kept` and `harm`, by the same prediction, formats included; `distance`: `labels` of
         the bins in tokens, up to the last used one, and the probability `[layers, kv_heads, bins]`; `sinks` with the
-        probability on the first tokens; `entropy` in nats.
+        probability on the first tokens.
     """
     plan, profile, n = found.plan, found.profile, found.reference
     layers, heads = range(plan.model.layers), range(plan.model.kv_heads)
@@ -160,13 +160,10 @@ def head_details(found: Findings) -> dict[str, Any]:
     arrays = profile.statistics.arrays
     if "distance" in arrays:
         samples = [index for index, length in enumerate(profile.sample_lengths) if length == at]
-        distance, sinks, entropy = (
-            np.asarray(arrays[name], np.float64)[samples].mean(0) for name in ("distance", "sink_mass", "entropy")
-        )
+        distance, sinks = (np.asarray(arrays[name], np.float64)[samples].mean(0) for name in ("distance", "sink_mass"))
         used = 1 + int(np.flatnonzero((distance > LEAST).any((0, 1))).max(initial=0))
         data["distance"] = {"labels": _bins()[:used], "share": _nested(distance[..., :used])}
         data["sinks"] = {"tokens": list(SINKS), "share": _nested(sinks)}
-        data["entropy"] = _nested(entropy)
     return data
 
 
@@ -179,11 +176,7 @@ def _chosen(plan: Plan, layer: int, head: int, n: int, costs: Any, places: Mappi
 
 @reading_file(EXPLANATIONS)
 def most_worth(found: Findings) -> list[int]:
-    """Returns the layer and the KV head whose bytes are worth most, which the page shows first.
-
-    Raises:
-        ArtefactError: the search's notes are of another form.
-    """
+    """Returns the layer and the KV head whose bytes are worth most, which the page shows first."""
     rows = (found.explanation or {}).get("heads") or [{"layer": 0, "kv_head": 0}]
     return [int(rows[0]["layer"]), int(rows[0]["kv_head"])]
 

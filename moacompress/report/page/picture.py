@@ -44,7 +44,7 @@ _TAG = re.compile(r"<(?!/?(?:b|br|extra)>)")
 
 
 class Picture(Table):
-    """A table of the page that is drawn too."""
+    """A table of the page that is drawn too, with a name of its own; traces and layout are plotly's, without colours."""
 
     def __init__(
         self,
@@ -56,17 +56,6 @@ class Picture(Table):
         columns: Sequence[str] = (),
         rows: Iterable[Sequence[str]] = (),
     ) -> None:
-        """Makes a picture.
-
-        Args:
-            name: unique on the page.
-            title: above it.
-            traces: as plotly takes them.
-            layout: as plotly takes it, without colours.
-            note: below it.
-            columns: of the table of the same numbers.
-            rows: of that table; none of a picture without one.
-        """
         super().__init__(title, columns, rows, note)
         self.name, self.traces, self.layout = name, traces, layout
 

@@ -19,7 +19,15 @@ from moacompress.core.tables import Table, readable_bytes, readable_types, round
 from moacompress.core.version import own_version
 from moacompress.exporter.card import CARD, WEIGHTS, repair_text
 from moacompress.recipe import shared_name
-from moacompress.report.evaluation_tables import SAID, all_text, headline, interval_text, kept_rows, overlap_note
+from moacompress.report.evaluation_tables import (
+    SAID,
+    all_text,
+    headline,
+    interval_text,
+    kept_rows,
+    kept_sentence,
+    overlap_note,
+)
 from moacompress.report.heal_tables import heal_sentence
 from moacompress.report.page.figures import (
     answer_table,
@@ -56,16 +64,7 @@ NEEDS = 'the page needs plotly and jinja2; pip install "moacompress[report]" and
 
 @dataclass(frozen=True)
 class PageSection:
-    """A section of the page.
-
-    Attributes:
-        name: where a link to it points.
-        title: its heading.
-        text: a sentence below it.
-        pictures: shown one below the other.
-        tabs: pictures that are shown one at a time, with a button each.
-        table: below the pictures.
-    """
+    """A section of the page: a heading, a sentence, pictures one below the other, others in tabs, and a table."""
 
     name: str
     title: str
@@ -180,11 +179,7 @@ def embedded(data: Any) -> str:
 
 @reading_file(EVALUATION_FILE)
 def quality_text(evaluation: Finding) -> str:
-    """Returns what was kept of each kind of prompts, and what was not measured, in sentences.
-
-    Raises:
-        ArtefactError: `eval.json` is of another form.
-    """
+    """Returns what was kept of each kind of prompts, and what was not measured, in sentences."""
     return " ".join([*headline(evaluation), overlap_note(evaluation["results"])])
 
 
@@ -233,11 +228,7 @@ def _drawn(pictures: Iterable[Picture | None]) -> list[Picture]:
 
 @reading_file(BENCH_FILE)
 def machine_text(bench: Finding) -> str:
-    """Returns where times were taken.
-
-    Raises:
-        ArtefactError: `bench.json` is of another form.
-    """
+    """Returns where times were taken."""
     machine = bench["environment"]
     isa = f" ({machine['isa']})" if machine.get("isa") else ""
     return (
@@ -247,13 +238,7 @@ def machine_text(bench: Finding) -> str:
 
 @dataclass(frozen=True)
 class MissingPart:
-    """Something that was not measured.
-
-    Attributes:
-        section: that lacks it.
-        what: it is, as a sentence.
-        command: fills it.
-    """
+    """Something that was not measured: the section that lacks it, a sentence that says so, and the command that fills it."""
 
     section: str
     what: str
@@ -327,44 +312,31 @@ def _search_again(found: Findings, quoted: Callable[[Path], str]) -> str:
 
 
 def verdict(found: Findings) -> str:
-    """Returns in one sentence what the plan saves at the reference length, and what that costs.
-
-    Raises:
-        ArtefactError: a file beside the plan is not of the form that it has.
-    """
+    """Returns what the plan saves at the reference length, and what that costs."""
     plan, n = found.plan, found.reference
     dense, ours = plan.model.dense_kv_bytes(n), plan.kv_bytes(n)
     return (
         f"At {format_length(n)} tokens the KV cache of a request takes {readable_bytes(ours)} instead of "
-        f"{readable_bytes(dense)}, so that {REQUESTS * dense // ours} requests fit where {REQUESTS} did; "
-        f"{_quality_cost(found.evaluation)}, and {_first_token_cost(found.bench, n)}."
+        f"{readable_bytes(dense)}, so that {REQUESTS * dense // ours} requests fit where {REQUESTS} did. "
+        f"{_quality_cost(found.evaluation)} {_first_token_cost(found.bench, n)}"
     )
 
 
 @reading_file(EVALUATION_FILE)
 def _quality_cost(evaluation: Finding | None) -> str:
     rows = [row for row in kept_rows(evaluation) if row.get("dense_right")] if evaluation is not None else []
-    if not rows:
-        return "what it still answers was not measured"
-    row = rows[0]
-    return (
-        f"of the {row['dense_right']} prompts that the dense model answers, it answers {rounded_text(row['kept'], '.0%')} "
-        f"({interval_text(row)}; {all_text(row)}; "
-        f"{SAID[row['kind']][0].lower()}{SAID[row['kind']][1:]}: {', '.join(row['tasks'])})"
-    )
+    return kept_sentence(rows[0]) if rows else "What it still answers was not measured."
 
 
 @reading_file(BENCH_FILE)
 def _first_token_cost(bench: Finding | None, n: int) -> str:
-    rows = [
-        row for row in (bench or {}).get("runs", ()) if row["phase"] == "prefill" and row["dense_ms"] and row["plan_ms"]
-    ]
+    runs = (bench or {}).get("runs", ())
+    rows = [row for row in runs if row["phase"] == "prefill" and row["dense_ms"] and row["plan_ms"]]
     if not rows:
-        return "what the first token costs was not measured"
+        return "What the first token costs was not measured."
     row = min(rows, key=lambda row: (abs(row["length"] - n), row["batch"]))
-    times = row["plan_ms"] / row["dense_ms"]
     where = f"{format_length(row['length'])} tokens, batch {row['batch']}"
-    return f"the first token takes {times:.2f} times as long as dense's ({where})"
+    return f"The first token takes {row['plan_ms'] / row['dense_ms']:.2f} times as long as dense's ({where})."
 
 
 def about(found: Findings) -> str:
@@ -384,12 +356,7 @@ def about(found: Findings) -> str:
 
 
 def tiles(found: Findings) -> list[dict[str, str]]:
-    """Returns the numbers at the top of the page: `value`, `what` and `beside`.
-
-    Raises:
-        ArtefactError: a file beside the plan is not of the form that it has.
-        PlanError: the plan's notes are not.
-    """
+    """Returns the numbers at the top of the page: `value`, `what` and `beside`."""
     plan, n = found.plan, found.reference
     dense, ours = plan.model.dense_kv_bytes(n), plan.kv_bytes(n)
     return [
@@ -453,12 +420,7 @@ def _kl_tiles(plan: Plan) -> list[dict[str, str]]:
 
 @reading_notes("where it comes from")
 def provenance(found: Findings) -> list[tuple[str, str]]:
-    """Returns where the plan comes from, as names and values.
-
-    Raises:
-        ArtefactError: the run's summary is not of the form that it has.
-        PlanError: the plan's notes are not.
-    """
+    """Returns where the plan comes from, as names and values."""
     plan, notes = found.plan, found.plan.provenance
     with reading_file(SUMMARY_FILE):
         summary = found.summary or {}
