@@ -148,7 +148,7 @@ def test_text_that_calibration_saw_is_refused_and_marked(
     assert "its numbers flatter the plan" in text
     assert str(marked["overlap"]) in csv_text(report)
     assert "its numbers flatter the plan" in quality_text(report)
-    assert any("text †" in str(picture) for picture in quality_pictures(report))  # type: ignore[arg-type]
+    assert any("text †" in str(picture.rows) for picture in quality_pictures(report))  # type: ignore[arg-type]
 
 
 def test_other_text_is_measured_and_its_overlap_stated(
