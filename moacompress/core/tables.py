@@ -17,7 +17,7 @@ from moacompress.core.printable import printable
 
 Row: TypeAlias = Mapping[str, Any]
 """One row of a result, as its JSON has it."""
-Columns: TypeAlias = Mapping[str, Callable[[Any], str]]
+Columns: TypeAlias = dict[str, Callable[[Any], str]]
 """Headings, each with the text of a row's cell."""
 MIN_WIDTH = 8
 """Characters to which a heading may be wrapped above shorter cells."""

@@ -195,7 +195,7 @@ def _weights_table(stored: Mapping[str, int]) -> str:
 
 def _formats_table(plan: Plan, n: int) -> str:
     rows = [
-        (row["key_format"], row["value_format"], str(row["kv_heads"]), f"{row['kv_bytes']:,}")
+        (str(row["key_format"]), str(row["value_format"]), str(row["kv_heads"]), f"{row['kv_bytes']:,}")
         for row in format_rows(plan, n)
     ]
     bits = kept_bits(plan, n)

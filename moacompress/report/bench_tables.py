@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import RenderableType
@@ -45,7 +46,7 @@ def bench_tables(report: Mapping[str, Any]) -> list[RenderableType]:
         rows = [row for row in runs if row["phase"] == phase]
         if rows:
             title = f"{phase.capitalize()}, {unit}: median of {rows[0]['repeats']} turns, 10th to 90th percentile"
-            shown.append(_table_of_sides(title, rows, SIDES, lambda row, side, factor=factor: _time(row, side, factor)))
+            shown.append(_table_of_sides(title, rows, SIDES, partial(_time, factor=factor)))
     if any(row["speedup"] for row in runs):
         shown += [_table_of_sides(SPEED_TITLE, runs, SIDES[1:], _speedup), SPEED_NOTE]
         shown += [SLOWER_NOTE] if any(_slower(row, side) for row in runs for side in row["speedup"]) else []
@@ -72,12 +73,12 @@ def _table_of_sides(
     title: str, rows: Sequence[Row], sides: Sequence[str], text: Callable[[Row, str], str]
 ) -> RenderableType:
     """Returns a table with a column for each side that was timed in some row."""
-    columns: Columns = {"": _place} | {
-        HEADS[side]: lambda row, side=side: "-" if row.get(f"{side}_ms") is None else text(row, side)
-        for side in sides
-        if any(row.get(f"{side}_ms") is not None for row in rows)
-    }
-    return Table.of(title, columns, rows)
+
+    def cell(side: str) -> Callable[[Row], str]:
+        return lambda row: "-" if row.get(f"{side}_ms") is None else text(row, side)
+
+    there = [side for side in sides if any(row.get(f"{side}_ms") is not None for row in rows)]
+    return Table.of(title, {"": _place, **{HEADS[side]: cell(side) for side in there}}, rows)
 
 
 def _time(row: Row, side: str, factor: float) -> str:
@@ -127,9 +128,13 @@ def memory_table(runs: Sequence[Row]) -> Table:
         ),
         "bits": lambda row: f"{row['bits']['keys']:.1f}/{row['bits']['values']:.1f}",
         "ceiling": lambda row: f"{row['byte_ratio']:.2f}",
-        **{f"peak, {HEADS[side]}": lambda row, side=side: _mebibytes(row.get(f"peak_bytes_{side}")) for side in sides},
+        **{f"peak, {HEADS[side]}": partial(_peak, side=side) for side in sides},
     }
     return Table.of(MEMORY_TITLE, columns, [row for row in runs if sides or row["phase"] == runs[0]["phase"]])
+
+
+def _peak(row: Row, side: str) -> str:
+    return _mebibytes(row.get(f"peak_bytes_{side}"))
 
 
 def _mebibytes(count: int | None, digits: int = 0) -> str:

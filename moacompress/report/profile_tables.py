@@ -53,10 +53,17 @@ def profile_table(profile: Profile) -> Table:
 
 def gate_table(report: Data) -> Table:
     """Returns how much influence is left out where tokens are selected by gates, by recency and by the influence itself."""
-    columns = {
+
+    def left(name: str) -> Callable[[Data], str]:
+        return lambda row: error_text(row[name][0], row[name][1], ".2f")
+
+    def left_of_all(name: str) -> Callable[[Data], str]:
+        return lambda row: readable_number(row[f"{name}_of_all"], ".2f")
+
+    columns: Columns = {
         "tokens chosen": lambda row: f"{row['share']:.0%}",
-        **{name: lambda row, name=name: error_text(*row[name], ".2f") for name in SCORES},
-        **{f"all: {name}": lambda row, name=name: readable_number(row[f"{name}_of_all"], ".2f") for name in SCORES},
+        **{name: left(name) for name in SCORES},
+        **{f"all: {name}": left_of_all(name) for name in SCORES},
     }
     what = f"Importance by {report['scorer']}" if "scorer" in report else "Influence"
     title = (

@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from moacompress.core.artefact_names import AUDIT_FILE, BENCH_FILE, EVALUATION_FILE, MODEL_FOLDER
-from moacompress.core.tables import Table, estimate_text, readable_bytes, readable_number
+from moacompress.core.tables import Columns, Table, estimate_text, readable_bytes, readable_number
 from moacompress.report.bench_tables import gain_text, memory_table
 from moacompress.report.evaluation_tables import place_marks
 from moacompress.report.page.findings import EXPLANATIONS, FRONTS, Finding, Findings, reading_file
@@ -79,7 +79,7 @@ def quality_pictures(evaluation: Finding) -> list[Picture]:
         ]
         height = 130 + len(groups) * (16 + 13 * len(models))
         layout = bar_layout(unit, groups, height, "group", **({"range": [0, 1.02]} if metric in SHARES else {}))
-        columns = {
+        columns: Columns = {
             "task": group_name,
             "model": lambda row: names[row["model"]],
             "value": lambda row: f"{row['value']:.3g}",
