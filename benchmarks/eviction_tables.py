@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moacompress.core.files import write_text
-from moacompress.core.statistics import estimate_text, p_text
+from moacompress.core.tables import estimate_text, p_text
 from moacompress.evaluation.baselines.compared_models import DENSE, DENSE_SIDES, PLAN
 from moacompress.evaluation.scoring.result_rows import POOLED, pooled_rows, result_rows
 from moacompress.evaluation.scoring.stored_scores import measured_again

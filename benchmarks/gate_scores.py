@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from moacompress.calibration.profile.passes import all_attended
-from moacompress.core.statistics import estimate_row, estimate_text, mean
+from moacompress.core.statistics import estimate_row, mean
+from moacompress.core.tables import estimate_text
 from moacompress.evaluation.scoring.retention import retention
 from moacompress.evaluation.tasks.cases import Case
 from moacompress.evaluation.tasks.registry import Resources, make_cases

@@ -161,7 +161,7 @@ def fill(
     """
     from moacompress.evaluation.runner import evaluate
     from moacompress.evaluation.tasks.own_rows import answered_sources
-    from moacompress.report.headline import headline, kept_rows
+    from moacompress.report.evaluation_tables import headline, kept_rows
 
     progress.plan(dict.fromkeys(STAGES))
     found, clock = _produce(recipe, out, progress, from_scratch, trust_remote_code)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moacompress.core.statistics import SIGNIFICANT, estimate_text, p_text, p_value, paired_rates, rate, verdict
+from moacompress.core.statistics import SIGNIFICANT, p_value, paired_rates, rate, verdict
+from moacompress.core.tables import estimate_text, p_text
 from moacompress.rules.budget import format_length
 from rivals.settings import DENSE, OURS
 

@@ -132,7 +132,7 @@ def bench(
     if serve:
         from moacompress.bench.request_mix import ANSWERS, PROMPTS
         from moacompress.bench.serve_benchmark import ServeRequest, run_serving
-        from moacompress.report.serve_tables import serve_tables
+        from moacompress.report.bench_tables import serve_tables
         from moacompress.rules.budget import parse_bytes
 
         served = ServeRequest(

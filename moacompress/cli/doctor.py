@@ -49,7 +49,7 @@ def doctor(
     """
     from moacompress.doctor.checks import check_environment, check_model
     from moacompress.report.doctor_tables import environment_table, model_table
-    from moacompress.report.memory_tables import memory_tables
+    from moacompress.report.inspection import memory_tables
 
     data = check_environment()
     show: list[RenderableType] = [environment_table(data)]

@@ -268,7 +268,7 @@ def _check_tensor_parallel(against: tuple[str, ...]) -> None:
 
 def _list_tasks() -> Output:
     """Returns the tasks with what they need."""
-    from moacompress.core.tables import section
+    from moacompress.core.tables import Table
     from moacompress.evaluation.scoring.text_rows import TEXT
     from moacompress.evaluation.tasks.registry import known_tasks
 
@@ -276,4 +276,4 @@ def _list_tasks() -> Output:
     rows.append((TEXT, "perplexity by position, KL and top-1 agreement with dense on long text", "--text"))
     names = ("task", "description", "needs")
     data = [dict(zip(names, row, strict=True)) for row in rows]
-    return Output({"tasks": data}, [section("Tasks", names, rows)])
+    return Output({"tasks": data}, [Table("Tasks", names, rows, text_columns=3)])

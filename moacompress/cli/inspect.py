@@ -49,8 +49,7 @@ def inspect(
     from moacompress.models.device import available_memory
     from moacompress.models.source import find_model_folder
     from moacompress.models.stored_plan import read_plan
-    from moacompress.report.inspection import inspect_plan, inspection_tables
-    from moacompress.report.memory_tables import memory_tables
+    from moacompress.report.inspection import inspect_plan, inspection_tables, memory_tables
     from moacompress.rules.budget import parse_lengths
     from moacompress.rules.kv_memory import kv_memory
 

@@ -206,7 +206,7 @@ def profile(
     data, show = _profile_output(made, out)
     if audit is not None:
         from moacompress.core.artefact_names import AUDIT_FILE
-        from moacompress.report.audit_tables import audit_tables, write_scatter
+        from moacompress.report.profile_tables import audit_tables, write_scatter
         from moacompress.search.audit.audit import audit as audit_profile
 
         found = audit_profile(
@@ -296,7 +296,7 @@ def _profile_output(made: Profile, out: Path) -> tuple[dict[str, Any], list[Rend
     work = f"{made.shape.layers * made.shape.kv_heads} KV heads x {len(made.rules)} rules on {data['samples']} samples"
     show: list[RenderableType] = [f"Profiled {work} in {made.seconds:.0f} s."]
     if found is not None and found.report:
-        from moacompress.report.gate_tables import gate_table
+        from moacompress.report.profile_tables import gate_table
 
         show.append(gate_table(found.report))
     return data, show

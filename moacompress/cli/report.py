@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moacompress.cli.harness import CommandRun, Output, command
+from moacompress.core.artefact_names import REPORT_FILE
 from moacompress.models.locate import find_running_plan
 
 
@@ -44,12 +45,11 @@ def report(
     Writes a single HTML file: a map of what every KV head keeps, quality beside the baselines, memory and speed against length,
     predicted against measured KL, and how the plan was found. For each missing measurement it names the command to run.
     """
-    from moacompress.report.page.findings import Findings, report_file
-    from moacompress.report.page.report_page import write_page
-    from moacompress.report.page.still_pictures import illustrate_card, write_pictures
+    from moacompress.report.page.findings import Findings
+    from moacompress.report.page.report_page import illustrate_card, write_page, write_pictures
 
     found = Findings.load(find_running_plan(path), profile)
-    page = out or report_file(found)
+    page = out or found.folder / REPORT_FILE
     data = write_page(found, page)
     drawn = [
         *(write_pictures(found, pictures) if pictures is not None else []),

@@ -314,47 +314,6 @@ def estimate_row(value: float, interval: Interval | None) -> dict[str, Any]:
     return {"value": value, "ci95": None if interval is None else list(interval)}
 
 
-def rounded_text(value: float, form: str) -> str:
-    """Returns a number with so many more digits as tell it from 0 and 1: 0.996 is not `1.00`, nor 0.9996 `100%`.
-
-    Args:
-        value: the number.
-        form: how it is written otherwise, such as `.2f` or `.0%`.
-    """
-    digits, kind = int(form[1:-1]), form[-1]
-    for more in range(digits, digits + 4):
-        text = format(value, f".{more}{kind}")
-        if not any(text.lstrip("-") == format(whole, f".{more}{kind}") for whole in (0.0, 1.0) if value != whole):
-            return text
-    return text
-
-
-def estimate_text(value: float, interval: Sequence[float] | None, form: str = ".2f", mark: str = "") -> str:
-    """Returns `0.95 [0.87, 0.99]`, and the value alone where there is no interval.
-
-    Args:
-        value: the estimate, written as `rounded_text` does unless the form has a sign.
-        interval: its ends.
-        form: of each number.
-        mark: stands behind the value.
-    """
-    text = (format(value, form) if form.startswith("+") else rounded_text(value, form)) + mark
-    if interval is None:
-        return text
-    low, high = (format(end, form) for end in interval)
-    return f"{text} [{low}, {high}]"
-
-
-def error_text(value: float, error: float | None, form: str = ".4g") -> str:
-    """Returns `0.0123 ± 0.002`, a mean and its standard error; of a single unit, which has none, the value alone."""
-    return format(value, form) if error is None else f"{value:{form}} ± {error:.2g}"
-
-
-def p_text(p: float) -> str:
-    """Returns `p .03`, or `p < .001`."""
-    return "p < .001" if p < 0.001 else f"p {p:.2g}".replace("0.", ".", 1)
-
-
 @dataclass(frozen=True)
 class Resampled:
     """A statistic of points that has no formula for its interval, with its bootstrap.

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moacompress.core.files import write_text
-from moacompress.core.statistics import TESTABLE, error_text, p_text
+from moacompress.core.statistics import TESTABLE
+from moacompress.core.tables import Columns, Table, error_text, p_text, readable_number
 from moacompress.models.hub import is_hub_name
 from moacompress.rules.budget import format_length
 from moacompress.rules.cost import chosen_share, format_rows, kept_bits
@@ -139,11 +140,6 @@ def _p(change: dict[str, float]) -> str:
     return f", {p_text(change['p'])}" if "p" in change else ""
 
 
-def _error(value: dict[str, float | None]) -> str:
-    error = value["standard_error"]
-    return "-" if error is None else f"{error:.2g}"
-
-
 def _front_matter(source: str) -> str:
     lines = [
         "---",
@@ -159,14 +155,19 @@ def _front_matter(source: str) -> str:
 
 
 def _bytes_table(plan: Plan) -> str:
-    rows = ["| tokens | dense, bytes | this model, bytes | share |", "| ---: | ---: | ---: | ---: |"]
-    for length in plan.stated_lengths:
-        dense, kept = plan.model.dense_kv_bytes(length), plan.kv_bytes(length)
-        rows.append(f"| {format_length(length)} | {dense:,} | {kept:,} | {kept / dense:.1%} |")
+    columns: Columns = {
+        "tokens": format_length,
+        "dense, bytes": lambda n: f"{plan.model.dense_kv_bytes(n):,}",
+        "this model, bytes": lambda n: f"{plan.kv_bytes(n):,}",
+        "share": lambda n: f"{plan.kv_bytes(n) / plan.model.dense_kv_bytes(n):.1%}",
+    }
     asked = plan.budget.get("asked")
-    note = f"\n\nBudget asked for: {', '.join(map(str, asked))}." if asked else ""
-    note += "".join(f"\n\n{line}" for line in memory_lines(plan_memory(plan)))
-    return "\n".join(rows) + f"\n\nIn whole blocks of 16 tokens, batch 1, {plan.model.dtype}." + note
+    notes = [
+        f"In whole blocks of 16 tokens, batch 1, {plan.model.dtype}.",
+        *([f"Budget asked for: {', '.join(map(str, asked))}."] if asked else []),
+        *memory_lines(plan_memory(plan)),
+    ]
+    return Table.of("KV cache", columns, plan.stated_lengths, "\n\n".join(notes), text_columns=0).markdown()
 
 
 def rounding_text(plan: Plan) -> str:
@@ -184,24 +185,25 @@ def rounding_text(plan: Plan) -> str:
 
 
 def _weights_table(stored: Mapping[str, int]) -> str:
-    rows = ["| type | bytes |", "| --- | ---: |", *(f"| {kind} | {size:,} |" for kind, size in stored.items())]
-    return "\n".join(rows) + (
-        f"\n\n{sum(stored.values()):,} bytes in all. Types other than dtypes are blocks of codes and scales as in GGUF files; "
+    rows = [(kind, f"{size:,}") for kind, size in stored.items()]
+    note = (
+        f"{sum(stored.values()):,} bytes in all. Types other than dtypes are blocks of codes and scales as in GGUF files; "
         "they are multiplied as they are, and transformers without moacompress refuses them."
     )
+    return Table("Weights", ("type", "bytes"), rows, note).markdown()
 
 
 def _formats_table(plan: Plan, n: int) -> str:
-    rows = ["| keys | values | KV heads | bytes |", "| --- | --- | ---: | ---: |"]
-    rows += [
-        f"| {row['key_format']} | {row['value_format']} | {row['kv_heads']} | {row['kv_bytes']:,} |"
+    rows = [
+        (str(row["key_format"]), str(row["value_format"]), str(row["kv_heads"]), f"{row['kv_bytes']:,}")
         for row in format_rows(plan, n)
     ]
     bits = kept_bits(plan, n)
-    return "\n".join(rows) + (
-        f"\n\nAt {format_length(n)} tokens, where kept keys take {bits['keys']:.1f} bits per number and kept values "
+    note = (
+        f"At {format_length(n)} tokens, where kept keys take {bits['keys']:.1f} bits per number and kept values "
         f"{bits['values']:.1f}, scales and zero points counted."
     )
+    return Table("Formats", ("keys", "values", "KV heads", "bytes"), rows, note, text_columns=2).markdown()
 
 
 def _gates(plan: Plan, n: int) -> str:
@@ -224,13 +226,10 @@ def _quality(plan: Plan) -> str:
         return ""
     if kl.get("plan") is None:
         return "Not measured: the search was stopped before. The plan is what its profile predicts to be best."
-    rows = ["| model | KL(dense \\|\\| model), nats per answer token |", "| --- | ---: |"]
-    rows += [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in kl.items() if value is not None]
+    rows = [(name.replace("_", " "), f"{value:.4g}") for name, value in kl.items() if value is not None]
     samples = plan.quality.get("samples")
-    note = (
-        f"\n\nTeacher-forced, mean over {samples} validation samples, by which the plan was chosen." if samples else ""
-    )
-    return "\n".join(rows) + note
+    note = f"Teacher-forced, mean over {samples} validation samples, by which the plan was chosen." if samples else ""
+    return Table("KL", ("model", "KL(dense || model), nats per answer token"), rows, note).markdown()
 
 
 def healed_bytes_text(notes: Mapping[str, Any]) -> str:
@@ -253,11 +252,15 @@ def healed_bytes_text(notes: Mapping[str, Any]) -> str:
 
 def _healed(notes: dict[str, Any]) -> str:
     kl = notes["held_out_kl"]
-    rows = ["| weights | KL(dense \\|\\| model), nats per token | standard error |", "| --- | ---: | ---: |"]
-    rows += [
-        f"| {name} | {kl[place]['mean']:.4g} | {_error(kl[place])} |"
+    rows = [
+        (name, f"{kl[place]['mean']:.4g}", readable_number(kl[place]["standard_error"], ".2g"))
         for name, place in (("as exported", "before"), ("healed", "after"), ("difference", "difference"))
     ]
+    note = (
+        f"Measured on {kl['samples']} held-out samples, by which the state was chosen. What was measured of the plan before is "
+        "of the weights as exported."
+    )
+    table = Table("Healed", ("weights", "KL(dense || model), nats per token", "standard error"), rows, note)
     what = (
         f"Trained: {notes['train']}, objective {notes['objective']}, {notes['tokens']:,} tokens in {notes['steps']} steps; the "
         f"best state, after step {notes['best_step']}, is what is here."
@@ -266,7 +269,4 @@ def _healed(notes: dict[str, Any]) -> str:
         "these are the weights as they were exported."
     )
     what = " ".join(filter(None, [what, healed_bytes_text(notes)]))
-    measured = (
-        f"Measured on {kl['samples']} held-out samples, by which the state was chosen. What was measured of the plan "
-    )
-    return f"{what}\n\n" + "\n".join(rows) + f"\n\n{measured}before is of the weights as exported."
+    return f"{what}\n\n{table.markdown()}"

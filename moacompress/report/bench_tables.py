@@ -1,15 +1,15 @@
-"""What a benchmark came to, for people: times, speed-ups and memory, and where the plan is not faster."""
+"""What a benchmark came to, for people: times, speed-ups and memory, where the plan is not faster, and what serving gave."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import RenderableType
 
 from moacompress.bench.bench_request import SIDES
-from moacompress.core.statistics import estimate_text
-from moacompress.core.tables import Row, section
+from moacompress.core.tables import Columns, Row, Table, estimate_text, readable_bytes
 from moacompress.rules.budget import format_length
 
 HEADS = {"plan": "this plan", "full_span": "full span", "dense": "dense", "dense_best": "best dense"}
@@ -21,41 +21,42 @@ SLOWER_NOTE = "* The plan is slower here. Where the interval holds 1, that may b
 MEMORY_TITLE = "Memory in MiB: weights, KV cache, and the peak of a process with all that is in it"
 BITS_NOTE = "Bits: per number in kept keys and values, scales and zero points counted."
 CEILING_NOTE = "Ceiling: (weights + dense KV) / (weights + kept KV), the most that fewer bytes can speed a step up."
+SERVED: Columns = {
+    "": lambda row: f"{HEADS[row['side']]}, {DTYPES[row['dtype']]}",
+    "seconds": lambda row: f"{row['seconds']:.1f}",
+    "requests/s": lambda row: f"{row['requests_per_s']:.2f}",
+    "tokens/s": lambda row: f"{row['tokens_per_s']:.0f}",
+    "first token, s: mean, p50, p99": lambda row: "{mean:.2f}, {p50:.2f}, {p99:.2f}".format(**row["first_token_s"]),
+    "a token, ms: mean, p99": lambda row: (
+        "-"
+        if row["token_s"] is None
+        else "{:.1f}, {:.1f}".format(*(1e3 * row["token_s"][at] for at in ("mean", "p99")))
+    ),
+    "at once: mean, most": lambda row: "{mean:.1f}, {most}".format(**row["running"]),
+    "preempted": lambda row: str(row["preemptions"]),
+}
 TRACE_TITLE = "Where a step's time goes under this plan, {cell}: {ms} ms, traced, on {threads}"
 
 
 def bench_tables(report: Mapping[str, Any]) -> list[RenderableType]:
-    """Returns the tables of a benchmark, and below them sentences on what they do not show.
-
-    Args:
-        report: as `moacompress.bench.benchmark.run_bench` returns it.
-    """
+    """Returns the tables of what `run_bench` returns, and below them sentences on what they do not show."""
     runs = report["runs"]
-    shown: list[RenderableType] = [machine_line(report["environment"], runs)]
+    shown: list[RenderableType] = [_machine_line(report["environment"], runs)]
     for phase, (unit, factor) in UNITS.items():
         rows = [row for row in runs if row["phase"] == phase]
         if rows:
-            turns = rows[0]["repeats"]
-            title = f"{phase.capitalize()}, {unit}: median of {turns} turns, 10th to 90th percentile"
-            shown.append(_table(title, rows, "{}_ms", lambda row, side, factor=factor: _time(row, side, factor)))
+            title = f"{phase.capitalize()}, {unit}: median of {rows[0]['repeats']} turns, 10th to 90th percentile"
+            shown.append(_table_of_sides(title, rows, SIDES, partial(_time, factor=factor)))
     if any(row["speedup"] for row in runs):
-        slower = any(_slower(row, side) for row in runs for side in row["speedup"])
-        shown.append(_table(SPEED_TITLE, runs, "{}_ms", _speedup, SIDES[1:]))
-        shown += [SPEED_NOTE, *([SLOWER_NOTE] if slower else []), ""]
-    for row in runs:
-        if row.get("trace"):
-            shown.append(_trace(row))
-    shown += [memory_table(runs), BITS_NOTE, CEILING_NOTE, ""]
-    return [*shown, *_sentences(report)]
+        shown += [_table_of_sides(SPEED_TITLE, runs, SIDES[1:], _speedup), SPEED_NOTE]
+        shown += [SLOWER_NOTE] if any(_slower(row, side) for row in runs for side in row["speedup"]) else []
+        shown.append("")
+    shown += [_trace(row) for row in runs if row.get("trace")]
+    return [*shown, memory_table(runs), BITS_NOTE, CEILING_NOTE, "", *_sentences(report)]
 
 
-def machine_line(machine: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """Returns what of the machine times depend on.
-
-    Args:
-        machine: the `environment` of a result.
-        rows: of the result; they say how busy the machine was, and which kernels ran.
-    """
+def _machine_line(machine: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """Returns what of the machine times depend on; rows say how busy it was, and which kernels ran."""
     row = next((row for row in rows if row["kernel"]), {"kernel": "none of ours"})
     kernel = row["kernel"] + (f" ({machine['isa']})" if machine["isa"] and row["kernel"] == machine["kernel"] else "")
     loads = [found["load_per_core"] for found in rows if found["load_per_core"] is not None]
@@ -68,14 +69,16 @@ def _threads(count: int) -> str:
     return f"{count} thread{'s' if count != 1 else ''}"
 
 
-def _table(title: str, rows: Sequence[Row], name: str, value: Any, sides: Sequence[str] = SIDES) -> RenderableType:
-    """Returns a table with a column for each side that has a value under `name` in some row."""
-    there = [side for side in sides if any(row.get(name.format(side)) is not None for row in rows)]
-    lines = [
-        (_place(row), *("-" if row.get(name.format(side)) is None else value(row, side) for side in there))
-        for row in rows
-    ]
-    return section(title, ("", *(HEADS[side] for side in there)), lines)
+def _table_of_sides(
+    title: str, rows: Sequence[Row], sides: Sequence[str], text: Callable[[Row, str], str]
+) -> RenderableType:
+    """Returns a table with a column for each side that was timed in some row."""
+
+    def cell(side: str) -> Callable[[Row], str]:
+        return lambda row: "-" if row.get(f"{side}_ms") is None else text(row, side)
+
+    there = [side for side in sides if any(row.get(f"{side}_ms") is not None for row in rows)]
+    return Table.of(title, {"": _place, **{HEADS[side]: cell(side) for side in there}}, rows)
 
 
 def _time(row: Row, side: str, factor: float) -> str:
@@ -101,43 +104,37 @@ def _slower(row: Row, side: str) -> bool:
 
 def _trace(row: Row) -> RenderableType:
     trace = row["trace"]
-    lines = [
-        (found["phase"], _digits(found["ms"]), f"{found['ms'] / trace['step_ms']:.1%}", _digits(found["wait_ms"]))
-        for found in trace["phases"]
-    ]
+    whole = trace["step_ms"]
     waited = sum(found["wait_ms"] for found in trace["phases"])
-    lines.append(("all", _digits(trace["step_ms"]), "100.0%", _digits(waited)))
-    title = TRACE_TITLE.format(cell=_cell(row), ms=_digits(trace["step_ms"]), threads=_threads(trace["threads"]))
-    return section(title, ("", "ms", "share", "threads waited, ms together"), lines)
+    columns: Columns = {
+        "": lambda found: found["phase"],
+        "ms": lambda found: _digits(found["ms"]),
+        "share": lambda found: f"{found['ms'] / whole:.1%}",
+        "threads waited, ms together": lambda found: _digits(found["wait_ms"]),
+    }
+    title = TRACE_TITLE.format(cell=_cell(row), ms=_digits(whole), threads=_threads(trace["threads"]))
+    return Table.of(title, columns, [*trace["phases"], {"phase": "all", "ms": whole, "wait_ms": waited}])
 
 
-def memory_table(runs: Sequence[Row]) -> RenderableType:
-    """Returns what weights and caches take, and the most that a process took beside, as `memory_rows`."""
-    return section(MEMORY_TITLE, *memory_rows(runs))
-
-
-def memory_rows(runs: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Returns columns and rows of memory in MiB: weights, caches, and the peaks of the sides of which one was measured.
-
-    Args:
-        runs: rows of a benchmark; where no peak was measured a cell comes once, not once a phase.
-    """
+def memory_table(runs: Sequence[Row]) -> Table:
+    """Returns what weights and caches take, and the measured peaks; without any, a cell comes once, not once a phase."""
     sides = [side for side in SIDES if any(row.get(f"peak_bytes_{side}") is not None for row in runs)]
-    first = runs[0]["phase"]
-    rows = [
-        (
-            _place(row) if sides else _cell(row),
-            *(_mebibytes(row[name], 1) for name in ("weight_bytes", "kv_bytes_dense")),
-            f"{_mebibytes(row['kv_bytes_plan'], 1)}, {row['kv_bytes_plan'] / row['kv_bytes_dense']:.1%}",
-            f"{row['bits']['keys']:.1f}/{row['bits']['values']:.1f}",
-            f"{row['byte_ratio']:.2f}",
-            *(_mebibytes(row.get(f"peak_bytes_{side}")) for side in sides),
-        )
-        for row in runs
-        if sides or row["phase"] == first
-    ]
-    peaks = (f"peak, {HEADS[side]}" for side in sides)
-    return ("", "weights", "KV, dense", "KV, this plan", "bits", "ceiling", *peaks), rows
+    columns: Columns = {
+        "": _place if sides else _cell,
+        "weights": lambda row: _mebibytes(row["weight_bytes"], 1),
+        "KV, dense": lambda row: _mebibytes(row["kv_bytes_dense"], 1),
+        "KV, this plan": lambda row: (
+            f"{_mebibytes(row['kv_bytes_plan'], 1)}, {row['kv_bytes_plan'] / row['kv_bytes_dense']:.1%}"
+        ),
+        "bits": lambda row: f"{row['bits']['keys']:.1f}/{row['bits']['values']:.1f}",
+        "ceiling": lambda row: f"{row['byte_ratio']:.2f}",
+        **{f"peak, {HEADS[side]}": partial(_peak, side=side) for side in sides},
+    }
+    return Table.of(MEMORY_TITLE, columns, [row for row in runs if sides or row["phase"] == runs[0]["phase"]])
+
+
+def _peak(row: Row, side: str) -> str:
+    return _mebibytes(row.get(f"peak_bytes_{side}"))
 
 
 def _mebibytes(count: int | None, digits: int = 0) -> str:
@@ -186,3 +183,21 @@ def gain_text(row: Row) -> str:
 
 def _named(best: str) -> str:
     return "the default cache, not compiled" if best == "dense" else f"the {best}"
+
+
+def serve_tables(report: Mapping[str, Any]) -> list[RenderableType]:
+    """Returns the table of what `run_serving` returns, and how many more requests than dense the plan serves."""
+    rows = report["serve"]
+    first = rows[0]
+    title = (
+        f"{first['requests']} requests of {first['prompt_tokens']:,} + {first['new_tokens']:,} tokens in all, in "
+        f"{readable_bytes(first['kv_memory'])} of KV cache"
+    )
+    dense = {row["dtype"]: row for row in rows if row["side"] == "dense"}
+    said = [
+        f"{DTYPES[row['dtype']]}: the plan serves {row['requests_per_s'] / beside['requests_per_s']:.2f} times as many "
+        f"requests a second as dense, {row['running']['mean'] / beside['running']['mean']:.2f} times as many at once."
+        for row in rows
+        if row["side"] == "plan" and (beside := dense.get(row["dtype"]))
+    ]
+    return [_machine_line(report["environment"], rows), Table.of(title, SERVED, rows), *said]

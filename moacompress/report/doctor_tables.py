@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Group
-
-from moacompress.core.tables import facts, readable_bytes, readable_types
+from moacompress.core.tables import Table, facts, readable_bytes, readable_types
 from moacompress.rules.budget import format_length
 
 
-def environment_table(data: Mapping[str, Any]) -> Group:
-    """Returns the environment.
-
-    Args:
-        data: as `moacompress.doctor.checks.check_environment` returns it.
-    """
+def environment_table(data: Mapping[str, Any]) -> Table:
+    """Returns the environment, as `check_environment` finds it."""
     rows = {"python": f"{data['python']}, {data['platform']}"}
     rows |= {name: version or "not installed" for name, version in data["versions"].items()}
     found = data["transformers"]
@@ -40,12 +34,8 @@ def environment_table(data: Mapping[str, Any]) -> Group:
     return facts("Environment", rows)
 
 
-def model_table(data: Mapping[str, Any]) -> Group:
-    """Returns what is known of a model.
-
-    Args:
-        data: as `moacompress.doctor.checks.check_model` returns it.
-    """
+def model_table(data: Mapping[str, Any]) -> Table:
+    """Returns what is known of a model, as `check_model` finds it."""
     rows = {"model": data["source"], "family": data["model_type"] or "unknown"}
     if data["tested"] is not None:
         rows["tested"] = (
@@ -61,13 +51,12 @@ def model_table(data: Mapping[str, Any]) -> Group:
         )
     if data["context"]:
         rows["context"] = f"{data['context']:,} tokens"
-    if not data["compressed"]:
+    if data["compressed"]:
+        rows["state"] = "compressed"
+    else:
         rows["supported"] = "no" if data["problems"] else "yes"
-        return facts("Model", rows)
-    rows["state"] = "compressed"
-    if data["checkpoint"] is not None:
-        rows |= _checkpoint_rows(data["checkpoint"])
-    return facts("Model", rows)
+    checkpoint = data["checkpoint"] if data["compressed"] else None
+    return facts("Model", rows | (_checkpoint_rows(checkpoint) if checkpoint is not None else {}))
 
 
 def _checkpoint_rows(data: Mapping[str, Any]) -> dict[str, str]:

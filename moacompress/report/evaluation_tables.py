@@ -1,30 +1,37 @@
-"""What an evaluation came to, for people (tables) and for spreadsheets (CSV)."""
+"""What an evaluation came to, for people (sentences and tables) and for spreadsheets (CSV)."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich.console import RenderableType
 
 from moacompress.core.printable import printable
 from moacompress.core.shingles import OVERLAP_LIMIT, SHINGLE_WORDS
-from moacompress.core.statistics import SIGNIFICANT, estimate_text, rounded_text
-from moacompress.core.tables import Row, readable_bytes, section
-from moacompress.report.headline import headline
+from moacompress.core.statistics import SIGNIFICANT
+from moacompress.core.tables import Columns, Row, Table, estimate_text, readable_bytes, rounded_text
+from moacompress.evaluation.baselines.compared_models import DENSE_SIDES
+from moacompress.evaluation.tasks.task import CALIBRATED, KINDS, OWN, UNSEEN
 from moacompress.rules.budget import format_length
 
+SAID = {
+    OWN: "Your own rows, held out",
+    UNSEEN: "Kinds of prompts that no calibration has",
+    CALIBRATED: "Kinds that the plan was calibrated on",
+}
+"""What the kinds of prompts are called."""
 RowGroup = dict[str, dict[str, Row]]
+"""Rows of a task and length, by model and metric."""
 NAME_WIDTH = 20
 CSV_COLUMNS = (
     "kind", "model", "task", "length", "metric", "value", "low", "high", "prompts", "kv_bytes", "kv_bytes_of_model",
     "tokens", "sink", "window", "formats", "p", "overlap", "documents",
 )  # fmt: skip
-"""`kind` is `result`, `difference` (the plan minus `model`) or `lm_eval`; `low` and `high` are the 95% interval, empty
-below 5 prompts;
-`p` is that of a difference; `documents` is n where several prompts are of one document."""
+"""`kind` is `result`, `difference` (the plan minus `model`) or `lm_eval`; `low` and `high` are the 95% interval, empty below 5
+prompts; `p` is that of a difference; `documents` is n where several prompts are of one document."""
 TASK_TITLE = "Tasks, mean and 95% interval over n prompts; retention: of those that {} (how many)"
 ANSWERED, ANSWERED_TWICE = "dense gets right", "dense gets right by our kernels and by transformers' attention"
 TEXT_TITLE = "Long text: perplexity of first and last half; KL to dense and same top token in the last (n windows)"
@@ -37,71 +44,206 @@ CHANCE_NOTE = "Each of {} differences is tested alone: if none were real, up to 
 FLOOR_NOTE = "* Dense cannot do this itself (its interval ends below 0.2): no evidence for or against a plan."
 
 
-def evaluation_tables(report: Mapping[str, Any]) -> list[RenderableType]:
-    """Returns the tables of an evaluation, each row with its prompts and KV bytes, models beside each other.
+def kept_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns what a plan keeps of each kind of prompts, the kind that a claim rests on first.
 
-    Args:
-        report: as `moacompress.evaluate` returns it.
+    Returns:
+        Rows of `kind`, `tasks`, `lengths`, `prompts`, and where dense was measured `dense_right`, how many prompts it answers
+        in full, `kept` with its `ci95` (None where n is too small), the plan's mean exact match on these, and `exact_match`,
+        that of dense and the plan on all prompts: of what dense answers by luck a plan that is as good keeps less than all,
+        and it may answer others.
     """
-    marks = dict.fromkeys(((row["task"], row["length"]) for row in report["at_floor"]), "*")
-    for row in report.get("seen_in_calibration", ()):
-        place = row["task"], row["length"]
-        marks[place] = f"{marks.get(place, '')}†"
-    groups = _groups(report["results"])
-    pooled = report["pooled"]
-    tasks = [group for group in groups if "exact_match" in next(iter(group.values()))]
-    texts = [group for group in groups if "ppl_late" in next(iter(group.values()))]
+    pooled = {(row["model"], row["task"], row["metric"]): row for row in evaluation["pooled"]["results"]}
+    found = []
+    for kind in KINDS:
+        tasks = [name for name, of in evaluation["kinds"].items() if of == kind]
+        if not tasks:
+            continue
+        lengths = sorted({row["length"] for row in evaluation["results"] if row["task"] in tasks})
+        prompts = pooled["plan", kind, "exact_match"]["prompts"]
+        row: dict[str, Any] = {"kind": kind, "tasks": tasks, "lengths": lengths, "prompts": prompts}
+        kept = pooled.get(("plan", kind, "retention"))
+        if kept is not None:
+            row |= {"dense_right": kept["prompts"], "kept": kept["value"], "ci95": kept["ci95"]}
+        elif ("dense", kind, "exact_match") in pooled:
+            row |= {"dense_right": 0, "kept": None, "ci95": None}
+        if "dense_right" in row:
+            sides = (side for side in DENSE_SIDES if (side, kind, "exact_match") in pooled)
+            row["exact_match"] = {side: pooled[side, kind, "exact_match"]["value"] for side in (*sides, "plan")}
+        found.append(row)
+    return found
+
+
+def kept_sentence(row: Mapping[str, Any]) -> str:
+    """Returns one row of `kept_rows` as a sentence."""
+    of = f"{SAID[row['kind']]} ({', '.join(row['tasks'])}; {', '.join(map(format_length, row['lengths']))} tokens)"
+    if "dense_right" not in row:
+        return f"{of}: {row['prompts']} prompts; dense was not measured."
+    if not row["dense_right"]:
+        return f"{of}: dense answers none of {row['prompts']} prompts, so nothing follows from them."
+    return (
+        f"{of}: dense answers {row['dense_right']} of {row['prompts']} prompts, and the plan "
+        f"{rounded_text(row['kept'], '.0%')} of these ({interval_text(row)}); {all_text(row)}."
+    )
+
+
+def all_text(row: Mapping[str, Any]) -> str:
+    """Returns the exact match on all prompts of a row of `kept_rows`."""
+    sides = (f"{side} {rounded_text(value, '.0%')}" for side, value in row["exact_match"].items())
+    return f"exact match on all {row['prompts']}: {', '.join(sides)}"
+
+
+def interval_text(row: Mapping[str, Any]) -> str:
+    """Returns the interval of a row of `kept_rows`, or that there is none."""
+    ends = row["ci95"]
+    return "n too small for an interval" if ends is None else "95% interval {:.0%} to {:.0%}".format(*ends)
+
+
+def not_measured_sentence(missing: list[str]) -> str:
+    """Returns what an evaluation says nothing about, as a sentence."""
+    return f"Not measured: {', '.join(missing)}."
+
+
+def headline(evaluation: Mapping[str, Any]) -> list[str]:
+    """Returns what an evaluation says of a plan, in sentences; none where no task was measured."""
+    rows = kept_rows(evaluation)
+    return [*map(kept_sentence, rows), not_measured_sentence(evaluation["not_measured"])] if rows else []
+
+
+def _estimate(metric: str, form: str = ".2f") -> Callable[[Mapping[str, Row]], str]:
+    """Returns what writes a metric of a model, such as `0.95 [0.87, 1.00]`; a star marks a difference that a test finds."""
+
+    def write(metrics: Mapping[str, Row]) -> str:
+        if metric not in metrics:
+            return "-"
+        row = metrics[metric]
+        return estimate_text(row["value"], row["ci95"], form, "*" if row.get("p", 1.0) < SIGNIFICANT else "")
+
+    return write
+
+
+def _any(metrics: Mapping[str, Row]) -> Row:
+    """Returns the row of a model that says of how many prompts and bytes its numbers are."""
+    return metrics["exact_match"] if "exact_match" in metrics else metrics["kl"]
+
+
+def _retention(metrics: Mapping[str, Row]) -> str:
+    return f"{_estimate('retention')(metrics)} ({metrics['retention']['prompts']})" if "retention" in metrics else "-"
+
+
+def _prompts(metrics: Mapping[str, Row]) -> str:
+    """Returns how many prompts, and of how many documents where several are of one: these are its n."""
+    row = _any(metrics)
+    count = row.get("documents", row["prompts"])
+    return str(row["prompts"]) if count == row["prompts"] else f"{row['prompts']} of {count} documents"
+
+
+SIZE: Columns = {"KV cache": lambda metrics: readable_bytes(_any(metrics)["kv_bytes"]), "n": _prompts}
+TASKS: Columns = SIZE | {
+    "exact match": _estimate("exact_match"),
+    "retention": _retention,
+    "accuracy": lambda metrics: rounded_text(metrics["accuracy"]["value"], ".2f"),
+    "NLL": lambda metrics: f"{metrics['nll']['value']:.3f}",
+}
+POOLED: Columns = {name: write for name, write in TASKS.items() if name != "accuracy"}
+TEXTS: Columns = SIZE | {
+    "first": lambda metrics: f"{metrics['ppl_early']['value']:.1f}",
+    "last": _estimate("ppl_late", ".1f"),
+    "KL": _estimate("kl", ".3f"),
+    "same top": _estimate("top1_agreement"),
+}
+TASK_DIFFERENCES: Columns = {
+    "n": _prompts,
+    "exact match": _estimate("exact_match", "+.2f"),
+    "accuracy": _estimate("accuracy", "+.2f"),
+    "NLL": _estimate("nll", "+.2f"),
+}
+TEXT_DIFFERENCES: Columns = {
+    "n": lambda metrics: str(metrics["kl"]["prompts"]),
+    "documents": lambda metrics: str(metrics["kl"]["documents"]),
+    "last": _estimate("ppl_late", "+.2f"),
+    "KL": _estimate("kl", "+.3f"),
+    "same top": _estimate("top1_agreement", "+.2f"),
+}
+POOLED_DIFFERENCES: Columns = {
+    "exact match": _estimate("exact_match", "+.2f"),
+    "retention": _estimate("retention", "+.2f"),
+    "NLL": _estimate("nll", "+.2f"),
+}
+LM_EVAL: Columns = {
+    "task": lambda row: row["task"],
+    "model": lambda row: row["model"],
+    "n": lambda row: str(row["prompts"]),
+    "metric": lambda row: row["metric"],
+    "value": lambda row: estimate_text(row["value"], row["ci95"], ".3f"),
+}
+
+
+def evaluation_tables(report: Mapping[str, Any]) -> list[RenderableType]:
+    """Returns the tables of what `evaluate` returns, each row with its prompts and KV bytes, models beside each other."""
+    results, differences, pooled = report["results"], report["differences"], report["pooled"]
+    marks = place_marks(report)
+    tasks = _groups(results, "exact_match")
+    several = len(tasks) > 1  # of one alone the pooled prompts would be the same again
+    twice = any(len(row.get("prompts_dense", ())) > 1 for row in results)
+    parts: list[tuple[str, Columns, list[RowGroup]]] = [
+        (TASK_TITLE.format(ANSWERED_TWICE if twice else ANSWERED), TASKS, tasks),
+        (TEXT_TITLE, TEXTS, _groups(results, "ppl_late")),
+        (DIFFERENCE_TITLE, TASK_DIFFERENCES, _groups(differences, "exact_match")),
+        (TEXT_DIFFERENCE_TITLE, TEXT_DIFFERENCES, _groups(differences, "kl")),
+        (POOLED_TITLE, POOLED, _groups(pooled["results"], "exact_match") if several else []),
+        (POOLED_DIFFERENCE_TITLE, POOLED_DIFFERENCES, _groups(pooled["differences"], "exact_match") if several else []),
+    ]
     shown: list[RenderableType] = [*headline(report), ""] if report["kinds"] else []
-    columns: tuple[str, ...]
-    twice = any(len(row.get("prompts_dense", ())) > 1 for row in report["results"])
-    answered = ANSWERED_TWICE if twice else ANSWERED
-    if tasks:
-        columns = ("", "KV cache", "n", "exact match", "retention", "accuracy", "NLL")
-        shown.append(section(TASK_TITLE.format(answered), columns, _lines(tasks, _task_line, marks)))
-    if texts:
-        columns = ("", "KV cache", "n", "first", "last", "KL", "same top")
-        shown.append(section(TEXT_TITLE, columns, _lines(texts, _text_line, marks)))
-    paired = [group for group in _groups(report["differences"]) if "exact_match" in next(iter(group.values()))]
-    if paired:
-        columns = ("", "n", "exact match", "accuracy", "NLL")
-        shown.append(section(DIFFERENCE_TITLE, columns, _lines(paired, _difference_line, marks)))
-    read = [group for group in _groups(report["differences"]) if "kl" in next(iter(group.values()))]
-    if read:
-        columns = ("", "n", "documents", "last", "KL", "same top")
-        shown.append(section(TEXT_DIFFERENCE_TITLE, columns, _lines(read, _text_difference_line, marks)))
-    if len(tasks) > 1:  # of one alone it would be the same again
-        columns = ("", "KV cache", "n", "exact match", "retention", "NLL")
-        shown.append(section(POOLED_TITLE, columns, _lines(_groups(pooled["results"]), _pooled_line, marks)))
-        if pooled["differences"]:
-            columns = ("", "exact match", "retention", "NLL")
-            apart = _lines(_groups(pooled["differences"]), _pooled_difference_line, marks)
-            shown.append(section(POOLED_DIFFERENCE_TITLE, columns, apart))
-    tested = [row["metric"] != "ppl_early" for row in report["differences"]]
-    tested += [row["metric"] != "accuracy" for row in pooled["differences"] if len(tasks) > 1]
-    if sum(tested) > 1:
-        shown.append(CHANCE_NOTE.format(sum(tested), f"{SIGNIFICANT * sum(tested):.2g}"))
+    shown += [_table(title, columns, groups, marks) for title, columns, groups in parts if groups]
+    tested = sum(row["metric"] != "ppl_early" for row in differences)
+    tested += sum(row["metric"] != "accuracy" for row in pooled["differences"]) if several else 0
+    if tested > 1:
+        shown.append(CHANCE_NOTE.format(tested, f"{SIGNIFICANT * tested:.2g}"))
     if report.get("lm_eval"):
-        columns = ("task", "model", "n", "metric", "value")
-        lines = [
-            (row["task"], row["model"], str(row["prompts"]), row["metric"], _number(row, 3))
-            for row in report["lm_eval"]
-        ]
-        shown.append(section("lm-evaluation-harness", columns, lines))
-    if report["results"]:
-        shown.append(overlap_note(report["results"]))
+        shown.append(Table.of("lm-evaluation-harness", LM_EVAL, report["lm_eval"]))
+    if results:
+        shown.append(overlap_note(results))
     return [*shown, FLOOR_NOTE] if report["at_floor"] else shown
 
 
-def overlap_note(results: Iterable[Row]) -> str:
-    """Returns in a sentence how much of what was measured on the plan's calibration has seen.
+def place_marks(report: Mapping[str, Any]) -> dict[tuple[str, int], str]:
+    """Returns the marks of tasks and lengths: `*` of what dense cannot do, `†` of what calibration has seen."""
+    marks = {(row["task"], row["length"]): "*" for row in report.get("at_floor", ())}
+    for row in report.get("seen_in_calibration", ()):
+        place = row["task"], row["length"]
+        marks[place] = f"{marks.get(place, '')}†"
+    return marks
 
-    Args:
-        results: rows of an evaluation.
-    """
-    places: dict[str, float | None] = {}
-    for row in results:
-        at = "" if row["length"] is None else f"@{format_length(row['length'])}"
-        places[f"{row['task']}{at}"] = row.get("overlap")
+
+def _groups(rows: Iterable[Row], metric: str) -> list[RowGroup]:
+    """Returns the rows of each task and length with a metric, in order of appearance."""
+    found: dict[tuple[str, int], RowGroup] = {}
+    for row in rows:
+        group = found.setdefault((row["task"], row["length"]), {})
+        group.setdefault(row["model"], {})[row["metric"]] = row
+    return [group for group in found.values() if metric in next(iter(group.values()))]
+
+
+def _table(title: str, columns: Columns, groups: Iterable[RowGroup], marks: Mapping[tuple[str, int], str]) -> Table:
+    """Returns a table with a line for every task and length, and below it one for each model."""
+    lines: list[list[str]] = []
+    for group in groups:
+        row = next(iter(next(iter(group.values())).values()))
+        lines.append([_place(row) + marks.get((row["task"], row["length"]), "")])
+        for model, metrics in group.items():
+            name = model if len(model) <= NAME_WIDTH else f"…{model[1 - NAME_WIDTH :]}"
+            lines.append([f"  {name}", *(write(metrics) for write in columns.values())])
+    return Table(title, ("", *columns), lines)
+
+
+def _place(row: Row) -> str:
+    return row["task"] if row["length"] is None else f"{row['task']}@{format_length(row['length'])}"
+
+
+def overlap_note(results: Iterable[Row]) -> str:
+    """Returns in a sentence how much of what was measured on the plan's calibration has seen."""
+    places: dict[str, float | None] = {_place(row): row.get("overlap") for row in results}
     known = {place: share for place, share in places.items() if share is not None}
     if not known:
         return OVERLAP_UNKNOWN
@@ -118,11 +260,7 @@ def overlap_note(results: Iterable[Row]) -> str:
 
 
 def failure_lines(report: Mapping[str, Any]) -> list[str]:
-    """Returns the prompts that plan and dense answer differently well: the end of the question, the reference, both answers.
-
-    Args:
-        report: as `moacompress.evaluate` returns it.
-    """
+    """Returns the prompts that plan and dense answer differently well: the end of the question, the reference, both answers."""
     rows = [row for row in report["answers"] if "dense" in row and row["dense_match"] != row["plan_match"]]
     lines = [f"{len(rows)} of {len(report['answers'])} prompts are answered differently well by the plan and by dense."]
     for row in rows:
@@ -133,7 +271,7 @@ def failure_lines(report: Mapping[str, Any]) -> list[str]:
             f"this plan ({row['plan_match']:.0%} right)": row["plan"],
         }
         said = "\n".join(f"  {name}: {_one_line(text)}" for name, text in texts.items())
-        lines.append(f"\n{row['task']}@{format_length(row['length'])}\n{said}")
+        lines.append(f"\n{_place(row)}\n{said}")
     return lines
 
 
@@ -143,11 +281,7 @@ def _one_line(text: str) -> str:
 
 
 def csv_text(report: Mapping[str, Any]) -> str:
-    """Returns all rows of an evaluation as CSV with the columns `CSV_COLUMNS`.
-
-    Args:
-        report: as `moacompress.evaluate` returns it.
-    """
+    """Returns all rows of an evaluation as CSV with the columns `CSV_COLUMNS`."""
     file = io.StringIO()
     writer = csv.DictWriter(file, CSV_COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -162,96 +296,3 @@ def csv_text(report: Mapping[str, Any]) -> str:
             low, high = row["ci95"] or ("", "")
             writer.writerow({**row, "kind": kind, "low": low, "high": high})
     return file.getvalue()
-
-
-def _groups(rows: Iterable[Row]) -> list[RowGroup]:
-    """Returns for each task and length, in order of appearance, the rows by model and metric."""
-    found: dict[tuple[str, int], RowGroup] = {}
-    for row in rows:
-        group = found.setdefault((row["task"], row["length"]), {})
-        group.setdefault(row["model"], {})[row["metric"]] = row
-    return list(found.values())
-
-
-def _lines(
-    groups: Iterable[RowGroup], line: Callable[[Mapping[str, Row]], Sequence[str]], marks: Mapping[tuple[str, int], str]
-) -> Iterator[Sequence[str]]:
-    """Yields a line with the task and its length, and below it one line for each model."""
-    for group in groups:
-        first = next(iter(next(iter(group.values())).values()))
-        mark = marks.get((first["task"], first["length"]), "")
-        length = "" if first["length"] is None else f"@{format_length(first['length'])}"
-        yield (f"{first['task']}{length}{mark}",)
-        for model, metrics in group.items():
-            yield (f"  {_short(model)}", *line(metrics))
-
-
-def _short(model: str) -> str:
-    return model if len(model) <= NAME_WIDTH else f"…{model[1 - NAME_WIDTH :]}"
-
-
-def _task_line(metrics: Mapping[str, Row]) -> Sequence[str]:
-    kept = metrics.get("retention")
-    return (
-        readable_bytes(metrics["exact_match"]["kv_bytes"]),
-        _prompts(metrics["exact_match"]),
-        _number(metrics["exact_match"], 2),
-        "-" if kept is None else f"{_number(kept, 2)} ({kept['prompts']})",
-        rounded_text(metrics["accuracy"]["value"], ".2f"),
-        f"{metrics['nll']['value']:.3f}",
-    )
-
-
-def _pooled_difference_line(metrics: Mapping[str, Row]) -> Sequence[str]:
-    return tuple(_signed(metrics[m]) if m in metrics else "-" for m in ("exact_match", "retention", "nll"))
-
-
-def _pooled_line(metrics: Mapping[str, Row]) -> Sequence[str]:
-    kept = metrics.get("retention")
-    return (
-        readable_bytes(metrics["exact_match"]["kv_bytes"]),
-        _prompts(metrics["exact_match"]),
-        _number(metrics["exact_match"], 2),
-        "-" if kept is None else f"{_number(kept, 2)} ({kept['prompts']})",
-        f"{metrics['nll']['value']:.3f}",
-    )
-
-
-def _text_line(metrics: Mapping[str, Row]) -> Sequence[str]:
-    return (
-        readable_bytes(metrics["ppl_late"]["kv_bytes"]),
-        _prompts(metrics["ppl_late"]),
-        f"{metrics['ppl_early']['value']:.1f}",
-        _number(metrics["ppl_late"], 1),
-        _number(metrics["kl"], 3),
-        _number(metrics["top1_agreement"], 2),
-    )
-
-
-def _difference_line(metrics: Mapping[str, Row]) -> Sequence[str]:
-    numbers = (_signed(metrics[metric]) for metric in ("exact_match", "accuracy", "nll"))
-    return (_prompts(metrics["exact_match"]), *numbers)
-
-
-def _text_difference_line(metrics: Mapping[str, Row]) -> Sequence[str]:
-    row = metrics["kl"]
-    numbers = (
-        _signed(metrics[metric], digits) for metric, digits in (("ppl_late", 2), ("kl", 3), ("top1_agreement", 2))
-    )
-    return (str(row["prompts"]), str(row["documents"]), *numbers)
-
-
-def _prompts(row: Row) -> str:
-    """Returns how many prompts a row is of, and of how many documents where several are of one: these are its n."""
-    count = row.get("documents", row["prompts"])
-    return str(row["prompts"]) if count == row["prompts"] else f"{row['prompts']} of {count} documents"
-
-
-def _number(row: Row, digits: int) -> str:
-    """Returns `0.95 [0.87, 1.00]`; the value alone where there are too few prompts for an interval."""
-    return estimate_text(row["value"], row["ci95"], f".{digits}f")
-
-
-def _signed(row: Row, digits: int = 2) -> str:
-    """Returns `-0.12* [-0.20, -0.04]`; the star where a test tells the two apart."""
-    return estimate_text(row["value"], row["ci95"], f"+.{digits}f", "*" if row["p"] < SIGNIFICANT else "")

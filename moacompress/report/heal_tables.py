@@ -6,21 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 
 from moacompress.core.shingles import OVERLAP_LIMIT, SHINGLE_WORDS
-from moacompress.core.statistics import error_text, estimate_text, p_text
-from moacompress.core.tables import facts, readable_bytes, readable_types
+from moacompress.core.tables import error_text, estimate_text, facts, p_text, readable_bytes, readable_types
 from moacompress.exporter.card import healed_bytes_text
 from moacompress.rules.untrusted import reading_notes
 
 
 @reading_notes("a heal")
 def heal_sentence(notes: Mapping[str, Any]) -> str:
-    """Returns what was trained and what it gave.
-
-    Args:
-        notes: `heal` in the provenance of a plan.
+    """Returns what was trained and what it gave, by `heal` in a plan's provenance.
 
     Raises:
         PlanError: they are not what moacompress writes.
@@ -53,45 +49,28 @@ def _trained_part(notes: Mapping[str, Any]) -> str:
 
 
 def heal_tables(folder: Path, notes: Mapping[str, Any]) -> list[RenderableType]:
-    """Returns the result of a heal, and how to load it.
-
-    Args:
-        folder: the healed checkpoint.
-        notes: `heal` in the provenance of its plan.
-    """
-    return [heal_table(notes), f'Load it with AutoModelForCausalLM.from_pretrained("{folder}")']
-
-
-def heal_table(notes: Mapping[str, Any]) -> Group:
-    """Returns the result of a heal.
-
-    Args:
-        notes: `heal` in the provenance of a plan.
-    """
-    kl = notes["held_out_kl"]
+    """Returns the result of a heal, by `heal` in a plan's provenance, and how to load the healed checkpoint."""
+    kl, sizes, overlap = notes["held_out_kl"], notes.get("weight_bytes"), notes.get("overlap")
     rows = {name: f"{error_text(*_mean(kl, name))} nats, {kl['samples']} samples" for name in ("before", "after")}
     apart = kl["difference"]
     rows["difference"] = f"{estimate_text(apart['mean'], apart['ci95'], '.3g')} nats, {_tested(kl)}"
     share = 1 - kl["after"]["mean"] / kl["before"]["mean"] if kl["before"]["mean"] else 0.0
     rows["taken off"] = f"{share:.0%} of the KL" if notes["improved"] else "nothing: the weights are those of the start"
-    rate = notes["tokens"] / notes["seconds"] if notes["seconds"] else 0.0
     rows["trained"] = (
         f"{_trained_part(notes)}, {notes['objective']}, best state after step {notes['best_step']} of {notes['steps']}"
     )
-    sizes = notes.get("weight_bytes")
     if isinstance(sizes, dict):
         rows["weights"] = "; ".join(
             f"{name} {readable_bytes(sum(sizes[name].values()))} ({readable_types(sizes[name])})"
             for name in ("before", "after")
         )
+    rate = notes["tokens"] / notes["seconds"] if notes["seconds"] else 0.0
     rows["tokens"] = f"{notes['tokens']:,} of {notes['training_samples']} samples, {rate:,.0f} a second"
-    shares = notes["overlap"].items() if isinstance(notes.get("overlap"), dict) else ()
-    seen = [
+    seen = ", ".join(
         f"{kind} {share:.1%}{'†' if kind == 'text' and share > OVERLAP_LIMIT else ''}"
-        for kind, share in shares
+        for kind, share in (overlap.items() if isinstance(overlap, dict) else ())
         if share is not None
-    ]
-    rows["overlap"] = (
-        f"of held-out samples with training, runs of {SHINGLE_WORDS} words: {', '.join(seen) or 'unknown'}"
     )
-    return facts("Held-out KL(dense || model), before and after", rows)
+    rows["overlap"] = f"of held-out samples with training, runs of {SHINGLE_WORDS} words: {seen or 'unknown'}"
+    table = facts("Held-out KL(dense || model), before and after", rows)
+    return [table, f'Load it with AutoModelForCausalLM.from_pretrained("{folder}")']

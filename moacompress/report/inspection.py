@@ -1,4 +1,4 @@
-"""What a plan keeps and costs: the fields of `inspect --json`, a table, and a map of layers and KV heads."""
+"""What a plan keeps and costs: the fields of `inspect --json`, tables, maps of layers and KV heads, and memory of requests."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.text import Text
 
 from moacompress.core.errors import ArtefactError, UsageError
 from moacompress.core.shown import ShownDict
-from moacompress.core.tables import facts, readable_bytes, readable_types, section
+from moacompress.core.tables import Columns, Row, Table, facts, readable_bytes, readable_types
 from moacompress.exporter.card import repair_text
 from moacompress.models.locate import find_running_plan
 from moacompress.models.source import find_model_folder
@@ -38,14 +38,17 @@ _OF_GATE = re.compile(r"att(?:ention|n)\.gate\.(?:weight|bias)$")
 """Names of the weights of gates."""
 MAP_COLUMNS = 80
 """Most layers in one row of the map."""
+CACHES = {"dense": "dense", "int8": "8-bit cache, all tokens", "int4": "4-bit cache, all tokens", "plan": "this plan"}
+"""What caches are called whose memory is stated."""
+FORMATS: Columns = {
+    "keys": lambda pair: pair["key_format"],
+    "values": lambda pair: pair["value_format"],
+    "KV heads": lambda pair: str(pair["kv_heads"]),
+}
 
 
 class Inspection(ShownDict):
-    """The fields of `inspect --json`, and the plan that they are of.
-
-    Attributes:
-        plan: the plan.
-    """
+    """The fields of `inspect --json`, and the plan that they are of."""
 
     plan: Plan
 
@@ -58,14 +61,11 @@ class Inspection(ShownDict):
 
 
 def inspect(target: Plan | str | Path, lengths: Sequence[int] | None = None) -> Inspection:
-    """Returns what a plan keeps and costs; no model is loaded.
+    """Returns what a plan keeps and costs, as `inspect --json` does; no model is loaded.
 
     Args:
         target: a plan, its file, a compressed checkpoint, or the folder of a run.
         lengths: where KV bytes are stated, tokens; by default those in the plan.
-
-    Returns:
-        The fields of `inspect --json`; a notebook shows them as the command does.
 
     Raises:
         UsageError: a length that is none.
@@ -129,13 +129,8 @@ def _flops(plan: Plan, n: int) -> dict[str, dict[str, int]]:
 def count_parameters(folder: Path, plan: Plan) -> dict[str, int] | None:
     """Returns the numbers in a checkpoint's safetensors files, read from their headers; None if there are none.
 
-    Args:
-        folder: the compressed checkpoint.
-        plan: its plan.
-
-    Returns:
-        `plan`, those that are there, and `dense`, without gates and with what layers that share do without: what their anchors
-        have more.
+    `plan` has those that are there; `dense` those without gates, and with what layers that share do without: what their
+    anchors have more.
 
     Raises:
         ArtefactError: a file is cut short or is not safetensors.
@@ -175,117 +170,101 @@ def _numbers(tensor: StoredTensor, kind: str | None) -> int:
 
 def inspection_tables(found: Inspection) -> list[RenderableType]:
     """Returns what `inspect` shows: facts, bytes, formats where there are several, and maps of the KV heads."""
-    plan, n = found.plan, found["reference_length"]
-    shown: list[RenderableType] = [overview(plan, found), kv_table(found)]
-    if not all(rule.is_native for row in plan.rules for rule in row):
+    shown: list[RenderableType] = [overview(found.plan, found), kv_table(found)]
+    if not _is_native(found.plan):
         shown.append(formats_table(found["formats"], found["bits"]))
-    return [*shown, *plan_maps(plan, n)]
+    return [*shown, *plan_maps(found.plan, found["reference_length"])]
 
 
-def plan_maps(plan: Plan, n: int) -> list[Text]:
-    """Returns the maps that say something of a plan: of kept shares, of gates, of formats.
-
-    Args:
-        plan: the plan.
-        n: tokens so far.
-    """
-    maps = (kept_map(plan, n), gates_map(plan, n), formats_map(plan))
-    return [each for each in maps if each is not None]
+def _is_native(plan: Plan) -> bool:
+    return all(rule.is_native for row in plan.rules for rule in row)
 
 
-def overview(plan: Plan, data: dict[str, Any]) -> Group:
-    """Returns the facts of a plan as rows of name and value."""
-    reference = data["reference_length"]
+def overview(plan: Plan, data: Row) -> Table:
+    """Returns the facts of a plan as names and values."""
+    at = f"{format_length(data['reference_length'])} tokens"
     full = sum(rule.is_full for row in plan.rules for rule in row)
-    shape = plan.model
-    heads = shape.layers * shape.kv_heads
+    shape, centres, gates = plan.model, data["centres"], data["gates"]
     rows = {
         "model": f"{shape.model_type}, {shape.layers} layers x {shape.kv_heads} KV heads, {shape.dtype}",
         "budget": ", ".join(data["budget"]) or "none asked for",
-        **({"memory": " ".join(memory_lines(data["memory"]))} if data["memory"] else {}),
+        "memory": " ".join(memory_lines(data["memory"])) if data["memory"] else "",
         "any length": str(WorstShare(**data["worst_share"])),
-        "density": f"{data['density']:.1%} of the keys at {format_length(reference)} tokens",
+        "density": f"{data['density']:.1%} of the keys at {at}",
         "bits": f"{data['bits']['keys']:.1f} per number in kept keys, {data['bits']['values']:.1f} in kept values",
-        "KV heads": f"{heads}, {full} of them full, {data['classes']} different rules, no window under {plan.min_window}",
+        "KV heads": (
+            f"{shape.layers * shape.kv_heads}, {full} of them full, {data['classes']} different rules, no window under "
+            f"{plan.min_window}"
+        ),
     }
-    if data["centres"] is not None:
+    if centres is not None:
         rows["centres"] = (
-            f"keys of {data['centres']['kv_heads']} KV heads are kept less their mean, which takes "
-            f"{data['centres']['bytes']:,} bytes once"
+            f"keys of {centres['kv_heads']} KV heads are kept less their mean, which takes {centres['bytes']:,} bytes once"
         )
-    if data["gates"] is not None:
+    if gates is not None:
         rows["gates"] = (
-            f"{data['gates']['kv_heads']} KV heads keep tokens by their score: {data['gates']['share']:.0%} of the kept tokens "
-            f"at {format_length(reference)}"
+            f"{gates['kv_heads']} KV heads keep tokens by their score: {gates['share']:.0%} of the kept tokens at {at}"
         )
-    if plan.shares:
-        rows["sharing"] = "; ".join(
-            f"layer {layer}: {share}" for layer, share in enumerate(plan.shares) if share is not None
-        )
+    rows["sharing"] = "; ".join(
+        f"layer {layer}: {share}" for layer, share in enumerate(plan.shares) if share is not None
+    )
     if data["parameters"] is not None:
         dense, ours = data["parameters"]["dense"], data["parameters"]["plan"]
         rows["parameters"] = f"{ours:,}" if ours == dense else f"{ours:,} of {dense:,}"
     if data["weights"] is not None:
         rows["weights"] = readable_types(data["weights"])
-    repair = repair_text(plan)
-    if repair:
-        rows["repair"] = repair
+    rows["repair"] = repair_text(plan)
     if data["healed"] is not None:
         rows["healed"] = heal_sentence(data["healed"])
-    return facts("Plan", rows)
+    return facts("Plan", {name: value for name, value in rows.items() if value})
 
 
-def kv_table(data: dict[str, Any]) -> RenderableType:
+def kv_table(data: Row) -> Table:
     """Returns the KV bytes at each length, and the share of attention's work that is left."""
-    rows = []
-    for length, numbers in data["kv_bytes"].items():
-        work = data["attention_flops"][length]
-        rows.append(
-            (
-                format_length(int(length)),
-                readable_bytes(numbers["dense"]),
-                readable_bytes(numbers["plan"]),
-                f"{numbers['plan'] / numbers['dense']:.1%}",
-                *(f"{work[phase]['plan'] / work[phase]['dense']:.1%}" for phase in ("prefill", "decode")),
-            )
-        )
-    titles = ("tokens", "dense", "this plan", "share", "attention FLOPs, prefill", "decode")
-    return section(f"KV cache, batch 1; shares relative to the {data['dtype']} dense cache", titles, rows)
+
+    def work(phase: str) -> Callable[[Row], str]:
+        return lambda row: f"{row[phase]['plan'] / row[phase]['dense']:.1%}"
+
+    columns: Columns = {
+        "tokens": lambda row: format_length(row["length"]),
+        "dense": lambda row: readable_bytes(row["dense"]),
+        "this plan": lambda row: readable_bytes(row["plan"]),
+        "share": lambda row: f"{row['plan'] / row['dense']:.1%}",
+        "attention FLOPs, prefill": work("prefill"),
+        "decode": work("decode"),
+    }
+    rows = [{"length": int(n), **sizes, **data["attention_flops"][n]} for n, sizes in data["kv_bytes"].items()]
+    return Table.of(f"KV cache, batch 1; shares relative to the {data['dtype']} dense cache", columns, rows)
 
 
-def formats_table(formats: Sequence[Mapping[str, Any]], bits: Mapping[str, float]) -> RenderableType:
-    """Returns where the bytes of a plan are, by formats of keys and values.
-
-    Args:
-        formats: see `cost.format_rows`.
-        bits: of a kept number, of `keys` and of `values`.
-    """
+def formats_table(formats: Sequence[Row], bits: Mapping[str, float]) -> Table:
+    """Returns where the bytes of a plan are, by the formats of `cost.format_rows`; `bits` are those of a kept number."""
     total = sum(pair["kv_bytes"] for pair in formats)
-    rows = [
-        (pair["key_format"], pair["value_format"], str(pair["kv_heads"]), f"{pair['kv_bytes'] / total:.0%}")
-        for pair in formats
-    ]
+    columns = FORMATS | {"share of bytes": lambda pair: f"{pair['kv_bytes'] / total:.0%}"}
     title = f"Bytes by format: {bits['keys']:.1f} bits per number in kept keys, {bits['values']:.1f} in kept values"
-    return section(title, ("keys", "values", "KV heads", "share of bytes"), rows)
+    return Table.of(title, columns, formats)
 
 
-def formats_map(plan: Plan) -> Text | None:
-    """Returns a map of the bits of a code: a column for each layer, and for each KV head a row of keys and one of values.
-
-    None where all are native.
-    """
-    if all(rule.is_native for row in plan.rules for rule in row):
-        return None
-    lines = [f"Bits of the keys (K) and values (V) of each KV head ({NATIVE_MARK} not quantized):"]
-    for first in range(0, plan.model.layers, MAP_COLUMNS):
-        rows = plan.rules[first : first + MAP_COLUMNS]
-        lines.append(f"layers {first}-{first + len(rows) - 1}")
-        for head in range(plan.model.kv_heads):
-            for side in ("key_format", "value_format"):
-                bits = [find_format(getattr(row[head], side)).bits for row in rows]
-                marks = "".join(str(bit) if bit else NATIVE_MARK for bit in bits)
-                lines.append(f"KV head {head:<2}{side[0].upper()} {marks}")
-    return Text("\n".join(lines), no_wrap=True, overflow="crop")
+def memory_tables(found: Row) -> list[RenderableType]:
+    """Returns a table for every length of `kv_memory`: the KV bytes of each batch, the requests that fit beside the weights."""
+    weights = found["weights"]
+    room = (
+        "" if weights is None else f" ({readable_bytes(found['available'])} free, {readable_bytes(weights)} of weights)"
+    )
+    tables: list[RenderableType] = []
+    for row in found["rows"]:
+        columns = ["", *(f"batch {batch}" for batch in row["kv_bytes"]), *(["requests that fit"] if room else [])]
+        cells = [
+            [
+                CACHES.get(name, f"plan at {name}"),
+                *(readable_bytes(sizes[name]) for sizes in row["kv_bytes"].values()),
+                *([f"{requests:,}"] if room else []),
+            ]
+            for name, requests in row["requests"].items()
+        ]
+        title = f"KV cache at {format_length(row['length'])} tokens, {found['dtype']}{room}"
+        tables.append(Table(title, columns, cells))
+    return tables
 
 
 def _centres(plan: Plan) -> dict[str, int] | None:
@@ -294,28 +273,14 @@ def _centres(plan: Plan) -> dict[str, int] | None:
     return {"kv_heads": heads, "bytes": heads * plan.model.head_dim * 4} if heads else None
 
 
-def gates_map(plan: Plan, n: int) -> Text | None:
-    """Returns a map of the share of the kept tokens that gates selected, as `kept_map`; None where no rule selects."""
-    if not plan.selects:
-        return None
-
-    def shade(layer: int, head: int) -> str:
-        rule, native = plan.rules[layer][head], plan.model.native_windows[layer]
-        kept = rule.kept(n, plan.min_window, native)
-        window = rule.without_choice().kept(n, plan.min_window, native)
-        return _shade_of((kept - window) / kept)
-
-    title = f"Share of kept tokens that the gate selected, at {format_length(n)} tokens ({SHADES[0]} none, {SHADES[-1]} all):"
-    return _map(plan, title, shade)
+def plan_maps(plan: Plan, n: int) -> list[Text]:
+    """Returns the maps that say something of a plan at `n` tokens: of kept shares, of gates, of formats."""
+    maps = (kept_map(plan, n), gates_map(plan, n), formats_map(plan))
+    return [each for each in maps if each is not None]
 
 
 def kept_map(plan: Plan, n: int) -> Text:
-    """Returns a map of the kept share: a column for each layer, a row for each KV head.
-
-    Args:
-        plan: the plan.
-        n: tokens so far.
-    """
+    """Returns a map of the share of `n` tokens that each KV head keeps."""
 
     def shade(layer: int, head: int) -> str:
         native = plan.model.native_windows[layer]
@@ -323,17 +288,44 @@ def kept_map(plan: Plan, n: int) -> Text:
         return _shade_of(kept / Rule.FULL.kept(n, plan.min_window, native))
 
     title = f"Kept share of each KV head at {format_length(n)} tokens ({SHADES[0]} least, {SHADES[-1]} all):"
-    return _map(plan, title, shade)
+    return _map(plan, title, {"": shade})
 
 
-def _map(plan: Plan, title: str, mark: Callable[[int, int], str]) -> Text:
-    """Returns a map with a mark for each layer and KV head."""
+def gates_map(plan: Plan, n: int) -> Text | None:
+    """Returns a map of the share of the kept tokens that gates selected; None where no rule selects."""
+    if not plan.selects:
+        return None
+
+    def shade(layer: int, head: int) -> str:
+        rule, native = plan.rules[layer][head], plan.model.native_windows[layer]
+        kept = rule.kept(n, plan.min_window, native)
+        return _shade_of((kept - rule.without_choice().kept(n, plan.min_window, native)) / kept)
+
+    title = f"Share of kept tokens that the gate selected, at {format_length(n)} tokens ({SHADES[0]} none, {SHADES[-1]} all):"
+    return _map(plan, title, {"": shade})
+
+
+def formats_map(plan: Plan) -> Text | None:
+    """Returns a map of the bits of a code, with a row of keys and one of values for each KV head; None where all are native."""
+    if _is_native(plan):
+        return None
+
+    def bits(side: str) -> Callable[[int, int], str]:
+        return lambda layer, head: str(find_format(getattr(plan.rules[layer][head], side)).bits or NATIVE_MARK)
+
+    title = f"Bits of the keys (K) and values (V) of each KV head ({NATIVE_MARK} not quantized):"
+    return _map(plan, title, {"K": bits("key_format"), "V": bits("value_format")})
+
+
+def _map(plan: Plan, title: str, sides: Mapping[str, Callable[[int, int], str]]) -> Text:
+    """Returns a map with a column for each layer, and for each KV head a row of the marks of every side."""
     lines = [title]
     for first in range(0, plan.model.layers, MAP_COLUMNS):
         layers = range(first, min(first + MAP_COLUMNS, plan.model.layers))
         lines.append(f"layers {layers[0]}-{layers[-1]}")
         for head in range(plan.model.kv_heads):
-            lines.append(f"KV head {head:<4}" + "".join(mark(layer, head) for layer in layers))
+            for side, mark in sides.items():
+                lines.append(f"KV head {head:<2}{side:<2}" + "".join(mark(layer, head) for layer in layers))
     return Text("\n".join(lines), no_wrap=True, overflow="crop")
 
 

@@ -1,4 +1,4 @@
-"""What a search can tell people: why its plan is as it is, and the front of several plans."""
+"""What a search can tell people: the KL of its plan and of the baselines, why the plan is as it is, the front of several."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
-from moacompress.core.statistics import TESTABLE, p_text
-from moacompress.core.tables import readable_number, section
+from moacompress.core.statistics import TESTABLE
+from moacompress.core.tables import Columns, Row, Table, estimate_text, p_text, readable_number
 from moacompress.report.inspection import formats_table
 from moacompress.rules.budget import format_length
 from moacompress.rules.formats import NATIVE
+from moacompress.rules.plan import Plan
 
 if TYPE_CHECKING:
     from moacompress.search.result.search_result import SearchResult
@@ -37,52 +38,106 @@ MOA_NOTE = (
     "MoA's estimator is rebuilt here from the paper. Where it is worse than the uniform window, contrary to the paper, the "
     "rebuilding is likely at fault: this says nothing against MoA."
 )
-STEP_COLUMNS = ("nats per token", "difference to the plan before, 95% interval", "kept")
+STEPS: Columns = {
+    "step": lambda stage: stage["name"],
+    "nats per token": lambda stage: readable_number(stage["harm"]),
+    "difference to the plan before, 95% interval": lambda stage: _difference(stage),
+    "kept": lambda stage: _kept(stage),
+}
+HEADS_WORTH_MOST: Columns = {
+    "layer": lambda row: str(row["layer"]),
+    "KV head": lambda row: str(row["kv_head"]),
+    "keeps": lambda row: str(row["kept"]),
+    "of": lambda row: str(row["of"]),
+    "keys/values": lambda row: (
+        f"{NATIVE}/{NATIVE}" if row["rule"] == "full" else "{key_format}/{value_format}".format(**row["rule"])
+    ),
+    "KL at the average share instead, nats": lambda row: f"+{readable_number(row['saves'])}",
+}
+SHARED_LAYERS: Columns = {
+    "layers": lambda row: str(row["layers"]),
+    "copies": lambda row: ", ".join(f"{layer} of {anchor}" for layer, anchor in row["pairs"]) or "none",
+    "copies, predicted": lambda row: readable_number(row["copies"]),
+    "plan, predicted": lambda row: readable_number(row["predicted"]),
+    "measured": lambda row: readable_number(row["harm"]),
+    "difference to trial 0": lambda row: _difference(row),
+}
+FRONT: Columns = {
+    "KV bytes": lambda result: kept_shares(result.kv_bytes),
+    "nats per token": lambda result: readable_number(result.harm["plan"]),
+    "best without search": lambda result: readable_number(min(baseline_kls(result.harm), default=None)),
+    "plan": lambda result: str(result.path or ""),
+}
 
 
 def explanation_tables(explanation: Mapping[str, Any]) -> list[RenderableType]:
     """Returns the tables of an explanation, as `search.explain` makes it: steps, KV heads, parameters; empty for none."""
     if not explanation:
         return []
-    steps = section("Search steps (KL on validation samples)", ("", *STEP_COLUMNS), step_rows(explanation))
-    heads = [
-        (
-            str(row["layer"]),
-            str(row["kv_head"]),
-            str(row["kept"]),
-            str(row["of"]),
-            _formats_of(row["rule"]),
-            f"+{readable_number(row['saves'])}",
-        )
-        for row in explanation["heads"]
-        if (row["saves"] or 0) > 0
+    shown: list[RenderableType] = [
+        steps_table(explanation),
+        *refused_line(explanation),
+        *baseline_line(explanation.get("best_baseline")),
     ]
-    columns = ("layer", "KV head", "keeps", "of", "keys/values", "KL at the average share instead, nats")
-    shown: list[RenderableType] = [steps, *refused_line(explanation), *baseline_line(explanation.get("best_baseline"))]
+    heads = [row for row in explanation["heads"] if (row["saves"] or 0) > 0]
     if heads:
-        shown.append(section("KV heads whose bytes are worth most", columns, heads[:HEADS]))
+        shown.append(Table.of("KV heads whose bytes are worth most", HEADS_WORTH_MOST, heads[:HEADS]))
     shown.extend(class_lines(explanation))
     formats = explanation["formats"]
     if any(pair["key_format"] != pair["value_format"] or pair["key_format"] != NATIVE for pair in formats["pairs"]):
         shown.append(formats_table(formats["pairs"], formats["bits"]))
     if "sharing" in explanation:
         shown.extend(_sharing(explanation["sharing"]))
-    parameters = list(explanation["knobs"].items())[:PARAMETERS]
+    parameters = ", ".join(f"{name} {share:.0%}" for name, share in list(explanation["knobs"].items())[:PARAMETERS])
     if parameters:
-        shown.append(
-            "Search parameters that mattered: " + ", ".join(f"{name} {share:.0%}" for name, share in parameters) + "."
-        )
+        shown.append(f"Search parameters that mattered: {parameters}.")
     predicted = explanation["predicted"]
     if predicted["spearman"] is not None:
         shown.append(
             f"Predicted and measured KL of {len(predicted['pairs'])} plans: rank correlation {predicted['spearman']:.2f}."
         )
-    kinds = {kind: kl for kind, kl in explanation["kinds"].items() if kl is not None}
+    kinds = [f"{kind} {kl:.2g}" for kind, kl in explanation["kinds"].items() if kl is not None]
     if len(kinds) > 1:
-        shown.append(
-            "Predicted KL by kind of sample, nats: " + ", ".join(f"{k} {v:.2g}" for k, v in kinds.items()) + "."
-        )
+        shown.append(f"Predicted KL by kind of sample, nats: {', '.join(kinds)}.")
     return shown
+
+
+def steps_table(explanation: Mapping[str, Any]) -> Table:
+    """Returns the table of what each step of a search gave."""
+    return Table.of("Search steps (KL on validation samples)", STEPS, explanation["stages"])
+
+
+def kl_table(kl: Mapping[str, float | None], kv_bytes: Mapping[str, Mapping[str, int]]) -> Table:
+    """Returns the measured KL of a plan and of what it was measured beside, in nats by name."""
+    rows = [(NAMES.get(name, name), readable_number(value)) for name, value in kl.items()]
+    title = f"KL(dense || plan) on validation samples; KV bytes {kept_shares(kv_bytes)}"
+    return Table(title, ("", "nats per token"), rows, MOA_NOTE if kl.get("moa") is not None else "")
+
+
+def front_table(results: Sequence[SearchResult]) -> Table:
+    """Returns a table of plans of one model: bytes kept, KL, and that of the best plan that needs no search."""
+    return Table.of("Plans, by KV bytes: KL(dense || plan) on validation samples", FRONT, results)
+
+
+def kept_shares(kv_bytes: Mapping[str, Mapping[str, int]]) -> str:
+    """Returns `25.0% at 1k, 24.8% at 4k` for the bytes of a plan and of dense at lengths."""
+    return ", ".join(f"{row['plan'] / row['dense']:.1%} at {format_length(int(n))}" for n, row in kv_bytes.items())
+
+
+def baseline_kls(kl: Mapping[str, float | None]) -> list[float]:
+    """Returns the measured KLs of baselines, without those of plans that the search found."""
+    return [value for name, value in kl.items() if name not in ("plan", "trial0") and value is not None]
+
+
+def loss_lines(plan: Plan) -> list[str]:
+    """Returns how a plan holds the loss that was asked for; nothing where none was."""
+    limit, bound = plan.budget.get("max_harm"), plan.quality.get("harm_upper95")
+    if limit is None or bound is None:
+        return []
+    return [
+        f"Loss of {plan.budget['max_loss']}: KL is below {bound:.3g} nats per token with 95% confidence (one-sided, "
+        f"{plan.quality['samples']} samples); {limit:.3g} were allowed."
+    ]
 
 
 def class_lines(found: Mapping[str, Any]) -> list[str]:
@@ -93,29 +148,16 @@ def class_lines(found: Mapping[str, Any]) -> list[str]:
     lines = [f"Classes of KV heads, each of one rule: {classes['plan']}, at most {classes['most']} were allowed."]
     if "limited" in classes:
         limited, unlimited = classes["limited"], classes["unlimited"]
+
+        def beside(name: str) -> str:
+            return f"{readable_number(limited[name])} instead of {readable_number(unlimited[name])}"
+
         lines.append(
             f"Without the limit the plan of trial {classes['trial']} has {unlimited['classes']} classes. The limit costs "
-            f"{_more(limited['predicted_harm'], unlimited['predicted_harm'])} nats as predicted, "
-            f"{_more(limited['harm'], unlimited['harm'])} as measured: {difference_text(classes['difference'])}."
+            f"{beside('predicted_harm')} nats as predicted, {beside('harm')} as measured: "
+            f"{difference_text(classes['difference'])}."
         )
     return lines
-
-
-def _more(kl: float | None, other: float | None) -> str:
-    return f"{readable_number(kl)} instead of {readable_number(other)}"
-
-
-def step_rows(explanation: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Returns the rows of a table of what each step of a search gave: its name, and `STEP_COLUMNS`."""
-    return [
-        (
-            stage["name"],
-            readable_number(stage["harm"]),
-            "-" if stage["difference"] is None else difference_text(stage["difference"]),
-            _kept(stage),
-        )
-        for stage in explanation["stages"]
-    ]
 
 
 def difference_text(found: Mapping[str, Any]) -> str:
@@ -124,42 +166,33 @@ def difference_text(found: Mapping[str, Any]) -> str:
     A p-value that allows for a choice among several plans says so: `p .25 as the lowest of 30 plans`.
     """
     of = f" as the lowest of {found['candidates']} plans" if found["candidates"] > 1 and found["value"] < 0 else ""
-    return f"{found['value']:+.2g}{_interval(found)}, {p_text(found['p'])}{of}, {_samples(found)}"
+    samples = "1 sample" if found["samples"] == 1 else f"{found['samples']} samples"
+    return f"{estimate_text(found['value'], found['ci95'], '+.2g')}, {p_text(found['p'])}{of}, {samples}"
 
 
-def _interval(found: Mapping[str, Any]) -> str:
-    ends = found["ci95"]
-    return "" if ends is None else f" [{ends[0]:+.2g}, {ends[1]:+.2g}]"
+def _difference(row: Row) -> str:
+    return "-" if row["difference"] is None else difference_text(row["difference"])
 
 
-def _samples(found: Mapping[str, Any]) -> str:
-    return "1 sample" if found["samples"] == 1 else f"{found['samples']} samples"
-
-
-def _kept(stage: Mapping[str, Any]) -> str:
+def _kept(stage: Row) -> str:
     """Returns whether a step's plan was kept, with the reason where its KL alone would say otherwise.
 
     What is kept is decided by standard errors of the difference (see `kl_difference`), not by its p-value.
     """
-    if stage["difference"] is None:
-        return _yes(stage["kept"])
-    lower = stage["difference"]["value"] < 0
+    lower = stage["difference"] is None or stage["difference"]["value"] < 0
     if stage["kept"]:
-        return _yes(True) if lower else "yes: higher by less than its error"
+        return "yes" if lower else "yes: higher by less than its error"
+    if stage["difference"] is None:
+        return "no"
     return "no: gain too small for its error" if lower else "no: not lower"
 
 
 def trial_remark(trial: Mapping[str, Any]) -> str:
     """Returns what became of a trial: `pruned`, `kept`, or how much lower than trial 0 it is where that is not enough."""
-    if trial["pruned"]:
-        return "pruned"
-    if trial["kept"]:
-        return "kept"
-    return (
-        f"gain too small for its error: {difference_text(trial['difference'])}"
-        if trial["difference"]["value"] < 0
-        else ""
-    )
+    if trial["pruned"] or trial["kept"]:
+        return "pruned" if trial["pruned"] else "kept"
+    lower = trial["difference"]["value"] < 0
+    return f"gain too small for its error: {difference_text(trial['difference'])}" if lower else ""
 
 
 def refused_line(explanation: Mapping[str, Any]) -> list[str]:
@@ -176,11 +209,7 @@ def refused_line(explanation: Mapping[str, Any]) -> list[str]:
 
 
 def baseline_line(found: Mapping[str, Any] | None) -> list[str]:
-    """Returns in one line whether a search's plan is better than the best baseline; nothing where none was measured.
-
-    Args:
-        found: `best_baseline` of the plan's notes on quality.
-    """
+    """Returns in one line whether a search's plan is better than the best baseline; nothing where none was measured."""
     if found is None:
         return []
     name, ours, theirs = NAMES[found["family"]], readable_number(found["found_harm"]), readable_number(found["harm"])
@@ -212,21 +241,8 @@ def baseline_line(found: Mapping[str, Any] | None) -> list[str]:
 
 def _sharing(found: Mapping[str, Any]) -> list[RenderableType]:
     """Returns what sharing gave: a row for every number of layers, and a sentence where it gave nothing."""
-    rows = [
-        (
-            str(row["layers"]),
-            ", ".join(f"{layer} of {anchor}" for layer, anchor in row["pairs"]) or "none",
-            readable_number(row["copies"]),
-            readable_number(row["predicted"]),
-            readable_number(row["harm"]),
-            "-" if row["difference"] is None else difference_text(row["difference"]),
-        )
-        for row in found["counts"]
-    ]
-    titles = ("layers", "copies", "copies, predicted", "plan, predicted", "measured", "difference to trial 0")
-    shown: list[RenderableType] = [
-        section("Layers that copy an earlier one's attention (nats per token)", titles, rows)
-    ]
+    title = "Layers that copy an earlier one's attention (nats per token)"
+    shown: list[RenderableType] = [Table.of(title, SHARED_LAYERS, found["counts"])]
     if found.get("repaired"):
         shares = sorted(row["left"] for row in found["repaired"])
         shown.append(
@@ -241,34 +257,3 @@ def _sharing(found: Mapping[str, Any]) -> list[RenderableType]:
     if not found["shared"]:
         shown.append("Sharing buys nothing at this budget: the best plan has none.")
     return shown
-
-
-def _formats_of(rule: Any) -> str:
-    """Returns the formats of keys and values of a rule, as an explanation has it."""
-    return f"{NATIVE}/{NATIVE}" if rule == "full" else f"{rule['key_format']}/{rule['value_format']}"
-
-
-def front_table(results: Sequence[SearchResult]) -> RenderableType:
-    """Returns a table of plans of one model: bytes kept, KL, and that of the best plan that needs no search."""
-    rows = []
-    for result in results:
-        others = [kl for name, kl in result.harm.items() if name not in ("plan", "trial0") and kl is not None]
-        rows.append(
-            (
-                ", ".join(
-                    f"{row['plan'] / row['dense']:.1%} at {format_length(int(n))}" for n, row in result.kv_bytes.items()
-                ),
-                readable_number(result.harm["plan"]),
-                readable_number(min(others, default=None)),
-                str(result.path or ""),
-            )
-        )
-    return section(
-        "Plans, by KV bytes: KL(dense || plan) on validation samples",
-        ("KV bytes", "nats per token", "best without search", "plan"),
-        rows,
-    )
-
-
-def _yes(kept: bool) -> str:
-    return "yes" if kept else "no"

@@ -80,13 +80,7 @@ def _texts(ids: list[int], mask: list[bool], tokenizer: PreTrainedTokenizerBase)
 
 @dataclass(frozen=True)
 class ShownSample:
-    """A sample on the console: tokens that count are bold on a terminal with colours, and in brackets elsewhere.
-
-    Attributes:
-        sample: the sample.
-        tokenizer: the model's.
-        number: how it is numbered, such as `1/3`.
-    """
+    """A sample on the console: tokens that count are bold on a terminal with colours, and in brackets elsewhere."""
 
     sample: Sample
     tokenizer: PreTrainedTokenizerBase

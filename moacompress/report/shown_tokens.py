@@ -13,7 +13,7 @@ from rich.text import Text
 
 from moacompress.core.errors import DataError, UsageError
 from moacompress.core.printable import printable
-from moacompress.core.tables import section
+from moacompress.core.tables import Columns, Table
 from moacompress.models.kept_logits import kept_logits
 from moacompress.models.modules import attention_modules
 from moacompress.models.placement import input_device
@@ -27,6 +27,11 @@ MARKED = 0.5
 """Share of the KV heads with a gate that keep a token, from which on it is marked."""
 DIM = 0.1
 """Share below which it is shown dim."""
+CLASSES: Columns = {
+    "tokens": lambda row: row["name"],
+    "how many": lambda row: str(row["tokens"]),
+    "kept": lambda row: f"{row['kept']:.0%}",
+}
 
 
 def selected_tokens(
@@ -132,12 +137,7 @@ def _classes(pieces: Sequence[str], shares: Any) -> list[dict[str, Any]]:
 
 
 def token_tables(data: Mapping[str, Any]) -> Group:
-    """Returns the classes of tokens with what is kept of them, and the text: tokens in brackets are kept by most gates.
-
-    Args:
-        data: of `selected_tokens`.
-    """
-    rows = [(row["name"], str(row["tokens"]), f"{row['kept']:.0%}") for row in data["classes"]]
+    """Returns what is kept of each class of tokens, and the text: those in brackets are kept by most gates."""
     title = (
         f"What the gates of {data['kv_heads']} KV heads keep of the tokens that have left their windows, mean over them"
     )
@@ -152,4 +152,4 @@ def token_tables(data: Mapping[str, Any]) -> Group:
         else:
             text.append(token, style="dim" if share < DIM else "")
     head = Text(f"\nThe text; [tokens] in brackets are kept by at least {MARKED:.0%} of the gates:", style="bold")
-    return Group(section(title, ("tokens", "how many", "kept"), rows), head, text)
+    return Group(Table.of(title, CLASSES, data["classes"]), head, text)

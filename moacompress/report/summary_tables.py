@@ -3,59 +3,41 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 
 from moacompress.core.artefact_names import MODEL_FOLDER, REPORT_FILE
-from moacompress.core.tables import readable_bytes, readable_number, readable_types, section
-from moacompress.report.headline import kept_sentence, not_measured_sentence
-from moacompress.report.search_tables import MOA_NOTE, NAMES, baseline_line, class_lines
+from moacompress.core.tables import Columns, Table, readable_bytes, readable_number, readable_types
+from moacompress.report.evaluation_tables import kept_sentence, not_measured_sentence
+from moacompress.report.search_tables import baseline_line, class_lines
 from moacompress.rules.budget import format_length
-from moacompress.rules.plan import Plan
 from moacompress.rules.plan_memory import memory_lines
 
 
 def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:
-    """Returns the tables of a `summary.json`: KV bytes, quality, seconds.
-
-    Args:
-        summary: as `moacompress.compress` returns it.
-    """
-    kv_bytes = summary["kv_bytes"]
-    dense = kv_bytes["dense"]
-    size = section(
-        f"KV cache at {format_length(summary['reference_length'])} tokens, batch 1",
-        ("", "bytes", f"share of {summary.get('dtype', 'the')} dense"),
-        [
-            (name, readable_bytes(kv_bytes[name]), f"{kv_bytes[name] / dense:.1%}")
-            for name in ("dense", "planned", "measured")
-            if kv_bytes.get(name) is not None
-        ],
-    )
-    models = list(
-        dict.fromkeys(model for row in summary["quality"].values() for model in row["nll"] if model != "plan")
-    )
-    quality = section(
-        "Exact match (NLL of the answer, nats per token); baselines have the plan's KV bytes",
-        ("task", *models, "this plan", "prompts"),
-        [
-            (task, *(_score(row, model) for model in (*models, "plan")), str(row["prompts"]))
-            for task, row in summary["quality"].items()
-        ],
-    )
+    """Returns the tables of a `summary.json`: KV bytes, quality, seconds."""
+    kv_bytes, asked = summary["kv_bytes"], summary["budget"]
+    budget = asked if isinstance(asked, str) else ", ".join(asked)
+    loss = f", the smallest for a loss of {summary['max_loss']}" if "max_loss" in summary else ""
+    title = f"KV cache at {format_length(summary['reference_length'])} tokens, batch 1"
+    sizes: Columns = {
+        "": lambda name: name,
+        "bytes": lambda name: readable_bytes(kv_bytes[name]),
+        f"share of {summary.get('dtype', 'the')} dense": lambda name: f"{kv_bytes[name] / kv_bytes['dense']:.1%}",
+    }
+    measured = [name for name in ("dense", "planned", "measured") if kv_bytes.get(name) is not None]
     seconds = ", ".join(f"{step} {taken:.0f} s" for step, taken in summary["seconds"].items())
-    asked = summary["budget"] if isinstance(summary["budget"], str) else ", ".join(summary["budget"])
     return [
-        f"{summary['model']}, budget {asked}{_for_loss(summary)}",
+        f"{summary['model']}, budget {budget}{loss}",
         *map(kept_sentence, summary["kept"]),
         not_measured_sentence(summary["not_measured"]),
         "",
-        size,
+        Table.of(title, sizes, measured),
         *_measured_elsewhere(kv_bytes),
-        quality,
+        _quality_table(summary["quality"]),
         *memory_lines(summary.get("memory", {})),
         *baseline_line(summary.get("best_baseline")),
         *class_lines(summary),
@@ -64,9 +46,34 @@ def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:
     ]
 
 
-def _for_loss(summary: Mapping[str, Any]) -> str:
-    """Returns which loss the budget was found for, where one was given."""
-    return f", the smallest for a loss of {summary['max_loss']}" if "max_loss" in summary else ""
+def _quality_table(quality: Mapping[str, Any]) -> Table:
+    def score(model: str) -> Callable[[Any], str]:
+        def write(row: tuple[str, Mapping[str, Any]]) -> str:
+            nll = row[1].get("nll", {}).get(model)
+            return readable_number(row[1].get(model), ".2f") + ("" if nll is None else f" ({nll:.3f})")
+
+        return write
+
+    models = dict.fromkeys(model for row in quality.values() for model in row["nll"] if model != "plan")
+    columns: Columns = {
+        "task": lambda row: row[0],
+        **{model: score(model) for model in models},
+        "this plan": score("plan"),
+        "prompts": lambda row: str(row[1]["prompts"]),
+    }
+    title = "Exact match (NLL of the answer, nats per token); baselines have the plan's KV bytes"
+    return Table.of(title, columns, quality.items())
+
+
+def _measured_elsewhere(kv_bytes: Mapping[str, Any]) -> list[str]:
+    """Returns what to say where the cache was not measured at the length that the table is of."""
+    at = kv_bytes.get("measured_at")
+    if at is None or kv_bytes.get("measured") is not None:
+        return []
+    return [
+        f"Measured at {format_length(at['length'])} tokens, the most that the run read: {readable_bytes(at['measured'])}; "
+        f"the plan has {readable_bytes(at['planned'])} there."
+    ]
 
 
 def _weights(summary: Mapping[str, Any]) -> list[str]:
@@ -82,23 +89,8 @@ def _weights(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _measured_elsewhere(kv_bytes: Mapping[str, Any]) -> list[str]:
-    """Returns what to say where the cache was not measured at the length that the table is of."""
-    at = kv_bytes.get("measured_at")
-    if at is None or kv_bytes.get("measured") is not None:
-        return []
-    return [
-        f"Measured at {format_length(at['length'])} tokens, the most that the run read: {readable_bytes(at['measured'])}; "
-        f"the plan has {readable_bytes(at['planned'])} there."
-    ]
-
-
 def closing_lines(out: Path) -> list[str]:
-    """Returns what a run ends with: a snippet that loads the model and asks it something, and where to look next.
-
-    Args:
-        out: folder of the run.
-    """
+    """Returns what a run ends with: a snippet that loads the model and asks it something, and where to look next."""
     page = out / REPORT_FILE
     return [
         f"Paste this into Python:\n\n{snippet(out / MODEL_FOLDER)}",
@@ -128,32 +120,3 @@ def snippet(model: Path) -> str:
         "output = model.generate(**inputs, max_new_tokens=40)\n"
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))\n'
     )
-
-
-def _score(row: Mapping[str, Any], model: str) -> str:
-    nll = row.get("nll", {}).get(model)
-    return readable_number(row.get(model), ".2f") + ("" if nll is None else f" ({nll:.3f})")
-
-
-def loss_lines(plan: Plan) -> list[str]:
-    """Returns how a plan holds the loss that was asked for; nothing where none was."""
-    limit, bound = plan.budget.get("max_harm"), plan.quality.get("harm_upper95")
-    if limit is None or bound is None:
-        return []
-    return [
-        f"Loss of {plan.budget['max_loss']}: KL is below {bound:.3g} nats per token with 95% confidence (one-sided, "
-        f"{plan.quality['samples']} samples); {limit:.3g} were allowed."
-    ]
-
-
-def kl_table(kl: Mapping[str, float | None], kv_bytes: Mapping[str, Mapping[str, int]]) -> RenderableType:
-    """Returns the measured KL of a plan and of what it was measured beside.
-
-    Args:
-        kl: nats, by name.
-        kv_bytes: at each length, `{"dense": bytes, "plan": bytes}`.
-    """
-    at = ", ".join(f"{row['plan'] / row['dense']:.1%} at {format_length(int(n))}" for n, row in kv_bytes.items())
-    rows = [(NAMES.get(name, name), readable_number(value)) for name, value in kl.items()]
-    table = section(f"KL(dense || plan) on validation samples; KV bytes {at}", ("", "nats per token"), rows)
-    return Group(table, MOA_NOTE) if kl.get("moa") is not None else table

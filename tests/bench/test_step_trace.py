@@ -17,7 +17,7 @@ from moacompress.kernels.cpu import cpu_backend
 from moacompress.kernels.cpu.cpu_backend import PHASES, CpuBackend
 from moacompress.kernels.dispatch import REFERENCE
 from moacompress.report.bench_tables import bench_tables
-from moacompress.report.page.cost_figures import speed_pictures
+from moacompress.report.page.figures import speed_pictures
 from moacompress.runtime import attach
 from moacompress.runtime.compat.alternates import cache_argument
 from tests import plan_kinds

@@ -117,8 +117,8 @@ def test_where_a_plan_is_slower_it_is_said() -> None:
 def test_weights_caches_and_peaks_are_one_table() -> None:
     from rich.console import Console
 
-    from moacompress.report.bench_tables import memory_rows, memory_table
-    from moacompress.report.page.cost_figures import peak_picture
+    from moacompress.report.bench_tables import memory_table
+    from moacompress.report.page.figures import peak_picture
 
     row: dict[str, Any] = {
         "phase": "decode", "length": 1024, "batch": 1, "dtype": "bfloat16", "weight_bytes": 1 << 28,
@@ -126,15 +126,15 @@ def test_weights_caches_and_peaks_are_one_table() -> None:
         "peak_bytes_plan": None, "peak_bytes_dense": None,
     }  # fmt: skip
     prefill = {**row, "phase": "prefill"}
-    columns, rows = memory_rows([row, prefill])
-    assert [found[0] for found in rows] == ["1 x 1k bf16"]
-    assert not any("peak" in column for column in columns)
+    table = memory_table([row, prefill])
+    assert [found[0] for found in table.rows] == ["1 x 1k bf16"]
+    assert not any("peak" in column for column in table.columns)
     assert peak_picture({"runs": [row, prefill]}) is None
     row |= {"peak_bytes_plan": 700 << 20, "peak_bytes_dense": 1900 << 20}
     runs = [row, prefill | {"peak_bytes_plan": 800 << 20}]
-    columns, rows = memory_rows(runs)
-    assert columns[-2:] == ("peak, this plan", "peak, dense")
-    assert [(found[0], *found[-2:]) for found in rows] == [
+    table = memory_table(runs)
+    assert table.columns[-2:] == ("peak, this plan", "peak, dense")
+    assert [(found[0], *found[-2:]) for found in table.rows] == [
         ("decode 1 x 1k bf16", "700", "1,900"),
         ("prefill 1 x 1k bf16", "800", "-"),
     ]
@@ -145,7 +145,7 @@ def test_weights_caches_and_peaks_are_one_table() -> None:
     picture = peak_picture({"runs": runs})
     assert picture is not None
     assert {trace["name"]: trace["x"] for trace in picture.traces} == {"this plan": [700, 800], "dense": [1900, None]}
-    assert [*picture.rows] == rows
+    assert picture.rows == table.rows
 
 
 def test_defaults_and_quick(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from moacompress.report.evaluation_tables import csv_text, evaluation_tables, failure_lines
-from moacompress.report.headline import headline
-from moacompress.report.page.search_figures import history_picture
-from moacompress.report.search_tables import baseline_line, explanation_tables, refused_line, step_rows
-from moacompress.report.summary_tables import kl_table, summary_tables
+from moacompress.report.evaluation_tables import csv_text, evaluation_tables, failure_lines, headline
+from moacompress.report.page.figures import history_picture
+from moacompress.report.search_tables import baseline_line, explanation_tables, kl_table, refused_line, steps_table
+from moacompress.report.summary_tables import summary_tables
 
 SUMMARY: dict[str, Any] = {
     "model": "some/model",
@@ -210,7 +209,7 @@ def test_what_was_not_kept_though_its_kl_is_lower_has_a_reason() -> None:
     def stage(name: str, kept: bool, difference: dict[str, Any] | None) -> dict[str, Any]:
         return {"name": name, "harm": 0.1, "kept": kept, "difference": difference}
 
-    rows = step_rows(
+    table = steps_table(
         {
             "stages": [
                 stage("surrogate", True, None),
@@ -221,7 +220,7 @@ def test_what_was_not_kept_though_its_kl_is_lower_has_a_reason() -> None:
             ]
         }
     )
-    assert [row[2:] for row in rows] == [
+    assert [row[2:] for row in table.rows] == [
         ("-", "yes"),
         ("-0.003 [-0.008, +0.002], p .25, 6 samples", "no: gain too small for its error"),
         ("-0.02 [-0.03, -0.01], p .25, 6 samples", "yes"),

@@ -15,13 +15,10 @@ from moacompress.core.statistics import (
     Interval,
     Resampled,
     by_document,
-    error_text,
     estimate_row,
-    estimate_text,
     exponential_mean,
     mean,
     median,
-    p_text,
     p_value,
     p_value_of_chosen,
     paired_difference,
@@ -30,13 +27,13 @@ from moacompress.core.statistics import (
     positive_mean,
     rate,
     reported_mean,
-    rounded_text,
     standard_error,
     tango,
     upper_bound,
     verdict,
     wilson,
 )
+from moacompress.core.tables import error_text, estimate_text, p_text, rounded_text
 
 SIZES = (6, 7, 20, 200)
 DRAWS = 2000

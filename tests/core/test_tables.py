@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from moacompress.core.statistics import estimate_text
-from moacompress.core.tables import facts, section
+from moacompress.core.tables import Table, estimate_text, facts
 from moacompress.report.bench_tables import bench_tables
 from moacompress.report.evaluation_tables import evaluation_tables
 
@@ -38,7 +37,7 @@ def test_a_long_path_is_shown_whole() -> None:
 
 
 def test_columns_without_room_follow_in_a_table_of_their_own() -> None:
-    table = section("Title", ("", "a", "a longer heading", "c"), [("row 1", "1" * 9, "2" * 9, "3" * 9), ("row 2",)])
+    table = Table("Title", ("", "a", "a longer heading", "c"), [("row 1", "1" * 9, "2" * 9, "3" * 9), ("row 2",)])
     wide, narrow = lines([table], 80), lines([table], 36)
     assert sum("row 1" in line for line in wide) == 1
     assert sum("row 1" in line for line in narrow) == 2
@@ -46,6 +45,17 @@ def test_columns_without_room_follow_in_a_table_of_their_own() -> None:
     assert [line for line in narrow if "heading" in line and "a longer" not in line]  # wrapped
     text = "\n".join(narrow)
     assert all(text.count(digit * 9) == 1 for digit in "123")
+
+
+def test_the_same_table_as_markdown() -> None:
+    columns = {"name": str, "KL(dense || model)": lambda value: f"{value:.2f}"}
+    assert Table.of("Title", columns, (1, 25), "A note.").markdown() == (
+        "| name | KL(dense \\|\\| model) |\n| --- | ---: |\n| 1 | 1.00 |\n| 25 | 25.00 |\n\nA note."
+    )
+    shown = "\n".join(lines([Table.of("Title", columns, (1, 25), "A note.")], 80))
+    assert shown.startswith("Title\n")
+    assert "25.00" in shown
+    assert shown.endswith("A note.")
 
 
 def bench_report(length: int = 32768) -> dict[str, Any]:

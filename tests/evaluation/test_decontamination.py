@@ -22,7 +22,7 @@ from moacompress.prompts import generators
 from moacompress.prompts.generators import Values, make_prompt
 from moacompress.prompts.pools import Prose
 from moacompress.report.evaluation_tables import OVERLAP_UNKNOWN, csv_text, evaluation_tables
-from moacompress.report.page.quality_figures import quality_pictures
+from moacompress.report.page.figures import quality_pictures
 from moacompress.report.page.report_page import quality_text
 from moacompress.rules.plan import Plan
 from moacompress.runtime.checkpoint import load_checkpoint
@@ -148,7 +148,7 @@ def test_text_that_calibration_saw_is_refused_and_marked(
     assert "its numbers flatter the plan" in text
     assert str(marked["overlap"]) in csv_text(report)
     assert "its numbers flatter the plan" in quality_text(report)
-    assert any("text †" in str(picture) for picture in quality_pictures(report))  # type: ignore[arg-type]
+    assert any("text †" in str(picture.rows) for picture in quality_pictures(report))  # type: ignore[arg-type]
 
 
 def test_other_text_is_measured_and_its_overlap_stated(

@@ -13,7 +13,7 @@ import moacompress
 from moacompress.core.shown import Shown, ShownDict
 from moacompress.healer.healing import HealResult
 from moacompress.pipeline import Summary
-from moacompress.report.notebook import VIEWS
+from moacompress.report.notebook import SHOWN
 from moacompress.rules.plan import Plan
 from moacompress.search.audit.audit import Audit
 from moacompress.search.result.search_result import SearchResult
@@ -140,4 +140,4 @@ def kinds_of(kind: type[Any]) -> set[str]:
 def test_whatever_is_shown_has_tables() -> None:
     for name in moacompress.__all__:
         getattr(moacompress, name)
-    assert kinds_of(Shown) - {"ShownDict"} == set(VIEWS)
+    assert kinds_of(Shown) - {"ShownDict"} == set(SHOWN)

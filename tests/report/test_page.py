@@ -19,11 +19,10 @@ from typer.testing import CliRunner
 from moacompress.cli import app
 from moacompress.core.tables import readable_bytes
 from moacompress.recipe import Recipe
-from moacompress.report.page.cost_figures import peak_picture
-from moacompress.report.page.figure_style import OTHERS, roles_of
+from moacompress.report.page.figures import answer_table, peak_picture, quality_pictures, side_names
 from moacompress.report.page.findings import Findings
-from moacompress.report.page.head_figures import head_map, head_shades, rule_text
-from moacompress.report.page.quality_figures import answer_table, quality_pictures, side_names
+from moacompress.report.page.heads import head_map, head_shades, rule_text
+from moacompress.report.page.picture import OTHERS, Picture, roles_of
 from moacompress.report.page.report_page import (
     embedded,
     missing_parts,
@@ -32,8 +31,8 @@ from moacompress.report.page.report_page import (
     tiles,
     verdict,
     write_page,
+    write_pictures,
 )
-from moacompress.report.page.still_pictures import write_pictures
 from moacompress.rules.cost import kept_bits
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -131,12 +130,12 @@ def test_the_first_sentence_is_what_it_saves_and_what_it_costs(run_folder: Path)
     shown = verdict(replace(found, evaluation=evaluation, bench=bench))
     assert shown == (
         f"At 800 tokens the KV cache of a request takes {readable_bytes(ours)} instead of {readable_bytes(dense)}, so that "
-        f"{10 * dense // ours} requests fit where 10 did; of the 10 prompts that the dense model answers, it answers 60% (95% "
-        "interval 31% to 83%; exact match on all 2: dense 0%, plan 0%; kinds of prompts that no calibration has: "
-        "code-question), and the first token takes 1.50 times as long as dense's (128 tokens, batch 1)."
+        f"{10 * dense // ours} requests fit where 10 did. Kinds of prompts that no calibration has (code-question; 700 "
+        "tokens): dense answers 10 of 2 prompts, and the plan 60% of these (95% interval 31% to 83%); exact match on all 2: "
+        "dense 0%, plan 0%. The first token takes 1.50 times as long as dense's (128 tokens, batch 1)."
     )
     bare = verdict(replace(found, evaluation=None, bench=None))
-    assert bare.endswith("; what it still answers was not measured, and what the first token costs was not measured.")
+    assert bare.endswith(" What it still answers was not measured. What the first token costs was not measured.")
     for row in bench["runs"]:
         row["full_span_ms"] = 16.3
     first, second, _, speed, kl = tiles(replace(found, evaluation=evaluation, bench=bench))
@@ -205,7 +204,7 @@ def test_sample_answers_are_those_of_the_evaluation(run_folder: Path, page: str)
     ]
     found = answer_table({"answers": scored})
     assert found is not None
-    assert [row[-1] for row in found[1]] == ["10", "11", "00"]
+    assert [row[-1] for row in found.rows] == ["10", "11", "00"]
 
 
 def test_what_dense_cannot_do_is_marked(run_folder: Path, tmp_path: Path) -> None:
@@ -474,7 +473,7 @@ def test_pictures_for_a_card(run_folder: Path, tmp_path: Path, monkeypatch: pyte
 
 def test_pictures_stay_in_their_folder(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a benchmark's file calls its phases."""
-    monkeypatch.setattr("moacompress.report.page.still_pictures.png", lambda picture: b"")
+    monkeypatch.setattr(Picture, "png", lambda picture: b"")
     found = Findings.load(run_folder / "plan.json")
     assert found.bench is not None
     runs = [{**row, "phase": "../../evil", "batch": "/etc\0.png"} for row in found.bench["runs"]]

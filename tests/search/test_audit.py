@@ -23,7 +23,7 @@ from moacompress.core.errors import ArtefactError, DataError, InfeasibleBudgetEr
 from moacompress.models.kl import kl_divergence
 from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import Recipe
-from moacompress.report.audit_tables import audit_tables, scatter_html, write_scatter
+from moacompress.report.profile_tables import audit_tables, scatter_html, write_scatter
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.rule import Rule
 from moacompress.search.audit.audit import audit, check_audit, predicted_influence

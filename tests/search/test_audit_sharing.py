@@ -18,7 +18,7 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.core.progress import SILENT
 from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import Recipe
-from moacompress.report.audit_tables import audit_tables, scatter_html
+from moacompress.report.profile_tables import audit_tables, scatter_html
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import Share
 from moacompress.search.audit.audit import audit

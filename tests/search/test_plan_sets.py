@@ -16,7 +16,7 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import front_file, of_front, plans_of_front
 from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, OutOfTimeError, UsageError
 from moacompress.core.lock_holders import own_file
-from moacompress.report.summary_tables import loss_lines
+from moacompress.report.search_tables import loss_lines
 from moacompress.rules.budget import Budget, label, split_budgets
 from moacompress.rules.limits import layer_floors, meets
 from moacompress.rules.loss import Loss

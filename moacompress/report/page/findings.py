@@ -17,7 +17,6 @@ from moacompress.core.artefact_names import (
     MODEL_FOLDER,
     PLAN_FILE,
     PROFILE_FOLDER,
-    REPORT_FILE,
     SUMMARY_FILE,
     explanation_file,
     front_file,
@@ -242,8 +241,3 @@ def _profile(folder: Path, plan: Plan, given: Path | None, passed: list[str]) ->
         passed.append(f"{path.name} is not what the plan was made from")
         return None
     return profile
-
-
-def report_file(findings: Findings) -> Path:
-    """Returns where the page of a run goes by default."""
-    return findings.folder / REPORT_FILE

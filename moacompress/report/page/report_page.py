@@ -1,48 +1,55 @@
-"""The page itself: sections of pictures and tables, put into one HTML file that needs nothing from anywhere."""
+"""The page itself, sections of pictures and tables in one HTML file that needs nothing from anywhere; its pictures as PNG."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
-from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from moacompress.core.artefact_names import BENCH_FILE, EVALUATION_FILE, MODEL_FOLDER, SUMMARY_FILE
 from moacompress.core.errors import UsageError
-from moacompress.core.files import finite_json, write_text
+from moacompress.core.files import finite_json, write_bytes, write_text
 from moacompress.core.place import check_replaceable
-from moacompress.core.statistics import rounded_text
-from moacompress.core.tables import readable_types
+from moacompress.core.tables import Table, readable_bytes, readable_types, rounded_text
 from moacompress.core.version import own_version
-from moacompress.exporter.card import WEIGHTS, repair_text
+from moacompress.exporter.card import CARD, WEIGHTS, repair_text
 from moacompress.recipe import shared_name
-from moacompress.report.evaluation_tables import overlap_note
-from moacompress.report.headline import SAID, all_text, headline, interval_text, kept_rows
+from moacompress.report.evaluation_tables import (
+    SAID,
+    all_text,
+    headline,
+    interval_text,
+    kept_rows,
+    kept_sentence,
+    overlap_note,
+)
 from moacompress.report.heal_tables import heal_sentence
-from moacompress.report.page.cost_figures import bytes_text, machine_text, memory_picture, speed_pictures
-from moacompress.report.page.figure_style import ROLES, Picture
-from moacompress.report.page.findings import EXPLANATIONS, Finding, Findings, reading_file
-from moacompress.report.page.head_figures import head_details, head_map, head_shades, most_worth
-from moacompress.report.page.quality_figures import answer_table, quality_pictures
-from moacompress.report.page.search_figures import (
+from moacompress.report.page.figures import (
+    answer_table,
+    audit_picture,
     baselines_picture,
     front_picture,
     history_picture,
-    predicted_pictures,
+    memory_picture,
+    quality_pictures,
+    speed_pictures,
+    trials_picture,
 )
-from moacompress.report.search_tables import STEP_COLUMNS, class_lines, step_rows
+from moacompress.report.page.findings import EXPLANATIONS, Finding, Findings, reading_file
+from moacompress.report.page.heads import head_details, head_map, head_shades, most_worth
+from moacompress.report.page.picture import ROLES, Picture
+from moacompress.report.search_tables import baseline_kls, class_lines, steps_table
 from moacompress.rules.budget import format_length
 from moacompress.rules.plan import Plan
 from moacompress.rules.plan_memory import memory_lines, plan_memory
 from moacompress.rules.untrusted import reading_notes
 from moacompress.rules.worst_share import WorstShare
 
-ASSETS = "moacompress.report.page"
 REQUESTS = 10
 """Dense requests, in whose memory so many more fit."""
 GENERATOR = '<meta name="generator" content="moacompress">'
@@ -50,33 +57,21 @@ GENERATOR = '<meta name="generator" content="moacompress">'
 CONFIG_NAME = "config.json"
 SEARCHED_BY = ("search", "weights", "head_weights", "dtype", "device", "seed")
 """Settings of a recipe that a search goes by, beside its budget."""
+PICTURES, HEADING = "pictures", "## Pictures"
+"""The folder of a card's pictures, and the heading above them, which ends the card."""
 NEEDS = 'the page needs plotly and jinja2; pip install "moacompress[report]" and run `moacompress report` on the folder'
 
 
 @dataclass(frozen=True)
 class PageSection:
-    """A section of the page.
-
-    Attributes:
-        name: where a link to it points.
-        title: its heading.
-        text: a sentence below it.
-        pictures: shown one below the other.
-        tabs: shown one at a time, with a button each.
-        table: columns and rows.
-    """
+    """A section of the page: a heading, a sentence, pictures one below the other, others in tabs, and a table."""
 
     name: str
     title: str
     text: str = ""
     pictures: list[Picture] = field(default_factory=list)
     tabs: list[Picture] = field(default_factory=list)
-    table: tuple[tuple[str, ...], list[tuple[str, ...]]] | None = None
-
-    @property
-    def all_pictures(self) -> list[Picture]:
-        """Those that are shown at once, and those of the tabs."""
-        return [*self.pictures, *self.tabs]
+    table: Table | None = None
 
 
 def write_page(found: Findings, out: Path) -> dict[str, Any]:
@@ -100,7 +95,7 @@ def write_page(found: Findings, out: Path) -> dict[str, Any]:
     sections = page_sections(found)
     write_text(out, page_html(found, sections))
     missing = [{"what": row.what, "command": row.command} for row in missing_parts(found)]
-    shown = [section.name for section in sections if section.all_pictures or section.table]
+    shown = [section.name for section in sections if section.pictures or section.tabs or section.table]
     notes = {"passed_over": found.passed_over, "warnings": found.warnings}
     return {"report": str(out), "sections": shown, "missing": missing, **notes}
 
@@ -111,14 +106,14 @@ def page_html(found: Findings, sections: list[PageSection]) -> str:
     from plotly.offline import get_plotlyjs
 
     environment = Environment(
-        loader=PackageLoader(ASSETS, "assets"),
+        loader=PackageLoader(__package__, "assets"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     data = {
-        "figures": {picture.name: picture.figure() for section in sections for picture in section.all_pictures},
+        "figures": {picture.name: picture.figure() for picture in _pictures(sections)},
         "shades": head_shades(found),
         "heads": head_details(found),
         "first": most_worth(found),
@@ -137,10 +132,44 @@ def page_html(found: Findings, sections: list[PageSection]) -> str:
         warnings=found.warnings,
         made=f"moacompress {own_version()}, {date.today():%d %B %Y}",
         plotly=get_plotlyjs(),
-        style=_asset("page.css"),
-        script=_asset("page.js"),
         data=embedded(data),
     )
+
+
+def _pictures(sections: list[PageSection]) -> list[Picture]:
+    return [picture for section in sections for picture in (*section.pictures, *section.tabs)]
+
+
+def write_pictures(found: Findings, folder: Path) -> dict[Path, str]:
+    """Writes every picture of the page as `NAME.png`, in the place of earlier ones, and returns the files with their titles.
+
+    Raises:
+        UsageError: kaleido is not installed, or it finds no browser.
+        ArtefactError: the folder cannot be made, or written to.
+    """
+    files = {}
+    for picture in _pictures(page_sections(found)):
+        path = folder / f"{picture.file_stem}.png"
+        write_bytes(path, picture.png())
+        files[path] = picture.title
+    return files
+
+
+def illustrate_card(found: Findings) -> dict[Path, str]:
+    """Writes the pictures into the checkpoint's folder and shows them in its card, in the place of earlier ones.
+
+    Raises:
+        UsageError: there is no checkpoint, or no picture can be drawn.
+    """
+    folder = found.folder / MODEL_FOLDER if (found.folder / MODEL_FOLDER).is_dir() else found.folder
+    card = folder / CARD
+    if not card.is_file():
+        raise UsageError(f"{found.folder} has no checkpoint with a card; export the plan with `moacompress export`")
+    files = write_pictures(found, folder / PICTURES)
+    shown = "".join(f"![{title}]({PICTURES}/{file.name})\n\n" for file, title in files.items())
+    before = card.read_text("utf-8").partition(f"\n{HEADING}\n")[0].rstrip("\n")
+    write_text(card, f"{before}\n\n{HEADING}\n\n{shown}")
+    return files
 
 
 def embedded(data: Any) -> str:
@@ -150,16 +179,13 @@ def embedded(data: Any) -> str:
 
 @reading_file(EVALUATION_FILE)
 def quality_text(evaluation: Finding) -> str:
-    """Returns what was kept of each kind of prompts, and what was not measured, in sentences.
-
-    Raises:
-        ArtefactError: `eval.json` is of another form.
-    """
+    """Returns what was kept of each kind of prompts, and what was not measured, in sentences."""
     return " ".join([*headline(evaluation), overlap_note(evaluation["results"])])
 
 
-def _asset(name: str) -> str:
-    return resources.files(ASSETS).joinpath("assets", name).read_text("utf-8")
+@reading_file(EXPLANATIONS)
+def _search_notes(explanation: Finding) -> tuple[str, Table]:
+    return " ".join(class_lines(explanation)), steps_table(explanation)
 
 
 def page_sections(found: Findings) -> list[PageSection]:
@@ -169,52 +195,50 @@ def page_sections(found: Findings) -> list[PageSection]:
         ArtefactError: a file beside the plan is not of the form that it has.
         PlanError: the plan's notes are not.
     """
-    evaluation, bench, explanation = found.evaluation, found.bench, found.explanation
-    baselines = baselines_picture(found)
-    with reading_file(EXPLANATIONS):
-        classes = " ".join(class_lines(explanation or {}))
-        steps = step_rows(explanation) if explanation is not None else None
-    history = history_picture(explanation) if explanation is not None else None
-    front = front_picture(found.front) if explanation is not None and found.front is not None else None
+    heads = PageSection("heads", "What is kept", pictures=[head_map(found)])
+    quality = PageSection("quality", "What it still answers")
+    if found.evaluation is not None:
+        quality = replace(
+            quality,
+            text=quality_text(found.evaluation),
+            tabs=quality_pictures(found.evaluation),
+            table=answer_table(found.evaluation),
+        )
+    costs = PageSection("costs", "Memory and speed", pictures=[memory_picture(found)])
+    if found.bench is not None:
+        costs = replace(costs, text=machine_text(found.bench), pictures=[*costs.pictures, *speed_pictures(found.bench)])
+    harm = [baselines_picture(found), None if found.audit is None else audit_picture(found.audit)]
+    steps, text, table = list[Picture | None](), "", None
+    if found.explanation is not None:
+        text, table = _search_notes(found.explanation)
+        harm.append(trials_picture(found.explanation))
+        steps = [history_picture(found.explanation), None if found.front is None else front_picture(found.front)]
     return [
-        PageSection("heads", "What is kept", pictures=[head_map(found)]),
-        PageSection(
-            "quality",
-            "What it still answers",
-            quality_text(evaluation) if evaluation is not None else "",
-            tabs=quality_pictures(evaluation) if evaluation is not None else [],
-            table=answer_table(evaluation) if evaluation is not None else None,
-        ),
-        PageSection(
-            "costs",
-            "Memory and speed",
-            machine_text(bench) if bench is not None else "",
-            [memory_picture(found), *(speed_pictures(bench) if bench is not None else [])],
-        ),
-        PageSection(
-            "harm",
-            "Quality loss: predicted vs measured",
-            pictures=[*([baselines] if baselines else []), *predicted_pictures(found)],
-        ),
-        PageSection(
-            "search",
-            "How it was found",
-            classes,
-            pictures=[picture for picture in (history, front) if picture is not None],
-            table=(("step", *STEP_COLUMNS), steps) if steps is not None else None,
-        ),
+        heads,
+        quality,
+        costs,
+        PageSection("harm", "Quality loss: predicted vs measured", pictures=_drawn(harm)),
+        PageSection("search", "How it was found", text, _drawn(steps), table=table),
     ]
+
+
+def _drawn(pictures: Iterable[Picture | None]) -> list[Picture]:
+    return [picture for picture in pictures if picture is not None]
+
+
+@reading_file(BENCH_FILE)
+def machine_text(bench: Finding) -> str:
+    """Returns where times were taken."""
+    machine = bench["environment"]
+    isa = f" ({machine['isa']})" if machine.get("isa") else ""
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, kernels {machine['kernel']}{isa}."
+    )
 
 
 @dataclass(frozen=True)
 class MissingPart:
-    """Something that was not measured.
-
-    Attributes:
-        section: that lacks it.
-        what: it is, as a sentence.
-        command: fills it.
-    """
+    """Something that was not measured: the section that lacks it, a sentence that says so, and the command that fills it."""
 
     section: str
     what: str
@@ -245,9 +269,9 @@ def missing_parts(found: Findings, place: Callable[[str], str] = str) -> list[Mi
 
     def measuring(command: str, file: str) -> str:
         folder = found.folder
-        if not (folder / MODEL_FOLDER).is_dir() and not (folder / CONFIG_NAME).is_file():
-            return f"moacompress {command} DIR -o {file} (where DIR is what `moacompress export` makes of the plan)"
-        return f"moacompress {command} {quoted(folder)} -o {quoted(folder)}/{file}"
+        if (folder / MODEL_FOLDER).is_dir() or (folder / CONFIG_NAME).is_file():
+            return f"moacompress {command} {quoted(folder)} -o {quoted(folder)}/{file}"
+        return f"moacompress {command} DIR -o {file} (where DIR is what `moacompress export` makes of the plan)"
 
     parts, profile = [], found.profile
     if profile is None:
@@ -288,44 +312,31 @@ def _search_again(found: Findings, quoted: Callable[[Path], str]) -> str:
 
 
 def verdict(found: Findings) -> str:
-    """Returns in one sentence what the plan saves at the reference length, and what that costs.
-
-    Raises:
-        ArtefactError: a file beside the plan is not of the form that it has.
-    """
+    """Returns what the plan saves at the reference length, and what that costs."""
     plan, n = found.plan, found.reference
-    dense, ours, _ = bytes_text(plan, n)
-    fit = REQUESTS * plan.model.dense_kv_bytes(n) // plan.kv_bytes(n)
+    dense, ours = plan.model.dense_kv_bytes(n), plan.kv_bytes(n)
     return (
-        f"At {format_length(n)} tokens the KV cache of a request takes {ours} instead of {dense}, so that {fit} requests fit "
-        f"where {REQUESTS} did; {_quality_cost(found.evaluation)}, and {_first_token_cost(found.bench, n)}."
+        f"At {format_length(n)} tokens the KV cache of a request takes {readable_bytes(ours)} instead of "
+        f"{readable_bytes(dense)}, so that {REQUESTS * dense // ours} requests fit where {REQUESTS} did. "
+        f"{_quality_cost(found.evaluation)} {_first_token_cost(found.bench, n)}"
     )
 
 
 @reading_file(EVALUATION_FILE)
 def _quality_cost(evaluation: Finding | None) -> str:
     rows = [row for row in kept_rows(evaluation) if row.get("dense_right")] if evaluation is not None else []
-    if not rows:
-        return "what it still answers was not measured"
-    row = rows[0]
-    return (
-        f"of the {row['dense_right']} prompts that the dense model answers, it answers {rounded_text(row['kept'], '.0%')} "
-        f"({interval_text(row)}; {all_text(row)}; "
-        f"{SAID[row['kind']][0].lower()}{SAID[row['kind']][1:]}: {', '.join(row['tasks'])})"
-    )
+    return kept_sentence(rows[0]) if rows else "What it still answers was not measured."
 
 
 @reading_file(BENCH_FILE)
 def _first_token_cost(bench: Finding | None, n: int) -> str:
-    rows = [
-        row for row in (bench or {}).get("runs", ()) if row["phase"] == "prefill" and row["dense_ms"] and row["plan_ms"]
-    ]
+    runs = (bench or {}).get("runs", ())
+    rows = [row for row in runs if row["phase"] == "prefill" and row["dense_ms"] and row["plan_ms"]]
     if not rows:
-        return "what the first token costs was not measured"
+        return "What the first token costs was not measured."
     row = min(rows, key=lambda row: (abs(row["length"] - n), row["batch"]))
-    times = row["plan_ms"] / row["dense_ms"]
     where = f"{format_length(row['length'])} tokens, batch {row['batch']}"
-    return f"the first token takes {times:.2f} times as long as dense's ({where})"
+    return f"The first token takes {row['plan_ms'] / row['dense_ms']:.2f} times as long as dense's ({where})."
 
 
 def about(found: Findings) -> str:
@@ -345,20 +356,15 @@ def about(found: Findings) -> str:
 
 
 def tiles(found: Findings) -> list[dict[str, str]]:
-    """Returns the numbers at the top of the page: `value`, `what` and `beside`.
-
-    Raises:
-        ArtefactError: a file beside the plan is not of the form that it has.
-        PlanError: the plan's notes are not.
-    """
+    """Returns the numbers at the top of the page: `value`, `what` and `beside`."""
     plan, n = found.plan, found.reference
-    dense, ours, share = bytes_text(plan, n)
+    dense, ours = plan.model.dense_kv_bytes(n), plan.kv_bytes(n)
     return [
         *_quality_tiles(found.evaluation),
         {
-            "value": share,
+            "value": f"{ours / dense:.1%}",
             "what": f"of the KV bytes at {format_length(n)} tokens",
-            "beside": f"{ours} of {dense}; {WorstShare.of(plan)}",
+            "beside": f"{readable_bytes(ours)} of {readable_bytes(dense)}; {WorstShare.of(plan)}",
         },
         *_speed_tiles(found.bench or {}),
         *_kl_tiles(plan),
@@ -401,7 +407,7 @@ def _speed_tiles(bench: Finding) -> list[dict[str, str]]:
 @reading_notes("measured KL")
 def _kl_tiles(plan: Plan) -> list[dict[str, str]]:
     kl: dict[str, Any] = plan.quality.get("measured_harm") or {}
-    others = [value for name, value in kl.items() if name not in ("plan", "trial0") and value is not None]
+    others = baseline_kls(kl)
     if kl.get("plan") is not None:
         beside = f"best baseline {min(others):.3g}" if others else "no baseline was measured"
         beside += f"; n = {plan.quality['samples']} validation samples, which the search chose the plan by"
@@ -414,24 +420,19 @@ def _kl_tiles(plan: Plan) -> list[dict[str, str]]:
 
 @reading_notes("where it comes from")
 def provenance(found: Findings) -> list[tuple[str, str]]:
-    """Returns where the plan comes from, as names and values.
-
-    Raises:
-        ArtefactError: the run's summary is not of the form that it has.
-        PlanError: the plan's notes are not.
-    """
+    """Returns where the plan comes from, as names and values."""
     plan, notes = found.plan, found.plan.provenance
     with reading_file(SUMMARY_FILE):
         summary = found.summary or {}
         types = readable_types(summary.get("weights") or {})
-        seconds = _joined(f"{step} {taken:.0f} s" for step, taken in summary.get("seconds", {}).items())
+        seconds = ", ".join(f"{step} {taken:.0f} s" for step, taken in summary.get("seconds", {}).items())
     rows: list[tuple[str, Any]] = [
         ("plan", plan.key()),
         ("model", f"{found.model_name}, weights {plan.model.weights_fingerprint}"),
         ("types of weights", types),
         ("profile", notes.get("profile")),
         ("calibration samples", notes.get("calibration")),
-        ("lengths", _joined(format_length(n) for n in notes.get("lengths", []) if isinstance(n, int))),
+        ("lengths", ", ".join(format_length(n) for n in notes.get("lengths", []) if isinstance(n, int))),
         ("seed", notes.get("seed")),
         ("trials", notes.get("trials")),
         ("plans measured", notes.get("measured_plans")),
@@ -439,10 +440,6 @@ def provenance(found: Findings) -> list[tuple[str, str]]:
         ("repair", repair_text(plan)),
         ("healed", heal_sentence(notes["heal"]) if isinstance(notes.get("heal"), dict) else ""),
         ("time", seconds),
-        ("versions", _joined(f"{name} {number}" for name, number in (notes.get("versions") or {}).items())),
+        ("versions", ", ".join(f"{name} {number}" for name, number in (notes.get("versions") or {}).items())),
     ]
     return [(name, str(value)) for name, value in rows if value not in (None, "")]
-
-
-def _joined(parts: Iterable[str]) -> str:
-    return ", ".join(parts)

@@ -10,8 +10,9 @@ import numpy as np
 
 from moacompress.calibration.profile.manifest import DISTANCE_BINS
 from moacompress.calibration.profile.statistics import OF_FORMATS
-from moacompress.report.page.figure_style import Picture, axis
+from moacompress.calibration.profile.store import Profile
 from moacompress.report.page.findings import EXPLANATIONS, Findings, reading_file
+from moacompress.report.page.picture import Picture, axis
 from moacompress.rules.budget import format_length
 from moacompress.rules.formats import find_format
 from moacompress.rules.plan import Plan
@@ -27,15 +28,10 @@ Grid = list[list[float]]
 
 
 def head_map(found: Findings) -> Picture:
-    """Returns the map of layers and KV heads, coloured by the first of `head_shades`.
-
-    Args:
-        found: what is known of the plan.
-    """
+    """Returns the map of layers and KV heads, coloured by the first of `head_shades`."""
     plan, n = found.plan, found.reference
     layers, heads = range(plan.model.layers), range(plan.model.kv_heads)
-    text = [[rule_text(plan, layer, head, n) for layer in layers] for head in heads]
-    marks = [[_sharing_mark(plan, layer) for layer in layers] for _ in heads]
+    shares = [plan.share(layer) for layer in layers]
     first = head_shades(found)[0]
     trace = {
         "type": "heatmap",
@@ -44,8 +40,8 @@ def head_map(found: Findings) -> Picture:
         "z": first["z"],
         "zmin": 0,
         "zmax": first["top"],
-        "customdata": text,
-        "text": marks,
+        "customdata": [[rule_text(plan, layer, head, n) for layer in layers] for head in heads],
+        "text": [["" if share is None else f"={share.anchor}" for share in shares] for _ in heads],
         "texttemplate": "%{text}",
         "hovertemplate": "%{customdata}<extra></extra>",
         "colorscale": "Cividis",
@@ -53,30 +49,34 @@ def head_map(found: Findings) -> Picture:
         "ygap": 1,
         "colorbar": {"thickness": 10, "title": {"text": first["unit"], "side": "right"}},
     }
+    bare = {"showgrid": False, "zeroline": False}
     layout = {
-        "xaxis": axis("layer", dtick=max(1, plan.model.layers // 10), showgrid=False, zeroline=False),
-        "yaxis": axis(
-            "KV head", dtick=max(1, plan.model.kv_heads // 8), autorange="reversed", showgrid=False, zeroline=False
-        ),
-        "height": 150 + max(90, min(22 * plan.model.kv_heads, 420)),
+        "xaxis": axis("layer", dtick=max(1, len(layers) // 10), **bare),
+        "yaxis": axis("KV head", dtick=max(1, len(heads) // 8), autorange="reversed", **bare),
+        "height": 150 + max(90, min(22 * len(heads), 420)),
     }
     note = f"At {format_length(n)} tokens. Choose a KV head to see what it was chosen from."
     return Picture("heads", "What every KV head keeps", [trace], layout, note)
 
 
 def head_shades(found: Findings) -> list[dict[str, Any]]:
-    """Returns what the map can be coloured by: each `name`, `z` `[kv_heads, layers]`, `top` of the scale and `unit`.
-
-    Args:
-        found: what is known of the plan.
-    """
+    """Returns what the map can be coloured by: each `name`, `z` `[kv_heads, layers]`, `top` of the scale and `unit`."""
     plan, n, shape = found.plan, found.reference, found.plan.model
+    dense = Plan.full(shape).head_bytes(n)
+    sizes = [
+        [_short(100 * ours / whole) for ours, whole in zip(*rows, strict=True)]
+        for rows in zip(plan.head_bytes(n), dense, strict=True)
+    ]
+    shades: list[tuple[str, Grid, str]] = [
+        ("share of its bytes", [list(column) for column in zip(*sizes, strict=True)], "% of dense bytes")
+    ]
 
-    def grid(of: Callable[[Rule, int | None], float]) -> Grid:
-        return [
+    def shade(name: str, unit: str, of: Callable[[Rule, int | None], float]) -> None:
+        grid = [
             [_short(of(plan.rules[layer][head], shape.native_windows[layer])) for layer in range(shape.layers)]
             for head in range(shape.kv_heads)
         ]
+        shades.append((name, grid, unit))
 
     def kept(rule: Rule, native: int | None) -> int:
         return int(rule.kept(n, plan.min_window, native))
@@ -84,36 +84,20 @@ def head_shades(found: Findings) -> list[dict[str, Any]]:
     def bits(name: str) -> float:
         return 8 * find_format(name).vector_bytes(shape.head_dim, shape.dtype) / shape.head_dim
 
-    dense = Plan.full(shape).head_bytes(n)
-    sizes = [
-        [_short(100 * ours / whole) for ours, whole in zip(*rows, strict=True)]
-        for rows in zip(plan.head_bytes(n), dense, strict=True)
-    ]
-    shades: list[dict[str, Any]] = [
-        {
-            "name": "share of its bytes",
-            "z": [list(column) for column in zip(*sizes, strict=True)],
-            "unit": "% of dense bytes",
-        },
-        {
-            "name": "share of its tokens",
-            "z": grid(lambda rule, native: 100 * kept(rule, native) / kept(Rule.FULL, native)),
-            "unit": "% of tokens",
-        },
-    ]
+    shade("share of its tokens", "% of tokens", lambda rule, native: 100 * kept(rule, native) / kept(Rule.FULL, native))
     if plan.selects:
 
         def chosen(rule: Rule, native: int | None) -> float:
             return 100 * (1 - kept(rule.without_choice(), native) / kept(rule, native))
 
-        shades.append({"name": "chosen by its gate", "z": grid(chosen), "unit": "% of kept tokens"})
+        shade("chosen by its gate", "% of kept tokens", chosen)
     if not all(rule.is_native for row in plan.rules for rule in row):
-        for name, shade in (
-            ("bits of its keys", grid(lambda rule, native: bits(rule.key_format))),
-            ("bits of its values", grid(lambda rule, native: bits(rule.value_format))),
-        ):
-            shades.append({"name": name, "z": shade, "unit": "bits a number"})
-    return [{**shade, "top": STEP * math.ceil(np.max(shade["z"]) / STEP) or STEP} for shade in shades]
+        shade("bits of its keys", "bits a number", lambda rule, native: bits(rule.key_format))
+        shade("bits of its values", "bits a number", lambda rule, native: bits(rule.value_format))
+    return [
+        {"name": name, "z": grid, "unit": unit, "top": STEP * math.ceil(np.max(grid) / STEP) or STEP}
+        for name, grid, unit in shades
+    ]
 
 
 def rule_text(plan: Plan, layer: int, head: int, n: int) -> str:
@@ -142,58 +126,44 @@ def _grown(fixed: int, beta_q: int, least: int = 0) -> str:
     return f"{text}, {least} at least" if beta_q and least > fixed else text
 
 
-def _sharing_mark(plan: Plan, layer: int) -> str:
-    share = plan.share(layer)
-    return "" if share is None else f"={share.anchor}"
-
-
 def head_details(found: Findings) -> dict[str, Any]:
     """Returns what a click on a KV head shows, as JSON values; without a profile only what the plan says.
-
-    Args:
-        found: what is known of the plan.
 
     Returns:
         `text` `[layers, kv_heads]`; `at`, the profiled length nearest to the reference length, and there `curves`: of windows
         and of windows with gates the kept tokens `[layers, rules]` and the predicted KL `[layers, kv_heads, rules]`, nats;
         `chosen` `[layers, kv_heads]` with `kept` and `harm`, by the same prediction, formats included; `distance`: `labels` of
         the bins in tokens, up to the last used one, and the probability `[layers, kv_heads, bins]`; `sinks` with the
-        probability on the first tokens; `entropy` in nats.
+        probability on the first tokens.
     """
     plan, profile, n = found.plan, found.profile, found.reference
     layers, heads = range(plan.model.layers), range(plan.model.kv_heads)
-    data: dict[str, Any] = {
-        "length": n,
-        "text": [[rule_text(plan, layer, head, n) for head in heads] for layer in layers],
-        "curves": [],
-    }
+    text = [[rule_text(plan, layer, head, n) for head in heads] for layer in layers]
     if profile is None:
-        return data
+        return {"length": n, "text": text, "curves": []}
     at = min(profile.lengths, key=lambda length: (abs(length - n), length))
     estimator = profile.recipe.profile.estimator
     influence = profile.influence(estimator)[profile.lengths.index(at)]
-    kinds: dict[str, list[int]] = {"windows": [], "windows and a gate": []}
-    for number, rule in enumerate(profile.rules):
-        kinds["windows and a gate" if rule.selects else "windows"].append(number)
-    for name, numbers in kinds.items():
-        if numbers:
-            data["curves"].append({"name": name, **_curve(found, numbers, influence, at)})
+    kinds = {
+        name: [number for number, rule in enumerate(profile.rules) if rule.selects == selects]
+        for name, selects in (("windows", False), ("windows and a gate", True))
+    }
     whole = profile.offering(profile.profiled_formats if estimator in OF_FORMATS else ())
     costs, places = whole.influence(estimator)[whole.lengths.index(at)], {rule: i for i, rule in enumerate(whole.rules)}
-    data |= {
+    data: dict[str, Any] = {
+        "length": n,
+        "text": text,
+        "curves": [{"name": name, **_curve(profile, some, influence, at)} for name, some in kinds.items() if some],
         "at": at,
         "chosen": [[_chosen(plan, layer, head, at, costs, places) for head in heads] for layer in layers],
     }
     arrays = profile.statistics.arrays
     if "distance" in arrays:
-        chosen = [index for index, length in enumerate(profile.sample_lengths) if length == at]
-        mean = {
-            name: np.asarray(arrays[name], np.float64)[chosen].mean(0) for name in ("distance", "sink_mass", "entropy")
-        }
-        used = 1 + int(np.flatnonzero((mean["distance"] > LEAST).any((0, 1))).max(initial=0))
-        data["distance"] = {"labels": _bins()[:used], "share": _nested(mean["distance"][..., :used])}
-        data["sinks"] = {"tokens": list(SINKS), "share": _nested(mean["sink_mass"])}
-        data["entropy"] = _nested(mean["entropy"])
+        samples = [index for index, length in enumerate(profile.sample_lengths) if length == at]
+        distance, sinks = (np.asarray(arrays[name], np.float64)[samples].mean(0) for name in ("distance", "sink_mass"))
+        used = 1 + int(np.flatnonzero((distance > LEAST).any((0, 1))).max(initial=0))
+        data["distance"] = {"labels": _bins()[:used], "share": _nested(distance[..., :used])}
+        data["sinks"] = {"tokens": list(SINKS), "share": _nested(sinks)}
     return data
 
 
@@ -206,37 +176,27 @@ def _chosen(plan: Plan, layer: int, head: int, n: int, costs: Any, places: Mappi
 
 @reading_file(EXPLANATIONS)
 def most_worth(found: Findings) -> list[int]:
-    """Returns the layer and the KV head whose bytes are worth most, which the page shows first.
-
-    Raises:
-        ArtefactError: the search's notes are of another form.
-    """
+    """Returns the layer and the KV head whose bytes are worth most, which the page shows first."""
     rows = (found.explanation or {}).get("heads") or [{"layer": 0, "kv_head": 0}]
     return [int(rows[0]["layer"]), int(rows[0]["kv_head"])]
 
 
-def _curve(found: Findings, numbers: list[int], influence: Any, n: int) -> dict[str, Any]:
+def _curve(profile: Profile, numbers: list[int], influence: Any, n: int) -> dict[str, Any]:
     """Returns the kept tokens and the KL of some rules of a profile, by layer; rules in the order of what they keep."""
-    profile = found.profile
-    assert profile is not None
     kept, kl = [], []
     for layer, native in enumerate(profile.shape.native_windows):
-        sizes = [int(profile.rules[number].kept(n, profile.min_window, native)) for number in numbers]
-        order = sorted(range(len(numbers)), key=lambda place: sizes[place])
-        kept.append([sizes[place] for place in order])
-        kl.append(_nested(influence[layer][:, [numbers[place] for place in order]]))
+        sizes = {number: int(profile.rules[number].kept(n, profile.min_window, native)) for number in numbers}
+        order = sorted(numbers, key=sizes.__getitem__)
+        kept.append([sizes[number] for number in order])
+        kl.append(_nested(influence[layer][:, order]))
     return {"kept": kept, "harm": kl}
 
 
 def _bins() -> list[str]:
     """Returns the names of the bins of distances: 0, 1, 2-3, 4-7 and so on."""
-    names = ["0"]
-    for power in range(DISTANCE_BINS - 1):
-        low, high = 2**power, 2 ** (power + 1) - 1
-        names.append(
-            f"{low}" if low == high else f"{format_length(low)}+" if power == DISTANCE_BINS - 2 else f"{low}-{high}"
-        )
-    return names
+    starts = [2**power for power in range(DISTANCE_BINS - 1)]
+    ranges = [f"{low}" if low == 1 else f"{low}-{2 * low - 1}" for low in starts[:-1]]
+    return ["0", *ranges, f"{format_length(starts[-1])}+"]
 
 
 def _nested(values: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What all pictures of a page have in common: who has which colour and mark, and what a picture is.
+"""A picture of the page, and what all pictures have in common: the colours and marks of sides, axes, bars and lines.
 
 Colours are Okabe and Ito's, which colour-blind people can tell apart, lighter ones on a dark page; every side has a mark of its
 own too. A trace names its side in `meta.role`, and the page gives it the colour of its theme.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from moacompress.core.errors import UsageError, one_line
+from moacompress.core.tables import Table
 
 Trace = dict[str, Any]
 
@@ -26,31 +28,36 @@ ROLES: dict[str, tuple[str, str, str]] = {
 }
 """Of every role its colour on a light and on a dark page, and its mark."""
 OTHERS = tuple(name for name in ROLES if name.startswith("other-"))
+PNG_LAYOUT = {
+    "template": "plotly_white",
+    "width": 900,
+    "margin": {"l": 10, "r": 10, "t": 60, "b": 10},
+    "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0},
+}
+PNG_SCALE = 2
+PNG_NEEDS = (
+    'PNG files need kaleido and a Chrome or Chromium ({}); pip install "moacompress[report]", and install a browser with '
+    "`plotly_get_chrome` or your system's packages"
+)
 _TAG = re.compile(r"<(?!/?(?:b|br|extra)>)")
 """The start of a tag that no picture has of its own."""
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture of the page.
+class Picture(Table):
+    """A table of the page that is drawn too, with a name of its own; traces and layout are plotly's, without colours."""
 
-    Attributes:
-        name: unique on the page.
-        title: said above it.
-        traces: as plotly takes them.
-        layout: likewise, without colours.
-        note: a sentence below it.
-        columns: of the table of the same numbers.
-        rows: of that table.
-    """
-
-    name: str
-    title: str
-    traces: Sequence[Trace]
-    layout: Mapping[str, Any]
-    note: str = ""
-    columns: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
+    def __init__(
+        self,
+        name: str,
+        title: str,
+        traces: Sequence[Trace],
+        layout: Mapping[str, Any],
+        note: str = "",
+        columns: Sequence[str] = (),
+        rows: Iterable[Sequence[str]] = (),
+    ) -> None:
+        super().__init__(title, columns, rows, note)
+        self.name, self.traces, self.layout = name, traces, layout
 
     @property
     def file_stem(self) -> str:
@@ -67,25 +74,39 @@ class Picture:
 
         found = Figure({"data": list(self.traces), "layout": dict(self.layout)}).to_plotly_json()
         del found["layout"]["template"]
-        return {"data": without_tags(found["data"]), "layout": without_tags(found["layout"])}
+        return {"data": _without_tags(found["data"]), "layout": _without_tags(found["layout"])}
+
+    def png(self) -> bytes:
+        """Returns the picture on white as PNG, as kaleido draws it with a Chrome that is installed.
+
+        Raises:
+            UsageError: kaleido is not installed, or it finds no browser.
+        """
+        from plotly.graph_objects import Figure
+
+        drawn: Any = Figure(self.figure())
+        drawn.update_layout(**PNG_LAYOUT, title={"text": _without_tags(self.title)})
+        try:
+            image: bytes = drawn.to_image("png", scale=PNG_SCALE)
+        except (ImportError, ValueError, RuntimeError) as error:
+            raise UsageError(PNG_NEEDS.format(one_line(error))) from error
+        return image
 
 
-def without_tags(value: Any) -> Any:
+def _without_tags(value: Any) -> Any:
     """Returns JSON values in whose texts plotly finds no link and no style: a task may have any name in a file."""
     if isinstance(value, Mapping):
-        return {key: without_tags(item) for key, item in value.items()}
+        return {key: _without_tags(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [without_tags(item) for item in value]
+        return [_without_tags(item) for item in value]
     return _TAG.sub("&lt;", value) if isinstance(value, str) else value
 
 
 def roles_of(names: Iterable[str]) -> dict[str, str]:
     """Returns the role of each of several sides: plan, dense and uniform have their own, the others take turns."""
     found: dict[str, str] = {}
-    for name in names:
+    for name in dict.fromkeys(names):
         kind = name.split(":")[0].removesuffix("-elastic")
-        if name in found:
-            continue
         free = len([role for role in found.values() if role in OTHERS])
         taken = kind in found.values()
         found[name] = kind if kind in ("plan", "dense", "uniform") and not taken else OTHERS[free % len(OTHERS)]
@@ -95,9 +116,8 @@ def roles_of(names: Iterable[str]) -> dict[str, str]:
 def dots(role: str, name: str, x: Sequence[Any], y: Sequence[Any], **more: Any) -> Trace:
     """Returns a trace of marks in a role's colour."""
     colour, _, mark = ROLES[role]
-    marker = {"color": colour, "symbol": mark, "size": 8} | more.pop("marker", {})
     trace: Trace = {"type": "scatter", "mode": "markers", "name": name, "x": list(x), "y": list(y)}
-    return trace | {"marker": marker, "meta": {"role": role}, **more}
+    return trace | {"marker": {"color": colour, "symbol": mark, "size": 8}, "meta": {"role": role}, **more}
 
 
 def lines(role: str, name: str, x: Sequence[Any], y: Sequence[Any], **more: Any) -> Trace:
@@ -106,18 +126,24 @@ def lines(role: str, name: str, x: Sequence[Any], y: Sequence[Any], **more: Any)
     return dots(role, name, x, y, line=line, **{"mode": "lines+markers", **more})
 
 
+def bars(colour: str, name: str, x: Sequence[Any], y: Sequence[str], **more: Any) -> Trace:
+    """Returns a trace of horizontal bars, `x` long, at the categories `y`."""
+    return {"type": "bar", "orientation": "h", "name": name, "x": x, "y": y, "marker": {"color": colour}, **more}
+
+
 def axis(title: str, **more: Any) -> dict[str, Any]:
     """Returns an axis."""
     return {"title": {"text": title}, "automargin": True, **more}
 
 
-def intervals(values: Sequence[float], ends: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Returns error bars.
+def bar_layout(title: str, names: Sequence[str], height: int, mode: str, **more: Any) -> dict[str, Any]:
+    """Returns the layout of horizontal bars from 0, the first of the categories `names` on top."""
+    categories = axis("", autorange="reversed", type="category", categoryorder="array", categoryarray=names)
+    return {"barmode": mode, "xaxis": axis(title, rangemode="tozero", **more), "yaxis": categories, "height": height}
 
-    Args:
-        values: what was measured.
-        ends: low and high of each.
-    """
+
+def intervals(values: Sequence[float], ends: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Returns error bars of values, each with the low and high end of its interval."""
     return {
         "type": "data",
         "symmetric": False,

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moacompress.report.page.search_figures import baselines_picture
-from moacompress.report.search_tables import MOA_NOTE
-from moacompress.report.summary_tables import kl_table
+from moacompress.report.page.figures import baselines_picture
+from moacompress.report.search_tables import MOA_NOTE, kl_table
 
 KL = {"plan": 0.027, "uniform": 0.75, "moa": 1.55}
 BYTES = {"1024": {"dense": 400, "plan": 100}}
