@@ -11,7 +11,7 @@ from moacompress.estimate.devices import on_devices
 from moacompress.estimate.estimate import Estimate
 from moacompress.estimate.estimator import Estimator
 from moacompress.estimate.live_bytes import weight_bytes
-from moacompress.estimate.work import Work, answers
+from moacompress.estimate.work import Kind, Work
 from moacompress.evaluation.baselines.compared_models import sides
 from moacompress.evaluation.scoring.prompts import BATCH_TOKENS
 from moacompress.models.placement import input_device
@@ -35,8 +35,8 @@ def eval_work(prompts: Mapping[tuple[str, int], int], models: int) -> list[Work]
     found = []
     for (task, length), count in prompts.items():
         batches = models * math.ceil(count / max(1, BATCH_TOKENS // length))
-        stage, read = f"{task} {length}", 1 + TEACHER_FORCED
-        found += answers(length, models * count * read, ANSWER / read, stage, batches) if count else []
+        for kind, each in ((Kind.FORWARD, 1 + TEACHER_FORCED), (Kind.STEP, ANSWER)) if count else ():
+            found.append(Work(kind, length, models * count * each, 1, f"{task} {length}", batches))
     return found
 
 
@@ -51,10 +51,8 @@ def estimate_answers(
         models: that answer them, as if all were as fast.
         devices: processes of `torchrun` that share it, each on a device as fast as this one.
     """
-    estimator, work = (
-        Estimator(checkpoint.put_on(checkpoint.plan), input_device(checkpoint.model)),
-        eval_work(prompts, models),
-    )
+    estimator = Estimator(checkpoint.put_on(checkpoint.plan), input_device(checkpoint.model))
+    work = eval_work(prompts, models)
     seconds, together = (estimator.seconds(work, number) for number in (1, devices))
     size, count = weight_bytes(checkpoint.model), models * sum(prompts.values())
     said, found = on_devices(seconds, together, devices, size)
