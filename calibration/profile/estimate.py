@@ -28,7 +28,7 @@ from moacompress.core.progress import SILENT, Progress
 from moacompress.core.tables import readable_bytes, readable_seconds
 from moacompress.estimate.devices import on_devices
 from moacompress.estimate.estimate import Estimate
-from moacompress.estimate.estimator import Estimator, example_ids
+from moacompress.estimate.estimator import Estimator, Pass, example_ids
 from moacompress.estimate.live_bytes import LiveBytes, extrapolated_bytes, weight_bytes
 from moacompress.estimate.work import Kind, Work, answers
 from moacompress.models.least_squares import in_memory
@@ -255,7 +255,7 @@ def profile_estimator(source: SourceModel, recipe: Recipe, around: Plan | None =
         recipe: the run.
         around: the plan to profile around, or None.
     """
-    runs = {
+    runs: dict[Kind, Pass] = {
         Kind.SAMPLE: partial(_run_sample, source, recipe, around),
         Kind.GATE_SAMPLE: lambda tokens, targets: token_influence(
             source.model, source.shape, _sample(tokens, targets), recipe.profile.draws, recipe.seed, 0
@@ -316,7 +316,7 @@ def _prompt_bytes(source: SourceModel, tokens: int) -> int:
     ids = example_ids(tokens)[None].to(input_device(source.model))
     with torch.no_grad(), LiveBytes() as live:
         source.model.base_model(input_ids=ids, use_cache=True)
-    return live.peak
+    return int(live.peak)
 
 
 def _sample_bytes(source: SourceModel, recipe: Recipe, around: Plan | None, tokens: int, twice: bool) -> int:
@@ -331,7 +331,7 @@ def _sample_bytes(source: SourceModel, recipe: Recipe, around: Plan | None, toke
     """
     with LiveBytes() as live, checkpointed(source.model) if twice else nullcontext():
         _run_sample(source, recipe, around, tokens, 1)
-    return live.peak
+    return int(live.peak)
 
 
 def _output_bytes(source: SourceModel, targets: int) -> int:
@@ -344,4 +344,4 @@ def _output_bytes(source: SourceModel, targets: int) -> int:
         logits = output_logits(model, hidden)
         cotangent = fisher_cotangent(rows, torch.Generator().manual_seed(0))
         torch.autograd.grad(logits, hidden, cotangent(logits.detach(), slice(0, rows)))
-    return live.peak
+    return int(live.peak)

@@ -51,11 +51,11 @@ class Model(torch.nn.Module):
 def test_passes_are_timed_as_they_are_alone_and_once(beside: float, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(beside)
     monkeypatch.setattr(stopwatch, "time", clock)
-    model = Model(clock)
+    model = Model(clock, 0.01)
     estimator = Estimator(model, "cpu")
     for _ in range(2):
-        assert estimator.one(Kind.STEP, 2000) == pytest.approx(0.1 + 2.0)
-        assert [estimator.one(Kind.FORWARD, n) for n in (50, 2000)] == pytest.approx([5.0, 200.0])
+        assert estimator.one(Kind.STEP, 2000) == pytest.approx(0.01 + 2.0)
+        assert [estimator.one(Kind.FORWARD, n) for n in (50, 2000)] == pytest.approx([0.5, 20.0])
     assert model.read == [16, 2000, 1, 50, *[1] * REPEATS]  # short work is timed several times
     assert estimator.watch.slowdown == pytest.approx(1 + beside)
 
