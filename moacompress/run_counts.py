@@ -11,27 +11,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moacompress.calibration.data.plain import TARGETS
-from moacompress.calibration.data.sample_sources import longer_counts, spread
-from moacompress.calibration.gates.training import JUDGED
-from moacompress.calibration.profile.passes import KEEP_TOKENS
-from moacompress.calibration.profile.probe import Gathered
+from moacompress.calibration.data.sample_sources import longer_counts
+from moacompress.calibration.profile.estimate import backward_passes
 from moacompress.core.errors import ModelError
 from moacompress.core.tables import readable_bytes
-from moacompress.estimate.rates import Rates
-from moacompress.evaluation.eval_estimate import eval_seconds
-from moacompress.evaluation.tasks.registry import expand_tasks
-from moacompress.models.least_squares import in_memory
+from moacompress.estimate.work import Kind, Work
 from moacompress.models.modules import check_supported, decoder_layers
 from moacompress.models.shape import config_shape
 from moacompress.models.skeleton import load_config, make_skeleton
 from moacompress.models.source import context_length
 from moacompress.models.support import stored_problems
 from moacompress.recipe import Recipe
+from moacompress.recipe_sections import ProfileRecipe
 from moacompress.rules.formats import DTYPE_BYTES, dtype_name
 from moacompress.rules.model_shape import ModelShape
-from moacompress.run_estimate import COMPARED
-from moacompress.search.search_estimate import search_seconds
+from moacompress.run_estimate import run_work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -113,18 +107,28 @@ class ModelCounts:
         """Returns the operations of a sample's passes: one forward, and some backward to the embeddings.
 
         A backward pass has gradients of inputs alone, as weights are frozen; of attention scores, their gradient, and the
-        gradients of queries, keys and values. Beyond `KEEP_TOKENS` it runs the layers again, all but their last product. Keys
-        and values are rotated for each format.
+        gradients of queries, keys and values. Keys and values are rotated for each format.
         """
         body, shape = 2 * self.linear * tokens + 2 * self.attended(tokens), self.shape
-        again = body - 2 * self.last * tokens if tokens > KEEP_TOKENS else 0
         rotated = 2 * formats * 2 * shape.layers * shape.kv_heads * shape.head_dim**2 * tokens
         backward = 2 * self.linear * tokens + 5 * self.attended(tokens) + 4 * self.head * targets
-        return body + passes * (backward + again + rotated)
+        return body + passes * (backward + rotated)
 
-    def answer(self, tokens: int, targets: int) -> int:
-        """Returns the operations of the dense model's answer to a prompt."""
-        return self.forward(tokens, 1) + targets * self.step(tokens)
+    def rerun(self, tokens: int) -> int:
+        """Returns the operations of running the layers again, all but their last product."""
+        return 2 * (self.linear - self.last) * tokens + 2 * self.attended(tokens)
+
+    def operations(self, work: Work, chosen: ProfileRecipe) -> float:
+        """Returns the operations of some passes of a run; `chosen` says what is profiled."""
+        tokens, targets, formats = work.tokens, work.targets, len(chosen.formats)
+        one = {
+            Kind.FORWARD: lambda: self.forward(tokens, targets),
+            Kind.STEP: lambda: self.step(tokens),
+            Kind.SAMPLE: lambda: self.sample(tokens, targets, backward_passes(chosen), formats),
+            Kind.RERUN: lambda: self.rerun(tokens),
+            Kind.GATE_SAMPLE: lambda: self.sample(tokens, targets, chosen.draws, 0),
+        }
+        return work.count * one[work.kind]()
 
     def kept_bytes(self, tokens: int, number: int) -> int:
         """Returns the bytes of the inputs of layers that a long sample keeps for its backward passes.
@@ -139,57 +143,6 @@ class ModelCounts:
         """Returns the bytes of a sample's statistics: squares, and a sum a draw, of rules and of formats of both sides."""
         columns = rules + 2 * (1 + len(recipe.profile.formats))
         return SINGLE * self.shape.layers * self.shape.kv_heads * columns * (1 + recipe.profile.draws)
-
-
-class _Operations(Rates):
-    """Operations in the place of seconds."""
-
-    def __init__(self, counts: ModelCounts) -> None:
-        super().__init__("cpu")
-        self._counts = counts
-
-    def _forward(self, tokens: int) -> float:
-        return self._counts.forward(tokens, 1)
-
-    def _step(self, tokens: int) -> float:
-        return self._counts.step(tokens)
-
-
-def profile_operations(counts: ModelCounts, recipe: Recipe) -> int:
-    """Returns the operations of a profile: answers to all samples, and the passes of those that are profiled."""
-    asked, profile = recipe.calibration, recipe.profile
-    passes, formats, answer = Gathered.of(profile, around=False).total(), len(profile.formats), asked.answer_tokens
-    samples, texts, validation = (
-        [row[0] for row in spread(count, len(asked.lengths), [1.0])]
-        for count in (asked.samples, asked.text_samples, asked.validation_samples)
-    )
-    total = sum(longer_counts(recipe, counts.context)) * counts.answer(2 * max(asked.lengths), answer)
-    for length, profiled, plain, held_out in zip(asked.lengths, samples, texts, validation, strict=True):
-        total += (profiled + held_out) * counts.answer(length, answer)
-        total += profiled * counts.sample(length, answer, passes, formats)
-        total += plain * counts.sample(length, TARGETS, passes, formats)
-    if profile.gates:
-        length, trained = min(asked.lengths), profile.gate_samples
-        groups = len(in_memory(range(counts.shape.layers), counts.hidden + 1))
-        total += trained * (counts.answer(length, answer) + counts.sample(length, answer, profile.draws, 0))
-        total += groups * (trained + min(JUDGED, trained)) * counts.forward(length, 0)
-    return total
-
-
-def search_operations(counts: ModelCounts, recipe: Recipe) -> int:
-    """Returns the operations of a search: forward passes of the validation samples, and its rounds' profiles."""
-    asked = recipe.calibration
-    validation = (row[0] for row in spread(asked.validation_samples, len(asked.lengths), [1.0]))
-    samples = [*zip(validation, asked.lengths, strict=True)]
-    samples.append((sum(longer_counts(recipe, counts.context)), 2 * max(asked.lengths)))
-    return round(search_seconds(recipe, [(n, counts.forward(length, asked.answer_tokens)) for n, length in samples]))
-
-
-def evaluation_operations(counts: ModelCounts, recipe: Recipe) -> int:
-    """Returns the operations of evaluating the plan and what it is compared with."""
-    asked = recipe.evaluation
-    tasks = len(expand_tasks(asked.tasks))
-    return round(eval_seconds(tasks, asked.lengths, asked.prompts, 1 + len(COMPARED), _Operations(counts)))
 
 
 @dataclass(frozen=True)
@@ -253,7 +206,7 @@ def count_run(recipe: Recipe, counts: ModelCounts, steps: tuple[str, ...] = ("pr
         counts: of the model.
         steps: those that are run.
     """
-    counted = {"profile": profile_operations, "search": search_operations, "eval": evaluation_operations}
+    work = run_work(recipe, counts.shape, counts.hidden, counts.context)
     number = DTYPE_BYTES[counts.shape.dtype if recipe.dtype == "auto" else recipe.dtype]
     lengths = recipe.calibration.lengths
     longest = max(lengths) * (2 if any(longer_counts(recipe, counts.context)) else 1)
@@ -262,6 +215,6 @@ def count_run(recipe: Recipe, counts: ModelCounts, steps: tuple[str, ...] = ("pr
     weights, kept = counts.parameters * number, counts.kept_bytes(max(lengths), number)
     cache = counts.shape.dense_kv_bytes(longest) * number // DTYPE_BYTES[counts.shape.dtype]
     return RunCounts(
-        {name: counted[name](counts, recipe) for name in steps},
+        {name: round(sum(counts.operations(part, recipe.profile) for part in work[name])) for name in steps},
         {"weights": weights, "inputs": kept, "kv_cache": cache, "peak": weights + max(kept, cache)},
     )

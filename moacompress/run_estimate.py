@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import torch
 
-from moacompress.calibration.profile.estimate import dry_run as estimate_profile
+from moacompress.calibration.profile.estimate import estimate_profile, profile_estimator, profile_work, sample_counts
 from moacompress.core.progress import Progress
 from moacompress.core.tables import readable_bytes, readable_seconds
 from moacompress.estimate.estimate import Estimate
-from moacompress.estimate.rates import product_seconds
-from moacompress.evaluation.eval_estimate import eval_seconds
+from moacompress.estimate.estimator import product_seconds
+from moacompress.estimate.work import Kind, Work
+from moacompress.evaluation.eval_estimate import eval_work
 from moacompress.evaluation.tasks.registry import expand_tasks
-from moacompress.exporter.export_estimate import export_seconds
+from moacompress.exporter.exporting import export_seconds
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.rules.budget import Budget, format_length, reference_length
+from moacompress.rules.model_shape import ModelShape
 from moacompress.runtime.ready_model import load_for
-from moacompress.search.search_estimate import search_seconds
+from moacompress.search.search_estimate import search_work
 
 COMPARED = ("dense", "uniform", "best")
 """What `compress` evaluates beside the plan: dense, a uniform window, and the baseline that its search measured best."""
@@ -33,6 +35,24 @@ def measured_length(recipe: Recipe) -> int:
     It is the reference length, or where that is beyond all else that the run reads, the longest of this.
     """
     return min(asked_length(recipe), max(*recipe.calibration.lengths, *recipe.evaluation.lengths))
+
+
+def run_work(recipe: Recipe, shape: ModelShape, hidden: int, context: int) -> dict[str, list[Work]]:
+    """Returns what the steps of a run that run the model do, by their names.
+
+    Args:
+        recipe: the run.
+        shape: the model's.
+        hidden: numbers that a token has between layers.
+        context: the model's, tokens; 0 if it has none.
+    """
+    counts, evaluation = sample_counts(recipe, context), recipe.evaluation
+    prompts = {(task, n): evaluation.prompts for task in expand_tasks(evaluation.tasks) for n in evaluation.lengths}
+    return {
+        "profile": profile_work(recipe, counts, shape.layers, hidden),
+        "search": search_work(recipe, {length: numbers.validation_samples for length, numbers in counts.items()}),
+        "eval": eval_work(prompts, 1 + len(COMPARED)),
+    }
 
 
 def estimate_run(
@@ -54,35 +74,32 @@ def estimate_run(
         DataError: lengths that the model or the rules do not allow, or fewer samples than lengths.
     """
     source = load_for(recipe, model, trust_remote_code=trust_remote_code)
-    profile = estimate_profile(source, recipe, progress)
-    assert profile.rates is not None
-    asked, measured, evaluation = asked_length(recipe), measured_length(recipe), recipe.evaluation
-    evaluated = eval_seconds(
-        len(expand_tasks(evaluation.tasks)), evaluation.lengths, evaluation.prompts, 1 + len(COMPARED), profile.rates
-    )
-    evaluated += profile.rates.forward(measured)
+    estimator = profile_estimator(source, recipe)
+    profile = estimate_profile(source, recipe, progress, estimator=estimator)
+    asked, measured = asked_length(recipe), measured_length(recipe)
+    hidden = source.model.config.get_text_config(decoder=True).hidden_size
     steps = {
-        "profile": profile.seconds,
-        "search": search_seconds(recipe, [(part.validation_samples, part.forward_seconds) for part in profile.lengths]),
-        "export": export_seconds(profile.weight_bytes),
-        "eval": evaluated * _checkpoint_seconds(source),
+        name: estimator.seconds(work) for name, work in run_work(recipe, source.shape, hidden, source.context).items()
     }
-    total = sum(steps.values())
+    steps["eval"] = (steps["eval"] + estimator.one(Kind.FORWARD, measured)) * _checkpoint_seconds(source)
+    steps["export"] = export_seconds(profile.facts["weight_bytes"])
+    steps = {name: steps[name] for name in ("profile", "search", "export", "eval")}
+    total, peak = sum(steps.values()), profile.facts["peak_bytes"]
     parts = ", ".join(f"{name} {readable_seconds(taken)}" for name, taken in steps.items())
     return Estimate(
         seconds=total,
         text=(
-            f"about {readable_seconds(total)} ({parts}), and about {readable_bytes(profile.peak_bytes)} of memory; "
+            f"about {readable_seconds(total)} ({parts}), and about {readable_bytes(peak)} of memory; "
             f"estimated from short passes of the model{_elsewhere(asked, measured)}.",
         ),
         facts={
             "seconds": steps,
             "total_seconds": total,
-            "peak_bytes": profile.peak_bytes,
+            "peak_bytes": peak,
             "measured_length": measured,
             "profile": profile.to_dict(),
         },
-        slowdown=profile.slowdown,
+        slowdown=estimator.watch.slowdown,
     )
 
 

@@ -6,14 +6,16 @@ recipe; what pruned trials save, and what changes that begin late in the model s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 
-from moacompress.calibration.profile.estimate import dry_run
+from moacompress.calibration.profile.estimate import profile_bytes, profile_estimator, sample_counts
 from moacompress.calibration.profile.store import Profile
-from moacompress.core.progress import Progress
+from moacompress.core.progress import SILENT, Progress
 from moacompress.core.tables import readable_seconds
 from moacompress.estimate.devices import on_devices
 from moacompress.estimate.estimate import Estimate
+from moacompress.estimate.work import Kind, Work
 from moacompress.recipe import Recipe
 from moacompress.rules.budget import any_memory, bytes_at
 from moacompress.runtime.ready_model import load_for
@@ -30,8 +32,6 @@ PASSES = 4.0
 """What profiling a sample around a plan takes of a forward pass."""
 FAMILIES = 3
 """Families of plans that need no search, without the one of gates."""
-
-
 SCOUTS = 8
 """Budgets between the smallest and all bytes at which a loss is tried by the surrogate's own plan, at most."""
 SEARCHES = 2
@@ -62,35 +62,25 @@ def measurements(recipe: Recipe, samples: int) -> dict[str, float]:
     return {name: count for name, count in stages.items() if count}
 
 
-def search_seconds(recipe: Recipe, forwards: Iterable[tuple[int, float]]) -> float:
-    """Returns about how long a search takes, seconds.
-
-    Args:
-        recipe: of the search.
-        forwards: numbers of validation samples, each with the seconds of a forward pass at their length.
-    """
-    counted = [(count, seconds) for count, seconds in forwards if count]
-    samples = sum(count for count, _ in counted)
-    whole = sum(count * seconds for count, seconds in counted)
-    searched = sum(measurements(recipe, samples).values()) * whole
-    return searched if recipe.max_loss is None else SCOUTS * (1 + PRUNED) * whole + SEARCHES * searched
-
-
-def search_seconds_on(recipe: Recipe, forwards: Iterable[tuple[int, float]], devices: int) -> float:
-    """Returns the same with a worker on each of several devices.
+def search_work(recipe: Recipe, validation: Mapping[int, int]) -> list[Work]:
+    """Returns what the search of a plan runs.
 
     Trial 0 is alone, and at the end of the trials, of each round and of the moves workers wait for the last plan that is
-    measured: each of these takes one measurement that is not divided.
+    measured: each of these takes one measurement that is not divided among devices.
 
     Args:
         recipe: of the search.
-        forwards: see `search_seconds`.
-        devices: how many workers there are.
+        validation: how many samples of each length plans are measured on.
     """
-    counted = list(forwards)
-    alone, one = search_seconds(recipe, counted), sum(count * seconds for count, seconds in counted)
-    waits = min((2 + recipe.search.rounds + (recipe.search.moves > 0)) * one, alone)
-    return waits + (alone - waits) / devices
+    count = sum(measurements(recipe, sum(validation.values())).values())
+    if recipe.max_loss is not None:
+        count = SCOUTS * (1 + PRUNED) + SEARCHES * count
+    waits = min(2.0 + recipe.search.rounds + (recipe.search.moves > 0), count)
+    shared, targets, found = count - waits, recipe.calibration.answer_tokens, []
+    for length, samples in validation.items():
+        found.append(Work(Kind.FORWARD, length, samples * waits, targets, f"waits, {length} tokens"))
+        found.append(Work(Kind.FORWARD, length, samples * shared, targets, "shared", max(1, math.ceil(shared))))
+    return [work for work in found if work.count]
 
 
 def estimate_search(
@@ -116,30 +106,35 @@ def estimate_search(
         ModelError: the model cannot be loaded.
         BudgetError: a budget of memory that does not fit.
     """
-    source = load_for(recipe, profile.source, trust_remote_code=trust_remote_code)
+    source, progress = load_for(recipe, profile.source, trust_remote_code=trust_remote_code), progress or SILENT
     plans = max(1, len(asked))
     memory = [
         memory_text(SearchRequest.of(profile, budgets, recipe, model=source))
         for budgets in asked or [recipe.budget]
         if any_memory(budgets)
     ]
-    timed = dry_run(source, profile.recipe, progress)
-    forwards = [(part.validation_samples, part.forward_seconds) for part in timed.lengths]
-    seconds, timeout = plans * search_seconds(recipe, forwards), recipe.search.timeout
-    each = f" for {plans} plans" if plans > 1 else ""
+    counts = sample_counts(profile.recipe, source.context)
+    work = search_work(recipe, {length: numbers.validation_samples for length, numbers in counts.items()})
+    progress.start("timing short passes", 2)
+    peak = max(profile_bytes(source, profile.recipe, counts).values())
+    progress.step("memory")
+    estimator = profile_estimator(source, profile.recipe)
+    seconds, together = (plans * estimator.seconds(work, number) for number in (1, devices))
+    progress.step("time")
+    progress.done()
+    timeout, each = recipe.search.timeout, f" for {plans} plans" if plans > 1 else ""
     late = timeout is not None and seconds > timeout
     stop = f", and --timeout would stop it after {readable_seconds(timeout)}" if timeout is not None and late else ""
-    together = plans * search_seconds_on(recipe, forwards, devices)
-    said, found = on_devices(seconds, together, devices, timed.peak_bytes) if devices > 1 else ("", {})
+    said, found = on_devices(seconds, together, devices, peak)
     return Estimate(
         seconds=seconds,
         text=(
             *memory,
             f"It would take about {readable_seconds(seconds)}{each}{stop}. Nothing was searched.",
-            *([said] if said else []),
+            *said,
         ),
-        facts={"plans": plans, "peak_bytes": timed.peak_bytes, **found},
-        slowdown=timed.slowdown,
+        facts={"plans": plans, "peak_bytes": peak, **found},
+        slowdown=estimator.watch.slowdown,
     )
 
 

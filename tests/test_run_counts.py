@@ -28,7 +28,7 @@ from moacompress.pipeline import estimate
 from moacompress.recipe import Recipe
 from moacompress.rules.candidates import candidate_rules
 from moacompress.rules.rule_table import RuleTable
-from moacompress.run_counts import ModelCounts, RunCounts, count_run, profile_operations, read_counts
+from moacompress.run_counts import ModelCounts, RunCounts, count_run, read_counts
 from moacompress.runtime.compat.alternates import returned_cache
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,7 +89,6 @@ def test_sample(
     counts = ModelCounts.of(model.config)
     if twice:
         monkeypatch.setattr(passes, "KEEP_TOKENS", LENGTH - 1)
-        monkeypatch.setattr("moacompress.run_counts.KEEP_TOKENS", LENGTH - 1)
     recipe = Recipe().override(profile__draws=draws)
     table = RuleTable.of(candidate_rules(LENGTH, recipe.profile.sinks, recipe.profile.min_window), 32)
     ids = np.random.default_rng(0).integers(3, 150, LENGTH)
@@ -98,6 +97,7 @@ def test_sample(
         found = sample_statistics(model, model_shape(model), table, sample, recipe.profile, None, 0, 0)
     attention = (2 + draws * (5 + 2 * twice)) * counts.attended(LENGTH)
     expected = counts.sample(LENGTH, TARGETS, draws, len(recipe.profile.formats)) - attention
+    expected += twice * draws * counts.rerun(LENGTH)
     assert counter.count == pytest.approx(expected, rel=0.005)
     assert sum(array.nbytes for array in found.arrays.values()) == counts.statistics_bytes(len(table), recipe)
 
@@ -113,9 +113,9 @@ def test_windows_of_the_model_attend_less(tiny_model: Callable[..., PreTrainedMo
 def test_more_work_counts_more() -> None:
     counts = read_counts(str(CONFIGS / "qwen3-8b"))
     recipe = Recipe()
-    least = profile_operations(counts, recipe)
+    least = count_run(recipe, counts).operations["profile"]
     for more in ({"calibration__text_samples": 4}, {"profile__gates": True}, {"profile__baselines": True}):
-        assert profile_operations(counts, recipe.override(**more)) > least
+        assert count_run(recipe.override(**more), counts).operations["profile"] > least
     assert count_run(recipe, counts).bytes["weights"] == 2 * counts.parameters
     assert count_run(recipe.override(dtype="float32"), counts).bytes["weights"] == 4 * counts.parameters
 

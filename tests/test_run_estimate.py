@@ -11,11 +11,10 @@ from typer.testing import CliRunner
 
 from moacompress.cli import app
 from moacompress.efforts import effort_recipe
-from moacompress.estimate.rates import Rates
-from moacompress.evaluation.eval_estimate import eval_seconds
+from moacompress.estimate.work import Kind
 from moacompress.recipe import Recipe
 from moacompress.run_estimate import estimate_run, measured_length
-from moacompress.search.search_estimate import measurements, search_seconds
+from moacompress.search.search_estimate import measurements, search_work
 
 RUNNER = CliRunner()
 
@@ -40,6 +39,11 @@ def test_efforts_grow(prose: bool) -> None:
 
 
 def test_a_search_takes_what_its_steps_do() -> None:
+    def measured(recipe: Recipe, validation: dict[int, int]) -> float:
+        work = search_work(recipe, validation)
+        assert {part.kind for part in work} == {Kind.FORWARD}
+        return sum(part.count * part.tokens for part in work)
+
     recipe = Recipe()
     more = recipe.override(search__trials=32)
     assert sum(measurements(more, 12).values()) > sum(measurements(recipe, 12).values())
@@ -48,25 +52,11 @@ def test_a_search_takes_what_its_steps_do() -> None:
     )
     # the dense model's own, a trial, and the plan that spends what is left of the budget
     assert measurements(bare, 12) == pytest.approx({"trials": 1.8, "leftover": 1.0})
-    assert search_seconds(bare, [(10, 1.0), (2, 5.0), (0, 100.0)]) == pytest.approx(2.8 * 20)
+    assert measured(bare, {100: 10, 500: 2, 900: 0}) == pytest.approx(2.8 * 2000)
     rounds = bare.override(search__rounds=2, search__round_trials=1, search__round_samples=6)
-    assert search_seconds(rounds, [(10, 1.0)]) == pytest.approx((2.8 + 1.6) * 10 + 2 * 6 * 4 * 1.0)
+    assert measured(rounds, {100: 10}) == pytest.approx((2.8 + 1.6) * 1000 + 2 * 6 * 4 * 100)
     by_loss = bare.override(max_loss="1%")
-    assert search_seconds(by_loss, [(10, 1.0)]) == pytest.approx((8 * 1.8 + 2 * 2.8) * 10)
-
-
-def test_an_evaluation_takes_what_its_answers_do() -> None:
-    class Known(Rates):
-        """A tenth of a second a token, and a second a step."""
-
-        def _forward(self, tokens: int) -> float:
-            return tokens / 10
-
-        def _step(self, tokens: int) -> float:
-            return 1.0
-
-    found = eval_seconds(2, [10, 20], 3, 4, Known("cpu"))
-    assert found == pytest.approx(2 * 3 * 4 * (1.2 * 3.0 + 2 * 16 * 1.0))
+    assert measured(by_loss, {100: 10}) == pytest.approx((8 * 1.8 + 2 * 2.8) * 1000)
 
 
 def test_the_steps_of_a_run_add_up(tiny_folder: Path) -> None:

@@ -39,7 +39,7 @@ MATRIX = (
     "tests/evaluation/test_scoring.py",
     "tests/evaluation/test_quantized_caches.py",
     "tests/bench/test_sides.py",
-    "tests/estimate/test_rates.py",
+    "tests/estimate/test_estimator.py",
 )
 """What runs on every version: what hands caches on, what leans on private names, and what reads files of other versions."""
 SOURCES = ("moacompress", "search", "calibration", "recipes", "tests", "pyproject.toml", "_moacompress_autoload.py")

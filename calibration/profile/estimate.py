@@ -1,171 +1,145 @@
 """What a profile will take, before anything heavy starts: samples, tokens, time and peak memory of every length.
 
-Two short passes of the real model and one tile of attention are timed, then scaled: what the model does beside
-attention grows with the tokens, a tile with its keys, and a sample of N tokens has N / TILE tiles whose mean sees half
-the keys. Memory is counted, not modelled: every tensor of the short passes while it is alive, at two lengths, and the
-line through both.
+Short samples run as in a profile: their time is extrapolated to longer ones, and so are the bytes of their tensors.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
 
 from moacompress.calibration.data.answers import BATCH_TOKENS
 from moacompress.calibration.data.plain import TARGETS
 from moacompress.calibration.data.sample_sources import check_counts, longer_counts, make_drafts, spread
+from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.gates.training import JUDGED
 from moacompress.calibration.profile import passes
 from moacompress.calibration.profile.centres import SAMPLES
-from moacompress.calibration.profile.influence import TILE
-from moacompress.calibration.profile.probe import SHORT, Gathered, Probe
+from moacompress.calibration.profile.passes import checkpointed, chunks, output_logits
 from moacompress.calibration.profile.profiler import check_around, check_lengths, data_recipe, rules_on_offer
+from moacompress.calibration.profile.sample_statistics import fisher_cotangent, sample_statistics, token_influence
 from moacompress.calibration.profile.shard import Shard, parse_shard
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.tables import readable_bytes, readable_seconds
-from moacompress.estimate.devices import makespan, on_devices
+from moacompress.estimate.devices import on_devices
 from moacompress.estimate.estimate import Estimate
-from moacompress.estimate.live_bytes import Line
-from moacompress.estimate.rates import Rates
+from moacompress.estimate.estimator import Estimator, Pass, example_ids
+from moacompress.estimate.live_bytes import LiveBytes, extrapolated_bytes
+from moacompress.estimate.work import Kind, Work, answers
+from moacompress.models.least_squares import in_memory
+from moacompress.models.placement import input_device
 from moacompress.models.source import SourceModel
+from moacompress.models.weight_bytes import resident_bytes
 from moacompress.prompts.pools import SPLITS
 from moacompress.recipe import Recipe
+from moacompress.recipe_sections import ProfileRecipe
+from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.plan import Plan
+from moacompress.rules.rule_table import RuleTable
 from moacompress.runtime.ready_model import load_for
 
-
-@dataclass(frozen=True)
-class LengthEstimate:
-    """What the samples of one length will take.
-
-    Attributes:
-        length: nominal length, tokens.
-        samples: calibration samples, without those of plain text.
-        text_samples: calibration samples of plain text.
-        validation_samples: held-out samples, which are answered but not profiled.
-        tokens: of all these samples, as if each had `length`.
-        answer_seconds: for the dense model's answers, one sample after the other.
-        profile_seconds: for the passes.
-        peak_bytes: the most bytes of tensors that are alive at a time, weights included; Python and what the allocator
-            holds back come on top.
-        forward_seconds: of one forward pass at this length.
-        decode_seconds: of one more token behind it.
-        fitting_seconds: what of `profile_seconds` the forward passes take that gates are fitted and judged in.
-    """
-
-    length: int
-    samples: int
-    text_samples: int
-    validation_samples: int
-    tokens: int
-    answer_seconds: float
-    profile_seconds: float
-    peak_bytes: int
-    forward_seconds: float
-    decode_seconds: float
-    fitting_seconds: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """All of its time."""
-        return self.answer_seconds + self.profile_seconds
-
-    @property
-    def answers(self) -> list[float]:
-        """Seconds of every answer, those for gates among them."""
-        count = self.samples + self.validation_samples
-        return [self.answer_seconds / count] * count if count else []
-
-    @property
-    def passes(self) -> list[float]:
-        """Seconds of every sample's passes; those that find the influence for gates are in them."""
-        count = self.samples + self.text_samples
-        return [(self.profile_seconds - self.fitting_seconds) / count] * count if count else []
+SAMPLE_TOKENS = (128, 192)
+"""Of the samples whose bytes are counted."""
+PROMPT_TOKENS = (128, 256, 384)
+"""Of the prompts whose bytes are counted."""
+ANSWERS, PASSES, GATES = "answers", "passes", "gates"
+"""Stages of a profile: what devices share one after the other."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProfileEstimate(Estimate):
-    """What a profile will take.
+class SampleCounts(NamedTuple):
+    """How many samples of a length there are.
 
     Attributes:
-        lengths: of every length, ascending.
-        weight_bytes: the model's weights, part of every `peak_bytes`.
-        peak_bytes: the most memory that any length takes.
-        rates: of the model that is profiled, what was timed already included; None where nothing was timed.
+        samples: that are answered and profiled.
+        text_samples: of plain text, which are profiled.
+        validation_samples: held-out, which are answered.
     """
 
-    lengths: tuple[LengthEstimate, ...]
-    weight_bytes: int
-    peak_bytes: int
-    rates: Rates | None = field(default=None, compare=False)
-
-    @staticmethod
-    def of(
-        lengths: tuple[LengthEstimate, ...],
-        weight_bytes: int,
-        slowdown: float = 1.0,
-        rates: Rates | None = None,
-        devices: int = 1,
-        gate_groups: int = 1,
-    ) -> ProfileEstimate:
-        """Returns the estimate of a whole profile.
-
-        Args:
-            lengths: of every length, ascending.
-            weight_bytes: the model's weights, part of every `peak_bytes`.
-            slowdown: see `Estimate`.
-            rates: see above.
-            devices: how many there are, as `torchrun` or shards use them.
-            gate_groups: passes over the samples in which one device fits the gates of all layers.
-        """
-        seconds, peak = sum(part.seconds for part in lengths), max(part.peak_bytes for part in lengths)
-        names = ("samples", "text_samples", "validation_samples", "tokens")
-        counts = {name: sum(getattr(part, name) for part in lengths) for name in names}
-        fitting = sum(part.fitting_seconds for part in lengths)
-        together = (
-            makespan((each for part in lengths for each in part.answers), devices)
-            + makespan((each for part in lengths for each in part.passes), devices)
-            + fitting * math.ceil(gate_groups / devices) / gate_groups
-        )
-        said, found = on_devices(seconds, together, devices, peak) if devices > 1 else ("", {})
-        return ProfileEstimate(
-            seconds=seconds,
-            text=(
-                "An estimate from a short pass and one tile of attention; nothing was profiled or written.",
-                *(
-                    f"{part.length:,} tokens: {_counted(asdict(part))}, "
-                    f"{readable_seconds(part.seconds)}, {readable_bytes(part.peak_bytes)}"
-                    for part in lengths
-                ),
-                f"In all: {_counted(counts)}, {counts['tokens']:,} tokens, about {readable_seconds(seconds)}.",
-                f"Memory: about {readable_bytes(peak)} at most, {readable_bytes(weight_bytes)} of it weights, "
-                "beside Python's own.",
-                *([said] if said else []),
-            ),
-            facts={
-                **counts,
-                **found,
-                "peak_bytes": peak,
-                "weight_bytes": weight_bytes,
-                "lengths": [{**asdict(part), "seconds": part.seconds} for part in lengths],
-            },
-            slowdown=slowdown,
-            lengths=lengths,
-            weight_bytes=weight_bytes,
-            peak_bytes=peak,
-            rates=rates,
-        )
+    samples: int = 0
+    text_samples: int = 0
+    validation_samples: int = 0
 
 
-def _counted(counts: Mapping[str, Any]) -> str:
-    text = f" + {counts['text_samples']} plain-text" if counts["text_samples"] else ""
-    return f"{counts['samples']}{text} calibration and {counts['validation_samples']} validation samples"
+def sample_counts(recipe: Recipe, context: int) -> dict[int, SampleCounts]:
+    """Returns the numbers of samples of every length, ascending.
+
+    Args:
+        recipe: the run.
+        context: the model's, tokens; 0 if it has none.
+    """
+    asked = recipe.calibration
+    counts = asked.samples, asked.text_samples, asked.validation_samples
+    shares = ([row[0] for row in spread(count, len(asked.lengths), [1.0])] for count in counts)
+    found = {length: SampleCounts(*numbers) for length, *numbers in zip(asked.lengths, *shares, strict=True)}
+    if longer := sum(longer_counts(recipe, context)):
+        found[2 * max(asked.lengths)] = SampleCounts(validation_samples=longer)
+    return dict(sorted(found.items()))
 
 
-def dry_run(
+def _shard_counts(source: SourceModel, recipe: Recipe, around: Plan | None, shard: str) -> dict[int, SampleCounts]:
+    """Returns the numbers of one shard, from the very samples that it would have."""
+    chosen = data_recipe(recipe, rules_on_offer(recipe, around))
+    drafts = [make_drafts(source, chosen, split) for split in SPLITS[:2]]
+    part = Shard.of(*parse_shard(shard), *drafts)
+    found = {length: [0, 0, 0] for length in recipe.calibration.lengths}
+    for split, numbers in enumerate((part.calibration, part.validation)):
+        for draft in (drafts[split][number] for number in numbers):
+            if draft.kind != "text" or not split:  # plain text of validation is not answered
+                column = 2 if split else int(draft.kind == "text")
+                found.setdefault(draft.length, [0, 0, 0])[column] += 1
+    return {length: SampleCounts(*numbers) for length, numbers in sorted(found.items())}
+
+
+def backward_passes(chosen: ProfileRecipe, around: bool = False) -> int:
+    """Returns how many backward passes a sample takes."""
+    return chosen.draws + chosen.baselines + around
+
+
+def profile_work(
+    recipe: Recipe, counts: Mapping[int, SampleCounts], layers: int, hidden: int, around: bool = False
+) -> list[Work]:
+    """Returns what a profile runs.
+
+    Args:
+        recipe: the run.
+        counts: of the samples, by length.
+        layers: of the model.
+        hidden: numbers that a token has between layers.
+        around: whether it is around a plan, which has its gates.
+    """
+    chosen, answer, found = recipe.profile, recipe.calibration.answer_tokens, list[Work]()
+    profiled = sum(samples + texts for samples, texts, _ in counts.values())
+    centred = min(SAMPLES, profiled) / max(profiled, 1) if chosen.formats and chosen.centres else 0.0
+    for length, (samples, texts, validation) in counts.items():
+        if answered := samples + validation:
+            found += answers(length, answered, answer, ANSWERS, answered)
+        for count, targets in ((samples, answer), (texts, TARGETS)):
+            found += _sample_work(Kind.SAMPLE, length, count, targets, backward_passes(chosen, around))
+        if read := centred * (samples + texts):
+            found.append(Work(Kind.FORWARD, length, read, 0, PASSES, samples + texts))
+    if chosen.gates and not around:
+        length, trained = min(recipe.calibration.lengths), chosen.gate_samples
+        groups = len(in_memory(range(layers), hidden + 1))
+        found += answers(length, trained, answer, ANSWERS, trained)
+        found += _sample_work(Kind.GATE_SAMPLE, length, trained, answer, chosen.draws)
+        found.append(Work(Kind.FORWARD, length, groups * (trained + min(JUDGED, trained)), 0, GATES, groups))
+    return found
+
+
+def _sample_work(kind: Kind, length: int, count: int, targets: int, backward: int) -> list[Work]:
+    """Returns the passes of some samples; of long ones every backward pass runs the layers again."""
+    found = [Work(kind, length, count, targets, PASSES, count)]
+    if length > passes.KEEP_TOKENS:
+        found.append(Work(Kind.RERUN, length, count * backward, 0, PASSES, count))
+    return found if count else []
+
+
+def estimate_profile(
     model: str | SourceModel,
     recipe: Recipe,
     progress: Progress | None = None,
@@ -174,7 +148,8 @@ def dry_run(
     devices: int = 1,
     shard: str | None = None,
     trust_remote_code: bool = False,
-) -> ProfileEstimate:
+    estimator: Estimator | None = None,
+) -> Estimate:
     """Estimates what `profile` would take with the same arguments. Nothing is written; data is read for a shard alone.
 
     Args:
@@ -185,6 +160,7 @@ def dry_run(
         devices: also say what it takes on so many, each as fast as this one.
         shard: only this part of the samples: "3/8" is the third of eight.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
+        estimator: `profile_estimator` of the model, where it is to be used again.
 
     Raises:
         ModelError: the model cannot be loaded or profiled.
@@ -200,140 +176,173 @@ def dry_run(
     if around is not None:
         check_around(source, around)
     progress = progress or SILENT
-    lengths = asked.lengths
-    progress.start("timing short passes", 1 + len(lengths))
-    probe = Probe(source, recipe, around)
-    gates = recipe.profile.gate_samples if recipe.profile.gates and around is None else 0
-    arithmetic = _Arithmetic(probe, recipe.calibration.answer_tokens)
-    progress.step(f"{SHORT[-1]} tokens")
-    counted = _samples_by_length(source, recipe) if shard is None else _samples_of_shard(source, recipe, around, shard)
-    parts = []
-    for length, numbers in sorted(counted.items()):
-        parts.append(arithmetic.estimate(length, *numbers))
+    counts = sample_counts(recipe, source.context) if shard is None else _shard_counts(source, recipe, around, shard)
+    progress.start("timing short passes", 1 + len(counts))
+    held = profile_bytes(source, recipe, counts, around)
+    progress.step("memory")
+    estimator = estimator or profile_estimator(source, recipe, around)
+    hidden = source.model.config.get_text_config(decoder=True).hidden_size
+    work = profile_work(recipe, counts, source.shape.layers, hidden, around is not None)
+    lengths = []
+    for length, numbers in counts.items():
+        mine = [part for part in work if part.tokens == length]
+        of_stage = {
+            stage: estimator.seconds(part for part in mine if part.stage == stage) for stage in (ANSWERS, PASSES, GATES)
+        }
+        read = sum(part.count for part in mine if part.kind in (Kind.SAMPLE, Kind.GATE_SAMPLE))
+        lengths.append(
+            {
+                "length": length,
+                **numbers._asdict(),
+                "tokens": length * round(read + numbers.validation_samples),
+                "answer_seconds": of_stage[ANSWERS],
+                "profile_seconds": of_stage[PASSES] + of_stage[GATES],
+                "peak_bytes": held[length],
+                "forward_seconds": estimator.one(Kind.FORWARD, length),
+                "decode_seconds": estimator.one(Kind.STEP, length),
+                "fitting_seconds": of_stage[GATES],
+                "seconds": sum(of_stage.values()),
+            }
+        )
         progress.step(f"{length} tokens")
-    if recipe.profile.formats and recipe.profile.centres:  # every shard reads for them
-        total = sum(part.samples + part.text_samples for part in parts)
-        parts = [arithmetic.with_centres(part, total) for part in parts]
-    if gates:  # every shard trains them
-        parts[0] = arithmetic.with_gates(parts[0], gates)
     progress.done()
-    fits = probe.gate_groups if gates else 1
-    return ProfileEstimate.of(tuple(parts), probe.weight_bytes, probe.watch.slowdown, probe, devices, fits)
+    together = estimator.seconds(work, devices)
+    return described(lengths, resident_bytes(source.model), estimator.watch.slowdown, together, devices)
 
 
-def _samples_by_length(source: SourceModel, recipe: Recipe) -> dict[int, list[int]]:
-    """Returns the numbers of answered calibration, plain-text and validation samples of each length."""
-    asked = recipe.calibration
-    counts = asked.samples, asked.text_samples, asked.validation_samples
-    shares = ([row[0] for row in spread(count, len(asked.lengths), [1.0])] for count in counts)
-    found = {length: list(numbers) for length, *numbers in zip(asked.lengths, *shares, strict=True)}
-    if longer := sum(longer_counts(recipe, source.context)):
-        found[2 * asked.lengths[-1]] = [0, 0, longer]
-    return found
-
-
-def _samples_of_shard(source: SourceModel, recipe: Recipe, around: Plan | None, shard: str) -> dict[int, list[int]]:
-    """Returns the same of one shard, from the very samples that it would have."""
-    chosen = data_recipe(recipe, rules_on_offer(recipe, around))
-    drafts = [make_drafts(source, chosen, split) for split in SPLITS[:2]]
-    part = Shard.of(*parse_shard(shard), *drafts)
-    found = {length: [0, 0, 0] for length in recipe.calibration.lengths}
-    for split, numbers in enumerate((part.calibration, part.validation)):
-        for draft in (drafts[split][number] for number in numbers):
-            if draft.kind != "text" or not split:  # plain text of validation is not answered
-                column = 2 if split else int(draft.kind == "text")
-                found.setdefault(draft.length, [0, 0, 0])[column] += 1
-    return found
-
-
-class _Arithmetic:
-    """Makes what a probe finds into an estimate.
+def described(
+    lengths: Sequence[Mapping[str, Any]], weights: int, slowdown: float = 1.0, together: float = 0.0, devices: int = 1
+) -> Estimate:
+    """Returns the estimate of a whole profile.
 
     Args:
-        probe: of the model.
-        answer_tokens: longest answer.
+        lengths: facts of every length, ascending.
+        weights: bytes of the model's, part of every `peak_bytes`.
+        slowdown: see `Estimate`.
+        together: seconds on all devices.
+        devices: how many there are.
     """
+    seconds, peak = sum(part["seconds"] for part in lengths), max(part["peak_bytes"] for part in lengths)
+    counts = {name: sum(part[name] for part in lengths) for name in (*SampleCounts._fields, "tokens")}
+    said, found = on_devices(seconds, together, devices, peak)
+    return Estimate(
+        seconds=seconds,
+        text=(
+            "An estimate from short samples; nothing was profiled or written.",
+            *(
+                f"{part['length']:,} tokens: {_counted(part)}, "
+                f"{readable_seconds(part['seconds'])}, {readable_bytes(part['peak_bytes'])}"
+                for part in lengths
+            ),
+            f"In all: {_counted(counts)}, {counts['tokens']:,} tokens, about {readable_seconds(seconds)}.",
+            f"Memory: about {readable_bytes(peak)} at most, {readable_bytes(weights)} of it weights, beside Python's own.",
+            *said,
+        ),
+        facts={**counts, **found, "peak_bytes": peak, "weight_bytes": weights, "lengths": lengths},
+        slowdown=slowdown,
+    )
 
-    def __init__(self, probe: Probe, answer_tokens: int) -> None:
-        self._probe, self._answer = probe, answer_tokens
-        self._output = {targets: probe.output_seconds(targets) for targets in {answer_tokens, TARGETS}}
-        self._output_bytes = max(map(probe.output_bytes, self._output))
-        self._lines: dict[bool, tuple[Line, Line]] = {}
 
-    def estimate(self, length: int, samples: int, texts: int, validation: int) -> LengthEstimate:
-        """Returns the estimate of one length from its numbers of samples; only calibration and plain text are profiled."""
-        answered, seconds, peak = samples + validation, 0.0, self._answer_bytes(length, samples + validation)
+def _counted(counts: Mapping[str, Any]) -> str:
+    text = f" + {counts['text_samples']} plain-text" if counts["text_samples"] else ""
+    return f"{counts['samples']}{text} calibration and {counts['validation_samples']} validation samples"
+
+
+def profile_estimator(source: SourceModel, recipe: Recipe, around: Plan | None = None) -> Estimator:
+    """Returns the estimator of a model that is profiled.
+
+    Args:
+        source: the model.
+        recipe: the run.
+        around: the plan to profile around, or None.
+    """
+    runs: dict[Kind, Pass] = {
+        Kind.SAMPLE: partial(_run_sample, source, recipe, around),
+        Kind.GATE_SAMPLE: lambda tokens, targets: token_influence(
+            source.model, source.shape, _sample(tokens, targets), recipe.profile.draws, recipe.seed, 0
+        ),
+    }
+    windows, device = source.shape.native_windows, input_device(source.model)
+    return Estimator(source.model, device, runs, windows=windows, longest=passes.KEEP_TOKENS)
+
+
+def _run_sample(source: SourceModel, recipe: Recipe, around: Plan | None, tokens: int, targets: int) -> None:
+    """Profiles one sample."""
+    rules, shape = rules_on_offer(recipe, around), source.shape
+    table, gates = RuleTable.of(rules, recipe.profile.min_window), None if around is None else around.gate_weights
+    if gates is None and table.selects:
+        size = shape.layers, shape.kv_heads, source.model.config.get_text_config(decoder=True).hidden_size
+        gates = GateWeights(
+            np.random.default_rng(0).normal(size=size).astype(np.float32), np.zeros(size[:2], np.float32)
+        )
+    sample = _sample(tokens, targets)
+    sample_statistics(source.model, shape, table, sample, recipe.profile, around, recipe.seed, 0, gates)
+
+
+def _sample(tokens: int, targets: int) -> Sample:
+    mask = np.arange(tokens) >= tokens - min(targets, tokens - 1)
+    return Sample(example_ids(tokens).numpy(), mask, "an estimate", tokens)
+
+
+def profile_bytes(
+    source: SourceModel, recipe: Recipe, counts: Mapping[int, SampleCounts], around: Plan | None = None
+) -> dict[int, int]:
+    """Returns the most bytes of tensors that are alive at a time, weights included, by length of the samples.
+
+    Args:
+        source: the model.
+        recipe: the run.
+        counts: of the samples, by length.
+        around: the plan to profile around, or None.
+    """
+    model, found = source.model, dict[int, int]()
+    lines: dict[bool, Mapping[int, int]] = {}
+    reading = {tokens: _prompt_bytes(source, tokens) for tokens in PROMPT_TOKENS}
+    output = _output_bytes(source, max(recipe.calibration.answer_tokens, TARGETS))
+    for length, (samples, texts, validation) in counts.items():
+        batch = min(samples + validation, max(1, BATCH_TOKENS // length))
+        found[length] = batch * extrapolated_bytes(reading, length)
         if samples or texts:
-            seconds += samples * self._sample_seconds(length, self._answer)
-            seconds += texts * self._sample_seconds(length, TARGETS)
-            peak = max(peak, self._peak(length))
-        return LengthEstimate(
-            length=length,
-            samples=samples,
-            text_samples=texts,
-            validation_samples=validation,
-            tokens=(answered + texts) * length,
-            answer_seconds=self._answer_seconds(length, answered),
-            profile_seconds=seconds,
-            peak_bytes=self._probe.weight_bytes + peak,
-            forward_seconds=self._probe.forward(length),
-            decode_seconds=self._probe.step(length),
-        )
+            twice = length > passes.KEEP_TOKENS
+            if twice not in lines:
+                lines[twice] = {
+                    tokens: _sample_bytes(source, recipe, around, tokens, twice) for tokens in SAMPLE_TOKENS
+                }
+            found[length] = max(found[length], output + extrapolated_bytes(lines[twice], length))
+    return {length: resident_bytes(model) + size for length, size in found.items()}
 
-    def with_centres(self, estimate: LengthEstimate, total: int) -> LengthEstimate:
-        """Returns the estimate of a length with its part of the forward passes for mean keys, of `total` profiled samples."""
-        read = min(SAMPLES, total) * (estimate.samples + estimate.text_samples) / max(total, 1)
-        return replace(estimate, profile_seconds=estimate.profile_seconds + read * estimate.forward_seconds)
 
-    def with_gates(self, estimate: LengthEstimate, samples: int) -> LengthEstimate:
-        """Returns the estimate of a length with so many samples more that gates are trained on."""
-        length = estimate.length
-        seconds = samples * self._passes_seconds(self._probe.of_gates, length, self._answer)
-        fitting = self._again(samples) * self._probe.forward(length)
-        return replace(
-            estimate,
-            tokens=estimate.tokens + samples * length,
-            answer_seconds=estimate.answer_seconds + self._answer_seconds(length, samples),
-            profile_seconds=estimate.profile_seconds + seconds + fitting,
-            fitting_seconds=estimate.fitting_seconds + fitting,
-        )
+def _prompt_bytes(source: SourceModel, tokens: int) -> int:
+    """Returns the most bytes that are alive while a prompt is read, its cache included."""
+    ids = example_ids(tokens)[None].to(input_device(source.model))
+    with torch.no_grad(), LiveBytes() as live:
+        source.model.base_model(input_ids=ids, use_cache=True)
+    return int(live.peak)
 
-    def _again(self, samples: int) -> int:
-        """Returns how often samples that gates are fitted to or judged on go forward once more."""
-        return self._probe.gate_groups * (samples + min(JUDGED, samples))
 
-    def _answer_bytes(self, length: int, count: int) -> int:
-        """Returns the bytes beside the weights that answering so many prompts takes."""
-        return self._probe.answer_bytes(length, min(count, max(1, BATCH_TOKENS // length)))
+def _sample_bytes(source: SourceModel, recipe: Recipe, around: Plan | None, tokens: int, twice: bool) -> int:
+    """Returns the most bytes that are alive while a sample with one target is profiled.
 
-    def _answer_seconds(self, length: int, count: int) -> float:
-        return count * (self._probe.forward(length) + self._answer * self._probe.step(length))
+    Args:
+        source: the model.
+        recipe: the run.
+        around: the plan to profile around, or None.
+        tokens: of the sample.
+        twice: whether every layer keeps its input alone and runs twice.
+    """
+    with LiveBytes() as live, checkpointed(source.model) if twice else nullcontext():
+        _run_sample(source, recipe, around, tokens, 1)
+    return int(live.peak)
 
-    def _sample_seconds(self, length: int, targets: int) -> float:
-        """Returns the seconds of one sample's passes."""
-        choosing = sum(layer.choosing for layer in self._probe.attention(length))
-        around = self._probe.forward(length) if self._probe.around else 0.0
-        return self._passes_seconds(self._probe.passes, length, targets) + choosing + around
 
-    def _passes_seconds(self, wanted: Counter[Gathered], length: int, targets: int) -> float:
-        """Returns the seconds of a forward pass and of backward passes of some kinds."""
-        forward, attention = self._probe.forward(length), self._probe.attention(length)
-        again = forward if length > passes.KEEP_TOKENS else 0.0
-        backward = (
-            again + self._probe.beside[1] * length + self._output[targets] + sum(layer.idle for layer in attention)
-        )
-        total = wanted.total() * backward + forward
-        for gathered, count in wanted.items():
-            *full, last = (layer.tiles[gathered] for layer in attention)
-            # in the last layer only the rows of the targets have a gradient
-            total += count * (math.ceil(length / TILE) * sum(full) + math.ceil(targets / TILE) * last)
-        return total
-
-    def _peak(self, length: int) -> int:
-        """Returns the most bytes beside the weights that the passes of a sample take."""
-        twice = length > passes.KEEP_TOKENS
-        if twice not in self._lines:
-            self._lines[twice] = self._probe.sample_lines(twice)
-        chosen = self._probe.choice_bytes(length)
-        kept, busy = (line.at(length) + chosen for line in self._lines[twice])
-        return max(kept + self._output_bytes, busy)
+def _output_bytes(source: SourceModel, targets: int) -> int:
+    """Returns the bytes that the output layer takes to start a backward pass from so many targets."""
+    model, text = source.model, source.model.config.get_text_config(decoder=True)
+    rows = chunks(targets, int(text.vocab_size))[0].stop
+    with torch.enable_grad(), LiveBytes() as live:
+        device = input_device(model)
+        hidden = torch.zeros(rows, text.hidden_size, dtype=model.dtype, device=device, requires_grad=True)
+        logits = output_logits(model, hidden)
+        cotangent = fisher_cotangent(rows, torch.Generator().manual_seed(0))
+        torch.autograd.grad(logits, hidden, cotangent(logits.detach(), slice(0, rows)))
+    return int(live.peak)

@@ -171,7 +171,7 @@ def profile(
     from moacompress.runtime.ready_model import load_for
 
     if dry_run:
-        from moacompress.calibration.profile.estimate import dry_run as estimate
+        from moacompress.calibration.profile.estimate import estimate_profile
 
         check_data(resolved)
         if plan is None and is_described(name):
@@ -183,7 +183,7 @@ def profile(
                 raise UsageError(f"{name} has no weights, so operations are counted, not timed; leave --devices out")
             return _counted(resolved, name, trust_remote_code)
         loaded = load_for(resolved, name, trust_remote_code=trust_remote_code)
-        expected = estimate(loaded, resolved, run.progress, around=plan, devices=devices or 1, shard=shard)
+        expected = estimate_profile(loaded, resolved, run.progress, around=plan, devices=devices or 1, shard=shard)
         return Output(expected.to_dict(), list(expected.lines()))
 
     from moacompress.calibration.profile.profiler import profile as profile_model

@@ -1,5 +1,6 @@
-"""What a command will take, said before it starts: rates of a model, measured once by a short probe, times how many of what.
+"""What a command will take, said before it starts: the passes that it will run, times what one of each takes.
 
-`stopwatch` tells what work takes alone on a busy machine, `rates` what passes of a model take, `live_bytes` what they hold, and
-`estimate` is what a person and a program are told. How many of what a command does stands beside the command.
+Each step lists its passes as `work` beside its code. `estimator` times one of each kind and length on this machine with the
+`stopwatch` and multiplies, on one device or, by `devices`, on several; `live_bytes` counts what a pass holds, and `estimate` is
+what a person and a program are told.
 """

@@ -22,22 +22,27 @@ def makespan(tasks: Iterable[float], devices: int) -> float:
     return max(free)
 
 
-def on_devices(
-    alone: float, together: float, devices: int, each_bytes: int | None = None
-) -> tuple[str, dict[str, Any]]:
-    """Returns what a person and a program are told of work on several devices.
+def on_devices(alone: float, together: float, devices: int, each_bytes: int) -> tuple[list[str], dict[str, Any]]:
+    """Returns what a person and a program are told of work on several devices; nothing where there is one.
 
     Args:
         alone: seconds on one device.
         together: seconds on all of them.
         devices: how many there are.
-        each_bytes: memory that each takes, where that is known.
+        each_bytes: memory that each takes.
     """
-    busy = alone / (together * devices) if together else 1.0
+    if devices == 1:
+        return [], {}
+    busy = min(1.0, alone / (together * devices)) if together else 1.0
     text = (
-        f"On {devices} devices as fast as this one: about {readable_seconds(together)}, busy {min(busy, 1.0):.0%} of it"
+        f"On {devices} devices as fast as this one: about {readable_seconds(together)}, busy {busy:.0%} of it; each loads the "
+        "whole model."
     )
-    facts: dict[str, Any] = {"count": devices, "seconds": together, "busy": min(busy, 1.0)}
-    if each_bytes is not None:
-        facts |= {"bytes": each_bytes, "all_bytes": devices * each_bytes}
-    return f"{text}; each loads the whole model.", {"devices": facts}
+    facts = {
+        "count": devices,
+        "seconds": together,
+        "busy": busy,
+        "bytes": each_bytes,
+        "all_bytes": devices * each_bytes,
+    }
+    return [text], {"devices": facts}

@@ -1,10 +1,10 @@
-"""Bytes of the tensors that a pass of a model keeps alive: counted at two short lengths, on the line through both beyond."""
+"""Bytes of the tensors that a pass of a model keeps alive: counted at short lengths, extrapolated to longer ones."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,18 +55,15 @@ class LiveBytes(TorchDispatchMode):
         self.now += size
 
 
-class Line(NamedTuple):
-    """Bytes as a straight line of tokens."""
+def extrapolated_bytes(found: Mapping[int, int], tokens: int) -> int:
+    """Returns the bytes at some tokens, on the polynomial through what was found; it neither falls nor bends down.
 
-    start: float
-    slope: float
-
-    @staticmethod
-    def through(tokens: tuple[int, int], found: Sequence[int]) -> Line:
-        """Returns the line through two points."""
-        slope = (found[1] - found[0]) / (tokens[1] - tokens[0])
-        return Line(found[0] - slope * tokens[0], slope)
-
-    def at(self, tokens: int) -> int:
-        """Returns the bytes of so many tokens."""
-        return round(self.start + self.slope * tokens)
+    Args:
+        found: bytes by tokens, at two lengths for a line or at three for a parabola.
+        tokens: where they are wanted.
+    """
+    (n0, b0), (n1, b1), *more = sorted(found.items(), reverse=True)
+    slope, bend = (b0 - b1) / (n0 - n1), 0.0
+    for n2, b2 in more[:1]:
+        bend = max(0.0, (slope - (b1 - b2) / (n1 - n2)) / (n0 - n2))
+    return max(0, round(b0 + (tokens - n0) * (max(slope, 0.0) + bend * (tokens - n1))))

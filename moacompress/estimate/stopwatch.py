@@ -11,6 +11,11 @@ import torch
 
 T = TypeVar("T")
 
+REPEATS = 3
+"""How often short work is timed; the least counts."""
+SHORT_SECONDS = 0.1
+"""Of work that is short."""
+
 
 class Stopwatch:
     """Tells what work takes alone on the machine from what it takes now.
@@ -42,10 +47,12 @@ class Stopwatch:
         self.alone += alone
         return alone, result
 
-    def best_of(self, work: Callable[[], object], repeats: int) -> float:
-        """Returns the least of the seconds that work takes alone, after one time that does not count."""
-        work()
-        return min(self.once(work)[0] for _ in range(repeats))
+    def best(self, work: Callable[[], object]) -> float:
+        """Returns the seconds that work takes alone; of short work the least of several times."""
+        first, _ = self.once(work)
+        if first > SHORT_SECONDS:
+            return first
+        return min([first, *(self.once(work)[0] for _ in range(REPEATS - 1))])
 
     @property
     def slowdown(self) -> float:

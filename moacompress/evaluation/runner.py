@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -234,14 +233,12 @@ def evaluate(
         scorer = CaseScorer(checkpoint, records, progress)
         bench = Measurement(checkpoint, resources, comparison, scorer, prompts, seed, allow_overlap)
         wanted = [(task, length) for task in names for length in bench.lengths(task, lengths)]
-        counts: Counter[int] = Counter()
-        for task, length in wanted:
-            counts[length] += bench.check(task, length)
+        counts = {(task, length): bench.check(task, length) for task, length in wanted}
         if path is not None and overwrite:
             remove(of_evaluation(path))
         if progress.shows and not len(records) and world_size() == 1:  # a run that is taken up has said so before
-            progress.say(f"This takes {estimate_answers(checkpoint, counts).line()}")
-        progress.start("evaluating", counts.total())
+            progress.say(f"This takes {estimate_answers(checkpoint, counts, models=1).line()}")
+        progress.start("evaluating", sum(counts.values()))
         report: dict[str, Any] = {"checkpoint": subject, "wording": wording, "kinds": kinds, **bench.measured(wanted)}
         report["not_measured"] = not_measured(kinds, lengths)
         progress.done()

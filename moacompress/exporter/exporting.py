@@ -19,11 +19,11 @@ from moacompress.core.errors import ArtefactError, BudgetError, PlanError, Usage
 from moacompress.core.files import holds_something, is_within, new_folder, sweep_folders, write_text
 from moacompress.core.place import check_writable, writing_to
 from moacompress.core.progress import Progress
+from moacompress.core.tables import readable_bytes, readable_seconds
 from moacompress.estimate.estimate import Estimate
 from moacompress.exporter.cache_settings import with_its_cache
 from moacompress.exporter.card import CARD, model_card
 from moacompress.exporter.dealt_heads import deal_heads
-from moacompress.exporter.export_estimate import export_estimate
 from moacompress.exporter.fresh import Continuation, verify_fresh
 from moacompress.exporter.licences import licence_files
 from moacompress.models.placement import check_in_memory
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from moacompress.repair.plans import Repaired
 
 logger = logging.getLogger(__name__)
+
+OPENING_SECONDS, BYTES_PER_SECOND = 5.0, 200e6
+"""Of a fresh process that opens a checkpoint, and of reading or writing its weights."""
 
 
 def export(
@@ -213,9 +216,35 @@ def estimate_export(
     )
     warn_of_budget(found.plan)
     size = sum(weight_bytes(found.source.model).values())
-    return export_estimate(
-        out, found.reused, holds_something(out), size, found.profile is not None, loading, watch.slowdown
+    seconds = 0.0 if found.reused else loading + export_seconds(size)
+    replaces, repairs = holds_something(out), found.profile is not None
+    what = f"replace the checkpoint in {out}" if replaces else f"write {out}"
+    beside = ", and a repair before it, which is not counted" if repairs else ""
+    text = (
+        f"It would {what}, about {readable_bytes(size)} of weights, in about {readable_seconds(seconds)}{beside}. "
+        "Nothing was written."
     )
+    return Estimate(
+        seconds=seconds,
+        slowdown=1.0 if found.reused else watch.slowdown,
+        text=(f"{out} is an export of this plan already; it would be left as it is." if found.reused else text,),
+        facts={
+            "model": str(out),
+            "exists": found.reused,
+            "replaces": replaces,
+            "weight_bytes": size,
+            "repairs": repairs,
+        },
+    )
+
+
+def export_seconds(weight_bytes: int) -> float:
+    """Returns about how long an export of a loaded model without a repair takes, seconds.
+
+    Args:
+        weight_bytes: of its weights, which are written, read and used by this process and by a fresh one.
+    """
+    return 2 * (OPENING_SECONDS + weight_bytes / BYTES_PER_SECOND)
 
 
 def check_place(out: Path, inputs: Iterable[str | Path] = ()) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from moacompress.calibration.data.answers import generate_greedy
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.memory import peak_rss
@@ -18,7 +18,8 @@ from moacompress.core.progress import SILENT, Progress
 from moacompress.core.ranks import world_size
 from moacompress.core.tables import readable_bytes
 from moacompress.estimate.estimate import Estimate
-from moacompress.estimate.stopwatch import Stopwatch
+from moacompress.estimate.estimator import Estimator
+from moacompress.estimate.work import Kind, Work, answers
 from moacompress.healer.distillation import soft_loss
 from moacompress.healer.heal_request import HealRequest, accumulation
 from moacompress.healer.healing import check_out
@@ -62,20 +63,33 @@ def estimate_heal(
     held_out = held_out_samples(known, request.recipe)
     sample = min((*calibration, *known.validation), key=lambda one: abs(len(one.input_ids) - longest))
     progress.start("timing one step", 2)
-    rates = _HealRates(request, sample)
+    timed = _TimedHeal(request, sample)
     progress.step("forward and backward")
-    answering = rates.answer(known.recipe.calibration.answer_tokens) if counts.new_answers else 0.0
-    progress.step("an answer")
-    progress.done()
+    estimator, tokens = timed.estimator, len(sample.input_ids)
+    new = answers(tokens, counts.new_answers, known.recipe.calibration.answer_tokens) if counts.new_answers else []
     world, evaluations = world_size(), min(heal.evaluations, heal.steps) + 1  # the start is measured too
     epoch = math.ceil(heal.samples / (accumulation(request) * world))  # steps, of which the last has what is left
     seen = round(heal.steps * heal.samples / epoch)
     asked = seen if heal.objective == "echoatt" else min(seen, heal.samples)  # what the teacher says is kept
-    mean = sum(lengths) / len(lengths) / len(sample.input_ids)  # of a sample, as a share of the one that was timed
-    measured = sum(len(one.input_ids) for one in held_out) / len(sample.input_ids)
-    answer_seconds = counts.new_answers * answering * mean
-    train_seconds = (seen * rates.step + asked * rates.teacher) * mean / world
-    evaluation_seconds = (evaluations * rates.measure + rates.teacher) * measured / world
+    mean = sum(lengths) / len(lengths) / tokens  # of a sample, as a share of the one that was timed
+    measured = sum(len(one.input_ids) for one in held_out) / tokens
+    evaluation_seconds = estimator.seconds(
+        [
+            Work(Kind.TEACHER, tokens, measured, pieces=len(held_out)),
+            Work(Kind.HELD_OUT, tokens, evaluations * measured, pieces=evaluations * len(held_out)),
+        ],
+        world,
+    )
+    train_seconds = estimator.seconds(
+        [
+            Work(Kind.TEACHER, tokens, asked * mean, pieces=asked),
+            Work(Kind.TRAINING, tokens, seen * mean, pieces=seen),
+        ],
+        world,
+    )
+    answer_seconds = mean * estimator.seconds(new)
+    progress.step("an answer")
+    progress.done()
     training = train_seconds + evaluation_seconds
     facts = {
         "exists": False,
@@ -87,13 +101,13 @@ def estimate_heal(
         "answer_seconds": answer_seconds,
         "train_seconds": train_seconds,
         "evaluation_seconds": evaluation_seconds,
-        "peak_bytes": rates.peak_bytes + ADAM_BYTES * rates.trained,
-        "trained_parameters": rates.trained,
+        "peak_bytes": timed.peak_bytes + ADAM_BYTES * timed.trained,
+        "trained_parameters": timed.trained,
         "max_minutes": heal.max_minutes,
-        "weight_bytes": rates.weights,
+        "weight_bytes": timed.weights,
     }
     seconds = answer_seconds + (training if heal.max_minutes is None else min(training, 60 * heal.max_minutes))
-    return Estimate(seconds=seconds, text=_said(facts, seconds), facts=facts, slowdown=rates.watch.slowdown)
+    return Estimate(seconds=seconds, text=_said(facts, seconds), facts=facts, slowdown=estimator.watch.slowdown)
 
 
 def _said(facts: Mapping[str, Any], seconds: float) -> list[str]:
@@ -116,7 +130,7 @@ def _said_of_weights(sizes: Mapping[str, Mapping[str, int]]) -> str:
     return f"Weights: {before}, in part blocks of codes; {after} once healed: trained layers are stored as numbers."
 
 
-class _HealRates:
+class _TimedHeal:
     """Times one sample through the teacher, and forward and back through the model.
 
     Args:
@@ -124,39 +138,38 @@ class _HealRates:
         sample: a sample as long as those that will be trained on.
 
     Attributes:
-        teacher: seconds of the dense model's logits.
-        measure: seconds of KL on a held-out sample, without the teacher's part.
-        step: seconds forward and backward.
+        estimator: of the dense model, and of what a heal runs.
         trained: numbers that are trained.
         weights: what weights take, of a checkpoint that has some in blocks.
         peak_bytes: of this process, Python included; on a GPU of its memory.
     """
 
     def __init__(self, request: HealRequest, sample: Sample) -> None:
-        self._request, self._sample = request, sample
-        device = torch.device(request.recipe.device)
-        self.watch = Stopwatch(device)
+        device, dense, model = torch.device(request.recipe.device), request.teacher.model, request.checkpoint.model
         ids, rows = torch.from_numpy(sample.input_ids).to(device), target_rows(sample).to(device)
-        teacher = Teacher(request.teacher.model)
-        self.teacher, dense = self.watch.once(lambda: teacher.target_logits(0, ids, rows))
-        both, _ = self.watch.once(lambda: HeldOut(teacher, [sample]).kls(request.checkpoint.model))
-        self.measure = max(both - self.teacher, 0.0)
-        model = make_trainable(request.checkpoint.model, request.plan, request.heal, request.recipe.seed).train()
-        if request.computes_twice(len(ids)):
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        held_out = HeldOut(Teacher(dense), [sample])
 
-        def step() -> None:
+        def read(tokens: int, targets: int) -> Tensor:
+            held_out.teacher = Teacher(dense)  # which keeps what it has read, for `measure`
+            return held_out.teacher.target_logits("held out 0", ids, rows)
+
+        def measure(tokens: int, targets: int) -> object:
+            return held_out.kls(model)
+
+        def train(tokens: int, targets: int) -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=request.compute == "bfloat16"):
                 logits = kept_logits(model, rows, input_ids=ids[None], use_cache=False).logits[0]
-                soft_loss(logits, dense).backward()
+                soft_loss(logits, held_out.teacher.target_logits("held out 0", ids, rows)).backward()
 
-        self.step, _ = self.watch.once(step)
+        passes = {Kind.TEACHER: read, Kind.HELD_OUT: measure, Kind.TRAINING: train}
+        self.estimator = Estimator(dense, device, passes)
+        for kind in (Kind.TEACHER, Kind.HELD_OUT):
+            self.estimator.one(kind, len(ids))
+        model = make_trainable(model, request.plan, request.heal, request.recipe.seed).train()
+        if request.computes_twice(len(ids)):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.estimator.one(Kind.TRAINING, len(ids))
         self.peak_bytes = int(torch.cuda.max_memory_allocated()) if device.type == "cuda" else peak_rss()
         model.zero_grad()
         self.weights = request.weight_bytes(model)
         self.trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-
-    def answer(self, tokens: int) -> float:
-        """Returns the seconds of one answer of the dense model."""
-        prompt = self._sample.input_ids[:-tokens].tolist()
-        return self.watch.once(lambda: generate_greedy(self._request.teacher.model, [prompt], tokens))[0]

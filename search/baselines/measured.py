@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from moacompress.rules.limits import layer_floors, meets
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.search.baselines.families import FAMILIES, MOA, family_plans
-from moacompress.search.measure.plan_evaluator import PlanEvaluator
+from moacompress.search.measure.plan_evaluator import Job, PlanEvaluator
 from moacompress.search.predict.surrogate import Surrogate
 from moacompress.search.problem.knapsack import total_cost
 from moacompress.search.result.search_result import memory_note
@@ -124,18 +124,27 @@ def measure_baseline_families(
     Args:
         request: what is searched for.
         evaluator: measures.
-        progress: told of every measurement.
+        progress: told of every candidate that is screened, and of every family whose best is known.
         wait: for what other workers measure; otherwise families that are not done are left out.
 
     Raises:
         TimeUp: the time is up before all of them are measured.
     """
     field = {family: _candidates(family, request) for family in families_of(request)}
-    progress.start("measuring baselines", len(field))
+    progress.start("measuring baselines", sum(len(plans) + 1 for plans in field.values()))
+    screened: set[str] = set()
+
+    def screen(job: Job) -> list[float] | None:
+        kls = evaluator.attempt(job)
+        if kls is not None and job.name not in screened:
+            screened.add(job.name)
+            progress.step()
+        return kls
+
     while field:
         waiting = []
         for family, plans in list(field.items()):
-            found = _best(plans, evaluator)
+            found = _best(plans, evaluator, screen)
             if isinstance(found, str):
                 waiting.append(found)
                 continue
@@ -154,10 +163,12 @@ def families_of(request: SearchRequest) -> list[str]:
     return [family for family in FAMILIES if family != MOA or request.measures_moa]
 
 
-def _best(plans: Sequence[Plan], evaluator: PlanEvaluator) -> MeasuredBaseline | str | None:
+def _best(
+    plans: Sequence[Plan], evaluator: PlanEvaluator, screen: Callable[[Job], list[float] | None]
+) -> MeasuredBaseline | str | None:
     """Returns the best candidate of a family, None where there is none, or the name of what another worker measures of it."""
     jobs = [evaluator.job("screening", plan, evaluator.order[:SCREENED]) for plan in plans]
-    screened = list(map(evaluator.attempt, jobs))
+    screened = list(map(screen, jobs))
     for job, kls in zip(jobs, screened, strict=True):
         if kls is None:
             return job.name

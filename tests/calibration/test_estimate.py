@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,24 +14,33 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moacompress.calibration.data.answers import BATCH_TOKENS
 from moacompress.calibration.data.plain import TARGETS
 from moacompress.calibration.data.samples import Sample
-from moacompress.calibration.profile import passes, probe
-from moacompress.calibration.profile.estimate import LengthEstimate, ProfileEstimate, _Arithmetic, dry_run
-from moacompress.calibration.profile.influence import TILE
-from moacompress.calibration.profile.probe import AttentionSeconds, Gathered, Probe
+from moacompress.calibration.gates.training import JUDGED
+from moacompress.calibration.profile import passes
+from moacompress.calibration.profile.centres import SAMPLES
+from moacompress.calibration.profile.estimate import (
+    SampleCounts,
+    backward_passes,
+    described,
+    estimate_profile,
+    profile_bytes,
+    profile_estimator,
+    profile_work,
+    sample_counts,
+)
 from moacompress.calibration.profile.sample_statistics import sample_statistics
 from moacompress.core.errors import DataError, ModelError, PlanError
 from moacompress.core.progress import Progress
 from moacompress.core.tables import readable_seconds
-from moacompress.estimate.live_bytes import Line, LiveBytes
+from moacompress.estimate import stopwatch
+from moacompress.estimate.live_bytes import LiveBytes
+from moacompress.estimate.work import Kind, Work
 from moacompress.models.source import SourceModel, model_shape
+from moacompress.models.weight_bytes import resident_bytes
 from moacompress.recipe import Recipe
-from moacompress.recipe_sections import ProfileRecipe
 from moacompress.rules.candidates import candidate_rules
 from moacompress.rules.plan import Plan
-from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 
 Factory = Callable[..., PreTrainedModel]
@@ -42,7 +49,7 @@ Factory = Callable[..., PreTrainedModel]
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times everything once only, where no test looks at the seconds."""
-    monkeypatch.setattr(probe, "REPEATS", 1)
+    monkeypatch.setattr(stopwatch, "REPEATS", 1)
 
 
 @pytest.fixture(scope="module")
@@ -67,62 +74,83 @@ def random_sample(n: int, targets: int = 8) -> Sample:
 
 @pytest.mark.usefixtures("quick")
 def test_numbers_add_up_to_the_recipe_s(load: Callable[..., SourceModel]) -> None:
-    found = dry_run(load(), recipe(128, 256, text="book.txt", text_samples=3))
-    assert [(part.length, part.samples, part.text_samples, part.validation_samples) for part in found.lengths] == [
-        (128, 2, 1, 1),
-        (256, 3, 2, 2),
+    data = json.loads(json.dumps(estimate_profile(load(), recipe(128, 256, text="book.txt", text_samples=3)).to_dict()))
+    names = ("length", "samples", "text_samples", "validation_samples", "tokens")
+    assert [tuple(part[name] for name in names) for part in data["lengths"]] == [
+        (128, 2, 1, 1, 4 * 128),
+        (256, 3, 2, 2, 7 * 256),
     ]
-    assert [part.tokens for part in found.lengths] == [4 * 128, 7 * 256]
-    data = json.loads(json.dumps(found.to_dict()))
     assert data["estimate"] is True
-    for name in ("samples", "text_samples", "validation_samples", "tokens"):
+    for name in names[1:]:
         assert data[name] == sum(part[name] for part in data["lengths"])
-    assert (data["samples"], data["text_samples"], data["validation_samples"]) == (5, 3, 3)
     assert data["seconds"] == pytest.approx(sum(part["seconds"] for part in data["lengths"]), abs=0.01)
     for part in data["lengths"]:
         assert part["seconds"] == pytest.approx(part["answer_seconds"] + part["profile_seconds"], abs=0.01)
-        assert part["answer_seconds"] > 0
+        assert min(part["answer_seconds"], part["forward_seconds"], part["decode_seconds"]) > 0
         assert part["peak_bytes"] > data["weight_bytes"]
     assert data["peak_bytes"] == max(part["peak_bytes"] for part in data["lengths"])
 
 
-@pytest.mark.usefixtures("quick")
-def test_gates_take_forward_passes(load: Callable[..., SourceModel]) -> None:
-    source, chosen = load(), recipe(128, 256)
-    probe = Probe(source, chosen, None)
-    arithmetic = _Arithmetic(probe, 4)
-    plain = arithmetic.estimate(256, 2, 1, 1)
-    gated = arithmetic.with_gates(plain, 1000)
-    assert gated.profile_seconds > 5 * plain.profile_seconds  # by hundreds, but what is timed twice is not timed alike
-    assert gated.answer_seconds > 5 * plain.answer_seconds
-    assert gated.tokens == plain.tokens + 1000 * 256
-    assert dry_run(source, chosen.override(profile__gates=True)).seconds > 0
+def counted(work: list[Work]) -> dict[tuple[Kind, int, int, str], float]:
+    """Returns how many passes of each kind, length and number of targets there are in each stage."""
+    found: dict[tuple[Kind, int, int, str], float] = {}
+    for part in work:
+        key = part.kind, part.tokens, part.targets, part.stage
+        found[key] = found.get(key, 0) + part.count
+    return found
 
 
-@pytest.mark.usefixtures("quick")
-def test_longer_validation_samples_are_answered_alone(load: Callable[..., SourceModel]) -> None:
-    *_, longer = dry_run(load(), recipe(128, 256, longer_samples=3)).lengths
-    assert (longer.length, longer.samples, longer.text_samples, longer.validation_samples) == (512, 0, 0, 3)
-    assert longer.tokens == 3 * 512
-    assert longer.answer_seconds > 0
-    assert longer.profile_seconds == 0
-    assert len(dry_run(load(), recipe(128, 2049, longer_samples=3)).lengths) == 2  # the context ends at 4,096
+def test_the_work_of_a_profile() -> None:
+    chosen = recipe(256, 2048, text="book.txt", text_samples=4, profile={"draws": 2, "centres": False})
+    counts = sample_counts(chosen, 4096)
+    assert counts == {256: SampleCounts(2, 2, 1), 2048: SampleCounts(3, 2, 2)}
+    plain = {
+        (Kind.FORWARD, 256, 1, "answers"): 3,
+        (Kind.STEP, 256, 1, "answers"): 3 * 8,
+        (Kind.SAMPLE, 256, 8, "passes"): 2,
+        (Kind.SAMPLE, 256, TARGETS, "passes"): 2,
+        (Kind.FORWARD, 2048, 1, "answers"): 5,
+        (Kind.STEP, 2048, 1, "answers"): 5 * 8,
+        (Kind.SAMPLE, 2048, 8, "passes"): 3,
+        (Kind.SAMPLE, 2048, TARGETS, "passes"): 2,
+        (Kind.RERUN, 2048, 0, "passes"): 2 * 5,  # longer than what keeps all that a backward pass needs
+    }
+    assert counted(profile_work(chosen, counts, 2, 64)) == plain
+    centred = counted(profile_work(chosen.override(profile__centres=True), counts, 2, 64))
+    read = sum(centred.pop((Kind.FORWARD, length, 0, "passes")) for length in (256, 2048))
+    assert (read, centred) == (pytest.approx(SAMPLES), plain)
+    gated = counted(profile_work(chosen.override(profile__gates=True, profile__gate_samples=100), counts, 2, 16383))
+    assert gated.pop((Kind.GATE_SAMPLE, 256, 8, "passes")) == 100
+    assert gated.pop((Kind.FORWARD, 256, 0, "gates")) == 2 * (100 + JUDGED)  # sums of two layers do not fit together
+    assert gated == plain | {(Kind.FORWARD, 256, 1, "answers"): 103, (Kind.STEP, 256, 1, "answers"): 103 * 8}
+
+
+def test_longer_validation_samples_are_answered_alone() -> None:
+    asked = recipe(128, 256, longer_samples=3)
+    assert sample_counts(asked, 4096)[512] == SampleCounts(0, 0, 3)
+    work = [part for part in profile_work(asked, sample_counts(asked, 4096), 2, 64) if part.tokens == 512]
+    assert {part.kind for part in work} == {Kind.FORWARD, Kind.STEP}
+    assert len(sample_counts(recipe(128, 2049, longer_samples=3), 4096)) == 2  # the context ends
 
 
 def test_weights_are_counted_once(load: Callable[..., SourceModel]) -> None:
     tied, free = (load(tie_word_embeddings=tie) for tie in (True, False))
-    counts = [Probe(source, recipe(128), None).weight_bytes for source in (tied, free)]
+    counts = [resident_bytes(source.model) for source in (tied, free)]
     assert counts[1] - counts[0] == 160 * 64 * 4
     assert counts[0] >= sum(parameter.numel() * 4 for parameter in tied.model.parameters())
 
 
 def test_a_person_sees_that_it_is_an_estimate() -> None:
-    parts = (
-        LengthEstimate(512, 12, 0, 6, 9216, 20.0, 30.0, 800 * 2**20, 1.0, 0.1),
-        LengthEstimate(4096, 12, 2, 6, 81920, 1000.0, 8000.0, 1200 * 2**20, 9.0, 0.2),
-    )
-    assert ProfileEstimate.of(parts, 513 * 2**20).lines() == [
-        "An estimate from a short pass and one tile of attention; nothing was profiled or written.",
+    names = ("length", *SampleCounts._fields, "tokens", "seconds", "peak_bytes")
+    parts = [
+        dict(zip(names, numbers, strict=True))
+        for numbers in (
+            (512, 12, 0, 6, 9216, 50.0, 800 * 2**20),
+            (4096, 12, 2, 6, 81920, 9000.0, 1200 * 2**20),
+        )
+    ]
+    assert described(parts, 513 * 2**20).lines() == [
+        "An estimate from short samples; nothing was profiled or written.",
         "512 tokens: 12 calibration and 6 validation samples, 50 s, 800.0 MiB",
         "4,096 tokens: 12 + 2 plain-text calibration and 6 validation samples, 2.5 h, 1.2 GiB",
         "In all: 24 + 2 plain-text calibration and 12 validation samples, 91,136 tokens, about 2.5 h.",
@@ -130,79 +158,35 @@ def test_a_person_sees_that_it_is_an_estimate() -> None:
     ]
 
 
-@pytest.mark.usefixtures("quick")
-def test_longer_samples_take_more_memory(load: Callable[..., SourceModel]) -> None:
-    for family in ("llama", "mistral", "gemma2", "gpt_oss"):
-        short, long = dry_run(load(family), recipe(256, 1536, samples=2, validation_samples=2)).lengths
-        assert long.peak_bytes > 2 * short.peak_bytes - 10**6, family
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_longer_samples_take_more_memory(load: Callable[..., SourceModel], family: str) -> None:
+    asked = recipe(256, 1536, samples=2, validation_samples=2)
+    short, long = profile_bytes(load(family), asked, sample_counts(asked, 4096)).values()
+    assert long > 2 * short - 10**6
 
 
-def test_times_of_parts_add_up() -> None:
-    """Of two layers whose times are known: 0.5 s choosing, 2 s without a tile, 3 s a tile, 1 s of tokens."""
-    layer = AttentionSeconds(0.5, 2.0, {Gathered(): 3.0, Gathered(tokens=True): 1.0})
-    given: Any = SimpleNamespace(
-        beside=(0.25, 0.5),
-        output_seconds=lambda targets: 0.125 * targets,
-        output_bytes=lambda targets: 8,
-        attention=lambda length: [layer, layer],
-        forward=lambda length: 0.25 * length + 2,
-        step=lambda length: length / 512,
-        answer_bytes=lambda length, batch: length * batch,
-        sample_lines=lambda twice: (Line(1, 2), Line(3, 4)),
-        weight_bytes=100,
-        passes=Counter({Gathered(): 2}),
-        of_gates=Counter({Gathered(tokens=True): 2}),
-        gate_groups=3,
-        choice_bytes=lambda length: 16 * length,
-        around=None,
-    )
-    found = _Arithmetic(given, 8).estimate(2 * TILE, 3, 1, 5)
-    n, forward = 2 * TILE, 0.25 * 2 * TILE + 2
-    assert found.forward_seconds == forward
-    assert found.decode_seconds == n / 512
-    assert found.answer_seconds == 8 * (forward + 8 * n / 512)
-    of_sample, of_text = (
-        2 * (0.5 * n + 0.125 * targets + 4) + forward + 1 + 2 * (2 * 3 + math.ceil(targets / TILE) * 3)
-        for targets in (8, TARGETS)
-    )
-    assert found.profile_seconds == 3 * of_sample + of_text
-    of_gates = 2 * (0.5 * n + 0.125 * 8 + 4) + forward + 2 * (2 * 1 + math.ceil(8 / TILE) * 1)
-    more = _Arithmetic(given, 8).with_gates(found, 6)
-    assert more.profile_seconds - found.profile_seconds == 6 * of_gates + (3 * 6 + 3 * 6) * forward
-    assert more.answer_seconds - found.answer_seconds == 6 * (forward + 8 * n / 512)
-    assert found.peak_bytes == 100 + max(
-        16 * n + 1 + 2 * n + 8, 16 * n + 3 + 4 * n, n * min(8, max(1, BATCH_TOKENS // n))
-    )
-
-
-@pytest.mark.usefixtures("quick")
 def test_running_layers_twice_takes_less_memory(
     load: Callable[..., SourceModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, wanted = load(num_hidden_layers=8), recipe(1024, samples=1, validation_samples=1)
-    kept = dry_run(source, wanted).lengths[0].peak_bytes
+    counts = sample_counts(wanted, 4096)
+    kept = profile_bytes(source, wanted, counts)[1024]
     monkeypatch.setattr(passes, "KEEP_TOKENS", 1023)
-    assert dry_run(source, wanted).lengths[0].peak_bytes < kept / 2
+    assert profile_bytes(source, wanted, counts)[1024] < kept / 2
 
 
 def test_more_passes_take_longer(load: Callable[..., SourceModel]) -> None:
-    plain = Gathered.of(ProfileRecipe(draws=3), around=False)
-    assert plain == {Gathered(): 3}
-    everything = ProfileRecipe(draws=3, baselines=True, heads=True, anchors=2)
-    assert Gathered.of(everything, around=True) == {
-        Gathered(copies=True, heads=True): 1,
-        Gathered(copies=True): 2,
-        Gathered(baselines=True): 1,
-        Gathered(): 1,
-    }
+    everything = recipe(512, profile={"draws": 3, "baselines": True})
+    assert (backward_passes(everything.profile), backward_passes(everything.profile, around=True)) == (4, 5)
     source = load()
-    lines = [dry_run(source, recipe(512, profile={"draws": draws})).lengths[0] for draws in (2, 40)]
-    assert lines[1].profile_seconds > 2.5 * lines[0].profile_seconds  # by far, so that a busy machine does not matter
+    few, many = (
+        profile_estimator(source, recipe(512, profile={"draws": draws})).one(Kind.SAMPLE, 512, 8) for draws in (2, 40)
+    )
+    assert many > 2.5 * few  # by far, so that a busy machine does not matter
 
 
 @pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
-@pytest.mark.usefixtures("quick")
 def test_memory_is_that_of_a_real_sample(
     load: Callable[..., SourceModel], monkeypatch: pytest.MonkeyPatch, family: str, twice: bool
 ) -> None:
@@ -217,8 +201,8 @@ def test_memory_is_that_of_a_real_sample(
     ids = torch.from_numpy(random_sample(n).input_ids).expand(2, -1)
     with torch.no_grad(), LiveBytes() as reading:
         source.model.base_model(input_ids=ids, use_cache=True)
-    found = dry_run(source, chosen)
-    assert found.peak_bytes - found.weight_bytes == pytest.approx(max(live.peak, reading.peak), rel=0.1)
+    found = profile_bytes(source, chosen, sample_counts(chosen, 4096))[n] - resident_bytes(source.model)
+    assert found == pytest.approx(max(live.peak, reading.peak), rel=0.1)
 
 
 def test_the_time_is_that_of_a_real_sample(load: Callable[..., SourceModel]) -> None:
@@ -231,7 +215,7 @@ def test_the_time_is_that_of_a_real_sample(load: Callable[..., SourceModel]) -> 
         begin = time.thread_time()
         sample_statistics(source.model, source.shape, table, random_sample(n), chosen.profile, None, 0, 0)
         seconds.append(time.thread_time() - begin)
-    ratio = dry_run(source, chosen).lengths[0].profile_seconds / float(np.median(seconds[1:]))
+    ratio = profile_estimator(source, chosen).one(Kind.SAMPLE, n, 8) / float(np.median(seconds[1:]))
     assert 1 / 3 < ratio < 3
 
 
@@ -240,10 +224,10 @@ def test_a_busy_machine_is_noticed_and_the_time_is_that_alone(
 ) -> None:
     """Other processes have six of seven seconds: what this one computes takes seven times as long."""
     source, chosen = load(hidden_size=128, intermediate_size=512), recipe(512, samples=1, validation_samples=1)
-    alone = dry_run(source, chosen)
+    alone = estimate_profile(source, chosen)
     busy = SimpleNamespace(perf_counter=lambda: 7 * time.thread_time(), thread_time=time.thread_time)
     monkeypatch.setattr("moacompress.estimate.stopwatch.time", busy)
-    found = dry_run(source, chosen)
+    found = estimate_profile(source, chosen)
     assert 1 / 3 < found.seconds / alone.seconds < 3
     assert found.slowdown == pytest.approx(7, rel=0.01)
     assert found.to_dict()["slowdown"] == pytest.approx(7, rel=0.01)
@@ -255,41 +239,36 @@ def test_a_busy_machine_is_noticed_and_the_time_is_that_alone(
         "moacompress.estimate.stopwatch.time",
         SimpleNamespace(perf_counter=time.thread_time, thread_time=time.thread_time),
     )
-    assert not any("busy" in line for line in dry_run(source, chosen).lines())
-
-
-def test_rules_that_select_count(load: Callable[..., SourceModel]) -> None:
-    source = load()
-    gates, none = (
-        Probe(source, recipe(512, profile={"gates": on, "draws": 3}), None).attention(512) for on in (True, False)
-    )
-    assert all(layer.choosing > 0 and set(layer.tiles) == {Gathered(), Gathered(tokens=True)} for layer in gates)
-    assert all(layer.choosing == 0 and set(layer.tiles) == {Gathered()} for layer in none)
+    assert not any("busy" in line for line in estimate_profile(source, chosen).lines())
 
 
 @pytest.mark.usefixtures("quick")
-def test_around_a_plan_takes_a_pass_more(
-    load: Callable[..., SourceModel], random_plan: Callable[..., Plan], tiny_model: Factory
-) -> None:
+def test_what_selects_is_timed_with_gates(load: Callable[..., SourceModel]) -> None:
+    chosen = recipe(128, profile={"gates": True, "gate_samples": 4})
+    found = estimate_profile(load(), chosen)
+    assert found.facts["lengths"][0]["fitting_seconds"] > 0
+    assert found.facts["tokens"] == (8 + 4) * 128
+
+
+@pytest.mark.usefixtures("quick")
+def test_around_a_plan(load: Callable[..., SourceModel], random_plan: Callable[..., Plan], tiny_model: Factory) -> None:
     source = load()
-    plan = random_plan(source.shape, seed=1)
-    assert Probe(source, recipe(256), plan).passes.total() == Probe(source, recipe(256), None).passes.total() + 1
-    assert dry_run(source, recipe(256), around=plan).seconds > 0
+    assert estimate_profile(source, recipe(256), around=random_plan(source.shape, seed=1)).seconds > 0
     other = random_plan(model_shape(tiny_model("llama", seed=5)), seed=1)
     with pytest.raises(PlanError):
-        dry_run(source, recipe(256), around=other)
+        estimate_profile(source, recipe(256), around=other)
 
 
 def test_bad_lengths_are_refused_before_anything_runs(
     load: Callable[..., SourceModel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("moacompress.calibration.profile.estimate.Probe", None)
+    monkeypatch.setattr("moacompress.calibration.profile.estimate.profile_bytes", None)
     with pytest.raises(DataError, match="length 8,192 is beyond the model's context of 4,096 tokens"):
-        dry_run(load(), recipe(256, 8192))
+        estimate_profile(load(), recipe(256, 8192))
     with pytest.raises(DataError, match="length 96 is too short to profile"):
-        dry_run(load(), recipe(96, 256))
+        estimate_profile(load(), recipe(96, 256))
     with pytest.raises(ModelError):
-        dry_run(str(tmp_path / "nothing.gguf"), recipe(256))
+        estimate_profile(str(tmp_path / "nothing.gguf"), recipe(256))
 
 
 @pytest.mark.usefixtures("quick")
@@ -307,26 +286,13 @@ def test_nothing_is_written_and_the_model_is_as_before(
             told.append(note)
 
     before = sorted(tiny_folder.rglob("*"))
-    assert dry_run(str(tiny_folder), recipe(128, 192), Told()).seconds > 0
-    assert told == ["timing short passes 3", "192 tokens", "128 tokens", "192 tokens"]
+    assert estimate_profile(str(tiny_folder), recipe(128, 192), Told()).seconds > 0
+    assert told == ["timing short passes 3", "memory", "128 tokens", "192 tokens"]
     assert sorted(tiny_folder.rglob("*")) == before
     assert not list(tmp_path.iterdir())
     source = load()
     attention, weights = source.model.config._attn_implementation, source.shape.weights_fingerprint
-    dry_run(source, recipe(128))
+    estimate_profile(source, recipe(128))
     assert source.model.config._attn_implementation == attention
     assert model_shape(source.model).weights_fingerprint == weights
     assert all(parameter.grad is None for parameter in source.model.parameters())
-
-
-def test_pairs_of_rows_and_keys() -> None:
-    for n, window in ((7, None), (7, 3), (7, 7), (7, 20)):
-        seen = sum(min(row + 1, window or n) for row in range(n))
-        assert probe._pairs(n, window) == seen
-
-
-def test_full_plans_are_no_plan(load: Callable[..., SourceModel]) -> None:
-    source = load()
-    rules = tuple(tuple(Rule.FULL for _ in range(source.shape.kv_heads)) for _ in range(source.shape.layers))
-    probed = Probe(source, recipe(128), Plan(source.shape, 32, rules))
-    assert all(not kind.planned for kind in probed._kinds)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from moacompress.calibration.profile.estimate import LengthEstimate, ProfileEstimate
+from moacompress.calibration.profile.estimate import profile_work, sample_counts
 from moacompress.cli import app
 from moacompress.estimate.devices import makespan, on_devices
-from moacompress.evaluation.eval_estimate import eval_seconds, eval_seconds_on
+from moacompress.estimate.estimator import Estimator
+from moacompress.estimate.work import Kind
+from moacompress.evaluation.eval_estimate import eval_work
 from moacompress.recipe import Recipe
-from moacompress.search.search_estimate import search_seconds, search_seconds_on
+from moacompress.search.search_estimate import measurements, search_work
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -35,32 +36,56 @@ def test_tasks_are_done_no_sooner_than_is_possible_and_no_later_than_a_third_mor
 
 def test_what_is_said() -> None:
     text, facts = on_devices(80.0, 20.0, 8, 1000)
-    assert text == "On 8 devices as fast as this one: about 20 s, busy 50% of it; each loads the whole model."
+    assert text == ["On 8 devices as fast as this one: about 20 s, busy 50% of it; each loads the whole model."]
     assert facts == {"devices": {"count": 8, "seconds": 20.0, "busy": 0.5, "bytes": 1000, "all_bytes": 8000}}
+    assert on_devices(80.0, 80.0, 1, 1000) == ([], {})
 
 
-def test_samples_of_a_profile_are_divided_and_a_fit_of_all_layers_is_not() -> None:
-    part = LengthEstimate(512, 12, 0, 6, 9216, 18.0, 72.0, 100, 1.0, 0.1, 24.0)
-    one = ProfileEstimate.of((part,), 50)
-    assert "devices" not in one.facts
-    for devices, groups, seconds in ((2, 1, 9 + 24 + 24), (6, 1, 3 + 8 + 24), (6, 3, 3 + 8 + 8), (2, 3, 9 + 24 + 16)):
-        many = ProfileEstimate.of((part,), 50, devices=devices, gate_groups=groups)
-        assert many.seconds == one.seconds == 90
-        assert many.facts["devices"]["seconds"] == pytest.approx(seconds)
-        assert many.facts["devices"]["all_bytes"] == devices * 100
+class Known(Estimator):
+    """A second a token of a prompt or a sample, and a tenth a step."""
+
+    def one(self, kind: Kind, tokens: int, targets: int = 1) -> float:
+        return 0.1 if kind is Kind.STEP else float(tokens)
 
 
-def test_one_device_takes_what_a_run_takes() -> None:
-    recipe, forwards = Recipe(), [(8, 1.5), (4, 6.0)]
-    alone = search_seconds(recipe, forwards)
-    assert search_seconds_on(recipe, forwards, 1) == pytest.approx(alone)
-    two, many = (search_seconds_on(recipe, forwards, devices) for devices in (2, 1000))
+@pytest.fixture
+def known() -> Estimator:
+    return Known(None, "cpu")
+
+
+def test_samples_of_a_profile_are_divided_and_a_fit_of_all_layers_is_not(known: Estimator) -> None:
+    asked = {"lengths": [512], "samples": 12, "validation_samples": 6, "longer_samples": 0, "answer_tokens": 10}
+    profile = {"gates": True, "gate_samples": 6, "centres": False}
+    recipe = Recipe.from_dict({"calibration": asked, "profile": profile})
+    answer, sample, fitting = 512 + 10 * 0.1, 512, (6 + 6) * 512
+    for hidden, groups in ((64, 1), (16383, 2)):  # sums of two layers do not fit together
+        work = profile_work(recipe, sample_counts(recipe, 4096), layers=2, hidden=hidden)
+        assert known.seconds(work) == pytest.approx((18 + 6) * answer + (12 + 6) * sample + groups * fitting)
+        for devices in (2, 6):
+            once = groups * fitting if groups == 1 else fitting
+            wanted = (24 * answer + 18 * sample) / devices + once
+            assert known.seconds(work, devices) == pytest.approx(wanted, rel=0.01)
+
+
+def test_measurements_of_a_search_are_divided_and_waits_are_not(known: Estimator) -> None:
+    recipe = Recipe()
+    work = search_work(recipe, {8: 15, 64: 10, 100: 0})
+    one = 8 * 15 + 64 * 10
+    alone, two, many = (known.seconds(work, devices) for devices in (1, 2, 1000))
+    assert alone == pytest.approx(sum(measurements(recipe, 25).values()) * one)
     assert alone / 2 < two < alone
-    assert many == pytest.approx((2 + recipe.search.rounds + 1) * (8 * 1.5 + 4 * 6), rel=0.1)
-    rates: Any = SimpleNamespace(forward=lambda length: length / 512, step=lambda length: 0.01)
-    arguments = 2, [512, 8192], 10, 3, rates
-    assert eval_seconds_on(*arguments, 1) == pytest.approx(eval_seconds(*arguments))
-    assert eval_seconds_on(*arguments, 10**6) < eval_seconds_on(*arguments, 2) < eval_seconds(*arguments)
+    waits = 2 + recipe.search.rounds + (recipe.search.moves > 0)
+    assert waits * one < many < (waits + 1) * one
+
+
+def test_batches_of_an_evaluation_are_divided(known: Estimator) -> None:
+    work = eval_work({("a", 512): 40, ("a", 8192): 10, ("b", 512): 0}, 3)
+    alone = known.seconds(work)
+    assert alone == pytest.approx(3 * (40 * (1.2 * 512 + 1.6) + 10 * (1.2 * 8192 + 1.6)))
+    assert alone / 2 < known.seconds(work, 2) < alone
+    assert known.seconds(work, 10**4) == pytest.approx(
+        16 * (1.2 * 512 + 1.6) * 120 / 9 / 16 + 1.2 * 8192 + 1.6, rel=0.01
+    )
 
 
 def test_commands(tiny_folder: Path, compressed: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import gc
 
 import torch
 
-from moacompress.estimate.live_bytes import Line, LiveBytes
+from moacompress.estimate.live_bytes import LiveBytes, extrapolated_bytes
 
 
 def test_live_bytes_are_those_of_tensors_that_something_keeps() -> None:
@@ -31,5 +31,12 @@ def test_live_bytes_are_those_of_tensors_that_something_keeps() -> None:
         assert live.peak == 12_000
 
 
-def test_a_line_leads_on() -> None:
-    assert Line.through((128, 192), [1000 + 8 * 128, 1000 + 8 * 192]).at(4096) == 1000 + 8 * 4096
+def test_bytes_are_extrapolated() -> None:
+    line = {n: 1000 + 8 * n for n in (128, 192)}
+    assert extrapolated_bytes(line, 4096) == 1000 + 8 * 4096
+    assert extrapolated_bytes(line, 100) == 1000 + 8 * 100
+    square = {n: 1000 + 8 * n + 2 * n**2 for n in (128, 256, 384)}
+    assert extrapolated_bytes(square, 4096) == 1000 + 8 * 4096 + 2 * 4096**2
+    falling = {128: 900, 256: 1000, 384: 1050}  # what is held by a window grows less and less
+    assert extrapolated_bytes(falling, 640) == 1150
+    assert extrapolated_bytes({128: 900, 192: 800}, 4096) == 800

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from moacompress.estimate.rates import TimedRates
+from moacompress.estimate.estimator import Estimator
+from moacompress.estimate.work import Kind
 from moacompress.evaluation.scoring.prompts import score_batch
 from moacompress.evaluation.tasks.cases import Case
 from moacompress.healer.teacher import Teacher
@@ -62,7 +63,7 @@ def test_a_model_without_them_is_evaluated_timed_and_taught_from(
     able = tiny_model("llama")
     scores = [score_batch(model, tiny_tokenizer, [case]) for model in (able, whole)]
     assert scores[0] == scores[1]
-    assert TimedRates(whole, "cpu").step(64) > 0
+    assert Estimator(whole, "cpu").one(Kind.STEP, 64) > 0
     rows = torch.tensor([3, 7])
     logits = [Teacher(model).logits_and_layers(IDS[0], rows, [1])[0] for model in (able, whole)]
     torch.testing.assert_close(logits[0], logits[1])

@@ -292,7 +292,7 @@ def test_what_our_classes_override_is_listed() -> None:
     """All of a cache, which transformers calls by name; of other classes what is private."""
     from transformers.cache_utils import Cache, CacheLayerMixin
 
-    import moacompress.calibration.profile.probe
+    import moacompress.estimate.live_bytes
     from moacompress.runtime.cache.layer_cache import CacheLayer, PlanCacheLayer
     from moacompress.runtime.cache.plan_cache import PlanCache
     from moacompress.runtime.cache.reuse_layer import ReuseCacheLayer

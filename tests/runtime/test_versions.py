@@ -22,7 +22,8 @@ from transformers.cache_utils import DynamicLayer
 from moacompress.calibration.data.answers import generate_greedy
 from moacompress.core.errors import UnsupportedError
 from moacompress.doctor.checks import check_environment
-from moacompress.estimate.rates import TimedRates
+from moacompress.estimate.estimator import Estimator
+from moacompress.estimate.work import Kind
 from moacompress.evaluation.runner import evaluate
 from moacompress.evaluation.scoring.prompts import score_batch
 from moacompress.evaluation.scoring.text import read
@@ -243,7 +244,7 @@ def test_answers_of_a_dense_model_go_on_from_what_it_has_read(tiny_model: Callab
 
 
 def test_a_step_is_timed_behind_its_prompt(tiny_model: Callable[..., Any], stock_steps: list[int]) -> None:
-    TimedRates(tiny_model(), "cpu").step(100)
+    Estimator(tiny_model(), "cpu").one(Kind.STEP, 100)
     assert stock_steps
     assert min(stock_steps) >= 100
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from moacompress.calibration.profile.store import Profile
+from moacompress.core.progress import Progress
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.search.baselines.measured import nearly_predicted
+from moacompress.search.baselines.measured import measure_baseline_families, nearly_predicted
 from moacompress.search.problem.knapsack import chosen_plan
 from moacompress.search.search_request import SearchRequest
 
@@ -40,3 +43,36 @@ def test_others_are_as_the_widest_candidate_within(profiles: Callable[..., Profi
         costs = [request.surrogate.costs()[..., request.profile.rules.index(one)].sum() for one in same]
         assert any(kls[-1] == pytest.approx(cost) for cost in costs)
     assert kls[0] > kls[1] > kls[2] > 0
+
+
+def test_progress_counts_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step for every candidate and one for every family, each once, though another worker is at one of them at first."""
+    field = {"uniform": ["a", "b", "c"], "duo": ["d"], "moa": []}
+    taken, waited = {"screening:b"}, []
+    measured = "moacompress.search.baselines.measured"
+    monkeypatch.setattr(f"{measured}.families_of", lambda request: list(field))
+    monkeypatch.setattr(f"{measured}._candidates", lambda family, request: field[family])
+
+    def pause(names: list[str]) -> None:
+        waited.extend(names)
+        taken.clear()
+
+    evaluator: Any = SimpleNamespace(
+        order=range(5),
+        job=lambda kind, plan, numbers: SimpleNamespace(name=f"{kind}:{plan}", count=len(numbers)),
+        attempt=lambda job: None if job.name in taken else [float("abcd".index(job.name[-1]))] * job.count,
+        pause=pause,
+    )
+    told: list[str] = []
+
+    class Told(Progress):
+        def start(self, what: str, total: int) -> None:
+            told.append(str(total))
+
+        def step(self, note: str = "") -> None:
+            told.append(note)
+
+    found = dict(measure_baseline_families(SimpleNamespace(), evaluator, Told()))  # type: ignore[arg-type]
+    assert {family: best and best.kl for family, best in found.items()} == {"duo": 3.0, "moa": None, "uniform": 0.0}
+    assert told == ["7", "", "", "", "duo: 3 nats", "nothing fits", "", "uniform: 0 nats"]
+    assert waited == ["screening:b"]
