@@ -74,6 +74,12 @@ TINY: dict[str, dict[str, Any]] = {
 """Families and what their tiny configs need beside the common part."""
 
 
+def five_layers(family: str) -> dict[str, Any]:
+    """Returns what `tiny_model` takes for five layers, of which some are alike in every family."""
+    types = {"layer_types": [*["sliding_attention", "full_attention"] * 2, "sliding_attention"]}
+    return {"num_hidden_layers": 5, **(types if "layer_types" in TINY[family] else {})}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds `--builds`."""
     parser.addoption(

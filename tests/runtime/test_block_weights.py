@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.models.fingerprint import weights_fingerprint
-from moacompress.rules.plan import Plan
-from moacompress.rules.share import Share, with_shared_rules
+from moacompress.rules.share import Share
 from moacompress.runtime import PlanCache, attach, detach
 from moacompress.runtime.decode import fused
 from moacompress.runtime.decode.all_layers import Stack
@@ -105,8 +104,7 @@ def test_other_dtypes(dtype, twins, steps):
 
 def test_layers_that_share_attention(twins, steps):
     blocks, dense = twins()
-    plain, shares = plan_kinds.windows(dense), (None, Share(0, (1, 0)), Share(0, (0, 1)))
-    plan = Plan(plain.model, plain.min_window, with_shared_rules(plain.rules, shares), shares=shares)
+    plan = plan_kinds.with_shares(plan_kinds.windows(dense), (None, Share(0, (1, 0)), Share(0, (0, 1))))
     found, expected = steps(attach(blocks, plan), 2, 6), steps(attach(dense, plan), 2, 6)
     assert apart(found, expected) < 5e-5
     assert blocks.model.layers[1].self_attn.q_proj.weight.shape == (0, 40)

@@ -1,8 +1,7 @@
-"""Tokens that gates keep: attention against masks from the words of the definition, in chunks, batches, formats and forks."""
+"""Tokens that gates keep: attention as the oracle has it, and what models, checkpoints and caches make of gates."""
 
 from __future__ import annotations
 
-import pickle
 import random
 import types
 from collections import Counter
@@ -18,7 +17,6 @@ import torch
 
 from moacompress.core.errors import PlanError, UnsupportedError
 from moacompress.kernels.kv_parts import read_tokens
-from moacompress.kernels.reference.rounding import rounded
 from moacompress.models.fingerprint import weights_fingerprint
 from moacompress.models.source import model_shape
 from moacompress.rules.formats import FORMATS
@@ -32,38 +30,12 @@ from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.real_tokens import Chunk
 from moacompress.runtime.decode.attention import attention_forward
 from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
+from tests import oracle
 from tests.plan_kinds import gated_plan
 
 MODULE: Any = types.SimpleNamespace(is_causal=True)
 MIN_WINDOW = 16
 DIM, GROUP = 8, 2
-
-
-def visible(rule: Rule, scores: list[int], n: int) -> torch.Tensor:
-    """Returns bool `[n, n]`, True where a query sees a key, by the words of the definition and nothing shared with the code."""
-    mask = torch.zeros(n, n, dtype=torch.bool)
-    kept: list[int] = []  # places: positions of tokens
-    gone = 0  # tokens that have left
-    for i in range(n):
-        w = min(i + 1, max(MIN_WINDOW, rule.alpha + rule.beta_q * (i + 1) // 1024))
-        while rule.sink + gone <= i - w:
-            token, gone = rule.sink + gone, gone + 1
-            if len(kept) < min(gone, rule.select_alpha + rule.select_beta_q * gone // 1024):
-                kept.append(token)
-            elif kept:
-                least = min(range(len(kept)), key=lambda place: (scores[kept[place]], place))
-                if scores[token] > scores[kept[least]]:
-                    kept[least] = token
-        for j in range(i + 1):
-            mask[i, j] = j < rule.sink or j > i - w or j in kept
-    return mask
-
-
-def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Attention with the whole matrix, `[rows, n, heads, dim]`; `masks` is bool `[rows, kv_heads, n, n]`."""
-    key, value, masks = (tensor.repeat_interleave(GROUP, 1) for tensor in (key, value, masks))
-    scores = (query @ key.transpose(2, 3) * DIM**-0.5).masked_fill(~masks, -torch.inf)
-    return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
 class Case:
@@ -92,32 +64,21 @@ class Case:
         self.table = RuleTable.of(self.rules, MIN_WINDOW)
 
     def expected(self) -> torch.Tensor:
-        masks = torch.stack(
-            [
-                torch.stack([visible(rule, row[head].tolist(), self.n) for head, rule in enumerate(self.rules)])
-                for row in self.scores
-            ]
-        )
-        keys, values = (
-            rounded(side, [FORMATS[getattr(rule, name)].code for rule in self.rules]).to(side.dtype)
-            if any(getattr(rule, name) != "native" for rule in self.rules)
-            else side
-            for side, name in ((self.key, "key_format"), (self.value, "value_format"))
-        )
-        return dense(self.query, keys, values, masks)
+        found = oracle.attend_under(self.rules, MIN_WINDOW, self.query, self.key, self.value, gate_scores=self.scores)
+        return found.transpose(1, 2).to(self.query.dtype)
 
     def cache(self) -> Any:
         layer = PlanCacheLayer(self.table, reserve=self.rng.choice((None, self.n)))
         return types.SimpleNamespace(layers=[layer], step_routes=Counter())
 
-    def attended(self, cache: Any, first: int, end: int, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """What a layer gives of some columns, `[rows, columns, heads, dim]`; those that the mask hides hold rubbish."""
+    def attended(self, cache: Any, first: int, end: int) -> torch.Tensor:
+        """What a layer gives of some columns, `[rows, columns, heads, dim]`."""
         context = LayerContext.of(0, self.rules, MIN_WINDOW, None)
         parts = [tensor[:, :, first:end] for tensor in (self.query, self.key, self.value, self.scores)]
         if cache is not None:
             cache.layers[0].update(parts[1], parts[2])
         call: Any = {CONTEXT: LayerCall(context, cache, parts[3])}
-        return attention_forward(MODULE, parts[0], parts[1], parts[2], mask, **call)[0]
+        return attention_forward(MODULE, parts[0], parts[1], parts[2], None, **call)[0]
 
     def chunks(self) -> list[tuple[int, int]]:
         cuts = sorted({0, self.n, *(self.rng.randint(1, self.n - 1) for _ in range(self.rng.randint(0, 5)))})
@@ -163,75 +124,6 @@ def test_a_step_of_one_layer_is_a_single_call(seed: int, formats: bool) -> None:
     assert cache.step_routes == {"cache step": case.n - cut}
 
 
-@pytest.mark.parametrize("seed", range(100, 120))
-def test_formats_are_attended_to_as_they_are_kept(seed: int) -> None:
-    case = Case(seed, formats=True, dtype=torch.float32)
-    expected = case.expected()
-    assert torch.allclose(case.attended(None, 0, case.n), expected, atol=2e-5)
-    cache = case.cache()
-    for first, end in case.chunks():
-        assert torch.allclose(case.attended(cache, first, end), expected[:, first:end], atol=2e-5), (first, end)
-
-
-@pytest.mark.parametrize("seed", range(200, 215))
-def test_padded_rows_are_as_alone(seed: int) -> None:
-    case = Case(seed)
-    expected, n = case.expected(), case.n
-    real = torch.from_numpy(np.random.default_rng(seed).random((case.rows, 2 * n)) < 0.5)
-    counts = real.sum(1).clamp(max=n)
-    padded = Case(seed)
-    width = real.shape[1]
-    for name in ("query", "key", "value", "scores"):
-        own = getattr(case, name)
-        wide = own.new_full((*own.shape[:2], width, *own.shape[3:]), 77)
-        for row in range(case.rows):
-            wide[row, :, real[row].nonzero()[: counts[row], 0]] = own[row, :, : counts[row]]
-            real[row, real[row].nonzero()[counts[row] :, 0]] = False
-        setattr(padded, name, wide)
-    cache = case.cache()
-    cuts = sorted({0, width, *(case.rng.randint(1, width - 1) for _ in range(3)), width - 2, width - 1})
-    for seen in (None, cache):
-        parts = [(0, width)] if seen is None else pairwise(cuts)
-        for first, end in parts:
-            mask = real[:, first:end]
-            found = padded.attended(seen, first, end, mask)
-            for row in range(case.rows):
-                columns = mask[row].nonzero()[:, 0]
-                at = real[row, :end].sum() - len(columns) + torch.arange(len(columns))
-                assert torch.allclose(found[row, columns], expected[row, at], atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    "seed", [*range(300, 308), *(pytest.param(seed, marks=pytest.mark.heavy) for seed in range(308, 315))]
-)
-def test_forks_and_rows_go_their_own_ways(seed: int) -> None:
-    case = Case(seed)
-    cut = case.rng.randint(1, case.n - 1)
-    cache = case.cache()
-    case.attended(cache, 0, cut)
-    layer: PlanCacheLayer = cache.layers[0]
-    other = types.SimpleNamespace(layers=[layer.fork()], step_routes=cache.step_routes)
-    stored = types.SimpleNamespace(layers=[pickle.loads(pickle.dumps(layer))], step_routes=cache.step_routes)
-    for each in (other, stored, cache):
-        twin = Case(seed)
-        for name in ("query", "key", "value", "scores"):  # another continuation each
-            tensor = getattr(twin, name)
-            tensor[:, :, cut:] = tensor[:, :, cut:].flip(2) if each is other else tensor[:, :, cut:]
-        expected = twin.expected()
-        for at in range(cut, case.n):
-            assert torch.allclose(twin.attended(each, at, at + 1), expected[:, at : at + 1], atol=1e-9)
-    rows = np.random.default_rng(seed).integers(0, case.rows, case.rows)
-    layer = case.cache().layers[0]
-    cache.layers[0] = layer
-    case.attended(cache, 0, cut)
-    layer.select(rows)
-    expected = case.expected()[rows]
-    for name in ("query", "key", "value", "scores"):
-        setattr(case, name, getattr(case, name)[rows])
-    found = [case.attended(cache, at, at + 1) for at in range(cut, case.n)]
-    assert torch.allclose(torch.cat(found, 1), expected[:, cut:], atol=1e-9)
-
-
 def test_gradients_are_those_of_the_masks() -> None:
     case = Case(3)
     for name in ("query", "key", "value"):
@@ -242,23 +134,6 @@ def test_gradients_are_those_of_the_masks() -> None:
         grads.append(torch.autograd.grad((out * weight).sum(), (case.query, case.key, case.value)))
     for ours, theirs in zip(*grads, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-9)
-
-
-def test_models_step_as_they_read(tiny_model: Callable[..., Any], token_ids: Callable[..., Any], family: str) -> None:
-    experts = family in ("qwen3_moe", "gpt_oss")  # torch multiplies groups of these in float32 at most
-    model = tiny_model(family).to(torch.float32 if experts else torch.float64).eval()
-    plan = gated_plan(model, 5).in_dtype("float32" if experts else "float64")
-    attach(model, plan)
-    assert plan.selects or all(plan.model.native_windows)
-    ids, tolerance = token_ids(2, 120), 1e-3 if experts else 1e-8
-    with torch.no_grad():
-        whole = model(ids, use_cache=False).logits
-        cache = model(ids[:, :70]).cache
-        steps = torch.cat([model(ids[:, at : at + 1], cache=cache).logits for at in range(70, 120)], 1)
-    assert torch.allclose(steps, whole[:, 70:], atol=tolerance)
-    assert cache.used_bytes() == plan.kv_bytes(120, batch=2)
-    alone = model(ids[1:], use_cache=False).logits
-    assert torch.allclose(alone, whole[1:], atol=tolerance)
 
 
 def test_models_step_on_a_gpus_kernels_as_they_read(
