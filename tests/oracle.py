@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from moacompress.kernels.reference.rounding import round_to
 from moacompress.rules.formats import FORMATS
@@ -62,40 +61,53 @@ def kept(x: Tensor, format: str) -> Tensor:
     return x + (round_to(x.detach(), bits).to(x.dtype) - x.detach()) if bits else x
 
 
-def attend_head(
+def weigh(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
     mask: Tensor,
     scaling: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns attention of one KV head's queries, `[group, queries, value_dim]`, and the log of its denominator.
+    """Returns the weights of one KV head's keys, float64 `[group, queries, keys]`, and the log of their denominator.
 
-    A query is given the keys and values that it sees, and zeros for the rest.
+    A query is given the keys that it sees, and zeros for the rest.
 
     Args:
         query: `[group, queries, head_dim]`.
         key: `[keys, head_dim]`.
-        value: `[keys, value_dim]`.
         mask: which keys a query sees, bool `[queries, keys]`.
         scaling: factor on the scores, `head_dim ** -0.5` where it is None.
         softcap: bound of the scores by tanh, if any.
         sink_logits: learned ones, `[group]`, if any.
     """
-    query, key, value = query.double(), key.double(), value.double()
-    keys, values = (torch.where(mask[..., None], side, 0) for side in (key, value))
-    scores = torch.einsum("gqd,qkd->gqk", query, keys) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    keys = torch.where(mask[..., None], key.double(), 0)
+    scores = torch.einsum("gqd,qkd->gqk", query.double(), keys) * (
+        query.shape[-1] ** -0.5 if scaling is None else scaling
+    )
     if softcap:
         scores = softcap * torch.tanh(scores.masked_fill(~mask, 0) / softcap)
     scores = scores.masked_fill(~mask, -torch.inf)
     if sink_logits is not None:
         logits = sink_logits.double()[:, None, None].expand(*scores.shape[:2], 1)
         scores = torch.cat((scores, logits), -1)
-    out = torch.einsum("gqk,qkv->gqv", scores.softmax(-1)[..., : len(key)], values)
     # the log of a sum with infinity is infinite to torch: here it is NaN, as the softmax is
-    return out, scores.logsumexp(-1).masked_fill((scores == torch.inf).any(-1), torch.nan)
+    lse = scores.logsumexp(-1).masked_fill((scores == torch.inf).any(-1), torch.nan)
+    return scores.softmax(-1)[..., : len(key)], lse
+
+
+def attend_head(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *scores: Any) -> tuple[Tensor, Tensor]:
+    """Returns attention of one KV head's queries, `[group, queries, value_dim]`, and the log of its denominator.
+
+    Args:
+        query: `[group, queries, head_dim]`.
+        key: `[keys, head_dim]`.
+        value: `[keys, value_dim]`; a query is given those that it sees, and zeros for the rest.
+        mask: which keys a query sees, bool `[queries, keys]`.
+        *scores: scaling, softcap and learned logits, as `weigh` takes them.
+    """
+    weights, lse = weigh(query, key, mask, *scores)
+    return torch.einsum("gqk,qkv->gqv", weights, torch.where(mask[..., None], value.double(), 0)), lse
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, masks: Tensor, *scores: Any) -> Tensor:
@@ -105,12 +117,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, masks: Tensor, *scores: An
         query: `[rows, heads, queries, head_dim]`.
         key: `[rows, kv_heads, keys, head_dim]`.
         value: `[rows, kv_heads, keys, value_dim]`.
-        masks: bool `[kv_heads, queries, keys]`, or one of each row before that.
-        *scores: scaling, softcap and learned logits `[heads]`, as `attend_head` takes them.
+        masks: bool `[queries, keys]`, or one of each KV head, or of each row and KV head.
+        *scores: scaling, softcap and learned logits `[heads]`, as `weigh` takes them.
     """
     rows, kv_heads = key.shape[:2]
     group = query.shape[1] // kv_heads
-    masks = masks.expand(rows, *masks.shape[-3:])
+    masks = masks.expand(rows, kv_heads, *masks.shape[-2:])
     *numbers, logits = (*scores, None, None, None)[:3]
     found = []
     for row in range(rows):
@@ -164,6 +176,8 @@ def attend_under(
 @contextmanager
 def attending(model: Any, plan: Plan) -> Iterator[None]:
     """Has a dense model attend as a plan says, sharing and formats included, in forwards without a cache."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
     seen: dict[int, tuple[Any, Any, Any]] = {}
 
     def attention(

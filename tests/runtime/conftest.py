@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,21 +32,6 @@ def token_ids() -> Callable[..., torch.Tensor]:
 def device(request: pytest.FixtureRequest) -> str:
     """Where a test's cache is: on the CPU, for Triton's interpreter, and on a GPU."""
     return str(request.param)
-
-
-@pytest.fixture
-def triton(use_backend: Callable[[str], Any]) -> Any:
-    """The kernels in Triton, for all attention of the test: by the interpreter, or on the GPU where a process is for that."""
-    return use_backend("triton")
-
-
-@pytest.fixture
-def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Blocks are full of NaN until something is written there."""
-    on_a_gpu = request.node.get_closest_marker("gpu") is not None  # where some of what is called has no other way
-    torch.use_deterministic_algorithms(True, warn_only=on_a_gpu)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
