@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import types
 from collections import Counter
@@ -71,14 +72,14 @@ class Case:
         layer = PlanCacheLayer(self.table, reserve=self.rng.choice((None, self.n)))
         return types.SimpleNamespace(layers=[layer], step_routes=Counter())
 
-    def attended(self, cache: Any, first: int, end: int) -> torch.Tensor:
-        """What a layer gives of some columns, `[rows, columns, heads, dim]`."""
+    def attended(self, cache: Any, first: int, end: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """What a layer gives of some columns, `[rows, columns, heads, dim]`; those that the mask hides hold rubbish."""
         context = LayerContext.of(0, self.rules, MIN_WINDOW, None)
         parts = [tensor[:, :, first:end] for tensor in (self.query, self.key, self.value, self.scores)]
         if cache is not None:
             cache.layers[0].update(parts[1], parts[2])
         call: Any = {CONTEXT: LayerCall(context, cache, parts[3])}
-        return attention_forward(MODULE, parts[0], parts[1], parts[2], None, **call)[0]
+        return attention_forward(MODULE, parts[0], parts[1], parts[2], mask, **call)[0]
 
     def chunks(self) -> list[tuple[int, int]]:
         cuts = sorted({0, self.n, *(self.rng.randint(1, self.n - 1) for _ in range(self.rng.randint(0, 5)))})
@@ -122,6 +123,65 @@ def test_a_step_of_one_layer_is_a_single_call(seed: int, formats: bool) -> None:
         assert torch.allclose(case.attended(cache, at, at + 1), expected[:, at : at + 1], atol=1e-3), at
         case.check_bytes(cache, at + 1)
     assert cache.step_routes == {"cache step": case.n - cut}
+
+
+@pytest.mark.parametrize("seed", range(200, 215))
+def test_padded_rows_are_as_alone(seed: int) -> None:
+    case = Case(seed)
+    expected, n = case.expected(), case.n
+    real = torch.from_numpy(np.random.default_rng(seed).random((case.rows, 2 * n)) < 0.5)
+    counts = real.sum(1).clamp(max=n)
+    padded = Case(seed)
+    width = real.shape[1]
+    for name in ("query", "key", "value", "scores"):
+        own = getattr(case, name)
+        wide = own.new_full((*own.shape[:2], width, *own.shape[3:]), 77)
+        for row in range(case.rows):
+            wide[row, :, real[row].nonzero()[: counts[row], 0]] = own[row, :, : counts[row]]
+            real[row, real[row].nonzero()[counts[row] :, 0]] = False
+        setattr(padded, name, wide)
+    cache = case.cache()
+    cuts = sorted({0, width, *(case.rng.randint(1, width - 1) for _ in range(3)), width - 2, width - 1})
+    for seen in (None, cache):
+        parts = [(0, width)] if seen is None else pairwise(cuts)
+        for first, end in parts:
+            mask = real[:, first:end]
+            found = padded.attended(seen, first, end, mask)
+            for row in range(case.rows):
+                columns = mask[row].nonzero()[:, 0]
+                at = real[row, :end].sum() - len(columns) + torch.arange(len(columns))
+                assert torch.allclose(found[row, columns], expected[row, at], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(300, 308), *(pytest.param(seed, marks=pytest.mark.heavy) for seed in range(308, 315))]
+)
+def test_forks_and_rows_go_their_own_ways(seed: int) -> None:
+    case = Case(seed)
+    cut = case.rng.randint(1, case.n - 1)
+    cache = case.cache()
+    case.attended(cache, 0, cut)
+    layer: PlanCacheLayer = cache.layers[0]
+    other = types.SimpleNamespace(layers=[layer.fork()], step_routes=cache.step_routes)
+    stored = types.SimpleNamespace(layers=[pickle.loads(pickle.dumps(layer))], step_routes=cache.step_routes)
+    for each in (other, stored, cache):
+        twin = Case(seed)
+        for name in ("query", "key", "value", "scores"):  # another continuation each
+            tensor = getattr(twin, name)
+            tensor[:, :, cut:] = tensor[:, :, cut:].flip(2) if each is other else tensor[:, :, cut:]
+        expected = twin.expected()
+        for at in range(cut, case.n):
+            assert torch.allclose(twin.attended(each, at, at + 1), expected[:, at : at + 1], atol=1e-9)
+    rows = np.random.default_rng(seed).integers(0, case.rows, case.rows)
+    layer = case.cache().layers[0]
+    cache.layers[0] = layer
+    case.attended(cache, 0, cut)
+    layer.select(rows)
+    expected = case.expected()[rows]
+    for name in ("query", "key", "value", "scores"):
+        setattr(case, name, getattr(case, name)[rows])
+    found = [case.attended(cache, at, at + 1) for at in range(cut, case.n)]
+    assert torch.allclose(torch.cat(found, 1), expected[:, cut:], atol=1e-9)
 
 
 def test_gradients_are_those_of_the_masks() -> None:

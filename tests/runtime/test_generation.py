@@ -1,4 +1,4 @@
-"""Every way of generating with a compressed model gives what a dense model with the explicit mask gives."""
+"""Generating with a compressed model, padded or not, gives what single rows and runs without a cache give."""
 
 import pytest
 import torch
