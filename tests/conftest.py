@@ -34,6 +34,7 @@ if (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from moacompress.models.source import SourceModel
     from moacompress.rules.plan import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +73,12 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt_oss": {"head_dim": 16, "sliding_window": 80, "num_local_experts": 2, "num_experts_per_tok": 1},
 }
 """Families and what their tiny configs need beside the common part."""
+
+
+def five_layers(family: str) -> dict[str, Any]:
+    """Returns what `tiny_model` takes for five layers, of which some are alike in every family."""
+    types = {"layer_types": [*["sliding_attention", "full_attention"] * 2, "sliding_attention"]}
+    return {"num_hidden_layers": 5, **(types if "layer_types" in TINY[family] else {})}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -278,6 +285,15 @@ def tiny_folder(
     return folder
 
 
+@pytest.fixture
+def source(tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerBase) -> SourceModel:
+    """Returns a tiny Llama as `load_source` gives a real model."""
+    from moacompress.models.source import SourceModel, model_shape
+
+    model = tiny_model("llama")
+    return SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)
+
+
 @pytest.fixture(scope="session")
 def small_run() -> dict[str, Any]:
     """Returns the recipe of a whole run that takes seconds on a tiny model, but for the model."""
@@ -418,6 +434,24 @@ def use_backend(
     if before is not None:
         os.environ[dispatch.VARIABLE] = before
     dispatch.forget()
+
+
+@pytest.fixture
+def triton(use_backend: Callable[[str], Any]) -> Any:
+    """The kernels in Triton, for all attention of the test: by the interpreter, or on the GPU where a process is for that."""
+    return use_backend("triton")
+
+
+@pytest.fixture
+def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """New tensors are filled with NaN, so that what is not written shows."""
+    import torch
+
+    on_a_gpu = request.node.get_closest_marker("gpu") is not None  # where some of what is called has no other way
+    torch.use_deterministic_algorithms(True, warn_only=on_a_gpu)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from moacompress.rules.key_centres import Centres, as_centres
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import MIN_WINDOWS, SINKS, Rule
+from moacompress.rules.share import Share, with_shared_rules
 
 
 def random_plan(shape: ModelShape, seed: int = 0, full_share: float = 0.15, formats: bool = False) -> Plan:
@@ -55,6 +56,28 @@ def gated_plan(model: Any, seed: int) -> Plan:
     return Plan(shape, 16, rules, gates=gates.fingerprint, gate_weights=gates)
 
 
+def shares_of(shape: ModelShape, seed: int) -> tuple[Share | None, ...]:
+    """Returns shares at random: about half of the layers, and at least one, share with an earlier one like them."""
+    draw = random.Random(seed)
+    shares: list[Share | None] = []
+    for layer, native in enumerate(shape.native_windows):
+        anchors = [
+            earlier for earlier in range(layer) if shares[earlier] is None and shape.native_windows[earlier] == native
+        ]
+        last = layer == shape.layers - 1 and not any(shares)
+        if not anchors or not (last or draw.random() < 0.6):
+            shares.append(None)
+            continue
+        heads = tuple(draw.randrange(shape.kv_heads) for _ in range(shape.kv_heads))
+        shares.append(Share(draw.choice(anchors), heads))
+    return tuple(shares)
+
+
+def with_shares(plan: Plan, shares: tuple[Share | None, ...]) -> Plan:
+    """Returns a plan whose layers share."""
+    return replace(plan, rules=with_shared_rules(plan.rules, shares), shares=shares)
+
+
 def full(model: Any) -> Plan:
     """Everything, in the model's own dtype."""
     return Plan.full(model_shape(model))
@@ -73,6 +96,12 @@ def formats(model: Any) -> Plan:
 def gates(model: Any) -> Plan:
     """Windows, and tokens that gates select."""
     return gated_plan(model, 5)
+
+
+def shares(model: Any) -> Plan:
+    """Windows, and layers that share attention."""
+    plan = random_plan(model_shape(model), seed=5)
+    return with_shares(plan, shares_of(plan.model, 1))
 
 
 def centres(model: Any) -> Plan:

@@ -39,6 +39,7 @@ from moacompress.recipe import Recipe
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
+from tests import oracle
 
 Models = Callable[..., PreTrainedModel]
 TABLE = RuleTable.of([Rule.FULL, Rule(4, 32, 0)], 32)
@@ -246,22 +247,6 @@ def test_spans_cost_the_same_beside_gates(tiny_folder: Path, tmp_path: Path) -> 
         np.testing.assert_allclose(same.statistics.arrays[name], array, rtol=1e-4, atol=1e-12)
 
 
-def seen_by(rule: Rule, scores: list[int], n: int) -> torch.Tensor:
-    """Returns bool `[n, n]`, which keys queries see under a rule that selects, by the words of the definition."""
-    mask, kept, gone = torch.zeros(n, n, dtype=torch.bool), list[int](), 0
-    for i in range(n):
-        start = i + 1 - min(i + 1, max(16, rule.alpha + rule.beta_q * (i + 1) // 1024))
-        for token in range(rule.sink + gone, start):
-            gone += 1
-            least = min(range(len(kept)), key=lambda place: (scores[kept[place]], place), default=-1)
-            if len(kept) < min(gone, rule.select_alpha + rule.select_beta_q * gone // 1024):
-                kept.append(token)
-            elif kept and scores[token] > scores[kept[least]]:
-                kept[least] = token
-        mask[i, [j for j in range(i + 1) if j < rule.sink or j >= start or j in kept]] = True
-    return mask
-
-
 OWN = RuleTable.of([Rule(4, 20, 0, select_alpha=9), Rule(4, 16, 0, select_alpha=20)], 16)
 """What two KV heads run under; the second keeps what one of the rules on offer would."""
 
@@ -284,20 +269,17 @@ def test_a_rule_that_selects_costs_what_its_mask_moves(
     assert choices is not None
     attend_backward(query, key, value, grad, spec, None, table, [sums], plan, choices=choices)
     out = attend(query, key, value, spec, None, plan, choices.own)
-    for number, rule in enumerate(table.rules):
-        for head in range(kv_heads):
-            whole = torch.ones(n, n, dtype=torch.bool)
-            visible = whole if rule.is_full else seen_by(rule, scores[head].tolist(), n)
-            now = whole if plan is None else seen_by(plan.rules[head], scores[head].tolist(), n)
-            causal, moved = whole.tril(), torch.zeros(n, dtype=torch.float64)
-            for at in range(head * heads // kv_heads, (head + 1) * heads // kv_heads):
-                logits = (query[0, at] @ key[0, head].T * dim**-0.5).double()
-                outs = [
-                    logits.masked_fill(~mask, -torch.inf).softmax(-1) @ value[0, head].double()
-                    for mask in (causal & visible, causal & now)
-                ]
-                assert torch.allclose(out[0, at].double(), outs[1], atol=1e-5)
-                moved += ((outs[0] - outs[1]) * grad[0, at]).sum(-1)
+    for head in range(kv_heads):
+        own = slice(head * heads // kv_heads, (head + 1) * heads // kv_heads)
+
+        def under(rule: Rule, head: int = head, own: slice = own) -> torch.Tensor:
+            mask = oracle.visible(rule, n, 16, scores=scores[head].tolist())
+            return oracle.attend_head(query[0, own], key[0, head], value[0, head], mask)[0]
+
+        now = under(Rule.FULL if plan is None else plan.rules[head])
+        assert torch.allclose(out[0, own].double(), now, atol=1e-5)
+        for number, rule in enumerate(table.rules):
+            moved = ((under(rule) - now) * grad[0, own]).sum((0, 2))
             assert torch.allclose(sums.total[head, number], moved.sum(), rtol=1e-4, atol=1e-4)
             assert torch.allclose(sums.squares[head, number], moved.square().sum(), rtol=1e-4, atol=1e-6)
     if plan is not None:

@@ -13,6 +13,7 @@ from moacompress.calibration.profile.influence import ProfiledAttention, attend,
 from moacompress.calibration.profile.tiles import AttentionSpec, TileView
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
+from tests import oracle
 
 MIN_WINDOW = 16
 RULES = (
@@ -46,6 +47,10 @@ class Case:
         return [query * self.sharpness, key, value, grad], sink, AttentionSpec(size**-0.5, self.native, self.softcap)
 
 
+def dense(query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None, spec: AttentionSpec, mask: Tensor) -> Tensor:
+    return oracle.attend(query, key, value, mask, spec.scaling, spec.softcap, sink)
+
+
 CASES = {
     "mha": Case(150, 4, 4),
     "gqa": Case(200, 6, 2),
@@ -71,32 +76,13 @@ class Keep:
         self.deltas[:, view.rows] = view.deltas.double()
 
 
-def visible(n: int, rule: Rule, native: int | None) -> Tensor:
-    """The rule of the design, spelled out: `[queries, keys]`."""
-    windows = [min(i + 1, max(MIN_WINDOW, rule.alpha + ((rule.beta_q * (i + 1)) >> 10))) for i in range(n)]
-    query, key = torch.arange(n)[:, None], torch.arange(n)[None]
-    mask = (key <= query) & ((key < rule.sink) | (key > query - torch.tensor(windows)[:, None]))
-    return mask if native is None else mask & (key > query - native)
-
-
-def dense(query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None, spec: AttentionSpec, mask: Tensor) -> Tensor:
-    group = query.shape[1] // key.shape[1]
-    logits = query @ key.repeat_interleave(group, 1).mT * spec.scaling
-    if spec.softcap is not None:
-        logits = spec.softcap * (logits / spec.softcap).tanh()
-    logits = logits.masked_fill(~mask, -torch.inf)
-    if sink is not None:
-        logits = torch.cat([logits, sink.view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)], -1)
-    return logits.softmax(-1)[..., : key.shape[2]] @ value.repeat_interleave(group, 1)
-
-
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_deltas_match_the_definition(case: Case) -> None:
     (query, key, value, grad), sink, spec = case.draw()
-    full = dense(query, key, value, sink, spec, visible(case.n, Rule.FULL, case.native))
+    full = dense(query, key, value, sink, spec, oracle.visible(Rule.FULL, case.n, MIN_WINDOW, case.native))
     wanted = []
     for rule in RULES:
-        under = dense(query, key, value, sink, spec, visible(case.n, rule, case.native))
+        under = dense(query, key, value, sink, spec, oracle.visible(rule, case.n, MIN_WINDOW, case.native))
         wanted.append((grad * (under - full)).sum(-1)[0].view(case.kv_heads, -1, case.n).sum(1))
     expected = torch.stack(wanted, -1)
 
@@ -119,7 +105,7 @@ def test_gradients_are_exact(case: Case) -> None:
     table, sums = RuleTable.of(RULES, MIN_WINDOW), InfluenceSums(case.kv_heads, len(RULES))
     out = ProfiledAttention.apply(*ours, sink, spec, table, [sums])  # type: ignore[no-untyped-call]
     q, k, v = theirs
-    reference = dense(q, k, v, sink, spec, visible(case.n, Rule.FULL, case.native))
+    reference = dense(q, k, v, sink, spec, oracle.visible(Rule.FULL, case.n, MIN_WINDOW, case.native))
     assert torch.allclose(out, reference, atol=1e-12)
     out.backward(grad)
     reference.backward(grad)
@@ -169,8 +155,8 @@ def test_a_window_that_holds_almost_nothing_is_exact() -> None:
     key[:, :, 5:60] = 0
     key[:, :, 5:60, 0], query[..., 0] = 14.0, 3.0
     rule = (Rule.FULL, Rule(4, 32, 0))
-    full = dense(query, key, value, None, spec, visible(300, Rule.FULL, None))
-    under = dense(query, key, value, None, spec, visible(300, rule[1], None))
+    full = dense(query, key, value, None, spec, oracle.visible(Rule.FULL, 300, MIN_WINDOW, None))
+    under = dense(query, key, value, None, spec, oracle.visible(rule[1], 300, MIN_WINDOW, None))
     expected = (grad * (under - full)).sum(-1)[0].sum(0)
     q, k, v, g = (tensor.float() for tensor in (query, key, value, grad))
     keep = Keep(300, 1, 2)
@@ -213,14 +199,13 @@ def plan_of(case: Case) -> tuple[RuleTable, list[Rule]]:
 def test_around_a_plan_every_change_up_or_down_is_exact(case: Case) -> None:
     (query, key, value, grad), sink, spec = case.draw()
     plan, selected = plan_of(case)
-    group = case.heads // case.kv_heads
-    masks = torch.stack([visible(case.n, rule, case.native) for rule in selected]).repeat_interleave(group, 0)
+    masks = torch.stack([oracle.visible(rule, case.n, MIN_WINDOW, case.native) for rule in selected])
     theirs = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
     now = dense(theirs[0], theirs[1], theirs[2], sink, spec, masks)
     now.backward(grad)
     wanted = []
     for rule in RULES:
-        under = dense(query, key, value, sink, spec, visible(case.n, rule, case.native))
+        under = dense(query, key, value, sink, spec, oracle.visible(rule, case.n, MIN_WINDOW, case.native))
         wanted.append((grad * (under - now.detach())).sum(-1)[0].view(case.kv_heads, -1, case.n).sum(1))
     expected = torch.stack(wanted, -1)
 
@@ -247,12 +232,12 @@ def test_the_estimators_of_others_match_their_definition(case: Case) -> None:
     attend_backward(query, key, value, grad, spec, sink, RuleTable.of(RULES, MIN_WINDOW), [sums])
     group = case.heads // case.kv_heads
     eye = torch.eye(case.n, dtype=torch.float64).expand(1, case.kv_heads, -1, -1)
-    full = visible(case.n, Rule.FULL, case.native)
+    full = oracle.visible(Rule.FULL, case.n, MIN_WINDOW, case.native)
     p = dense(query, key, eye, sink, spec, full)[0]
     g = grad[0] @ value[0].repeat_interleave(group, 0).mT
     effect = (p * (g - (p * g).sum(-1, keepdim=True)) / (1 - p).clamp_min(torch.finfo(p.dtype).eps)).abs()
     for index, rule in enumerate(RULES):
-        hidden = full & ~visible(case.n, rule, case.native)
+        hidden = full & ~oracle.visible(rule, case.n, MIN_WINDOW, case.native)
         moa = (effect * hidden).sum((1, 2)).view(case.kv_heads, -1).sum(1)
         mass = (p * hidden).sum(-1).view(case.kv_heads, -1).mean(1)
         assert torch.allclose(sums.moa[:, index], moa, rtol=1e-6, atol=1e-12)

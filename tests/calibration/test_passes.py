@@ -35,6 +35,7 @@ from moacompress.models.source import model_shape
 from moacompress.recipe_sections import ProfileRecipe
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
+from tests import oracle
 
 MIN_WINDOW = 16
 RULES = (Rule.FULL, Rule(4, 16, 0), Rule(16, 40, 0), Rule(64, 0, 300), Rule(4, 20, 200), Rule(16, 110, 0))
@@ -126,16 +127,9 @@ class Seen:
     out: Tensor = field(init=False)
 
     def attend(self, visible: Tensor) -> Tensor:
-        """Returns the plain attention output `[heads, N, head_dim]` over `visible`, `[heads or 1, N, N]`."""
-        group = self.query.shape[1] // self.key.shape[1]
-        key, value = (tensor[0].repeat_interleave(group, 0) for tensor in (self.key, self.value))
-        logits = self.query[0] @ key.transpose(1, 2) * self.scaling
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        logits = logits.masked_fill(~(visible & self.visible), -torch.inf)
-        if self.sink_logit is not None:
-            logits = torch.cat([logits, self.sink_logit[:, None, None].expand(-1, logits.shape[1], 1)], -1)
-        return torch.softmax(logits, -1)[..., : key.shape[1]] @ value
+        """Returns the plain attention output `[heads, N, head_dim]` over `visible`, `[N, N]`."""
+        scores = self.scaling, self.softcap, self.sink_logit
+        return oracle.attend(self.query, self.key, self.value, visible & self.visible, *scores)[0]
 
 
 SEEN: list[Seen] = []
@@ -155,15 +149,6 @@ def plain_attention(
 
 AttentionInterface.register("test_plain", plain_attention)
 AttentionMaskInterface.register("test_plain", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-
-
-def rule_visible(rule: Rule, n: int) -> Tensor:
-    """Returns which keys a rule lets which row see, `[n, n]`, from the definition of a window."""
-    rows, keys = torch.arange(n)[:, None], torch.arange(n)
-    window = torch.clamp(rule.alpha + ((rule.beta_q * (rows + 1)) >> 10), min=MIN_WINDOW)
-    if rule == Rule.FULL:
-        window = rows + 1
-    return (keys <= rows) & ((keys < rule.sink) | (keys > rows - torch.minimum(window, rows + 1)))
 
 
 @contextmanager
@@ -196,7 +181,9 @@ def brute_force(model: PreTrainedModel, sample: Sample) -> list[list[Tensor]]:
         for grads in pulled:
             layers = []
             for seen, grad in zip(SEEN, grads, strict=True):
-                deltas = [(grad * (seen.attend(rule_visible(rule, n)) - seen.out)).sum(-1) for rule in RULES]
+                deltas = [
+                    (grad * (seen.attend(oracle.visible(rule, n, MIN_WINDOW)) - seen.out)).sum(-1) for rule in RULES
+                ]
                 kv_heads = seen.key.shape[1]
                 layers.append(torch.stack(deltas, -1).view(kv_heads, -1, n, len(RULES)).sum(1))
             found.append(layers)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile import profiler
@@ -24,7 +24,7 @@ from moacompress.core.artefact_names import MANIFEST_FILE, SHINGLES_FILE, holder
 from moacompress.core.errors import ArtefactError, DataError, PlanError, UsageError
 from moacompress.core.files import remove
 from moacompress.core.progress import Progress
-from moacompress.models.source import SourceModel, model_shape
+from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -69,12 +69,6 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(profiler, "sample_statistics", counted)
     return indices
-
-
-@pytest.fixture
-def source(tiny_model: Factory, tiny_tokenizer: PreTrainedTokenizerBase) -> SourceModel:
-    model = tiny_model("llama")
-    return SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)
 
 
 def test_profile_of_a_folder(tiny_folder: Path, tmp_path: Path, data: list[str], done: list[int]) -> None:

@@ -25,17 +25,7 @@ from moacompress.recipe_sections import Generator
 from tests.templates import without_template
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from moacompress.models.source import SourceModel
-
-
-@pytest.fixture
-def source(tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerBase) -> SourceModel:
-    from moacompress.models.source import SourceModel, model_shape
-
-    model = tiny_model("llama")
-    return SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)
 
 
 def recipe(sources: Any, lengths: Sequence[int] = (256,), samples: int = 4, **calibration: Any) -> Recipe:

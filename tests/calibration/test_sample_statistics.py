@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile import passes
@@ -25,12 +25,6 @@ Factory = Callable[..., PreTrainedModel]
 ALL = ProfileRecipe(draws=1, baselines=True)
 SOME = ProfileRecipe.model_construct(draws=60, baselines=False)
 MANY = ProfileRecipe.model_construct(draws=400, baselines=False)
-
-
-@pytest.fixture
-def source(tiny_model: Factory, tiny_tokenizer: PreTrainedTokenizerBase) -> SourceModel:
-    model = tiny_model("llama")
-    return SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)
 
 
 def sample_of(n: int) -> Sample:

@@ -34,6 +34,7 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.share import Share
+from tests import oracle
 
 Factory = Callable[..., PreTrainedModel]
 MIN_WINDOW = 16
@@ -43,26 +44,17 @@ NAMES = ("copy_squares", "copy_totals", "copy_cosine")
 ONE = [True]
 
 
-def seen(n: int, native: int | None, rules: tuple[Rule, ...], group: int) -> Tensor:
-    """What every query head sees: `[heads, n, n]`."""
-    query, key = torch.arange(n)[:, None], torch.arange(n)
-    masks = []
-    for rule in rules:
-        windows = [min(i + 1, max(MIN_WINDOW, rule.alpha + ((rule.beta_q * (i + 1)) >> 10))) for i in range(n)]
-        mask = (key <= query) & ((key < rule.sink) | (key > query - torch.tensor(windows)[:, None]))
-        masks.append(mask if native is None else mask & (key > query - native))
-    return torch.stack(masks).repeat_interleave(group, 0)
-
-
-def probabilities_of(query: Tensor, key: Tensor, spec: AttentionSpec, sink: Tensor | None, mask: Tensor) -> Tensor:
-    """Whole matrices `[heads, n, n]`, by the book."""
-    logits = query[0] @ key[0].repeat_interleave(query.shape[1] // key.shape[1], 0).mT * spec.scaling
-    if spec.softcap is not None:
-        logits = spec.softcap * (logits / spec.softcap).tanh()
-    logits = logits.masked_fill(~mask, -torch.inf)
-    if sink is not None:
-        logits = torch.cat([logits, sink[:, None, None].expand(-1, logits.shape[1], 1).to(logits.dtype)], -1)
-    return logits.softmax(-1)[..., : key.shape[2]]
+def probabilities_of(
+    query: Tensor, key: Tensor, spec: AttentionSpec, sink: Tensor | None, rules: tuple[Rule, ...]
+) -> Tensor:
+    """Whole matrices by the book, `[kv_heads, group, n, n]`."""
+    found = []
+    for head, rule in enumerate(rules):
+        mask = oracle.visible(rule, key.shape[2], MIN_WINDOW, spec.native_window)
+        own = slice(head * query.shape[1] // len(rules), (head + 1) * query.shape[1] // len(rules))
+        logits = None if sink is None else sink[own]
+        found.append(oracle.weigh(query[0, own], key[0, head], mask, spec.scaling, spec.softcap, logits)[0])
+    return torch.stack(found)
 
 
 def grouped(tensor: Tensor, kv_heads: int) -> Tensor:
@@ -97,7 +89,7 @@ CASES: dict[str, dict[str, Any]] = {
 def test_sums_match_the_definition(case: dict[str, Any], dtype: torch.dtype) -> None:
     torch.manual_seed(3)
     n, heads, kv_heads, size = 170, 4, case.get("kv_heads", 2), 8
-    group, native, planned = heads // kv_heads, case.get("native"), case.get("planned", False)
+    native, planned = case.get("native"), case.get("planned", False)
     # values away from zero: what all keys have in common must cancel
     queries, keys = torch.randn(2, 1, heads, n, size).double() * 2, torch.randn(2, 1, kv_heads, n, size).double()
     value, grads = torch.randn(1, kv_heads, n, size).double() + 3, torch.randn(2, 1, heads, n, size).double()
@@ -107,8 +99,7 @@ def test_sums_match_the_definition(case: dict[str, Any], dtype: torch.dtype) -> 
     alive = torch.arange(5, n)
     grads[:, :, :, :5] = 0
 
-    ps = [probabilities_of(queries[k], keys[k], spec, sinks[k], seen(n, native, rules[k], group)) for k in range(2)]
-    other, own = (grouped(p, kv_heads) for p in ps)
+    other, own = (probabilities_of(queries[k], keys[k], spec, sinks[k], rules[k]) for k in range(2))
     out = own @ value[0][:, None]
     copied = torch.einsum("mgij,hjd->hmgid", other, value[0])
     deltas = [((copied - out[:, None]) * grouped(grad[0], kv_heads)[:, None]).sum((2, 4)) for grad in grads]
@@ -214,8 +205,7 @@ class Reference:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, sink: Any) -> Tensor:
         n, kv_heads = query.shape[2], key.shape[1]
         rules = self.plan.rules[layer] if self.plan is not None else (Rule.FULL,) * kv_heads
-        mask = seen(n, spec.native_window, rules, query.shape[1] // kv_heads)
-        own = grouped(probabilities_of(query, key, spec, sink, mask), kv_heads)
+        own = probabilities_of(query, key, spec, sink, rules)
         self.probabilities.append(own)
         out = own @ value[0][:, None]
         for index in range(min(self.anchors, layer)):

@@ -9,24 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moacompress.calibration.profile.profiler import profile
 from moacompress.calibration.profile.wording import calibration_wording
 from moacompress.core.artefact_names import CALIBRATION_FILE, INFLUENCE_FILE, MANIFEST_FILE, VALIDATION_FILE
 from moacompress.core.errors import ArtefactError
-from moacompress.models.source import SourceModel, model_shape
+from moacompress.models.source import SourceModel
 from moacompress.prompts import sentences
 from moacompress.recipe import Recipe
 
 SIZE = {"lengths": [700], "samples": 2, "validation_samples": 1, "longer_samples": 0, "answer_tokens": 8}
 GENERATED = {"sources": [{"generator": "needle"}], **SIZE}
-
-
-@pytest.fixture
-def source(tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerBase) -> SourceModel:
-    model = tiny_model("llama")
-    return SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)
 
 
 @pytest.fixture

@@ -17,9 +17,10 @@ from moacompress.kernels.arguments import CacheView, Scores, TransientTokens
 from moacompress.kernels.backend import Backend
 from moacompress.kernels.dispatch import REFERENCE
 from moacompress.kernels.kv_parts import KVPart, read_tokens
+from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import COLUMNS, RuleTable
 from moacompress.rules.windows import Span, visible_intervals
-from tests import weight_blocks
+from tests import oracle, weight_blocks
 from tests.kernels import emulated
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -154,6 +155,44 @@ class Case:
             found = read_tokens(memory, kv_part, at[None, None] // 16, at % 16) if len(at) else None
             at = at if found is None else at[found[0, 0].isfinite().all(-1)]
         return at.tolist()
+
+    def rule(self, head: int) -> Rule:
+        """The rule of a KV head."""
+        return Rule(*(int(numbers[head]) for numbers in (self.sink, self.alpha, self.beta_q)))
+
+    def vector(self, which: str, row: int, head: int, position: int) -> torch.Tensor | None:
+        """The key or the value of a token where it lies, in the pool or in the chunk; None where it lies nowhere."""
+        ahead = position - int(self.past[row])
+        if ahead >= 0:
+            found: torch.Tensor = getattr(self, which)[row, head, ahead]
+            return found
+        block = int(self.table[row, head, position // 16])
+        for segment in getattr(self, f"{which}s"):
+            if 0 <= block < len(segment):
+                return segment[block, position % 16]  # type: ignore[no-any-return]
+            block -= len(segment)
+        return None
+
+    def by_definition(self, *, decode: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """What decode or prefill must give with native formats, in float64."""
+        rows, heads, tokens, _ = self.query.shape
+        kv_heads, tokens = self.table.shape[1], 1 if decode else tokens
+        out = torch.zeros(rows, heads, tokens, self.value.shape[-1], dtype=torch.float64)
+        lse = torch.full((rows, heads, tokens), -torch.inf, dtype=torch.float64)
+        for row, (past, valid) in enumerate(zip(self.past.tolist(), self.valid.tolist(), strict=True)):
+            first, n = (past - 1, past) if decode else (past, past + valid)
+            for head in range(kv_heads) if 0 <= first < n else ():
+                sides = []
+                for which in ("key", "value"):
+                    nothing = torch.zeros_like(getattr(self, which)[row, head, 0])
+                    there = [self.vector(which, row, head, position) for position in range(n)]
+                    sides.append(torch.stack([nothing if each is None else each for each in there]))
+                at = slice(head * heads // kv_heads, (head + 1) * heads // kv_heads)
+                mask = oracle.visible(self.rule(head), n, self.min_window, self.native_window, first=first)
+                scores = (self.scaling, self.softcap, None if self.sink_logits is None else self.sink_logits[at])
+                found = oracle.attend_head(self.query[row, at, : n - first], *sides, mask, *scores)
+                out[row, at, : n - first], lse[row, at, : n - first] = found
+        return (out[:, :, 0], lse[:, :, 0]) if decode else (out, lse)
 
     def row(self, row: int) -> Case:
         """The same with one row of the batch alone."""
@@ -314,43 +353,6 @@ def close() -> Callable[..., None]:
     return compare
 
 
-def attend_by_definition(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    visible: torch.Tensor,
-    scaling: float,
-    softcap: float | None,
-    logits: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention by the definitions, with its log-sum-exp: a query is given what it sees, and zeros for the rest.
-
-    Args:
-        query: `[group, rows, head_dim]`.
-        keys: `[columns, head_dim]`.
-        values: `[columns, value_dim]`.
-        visible: bool `[rows, columns]`.
-        scaling: factor on the scores.
-        softcap: bound of the scores, 0 or None for none.
-        logits: learned logits, `[group]`, or None.
-    """
-    k, v = (torch.where(visible[..., None], t, 0) for t in (keys, values))
-    scores = torch.einsum("gtd,tnd->gtn", query, k).masked_fill(~visible, 0) * scaling
-    if softcap:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~visible, float("-inf"))
-    if logits is not None:
-        scores = torch.cat((scores, logits[:, None, None].expand(*scores.shape[:2], 1)), -1)
-    out = torch.einsum("gtn,tnv->gtv", scores.softmax(-1)[..., : len(keys)], v)
-    # torch's logsumexp of an infinite score is infinite: here it is NaN as the softmax is
-    return out, scores.logsumexp(-1).masked_fill((scores == float("inf")).any(-1), NAN)
-
-
-@pytest.fixture
-def attended() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    return attend_by_definition
-
-
 @pytest.fixture
 def unchanged_or_as() -> Callable[..., None]:
     """Compares results of a case and of one that has another number somewhere with those in float64 of both.
@@ -375,12 +377,6 @@ def unchanged_or_as() -> Callable[..., None]:
     return compare
 
 
-@pytest.fixture
-def triton(use_backend: Callable[[str], Backend]) -> Backend:
-    """The kernels in Triton, by its interpreter where there is no GPU; all attention of the test runs on them."""
-    return use_backend("triton")
-
-
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[Callable[[int], None]]:
     """One thread, unless a test sets another number: the tensors are small, and the machine may be busy."""
@@ -388,15 +384,6 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(1)
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """New tensors are filled with NaN, so that an output that is not written shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Every backend over block tables equals attention by the definitions, one token at a time."""
+"""Every backend over block tables equals attention by the definitions."""
 
 from __future__ import annotations
 
@@ -8,23 +8,6 @@ import torch
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.dispatch import REFERENCE
 from tests import gpu
-
-
-def oracle(case, row, head, query, n, at):
-    """One query by the definitions; `at(j)` returns key and value of token j."""
-    kv_head = head // (case.query.shape[1] // case.table.shape[1])
-    sink, alpha, beta_q = (int(x[kv_head]) for x in (case.sink, case.alpha, case.beta_q))
-    w = min(n, max(case.min_window, alpha + beta_q * n // 1024))
-    i, native = n - 1, case.native_window
-    seen = [j for j in range(n) if (j < sink or j > i - w) and (not native or j > i - native)]
-    pairs = [at(row, kv_head, j) for j in seen]
-    scores = torch.stack([query @ k for k, _ in pairs]) * case.scaling
-    if case.softcap:
-        scores = case.softcap * torch.tanh(scores / case.softcap)
-    if case.sink_logits is not None:
-        scores = torch.cat((scores, case.sink_logits[head : head + 1]))
-    weights = scores.softmax(0)[: len(seen)]
-    return weights @ torch.stack([v for _, v in pairs]), scores.logsumexp(0)
 
 
 @pytest.fixture(params=["reference", "counting", "cpu", *gpu.PLACES])
@@ -40,34 +23,10 @@ def dtype(backend):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_by_the_definitions(seed, backend, dtype, random_case, close):
-    given = random_case(
-        seed, dtype, tokens=[1, 3, 20][seed % 3], rows=1 + seed % 2, group=2, dim=8, value_dim=[8, 5][seed % 2]
-    )
-    case = given.to(torch.float64)
-    pool_k, pool_v = torch.cat(case.keys), torch.cat(case.values)
-
-    def at(row, kv_head, j):
-        past = int(case.past[row])
-        if j >= past:
-            return case.key[row, kv_head, j - past], case.value[row, kv_head, j - past]
-        block = int(case.table[row, kv_head, j // 16])
-        assert block >= 0
-        return pool_k[block, j % 16], pool_v[block, j % 16]
-
-    rows, heads, tokens, _ = case.query.shape
-    out = torch.zeros(rows, heads, tokens, case.value.shape[-1], dtype=torch.float64)
-    lse = torch.full((rows, heads, tokens), float("-inf"), dtype=torch.float64)
-    one, one_lse = out[:, :, 0].clone(), lse[:, :, 0].clone()
-    for row in range(rows):
-        for head in range(heads):
-            past = int(case.past[row])
-            for t in range(int(case.valid[row])):
-                query = case.query[row, head, t]
-                out[row, head, t], lse[row, head, t] = oracle(case, row, head, query, past + t + 1, at)
-            if past:
-                one[row, head], one_lse[row, head] = oracle(case, row, head, case.query[row, head, 0], past, at)
-    close(given.prefilled(backend), (out, lse), dtype)
-    close(given.decoded(backend), (one, one_lse), dtype)
+    sizes = {"tokens": [1, 3, 20][seed % 3], "rows": 1 + seed % 2, "value_dim": [8, 5][seed % 2]}
+    case = random_case(seed, dtype, group=2, dim=8, **sizes)
+    close(case.prefilled(backend), case.by_definition(decode=False), dtype)
+    close(case.decoded(backend), case.by_definition(decode=True), dtype)
 
 
 def test_without_the_log_of_the_denominator_it_is_the_same(backend, dtype, random_case):

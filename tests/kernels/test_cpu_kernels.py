@@ -20,43 +20,30 @@ from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import NEVER, competing_tokens, eviction_schedule
 from moacompress.rules.windows import block_runs, selected, visible_intervals
 
+pytestmark = pytest.mark.usefixtures("isa")
+"""Skips where the kernels cannot run, and leaves the best instruction set behind."""
+
 OPS = torch.ops.moacompress_cpu
 LSE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-3, torch.float16: 2e-3}
 """Of codes: where the processor multiplies bytes, queries of 16 bits are whole numbers of as many."""
 CPU = CpuBackend()
 
 
-@pytest.fixture(autouse=True)
-def _built(isa):
-    """Skips where the kernels cannot run, and leaves the best instruction set behind."""
-
-
-@pytest.mark.seeds(340)
-def test_random_configurations(seed, random_case, close, isa, poisoned_memory):
-    isa(library.ISAS[seed % len(library.ISAS)])
-    dtype = library.DTYPES[seed // 5 % 3]
-    case = random_case(seed, dtype)
-    exact = case.to(torch.float64)
-    close(OPS.prefill(*case.prefill), exact.prefilled(), dtype)
-    close(OPS.decode(*case.decode), exact.decoded(), dtype)
-
-
+@pytest.mark.parametrize("kind", ["native", "formats", "gates"])
 @pytest.mark.seeds(320)
-def test_random_configurations_of_formats(seed, random_case, close, isa, poisoned_memory):
+def test_random_configurations(seed, kind, random_case, close, isa, poisoned_memory):
+    """Prefill and decode; where gates keep tokens of the past or of the chunk, prefill in both kinds of formats."""
     isa(library.ISAS[seed % len(library.ISAS)])
-    dtype = library.DTYPES[seed // 5 % 3]
-    case = random_case(seed, dtype, formats="any")
-    exact = case.to(torch.float64)
-    close(OPS.prefill(*case.prefill), exact.prefilled(), dtype, LSE_ERROR[dtype])
-    close(OPS.decode(*case.decode), exact.decoded(), dtype, LSE_ERROR[dtype])
-
-
-@pytest.mark.seeds(320)
-def test_random_configurations_of_what_gates_keep(seed, random_case, close, isa, poisoned_memory):
-    isa(library.ISAS[seed % len(library.ISAS)])
-    dtype, formats = library.DTYPES[seed // 5 % 3], (None, "any")[seed // 15 % 2]
-    case = random_case(seed, dtype, formats=formats, native_window=0).keeping(random.Random(seed))
-    close(OPS.prefill(*case.prefill), case.to(torch.float64).prefilled(), dtype, LSE_ERROR[dtype])
+    dtype, coded = library.DTYPES[seed // 5 % 3], kind == "formats" or (kind == "gates" and seed // 15 % 2)
+    case = random_case(
+        seed, dtype, formats="any" if coded else None, **({"native_window": 0} if kind == "gates" else {})
+    )
+    if kind == "gates":
+        case = case.keeping(random.Random(seed))
+    exact, lse_error = case.to(torch.float64), 1e-4 if kind == "native" else LSE_ERROR[dtype]
+    close(OPS.prefill(*case.prefill), exact.prefilled(), dtype, lse_error)
+    if kind != "gates":
+        close(OPS.decode(*case.decode), exact.decoded(), dtype, lse_error)
 
 
 @pytest.mark.seeds(60)

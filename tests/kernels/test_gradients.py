@@ -12,14 +12,12 @@ from moacompress.kernels import dispatch
 from moacompress.kernels.cpu import library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 
+pytestmark = pytest.mark.usefixtures("isa")
+"""Skips where the kernels cannot run, and leaves the best instruction set behind."""
+
 OPS = torch.ops.moacompress_cpu
 CPU = CpuBackend()
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-
-
-@pytest.fixture(autouse=True)
-def _built(isa):
-    """Skips where the kernels cannot run, and leaves the best instruction set behind."""
 
 
 def compiled(case):

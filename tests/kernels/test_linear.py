@@ -10,12 +10,10 @@ from torch.nn.functional import linear
 
 from moacompress.kernels.cpu import library
 
+pytestmark = pytest.mark.usefixtures("isa")
+"""Skips where the kernels cannot run, and leaves the best instruction set behind."""
+
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-
-
-@pytest.fixture(autouse=True)
-def _built(isa):
-    """Skips where the kernels cannot run, and leaves the best instruction set behind."""
 
 
 @pytest.mark.seeds(300)

@@ -13,6 +13,9 @@ from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.dispatch import REFERENCE
 from moacompress.kernels.weight_blocks import WEIGHT_TYPES, dequantized
 
+pytestmark = pytest.mark.usefixtures("isa")
+"""Skips where the kernels cannot run, and leaves the best instruction set behind."""
+
 CPU = CpuBackend()
 KINDS = list(WEIGHT_TYPES.values())
 ROUNDING = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -22,11 +25,6 @@ SUMMING = 4e-6
 FEW_ROWS = 4
 """More rows of bfloat16 are multiplied in tiles, where there are any."""
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=WEIGHT_TYPES)
-
-
-@pytest.fixture(autouse=True)
-def _built(isa):
-    """Skips where the kernels cannot run, and leaves the best instruction set behind."""
 
 
 def in_tiles(isa, dtype, rows):

@@ -10,16 +10,15 @@ import random
 
 import pytest
 import torch
-from torch.nn.functional import pad
 
 from moacompress.kernels import dispatch
 from moacompress.kernels.arguments import Scores
 from moacompress.kernels.cpu import library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.reference import tiled
-from moacompress.kernels.reference.tiled import Keys, sparse_attention, visible_keys
+from moacompress.kernels.reference.tiled import Keys, sparse_attention
 from moacompress.rules.rule import Rule
-from moacompress.rules.windows import Span, visible_intervals
+from tests import oracle
 
 OPS = torch.ops.moacompress_cpu
 CPU = CpuBackend()
@@ -32,53 +31,6 @@ few_seeds = pytest.mark.parametrize(
     "seeds", [range(2), pytest.param(range(2, SEEDS), marks=pytest.mark.heavy)], ids=["few", "more"]
 )
 every_dtype = pytest.mark.parametrize("dtype", library.DTYPES)
-
-
-def sees(case, row, head, n):
-    """Returns which of the first n tokens of a row its query n - 1 sees, bool `[n]`."""
-    rule = (int(x[head]) for x in (case.sink, case.alpha, case.beta_q))
-    (first, sink_end), (start, _) = visible_intervals(n, Span(*rule, case.min_window, case.native_window))
-    at = torch.arange(n)
-    return ((at >= first) & (at < sink_end)) | (at >= start)
-
-
-def vector(case, which, row, head, position):
-    """Returns the key or the value of a token where it lies, in the pool or in the chunk."""
-    ahead = position - int(case.past[row])
-    if ahead >= 0:
-        return getattr(case, which)[row, head, ahead]
-    block = int(case.table[row, head, position // 16])
-    for segment in getattr(case, f"{which}s"):
-        if 0 <= block < len(segment):
-            return segment[block, position % 16]
-        block -= len(segment)
-    return None
-
-
-def exactly(case, attended, *, decode):
-    """Returns what decode or prefill must give, in float64."""
-    case = case.to(torch.float64)
-    rows, heads, tokens, _ = case.query.shape
-    kv_heads, tokens = case.table.shape[1], 1 if decode else tokens
-    group = heads // kv_heads
-    out = case.value.new_zeros(rows, heads, tokens, case.value.shape[-1])
-    lse = case.value.new_full((rows, heads, tokens), -INF)
-    for row in range(rows):
-        before, real = int(case.past[row]), int(case.valid[row])
-        lengths = [before] * (before > 0) if decode else range(before + 1, before + real + 1)
-        if not lengths:
-            continue
-        n = max(lengths)
-        for head in range(kv_heads):
-            visible = torch.stack([pad(sees(case, row, head, m), (0, n - m)) for m in lengths])
-            found = [[vector(case, which, row, head, j) for j in range(n)] for which in ("key", "value")]
-            k, v = (torch.stack([torch.zeros_like(t[-1]) if x is None else x for x in t]) for t in found)
-            at = slice(head * group, (head + 1) * group)
-            logits = None if case.sink_logits is None else case.sink_logits[at]
-            query = case.query[row, at, : len(lengths)]
-            one = attended(query, k, v, visible, case.scaling, case.softcap, logits)
-            out[row, at, : len(lengths)], lse[row, at, : len(lengths)] = one
-    return (out[:, :, 0], lse[:, :, 0]) if decode else (out, lse)
 
 
 def plant(case, rng, what, number, *, decode):
@@ -100,8 +52,8 @@ def plant(case, rng, what, number, *, decode):
         at = case.query[row, rng.randrange(case.query.shape[1]), t]
     else:
         head = rng.randrange(case.table.shape[1])
-        position = rng.choice(sees(case, row, head, n).nonzero().flatten().tolist())
-        at = vector(case, what, row, head, position)
+        seen = oracle.visible(case.rule(head), n, case.min_window, case.native_window, first=n - 1)[0]
+        at = case.vector(what, row, head, rng.choice(seen.nonzero().flatten().tolist()))
     at[rng.randrange(len(at))] = number
     return True
 
@@ -118,14 +70,14 @@ def build(random_case, seed, dtype, **fixed):
 
 
 @functools.lru_cache(SEEDS)  # for all instruction sets, which come one after the other
-def planted(random_case, attended, seed, dtype, op, what, number):
+def planted(random_case, seed, dtype, op, what, number):
     """Returns a case with and without the number, and what the operator must give for each."""
     case = build(random_case, seed, dtype, **({"logits": True} if what == "logit" else {}))
     other, rng = copy.deepcopy(case), random.Random(f"{seed} {what} {number}")
     for _ in range(4 if what == "several" else 1):
         kind = rng.choice(("key", "value", "query")) if what == "several" else what
         plant(other, rng, kind, number, decode=op == "decode")
-    return other, case, *(exactly(c, attended, decode=op == "decode") for c in (other, case))
+    return other, case, *(c.by_definition(decode=op == "decode") for c in (other, case))
 
 
 PLANTS = [
@@ -140,11 +92,11 @@ PLANTS = [
 @every_dtype
 @pytest.mark.parametrize(("what", "number"), PLANTS)
 @few_seeds
-def test_numbers_that_are_seen(seeds, name, what, number, dtype, op, random_case, attended, isa, unchanged_or_as):
+def test_numbers_that_are_seen(seeds, name, what, number, dtype, op, random_case, isa, unchanged_or_as):
     isa(name)
     run = getattr(OPS, op)
     for seed in seeds:
-        other, case, *exact = planted(random_case, attended, seed, dtype, op, what, number)
+        other, case, *exact = planted(random_case, seed, dtype, op, what, number)
         unchanged_or_as(run(*getattr(other, op)), run(*getattr(case, op)), *exact, TOLERANCE[dtype])
 
 
@@ -166,7 +118,7 @@ def test_what_nobody_sees_changes_no_bit(dtype, name, random_case, isa):
 
 
 @functools.lru_cache(1)  # for all instruction sets, which come one after the other
-def far_below(random_case, attended, dtype, softcap, logits):
+def far_below(random_case, dtype, softcap, logits):
     """Returns a case and what each operator must give for it; and with many keys of scores of minus infinity, by how many."""
     case = random_case(
         3, dtype, rows=2, past=500, tokens=7, valid=7, dim=16, value_dim=16, group=2, rules=[(4, 0, 1024)] * 3
@@ -178,9 +130,9 @@ def far_below(random_case, attended, dtype, softcap, logits):
     for count in (0, 500, 400, 1):
         found[count] = other = copy.deepcopy(case)
         for head, position in itertools.product(range(case.table.shape[1]), range(count)):
-            vector(other, "key", 1, head, position)[3] = -INF
+            other.vector("key", 1, head, position)[3] = -INF
     return {
-        count: (other, {op: exactly(other, attended, decode=op == "decode") for op in ("decode", "prefill")})
+        count: (other, {op: other.by_definition(decode=op == "decode") for op in ("decode", "prefill")})
         for count, other in found.items()
     }
 
@@ -189,10 +141,10 @@ def far_below(random_case, attended, dtype, softcap, logits):
 @every_dtype
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("logits", [False, True])
-def test_scores_of_minus_infinity(softcap, logits, dtype, name, random_case, attended, isa, unchanged_or_as):
+def test_scores_of_minus_infinity(softcap, logits, dtype, name, random_case, isa, unchanged_or_as):
     """All that a query sees, or many in a row: weights are zero, or nothing is left to divide by."""
     isa(name)
-    cases = far_below(random_case, attended, dtype, softcap, logits)
+    cases = far_below(random_case, dtype, softcap, logits)
     case, before = cases[0]
     for count in (500, 400, 1):
         other, exact = cases[count]
@@ -205,14 +157,14 @@ def test_scores_of_minus_infinity(softcap, logits, dtype, name, random_case, att
 
 @everywhere
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_far_below_zero(dtype, name, random_case, attended, isa):
+def test_scores_far_below_zero(dtype, name, random_case, isa):
     isa(name)
     case = build(random_case, 1, dtype, past=33, tokens=20, valid=20, softcap=0.0, native_window=0, logits=False)
     case.query = case.query.abs() * 1e16
     for tensor in (case.key, *case.keys):
         tensor.copy_(-1e18 * tensor.abs())
     for op in ("decode", "prefill"):
-        found, exact = getattr(OPS, op)(*getattr(case, op)), exactly(case, attended, decode=op == "decode")
+        found, exact = getattr(OPS, op)(*getattr(case, op)), case.by_definition(decode=op == "decode")
         assert not found[0].isnan().any()
         assert ((found[1] - exact[1]).abs() <= 2e-2 * exact[1].abs()).all()
 
@@ -240,7 +192,7 @@ GRADIENT_PLANTS = [
 ]
 
 
-def check_gradients(run, dtype, what, number, random_case, attended, unchanged_or_as):
+def check_gradients(run, dtype, what, number, random_case, unchanged_or_as):
     for seed in range(4):
         rng = random.Random(seed)
         tokens = rng.choice((1, 20, 70))
@@ -262,7 +214,7 @@ def check_gradients(run, dtype, what, number, random_case, attended, unchanged_o
         for one, given in ((other, changed), (case, weights)):
             found.append(gradients(run, one, given))
             given = tuple(weight.double() for weight in given)
-            exact.append(gradients(lambda c: exactly(c, attended, decode=False), one.to(torch.float64), given))
+            exact.append(gradients(lambda c: c.by_definition(decode=False), one.to(torch.float64), given))
         if number == INF:  # rounding and what is summed first decide between infinity and NaN
             found, exact = ([[t.masked_fill(t.isinf(), NAN) for t in ts] for ts in both] for both in (found, exact))
         unchanged_or_as(*found, *exact, GRADIENTS[dtype])
@@ -271,9 +223,9 @@ def check_gradients(run, dtype, what, number, random_case, attended, unchanged_o
 @pytest.mark.parametrize(("what", "number"), GRADIENT_PLANTS)
 @everywhere
 @every_dtype
-def test_gradients(dtype, name, what, number, random_case, attended, isa, unchanged_or_as):
+def test_gradients(dtype, name, what, number, random_case, isa, unchanged_or_as):
     isa(name)
-    check_gradients(compiled, dtype, what, number, random_case, attended, unchanged_or_as)
+    check_gradients(compiled, dtype, what, number, random_case, unchanged_or_as)
 
 
 @everywhere
@@ -300,9 +252,9 @@ def test_nan_in_padding_reaches_no_gradient(dtype, name, random_case, isa):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("what", "number"), PLANTS)
 @few_seeds
-def test_the_reference_of_the_kernels(seeds, what, number, dtype, op, random_case, attended, unchanged_or_as):
+def test_the_reference_of_the_kernels(seeds, what, number, dtype, op, random_case, unchanged_or_as):
     for seed in seeds:
-        other, case, *exact = planted(random_case, attended, seed, dtype, op, what, number)
+        other, case, *exact = planted(random_case, seed, dtype, op, what, number)
         results = (c.decoded() if op == "decode" else c.prefilled() for c in (other, case))
         unchanged_or_as(*results, *exact, 3e-5 if dtype == torch.float32 else 1e-12, bits=False)
 
@@ -317,9 +269,9 @@ def test_the_reference_of_the_kernels(seeds, what, number, dtype, op, random_cas
         for op in ("decode", "prefill")
     ],
 )
-def test_triton(what, number, op, random_case, attended, unchanged_or_as, triton):
+def test_triton(what, number, op, random_case, unchanged_or_as, triton):
     for seed in (0, 2, 4) if op == "decode" else (0,):
-        other, case, *exact = planted(random_case, attended, seed, torch.float32, op, what, number)
+        other, case, *exact = planted(random_case, seed, torch.float32, op, what, number)
         results = (c.decoded(triton) if op == "decode" else c.prefilled(triton) for c in (other, case))
         unchanged_or_as(*results, *exact, 3e-5, bits=False)
 
@@ -327,26 +279,22 @@ def test_triton(what, number, op, random_case, attended, unchanged_or_as, triton
 @pytest.mark.parametrize(
     ("what", "number"), [plant for plant in GRADIENT_PLANTS if plant[0] in ("key", "value", "query")]
 )
-def test_gradients_of_the_reference(what, number, random_case, attended, unchanged_or_as):
+def test_gradients_of_the_reference(what, number, random_case, unchanged_or_as):
     close = functools.partial(unchanged_or_as, bits=False)
-    check_gradients(lambda case: case.prefilled(), torch.float32, what, number, random_case, attended, close)
+    check_gradients(lambda case: case.prefilled(), torch.float32, what, number, random_case, close)
 
 
-def by_rows(query, key, value, n, rule, native, softcap, logits, attended):
+def by_rows(query, key, value, n, rule, native, softcap, logits):
     """As `sparse_attention`, by the definitions."""
-    lengths = torch.arange(n - query.shape[3] + 1, n + 1)[:, None]
-    visible = visible_keys(lengths, torch.arange(n), rule.span(16, native))
-    heads = [
-        attended(query[row, head], key[row, head], value[row, head], visible, 0.3, softcap, logits and logits[head])[0]
-        for row, head in itertools.product(*map(range, key.shape[:2]))
-    ]
-    return torch.stack(heads).view(*query.shape[:-1], -1)
+    mask = oracle.visible(rule, n, 16, native, first=n - query.shape[3])
+    logits = None if logits is None else torch.cat(logits)
+    return oracle.attend(query.flatten(1, 2), key, value, mask, 0.3, softcap, logits).view(*query.shape[:-1], -1)
 
 
 @pytest.mark.parametrize("number", [NAN, INF, -INF])
 @pytest.mark.parametrize("what", ["query", "key", "value", "all keys"])
 @pytest.mark.parametrize("seed", range(16))
-def test_the_attention_in_tiles(seed, what, number, attended, unchanged_or_as, monkeypatch):
+def test_the_attention_in_tiles(seed, what, number, unchanged_or_as, monkeypatch):
     """Forward and backward, with and without a past."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -374,7 +322,7 @@ def test_the_attention_in_tiles(seed, what, number, attended, unchanged_or_as, m
         for into, wide in ((found, False), (exact, True)):
             leaves = [(t.double() if wide else t.clone()).requires_grad_() for t in one]
             if wide:
-                out = by_rows(*leaves, n, *rest, attended)
+                out = by_rows(*leaves, n, *rest)
             else:
                 _, native, softcap, logits = rest
                 stacked = None if logits is None else torch.stack(logits)

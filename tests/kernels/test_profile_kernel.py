@@ -28,17 +28,15 @@ from moacompress.models.source import model_shape
 from moacompress.recipe_sections import ProfileRecipe
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import COLUMNS, RuleTable
-from moacompress.rules.windows import Span, visible_intervals
+from tests import oracle
+
+pytestmark = pytest.mark.usefixtures("isa")
+"""Skips where the kernels cannot run, and leaves the best instruction set behind."""
 
 OPS = torch.ops.moacompress_cpu
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Of gradients, which are rounded to the dtype; sums are made in float32 whatever the dtype."""
 SUMS = 5e-6
-
-
-@pytest.fixture(autouse=True)
-def _built(isa):
-    """Skips where the kernels cannot run, and leaves the best instruction set behind."""
 
 
 @dataclass
@@ -216,15 +214,7 @@ def test_random_configurations(seed: int, isa: Callable[[str], None], poisoned_m
     assert all(torch.equal(a, b) for a, b in zip(only[:3], gradients, strict=True))
 
 
-def visible(table: RuleTable, rule: int, n: Tensor, tokens: int, native: int | None) -> Tensor:
-    """Returns what the queries n - 1 see under a rule, bool `[len(n), tokens]`."""
-    span = Span(*(int(number[rule]) for number in table.in_layer(native).span))
-    (first, sink_end), (start, _) = visible_intervals(n[:, None], span)
-    at = torch.arange(tokens)
-    return ((at >= first) & (at < sink_end)) | ((at >= start) & (at < n[:, None]))
-
-
-def by_definition(case: Case, attended: Callable[..., tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor, Tensor]:
+def by_definition(case: Case) -> tuple[list[Tensor], Tensor, Tensor]:
     """Returns gradients; the sums of squares and totals of d; and where the baselines' are NaN, `[2, kv_heads, rules]`."""
     case, spec = case.exact(), case.spec
     kv_heads, tokens = case.key.shape[1:3]
@@ -234,16 +224,22 @@ def by_definition(case: Case, attended: Callable[..., tuple[Tensor, Tensor]]) ->
     logits = None if case.sink_logit is None else case.sink_logit.view(kv_heads, -1)
     own, outs = case.plan or RuleTable.of([Rule.FULL] * kv_heads, 1), []
     sums, spoilt = torch.zeros(2, *case.sizes, dtype=torch.float64), torch.zeros(2, *case.sizes, dtype=torch.bool)
+
+    def sees_under(table: RuleTable, rule: int) -> Tensor:
+        """Which keys the queries n - 1 see under a rule, bool `[len(n), tokens]`."""
+        bounds = int(table.span.min_window[rule]), spec.native_window
+        return oracle.visible(table.rules[rule], tokens, *bounds)[n - 1]
+
     for head in range(kv_heads):
         rest = (spec.scaling, spec.softcap, None if logits is None else logits[head])
-        sees = visible(own, head, n, tokens, spec.native_window)
-        outs.append(attended(query[head], key[head], value[head], sees, *rest)[0])
-        every = visible(RuleTable.of([Rule.FULL], 1), 0, n, tokens, spec.native_window)
-        dense, lse = attended(query[head], key[head], value[head], every, *rest)
+        sees = sees_under(own, head)
+        outs.append(oracle.attend_head(query[head], key[head], value[head], sees, *rest)[0])
+        every = sees_under(RuleTable.of([Rule.FULL], 1), 0)
+        dense, lse = oracle.attend_head(query[head], key[head], value[head], every, *rest)
         pulled = (dense * grad[head]).sum(-1)
         for rule in range(case.sizes[1]):
-            would = visible(case.table, rule, n, tokens, spec.native_window)
-            moved = attended(query[head], key[head], value[head], would, *rest)[0] - outs[-1]
+            would = sees_under(case.table, rule)
+            moved = oracle.attend_head(query[head], key[head], value[head], would, *rest)[0] - outs[-1]
             hides = (would != every).any(-1)
             spoilt[:, head, rule] = torch.stack([(t.isnan() & hides).any() for t in (pulled, lse)])
             deltas = (moved * grad[head]).sum((0, 2)).detach().masked_fill((would == sees).all(-1), 0)
@@ -253,7 +249,7 @@ def by_definition(case: Case, attended: Callable[..., tuple[Tensor, Tensor]]) ->
 
 @functools.lru_cache(4)  # for all instruction sets, which come one after the other
 def spoilt_by_nan(
-    seed: int, dtype: torch.dtype, what: str, planned: bool, attended: Callable[..., tuple[Tensor, Tensor]]
+    seed: int, dtype: torch.dtype, what: str, planned: bool
 ) -> list[tuple[Case, tuple[list[Tensor], Tensor, Tensor]]]:
     """Returns a case with a NaN and one without, and what each must give."""
     rng = random.Random(seed)
@@ -262,7 +258,7 @@ def spoilt_by_nan(
     changed = getattr(other, what)
     head, token = rng.randrange(changed.shape[1]), rng.choice(other.grad[0].ne(0).any(-1).any(0).nonzero()).item()
     changed[0, head, token, rng.randrange(sizes["dim"])] = float("nan")
-    return [(one, by_definition(one, attended)) for one in (other, case)]
+    return [(one, by_definition(one)) for one in (other, case)]
 
 
 @pytest.mark.parametrize("name", library.ISAS)
@@ -275,14 +271,13 @@ def test_nan_reaches_what_sees_it(
     what: str,
     planned: bool,
     isa: Callable[[str], None],
-    attended: Callable[..., tuple[Tensor, Tensor]],
     unchanged_or_as: Callable[..., None],
 ) -> None:
     """Gradients of the rows and keys that it has a part in, and the sums of its KV head; no other bit changes."""
     isa(name)
     for seed in range(4):
         found, exact, baselines = [], [], []
-        for one, (wanted, wanted_sums, spoilt) in spoilt_by_nan(seed, dtype, what, planned, attended):
+        for one, (wanted, wanted_sums, spoilt) in spoilt_by_nan(seed, dtype, what, planned):
             *gradients, sums, _, _ = OPS.profile_backward(*one.arguments())
             found.append([t[0] for t in gradients] + [sums[:2]])
             exact.append([*wanted, wanted_sums])

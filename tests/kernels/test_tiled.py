@@ -9,26 +9,7 @@ from moacompress.kernels.arguments import Scores
 from moacompress.kernels.reference import tiled
 from moacompress.kernels.reference.tiled import Keys, sparse_attention
 from moacompress.rules.rule import SINKS, Rule
-
-
-def oracle(query, key, value, n, rule, min_window, native, scaling, softcap, sink_logits):
-    """Attention by the definitions, one row at a time."""
-    batch, kv_heads, group, rows, _ = query.shape
-    out = torch.zeros(batch, kv_heads, group, rows, value.shape[-1], dtype=value.dtype)
-    for row in range(rows):
-        i = n - rows + row
-        w = min(i + 1, max(min_window, rule.alpha + rule.beta_q * (i + 1) // 1024))
-        seen = [j for j in range(i + 1) if (j < rule.sink or j > i - w) and (native is None or j > i - native)]
-        scores = torch.einsum("bhgd,bhnd->bhgn", query[:, :, :, row], key[:, :, seen]) * scaling
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        if sink_logits is not None:
-            extra = sink_logits[None, :, :, None].expand(batch, -1, -1, 1)
-            weights = torch.cat((scores, extra), -1).softmax(-1)[..., :-1]
-        else:
-            weights = scores.softmax(-1)
-        out[:, :, :, row] = torch.einsum("bhgn,bhnd->bhgd", weights, value[:, :, seen])
-    return out
+from tests import oracle
 
 
 @pytest.mark.seeds(60)
@@ -53,13 +34,14 @@ def test_random_configurations(seed, monkeypatch):
     sink_logits = torch.randn(kv_heads, group, dtype=torch.float64) if rng.random() < 0.3 else None
     monkeypatch.setattr(tiled, "MAX_TILE", rng.choice([16, 32, 256]))
     monkeypatch.setattr(tiled, "COPY_GAP", rng.choice([0, 64]))
-    settings = (rule, 16, native, 0.3, softcap, sink_logits)
     scores = Scores(0.3, softcap or 0.0, sink_logits)
     (found,) = sparse_attention(query, Keys(key, value, [(0, n)]), n, rule.span(16, native), scores)
     again, _ = sparse_attention(query, Keys(key, value, [(0, n)]), n, rule.span(16, native), scores, with_lse=True)
     assert (again - found).abs().max() < 1e-12
-    expected = oracle(query, key, value, n, *settings)
-    assert (found - expected).abs().max() < 1e-12
+    mask = oracle.visible(rule, n, 16, native, first=n - rows)
+    logits = None if sink_logits is None else sink_logits.flatten()
+    expected = oracle.attend(query.flatten(1, 2), key, value, mask, 0.3, softcap, logits)
+    assert (found.flatten(1, 2) - expected).abs().max() < 1e-12
 
 
 def test_columns_of_pieces():

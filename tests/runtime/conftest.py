@@ -1,92 +1,21 @@
-"""The oracle of the runtime tests: a stock model whose attention uses explicit masks, written from the definitions."""
+"""Models under plans, their decode steps, and the calls that these make."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moacompress.kernels import dispatch
 from moacompress.kernels.cpu import cpu_backend
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.models.source import model_shape
-from moacompress.rules.plan import Plan
 from moacompress.runtime import attach
 from moacompress.runtime.decode import all_layers
 from tests.pretend_device import launch_there
-
-_MASKS: dict[int, torch.Tensor] = {}
-
-
-def explicit_mask(plan: Plan, layer: int, n: int) -> torch.Tensor:
-    """Returns bool `[kv_heads, n, n]`, True where visible, by the words of the definition and nothing shared with the code."""
-    mask = torch.zeros(plan.model.kv_heads, n, n, dtype=torch.bool)
-    native = plan.model.native_windows[layer]
-    for head, rule in enumerate(plan.rules[layer]):
-        for i in range(n):
-            w = min(i + 1, max(plan.min_window, rule.alpha + rule.beta_q * (i + 1) // 1024))
-            for j in range(i + 1):
-                seen = j < rule.sink or j > i - w
-                mask[head, i, j] = seen and (native is None or j > i - native)
-    return mask
-
-
-def attended(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    visible: torch.Tensor,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Returns attention with the whole matrix, `[batch, n, heads, value_dim]`; `visible` is bool `[kv_heads, n, n]`."""
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~visible.repeat_interleave(group, 0), -torch.inf)
-    if sinks is not None:
-        scores = torch.cat((scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), -1)
-    return (scores.softmax(-1)[..., : key.shape[2]] @ value).transpose(1, 2).contiguous()
-
-
-def _explicit_attention(
-    module: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    attention_mask: Any,
-    scaling: Any = None,
-    softcap: Any = None,
-    **kw: Any,
-) -> tuple[torch.Tensor, None]:
-    return attended(query, key, value, _MASKS[module.layer_idx], scaling, softcap, kw.get("s_aux")), None
-
-
-AttentionInterface.register("explicit_mask", _explicit_attention)
-AttentionMaskInterface.register("explicit_mask", lambda *args, **kwargs: None)
-
-
-@pytest.fixture
-def explicit_logits() -> Callable[[PreTrainedModel, Plan, torch.Tensor], torch.Tensor]:
-    """Returns a function giving a dense model's logits under a plan's explicit masks: `[batch, n, vocabulary]`."""
-
-    def run(model: PreTrainedModel, plan: Plan, ids: torch.Tensor) -> torch.Tensor:
-        _MASKS.clear()
-        _MASKS.update({layer: explicit_mask(plan, layer, ids.shape[1]) for layer in range(plan.model.layers)})
-        before = model.config._attn_implementation_internal
-        model.config._attn_implementation_internal = "explicit_mask"
-        try:
-            return model(ids, use_cache=False).logits
-        finally:
-            model.config._attn_implementation_internal = before
-
-    return run
 
 
 @pytest.fixture
@@ -103,21 +32,6 @@ def token_ids() -> Callable[..., torch.Tensor]:
 def device(request: pytest.FixtureRequest) -> str:
     """Where a test's cache is: on the CPU, for Triton's interpreter, and on a GPU."""
     return str(request.param)
-
-
-@pytest.fixture
-def triton(use_backend: Callable[[str], Any]) -> Any:
-    """The kernels in Triton, for all attention of the test: by the interpreter, or on the GPU where a process is for that."""
-    return use_backend("triton")
-
-
-@pytest.fixture
-def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Blocks are full of NaN until something is written there."""
-    on_a_gpu = request.node.get_closest_marker("gpu") is not None  # where some of what is called has no other way
-    torch.use_deterministic_algorithms(True, warn_only=on_a_gpu)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

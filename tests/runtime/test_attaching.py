@@ -13,8 +13,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedC
 
 from moacompress.core.errors import BudgetError, ModelError, PlanError
 from moacompress.models.source import model_shape
-from moacompress.rules.plan import Plan
-from moacompress.rules.share import Share, with_shared_rules
+from moacompress.rules.share import Share
 from moacompress.runtime import PlanCache, attach, detach
 from moacompress.runtime.hf import attaching
 from moacompress.runtime.hf.attaching import attached_plan
@@ -133,8 +132,7 @@ def test_bytes_of_prefixes_that_are_none_change_nothing(earlier, tiny_model, ran
         attach(model, own)
     expected = model(ids).logits
     monkeypatch.setenv("MOACOMPRESS_PREFIXES", "lots")
-    shares = (None, Share(0, (1, 0)), None)
-    shared = Plan(other.model, other.min_window, with_shared_rules(other.rules, shares), shares=shares)
+    shared = plan_kinds.with_shares(other, (None, Share(0, (1, 0)), None))
     with pytest.raises(BudgetError, match="MOACOMPRESS_PREFIXES: size 'lots'"):
         attach(model, shared)
     monkeypatch.delenv("MOACOMPRESS_PREFIXES")

@@ -17,19 +17,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from moacompress.core.errors import UnsupportedError
-from moacompress.models.source import model_shape
-from moacompress.rules.plan import Plan
 from moacompress.runtime import attach
 from moacompress.runtime.compat.alternates import cache_argument, returned_cache
 from moacompress.runtime.hf.attaching import attached_plan
 from tests import plan_kinds
-from tests.conftest import TINY
-from tests.plan_kinds import random_plan
+from tests.conftest import TINY, five_layers
 from tests.refusals import SENTENCES, sentence
-from tests.runtime.test_sharing import shares_of, with_shares
 
 NEW = 8
 """Tokens that are generated."""
@@ -324,15 +320,7 @@ OF_ONE: tuple[Callable[[Case], None], ...] = (it_is_compiled, it_is_exported)
 """Of one family: a graph takes seconds, and `test_compile.py` has every family's."""
 
 
-def shares(model: PreTrainedModel) -> Plan:
-    """Layers that share attention."""
-    shape = model_shape(model)
-    return with_shares(random_plan(shape, seed=5), shares_of(shape, 1))
-
-
-KINDS = (*plan_kinds.KINDS.values(), shares)
-LAYERS = {"gemma3_text": 5, "cohere2": 5}
-TYPES = [*["sliding_attention", "full_attention"] * 2, "sliding_attention"]
+KINDS = (*plan_kinds.KINDS.values(), plan_kinds.shares)
 
 
 @pytest.fixture(scope="module")
@@ -340,10 +328,7 @@ def made(tiny_model: Callable[..., Any]) -> Callable[[str, Any], Any]:
     """Makes a tiny model of a family under a plan of a kind."""
 
     def make(family: str, kind: Any) -> Any:
-        more: dict[str, Any] = {}
-        if kind is shares:
-            more = {"num_hidden_layers": 5, **({"layer_types": TYPES} if family in LAYERS else {})}
-        model = tiny_model(family, **more)
+        model = tiny_model(family, **(five_layers(family) if kind is plan_kinds.shares else {}))
         return attach(model, kind(model))
 
     return make

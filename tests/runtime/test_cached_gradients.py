@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
+import itertools
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,43 +13,33 @@ from moacompress.core.errors import UnsupportedError
 from moacompress.models.modules import attention_modules
 from moacompress.models.source import model_shape
 from moacompress.rules.formats import FORMATS
-from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.plan import Plan
-from moacompress.rules.rule import Rule
-from moacompress.rules.share import Share, with_shared_rules
+from moacompress.rules.share import Share
 from moacompress.runtime import PlanCache, attach
+from tests import plan_kinds
 
 N = 60
-KINDS = ("windows", "formats", "gates", "gates and formats", "copies and formats")
 
 
-def plan_of(kind: str, model: Any, draw: Callable[..., Plan]) -> Plan:
-    shape, formats = model_shape(model), kind.endswith("formats")
-    if kind.startswith("gates"):
-        random_, numbers = random.Random(1), np.random.default_rng(1)
-        sizes = (shape.layers, shape.kv_heads, model.config.hidden_size), (shape.layers, shape.kv_heads)
-        gates = GateWeights(*(numbers.standard_normal(size).astype(np.float32) for size in sizes))
-        names = [*FORMATS] if formats else ["native"]
-        made = [
-            [
-                Rule(4, random_.choice((0, 20)), 0, random_.choice(names), random_.choice(names), *select)
-                for select in random_.sample([(9, 0), (0, 200)], shape.kv_heads)
-            ]
-            for _ in range(shape.layers)
-        ]
-        return Plan(shape, 16, tuple(map(tuple, made)), gates=gates.fingerprint, gate_weights=gates)
-    plan = draw(shape, 3, formats=formats)
-    if not kind.startswith("copies"):
-        return plan
-    shares = (None, Share(0, (1, 0)), None)
-    return Plan(shape, plan.min_window, with_shared_rules(plan.rules, shares), shares=shares)
+def gates_and_formats(model: Any) -> Plan:
+    plan = plan_kinds.gates(model)
+    formats = itertools.cycle(itertools.product(FORMATS, FORMATS))
+    rules = [[rule.in_formats(*next(formats)) for rule in row] for row in plan.rules]
+    return replace(plan, rules=tuple(map(tuple, rules)))
+
+
+def copies_and_formats(model: Any) -> Plan:
+    return plan_kinds.with_shares(plan_kinds.formats(model), (None, Share(0, (1, 0)), None))
+
+
+KINDS = (plan_kinds.windows, plan_kinds.formats, plan_kinds.gates, gates_and_formats, copies_and_formats)
 
 
 @pytest.fixture(params=KINDS)
-def trained(request: Any, tiny_model: Any, random_plan: Any) -> Any:
+def trained(request: Any, tiny_model: Any) -> Any:
     """A model in training, gates aside, under every kind of plan."""
     model = tiny_model("llama")
-    attach(model, plan_of(request.param, model, random_plan))
+    attach(model, request.param(model))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("gate" not in name.split("."))
     return model.train()
@@ -109,10 +98,9 @@ def test_a_step_after_a_prefix_is_a_chunk_after_it(trained: Any, token_ids: Any)
     assert same(*found)
 
 
-def test_gates_learn_with_an_empty_cache(tiny_model: Any, random_plan: Any, token_ids: Any) -> None:
+def test_gates_learn_with_an_empty_cache(tiny_model: Any, token_ids: Any) -> None:
     model, ids = tiny_model("llama"), token_ids(2, N)
-    plan = plan_of("gates and formats", model, random_plan)
-    attach(model, plan)
+    attach(model, gates_and_formats(model))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith("gate.weight"))
     gates: list[Any] = [module.gate for module in attention_modules(model)]

@@ -18,11 +18,11 @@ from moacompress.models.source import model_shape
 from moacompress.rules.key_centres import as_centres, centre_numbers
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.rules.share import Share, with_shared_rules
-from moacompress.runtime import PlanCache, attach, keep_prefixes
+from moacompress.rules.share import Share
+from moacompress.runtime import PlanCache, attach
 from moacompress.runtime.decode import attention
 from tests.conftest import TINY
-from tests.plan_kinds import KINDS, centres, random_centres, random_plan
+from tests.plan_kinds import KINDS, centres, random_centres, random_plan, with_shares
 from tests.runtime.test_routes import WITHOUT
 
 BOUNDED = "gemma2"
@@ -38,8 +38,7 @@ def plan_of(model: Any, kind: str) -> Plan:
     plan = random_plan(model_shape(model), seed=5)
     windows = plan.model.native_windows
     heads = tuple(reversed(range(plan.model.kv_heads)))
-    shares = (None, None, Share(0 if windows[0] == windows[2] else 1, heads))
-    return replace(plan, rules=with_shared_rules(plan.rules, shares), shares=shares)
+    return with_shares(plan, (None, None, Share(0 if windows[0] == windows[2] else 1, heads)))
 
 
 def give_centres(model: Any, norm: float = NORM) -> Any:
@@ -145,23 +144,6 @@ def test_compiled_by_torch(kind: str, pair: Any, token_ids: Any) -> None:
         expected = stepped(plain, ids)
         assert_close(stepped(torch.compile(moved, backend="eager"), ids), expected)
     torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("kind", NATIVE)
-def test_ways_to_generate(kind: str, pair: Any, token_ids: Any) -> None:
-    plain, moved = pair(kind=kind)
-    ids = token_ids(1, 50) % 160
-    rest = {"max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-    ways: list[dict[str, Any]] = [{"do_sample": False}, {"do_sample": False, "num_beams": 3}]
-    if kind != "shares":
-        ways.append({"do_sample": False, "prompt_lookup_num_tokens": 3})
-    for way in ways:
-        assert plain.generate(ids, **rest, **way).tolist() == moved.generate(ids, **rest, **way).tolist()
-    keep_prefixes(moved, 2**30)
-    for tokens in (50, 40):
-        more = torch.cat([ids[:, :tokens], token_ids(1, 20, seed=tokens) % 160], 1)
-        given = {**rest, "do_sample": False, "attention_mask": torch.ones_like(more)}
-        assert plain.generate(more, **given).tolist() == moved.generate(more, **given).tolist()
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt_oss"])

@@ -230,20 +230,6 @@ def test_the_one_is_detached_and_the_other_stays(detached, copied, under_plan, p
     assert torch.equal(logits(kept, plan), expected)
 
 
-@pytest.mark.parametrize("way", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}])
-def test_it_generates(way, copied, under_plan):
-    made = under_plan()
-    ids = torch.randint(3, 160, (1, PROMPT))
-    settings = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0, **way}
-    expected = made.generate(ids, **settings)
-    twin = copied(made)
-    del made
-    gc.collect()
-    found = twin.generate(ids, return_dict_in_generate=True, **settings)
-    assert torch.equal(found.sequences, expected)
-    assert isinstance(found.cache, PlanCache)
-
-
 def test_of_a_loaded_model(copied, under_plan, plans, tmp_path):
     plan, _ = plans()
     under_plan().save_pretrained(tmp_path / "first")

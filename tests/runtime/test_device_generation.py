@@ -22,13 +22,14 @@ from moacompress.runtime.hf.attaching import attached_plan
 from moacompress.runtime.hf.device_generation import DeviceSteps, Sampling, greedy
 from tests import plan_kinds
 from tests.pretend_device import KIND
-from tests.runtime.test_sharing import with_shares
 
 PLANS: dict[str, Callable[[Any], Any]] = {
     "spans": lambda model: plan_kinds.random_plan(model_shape(model), 1),
     "formats": lambda model: plan_kinds.random_plan(model_shape(model), 1, formats=True),
     "gates": lambda model: plan_kinds.gated_plan(model, 1),
-    "shares": lambda model: with_shares(plan_kinds.random_plan(model_shape(model), 3), (None, Share(0, (1, 0)))),
+    "shares": lambda model: plan_kinds.with_shares(
+        plan_kinds.random_plan(model_shape(model), 3), (None, Share(0, (1, 0)))
+    ),
 }
 
 

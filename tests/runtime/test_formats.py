@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import types
 from collections.abc import Callable
 from typing import Any, cast
@@ -11,9 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from moacompress.kernels.reference.rounding import round_to
 from moacompress.models.source import model_shape
-from moacompress.rules.formats import FORMATS
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
@@ -24,6 +21,7 @@ from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.cache.pool import Layout, Pool
 from moacompress.runtime.decode.attention import attention_forward
 from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
+from tests import oracle
 
 MODULE: Any = types.SimpleNamespace(is_causal=True)
 RULES = (Rule(4, 20, 0, "int8", "int4"), Rule(16, 0, 300, "native", "int8"), Rule(4, 0, 1024, "int4", "native"))
@@ -70,24 +68,6 @@ def test_values_beyond_float16_are_said_once(monkeypatch: pytest.MonkeyPatch, ca
     assert len(caplog.records) == 1
 
 
-def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention by the definitions, with gradients straight through the rounding: `[rows, tokens, heads, dim]`."""
-    tokens, group = query.shape[2], query.shape[1] // key.shape[1]
-    n, j = torch.arange(1, tokens + 1)[:, None], torch.arange(tokens)[None]
-    out = []
-    for head, rule in enumerate(RULES):
-        sides = []
-        for x, name in ((key[:, head], rule.key_format), (value[:, head], rule.value_format)):
-            bits = FORMATS[name].bits
-            sides.append(x + (round_to(x, bits) - x).detach() if bits else x)
-        (first, sink_end), (start, _) = visible_intervals(n, rule.span(16))
-        seen = ((first <= j) & (j < sink_end)) | ((start <= j) & (j < n))
-        asking = query[:, head * group : (head + 1) * group]
-        scores = (asking @ sides[0][:, None].transpose(2, 3) * query.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf)
-        out.append(scores.softmax(-1) @ sides[1][:, None])
-    return torch.cat(out, 1).transpose(1, 2)
-
-
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("padded", [False, True])
 def test_gradients_pass_straight_through_the_rounding(padded: bool) -> None:
@@ -98,10 +78,11 @@ def test_gradients_pass_straight_through_the_rounding(padded: bool) -> None:
         real[1, 61:] = False
     context = LayerContext.of(0, RULES, 16, None)
     found = attended(context, None, tensors, real if padded else None)
-    wanted = plain(*tensors)
+    wanted = oracle.attend_under(RULES, 16, *tensors).transpose(1, 2).float()
     if padded:
         # a padded query sees nothing, but in the last column, which sees what the last real token does
-        ends = plain(torch.cat((tensors[0][:, :, :60], tensors[0][:, :, -1:]), 2), *(t[:, :, :61] for t in tensors[1:]))
+        query = torch.cat((tensors[0][:, :, :60], tensors[0][:, :, -1:]), 2)
+        ends = oracle.attend_under(RULES, 16, query, *(t[:, :, :61] for t in tensors[1:])).transpose(1, 2).float()
         wanted = torch.cat((wanted[1, :61], torch.zeros_like(wanted[1, :8]), ends[1, 60:]))[None]
         found = found[1:]
     assert (found - wanted).abs().max() < 1e-5
@@ -124,42 +105,11 @@ def test_the_straight_way_gives_what_a_forward_without_gradients_gives(coded: tu
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.usefixtures("compiled_kernels")
-def test_a_decode_step_of_a_known_family_is_one_call(coded: tuple[Any, Plan], token_ids: Any) -> None:
-    model, plan = coded
-    cache = PlanCache(plan)
-    out = model.generate(token_ids(2, 90), cache=cache, max_new_tokens=9, do_sample=False, eos_token_id=None)
-    assert out.shape == (2, 99)
-    assert dict(cache.step_routes) == {"all layers": 8 * plan.model.layers}
-    assert cache.used_bytes() == plan.kv_bytes(98, batch=2)
-    assert cache.kv_bytes() >= cache.used_bytes()
-
-
-def test_copies_go_on_alike(coded: tuple[Any, Plan], token_ids: Any) -> None:
-    """A fork, and one that was pickled, hold the same codes and give the same tokens."""
-    model, plan = coded
-    ids = token_ids(2, 80)
-    cache = PlanCache(plan)
-    with torch.no_grad():
-        model(ids[:, :50], cache=cache)
-        copies = [cache.fork(), pickle.loads(pickle.dumps(cache)), cache]
-        assert copies[1].used_bytes() == cache.used_bytes()
-        ends = [torch.cat([model(ids[:, i : i + 1], cache=copy).logits for i in range(50, 80)], 1) for copy in copies]
-    assert all(torch.equal(end, ends[0]) for end in ends)
-
-
 def test_beams_share_blocks_and_are_as_without_a_cache(coded: tuple[Any, Plan], token_ids: Any) -> None:
     model, _ = coded
     settings = {"num_beams": 3, "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     ids = token_ids(1, 70)
     assert torch.equal(model.generate(ids, **settings), model.generate(ids, use_cache=False, **settings))
-
-
-def test_drafts_are_rolled_back(coded: tuple[Any, Plan], token_ids: Any) -> None:
-    model, _ = coded
-    ids = token_ids(1, 40).repeat(1, 3)
-    settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=4, **settings), model.generate(ids, **settings))
 
 
 @pytest.mark.usefixtures("compiled_kernels")

@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels.reference.rounding import rounded
-from moacompress.rules.formats import FORMATS
 from moacompress.rules.rule import Rule
 from moacompress.runtime.decode.attention import attention_forward
 from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
 from moacompress.runtime.decode.gate_gradients import MUCH, WIDTH
-from tests.runtime.test_gates import DIM, GROUP, MIN_WINDOW, MODULE, Case, visible
+from tests import oracle
+from tests.runtime.test_gates import DIM, GROUP, MIN_WINDOW, MODULE, Case
 
 
 def attended(case: Case, trained: torch.Tensor | None, mask: torch.Tensor | None = None, **given: Any) -> torch.Tensor:
@@ -54,7 +53,7 @@ def expected(case: Case, grad: torch.Tensor, softcap: float, sinks: torch.Tensor
     found = torch.zeros(case.scores.shape, dtype=torch.float64)
     scores = case.scores.double() / 256
     keys, values = (
-        rounded(side, [FORMATS[getattr(rule, name)].code for rule in case.rules]).double()
+        oracle.kept_by_head(side, [getattr(rule, name) for rule in case.rules]).double()
         for side, name in ((case.key, "key_format"), (case.value, "value_format"))
     )
     for row in range(case.rows):
@@ -62,8 +61,8 @@ def expected(case: Case, grad: torch.Tensor, softcap: float, sinks: torch.Tensor
             if not rule.selects:
                 continue
             own, value = scores[row, head], values[row, head]
-            masks = visible(rule, case.scores[row, head].tolist(), case.n)
-            window = visible(Rule(rule.sink, rule.alpha, rule.beta_q), [0] * case.n, case.n)
+            masks = oracle.visible(rule, case.n, MIN_WINDOW, scores=case.scores[row, head].tolist())
+            window = oracle.visible(rule.without_choice(), case.n, MIN_WINDOW)
             raw = case.query[row, head * GROUP : (head + 1) * GROUP].double() @ keys[row, head].T * DIM**-0.5
             raw = torch.tanh(raw / softcap) * softcap if softcap else raw
             for i in range(case.n):

@@ -1,4 +1,4 @@
-"""Tokens that gates keep: attention against masks from the words of the definition, in chunks, batches, formats and forks."""
+"""Tokens that gates keep: attention as the oracle has it, and what models, checkpoints and caches make of gates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ import torch
 
 from moacompress.core.errors import PlanError, UnsupportedError
 from moacompress.kernels.kv_parts import read_tokens
-from moacompress.kernels.reference.rounding import rounded
 from moacompress.models.fingerprint import weights_fingerprint
 from moacompress.models.source import model_shape
 from moacompress.rules.formats import FORMATS
@@ -32,38 +31,12 @@ from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.real_tokens import Chunk
 from moacompress.runtime.decode.attention import attention_forward
 from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
+from tests import oracle
 from tests.plan_kinds import gated_plan
 
 MODULE: Any = types.SimpleNamespace(is_causal=True)
 MIN_WINDOW = 16
 DIM, GROUP = 8, 2
-
-
-def visible(rule: Rule, scores: list[int], n: int) -> torch.Tensor:
-    """Returns bool `[n, n]`, True where a query sees a key, by the words of the definition and nothing shared with the code."""
-    mask = torch.zeros(n, n, dtype=torch.bool)
-    kept: list[int] = []  # places: positions of tokens
-    gone = 0  # tokens that have left
-    for i in range(n):
-        w = min(i + 1, max(MIN_WINDOW, rule.alpha + rule.beta_q * (i + 1) // 1024))
-        while rule.sink + gone <= i - w:
-            token, gone = rule.sink + gone, gone + 1
-            if len(kept) < min(gone, rule.select_alpha + rule.select_beta_q * gone // 1024):
-                kept.append(token)
-            elif kept:
-                least = min(range(len(kept)), key=lambda place: (scores[kept[place]], place))
-                if scores[token] > scores[kept[least]]:
-                    kept[least] = token
-        for j in range(i + 1):
-            mask[i, j] = j < rule.sink or j > i - w or j in kept
-    return mask
-
-
-def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Attention with the whole matrix, `[rows, n, heads, dim]`; `masks` is bool `[rows, kv_heads, n, n]`."""
-    key, value, masks = (tensor.repeat_interleave(GROUP, 1) for tensor in (key, value, masks))
-    scores = (query @ key.transpose(2, 3) * DIM**-0.5).masked_fill(~masks, -torch.inf)
-    return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
 class Case:
@@ -92,19 +65,8 @@ class Case:
         self.table = RuleTable.of(self.rules, MIN_WINDOW)
 
     def expected(self) -> torch.Tensor:
-        masks = torch.stack(
-            [
-                torch.stack([visible(rule, row[head].tolist(), self.n) for head, rule in enumerate(self.rules)])
-                for row in self.scores
-            ]
-        )
-        keys, values = (
-            rounded(side, [FORMATS[getattr(rule, name)].code for rule in self.rules]).to(side.dtype)
-            if any(getattr(rule, name) != "native" for rule in self.rules)
-            else side
-            for side, name in ((self.key, "key_format"), (self.value, "value_format"))
-        )
-        return dense(self.query, keys, values, masks)
+        found = oracle.attend_under(self.rules, MIN_WINDOW, self.query, self.key, self.value, gate_scores=self.scores)
+        return found.transpose(1, 2).to(self.query.dtype)
 
     def cache(self) -> Any:
         layer = PlanCacheLayer(self.table, reserve=self.rng.choice((None, self.n)))
@@ -161,16 +123,6 @@ def test_a_step_of_one_layer_is_a_single_call(seed: int, formats: bool) -> None:
         assert torch.allclose(case.attended(cache, at, at + 1), expected[:, at : at + 1], atol=1e-3), at
         case.check_bytes(cache, at + 1)
     assert cache.step_routes == {"cache step": case.n - cut}
-
-
-@pytest.mark.parametrize("seed", range(100, 120))
-def test_formats_are_attended_to_as_they_are_kept(seed: int) -> None:
-    case = Case(seed, formats=True, dtype=torch.float32)
-    expected = case.expected()
-    assert torch.allclose(case.attended(None, 0, case.n), expected, atol=2e-5)
-    cache = case.cache()
-    for first, end in case.chunks():
-        assert torch.allclose(case.attended(cache, first, end), expected[:, first:end], atol=2e-5), (first, end)
 
 
 @pytest.mark.parametrize("seed", range(200, 215))
@@ -242,23 +194,6 @@ def test_gradients_are_those_of_the_masks() -> None:
         grads.append(torch.autograd.grad((out * weight).sum(), (case.query, case.key, case.value)))
     for ours, theirs in zip(*grads, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-9)
-
-
-def test_models_step_as_they_read(tiny_model: Callable[..., Any], token_ids: Callable[..., Any], family: str) -> None:
-    experts = family in ("qwen3_moe", "gpt_oss")  # torch multiplies groups of these in float32 at most
-    model = tiny_model(family).to(torch.float32 if experts else torch.float64).eval()
-    plan = gated_plan(model, 5).in_dtype("float32" if experts else "float64")
-    attach(model, plan)
-    assert plan.selects or all(plan.model.native_windows)
-    ids, tolerance = token_ids(2, 120), 1e-3 if experts else 1e-8
-    with torch.no_grad():
-        whole = model(ids, use_cache=False).logits
-        cache = model(ids[:, :70]).cache
-        steps = torch.cat([model(ids[:, at : at + 1], cache=cache).logits for at in range(70, 120)], 1)
-    assert torch.allclose(steps, whole[:, 70:], atol=tolerance)
-    assert cache.used_bytes() == plan.kv_bytes(120, batch=2)
-    alone = model(ids[1:], use_cache=False).logits
-    assert torch.allclose(alone, whole[1:], atol=tolerance)
 
 
 def test_models_step_on_a_gpus_kernels_as_they_read(

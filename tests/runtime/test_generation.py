@@ -1,17 +1,13 @@
-"""Every way of generating with a compressed model gives what a dense model with the explicit mask gives."""
-
-import threading
+"""Generating with a compressed model, padded or not, gives what single rows and runs without a cache give."""
 
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import StoppingCriteriaList
 
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
-from moacompress.rules.rule import Rule
 from moacompress.runtime import attach, detach
 from moacompress.runtime.cache import pool
-from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.compat.alternates import returned_cache
 
 TOLERANCE = 1e-4
@@ -61,20 +57,6 @@ def assert_same_tokens(model, prompt, found, expected):
 @pytest.fixture
 def rows(token_ids):
     return [token_ids(1, size, seed=size)[0] for size in (70, 7, 41, 100)]
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("holes", [0, 9])
-@pytest.mark.parametrize("cached", [False, True])
-def test_padded_logits_are_those_of_single_rows(side, holes, cached, model, rows, explicit_logits):
-    ids, mask = padded(rows, side, holes)
-    with torch.no_grad():
-        found = model(ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=cached).logits
-        plan = model.config.quantization_config.plan
-        detach(model)
-        for number, row in enumerate(rows):
-            expected = explicit_logits(model, plan, row[None])[0]
-            assert (found[number, mask[number].bool()] - expected).abs().max() < TOLERANCE
 
 
 def test_padded_chunks_and_steps(model, rows, token_ids):
@@ -131,14 +113,6 @@ def test_left_padded_greedy(chunk, model, rows):
         assert_same_tokens(model, row, found, alone)
 
 
-def test_prompts_with_holes(model, rows):
-    ids, mask = padded(rows, holes=6)
-    together = model.generate(ids, attention_mask=mask, **settings(max_new_tokens=15))[:, ids.shape[1] :]
-    for number, row in enumerate(rows):
-        alone = model.generate(row[None], attention_mask=torch.ones(1, len(row)), **settings(max_new_tokens=15))[0]
-        assert_same_tokens(model, row, torch.cat((row, together[number])), alone)
-
-
 @pytest.mark.parametrize("kinds", [{}, {"num_beams": 3}, {"prefill_chunk_size": 7}])
 def test_prompts_that_end_in_padding(kinds, model, rows):
     """Generating continues from a padded token then, in a dense model too; with and without a cache the same."""
@@ -166,43 +140,6 @@ def test_rows_that_end_early(model, rows):
         assert found[row, ids.shape[1] :][:length].tolist() == new[:length]
 
 
-def reference_beams(logits_of, prompt, beams, steps):
-    """Beam search by its definition, on whole sequences without a cache; length penalty 1, no end token."""
-    hypotheses = [(0.0, prompt)]
-    for _ in range(steps):
-        batch = torch.stack([ids for _, ids in hypotheses])
-        scores = logits_of(batch)[:, -1].log_softmax(-1)
-        grown = [
-            (score + float(scores[number, token]), torch.cat((ids, torch.tensor([token]))))
-            for number, (score, ids) in enumerate(hypotheses)
-            for token in scores[number].topk(2 * beams).indices.tolist()
-        ]
-        hypotheses = sorted(grown, key=lambda item: -item[0])[:beams]
-    return hypotheses
-
-
-@pytest.mark.parametrize("beams", [2, 5])
-def test_beam_search(beams, model, token_ids, explicit_logits):
-    prompt = token_ids(1, 90, seed=3)[0]
-    found = model.generate(
-        prompt[None], **settings(num_beams=beams, num_return_sequences=beams, max_new_tokens=12, length_penalty=0.0)
-    )
-    plan = model.config.quantization_config.plan
-    detach(model)
-    with torch.no_grad():
-        expected = reference_beams(lambda ids: explicit_logits(model, plan, ids), prompt, beams, 12)
-    assert torch.equal(found, torch.stack([ids for _, ids in expected]))
-
-
-def test_beam_search_of_padded_rows(model, rows):
-    ids, mask = padded(rows)
-    kinds = settings(num_beams=3, max_new_tokens=10)
-    together = model.generate(ids, attention_mask=mask, **kinds)[:, ids.shape[1] :]
-    for number, row in enumerate(rows):
-        alone = model.generate(row[None], attention_mask=torch.ones(1, len(row)), **kinds)[0, len(row) :]
-        assert torch.equal(together[number], alone)
-
-
 def test_beam_sampling_and_return_sequences(model, rows):
     """Runs with shared blocks equal those with caches of their own: full span needs no plan to compare with."""
     ids, mask = padded(rows[:2])
@@ -221,92 +158,6 @@ def test_beam_sampling_and_return_sequences(model, rows):
     stock = model.generate(ids, attention_mask=mask, num_beams=3, **settings(max_new_tokens=8))
     attach(model, Plan.full(plan.model))
     assert torch.equal(model.generate(ids, attention_mask=mask, num_beams=3, **settings(max_new_tokens=8)), stock)
-
-
-@pytest.fixture
-def repetitive(token_ids):
-    return token_ids(1, 12, seed=4).repeat(1, 12)
-
-
-def test_prompt_lookup(model, repetitive):
-    expected = model.generate(repetitive, **settings(max_new_tokens=60))
-    found = model.generate(repetitive, prompt_lookup_num_tokens=7, **settings(max_new_tokens=60))
-    assert_same_tokens(model, repetitive[0], found[0], expected[0])
-
-
-@pytest.mark.parametrize("who", ["target", "assistant", "both"])
-def test_assisted_decoding(who, model, tiny_model, random_plan, repetitive):
-    other = tiny_model()
-    if who == "both":
-        attach(other, random_plan(model_shape(other), 8))
-    target, assistant = (other, model) if who == "assistant" else (model, other)
-    assistant.generation_config.num_assistant_tokens = 9
-    assistant.generation_config.num_assistant_tokens_schedule = "constant"
-    assistant.generation_config.assistant_confidence_threshold = 0.0
-    expected = target.generate(repetitive, **settings(max_new_tokens=60))
-    drafted = []
-    forward = target.forward
-
-    def spy(*args, **kwargs):
-        drafted.append(kwargs["input_ids"].shape[1])
-        return forward(*args, **kwargs)
-
-    target.forward = spy
-    found = target.generate(
-        repetitive, assistant_model=assistant, return_dict_in_generate=True, **settings(max_new_tokens=60)
-    )
-    del target.forward
-    assert_same_tokens(target, repetitive[0], found.sequences[0], expected[0])
-    assert max(drafted[1:]) > 5, "drafts were verified, or this shows nothing"
-    assert len(drafted) < 60 or who != "target"
-
-
-def test_assisted_decoding_keeps_memory_bounded(tiny_model, token_ids):
-    model = tiny_model()
-    plan = Plan.uniform(model_shape(model), Rule(4, 32, 0))
-    attach(model, plan)
-    out = model.generate(
-        token_ids(1, 12).repeat(1, 60),
-        prompt_lookup_num_tokens=10,
-        return_dict_in_generate=True,
-        **settings(max_new_tokens=50),
-    )
-    blocks = (plan.rules[0][0].slots(770, plan.min_window) + 128) // 16 + 2
-    assert max(layer.blocks for layer in out.cache.layers) <= blocks * plan.model.kv_heads
-
-
-def test_turns_on_one_cache(model, token_ids):
-    """A conversation that keeps its cache says what one that starts from scratch says; a fork starts from the kept prefix."""
-    system = token_ids(1, 60, seed=1)
-    with torch.no_grad():
-        prefix = model(system).cache
-    for seed in (2, 3):
-        ids, cache = system, prefix.fork()
-        for turn in range(3):
-            ids = torch.cat((ids, token_ids(1, 9, seed=10 * seed + turn)), 1)
-            kinds = settings(max_new_tokens=11, return_dict_in_generate=True)
-            out = model.generate(ids, cache=cache, attention_mask=torch.ones_like(ids), **kinds)
-            fresh = model.generate(ids, attention_mask=torch.ones_like(ids), **settings(max_new_tokens=11))
-            assert_same_tokens(model, ids[0], out.sequences[0], fresh[0])
-            ids, cache = out.sequences, out.cache
-
-
-def test_streamers_and_stopping(model, tiny_tokenizer, token_ids):
-    ids = token_ids(1, 50)
-    expected = model.generate(ids, **settings(max_new_tokens=12))[0, 50:]
-    streamer = TextIteratorStreamer(tiny_tokenizer, skip_prompt=True)
-    thread = threading.Thread(target=lambda: model.generate(ids, streamer=streamer, **settings(max_new_tokens=12)))
-    thread.start()
-    text = "".join(streamer)
-    thread.join()
-    assert text == tiny_tokenizer.decode(expected)
-
-    class Enough(StoppingCriteria):
-        def __call__(self, input_ids, scores, **kwargs):
-            return torch.full((len(input_ids),), input_ids.shape[1] >= 55)
-
-    found = model.generate(ids, stopping_criteria=StoppingCriteriaList([Enough()]), **settings(max_new_tokens=12))
-    assert torch.equal(found[0, 50:], expected[:5])
 
 
 def test_what_is_allowed_is_not_reserved(model, token_ids):
@@ -339,37 +190,6 @@ def test_pools_grow_beyond_what_is_reserved(model, token_ids, monkeypatch):
     out = model.generate(ids, max_new_tokens=200, return_dict_in_generate=True, **settings())
     assert torch.equal(out.sequences, expected)
     assert returned_cache(out).kv_bytes() < 1.3 * returned_cache(out).used_bytes()
-
-
-def test_threads_share_a_model(model, rows):
-    expected = [model.generate(row[None], **settings(max_new_tokens=20)) for row in rows]
-    found: dict[int, torch.Tensor] = {}
-
-    def run(number):
-        for _ in range(3):
-            found[number] = model.generate(rows[number][None], **settings(max_new_tokens=20))
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(rows))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(found[number], expected[number]) for number in range(len(rows)))
-
-
-def test_a_loop_of_ones_own(model, rows):
-    """`model(...)` in a loop with the cache that it returned, padded, equals generate."""
-    ids, mask = padded(rows)
-    expected = model.generate(ids, attention_mask=mask, **settings(max_new_tokens=8))
-    with torch.no_grad():
-        out = model(ids, attention_mask=mask, position_ids=positions_of(mask))
-        assert isinstance(out.cache, PlanCache)
-        sequences, positions = ids, positions_of(mask)[:, -1:]
-        for _ in range(8):
-            token = out.logits[:, -1:].argmax(-1)
-            sequences, positions = torch.cat((sequences, token), 1), positions + 1
-            out = model(token, position_ids=positions, cache=out.cache)
-    assert torch.equal(sequences, expected)
 
 
 def test_training_on_padded_rows(tiny_model, random_plan, rows):

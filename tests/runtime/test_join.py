@@ -7,31 +7,16 @@ import torch
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels import dispatch as kernels
-from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import Share
 from moacompress.runtime import attach
 from moacompress.runtime.cache.plan_cache import PlanCache
-from tests.plan_kinds import gated_plan, random_plan
-
-
-def spans(model):
-    return random_plan(model_shape(model), 3)
-
-
-def formats(model):
-    return random_plan(model_shape(model), 3, formats=True)
-
-
-def gates(model):
-    return gated_plan(model, 1)
+from tests import plan_kinds
 
 
 def shares(model):
-    shape = model_shape(model)
-    rules = [list(row) for row in random_plan(shape, 3).rules]
-    rules[2] = rules[1]
-    return Plan(shape, 16, tuple(map(tuple, rules)), shares=(None, None, Share(1, tuple(range(shape.kv_heads)))))
+    plan = plan_kinds.windows(model)
+    return plan_kinds.with_shares(plan, (None, None, Share(1, tuple(range(plan.model.kv_heads)))))
 
 
 def decode(model, cache, rows):
@@ -49,7 +34,7 @@ def prefill(model, cache, row):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("kind", [spans, formats, gates, shares])
+@pytest.mark.parametrize("kind", [plan_kinds.windows, plan_kinds.formats, plan_kinds.gates, shares])
 def test_rows_go_on_as_they_would_alone(kind, family, tiny_model, token_ids):
     if (family, kind) == ("gemma3_text", shares):
         pytest.skip("its layers have different sliding windows")
@@ -82,7 +67,7 @@ def test_rows_go_on_as_they_would_alone(kind, family, tiny_model, token_ids):
                 running.batch_select_indices(torch.tensor([1]))
             assert running.used_bytes() == sum(plan.kv_bytes(one["far"]) for one in there)
     assert running.get_seq_length() == max(row["far"] for row in there)
-    if (kind, family) == (spans, "llama") and kernels.chosen().name == "cpu":
+    if (kind, family) == (plan_kinds.windows, "llama") and kernels.chosen().name == "cpu":
         assert running.step_routes["all layers"] == plan.model.layers * 15  # padding costs no step its route
     rows[0]["logits"], alone[0]["logits"] = (one["logits"][:6] for one in (rows[0], alone[0]))
     for row, wanted in zip(rows, alone, strict=True):
@@ -90,12 +75,12 @@ def test_rows_go_on_as_they_would_alone(kind, family, tiny_model, token_ids):
         assert count >= 6
         ours, theirs = torch.stack(row["logits"]), torch.stack(wanted["logits"][:count])
         # a code that flips by one step moves logits of such a model by some hundredths
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.1 if kind is formats else 2e-4)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.1 if kind is plan_kinds.formats else 2e-4)
 
 
 def test_blocks_of_rows_that_left_are_used_again(tiny_model, token_ids):
     model = tiny_model()
-    plan = spans(model)
+    plan = plan_kinds.windows(model)
     attach(model, plan)
     running, ids = PlanCache(plan), token_ids(1, 60)
     with torch.no_grad():
@@ -114,7 +99,7 @@ def test_blocks_of_rows_that_left_are_used_again(tiny_model, token_ids):
 
 def test_only_rows_in_the_same_memory_join(tiny_model, token_ids):
     model = tiny_model()
-    plan = spans(model)
+    plan = plan_kinds.windows(model)
     attach(model, plan)
     running, other, ids = PlanCache(plan), PlanCache(plan), token_ids(2, 30)
     with torch.no_grad():

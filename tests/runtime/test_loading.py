@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from moacompress.core.errors import ModelError, PlanError, UnsupportedError
+from moacompress.core.errors import ModelError, UnsupportedError
 from moacompress.models.source import model_shape
 from moacompress.models.weight_rounding import round_weights
 from moacompress.rules.plan import Plan
@@ -27,8 +27,6 @@ from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.compat.alternates import CACHE, returned_cache
 from moacompress.runtime.hf import loading
 from moacompress.runtime.hf.attaching import attached_plan
-
-FAMILIES = ("llama", "qwen3", "gemma3_text", "phi3", "gpt_neox", "gpt_oss")
 
 
 @pytest.fixture
@@ -45,11 +43,11 @@ def compressed(tmp_path, tiny_model, random_plan):
     return make
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_round_trip(family, compressed, token_ids, tmp_path):
+def test_round_trip(family, compressed, tiny_model, token_ids, tmp_path):
     folder, model, plan = compressed(family)
     ids = token_ids(1, 100)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(loaded) is type(model)
     assert attached_plan(loaded).to_dict() == plan.to_dict()
     with torch.no_grad():
         expected = model(ids).logits
@@ -57,9 +55,22 @@ def test_round_trip(family, compressed, token_ids, tmp_path):
         loaded.save_pretrained(tmp_path / "again")
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
         assert torch.equal(again(ids).logits, expected)
+        assert torch.equal(detach(loaded)(ids).logits, tiny_model(family)(ids).logits)
     first, second = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "again"))
     assert first == second
     assert first["architectures"] == [type(model).__name__]
+    stored = first["quantization_config"]
+    assert stored["quant_method"] == "moacompress"
+    assert Plan.from_dict(stored["plan"]) == plan
+
+
+def test_a_model_without_its_plan_is_a_dense_one(compressed, token_ids, tmp_path):
+    folder, _, _ = compressed()
+    model = detach(AutoModelForCausalLM.from_pretrained(folder))
+    model.save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    model.set_attn_implementation("eager")
+    assert not isinstance(returned_cache(model(token_ids(1, 60))), PlanCache)
 
 
 def test_fresh_process_needs_no_import(compressed):
@@ -144,18 +155,6 @@ def test_float_conversions_are_allowed_after_loading(compressed):
     assert model.to(torch.float32).dtype == torch.float32
 
 
-def test_detach_after_loading_gives_the_dense_model(compressed, tiny_model, token_ids, tmp_path):
-    folder, _, _ = compressed()
-    ids = token_ids(1, 60)
-    model = detach(AutoModelForCausalLM.from_pretrained(folder))
-    with torch.no_grad():
-        assert torch.equal(model(ids).logits, tiny_model()(ids).logits)
-    model.save_pretrained(tmp_path / "dense")
-    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
-    model.set_attn_implementation("eager")
-    assert not isinstance(returned_cache(model(ids)), PlanCache)
-
-
 def test_attach_replaces_and_detach_restores(tiny_model, random_plan, token_ids):
     model = tiny_model()
     ids = token_ids(1, 100)
@@ -171,31 +170,6 @@ def test_attach_replaces_and_detach_restores(tiny_model, random_plan, token_ids)
     assert model.config._attn_implementation == "sdpa"
     hooks = [len(m._forward_pre_hooks) for m in model.modules()]
     assert sum(hooks) == 0
-
-
-def test_copies_are_independent(tiny_model, random_plan, token_ids):
-    model = attach(tiny_model(), random_plan(model_shape(tiny_model()), 1))
-    ids = token_ids(1, 100)
-    with torch.no_grad():
-        expected = model(ids).logits
-        twin = copy.deepcopy(model)
-        assert torch.equal(twin(ids).logits, expected)
-        assert torch.equal(twin.generate(ids, max_new_tokens=3), model.generate(ids, max_new_tokens=3))
-
-
-def test_plan_of_another_model_is_refused(compressed, tiny_model, random_plan):
-    folder, _, plan = compressed()
-    with pytest.raises(PlanError, match="it is for 3 layers, and this model has 2 layers"):
-        attach(tiny_model(num_hidden_layers=2), plan)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["plan"]["layers"][1]["beta_q"][0] = 2000
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(PlanError, match="beta_q of layer 1 KV head 0 is 2000, outside: 1024 is the largest"):
-        AutoModelForCausalLM.from_pretrained(folder)
-    del config["quantization_config"]["plan"]
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(PlanError, match="not a moacompress plan"):
-        AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_fine_tuned_weights_still_load(compressed, token_ids):
@@ -317,10 +291,3 @@ def test_the_attention_without_a_plan_is_refused(tiny_model, token_ids):
     model.set_attn_implementation("moacompress")
     with pytest.raises(UnsupportedError, match="has no plan"):
         model(token_ids(1, 10))
-
-
-def test_plan_json_round_trips_through_the_config(compressed):
-    folder, _, plan = compressed()
-    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert stored["quant_method"] == "moacompress"
-    assert Plan.from_dict(stored["plan"]) == plan

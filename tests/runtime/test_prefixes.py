@@ -16,12 +16,12 @@ from moacompress.core.errors import BudgetError, PlanError, UnsupportedError
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.rules.share import Share, with_shared_rules
+from moacompress.rules.share import Share
 from moacompress.runtime import PlanCache, attach, detach, keep_prefixes
 from moacompress.runtime.cache.kept_prefixes import KeptPrefixes
 from moacompress.runtime.compat.alternates import CHUNKS_CONTINUE, cache_argument, returned_cache
 from moacompress.runtime.hf.prefixes import LEAST_SHARED
-from tests.plan_kinds import KINDS
+from tests.plan_kinds import KINDS, with_shares
 
 MUCH = 2**30
 
@@ -66,8 +66,7 @@ def pair(tiny_model: Any) -> Callable[..., tuple[Any, Any]]:
         model = tiny_model()
         plan = KINDS["windows" if kind == "copies" else kind](model)
         if kind == "copies":
-            shares = (None, None, Share(0, (1, 0)))
-            plan = Plan(plan.model, plan.min_window, with_shared_rules(plan.rules, shares), shares=shares)
+            plan = with_shares(plan, (None, None, Share(0, (1, 0))))
         return attach(model, plan)
 
     def make(kind: str = "windows") -> tuple[Any, Any]:

@@ -71,6 +71,32 @@ def of_our_class(path: str) -> Replace:
     return replace
 
 
+class Scaled(nn.Module):
+    """A module inside another one."""
+
+    def __init__(self, own: nn.Module) -> None:
+        super().__init__()
+        self.own = own
+
+    def forward(self, *rest: Any, **more: Any) -> Any:
+        return times(self.own(*rest, **more))
+
+
+def wrapped(path: str) -> Replace:
+    def replace(patch: pytest.MonkeyPatch, home: Any, prefix: str, model: Any) -> None:
+        model.set_submodule(path, Scaled(model.get_submodule(path)).eval())
+
+    return replace
+
+
+def subclassed(path: str) -> Replace:
+    def replace(patch: pytest.MonkeyPatch, home: Any, prefix: str, model: Any) -> None:
+        module = model.get_submodule(path)
+        module.__class__ = type("Other", (type(module),), {"forward": changed(type(module).forward)})
+
+    return replace
+
+
 def hooked(path: str, before: bool = False) -> Replace:
     def replace(patch: pytest.MonkeyPatch, home: Any, prefix: str, model: Any) -> None:
         module = model.get_submodule(path)
@@ -90,6 +116,21 @@ def times(made: Any) -> Any:
     return (made[0] * 1.1, *made[1:]) if isinstance(made, tuple) else made * 1.1
 
 
+PARTS: dict[Callable[[str], Replace], tuple[str, ...]] = {
+    of_instance: ("", ".self_attn", ".mlp", ".mlp.act_fn", ".input_layernorm", ".self_attn.q_proj", ".mlp.down_proj"),
+    hooked: (
+        "",
+        ".self_attn",
+        ".mlp",
+        ".mlp.act_fn",
+        ".post_attention_layernorm",
+        ".self_attn.k_proj",
+        ".mlp.down_proj",
+    ),
+    wrapped: ("", ".self_attn", ".mlp", ".mlp.act_fn", ".input_layernorm", ".self_attn.q_proj", ".self_attn.o_proj"),
+    subclassed: (".mlp", ".mlp.up_proj", ".post_attention_layernorm"),
+}
+"""Parts of a layer that are changed in each way."""
 REPLACED: dict[str, Replace] = {
     "rotary": doubled_rotary,
     "halves": other_halves,
@@ -97,21 +138,8 @@ REPLACED: dict[str, Replace] = {
     "linear": of_torch(nn.Linear),
     **{part: of_class(part) for part in ("RMSNorm", "MLP", "Attention", "DecoderLayer")},
     **{f"call of {part}": of_class(part, "__call__") for part in ("RMSNorm", "MLP", "Attention", "DecoderLayer")},
-    **{
-        f"{kind.__name__} {path}": kind(f"model.layers.1{path}")
-        for kind in (of_instance, hooked)
-        for path in (
-            "",
-            ".self_attn",
-            ".mlp",
-            ".mlp.act_fn",
-            ".input_layernorm",
-            ".self_attn.k_proj",
-            ".self_attn.o_proj",
-            ".mlp.down_proj",
-        )
-    },
-    "hook before a feed-forward": hooked("model.layers.1.mlp", before=True),
+    **{f"{kind.__name__} {path}": kind(f"model.layers.1{path}") for kind, paths in PARTS.items() for path in paths},
+    **{f"hook before {part}": hooked(f"model.layers.1.{part}", before=True) for part in ("mlp", "self_attn.v_proj")},
     "class of a layer": of_our_class("model.layers.1"),
     "class of attention": of_our_class("model.layers.1.self_attn"),
 }

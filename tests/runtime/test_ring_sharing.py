@@ -24,8 +24,8 @@ from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.real_tokens import Chunk
 from moacompress.runtime.cache.reuse_layer import ReuseCacheLayer
 from moacompress.runtime.sharing.shared_keys import SharedKeys
+from tests.plan_kinds import with_shares
 from tests.pretend_device import KIND
-from tests.runtime.test_sharing import with_shares
 
 DIM, GROUP, MIN_WINDOW = 16, 2, 16
 FORMATS = ("native", "int8", "int4")
@@ -159,17 +159,6 @@ def test_rings_do_as_tables_do(seed: int, device: str, triton: Any, monkeypatch:
         assert np.array_equal(ours.runs, theirs.runs)
         for held, other in zip(*(each.held() for each in both), strict=True):
             assert torch.equal(held, other)
-
-
-def test_a_row_without_a_token_does_not_go_into_rings(triton: Any) -> None:
-    layers = Layers([[Rule(4, 20, 0)]], (None,), Scores(DIM**-0.5), 2)
-    real = np.ones((2, 20), np.bool_)
-    real[0] = False
-    layers.chunk(torch.randn(2, 1, 20, DIM), [torch.randn(2, 1, 20, DIM)], Chunk(20, real))
-    token = [torch.randn(2, 1, 1, DIM) for _ in "kv"]
-    layers.anchor.update(*token)
-    query = torch.randn(2, GROUP, 1, DIM)
-    assert layers.anchor.step_in_ring(query, layers.scores, None, triton, np.array([False, True])) is None
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["", "left in between"])

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.rules.share import Share, with_shared_rules
+from moacompress.rules.share import Share
 from moacompress.runtime import attach, detach
 from moacompress.runtime.hf.attaching import attached_plan
 from tests import plan_kinds
@@ -33,9 +33,8 @@ def folder(tiny_model, tmp_path_factory) -> Path:
     for kind in KINDS:
         attach(model, getattr(plan_kinds, kind)(model)).save_pretrained(folder / kind)
         detach(model)
-    shares = (None, None, Share(0, (0, 1, 2, 3)))
-    plan = plan_kinds.windows(model)
-    Plan(plan.model, plan.min_window, with_shared_rules(plan.rules, shares), shares=shares).save(folder / "shared.json")
+    shared = plan_kinds.with_shares(plan_kinds.windows(model), (None, None, Share(0, (0, 1, 2, 3))))
+    shared.save(folder / "shared.json")
     phi3 = tiny_model("phi3")
     phi3.save_pretrained(folder / "dense phi3")
     attach(phi3, plan_kinds.formats(phi3)).save_pretrained(folder / "fused")
