@@ -117,9 +117,7 @@ def find_front(
         progress.done()
         if not study_storage.finished():
             raise deadline.too_short()
-        if place.ours or not deadline.stopped:
-            with suppress(TimeUp):
-                place.settled(lambda: _is_there(out, key, trials), lambda: evaluator.pause([]))
+        place.settle(lambda: _is_there(out, key, trials), deadline)
         points = [
             _Point(trial.values[0], trial.values[1], trial.notes["plan"], number)
             for number, trial in enumerate(study_storage.finished())
@@ -133,7 +131,7 @@ def find_front(
             if place.ours:
                 plan.save(path)
             results.append(SearchResult.of(plan, path, time.monotonic() - started, {}, written=place.ours))
-        write_front(place, results, None)
+        write_front(place, results, deadline)
     return results
 
 
@@ -155,10 +153,9 @@ def _search_front(request: SearchRequest, evaluator: PlanEvaluator, trials: int,
         if seen == trials:
             return
         deadline.check()
-        indices = {trial.index for trial in finished}
-        started = study_storage.ask(trials, indices)
+        started = study_storage.ask(trials)
         if started is None:
-            study_storage.pause(trials, indices, deadline.left)
+            study_storage.pause(trials, deadline.left)
             continue
         try:
             budget = Budget(SHARE, float(np.exp(started.parameters[SHARE])), None, None)

@@ -9,7 +9,7 @@ no random state is lost and nothing depends on who samples.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import numpy as np
 
 from moacompress.core.errors import ArtefactError
 from moacompress.models.processes import broadcast
-from moacompress.search.measure.claims import Claim, ClaimLost, Claims, attributes
+from moacompress.search.measure.claims import Claim, ClaimLost, Claims
 from moacompress.search.measure.storages import guarded
 
 if TYPE_CHECKING:
@@ -106,15 +106,11 @@ class StudyStorage:
                 self._queue.append(dict(start))
         self._study = self._open(profile)
 
-    def recall(self, name: str) -> Any:
-        """Returns what was kept under this name, or None."""
-        return self.claims.result(name)
-
     def finished(self) -> list[FinishedTrial]:
         """Returns the finished trials, in the order of their indices."""
         found = {}
         for trial in self._claimed("COMPLETE"):
-            index, kept = self._index(trial.user_attrs["name"]), attributes(trial)["result"]
+            index, kept = self._index(trial.user_attrs["name"]), trial.user_attrs["result"]
             found[index] = FinishedTrial(index, self._ordered(kept["parameters"]), kept["values"], kept["notes"])
         return [found[index] for index in sorted(found)]
 
@@ -133,26 +129,22 @@ class StudyStorage:
             return {}
         return {name: float(share) for name, share in found.items()}
 
-    def ask(self, limit: int, finished: Container[int]) -> StartedTrial | None:
+    def ask(self, limit: int) -> StartedTrial | None:
         """Starts the next trial; None where all below a limit are finished, or other workers' and these are alive.
 
         Args:
             limit: number of trials that there are to be.
-            finished: indices of those that are known to be finished.
         """
-        names, at = self.claims.free(self._names(limit, finished)), 0
-        while at < len(names):
-            claim = self.claims.acquire(names[at])
-            if claim is not None:
-                try:
-                    return self._started(self._index(names[at]), claim)
-                except ClaimLost:
-                    pass
-                except BaseException:
-                    self.claims.release(claim)
-                    raise
-            at += max(1, self.claims.lost_races)  # each of those that come in the same moment goes to another one
-        return None
+        claim = self.claims.acquire_first(self._names(limit))
+        if claim is None:
+            return None
+        try:
+            return self._started(self._index(claim.name), claim)
+        except ClaimLost:
+            return None
+        except BaseException:
+            self.claims.release(claim)
+            raise
 
     def tell(self, started: StartedTrial, value: float | Sequence[float], **notes: Any) -> None:
         """Finishes a trial with its value, or one for every objective; from then on it is never repeated.
@@ -161,23 +153,21 @@ class StudyStorage:
             ClaimLost: another worker has the trial.
         """
         values = [value] if isinstance(value, float) else list(value)
-        result = {"parameters": started.parameters, "values": values, "notes": notes}
-        self.claims.finish(started.claim, [0.0], result=result)
+        self.claims.finish(started.claim, {"parameters": started.parameters, "values": values, "notes": notes})
         self._show(started, values, notes)
 
     def release(self, started: StartedTrial) -> None:
         """Gives up a trial, unless it is finished: another run, or another worker, begins it again."""
         self.claims.release(started.claim)
 
-    def pause(self, limit: int, finished: Container[int], longest: float | None = None) -> None:
+    def pause(self, limit: int, longest: float | None = None) -> None:
         """Waits a moment for the trials of other workers: see `Claims.pause`.
 
         Args:
             limit: number of trials that there are to be.
-            finished: indices of those that are known to be finished.
             longest: seconds that it may take.
         """
-        self.claims.pause(self._names(limit, finished), longest)
+        self.claims.pause(self._names(limit), longest)
 
     def sampled(self, index: int, pending: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
         """Returns the search parameters that the sampler chooses for a trial.
@@ -193,9 +183,8 @@ class StudyStorage:
         study.sampler = GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS, warn_independent_sampling=False)
         return self._ordered(broadcast(study.ask(self._distributions).params))
 
-    def _names(self, limit: int, finished: Container[int]) -> list[str]:
-        """Returns the names of the trials below a limit that are not finished."""
-        return [f"{self.name}{TRIAL}{index}" for index in range(limit) if index not in finished]
+    def _names(self, limit: int) -> list[str]:
+        return [f"{self.name}{TRIAL}{index}" for index in range(limit)]
 
     def _index(self, name: str) -> int:
         return int(name.removeprefix(self.name + TRIAL))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -21,7 +20,7 @@ from moacompress.calibration.data.samples import Sample, fingerprint_ordered
 from moacompress.calibration.profile.manifest import array_shapes
 from moacompress.calibration.profile.sample_statistics import sample_statistics
 from moacompress.calibration.profile.statistics import Statistics
-from moacompress.calibration.profile.store import Profile, read_sample, write_sample
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import ArtefactError, ModelError
 from moacompress.core.files import fingerprint
 from moacompress.core.progress import Progress
@@ -49,32 +48,30 @@ class Around(Protocol):
 
 @dataclass(frozen=True)
 class ProfileAround:
-    """Profiles some calibration samples around a plan; each is computed once where there is a folder to keep it.
+    """Profiles some calibration samples around a plan; workers share them, and each is computed once in a search.
 
     Attributes:
         profile: the profile of the dense model, with the formats that are on offer.
         recipe: the estimator, the weight of plain text and the seed count.
         source: the model.
         samples: what is profiled.
-        folder: where finished samples are kept, or None for memory.
+        claims: where finished samples are kept.
         deadline: when to stop; it is checked before every sample.
-        claims: of the workers that share the samples, which are then kept with them and not in the folder.
     """
 
     profile: Profile
     recipe: Recipe
     source: SourceModel
     samples: Sequence[Sample]
-    folder: Path | None
+    claims: Claims
     deadline: Deadline = field(default_factory=Deadline)
-    claims: Claims | None = None
 
     def __call__(self, plan: Plan, progress: Progress) -> Forms:
         """See `Around`.
 
         Raises:
             ModelError: a statistic is not finite.
-            ArtefactError: the folder cannot be written.
+            ArtefactError: the study storage cannot be used.
             TimeUp: the time is up, and a sample is not profiled yet.
         """
         profile = self.profile
@@ -87,8 +84,7 @@ class ProfileAround:
         shapes = array_shapes(chosen, profile.shape, len(table), around=True)
         marks = [profile.fingerprint, plan.key(), self.recipe.seed, chosen.estimator, fingerprint_ordered(self.samples)]
         marks += [profile.gates_fingerprint] if gates is not None else []
-        holder = fingerprint([*marks, *formats])
-        of_plan = _OfPlan(plan, table, chosen, shapes, holder)
+        of_plan = _OfPlan(plan, table, chosen, shapes, f"around:{fingerprint([*marks, *formats])}")
         progress.start("profiling around the plan", len(self.samples))
         found: dict[int, Statistics] = {}
         while len(found) < len(self.samples):
@@ -98,7 +94,7 @@ class ProfileAround:
                 if statistics is not None:
                     found[index] = statistics
                     progress.step()
-            if len(found) == before and self.claims is not None:
+            if len(found) == before:
                 self.deadline.check()
                 missing = [index for index in range(len(self.samples)) if index not in found]
                 self.claims.pause([of_plan.name(index) for index in missing], self.deadline.left)
@@ -117,25 +113,14 @@ class ProfileAround:
 
     def _sample(self, index: int, of_plan: _OfPlan) -> Statistics | None:
         """Returns the statistics of a sample; None where another worker is at it."""
-        if self.claims is None:
-            folder = None if self.folder is None else self.folder / of_plan.plan.key()
-            kept = None if folder is None else read_sample(folder, index, of_plan.holder, of_plan.shapes)
-            if kept is not None:
-                return kept[0]
-            statistics = self._profiled(index, of_plan)
-            if folder is not None:
-                write_sample(folder, index, statistics, of_plan.holder, 0.0)
-            return statistics
         name = of_plan.name(index)
-        text = self.claims.result(name)
-        if text is not None:
-            return _from_text(text, of_plan.shapes, name)
         claim = self.claims.acquire(name)
         if claim is None:
-            return None
+            text = self.claims.result(name)
+            return None if text is None else _from_text(text, of_plan.shapes, name)
         try:
             statistics = self._profiled(index, of_plan)
-            self.claims.finish(claim, [0.0], result=_as_text(statistics))
+            self.claims.finish(claim, _as_text(statistics))
         except ClaimLost:
             return None
         finally:
@@ -174,18 +159,18 @@ class _OfPlan:
         table: of the rules.
         chosen: what is recorded.
         shapes: of every array.
-        holder: what files of samples are marked with.
+        names: what the names of the samples' claims begin with.
     """
 
     plan: Plan
     table: RuleTable
     chosen: ProfileRecipe
     shapes: dict[str, tuple[int, ...]]
-    holder: str
+    names: str
 
     def name(self, index: int) -> str:
         """Returns the name of a sample's claim."""
-        return f"around:{self.holder}:{index}"
+        return f"{self.names}:{index}"
 
 
 def _as_text(statistics: Statistics) -> str:
