@@ -97,19 +97,10 @@ def find_front(
         except TimeUp:
             raise deadline.too_short() from None
         distributions = {**request.parameters.distributions(), SHARE: _uniform(np.log(low), np.log(high))}
-        neutral = [
+        starts = [
             {**request.parameters.neutral, SHARE: float(at)} for at in np.linspace(np.log(low), np.log(high), STARTS)
         ]
-        study_storage = StudyStorage(
-            claims,
-            name,
-            profile.fingerprint,
-            distributions,
-            neutral[0],
-            recipe.seed,
-            neutral[1:],
-            objectives=2,
-        )
+        study_storage = StudyStorage(claims, name, distributions, recipe.seed, starts, objectives=2)
         measure = request.as_healed(Objective(source.model, profile.validation, request.weights_of))
         evaluator = PlanEvaluator.of(study_storage, measure, recipe.seed, deadline)
         with suppress(TimeUp):

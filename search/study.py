@@ -211,11 +211,13 @@ def opened(
         study_storage = StudyStorage(
             claims,
             name,
-            profile.fingerprint,
             request.parameters.distributions(),
-            request.parameters.neutral,
             request.recipe.seed,
-            [*map(request.parameters.within, request.starts), *request.parameters.starts],
+            [
+                request.parameters.neutral,
+                *map(request.parameters.within, request.starts),
+                *request.parameters.starts,
+            ],
         )
         objective = Objective(source.model, profile.validation, request.weights_of)
         evaluator = PlanEvaluator.of(

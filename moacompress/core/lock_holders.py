@@ -20,7 +20,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -217,27 +217,21 @@ class HeartbeatMonitor:
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
-        self._seen: dict[int, tuple[int, float]] = {}
-        self._heard: set[int] = set()
+        self._seen: dict[Hashable, tuple[float, float]] = {}
 
-    def silence(self, number: int, beat: int) -> float:
-        """Returns for how many seconds a process has been seen with a beat that it has now.
+    def silence(self, process: Hashable, beat: float) -> float:
+        """Returns for how many seconds a process has been seen with the beat that it has now.
 
         Args:
-            number: of the process.
-            beat: how often it was heard of.
+            process: its name or number.
+            beat: a number that is another one at each of its heartbeats.
         """
         now = self._monotonic()
-        before, since = self._seen.get(number, (beat, now))
+        before, since = self._seen.get(process, (beat, now))
         if beat != before:
             since = now
-            self._heard.add(number)
-        self._seen[number] = beat, since
+        self._seen[process] = beat, since
         return now - since
-
-    def is_heard(self, number: int) -> bool:
-        """Returns whether a process has been seen with more than one beat."""
-        return number in self._heard
 
 
 @contextmanager

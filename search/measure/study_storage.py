@@ -74,44 +74,46 @@ class StudyStorage:
     """What one search has measured so far.
 
     Args:
-        claims: of the workers of the search, on what is measured beside trials.
+        claims: of the workers of the search.
         name: name of the study.
-        profile: fingerprint of the profile that the study belongs to.
         distributions: the search parameters.
-        neutral: search parameters of the first trial.
         seed: of the sampler.
-        starts: parameters that are tried right after, such as those that won at another budget.
+        starts: search parameters of trial 0, and those that are tried right after, such as what won at another budget.
         objectives: numbers that a trial has, all to be small.
 
     Raises:
-        ArtefactError: the storage cannot be used, or holds a study of another profile under this name.
+        ArtefactError: the storage cannot be used.
     """
 
     def __init__(
         self,
         claims: Claims,
         name: str,
-        profile: str,
         distributions: Mapping[str, BaseDistribution],
-        neutral: Mapping[str, float],
         seed: int,
-        starts: Sequence[Mapping[str, float]] = (),
+        starts: Sequence[Mapping[str, float]],
         objectives: int = 1,
     ) -> None:
+        import optuna
+
         self.claims, self.name = claims, name
-        self._distributions, self._seed, self._objectives = dict(distributions), seed, objectives
-        self._queue = [dict(neutral)]
-        for start in starts:
-            if dict(start) not in self._queue:
-                self._queue.append(dict(start))
-        self._study = self._open(profile)
+        self._distributions, self._seed = dict(distributions), seed
+        self._directions = ["minimize"] * objectives
+        self._starts: list[dict[str, float]] = []
+        for start in map(self._ordered, starts):
+            if start not in self._starts:
+                self._starts.append(start)
+        with guarded(claims.where):
+            self._study = optuna.create_study(
+                storage=claims.storage, study_name=name, directions=self._directions, load_if_exists=True
+            )
 
     def finished(self) -> list[FinishedTrial]:
         """Returns the finished trials, in the order of their indices."""
         found = {}
         for trial in self._claimed("COMPLETE"):
-            index, kept = self._index(trial.user_attrs["name"]), trial.user_attrs["result"]
-            found[index] = FinishedTrial(index, self._ordered(kept["parameters"]), kept["values"], kept["notes"])
+            index = self._index(trial.user_attrs["name"])
+            found[index] = FinishedTrial(index, **trial.user_attrs["result"])
         return [found[index] for index in sorted(found)]
 
     def importances(self) -> dict[str, float]:
@@ -146,13 +148,12 @@ class StudyStorage:
             self.claims.release(claim)
             raise
 
-    def tell(self, started: StartedTrial, value: float | Sequence[float], **notes: Any) -> None:
-        """Finishes a trial with its value, or one for every objective; from then on it is never repeated.
+    def tell(self, started: StartedTrial, values: list[float], **notes: Any) -> None:
+        """Finishes a trial with a value for every objective; from then on it is never repeated.
 
         Raises:
             ClaimLost: another worker has the trial.
         """
-        values = [value] if isinstance(value, float) else list(value)
         self.claims.finish(started.claim, {"parameters": started.parameters, "values": values, "notes": notes})
         self._show(started, values, notes)
 
@@ -212,27 +213,6 @@ class StudyStorage:
         with guarded(self.claims.where):
             self._study.add_trial(trial)
 
-    def _open(self, profile: str) -> Study:
-        import optuna
-
-        where = self.claims.where
-        with guarded(where):
-            study = optuna.create_study(
-                storage=self.claims.storage,
-                study_name=self.name,
-                directions=["minimize"] * self._objectives,
-                load_if_exists=True,
-            )
-            holder = study.user_attrs.get("profile")
-            if holder is None:
-                study.set_user_attr("profile", profile)
-        if holder not in (None, profile):
-            raise ArtefactError(
-                f"{where} holds the study {self.name} of another profile ({holder}, this one is {profile}); choose "
-                "another storage"
-            )
-        return study
-
     def _started(self, index: int, claim: Claim) -> StartedTrial:
         """Returns a claimed trial with its search parameters: those that an earlier claim of it had, or new ones."""
         unfinished = [
@@ -242,12 +222,12 @@ class StudyStorage:
         ]
         begun = [trial for trial in unfinished if trial.user_attrs["name"] == claim.name]
         if begun:
-            parameters = self._ordered(begun[0].user_attrs["parameters"])
-        elif index < len(self._queue):
-            parameters = self._ordered(self._queue[index])
+            parameters = begun[0].user_attrs["parameters"]
+        elif index < len(self._starts):
+            parameters = self._starts[index]
         else:
             running = {
-                trial.user_attrs["name"]: self._ordered(trial.user_attrs["parameters"])
+                trial.user_attrs["name"]: trial.user_attrs["parameters"]
                 for trial in unfinished
                 if trial.state.name == "RUNNING"
             }
@@ -260,7 +240,7 @@ class StudyStorage:
         import optuna
         from optuna.trial import TrialState, create_trial
 
-        study = optuna.create_study(directions=["minimize"] * self._objectives)
+        study = optuna.create_study(directions=self._directions)
         for trial in finished:
             study.add_trial(
                 create_trial(params=trial.parameters, distributions=self._distributions, values=trial.values)
@@ -272,5 +252,5 @@ class StudyStorage:
         return study
 
     def _ordered(self, parameters: Mapping[str, float]) -> dict[str, float]:
-        """Returns search parameters in the order of the distributions, whatever order a storage returns them in."""
+        """Returns search parameters in the order of the distributions."""
         return {name: parameters[name] for name in self._distributions if name in parameters}

@@ -126,7 +126,7 @@ class Trials:
             kls = self._kls(plan, tried)
             self.study_storage.tell(
                 started,
-                log_ratio(kls, self.first_kls),
+                [log_ratio(kls, self.first_kls)],
                 key=plan.key(),
                 plan=pack(plan),
                 harms=kls,

@@ -109,7 +109,7 @@ def _round(number: int, incumbent: Incumbent, forms: Forms, context: SearchConte
     def plan_of(parameters: ParameterValues) -> Plan:
         return space.plan(moved(space.knapsack, forms(parameters["relative"]), parameters, choice))
 
-    study_storage = context.study_storage_of(incumbent.plan.key(), RANGES, NEUTRAL, STARTS)
+    study_storage = context.study_storage_of(incumbent.plan.key(), RANGES, [NEUTRAL, *STARTS])
     trials = Trials(study_storage, evaluator, plan_of, incumbent.plan, incumbent.kls, context.progress)
     tried = trials.completed(
         f"round {number}",

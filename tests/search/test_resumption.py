@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 
 from moacompress.calibration.profile.store import Profile
@@ -124,18 +123,6 @@ def test_garbage_in_the_journal(search: Search, profiles: Profiles, tmp_path: Pa
     path.write_text("not json\nnor this\n")
     with pytest.raises(ArtefactError, match="cannot use the study storage"):
         search(profiles(storage=str(path)))
-
-
-def test_a_study_of_another_profile_is_refused(search: Search, profiles: Profiles, tmp_path: Path) -> None:
-    storage = str(tmp_path / "s.journal")
-    result, _ = search(profiles(trials=1, storage=storage))
-    backend = optuna.storages.journal.JournalFileBackend(storage)
-    name = f"moacompress-{result.plan.provenance['search']}"
-    optuna.load_study(storage=optuna.storages.JournalStorage(backend), study_name=name).set_user_attr(
-        "profile", "other"
-    )
-    with pytest.raises(ArtefactError, match="of another profile"):
-        search(profiles(trials=1, storage=storage))
 
 
 def test_what_is_at_the_output_already(search: Search, profiles: Profiles, tmp_path: Path) -> None:

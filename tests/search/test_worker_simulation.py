@@ -128,7 +128,7 @@ class Simulated:
             study_id = real.get_study_id_from_name(study.study_name)
             claims = Claims(real, study_id, "simulated", holder=holder, monotonic=self.clock)
             with claims.joined(TRIALS):
-                storage = Unsampled(claims, "s", "none", {"x": FloatDistribution(0.0, 1.0)}, {"x": 0.5}, 0)
+                storage = Unsampled(claims, "s", {"x": FloatDistribution(0.0, 1.0)}, 0, [{"x": 0.5}])
                 evaluator = PlanEvaluator(storage, self, list(range(SAMPLES)))
                 first = plan_of({"x": 0.5})
                 kls = evaluator.shown("trial0", first, "")
