@@ -153,7 +153,7 @@ def _search_front(request: SearchRequest, evaluator: PlanEvaluator, trials: int,
             limits = budget.limits(profile.shape, profile.lengths)
             parameters = {name: at for name, at in started.parameters.items() if name != SHARE}
             plan = request.plan(surrogate, parameters, limits)
-            kl = float(np.mean(evaluator.kls("front", plan, evaluator.order)))
+            kl = float(np.mean(evaluator.together([evaluator.job("front", plan, evaluator.order)])))
             kept = max(plan.kv_share(n) for n in profile.lengths)
             study_storage.tell(started, [kl, kept], plan=pack(plan))
         except ClaimLost:

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -136,28 +136,24 @@ class LockHolder:
         )
 
 
-@contextmanager
-def own_folder(folder: Path) -> Iterator[None]:
+def own_folder(folder: Path) -> AbstractContextManager[None]:
     """Makes this process the lock holder of a folder as long as the block runs; the folder is made if it is not there.
 
     Raises:
         InUseError: a live process is its lock holder, be it this one.
         ArtefactError: the folder cannot be written.
     """
-    with own(str(folder), holder_of_folder(folder), "choose another folder"):
-        yield
+    return own(str(folder), holder_of_folder(folder), "choose another folder")
 
 
-@contextmanager
-def own_file(path: Path) -> Iterator[None]:
+def own_file(path: Path) -> AbstractContextManager[None]:
     """Makes this process the lock holder of a file, or of a folder that will be moved; neither need be there.
 
     Raises:
         InUseError: a live process is its lock holder, be it this one.
         ArtefactError: the folder that it is in cannot be written.
     """
-    with own(str(path), holder_of_file(path), "choose another file"):
-        yield
+    return own(str(path), holder_of_file(path), "choose another file")
 
 
 @contextmanager

@@ -55,8 +55,7 @@ class Claim:
     Attributes:
         name: of what is measured.
         trial_id: of the trial that stands for it.
-        numbers: measured so far, those of earlier claims of the name included.
-        kept: how many of them the storage has.
+        numbers: measured so far, those of earlier claims of the name included; the storage has the first `kept` of them.
         kept_at: when they were kept, by `time.monotonic`.
         ended: whether it is finished or released.
     """
@@ -70,14 +69,11 @@ class Claim:
 
 
 class Claims:
-    """The claims in one study.
+    """The claims in one study, as one worker (`holder`, by default this process) makes them.
 
     Args:
-        storage: where it is.
-        study_id: of the study.
         where: the storage, as it may be shown.
         progress: told where this worker waits for others.
-        holder: this worker; another one in tests.
         monotonic: the clock that the silence of others is measured by, in seconds.
     """
 
@@ -99,11 +95,7 @@ class Claims:
         self._waited = 0.0
 
     def trials(self, fresh: bool = True) -> list[FrozenTrial]:
-        """Returns the trials of claims and workers in the order of their numbers.
-
-        Args:
-            fresh: look into the storage; otherwise they are as they were at the last look.
-        """
+        """Returns the trials of claims and workers by their numbers: as they are (`fresh`), or were at the last look."""
         if fresh:
             with guarded(self.where):
                 self._seen = self.storage.get_all_trials(self.study_id, deepcopy=False)
@@ -180,12 +172,7 @@ class Claims:
                 self.finish(claim, result)
 
     def pause(self, names: Sequence[str], longest: float | None = None) -> None:
-        """Waits a moment for what others measure; says for whom where it takes long.
-
-        Args:
-            names: of what is waited for.
-            longest: seconds that it may take.
-        """
+        """Waits a moment, at most `longest` seconds, for others to measure something; says for whom where it takes long."""
         seconds = min(max(FIRST_PAUSE, self._waited), LONGEST_PAUSE)
         seconds = seconds if longest is None else min(seconds, longest)
         if self._waited < SAID_AFTER <= self._waited + seconds:
@@ -200,11 +187,7 @@ class Claims:
 
     @contextmanager
     def joined(self, trials: int | None) -> Iterator[None]:
-        """Shows this process as a worker, with its heartbeat, as long as the block runs.
-
-        Args:
-            trials: how many it wants, for whoever asks how far the search is.
-        """
+        """Shows this process as a worker that wants so many trials, with its heartbeat, as long as the block runs."""
         from optuna.trial import TrialState
 
         with held(self.holder):

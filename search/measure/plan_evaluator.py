@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -75,19 +75,6 @@ class PlanEvaluator:
         """The claims on what is measured."""
         return self.study_storage.claims
 
-    def kls(self, kind: str, plan: Plan, numbers: Sequence[int]) -> list[float]:
-        """Returns the KL of each numbered sample, measured at most once in the life of the study storage.
-
-        Args:
-            kind: what for; with the plan it is what the numbers are filed under.
-            plan: the plan.
-            numbers: of the samples.
-
-        Raises:
-            TimeUp: the time is up, and one of them is not measured yet.
-        """
-        return self.together([self.job(kind, plan, numbers)])[0]
-
     def shown(self, kind: str, plan: Plan, what: str) -> list[float]:
         """Returns the KL of every sample in their order, with a bar of its own; workers share the samples.
 
@@ -95,6 +82,9 @@ class PlanEvaluator:
             kind: what for.
             plan: the plan.
             what: what the progress calls it.
+
+        Raises:
+            TimeUp: the time is up, and one of them is not measured yet.
         """
         known = self.known(kind, plan)
         if known is not None:
@@ -103,15 +93,20 @@ class PlanEvaluator:
         size = ranks * math.ceil(PART / ranks)
         parts = [self.order[at : at + size] for at in range(0, len(self.order), size)]
         self.progress.start(what, len(parts))
-        jobs = [self.job(kind, plan, part) for part in parts]
-        jobs = [replace(job, name=f"{job.name}:{number}") for number, job in enumerate(jobs)]
+        jobs = [self.job(f"{kind}:{size}:{number}", plan, part) for number, part in enumerate(parts)]
         kls = [kl for part in self.together(jobs, lambda done: self.progress.step()) for kl in part]
         self.progress.done()
         self.keep(kind, plan, kls)
         return kls
 
     def job(self, kind: str, plan: Plan, numbers: Sequence[int]) -> Job:
-        """Returns what `kls` measures, for `attempt` and `together`."""
+        """Returns the job of measuring a plan on numbered samples.
+
+        Args:
+            kind: what for; with the plan it is what the numbers are filed under.
+            plan: the plan.
+            numbers: of the samples.
+        """
 
         def measured(known: list[float]) -> Generator[float, None, None]:
             with self.measure.under(plan) as kl:
@@ -183,11 +178,11 @@ class PlanEvaluator:
         self.claims.pause(names, self.deadline.left)
 
     def keep(self, kind: str, plan: Plan, kls: Sequence[float]) -> None:
-        """Keeps what was measured elsewhere, as `kls` would have."""
+        """Keeps what was measured elsewhere, as `shown` would have."""
         self.claims.keep(f"{kind}:{plan.key()}", list(kls))
 
     def known(self, kind: str, plan: Plan) -> list[float] | None:
-        """Returns what `kls` measured before, or None."""
+        """Returns what `shown` measured before, or None."""
         found = self.claims.result(f"{kind}:{plan.key()}")
         return None if found is None else [float(value) for value in found]
 

@@ -41,7 +41,7 @@ class FinishedTrial:
     """A trial that is done.
 
     Attributes:
-        index: its index; 0 is the trial of the neutral search parameters.
+        index: 0 is the trial of the neutral search parameters.
         parameters: its search parameters.
         values: what was measured, one number for every objective.
         notes: JSON values that it was finished with.
@@ -55,14 +55,7 @@ class FinishedTrial:
 
 @dataclass
 class StartedTrial:
-    """A trial that this worker has the claim of.
-
-    Attributes:
-        index: its index.
-        parameters: its search parameters.
-        claim: on it.
-        begun: when.
-    """
+    """A trial that this worker has the claim of."""
 
     index: int
     parameters: dict[str, float]
@@ -132,11 +125,7 @@ class StudyStorage:
         return {name: float(share) for name, share in found.items()}
 
     def ask(self, limit: int) -> StartedTrial | None:
-        """Starts the next trial; None where all below a limit are finished, or other workers' and these are alive.
-
-        Args:
-            limit: number of trials that there are to be.
-        """
+        """Starts the next of `limit` trials; None where each is finished, or another live worker's."""
         claim = self.claims.acquire_first(self._names(limit))
         if claim is None:
             return None
@@ -162,12 +151,7 @@ class StudyStorage:
         self.claims.release(started.claim)
 
     def pause(self, limit: int, longest: float | None = None) -> None:
-        """Waits a moment for the trials of other workers: see `Claims.pause`.
-
-        Args:
-            limit: number of trials that there are to be.
-            longest: seconds that it may take.
-        """
+        """Waits a moment, at most `longest` seconds, for other workers to finish one of `limit` trials."""
         self.claims.pause(self._names(limit), longest)
 
     def sampled(self, index: int, pending: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
