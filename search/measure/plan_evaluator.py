@@ -92,9 +92,14 @@ class PlanEvaluator:
         ranks = work_shard()[1]
         size = ranks * math.ceil(PART / ranks)
         parts = [self.order[at : at + size] for at in range(0, len(self.order), size)]
-        self.progress.start(what, len(parts))
+
+        def measured(done: int) -> None:
+            for _ in parts[done]:
+                self.progress.step()
+
+        self.progress.start(what, len(self.order))
         jobs = [self.job(f"{kind}:{size}:{number}", plan, part) for number, part in enumerate(parts)]
-        kls = [kl for part in self.together(jobs, lambda done: self.progress.step()) for kl in part]
+        kls = [kl for part in self.together(jobs, measured) for kl in part]
         self.progress.done()
         self.keep(kind, plan, kls)
         return kls
