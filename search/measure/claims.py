@@ -18,11 +18,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moacompress.core.errors import InUseError
 from moacompress.core.lock_holders import HeartbeatMonitor, LockHolder, heartbeat, held
 from moacompress.core.progress import SILENT, Progress
+from moacompress.search.deadline import Deadline
 from moacompress.search.measure.storages import guarded, open_storage, shown
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 CLAIMS = "-claims"
 """End of the name of the study that a search's workers and claims are in."""
@@ -170,6 +173,31 @@ class Claims:
         if claim is not None:
             with suppress(ClaimLost):
                 self.finish(claim, result)
+
+    def together(
+        self, names: Sequence[str], attempt: Callable[[int], Result | None], deadline: Deadline
+    ) -> list[Result]:
+        """Returns the results of several measurements, which workers share: each is made by one of them.
+
+        Args:
+            names: of the measurements, none of which depends on another.
+            attempt: makes one, by its number, or returns what was found before; None where another worker is at it.
+            deadline: when to stop.
+
+        Raises:
+            TimeUp: the time is up, and others are at what is missing.
+        """
+        found: dict[int, Result] = {}
+        while len(found) < len(names):
+            before = len(found)
+            for number in range(len(names)):
+                result = None if number in found else attempt(number)
+                if result is not None:
+                    found[number] = result
+            if len(found) == before:
+                deadline.check()
+                self.pause([name for number, name in enumerate(names) if number not in found], deadline.left)
+        return [found[number] for number in range(len(names))]
 
     def pause(self, names: Sequence[str], longest: float | None = None) -> None:
         """Waits a moment, at most `longest` seconds, for others to measure something; says for whom where it takes long."""

@@ -157,18 +157,14 @@ class PlanEvaluator:
         Raises:
             TimeUp: the time is up, and one of them is not measured yet.
         """
-        found: dict[int, list[float]] = {}
-        while len(found) < len(jobs):
-            before = len(found)
-            for number, job in enumerate(jobs):
-                kls = None if number in found else self.attempt(job)
-                if kls is not None:
-                    found[number] = kls
-                    if done is not None:
-                        done(number)
-            if len(found) == before:
-                self.pause([job.name for number, job in enumerate(jobs) if number not in found])
-        return [found[number] for number in range(len(jobs))]
+
+        def attempt(number: int) -> list[float] | None:
+            kls = self.attempt(jobs[number])
+            if kls is not None and done is not None:
+                done(number)
+            return kls
+
+        return self.claims.together([job.name for job in jobs], attempt, self.deadline)
 
     def pause(self, names: Sequence[str]) -> None:
         """Waits a moment for what other workers measure.

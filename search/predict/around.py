@@ -13,15 +13,13 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from moacompress.calibration.data.samples import Sample, fingerprint_ordered
-from moacompress.calibration.profile.manifest import array_shapes
 from moacompress.calibration.profile.sample_statistics import sample_statistics
 from moacompress.calibration.profile.statistics import Statistics
 from moacompress.calibration.profile.store import Profile
-from moacompress.core.errors import ArtefactError, ModelError
+from moacompress.core.errors import ModelError
 from moacompress.core.files import fingerprint
 from moacompress.core.progress import Progress
 from moacompress.models.processes import broadcast
@@ -81,23 +79,19 @@ class ProfileAround:
             update={"draws": 1, "baselines": False, "heads": False, "anchors": 0, "formats": formats}
         )
         table = RuleTable.of(profile.spans, profile.min_window)
-        shapes = array_shapes(chosen, profile.shape, len(table), around=True)
         marks = [profile.fingerprint, plan.key(), self.recipe.seed, chosen.estimator, fingerprint_ordered(self.samples)]
         marks += [profile.gates_fingerprint] if gates is not None else []
-        of_plan = _OfPlan(plan, table, chosen, shapes, f"around:{fingerprint([*marks, *formats])}")
+        of_plan = _OfPlan(plan, table, chosen, f"around:{fingerprint([*marks, *formats])}")
         progress.start("profiling around the plan", len(self.samples))
-        found: dict[int, Statistics] = {}
-        while len(found) < len(self.samples):
-            before = len(found)
-            for index in range(len(self.samples)):
-                statistics = None if index in found else self._sample(index, of_plan)
-                if statistics is not None:
-                    found[index] = statistics
-                    progress.step()
-            if len(found) == before:
-                self.deadline.check()
-                missing = [index for index in range(len(self.samples)) if index not in found]
-                self.claims.pause([of_plan.name(index) for index in missing], self.deadline.left)
+
+        def attempt(index: int) -> Statistics | None:
+            statistics = self._sample(index, of_plan)
+            if statistics is not None:
+                progress.step()
+            return statistics
+
+        names = [of_plan.name(index) for index in range(len(self.samples))]
+        found = self.claims.together(names, attempt, self.deadline)
         progress.done()
         found = broadcast(found)  # processes that computed it alike, but for the last bits
         lengths = np.array([sample.length for sample in self.samples], np.int64)
@@ -106,7 +100,7 @@ class ProfileAround:
             lengths=tuple(sorted(set(lengths.tolist()))),
             sample_lengths=lengths,
             sample_kinds=tuple(sample.kind for sample in self.samples),
-            statistics=Statistics.stack([found[index] for index in range(len(self.samples))]),
+            statistics=Statistics.stack(found),
             around=plan.key(),
         )
         return lambda relative: Quadratic.of(around, self.recipe.search.text_weight, relative)
@@ -117,7 +111,7 @@ class ProfileAround:
         claim = self.claims.acquire(name)
         if claim is None:
             text = self.claims.result(name)
-            return None if text is None else _from_text(text, of_plan.shapes, name)
+            return None if text is None else _from_text(text)
         try:
             statistics = self._profiled(index, of_plan)
             self.claims.finish(claim, _as_text(statistics))
@@ -158,14 +152,12 @@ class _OfPlan:
         plan: the plan.
         table: of the rules.
         chosen: what is recorded.
-        shapes: of every array.
         names: what the names of the samples' claims begin with.
     """
 
     plan: Plan
     table: RuleTable
     chosen: ProfileRecipe
-    shapes: dict[str, tuple[int, ...]]
     names: str
 
     def name(self, index: int) -> str:
@@ -178,21 +170,9 @@ def _as_text(statistics: Statistics) -> str:
     return base64.b64encode(save(dict(statistics.arrays))).decode("ascii")
 
 
-def _from_text(text: object, shapes: dict[str, tuple[int, ...]], name: str) -> Statistics:
-    """Reads what `_as_text` wrote.
-
-    Raises:
-        ArtefactError: it is something else.
-    """
-    try:
-        statistics = Statistics(load(base64.b64decode(str(text), validate=True)))
-    except (SafetensorError, ValueError) as error:
-        raise ArtefactError(
-            f"what the study storage holds as {name} is no sample: {error}; --overwrite starts again"
-        ) from error
-    if statistics.shapes != shapes or not statistics.finite:
-        raise ArtefactError(f"what the study storage holds as {name} is of another shape; --overwrite starts again")
-    return statistics
+def _from_text(text: str) -> Statistics:
+    """Reads what `_as_text` wrote."""
+    return Statistics(load(base64.b64decode(text)))
 
 
 def spread_samples(samples: Sequence[Sample], count: int) -> list[Sample]:
