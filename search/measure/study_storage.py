@@ -90,15 +90,17 @@ class StudyStorage:
         import optuna
 
         self.claims, self.name = claims, name
-        self._distributions, self._seed = dict(distributions), seed
-        self._directions = ["minimize"] * objectives
+        self._distributions, self._seed, self._objectives = dict(distributions), seed, objectives
         self._starts: list[dict[str, float]] = []
         for start in map(self._ordered, starts):
             if start not in self._starts:
                 self._starts.append(start)
         with guarded(claims.where):
             self._study = optuna.create_study(
-                storage=claims.storage, study_name=name, directions=self._directions, load_if_exists=True
+                storage=claims.storage,
+                study_name=name,
+                directions=["minimize"] * objectives,
+                load_if_exists=True,
             )
 
     def finished(self) -> list[FinishedTrial]:
@@ -224,7 +226,7 @@ class StudyStorage:
         import optuna
         from optuna.trial import TrialState, create_trial
 
-        study = optuna.create_study(directions=self._directions)
+        study = optuna.create_study(directions=["minimize"] * self._objectives)
         for trial in finished:
             study.add_trial(
                 create_trial(params=trial.parameters, distributions=self._distributions, values=trial.values)
