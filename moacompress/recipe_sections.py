@@ -287,7 +287,7 @@ class SearchRecipe(Section):
     floors: dict[int, float] = Field({}, description="minimum share of its KV bytes that a layer keeps, per layer")
     storage: str | None = Field(
         None,
-        description="study storage: a file ending in .journal, or a URL of SQLite, PostgreSQL or MySQL; run the same command "
+        description="study storage: a file ending in .journal, or a URL of SQLite or PostgreSQL; run the same command "
         "in other processes or on other machines to share the work",
     )
 

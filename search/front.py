@@ -97,19 +97,10 @@ def find_front(
         except TimeUp:
             raise deadline.too_short() from None
         distributions = {**request.parameters.distributions(), SHARE: _uniform(np.log(low), np.log(high))}
-        neutral = [
+        starts = [
             {**request.parameters.neutral, SHARE: float(at)} for at in np.linspace(np.log(low), np.log(high), STARTS)
         ]
-        study_storage = StudyStorage(
-            claims,
-            name,
-            profile.fingerprint,
-            distributions,
-            neutral[0],
-            recipe.seed,
-            neutral[1:],
-            objectives=2,
-        )
+        study_storage = StudyStorage(claims, name, distributions, recipe.seed, starts, objectives=2)
         measure = request.as_healed(Objective(source.model, profile.validation, request.weights_of))
         evaluator = PlanEvaluator.of(study_storage, measure, recipe.seed, deadline)
         with suppress(TimeUp):
@@ -117,9 +108,7 @@ def find_front(
         progress.done()
         if not study_storage.finished():
             raise deadline.too_short()
-        if place.ours or not deadline.stopped:
-            with suppress(TimeUp):
-                place.settled(lambda: _is_there(out, key, trials), lambda: evaluator.pause([]))
+        place.settle(lambda: _is_there(out, key, trials), deadline)
         points = [
             _Point(trial.values[0], trial.values[1], trial.notes["plan"], number)
             for number, trial in enumerate(study_storage.finished())
@@ -133,7 +122,7 @@ def find_front(
             if place.ours:
                 plan.save(path)
             results.append(SearchResult.of(plan, path, time.monotonic() - started, {}, written=place.ours))
-        write_front(place, results, None)
+        write_front(place, results, deadline)
     return results
 
 
@@ -155,17 +144,16 @@ def _search_front(request: SearchRequest, evaluator: PlanEvaluator, trials: int,
         if seen == trials:
             return
         deadline.check()
-        indices = {trial.index for trial in finished}
-        started = study_storage.ask(trials, indices)
+        started = study_storage.ask(trials)
         if started is None:
-            study_storage.pause(trials, indices, deadline.left)
+            study_storage.pause(trials, deadline.left)
             continue
         try:
             budget = Budget(SHARE, float(np.exp(started.parameters[SHARE])), None, None)
             limits = budget.limits(profile.shape, profile.lengths)
             parameters = {name: at for name, at in started.parameters.items() if name != SHARE}
             plan = request.plan(surrogate, parameters, limits)
-            kl = float(np.mean(evaluator.kls("front", plan, evaluator.order)))
+            kl = float(np.mean(evaluator.together([evaluator.job("front", plan, evaluator.order)])))
             kept = max(plan.kv_share(n) for n in profile.lengths)
             study_storage.tell(started, [kl, kept], plan=pack(plan))
         except ClaimLost:

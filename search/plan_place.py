@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from moacompress.core.errors import InUseError
 from moacompress.core.lock_holders import own_file
+from moacompress.search.deadline import Deadline
+
+PAUSE = 0.5
+"""Seconds after which a worker looks again whether another one has written the plan."""
 
 
 class PlanPlace:
@@ -18,34 +23,46 @@ class PlanPlace:
         ours: whether this process writes there.
     """
 
-    def __init__(self, path: Path | None, ours: bool, taking: ExitStack) -> None:
-        self.path, self.ours, self._taking = path, ours, taking
+    def __init__(self, path: Path | None, lock: ExitStack) -> None:
+        self.path, self.ours, self._lock = path, False, lock
 
     @property
     def out(self) -> Path | None:
         """The path where this process writes, None where it does not."""
         return self.path if self.ours else None
 
-    def settled(self, written: Callable[[], bool], pause: Callable[[], None]) -> bool:
-        """Waits until the plan is written by the lock holder, or this process is that; returns whether it is to write.
-
-        What is there already is not written again: a worker that comes after the lock holder has gone finds the plan.
+    def take(self, shared: bool) -> None:
+        """Makes this process the lock holder.
 
         Args:
-            written: returns whether the plan is there.
-            pause: waits a moment.
+            shared: whether another process may be it, as that works on the same search.
+
+        Raises:
+            InUseError: another process is, and may not be.
+            ArtefactError: the folder cannot be written.
         """
-        if self.ours:
-            self.ours = not written()
-            return self.ours
-        while not self.ours and self.path is not None and not written():
+        if self.path is not None:
             try:
-                self._taking.enter_context(own_file(self.path))
-                self.ours = not written()
-                break
+                self._lock.enter_context(own_file(self.path))
+                self.ours = True
             except InUseError:
-                pause()
-        return self.ours
+                if not shared:
+                    raise
+
+    def settle(self, is_written: Callable[[], bool], deadline: Deadline) -> None:
+        """Waits until the plan is written, be it by an earlier lock holder, or this process is to write it.
+
+        Args:
+            is_written: returns whether the plan is there.
+            deadline: a worker whose time is up does not wait for the lock holder.
+        """
+        while self.path is not None and not is_written():
+            if self.ours or deadline.stopped or deadline.over():
+                return
+            self.take(shared=True)
+            if not self.ours:
+                time.sleep(PAUSE)
+        self.ours = False
 
 
 @contextmanager
@@ -60,13 +77,7 @@ def plan_place(path: Path | None, shared: bool) -> Iterator[PlanPlace]:
         InUseError: another process is, and may not be.
         ArtefactError: the folder cannot be written.
     """
-    with ExitStack() as taking:
-        ours = path is not None
-        if path is not None:
-            try:
-                taking.enter_context(own_file(path))
-            except InUseError:
-                if not shared:
-                    raise
-                ours = False
-        yield PlanPlace(path, ours, taking)
+    with ExitStack() as lock:
+        place = PlanPlace(path, lock)
+        place.take(shared)
+        yield place

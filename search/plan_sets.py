@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,9 +30,6 @@ from moacompress.search.study import find_plan
 
 LOWER = 0.9
 """A whole search is tried at this share of the smallest budget that the surrogate's own plans hold at."""
-
-PAUSE = 0.5
-"""Seconds after which a worker looks again whether another one has written the plan."""
 
 
 def find_plans(
@@ -76,7 +72,6 @@ def find_plans(
     source = model or load_for(recipe, profile.source, trust_remote_code=trust_remote_code)
     found: list[SearchResult] = []
     starts: list[ParameterValues] = []
-    stopped = False
     with plan_place(front_file(out), recipe.search.storage is not None) as place:
         if overwrite and place.out is not None:
             remove([place.out])
@@ -96,19 +91,18 @@ def find_plans(
             parameters = result.plan.provenance["knobs"]
             starts = [parameters] if any(parameters.values()) else []
             found.append(result)
-            stopped = stopped or part.stopped
-        write_front(place, found, None if stopped else lambda: time.sleep(PAUSE))
+            deadline.stopped = deadline.stopped or part.stopped
+        write_front(place, found, deadline)
     return found
 
 
-def write_front(place: PlanPlace, results: Sequence[SearchResult], pause: Callable[[], None] | None) -> None:
+def write_front(place: PlanPlace, results: Sequence[SearchResult], deadline: Deadline) -> None:
     """Writes `plan.front.json` beside the plans, bytes and KL of every plan, the smallest first; one worker does.
 
     Args:
         place: of that file.
         results: the plans.
-        pause: waits a moment for the lock holder, from which another worker takes over if it has not written the file in the
-            end; None for a worker whose time was up, which has not found what the others will find.
+        deadline: of the searches; a worker whose time was up has not found what the others will find.
     """
     points = [
         {
@@ -122,8 +116,7 @@ def write_front(place: PlanPlace, results: Sequence[SearchResult], pause: Callab
     ]
     points.sort(key=lambda point: max(point["kv_share"].values()))
     front = {"format": "moacompress-front", "points": points}
-    if place.ours or pause is not None:
-        place.settled(lambda: _holds(place.path, front), pause or (lambda: None))
+    place.settle(lambda: _holds(place.path, front), deadline)
     if place.out is not None:
         write_json(place.out, front)
 
@@ -199,8 +192,7 @@ def find_smallest(
         found = _smallest(profile, loss, recipe, out, overwrite, source, progress, deadline)
         noted = {"max_loss": loss.text, "max_harm": loss.kl}
         plan = found.plan.with_notes(budget={**found.plan.budget, **noted})
-        if place.ours or not deadline.stopped:
-            place.settled(lambda: _is_same(out, plan), lambda: time.sleep(PAUSE))
+        place.settle(lambda: _is_same(out, plan), deadline)
         if place.ours:
             if found.explanation:
                 write_json(explanation_file(out), found.explanation)

@@ -183,7 +183,6 @@ class SearchContext:
         self,
         suffix: str,
         ranges: Mapping[str, tuple[float, float]],
-        neutral: ParameterValues,
         starts: Sequence[ParameterValues],
     ) -> StudyStorage:
         """Returns the study storage of a small study within a step; it goes where the search's own is.
@@ -191,13 +190,11 @@ class SearchContext:
         Args:
             suffix: its name after the search's, such as the key of a plan.
             ranges: each search parameter's smallest and largest value.
-            neutral: search parameters of its trial 0.
-            starts: parameters that are tried right after.
+            starts: search parameters of its trial 0, and those that are tried right after.
         """
-        profile, seed = self.request.profile, self.request.recipe.seed
         study = self.evaluator.study_storage
-        name = f"{study.name}-{suffix}"
-        return StudyStorage(study.claims, name, profile.fingerprint, distributions(ranges), neutral, seed, starts)
+        name, seed = f"{study.name}-{suffix}", self.request.recipe.seed
+        return StudyStorage(study.claims, name, distributions(ranges), seed, starts)
 
 
 Step: TypeAlias = Callable[[Incumbent, SearchContext], Incumbent]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moacompress.core.errors import ArtefactError
-from moacompress.core.lock_holders import readable_age
+from moacompress.core.lock_holders import LockHolder, readable_age
 from moacompress.core.tables import readable_seconds
-from moacompress.search.measure.claims import CLAIMS, attributes
+from moacompress.search.measure.claims import CLAIMS, WORKER, holder_of, is_heard_of
 from moacompress.search.measure.storages import guarded, journal_file, open_storage, quiet_optuna, shown
 from moacompress.search.measure.study_storage import TRIAL
-from moacompress.search.measure.workers import Worker
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -120,85 +118,60 @@ def search_status(storage: str) -> list[SearchStatus]:
 
 def _is_there(storage: str) -> bool:
     """Returns whether a storage that is a file is there; of a server nothing is known yet."""
-    from sqlalchemy import make_url
-    from sqlalchemy.exc import ArgumentError
-
     if "://" not in storage:
         return journal_file(storage).exists()
-    if not storage.startswith("sqlite"):
-        return True
-    try:
-        database = make_url(storage).database
-    except ArgumentError:
-        return True
-    return bool(database) and Path(str(database)).exists()
+    return not storage.startswith("sqlite") or Path(storage.partition("///")[2].partition("?")[0]).is_file()
 
 
 def _status(storage: BaseStorage, name: str) -> SearchStatus:
-    kept = storage.get_all_trials(storage.get_study_id_from_name(name + CLAIMS), deepcopy=False)
-    workers = [worker for worker in map(Worker.of, kept) if worker is not None]
-    claims = [trial for trial in kept if "name" in trial.user_attrs]
-    trials = [trial for trial in claims if trial.user_attrs["name"].startswith(name + TRIAL)]
-    beside = [trial for trial in claims if not trial.user_attrs["name"].startswith(name + TRIAL)]
-    now = time.time()
-    alive = {worker.holder.token for worker in workers if _is_alive(worker, now)}
-    shown_workers = tuple(_worker(worker, claims, alive, now) for worker in workers)
-    wanted = max((worker.trials for worker in workers if worker.trials), default=None)
+    found = storage.get_all_trials(storage.get_study_id_from_name(name + CLAIMS), deepcopy=False)
+    workers = [trial for trial in found if trial.user_attrs["name"].startswith(WORKER)]
+    trials = [trial for trial in found if trial.user_attrs["name"].startswith(name + TRIAL)]
+    beside = [trial for trial in found if not trial.user_attrs["name"].startswith((WORKER, name + TRIAL))]
+    alive = [holder_of(worker) for worker in workers if is_heard_of(worker)]
+    wanted = max((worker.user_attrs["trials"] or 0 for worker in workers), default=0) or None
     done = [trial for trial in trials if trial.state.name == "COMPLETE"]
-    best = _best(done)
+    best = min(map(_kl_and_index, filter(_is_whole, done)), default=(None, None))
     return SearchStatus(
         study=name,
-        workers=shown_workers,
+        workers=tuple(_worker(worker, [*trials, *beside], alive) for worker in workers),
         trials={**_counts(trials, alive), "wanted": wanted},
         measurements=_counts(beside, alive),
-        best_kl=None if best is None else best[0],
-        best_trial=None if best is None else best[1],
-        seconds_left=_left(done, wanted, len(alive)),
+        best_kl=best[0],
+        best_trial=best[1],
+        seconds_left=_seconds_left(done, wanted, len(alive)),
     )
 
 
-def _is_alive(worker: Worker, now: float) -> bool:
-    return worker.state == "RUNNING" and worker.holder.is_alive(lambda: now - worker.heard)
+def _worker(worker: FrozenTrial, claims: Sequence[FrozenTrial], alive: Sequence[LockHolder]) -> WorkerStatus:
+    holder = holder_of(worker)
+    state = "alive" if holder in alive else "ended" if worker.state.name == "COMPLETE" else "dead"
+    running = [trial for trial in claims if trial.state.name == "RUNNING" and holder_of(trial) == holder]
+    measures = tuple(trial.user_attrs["name"] for trial in running if state == "alive")
+    return WorkerStatus(holder.host, holder.pid, state, max(0.0, time.time() - worker.user_attrs["heard"]), measures)
 
 
-def _worker(worker: Worker, claims: Sequence[FrozenTrial], alive: set[str], now: float) -> WorkerStatus:
-    holder = worker.holder
-    state = "alive" if holder.token in alive else "ended" if worker.state == "COMPLETE" else "dead"
-    running = (trial.user_attrs for trial in claims if trial.state.name == "RUNNING")
-    measures = tuple(notes["name"] for notes in running if notes.get("worker") == holder.token and state == "alive")
-    return WorkerStatus(holder.host, holder.pid, state, max(0.0, now - worker.heard), measures)
-
-
-def _counts(trials: Sequence[FrozenTrial], alive: set[str]) -> dict[str, int]:
+def _counts(trials: Sequence[FrozenTrial], alive: Sequence[LockHolder]) -> dict[str, int]:
     """Returns how many are done, are run by live workers, and failed; those of dead ones will be taken over."""
-
-    def state(trial: FrozenTrial) -> str:
-        if trial.state.name == "RUNNING":
-            return "running" if trial.user_attrs.get("worker") in alive else "failed"
-        return "done" if trial.state.name == "COMPLETE" else "failed"
-
-    found = Counter(map(state, trials))
-    return {name: found[name] for name in ("done", "running", "failed")}
+    done = sum(trial.state.name == "COMPLETE" for trial in trials)
+    running = sum(trial.state.name == "RUNNING" and holder_of(trial) in alive for trial in trials)
+    return {"done": done, "running": running, "failed": len(trials) - done - running}
 
 
-def _best(done: Sequence[FrozenTrial]) -> tuple[float, int] | None:
-    """Returns the lowest mean KL of the trials that were measured on all samples, and the trial's index."""
-    found = []
-    for trial in done:
-        kept = attributes(trial)
-        notes = kept["result"]["notes"]
-        if notes.get("harms") and not notes.get("pruned"):
-            found.append((float(np.mean(notes["harms"])), int(kept["name"].rpartition(":")[2])))
-    return min(found, default=None)
+def _is_whole(trial: FrozenTrial) -> bool:
+    """Returns whether a finished trial was measured on all samples."""
+    notes = trial.user_attrs["result"]["notes"]
+    return bool(notes.get("harms")) and not notes["pruned"]
 
 
-def _left(done: Sequence[FrozenTrial], wanted: int | None, alive: int) -> float | None:
+def _kl_and_index(trial: FrozenTrial) -> tuple[float, int]:
+    kls = trial.user_attrs["result"]["notes"]["harms"]
+    return float(np.mean(kls)), int(trial.user_attrs["name"].rpartition(":")[2])
+
+
+def _seconds_left(done: Sequence[FrozenTrial], wanted: int | None, alive: int) -> float | None:
     """Returns about how many seconds the trials that are left take; None where nothing is known."""
-    times = [
-        (trial.datetime_complete - trial.datetime_start).total_seconds()
-        for trial in done
-        if trial.datetime_complete is not None and trial.datetime_start is not None
-    ]
+    times = [trial.duration.total_seconds() for trial in done if trial.duration is not None]
     if not times or wanted is None or not alive:
         return None
     return float(np.mean(times)) * max(0, wanted - len(done)) / alive

@@ -14,9 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from moacompress.calibration.profile.manifest import sweep_samples
 from moacompress.calibration.profile.store import Profile
-from moacompress.core.artefact_names import of_search, rounds_folder, study_journal
+from moacompress.core.artefact_names import of_search, study_journal
 from moacompress.core.files import check_no_link, remove, sweep_files, sweep_folders
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.processes import check_alike
@@ -31,7 +30,7 @@ from moacompress.search.measure.objective import Measure, Objective
 from moacompress.search.measure.plan_evaluator import PlanEvaluator
 from moacompress.search.measure.storages import is_journal, quiet_optuna
 from moacompress.search.measure.study_storage import StudyStorage
-from moacompress.search.plan_place import PlanPlace, plan_place
+from moacompress.search.plan_place import plan_place
 from moacompress.search.predict.around import Around, ProfileAround, spread_samples
 from moacompress.search.result.found_plan import stopped_at_once, write_first, write_found
 from moacompress.search.result.search_result import SearchResult, found_before
@@ -89,9 +88,8 @@ def find_plan(
 
     The same call continues where a killed one stopped: everything measured is kept in `recipe.search.storage`, by
     default a journal beside `out` (`plan.study.journal` for `plan.json`), or in memory without `out`. A plan is at `out` before
-    anything is measured. What was profiled
-    around plans is kept in a folder beside `out` (`plan.rounds`), the best plan of every baseline in `plan.baselines`, and why
-    the plan is as it is in `plan.explain.json`.
+    anything is measured. The best plan of every baseline is kept in `plan.baselines`, and why the plan is as it is in
+    `plan.explain.json`.
 
     Args:
         profile: a finished profile, or its folder.
@@ -148,8 +146,8 @@ def find_plan(
                         progress.stage(STAGES.get(step, ""))
                         incumbent = step(incumbent, context)
                 progress.done()
-                if path is not None and not deadline.stopped and not place.ours:
-                    _settle(place, path, request, context)
+                if path is not None:
+                    place.settle(lambda: found_before(path, request.key, trials, False) is not None, deadline)
                 context.out = place.out
                 plan, explanation = write_found(incumbent, context)
         except TimeUp:
@@ -158,27 +156,11 @@ def find_plan(
     return SearchResult.of(plan, path, time.monotonic() - started, explanation, written=place.ours)
 
 
-def _settle(place: PlanPlace, path: Path, request: SearchRequest, context: SearchContext) -> None:
-    """Waits until another worker has written the plan, or this one has to.
-
-    Raises:
-        TimeUp: the time is up.
-    """
-
-    def written() -> bool:
-        return found_before(path, request.key, request.recipe.search.trials, False) is not None
-
-    with suppress(TimeUp):
-        place.settled(written, lambda: context.evaluator.pause([]))
-
-
 def _sweep(out: Path) -> None:
     """Removes what killed searches left half-written at a plan that this process owns, and beside it."""
     for path in of_search(out):
         sweep_files(path)
         sweep_folders(path)
-    for folder in rounds_folder(out).glob("*"):
-        sweep_samples(folder)
 
 
 @contextmanager
@@ -212,8 +194,6 @@ def opened(
     profile, name = request.profile, f"moacompress-{request.key}"
     storage = request.recipe.search.storage
     alone, trials = storage is None, request.recipe.search.trials
-    if out is not None:
-        check_no_link(rounds_folder(out))
     if alone and out is not None:
         check_no_link(study_journal(out))
         storage = str(study_journal(out))
@@ -231,19 +211,20 @@ def opened(
         study_storage = StudyStorage(
             claims,
             name,
-            profile.fingerprint,
             request.parameters.distributions(),
-            request.parameters.neutral,
             request.recipe.seed,
-            [*map(request.parameters.within, request.starts), *request.parameters.starts],
+            [
+                request.parameters.neutral,
+                *map(request.parameters.within, request.starts),
+                *request.parameters.starts,
+            ],
         )
         objective = Objective(source.model, profile.validation, request.weights_of)
         evaluator = PlanEvaluator.of(
             study_storage, request.as_healed(objective), request.recipe.seed, deadline, progress
         )
         objective.order = evaluator.order
-        folder, shared = (out, None) if alone else (None, claims)
-        around, trainer = _improvers(request, source, folder, deadline, shared)
+        around, trainer = _improvers(request, source, claims, deadline)
         yield SearchContext(
             request=request,
             evaluator=evaluator,
@@ -258,20 +239,15 @@ def opened(
 
 
 def _improvers(
-    request: SearchRequest,
-    source: SourceModel,
-    out: Path | None,
-    deadline: Deadline,
-    claims: Claims | None,
+    request: SearchRequest, source: SourceModel, claims: Claims, deadline: Deadline
 ) -> tuple[Around, Measure] | tuple[None, None]:
     """Returns what profiles around plans and what measures moves, both on calibration samples, where either is wanted."""
     settings = request.recipe.search
     if not settings.rounds and not settings.moves:
         return None, None
     samples = request.profile.calibration_samples()
-    folder = None if out is None else rounds_folder(out)
     chosen = spread_samples(samples, settings.round_samples)
-    around = ProfileAround(request.profile, request.recipe, source, chosen, folder, deadline, claims)
+    around = ProfileAround(request.profile, request.recipe, source, chosen, claims, deadline)
     answers = [sample for sample in samples if sample.kind == "answer"] or samples
     trained = Objective(source.model, spread_samples(answers, MOVE_SAMPLES), request.weights_of)
     return around, request.as_healed(trained)

@@ -26,7 +26,7 @@ import optuna
 
 from moacompress.calibration.profile.store import Profile
 from moacompress.recipe import Recipe
-from moacompress.search.measure.claims import CLAIMS, attributes
+from moacompress.search.measure.claims import CLAIMS, WORKER
 from moacompress.search.measure.storages import open_storage, quiet_optuna
 from tests.search.conftest import FakeObjective
 
@@ -143,9 +143,9 @@ class SearchRun:
             for study in optuna.get_all_study_names(storage):
                 if study.endswith(CLAIMS):
                     for trial in optuna.load_study(study_name=study, storage=storage).trials:
-                        name = trial.user_attrs.get("name")
-                        if name is not None:
-                            numbers[name] = max(numbers[name], len(attributes(trial).get("numbers", ())))
+                        name = trial.user_attrs["name"]
+                        if not name.startswith(WORKER):
+                            numbers[name] = max(numbers[name], len(trial.user_attrs.get("numbers", ())))
                             done[name] += trial.state.name == "COMPLETE"
         return numbers, done
 

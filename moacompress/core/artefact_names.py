@@ -76,7 +76,7 @@ def holder_of_folder(folder: Path) -> Path:
 
 
 def sample_file(folder: Path, index: int) -> Path:
-    """Returns where the statistics of a sample are in a profile's folder, or in one of those in `rounds_folder`."""
+    """Returns where the statistics of a sample are in a profile's folder."""
     return folder / SAMPLES_FOLDER / f"{index:05d}.safetensors"
 
 
@@ -88,11 +88,6 @@ def study_journal(plan: Path) -> Path:
 def journal_lock(journal: Path) -> Path:
     """Returns the lock that Optuna holds while it writes a line; a killed process leaves it."""
     return journal.with_name(f"{journal.name}.lock")
-
-
-def rounds_folder(plan: Path) -> Path:
-    """Returns where a search keeps what it profiled around plans."""
-    return plan.with_suffix(".rounds")
 
 
 def baselines_folder(plan: Path) -> Path:
@@ -176,7 +171,6 @@ def of_search(plan: Path) -> list[Path]:
         scouts_folder(plan),
         baselines_folder(plan),
         explanation_file(plan),
-        rounds_folder(plan),
         journal,
         journal_lock(journal),
     ]

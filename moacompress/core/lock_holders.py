@@ -20,8 +20,8 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -136,28 +136,24 @@ class LockHolder:
         )
 
 
-@contextmanager
-def own_folder(folder: Path) -> Iterator[None]:
+def own_folder(folder: Path) -> AbstractContextManager[None]:
     """Makes this process the lock holder of a folder as long as the block runs; the folder is made if it is not there.
 
     Raises:
         InUseError: a live process is its lock holder, be it this one.
         ArtefactError: the folder cannot be written.
     """
-    with own(str(folder), holder_of_folder(folder), "choose another folder"):
-        yield
+    return own(str(folder), holder_of_folder(folder), "choose another folder")
 
 
-@contextmanager
-def own_file(path: Path) -> Iterator[None]:
+def own_file(path: Path) -> AbstractContextManager[None]:
     """Makes this process the lock holder of a file, or of a folder that will be moved; neither need be there.
 
     Raises:
         InUseError: a live process is its lock holder, be it this one.
         ArtefactError: the folder that it is in cannot be written.
     """
-    with own(str(path), holder_of_file(path), "choose another file"):
-        yield
+    return own(str(path), holder_of_file(path), "choose another file")
 
 
 @contextmanager
@@ -217,27 +213,21 @@ class HeartbeatMonitor:
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
-        self._seen: dict[int, tuple[int, float]] = {}
-        self._heard: set[int] = set()
+        self._seen: dict[Hashable, tuple[float, float]] = {}
 
-    def silence(self, number: int, beat: int) -> float:
-        """Returns for how many seconds a process has been seen with a beat that it has now.
+    def silence(self, process: Hashable, beat: float) -> float:
+        """Returns for how many seconds a process has been seen with the beat that it has now.
 
         Args:
-            number: of the process.
-            beat: how often it was heard of.
+            process: its name or number.
+            beat: a number that is another one at each of its heartbeats.
         """
         now = self._monotonic()
-        before, since = self._seen.get(number, (beat, now))
+        before, since = self._seen.get(process, (beat, now))
         if beat != before:
             since = now
-            self._heard.add(number)
-        self._seen[number] = beat, since
+        self._seen[process] = beat, since
         return now - since
-
-    def is_heard(self, number: int) -> bool:
-        """Returns whether a process has been seen with more than one beat."""
-        return number in self._heard
 
 
 @contextmanager

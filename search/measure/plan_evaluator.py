@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.core.files import fingerprint
 from moacompress.core.progress import SILENT, Progress
+from moacompress.core.ranks import work_shard
 from moacompress.rules.plan import Plan
 from moacompress.search.deadline import Deadline
-from moacompress.search.measure.claims import ClaimLost
+from moacompress.search.measure.claims import ClaimLost, Claims
 from moacompress.search.measure.objective import Measure
 from moacompress.search.measure.study_storage import StudyStorage
 from moacompress.search.predict.surrogate import Surrogate, fit, pick_ablations
 from moacompress.search.problem.knapsack import ablation
 from moacompress.search.search_request import SearchRequest
 
+PART = 4
+"""Samples of a plan that a worker measures before another one may take the next."""
 ABLATION_SAMPLES = 3
 """Samples on which the ablations are measured that the surrogate is calibrated with."""
 
@@ -30,13 +34,13 @@ class Job:
 
     Attributes:
         name: what they are filed under.
-        count: how many there are.
-        measured: measures those behind so many that are known already.
+        count: how many there are at most.
+        measured: yields those after the given ones, which are measured already; every number that it yields is added to them.
     """
 
     name: str
     count: int
-    measured: Callable[[int], Generator[float, None, None]]
+    measured: Callable[[list[float]], Generator[float, None, None]]
 
 
 @dataclass(frozen=True)
@@ -66,49 +70,52 @@ class PlanEvaluator:
         order = np.random.default_rng(seed).permutation(measure.size).tolist()
         return PlanEvaluator(study_storage, measure, order, deadline, progress=progress)
 
-    def kls(self, kind: str, plan: Plan, numbers: Sequence[int]) -> list[float]:
-        """Returns the KL of each numbered sample, measured at most once in the life of the study storage.
-
-        Args:
-            kind: what for; with the plan it is what the numbers are filed under.
-            plan: the plan.
-            numbers: of the samples.
-
-        Raises:
-            TimeUp: the time is up, and one of them is not measured yet.
-        """
-        return self.together([self.job(kind, plan, numbers)])[0]
+    @property
+    def claims(self) -> Claims:
+        """The claims on what is measured."""
+        return self.study_storage.claims
 
     def shown(self, kind: str, plan: Plan, what: str) -> list[float]:
-        """Returns the KL of every sample in their order, as `kls`, with a bar of its own.
+        """Returns the KL of every sample in their order, with a bar of its own; workers share the samples.
 
         Args:
             kind: what for.
             plan: the plan.
             what: what the progress calls it.
+
+        Raises:
+            TimeUp: the time is up, and one of them is not measured yet.
         """
-        job = self.job(kind, plan, self.order)
+        known = self.known(kind, plan)
+        if known is not None:
+            return known
+        ranks = work_shard()[1]
+        size = ranks * math.ceil(PART / ranks)
+        parts = [self.order[at : at + size] for at in range(0, len(self.order), size)]
 
-        def measured(done: int) -> Generator[float, None, None]:
-            for _ in range(done):
+        def measured(done: int) -> None:
+            for _ in parts[done]:
                 self.progress.step()
-            for kl in job.measured(done):
-                self.progress.step()
-                yield kl
 
-        if self.known(kind, plan) is not None:
-            return self.kls(kind, plan, self.order)
-        self.progress.start(what, job.count)
-        found = self.together([replace(job, measured=measured)])[0]
+        self.progress.start(what, len(self.order))
+        jobs = [self.job(f"{kind}:{size}:{number}", plan, part) for number, part in enumerate(parts)]
+        kls = [kl for part in self.together(jobs, measured) for kl in part]
         self.progress.done()
-        return found
+        self.keep(kind, plan, kls)
+        return kls
 
     def job(self, kind: str, plan: Plan, numbers: Sequence[int]) -> Job:
-        """Returns what `kls` measures, for `attempt` and `together`."""
+        """Returns the job of measuring a plan on numbered samples.
 
-        def measured(done: int) -> Generator[float, None, None]:
+        Args:
+            kind: what for; with the plan it is what the numbers are filed under.
+            plan: the plan.
+            numbers: of the samples.
+        """
+
+        def measured(known: list[float]) -> Generator[float, None, None]:
             with self.measure.under(plan) as kl:
-                for number in numbers[done:]:
+                for number in numbers[len(known) :]:
                     yield kl(number)
 
         return Job(f"{kind}:{plan.key()}", len(numbers), measured)
@@ -119,27 +126,25 @@ class PlanEvaluator:
         Raises:
             TimeUp: the time is up, and one of them is not measured yet; those that are will not be measured again.
         """
-        known = self.study_storage.recall(job.name)
-        if known is not None:
-            return [float(kl) for kl in known]
-        claims = self.study_storage.claims
-        claim = claims.acquire(job.name)
+        claim = self.claims.acquire(job.name)
         if claim is None:
-            known = self.study_storage.recall(job.name)
+            known = self.claims.result(job.name)
             return None if known is None else [float(kl) for kl in known]
-        found = list(claim.begun[: job.count])
+        found = claim.numbers
         try:
-            with closing(job.measured(len(found))) as kls:
+            with closing(job.measured(found)) as kls:
                 while len(found) < job.count:
                     self.deadline.check()
-                    found.append(next(kls))
-                    claims.put(claim, found)
+                    kl = next(kls, None)
+                    if kl is None:
+                        break
+                    self.claims.add_number(claim, kl)
                     self.progress.beat()
-            claims.finish(claim, [float(np.mean(found)) if found else 0.0], result=found)
+            self.claims.finish(claim, found)
         except ClaimLost:
             return None
         finally:
-            claims.release(claim)
+            self.claims.release(claim)
         return found
 
     def together(self, jobs: Sequence[Job], done: Callable[[int], None] | None = None) -> list[list[float]]:
@@ -152,18 +157,14 @@ class PlanEvaluator:
         Raises:
             TimeUp: the time is up, and one of them is not measured yet.
         """
-        found: dict[int, list[float]] = {}
-        while len(found) < len(jobs):
-            before = len(found)
-            for number, job in enumerate(jobs):
-                kls = None if number in found else self.attempt(job)
-                if kls is not None:
-                    found[number] = kls
-                    if done is not None:
-                        done(number)
-            if len(found) == before:
-                self.pause([job.name for number, job in enumerate(jobs) if number not in found])
-        return [found[number] for number in range(len(jobs))]
+
+        def attempt(number: int) -> list[float] | None:
+            kls = self.attempt(jobs[number])
+            if kls is not None and done is not None:
+                done(number)
+            return kls
+
+        return self.claims.together([job.name for job in jobs], attempt, self.deadline)
 
     def pause(self, names: Sequence[str]) -> None:
         """Waits a moment for what other workers measure.
@@ -175,15 +176,15 @@ class PlanEvaluator:
             TimeUp: the time is up.
         """
         self.deadline.check()
-        self.study_storage.claims.pause(names, self.deadline.left)
+        self.claims.pause(names, self.deadline.left)
 
     def keep(self, kind: str, plan: Plan, kls: Sequence[float]) -> None:
-        """Keeps what was measured elsewhere, as `kls` would have."""
-        self.study_storage.claims.keep(f"{kind}:{plan.key()}", list(kls))
+        """Keeps what was measured elsewhere, as `shown` would have."""
+        self.claims.keep(f"{kind}:{plan.key()}", list(kls))
 
     def known(self, kind: str, plan: Plan) -> list[float] | None:
-        """Returns what `kls` measured before, or None."""
-        found = self.study_storage.recall(f"{kind}:{plan.key()}")
+        """Returns what `shown` measured before, or None."""
+        found = self.claims.result(f"{kind}:{plan.key()}")
         return None if found is None else [float(value) for value in found]
 
     def near(self, kind: str, number: int, plans: Sequence[Plan], base: Plan, measure: Measure | None = None) -> Job:
@@ -198,7 +199,7 @@ class PlanEvaluator:
         """
         name = f"{kind}:{fingerprint([base.key(), *(plan.key() for plan in plans)])}:{number}"
         model = measure or self.measure
-        return Job(name, len(plans), lambda done: model.many(number, plans[done:], base))
+        return Job(name, len(plans), lambda known: model.many(number, plans[len(known) :], base))
 
     def calibrated(self, request: SearchRequest, progress: Progress) -> Surrogate:
         """Returns the surrogate fitted to measured ablations of single KV heads, at the shortest length (the cheapest).

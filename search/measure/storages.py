@@ -1,7 +1,7 @@
 """The storages that a search can keep its studies in, opened so that many processes may write to one at the same time.
 
 All rests on two things that a storage must do as one: give every new trial the next number of its study, and refuse to change
-the state of a trial that has finished. A journal does both by the order of its lines, PostgreSQL and MySQL by locks of rows.
+the state of a trial that has finished. A journal does both by the order of its lines, PostgreSQL by locks of rows.
 SQLite has no locks of rows, and what Optuna reads before it writes is not part of its transaction there; so every
 transaction of SQLite begins with the lock of the whole file.
 """
@@ -16,7 +16,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +32,6 @@ SQLITE_PATIENCE = 60.0
 """Seconds that a process waits for SQLite's lock of the file, which is held for milliseconds."""
 OPENING = 30
 """Times that a database is opened again where another process makes its tables at the same moment."""
-DRIVERS = {
-    "postgresql": {"psycopg": "psycopg", "psycopg2": "psycopg2"},
-    "mysql": {"MySQLdb": "mysqldb", "pymysql": "pymysql"},
-}
-"""Modules of the drivers of a database, and what SQLAlchemy calls them; the first one that is installed is used."""
-INSTALL = {"postgresql": "psycopg2-binary", "mysql": "pymysql"}
-"""A package with a driver that needs no compiler."""
 AT_THE_SAME_MOMENT = ("already exists", "duplicate", "unique", "locked", "deadlock")
 """What databases say of that."""
 
@@ -58,12 +50,9 @@ def open_storage(storage: str | None) -> BaseStorage:
 
     if storage is None:
         return InMemoryStorage()
-    if "://" not in storage:
-        path = journal_file(storage)
-        with guarded(shown(storage)):
-            return _journal(path)
+    path = None if "://" in storage else journal_file(storage)
     with guarded(shown(storage)):
-        return get_storage(_database(storage))
+        return get_storage(_database(storage) if path is None else _journal(path))
 
 
 def _database(url: str) -> RDBStorage:
@@ -72,11 +61,10 @@ def _database(url: str) -> RDBStorage:
     from sqlalchemy.exc import SQLAlchemyError
 
     sqlite = url.startswith("sqlite")
-    of_sqlite = {"timeout": SQLITE_PATIENCE, "factory": _Transactional}
-    settings: dict[str, Any] = {"connect_args": of_sqlite} if sqlite else {"pool_pre_ping": True}
+    settings = {"connect_args": {"timeout": SQLITE_PATIENCE}} if sqlite else {"pool_pre_ping": True}
     for left in reversed(range(OPENING)):
         try:
-            storage = RDBStorage(_with_driver(url), engine_kwargs=dict(settings))
+            storage = RDBStorage(url, engine_kwargs=dict(settings))
             break
         except (OptunaError, SQLAlchemyError) as error:
             if not left or not any(words in str(error).lower() for words in AT_THE_SAME_MOMENT):
@@ -87,55 +75,18 @@ def _database(url: str) -> RDBStorage:
     return storage
 
 
-def _with_driver(url: str) -> str:
-    """Returns the URL of a database with the driver that is installed, where it names none; SQLAlchemy takes one of them only.
-
-    Raises:
-        ImportError: none is; says what to install.
-    """
-    dialect, _, rest = url.partition("://")
-    drivers = DRIVERS.get(dialect)
-    if drivers is None:
-        return url
-    for module, name in drivers.items():
-        if find_spec(module) is not None:
-            return f"{dialect}+{name}://{rest}"
-    raise ImportError(f"no driver of {dialect} is installed: pip install {INSTALL[dialect]}")
-
-
-class _TransactionalCursor(sqlite3.Cursor):
-    """Begins a transaction before its first statement."""
-
-    def execute(self, statement: str, *arguments: Any) -> Any:
-        """Runs a statement."""
-        if not self.connection.in_transaction and not statement.startswith("BEGIN"):
-            super().execute("BEGIN")
-        return super().execute(statement, *arguments)
-
-
-class _Transactional(sqlite3.Connection):
-    """A connection on which tables are made within a transaction too, which Python's driver does not do by itself.
-
-    So a process that is killed while it makes them leaves all of them, with their indices, or none.
-    """
-
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self.isolation_level = None  # the driver begins no transactions of its own
-
-    def cursor(self, factory: Any = _TransactionalCursor) -> Any:
-        """Returns a cursor."""
-        return super().cursor(factory)
-
-
 def _lock_at_once(storage: RDBStorage) -> None:
     """Lets every transaction of a SQLite storage begin with the lock of the file."""
     from sqlalchemy import event
+
+    def connected(connection: sqlite3.Connection, record: Any) -> None:
+        connection.isolation_level = None  # Python's driver begins no transactions of its own
 
     def begun(connection: Any) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     storage.engine.dispose()
+    event.listen(storage.engine, "connect", connected)
     event.listen(storage.engine, "begin", begun)
 
 

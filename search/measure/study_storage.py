@@ -9,7 +9,7 @@ no random state is lost and nothing depends on who samples.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import numpy as np
 
 from moacompress.core.errors import ArtefactError
 from moacompress.models.processes import broadcast
-from moacompress.search.measure.claims import Claim, ClaimLost, Claims, attributes
+from moacompress.search.measure.claims import Claim, ClaimLost, Claims
 from moacompress.search.measure.storages import guarded
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class FinishedTrial:
     """A trial that is done.
 
     Attributes:
-        index: its index; 0 is the trial of the neutral search parameters.
+        index: 0 is the trial of the neutral search parameters.
         parameters: its search parameters.
         values: what was measured, one number for every objective.
         notes: JSON values that it was finished with.
@@ -55,14 +55,7 @@ class FinishedTrial:
 
 @dataclass
 class StartedTrial:
-    """A trial that this worker has the claim of.
-
-    Attributes:
-        index: its index.
-        parameters: its search parameters.
-        claim: on it.
-        begun: when.
-    """
+    """A trial that this worker has the claim of."""
 
     index: int
     parameters: dict[str, float]
@@ -74,48 +67,48 @@ class StudyStorage:
     """What one search has measured so far.
 
     Args:
-        claims: of the workers of the search, on what is measured beside trials.
+        claims: of the workers of the search.
         name: name of the study.
-        profile: fingerprint of the profile that the study belongs to.
         distributions: the search parameters.
-        neutral: search parameters of the first trial.
         seed: of the sampler.
-        starts: parameters that are tried right after, such as those that won at another budget.
+        starts: search parameters of trial 0, and those that are tried right after, such as what won at another budget.
         objectives: numbers that a trial has, all to be small.
 
     Raises:
-        ArtefactError: the storage cannot be used, or holds a study of another profile under this name.
+        ArtefactError: the storage cannot be used.
     """
 
     def __init__(
         self,
         claims: Claims,
         name: str,
-        profile: str,
         distributions: Mapping[str, BaseDistribution],
-        neutral: Mapping[str, float],
         seed: int,
-        starts: Sequence[Mapping[str, float]] = (),
+        starts: Sequence[Mapping[str, float]],
         objectives: int = 1,
     ) -> None:
+        import optuna
+
         self.claims, self.name = claims, name
         self._distributions, self._seed, self._objectives = dict(distributions), seed, objectives
-        self._queue = [dict(neutral)]
-        for start in starts:
-            if dict(start) not in self._queue:
-                self._queue.append(dict(start))
-        self._study = self._open(profile)
-
-    def recall(self, name: str) -> Any:
-        """Returns what was kept under this name, or None."""
-        return self.claims.result(name)
+        self._starts: list[dict[str, float]] = []
+        for start in map(self._ordered, starts):
+            if start not in self._starts:
+                self._starts.append(start)
+        with guarded(claims.where):
+            self._study = optuna.create_study(
+                storage=claims.storage,
+                study_name=name,
+                directions=["minimize"] * objectives,
+                load_if_exists=True,
+            )
 
     def finished(self) -> list[FinishedTrial]:
         """Returns the finished trials, in the order of their indices."""
         found = {}
         for trial in self._claimed("COMPLETE"):
-            index, kept = self._index(trial.user_attrs["name"]), attributes(trial)["result"]
-            found[index] = FinishedTrial(index, self._ordered(kept["parameters"]), kept["values"], kept["notes"])
+            index = self._index(trial.user_attrs["name"])
+            found[index] = FinishedTrial(index, **trial.user_attrs["result"])
         return [found[index] for index in sorted(found)]
 
     def importances(self) -> dict[str, float]:
@@ -133,51 +126,35 @@ class StudyStorage:
             return {}
         return {name: float(share) for name, share in found.items()}
 
-    def ask(self, limit: int, finished: Container[int]) -> StartedTrial | None:
-        """Starts the next trial; None where all below a limit are finished, or other workers' and these are alive.
+    def ask(self, limit: int) -> StartedTrial | None:
+        """Starts the next of `limit` trials; None where each is finished, or another live worker's."""
+        claim = self.claims.acquire_first(self._names(limit))
+        if claim is None:
+            return None
+        try:
+            return self._started(self._index(claim.name), claim)
+        except ClaimLost:
+            return None
+        except BaseException:
+            self.claims.release(claim)
+            raise
 
-        Args:
-            limit: number of trials that there are to be.
-            finished: indices of those that are known to be finished.
-        """
-        names, at = self.claims.free(self._names(limit, finished)), 0
-        while at < len(names):
-            claim = self.claims.acquire(names[at])
-            if claim is not None:
-                try:
-                    return self._started(self._index(names[at]), claim)
-                except ClaimLost:
-                    pass
-                except BaseException:
-                    self.claims.release(claim)
-                    raise
-            at += max(1, self.claims.lost_races)  # each of those that come in the same moment goes to another one
-        return None
-
-    def tell(self, started: StartedTrial, value: float | Sequence[float], **notes: Any) -> None:
-        """Finishes a trial with its value, or one for every objective; from then on it is never repeated.
+    def tell(self, started: StartedTrial, values: list[float], **notes: Any) -> None:
+        """Finishes a trial with a value for every objective; from then on it is never repeated.
 
         Raises:
             ClaimLost: another worker has the trial.
         """
-        values = [value] if isinstance(value, float) else list(value)
-        result = {"parameters": started.parameters, "values": values, "notes": notes}
-        self.claims.finish(started.claim, [0.0], result=result)
+        self.claims.finish(started.claim, {"parameters": started.parameters, "values": values, "notes": notes})
         self._show(started, values, notes)
 
     def release(self, started: StartedTrial) -> None:
         """Gives up a trial, unless it is finished: another run, or another worker, begins it again."""
         self.claims.release(started.claim)
 
-    def pause(self, limit: int, finished: Container[int], longest: float | None = None) -> None:
-        """Waits a moment for the trials of other workers: see `Claims.pause`.
-
-        Args:
-            limit: number of trials that there are to be.
-            finished: indices of those that are known to be finished.
-            longest: seconds that it may take.
-        """
-        self.claims.pause(self._names(limit, finished), longest)
+    def pause(self, limit: int, longest: float | None = None) -> None:
+        """Waits a moment, at most `longest` seconds, for other workers to finish one of `limit` trials."""
+        self.claims.pause(self._names(limit), longest)
 
     def sampled(self, index: int, pending: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
         """Returns the search parameters that the sampler chooses for a trial.
@@ -193,9 +170,8 @@ class StudyStorage:
         study.sampler = GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS, warn_independent_sampling=False)
         return self._ordered(broadcast(study.ask(self._distributions).params))
 
-    def _names(self, limit: int, finished: Container[int]) -> list[str]:
-        """Returns the names of the trials below a limit that are not finished."""
-        return [f"{self.name}{TRIAL}{index}" for index in range(limit) if index not in finished]
+    def _names(self, limit: int) -> list[str]:
+        return [f"{self.name}{TRIAL}{index}" for index in range(limit)]
 
     def _index(self, name: str) -> int:
         return int(name.removeprefix(self.name + TRIAL))
@@ -223,27 +199,6 @@ class StudyStorage:
         with guarded(self.claims.where):
             self._study.add_trial(trial)
 
-    def _open(self, profile: str) -> Study:
-        import optuna
-
-        where = self.claims.where
-        with guarded(where):
-            study = optuna.create_study(
-                storage=self.claims.storage,
-                study_name=self.name,
-                directions=["minimize"] * self._objectives,
-                load_if_exists=True,
-            )
-            holder = study.user_attrs.get("profile")
-            if holder is None:
-                study.set_user_attr("profile", profile)
-        if holder not in (None, profile):
-            raise ArtefactError(
-                f"{where} holds the study {self.name} of another profile ({holder}, this one is {profile}); choose "
-                "another storage"
-            )
-        return study
-
     def _started(self, index: int, claim: Claim) -> StartedTrial:
         """Returns a claimed trial with its search parameters: those that an earlier claim of it had, or new ones."""
         unfinished = [
@@ -253,12 +208,12 @@ class StudyStorage:
         ]
         begun = [trial for trial in unfinished if trial.user_attrs["name"] == claim.name]
         if begun:
-            parameters = self._ordered(begun[0].user_attrs["parameters"])
-        elif index < len(self._queue):
-            parameters = self._ordered(self._queue[index])
+            parameters = begun[0].user_attrs["parameters"]
+        elif index < len(self._starts):
+            parameters = self._starts[index]
         else:
             running = {
-                trial.user_attrs["name"]: self._ordered(trial.user_attrs["parameters"])
+                trial.user_attrs["name"]: trial.user_attrs["parameters"]
                 for trial in unfinished
                 if trial.state.name == "RUNNING"
             }
@@ -283,5 +238,5 @@ class StudyStorage:
         return study
 
     def _ordered(self, parameters: Mapping[str, float]) -> dict[str, float]:
-        """Returns search parameters in the order of the distributions, whatever order a storage returns them in."""
+        """Returns search parameters in the order of the distributions."""
         return {name: parameters[name] for name in self._distributions if name in parameters}

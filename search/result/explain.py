@@ -195,11 +195,14 @@ def _predicted(request: SearchRequest, surrogate: Surrogate, tried: Sequence[Tri
     from scipy.stats import spearmanr
 
     profile = request.profile
-    pairs = []
+    distinct: dict[str, TrialResult] = {}
     for trial in tried:
-        if trial.measured and not trial.pruned:
-            plan = unpack(trial.plan, profile)
-            pairs.append([request.predicted(surrogate, plan), trial.kl])
+        distinct.setdefault(trial.key, trial)
+    pairs = [
+        [request.predicted(surrogate, unpack(trial.plan, profile)), trial.kl]
+        for trial in distinct.values()
+        if not trial.pruned
+    ]
     predicted, measured = zip(*pairs, strict=True) if pairs else ((), ())
     varied = min(len(set(predicted)), len(set(measured))) > 2
     return {"pairs": pairs, "spearman": float(spearmanr(predicted, measured).statistic) if varied else None}

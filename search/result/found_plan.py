@@ -165,7 +165,7 @@ def _made(tried: Sequence[TrialResult], stage: str, finished: bool) -> dict[str,
     return {
         "finished": finished,
         "trials": len(tried),
-        "measured_plans": sum(trial.measured for trial in tried),
+        "measured_plans": len({trial.key for trial in tried}),
         "best_trial": None if best is None else best.index,
         "knobs": {} if best is None else best.parameters,
         "stage": stage,

@@ -37,14 +37,8 @@ def tune_parameters(incumbent: Incumbent, context: SearchContext) -> Incumbent:
             write_so_far(best, context)
         return _note(best, context)
 
-    trials = Trials(
-        evaluator.study_storage,
-        evaluator.measure,
-        evaluator.order,
-        plan_of,
-        context.deadline,
-        progress=context.progress,
-    )
+    kls = evaluator.shown("trial0", incumbent.plan, "measuring trial 0")
+    trials = Trials(evaluator.study_storage, evaluator, plan_of, incumbent.plan, kls, context.progress)
     tried = context.tried = trials.completed("searching", request.recipe.search.trials, after)
     if not tried:
         raise TimeUp

@@ -109,17 +109,14 @@ def _round(number: int, incumbent: Incumbent, forms: Forms, context: SearchConte
     def plan_of(parameters: ParameterValues) -> Plan:
         return space.plan(moved(space.knapsack, forms(parameters["relative"]), parameters, choice))
 
-    study_storage = context.study_storage_of(incumbent.plan.key(), RANGES, NEUTRAL, STARTS)
-    known = {incumbent.plan.key(): incumbent.kls}
-    trials = Trials(
-        study_storage, evaluator.measure, evaluator.order, plan_of, context.deadline, known, context.progress
-    )
+    study_storage = context.study_storage_of(incumbent.plan.key(), RANGES, [NEUTRAL, *STARTS])
+    trials = Trials(study_storage, evaluator, plan_of, incumbent.plan, incumbent.kls, context.progress)
     tried = trials.completed(
         f"round {number}",
         1 + context.request.recipe.search.round_trials,
         lambda done: f"{done[-1].parameters['moved']:.0%} moved: {done[-1].kl:.3g} nats",
     )
-    if not tried:  # the time was over before another worker had measured the plan as it is
+    if not tried:
         return None
     won = best_trial(tried, ROUND_CAUTION)
     others = [trial for trial in tried[1:] if not trial.pruned]

@@ -51,7 +51,6 @@ def test_overwrite_leaves_nothing_of_the_run_before_and_all_of_the_users(finishe
     for name in (
         *before,
         "plan.baselines/old.json",
-        "plan.rounds/x",
         ".summary.json.89abcdef.tmp",
         ".model.89abcdef.partial/x",
     ):
@@ -149,7 +148,7 @@ def test_overwrite_never_costs_what_no_run_left_or_what_is_read(finished, recipe
     with pytest.raises(ArtefactError, match="profile exists already and no run left it"):
         compress(recipe, out, overwrite=True)
     assert (out / "profile" / "samples").exists()
-    for name in ("recipe.json", "report.html", "plan.rounds/mine"):
+    for name in ("recipe.json", "report.html", "plan.scouts/mine"):
         (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mine" / name).write_text("{}")
     with pytest.raises(ArtefactError, match="exists already and no run left it"):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from moacompress.calibration.data.answers import SampleDraft
 from moacompress.calibration.data.samples import Sample
@@ -20,13 +22,21 @@ from moacompress.core.errors import PlanError
 from moacompress.core.progress import SILENT
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
+from moacompress.search.measure.claims import CLAIMS, Claims, open_claims
 from moacompress.search.measure.objective import Objective
+from moacompress.search.measure.storages import open_storage, quiet_optuna
 from moacompress.search.predict import around as around_module
 from moacompress.search.predict.around import ProfileAround, spread_samples
 from moacompress.search.problem.knapsack import choice_of, chosen_plan
 from moacompress.search.study import find_plan
 
 Profiles = Callable[..., Profile]
+
+
+@pytest.fixture
+def claims() -> Iterator[Claims]:
+    with quiet_optuna(), open_claims(None, "s", alone=True) as opened:
+        yield opened
 
 
 RECIPE = Recipe.from_dict(
@@ -63,13 +73,13 @@ def random_drafts() -> list[SampleDraft]:
 
 
 def test_around_is_what_the_profiler_says_around_the_plan(
-    source: SourceModel, profiled: Profile, tmp_path: Path
+    source: SourceModel, profiled: Profile, claims: Claims, tmp_path: Path
 ) -> None:
     samples = profiled.calibration_samples()
     assert len(samples) == 4
     choice = np.full((3, 2), 3)
     plan = chosen_plan(profiled, choice)
-    forms = ProfileAround(profiled, profiled.recipe, source, samples, None)(plan, SILENT)
+    forms = ProfileAround(profiled, profiled.recipe, source, samples, claims)(plan, SILENT)
     form = forms(0.0)
     assert form.kl(choice) == 0
     assert forms(1.0).kl(choice) == 0
@@ -87,7 +97,12 @@ def test_around_is_what_the_profiler_says_around_the_plan(
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_around_a_plan_whose_gates_choose(
-    backend: str, source: SourceModel, gated: Profile, tmp_path: Path, use_backend: Callable[[str], Any]
+    backend: str,
+    source: SourceModel,
+    gated: Profile,
+    claims: Claims,
+    tmp_path: Path,
+    use_backend: Callable[[str], Any],
 ) -> None:
     use_backend(backend)
     choosing = [number for number, rule in enumerate(gated.rules) if rule.selects]
@@ -95,7 +110,7 @@ def test_around_a_plan_whose_gates_choose(
     plan = chosen_plan(gated, choice)
     assert plan.selects
     samples = gated.calibration_samples()
-    form = ProfileAround(gated, gated.recipe, source, samples, tmp_path / "rounds")(plan, SILENT)(0.0)
+    form = ProfileAround(gated, gated.recipe, source, samples, claims)(plan, SILENT)(0.0)
     assert form.kl(choice) == 0
     changes = form.changes(choice)
     assert not np.take_along_axis(changes, choice[..., None], -1).any()
@@ -118,7 +133,7 @@ def test_around_a_plan_whose_gates_choose(
 
 @pytest.mark.parametrize("formats", [("int8", "int4"), ("int4",)])
 def test_around_a_plan_of_formats(
-    formats: tuple[str, ...], source: SourceModel, profiled: Profile, tmp_path: Path
+    formats: tuple[str, ...], source: SourceModel, profiled: Profile, claims: Claims, tmp_path: Path
 ) -> None:
     """Changes of a span, of the keys' format and of the values' are each as a profile around the plan has them."""
     offered = profiled.offering(formats)
@@ -127,7 +142,7 @@ def test_around_a_plan_of_formats(
     plan = chosen_plan(offered, choice)
     assert np.array_equal(choice_of(offered, plan), choice)
     samples = offered.calibration_samples()
-    forms = ProfileAround(offered, offered.recipe, source, samples, tmp_path / "rounds")(plan, SILENT)
+    forms = ProfileAround(offered, offered.recipe, source, samples, claims)(plan, SILENT)
     form = forms(0.0)
     assert form.kl(choice) == 0
     changes = form.changes(choice)
@@ -143,15 +158,15 @@ def test_around_a_plan_of_formats(
                 one = changes[layer, head, number]
                 assert one == pytest.approx(predicted[layer, head, number], rel=1e-3, abs=1e-8)
     assert whole.statistics.arrays["harm"].min() > 0
-    again = ProfileAround(offered, offered.recipe, source, samples, tmp_path / "rounds")(plan, SILENT)
+    again = ProfileAround(offered, offered.recipe, source, samples, claims)(plan, SILENT)
     assert np.array_equal(again(0.5).linear, forms(0.5).linear)
 
 
 def test_finished_samples_are_kept(
-    source: SourceModel, profiled: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: SourceModel, profiled: Profile, claims: Claims, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = chosen_plan(profiled, np.full((3, 2), 3))
-    around = ProfileAround(profiled, profiled.recipe, source, profiled.calibration_samples(), tmp_path)
+    around = ProfileAround(profiled, profiled.recipe, source, profiled.calibration_samples(), claims)
     calls: list[int] = []
 
     def counted(*arguments: object) -> object:
@@ -181,9 +196,13 @@ def test_rounds_of_a_search_with_gates(source: SourceModel, gated: Profile, tmp_
     stages = [stage["name"] for stage in found.explanation["stages"]]
     assert any(name.startswith("round 1") for name in stages), stages
     assert found.plan.selects
-    kept = list((tmp_path / "plan.rounds").rglob("*.safetensors"))
+    with quiet_optuna():
+        study = f"moacompress-{found.plan.provenance['search']}{CLAIMS}"
+        trials = optuna.load_study(study_name=study, storage=open_storage(str(tmp_path / "plan.study.journal"))).trials
+    kept = [trial.user_attrs["result"] for trial in trials if trial.user_attrs["name"].startswith("around:")]
     assert len(kept) == 2
-    assert all(load_file(path)["squares"].shape[-1] == len(gated.spans) for path in kept)  # rules that select too
+    spans = {load(base64.b64decode(text))["squares"].shape[-1] for text in kept}
+    assert spans == {len(gated.spans)}  # rules that select too
 
 
 def test_samples_are_spread(profiles: Profiles) -> None:

@@ -10,7 +10,7 @@ from moacompress.search.measure.trials import TrialResult, best_trial, is_hopele
 
 
 def trial(index, kls, first, pruned=False):
-    return TrialResult(index, str(index), {}, list(kls), log_ratio(kls, first), pruned, True, {})
+    return TrialResult(index, str(index), {}, list(kls), log_ratio(kls, first), pruned, {})
 
 
 def trials(*changes, samples=20, noise=0.0, seed=0):
@@ -63,7 +63,12 @@ def test_pruned_trials_never_win():
     first = [0.1] * 4
     tried = [trial(0, first, first), trial(1, [0.001], first, pruned=True)]
     assert best_trial(tried).index == least_trial(tried).index == 0
-    assert is_hopeless([0.9, 0.8, 0.7, 0.9], tried) == is_hopeless([0.9, 0.8, 0.7, 0.9], tried[:1])
+
+
+def test_a_plan_that_is_clearly_worse_is_hopeless():
+    best = [0.1] * 8
+    assert is_hopeless([0.9, 0.8, 0.7, 0.9, 0.8], best)
+    assert not is_hopeless([0.09] * 5, best)
 
 
 def test_a_single_sample_says_nothing_of_noise():

@@ -27,11 +27,11 @@ from moacompress.core.lock_holders import LockHolder
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.search.measure.claims import CLAIMS, Claims, attributes
+from moacompress.search.measure.claims import CLAIMS, WORKER, Claims
+from moacompress.search.measure.plan_evaluator import PlanEvaluator
 from moacompress.search.measure.storages import open_storage, quiet_optuna
 from moacompress.search.measure.study_storage import StudyStorage
 from moacompress.search.measure.trials import Trials, log_ratio
-from moacompress.search.measure.workers import Workers
 
 WORKERS, TRIALS, SAMPLES = 64, 96, 4
 KILLS, STALLS = 12, 12
@@ -115,6 +115,10 @@ class Simulated:
         """Measures nothing."""
         raise NotImplementedError
 
+    def clock(self) -> float:
+        """Returns the time by its own clock."""
+        return self.ahead + self.speed * time.monotonic()
+
     def _work(self) -> None:
         real: Any = self.storage
         self.run.begun.wait()
@@ -122,11 +126,13 @@ class Simulated:
         try:
             study = optuna.create_study(storage=real, study_name="s" + CLAIMS, load_if_exists=True)
             study_id = real.get_study_id_from_name(study.study_name)
-            workers = Workers(real, study_id, holder, lambda: self.ahead + self.speed * time.monotonic())
-            with workers.joined(alone=False):
-                claims = Claims(real, study_id, workers, "simulated")
-                storage = Unsampled(claims, "s", "none", {"x": FloatDistribution(0.0, 1.0)}, {"x": 0.5}, 0)
-                Trials(storage, self, list(range(SAMPLES)), plan_of).completed("", TRIALS, lambda tried: "")
+            claims = Claims(real, study_id, "simulated", holder=holder, monotonic=self.clock)
+            with claims.joined(TRIALS):
+                storage = Unsampled(claims, "s", {"x": FloatDistribution(0.0, 1.0)}, 0, [{"x": 0.5}])
+                evaluator = PlanEvaluator(storage, self, list(range(SAMPLES)))
+                first = plan_of({"x": 0.5})
+                kls = evaluator.shown("trial0", first, "")
+                Trials(storage, evaluator, plan_of, first, kls).completed("", TRIALS, lambda tried: "")
         except Killed:
             pass
         except BaseException as error:
@@ -215,13 +221,13 @@ def test_a_study_of_64_workers_comes_to_its_end_whatever_befalls_them(seed: int,
         claims = [
             trial
             for trial in optuna.load_study(study_name="s" + CLAIMS, storage=storage).trials
-            if "name" in trial.user_attrs
+            if not trial.user_attrs["name"].startswith(WORKER)
         ]
         shown = optuna.load_study(study_name="s", storage=storage).trials
     assert run.errors == []
     assert run.killed == KILLS
     assert any(trial.state.name == "FAIL" for trial in claims)
-    done = {trial.user_attrs["name"]: attributes(trial) for trial in claims if trial.state.name == "COMPLETE"}
+    done = {trial.user_attrs["name"]: trial.user_attrs for trial in claims if trial.state.name == "COMPLETE"}
     found = {int(name.removeprefix("s:trial:")): kept["result"] for name, kept in done.items() if ":trial:" in name}
     assert sorted(found) == list(range(TRIALS))
     reference = [true_kl(plan_of({"x": 0.5}), sample) for sample in range(SAMPLES)]

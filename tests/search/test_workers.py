@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import optuna
 import pytest
@@ -17,14 +16,12 @@ import pytest
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import ArtefactError, InUseError
 from moacompress.core.lock_holders import LockHolder, own_file
-from moacompress.core.progress import Progress
 from moacompress.rules.budget import split_budgets
 from moacompress.rules.loss import Loss
 from moacompress.rules.plan import Plan
 from moacompress.search.front import find_front
 from moacompress.search.measure import claims as claims_module
-from moacompress.search.measure import workers as workers_module
-from moacompress.search.measure.claims import open_claims
+from moacompress.search.measure.claims import CLAIMS, WORKER, Claims, open_claims
 from moacompress.search.measure.storages import guarded, open_storage, quiet_optuna, shown
 from moacompress.search.plan_sets import find_plans, find_smallest
 from moacompress.search.search_status import search_status
@@ -164,87 +161,88 @@ def test_numbers_are_kept_every_few_seconds_and_where_a_claim_is_given_up(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [100.0]
-    monkeypatch.setattr(claims_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(claims_module, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time))
     with quiet_optuna(), open_claims(storage_in(tmp_path, kind), "s", alone=False) as claims:
 
         def kept() -> list[Any]:
-            return [trial.user_attrs.get("numbers") for trial in claims.trials()]
+            claimed = [trial for trial in claims.trials() if trial.user_attrs["name"] == "x"]
+            return [trial.user_attrs.get("numbers") for trial in claimed]
 
         claim = claims.acquire("x")
         assert claim is not None
-        claims.put(claim, [1.0])
+        claims.add_number(claim, 1.0)
         assert kept() == [None]
         clock[0] += claims_module.KEEP_SECONDS
-        claims.put(claim, [1.0, 2.0])
+        claims.add_number(claim, 2.0)
         assert kept() == [[1.0, 2.0]]
-        claims.put(claim, [1.0, 2.0, 3.0])
+        claims.add_number(claim, 3.0)
         assert kept() == [[1.0, 2.0]]
         claims.release(claim)
         assert kept() == [[1.0, 2.0, 3.0]]
         again = claims.acquire("x")
         assert again is not None
-        assert again.begun == (1.0, 2.0, 3.0)
-        claims.put(again, [1.0, 2.0, 3.0, 4.0])
-        claims.finish(again, [2.5], result="done")
+        assert again.numbers == [1.0, 2.0, 3.0]
+        claims.add_number(again, 4.0)
+        claims.finish(again, "done")
         assert claims.result("x") == "done"
         assert claims.acquire("x") is None
 
 
-def elsewhere(storage: str, alone: bool) -> tuple[Any, int]:
-    """Leaves a worker of another boot, or machine, in a study, as a kill does; returns the storage and its trial."""
-    holder = LockHolder("elsewhere", "another boot", "", 7, "1", time.time() - 86400, "its token")
+def elsewhere(storage: str, heard: float) -> tuple[Any, int]:
+    """Leaves a worker of another boot, or machine, in a study, and what it has claimed; returns the storage and the claim."""
+    holder = LockHolder("elsewhere", "another boot", "", 7, "1", time.time() - 86400, "its token").to_dict()
+    notes = [{"name": f"{WORKER}its token", "trials": 5, "heard": heard}, {"name": "claimed"}]
     with quiet_optuna():
         backend = open_storage(storage)
-        study = optuna.create_study(storage=backend, study_name="s" + claims_module.CLAIMS, load_if_exists=True)
-        notes = {"holder": holder.to_dict(), "beat": [3, holder.begun], "alone": alone}
-        trial = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING, user_attrs=notes)
-        return backend, backend.create_new_trial(backend.get_study_id_from_name(study.study_name), trial)
+        study = optuna.create_study(storage=backend, study_name="s" + CLAIMS, load_if_exists=True)
+        study_id = backend.get_study_id_from_name(study.study_name)
+        running = optuna.trial.TrialState.RUNNING
+        made = [optuna.trial.create_trial(state=running, user_attrs={"holder": holder, **one}) for one in notes]
+        return backend, [backend.create_new_trial(study_id, trial) for trial in made][1]
 
 
 def test_a_search_goes_on_after_a_reboot(tmp_path: Path) -> None:
-    """Whoever has the plan's lock knows that the one before has gone: its beat need not be waited for."""
+    """Whoever has the plan's lock knows that the one before has gone: its heartbeat need not be waited for."""
     storage = storage_in(tmp_path, "journal")
-    backend, trial = elsewhere(storage, alone=True)
-    begun = time.monotonic()
+    backend, claimed = elsewhere(storage, time.time())
     with quiet_optuna(), open_claims(storage, "s", alone=True) as claims:
-        assert claims.acquire("measured") is not None
-    assert time.monotonic() - begun < claims_module.LOOK_SECONDS
-    assert backend.get_trial(trial).state.name == "FAIL"
+        assert claims.acquire("claimed") is not None
+    assert backend.get_trial(claimed).state.name == "FAIL"
 
 
 @pytest.mark.parametrize("kind", STORAGES)
-def test_from_scratch_waits_to_hear_of_workers_elsewhere(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock, beats = SimpleNamespace(now=0.0), list[int]()
-    monkeypatch.setattr(workers_module.Workers.__init__, "__defaults__", (None, lambda: clock.now))
-    storage = storage_in(tmp_path, kind)
-    backend, trial = elsewhere(storage, alone=False)
-
-    def sleep(seconds: float) -> None:
-        clock.now += seconds
-        if clock.now > 60 and beats:
-            backend.set_trial_user_attr(trial, "beat", [beats.pop(), 0.0])
-
-    monkeypatch.setattr(time, "sleep", sleep)
+def test_a_worker_elsewhere_is_dead_once_its_heartbeat_stops(kind: str, tmp_path: Path) -> None:
+    storage, clock = storage_in(tmp_path, kind), SimpleNamespace(now=0.0)
+    backend, claimed = elsewhere(storage, heard=0.0)  # its clock is years behind
     with quiet_optuna():
-        beats.append(4)
-        said = Mock(spec=Progress)
-        with (
-            pytest.raises(InUseError, match="process 7 on elsewhere has been at work on it for 1 day"),
-            open_claims(storage, "s", alone=False, from_scratch=True, progress=said),
-        ):
-            pass
-        assert clock.now < 100
-        assert said.say.call_args_list[0].args[0].startswith("waiting to hear of process 7 on elsewhere, for 5 minutes")
-        assert said.say.call_count == 1
-        clock.now = 0.0
-        with open_claims(storage, "s", alone=False) as beside:  # one that works beside it needs not wait
-            assert clock.now == 0
-            assert [worker.holder.pid for worker in beside.workers.others()] == [7]
+        study = backend.get_study_id_from_name("s" + CLAIMS)
+        claims = Claims(backend, study, "here", monotonic=lambda: clock.now)
+        for clock.now in (0.0, 299.0):
+            assert claims.acquire("claimed") is None
+        backend.set_trial_user_attr(claimed - 1, "heard", 1.0)
+        for clock.now in (310.0, 605.0):
+            assert claims.acquire("claimed") is None
+        clock.now = 611.0
+        assert claims.acquire("claimed") is not None
+        assert backend.get_trial(claimed).state.name == "FAIL"
+
+
+@pytest.mark.parametrize("kind", STORAGES)
+def test_nothing_begins_from_scratch_beside_a_worker_that_is_heard_of(kind: str, tmp_path: Path) -> None:
+    storage = storage_in(tmp_path, kind)
+    backend, worker = elsewhere(storage, time.time() - 200)
+    with (
+        quiet_optuna(),
+        pytest.raises(InUseError, match="process 7 on elsewhere has been at work on it for 1 day.* try again in 5 min"),
+        open_claims(storage, "s", alone=False, from_scratch=True),
+    ):
+        pass
+    with quiet_optuna():
+        with open_claims(storage, "s", alone=False) as beside:
+            assert beside.acquire("claimed") is None
+        backend.set_trial_user_attr(worker - 1, "heard", time.time() - 400)
         with open_claims(storage, "s", alone=False, from_scratch=True) as claims:
-            assert claims.workers.others() == []
-        assert 300 <= clock.now < 320
+            assert [trial.user_attrs["name"] for trial in claims.trials()] == [WORKER + claims.holder.token]
 
 
 def test_optunas_own_tools_see_the_finished_trials(search: Search, profiles: Profiles, tmp_path: Path) -> None:

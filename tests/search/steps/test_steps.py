@@ -50,8 +50,8 @@ def made(pretended: Callable[..., Any], profile: Profile) -> Iterator[SearchCont
 def first(context: SearchContext) -> Incumbent:
     """The surrogate's own plan, as a study of one trial leaves it."""
     plan = context.start().plan
-    kls = context.evaluator.kls("test", plan, context.evaluator.order)
-    context.tried = [TrialResult(0, plan.key(), pack(plan), kls, 0.0, False, True, context.request.parameters.neutral)]
+    kls = context.evaluator.shown("test", plan, "")
+    context.tried = [TrialResult(0, plan.key(), pack(plan), kls, 0.0, False, context.request.parameters.neutral)]
     return Incumbent(plan, kls, "trial 0")
 
 
