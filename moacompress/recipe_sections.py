@@ -40,6 +40,16 @@ def _names(value: Any) -> Any:
     return tuple(sorted({item.strip() for item in items}))
 
 
+def _tasks(value: Any) -> Any:
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        raise ValueError("must be names of tasks, such as needle-noise,key-value")
+    names = tuple(item.strip() if isinstance(item, str) else item for item in items)
+    if not any(names):
+        raise ValueError("no tasks given; name some, such as needle-noise,key-value")
+    return tuple(name for name in names if name)
+
+
 def _formats(value: Any) -> Any:
     items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(item, str) for item in items):
@@ -303,7 +313,7 @@ class SearchRecipe(Section):
 class EvaluationRecipe(Section):
     """What is measured at the end."""
 
-    tasks: tuple[str, ...] = Field(
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_tasks, json_schema_input_type=str | list[str])] = Field(
         ("code-question", "second-question", "needle-noise"), min_length=1, description="evaluation tasks"
     )
     lengths: Lengths = Field(

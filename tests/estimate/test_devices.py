@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from moacompress.calibration.profile.estimate import LengthEstimate, ProfileEstimate
-from moacompress.cli import app
 from moacompress.estimate.devices import makespan, on_devices
 from moacompress.evaluation.eval_estimate import eval_seconds, eval_seconds_on
 from moacompress.recipe import Recipe
@@ -61,21 +57,3 @@ def test_one_device_takes_what_a_run_takes() -> None:
     arguments = 2, [512, 8192], 10, 3, rates
     assert eval_seconds_on(*arguments, 1) == pytest.approx(eval_seconds(*arguments))
     assert eval_seconds_on(*arguments, 10**6) < eval_seconds_on(*arguments, 2) < eval_seconds(*arguments)
-
-
-def test_commands(tiny_folder: Path, compressed: Path, tmp_path: Path) -> None:
-    def run(*arguments: str | Path) -> Any:
-        return CliRunner().invoke(app, [*map(str, arguments)])
-
-    small = ("--lengths", "192", "--samples", "4", "--validation-samples", "2")
-    done = run("profile", tiny_folder, "-o", tmp_path / "p", *small, "--dry-run", "--devices", "4", "--json")
-    assert done.exit_code == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["devices"]["count"] == 4
-    assert found["devices"]["seconds"] < found["seconds"]
-    assert found["devices"]["all_bytes"] == 4 * found["peak_bytes"]
-    done = run("eval", compressed, "--lengths", "700", "--prompts", "40", "--dry-run", "--devices", "4")
-    assert done.exit_code == 0, done.stderr
-    assert "On 4 devices as fast as this one: about " in " ".join(done.stdout.split())
-    for command in (("profile", tiny_folder), ("eval", compressed), ("search", tmp_path)):
-        assert "--devices has no effect without --dry-run" in run(*command, "--devices", "4").stderr
