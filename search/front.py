@@ -110,7 +110,7 @@ def find_front(
             neutral[1:],
             objectives=2,
         )
-        measure = request.as_healed(Objective(source.model, profile.validation, request.weights_of))
+        measure = Objective(source.model, profile.validation, request.weights_of)
         evaluator = PlanEvaluator.of(study_storage, measure, recipe.seed, deadline)
         with suppress(TimeUp):
             _search_front(request, evaluator, trials, progress)

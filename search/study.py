@@ -238,9 +238,7 @@ def opened(
             [*map(request.parameters.within, request.starts), *request.parameters.starts],
         )
         objective = Objective(source.model, profile.validation, request.weights_of)
-        evaluator = PlanEvaluator.of(
-            study_storage, request.as_healed(objective), request.recipe.seed, deadline, progress
-        )
+        evaluator = PlanEvaluator.of(study_storage, objective, request.recipe.seed, deadline, progress)
         objective.order = evaluator.order
         folder, shared = (out, None) if alone else (None, claims)
         around, trainer = _improvers(request, source, folder, deadline, shared)
@@ -274,4 +272,4 @@ def _improvers(
     around = ProfileAround(request.profile, request.recipe, source, chosen, folder, deadline, claims)
     answers = [sample for sample in samples if sample.kind == "answer"] or samples
     trained = Objective(source.model, spread_samples(answers, MOVE_SAMPLES), request.weights_of)
-    return around, request.as_healed(trained)
+    return around, trained

@@ -78,8 +78,7 @@ class HealRequest:
 
     def computes_twice(self, longest: int) -> bool:
         """Returns whether layers are computed again for their backward pass, where samples have up to so many tokens."""
-        asked = self.heal.checkpointing
-        return longest > TWICE_BEYOND if asked is None else asked
+        return longest > TWICE_BEYOND
 
     def weight_bytes(self, model: Any) -> HealedBytes | None:
         """Returns what the checkpoint's weights take, and the healed one's; None where no weights are in blocks.

@@ -113,7 +113,7 @@ class ProfileAround:
             statistics=Statistics.stack([found[index] for index in range(len(self.samples))]),
             around=plan.key(),
         )
-        return lambda relative: Quadratic.of(around, self.recipe.search.text_weight, relative)
+        return lambda relative: Quadratic.of(around, relative)
 
     def _sample(self, index: int, of_plan: _OfPlan) -> Statistics | None:
         """Returns the statistics of a sample; None where another worker is at it."""

@@ -60,7 +60,7 @@ def measured(place: Place, folder: Path) -> list[float]:
     [
         ({"steps": 16, "batch": 1000}, 0.65),
         ({"steps": 16, "batch": 1000, "lr": 1e-2, "train": "lora", "rank": 8}, 0.8),
-        ({"steps": 12, "batch": 1000, "objective": "echoatt", "checkpointing": True}, 0.97),
+        ({"steps": 12, "batch": 1000, "objective": "echoatt"}, 0.97),
     ],
     ids=["full", "lora", "echoatt"],
 )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from moacompress.search.sharing.assumed_healing import healed_share
 
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import InfeasibleBudgetError
@@ -23,7 +24,6 @@ from moacompress.search import search_request
 from moacompress.search.front import find_front
 from moacompress.search.measure.packed_plan import pack, unpack
 from moacompress.search.search_request import SearchRequest
-from moacompress.search.sharing.assumed_healing import healed_share
 from moacompress.search.sharing.share_choice import PROTECTED, REPAIRED
 
 Profiles = Callable[..., Profile]
@@ -158,24 +158,6 @@ def test_what_is_packed_comes_back(profiles: Profiles) -> None:
     assert unpack(pack(plan), profile) == plan
     assert "shares" not in pack(Plan(plan.model, plan.min_window, plan.rules))
     assert np.isfinite(request.predicted(request.surrogate, plan) or np.nan)
-
-
-def test_copies_that_will_be_healed_count_less(search: Search, profiles: Profiles) -> None:
-    """What costs too much unhealed is worth it where healing is assumed to leave little of it."""
-    settings = {"layers": 10, "anchors": 2, "copying": 100.0, "share": "auto", "trials": 6}
-    plain = search(profiles(**settings), "25%")[0]
-    profile = profiles(**settings, assume_healed=1e-4)
-    found = search(profile, "25%")[0]
-    assert not any(plain.plan.shares)
-    assert any(found.plan.shares)
-    assert found.plan.provenance["search"] != plain.plan.provenance["search"]
-    assert found.explanation["sharing"]["assume_healed"] == 1e-4
-    noted = found.plan.quality["assumed_healed"]
-    assert noted["left"] == 1e-4
-    assert noted["measured_unhealed"] > found.harm["plan"]
-    assert found.harm["trial0"] == pytest.approx(plain.harm["trial0"])  # it does not share
-    assert any("is counted" in shown for shown in explanation_tables(found.explanation) if isinstance(shown, str))
-    assert "assumed_healed" not in plain.plan.quality
 
 
 def test_copies_are_priced_and_measured_after_a_repair(
