@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from moacompress.search.sharing.assumed_healing import healed_share
 
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import InfeasibleBudgetError
@@ -207,10 +206,3 @@ def test_named_copies_are_the_ones_that_are_repaired(profiles: Profiles) -> None
     sharing = SearchRequest.of(profile, "40%", profile.recipe).sharing
     assert sharing is not None
     assert [(layer, share.anchor) for layer, share in sharing.copies()] == [(2, 1), (3, 1)]
-
-
-def test_what_healing_leaves_is_of_the_copies_alone() -> None:
-    assert healed_share(0.3, 0.0, 1.0) == 1
-    assert healed_share(0.3, 1.0, 0.0) == pytest.approx(0.3)
-    assert healed_share(0.5, 1.0, 3.0) == pytest.approx(3.5 / 4)
-    assert healed_share(0.5, 0.0, 0.0) == 1
