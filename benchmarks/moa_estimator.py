@@ -85,7 +85,7 @@ def numbers_of(profile: Profile, grid: str) -> list[int]:
 
 def chosen(profile: Profile, estimator: str, limits: Limits, numbers: list[int]) -> Plan:
     """Returns the plan of the numbered rules that an estimator foresees the least of."""
-    influence = profile.blended(estimator, profile.recipe.search.text_weight)
+    influence = profile.blended(estimator)
     costs = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths)).costs()
     rules = [profile.rules[number] for number in numbers]
     sizes = candidate_kv_bytes(profile.shape, rules, profile.min_window, list(limits))

@@ -28,6 +28,7 @@ from typing import Any
 
 from moacompress.core.memory import peak_rss, rss
 from moacompress.rules.budget import parse_lengths
+from moacompress.rules.rule import SINKS
 
 TARGETS = 32
 """Answer tokens of the sample."""
@@ -64,7 +65,7 @@ def measure(model: str, dtype: str, length: int, times: int, cpu_time: bool, gat
         torch.set_num_threads(1)
     source, chosen = load_source(model, dtype=dtype), ProfileRecipe(draws=1)
     network = source.model
-    grid = length, chosen.sinks, chosen.min_window
+    grid = length, SINKS, chosen.min_window
     rules, gates, generator = candidate_rules(*grid), None, np.random.default_rng(0)
     ids = generator.integers(0, len(source.tokenizer), length)
     if gated:

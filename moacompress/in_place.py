@@ -18,7 +18,6 @@ from moacompress.efforts import Effort, effort_recipe
 from moacompress.models.modules import check_unwrapped
 from moacompress.models.placement import input_device
 from moacompress.recipe import Recipe
-from moacompress.rules.loss import one_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,7 +90,8 @@ def compress_(
         around.enter_context(torch.inference_mode(False))
         around.enter_context(torch.autocast(input_device(model).type, enabled=False))
         resolved = (recipe or effort_recipe(effort or "quick", prose=text is not None)).override(
-            **one_limit([budget] if isinstance(budget, str) else budget, max_loss),
+            budget=[budget] if isinstance(budget, str) else budget,
+            max_loss=max_loss,
             device=str(input_device(model)),
             calibration__lengths=lengths if isinstance(lengths, str) or lengths is None else list(lengths),
             calibration__text=None if text is None else str(text),

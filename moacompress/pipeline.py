@@ -92,8 +92,8 @@ def compress(
         raise RecipeError("no model given; name one as MODEL or as `model:` in the recipe")
     if not recipe.budget and recipe.max_loss is None:
         raise RecipeError(
-            "no budget given; write --budget 25%, --memory 6GiB@8k or `budget: 25%` in the recipe, or --max-loss 1% to have it "
-            "found"
+            "no budget given; write --budget 25%, --budget memory=6GiB@8k or `budget: 25%` in the recipe, or --max-loss 1% to "
+            "have it found"
         )
     out = Path(out)
     check_writable(out)

@@ -170,7 +170,7 @@ class Recipe(Section):
         return Recipe.from_dict(data, f"recipe {path}")
 
     def override(self, **flags: Any) -> Recipe:
-        """Returns the recipe with flags on top.
+        """Returns the recipe with flags on top. A budget or a loss that is given alone replaces the other one.
 
         Args:
             **flags: dotted keys with `__` for the dot (`search__trials`); None is not given.
@@ -179,13 +179,18 @@ class Recipe(Section):
             RecipeError: as `from_dict`.
         """
         data = self.model_dump()
-        for key, value in flags.items():
-            if value is None:
-                continue
+        given = {key: value for key, value in flags.items() if value is not None}
+        if "budget" in given and "max_loss" not in given:
+            data["max_loss"] = None
+        elif "max_loss" in given and "budget" not in given:
+            data["budget"] = ()
+        for key, value in given.items():
             *sections, name = key.split("__")
             target = data
             for section in sections:
-                target = target[section]
+                target = target.setdefault(section, {})
+                if not isinstance(target, dict):
+                    raise RecipeError(f"options: {section} is a value, not a section; it has no key {name!r}")
             target[name] = value
         return Recipe.from_dict(data, "options")
 

@@ -11,10 +11,9 @@ from moacompress.core.errors import MoaCompressError, did_you_mean
 from moacompress.rules.asked_shares import AskedShares
 from moacompress.rules.budget import parse_length
 from moacompress.rules.formats import CODED, NATIVE, all_formats, find_format, is_format
-from moacompress.rules.rule import MIN_WINDOWS, SINKS
+from moacompress.rules.rule import MIN_WINDOWS
 
 Estimator = Literal["robust", "fisher", "sample", "moa", "mass", "gold-fisher", "gold-sample"]
-Solver = Literal["lagrange", "milp"]
 Generator = Literal["needle", "multi-needle", "key-value", "records", "recall"]
 HealObjective = Literal["kl", "echoatt"]
 INFLUENCE = "influence"
@@ -38,6 +37,16 @@ def _names(value: Any) -> Any:
     if not isinstance(items, list | tuple) or not all(isinstance(item, str) and item.strip() for item in items):
         raise ValueError("must be names, such as o_proj,down_proj")
     return tuple(sorted({item.strip() for item in items}))
+
+
+def _tasks(value: Any) -> Any:
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        raise ValueError("must be names of tasks, such as needle-noise,key-value")
+    names = tuple(item.strip() if isinstance(item, str) else item for item in items)
+    if not any(names):
+        raise ValueError("no tasks given; name some, such as needle-noise,key-value")
+    return tuple(name for name in names if name)
 
 
 def _formats(value: Any) -> Any:
@@ -204,7 +213,6 @@ class ProfileRecipe(Section):
     formats: Formats = Field(CODED, description="formats of keys and values to profile")
     centres: bool = Field(True, description="keep the keys of each KV head in codes less their mean")
     min_window: int = Field(32, description="smallest window of a KV head, tokens")
-    sinks: tuple[int, ...] = Field(SINKS, min_length=1, description="sink sizes to choose from, tokens")
 
     @model_validator(mode="after")
     def _recorded(self) -> ProfileRecipe:
@@ -219,13 +227,6 @@ class ProfileRecipe(Section):
             raise ValueError(f"min_window is one of {', '.join(map(str, MIN_WINDOWS))}")
         return value
 
-    @field_validator("sinks")
-    @classmethod
-    def _sinks(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if not set(value) <= set(SINKS):
-            raise ValueError(f"sinks are some of {', '.join(map(str, SINKS))}")
-        return tuple(sorted(set(value)))
-
 
 class SearchRecipe(Section):
     """How the plan is found."""
@@ -239,30 +240,21 @@ class SearchRecipe(Section):
         description="time limit of a search in seconds, including loading; it stops at most one sample's measurement "
         "later",
     )
-    text_weight: float = Field(0.25, ge=0, le=1000, description="weight of plain text relative to answers, if profiled")
     formats: Formats | None = Field(
         None,
         description="formats of keys and values to choose from besides native, such as int8,int4; native for spans only; by "
         "default all that were profiled",
     )
     gates: bool = Field(True, description="allow rules that keep the tokens a gate selects, if they were profiled")
-    solver: Solver = Field("lagrange", description="solver used in each trial")
     share: Annotated[str, BeforeValidator(_share, json_schema_input_type=str | bool | int)] = Field(
         "off",
         description="layers that reuse the attention of an earlier one (their anchor) and cache only values: off, a number of "
         "layers, layers=12:11,18:17 (layer:anchor), or auto (some trials share and measured KL decides); needs a profile "
         "with anchors",
     )
-    segments: bool = Field(False, description="require shared layers to follow their anchor directly")
     assume_repaired: bool = Field(
         False,
         description="predict and measure shared attention as it is after a repair of the shared layers; export with --repair",
-    )
-    assume_healed: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="fraction of the KL of shared attention that is assumed to remain after healing, such as 0.3",
     )
     classes: int | None = Field(
         None,
@@ -303,7 +295,7 @@ class SearchRecipe(Section):
 class EvaluationRecipe(Section):
     """What is measured at the end."""
 
-    tasks: tuple[str, ...] = Field(
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_tasks, json_schema_input_type=str | list[str])] = Field(
         ("code-question", "second-question", "needle-noise"), min_length=1, description="evaluation tasks"
     )
     lengths: Lengths = Field(
@@ -326,10 +318,6 @@ class HealRecipe(Section):
             "batch",
             "lr",
             "rank",
-            "hidden_weight",
-            "soft_weight",
-            "hard_weight",
-            "first_stage",
             "evaluations",
             "patience",
             "held_out",
@@ -365,15 +353,8 @@ class HealRecipe(Section):
         min_length=1,
         description="linear layers that get LoRA, such as o_proj,down_proj; by default all",
     )
-    hidden_weight: float = Field(1.0, ge=0, description="weight of hidden states in EchoAtt's first stage")
-    soft_weight: float = Field(1.0, ge=0, description="weight of the KL to dense in EchoAtt's first stage")
-    hard_weight: float = Field(1.0, ge=0, description="weight of the answer tokens in EchoAtt's first stage")
-    first_stage: float = Field(0.7, ge=0, le=1, description="share of the steps in EchoAtt's first stage")
     evaluations: int = Field(
         8, ge=1, le=10_000, description="number of times that held-out KL is measured during training"
     )
     patience: int = Field(3, ge=1, le=10_000, description="stop after this many evaluations without a new best")
     held_out: int | None = Field(None, ge=1, description="number of validation samples for held-out KL; by default all")
-    checkpointing: bool | None = Field(
-        None, description="gradient checkpointing; by default for samples beyond 1,536 tokens"
-    )

@@ -6,14 +6,12 @@ recipe; what pruned trials save, and what changes that begin late in the model s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from moacompress.calibration.profile.estimate import profile_bytes, profile_estimator, sample_counts
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.tables import readable_seconds
-from moacompress.estimate.devices import on_devices
 from moacompress.estimate.estimate import Estimate
 from moacompress.estimate.work import Kind, Work
 from moacompress.recipe import Recipe
@@ -65,9 +63,6 @@ def measurements(recipe: Recipe, samples: int) -> dict[str, float]:
 def search_work(recipe: Recipe, validation: Mapping[int, int]) -> list[Work]:
     """Returns what the search of a plan runs.
 
-    Trial 0 is alone, and at the end of the trials, of each round and of the moves workers wait for the last plan that is
-    measured: each of these takes one measurement that is not divided among devices.
-
     Args:
         recipe: of the search.
         validation: how many samples of each length plans are measured on.
@@ -75,12 +70,12 @@ def search_work(recipe: Recipe, validation: Mapping[int, int]) -> list[Work]:
     count = sum(measurements(recipe, sum(validation.values())).values())
     if recipe.max_loss is not None:
         count = SCOUTS * (1 + PRUNED) + SEARCHES * count
-    waits = min(2.0 + recipe.search.rounds + (recipe.search.moves > 0), count)
-    shared, targets, found = count - waits, recipe.calibration.answer_tokens, []
-    for length, samples in validation.items():
-        found.append(Work(Kind.FORWARD, length, samples * waits, targets, f"waits, {length} tokens"))
-        found.append(Work(Kind.FORWARD, length, samples * shared, targets, "shared", max(1, math.ceil(shared))))
-    return [work for work in found if work.count]
+    targets = recipe.calibration.answer_tokens
+    return [
+        Work(Kind.FORWARD, length, samples * count, targets)
+        for length, samples in validation.items()
+        if samples * count
+    ]
 
 
 def estimate_search(
@@ -89,7 +84,6 @@ def estimate_search(
     asked: Sequence[Sequence[str]] = (),
     progress: Progress | None = None,
     *,
-    devices: int = 1,
     trust_remote_code: bool = False,
 ) -> Estimate:
     """Returns what a search would take, of each plan alone.
@@ -99,7 +93,6 @@ def estimate_search(
         recipe: of the search.
         asked: budgets of each of several plans; by default one, of the recipe's.
         progress: told of the timing.
-        devices: workers that share it, each on a device as fast as this one.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
 
     Raises:
@@ -119,21 +112,19 @@ def estimate_search(
     peak = max(profile_bytes(source, profile.recipe, counts).values())
     progress.step("memory")
     estimator = profile_estimator(source, profile.recipe)
-    seconds, together = (plans * estimator.seconds(work, number) for number in (1, devices))
+    seconds = plans * estimator.seconds(work)
     progress.step("time")
     progress.done()
     timeout, each = recipe.search.timeout, f" for {plans} plans" if plans > 1 else ""
     late = timeout is not None and seconds > timeout
     stop = f", and --timeout would stop it after {readable_seconds(timeout)}" if timeout is not None and late else ""
-    said, found = on_devices(seconds, together, devices, peak)
     return Estimate(
         seconds=seconds,
         text=(
             *memory,
             f"It would take about {readable_seconds(seconds)}{each}{stop}. Nothing was searched.",
-            *said,
         ),
-        facts={"plans": plans, "peak_bytes": peak, **found},
+        facts={"plans": plans, "peak_bytes": peak},
         slowdown=estimator.watch.slowdown,
     )
 

@@ -29,13 +29,11 @@ from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import LayerShares
-from moacompress.search.measure.objective import Measure
 from moacompress.search.predict.search_parameters import SearchParameters
 from moacompress.search.predict.surrogate import Surrogate
 from moacompress.search.problem.knapsack import total_cost
 from moacompress.search.problem.plan_space import PlanSpace
 from moacompress.search.problem.quadratic import Quadratic
-from moacompress.search.sharing.assumed_healing import HealedMeasure, healed_share
 from moacompress.search.sharing.share_choice import ShareChoice
 
 ParameterValues: TypeAlias = Mapping[str, float]
@@ -171,7 +169,7 @@ class SearchRequest:
             raise UsageError(
                 f"the profile in {profile.path} is of changes around a plan; search in one of the dense model"
             )
-        influence = profile.blended(recipe.profile.estimator, recipe.search.text_weight)
+        influence = profile.blended(recipe.profile.estimator)
         surrogate = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
         loaded_in = profile.shape.dtype if recipe.dtype == "auto" else recipe.dtype
         computes_in = loaded_in if model is None else model.computes_in
@@ -209,8 +207,6 @@ class SearchRequest:
                 "validation": fingerprint_samples(self.profile.validation),
                 "limits": [list(limit) for limit in self.limits.items()],
                 "estimator": self.recipe.profile.estimator,
-                "text_weight": search.text_weight,
-                "solver": search.solver,
                 "ablations": search.ablations,
                 "rounds": [search.rounds, *([search.round_samples, search.round_trials] if search.rounds else [])],
                 "moves": search.moves,
@@ -232,9 +228,7 @@ class SearchRequest:
     def _share_key(self) -> list[Any]:
         """What decides the shares, beside the profile's fingerprint, which says nothing of what was recorded."""
         search, anchors = self.recipe.search, self.sharing.costs.anchors if self.sharing else 0
-        assumed: list[Any] = [search.assume_healed] if search.assume_healed < 1 else []
-        assumed += ["repaired"] if search.assume_repaired else []
-        return [search.share, search.segments, anchors, *assumed]
+        return [search.share, anchors, search.assume_repaired]
 
     @property
     def parameters(self) -> SearchParameters:
@@ -285,14 +279,6 @@ class SearchRequest:
             return found
         return found + self.sharing.costs.cost(plan.shares, surrogate.calibration)
 
-    def left(self, plan: Plan) -> float:
-        """Returns the share of a plan's measured KL that healing is assumed to leave: see `healed_share`."""
-        if self.sharing is None or self.sharing.assume_healed == 1 or not any(plan.shares):
-            return 1.0
-        healed = self.sharing.costs.cost(plan.shares)
-        rest = (self.predicted(self.surrogate, plan) or healed) - healed
-        return healed_share(self.sharing.assume_healed, healed / self.sharing.assume_healed, rest)
-
     def repaired(self, source: SourceModel, progress: Progress) -> SearchRequest:
         """Returns the request with copies repaired, and so priced, where that is asked for.
 
@@ -312,16 +298,11 @@ class SearchRequest:
         """Returns the weights that a plan is measured with in place of the model's own."""
         return {} if self.sharing is None else self.sharing.weights(plan.shares)
 
-    def as_healed(self, measure: Measure) -> Measure:
-        """Returns a measure less what healing is assumed to take off, where it is."""
-        sharing = self.sharing
-        return measure if sharing is None or sharing.assume_healed == 1 else HealedMeasure(measure, self.left)
-
     @cached_property
     def quadratic(self) -> Quadratic | None:
         """What KV heads do together, where the profile has enough samples to say it."""
         samples, draws = self.profile.statistics.arrays["total"].shape[:2]
-        return Quadratic.of(self.profile, self.recipe.search.text_weight) if samples * draws >= MIN_ROWS else None
+        return Quadratic.of(self.profile) if samples * draws >= MIN_ROWS else None
 
     def choice(self, surrogate: Surrogate, space: PlanSpace, parameters: ParameterValues) -> Ints:
         """Returns the rule of every row of the knapsack that the solver chooses under some search parameters, int64.

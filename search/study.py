@@ -220,9 +220,7 @@ def opened(
             ],
         )
         objective = Objective(source.model, profile.validation, request.weights_of)
-        evaluator = PlanEvaluator.of(
-            study_storage, request.as_healed(objective), request.recipe.seed, deadline, progress
-        )
+        evaluator = PlanEvaluator.of(study_storage, objective, request.recipe.seed, deadline, progress)
         objective.order = evaluator.order
         around, trainer = _improvers(request, source, claims, deadline)
         yield SearchContext(
@@ -250,4 +248,4 @@ def _improvers(
     around = ProfileAround(request.profile, request.recipe, source, chosen, claims, deadline)
     answers = [sample for sample in samples if sample.kind == "answer"] or samples
     trained = Objective(source.model, spread_samples(answers, MOVE_SAMPLES), request.weights_of)
-    return around, request.as_healed(trained)
+    return around, trained

@@ -35,12 +35,11 @@ def test_an_empty_recipe_is_the_defaults() -> None:
         (
             {"profile": {"qqq": 3}},
             "known keys are draws, estimator, baselines, heads, anchors, gates, scorer, gate_samples, formats, centres, "
-            "min_window, sinks",
+            "min_window",
         ),
         ({"search": {"trials": 0}}, "search.trials: "),
         ({"search": {"trials": "many"}}, "search.trials: "),
         ({"profile": {"min_window": 17}}, "profile.min_window: min_window is one of 16, 32, 64"),
-        ({"profile": {"sinks": [4, 5]}}, "profile.sinks: sinks are some of 4, 16, 64"),
         ({"profile": {"estimator": "best"}}, "profile.estimator: "),
         ({"calibration": {"lengths": "1k,abc"}}, "length 'abc' is not a number of tokens"),
         ({"calibration": {"sources": []}}, "calibration.sources: "),
@@ -227,7 +226,7 @@ def test_dtypes_have_other_names(given, name):
         ("calibration: {lengths: [[1k], [2k]]}", "must be lengths, such as 1k,4k"),
         ("profile: {formats: [[int8], [int4]]}", "must be names of formats, such as int8,int4"),
         ("search: {timeout: .inf}", "timeout: .* finite"),
-        ("heal: {hidden_weight: .nan}", "hidden_weight: .* finite"),
+        ("heal: {lr: .nan}", "lr: .* finite"),
     ],
 )
 def test_values_that_yaml_can_say_and_no_run_can_have(text: str, said: str, tmp_path: Path) -> None:

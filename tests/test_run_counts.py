@@ -159,8 +159,6 @@ def test_the_command_says_that_it_was_counted(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert found["counted"]
     assert found["operations"] == {"profile": counted("qwen3-8b").operations["profile"]}
-    done = CliRunner().invoke(app, [*asked, "--devices", "8"])
-    assert (done.exit_code, "has no weights, so operations are counted" in done.stderr) == (2, True)
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 

@@ -65,7 +65,7 @@ def test_profile_and_search(dense, small_run, tmp_path):
 @pytest.mark.heavy
 def test_gates_by_another_score(dense, small_run, tmp_path):
     calibration = {**small_run["calibration"], "lengths": [300], "samples": 2, "validation_samples": 1}
-    profile = {"draws": 1, "gates": True, "gate_samples": 2, "scorer": "expected-attention", "sinks": [4]}
+    profile = {"draws": 1, "gates": True, "gate_samples": 2, "scorer": "expected-attention"}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"calibration": calibration, "profile": profile}))
     command = ["profile", str(dense), "--recipe", str(recipe)]

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from moacompress.calibration.data.samples import Sample
-    from moacompress.calibration.profile.store import Profile
 
 
 LATER = 512
@@ -208,26 +207,6 @@ def find_scorer(name: str) -> Scorer | None:
             f"gate decides by a score that is stored with the token; scorers are {names}"
         )
     raise UsageError(f"unknown scorer {name!r}; {did_you_mean(name, (INFLUENCE, *known), f'scorers are {names}')}")
-
-
-def check_scored(profile: Profile, name: str) -> None:
-    """Refuses a profile whose gates are fitted to something else: rules that select are priced by the gates that select.
-
-    Args:
-        profile: that is searched.
-        name: of the scorer that is wanted.
-
-    Raises:
-        UsageError: no such scorer, or the profile has other gates or none; says how to make one.
-    """
-    find_scorer(name)
-    own = profile.recipe.profile.scorer if profile.gates_fingerprint else None
-    if own != name:
-        raise UsageError(
-            f"{profile.path} has {'no gates' if own is None else f'gates that are fitted to {own}'}, and rules that select are "
-            f"priced by the gates that select; profile for this scorer: moacompress profile {profile.source} --gates --scorer "
-            f"{name} -o {profile.path.name}-{name}"
-        )
 
 
 def scored_by(

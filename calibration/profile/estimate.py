@@ -26,7 +26,6 @@ from moacompress.calibration.profile.sample_statistics import fisher_cotangent, 
 from moacompress.calibration.profile.shard import Shard, parse_shard
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.tables import readable_bytes, readable_seconds
-from moacompress.estimate.devices import on_devices
 from moacompress.estimate.estimate import Estimate
 from moacompress.estimate.estimator import Estimator, Pass, example_ids
 from moacompress.estimate.live_bytes import LiveBytes, extrapolated_bytes
@@ -48,7 +47,7 @@ SAMPLE_TOKENS = (128, 192)
 PROMPT_TOKENS = (128, 256, 384)
 """Of the prompts whose bytes are counted."""
 ANSWERS, PASSES, GATES = "answers", "passes", "gates"
-"""Stages of a profile: what devices share one after the other."""
+"""Stages of a profile."""
 
 
 class SampleCounts(NamedTuple):
@@ -117,25 +116,25 @@ def profile_work(
     centred = min(SAMPLES, profiled) / max(profiled, 1) if chosen.formats and chosen.centres else 0.0
     for length, (samples, texts, validation) in counts.items():
         if answered := samples + validation:
-            found += answers(length, answered, answer, ANSWERS, answered)
+            found += answers(length, answered, answer, ANSWERS)
         for count, targets in ((samples, answer), (texts, TARGETS)):
             found += _sample_work(Kind.SAMPLE, length, count, targets, backward_passes(chosen, around))
         if read := centred * (samples + texts):
-            found.append(Work(Kind.FORWARD, length, read, 0, PASSES, samples + texts))
+            found.append(Work(Kind.FORWARD, length, read, 0, PASSES))
     if chosen.gates and not around:
         length, trained = min(recipe.calibration.lengths), chosen.gate_samples
         groups = len(in_memory(range(layers), hidden + 1))
-        found += answers(length, trained, answer, ANSWERS, trained)
+        found += answers(length, trained, answer, ANSWERS)
         found += _sample_work(Kind.GATE_SAMPLE, length, trained, answer, chosen.draws)
-        found.append(Work(Kind.FORWARD, length, groups * (trained + min(JUDGED, trained)), 0, GATES, groups))
+        found.append(Work(Kind.FORWARD, length, groups * (trained + min(JUDGED, trained)), 0, GATES))
     return found
 
 
 def _sample_work(kind: Kind, length: int, count: int, targets: int, backward: int) -> list[Work]:
     """Returns the passes of some samples; of long ones every backward pass runs the layers again."""
-    found = [Work(kind, length, count, targets, PASSES, count)]
+    found = [Work(kind, length, count, targets, PASSES)]
     if length > passes.KEEP_TOKENS:
-        found.append(Work(Kind.RERUN, length, count * backward, 0, PASSES, count))
+        found.append(Work(Kind.RERUN, length, count * backward, 0, PASSES))
     return found if count else []
 
 
@@ -145,7 +144,6 @@ def estimate_profile(
     progress: Progress | None = None,
     *,
     around: Plan | None = None,
-    devices: int = 1,
     shard: str | None = None,
     trust_remote_code: bool = False,
     estimator: Estimator | None = None,
@@ -157,7 +155,6 @@ def estimate_profile(
         recipe: the run.
         progress: receives the progress.
         around: the plan to profile around, or None.
-        devices: also say what it takes on so many, each as fast as this one.
         shard: only this part of the samples: "3/8" is the third of eight.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         estimator: `profile_estimator` of the model, where it is to be used again.
@@ -206,25 +203,19 @@ def estimate_profile(
         )
         progress.step(f"{length} tokens")
     progress.done()
-    together = estimator.seconds(work, devices)
-    return described(lengths, resident_bytes(source.model), estimator.watch.slowdown, together, devices)
+    return described(lengths, resident_bytes(source.model), estimator.watch.slowdown)
 
 
-def described(
-    lengths: Sequence[Mapping[str, Any]], weights: int, slowdown: float = 1.0, together: float = 0.0, devices: int = 1
-) -> Estimate:
+def described(lengths: Sequence[Mapping[str, Any]], weights: int, slowdown: float = 1.0) -> Estimate:
     """Returns the estimate of a whole profile.
 
     Args:
         lengths: facts of every length, ascending.
         weights: bytes of the model's, part of every `peak_bytes`.
         slowdown: see `Estimate`.
-        together: seconds on all devices.
-        devices: how many there are.
     """
     seconds, peak = sum(part["seconds"] for part in lengths), max(part["peak_bytes"] for part in lengths)
     counts = {name: sum(part[name] for part in lengths) for name in (*SampleCounts._fields, "tokens")}
-    said, found = on_devices(seconds, together, devices, peak)
     return Estimate(
         seconds=seconds,
         text=(
@@ -236,9 +227,8 @@ def described(
             ),
             f"In all: {_counted(counts)}, {counts['tokens']:,} tokens, about {readable_seconds(seconds)}.",
             f"Memory: about {readable_bytes(peak)} at most, {readable_bytes(weights)} of it weights, beside Python's own.",
-            *said,
         ),
-        facts={**counts, **found, "peak_bytes": peak, "weight_bytes": weights, "lengths": lengths},
+        facts={**counts, "peak_bytes": peak, "weight_bytes": weights, "lengths": lengths},
         slowdown=slowdown,
     )
 

@@ -58,7 +58,7 @@ from moacompress.rules.candidates import candidate_rules, gated_rules
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.key_centres import Centres
 from moacompress.rules.plan import Plan
-from moacompress.rules.rule import Rule
+from moacompress.rules.rule import SINKS, Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.runtime.gate import check_room, gates_of
 from moacompress.runtime.ready_model import load_for
@@ -262,7 +262,7 @@ def _write(out: Path, manifest: Manifest) -> None:
 
 def rules_on_offer(recipe: Recipe, around: Plan | None) -> tuple[Rule, ...]:
     """Returns the rules that a profile is of; some select where gates are trained, or the plan around which it is has them."""
-    bounds = max(recipe.calibration.lengths), recipe.profile.sinks, recipe.profile.min_window
+    bounds = max(recipe.calibration.lengths), SINKS, recipe.profile.min_window
     selects = recipe.profile.gates if around is None else around.selects
     return candidate_rules(*bounds) + (gated_rules(*bounds) if selects else ())
 
@@ -371,10 +371,10 @@ def check_lengths(context: int, recipe: Recipe) -> None:
         raise DataError(
             f"length {longest:,} is beyond the model's context of {context:,} tokens; ask for lengths up to that"
         )
-    needed = max(recipe.profile.sinks) + recipe.profile.min_window
+    needed = max(SINKS) + recipe.profile.min_window
     if shortest <= needed:
         raise DataError(
-            f"length {shortest:,} is too short to profile: with a sink of {max(recipe.profile.sinks)} and a window of "
+            f"length {shortest:,} is too short to profile: with a sink of {max(SINKS)} and a window of "
             f"{recipe.profile.min_window} tokens nothing would be left out; ask for lengths above {needed}"
         )
 

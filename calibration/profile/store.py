@@ -54,6 +54,9 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import LayerShares
 
+TEXT_WEIGHT = 0.25
+"""Weight of plain text beside answers."""
+
 if TYPE_CHECKING:
     from moacompress.calibration.gates.training import Gates
     from moacompress.models.source import SourceModel
@@ -287,15 +290,15 @@ class Profile(Shown):
                 f"profile this model, or {doing} with the model that was profiled"
             )
 
-    def blended(self, estimator: str, text_weight: float) -> npt.NDArray[np.float64]:
-        """Returns the influence on answers and, by its weight, on plain text; where only one was profiled, that alone.
+    def blended(self, estimator: str) -> npt.NDArray[np.float64]:
+        """Returns the influence on answers and, by `TEXT_WEIGHT`, on plain text; where only one was profiled, that alone.
 
         Arguments, shape and errors are those of `influence`.
         """
         kinds = sorted(set(self.sample_kinds))
         if kinds != ["answer", "text"]:
             return self.influence(estimator, kinds[0])
-        return self.influence(estimator) + text_weight * self.influence(estimator, "text")
+        return self.influence(estimator) + TEXT_WEIGHT * self.influence(estimator, "text")
 
     def samples_of(self, length: int, kind: str) -> npt.NDArray[np.int64]:
         """Returns the indices of the samples of a kind at a length; all of the kind where none has this length."""

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from moacompress.cli.harness import CommandRun, Output, command, readable
-from moacompress.cli.options import TrustRemoteCode
 from moacompress.core.errors import MoaCompressError, UsageError
 
 NEW, END = "/new", ("/exit", "/quit")
@@ -19,6 +18,8 @@ NEW, END = "/new", ("/exit", "/quit")
     "moacompress chat runs/mine",
     'moacompress chat runs/mine/model --system "Answer in one sentence." --temperature 0.7',
     'moacompress chat runs/mine --ask "What is the capital of France?" --json',
+    settings=("seed", "device", "dtype"),
+    takes=("trust_remote_code",),
     computes=True,
 )
 def chat(
@@ -31,7 +32,6 @@ def chat(
     system: Annotated[str, typer.Option(metavar="TEXT", help="System prompt.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 for greedy decoding.")] = 0.0,
-    trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Talk to a compressed model.
 
@@ -49,7 +49,7 @@ def chat(
     recipe = run.recipe()
     torch.manual_seed(recipe.seed)
     system = readable(system)
-    session = ChatSession(path, system, recipe.device, run.common.dtype or "auto", trust_remote_code=trust_remote_code)
+    session = ChatSession(path, system, recipe.device, recipe.dtype, trust_remote_code=run.common.trust_remote_code)
     turns: list[dict[str, Any]] = []
 
     def answer(question: str) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from moacompress.cli.harness import CommandRun, Output, command
-from moacompress.cli.options import Overwrite, TrustRemoteCode
 from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import ArtefactError, PlanError, UsageError
 from moacompress.core.files import read_json, write_text, write_texts
@@ -35,6 +34,7 @@ MOST_BYTES = 1 << 26
     "moacompress convert runs/mine --to duo-attention -o pattern/",
     "moacompress convert path/to/checkpoint --from modelopt --model path/to/model -o plan.json",
     "moacompress convert plan.json --to llm-compressor -o quantization.json",
+    takes=("overwrite", "trust_remote_code"),
 )
 def convert(
     run: CommandRun,
@@ -68,8 +68,6 @@ def convert(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="PATH", help="File or folder to write.")] = Path(
         PLAN_FILE
     ),
-    overwrite: Overwrite = False,
-    trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Convert plans from and to DuoAttention, MoA, ModelOpt and llm-compressor.
 
@@ -90,12 +88,12 @@ def convert(
         read.add(find_plan_file(path))
     if out.resolve() in {each.resolve() for each in read}:
         raise UsageError(f"{out} is the input; choose another place for the output (--out PATH)")
-    if out.exists() and not overwrite:
+    if out.exists() and not run.common.overwrite:
         raise ArtefactError(f"{out} exists already; choose another place or pass --overwrite")
     if source is not None:
         if model is None:
             raise UsageError(f"a plan of {source} does not name its model; give it (--model MODEL)")
-        plan, notes = _read(path, source, model, sparsity, at or "8k", run, trust_remote_code)
+        plan, notes = _read(path, source, model, sparsity, at or "8k", run.common.trust_remote_code)
         plan.save(out)
         shown = [f"The plan is {out}: {plan}", *(f"Not as it was: {note}." for note in notes)]
         named = model
@@ -143,7 +141,7 @@ def write_pattern(folder: Path, pattern: DuoPattern) -> None:
 
 
 def _read(
-    path: Path, source: Form, model: str, sparsity: float | None, at: str, run: CommandRun, trust_remote_code: bool
+    path: Path, source: Form, model: str, sparsity: float | None, at: str, trust_remote_code: bool
 ) -> tuple[Plan, list[str]]:
     from moacompress.rules.budget import parse_length
     from moacompress.rules.foreign_plans import DuoPattern, MoaSpans, plan_of_duo, plan_of_moa

@@ -8,19 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moacompress.cli.harness import CommandRun, Output, command, group
-from moacompress.cli.options import (
-    GatesOption,
-    LengthsOption,
-    ModelArgument,
-    RecipeFile,
-    Samples,
-    Sources,
-    Text,
-    TextSamples,
-    TrustRemoteCode,
-    ValidationSamples,
-    required_model,
-)
+from moacompress.cli.options import ModelArgument, required_model
 
 if TYPE_CHECKING:
     from moacompress.calibration.data.sample_sources import RowsWanted
@@ -30,21 +18,23 @@ if TYPE_CHECKING:
     "moacompress data preview path/to/model",
     "moacompress data preview path/to/model --source recall --source squad.json --lengths 1k,4k",
     "moacompress data preview path/to/model --recipe recipe.yaml --count 6 --json",
+    settings=(
+        "calibration.sources",
+        "calibration.text",
+        "calibration.lengths",
+        "calibration.samples",
+        "calibration.validation_samples",
+        "seed",
+        "device",
+        "dtype",
+    ),
+    takes=("recipe", "settings", "trust_remote_code"),
     maps=True,
 )
 def preview(
     run: CommandRun,
     model: ModelArgument = None,
-    recipe: RecipeFile = None,
-    source: Sources = None,
-    text: Text = None,
-    lengths: LengthsOption = None,
-    samples: Samples = None,
-    text_samples: TextSamples = None,
-    validation_samples: ValidationSamples = None,
-    gates: GatesOption = None,
     count: Annotated[int, typer.Option(min=1, help="Number of samples to show, spread over sources and lengths.")] = 3,
-    trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Show some calibration samples, with their target tokens marked.
 
@@ -52,8 +42,8 @@ def preview(
     file with too few rows for a profile those that there are are shown, and how many a profile takes; what else `profile`
     would refuse is refused here.
     """
-    resolved = run.recipe(recipe)
-    name = required_model(model, resolved.model)
+    resolved = run.recipe(model=model)
+    name = required_model(resolved)
 
     from moacompress.calibration.data.answers import answer_drafts
     from moacompress.calibration.data.sample_sources import check_data, make_drafts, rows_wanted, varied
@@ -63,7 +53,7 @@ def preview(
     from moacompress.runtime.ready_model import load_for
 
     check_data(resolved)
-    loaded = load_for(resolved, name, trust_remote_code=trust_remote_code)
+    loaded = load_for(resolved, name, trust_remote_code=run.common.trust_remote_code)
     rows, refused = rows_wanted(resolved), None
     try:
         check_samples(loaded, resolved)

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from moacompress.cli.harness import CommandRun, Output, command
-from moacompress.cli.options import Overwrite, TrustRemoteCode
 from moacompress.core.errors import DataError
 
 MODEL_FILE = "SmolLM2-135M-Instruct*.gguf"
@@ -18,6 +17,8 @@ SQUAD_FILE = "squad.json"
 @command(
     "moacompress demo -o runs/demo",
     "moacompress demo -o runs/demo --data .cache --json",
+    settings=("seed", "device", "dtype"),
+    takes=("overwrite", "trust_remote_code"),
     computes=True,
 )
 def demo(
@@ -31,8 +32,6 @@ def demo(
     model: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Model (folder or .gguf) to use instead of the one in --data.")
     ] = None,
-    overwrite: Overwrite = False,
-    trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Compress a small real model from start to end.
 
@@ -45,24 +44,19 @@ def demo(
     from moacompress.demo.smollm2 import run_demo
     from moacompress.report.summary_tables import closing_lines, summary_tables
 
+    recipe = run.recipe()
     summary = run_demo(
         out,
         model,
         squad,
-        dtype=run.common.dtype or "auto",
-        device=run.common.device or "cpu",
-        seed=run.common.seed,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        seed=run.given.get("seed"),
+        overwrite=run.common.overwrite,
+        trust_remote_code=run.common.trust_remote_code,
         progress=run.progress,
     )
-    return Output(
-        summary,
-        [
-            *summary_tables(summary),
-            *closing_lines(out),
-        ],
-    )
+    return Output(summary, [*summary_tables(summary), *closing_lines(out)])
 
 
 def _find(folder: Path, pattern: str) -> Path:

@@ -9,7 +9,7 @@ from rich.console import RenderableType
 
 from moacompress.cli.dense_memory import dense_memory
 from moacompress.cli.harness import CommandRun, Output, command
-from moacompress.cli.options import BatchOption, TrustRemoteCode
+from moacompress.cli.options import BatchOption
 from moacompress.core.errors import UsageError
 
 
@@ -19,6 +19,8 @@ from moacompress.core.errors import UsageError
     "moacompress doctor path/to/model --lengths 32k --batch 8",
     "moacompress doctor path/to/model.gguf --json",
     "moacompress doctor runs/mine",
+    settings=("device",),
+    takes=("trust_remote_code",),
 )
 def doctor(
     run: CommandRun,
@@ -39,7 +41,6 @@ def doctor(
         ),
     ] = None,
     batch: BatchOption = None,
-    trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Check the environment and, if given, MODEL.
 
@@ -51,6 +52,7 @@ def doctor(
     from moacompress.report.doctor_tables import environment_table, model_table
     from moacompress.report.inspection import memory_tables
 
+    trust_remote_code = run.common.trust_remote_code
     data = check_environment()
     show: list[RenderableType] = [environment_table(data)]
     problems = list(data["problems"])
@@ -61,7 +63,7 @@ def doctor(
         problems += data["model"]["problems"]
         show.append(model_table(data["model"]))
         if not data["model"]["compressed"] and not data["model"]["problems"]:
-            memory = dense_memory(model, lengths, batch, run.common.device or "cpu", trust_remote_code)
+            memory = dense_memory(model, lengths, batch, run.recipe().device, trust_remote_code)
             data["model"]["memory"] = memory
             show += memory_tables(memory)
         elif lengths is not None or batch is not None:

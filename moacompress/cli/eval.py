@@ -3,27 +3,89 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moacompress.cli.harness import CommandRun, Output, command, say
-from moacompress.cli.options import (
-    AllowOverlap,
-    Devices,
-    Overwrite,
-    TensorParallel,
-    Text,
-    TrustRemoteCode,
-    dry_run_option,
-    split_list,
-)
-from moacompress.cli.recipe_options import recipe_option
+from moacompress.cli.options import AllowOverlap, split_list
 from moacompress.core.errors import UsageError
 from moacompress.core.ranks import rank
 
+if TYPE_CHECKING:
+    from moacompress.evaluation.runner import EvaluationReport
+    from moacompress.evaluation.tasks.registry import Resources
+    from moacompress.recipe import Recipe
+
 SPLIT = ("dense", "uniform", "uniform-elastic", "per-layer", "split")
 """What can be measured beside a model that is split across ranks: the dense model, and other plans."""
+
+Against = Annotated[
+    str,
+    typer.Option(
+        metavar="LIST",
+        help="What to compare with: dense; dense:transformers (stock attention, always added beside quantized caches and "
+        "evictions); best (the baseline that the search measured best); the baselines uniform, uniform:4, uniform-elastic, "
+        "per-layer and split; transformers' quantized caches (quantized:hqq-8, quantized:hqq-4, quantized:quanto-4, "
+        "quantized:fp8); eviction methods (streaming-llm, h2o, snapkv, pyramidkv, adakv, expected-attention, keydiff, "
+        "kvzip; snapkv:seen if the method sees the question, snapkv:window=16 for a setting other than the default, "
+        "snapkv:int8 or snapkv:int4 to round what it keeps, if it evicts after the prompt); "
+        "folders of other models compressed from the same dense model; or none.",
+    ),
+]
+Dense = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Dense model that DIR was made from. Needed if its layers share attention, and for dense and baselines if its "
+        "weights were repaired or healed.",
+    ),
+]
+ListTasks = Annotated[bool, typer.Option("--list-tasks", help="List the tasks and what they need; measure nothing.")]
+Squad = Annotated[Path | None, typer.Option(metavar="FILE", help="SQuAD JSON file, for question answering.")]
+Sources = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--source",
+        metavar="FILE",
+        help="Your own rows with answers (.jsonl, .json, .parquet) or a hub dataset; each becomes a task. Repeatable.",
+    ),
+]
+ProfileFolder = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Profile that per-layer and split are made from. Default: the run's own."),
+]
+FailUnder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        help="Exit with 1 if the plan scores below a limit, such as exact_match=0.9, needle-noise:retention=0.95 or "
+        "key-value@2k:accuracy=0.9.",
+    ),
+]
+LmEval = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        help="Tasks of lm-evaluation-harness (names or .yaml files). --prompts also limits their documents.",
+    ),
+]
+LmEvalBatch = Annotated[
+    str, typer.Option(metavar="N", help="Batch size of lm-evaluation-harness: a number, auto, or auto:N.")
+]
+ShowFailures = Annotated[
+    bool,
+    typer.Option(
+        "--show-failures",
+        help="Print the prompts on which the plan and dense score differently: question, reference and both answers. "
+        "With -o and the file of an earlier evaluation of the same tasks nothing is measured again.",
+    ),
+]
+Csv = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write all rows as CSV.")]
+OutFile = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", metavar="FILE", help="Write the results here; a stopped run resumes from this file."),
+]
 
 
 @command(
@@ -34,6 +96,16 @@ SPLIT = ("dense", "uniform", "uniform-elastic", "per-layer", "split")
     "moacompress eval runs/mine/model --against snapkv,kvzip,kvzip:int4,quantized:hqq-4",
     "moacompress eval runs/mine --tasks needle-noise --fail-under exact_match=0.9,retention=0.95 --json",
     "moacompress eval --list-tasks",
+    settings=(
+        "evaluation.tasks",
+        "evaluation.lengths",
+        "evaluation.prompts",
+        "calibration.text",
+        "seed",
+        "device",
+        "dtype",
+    ),
+    takes=("dry_run", "overwrite", "tensor_parallel", "trust_remote_code"),
     computes=True,
     maps=True,
     shared=True,
@@ -44,94 +116,19 @@ def evaluate(
         Path | None,
         typer.Argument(metavar="DIR", help="Compressed model, or the folder of a run.", show_default=False),
     ] = None,
-    against: Annotated[
-        str,
-        typer.Option(
-            metavar="LIST",
-            help="What to compare with: dense; dense:transformers (stock attention, always added beside quantized caches and "
-            "evictions); best (the baseline that the search measured best); the baselines uniform, uniform:4, uniform-elastic, "
-            "per-layer and split; transformers' quantized caches (quantized:hqq-8, quantized:hqq-4, quantized:quanto-4, "
-            "quantized:fp8); eviction methods (streaming-llm, h2o, snapkv, pyramidkv, adakv, expected-attention, keydiff, "
-            "kvzip; snapkv:seen if the method sees the question, snapkv:window=16 for a setting other than the default, "
-            "snapkv:int8 or snapkv:int4 to round what it keeps, if it evicts after the prompt); "
-            "folders of other models compressed from the same dense model; or none.",
-        ),
-    ] = "dense,uniform,best",
-    dense: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Dense model that DIR was made from. Needed if its layers share attention, and for dense and baselines if its "
-            "weights were repaired or healed.",
-        ),
-    ] = None,
-    tasks: Annotated[
-        str | None,
-        recipe_option(
-            "evaluation.tasks",
-            metavar="LIST",
-            more="Names such as needle-noise; ruler or all for groups; text for long text.",
-            read=split_list,
-        ),
-    ] = None,
-    list_tasks: Annotated[
-        bool, typer.Option("--list-tasks", help="List the tasks and what they need; measure nothing.")
-    ] = False,
-    lengths: Annotated[str | None, recipe_option("evaluation.lengths", metavar="LIST")] = None,
-    prompts: Annotated[int | None, recipe_option("evaluation.prompts")] = None,
-    text: Text = None,
-    squad: Annotated[Path | None, typer.Option(metavar="FILE", help="SQuAD JSON file, for question answering.")] = None,
-    source: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--source",
-            metavar="FILE",
-            help="Your own rows with answers (.jsonl, .json, .parquet) or a hub dataset; each becomes a task. Repeatable.",
-        ),
-    ] = None,
-    profile: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Profile that per-layer and split are made from. Default: the run's own."),
-    ] = None,
+    against: Against = "dense,uniform,best",
+    dense: Dense = None,
+    list_tasks: ListTasks = False,
+    squad: Squad = None,
+    source: Sources = None,
+    profile: ProfileFolder = None,
     allow_overlap: AllowOverlap = False,
-    fail_under: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LIST",
-            help="Exit with 1 if the plan scores below a limit, such as exact_match=0.9, needle-noise:retention=0.95 or "
-            "key-value@2k:accuracy=0.9.",
-        ),
-    ] = None,
-    lm_eval: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LIST",
-            help="Tasks of lm-evaluation-harness (names or .yaml files). --prompts also limits their documents.",
-        ),
-    ] = None,
-    lm_eval_batch: Annotated[
-        str, typer.Option(metavar="N", help="Batch size of lm-evaluation-harness: a number, auto, or auto:N.")
-    ] = "auto",
-    show_failures: Annotated[
-        bool,
-        typer.Option(
-            "--show-failures",
-            help="Print the prompts on which the plan and dense score differently: question, reference and both answers. "
-            "With -o and the file of an earlier evaluation of the same tasks nothing is measured again.",
-        ),
-    ] = False,
-    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write all rows as CSV.")] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", "-o", metavar="FILE", help="Write the results here; a stopped run resumes from this file."
-        ),
-    ] = None,
-    dry_run: Annotated[bool, dry_run_option("Estimate the time; measure nothing.")] = False,
-    devices: Devices = None,
-    overwrite: Overwrite = False,
-    tensor_parallel: TensorParallel = False,
-    trust_remote_code: TrustRemoteCode = False,
+    fail_under: FailUnder = None,
+    lm_eval: LmEval = None,
+    lm_eval_batch: LmEvalBatch = "auto",
+    show_failures: ShowFailures = False,
+    csv: Csv = None,
+    out: OutFile = None,
 ) -> Output:
     """Measure a compressed model beside dense and others.
 
@@ -144,96 +141,116 @@ def evaluate(
         return _list_tasks()
     if path is None:
         raise UsageError("missing argument DIR: a compressed model, or the folder of a run")
-    named = split_list(tasks)
-    if named == ():
-        raise UsageError("no tasks given; name some, such as --tasks needle-noise,key-value")
     harness = split_list(lm_eval) or ()
     if lm_eval is not None and not harness:
         raise UsageError("no tasks of lm-evaluation-harness given; name some, or leave --lm-eval out")
     recipe = run.recipe()
     if csv is not None:
         _check_csv(csv, out)
+    others = tuple(name for name in split_list(against) or () if name != "none")
+    if run.common.tensor_parallel:
+        _check_tensor_parallel(others)
 
-    from moacompress.evaluation.runner import check_request, task_names
     from moacompress.evaluation.runner import evaluate as evaluate_model
+    from moacompress.evaluation.runner import task_names
     from moacompress.evaluation.scoring.text_rows import TEXT
     from moacompress.evaluation.scoring.thresholds import failures, parse_thresholds
     from moacompress.evaluation.tasks.own_rows import own_tasks
     from moacompress.evaluation.tasks.registry import Resources
     from moacompress.prompts.pools import Prose
-    from moacompress.report.evaluation_tables import csv_text, evaluation_tables, failure_lines
 
-    chosen = recipe.evaluation.tasks
-    if named is None:
-        chosen = () if harness or source else (*chosen, TEXT) if text is not None else chosen
-    own = own_tasks(source or ())
+    asked, text = recipe.evaluation, recipe.calibration.text
+    tasks = asked.tasks
+    if "evaluation__tasks" not in run.given:
+        tasks = () if harness or source else (*tasks, TEXT) if text is not None else tasks
     # `evaluate` reads the text itself; here it is only asked which tasks there are
-    needed = recipe.calibration.text if dry_run or fail_under is not None else None
-    prose = None if needed is None else Prose.load(needed)
-    resources = Resources(prose=prose, squad=squad, own=own)
-    names = task_names(chosen, resources)
-    thresholds = parse_thresholds(fail_under, (*own, *names))
-    others = tuple(name for name in split_list(against) or () if name != "none")
-    if tensor_parallel:
-        _check_tensor_parallel(others)
-    if dry_run:
-        from moacompress.evaluation.baselines.compared_models import check_names
-        from moacompress.evaluation.eval_estimate import estimate_eval
-        from moacompress.evaluation.lm_harness import check_lm_eval
-
-        check_names(others)
-        settings = recipe.evaluation
-        check_request([*names, *own], settings.lengths, settings.prompts, resources, harness=bool(harness))
-        if harness:
-            check_lm_eval(harness)
-        expected = estimate_eval(
-            path,
-            others,
-            names,
-            settings.lengths,
-            settings.prompts,
-            own={name: len(task.given or ()) for name, task in own.items()},
-            dtype=recipe.dtype,
-            device=recipe.device,
-            devices=devices or 1,
-            trust_remote_code=trust_remote_code,
-        )
-        besides = " This excludes the tasks of lm-evaluation-harness." if harness else ""
-        return Output(expected.to_dict(), [f"It would take {expected.line()}{besides} Nothing was measured."])
+    prose = Prose.load(text) if text is not None and (run.common.dry_run or fail_under is not None) else None
+    resources = Resources(prose=prose, squad=squad, own=own_tasks(source or ()))
+    thresholds = parse_thresholds(fail_under, (*resources.own, *task_names(tasks, resources)))
+    if run.common.dry_run:
+        return _estimated(run, path, others, tasks, recipe, resources, harness)
     report = evaluate_model(
         path,
         against=others,
         dense=dense,
-        tasks=chosen,
-        lengths=recipe.evaluation.lengths,
-        prompts=recipe.evaluation.prompts,
-        text=recipe.calibration.text,
+        tasks=tasks,
+        lengths=asked.lengths,
+        prompts=asked.prompts,
+        text=text,
         squad=squad,
         sources=source or (),
         profile=profile,
         every_candidate=True,
         allow_overlap=allow_overlap,
         lm_eval=harness,
-        lm_eval_limit=prompts,
+        lm_eval_limit=run.given.get("evaluation__prompts"),
         lm_eval_batch=lm_eval_batch,
         seed=recipe.seed,
         dtype=recipe.dtype,
         device=recipe.device,
         out=out,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
+        overwrite=run.common.overwrite,
+        trust_remote_code=run.common.trust_remote_code,
         progress=run.progress,
     )
-    if csv is not None and not rank():
-        from moacompress.core.files import write_text
-
-        write_text(csv, csv_text(report))
     failed = failures(thresholds, report["results"])
+    return _shown(report, csv, show_failures, None if fail_under is None else failed)
+
+
+def _shown(report: EvaluationReport, csv: Path | None, show_failures: bool, failed: list[str] | None) -> Output:
+    """Writes the table of `--csv` and shows a report.
+
+    Args:
+        report: of the evaluation.
+        csv: file of the table.
+        show_failures: also show the prompts on which the plan and dense differ.
+        failed: limits of `--fail-under` that the plan is below; None where none were asked for.
+    """
+    from moacompress.core.files import write_text
+    from moacompress.report.evaluation_tables import csv_text, evaluation_tables, failure_lines
+
+    if csv is not None and not rank():
+        write_text(csv, csv_text(report))
     if failed and not rank():
         say("below the threshold: " + "; ".join(failed))
-    data = report if fail_under is None else {**report, "failures": failed}
+    data = report if failed is None else {**report, "failures": failed}
     shown = [*evaluation_tables(report), *(failure_lines(report) if show_failures else [])]
     return Output(data, shown, exit_code=int(bool(failed)))
+
+
+def _estimated(
+    run: CommandRun,
+    path: Path,
+    others: tuple[str, ...],
+    tasks: tuple[str, ...],
+    recipe: Recipe,
+    resources: Resources,
+    harness: tuple[str, ...],
+) -> Output:
+    """Checks everything and estimates the time."""
+    from moacompress.evaluation.baselines.compared_models import check_names
+    from moacompress.evaluation.eval_estimate import estimate_eval
+    from moacompress.evaluation.lm_harness import check_lm_eval
+    from moacompress.evaluation.runner import check_request, task_names
+
+    check_names(others)
+    names, asked = task_names(tasks, resources), recipe.evaluation
+    check_request([*names, *resources.own], asked.lengths, asked.prompts, resources, harness=bool(harness))
+    if harness:
+        check_lm_eval(harness)
+    expected = estimate_eval(
+        path,
+        others,
+        names,
+        asked.lengths,
+        asked.prompts,
+        own={name: len(task.given or ()) for name, task in resources.own.items()},
+        dtype=recipe.dtype,
+        device=recipe.device,
+        trust_remote_code=run.common.trust_remote_code,
+    )
+    besides = " This excludes the tasks of lm-evaluation-harness." if harness else ""
+    return Output(expected.to_dict(), [f"It would take {expected.line()}{besides} Nothing was measured."])
 
 
 def _check_csv(csv: Path, out: Path | None) -> None:

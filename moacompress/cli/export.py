@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from moacompress.cli.harness import CommandRun, Output, command
-from moacompress.cli.options import HeadWeightsOption, Overwrite, TrustRemoteCode, WeightsOption
 from moacompress.core.artefact_names import MODEL_FOLDER
 from moacompress.models.locate import find_plan_file
 
@@ -18,6 +17,8 @@ from moacompress.models.locate import find_plan_file
     "moacompress export path/to/model plan.json -o model/ --overwrite --json",
     "moacompress export path/to/model plan.json -o model/ --repair profile/",
     "moacompress export path/to/model plan.json -o model/ --ranks 4",
+    settings=("weights", "head_weights", "device", "dtype"),
+    takes=("dry_run", "overwrite", "trust_remote_code"),
     maps=True,
 )
 def export(
@@ -44,13 +45,6 @@ def export(
             help="Reorder KV heads, with their weights, so that N tensor-parallel ranks hold caches of equal size."
         ),
     ] = None,
-    weights: WeightsOption = None,
-    head_weights: HeadWeightsOption = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check model and plan and say what would be written; write nothing.")
-    ] = False,
-    overwrite: Overwrite = False,
-    trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Write a checkpoint that from_pretrained loads.
 
@@ -58,51 +52,30 @@ def export(
     default is the plan's.
     """
     from moacompress.exporter.card import repair_text
+    from moacompress.exporter.exporting import estimate_export, exported_plan
     from moacompress.exporter.exporting import export as export_model
-    from moacompress.exporter.exporting import exported_plan
     from moacompress.models.stored_plan import read_plan
     from moacompress.report.inspection import inspect_plan, kv_table
 
     loaded = read_plan(find_plan_file(plan))
-    chosen = run.recipe()
-    if run.common.dtype not in (None, "auto"):
-        loaded = loaded.in_dtype(run.recipe().dtype)
-    if dry_run:
-        from moacompress.exporter.exporting import estimate_export
-
-        expected = estimate_export(
-            model,
-            loaded,
-            out,
-            repair=repair,
-            device=chosen.device,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-            weights=chosen.weights,
-            head_weights=chosen.head_weights,
-        )
+    recipe = run.recipe()
+    if recipe.dtype != "auto":
+        loaded = loaded.in_dtype(recipe.dtype)
+    options: dict[str, Any] = {
+        "repair": repair,
+        "device": recipe.device,
+        "weights": recipe.weights,
+        "head_weights": recipe.head_weights,
+        "overwrite": run.common.overwrite,
+        "trust_remote_code": run.common.trust_remote_code,
+    }
+    if run.common.dry_run:
+        expected = estimate_export(model, loaded, out, **options)
         return Output(expected.to_dict(), [expected.line()])
-    folder = export_model(
-        model,
-        loaded,
-        out,
-        repair=repair,
-        ranks=ranks,
-        device=chosen.device,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-        progress=run.progress,
-        weights=chosen.weights,
-        head_weights=chosen.head_weights,
-    )
+    folder = export_model(model, loaded, out, ranks=ranks, progress=run.progress, **options)
     written = exported_plan(folder) or loaded
     inspected = inspect_plan(written)
     data = {"model": str(folder), "plan": str(plan), "kv_bytes": inspected["kv_bytes"], "repair": inspected["repair"]}
-    return Output(
-        data,
-        [
-            kv_table(inspected),
-            *filter(None, [repair_text(written)]),
-            f'Load it with AutoModelForCausalLM.from_pretrained("{folder}")',
-        ],
-    )
+    text = repair_text(written)
+    load = f'Load it with AutoModelForCausalLM.from_pretrained("{folder}")'
+    return Output(data, [kv_table(inspected), *([text] if text else []), load])

@@ -13,10 +13,10 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Concatenate, ParamSpec, TextIO
+from typing import Any, Concatenate, ParamSpec, TextIO
 
 import typer
 from rich.console import Console, RenderableType
@@ -24,7 +24,8 @@ from rich.console import Console, RenderableType
 from moacompress.cli.bars import RichProgress
 from moacompress.cli.kernel_line import kernel_line
 from moacompress.cli.option_rules import GivenOptions, given_options
-from moacompress.cli.recipe_options import collected, recipe_key, recipe_option
+from moacompress.cli.options import COMMON_ALWAYS, Common
+from moacompress.cli.recipe_options import read_options, read_settings, recipe_parameter
 from moacompress.cli.result_stream import for_the_result
 from moacompress.core.errors import ArtefactError, MoaCompressError, UsageError, one_line
 from moacompress.core.files import finite_json
@@ -58,30 +59,6 @@ QUIET_LIBRARIES = {
 logger = logging.getLogger("moacompress")
 
 
-@dataclass(frozen=True)
-class Common:
-    """The options that every command has."""
-
-    as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout, and nothing else.")] = False
-    verbose: Annotated[
-        int,
-        typer.Option("--verbose", "-v", count=True, show_default=False, help="Log more to stderr; -vv for everything."),
-    ] = 0
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Write only errors to stderr.")] = False
-    debug: Annotated[bool, typer.Option("--debug", help="Log everything, and show tracebacks.")] = False
-    seed: Annotated[int | None, recipe_option("seed", collected=False)] = None
-    device: Annotated[str | None, recipe_option("device", metavar="DEVICE", collected=False)] = None
-    dtype: Annotated[str | None, recipe_option("dtype", collected=False)] = None
-    log_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--log-file",
-            metavar="FILE",
-            help="Also append a full log to FILE; under torchrun, process 1 logs to run.1.log for run.log.",
-        ),
-    ] = None
-
-
 @dataclass
 class Output:
     """What a command hands back.
@@ -107,7 +84,7 @@ class CommandRun:
     """One run of a command: its common options, where it reports, and the person who started it.
 
     Attributes:
-        common: its common options.
+        common: those of its options that several commands have.
         progress: is told how far it is.
         out: the standard output, which is not `sys.stdout` while a command runs.
         device_check: refuses a device that the command cannot use.
@@ -144,20 +121,20 @@ class CommandRun:
         line = sys.stdin.readline()
         return readable(line).strip() if line else None
 
-    def recipe(self, file: Path | None = None, base: Recipe | None = None, **flags: Any) -> Recipe:
-        """Returns the recipe of this run: flags win over `file`, which wins over `base`, which wins over the defaults.
+    def recipe(self, base: Recipe | None = None, *, file: Path | None = None, **flags: Any) -> Recipe:
+        """Returns the recipe of this run: options win over the file, which wins over `base`, which wins over the defaults.
 
         Args:
-            file: the file of `--recipe`.
-            base: the recipe where neither a file nor a flag says anything.
+            base: the recipe where neither a file nor an option says anything.
+            file: the recipe's file, where it is not that of `--recipe`.
             **flags: what the command sets beside its options, dotted keys as in `Recipe.override`; None is not given.
 
         Raises:
             RecipeError: from the file or from a flag.
             UsageError: a device that the command cannot use, or an option that has no effect under this recipe.
         """
+        file = file or self.common.recipe
         recipe = Recipe.load(file) if file is not None else base or Recipe()
-        flags |= {"seed": self.common.seed, "device": self.common.device, "dtype": self.common.dtype}
         given = {**self.given, **{name: value for name, value in flags.items() if value is not None}}
         for name, value in given.items():
             logger.info("%s = %s, from the command line", name.replace("__", "."), value)
@@ -170,20 +147,27 @@ class CommandRun:
 class Command:
     """A command made of a function `(run, own options) -> Output`.
 
-    Typer reads its signature: the function's own options and, after them, those of `Common`.
+    Typer reads its signature: the function's own options and, after them, those of the recipe and of `Common`.
 
     Args:
         function: does the work.
         examples: end its help.
+        settings: keys of the recipe that it has options for; `CommandRun.recipe` sets them.
+        takes: options of `Common` that it takes beside `COMMON_ALWAYS`.
+        states_defaults: whether the help says the recipe's defaults; not where the command begins with another recipe.
         computes: whether it runs a model, so that its first line says with which kernels.
-        maps: whether it can be a device map.
+        maps: whether the device can be a device map.
         shared: whether the processes of `torchrun` do it together. The first of them prints, and whichever fails first.
     """
 
     def __init__(
         self,
         function: Callable[Concatenate[CommandRun, P], Output],
-        examples: tuple[str, ...],
+        examples: Sequence[str] = (),
+        *,
+        settings: Sequence[str] = (),
+        takes: Sequence[str] = (),
+        states_defaults: bool = True,
         computes: bool = False,
         shared: bool = False,
         maps: bool = False,
@@ -195,19 +179,22 @@ class Command:
         self.epilog = "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
         self.__name__ = function.__name__
         self.__annotations__: dict[str, Any] = {}  # Typer asks for it; the signature has all
-        own = _own_parameters(function)
-        self._parameters = {parameter.name: parameter for parameter in own}
-        self._keys = {name: key.key for name, part in self._parameters.items() if (key := recipe_key(part)) is not None}
-        self.__signature__ = inspect.Signature([_CONTEXT, *own, *_common_parameters()])
+        of_recipe = [recipe_parameter(key, states_default=states_defaults) for key in settings]
+        common = [part for part in _keyword_only(Common) if part.name in (*takes, *COMMON_ALWAYS)]
+        self.keys = {part.name: key for part, key in zip(of_recipe, settings, strict=True)}
+        self._common = [part.name for part in common]
+        self.__signature__ = inspect.Signature([_CONTEXT, *_keyword_only(function)[1:], *of_recipe, *common])
 
     def __call__(self, context: typer.Context, **arguments: Any) -> None:
         """Runs the command, prints its result and raises `typer.Exit` unless all is well."""
-        options = given_options(context, self._keys)
-        common = Common(**{name: arguments.pop(name) for name in _COMMON})
+        options = given_options(context, self.keys)
+        common = Common(**{name: arguments.pop(name) for name in self._common})
+        settings = {name: arguments.pop(name) for name in self.keys}
         _check_rank()
-        interrupted = resumes_with(sys.argv, overwrite=bool(arguments.get("overwrite")))
         output = _guarded(
-            lambda run: self._checked(replace(run, options=options), arguments), common, interrupted, self._computes
+            lambda run: self._checked(replace(run, options=options), settings, arguments),
+            common,
+            first_line=partial(kernel_line, settings.get("device")) if self._computes else None,
         )
         if not rank():
             try:
@@ -222,10 +209,10 @@ class Command:
         ):  # torchrun ends the others when one fails, be it before the first has printed
             raise typer.Exit(output.exit_code)
 
-    def _checked(self, run: CommandRun, arguments: Mapping[str, Any]) -> Output:
+    def _checked(self, run: CommandRun, settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> Output:
         """Runs the command, once its options go together, and its device and the other processes of the run are there."""
         run.options.check()
-        splits = bool(arguments.get("tensor_parallel"))
+        splits = run.common.tensor_parallel
         if splits and world_size() == 1:
             raise UsageError(
                 "--tensor-parallel splits a model over the processes of torchrun, and there is one; start it with torchrun "
@@ -240,13 +227,13 @@ class Command:
             from moacompress.models.processes import join
 
             join()
-        device = run.common.device
+        device = settings.get("device")
         if device is not None and device != "cpu":
             from moacompress.models.placement import checked_placement
 
             self._check_map(device)
             checked_placement(device)
-        given = collected(self._parameters, arguments)
+        given = read_settings(run.common.settings or ()) | read_options(self.keys, settings)
         with splitting(splits):
             return self._work(replace(run, device_check=self._check_map, given=given), **arguments)
 
@@ -265,11 +252,14 @@ class Command:
                 )
 
 
-def command(
-    *examples: str, computes: bool = False, shared: bool = False, maps: bool = False
-) -> Callable[[Callable[Concatenate[CommandRun, P], Output]], Command]:
-    """Makes a `Command` of the decorated function; `examples` end its help and can be run as they are."""
-    return lambda function: Command(function, examples, computes, shared, maps)
+def command(*examples: str, **options: Any) -> Callable[[Callable[Concatenate[CommandRun, P], Output]], Command]:
+    """Makes a `Command` of the decorated function; `examples` end its help and can be run as they are.
+
+    Args:
+        *examples: command lines.
+        **options: of `Command`.
+    """
+    return lambda function: Command(function, examples, **options)
 
 
 def add_command(app: typer.Typer, name: str, command: Command) -> None:
@@ -319,7 +309,6 @@ def say(message: str) -> None:
 
 
 _CONTEXT = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-_COMMON = tuple(item.name for item in fields(Common))
 
 
 def _print(output: Output, as_json: bool) -> None:
@@ -341,13 +330,8 @@ def _print(output: Output, as_json: bool) -> None:
         sys.stdout.flush()
 
 
-def _own_parameters(function: Callable[..., Output]) -> list[inspect.Parameter]:
-    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-    return [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-
-
-def _common_parameters() -> list[inspect.Parameter]:
-    parameters = inspect.signature(Common, eval_str=True).parameters.values()
+def _keyword_only(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
     return [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
 
 
@@ -360,11 +344,10 @@ def _check_rank() -> None:
         raise typer.Exit(error.exit_code) from None
 
 
-def _guarded(work: Callable[[CommandRun], Output], common: Common, interrupted: str, computes: bool) -> Output:
+def _guarded(work: Callable[[CommandRun], Output], common: Common, first_line: Callable[[], str] | None) -> Output:
     """Runs a command; whatever it raises becomes one line on stderr and an exit code."""
     console = error_console()
-    first = partial(kernel_line, common.device) if computes else None
-    progress = Progress() if common.quiet or rank() else RichProgress(console, first)
+    progress = Progress() if common.quiet or rank() else RichProgress(console, first_line)
     try:
         with _quiet_libraries(common, console), for_the_result() as out:
             try:
@@ -376,7 +359,7 @@ def _guarded(work: Callable[[CommandRun], Output], common: Common, interrupted: 
     except KeyboardInterrupt:
         progress.done()
         if not rank():
-            say(interrupted)
+            say(resumes_with(sys.argv, overwrite=common.overwrite))
         raise typer.Exit(130) from None
     except Exception as error:
         progress.done()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from moacompress.cli.harness import CommandRun, Output, command
-from moacompress.cli.options import AllowOverlap, Overwrite, RecipeFile, Text, TrustRemoteCode, dry_run_option
-from moacompress.cli.recipe_options import recipe_option
+from moacompress.cli.options import AllowOverlap
 
 
 @command(
@@ -17,6 +16,22 @@ from moacompress.cli.recipe_options import recipe_option
     "moacompress heal model/ -o healed/ --profile profile/ --teacher path/to/model --dry-run",
     "moacompress heal runs/mine -o healed/ --train full --lr 2e-5 --steps 200 --max-minutes 30",
     "moacompress heal runs/mine -o healed/ --objective echoatt --samples 200 --text prose/ --json",
+    settings=(
+        "heal.objective",
+        "heal.train",
+        "heal.samples",
+        "heal.lengths",
+        "calibration.text",
+        "heal.steps",
+        "heal.max_minutes",
+        "heal.batch",
+        "heal.lr",
+        "heal.modules",
+        "seed",
+        "device",
+        "dtype",
+    ),
+    takes=("recipe", "settings", "dry_run", "overwrite", "trust_remote_code"),
     computes=True,
     shared=True,
 )
@@ -24,7 +39,6 @@ def heal(
     run: CommandRun,
     path: Annotated[Path, typer.Argument(metavar="DIR", help="Compressed model, or the folder of a run.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write the healed checkpoint to.")],
-    recipe: RecipeFile = None,
     profile: Annotated[
         Path | None,
         typer.Option(
@@ -36,28 +50,7 @@ def heal(
         str | None,
         typer.Option(metavar="MODEL", help="The dense model. Default: the one that was profiled."),
     ] = None,
-    objective: Annotated[str | None, recipe_option("heal.objective")] = None,
-    train: Annotated[str | None, recipe_option("heal.train")] = None,
-    samples: Annotated[int | None, recipe_option("heal.samples")] = None,
-    lengths: Annotated[str | None, recipe_option("heal.lengths", metavar="LIST")] = None,
-    text: Text = None,
-    steps: Annotated[int | None, recipe_option("heal.steps")] = None,
-    max_minutes: Annotated[float | None, recipe_option("heal.max_minutes")] = None,
-    batch: Annotated[int | None, recipe_option("heal.batch")] = None,
-    lr: Annotated[float | None, recipe_option("heal.lr")] = None,
-    rank: Annotated[int | None, recipe_option("heal.rank")] = None,
-    modules: Annotated[str | None, recipe_option("heal.modules", metavar="LIST")] = None,
-    hidden_weight: Annotated[float | None, recipe_option("heal.hidden_weight")] = None,
-    soft_weight: Annotated[float | None, recipe_option("heal.soft_weight")] = None,
-    hard_weight: Annotated[float | None, recipe_option("heal.hard_weight")] = None,
-    evaluations: Annotated[int | None, recipe_option("heal.evaluations")] = None,
-    patience: Annotated[int | None, recipe_option("heal.patience")] = None,
-    held_out: Annotated[int | None, recipe_option("heal.held_out")] = None,
-    checkpointing: Annotated[bool | None, recipe_option("heal.checkpointing")] = None,
     allow_overlap: AllowOverlap = False,
-    dry_run: Annotated[bool, dry_run_option("Estimate tokens, time and memory; train nothing.")] = False,
-    overwrite: Overwrite = False,
-    trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Distil the weights of a compressed model from the dense one.
 
@@ -66,36 +59,23 @@ def heal(
     a CPU, otherwise bfloat16); weights are trained in float32.
     Under torchrun (torchrun --standalone --nproc-per-node 2 -m moacompress heal ...) the processes share the samples.
     """
-    resolved = run.recipe(recipe)
-    if dry_run:
+    inputs: dict[str, Any] = {
+        "profile": profile,
+        "teacher": teacher,
+        "recipe": run.recipe(),
+        "overwrite": run.common.overwrite,
+        "trust_remote_code": run.common.trust_remote_code,
+        "progress": run.progress,
+    }
+    if run.common.dry_run:
         from moacompress.healer.heal_estimate import estimate_heal
 
-        expected = estimate_heal(
-            path,
-            out,
-            profile=profile,
-            teacher=teacher,
-            recipe=resolved,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-            progress=run.progress,
-        )
+        expected = estimate_heal(path, out, **inputs)
         return Output(expected.to_dict(), list(expected.lines()))
 
     from moacompress.healer.healing import heal as heal_model
-
-    healed = heal_model(
-        path,
-        out,
-        profile=profile,
-        teacher=teacher,
-        recipe=resolved,
-        allow_overlap=allow_overlap,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-        progress=run.progress,
-    )
     from moacompress.report.heal_tables import heal_tables
 
+    healed = heal_model(path, out, allow_overlap=allow_overlap, **inputs)
     data = {"model": str(healed.folder), **healed.notes, "losses": list(healed.losses)}
     return Output(data, heal_tables(healed.folder, healed.notes))

@@ -9,7 +9,7 @@ import typer
 
 from moacompress.cli.dense_memory import dense_memory
 from moacompress.cli.harness import CommandRun, Output, command
-from moacompress.cli.options import BatchOption, TrustRemoteCode, batch_sizes
+from moacompress.cli.options import BatchOption, batch_sizes
 from moacompress.core.errors import UsageError
 from moacompress.models.locate import find_running_plan
 
@@ -20,6 +20,8 @@ from moacompress.models.locate import find_running_plan
     "moacompress inspect runs/mine/model --json",
     "moacompress inspect path/to/dense --lengths 32k --batch 1,8",
     "moacompress inspect runs/mine --show-tokens notes.txt",
+    settings=("device",),
+    takes=("trust_remote_code",),
 )
 def inspect(
     run: CommandRun,
@@ -37,7 +39,6 @@ def inspect(
             metavar="FILE", help="Run the compressed model on a text and mark the tokens that its gates keep."
         ),
     ] = None,
-    trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Show what a plan keeps and what it costs.
 
@@ -53,7 +54,7 @@ def inspect(
     from moacompress.rules.budget import parse_lengths
     from moacompress.rules.kv_memory import kv_memory
 
-    device = run.common.device or "cpu"
+    device, trust_remote_code = run.recipe().device, run.common.trust_remote_code
     if is_dense_model(path):
         if show_tokens is not None:
             raise UsageError(f"{path} is a dense model, which has no gates; --show-tokens needs a compressed one")

@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moacompress.cli.options import COMMON_ALWAYS
 from moacompress.core.errors import UsageError
 
-ALWAYS = ("as_json", "verbose", "quiet", "debug", "log_file")
-"""Parameters that have an effect whatever else is given."""
 _SERVING = ("kv_memory", "requests", "prompt", "new", "rate")
 _OF_TABLE = ("lengths", "batch", "tokens", "repeats", "prefill_repeats", "quick", "compile_ours", "peak", "trace")
 
@@ -27,7 +26,7 @@ class Ignored:
     Attributes:
         command: "profile", "data preview", or "*" for all.
         options: those that have no effect.
-        but: instead: all have no effect, these and `ALWAYS` left out.
+        but: instead: all have no effect, these and `COMMON_ALWAYS` left out.
         beside: the case in which that is so; without one it is always so.
         without: the cases in none of which that is so.
         why: the reason, where the names do not say it.
@@ -44,7 +43,7 @@ class Ignored:
         """Returns whether an option has no effect in the case."""
         if self.but is None:
             return option in self.options
-        return option not in (*self.but, *ALWAYS, self.beside.partition("=")[0])
+        return option not in (*self.but, *COMMON_ALWAYS, self.beside.partition("=")[0])
 
     @property
     def of_recipe(self) -> bool:
@@ -55,53 +54,32 @@ class Ignored:
 TABLE = (
     Ignored("*", ("verbose",), beside="quiet"),
     Ignored("profile", but=("model", "others", "out", "overwrite", "dry_run"), beside="merge"),
-    Ignored(
-        "profile",
-        ("audit",),
-        beside="shard",
-        why="it needs the whole profile, so merge the shards first",
-    ),
+    Ignored("profile", ("audit",), beside="shard", why="it needs the whole profile, so merge the shards first"),
     Ignored("profile", ("audit",), beside="around", why="it compares predictions for the dense model"),
     Ignored("profile", ("gates", "scorer"), beside="around", why="the gates are those of the plan"),
-    Ignored("profile", ("audit_plans", "budget"), without=("audit",)),
-    Ignored("profile", ("devices",), beside="shard", why="the estimate is of the shard, which one device makes"),
-    Ignored("profile", ("devices",), without=("dry_run",), why="torchrun and --shard use many devices"),
     Ignored("profile", ("audit", "tensor_parallel"), beside="dry_run", why="it is not estimated"),
     Ignored("profile", ("scorer",), without=("profile.gates",)),
-    Ignored("compress", ("scorer",), without=("profile.gates",)),
     Ignored("compress", ("effort",), beside="recipe", why="the recipe says how much is measured"),
     Ignored("search", but=(), beside="status"),
-    Ignored("search", ("budget", "memory", "front"), beside="max_loss", why="a loss finds the budget itself"),
+    Ignored("search", ("budget", "front"), beside="max_loss", why="a loss finds the budget itself"),
     Ignored("search", ("rounds", "moves"), beside="front", why="a front is made of measured trials alone"),
     Ignored("search", ("front", "tensor_parallel"), beside="dry_run", why="it is not estimated"),
-    Ignored("search", ("devices",), without=("dry_run",), why="torchrun and --storage use many devices"),
-    Ignored("search", ("assume_repaired", "assume_healed"), beside="search.share=off"),
-    Ignored("export", ("seed",), why="nothing in an export is random"),
     Ignored("export", ("ranks",), beside="dry_run", why="it moves no KV heads"),
-    Ignored("heal", ("rank", "modules"), without=("heal.train=lora",)),
-    Ignored("heal", ("hidden_weight", "soft_weight", "hard_weight"), without=("heal.objective=echoatt",)),
+    Ignored("heal", ("modules",), without=("heal.train=lora",)),
     Ignored("eval", but=(), beside="list_tasks"),
     Ignored("eval", ("lm_eval_batch",), without=("lm_eval",)),
     Ignored("eval", ("overwrite",), without=("out",)),
-    Ignored("eval", ("devices",), without=("dry_run",), why="torchrun uses many devices"),
     Ignored("eval", ("tensor_parallel",), beside="dry_run", why="it is not estimated"),
     Ignored("eval", ("tensor_parallel",), beside="lm_eval", why="lm-evaluation-harness deals its prompts out to ranks"),
     Ignored("bench", (*_OF_TABLE, "dry_run"), beside="serve"),
     Ignored("bench", _SERVING, without=("serve",)),
     Ignored("bench", ("overwrite",), without=("out",)),
-    Ignored("inspect", ("seed", "dtype"), why="nothing in it is random or loaded in another dtype"),
     Ignored("inspect", ("device",), without=("show_tokens", "batch")),
-    Ignored("report", ("seed", "device", "dtype"), why="no model is loaded"),
-    Ignored("convert", ("seed", "device", "dtype"), why="no model is run"),
     Ignored("convert", ("model", "trust_remote_code"), without=("source",)),
     Ignored("convert", ("sparsity",), without=("source=duo-attention",)),
     Ignored("convert", ("at",), without=("source=moa",)),
     Ignored("chat", ("seed",), without=("temperature",)),
-    Ignored("doctor", ("seed", "dtype"), why="nothing in it is random or loaded in another dtype"),
-    Ignored("doctor", ("lengths", "batch", "trust_remote_code"), without=("model",)),
-    Ignored("recipe validate", ("device",), why="no model is loaded"),
-    Ignored("recipe show", ("seed", "device", "dtype"), why="it shows what the file says"),
-    Ignored("recipe schema", ("seed", "device", "dtype"), why="the schema is the same for all recipes"),
+    Ignored("doctor", ("lengths", "batch", "device", "trust_remote_code"), without=("model",)),
 )
 """All options that have no effect somewhere."""
 

@@ -1,97 +1,18 @@
-"""Options that several commands share, with one wording, and how their texts are read."""
+"""Options that every command or several commands have, each with one wording, and how their texts are read."""
 
 from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 
-from moacompress.cli.recipe_options import recipe_option
 from moacompress.core.errors import UsageError, did_you_mean
+from moacompress.recipe import Recipe
 from moacompress.recipe_sections import Generator
-
-ModelArgument = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file.", show_default=False)
-]
-RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", metavar="FILE", help="Recipe (YAML). Options override it.")
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Start from scratch: remove what an earlier run left there.")
-]
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", help="Run the modelling code that comes with the model, for this run only."),
-]
-TensorParallel = Annotated[
-    bool,
-    typer.Option(
-        "--tensor-parallel",
-        help="Split every layer across the processes of torchrun. Without it, each process holds a whole model and they share "
-        "the work.",
-    ),
-]
-Budgets = Annotated[
-    list[str] | None,
-    recipe_option("budget", metavar="BUDGET", more="Repeatable.", collected=False),
-]
-MaxLossOption = Annotated[str | None, recipe_option("max_loss", metavar="LOSS", collected=False)]
-MemoryOption = Annotated[
-    str | None,
-    typer.Option(
-        "--memory",
-        metavar="M@L",
-        help="Limit on weights plus the KV cache at L tokens, such as 6GiB@8k. Short for --budget memory=6GiB@8k.",
-    ),
-]
-BatchOption = Annotated[
-    str | None, typer.Option("--batch", metavar="LIST", help="Concurrent requests, such as 1,8.", show_default=False)
-]
-LengthsOption = Annotated[str | None, recipe_option("calibration.lengths", metavar="LIST", states_default=False)]
-FormatsOption = Annotated[str | None, recipe_option("search.formats", metavar="LIST")]
-ScorerOption = Annotated[str | None, recipe_option("profile.scorer", metavar="NAME")]
-GatesOption = Annotated[bool | None, recipe_option("profile.gates")]
-ClassesOption = Annotated[int | None, recipe_option("search.classes", metavar="N")]
-WeightsOption = Annotated[str | None, recipe_option("weights")]
-HeadWeightsOption = Annotated[str | None, recipe_option("head_weights")]
-Sources = Annotated[
-    list[str] | None,
-    recipe_option(
-        "calibration.sources",
-        "--source",
-        metavar="NAME",
-        more="Repeatable.",
-        read=lambda given: read_sources(given),
-        states_default=False,
-    ),
-]
-Samples = Annotated[int | None, recipe_option("calibration.samples", states_default=False)]
-TextSamples = Annotated[int | None, recipe_option("calibration.text_samples", states_default=False)]
-ValidationSamples = Annotated[int | None, recipe_option("calibration.validation_samples", states_default=False)]
-AllowOverlap = Annotated[
-    bool,
-    typer.Option(
-        "--allow-overlap",
-        help="Accept text that overlaps calibration by more than 1% (13-word sequences); the results are marked.",
-    ),
-]
-Text = Annotated[str | None, recipe_option("calibration.text", metavar="PATH")]
-
-
-def dry_run_option(text: str) -> Any:
-    """Returns the option `--dry-run` of a command that times the model to estimate what it takes, with its help."""
-    return typer.Option("--dry-run", help=text, callback=_wait_asleep)
-
-
-Devices = Annotated[
-    int | None,
-    typer.Option(
-        "--devices", metavar="N", min=1, help="With --dry-run: also estimate for N devices as fast as this one."
-    ),
-]
 
 
 def _wait_asleep(dry_run: bool) -> bool:
@@ -102,6 +23,79 @@ def _wait_asleep(dry_run: bool) -> bool:
     if dry_run and "torch" not in sys.modules:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     return dry_run
+
+
+@dataclass(frozen=True)
+class Common:
+    """Options with one meaning in all commands: `COMMON_ALWAYS` in each of them, the others in those that take them."""
+
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", metavar="FILE", help="Recipe (YAML). Options override it.")
+    ] = None
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Set any key of the recipe, such as search.moves=0. Repeatable; `moacompress recipe init` writes all keys.",
+        ),
+    ] = None
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check everything and estimate time and memory; do nothing.", callback=_wait_asleep
+        ),
+    ] = False
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start from scratch: remove what an earlier run left there.")
+    ] = False
+    tensor_parallel: Annotated[
+        bool,
+        typer.Option(
+            "--tensor-parallel",
+            help="Split every layer across the processes of torchrun. Without it, each process holds a whole model and they "
+            "share the work.",
+        ),
+    ] = False
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code", help="Run the modelling code that comes with the model, for this run only."
+        ),
+    ] = False
+    as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout, and nothing else.")] = False
+    verbose: Annotated[
+        int,
+        typer.Option("--verbose", "-v", count=True, show_default=False, help="Log more to stderr; -vv for everything."),
+    ] = 0
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Write only errors to stderr.")] = False
+    debug: Annotated[bool, typer.Option("--debug", help="Log everything, and show tracebacks.")] = False
+    log_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--log-file",
+            metavar="FILE",
+            help="Also append a full log to FILE; under torchrun, process 1 logs to run.1.log for run.log.",
+        ),
+    ] = None
+
+
+COMMON_ALWAYS = ("as_json", "verbose", "quiet", "debug", "log_file")
+"""Options of `Common` that every command has, and that have an effect whatever else is given."""
+
+BatchOption = Annotated[
+    str | None, typer.Option("--batch", metavar="LIST", help="Concurrent requests, such as 1,8.", show_default=False)
+]
+AllowOverlap = Annotated[
+    bool,
+    typer.Option(
+        "--allow-overlap",
+        help="Accept text that overlaps calibration by more than 1% (13-word sequences); the results are marked.",
+    ),
+]
+ModelArgument = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file.", show_default=False)
+]
 
 
 def split_list(text: str | None) -> tuple[str, ...] | None:
@@ -126,36 +120,26 @@ def batch_sizes(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(item) for item in items}))
 
 
-def required_model(given: str | None, recipe_model: str | None) -> str:
+def required_model(recipe: Recipe) -> str:
     """Returns MODEL, from the command line or from the recipe.
 
     Raises:
         UsageError: neither names one.
     """
-    model = given or recipe_model
-    if not model:
+    if not recipe.model:
         raise UsageError(
             "no model given; name one as MODEL (hub id, folder or .gguf file) or as `model:` in the recipe"
         )
-    return model
+    return recipe.model
 
 
-def with_memory(budgets: list[str] | None, memory: str | None) -> list[str] | None:
-    """Returns budgets with those of `--memory` behind them; None where neither is given."""
-    from moacompress.rules.budget import MEMORY
-
-    if memory is None:
-        return budgets
-    return [*(budgets or ()), ",".join(f"{MEMORY}{part.strip()}" for part in memory.split(","))]
-
-
-def read_sources(given: list[str] | None) -> list[dict[str, Any]] | None:
+def read_sources(given: list[str]) -> list[dict[str, Any]]:
     """Returns the recipe form of `--source`: generators, `generator-prose`, either with `-uuids` or `-codes`, files, hub sets.
 
     Raises:
         UsageError: a name that is none of them.
     """
-    return [_source(name) for name in given] if given else None
+    return [_source(name) for name in given]
 
 
 def _source(name: str) -> dict[str, Any]:

@@ -11,27 +11,7 @@ import typer
 from rich.console import RenderableType
 
 from moacompress.cli.harness import CommandRun, Output, command
-from moacompress.cli.options import (
-    Devices,
-    GatesOption,
-    HeadWeightsOption,
-    LengthsOption,
-    ModelArgument,
-    Overwrite,
-    RecipeFile,
-    Samples,
-    ScorerOption,
-    Sources,
-    TensorParallel,
-    Text,
-    TextSamples,
-    TrustRemoteCode,
-    ValidationSamples,
-    WeightsOption,
-    dry_run_option,
-    required_model,
-)
-from moacompress.cli.recipe_options import recipe_option
+from moacompress.cli.options import ModelArgument, required_model
 from moacompress.core.artefact_names import PROFILE_FOLDER
 from moacompress.core.errors import UsageError
 from moacompress.core.ranks import rank, world_size
@@ -40,7 +20,9 @@ from moacompress.models.locate import find_plan_file
 if TYPE_CHECKING:
     from moacompress.calibration.profile.manifest import Manifest
     from moacompress.calibration.profile.store import Profile
+    from moacompress.models.source import SourceModel
     from moacompress.recipe import Recipe
+    from moacompress.rules.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +48,28 @@ AUDIT_KEYS = (
     "moacompress profile path/to/model -o profile/",
     "moacompress profile path/to/model.gguf -o profile/ --lengths 1k,2k --samples 48 --dry-run",
     "moacompress profile path/to/model -o profile/ --source needle --source qa.jsonl --json",
-    "moacompress profile path/to/model -o audited/ --audit 120 --audit-plans 40 --budget 25%",
+    "moacompress profile path/to/model -o audited/ --audit 120",
     "moacompress profile path/to/model -o around/ --around plan.json",
     "moacompress profile path/to/model -o profile-3/ --shard 3/8",
     "moacompress profile --merge profile-1/ profile-2/ -o profile/",
+    settings=(
+        "weights",
+        "calibration.lengths",
+        "calibration.samples",
+        "calibration.text_samples",
+        "calibration.validation_samples",
+        "calibration.sources",
+        "calibration.text",
+        "profile.baselines",
+        "profile.heads",
+        "profile.anchors",
+        "profile.gates",
+        "profile.scorer",
+        "seed",
+        "device",
+        "dtype",
+    ),
+    takes=("recipe", "settings", "dry_run", "overwrite", "tensor_parallel", "trust_remote_code"),
     computes=True,
     maps=True,
     shared=True,
@@ -84,22 +84,6 @@ def profile(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write the profile to.")] = Path(
         PROFILE_FOLDER
     ),
-    recipe: RecipeFile = None,
-    weights: WeightsOption = None,
-    head_weights: HeadWeightsOption = None,
-    lengths: LengthsOption = None,
-    samples: Samples = None,
-    text_samples: TextSamples = None,
-    validation_samples: ValidationSamples = None,
-    draws: Annotated[int | None, recipe_option("profile.draws")] = None,
-    estimator: Annotated[str | None, recipe_option("profile.estimator")] = None,
-    baselines: Annotated[bool | None, recipe_option("profile.baselines")] = None,
-    heads: Annotated[bool | None, recipe_option("profile.heads")] = None,
-    anchors: Annotated[int | None, recipe_option("profile.anchors", metavar="N")] = None,
-    gates: GatesOption = None,
-    scorer: ScorerOption = None,
-    source: Sources = None,
-    text: Text = None,
     around: Annotated[
         Path | None,
         typer.Option(metavar="PLAN", help="Profile the changes to this plan instead of to the dense model."),
@@ -108,14 +92,10 @@ def profile(
         int | None,
         typer.Option(
             metavar="K",
-            help="Afterwards measure K single-head ablations, K single-head format changes and, with --anchors, up to K shared "
-            "layers, and compare them with the predictions.",
+            help="Afterwards measure K single-head ablations, K single-head format changes, K/3 plans of the recipe's budget "
+            "(25% if it has none) and, with --anchors, up to K shared layers, and compare them with the predictions.",
         ),
     ] = None,
-    audit_plans: Annotated[
-        int, typer.Option(metavar="M", help="Number of equal-size plans that --audit measures.")
-    ] = 40,
-    budget: Annotated[str, typer.Option(metavar="BUDGET", help="Budget of the plans that --audit measures.")] = "25%",
     shard: Annotated[
         str | None,
         typer.Option(
@@ -126,11 +106,6 @@ def profile(
     merge: Annotated[
         bool, typer.Option("--merge", help="Combine the shards in the given folders into one profile.")
     ] = False,
-    dry_run: Annotated[bool, dry_run_option("Estimate tokens, time and memory; profile nothing.")] = False,
-    devices: Devices = None,
-    overwrite: Overwrite = False,
-    tensor_parallel: TensorParallel = False,
-    trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Predict what each rule costs on every KV head.
 
@@ -140,7 +115,7 @@ def profile(
     the model with --tensor-parallel.
     """
     if merge:
-        return _merged([name for name in (model, *(others or ())) if name], out, overwrite, dry_run, run)
+        return _merged([name for name in (model, *(others or ())) if name], out, run)
     if others:
         raise UsageError(
             f"{1 + len(others)} models given, but only one can be profiled; to combine shards, add --merge"
@@ -149,110 +124,122 @@ def profile(
         raise UsageError(
             "--audit runs in one process; profile under torchrun first, then run the command with --audit without torchrun"
         )
-    from moacompress.calibration.profile.manifest import recipe_in
-    from moacompress.models.processes import broadcast
-
-    earlier = broadcast(None if overwrite or recipe is not None or rank() else recipe_in(out, model))
-    if earlier is not None:
-        logger.info("%s holds a profile of this model; settings that no option gives are taken from it", out)
-    resolved = run.recipe(
-        recipe,
-        base=earlier,
-        profile__baselines=None if audit is None else True,
-    )
-    name = required_model(model, resolved.model)
-    resolved = resolved.override(model=name)
-
-    from moacompress.models.stored_plan import read_plan
-
-    plan = None if around is None else read_plan(find_plan_file(around))
     from moacompress.calibration.data.sample_sources import check_data
-    from moacompress.models.skeleton import is_described
+    from moacompress.calibration.profile.manifest import recipe_in
+    from moacompress.calibration.profile.profiler import profile as profile_model
+    from moacompress.calibration.profile.profiler import profile_shard
+    from moacompress.core.place import check_writable
+    from moacompress.models.processes import broadcast
+    from moacompress.models.stored_plan import read_plan
     from moacompress.runtime.ready_model import load_for
 
-    if dry_run:
-        from moacompress.calibration.profile.estimate import estimate_profile
-
+    overwrite, consent = run.common.overwrite, run.common.trust_remote_code
+    fresh = overwrite or run.common.recipe is not None or rank() > 0
+    earlier = broadcast(None if fresh else recipe_in(out, model))
+    if earlier is not None:
+        logger.info("%s holds a profile of this model; settings that no option gives are taken from it", out)
+    resolved = run.recipe(earlier, model=model, profile__baselines=None if audit is None else True)
+    name = required_model(resolved)
+    plan = None if around is None else read_plan(find_plan_file(around))
+    if run.common.dry_run:
         check_data(resolved)
-        if plan is None and is_described(name):
-            if shard is not None:
-                raise UsageError(
-                    f"{name} has no weights, so the operations of the whole profile are counted; leave --shard out"
-                )
-            if devices is not None:
-                raise UsageError(f"{name} has no weights, so operations are counted, not timed; leave --devices out")
-            return _counted(resolved, name, trust_remote_code)
-        loaded = load_for(resolved, name, trust_remote_code=trust_remote_code)
-        expected = estimate_profile(loaded, resolved, run.progress, around=plan, devices=devices or 1, shard=shard)
-        return Output(expected.to_dict(), list(expected.lines()))
-
-    from moacompress.calibration.profile.profiler import profile as profile_model
-    from moacompress.core.place import check_writable
-
+        return _estimated(resolved, name, plan, shard, run)
     if not rank():
         check_writable(out)
         check_data(resolved)
-    loaded = load_for(resolved, name, trust_remote_code=trust_remote_code)
+    loaded = load_for(resolved, name, trust_remote_code=consent)
     if audit is not None:
-        from moacompress.search.audit.audit import check_audit
-
-        check_audit(loaded.shape, resolved, audit, audit_plans, budget)
+        _check_audit(loaded, resolved, audit)
+    options: dict[str, Any] = {"around": plan, "overwrite": overwrite, "progress": run.progress}
     if shard is not None:
-        from moacompress.calibration.profile.profiler import profile_shard
-
-        part = profile_shard(loaded, out, resolved, shard, around=plan, overwrite=overwrite, progress=run.progress)
-        return _shard_output(part, out)
-    made = profile_model(loaded, out, resolved, around=plan, overwrite=overwrite, progress=run.progress)
+        return _shard_output(profile_shard(loaded, out, resolved, shard, **options), out)
+    made = profile_model(loaded, out, resolved, **options)
     data, show = _profile_output(made, out)
     if audit is not None:
-        from moacompress.core.artefact_names import AUDIT_FILE
-        from moacompress.report.profile_tables import audit_tables, write_scatter
-        from moacompress.search.audit.audit import audit as audit_profile
-
-        found = audit_profile(
-            made,
-            loaded,
-            audit,
-            audit_plans,
-            budget,
-            seed=resolved.seed,
-            progress=run.progress,
-            overwrite=overwrite,
-        )
-        write_scatter(out / AUDIT_FILE, found.data)
-        data |= {key: found.data[key] for key in AUDIT_KEYS if key in found.data}
-        data["audit_samples"] = found.data["samples"]
-        show += audit_tables(found.data)
+        measured, tables = _audited(made, loaded, resolved, audit, out, run)
+        data, show = {**data, **measured}, [*show, *tables]
     if plan is None:
         show.append(f"Next: moacompress search {shlex.quote(str(out))} --budget 25% -o plan.json")
     return Output(data, show)
 
 
-def _counted(recipe: Recipe, model: str, trust_remote_code: bool) -> Output:
-    """Counts what a profile of a model without weights takes."""
+def _estimated(recipe: Recipe, model: str, around: Plan | None, shard: str | None, run: CommandRun) -> Output:
+    """Times what a profile takes; counts it where the model has no weights.
+
+    Raises:
+        UsageError: a shard of a model without weights.
+    """
+    from moacompress.calibration.profile.estimate import estimate_profile
+    from moacompress.models.skeleton import is_described
     from moacompress.run_checks import check_profiled
     from moacompress.run_counts import count_run, read_counts
+    from moacompress.runtime.ready_model import load_for
 
-    counts = read_counts(model, trust_remote_code)
-    check_profiled(recipe, counts.context)
-    found = count_run(recipe, counts, steps=("profile",))
-    return Output(found.to_dict(), [f"It would take {found.line()} Nothing was profiled."])
+    consent = run.common.trust_remote_code
+    if around is None and is_described(model):
+        if shard is not None:
+            raise UsageError(
+                f"{model} has no weights, so the operations of the whole profile are counted; leave --shard out"
+            )
+        counts = read_counts(model, consent)
+        check_profiled(recipe, counts.context)
+        found = count_run(recipe, counts, steps=("profile",))
+        return Output(found.to_dict(), [f"It would take {found.line()} Nothing was profiled."])
+    loaded = load_for(recipe, model, trust_remote_code=consent)
+    expected = estimate_profile(loaded, recipe, run.progress, around=around, shard=shard)
+    return Output(expected.to_dict(), list(expected.lines()))
 
 
-def _merged(folders: list[str], out: Path, overwrite: bool, dry_run: bool, run: CommandRun) -> Output:
+def _audit_size(count: int, recipe: Recipe) -> tuple[int, int, str]:
+    """Returns the numbers of ablations and of plans that an audit measures, and the budget of the plans."""
+    from moacompress.rules.budget import Budget
+
+    budgets = (text for text in recipe.budget if not Budget.parse(text).with_weights)
+    return count, count // 3, next(budgets, "25%")
+
+
+def _check_audit(loaded: SourceModel, recipe: Recipe, count: int) -> None:
+    """Refuses an audit that cannot be, before anything is profiled."""
+    from moacompress.search.audit.audit import check_audit
+
+    check_audit(loaded.shape, recipe, *_audit_size(count, recipe))
+
+
+def _audited(
+    made: Profile, loaded: SourceModel, recipe: Recipe, count: int, out: Path, run: CommandRun
+) -> tuple[dict[str, Any], list[RenderableType]]:
+    """Audits a profile; returns what goes to `--json`, and what people see."""
+    from moacompress.core.artefact_names import AUDIT_FILE
+    from moacompress.report.profile_tables import audit_tables, write_scatter
+    from moacompress.search.audit.audit import audit
+
+    found = audit(
+        made,
+        loaded,
+        *_audit_size(count, recipe),
+        seed=recipe.seed,
+        progress=run.progress,
+        overwrite=run.common.overwrite,
+    ).data
+    write_scatter(out / AUDIT_FILE, found)
+    data = {key: found[key] for key in AUDIT_KEYS if key in found}
+    return {**data, "audit_samples": found["samples"]}, [*audit_tables(found)]
+
+
+def _merged(folders: list[str], out: Path, run: CommandRun) -> Output:
     """Puts shards together, or says what that would give."""
     from moacompress.calibration.profile.merging import check_merge, merge_shards
 
     if world_size() > 1:
         raise UsageError("--merge runs in one process; start it without torchrun")
-    if dry_run:
-        found = check_merge(folders, out, overwrite=overwrite)
+    if run.common.dry_run:
+        found = check_merge(folders, out, overwrite=run.common.overwrite)
         text = (
             f"{found['shards']} shards would make one profile of {found['samples']} calibration and "
             f"{found['validation_samples']} validation samples in {out}. Nothing was written."
         )
         return Output({"profile": str(out), **found}, [text])
-    made = merge_shards(folders, out, overwrite=overwrite, progress=run.progress)
+    made = merge_shards(folders, out, overwrite=run.common.overwrite, progress=run.progress)
     data, show = _profile_output(made, out)
     return Output(data, [*show, f"Next: moacompress search {shlex.quote(str(out))} --budget 25% -o plan.json"])
 

@@ -9,11 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from moacompress.cli.harness import CommandRun, Output, command, group
-from moacompress.cli.options import Budgets, MaxLossOption, ModelArgument, Overwrite, Text
+from moacompress.cli.options import ModelArgument
 from moacompress.core.artefact_names import RECIPE_FILE
 from moacompress.core.errors import ArtefactError, RecipeError
 from moacompress.efforts import Effort, effort_recipe
-from moacompress.rules.loss import one_limit
 
 SCHEMA_FILE = "recipe.schema.json"
 
@@ -21,34 +20,30 @@ SCHEMA_FILE = "recipe.schema.json"
 @command(
     "moacompress recipe init path/to/model --budget 25% -o recipe.yaml",
     "moacompress recipe init --effort thorough --text prose/ -o recipe.yaml",
+    settings=("budget", "max_loss", "calibration.text", "seed", "device", "dtype"),
+    takes=("settings", "overwrite"),
+    states_defaults=False,
 )
 def init(
     run: CommandRun,
     model: ModelArgument = None,
-    budget: Budgets = None,
-    max_loss: MaxLossOption = None,
     effort: Annotated[
         Effort, typer.Option("--effort", help="Settings to start from: quick, standard or thorough.")
     ] = "standard",
-    text: Text = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="File to write the recipe to.")] = Path(
         "recipe.yaml"
     ),
-    overwrite: Overwrite = False,
 ) -> Output:
     """Write a recipe with every setting and a comment on each, and the JSON schema for editors beside it."""
     from moacompress.core.files import write_text
     from moacompress.report.recipe_text import SCHEMA_LINE, recipe_yaml, schema_text
 
-    if out.exists() and not overwrite:
+    if out.exists() and not run.common.overwrite:
         raise ArtefactError(f"{out} exists already; choose another file or pass --overwrite")
     beside = out.with_name(SCHEMA_FILE)
     _check_schema(beside, out)
-    recipe = run.recipe(
-        base=effort_recipe(effort, prose=text is not None),
-        model=model,
-        **one_limit(budget, max_loss),
-    )
+    prose = run.given.get("calibration__text") is not None
+    recipe = run.recipe(effort_recipe(effort, prose=prose), model=model)
     write_text(beside, schema_text())
     write_text(out, SCHEMA_LINE.format(place=SCHEMA_FILE) + recipe_yaml(recipe))
     next_step = shlex.join(["moacompress", "compress", "--recipe", str(out), "-o", "runs/mine"])
@@ -58,17 +53,20 @@ def init(
     )
 
 
-@command("moacompress recipe validate recipe.yaml", "moacompress recipe validate recipe.yaml --text prose/ --json")
+@command(
+    "moacompress recipe validate recipe.yaml",
+    "moacompress recipe validate recipe.yaml --text prose/ --json",
+    settings=("calibration.text",),
+)
 def validate(
     run: CommandRun,
     path: Annotated[Path, typer.Argument(metavar="FILE", help="Recipe, YAML or JSON.")],
-    text: Text = None,
 ) -> Output:
     """Check a recipe without a model: keys, values, tasks, and the data files that it names."""
     from moacompress.report.recipe_text import changed_settings
     from moacompress.run_checks import check_recipe
 
-    recipe = run.recipe(path)
+    recipe = run.recipe(file=path)
     check_recipe(recipe)
     changed = changed_settings(recipe)
     return Output(

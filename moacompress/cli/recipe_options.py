@@ -1,35 +1,62 @@
-"""Options that set a recipe's field: their names, texts, choices and defaults are the field's.
+"""Options made from the recipe's fields: their names, types, texts, choices and defaults are the field's.
 
-A command that takes one hands it on without a word: `CommandRun.recipe` reads what was given by the keys here.
+A command names the keys that it has options for; `CommandRun.recipe` sets what was given. Any other key is set with `--set`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from inspect import Parameter
 from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 
+from moacompress.cli.options import read_sources
+from moacompress.core.errors import UsageError
 from moacompress.recipe import Recipe
 
-_ATTRIBUTE = "recipe_key"
 
-
-class RecipeKey(NamedTuple):
-    """What of a recipe an option sets.
+@dataclass(frozen=True)
+class Spelling:
+    """How a key is given on a command line, where the field does not say it.
 
     Attributes:
-        key: dotted, such as `search.trials`.
-        read: makes what a recipe takes of what is given; None leaves it.
-        collected: whether `CommandRun.recipe` takes it by itself; the command has more to say of the others.
+        flag: its name, where it is not the field's with dashes.
+        metavar: what stands for the value.
+        more: said behind the field's description.
+        repeatable: whether it may be given several times.
+        read: makes what a recipe takes of what is given.
+        envvar: environment variable that does the same.
     """
 
-    key: str
-    read: Callable[[Any], Any] | None
-    collected: bool
+    flag: str = ""
+    metavar: str | None = None
+    more: str = ""
+    repeatable: bool = False
+    read: Callable[[Any], Any] | None = None
+    envvar: str | None = None
+
+
+SPELLINGS = {
+    "budget": Spelling(
+        metavar="BUDGET",
+        more="Repeatable; for `search`, a comma-separated list gives one plan per budget.",
+        repeatable=True,
+    ),
+    "max_loss": Spelling(metavar="LOSS"),
+    "device": Spelling(metavar="DEVICE"),
+    "calibration.sources": Spelling("--source", "NAME", "Repeatable.", repeatable=True, read=read_sources),
+    "calibration.text": Spelling(metavar="PATH"),
+    "profile.scorer": Spelling(metavar="NAME"),
+    "search.share": Spelling(metavar="WHICH"),
+    "search.storage": Spelling(metavar="STORAGE", envvar="MOACOMPRESS_STORAGE"),
+    "evaluation.tasks": Spelling(
+        more="Names such as needle-noise; ruler or all for groups; text for long text.",
+    ),
+}
 
 
 def recipe_field(key: str) -> FieldInfo:
@@ -42,41 +69,68 @@ def recipe_field(key: str) -> FieldInfo:
     return field
 
 
-def recipe_option(
-    key: str,
-    *flags: str,
-    metavar: str | None = None,
-    more: str = "",
-    read: Callable[[Any], Any] | None = None,
-    collected: bool = True,
-    states_default: bool = True,
-    **settings: Any,
-) -> Any:
-    """Returns the option that sets a field of the recipe.
+def recipe_parameter(key: str, *, states_default: bool = True) -> Parameter:
+    """Returns the option that sets a field of the recipe, as a parameter of a command that is None where it is not given.
 
     Args:
         key: of the field, dotted.
-        *flags: its names, where they are not the field's with dashes; a switch has `--no-` too.
-        metavar: what stands for the value; by default the field's choices, where it has some.
-        more: said behind the field's description.
-        read: see `RecipeKey`.
-        collected: likewise.
-        states_default: whether the help says the recipe's own default; not where a command begins with another recipe.
-        **settings: of `typer.Option`.
+        states_default: whether the help says the recipe's default; not where a command begins with another recipe.
     """
-    field = recipe_field(key)
-    name = key.rpartition(".")[2].replace("_", "-")
-    # a recipe may say either, so a command line can too
-    names = flags or (
-        f"--{name}/--no-{name}" if bool in (field.annotation, *get_args(field.annotation)) else f"--{name}",
+    field, spelling = recipe_field(key), _spelling(key)
+    flag = spelling.flag or f"--{key.rpartition('.')[2].replace('_', '-')}"
+    kind = _option_type(field)
+    default = _shown(field.get_default()) if states_default else ""
+    where = f"[recipe: {key}{f' = {default}' if default else ''}]"
+    option: Any = typer.Option(
+        None,
+        f"{flag}/--no-{flag.removeprefix('--')}" if kind is bool else flag,  # a recipe may say either
+        metavar=spelling.metavar or "|".join(choices(field)) or ("LIST" if _is_tuple(field) else None),
+        help=" ".join(part for part in (sentence(field), spelling.more, where) if part),
+        show_default=False,
+        envvar=spelling.envvar,
     )
-    shown = metavar or ("|".join(choices(field)) or None)
-    usual = _shown(field.get_default()) if states_default else ""
-    where = f"[recipe: {key}{f' = {usual}' if usual else ''}]"
-    text = " ".join(part for part in (sentence(field), more, where) if part)
-    option: Any = typer.Option(*names, metavar=shown, help=text, show_default=False, **settings)
-    setattr(option, _ATTRIBUTE, RecipeKey(key, read, collected))
-    return option
+    name = flag.removeprefix("--").replace("-", "_")
+    value: Any = list[str] if spelling.repeatable else kind
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=option, annotation=value | None)
+
+
+def read_options(keys: Mapping[str, str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a recipe is overridden with, as `Recipe.override` takes it.
+
+    Args:
+        keys: of the recipe, by the name of the option's parameter.
+        given: values by the same names; None was not given.
+    """
+    found = {}
+    for name, key in keys.items():
+        value = given[name]
+        if value is not None and value != []:
+            read = _spelling(key).read
+            found[key.replace(".", "__")] = value if read is None else read(value)
+    return found
+
+
+def read_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """Returns what a recipe is overridden with by `--set KEY=VALUE`; a value is read as in a recipe's file.
+
+    Raises:
+        UsageError: one that is not of this form.
+    """
+    import yaml
+
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        try:
+            if not (key and equals):
+                raise ValueError("it needs a key and a value")
+            read = yaml.safe_load(value)
+        except (ValueError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"--set {text!r} is not KEY=VALUE, such as search.moves=0: {reason}") from error
+        as_list = _spelling(key).repeatable and not isinstance(read, list)
+        found[key.strip().replace(".", "__")] = [read] if as_list else read
+    return found
 
 
 def sentence(field: FieldInfo) -> str:
@@ -87,39 +141,34 @@ def sentence(field: FieldInfo) -> str:
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
     """Returns the texts that a field may be; none where it is something else than one of a few."""
-
-    def of(annotation: Any) -> tuple[str, ...]:
-        if get_origin(annotation) is Annotated:
-            return of(get_args(annotation)[0])
-        if get_origin(annotation) is Literal:
-            return tuple(map(str, get_args(annotation)))
-        if get_origin(annotation) in (Union, UnionType):
-            return tuple(text for part in get_args(annotation) for text in of(part))
-        return ()
-
-    return of(field.annotation)
+    return tuple(str(text) for part in _alternatives(field.annotation) for text in _literals(part))
 
 
-def recipe_key(parameter: Parameter) -> RecipeKey | None:
-    """Returns what of a recipe a command's parameter sets, or None."""
-    held = getattr(parameter.annotation, "__metadata__", ())
-    return next((found for item in held if (found := getattr(item, _ATTRIBUTE, None)) is not None), None)
+def _spelling(key: str) -> Spelling:
+    return SPELLINGS.get(key, Spelling())
 
 
-def collected(parameters: Mapping[str, Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a recipe is overridden with, as `Recipe.override` takes it.
+def _literals(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
 
-    Args:
-        parameters: of the command.
-        given: their values by name; None was not given.
-    """
-    found = {}
-    for name, parameter in parameters.items():
-        key = recipe_key(parameter)
-        if key is not None and key.collected and given.get(name) is not None:
-            value = given[name]
-            found[key.key.replace(".", "__")] = value if key.read is None else key.read(value)
-    return found
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """Returns the types that a value may have, without what is `Annotated` to them."""
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [found for part in get_args(annotation) for found in _alternatives(part)]
+    return [annotation]
+
+
+def _option_type(field: FieldInfo) -> type:
+    """Returns the type of what is given: that of a number or a switch, text for anything else."""
+    found = _alternatives(field.annotation)
+    return next((kind for kind in (bool, int, float) if kind in found), str)
+
+
+def _is_tuple(field: FieldInfo) -> bool:
+    return any(get_origin(part) is tuple for part in _alternatives(field.annotation))
 
 
 def _shown(value: Any) -> str:

@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import shlex
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moacompress.cli.harness import CommandRun, Output, command
-from moacompress.cli.options import (
-    ClassesOption,
-    Devices,
-    FormatsOption,
-    HeadWeightsOption,
-    MaxLossOption,
-    MemoryOption,
-    Overwrite,
-    RecipeFile,
-    TensorParallel,
-    TrustRemoteCode,
-    WeightsOption,
-    dry_run_option,
-    with_memory,
-)
-from moacompress.cli.recipe_options import recipe_option
 from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import UsageError
 from moacompress.core.ranks import world_size
-from moacompress.rules.loss import one_limit
 
 if TYPE_CHECKING:
     from moacompress.calibration.profile.store import Profile
@@ -46,9 +30,26 @@ if TYPE_CHECKING:
     "moacompress search profile/ --budget 25% --formats native -o spans.json",
     "moacompress search profile/ --budget 25% --share auto -o shared.json",
     "moacompress search profile/ --budget 25% --classes 18 -o plan.json",
-    "moacompress search profile/ --memory 6GiB@8k -o plan.json",
+    "moacompress search profile/ --budget memory=6GiB@8k -o plan.json",
     "moacompress search profile/ --budget 12.5%@8k -o plan.json --storage sqlite:///study.db --json",
     "moacompress search --status sqlite:///study.db",
+    settings=(
+        "budget",
+        "max_loss",
+        "search.trials",
+        "search.rounds",
+        "search.moves",
+        "search.timeout",
+        "search.formats",
+        "search.gates",
+        "search.share",
+        "search.classes",
+        "search.storage",
+        "seed",
+        "device",
+        "dtype",
+    ),
+    takes=("recipe", "settings", "dry_run", "overwrite", "tensor_parallel", "trust_remote_code"),
     computes=True,
     maps=True,
     shared=True,
@@ -58,19 +59,6 @@ def search(
     profile: Annotated[
         Path | None, typer.Argument(metavar="PROFILE", help="Folder written by `profile`.", show_default=False)
     ] = None,
-    budget: Annotated[
-        list[str] | None,
-        recipe_option(
-            "budget",
-            metavar="BUDGET",
-            more="Repeatable; a comma-separated list gives one plan per budget.",
-            collected=False,
-        ),
-    ] = None,
-    memory: MemoryOption = None,
-    weights: WeightsOption = None,
-    head_weights: HeadWeightsOption = None,
-    max_loss: MaxLossOption = None,
     front: Annotated[
         bool,
         typer.Option(
@@ -80,29 +68,6 @@ def search(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="File to write the plan to.")] = Path(
         PLAN_FILE
     ),
-    recipe: RecipeFile = None,
-    trials: Annotated[int | None, recipe_option("search.trials")] = None,
-    rounds: Annotated[int | None, recipe_option("search.rounds")] = None,
-    moves: Annotated[int | None, recipe_option("search.moves")] = None,
-    timeout: Annotated[float | None, recipe_option("search.timeout")] = None,
-    formats: FormatsOption = None,
-    gates: Annotated[bool | None, recipe_option("search.gates")] = None,
-    scorer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Require a profile whose gates were fitted to this score (`profile --scorer`): influence, value-norm, keydiff "
-            "or expected-attention.",
-        ),
-    ] = None,
-    share: Annotated[str | None, recipe_option("search.share", metavar="WHICH")] = None,
-    assume_repaired: Annotated[bool | None, recipe_option("search.assume_repaired")] = None,
-    assume_healed: Annotated[float | None, recipe_option("search.assume_healed", metavar="F")] = None,
-    classes: ClassesOption = None,
-    solver: Annotated[str | None, recipe_option("search.solver")] = None,
-    storage: Annotated[
-        str | None, recipe_option("search.storage", metavar="STORAGE", envvar="MOACOMPRESS_STORAGE")
-    ] = None,
     status: Annotated[
         str | None,
         typer.Option(
@@ -110,11 +75,6 @@ def search(
             help="Search nothing; show workers, trials and the best result so far of every search in a storage.",
         ),
     ] = None,
-    dry_run: Annotated[bool, dry_run_option("Estimate the time; search nothing.")] = False,
-    devices: Devices = None,
-    overwrite: Overwrite = False,
-    tensor_parallel: TensorParallel = False,
-    trust_remote_code: TrustRemoteCode = False,
 ) -> Output:
     """Find the plan with the lowest KL within a budget.
 
@@ -129,49 +89,38 @@ def search(
     from moacompress.calibration.profile.store import Profile
     from moacompress.rules.budget import split_budgets
 
-    budget = with_memory(budget, memory)
-    asked = split_budgets(budget) if budget else []
     loaded = Profile.load(profile)
-    if scorer is not None:
-        from moacompress.calibration.gates.scorers import check_scored
-
-        check_scored(loaded, scorer)
-    resolved = run.recipe(
-        recipe,
-        base=loaded.recipe,
-        **one_limit(list(asked[0]) if len(asked) == 1 else [] if asked else None, max_loss),
-    )
-    together = world_size() > 1
-    if together:
-        _check_ranks(dry_run, front or len(asked) > 1 or resolved.max_loss is not None, resolved)
-    if dry_run:
+    given = run.given.get("budget")
+    asked = split_budgets(given) if given else []
+    several = asked if len(asked) > 1 else []
+    resolved = run.recipe(loaded.recipe, budget=[] if several else asked[0] if asked else None)
+    _check_ranks(run.common.dry_run, front or bool(several) or resolved.max_loss is not None, resolved)
+    consent = run.common.trust_remote_code
+    if run.common.dry_run:
         from moacompress.search.search_estimate import estimate_search
 
-        several = asked if len(asked) > 1 else []
-        expected = estimate_search(
-            loaded, resolved, several, run.progress, devices=devices or 1, trust_remote_code=trust_remote_code
-        )
+        expected = estimate_search(loaded, resolved, several, run.progress, trust_remote_code=consent)
         return Output(expected.to_dict(), [*expected.lines()])
+
+    from moacompress.models.processes import own_files
     from moacompress.search.deadline import Deadline
-
-    deadline = Deadline(resolved.search.timeout, started)
-    options: dict[str, Any] = {"recipe": resolved, "overwrite": overwrite, "progress": run.progress}
-    options |= {"deadline": deadline, "trust_remote_code": trust_remote_code}
-    if front:
-        from moacompress.search.front import find_front
-
-        shares = [part for budgets in asked for part in budgets] or list(resolved.budget)
-        return _several(loaded, find_front(loaded, shares, out=out, **options))
+    from moacompress.search.front import find_front
     from moacompress.search.plan_sets import find_asked, find_plans
 
-    if len(asked) > 1:
-        return _several(loaded, find_plans(loaded, asked, out=out, **options))
-    if together:
-        from moacompress.models.processes import own_files
-
-        with own_files(out) as place:
-            return _one(loaded, find_asked(loaded, out=place, **options), out)
-    return _one(loaded, find_asked(loaded, out=out, **options), out)
+    options: dict[str, Any] = {
+        "recipe": resolved,
+        "deadline": Deadline(resolved.search.timeout, started),
+        "overwrite": run.common.overwrite,
+        "trust_remote_code": consent,
+        "progress": run.progress,
+    }
+    if front:
+        shares = [part for budgets in asked for part in budgets] or list(resolved.budget)
+        return _several(loaded, find_front(loaded, shares, out=out, **options))
+    if several:
+        return _several(loaded, find_plans(loaded, several, out=out, **options))
+    with own_files(out) if world_size() > 1 else nullcontext(out) as place:
+        return _one(loaded, find_asked(loaded, out=place, **options), out)
 
 
 def _check_ranks(dry_run: bool, several: bool, recipe: Recipe) -> None:
@@ -180,6 +129,8 @@ def _check_ranks(dry_run: bool, several: bool, recipe: Recipe) -> None:
     Raises:
         UsageError: says what.
     """
+    if world_size() == 1:
+        return
     if dry_run:
         raise UsageError("--dry-run times one process; start it without torchrun, or run it")
     if several:

@@ -1,6 +1,5 @@
 """What a command will take, said before it starts: the passes that it will run, times what one of each takes.
 
 Each step lists its passes as `work` beside its code. `estimator` times one of each kind and length on this machine with the
-`stopwatch` and multiplies, on one device or, by `devices`, on several; `live_bytes` counts what a pass holds, and `estimate` is
-what a person and a program are told.
+`stopwatch` and multiplies; `live_bytes` counts what a pass holds, and `estimate` is what a person and a program are told.
 """

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from moacompress.estimate.devices import makespan
 from moacompress.estimate.stopwatch import Stopwatch
 from moacompress.estimate.work import Kind, Work
 from moacompress.models.kept_logits import kept_logits
@@ -61,13 +60,9 @@ class Estimator:
         self._windows, self._longest = windows, longest
         self._timed: dict[tuple[Kind, int], dict[int, float]] = {}
 
-    def seconds(self, work: Iterable[Work], devices: int = 1) -> float:
-        """Returns how long some work takes, on several devices that are each as fast as this one."""
-        stages: dict[str, list[float]] = {}
-        for part in work:
-            piece = part.count * self.one(part.kind, part.tokens, part.targets) / part.pieces
-            stages.setdefault(part.stage, []).extend([piece] * part.pieces)
-        return sum(makespan(pieces, devices) for pieces in stages.values())
+    def seconds(self, work: Iterable[Work]) -> float:
+        """Returns how long some work takes."""
+        return sum(part.count * self.one(part.kind, part.tokens, part.targets) for part in work)
 
     def one(self, kind: Kind, tokens: int, targets: int = 1) -> float:
         """Returns the seconds of one pass.

@@ -28,8 +28,7 @@ class Work:
         tokens: that each reads.
         count: how many; a mean may have a fraction.
         targets: tokens whose logits are computed.
-        stage: devices share the work of one stage after the other.
-        pieces: equal parts, at least 1, that devices can share.
+        stage: of the step that it is part of.
     """
 
     kind: Kind
@@ -37,10 +36,9 @@ class Work:
     count: float
     targets: int = 1
     stage: str = ""
-    pieces: int = 1
 
 
-def answers(tokens: int, count: float, new_tokens: float, stage: str = "", pieces: int = 1) -> list[Work]:
+def answers(tokens: int, count: float, new_tokens: float, stage: str = "") -> list[Work]:
     """Returns the work of answering prompts.
 
     Args:
@@ -48,9 +46,8 @@ def answers(tokens: int, count: float, new_tokens: float, stage: str = "", piece
         count: prompts.
         new_tokens: of an answer.
         stage: see `Work`.
-        pieces: see `Work`.
     """
     return [
-        Work(Kind.FORWARD, tokens, count, 1, stage, pieces),
-        Work(Kind.STEP, tokens, count * new_tokens, 1, stage, pieces),
+        Work(Kind.FORWARD, tokens, count, 1, stage),
+        Work(Kind.STEP, tokens, count * new_tokens, 1, stage),
     ]

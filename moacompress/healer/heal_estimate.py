@@ -72,20 +72,12 @@ def estimate_heal(
     seen = round(heal.steps * heal.samples / epoch)
     asked = seen if heal.objective == "echoatt" else min(seen, heal.samples)  # what the teacher says is kept
     mean = sum(lengths) / len(lengths) / tokens  # of a sample, as a share of the one that was timed
-    measured = sum(len(one.input_ids) for one in held_out) / tokens
+    measured = sum(len(one.input_ids) for one in held_out) / tokens / world
     evaluation_seconds = estimator.seconds(
-        [
-            Work(Kind.TEACHER, tokens, measured, pieces=len(held_out)),
-            Work(Kind.HELD_OUT, tokens, evaluations * measured, pieces=evaluations * len(held_out)),
-        ],
-        world,
+        [Work(Kind.TEACHER, tokens, measured), Work(Kind.HELD_OUT, tokens, evaluations * measured)]
     )
     train_seconds = estimator.seconds(
-        [
-            Work(Kind.TEACHER, tokens, asked * mean, pieces=asked),
-            Work(Kind.TRAINING, tokens, seen * mean, pieces=seen),
-        ],
-        world,
+        [Work(Kind.TEACHER, tokens, asked * mean / world), Work(Kind.TRAINING, tokens, seen * mean / world)]
     )
     answer_seconds = mean * estimator.seconds(new)
     progress.step("an answer")

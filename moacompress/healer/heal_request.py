@@ -81,8 +81,7 @@ class HealRequest:
 
     def computes_twice(self, longest: int) -> bool:
         """Returns whether layers are computed again for their backward pass, where samples have up to so many tokens."""
-        asked = self.heal.checkpointing
-        return longest > TWICE_BEYOND if asked is None else asked
+        return longest > TWICE_BEYOND
 
     def weight_bytes(self, model: Any) -> dict[str, dict[str, int]] | None:
         """Returns the bytes of the checkpoint's weights by type, `before` and `after`; None where none are in blocks.

@@ -30,6 +30,8 @@ from moacompress.recipe_sections import HealRecipe
 
 WARM_UP = 0.05
 """Share of the heal in which the learning rate rises."""
+FIRST_STAGE = 0.7
+"""Share of the steps in EchoAtt's first stage, on hidden states, KL and tokens alike; then tokens alone."""
 SAVE_SECONDS = 600.0
 """A checkpoint is written at every evaluation, and where the last one is this old."""
 
@@ -152,17 +154,13 @@ class HealTrainer(Trainer):
             logits = kept_logits(model, rows, input_ids=ids, use_cache=False).logits[0]
             return soft_loss(logits, teacher.target_logits(number, ids[0], rows))
         labels = ids[0, rows + 1]
-        if self.done >= heal.first_stage:
+        if self.done >= FIRST_STAGE:
             return hard_loss(kept_logits(model, rows, input_ids=ids, use_cache=False).logits[0], labels)
         dense, wanted = teacher.logits_and_layers(ids[0], rows, self._parts.layers)
         out = kept_logits(model, rows, input_ids=ids, use_cache=False, output_hidden_states=True)
         states = [out.hidden_states[layer + 1] for layer in self._parts.layers]
         logits = out.logits[0]
-        return (
-            heal.hidden_weight * hidden_loss(states, wanted)
-            + heal.soft_weight * soft_loss(logits, dense)
-            + heal.hard_weight * hard_loss(logits, labels)
-        )
+        return hidden_loss(states, wanted) + soft_loss(logits, dense) + hard_loss(logits, labels)
 
     def end_step(self) -> tuple[float, int]:
         """Returns the mean loss of the step that ended, and its tokens, over all processes; and begins the next."""

@@ -249,11 +249,6 @@ def _sharing(found: Mapping[str, Any]) -> list[RenderableType]:
             f"All of this is after a repair, which leaves {shares[0]:.0%} to {shares[-1]:.0%} of what a copy changes: export "
             "with --repair."
         )
-    left = found.get("assume_healed", 1)
-    if left < 1:
-        shown.append(
-            f"Of the KL of copies {left:g} is counted, predicted and measured: heal the checkpoint to get there."
-        )
     if not found["shared"]:
         shown.append("Sharing buys nothing at this budget: the best plan has none.")
     return shown

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from moacompress.core.errors import UsageError
 from moacompress.core.statistics import SMALLEST
@@ -55,17 +53,3 @@ def check_loss_samples(loss: Loss, samples: int) -> None:
             f"{'is' if samples == 1 else 'are'} {samples}; profile with --validation-samples {SMALLEST} or more; 12 give a "
             "closer bound, and so a smaller budget"
         )
-
-
-def one_limit(budget: Sequence[str] | None, max_loss: str | None) -> dict[str, Any]:
-    """Returns what a recipe is overridden with by a budget and a loss: either wins over the other one in a recipe's file.
-
-    Args:
-        budget: budgets that must all hold; None is not given.
-        max_loss: likewise.
-    """
-    if budget is not None and max_loss is None:
-        return {"budget": budget, "max_loss": ""}
-    if max_loss is not None and budget is None:
-        return {"budget": [], "max_loss": max_loss}
-    return {"budget": budget, "max_loss": max_loss}

@@ -34,6 +34,7 @@ from moacompress.rules.budget import Budget
 from moacompress.rules.candidates import candidate_rules, in_formats
 from moacompress.rules.limits import budget_limits
 from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.rule import SINKS
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.audit.precision import assess_formats, choose_format_picks, format_plans
 from moacompress.search.audit.sharing import assess_copies, audit_repairs, choose_copy_picks, copy_costs, copy_plans
@@ -104,7 +105,7 @@ def check_audit(shape: ModelShape, recipe: Recipe, count: int, plans: int, budge
         InfeasibleBudgetError: no plan fits the budget.
     """
     lengths, chosen = recipe.calibration.lengths, recipe.profile
-    spans = candidate_rules(max(lengths), chosen.sinks, chosen.min_window)
+    spans = candidate_rules(max(lengths), SINKS, chosen.min_window)
     check_counts(shape, masking_rules(shape, spans, chosen.min_window, lengths), count, plans)
     rules = in_formats(spans, offered_formats(chosen.formats, recipe))
     budget_limits([Budget.parse(budget)], shape, lengths, rules, chosen.min_window)

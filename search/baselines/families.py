@@ -232,7 +232,7 @@ class _Costs:
             )
         profile = profile.without_gates()
         estimator = MOA if name == MOA else profile.recipe.profile.estimator
-        influence = profile.blended(estimator, profile.recipe.search.text_weight)
+        influence = profile.blended(estimator)
         surrogate = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
         return _Costs(shape, min_window, profile.rules, surrogate.costs())
 
@@ -283,7 +283,7 @@ def _split(costs: _Costs, limits: Limits, sink: int) -> Iterable[tuple[float, Pl
 def _moa(costs: _Costs, limits: Limits, sink: int) -> Iterable[tuple[float, Plan]]:
     """The choice of a rule for each KV head of lowest predicted KL."""
     numbers = [number for number, rule in enumerate(costs.rules) if rule.is_full or rule.sink == sink]
-    knapsack = Knapsack(costs.sizes(numbers, limits), limit_array(limits), "lagrange")
+    knapsack = Knapsack(costs.sizes(numbers, limits), limit_array(limits))
     try:
         choice = knapsack.choose(costs.kl[..., numbers])
     except InfeasibleBudgetError:

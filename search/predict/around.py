@@ -103,7 +103,7 @@ class ProfileAround:
             statistics=Statistics.stack(found),
             around=plan.key(),
         )
-        return lambda relative: Quadratic.of(around, self.recipe.search.text_weight, relative)
+        return lambda relative: Quadratic.of(around, relative)
 
     def _sample(self, index: int, of_plan: _OfPlan) -> Statistics | None:
         """Returns the statistics of a sample; None where another worker is at it."""

@@ -109,23 +109,22 @@ class ClassLimit:
         np.minimum.at(labels, groups.of_head.reshape(-1), self.flat)
         return ClassLimit(groups.size, labels[:, None])
 
-    def solve(self, costs: Floats, sizes: Ints, limits: Ints, solver: str) -> Ints:
+    def solve(self, costs: Floats, sizes: Ints, limits: Ints) -> Ints:
         """Returns the rule of every row of least total cost found, `[rows]`, of no more classes than the limit.
 
         Args:
             costs: at least 0, `[rows, rules]`.
             sizes: bytes, `[lengths, rows, rules]`.
             limits: most bytes, `[lengths]`.
-            solver: of the knapsack within given classes; see `solver.solve`.
 
         Raises:
             InfeasibleBudgetError: no choice of so few classes was found within the limits.
         """
-        free = solve(costs, sizes, limits, solver=solver)
+        free = solve(costs, sizes, limits)
         labels = self.of_choice(free.choice)
         if (labels >= 0).all() and len(np.unique(labels)) <= self.most:
             return free.choice
-        return _Columns.of(self, costs, sizes, limits, solver).solved()
+        return _Columns.of(self, costs, sizes, limits).solved()
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +137,6 @@ class _Columns:
         costs: `[rows, classes]`; infinity where a row cannot take part.
         sizes: bytes, `[lengths, rows, classes]`.
         limits: `[lengths]`.
-        solver: see `ClassLimit.solve`.
     """
 
     most: int
@@ -146,10 +144,9 @@ class _Columns:
     costs: Floats
     sizes: Ints
     limits: Ints
-    solver: str
 
     @staticmethod
-    def of(limit: ClassLimit, costs: Floats, sizes: Ints, limits: Ints, solver: str) -> _Columns:
+    def of(limit: ClassLimit, costs: Floats, sizes: Ints, limits: Ints) -> _Columns:
         """Returns the problem of a limit; see `ClassLimit.solve`."""
         labels = limit.flat
         rows = np.arange(len(labels))
@@ -159,7 +156,7 @@ class _Columns:
             rule[rows[there], labels[there, number]] = number
         of_class = np.where(rule < 0, np.inf, np.take_along_axis(costs, np.maximum(rule, 0), 1))
         in_class = np.take_along_axis(sizes, np.maximum(rule, 0)[None], 2)
-        return _Columns(limit.most, rule, of_class, in_class, limits, solver)
+        return _Columns(limit.most, rule, of_class, in_class, limits)
 
     def solved(self) -> Ints:
         """Returns the rule of every row, `[rows]`; see `ClassLimit.solve`."""
@@ -178,7 +175,7 @@ class _Columns:
             prices = self._prices(found.among)
         assert best is not None
         best, rows = self._climbed(best), np.arange(len(self.rule))
-        solution = solve(*self._tables(best.among), self.limits, solver=self.solver)
+        solution = solve(*self._tables(best.among), self.limits)
         return np.asarray(self.rule[rows, best.among[rows, solution.choice]])
 
     def _climbed(self, best: _Found) -> _Found:

@@ -33,14 +33,12 @@ class Knapsack:
     Attributes:
         sizes: what every rule takes of each limit, int64 [limits, layers, kv_heads, rules].
         limits: the most of each, int64 [limits].
-        solver: "lagrange" or "milp".
         classes: how many different rules there may be, or None for any number.
         forbidden: rules that a KV head may not have, bool [layers, kv_heads, rules], or None. They take what the first does.
     """
 
     sizes: Ints
     limits: Ints
-    solver: str
     classes: ClassLimit | None = None
     forbidden: Mask | None = None
 
@@ -51,7 +49,7 @@ class Knapsack:
         sizes = candidate_kv_bytes(profile.shape, profile.rules, profile.min_window, list(limits))
         below = below_floors(sizes, layer_floors(request.recipe.search.floors, profile.shape))
         sizes = np.where(below, sizes[..., :1], sizes)
-        return Knapsack(sizes, limit_array(limits), request.recipe.search.solver, forbidden=below)
+        return Knapsack(sizes, limit_array(limits), forbidden=below)
 
     def choose(self, costs: Floats) -> Ints:
         """Returns the rule of every KV head of least total cost, int64 [layers, kv_heads]; costs have the rules last."""
@@ -60,9 +58,9 @@ class Knapsack:
             costs = np.where(self.forbidden, costs[..., :1] + np.ptp(costs) + 1e-9, costs)
         costs, sizes = costs.reshape(-1, rules), self.sizes.reshape(count, -1, rules)
         if self.classes is None:
-            choice = solve(costs, sizes, self.limits, solver=self.solver).choice
+            choice = solve(costs, sizes, self.limits).choice
         else:
-            choice = self.classes.solve(costs, sizes, self.limits, self.solver)
+            choice = self.classes.solve(costs, sizes, self.limits)
         return choice.reshape(layers, kv_heads)
 
     def filled(self, costs: Floats, choice: Ints) -> Ints:

@@ -70,7 +70,7 @@ class PlanSpace:
         sizes = np.where(below, sizes[..., :1], sizes)
         if groups is not None:
             sizes = groups.summed(sizes.reshape(len(sizes), -1, sizes.shape[-1]))[:, :, None]
-        knapsack = Knapsack(sizes, limit_array(limits), search.solver, few, forbidden)
+        knapsack = Knapsack(sizes, limit_array(limits), few, forbidden)
         return PlanSpace(profile, shares, groups, knapsack)
 
     def costs(self, costs: Floats) -> Floats:

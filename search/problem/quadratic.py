@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from moacompress.calibration.profile.store import Profile
+from moacompress.calibration.profile.store import TEXT_WEIGHT, Profile
 from moacompress.core.arrays import Floats, Ints
 from moacompress.search.problem.knapsack import Knapsack
 from moacompress.search.problem.solver import best_prices
@@ -45,12 +45,11 @@ class Quadratic:
     parts: Ints | None = None
 
     @staticmethod
-    def of(profile: Profile, text_weight: float, relative: float = 0.0) -> Quadratic:
+    def of(profile: Profile, relative: float = 0.0) -> Quadratic:
         """Returns the form of a profile, lengths weighing the same.
 
         Args:
             profile: of the dense model, or around a plan.
-            text_weight: weight of plain text beside answers.
             relative: around a plan, how much less a sample weighs that the plan degrades more: at 0 what is predicted is the
                 change of the mean KL, at 1 nearly that of the mean logarithm.
         """
@@ -65,7 +64,7 @@ class Quadratic:
                 lengths = len(set(profile.sample_lengths[kinds == kind].tolist()))
                 weights[here] = 1 / (lengths * max(1, here.sum()))
         if {"answer", "text"} == set(profile.sample_kinds):
-            weights[kinds == "text"] *= text_weight
+            weights[kinds == "text"] *= TEXT_WEIGHT
         if relative and "harm" in arrays:
             kl = arrays["harm"][:, 0].astype(np.float64)
             weighed = weights * (kl + KNEE) ** -relative

@@ -1,6 +1,6 @@
 """The budgeted choice: one rule for every KV head, least total cost, and what they take within every limit.
 
-A multiple-choice knapsack with a capacity for each limit, such as the KV bytes at a length. `lagrange` puts a price on each, so
+A multiple-choice knapsack with a capacity for each limit, such as the KV bytes at a length. `solve` puts a price on each, so
 that heads choose alone, and repairs the result; `milp` hands the pruned problem to HiGHS. Both respect the limits exactly.
 """
 
@@ -44,32 +44,19 @@ class Solution:
     gap: float | None
 
 
-def solve(costs: Floats, sizes: Ints, limits: Ints, *, solver: str = "lagrange", time_limit: float = 10.0) -> Solution:
-    """Chooses one rule for every KV head.
+def solve(costs: Floats, sizes: Ints, limits: Ints) -> Solution:
+    """Chooses one rule for every KV head by Lagrangian relaxation: cutting planes on the prices, then repair, fill and swaps.
+
+    With a few heads and a tight budget the relaxation says little: where the gap stays above `POLISH_GAP`, HiGHS gets a
+    bounded number of nodes (not seconds: the same problem always has the same solution).
 
     Args:
         costs: cost of every rule on every head, at least 0, [heads, rules].
         sizes: what it takes of each limit, [limits, heads, rules].
         limits: the most of each, [limits].
-        solver: "lagrange" or "milp".
-        time_limit: seconds that `milp` may take; its best choice by then is returned.
 
     Raises:
         InfeasibleBudgetError: no choice is within the limits.
-    """
-    if solver == "milp":
-        return milp(costs, sizes, limits, time_limit=time_limit)
-    return lagrange(costs, sizes, limits)
-
-
-def lagrange(costs: Floats, sizes: Ints, limits: Ints) -> Solution:
-    """Solves by Lagrangian relaxation: cutting planes on the prices, then repair, fill and swaps.
-
-    With a few heads and a tight budget the relaxation says little: where the gap stays above `POLISH_GAP`, HiGHS gets a
-    bounded number of nodes (not seconds: the same problem always has the same solution).
-
-    Raises:
-        InfeasibleBudgetError: as `solve`.
     """
     costs, sizes, limits = _arrays(costs, sizes, limits)
     found = relaxed(costs, sizes, limits)
@@ -79,7 +66,7 @@ def lagrange(costs: Floats, sizes: Ints, limits: Ints) -> Solution:
 
 
 def milp(costs: Floats, sizes: Ints, limits: Ints, *, time_limit: float = 10.0, relative_gap: float = 1e-5) -> Solution:
-    """Solves by mixed-integer programming (scipy's HiGHS) over each head's Pareto rules; never worse than `lagrange`.
+    """Solves by mixed-integer programming (scipy's HiGHS) over each head's Pareto rules; never worse than `solve`.
 
     Args:
         costs: see `solve`.
@@ -91,7 +78,7 @@ def milp(costs: Floats, sizes: Ints, limits: Ints, *, time_limit: float = 10.0, 
     Raises:
         InfeasibleBudgetError: as `solve`.
     """
-    found = lagrange(costs, sizes, limits)
+    found = solve(costs, sizes, limits)
     if found.gap is not None and found.gap <= 0:
         return found
     costs, sizes, limits = _arrays(costs, sizes, limits)

@@ -209,7 +209,7 @@ def _with_notes(
             "predicted_harm": request.predicted(surrogate, plan),
             "measured_harm": dict(kl),
             **measured,
-            **_assumed(request, plan, kl["plan"]),
+            **({"assumed_repaired": True} if any(plan.shares) and request.recipe.search.assume_repaired else {}),
         },
         provenance={
             "source": shared_name(profile.source),
@@ -243,16 +243,3 @@ def _rounding(profile: Profile) -> dict[str, Any]:
     if found is None:
         return {}
     return {"rounded_weights": {name: found[name] for name in found if name != "weights_fingerprint"}}
-
-
-def _assumed(request: SearchRequest, plan: Plan, kl: float | None) -> dict[str, Any]:
-    """Returns what a plan's notes say that its KL assumes: a repair; the share that healing leaves, and the KL before."""
-    if not any(plan.shares):
-        return {}
-    found: dict[str, Any] = {}
-    if request.recipe.search.assume_repaired:
-        found["assumed_repaired"] = True
-    left = request.left(plan)
-    if left < 1 and kl is not None:
-        found["assumed_healed"] = {"left": request.recipe.search.assume_healed, "measured_unhealed": kl / left}
-    return found

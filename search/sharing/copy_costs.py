@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moacompress.calibration.profile.sharing import best_head_map, copy_influence, copyable
-from moacompress.calibration.profile.store import Profile
+from moacompress.calibration.profile.store import TEXT_WEIGHT, Profile
 from moacompress.core.arrays import Floats
 from moacompress.core.errors import UsageError
 from moacompress.rules.share import LayerShares, Share
@@ -32,8 +32,8 @@ class CopyCosts:
     may: npt.NDArray[np.bool_]
 
     @staticmethod
-    def of(profile: Profile, estimator: str, text_weight: float) -> CopyCosts:
-        """Reads a profile, lengths weighing the same and plain text by its weight.
+    def of(profile: Profile, estimator: str) -> CopyCosts:
+        """Reads a profile, lengths weighing the same and plain text by `TEXT_WEIGHT`.
 
         Raises:
             UsageError: a profile without copies, or an estimator that says nothing of them.
@@ -42,7 +42,7 @@ class CopyCosts:
         if kinds != ["answer", "text"]:
             return CopyCosts.of_kind(profile, estimator, kinds[0])
         answer, text = (CopyCosts.of_kind(profile, estimator, kind) for kind in kinds)
-        return CopyCosts(answer.influence + text_weight * text.influence, answer.may)
+        return CopyCosts(answer.influence + TEXT_WEIGHT * text.influence, answer.may)
 
     @staticmethod
     def of_kind(profile: Profile, estimator: str, kind: str) -> CopyCosts:
@@ -61,13 +61,13 @@ class CopyCosts:
         """Earlier layers that every layer was tried with."""
         return int(self.may.shape[1])
 
-    def less(self, left: Floats | float) -> CopyCosts:
+    def less(self, left: Floats) -> CopyCosts:
         """Returns the costs of which a share is left.
 
         Args:
-            left: of all, or `[layers, anchors]`.
+            left: `[layers, anchors]`.
         """
-        return CopyCosts(self.influence * np.asarray(left, np.float64)[..., None, None], self.may)
+        return CopyCosts(self.influence * left[..., None, None], self.may)
 
     def table(self) -> Floats:
         """Returns the cost of every layer with every anchor by the best head map, nats, `[layers, anchors]`; else infinity."""

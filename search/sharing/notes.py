@@ -29,7 +29,7 @@ def sharing_notes(
 
     Returns:
         `asked`; `repaired`, of each copy that was repaired its `layer`, its `anchor` and what is `left` of the change of the
-        layer's attention output, and so of its KL as it is counted here; `assume_healed`, the share that is counted beside;
+        layer's attention output, and so of its KL as it is counted here;
         `most`, layers that a trial could let share, or None; `shared`, layers of the plan that share; `counts`: for no copy,
         one, and every number that was tried or asked for, `layers`; `pairs` of a layer and its anchor, as chosen for this
         number; `copies`, their predicted KL; `predicted`, that of the solver's plan with them, None where none fits; and of
@@ -73,7 +73,6 @@ def sharing_notes(
         "repaired": [
             {"layer": layer, "anchor": anchor, "left": one.left} for (layer, anchor), one in choice.repairs.items()
         ],
-        "assume_healed": choice.assume_healed,
         "most": request.most_shared or None,
         "shared": sum(share is not None for share in plan.shares),
         "counts": rows,

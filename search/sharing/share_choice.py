@@ -18,7 +18,7 @@ from moacompress.rules.asked_shares import AskedShares
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import LayerShares, Share, check_shares
-from moacompress.search.sharing.anchor_choice import Anchors, anywhere, in_segments
+from moacompress.search.sharing.anchor_choice import Anchors, anywhere
 from moacompress.search.sharing.copy_costs import CopyCosts
 
 PROTECTED = 2
@@ -37,19 +37,15 @@ class ShareChoice:
     """What a search may share.
 
     Attributes:
-        costs: of copies, as they were profiled, less what repair and healing are assumed to take off.
+        costs: of copies, as they were profiled, less what a repair takes off.
         asked: what is to be shared.
-        segments: whether the reuse layers of an anchor follow it at once.
         shape: of the model.
-        assume_healed: share of the copies' KL that healing is assumed to leave; `costs` count it.
         repairs: of the copies that were repaired, by layer and anchor; `costs` count what is left.
     """
 
     costs: CopyCosts
     asked: AskedShares
-    segments: bool
     shape: ModelShape
-    assume_healed: float = 1.0
     repairs: Mapping[tuple[int, int], CopyRepair] = field(default_factory=dict)
 
     @staticmethod
@@ -64,9 +60,7 @@ class ShareChoice:
         asked = AskedShares.parse(recipe.search.share)
         if asked.off:
             return None
-        search = recipe.search
-        costs = CopyCosts.of(profile, recipe.profile.estimator, search.text_weight).less(search.assume_healed)
-        found = ShareChoice(costs, asked, search.segments, profile.shape, search.assume_healed)
+        found = ShareChoice(CopyCosts.of(profile, recipe.profile.estimator), asked, profile.shape)
         found.shares(1 if asked.auto else 0)
         return found if asked.auto or found.fixed else None
 
@@ -87,12 +81,10 @@ class ShareChoice:
             return ()
         found = self._anchors(count)
         if found is None:
-            most = len(self._segments) - 1
             raise UsageError(
                 f"{count} layers cannot share: of {self.shape.layers} the first {PROTECTED} are left alone, and an anchor is "
                 f"one of the {self.costs.anchors} layers before, has the same sliding window and shares nothing itself"
-                + (f"; in segments there can be {most}" if self.segments else "")
-                + "; ask for fewer, or profile again with more --anchors"
+                "; ask for fewer, or profile again with more --anchors"
             )
         return self._made(found[1])
 
@@ -140,8 +132,6 @@ class ShareChoice:
         return most
 
     def _anchors(self, count: int) -> tuple[float, Anchors] | None:
-        if self.segments:
-            return self._segments[count] if count < len(self._segments) else None
         if count not in self._known:
             self._known[count] = anywhere(self._table, count)
         return self._known[count]
@@ -149,10 +139,6 @@ class ShareChoice:
     @cached_property
     def _known(self) -> dict[int, tuple[float, Anchors] | None]:
         return {}
-
-    @cached_property
-    def _segments(self) -> list[tuple[float, Anchors]]:
-        return in_segments(self._table)
 
     @cached_property
     def _table(self) -> Floats:

@@ -131,7 +131,7 @@ def combined(knapsack: Knapsack, choice: Ints, moves: Sequence[Move], ratios: Fl
     sizes = np.stack([table[where[0][:, None], where[1][:, None], rules] for table in knapsack.sizes])
     used = np.take_along_axis(knapsack.sizes, choice[None, ..., None], axis=-1).sum(axis=(1, 2, 3))
     left = knapsack.limits - used + sizes[:, :, 0].sum(axis=1)
-    picked = solve(costs - costs.min(axis=1, keepdims=True), sizes, left, solver=knapsack.solver).choice
+    picked = solve(costs - costs.min(axis=1, keepdims=True), sizes, left).choice
     changed = choice.copy()
     changed[where[0], where[1]] = rules[np.arange(len(heads)), picked]
     return changed

@@ -59,7 +59,7 @@ def recipe(sources: list[dict[str, Any]], **changes: Any) -> Recipe:
     return Recipe.from_dict(
         {
             "calibration": {"sources": sources, **calibration, **changes},
-            "profile": {"draws": 1, "gates": True, "gate_samples": 3, "sinks": [4, 16]},
+            "profile": {"draws": 1, "gates": True, "gate_samples": 3},
         }
     )
 

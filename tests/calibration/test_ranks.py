@@ -15,7 +15,18 @@ from moacompress.core.artefact_names import GATES_FILE, SAMPLES_FOLDER
 from tests.preloaded import Preloaded
 from tests.torchrun import torchrun
 
-OPTIONS = ("--lengths", "700,800", "--samples", "6", "--validation-samples", "2", "--draws", "1", "--gates", "--json")
+OPTIONS = (
+    "--lengths",
+    "700,800",
+    "--samples",
+    "6",
+    "--validation-samples",
+    "2",
+    "--set",
+    "profile.draws=1",
+    "--gates",
+    "--json",
+)
 KILLED = """
 import os, signal, time
 from moacompress.calibration.profile import profiler

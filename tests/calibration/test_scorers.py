@@ -17,7 +17,6 @@ from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.gates.scorers import (
     SCORERS,
     LayerTokens,
-    check_scored,
     find_scorer,
     read_layers,
     scored_by,
@@ -169,15 +168,6 @@ def test_a_profile_selects_by_gates_that_are_fitted_to_a_score(tiny_folder: Path
     assert "scorer" not in by_influence.gates.report
     assert by_influence.gates_fingerprint != made_by.gates_fingerprint
     assert by_influence.fingerprint != made_by.fingerprint
-    check_scored(made_by, "value-norm")
-    with pytest.raises(
-        UsageError, match="norm has gates that are fitted to value-norm, .* --scorer keydiff -o norm-keydiff"
-    ):
-        check_scored(made_by, "keydiff")
-    with pytest.raises(UsageError, match="^no gate can be fitted to snapkv"):
-        check_scored(made_by, "snapkv")
-    with pytest.raises(UsageError, match="norm has no gates, "):
-        check_scored(made_by.without_gates(), "value-norm")
     sample = made_by.calibration_samples()[0]
     norms = scored_by(SCORERS["value-norm"](), source.model, source.shape, [sample])(0)
     fits = []

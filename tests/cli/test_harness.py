@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 import moacompress
 from moacompress.cli import COMMANDS, app
 from moacompress.cli.bars import RichProgress
-from moacompress.cli.harness import Command, CommandRun, Common, Output, command, resumes_with
-from moacompress.cli.options import Overwrite
+from moacompress.cli.harness import Command, CommandRun, Output, command, resumes_with
+from moacompress.cli.options import Common
 from moacompress.core.errors import BudgetError, ModelError
 from moacompress.core.progress import Progress
 from moacompress.core.tables import facts
@@ -40,10 +40,10 @@ RUNNER = CliRunner()
 HEAVY = ("torch", "transformers", "optuna", "datasets")
 
 
-def call(function: Callable[[CommandRun], Output], *arguments: str) -> Any:
+def call(function: Callable[[CommandRun], Output], *arguments: str, **settings: Any) -> Any:
     """Runs a command of its own, made of `function`, beside another so that it keeps its name."""
     program = typer.Typer(rich_markup_mode=None)
-    program.command("probe")(Command(function, ()))
+    program.command("probe")(Command(function, **settings))
     program.command("other")(lambda: None)
     return RUNNER.invoke(program, ["probe", *arguments])
 
@@ -57,7 +57,7 @@ def test_lengths_are_explained_in_words(name: str) -> None:
 def test_help_ends_with_examples_that_parse(name: str) -> None:
     result = RUNNER.invoke(app, [name, "--help"])
     assert result.exit_code == 0
-    for option in ("--json", "--verbose", "--quiet", "--debug", "--seed", "--device", "--dtype"):
+    for option in ("--json", "--verbose", "--quiet", "--debug", "--log-file"):
         assert option in result.stdout
     examples = COMMANDS[name].examples
     assert result.stdout.rstrip().endswith(examples[-1])
@@ -220,7 +220,8 @@ def test_version() -> None:
         (["compress", "m", "--formats", "itn8"], "unknown format 'itn8'; did you mean 'int8'?"),
         (["compress", "m", "--recipe", "none.yaml"], "cannot read recipe none.yaml"),
         (["profile", "m", "--source", "nedle"], "did you mean 'needle'?"),
-        (["profile", "m", "--draws", "0"], "profile.draws: "),
+        (["profile", "m", "--set", "profile.draws=0"], "profile.draws: "),
+        (["report", "m", "--device", "cpu"], "No such option: --device"),
     ],
 )
 def test_wrong_usage_exits_with_2(arguments: list[str], message: str) -> None:
@@ -255,7 +256,9 @@ def test_what_nobody_expected_is_one_line_too() -> None:
     assert "Traceback" in call(breaks, "--debug").stderr
 
 
-def test_an_interrupt_says_that_the_same_command_goes_on() -> None:
+def test_an_interrupt_says_that_the_same_command_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+
     def interrupted(run: CommandRun) -> Output:
         raise KeyboardInterrupt
 
@@ -265,11 +268,12 @@ def test_an_interrupt_says_that_the_same_command_goes_on() -> None:
         result.stderr == "moacompress: interrupted; what was written is kept, and the same command resumes from there\n"
     )
 
-    def from_scratch(run: CommandRun, overwrite: Overwrite = False) -> Output:
+    def from_scratch(run: CommandRun) -> Output:
         raise KeyboardInterrupt
 
-    assert call(from_scratch).stderr == result.stderr
-    assert call(from_scratch, "--overwrite").stderr == (
+    takes = ("overwrite",)
+    assert call(from_scratch, takes=takes).stderr == result.stderr
+    assert call(from_scratch, "--overwrite", takes=takes).stderr == (
         "moacompress: interrupted; what was written is kept, and the same command resumes from there without --overwrite, "
         "with which it starts from scratch\n"
     )
@@ -340,7 +344,7 @@ def test_a_log_on_a_full_disk_costs_no_result() -> None:
 def test_the_first_line_says_which_kernels_run(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     def call_computing(*arguments: str) -> str:
         program = typer.Typer(rich_markup_mode=None)
-        program.command("probe")(Command(noisy, (), computes=True))
+        program.command("probe")(Command(noisy, settings=("device",), computes=True))
         program.command("other")(lambda: None)
         return str(RUNNER.invoke(program, ["probe", *arguments]).stderr)
 
@@ -379,12 +383,12 @@ def test_colours_are_left_out_where_nobody_wants_them(monkeypatch: pytest.Monkey
 def test_flags_win_over_the_recipe_which_wins_over_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("seed: 3\nsearch: {trials: 5, ablations: 1}\n")
-    run = CommandRun(Common(seed=7), Progress())
-    recipe = run.recipe(file, search__trials=9, calibration__samples=None)
+    run = CommandRun(Common(recipe=file), Progress(), given={"seed": 7})
+    recipe = run.recipe(search__trials=9, calibration__samples=None)
     assert (recipe.seed, recipe.search.trials, recipe.search.ablations) == (7, 9, 1)
     assert recipe.calibration.samples == Recipe().calibration.samples
     base = Recipe().override(search__ablations=2)
-    assert CommandRun(Common(), Progress()).recipe(None, base=base).search.ablations == 2
+    assert CommandRun(Common(), Progress()).recipe(base).search.ablations == 2
 
 
 def test_own_options_come_before_the_common_ones() -> None:

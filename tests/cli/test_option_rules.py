@@ -11,7 +11,8 @@ import yaml
 from typer.testing import CliRunner
 
 from moacompress.cli import app
-from moacompress.cli.option_rules import ALWAYS, TABLE, GivenOptions, Ignored
+from moacompress.cli.option_rules import TABLE, GivenOptions, Ignored
+from moacompress.cli.options import COMMON_ALWAYS
 from moacompress.core.errors import UsageError
 from moacompress.recipe import Recipe
 
@@ -23,10 +24,10 @@ search: {share: "off"}
 """
 """Under which the options of all rows with a case of the recipe have no effect."""
 NO_MODE = {
-    *("checkpointing", "compile_ours", "peak", "quick", "trace"),  # what is computed
+    *("compile_ours", "peak", "quick", "trace"),  # what is computed
     *("baselines", "heads", "gates", "card", "everything"),  # what is written or shown besides
     *("allow_overlap", "show_failures"),
-    *("overwrite", "trust_remote_code", "tensor_parallel", "assume_repaired"),
+    *("overwrite", "trust_remote_code", "tensor_parallel"),
 }
 """Switches with which a command does the same work in another way: none of the other options loses its effect."""
 
@@ -105,13 +106,11 @@ def test_an_option_that_has_no_effect_is_refused(rule: Ignored) -> None:
     ("line", "message"),
     [
         ("profile none --scorer keydiff", "--scorer has no effect without --gates; give --gates too"),
-        ("compress none --recipe RECIPE --budget 25% --scorer keydiff", "--scorer has no effect without --gates"),
         (
-            "heal none -o out --recipe RECIPE --rank 4",
-            "--rank has no effect without --train lora; give --train lora too",
+            "heal none -o out --recipe RECIPE --modules o_proj",
+            "--modules has no effect without --train lora; give --train lora too",
         ),
         ("heal none -o out --train gates --modules o_proj", "--modules has no effect without --train lora"),
-        ("heal none -o out --soft-weight 2", "--soft-weight has no effect without --objective echoatt"),
     ],
 )
 def test_an_option_that_has_no_effect_under_the_recipe_is_refused(line: str, message: str, tmp_path: Path) -> None:
@@ -125,11 +124,9 @@ def test_an_option_that_has_no_effect_under_the_recipe_is_refused(line: str, mes
 @pytest.mark.parametrize(
     "line",
     [
-        "heal none -o out --rank 4",  # LoRA is the default
-        "heal none -o out --objective echoatt --soft-weight 2 --hard-weight 1",
-        "profile none --gates --scorer keydiff",
-        "profile none --audit 3 --audit-plans 2 --budget 50% --seed 3 --dtype float32",
-        "eval none --dry-run --devices 2 -o scores.json --overwrite",
+        "heal none -o out --modules o_proj",  # LoRA is the default
+        "profile none --gates --scorer keydiff --audit 3 --seed 3 --dtype float32",
+        "eval none --dry-run -o scores.json --overwrite",
         "bench none --serve --requests 3 -o b.json --overwrite",
         "convert none --from moa --at 3k --model none",
         "chat none --ask hello --temperature 0.5 --seed 3",
@@ -164,7 +161,7 @@ def test_every_switch_is_in_the_table_or_is_no_mode(command: str) -> None:
         case.partition("=")[0] for rule in TABLE if rule.command == command for case in (rule.beside, *rule.without)
     }
     for name, each in parameters(command).items():
-        if getattr(each, "is_flag", False) and name not in ALWAYS:
+        if getattr(each, "is_flag", False) and name not in COMMON_ALWAYS:
             allowed = (
                 name in NO_MODE or name in cases or (name == "dry_run" and command in {"heal", "compress", "bench"})
             )

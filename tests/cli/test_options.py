@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from moacompress.cli.options import read_sources, required_model, split_list, with_memory
+from moacompress.cli.options import read_sources, required_model, split_list
 from moacompress.core.errors import ArtefactError, UsageError
 from moacompress.models.locate import find_plan_file
 from moacompress.recipe import Recipe
-from moacompress.rules.budget import any_memory, split_budgets
 
 
 def test_lists() -> None:
@@ -19,10 +18,9 @@ def test_lists() -> None:
 
 
 def test_the_model_is_given_or_in_the_recipe() -> None:
-    assert required_model("a", "b") == "a"
-    assert required_model(None, "b") == "b"
+    assert required_model(Recipe(model="a")) == "a"
     with pytest.raises(UsageError, match="no model given; name one as MODEL"):
-        required_model(None, None)
+        required_model(Recipe())
 
 
 def test_sources(tmp_path: Path) -> None:
@@ -51,7 +49,6 @@ def test_sources(tmp_path: Path) -> None:
         {"dataset": "some/set"},
     ]
     assert len(Recipe().override(calibration__sources=sources).calibration.sources) == 9
-    assert read_sources(None) is None
     with pytest.raises(UsageError, match="unknown source 'nedle'; did you mean 'needle'?"):
         read_sources(["nedle"])
     with pytest.raises(UsageError, match="unknown source 'zzz'; it is a generator"):
@@ -68,12 +65,3 @@ def test_folders(tmp_path: Path) -> None:
     assert find_plan_file(model / "plan.json") == model / "plan.json"
     with pytest.raises(ArtefactError, match="does not exist"):
         find_plan_file(tmp_path / "none")
-
-
-def test_every_budget_of_memory_is_one_of_memory() -> None:
-    assert with_memory(None, None) is None
-    assert with_memory(["25%"], None) == ["25%"]
-    assert with_memory(["25%"], "6GiB@8k, 4GiB@8k") == ["25%", "memory=6GiB@8k,memory=4GiB@8k"]
-    asked = split_budgets(with_memory(None, "700KiB@320,650KiB@320") or [])
-    assert len(asked) == 2
-    assert all(any_memory(budgets) for budgets in asked)

@@ -18,9 +18,10 @@ from moacompress.rules.rule import Rule
 
 RUNNER = CliRunner()
 SMALL = (
-    "--lengths", "768", "--samples", "4", "--validation-samples", "2", "--draws", "1", "--source", "needle", "--seed", "3",
+    "--lengths", "768", "--samples", "4", "--validation-samples", "2", "--source", "needle", "--seed", "3",
+    "--set", "profile.draws=1",
 )  # fmt: skip
-AUDIT = ("--audit", "6", "--audit-plans", "3", "--budget", "50%")
+AUDIT = ("--audit", "9", "--set", "budget=50%")
 
 
 def invoke(*arguments: str | Path) -> Any:
@@ -54,7 +55,7 @@ def test_audit_profiles_the_baselines_and_compares_them(audited: tuple[Path, dic
     assert {"spearman", "ci95", "slope", "n"} <= set(data["audit"]["fisher"])
     assert {"spearman", "ci95", "slope", "regret", "n"} <= set(data["audit_plans"]["fisher"])
     assert set(data["fisher_minus_moa"]) == {"value", "ci95"}
-    assert (len(data["points"]), data["audit"]["moa"]["n"]) == (6, 6)
+    assert (len(data["points"]), data["audit"]["moa"]["n"]) == (9, 9)
     stored = json.loads((out / "audit.json").read_text())
     assert all(stored[name] == data[name] for name in ("audit", "audit_plans", "points", "plans", "split_half"))
     assert (out / "audit.html").is_file()
@@ -79,7 +80,7 @@ def test_the_same_command_again_shows_the_table(audited: tuple[Path, dict[str, A
     result = invoke(tiny_folder, "-o", out, *SMALL, *AUDIT, "--gates")
     assert result.exit_code == 0, result.stderr
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()} == before
-    assert "6 ablations of one KV head on 2 held-out samples" in result.stdout
+    assert "9 ablations of one KV head on 2 held-out samples" in result.stdout
     assert "Spearman of fisher minus that of moa" in result.stdout
     assert all(name in result.stdout for name in data["audit"])
 
@@ -88,7 +89,7 @@ def test_another_audit_is_not_touched_without_overwrite(
     audited: tuple[Path, dict[str, Any]], tiny_folder: Path
 ) -> None:
     out, _ = audited
-    more = ("--audit", "7", "--audit-plans", "0", "--gates")
+    more = ("--audit", "8", "--gates", "--set", "budget=50%")
     message = refused(tiny_folder, "-o", out, *SMALL, *more)
     assert "audit.json holds the audit of another request" in message
     assert "--overwrite" in message
@@ -99,9 +100,8 @@ def test_another_audit_is_not_touched_without_overwrite(
     [
         (("--audit", "0"), "an audit of 0 ablations is not possible"),
         (("--audit", "100000"), "ask for 1 to "),
-        (("--audit", "4", "--audit-plans", "-1"), "an audit of -1 plans is not possible"),
-        (("--audit", "4", "--budget", "0.1%"), "ask for at least"),
-        (("--audit", "4", "--budget", "some"), "is not understood"),
+        (("--audit", "4", "--set", "budget=0.1%"), "ask for at least"),
+        (("--audit", "4", "--set", "budget=some"), "is not understood"),
         (("--audit", "4", "--around", "plan.json"), "--audit has no effect beside --around"),
         (("--around", "none.json"), "none.json does not exist"),
         (("--anchors", "-1"), "profile.anchors"),
@@ -116,7 +116,7 @@ def test_what_can_not_be_is_refused_before_the_work(
 
 
 def test_flags_reach_the_recipe(tiny_folder: Path, tmp_path: Path) -> None:
-    flags = ("--baselines", "--heads", "--anchors", "1", "--estimator", "moa")
+    flags = ("--baselines", "--heads", "--anchors", "1", "--set", "profile.estimator=moa")
     result = invoke(tiny_folder, "-o", tmp_path / "profile", *SMALL, *flags, "--json")
     assert result.exit_code == 0, result.stderr
     recipe = Profile.load(tmp_path / "profile").recipe.profile
@@ -167,7 +167,7 @@ def test_what_failed_before_its_first_sample_says_nothing(tiny_folder: Path, tmp
     """The corrected command is not held to the mistake."""
     out, bad = tmp_path / "profile", tmp_path / "bad.jsonl"
     bad.write_text("{}\n")
-    options = ("--lengths", "700", "--samples", "4", "--validation-samples", "2", "--draws", "1")
+    options = ("--lengths", "700", "--samples", "4", "--validation-samples", "2", "--set", "profile.draws=1")
     assert "bad.jsonl" in refused(tiny_folder, "-o", out, "--source", bad, *options)
     assert invoke(tiny_folder, "-o", out, *options).exit_code == 0
     assert all(source.generator for source in Profile.load(out).recipe.calibration.sources)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, get_args
 
 import click
 import pytest
@@ -14,12 +12,23 @@ import typer
 from typer.testing import CliRunner
 
 from moacompress.cli import app
-from moacompress.cli.harness import Command, CommandRun, Common
-from moacompress.cli.recipe_options import RecipeKey, choices, collected, recipe_field, recipe_key, sentence
+from moacompress.cli.harness import Command, CommandRun
+from moacompress.cli.options import Common
+from moacompress.cli.recipe_options import (
+    choices,
+    read_options,
+    read_settings,
+    recipe_field,
+    recipe_parameter,
+    sentence,
+)
+from moacompress.core.errors import UsageError
 from moacompress.core.progress import Progress
 from moacompress.recipe import Recipe
 
 SAMPLES: dict[str, Any] = {
+    "budget": ["25%"],
+    "max_loss": "1%",
     "calibration.sources": ["needle"],
     "calibration.lengths": "2k",
     "evaluation.lengths": "2k",
@@ -44,17 +53,15 @@ def commands(group: Any = None, before: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{before}{name}", command
 
 
-def parameters() -> Iterator[tuple[str, inspect.Parameter, RecipeKey, click.Parameter]]:
-    """Yields every option of a field: command, parameter, key, and the option as it was made."""
+def options() -> Iterator[tuple[str, str, click.Parameter]]:
+    """Yields every option of a field: command, key, and the option as it was made."""
     for name, command in commands():
         function: Any = next(cell for cell in (command.callback, command.callback.__wrapped__) if cell)
         while not isinstance(function, Command):
             function = function.__wrapped__
         made = {option.name: option for option in command.params}
-        for parameter in function.__signature__.parameters.values():
-            key = recipe_key(parameter)
-            if key is not None:
-                yield name, parameter, key, made[parameter.name]
+        for parameter, key in function.keys.items():
+            yield name, key, made[parameter]
 
 
 def is_switch(option: Any) -> bool:
@@ -62,17 +69,17 @@ def is_switch(option: Any) -> bool:
     return bool(getattr(option, "is_flag", False)) and option.name != "help"
 
 
-FOUND = [*parameters()]
-IDS = [f"{name} {parameter.name}" for name, parameter, _, _ in FOUND]
+FOUND = [*options()]
+IDS = [f"{name} {key}" for name, key, _ in FOUND]
 
 
 def test_there_are_options() -> None:
-    keys = {key.key for _, _, key, _ in FOUND}
+    keys = {key for _, key, _ in FOUND}
     assert {
         "search.trials",
         "profile.gates",
         "search.gates",
-        "heal.rank",
+        "heal.lr",
         "evaluation.prompts",
         "budget",
         "seed",
@@ -87,7 +94,7 @@ def test_there_are_options() -> None:
 )
 def test_every_switch_that_may_be_on_otherwise_can_be_given_off_and_says_so(name: str, option: Any) -> None:
     """A recipe or an earlier profile may say yes; a switch that is off by itself has nothing to take back."""
-    fields = [key for command, parameter, key, _ in FOUND if (command, parameter.name) == (name, option.name)]
+    fields = [key for command, key, each in FOUND if (command, each.name) == (name, option.name)]
     if fields or option.default is True:
         assert option.secondary_opts == [f"--no-{option.opts[0].removeprefix('--')}"]
         shown = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "100"}).stdout
@@ -96,45 +103,39 @@ def test_every_switch_that_may_be_on_otherwise_can_be_given_off_and_says_so(name
         assert not option.secondary_opts
 
 
-@pytest.mark.parametrize(("name", "parameter", "key", "option"), FOUND, ids=IDS)
-def test_the_help_is_the_fields_description(
-    name: str, parameter: inspect.Parameter, key: RecipeKey, option: Any
-) -> None:
-    field = recipe_field(key.key)
+@pytest.mark.parametrize(("name", "key", "option"), FOUND, ids=IDS)
+def test_the_help_is_the_fields_description(name: str, key: str, option: Any) -> None:
+    field = recipe_field(key)
     assert field.description
     assert option.help.startswith(sentence(field))
-    assert f"[recipe: {key.key}" in option.help
-    if key.key not in SAMPLES or choices(field):
-        for choice in choices(field):
-            assert choice in option.metavar
+    assert f"[recipe: {key}" in option.help
+    for choice in choices(field):
+        assert choice in option.metavar
 
 
-@pytest.mark.parametrize(("name", "parameter", "key", "option"), FOUND, ids=IDS)
-def test_what_is_given_reaches_the_field(name: str, parameter: inspect.Parameter, key: RecipeKey, option: Any) -> None:
-    if not key.collected:
-        return
-    given = sample(parameter, key)
-    flags = collected({parameter.name: parameter}, {parameter.name: given})
-    assert list(flags) == [key.key.replace(".", "__")]
+@pytest.mark.parametrize("key", sorted({key for _, key, _ in FOUND}))
+def test_what_is_given_reaches_the_field(key: str) -> None:
+    name = recipe_parameter(key).name
+    flags = read_options({name: key}, {name: sample(key)})
+    assert list(flags) == [key.replace(".", "__")]
     run = CommandRun(Common(), Progress(), given=flags)
-    found: Any = run.recipe() if key.key != "head_weights" else run.recipe(base=Recipe(weights="int8"))
+    found: Any = run.recipe() if key != "head_weights" else run.recipe(Recipe(weights="int8"))
     usual: Any = Recipe()
-    for part in key.key.split("."):
+    for part in key.split("."):
         found, usual = getattr(found, part), getattr(usual, part)
     assert found != usual
-    assert collected({parameter.name: parameter}, {parameter.name: None}) == {}
+    assert read_options({name: key}, {name: None}) == {}
 
 
-def sample(parameter: inspect.Parameter, key: RecipeKey) -> Any:
+def sample(key: str) -> Any:
     """Returns something for an option that is not its default."""
     usual: Any = Recipe()
-    for part in key.key.split("."):
+    for part in key.split("."):
         usual = getattr(usual, part)
-    if key.key in SAMPLES:
-        return SAMPLES[key.key]
-    held = next(iter(get_args(parameter.annotation)))
-    kinds = [kind for kind in (get_args(held) if get_origin(held) in (Union, UnionType) else (held,)) if kind]
-    named = choices(recipe_field(key.key))
+    if key in SAMPLES:
+        return SAMPLES[key]
+    kinds = get_args(recipe_parameter(key).annotation)
+    named = choices(recipe_field(key))
     if named:
         return next(choice for choice in named if choice != usual)
     if bool in kinds:
@@ -144,11 +145,42 @@ def sample(parameter: inspect.Parameter, key: RecipeKey) -> Any:
     return 0.5 if float in kinds else "some text"
 
 
-def test_a_flag_wins_over_a_recipe_and_what_the_command_says_over_both(tmp_path: Path) -> None:
+def test_an_option_wins_over_a_recipe_and_what_the_command_says_over_both(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("search: {trials: 3, rounds: 5}\n")
-    run = CommandRun(Common(seed=7), Progress(), given={"search__trials": 4})
-    recipe = run.recipe(file, search__moves=2)
+    run = CommandRun(Common(recipe=file), Progress(), given={"search__trials": 4, "seed": 7})
+    recipe = run.recipe(search__moves=2)
     assert (recipe.search.trials, recipe.search.rounds, recipe.search.moves, recipe.seed) == (4, 5, 2, 7)
-    assert run.recipe(file, search__trials=6).search.trials == 6
-    assert run.recipe(file, search__trials=None).search.trials == 4
+    assert run.recipe(search__trials=6).search.trials == 6
+    assert run.recipe(search__trials=None).search.trials == 4
+
+
+def test_any_key_can_be_set() -> None:
+    given = read_settings(
+        ["search.moves=0", "heal.lr=2e-5", "search.share=layers=12:11", "search.floors={3: 0.5}", "budget=25%"]
+    )
+    recipe = CommandRun(Common(), Progress(), given=given).recipe()
+    assert (recipe.search.moves, recipe.heal.lr, recipe.search.share) == (0, 2e-5, "layers=12:11")
+    assert (recipe.search.floors, recipe.budget) == ({3: 0.5}, ("25%",))
+    assert given["budget"] == ["25%"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("search.moves", "--set 'search.moves' is not KEY=VALUE, such as search.moves=0"),
+        ("=3", "is not KEY=VALUE"),
+        ("search.moves=[", "is not KEY=VALUE"),
+        ("search.mvoes=3", "options: unknown key 'search.mvoes'; did you mean 'moves'?"),
+        ("serch.moves=3", "options: unknown key 'serch'; did you mean 'search'?"),
+        ("seed.moves=3", "options: seed is a value, not a section; it has no key 'moves'"),
+        ("search.moves=many", "options: search.moves: Input should be a valid integer"),
+    ],
+)
+def test_what_cannot_be_set_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        CommandRun(Common(), Progress(), given=read_settings([text])).recipe()
+    assert message in str(caught.value)
+    done = CliRunner().invoke(app, ["data", "preview", "none", "--set", text])
+    assert done.exit_code == 2
+    assert message in " ".join(done.stderr.split())

@@ -88,17 +88,13 @@ def test_a_prompt_of_native_windows_is_linear(monkeypatch: pytest.MonkeyPatch) -
     assert Estimator(model, "cpu", windows=(64,)).one(Kind.FORWARD, 8192) == pytest.approx(0.02 * 8192)
 
 
-def test_work_is_multiplied_and_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(stopwatch, "time", clock)
     estimator = Estimator(Model(clock), "cpu")
-    work = [*answers(50, 4, 10, "answers", 4), Work(Kind.FORWARD, 10, 3, stage="passes")]
+    work = [*answers(50, 4, 10, "answers"), Work(Kind.FORWARD, 10, 3, stage="passes")]
     step = 0.1 + 50 * 0.001
     assert estimator.seconds(work) == pytest.approx(4 * (5 + 10 * step) + 3 * 1.0)
-    assert estimator.seconds(work, 2) == pytest.approx(
-        2 * (5 + 10 * step) + 3 * 1.0
-    )  # the second stage is in one piece
-    assert estimator.seconds(work, 3) == pytest.approx(2 * 5 + 3 * 1.0)
     assert estimator.seconds([]) == 0
 
 

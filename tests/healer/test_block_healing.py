@@ -230,8 +230,8 @@ def test_the_command_says_what_the_weights_take(in_blocks: Place, tmp_path: Path
         "12",
         "--lr",
         "0.02",
-        "--rank",
-        "8",
+        "--set",
+        "heal.rank=8",
     ]
     expected = estimate_heal(
         in_blocks["model"],

@@ -16,7 +16,20 @@ from moacompress.healer.heal_request import HealRequest
 from moacompress.recipe import Recipe
 
 RUNNER = CliRunner()
-OPTIONS = ["--train", "full", "--lr", "1e-3", "--steps", "2", "--batch", "576", "--samples", "12", "--evaluations", "1"]
+OPTIONS = [
+    "--train",
+    "full",
+    "--lr",
+    "1e-3",
+    "--steps",
+    "2",
+    "--batch",
+    "576",
+    "--samples",
+    "12",
+    "--set",
+    "heal.evaluations=1",
+]
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def measured(place: Place, folder: Path) -> list[float]:
     [
         ({"steps": 16, "batch": 1000}, 0.65),
         ({"steps": 16, "batch": 1000, "lr": 1e-2, "train": "lora", "rank": 8}, 0.8),
-        ({"steps": 12, "batch": 1000, "objective": "echoatt", "checkpointing": True}, 0.97),
+        ({"steps": 12, "batch": 1000, "objective": "echoatt"}, 0.97),
     ],
     ids=["full", "lora", "echoatt"],
 )
@@ -420,8 +420,8 @@ def test_a_dry_run_says_the_cost_and_writes_nothing(healable: Place, small: Make
         "4",
         "--batch",
         "5760",
-        "--evaluations",
-        "8",
+        "--set",
+        "heal.evaluations=8",
     ]  # a step takes each sample once at most
     few = json.loads(CliRunner().invoke(app, [*command, *fewer, "--json"]).stdout)
     assert (few["tokens"], few["evaluations"]) == (2 * 4 * 160, 3)
@@ -522,8 +522,8 @@ def test_two_processes_train_one_model(healable: Place, tmp_path: Path) -> None:
         "576",
         "--samples",
         "16",
-        "--evaluations",
-        "2",
+        "--set",
+        "heal.evaluations=2",
     ]
     place = ["--profile", str(healable["profile"]), "-o", str(tmp_path / "out")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]

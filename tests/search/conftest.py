@@ -139,7 +139,7 @@ class FakeObjective:
                 self._cost(layer, head, rule) for layer, row in enumerate(plan.rules) for head, rule in enumerate(row)
             )
             if plan.shares:
-                total += CopyCosts.of(self.profile, "fisher", 0.0).cost(plan.shares) / self.scale
+                total += CopyCosts.of(self.profile, "fisher").cost(plan.shares) / self.scale
             return float(total * self.sample_scale[number])
 
         yield kl

@@ -25,7 +25,7 @@ from moacompress.rules.rule_classes import classes_of
 from moacompress.search.baselines import measured
 from moacompress.search.problem.classes import ClassLimit
 from moacompress.search.problem.plan_space import PlanSpace
-from moacompress.search.problem.solver import lagrange
+from moacompress.search.problem.solver import solve
 from moacompress.search.search_request import SearchRequest
 
 Profiles = Callable[..., Profile]
@@ -70,7 +70,7 @@ def exact(costs: Floats, sizes: Ints, limits: Ints, most: int) -> float:
         optimize.LinearConstraint(sparse.hstack([shares, sparse.csr_array((len(limits), rules))]), -np.inf, 1),
         optimize.LinearConstraint(np.r_[np.zeros(pairs), np.ones(rules)], -np.inf, most),
     ]
-    scale = 1000 / lagrange(costs, sizes, limits).cost
+    scale = 1000 / solve(costs, sizes, limits).cost
     found = optimize.milp(
         np.r_[scale * costs.reshape(-1), np.zeros(rules)],
         constraints=constraints,
@@ -87,8 +87,8 @@ def test_the_choice_is_close_to_optimal(share: float, most: int) -> None:
     worse = []
     for seed in range(3):
         costs, sizes, limits = instance(16, share, seed)
-        choice = ClassLimit(most, one_label_each(costs)).solve(costs, sizes, limits, "lagrange")
-        assert len(set(choice.tolist())) <= most < len(set(lagrange(costs, sizes, limits).choice.tolist()))
+        choice = ClassLimit(most, one_label_each(costs)).solve(costs, sizes, limits)
+        assert len(set(choice.tolist())) <= most < len(set(solve(costs, sizes, limits).choice.tolist()))
         assert (used(sizes, choice) <= limits).all()
         worse.append(total(costs, choice) / exact(costs, sizes, limits, most) - 1)
     assert min(worse) >= -1e-6
@@ -114,7 +114,7 @@ def test_rules_that_rows_may_not_have_against_brute_force(seed: int) -> None:
     limit = ClassLimit(3, labels)
     if not np.isfinite(best):
         with pytest.raises(InfeasibleBudgetError, match="at most 3 different rules"):
-            limit.solve(costs, sizes, limits, "lagrange")
+            limit.solve(costs, sizes, limits)
         return
     choice = limit.solve(costs, sizes, limits, "milp")
     of_rows = limit.of_choice(choice)

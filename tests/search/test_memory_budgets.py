@@ -84,7 +84,9 @@ def test_commands(source, profiled, tmp_path):
 
     def command(cache: int, *more: str) -> str:
         size = f"{(weights + cache) / 1024:.3f}KiB@{LENGTH}"
-        return run("search", profiled.path, "--memory", size, "-o", plan, *small, *more, code=int(cache < 0))
+        return run(
+            "search", profiled.path, "--budget", f"memory={size}", "-o", plan, *small, *more, code=int(cache < 0)
+        )
 
     fits = source.shape.dense_kv_bytes(LENGTH) // 2
     assert f"Weights take {weights:,} bytes as they are, which leaves" in command(fits, "--dry-run")

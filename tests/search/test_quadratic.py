@@ -37,7 +37,7 @@ def coherent(profiles: Profiles, samples: int = 40, text: int = 0, seed: int = 0
 
 def test_it_is_half_the_mean_square_of_the_sum(profiles: Profiles) -> None:
     profile = coherent(profiles, samples=21, text=5)
-    form = Quadratic.of(profile, 0.25)
+    form = Quadratic.of(profile)
     rng = np.random.default_rng(1)
     choice = rng.integers(0, len(profile.rules), (2, 2))
     picked = np.take_along_axis(profile.statistics.arrays["total"], choice[None, None, ..., None], -1)[..., 0]
@@ -49,7 +49,7 @@ def test_it_is_half_the_mean_square_of_the_sum(profiles: Profiles) -> None:
     assert form.kl(choice) == pytest.approx(wanted)
     single = np.zeros((2, 2), int)
     single[1, 0] = 9  # one head alone: the per-sample estimator
-    assert form.kl(single) == pytest.approx(profile.blended("sample", 0.25).mean(0)[1, 0, 9])
+    assert form.kl(single) == pytest.approx(profile.blended("sample").mean(0)[1, 0, 9])
     few = coherent(profiles, samples=MIN_ROWS // 2 - 1)
     assert SearchRequest.of(few, "50%", few.recipe).quadratic is None
 
@@ -85,7 +85,7 @@ def test_no_change_of_one_or_two_heads_improves_the_end(profiles: Profiles, seed
 
 def test_rules_of_parts_are_as_rules_of_their_own(profiles: Profiles) -> None:
     profile = profiles(layers=2, formats=True).offering(("int8", "int4"))
-    form = Quadratic.of(profile, 0.25)
+    form = Quadratic.of(profile)
     assert form.parts is not None
     assert form.rows.shape[2] == len(profile.spans) + 6
     whole = Quadratic(form.rows[..., form.parts].sum(-1), form.linear[..., form.parts].sum(-1))
@@ -131,14 +131,14 @@ def test_a_relative_form_is_of_the_logarithm(profiles: Profiles) -> None:
     def weighted(weights: np.ndarray) -> np.ndarray:
         return np.tensordot(weights / weights.sum(), first, axes=1).reshape(-1, size[-1])
 
-    mean, relative = (Quadratic.of(around, 0.25, share).linear for share in (0.0, 1.0))
+    mean, relative = (Quadratic.of(around, share).linear for share in (0.0, 1.0))
     assert np.allclose(mean, weighted(np.ones(count)), atol=1e-5)
     scale = (kl + KNEE).mean()
     assert np.allclose(
         relative, scale * np.tensordot(1 / (kl[:, 0] + KNEE), first, axes=1).reshape(mean.shape) / count, rtol=1e-4
     )
     dense = replace(profile, statistics=Statistics({"total": arrays["total"].astype(np.float32)}))
-    assert np.array_equal(Quadratic.of(dense, 0.25, 1.0).rows, Quadratic.of(dense, 0.25).rows)
+    assert np.array_equal(Quadratic.of(dense, 1.0).rows, Quadratic.of(dense).rows)
 
 
 def test_forms_are_joined_by_their_rows() -> None:

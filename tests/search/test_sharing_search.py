@@ -23,7 +23,6 @@ from moacompress.search import search_request
 from moacompress.search.front import find_front
 from moacompress.search.measure.packed_plan import pack, unpack
 from moacompress.search.search_request import SearchRequest
-from moacompress.search.sharing.assumed_healing import healed_share
 from moacompress.search.sharing.share_choice import PROTECTED, REPAIRED
 
 Profiles = Callable[..., Profile]
@@ -160,24 +159,6 @@ def test_what_is_packed_comes_back(profiles: Profiles) -> None:
     assert np.isfinite(request.predicted(request.surrogate, plan) or np.nan)
 
 
-def test_copies_that_will_be_healed_count_less(search: Search, profiles: Profiles) -> None:
-    """What costs too much unhealed is worth it where healing is assumed to leave little of it."""
-    settings = {"layers": 10, "anchors": 2, "copying": 100.0, "share": "auto", "trials": 6}
-    plain = search(profiles(**settings), "25%")[0]
-    profile = profiles(**settings, assume_healed=1e-4)
-    found = search(profile, "25%")[0]
-    assert not any(plain.plan.shares)
-    assert any(found.plan.shares)
-    assert found.plan.provenance["search"] != plain.plan.provenance["search"]
-    assert found.explanation["sharing"]["assume_healed"] == 1e-4
-    noted = found.plan.quality["assumed_healed"]
-    assert noted["left"] == 1e-4
-    assert noted["measured_unhealed"] > found.harm["plan"]
-    assert found.harm["trial0"] == pytest.approx(plain.harm["trial0"])  # it does not share
-    assert any("is counted" in shown for shown in explanation_tables(found.explanation) if isinstance(shown, str))
-    assert "assumed_healed" not in plain.plan.quality
-
-
 def test_copies_are_priced_and_measured_after_a_repair(
     search: Search, profiles: Profiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,10 +206,3 @@ def test_named_copies_are_the_ones_that_are_repaired(profiles: Profiles) -> None
     sharing = SearchRequest.of(profile, "40%", profile.recipe).sharing
     assert sharing is not None
     assert [(layer, share.anchor) for layer, share in sharing.copies()] == [(2, 1), (3, 1)]
-
-
-def test_what_healing_leaves_is_of_the_copies_alone() -> None:
-    assert healed_share(0.3, 0.0, 1.0) == 1
-    assert healed_share(0.3, 1.0, 0.0) == pytest.approx(0.3)
-    assert healed_share(0.5, 1.0, 3.0) == pytest.approx(3.5 / 4)
-    assert healed_share(0.5, 0.0, 0.0) == 1

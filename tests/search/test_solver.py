@@ -17,7 +17,7 @@ from moacompress.rules.candidates import candidate_rules
 from moacompress.rules.kv_bytes import candidate_kv_bytes
 from moacompress.rules.model_shape import ModelShape
 from moacompress.search.predict.surrogate import Surrogate
-from moacompress.search.problem.solver import lagrange, milp, pareto, solve
+from moacompress.search.problem.solver import milp, pareto, solve
 
 
 def instance(layers: int, kv_heads: int, lengths: tuple[int, ...], seed: int) -> tuple[Floats, Ints]:
@@ -61,13 +61,13 @@ def test_tiny_instances_against_brute_force(seed: int, heads: int, rules: int, l
     costs, sizes, limits = random_tiny(seed, heads, rules, lengths)
     best = brute_force(costs, sizes, limits)
     if not np.isfinite(best):
-        for solver in ("lagrange", "milp"):
+        for solver in (solve, milp):
             with pytest.raises(InfeasibleBudgetError):
-                solve(costs, sizes, limits, solver=solver)
+                solver(costs, sizes, limits)
         return
     exact = milp(costs, sizes, limits, relative_gap=0.0)
     assert exact.cost == pytest.approx(best, rel=1e-6, abs=1e-12)
-    quick = lagrange(costs, sizes, limits)
+    quick = solve(costs, sizes, limits)
     for found in (exact, quick):
         assert (used(sizes, found.choice) <= limits).all()
         assert found.cost == pytest.approx(costs[np.arange(heads), found.choice].sum())
@@ -76,14 +76,14 @@ def test_tiny_instances_against_brute_force(seed: int, heads: int, rules: int, l
 
 @pytest.mark.parametrize("share", [0.6, 0.25, 0.125])
 @pytest.mark.parametrize("lengths", [(1024,), (512, 1024), (512, 1024, 2048)])
-def test_lagrange_is_close_to_optimal(lengths: tuple[int, ...], share: float) -> None:
+def test_solve_is_close_to_optimal(lengths: tuple[int, ...], share: float) -> None:
     costs, sizes = instance(10, 4, lengths, seed=len(lengths))
     limits = (sizes.max(axis=2).sum(axis=1) * share).astype(np.int64)
     if (sizes.min(axis=2).sum(axis=1) > limits).any():
         with pytest.raises(InfeasibleBudgetError):
-            lagrange(costs, sizes, limits)
+            solve(costs, sizes, limits)
         return
-    quick, exact = lagrange(costs, sizes, limits), milp(costs, sizes, limits, time_limit=3)
+    quick, exact = solve(costs, sizes, limits), milp(costs, sizes, limits, time_limit=3)
     assert (used(sizes, quick.choice) <= limits).all()
     assert (used(sizes, exact.choice) <= limits).all()
     assert exact.cost <= quick.cost <= exact.cost * 1.01
@@ -99,7 +99,7 @@ def test_several_limits_can_bind_at_once() -> None:
     weight = np.exp(rng.normal(0, 2, (heads, 1)))
     costs = weight * np.sort(rng.random((heads, 4)), axis=1) * [0, 1, 1, 2]
     limits = np.array([heads * 120, heads * 150])
-    quick, exact = lagrange(costs, sizes, limits), milp(costs, sizes, limits)
+    quick, exact = solve(costs, sizes, limits), milp(costs, sizes, limits)
     assert (used(sizes, quick.choice) <= limits).all()
     assert exact.cost <= quick.cost <= exact.cost * 1.01
     assert (used(sizes, quick.choice) > 0.97 * limits).all()
@@ -107,7 +107,7 @@ def test_several_limits_can_bind_at_once() -> None:
 
 def test_a_generous_budget_costs_nothing() -> None:
     costs, sizes = instance(2, 2, (512,), seed=0)
-    found = lagrange(costs, sizes, sizes.max(axis=2).sum(axis=1))
+    found = solve(costs, sizes, sizes.max(axis=2).sum(axis=1))
     assert (found.cost, found.gap) == (0.0, 0.0)
     assert milp(costs, sizes, sizes.max(axis=2).sum(axis=1)).cost == 0.0
 
@@ -115,10 +115,10 @@ def test_a_generous_budget_costs_nothing() -> None:
 def test_an_exact_fit_of_the_smallest_plan() -> None:
     costs, sizes = instance(3, 2, (512, 1024), seed=0)
     limits = sizes.min(axis=2).sum(axis=1)
-    for solver in ("lagrange", "milp"):
-        assert (used(sizes, solve(costs, sizes, limits, solver=solver).choice) == limits).all()
+    for solver in (solve, milp):
+        assert (used(sizes, solver(costs, sizes, limits).choice) == limits).all()
         with pytest.raises(InfeasibleBudgetError):
-            solve(costs, sizes, limits - 1, solver=solver)
+            solver(costs, sizes, limits - 1)
 
 
 def test_pareto_keeps_one_of_equals_and_the_optimum() -> None:
@@ -130,8 +130,8 @@ def test_pareto_keeps_one_of_equals_and_the_optimum() -> None:
 def test_same_instance_same_choice() -> None:
     costs, sizes = instance(8, 4, (512, 1024), seed=3)
     limits = sizes.max(axis=2).sum(axis=1) // 4
-    first = lagrange(costs, sizes, limits)
-    assert (first.choice == lagrange(costs.copy(), sizes.copy(), limits).choice).all()
+    first = solve(costs, sizes, limits)
+    assert (first.choice == solve(costs.copy(), sizes.copy(), limits).choice).all()
 
 
 def test_what_highs_prints_reaches_no_standard_output(

@@ -1,4 +1,4 @@
-"""Which layers copy which anchors: the dynamic programme and the mixed-integer programme against all choices there are."""
+"""Which layers copy which anchors: the mixed-integer programme against all choices there are."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
-from moacompress.search.sharing.anchor_choice import anywhere, in_segments
+from moacompress.search.sharing.anchor_choice import anywhere
 
 
-def every_choice(costs: np.ndarray, segments: bool) -> dict[int, float]:
+def every_choice(costs: np.ndarray) -> dict[int, float]:
     """The least cost of every number of copying layers, by trying all."""
     layers, anchors = costs.shape
     best: dict[int, float] = {}
@@ -18,10 +18,6 @@ def every_choice(costs: np.ndarray, segments: bool) -> dict[int, float]:
     for chosen in itertools.product(*options):
         pairs = {layer: anchor for layer, anchor in enumerate(chosen) if anchor is not None}
         if any(anchor in pairs for anchor in pairs.values()):
-            continue
-        if segments and any(
-            pairs.get(between) != anchor for layer, anchor in pairs.items() for between in range(anchor + 1, layer)
-        ):
             continue
         cost = sum(costs[layer, layer - 1 - anchor] for layer, anchor in pairs.items())
         if np.isfinite(cost):
@@ -50,16 +46,9 @@ def check(costs: np.ndarray, found: tuple[float, object], count: int, best: floa
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_both_find_the_best_of_all_choices(seed: int) -> None:
+def test_the_best_of_all_choices_is_found(seed: int) -> None:
     costs = drawn(seed)
-    best = every_choice(costs, segments=True)
-    found = in_segments(costs)
-    assert len(found) == len(best)
-    for count, one in enumerate(found):
-        check(costs, one, count, best[count])
-        for layer, anchor in one[1].items():
-            assert all(one[1][between] == anchor for between in range(anchor + 1, layer))
-    free = every_choice(costs, segments=False)
+    free = every_choice(costs)
     for count in range(max(free) + 2):
         somewhere = anywhere(costs, count)
         if count in free:
@@ -73,7 +62,6 @@ def test_an_anchor_has_several_reuse_layers() -> None:
     costs = np.full((5, 3), 1.0)
     costs[0], costs[1, 1:], costs[2, 2:] = np.inf, np.inf, np.inf
     costs[3, 2], costs[4, 2] = 0.1, 0.2  # of 0 and of 1
-    assert in_segments(costs)[3][1] == {1: 0, 2: 0, 3: 0}
     found = anywhere(costs, 2)
     assert found is not None
     check(costs, found, 2, 0.3)

@@ -39,7 +39,7 @@ def test_copies_cost_what_the_estimator_says(profiles: Profiles) -> None:
         profile, sample_kinds=kinds, statistics=Statistics({**profile.statistics.arrays, "copy_squares": squares})
     )
     once = squares[4] / 2
-    found = CopyCosts.of(profile, "fisher", 0.25)
+    found = CopyCosts.of(profile, "fisher")
     np.testing.assert_allclose(found.influence, once * ((2 + 1) / 2 + 0.25 * 10), rtol=1e-6)
     robust = np.mean(np.array([1, 2, 3]) ** 0.75) ** (4 / 3)
     np.testing.assert_allclose(
@@ -70,11 +70,10 @@ def test_layers_that_are_alike_share_and_the_first_do_not(profiles: Profiles) ->
     squares[1, 0] = 0  # so is the second, but it is left alone
     squares[5, 1] = [[1, 0.1], [0.1, 1]]
     profile = copying(profiles(anchors=2), copy_squares=squares)
-    for segments in (False, True):
-        found = choice_of(profile, share="1", segments=segments)
-        assert found is not None
-        assert found.fixed == (None, None, None, Share(2, (0, 1)), None, None)
-        assert found.costs.cost(found.fixed) == 0
+    found = choice_of(profile, share="1")
+    assert found is not None
+    assert found.fixed == (None, None, None, Share(2, (0, 1)), None, None)
+    assert found.costs.cost(found.fixed) == 0
     by_hand = choice_of(profile, share="layers=1:0")
     assert by_hand is not None
     assert [share and share.anchor for share in by_hand.fixed] == [None, 0, None, None, None, None]
