@@ -603,7 +603,7 @@ class DecoderMachine(CacheMachine):
         elif kind == "shares":
             shares = (*[None] * (shape.layers - 1), Share(shape.layers - 2, tuple(reversed(range(shape.kv_heads)))))
             plan = replace(plan, rules=with_shared_rules(rules, shares), shares=shares)
-        elif kind != "native" and data.draw(st.booleans()):
+        elif kind != "native":
             plan = replace(plan, centres=random_centres(shape, 1.0))
         return Decoder(attach(model, plan), generator, LOGIT_TOLERANCE[dtype][kind])
 
@@ -644,17 +644,21 @@ def test_attention_of_any_operations(backend, examples, use_backend):
     run(AttentionMachine, examples, backend=backend, most_steps=2 if backend == "triton" else 20)
 
 
-def routes_and(*examples):
-    """Returns `(backend, route, examples)` of all: as many on the CPU, in plain PyTorch and by Triton's interpreter."""
-    cpu = ("all layers", "one layer", "attention from hidden states", "cache step", "commit and decode", "plain")
-    reference, triton = ("commit and decode",), ("ring step",)
-    counted = zip(("cpu", "reference", "triton"), (cpu, reference, triton), examples, strict=True)
-    return [(backend, route, count) for backend, names, count in counted for route in names]
+ROUTES = [
+    *[("cpu", route, 4, 100) for route in ("all layers", "one layer", "attention from hidden states", "cache step")],
+    *[("cpu", route, 4, 100) for route in ("commit and decode", "plain")],
+    ("reference", "commit and decode", 2, 50),
+    ("triton", "ring step", 0, 10),
+]
+"""Backend, route, and how many examples there are in `make test` and in `make test-all`."""
 
 
 @pytest.mark.parametrize(
     ("backend", "route", "examples"),
-    [*routes_and(4, 2, 2), *(pytest.param(*each, marks=pytest.mark.heavy) for each in routes_and(100, 50, 8))],
+    [
+        *[(backend, route, few) for backend, route, few, _ in ROUTES if few],
+        *[pytest.param(backend, route, many, marks=pytest.mark.heavy) for backend, route, _, many in ROUTES],
+    ],
 )
 @pytest.mark.usefixtures("poisoned_memory")
 def test_logits_by_every_route(backend, route, examples, use_backend, tiny_model):
