@@ -45,20 +45,6 @@ def test_killed_at_any_point_the_same_call_ends_the_same(search: Search, profile
     assert finished.plan == whole.plan
 
 
-def test_rounds_and_moves_killed_at_any_point(search: Search, profiles: Profiles, tmp_path: Path) -> None:
-    def settings() -> Profile:
-        return profiles(trials=2, rounds=2, moves=3)
-
-    whole, _ = search(settings(), out=tmp_path / "whole.json")
-    result, runs, out = None, 0, tmp_path / "plan.json"
-    while result is None:
-        runs += 1
-        result, _ = search(settings(), out=out, dies_at=23)
-    assert runs > 3
-    assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
-    assert result.explanation == whole.explanation
-
-
 def test_a_run_that_stops_sooner_takes_nothing_back(search: Search, profiles: Profiles, tmp_path: Path) -> None:
     out, kls, stage = tmp_path / "plan.json", list[float](), ""
     while not stage.startswith("round"):
