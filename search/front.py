@@ -101,7 +101,7 @@ def find_front(
             {**request.parameters.neutral, SHARE: float(at)} for at in np.linspace(np.log(low), np.log(high), STARTS)
         ]
         study_storage = StudyStorage(claims, name, distributions, recipe.seed, starts, objectives=2)
-        measure = request.as_healed(Objective(source.model, profile.validation, request.weights_of))
+        measure = Objective(source.model, profile.validation, request.weights_of)
         evaluator = PlanEvaluator.of(study_storage, measure, recipe.seed, deadline)
         with suppress(TimeUp):
             _search_front(request, evaluator, trials, progress)
