@@ -89,7 +89,7 @@ def chosen(profile: Profile, estimator: str, limits: Limits, numbers: list[int])
     costs = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths)).costs()
     rules = [profile.rules[number] for number in numbers]
     sizes = candidate_kv_bytes(profile.shape, rules, profile.min_window, list(limits))
-    knapsack = Knapsack(sizes, limit_array(limits), "lagrange")
+    knapsack = Knapsack(sizes, limit_array(limits))
     choice = knapsack.choose(costs[..., numbers])
     return profile.plan([[rules[number] for number in row] for row in choice.tolist()])
 

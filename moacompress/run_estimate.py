@@ -50,7 +50,11 @@ def run_work(recipe: Recipe, shape: ModelShape, hidden: int, context: int) -> di
     prompts = {(task, n): evaluation.prompts for task in expand_tasks(evaluation.tasks) for n in evaluation.lengths}
     return {
         "profile": profile_work(recipe, counts, shape.layers, hidden),
-        "search": search_work(recipe, {length: numbers.validation_samples for length, numbers in counts.items()}),
+        "search": search_work(
+            recipe,
+            {length: numbers.validation_samples for length, numbers in counts.items()},
+            recipe.calibration.answer_tokens,
+        ),
         "eval": eval_work(prompts, 1 + len(COMPARED)),
     }
 

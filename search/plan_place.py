@@ -25,6 +25,7 @@ class PlanPlace:
 
     def __init__(self, path: Path | None, lock: ExitStack) -> None:
         self.path, self.ours, self._lock = path, False, lock
+        self._held = False
 
     @property
     def out(self) -> Path | None:
@@ -41,10 +42,12 @@ class PlanPlace:
             InUseError: another process is, and may not be.
             ArtefactError: the folder cannot be written.
         """
-        if self.path is not None:
+        if self._held:
+            self.ours = True
+        elif self.path is not None:
             try:
                 self._lock.enter_context(own_file(self.path))
-                self.ours = True
+                self.ours = self._held = True
             except InUseError:
                 if not shared:
                     raise

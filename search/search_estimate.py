@@ -60,17 +60,17 @@ def measurements(recipe: Recipe, samples: int) -> dict[str, float]:
     return {name: count for name, count in stages.items() if count}
 
 
-def search_work(recipe: Recipe, validation: Mapping[int, int]) -> list[Work]:
+def search_work(recipe: Recipe, validation: Mapping[int, int], targets: int) -> list[Work]:
     """Returns what the search of a plan runs.
 
     Args:
         recipe: of the search.
         validation: how many samples of each length plans are measured on.
+        targets: tokens of an answer.
     """
     count = sum(measurements(recipe, sum(validation.values())).values())
     if recipe.max_loss is not None:
         count = SCOUTS * (1 + PRUNED) + SEARCHES * count
-    targets = recipe.calibration.answer_tokens
     return [
         Work(Kind.FORWARD, length, samples * count, targets)
         for length, samples in validation.items()
@@ -107,7 +107,8 @@ def estimate_search(
         if any_memory(budgets)
     ]
     counts = sample_counts(profile.recipe, source.context)
-    work = search_work(recipe, {length: numbers.validation_samples for length, numbers in counts.items()})
+    samples = {length: numbers.validation_samples for length, numbers in counts.items()}
+    work = search_work(recipe, samples, profile.recipe.calibration.answer_tokens)
     progress.start("timing short passes", 2)
     peak = max(profile_bytes(source, profile.recipe, counts).values())
     progress.step("memory")

@@ -11,10 +11,10 @@ import pytest
 from tests.kills import Command, Harness, contents
 from tests.preloaded import Preloaded
 
-PROFILE = "profile {model} --lengths 700,800 --samples 4 --validation-samples 2 --draws 1 --source needle -o {out}/"
+PROFILE = "profile {model} --lengths 700,800 --samples 4 --validation-samples 2 --set profile.draws=1 --source needle -o {out}/"
 SHARDS = tuple(f"{PROFILE}{part} --shard {part}/2" for part in (1, 2))
 SEARCH = "search {run}/profile -o {out}/plan.json --budget 50% --trials 3"
-HEAL = "heal {run} -o {out}/healed --samples 4 --steps 3 --batch 800 --evaluations 2"
+HEAL = "heal {run} -o {out}/healed --samples 4 --steps 3 --batch 800 --set heal.evaluations=2"
 COMMANDS = {
     "compress": Command("compress --recipe {out}.yaml -o {out}"),
     "profile": Command(f"{PROFILE}profile"),

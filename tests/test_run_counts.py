@@ -27,6 +27,7 @@ from moacompress.models.weight_bytes import resident_bytes
 from moacompress.pipeline import estimate
 from moacompress.recipe import Recipe
 from moacompress.rules.candidates import candidate_rules
+from moacompress.rules.rule import SINKS
 from moacompress.rules.rule_table import RuleTable
 from moacompress.run_counts import ModelCounts, RunCounts, count_run, read_counts
 from moacompress.runtime.compat.alternates import returned_cache
@@ -90,7 +91,7 @@ def test_sample(
     if twice:
         monkeypatch.setattr(passes, "KEEP_TOKENS", LENGTH - 1)
     recipe = Recipe().override(profile__draws=draws)
-    table = RuleTable.of(candidate_rules(LENGTH, recipe.profile.sinks, recipe.profile.min_window), 32)
+    table = RuleTable.of(candidate_rules(LENGTH, SINKS, recipe.profile.min_window), 32)
     ids = np.random.default_rng(0).integers(3, 150, LENGTH)
     sample = Sample(ids, np.arange(LENGTH) >= LENGTH - TARGETS, "random", LENGTH)
     with Products() as counter:

@@ -40,7 +40,7 @@ def test_efforts_grow(prose: bool) -> None:
 
 def test_a_search_takes_what_its_steps_do() -> None:
     def measured(recipe: Recipe, validation: dict[int, int]) -> float:
-        work = search_work(recipe, validation)
+        work = search_work(recipe, validation, recipe.calibration.answer_tokens)
         assert {part.kind for part in work} == {Kind.FORWARD}
         return sum(part.count * part.tokens for part in work)
 

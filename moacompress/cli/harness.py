@@ -227,13 +227,13 @@ class Command:
             from moacompress.models.processes import join
 
             join()
-        device = settings.get("device")
+        given = read_settings(run.common.settings or ()) | read_options(self.keys, settings)
+        device = given.get("device")
         if device is not None and device != "cpu":
             from moacompress.models.placement import checked_placement
 
             self._check_map(device)
             checked_placement(device)
-        given = read_settings(run.common.settings or ()) | read_options(self.keys, settings)
         with splitting(splits):
             return self._work(replace(run, device_check=self._check_map, given=given), **arguments)
 

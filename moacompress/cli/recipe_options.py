@@ -120,16 +120,21 @@ def read_settings(texts: Sequence[str]) -> dict[str, Any]:
 
     found = {}
     for text in texts:
-        key, equals, value = text.partition("=")
+        key, _, value = text.partition("=")
+        key = key.strip()
         try:
-            if not (key and equals):
-                raise ValueError("it needs a key and a value")
             read = yaml.safe_load(value)
+            if not key or read is None:
+                raise ValueError("it needs a key and a value")
         except (ValueError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             raise UsageError(f"--set {text!r} is not KEY=VALUE, such as search.moves=0: {reason}") from error
-        as_list = _spelling(key).repeatable and not isinstance(read, list)
-        found[key.strip().replace(".", "__")] = [read] if as_list else read
+        spelling = _spelling(key)
+        if spelling.repeatable and not isinstance(read, list):
+            read = [read]
+        if spelling.read is not None and all(isinstance(one, str) for one in read):
+            read = spelling.read(read)
+        found[key.replace(".", "__")] = read
     return found
 
 

@@ -198,7 +198,7 @@ def _load_teacher(
 
 
 def _key(checkpoint: Checkpoint, profile: Profile, recipe: Recipe, compute: str) -> str:
-    heal = {name: value for name, value in recipe.heal.hashed().items() if name not in ("max_minutes", "checkpointing")}
+    heal = {name: value for name, value in recipe.heal.hashed().items() if name != "max_minutes"}
     text = recipe.calibration.text
     return fingerprint(
         {

@@ -14,6 +14,7 @@ workers compare no clocks.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -92,6 +93,7 @@ class Claims:
         self.storage, self.study_id, self.where = storage, study_id, where
         self.holder = holder or LockHolder.new()
         self._lost_races = 0
+        self._open: set[int] = set()
         self._progress = progress
         self._heartbeats = HeartbeatMonitor(monotonic)
         self._seen: list[FrozenTrial] = []
@@ -157,11 +159,13 @@ class Claims:
         with self._changing():
             self.storage.set_trial_state_values(claim.trial_id, TrialState.COMPLETE, [0.0])
         claim.ended = True
+        self._open.discard(claim.trial_id)
 
     def release(self, claim: Claim) -> None:
         """Gives up a claim for others to take, with what was measured of it, unless it has ended."""
         if not claim.ended:
             claim.ended = True
+            self._open.discard(claim.trial_id)
             with suppress(Exception):  # where the storage is gone this worker's claims go with it
                 with suppress(ClaimLost):
                     self._keep_numbers(claim)
@@ -216,22 +220,33 @@ class Claims:
     @contextmanager
     def joined(self, trials: int | None) -> Iterator[None]:
         """Shows this process as a worker that wants so many trials, with its heartbeat, as long as the block runs."""
+        from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
-        with held(self.holder):
-            trial_id = self._new_trial(WORKER + self.holder.token, trials=trials, heard=time.time())
+        def announce() -> int:
+            return self._new_trial(WORKER + self.holder.token, trials=trials, heard=time.time())
+
+        def beat() -> None:
+            nonlocal trial_id
             try:
-                with heartbeat(lambda: self.storage.set_trial_user_attr(trial_id, "heard", time.time())):
+                self.storage.set_trial_user_attr(trial_id, "heard", time.time())
+            except UpdateFinishedTrialError:  # it was taken for dead
+                trial_id = announce()
+
+        with held(self.holder):
+            trial_id = announce()
+            try:
+                with heartbeat(beat):
                     yield
             finally:
                 with suppress(Exception):  # what went wrong with the storage was said, or is no reason to fail any more
                     self.storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [0.0])
 
     def fail_running(self) -> None:
-        """Marks whatever is claimed as failed, for a process that knows that no other one is at work."""
+        """Marks whatever is claimed as failed, but for living processes of this machine: no other one can be at work."""
         with guarded(self.where):
             for trial in self.trials():
-                if trial.state.name == "RUNNING":
+                if trial.state.name == "RUNNING" and not holder_of(trial).is_alive(lambda: math.inf):
                     self._fail(self._trial_id(trial))
 
     def _named(self, name: str) -> list[FrozenTrial]:
@@ -243,12 +258,13 @@ class Claims:
     def _claim(self, name: str) -> Claim | None:
         """Claims what seems to be free; None where another worker was faster."""
         claim, self._lost_races = Claim(name, self._new_trial(name)), 0
+        self._open.add(claim.trial_id)
         try:
             named = self._named(name)
             number = max(trial.number for trial in named if holder_of(trial) == self.holder)
             earlier = [trial for trial in named if trial.number < number]
             if self._is_taken(earlier):
-                self._lost_races = len(earlier)
+                self._lost_races = sum(trial.state.name != "FAIL" for trial in earlier)
                 self.release(claim)
                 return None
             # looked up again, as a dead worker's last numbers may have come after the last look
@@ -275,23 +291,29 @@ class Claims:
         """Returns whether one of the trials of a name is finished, or a live worker's; those of dead ones fail."""
         with guarded(self.where):
             return any(
-                self._counts(trial)
-                or (trial.state.name == "RUNNING" and not self._fail(self._trial_id(trial)))  # it has ended meanwhile
+                self._counts(trial) or (trial.state.name == "RUNNING" and self._finished(self._trial_id(trial)))
                 for trial in trials
             )
+
+    def _finished(self, trial_id: int) -> bool:
+        """Marks a dead worker's trial as failed; returns whether it has been finished meanwhile."""
+        return not self._fail(trial_id) and self.storage.get_trial(trial_id).state.name == "COMPLETE"
 
     def _counts(self, trial: FrozenTrial) -> bool:
         """Returns whether a claim is finished, or its worker alive, as far as the last look says."""
         if trial.state.name != "RUNNING":
             return trial.state.name == "COMPLETE"
         holder = holder_of(trial)
+        if holder == self.holder:
+            return trial.user_attrs["name"].startswith(WORKER) or self._trial_id(trial) in self._open
+        own = [worker for worker in self._seen if worker.user_attrs["name"] == WORKER + holder.token]
+        if own and not any(worker.state.name == "RUNNING" for worker in own):
+            return False  # it has left, or lost its claims
 
         def silence() -> float:
-            own = WORKER + holder.token
-            heard = (trial.user_attrs["heard"] for trial in self._seen if trial.user_attrs["name"] == own)
-            return self._heartbeats.silence(holder.token, next(heard, 0.0))
+            return self._heartbeats.silence(holder.token, own[-1].user_attrs["heard"] if own else 0.0)
 
-        return holder == self.holder or holder.is_alive(silence)
+        return holder.is_alive(silence)
 
     def _fail(self, trial_id: int) -> bool:
         """Marks a trial as failed; returns False where it has ended already."""

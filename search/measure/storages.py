@@ -30,6 +30,8 @@ LOCK_GRACE = 5
 """Seconds after which the lock of a killed process is taken over; a lock is held for milliseconds."""
 SQLITE_PATIENCE = 60.0
 """Seconds that a process waits for SQLite's lock of the file, which is held for milliseconds."""
+DATABASES = ("sqlite", "postgresql")
+"""How URLs begin, of what is tested with many workers."""
 OPENING = 30
 """Times that a database is opened again where another process makes its tables at the same moment."""
 AT_THE_SAME_MOMENT = ("already exists", "duplicate", "unique", "locked", "deadlock")
@@ -51,6 +53,11 @@ def open_storage(storage: str | None) -> BaseStorage:
     if storage is None:
         return InMemoryStorage()
     path = None if "://" in storage else journal_file(storage)
+    if path is None and not storage.startswith(DATABASES):
+        raise RecipeError(
+            f"{shown(storage)} is of no database that searches are shared over; give a file ending in .journal, "
+            "sqlite:///FILE or postgresql://USER@HOST/NAME"
+        )
     with guarded(shown(storage)):
         return get_storage(_database(storage) if path is None else _journal(path))
 

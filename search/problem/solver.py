@@ -1,7 +1,8 @@
 """The budgeted choice: one rule for every KV head, least total cost, and what they take within every limit.
 
 A multiple-choice knapsack with a capacity for each limit, such as the KV bytes at a length. `solve` puts a price on each, so
-that heads choose alone, and repairs the result; `milp` hands the pruned problem to HiGHS. Both respect the limits exactly.
+that heads choose alone, and repairs the result; a search solves with it. `milp` hands the pruned problem to HiGHS: tests and
+`benchmarks/solver.py` compare with it. Both respect the limits exactly.
 """
 
 from __future__ import annotations

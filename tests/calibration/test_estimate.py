@@ -41,6 +41,7 @@ from moacompress.models.weight_bytes import resident_bytes
 from moacompress.recipe import Recipe
 from moacompress.rules.candidates import candidate_rules
 from moacompress.rules.plan import Plan
+from moacompress.rules.rule import SINKS
 from moacompress.rules.rule_table import RuleTable
 
 Factory = Callable[..., PreTrainedModel]
@@ -194,7 +195,7 @@ def test_memory_is_that_of_a_real_sample(
     n, source = 1024, load(family, sliding_window=2048 if family != "llama" else None)
     monkeypatch.setattr(passes, "KEEP_TOKENS", 0 if twice else n)
     chosen = recipe(n, samples=1, validation_samples=1)
-    rules = candidate_rules(n, chosen.profile.sinks, chosen.profile.min_window)
+    rules = candidate_rules(n, SINKS, chosen.profile.min_window)
     table = RuleTable.of(rules, chosen.profile.min_window)
     with LiveBytes() as live:
         sample_statistics(source.model, source.shape, table, random_sample(n), chosen.profile, None, 0, 0)
@@ -209,7 +210,7 @@ def test_the_time_is_that_of_a_real_sample(load: Callable[..., SourceModel]) -> 
     """Within a factor of three: tiny models take milliseconds, which are hard to time on a busy machine."""
     n, source = 768, load(hidden_size=128, intermediate_size=512)
     chosen = recipe(n, samples=1, validation_samples=1)
-    rules = candidate_rules(n, chosen.profile.sinks, chosen.profile.min_window)
+    rules = candidate_rules(n, SINKS, chosen.profile.min_window)
     table, seconds = RuleTable.of(rules, chosen.profile.min_window), []
     for _ in range(4):
         begin = time.thread_time()

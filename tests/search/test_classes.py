@@ -116,7 +116,7 @@ def test_rules_that_rows_may_not_have_against_brute_force(seed: int) -> None:
         with pytest.raises(InfeasibleBudgetError, match="at most 3 different rules"):
             limit.solve(costs, sizes, limits)
         return
-    choice = limit.solve(costs, sizes, limits, "milp")
+    choice = limit.solve(costs, sizes, limits)
     of_rows = limit.of_choice(choice)
     assert (of_rows >= 0).all()
     assert len(set(of_rows.tolist())) <= 3
