@@ -157,7 +157,7 @@ def test_an_option_wins_over_a_recipe_and_what_the_command_says_over_both(tmp_pa
 
 def test_any_key_can_be_set() -> None:
     given = read_settings(
-        ["search.moves=0", "heal.lr=2e-5", "search.share=layers=12:11", "search.floors={3: 0.5}", "budget=25%"]
+        ["search.moves=0", " heal.lr =2e-5", "search.share=layers=12:11", "search.floors={3: 0.5}", "budget=25%"]
     )
     recipe = CommandRun(Common(), Progress(), given=given).recipe()
     assert (recipe.search.moves, recipe.heal.lr, recipe.search.share) == (0, 2e-5, "layers=12:11")
@@ -170,6 +170,7 @@ def test_any_key_can_be_set() -> None:
     [
         ("search.moves", "--set 'search.moves' is not KEY=VALUE, such as search.moves=0"),
         ("=3", "is not KEY=VALUE"),
+        ("search.classes=null", "is not KEY=VALUE, such as search.moves=0: it needs a key and a value"),
         ("search.moves=[", "is not KEY=VALUE"),
         ("search.mvoes=3", "options: unknown key 'search.mvoes'; did you mean 'moves'?"),
         ("serch.moves=3", "options: unknown key 'serch'; did you mean 'search'?"),

@@ -14,15 +14,17 @@ import optuna
 import pytest
 
 from moacompress.calibration.profile.store import Profile
-from moacompress.core.errors import ArtefactError, InUseError
+from moacompress.core.errors import ArtefactError, InUseError, RecipeError
 from moacompress.core.lock_holders import LockHolder, own_file
 from moacompress.rules.budget import split_budgets
 from moacompress.rules.loss import Loss
 from moacompress.rules.plan import Plan
+from moacompress.search.deadline import Deadline
 from moacompress.search.front import find_front
 from moacompress.search.measure import claims as claims_module
 from moacompress.search.measure.claims import CLAIMS, WORKER, Claims, open_claims
 from moacompress.search.measure.storages import guarded, open_storage, quiet_optuna, shown
+from moacompress.search.plan_place import plan_place
 from moacompress.search.plan_sets import find_plans, find_smallest
 from moacompress.search.search_status import search_status
 from tests.search_workers import FORK, SearchRun, check_nothing_is_lost_or_doubled, killed_at_random
@@ -225,6 +227,55 @@ def test_a_worker_elsewhere_is_dead_once_its_heartbeat_stops(kind: str, tmp_path
         clock.now = 611.0
         assert claims.acquire("claimed") is not None
         assert backend.get_trial(claimed).state.name == "FAIL"
+
+
+def test_what_a_worker_that_has_left_had_claimed_is_free(tmp_path: Path) -> None:
+    """Its process may live on: what it could not release is nobody's."""
+    storage = storage_in(tmp_path, "journal")
+    backend, claimed = elsewhere(storage, time.time())
+    with quiet_optuna(), open_claims(storage, "s", alone=False) as claims:
+        assert claims.acquire("claimed") is None
+        backend.set_trial_state_values(claimed - 1, optuna.trial.TrialState.COMPLETE, [0.0])
+        assert claims.acquire("claimed") is not None
+
+
+def test_a_claim_that_could_not_be_released_is_free_for_its_own_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with quiet_optuna(), open_claims(storage_in(tmp_path, "journal"), "s", alone=False) as claims:
+        claim = claims.acquire("x")
+        assert claim is not None
+        assert claims.acquire("x") is None
+        with monkeypatch.context() as broken:
+            broken.setattr(claims.storage, "set_trial_state_values", lambda *arguments: 1 / 0)
+            claims.release(claim)
+        assert claims.acquire("x") is not None
+
+
+def test_a_lone_search_leaves_living_workers_of_this_machine_their_claims(tmp_path: Path) -> None:
+    storage = storage_in(tmp_path, "journal")
+    with quiet_optuna(), open_claims(storage, "s", alone=False) as beside:
+        claim = beside.acquire("x")
+        assert claim is not None
+        with open_claims(storage, "s", alone=True) as claims:
+            assert claims.acquire("x") is None
+        beside.finish(claim, "done")
+
+
+def test_a_place_that_was_settled_can_be_settled_again(tmp_path: Path) -> None:
+    deadline = Deadline(None)
+    with plan_place(tmp_path / "plan.json", shared=True) as place:
+        place.settle(lambda: True, deadline)
+        assert not place.ours
+        place.settle(lambda: False, deadline)
+        assert place.ours
+
+
+def test_a_database_that_is_not_supported_is_refused() -> None:
+    with pytest.raises(
+        RecipeError, match=r"mysql://host/db is of no database that searches are shared over; give a"
+    ):
+        open_storage("mysql://me:s3cret@host/db")
 
 
 @pytest.mark.parametrize("kind", STORAGES)
