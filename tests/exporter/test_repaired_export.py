@@ -100,8 +100,7 @@ def test_plan_card_and_inspect_say_so(repaired: Path, profiled: Profile, plan: P
     assert f"{notes['harm']['after']['mean']:.3g}" in card
     data = inspect_plan(written, None, repaired)
     assert data["repair"] == notes
-    rows: Any = overview(written, data).renderables[1]
-    assert "repair" in [str(cell) for cell in rows.columns[0].cells]
+    assert "repair" in [row[0] for row in overview(written, data).rows]
     assert inspect_plan(plan)["repair"] is None
 
 

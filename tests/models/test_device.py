@@ -57,7 +57,7 @@ COMMANDS = (
     "chat RUN --ask hello",
     "data preview MODEL",
     "demo -o OUT --model MODEL",
-    "doctor",
+    "doctor MODEL",
     "export MODEL PLAN -o OUT",
     "inspect RUN --show-tokens NOTHING",
 )
@@ -78,7 +78,8 @@ def test_every_command_says_so_at_once(command: str, tiny_folder: Path, compress
     ("command", "said"),
     [
         ("inspect RUN", "--device has no effect without --show-tokens"),
-        ("report RUN", "--device has no effect in `report`"),
+        ("report RUN", "No such option: --device"),
+        ("doctor", "--device has no effect without MODEL"),
     ],
 )
 def test_a_command_without_a_device_says_so(

@@ -272,9 +272,7 @@ def test_a_place_that_was_settled_can_be_settled_again(tmp_path: Path) -> None:
 
 
 def test_a_database_that_is_not_supported_is_refused() -> None:
-    with pytest.raises(
-        RecipeError, match=r"mysql://host/db is of no database that searches are shared over; give a"
-    ):
+    with pytest.raises(RecipeError, match=r"mysql://host/db is of no database that searches are shared over; give a"):
         open_storage("mysql://me:s3cret@host/db")
 
 
