@@ -14,6 +14,7 @@ import tokenize
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = ("moacompress", "calibration", "search", "_moacompress_autoload.py", "setup.py")
@@ -104,7 +105,7 @@ def command_parameters() -> int:
     return sum(len(command.params) for command in commands(typer.main.get_command(app)))
 
 
-def commands(command: object) -> Iterator[object]:
+def commands(command: Any) -> Iterator[Any]:
     """Yields the commands of a group, of its groups too."""
     inner = getattr(command, "commands", None)
     if inner is None:

@@ -226,15 +226,16 @@ class Claims:
         def announce() -> int:
             return self._new_trial(WORKER + self.holder.token, trials=trials, heard=time.time())
 
-        def beat() -> None:
-            nonlocal trial_id
-            try:
-                self.storage.set_trial_user_attr(trial_id, "heard", time.time())
-            except UpdateFinishedTrialError:  # it was taken for dead
-                trial_id = announce()
-
         with held(self.holder):
             trial_id = announce()
+
+            def beat() -> None:
+                nonlocal trial_id
+                try:
+                    self.storage.set_trial_user_attr(trial_id, "heard", time.time())
+                except UpdateFinishedTrialError:  # it was taken for dead
+                    trial_id = announce()
+
             try:
                 with heartbeat(beat):
                     yield

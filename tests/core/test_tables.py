@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from moacompress.core.tables import Table, estimate_text, facts
+from moacompress.core.tables import Columns, Table, estimate_text, facts
 from moacompress.report.bench_tables import bench_tables
 from moacompress.report.evaluation_tables import evaluation_tables
 
@@ -48,7 +48,7 @@ def test_columns_without_room_follow_in_a_table_of_their_own() -> None:
 
 
 def test_the_same_table_as_markdown() -> None:
-    columns = {"name": str, "KL(dense || model)": lambda value: f"{value:.2f}"}
+    columns: Columns = {"name": str, "KL(dense || model)": lambda value: f"{value:.2f}"}
     assert Table.of("Title", columns, (1, 25), "A note.").markdown() == (
         "| name | KL(dense \\|\\| model) |\n| --- | ---: |\n| 1 | 1.00 |\n| 25 | 25.00 |\n\nA note."
     )

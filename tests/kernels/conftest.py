@@ -158,7 +158,7 @@ class Case:
 
     def rule(self, head: int) -> Rule:
         """The rule of a KV head."""
-        return Rule(*(int(numbers[head]) for numbers in (self.sink, self.alpha, self.beta_q)))
+        return Rule(int(self.sink[head]), int(self.alpha[head]), int(self.beta_q[head]))
 
     def vector(self, which: str, row: int, head: int, position: int) -> torch.Tensor | None:
         """The key or the value of a token where it lies, in the pool or in the chunk; None where it lies nowhere."""

@@ -75,4 +75,4 @@ def test_bits_and_bytes_by_formats(profiles: Profiles) -> None:
     pairs = [(row["key_format"], row["value_format"]) for row in found]
     assert pairs == [("native", "native"), ("int4", "native"), ("int8", "int4")]
     assert [row["kv_heads"] for row in found] == [1, 1, 2]
-    assert sum(row["kv_bytes"] for row in found) == plan.kv_bytes(n)
+    assert sum(int(row["kv_bytes"]) for row in found) == plan.kv_bytes(n)

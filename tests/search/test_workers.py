@@ -193,7 +193,7 @@ def test_numbers_are_kept_every_few_seconds_and_where_a_claim_is_given_up(
 def elsewhere(storage: str, heard: float) -> tuple[Any, int]:
     """Leaves a worker of another boot, or machine, in a study, and what it has claimed; returns the storage and the claim."""
     holder = LockHolder("elsewhere", "another boot", "", 7, "1", time.time() - 86400, "its token").to_dict()
-    notes = [{"name": f"{WORKER}its token", "trials": 5, "heard": heard}, {"name": "claimed"}]
+    notes: list[dict[str, Any]] = [{"name": f"{WORKER}its token", "trials": 5, "heard": heard}, {"name": "claimed"}]
     with quiet_optuna():
         backend = open_storage(storage)
         study = optuna.create_study(storage=backend, study_name="s" + CLAIMS, load_if_exists=True)
