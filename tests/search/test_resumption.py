@@ -94,7 +94,7 @@ def test_storage_resumes(search: Search, profiles: Profiles, tmp_path: Path, kin
     [
         ("nowhere", "neither a journal file"),
         ("sqlite:////nonexistent/folder/s.db", "cannot use the study storage"),
-        ("nosuchdb://user:secret@host/x", "cannot use the study storage nosuchdb://host/x"),
+        ("nosuchdb://user:secret@host/x", "nosuchdb://host/x is of no database that searches are shared over"),
         ("/proc/nothing/s.journal", "cannot use the study storage"),
     ],
 )

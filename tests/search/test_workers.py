@@ -14,7 +14,7 @@ import optuna
 import pytest
 
 from moacompress.calibration.profile.store import Profile
-from moacompress.core.errors import ArtefactError, InUseError, RecipeError
+from moacompress.core.errors import ArtefactError, InUseError
 from moacompress.core.lock_holders import LockHolder, own_file
 from moacompress.rules.budget import split_budgets
 from moacompress.rules.loss import Loss
@@ -269,11 +269,6 @@ def test_a_place_that_was_settled_can_be_settled_again(tmp_path: Path) -> None:
         assert not place.ours
         place.settle(lambda: False, deadline)
         assert place.ours
-
-
-def test_a_database_that_is_not_supported_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"mysql://host/db is of no database that searches are shared over; give a"):
-        open_storage("mysql://me:s3cret@host/db")
 
 
 @pytest.mark.parametrize("kind", STORAGES)
