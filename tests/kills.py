@@ -30,9 +30,7 @@ HALF = b'{"op_code": 8, "worker'
 IGNORED = re.compile(r".*(\.journal|\.lock|\.html)|seconds\.json")
 """Names of files that no two runs have in common: of times, and of the order in which trials were made."""
 IGNORED_KEYS = {"seconds"}
-"""Keys of JSON that differ likewise, wherever they are."""
-TIMED = re.compile(r".*_(ms|per_s)|speedup|peak_.*|spread.*|.*_best")
-"""Keys of what `bench` measures."""
+"""Keys of JSON that differ from run to run, wherever they are."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ def _tensors(data: bytes) -> tuple[Any, bytes]:
 def _same(value: Any) -> Any:
     """Returns a JSON value without what differs between runs."""
     if isinstance(value, dict):
-        kept = (key for key in value if key not in IGNORED_KEYS and not TIMED.fullmatch(key))
+        kept = (key for key in value if key not in IGNORED_KEYS)
         return {key: _same(value[key]) for key in kept}
     return [_same(each) for each in value] if isinstance(value, list) else value
 

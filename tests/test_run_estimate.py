@@ -101,7 +101,7 @@ def test_a_dry_run_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:
 
 def test_search_and_eval_say_what_they_would_take(tiny_folder: Path, tmp_path: Path) -> None:
     profile, plan, model = tmp_path / "profile", tmp_path / "plan.json", tmp_path / "model"
-    small = (
+    small = [
         "--lengths",
         "700",
         "--samples",
@@ -112,7 +112,7 @@ def test_search_and_eval_say_what_they_would_take(tiny_folder: Path, tmp_path: P
         "profile.draws=1",
         "--source",
         "needle",
-    )
+    ]
     assert invoke("profile", tiny_folder, "-o", profile, *small).exit_code == 0
     one, two = (
         json.loads(invoke("search", profile, "--budget", budget, "-o", plan, "--dry-run", "--json").stdout)

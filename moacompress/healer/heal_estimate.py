@@ -21,7 +21,7 @@ from moacompress.estimate.estimate import Estimate
 from moacompress.estimate.estimator import Estimator
 from moacompress.estimate.work import Kind, Work, answers
 from moacompress.healer.distillation import soft_loss
-from moacompress.healer.heal_request import HealRequest, accumulation
+from moacompress.healer.heal_request import TWICE_BEYOND, HealRequest, accumulation
 from moacompress.healer.healing import check_out
 from moacompress.healer.teacher import HeldOut, Teacher, target_rows
 from moacompress.healer.trained_weights import make_trainable
@@ -158,7 +158,7 @@ class _TimedHeal:
         for kind in (Kind.TEACHER, Kind.HELD_OUT):
             self.estimator.one(kind, len(ids))
         model = make_trainable(model, request.plan, request.heal, request.recipe.seed).train()
-        if request.computes_twice(len(ids)):
+        if len(ids) > TWICE_BEYOND:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.estimator.one(Kind.TRAINING, len(ids))
         self.peak_bytes = int(torch.cuda.max_memory_allocated()) if device.type == "cuda" else peak_rss()

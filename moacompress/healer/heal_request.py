@@ -27,7 +27,7 @@ from moacompress.runtime.checkpoint import Checkpoint, compressed_folder, load_c
 HEAL_VERSION = 1
 """Part of what a heal is known by; raised where the same request would give other weights."""
 TWICE_BEYOND = 1536
-"""Longest sample whose layers keep all that their backward pass needs, where the recipe does not say."""
+"""Longest sample whose layers keep all that their backward pass needs; those of longer ones are computed again for it."""
 DENSE_GIVEN = (
     "{folder} is a dense model: it has lost nothing that could be healed; compress it first (`moacompress compress {folder} "
     "--budget 25% -o OUT`) and heal OUT"
@@ -78,10 +78,6 @@ class HealRequest:
         """What is read, where these are files or folders."""
         named = self.checkpoint.folder, self.teacher.source, self.profile.path, self.recipe.calibration.text
         return [name for name in named if name and Path(name).exists()]
-
-    def computes_twice(self, longest: int) -> bool:
-        """Returns whether layers are computed again for their backward pass, where samples have up to so many tokens."""
-        return longest > TWICE_BEYOND
 
     def weight_bytes(self, model: Any) -> dict[str, dict[str, int]] | None:
         """Returns the bytes of the checkpoint's weights by type, `before` and `after`; None where none are in blocks.

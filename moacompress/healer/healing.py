@@ -51,7 +51,7 @@ from moacompress.exporter.cache_settings import with_its_cache
 from moacompress.exporter.exporting import check_place, exported_plan, write_checkpoint
 from moacompress.exporter.fresh import verify_fresh
 from moacompress.healer.heal_history import Evaluated, HealHistory, last_checkpoint, load_best
-from moacompress.healer.heal_request import HealRequest, accumulation
+from moacompress.healer.heal_request import TWICE_BEYOND, HealRequest, accumulation
 from moacompress.healer.teacher import HeldOut, Teacher
 from moacompress.healer.trained_weights import distilled_layers, make_trainable, put_written
 from moacompress.healer.training_data import HealData, heal_lengths, make_heal_data
@@ -171,7 +171,7 @@ def trainer_arguments(request: HealRequest, work: Path | None) -> Any:
         gradient_accumulation_steps=accumulation(request),
         learning_rate=request.learning_rate,
         weight_decay=0.0,
-        gradient_checkpointing=request.computes_twice(longest),
+        gradient_checkpointing=longest > TWICE_BEYOND,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=request.compute == "bfloat16",
         use_cpu=request.recipe.device == "cpu",

@@ -59,6 +59,7 @@ class Claim:
     Attributes:
         name: of what is measured.
         trial_id: of the trial that stands for it.
+        number: of that trial in the study.
         numbers: measured so far, those of earlier claims of the name included; the storage has the first `kept` of them.
         kept_at: when they were kept, by `time.monotonic`.
         ended: whether it is finished or released.
@@ -66,6 +67,7 @@ class Claim:
 
     name: str
     trial_id: int
+    number: int = -1
     numbers: list[float] = field(default_factory=list)
     kept: int = 0
     kept_at: float = field(default_factory=lambda: time.monotonic())
@@ -93,7 +95,7 @@ class Claims:
         self.storage, self.study_id, self.where = storage, study_id, where
         self.holder = holder or LockHolder.new()
         self._lost_races = 0
-        self._open: set[int] = set()
+        self._open: set[int] = set()  # numbers of the claims that this worker has
         self._progress = progress
         self._heartbeats = HeartbeatMonitor(monotonic)
         self._seen: list[FrozenTrial] = []
@@ -159,13 +161,13 @@ class Claims:
         with self._changing():
             self.storage.set_trial_state_values(claim.trial_id, TrialState.COMPLETE, [0.0])
         claim.ended = True
-        self._open.discard(claim.trial_id)
+        self._open.discard(claim.number)
 
     def release(self, claim: Claim) -> None:
         """Gives up a claim for others to take, with what was measured of it, unless it has ended."""
         if not claim.ended:
             claim.ended = True
-            self._open.discard(claim.trial_id)
+            self._open.discard(claim.number)
             with suppress(Exception):  # where the storage is gone this worker's claims go with it
                 with suppress(ClaimLost):
                     self._keep_numbers(claim)
@@ -259,11 +261,11 @@ class Claims:
     def _claim(self, name: str) -> Claim | None:
         """Claims what seems to be free; None where another worker was faster."""
         claim, self._lost_races = Claim(name, self._new_trial(name)), 0
-        self._open.add(claim.trial_id)
         try:
             named = self._named(name)
-            number = max(trial.number for trial in named if holder_of(trial) == self.holder)
-            earlier = [trial for trial in named if trial.number < number]
+            claim.number = max(trial.number for trial in named if holder_of(trial) == self.holder)
+            self._open.add(claim.number)
+            earlier = [trial for trial in named if trial.number < claim.number]
             if self._is_taken(earlier):
                 self._lost_races = sum(trial.state.name != "FAIL" for trial in earlier)
                 self.release(claim)
@@ -306,10 +308,10 @@ class Claims:
             return trial.state.name == "COMPLETE"
         holder = holder_of(trial)
         if holder == self.holder:
-            return trial.user_attrs["name"].startswith(WORKER) or self._trial_id(trial) in self._open
+            return trial.number in self._open  # what it could not release is not its own any more
         own = [worker for worker in self._seen if worker.user_attrs["name"] == WORKER + holder.token]
         if own and not any(worker.state.name == "RUNNING" for worker in own):
-            return False  # it has left, or lost its claims
+            return False  # it ended, or was marked as failed
 
         def silence() -> float:
             return self._heartbeats.silence(holder.token, own[-1].user_attrs["heard"] if own else 0.0)

@@ -31,6 +31,18 @@ class Coded(LlamaForCausalLM):
         super().__init__(*args, **kwargs)
 """
 FLAG = "--trust-remote-code"
+SMALL = [
+    "--samples",
+    "2",
+    "--validation-samples",
+    "2",
+    "--set",
+    "profile.draws=1",
+    "--source",
+    "needle",
+    "--lengths",
+    "768",
+]
 IDS = torch.arange(200)[None] % 150 + 4
 LOAD_MODELS = (
     ("profile",), ("search",), ("export",), ("compress",), ("eval",), ("bench",), ("heal",), ("chat",), ("inspect",),
@@ -95,19 +107,7 @@ def give_consent(folder: Path) -> None:
 def place(coded: Coded, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder with a profile, a plan and a compressed model, all made with the flag."""
     place = tmp_path_factory.mktemp("consent")
-    small = (
-        "--samples",
-        "2",
-        "--validation-samples",
-        "2",
-        "--set",
-        "profile.draws=1",
-        "--source",
-        "needle",
-        "--lengths",
-        "768",
-    )
-    run("profile", coded.folder, "-o", place / "profile", *small, FLAG)
+    run("profile", coded.folder, "-o", place / "profile", *SMALL, FLAG)
     assert coded.ran()
     quick = ("--trials", "1", "--rounds", "0", "--moves", "0")
     run("search", place / "profile", "--budget", "50%", "-o", place / "plan.json", *quick, FLAG)
@@ -161,19 +161,7 @@ def test_what_was_made_without_the_flag_is_taken_up_with_it(place: Path, coded: 
     shutil.copytree(place, old)
     before = (old / "profile" / "influence.safetensors").stat().st_mtime_ns
     quick = ("--trials", "1", "--rounds", "0", "--moves", "0")
-    small = (
-        "--samples",
-        "2",
-        "--validation-samples",
-        "2",
-        "--set",
-        "profile.draws=1",
-        "--source",
-        "needle",
-        "--lengths",
-        "768",
-    )
-    run("profile", coded.folder, "-o", old / "profile", *small)
+    run("profile", coded.folder, "-o", old / "profile", *SMALL)
     run("search", old / "profile", "--budget", "50%", "-o", old / "plan.json", *quick)
     run("export", coded.folder, old / "plan.json", "-o", old / "model")
     assert (old / "profile" / "influence.safetensors").stat().st_mtime_ns == before

@@ -15,6 +15,7 @@ from moacompress.doctor import checks
 from moacompress.rules.plan import Plan
 
 RUNNER = CliRunner()
+SMALL = ["--samples", "2", "--validation-samples", "2", "--set", "profile.draws=1", "--source", "needle", "--seed", "3"]
 
 
 def run(*arguments: str | Path, exit_code: int = 0) -> Any:
@@ -35,19 +36,7 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     """Returns a folder with a profile, a plan and an exported model."""
     place = tmp_path_factory.mktemp("steps")
-    small = (
-        "--samples",
-        "2",
-        "--validation-samples",
-        "2",
-        "--set",
-        "profile.draws=1",
-        "--source",
-        "needle",
-        "--seed",
-        "3",
-    )
-    made = run("profile", tiny_folder, "-o", place / "profile", "--lengths", "768", *small)
+    made = run("profile", tiny_folder, "-o", place / "profile", "--lengths", "768", *SMALL)
     assert (made["lengths"], made["samples"], made["layers"], made["kv_heads"]) == ([768], 2, 3, 2)
     found = run("search", place / "profile", "--budget", "50%", "-o", place / "plan.json", "--trials", "2")
     assert found["plan"] == str(place / "plan.json")
@@ -79,19 +68,7 @@ def test_few_classes(place: Path, tmp_path: Path) -> None:
 
 def test_the_same_command_again_redoes_nothing(place: Path, tiny_folder: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in place.rglob("*") if file.is_file()}
-    small = (
-        "--samples",
-        "2",
-        "--validation-samples",
-        "2",
-        "--set",
-        "profile.draws=1",
-        "--source",
-        "needle",
-        "--seed",
-        "3",
-    )
-    run("profile", tiny_folder, "-o", place / "profile", "--lengths", "768", *small)
+    run("profile", tiny_folder, "-o", place / "profile", "--lengths", "768", *SMALL)
     run("search", place / "profile", "--budget", "50%", "-o", place / "plan.json", "--trials", "2")
     run("export", tiny_folder, place / "plan.json", "-o", place / "model")
     assert {file: file.stat().st_mtime_ns for file in place.rglob("*") if file.is_file()} == before

@@ -671,7 +671,7 @@ def test_logits_by_every_route(backend, route, examples, use_backend, tiny_model
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_sinks_outlast_a_roll_back(dtype):
-    """A native window has left them when a roll back ends, and a second one may go back to where it had not."""
+    """A native window has evicted them when a roll back ends, and a second one may go back to where they were still visible."""
     shape = ModelShape("llama", 1, 2, 2, DIM, "float64", (70,), "")
     plan = Plan(shape, 16, ((Rule.FULL, Rule(4, 0, 0)),))
     cache, attention = PlanCache(plan), Attention(plan, dtype, torch.Generator().manual_seed(0))
