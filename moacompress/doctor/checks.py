@@ -45,7 +45,7 @@ EXTRAS = {
     "eval": ("accelerate", "lm_eval"),
     "heal": ("accelerate", "peft"),
     "offload": ("accelerate",),
-    "postgresql": ("psycopg2",),
+    "postgresql": ("psycopg",),
     "report": ("jinja2", "kaleido", "plotly"),
     "rivals": ("hqq", "optimum.quanto"),
     "torchao": ("torchao",),

@@ -8,6 +8,7 @@ transaction of SQLite begins with the lock of the whole file.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import re
@@ -32,6 +33,8 @@ SQLITE_PATIENCE = 60.0
 """Seconds that a process waits for SQLite's lock of the file, which is held for milliseconds."""
 DATABASES = ("sqlite", "postgresql")
 """How URLs begin, of what is tested with many workers."""
+DRIVER = "psycopg"
+"""PostgreSQL's driver where a URL names none: SQLAlchemy's own choice depends on its version."""
 OPENING = 30
 """Times that a database is opened again where another process makes its tables at the same moment."""
 AT_THE_SAME_MOMENT = ("already exists", "duplicate", "unique", "locked", "deadlock")
@@ -68,6 +71,10 @@ def _database(url: str) -> RDBStorage:
     from sqlalchemy.exc import SQLAlchemyError
 
     sqlite = url.startswith("sqlite")
+    if url.startswith("postgresql://"):
+        if importlib.util.find_spec(DRIVER) is None:
+            raise ImportError(f"its driver {DRIVER} is not installed; pip install 'moacompress[postgresql]'")
+        url = url.replace("postgresql", f"postgresql+{DRIVER}", 1)
     settings = {"connect_args": {"timeout": SQLITE_PATIENCE}} if sqlite else {"pool_pre_ping": True}
     for left in reversed(range(OPENING)):
         try:

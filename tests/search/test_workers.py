@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -325,6 +326,14 @@ def test_a_password_is_neither_shown_nor_kept(url: str, profiles: Profiles) -> N
     with pytest.raises(ArtefactError) as refused, guarded(shown(url)):
         raise ValueError(f"no such host in '{url}'")
     assert "s3" not in str(refused.value)
+
+
+def test_a_driver_that_lacks_is_named_with_its_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(
+        ArtefactError, match=r"driver psycopg is not installed; pip install 'moacompress\[postgresql\]'"
+    ):
+        open_storage("postgresql://me@host/db")
 
 
 @pytest.mark.parametrize("kind", STORAGES)

@@ -15,7 +15,7 @@ def database() -> Iterator[str]:
     """The URL of a PostgreSQL server that is stopped at the end."""
     if postgres.programs() is None:
         pytest.skip(postgres.MISSING)
-    if importlib.util.find_spec("psycopg2") is None:
-        pytest.skip("psycopg2 is not here; `make test-services` installs it")
+    if importlib.util.find_spec("psycopg") is None:
+        pytest.skip("psycopg is not here; `make test-services` installs it")
     with postgres.running() as url:
         yield url

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -48,15 +47,12 @@ def test_what_killed_workers_had_is_taken_over(
 
 def of_its_own(request: pytest.FixtureRequest, seed: int) -> str:
     """Makes a database of the server, and returns its URL."""
-    import psycopg2
+    import psycopg
 
     url = str(request.getfixturevalue("database"))
     name = f"seed{seed}"
-    connection: Any = psycopg2.connect(url)
-    connection.autocommit = True
-    with connection.cursor() as cursor:
-        cursor.execute(f"CREATE DATABASE {name}")
-    connection.close()
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
     return f"{url.rpartition('/')[0]}/{name}"
 
 
