@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument(
         "--samples", type=int, help="so many samples of no calibration, in place of the validation samples"
     )
+    parser.add_argument("--dtype", default="auto", help="compute dtype of the model")
     parser.add_argument("-o", "--out", type=Path, help="JSON file of the rows")
     parser.add_argument("--table", type=Path, help="measure nothing; print the rows of a file")
     given = parser.parse_args()
@@ -48,7 +49,7 @@ def main() -> None:
         parser.error("give a profile, plans and --out, or --table")
     profile = Profile.load(given.profile)
     plans = dict(named_plan(text, profile) for text in given.plans)
-    source = load_for(profile.recipe, given.model or profile.source)
+    source = load_for(profile.recipe.override(dtype=given.dtype), given.model or profile.source)
     samples = profile.validation
     if given.samples is not None:
         calibration = profile.recipe.calibration.model_copy(update={"validation_samples": given.samples})

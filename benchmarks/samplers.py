@@ -63,7 +63,8 @@ def main() -> None:
             minutes[name] = searched(given, folder / f"{sampler}-{seed}.json", sampler, given.trials, seed)
     plans = [f"{name}={folder / name.rpartition('/')[2]}.json" for name in minutes]
     compare = [sys.executable, str(Path(__file__).with_name("compare_plans.py")), str(given.profile), *plans]
-    subprocess.run([*compare, "--samples", str(given.samples), "-o", str(given.out)], check=True)
+    options = ["--samples", str(given.samples), "--dtype", given.dtype]
+    subprocess.run([*compare, *options, "-o", str(given.out)], check=True)
     rows = json.loads(given.out.read_text("utf-8"))
     for row in rows:
         row["minutes"] = minutes[row["plan"]]
