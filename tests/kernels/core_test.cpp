@@ -231,10 +231,10 @@ void test(Isa isa, DType dtype) {
   const EvictionSchedule competing = {begins.data(), positions.data(), admitted.data(), evicted.data(), places.data()};
   if (eviction_schedule(competing, rows * kv_heads, {selects.data(), 1}, given.data()) != OK)
     failures++, std::printf("eviction_schedule failed\n");
-  const Passing passing = {begins.data(), slots.data(), admitted.data(), evicted.data()};
-  call.passing = &passing;
+  const TransientTokens transient = {begins.data(), slots.data(), admitted.data(), evicted.data()};
+  call.transient = &transient;
   if (prefill(call, parallel, isa) != OK) failures++, std::printf("prefill with selected tokens failed\n");
-  call.passing = nullptr;
+  call.transient = nullptr;
 
   DecodeCall one = {shape, rules, scores, query.bytes.get(), heads * tokens * dim, tokens * dim, keys, values,
                     {table.data(), width}, past.data(), nullptr, nullptr, nullptr, nullptr};

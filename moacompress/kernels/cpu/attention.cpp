@@ -290,7 +290,7 @@ struct PrefillJob {
     };
     find(kv_parts.key, 0, call.key, k, work.source.key_chunk, work.source.key_bytes);
     find(kv_parts.value, 1, call.value, v, work.source.value_chunk, work.source.value_bytes);
-    if (call.passing) work.passing = call.passing->of(pair);
+    if (call.transient) work.transient = call.transient->of(pair);
     work.scaling = call.scores.scaling;
     work.softcap = call.scores.softcap;
     work.sink_logits = call.scores.sink_logits ? call.scores.sink_logits + head * shape.group : nullptr;

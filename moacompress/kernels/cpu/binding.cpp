@@ -117,12 +117,12 @@ const int64_t* begins_of(const Tensor& t, int64_t pairs, int64_t count, const ch
 }
 
 // Reads begins, slots, admitted and evicted, all int64; slots of the cache are looked up where they are used.
-Passing passing_of(const Tensors& passing, const Shape& shape, const int64_t* real, const char* op) {
-  REQUIRE(passing.size() == 4, op, ": ", passing.size(), " tensors say which tokens are selected, not 4");
-  const int64_t pairs = shape.rows * shape.kv_heads, count = passing[1].numel();
-  const int64_t* begins = begins_of(passing[0], pairs, count, op);
-  const Passing found = {begins, numbers(passing[1], count, op, "slots"), numbers(passing[2], count, op, "admitted"),
-                         numbers(passing[3], count, op, "evicted")};
+TransientTokens transient_of(const Tensors& transient, const Shape& shape, const int64_t* real, const char* op) {
+  REQUIRE(transient.size() == 4, op, ": ", transient.size(), " tensors say which tokens are selected, not 4");
+  const int64_t pairs = shape.rows * shape.kv_heads, count = transient[1].numel();
+  const int64_t* begins = begins_of(transient[0], pairs, count, op);
+  const TransientTokens found = {begins, numbers(transient[1], count, op, "slots"), numbers(transient[2], count, op, "admitted"),
+                                 numbers(transient[3], count, op, "evicted")};
   for (int64_t pair = 0; pair < pairs; pair++)
     for (int64_t i = begins[pair]; i < begins[pair + 1]; i++)
       REQUIRE(-1 - found.slots[i] < real[pair / shape.kv_heads], op, ": slot ", found.slots[i], " of a chunk of ",
@@ -132,7 +132,7 @@ Passing passing_of(const Tensors& passing, const Shape& shape, const int64_t* re
 
 std::tuple<Tensor, Tensor> prefill_op(Tensor query, Tensor key, Tensor value, Tensors keys, Tensors values, Tensor table,
                                       Tensor past, Tensor valid, Tensor rules, double scaling, double softcap,
-                                      std::optional<Tensor> sink_logits, Tensors passing) {
+                                      std::optional<Tensor> sink_logits, Tensors transient) {
   const char* op = "prefill";
   const Shape shape = chunk_shape(query, key, value, op);
   const ScalarType type = query.scalar_type();
@@ -146,15 +146,15 @@ std::tuple<Tensor, Tensor> prefill_op(Tensor query, Tensor key, Tensor value, Te
             ": row ", row, " has ", before[row], " tokens before the chunk and ", real[row], " real ones of ", tokens,
             " in it");
   const Rest rest = rest_of(rules, scaling, softcap, sink_logits, shape, op);
-  Passing kept = {};
-  if (!passing.empty()) kept = passing_of(passing, shape, real, op);
+  TransientTokens kept = {};
+  if (!transient.empty()) kept = transient_of(transient, shape, real, op);
   Tensor out = new_rows(query, shape.rows, heads, tokens, shape.value_dim);
   Tensor lse = new_floats(query, {shape.rows, heads, tokens});
   const PrefillCall call = {shape, rest.rules, rest.scores, tokens, query.const_data_ptr(), key.const_data_ptr(),
                             value.const_data_ptr(), strides(query), strides(key), strides(value), key_pool.view(),
                             value_pool.view(), {static_cast<const int32_t*>(ids), table.size(2)}, before, real,
                             out.mutable_data_ptr(), strides(out), static_cast<float*>(lse.mutable_data_ptr()),
-                            passing.empty() ? nullptr : &kept};
+                            transient.empty() ? nullptr : &kept};
   check_status(prefill(call, parallel(), isa()), op);
   return {out, lse};
 }
@@ -336,7 +336,7 @@ static const moacompress::Operators operators("moacompress_cpu", {
      "Tensor formats, int head_dim, int value_dim) -> ()",
      Boxed<&move_selected_op>::call},
     {"prefill(Tensor query, Tensor key, Tensor value, Tensor[] keys, Tensor[] values, Tensor table, Tensor past, Tensor valid, "
-     "Tensor rules, float scaling, float softcap, Tensor? sink_logits, Tensor[] passing) -> (Tensor, Tensor)",
+     "Tensor rules, float scaling, float softcap, Tensor? sink_logits, Tensor[] transient) -> (Tensor, Tensor)",
      Boxed<&prefill_op>::call},
     {"put(Tensor(a!)[] memory, Tensor slots, Tensor vectors, Tensor formats, bool values) -> ()",
      Boxed<&put_op>::call},

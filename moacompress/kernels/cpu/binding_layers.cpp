@@ -307,9 +307,9 @@ static const moacompress::Operators operators("moacompress_cpu", {
     {"read_layers(Tensor[] weights, Tensor[] biases, int[] kinds, Tensor[] centres, Tensor[] norms, float eps, int head_dim, Tensor[] rules, float scaling, "
      "Tensor shares, Tensor[] gates) -> int",
      Boxed<&read_layers_op>::call},
-    {"read_caches(int layers, Tensor[] keys, Tensor[] values, int[] segments, Tensor[] beside, Tensor[] states, int lag) -> int",
+    {"read_caches(int layers, Tensor[] keys, Tensor[] values, int[] segments, Tensor[] shared_values, Tensor[] states, int lag) -> int",
      Boxed<&read_caches_op>::call},
-    {"read_cache(int caches, int layer, Tensor[] keys, Tensor[] values, Tensor[] beside, Tensor[] state, int lag) -> ()",
+    {"read_cache(int caches, int layer, Tensor[] keys, Tensor[] values, Tensor[] shared_values, Tensor[] state, int lag) -> ()",
      Boxed<&read_cache_op>::call},
     {"step_layers(Tensor x, Tensor cos, Tensor sin, int caches, int first) -> (Tensor, SymInt, SymInt)",
      Boxed<&step_layers_op>::call},

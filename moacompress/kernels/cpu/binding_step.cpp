@@ -169,7 +169,7 @@ static const moacompress::Operators operators("moacompress_cpu", {
      Boxed<&linear_blocks_op>::call},
     {"expand_blocks(Tensor blocks, int kind, Tensor(a!) out) -> ()",
      Boxed<&expand_blocks_op>::call},
-    {"step(Tensor query, Tensor key, Tensor value, " CACHE ", Tensor(g!)[] chosen, Tensor? scores" DONE,
+    {"step(Tensor query, Tensor key, Tensor value, " CACHE ", Tensor(g!)[] selected, Tensor? scores" DONE,
      Boxed<&step_op>::call},
     {"step_hidden(Tensor x, Tensor[] weights, Tensor[] biases, int[] kinds, Tensor? centre, Tensor cos, Tensor sin, " CACHE DONE,
      Boxed<&step_hidden_op>::call},

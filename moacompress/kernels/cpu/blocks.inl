@@ -24,82 +24,74 @@ inline uint64_t sixteens(uint8_t bits) {
 }
 
 // Scales, and where there are any bases, of blocks with one float16 of each in front.
-template <class B> inline void front_scales(const uint8_t* row, int64_t blocks, [[maybe_unused]] uint16_t* halves, float* scale, float* base) {
+template <class B> struct FrontScaled {
+  static inline void scales(const uint8_t* row, int64_t blocks, [[maybe_unused]] uint16_t* halves, float* scale, float* base) {
 #ifdef __AVX512F__
-  const __m512i places = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(B::BYTES));
-  for (int64_t b = 0; b < blocks; b += W, row += W * B::BYTES) {  // the scale and the base, or the scale and two bytes more
-    const __m512i front = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), first_lanes(int(smaller(blocks - b, W))), places, row, 1);
-    store(scale + b, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(front)));
-    if (B::BASE) store(base + b, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(front, 16))));
-  }
+    const __m512i places = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(B::BYTES));
+    for (int64_t b = 0; b < blocks; b += W, row += W * B::BYTES) {  // the scale and the base, or the scale and two bytes more
+      const __m512i front = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), first_lanes(int(smaller(blocks - b, W))), places, row, 1);
+      store(scale + b, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(front)));
+      if (B::BASE) store(base + b, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(front, 16))));
+    }
 #else
-  for (int64_t b = 0; b < blocks; b++) memcpy(halves + b, row + b * B::BYTES, 2);
-  widen_row((const f16*)halves, blocks, scale);
-  if constexpr (B::BASE) {
-    for (int64_t b = 0; b < blocks; b++) memcpy(halves + b, row + b * B::BYTES + 2, 2);
-    widen_row((const f16*)halves, blocks, base);
-  }
+    for (int64_t b = 0; b < blocks; b++) memcpy(halves + b, row + b * B::BYTES, 2);
+    widen_row((const f16*)halves, blocks, scale);
+    if constexpr (B::BASE) {
+      for (int64_t b = 0; b < blocks; b++) memcpy(halves + b, row + b * B::BYTES + 2, 2);
+      widen_row((const f16*)halves, blocks, base);
+    }
 #endif
-}
+  }
+};
 
 // The same of blocks of eight strips, whose scales and minima have six bits each and are scaled by two float16 themselves.
-inline void six_bit_scales(const uint8_t* row, int64_t blocks, int64_t bytes, float* scale, float* base) {
-  for (int64_t b = 0; b < blocks; b++, row += bytes, scale += 8, base += 8) {
-    uint32_t scales, minima, rest;
-    memcpy(&scales, row + 4, 4);
-    memcpy(&minima, row + 8, 4);
-    memcpy(&rest, row + 12, 4);
-    const uint32_t sixes[] = {scales & 0x3f3f3f3f, (rest & 0x0f0f0f0f) | (scales >> 2 & 0x30303030), minima & 0x3f3f3f3f,
-                              (rest >> 4 & 0x0f0f0f0f) | (minima >> 2 & 0x30303030)};
-    float units[W], numbers[16];
-    store(units, load_part((const f16*)row, 2));
-    for (int i = 0; i < 16; i += W) store(numbers + i, load_codes((const uint8_t*)sixes + i));
-    for (int i = 0; i < 8; i++) {
-      scale[i] = units[0] * numbers[i];
-      base[i] = -(units[1] * numbers[8 + i]);
+template <class B> struct SixBitScaled {
+  static inline void scales(const uint8_t* row, int64_t blocks, uint16_t*, float* scale, float* base) {
+    for (int64_t b = 0; b < blocks; b++, row += B::BYTES, scale += 8, base += 8) {
+      uint32_t scales, minima, rest;
+      memcpy(&scales, row + 4, 4);
+      memcpy(&minima, row + 8, 4);
+      memcpy(&rest, row + 12, 4);
+      const uint32_t sixes[] = {scales & 0x3f3f3f3f, (rest & 0x0f0f0f0f) | (scales >> 2 & 0x30303030), minima & 0x3f3f3f3f,
+                                (rest >> 4 & 0x0f0f0f0f) | (minima >> 2 & 0x30303030)};
+      float units[W], numbers[16];
+      store(units, load_part((const f16*)row, 2));
+      for (int i = 0; i < 16; i += W) store(numbers + i, load_codes((const uint8_t*)sixes + i));
+      for (int i = 0; i < 8; i++) {
+        scale[i] = units[0] * numbers[i];
+        base[i] = -(units[1] * numbers[8 + i]);
+      }
     }
   }
-}
+};
 
 // What differs between the types: `BYTES` and `STRIPS` of a block; `PARTS` of a strip with a scale of their own; `ZERO`, the code that
 // stands for zero but for a base, and whether there is a `BASE`; the scales of a row, and the codes of a strip.
 template <int KIND> struct Blocks;
 
-template <> struct Blocks<Q8_0> {
+template <> struct Blocks<Q8_0> : FrontScaled<Blocks<Q8_0>> {
   static constexpr int BYTES = 34, STRIPS = 1, PARTS = 1, ZERO = 0;
   static constexpr bool BASE = false;
-  static inline void scales(const uint8_t* row, int64_t blocks, uint16_t* halves, float* scale, float* base) {
-    front_scales<Blocks>(row, blocks, halves, scale, base);
-  }
   static inline void codes(const uint8_t* block, int, V* to) {
     for (int v = 0; v < STRIP_VECTORS; v++) to[v] = load_signed(block + 2 + v * W);
   }
 };
 
-template <> struct Blocks<Q4_0> {
+template <> struct Blocks<Q4_0> : FrontScaled<Blocks<Q4_0>> {
   static constexpr int BYTES = 18, STRIPS = 1, PARTS = 1, ZERO = 8;
   static constexpr bool BASE = false;
-  static inline void scales(const uint8_t* row, int64_t blocks, uint16_t* halves, float* scale, float* base) {
-    front_scales<Blocks>(row, blocks, halves, scale, base);
-  }
   static inline void codes(const uint8_t* block, int, V* to) { nibble_codes(block + 2, to); }
 };
 
-template <> struct Blocks<Q4_1> {
+template <> struct Blocks<Q4_1> : FrontScaled<Blocks<Q4_1>> {
   static constexpr int BYTES = 20, STRIPS = 1, PARTS = 1, ZERO = 0;
   static constexpr bool BASE = true;
-  static inline void scales(const uint8_t* row, int64_t blocks, uint16_t* halves, float* scale, float* base) {
-    front_scales<Blocks>(row, blocks, halves, scale, base);
-  }
   static inline void codes(const uint8_t* block, int, V* to) { nibble_codes(block + 4, to); }
 };
 
-template <> struct Blocks<Q5_0> {
+template <> struct Blocks<Q5_0> : FrontScaled<Blocks<Q5_0>> {
   static constexpr int BYTES = 22, STRIPS = 1, PARTS = 1, ZERO = 16;
   static constexpr bool BASE = false;
-  static inline void scales(const uint8_t* row, int64_t blocks, uint16_t* halves, float* scale, float* base) {
-    front_scales<Blocks>(row, blocks, halves, scale, base);
-  }
   static inline void codes(const uint8_t* block, int, V* to) {
     uint32_t fifth;  // bit i is that of number i
     uint64_t nibbles[2], whole[4];
@@ -111,12 +103,9 @@ template <> struct Blocks<Q5_0> {
   }
 };
 
-template <> struct Blocks<Q4_K> {
+template <> struct Blocks<Q4_K> : SixBitScaled<Blocks<Q4_K>> {
   static constexpr int BYTES = 144, STRIPS = 8, PARTS = 1, ZERO = 0;
   static constexpr bool BASE = true;
-  static inline void scales(const uint8_t* row, int64_t blocks, uint16_t*, float* scale, float* base) {
-    six_bit_scales(row, blocks, BYTES, scale, base);
-  }
   static inline void codes(const uint8_t* block, int strip, V* to) {
     const uint8_t* from = block + 16 + strip / 2 * 32;
     uint8_t whole[STRIP];
@@ -125,12 +114,9 @@ template <> struct Blocks<Q4_K> {
   }
 };
 
-template <> struct Blocks<Q5_K> {
+template <> struct Blocks<Q5_K> : SixBitScaled<Blocks<Q5_K>> {
   static constexpr int BYTES = 176, STRIPS = 8, PARTS = 1, ZERO = 0;
   static constexpr bool BASE = true;
-  static inline void scales(const uint8_t* row, int64_t blocks, uint16_t*, float* scale, float* base) {
-    six_bit_scales(row, blocks, BYTES, scale, base);
-  }
   static inline void codes(const uint8_t* block, int strip, V* to) {
     const uint8_t *fifth = block + 16, *from = block + 48 + strip / 2 * 32;
     uint8_t whole[STRIP];

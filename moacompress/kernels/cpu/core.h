@@ -107,12 +107,12 @@ struct DecodeCall {
 
 // The selected tokens that queries of a chunk may attend to, those of a (row, KV head) from begins[pair] up to begins[pair + 1]. One
 // is seen by the queries that so many tokens have left the window for: at least `admitted`, and less than `evicted`.
-struct Passing {
+struct TransientTokens {
   const int64_t* begins;  // [rows * kv_heads + 1]
   const int64_t* slots;   // block id * 16 + place in it; -1 - t of token t of the chunk
   const int64_t *admitted, *evicted;
   // Of a pair alone, its tokens from the first on.
-  MOACOMPRESS_INLINE Passing of(int64_t pair) const {
+  MOACOMPRESS_INLINE TransientTokens of(int64_t pair) const {
     const int64_t begin = begins[pair];
     return {begins + pair, slots + begin, admitted + begin, evicted + begin};
   }
@@ -132,7 +132,7 @@ struct PrefillCall {
   void* out;
   Strides out_at;
   float* lse;  // [rows, heads, tokens], dense
-  const Passing* passing = nullptr;  // or null; besides what the rules show
+  const TransientTokens* transient = nullptr;  // or null; besides what the rules show
 };
 
 // One token more in every row. `runs` holds the first block and the end of every run; `lag` tokens are kept longer (0: none); `refs`
@@ -349,7 +349,7 @@ struct RowSource {
   int64_t key_bytes, value_bytes;  // from token to token, or from block to block
 };
 bool find_rows(const RowSource& source, int64_t column, int64_t count, const void** keys, const void** values, int* places);
-// The same of tokens by their slots, see `Passing`.
+// The same of tokens by their slots, see `TransientTokens`.
 bool find_slots(const RowSource& source, const int64_t* slots, int64_t count, const void** keys, const void** values, int* places);
 
 // One task of prefill: query rows [0, rows) of the `group` heads of one (row, KV head). A lane is (head, row), head * rows + row.
@@ -360,7 +360,7 @@ struct PrefillTile {
   RowSource source;
   Rule rule;
   int64_t low;  // tokens so far at the first row, itself included
-  Passing passing;  // of the (row, KV head); or no `begins`
+  TransientTokens transient;  // of the (row, KV head); or no `begins`
   float scaling, softcap;
   const float* sink_logits;  // [group] or null
   char* out;

@@ -5,12 +5,6 @@
 #endif
 #include "vec_avx512.h"
 #include "kernels.inl"
-#include "linear.inl"
-#ifdef MOACOMPRESS_AMX
-#include "linear_tiles.inl"
-#endif
-#include "blocks.inl"
-#include "profile.inl"
 
 namespace moacompress {
 MOACOMPRESS_KERNELS(avx512_amx_kernels);

@@ -2,9 +2,6 @@
 #define MOACOMPRESS_DOTS
 #include "vec_avx512.h"
 #include "kernels.inl"
-#include "linear.inl"
-#include "blocks.inl"
-#include "profile.inl"
 
 namespace moacompress {
 MOACOMPRESS_KERNELS(avx512_bf16_kernels);

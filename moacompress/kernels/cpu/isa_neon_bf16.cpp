@@ -4,9 +4,6 @@
 #endif
 #include "vec_neon.h"
 #include "kernels.inl"
-#include "linear.inl"
-#include "blocks.inl"
-#include "profile.inl"
 
 namespace moacompress {
 MOACOMPRESS_KERNELS(neon_bf16_kernels);

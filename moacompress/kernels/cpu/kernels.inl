@@ -178,7 +178,7 @@ size_t tile_scratch(int64_t lanes, int64_t head_dim, int64_t value_dim) {
 
 // What a lane does not see has a weight of zero, and zero times a number that is not finite is NaN. That shows in a tile's sums,
 // which are looked at once they are made. Then the tile is made again, with care: where some lanes do not see some rows, products
-// are made without such numbers (`tame`), which are then added for the lanes that see them (`add_wild`).
+// are made without such numbers (`zero_nonfinite`), which are then added for the lanes that see them (`add_nonfinite`).
 template <class T, class Row> inline bool all_finite(const Row* const* rows, int64_t count, int64_t dim) {
   V sums[4] = {zero(), zero(), zero(), zero()};  // of zero times every number
   for (int64_t k = 0; k < count; k++) {
@@ -193,7 +193,7 @@ template <class T, class Row> inline bool all_finite(const Row* const* rows, int
 }
 inline bool all_finite(const float* numbers, int64_t count) { return all_finite<float>(&numbers, 1, count); }
 // Copies rows to `store`, with zeros for numbers that are not finite.
-template <class T, class Row> void tame(const Row* const* rows, int64_t count, int64_t dim, float* store, const Row** to) {
+template <class T, class Row> void zero_nonfinite(const Row* const* rows, int64_t count, int64_t dim, float* store, const Row** to) {
   T* copy = (T*)store;
   for (int64_t k = 0; k < count; k++, copy += dim) {
     for (int64_t d = 0; d < dim; d += W) {
@@ -206,7 +206,7 @@ template <class T, class Row> void tame(const Row* const* rows, int64_t count, i
 }
 // to[column][lane] += weight(k, v) * rows[k][column], for the numbers that are not finite and the lanes that see their rows.
 template <class T, int VECS, class Row, class Weight, class Sees>
-void add_wild(const Row* const* rows, int64_t count, int64_t dim, Weight weight, Sees sees, float* buffer, float* to) {
+void add_nonfinite(const Row* const* rows, int64_t count, int64_t dim, Weight weight, Sees sees, float* buffer, float* to) {
   for (int64_t k = 0; k < count; k++) {
     widen_row((const T*)rows[k], dim, buffer);
     for (int64_t d = 0; d < dim; d++) {
@@ -267,7 +267,7 @@ struct SeesColumns {
   }
 };
 // The same of transient tokens, by how many have left the window when a lane's query attends.
-struct SeesPassing {
+struct SeesTransient {
   const float *left, *entered, *last;
   struct OfVector {
     V left;
@@ -443,8 +443,8 @@ template <class T, class Tile> bool prefill_with(const PrefillTile& t, float* sc
   float* scores = extra + 3 * all_lanes;
   float* key_store = scores + 2 * TILE * LANES;
   float* value_store = key_store + TILE * t.head_dim;
-  float* tame_store = value_store + TILE * t.value_dim;
-  float* buffer = tame_store + TILE * t.value_dim;
+  float* zeroed_store = value_store + TILE * t.value_dim;
+  float* buffer = zeroed_store + TILE * t.value_dim;
   Tile tile(t, all_lanes, extra, scores + TILE * LANES);
 
   memset(query, 0, size_t(all_lanes * (depth + t.value_dim)) * sizeof(float));
@@ -454,16 +454,16 @@ template <class T, class Tile> bool prefill_with(const PrefillTile& t, float* sc
   for (int64_t lane = 0; lane < all_lanes; lane++) peak[lane] = NOTHING, total[lane] = 0.f;
   set_bounds(t, all_lanes, bounds);
 
-  const void *keys[TILE], *values[TILE], *tame_values[TILE];
+  const void *keys[TILE], *values[TILE], *zeroed_values[TILE];
   const char *key_rows[TILE], *value_rows[TILE];
   int places[TILE];
   // Takes in the keys that were found; `sees_from` gives of the panel at a lane which lanes see which of them.
   const auto take = [&](int64_t count, bool all, const auto& sees_from) {
     tile.keys(keys, places, count, t.source.key, key_store, key_rows);
     tile.find_values(values, places, count, t.source.value, value_store);
-    const bool wild = careful && !all && !tile.finite_values(values, count, t.value_dim);
-    if (wild) tame<Row>(values, count, t.value_dim, tame_store, tame_values);
-    const int64_t cells = tile.values(wild ? tame_values : values, count, t.value_dim, value_store, value_rows);
+    const bool nonfinite = careful && !all && !tile.finite_values(values, count, t.value_dim);
+    if (nonfinite) zero_nonfinite<Row>(values, count, t.value_dim, zeroed_store, zeroed_values);
+    const int64_t cells = tile.values(nonfinite ? zeroed_values : values, count, t.value_dim, value_store, value_rows);
     for (int64_t panel = 0; panel < panels; panel++) {
       const int64_t at = panel * LANES;
       const auto sees = sees_from(at);
@@ -473,8 +473,8 @@ template <class T, class Tile> bool prefill_with(const PrefillTile& t, float* sc
         softmax_step<VECS>(scores, count, all, sees, t.scaling, t.softcap, peak + at, total + at, factor);
         tile.template weights<VECS>(scores, count, at, factor, sees);
         tile.template mix<VECS>(value_rows, cells, t.value_dim, scores, factor, out + at * t.value_dim);
-        if (wild)
-          add_wild<Row, VECS>(
+        if (nonfinite)
+          add_nonfinite<Row, VECS>(
               values, count, t.value_dim, [&](int64_t k, int v) { return tile.weight(scores, k, v); },
               [&](int64_t k, int v) { return sees.of(v)(k); }, buffer, out + at * t.value_dim);
       }));
@@ -486,7 +486,7 @@ template <class T, class Tile> bool prefill_with(const PrefillTile& t, float* sc
     if (!find_rows(t.source, begin, count, keys, values, places)) return false;
     take(count, all_seen(t, begin, begin + count), [&](int64_t at) { return SeesColumns{bounds.from(at), begin}; });
   }
-  if (const int64_t passing = t.passing.count()) {
+  if (const int64_t transient = t.transient.count()) {
     const int64_t first = tokens_left(t.low, t.rule), last = tokens_left(t.low + t.rows - 1, t.rule);
     for (int64_t lane = 0; lane < all_lanes; lane++)
       left[lane] = lane < lanes ? float(tokens_left(t.low + lane % t.rows, t.rule)) : -1.f;
@@ -494,16 +494,16 @@ template <class T, class Tile> bool prefill_with(const PrefillTile& t, float* sc
     float admitted[TILE], until[TILE];  // seen while so many have left at most
     bool all = true;
     int64_t count = 0;
-    for (int64_t i = 0; i < passing; i++) {
-      if (t.passing.admitted[i] <= last && t.passing.evicted[i] > first) {
-        all = all && t.passing.admitted[i] <= first && t.passing.evicted[i] > last;
-        slots[count] = t.passing.slots[i];
-        admitted[count] = float(t.passing.admitted[i]);
-        until[count++] = float(t.passing.evicted[i] - 1);
+    for (int64_t i = 0; i < transient; i++) {
+      if (t.transient.admitted[i] <= last && t.transient.evicted[i] > first) {
+        all = all && t.transient.admitted[i] <= first && t.transient.evicted[i] > last;
+        slots[count] = t.transient.slots[i];
+        admitted[count] = float(t.transient.admitted[i]);
+        until[count++] = float(t.transient.evicted[i] - 1);
       }
-      if (!count || (count < TILE && i + 1 < passing)) continue;
+      if (!count || (count < TILE && i + 1 < transient)) continue;
       if (!find_slots(t.source, slots, count, keys, values, places)) return false;
-      take(count, all, [&](int64_t at) { return SeesPassing{left + at, admitted, until}; });
+      take(count, all, [&](int64_t at) { return SeesTransient{left + at, admitted, until}; });
       all = true;
       count = 0;
     }
@@ -567,8 +567,8 @@ template <class T> bool backward_query_with(const PrefillTile& t, float* scratch
   float* grads = scores + TILE * LANES;
   float* key_store = grads + TILE * LANES;
   float* value_store = key_store + TILE * t.head_dim;
-  float* tame_store = value_store + TILE * t.value_dim;
-  float* buffer = tame_store + TILE * t.head_dim;
+  float* zeroed_store = value_store + TILE * t.value_dim;
+  float* buffer = zeroed_store + TILE * t.head_dim;
 
   memset(query, 0, size_t(all_lanes * (2 * t.head_dim + t.value_dim + 2)) * sizeof(float));
   for (int64_t lane = 0; lane < lanes; lane++) {
@@ -581,7 +581,7 @@ template <class T> bool backward_query_with(const PrefillTile& t, float* scratch
   set_bounds(t, all_lanes, bounds);
 
   const void *keys[TILE], *values[TILE];
-  const char *key_rows[TILE], *value_rows[TILE], *tame_rows[TILE];
+  const char *key_rows[TILE], *value_rows[TILE], *zeroed_rows[TILE];
   int places[TILE];
   const int64_t columns = t.source.columns.count();
   for (int64_t begin = 0; begin < columns; begin += TILE) {
@@ -589,8 +589,8 @@ template <class T> bool backward_query_with(const PrefillTile& t, float* scratch
     if (!find_rows(t.source, begin, count, keys, values, places)) return false;
     as_floats(keys, count, t.head_dim, key_store, (const T*)nullptr, key_rows);
     as_floats(values, count, t.value_dim, value_store, (const T*)nullptr, value_rows);
-    const bool wild = careful && !all_seen(t, begin, begin + count) && !all_finite<float>(key_rows, count, t.head_dim);
-    if (wild) tame<float>(key_rows, count, t.head_dim, tame_store, tame_rows);
+    const bool nonfinite = careful && !all_seen(t, begin, begin + count) && !all_finite<float>(key_rows, count, t.head_dim);
+    if (nonfinite) zero_nonfinite<float>(key_rows, count, t.head_dim, zeroed_store, zeroed_rows);
     for (int64_t panel = 0; panel < panels; panel++) {
       const int64_t at = panel * LANES;
       const Bounds here = bounds.from(at);
@@ -607,9 +607,9 @@ template <class T> bool backward_query_with(const PrefillTile& t, float* scratch
           store(grads + cell, grad);
         }
       }
-      mix<Float32, PANEL>(wild ? tame_rows : key_rows, count, t.head_dim, grads, nullptr, dquery + at * t.head_dim);
-      if (wild)
-        add_wild<float, PANEL>(
+      mix<Float32, PANEL>(nonfinite ? zeroed_rows : key_rows, count, t.head_dim, grads, nullptr, dquery + at * t.head_dim);
+      if (nonfinite)
+        add_nonfinite<float, PANEL>(
             key_rows, count, t.head_dim, [&](int64_t k, int v) { return load(grads + k * LANES + v * W); },
             [&](int64_t k, int v) { return seen(set1(float(begin + k)), here, v); }, buffer, dquery + at * t.head_dim);
     }
@@ -635,8 +635,8 @@ template <class T> void backward_key_with(const KeyTile& t, float* scratch, bool
   float* grads = scores + TILE * LANES;
   float* query_store = grads + TILE * LANES;
   float* dout_store = query_store + TILE * t.head_dim;
-  float* tame_store = dout_store + TILE * t.value_dim;
-  float* position = tame_store + TILE * (t.head_dim + t.value_dim);
+  float* zeroed_store = dout_store + TILE * t.value_dim;
+  float* position = zeroed_store + TILE * (t.head_dim + t.value_dim);
   float* buffer = position + all_lanes;
 
   memset(key, 0, size_t(all_lanes * 2 * (t.head_dim + t.value_dim)) * sizeof(float));
@@ -647,7 +647,7 @@ template <class T> void backward_key_with(const KeyTile& t, float* scratch, bool
   for (int64_t lane = 0; lane < all_lanes; lane++) position[lane] = lane < t.count ? float(t.first + lane) : -1.f;
 
   const void *queries[TILE], *douts[TILE];
-  const char *query_rows[TILE], *dout_rows[TILE], *tame_queries[TILE], *tame_douts[TILE];
+  const char *query_rows[TILE], *dout_rows[TILE], *zeroed_queries[TILE], *zeroed_douts[TILE];
   for (int64_t begin = t.first; begin < t.tokens; begin += TILE) {
     const int64_t count = smaller(TILE, t.tokens - begin), last = t.first + t.count;
     const Columns columns = columns_of(begin + 1, begin + count, t.rule);
@@ -660,11 +660,11 @@ template <class T> void backward_key_with(const KeyTile& t, float* scratch, bool
       }
       as_floats(queries, count, t.head_dim, query_store, (const T*)nullptr, query_rows);
       as_floats(douts, count, t.value_dim, dout_store, (const T*)nullptr, dout_rows);
-      const bool wild =
+      const bool nonfinite =
           careful && !(all_finite<float>(query_rows, count, t.head_dim) && all_finite<float>(dout_rows, count, t.value_dim));
-      if (wild) {
-        tame<float>(query_rows, count, t.head_dim, tame_store, tame_queries);
-        tame<float>(dout_rows, count, t.value_dim, tame_store + TILE * t.head_dim, tame_douts);
+      if (nonfinite) {
+        zero_nonfinite<float>(query_rows, count, t.head_dim, zeroed_store, zeroed_queries);
+        zero_nonfinite<float>(dout_rows, count, t.value_dim, zeroed_store + TILE * t.head_dim, zeroed_douts);
       }
       const float *lse = t.lse + head * t.lse_head + begin, *delta = t.delta + head * t.lse_head + begin;
       for (int64_t panel = 0; panel < panels; panel++) {
@@ -684,17 +684,17 @@ template <class T> void backward_key_with(const KeyTile& t, float* scratch, bool
             store(grads + cell, grad);
           }
         }
-        mix<Float32, PANEL>(wild ? tame_douts : dout_rows, count, t.value_dim, scores, nullptr, dvalue + at * t.value_dim);
-        mix<Float32, PANEL>(wild ? tame_queries : query_rows, count, t.head_dim, grads, nullptr, dkey + at * t.head_dim);
-        if (!wild) continue;
+        mix<Float32, PANEL>(nonfinite ? zeroed_douts : dout_rows, count, t.value_dim, scores, nullptr, dvalue + at * t.value_dim);
+        mix<Float32, PANEL>(nonfinite ? zeroed_queries : query_rows, count, t.head_dim, grads, nullptr, dkey + at * t.head_dim);
+        if (!nonfinite) continue;
         const auto sees = [&](int64_t i, int v) {
           const Visible see = visible(begin + i + 1, t.rule);
           return seen(load(position + at + v * W), set1(float(see.first)), set1(float(see.sink_end)), set1(float(see.start)),
                       set1(float(begin + i + 1)));
         };
         const auto of = [](const float* panel) { return [=](int64_t i, int v) { return load(panel + i * LANES + v * W); }; };
-        add_wild<float, PANEL>(dout_rows, count, t.value_dim, of(scores), sees, buffer, dvalue + at * t.value_dim);
-        add_wild<float, PANEL>(query_rows, count, t.head_dim, of(grads), sees, buffer, dkey + at * t.head_dim);
+        add_nonfinite<float, PANEL>(dout_rows, count, t.value_dim, of(scores), sees, buffer, dvalue + at * t.value_dim);
+        add_nonfinite<float, PANEL>(query_rows, count, t.head_dim, of(grads), sees, buffer, dkey + at * t.head_dim);
       }
     }
   }
@@ -708,6 +708,14 @@ template <class T> void backward_key_with(const KeyTile& t, float* scratch, bool
 template <class T> void backward_key_tile(const KeyTile& t, float* scratch) { backward_key_with<T>(t, scratch, false); }
 
 }  // namespace
+}  // namespace moacompress
+
+#include "linear.inl"
+#ifdef MOACOMPRESS_AMX
+#include "linear_tiles.inl"
+#endif
+#include "blocks.inl"
+#include "profile.inl"
 
 #define MOACOMPRESS_KERNELS(name)                                                                   \
   const Kernels name = {decode_scratch,                                                             \
@@ -733,5 +741,3 @@ template <class T> void backward_key_tile(const KeyTile& t, float* scratch) { ba
                         {gate_row<float>, gate_row<bf16>, gate_row<f16>},                           \
                         {add_row<float>, add_row<bf16>, add_row<f16>},                              \
                         {norm_row<float>, norm_row<bf16>, norm_row<f16>}}
-
-}  // namespace moacompress

@@ -1,4 +1,4 @@
-// The profile's sweep, written over the vectors of a vec_*.h as kernels.inl is, and included after it.
+// The profile's sweep, written over the vectors of a vec_*.h and included by kernels.inl.
 //
 // A tile keeps the logits and dO V^T of its lanes and all their keys in scratch memory, so that five matrix products make all
 // gradients. Weights are relative to the lane's largest logit: p = exp(logit - peak), and what is divided by their sum is the small
@@ -63,7 +63,7 @@ struct ProfileScratch {
   float *running;                 // [STREAMS, 2, lanes]
   float *logits, *pulls;          // [panels, keys, LANES]
   float *weights, *grads, *effects;  // [panels, TILE, LANES]
-  float *key_store, *value_store, *tame_store, *buffer;
+  float *key_store, *value_store, *zeroed_store, *buffer;
   int64_t floats;
 
   ProfileScratch(float* base, int64_t lanes, int64_t head_dim, int64_t value_dim, int64_t keys) {
@@ -81,7 +81,7 @@ struct ProfileScratch {
     total = take(2 * all), pulled = take(2 * all), mass = take(2 * all), running = take(2 * STREAMS * all);
     logits = take(all * keys), pulls = take(all * keys);
     weights = take(all * TILE), grads = take(all * TILE), effects = take(all * TILE);
-    key_store = take(TILE * head_dim), value_store = take(TILE * value_dim), tame_store = take(TILE * head_dim);
+    key_store = take(TILE * head_dim), value_store = take(TILE * value_dim), zeroed_store = take(TILE * head_dim);
     buffer = take(larger(head_dim, value_dim) + 2 * W);
     floats = at - base;
   }
@@ -330,9 +330,9 @@ void profile_gradients(const ProfileTile& t, const ProfileScratch& s, int64_t pa
     }
 }
 
-// Adds to the keys [begin, begin + count) what `tame` has left out of the products of `from` with the lanes' rows: what lies in
-// `panels`, times the lane's share.
-void add_wild_products(const ProfileTile& t, const ProfileScratch& s, const float* from, const float* panels, int64_t begin,
+// Adds to the keys [begin, begin + count) what `zero_nonfinite` has left out of the products of `from` with the lanes' rows: what
+// lies in `panels`, times the lane's share.
+void add_nonfinite_products(const ProfileTile& t, const ProfileScratch& s, const float* from, const float* panels, int64_t begin,
                        int64_t count, int64_t dim, int64_t stride, float* to) {
   for (int64_t lane = 0; lane < t.group * t.rows; lane++)
     for (int64_t d = 0; d < dim; d++) {
@@ -397,17 +397,17 @@ template <class T> void profile_tile(const ProfileTile& t, float* scratch) {
     for (int64_t d = 0; d < t.head_dim; d++) query[d] = query[d] * t.scaling * share;
     for (int64_t d = 0; d < t.value_dim; d++) dout[d] *= share;
   }
-  const auto tamed = [](float* at, int64_t count) {  // in place; returns whether anything was not finite
+  const auto zeroed = [](float* at, int64_t count) {  // in place; returns whether anything was not finite
     const float* rows = at;
-    const bool wild = !all_finite(rows, count);
-    if (wild) tame<float>(&rows, 1, count, at, &rows);
-    return wild;
+    const bool nonfinite = !all_finite(rows, count);
+    if (nonfinite) zero_nonfinite<float>(&rows, 1, count, at, &rows);
+    return nonfinite;
   };
-  const bool wild_queries = tamed(s.query_rows, lanes * query_stride), wild_douts = tamed(s.dout_rows, lanes * dout_stride);
+  const bool nonfinite_queries = zeroed(s.query_rows, lanes * query_stride), nonfinite_douts = zeroed(s.dout_rows, lanes * dout_stride);
 
   // newest keys first: an event of key j takes what is summed once j is in
   memset(s.running, 0, size_t(2 * STREAMS * all_lanes) * sizeof(float));
-  const char *key_rows[TILE], *tame_rows[TILE];
+  const char *key_rows[TILE], *zeroed_rows[TILE];
   const ProfileEvent *event = t.windows, *events_end = t.windows + t.window_events;
   for (int64_t begin = t.low + keys - TILE; begin >= t.low; begin -= TILE) {
     const int64_t count = smaller(TILE, t.high - begin);
@@ -423,14 +423,14 @@ template <class T> void profile_tile(const ProfileTile& t, float* scratch) {
     if (t.of_tokens) profile_tokens(t, s, panels, begin, count, of_tokens);  // `effects` are done with
     if (t.plan || t.softcap > 0) profile_gradients(t, s, panels, keys, begin, count);
     float_rows<T>(t.key, t.key_bytes, begin, count, t.head_dim, s.key_store, key_rows);
-    const bool wild_keys = !all_finite<float>(key_rows, count, t.head_dim);
-    if (wild_keys) tame<float>(key_rows, count, t.head_dim, s.tame_store, tame_rows);
+    const bool nonfinite_keys = !all_finite<float>(key_rows, count, t.head_dim);
+    if (nonfinite_keys) zero_nonfinite<float>(key_rows, count, t.head_dim, s.zeroed_store, zeroed_rows);
     for (int64_t panel = 0; panel < panels; panel++) {
       const float* grads = s.grads + panel * TILE * LANES;
       float* dquery = s.dquery + panel * LANES * t.head_dim;
-      mix<Float32, PANEL>(wild_keys ? tame_rows : key_rows, count, t.head_dim, grads, nullptr, dquery);
-      if (wild_keys)
-        add_wild<float, PANEL>(
+      mix<Float32, PANEL>(nonfinite_keys ? zeroed_rows : key_rows, count, t.head_dim, grads, nullptr, dquery);
+      if (nonfinite_keys)
+        add_nonfinite<float, PANEL>(
             key_rows, count, t.head_dim, [&](int64_t k, int v) { return load(grads + k * LANES + v * W); },
             [&](int64_t k, int v) { return in_plan(t, s, panel * LANES + v * W, begin + k); }, s.buffer, dquery);
     }
@@ -439,8 +439,8 @@ template <class T> void profile_tile(const ProfileTile& t, float* scratch) {
     for (int64_t j = 0; t.of_tokens && j < count; j++) t.of_tokens[begin + j] += of_tokens[j];
     add_all_products(s.grads, count, panels, s.query_rows, query_stride, dkey);
     add_all_products(s.weights, count, panels, s.dout_rows, dout_stride, dvalue);
-    if (wild_queries) add_wild_products(t, s, s.grads, s.query, begin, count, t.head_dim, query_stride, dkey);
-    if (wild_douts) add_wild_products(t, s, s.weights, s.dout, begin, count, t.value_dim, dout_stride, dvalue);
+    if (nonfinite_queries) add_nonfinite_products(t, s, s.grads, s.query, begin, count, t.head_dim, query_stride, dkey);
+    if (nonfinite_douts) add_nonfinite_products(t, s, s.weights, s.dout, begin, count, t.value_dim, dout_stride, dvalue);
     t.done(t.order, begin / TILE);
   }
   for (int64_t lane = 0; lane < lanes && t.streams > 2; lane++) t.lane_sums[lane].effect = running_sum(s, 2, all_lanes, lane);
