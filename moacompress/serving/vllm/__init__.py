@@ -14,10 +14,10 @@ def register() -> None:
     """Makes vLLM know of checkpoints with plans; the entry point `vllm.general_plugins` names it."""
     from vllm.version import __version__ as version
 
-    from moacompress.serving.vllm import unsupported
-
     if ".".join(version.split(".")[:2]) not in VLLM_MINORS:
-        unsupported.register(version)
+        from moacompress.serving.vllm.base_config import register_refusal
+
+        register_refusal(version)
         return
     from moacompress.serving.vllm import config, scheduling, spec  # of inner names that other versions may lack
 

@@ -67,15 +67,7 @@ class PlanAttention(Attention):
         output_shape: torch.Size | None = None,
         output_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """Returns attention of new tokens, `[tokens, heads * head_dim]`; theirs are put into the cache.
-
-        Args:
-            query: `[tokens, heads * head_dim]`.
-            key: `[tokens, kv_heads * head_dim]`.
-            value: as `key`.
-            output_shape: not used; that of the query.
-            output_dtype: not used; that of the query.
-        """
+        """Returns attention of new tokens, `[tokens, heads * head_dim]`; their keys and values are put into the cache."""
         out = torch.empty_like(query.view(-1, self.num_heads, self.head_size))
         keys = key.view(-1, self.num_kv_heads, self.head_size)
         torch.ops.moacompress_vllm.attend(
@@ -102,13 +94,8 @@ def attend(
 ) -> None:
     """Attends from new tokens to what their sequences hold, and puts them into the cache.
 
-    Args:
-        query: `[tokens, heads, head_dim]`.
-        key: `[tokens, kv_heads, head_dim]`.
-        value: likewise.
-        of_gate: the tokens' scores, int16 `[tokens, kv_heads]`; None where no rule selects.
-        output: as `query`; written to.
-        layer_name: of a `PlanAttention`.
+    The query is `[tokens, heads, head_dim]`, and so is the output; key and value are `[tokens, kv_heads, dim]`. `of_gate` are
+    the tokens' scores, int16 `[tokens, kv_heads]`, None where no rule selects.
     """
     context = get_forward_context()
     metadata: Any = context.attn_metadata
@@ -154,7 +141,7 @@ def attend(
             valid=torch.tensor([end - begin]),
             rules=rules,
             scores=scores,
-            passing=None if selection is None else selection.passing(number),
+            transient=None if selection is None else selection.transient(number),
         )
         output[chunk] = found[0].transpose(0, 1)
     if selection is not None:

@@ -15,8 +15,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from moacompress.rules.windows import BLOCK
 from moacompress.serving.vllm.classes import KVClass, KVClasses, kv_classes
-from moacompress.serving.vllm.options import options_of
-from moacompress.serving.vllm.scheduling import in_flight, logger
+from moacompress.serving.vllm.scheduling import in_flight, logger, options_of
 from moacompress.serving.vllm.selected_blocks import SelectedBlocks
 from moacompress.serving.vllm.served_plan import ServedPlan
 from moacompress.serving.vllm.spec import ClassSpec, SelectedSpec

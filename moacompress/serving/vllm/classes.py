@@ -33,16 +33,7 @@ _SIZES = 128
 
 @dataclass(frozen=True)
 class KVHead:
-    """One KV head of the model.
-
-    Attributes:
-        layer: index of its layer.
-        index: its index in the layer.
-        rule: the plan's.
-        span: the numbers of its `Span`.
-        key: how its keys are kept.
-        value: how its values are kept.
-    """
+    """One KV head of the model, under the plan's rule, whose `Span` has the numbers `span`."""
 
     layer: int
     index: int
@@ -107,13 +98,7 @@ class KVClass:
 
 @dataclass(frozen=True)
 class KVClasses:
-    """All KV heads of a model in classes.
-
-    Attributes:
-        classes: those of sinks and windows first.
-        block_bytes: bytes of a block, the same for all classes.
-        dtype: of native keys and values.
-    """
+    """All KV heads of a model in classes, those of sinks and windows first; blocks of all have one size."""
 
     classes: tuple[KVClass, ...]
     block_bytes: int
@@ -138,15 +123,9 @@ def kv_heads(plan: Plan, dtype: torch.dtype) -> list[KVHead]:
 
 
 def kv_classes(plan: Plan, dtype: torch.dtype, most: int = MOST_CLASSES, length: int | None = None) -> KVClasses:
-    """Returns the classes that take the fewest bytes for a sequence.
+    """Returns the classes, `most` of them, that take the fewest bytes for a sequence of a length, or of the plan's longest.
 
     Heads are laid into blocks, those that keep most first. All blocks have one size, and many are tried out.
-
-    Args:
-        plan: whose heads.
-        dtype: of the cache.
-        most: classes at most.
-        length: tokens of the sequence; None for the longest that the plan's bytes are stated for.
 
     Raises:
         UsageError: `most` is less than the model's different sliding windows, for heads of two share no blocks, or leaves none

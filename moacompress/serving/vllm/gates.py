@@ -20,14 +20,7 @@ def holder_of(prefix: str) -> str:
 
 
 class LayerGate(nn.Module):
-    """A linear probe for each KV head of a layer.
-
-    Its weights are not numbers until they are loaded.
-
-    Args:
-        kv_heads: of the layer.
-        inputs: numbers of what enters it.
-        dtype: of the weights.
+    """A linear probe for each KV head of a layer, of what enters it; its weights are not numbers until they are loaded.
 
     Attributes:
         scores: of the tokens that the layer computes now, int16 `[tokens, kv_heads]`; None until they are scored.
@@ -42,11 +35,7 @@ class LayerGate(nn.Module):
             set_weight_attrs(parameter, {"weight_loader": default_weight_loader})
 
     def score(self, hidden: torch.Tensor) -> None:
-        """Keeps the scores of tokens until they are attended from.
-
-        Args:
-            hidden: what enters the layer's attention, `[tokens, inputs]`.
-        """
+        """Keeps the scores of tokens until they are attended from, by what enters the layer's attention, `[tokens, inputs]`."""
         self.scores = rounded_scores(scored(hidden, self.weight, self.bias))
 
     def take(self, tokens: int) -> torch.Tensor:
@@ -78,12 +67,7 @@ class LayerGate(nn.Module):
 
 @register_weight_loader_v2_supported_method
 class ScoringLinearMethod(UnquantizedLinearMethod):
-    """Projections as they are, whose inputs a gate scores.
-
-    Args:
-        gates: of layers, by the names of what holds them; those there are when the model runs.
-        holder: name of what holds the projections.
-    """
+    """Projections as they are, whose inputs a gate scores: that of what holds them, if there is one when the model runs."""
 
     def __init__(self, gates: Mapping[str, LayerGate], holder: str) -> None:
         super().__init__()

@@ -23,9 +23,7 @@ class LayerMemory:
 
     Attributes:
         keys: of each KV head its part of all blocks.
-        values: likewise.
-        key_parts: how keys are kept.
-        value_parts: how values are kept.
+        values: of each KV head its part of all blocks.
         of_class: the class of each, int64 `[kv_heads]`.
         first: what is added to block ids of each, so that they count through the KV heads' memory, int32 `[kv_heads]`.
         selected: what gates select; None where no rule does.
@@ -41,13 +39,7 @@ class LayerMemory:
 
     @staticmethod
     def of(layer: int, classes: Sequence[ClassLayer], rules: RuleTable) -> LayerMemory:
-        """Returns views of what vLLM has made.
-
-        Args:
-            layer: index of the layer.
-            classes: of the model.
-            rules: of the layer's KV heads.
-        """
+        """Returns views of what vLLM has made for a layer, by its index."""
         windows: dict[int, tuple[int, KVHead, _Views]] = {}
         selected: dict[int, tuple[int, list[_Views], Ints]] = {}
         for index, one in enumerate(classes):
@@ -98,10 +90,7 @@ def _views_of(memory: torch.Tensor, head: KVHead, at: int) -> _Views:
 def _part_of(memory: torch.Tensor, kv_part: KVPart, at: int) -> torch.Tensor:
     """Returns the K or V part of all blocks that begins at a byte of each, see `KVPart.new`.
 
-    Args:
-        memory: bytes, `[blocks, 1, 16, bytes of a token]`, as vLLM lays a class out.
-        kv_part: which.
-        at: byte.
+    vLLM lays a class out as bytes, `[blocks, 1, 16, bytes of a token]`.
     """
     part = memory.flatten(1)[:, at : at + kv_part.nbytes]
     return part if kv_part.bits else part.view(kv_part.dtype).unflatten(1, (BLOCK, kv_part.dim))

@@ -9,20 +9,50 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-from moacompress.core.errors import UnsupportedError
+from moacompress.core.errors import UnsupportedError, UsageError
 from moacompress.rules.windows import BLOCK
-from moacompress.serving.vllm.options import options_of
+from moacompress.serving.vllm.classes import MOST_CLASSES
 from moacompress.serving.vllm.served_plan import ServedPlan
 
 logger = init_logger("vllm.moacompress")
 
 CHUNK = 256
 """Tokens of a prompt that a step computes at most, beside other sequences."""
+
+
+class Options(BaseModel):
+    """What users may set of the plugin: `--additional-config '{"moacompress": {"classes": 12}}'`.
+
+    Attributes:
+        classes: classes of KV heads at most. More hold less memory, and take more time in every step.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    classes: int = Field(default=MOST_CLASSES, ge=1)
+
+
+def options_of(vllm_config: Any) -> Options:
+    """Returns the options in vLLM's.
+
+    Raises:
+        UsageError: one that there is not, or a value that it cannot have.
+    """
+    given = vllm_config.additional_config
+    try:
+        return Options.model_validate(given.get("moacompress", {}) if isinstance(given, dict) else {})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"])) or "moacompress"
+        raise UsageError(
+            f"--additional-config: {name} of moacompress: {first['msg']}; there is `classes`, at least 1"
+        ) from error
 
 
 def refuse(vllm_config: VllmConfig) -> None:

@@ -46,12 +46,7 @@ class SelectedPart:
 class SelectedMemory:
     """Where what gates select of a layer lies; block ids count on through `keys`: those of windows, then those of units.
 
-    Args:
-        rules: of the KV heads, in numpy.
-        keys: of each KV head its part of all blocks.
-        values: likewise.
-        kv_parts: how keys and how values are kept, of each KV head.
-        parts: of each KV head that selects, by its index.
+    `keys` and `values` are of each KV head its part of all blocks, and `parts` are of those that select.
     """
 
     def __init__(
@@ -83,29 +78,20 @@ class SelectedMemory:
                 self.keys.append(key)
                 self.values.append(value)
                 segments.append(scores.view(torch.uint8))
-        self._score_segments = segments
+        self.score_segments = segments
         self._width = max(len(block) for block, _ in self._ids.values())
 
     def view(self, tables: Sequence[Ids]) -> SelectedView:
-        """Returns where the selected tokens of rows lie.
-
-        Args:
-            tables: block ids of each class, `[rows, any]`; ids of blocks that a row does not have mean nothing.
-        """
+        """Returns where the selected tokens of rows lie, by tables of each class; unused ids in them mean nothing."""
         found = np.zeros((len(tables[0]), len(self.rules), self._width), np.int32)
         for head, (blocks, first) in self._ids.items():
             table = tables[self.parts[head].of_class]
             count = int(np.searchsorted(blocks, table.shape[1]))
             found[:, head, :count] = table[:, blocks[:count]] + first[:count]
-        return SelectedView(torch.from_numpy(found), self._score_segments)
+        return SelectedView(torch.from_numpy(found), self.score_segments)
 
     def put_scores(self, slots: Ints, scores: npt.NDArray[np.int16]) -> None:
-        """Writes the scores of new tokens.
-
-        Args:
-            slots: where they lie, `[tokens, kv_heads]`.
-            scores: `[tokens, kv_heads]`.
-        """
+        """Writes the scores of new tokens, `[tokens, kv_heads]`, to the slots where they lie."""
         blocks, places = np.divmod(slots, BLOCK)
         for head in self.parts:
             self._scores[head][blocks[:, head], places[:, head]] = scores[:, head]
@@ -118,30 +104,12 @@ class SelectedMemory:
             found[at] = scores[blocks[at], slots[at] % BLOCK]
         return found
 
-    def move(self, heads: Ints, slots: Ints, to: Ints, backend: Backend) -> None:
-        """Copies tokens from windows to places of selected ones, with their scores.
-
-        Args:
-            heads: KV head of each, `[tokens]`.
-            slots: where they are, as of `scores_of`.
-            to: where they go to.
-            backend: that copies them.
-        """
-        kept = (self.kv_parts, self.keys, self.values, self._score_segments)
-        of, source, target = map(torch.from_numpy, (heads, slots, to))
-        backend.move_selected(*kept, heads=of, slots=source, to=target)
-
 
 class Selection:
-    """What becomes of the selected tokens of some rows in a step.
+    """What becomes of the selected tokens of some rows in a step, whose tokens are in the layer's memory already.
 
-    Args:
-        memory: of the layer; the step's tokens are in it already.
-        table: block ids of windows, int32 `[rows, kv_heads, width]`.
-        selected: block ids of selected tokens, likewise of another width.
-        past: tokens of each row before the step, `[rows]`.
-        lengths: after it, likewise.
-        backend: that lets tokens compete.
+    `table` and `selected` are block ids of windows and of selected tokens, int32 `[rows, kv_heads, any]`; `past` and `lengths`
+    are the tokens of each row before the step and after it, `[rows]`.
     """
 
     def __init__(
@@ -153,7 +121,7 @@ class Selection:
         scores = memory.scores_of(_slots(tokens, tokens.positions < 0, self._ids))
         self.schedule = backend.eviction_schedule(tokens, rules, scores)
 
-    def passing(self, row: int) -> TransientTokens:
+    def transient(self, row: int) -> TransientTokens:
         """Returns the selected tokens that the new queries of a row attend to."""
         tokens = self.schedule.of_rows(np.array([row])).ever_selected
         slots = _slots(tokens, tokens.positions < 0, self._ids, row)
@@ -166,17 +134,16 @@ class Selection:
             _, heads = admitted.rows_and_heads
             never, always = np.zeros_like(heads, np.bool_), np.ones_like(heads, np.bool_)
             slots, to = (_slots(admitted, where, self._ids) for where in (never, always))
-            self._memory.move(heads, slots, to, self._backend)
+            kept = self._memory.kv_parts, self._memory.keys, self._memory.values, self._memory.score_segments
+            of, source, target = map(torch.from_numpy, (heads, slots, to))
+            self._backend.move_selected(*kept, heads=of, slots=source, to=target)
 
 
 def _slots(tokens: EvictionSchedule, selected: Bools, ids: tuple[Ids, Ids], first: int = 0) -> Ints:
-    """Returns block id * 16 + place of tokens, int64 `[tokens]`.
+    """Returns block id * 16 + place of tokens, of which the first one is of the row `first`, int64 `[tokens]`.
 
-    Args:
-        tokens: which.
-        selected: of each whether it is looked for in its place among selected ones, or in its window.
-        ids: block ids of windows and of selected tokens, `[rows, kv_heads, any]` each.
-        first: the row that the first one of `tokens` is.
+    Those that are `selected` are looked for in their places among selected ones, the others in their windows; `ids` are block
+    ids of windows and of selected tokens, `[rows, kv_heads, any]` each.
     """
     slots, (rows, heads) = np.empty(len(selected), np.int64), tokens.rows_and_heads
     for at, numbers, table in ((~selected, tokens.positions, ids[0]), (selected, tokens.places, ids[1])):

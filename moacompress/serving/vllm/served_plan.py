@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moacompress.core.errors import PlanError, UnsupportedError
 from moacompress.rules.plan import Plan
-
-if TYPE_CHECKING:
-    from moacompress.serving.vllm.gates import LayerGate
+from moacompress.serving.vllm.gates import LayerGate
 
 
 @dataclass(eq=False)

@@ -23,7 +23,6 @@ class ClassSpec(AttentionSpec):
     """What vLLM knows of a class: a layer of its own with one head, whose token takes a share of a block's bytes.
 
     Attributes:
-        index: of the class.
         rules: what its blocks follow from, see `KVClass.rules`.
         in_flight: tokens of a sequence that a step computes at most beside other sequences.
     """

@@ -24,7 +24,7 @@ class Step:
         single: rows with one new token, int64 `[n]`.
         single_at: that token of each.
         past: tokens of each row before the step, int64 `[rows]`.
-        lengths: tokens of each row, new ones included, likewise.
+        lengths: tokens of each row, new ones included, int64 `[rows]`.
         tables: block ids of each class, `[rows, any]`.
         windows: those of the classes of windows, which come first, together, int32 `[classes, rows, width]`.
         slots: of the same classes, int64 `[tokens, classes]`.
@@ -64,9 +64,7 @@ class Step:
     def table_of(self, classes: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         """Returns block ids of windows that count through the memory of KV heads, int32 `[rows, kv_heads, width]`.
 
-        Args:
-            classes: that of each KV head, int64 `[kv_heads]`.
-            first: what is added to its block ids, int32 `[kv_heads]`.
+        `classes` is that of each KV head, int64 `[kv_heads]`; `first`, int32 `[kv_heads]`, is added to its block ids.
         """
         return self.windows[classes].transpose(0, 1) + first[:, None]
 

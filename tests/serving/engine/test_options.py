@@ -119,13 +119,13 @@ def test_another_vllm_is_refused_by_name(engine, checkpoints, monkeypatch):
 def test_another_vllm_needs_no_inner_names(monkeypatch):
     """Whatever model it serves, vLLM would end where `register` raises."""
     from moacompress.serving import vllm as plugin
-    from moacompress.serving.vllm import unsupported
+    from moacompress.serving.vllm import base_config
 
     said = []
     for name in ("config", "scheduling", "spec"):
         monkeypatch.delattr(plugin, name, raising=False)
         monkeypatch.setitem(sys.modules, f"{plugin.__name__}.{name}", None)  # its import fails
-    monkeypatch.setattr(unsupported, "register", said.append)
+    monkeypatch.setattr(base_config, "register_refusal", said.append)
     monkeypatch.setattr("vllm.version.__version__", "0.31.0")
     plugin.register()
     assert said == ["0.31.0"]

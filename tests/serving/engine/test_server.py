@@ -59,18 +59,10 @@ def server(
             process.wait(60)
 
 
-def running(address: str) -> float:
-    """Returns how many requests the server says that it runs."""
+def metric(address: str, name: str) -> float:
+    """Returns what the server says of itself."""
     metrics = urllib.request.urlopen(f"{address}/metrics", timeout=10).read().decode()
-    return sum(
-        float(line.split()[-1]) for line in metrics.splitlines() if line.startswith("vllm:num_requests_running{")
-    )
-
-
-def used(address: str) -> float:
-    """Returns the share of the KV cache that the server says is used."""
-    metrics = urllib.request.urlopen(f"{address}/metrics", timeout=10).read().decode()
-    return max(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith("vllm:kv_cache_usage_perc{"))
+    return sum(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith(f"vllm:{name}{{"))
 
 
 def test_answers_streams_and_cancels(server):
@@ -111,7 +103,7 @@ def test_answers_streams_and_cancels(server):
     assert together == alone * 4
     assert streamed == alone
     deadline = time.monotonic() + 30
-    while running(address) and time.monotonic() < deadline:  # those who left are forgotten
+    while metric(address, "num_requests_running") and time.monotonic() < deadline:  # those who left are forgotten
         time.sleep(0.2)
-    assert running(address) == 0
-    assert used(address) == 0
+    assert metric(address, "num_requests_running") == 0
+    assert metric(address, "kv_cache_usage_perc") == 0

@@ -1,8 +1,9 @@
-"""Keys and values as codes in vLLM's blocks: the same bits make the same codes, in whatever steps they come."""
+"""Attention over vLLM's blocks: in whatever steps tokens come, it is that of all at once, and the same tokens are selected."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +12,14 @@ import torch
 
 from moacompress.kernels.arguments import Scores, as_tensors
 from moacompress.kernels.backend import prefill_alone
+from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.dispatch import REFERENCE
+from moacompress.rules.formats import FORMATS
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
+from tests.kernels.test_selecting import transient_of
 from tests.plan_kinds import random_plan
 
 HEADS, KV_HEADS, WIDTH, LAYERS = 6, 3, 32, 2
@@ -85,12 +90,7 @@ def in_steps(
 ) -> list[list[torch.Tensor]]:
     """Returns attention of rows, computed in chunks, single tokens and beside each other, as vLLM's scheduler may choose.
 
-    Args:
-        blocks: where the rows get theirs.
-        layers: by name.
-        drawn: of each layer and row its queries, keys, values, and the tokens' scores where a gate selects.
-        rng: chooses.
-        monkeypatch: the fixture.
+    `drawn` has of each layer and row its queries, keys, values, and the tokens' scores where a gate selects.
     """
     from moacompress.serving.vllm import attention
 
@@ -120,17 +120,41 @@ def in_steps(
     return found
 
 
+GROWTH = ((9, 0), (5, 0), (40, 0), (0, 200), (0, 0))
+
+
+def gated_rules(rng: random.Random) -> tuple[Rule, ...]:
+    """Returns rules of a layer, some of which select."""
+    drawn = []
+    for _ in range(KV_HEADS):
+        keys, values = rng.choices([*FORMATS], k=2)
+        rule = Rule(rng.choice((4, 16)), rng.choice((0, 20)), rng.choice((0, 100)), keys, values)
+        alpha, beta_q = rng.choice(GROWTH)
+        drawn.append(replace(rule, select_alpha=alpha, select_beta_q=beta_q))
+    drawn[rng.randrange(KV_HEADS)] = Rule(4, 0, 0, select_alpha=20, select_beta_q=50)
+    return tuple(drawn)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("seed", range(4))
-def test_steps_are_as_all_at_once(seed, dtype, monkeypatch):
-    """Over memory that is freed and used again."""
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gates"])
+@pytest.mark.parametrize("seed", range(6))
+def test_steps_are_as_all_at_once(seed, gated, dtype, monkeypatch):
+    """In every format, over memory that is freed and used again; scores of gates have many equals.
+
+    Also by a backend that cannot let tokens compete in the call in which they are attended to.
+    """
+    capabilities = replace(CpuBackend.capabilities, decode_selecting=seed != 5)
+    monkeypatch.setattr(CpuBackend, "capabilities", capabilities)
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    native = rng.choice((None, 40))
-    name = str(dtype).removeprefix("torch.")
+    native, name = None if gated else rng.choice((None, 40)), str(dtype).removeprefix("torch.")
     shape = ModelShape("llama", LAYERS, HEADS, KV_HEADS, WIDTH, name, (native, None), "")
-    plan = random_plan(shape, seed, formats=True)
+    if gated:
+        plan = Plan(shape, 16, tuple(gated_rules(rng) for _ in range(LAYERS)), gates="0" * 16)
+    else:
+        plan = random_plan(shape, seed, formats=True)
     blocks = Blocks(plan, dtype, rng)
+    assert {one.heads.selected for one in blocks.classes} == ({False, True} if gated else {False})
     scores = Scores(WIDTH**-0.5, rng.choice((0.0, 5.0)), rng.choice((None, torch.randn(HEADS))))
     layers = {
         f"model.layers.{index}": SimpleNamespace(
@@ -142,15 +166,18 @@ def test_steps_are_as_all_at_once(seed, dtype, monkeypatch):
         )
         for index, window in enumerate(shape.native_windows)
     }
+
+    def tokens(count: int) -> list[torch.Tensor]:
+        vectors = [torch.randn(count, heads, WIDTH, dtype=dtype) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+        return [*vectors, *[torch.randint(-20, 20, (count, KV_HEADS), dtype=torch.int16)][: int(gated)]]
+
     counts = [rng.randint(1, 400) for _ in range(3)]
-    drawn = [
-        [[torch.randn(count, heads, WIDTH, dtype=dtype) for heads in (HEADS, KV_HEADS, KV_HEADS)] for count in counts]
-        for _ in layers
-    ]
+    drawn = [[tokens(count) for count in counts] for _ in layers]
     found = in_steps(blocks, layers, drawn, rng, monkeypatch)
     for index, (layer, rows_of) in enumerate(zip(layers.values(), drawn, strict=True)):
-        for row, (query, key, value) in enumerate(rows_of):
-            parts = [part.transpose(0, 1)[None].float() for part in (query, key, value)]
-            expected = prefill_alone(REFERENCE, *parts, rules=layer.plan_table, scores=scores)[0].transpose(0, 1)
-            error = (found[index][row].float() - expected).abs().max()
+        for row, (query, key, value, *of_gate) in enumerate(rows_of):
+            parts, rules = [part.transpose(0, 1)[None].float() for part in (query, key, value)], layer.plan_table
+            transient = transient_of(RuleTable(rules.columns.numpy()), of_gate[0]) if gated else None
+            (expected,) = prefill_alone(REFERENCE, *parts, rules=rules, scores=scores, transient=transient)
+            error = (found[index][row].float() - expected.transpose(0, 1)).abs().max()
             assert error < (2e-5 if dtype == torch.float32 else 3e-2), (index, row)
