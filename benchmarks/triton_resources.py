@@ -231,7 +231,7 @@ def prefill_resources(
         **model.products,
         logits=model.bounded,
         cached=cached,
-        passing=cached,
+        transient=cached,
         card=named(card),
     )
     types = pool_types(model, bits) | ({"Out": "*fp32"} if bits[1] else {})

@@ -51,7 +51,7 @@ TILE = 64
 """Query rows worked on at a time."""
 
 
-def _passing(own: Tensor, rules: RuleTable) -> TransientTokens:
+def _transient(own: Tensor, rules: RuleTable) -> TransientTokens:
     """Returns the tokens that the rules a layer runs under select, from when they are evicted.
 
     Args:
@@ -92,8 +92,8 @@ def attend(
     if plan is None and own is None and sdpa.suits(query, scores):
         return sdpa.dense_attention(query, key, value, spec.scaling, spec.native_window)
     rules = (plan or RuleTable.of([Rule.FULL] * key.shape[1], 1)).native().in_layer(spec.native_window)
-    here, passing = as_tensors(rules), None if own is None else _passing(own, rules)
-    return prefill_alone(backend_for(query), query, key, value, rules=here, scores=scores, passing=passing)
+    here, transient = as_tensors(rules), None if own is None else _transient(own, rules)
+    return prefill_alone(backend_for(query), query, key, value, rules=here, scores=scores, transient=transient)
 
 
 def attend_backward(

@@ -21,11 +21,10 @@ class Scores(NamedTuple):
     """How scores are made of queries and keys.
 
     Attributes:
-        scaling: factor on the scores.
         softcap: bound of the scores by tanh (Gemma 2), 0 for none.
         sink_logits: learned logit of each query head that takes probability and gives no value (gpt-oss), `[heads]`, or None.
-            Backends are given no others; beside keys less a centre it is of each query, `[rows, heads, tokens]`, see
-            `centred_keys.logits_beside`.
+            Beside keys less a centre it is of each query, `[rows, heads, tokens]`, see `centred_keys.logits_beside`; no backend
+            is given that.
     """
 
     scaling: float
@@ -41,7 +40,7 @@ class Scores(NamedTuple):
 class Choices(NamedTuple):
     """When rules that select evict each token of a sample: counterfactuals, for every rule on offer.
 
-    Times are those of an `EvictionSchedule`; it follows from a token's position when it is admitted.
+    Times are those of an `EvictionSchedule`; when a token is admitted follows from its position.
 
     Attributes:
         evicted: in each way to select, int32 `[kv_heads, ways, tokens]`; of a token that is never selected no more than have
@@ -59,13 +58,11 @@ class TransientTokens(NamedTuple):
     """The tokens of an `EvictionSchedule` that some query of a chunk may attend to, where attention reads them.
 
     A query attends to one, besides what rules show it, where so many tokens have left its window: `admitted` at least, and less
-    than `evicted`.
+    than `evicted`, int64 `[tokens]`.
 
     Attributes:
         begins: where those of a row and KV head begin, and all end, int64 `[rows * kv_heads + 1]`.
         slots: where each lies, block id * 16 + place in the block; -1 - t of the chunk's real token t; int64 `[tokens]`.
-        admitted: int64 `[tokens]`.
-        evicted: likewise.
     """
 
     begins: torch.Tensor
@@ -80,7 +77,7 @@ class CacheView(NamedTuple):
     Attributes:
         keys: the pool's segments of keys, `[blocks, 16, head_dim]` each, or `[blocks, bytes]` of codes; none if no row has a
             past.
-        values: its segments of values, likewise of `value_dim`.
+        values: its segments of values, as many, of `value_dim`.
         table: block ids, int32 `[rows, kv_heads, width]`.
         value_dim: numbers of a value; 0 for those of the segments that are native.
     """
@@ -115,22 +112,19 @@ class SelectedView(NamedTuple):
 
 
 class CacheState(NamedTuple):
-    """What the calls of a step read of a layer's cache and write to.
+    """What the calls of a step read of a layer's cache and write to; keys, values and table are as of `CacheView`.
 
     Attributes:
-        keys: as of `CacheView`; written to.
-        values: likewise.
-        table: likewise.
         lengths: tokens of every row, int64 `[rows]`.
         runs: first block and end of every run of blocks held, int64 `[RUNS, 2, rows, kv_heads]`.
         refs: how many table entries name each block, int32 `[blocks]`.
         lag: tokens that are kept longer for rolling back.
-        shared_values: values of layers that share the keys, beside the blocks' own, in sets: of each its part of every
-            segment, with no bytes where a segment has none. Where rules select, the one set is that of the tokens' scores,
-            int16, as bytes.
-        selected: block ids of the tokens that gates select, by their places, int32 `[rows, kv_heads, width]`; None
-            where no rule selects.
-        left: how many tokens have left the window and competed, int64 `[rows, kv_heads]`; as `selected`.
+        shared_values: values of layers that share the keys, beside the blocks' own, in sets: of each its part of every segment,
+            with no bytes where a segment has none. Where rules select, the one set is that of the tokens' scores, int16, as
+            bytes.
+        selected: block ids of the tokens that gates select, by their places, int32 `[rows, kv_heads, width]`; None where no
+            rule selects.
+        left: how many tokens have left the window and competed, int64 `[rows, kv_heads]`; None where no rule selects.
     """
 
     keys: Sequence[torch.Tensor]
@@ -150,19 +144,18 @@ class RingState(NamedTuple):
 
     With S blocks of sinks and a ring of K behind them, block b of a row and KV head is number b of its part of the table if
     b < S, and else number S + (b - S) mod K. So the table stays as it is while rows grow: a new block takes the place of one
-    that no query sees any more. All tensors are on the device, and stay where they are.
+    that no query sees any more. All tensors are on the device, and stay where they are; segments, lengths and counts are
+    written to.
 
     Attributes:
-        keys: segments as of `CacheView`; written to.
-        values: likewise.
-        scores: as of `SelectedView`; written to. Empty where no rule selects.
+        scores: as of `SelectedView`. Empty where no rule selects.
         table: block ids, int32 `[rows, kv_heads, width]`; -1 where no block will be asked for.
         sizes: S and K of every KV head, int64 `[2, kv_heads]`, in numpy.
-        lengths: tokens of the rows, int64 `[rows]`; written to.
+        lengths: tokens of the rows, int64 `[rows]`.
         selected: block ids of the tokens that gates select, by their places, int32 `[rows, kv_heads, any]`; None where no rule
             selects.
-        counts: how many are selected, int64 `[rows, kv_heads]`; written to. None where no rule selects.
-        shared_values: as of `CacheState`, of values; written to.
+        counts: how many are selected, int64 `[rows, kv_heads]`. None where no rule selects.
+        shared_values: as of `CacheState`, of values.
     """
 
     keys: Sequence[torch.Tensor]
@@ -221,26 +214,14 @@ class NormAndMlpWeights(NamedTuple):
 
 
 class Rotary(NamedTuple):
-    """Rotary position embeddings of one token; the two halves of a head are the coordinates that are rotated.
-
-    Attributes:
-        cos: cosines, `[rows or 1, 1, head_dim]`.
-        sin: sines, likewise.
-    """
+    """Rotary position embeddings of one token, `[rows or 1, 1, head_dim]`; the two halves of a head are the coordinates."""
 
     cos: torch.Tensor
     sin: torch.Tensor
 
 
 class LayerWeights(NamedTuple):
-    """A whole decoder layer.
-
-    Attributes:
-        projections: of its attention.
-        norms_and_mlp: what it does around that.
-        gate: weight `[kv_heads, hidden]` and bias `[kv_heads]` of what scores tokens by what enters the attention; none where
-            no rule of the layer selects.
-    """
+    """A whole decoder layer; `gate` is weight `[kv_heads, hidden]` and bias `[kv_heads]` of what scores tokens, or nothing."""
 
     projections: Projections
     norms_and_mlp: NormAndMlpWeights

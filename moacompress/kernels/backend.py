@@ -107,7 +107,7 @@ class Backend(ABC):
         rules: RuleTable,
         scores: Scores,
         with_lse: bool = False,
-        passing: TransientTokens | None = None,
+        transient: TransientTokens | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of a chunk of tokens per row over the cache and over the chunk itself.
 
@@ -125,7 +125,7 @@ class Backend(ABC):
             rules: of the KV heads, with tensors on the CPU.
             scores: how scores are made.
             with_lse: whether the second result is wanted; it may be None where it is not.
-            passing: selected tokens, on the CPU; with them only `cached_gradients` say whether there are gradients.
+            transient: selected tokens, on the CPU; with them only `cached_gradients` say whether there are gradients.
 
         Returns:
             `(out, lse)`: `[rows, heads, tokens, value_dim]` of the query's dtype, and `[rows, heads, tokens]` in float32 at
@@ -484,19 +484,9 @@ def prefill_alone(
     *,
     rules: RuleTable,
     scores: Scores,
-    passing: TransientTokens | None = None,
+    transient: TransientTokens | None = None,
 ) -> torch.Tensor:
-    """Returns attention of whole rows, with no past and no padding, `[rows, heads, tokens, value_dim]`.
-
-    Args:
-        backend: which.
-        query: `[rows, heads, tokens, head_dim]`.
-        key: `[rows, kv_heads, tokens, head_dim]`.
-        value: `[rows, kv_heads, tokens, value_dim]`.
-        rules: of the KV heads, with tensors on the CPU.
-        scores: how scores are made.
-        passing: the selected tokens, of the rows alone.
-    """
+    """Returns attention of whole rows, with no past and no padding, `[rows, heads, tokens, value_dim]`."""
     past = torch.zeros(key.shape[0], dtype=torch.int64, device="cpu")
     whole = torch.full_like(past, key.shape[2])
     return backend.prefill(
@@ -508,5 +498,5 @@ def prefill_alone(
         valid=whole,
         rules=rules,
         scores=scores,
-        passing=passing,
+        transient=transient,
     )[0]

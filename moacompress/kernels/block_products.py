@@ -24,14 +24,9 @@ _LIBRARY.define("linear_backward(Tensor grad, Tensor blocks, int kind, bool comp
 def block_linear(
     x: torch.Tensor, blocks: torch.Tensor, kind: WeightType, bias: torch.Tensor | None, compiled: bool = False
 ) -> torch.Tensor:
-    """Returns `x @ weight.T + bias`, `[..., outputs]`, with gradients for `x` and `bias`; the blocks are constants.
+    """Returns `x @ weight.T + bias`, `[..., outputs]`, of blocks uint8 `[outputs, bytes]`, which are constants to gradients.
 
-    Args:
-        x: `[..., inputs]`.
-        blocks: uint8 `[outputs, bytes]`.
-        kind: of the blocks.
-        bias: `[outputs]`, or None.
-        compiled: whether the compiled kernels dequantize.
+    `compiled` has the compiled kernels dequantize.
 
     Raises:
         UnsupportedError: the blocks have not as many inputs as `x`.

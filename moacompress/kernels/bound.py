@@ -25,31 +25,20 @@ class BoundRing(ABC):
         gate_scores: torch.Tensor | None = None,
         taken: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Puts one more token of every row into the cache and attends to it; without gradients.
+        """Puts one more token of every row into the cache and attends to it, `[rows, 1, heads, value_dim]`; without gradients.
 
-        The host waits for nothing, and nothing that is launched depends on the lengths of the rows.
-
-        Args:
-            query: `[rows, heads, 1, head_dim]`.
-            key: `[rows, kv_heads, 1, head_dim]`.
-            value: `[rows, kv_heads, 1, value_dim]`.
-            scores: how scores are made.
-            gate_scores: of the tokens, int16 `[rows, kv_heads]`; None where no rule selects.
-            taken: 1 where a row's token is real and 0 where it is padding, which is not put into the cache and sees what the
-                row's last real token sees, int64 `[rows]`; None where all are real. Rows have a real token.
-
-        Returns:
-            `[rows, 1, heads, value_dim]`.
+        The host waits for nothing, and nothing that is launched depends on the lengths of the rows. The token's query, key and
+        value are `[rows, heads, 1, dim]`; `gate_scores` are its scores, int16 `[rows, kv_heads]`, None where no rule selects.
+        `taken` is 1 where a row's token is real and 0 where it is padding, which is not put into the cache and sees what the
+        row's last real token sees, int64 `[rows]`; None where all are real. Rows have a real token.
         """
 
     @abstractmethod
     def reuse(self, *, head_map: Ints, value_sets: Ints, value_formats: Ints) -> BoundReuse:
         """Reads what a layer that shares the attention has beside the blocks' own values; after a first step.
 
-        Args:
-            head_map: KV head whose attention each of its KV heads has, int64 `[kv_heads]`.
-            value_sets: which of `RingState.shared_values` are those of each, likewise.
-            value_formats: code of the format of each, likewise.
+        Of each of its KV heads, int64 `[kv_heads]`: `head_map` is the KV head whose attention it has, `value_sets` says which
+        of `RingState.shared_values` are its own, and `value_formats` is the code of their format.
         """
 
 
@@ -58,16 +47,10 @@ class BoundReuse(ABC):
 
     @abstractmethod
     def step(self, value: torch.Tensor, *, scores: Scores) -> torch.Tensor:
-        """Puts the values of a token beside those of the shared layer's step, which has been made, and attends as that did.
+        """Puts a token's values beside those of the shared layer's step, which has been made, and attends as that did.
 
-        No key is read, and the host waits for nothing; without gradients.
-
-        Args:
-            value: `[rows, kv_heads, 1, value_dim]`.
-            scores: how scores were made; learned logits are those of the query heads whose attention each of its own has.
-
-        Returns:
-            `[rows, 1, heads, value_dim]`.
+        No key is read, and the host waits for nothing; without gradients. Values are `[rows, kv_heads, 1, value_dim]`, the
+        result `[rows, 1, heads, value_dim]`. Learned logits are those of the query heads whose attention each of its own has.
         """
 
 
@@ -82,16 +65,11 @@ class BoundCaches(ABC):
     def step(
         self, hidden: torch.Tensor, rotary: Rotary, first: int
     ) -> tuple[torch.Tensor, int, AllocationShortfall | None]:
-        """Runs the decoder layers from `first` on for one token of every row; it must not be traced.
-
-        Args:
-            hidden: what comes into that layer, `[rows, 1, hidden]`.
-            rotary: of the token.
-            first: index of the first layer.
+        """Runs the decoder layers from `first` on for one token of every row, `[rows, 1, hidden]`; it must not be traced.
 
         Returns:
-            What came out of the last layer that was done, `[rows, 1, hidden]`, if any was; how many layers are done, those
-            before `first` included; and what the next one lacks, None if these are all.
+            What came out of the last layer that was done, if any was; how many layers are done, those before `first` included;
+            and what the next one lacks, None if these are all.
 
         Raises:
             WeightsMoved: a weight is not in the memory any more that it was read in; nothing is done.
@@ -103,11 +81,7 @@ class BoundLayers(ABC):
 
     @abstractmethod
     def read_caches(self, states: Sequence[CacheState | None]) -> BoundCaches:
-        """Reads the caches of the layers.
-
-        Args:
-            states: of each layer, with one lag; None of one that shares attention. All tensors are written to in steps.
-        """
+        """Reads the caches of the layers, None of one that shares attention; all have one lag, and steps write to them."""
 
 
 class WeightsMoved(Exception):

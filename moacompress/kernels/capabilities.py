@@ -47,7 +47,6 @@ class Status(NamedTuple):
     """Whether a backend can run in this process.
 
     Attributes:
-        works: whether it can.
         reason: why it cannot, and what to do; or why it is there.
         isa: instruction set or card that it runs on, or None.
     """

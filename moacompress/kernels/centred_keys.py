@@ -12,9 +12,8 @@ from moacompress.kernels.arguments import Scores
 def centred(key: torch.Tensor, centre: torch.Tensor | None) -> torch.Tensor:
     """Returns keys less their centre, rounded to their own dtype; a softmax over all keys of a query sees no difference.
 
-    Args:
-        key: after its rotary embedding, `[rows, kv_heads, tokens, head_dim]`.
-        centre: a constant to gradients, float32 `[kv_heads, head_dim]` on the key's device; None for none.
+    Keys are after their rotary embedding, `[rows, kv_heads, tokens, head_dim]`; the centre, a constant to gradients, is float32
+    `[kv_heads, head_dim]` on their device, or None.
     """
     if centre is None:
         return key
@@ -25,14 +24,7 @@ def centred(key: torch.Tensor, centre: torch.Tensor | None) -> torch.Tensor:
 def logits_beside(sink_logits: torch.Tensor, query: torch.Tensor, centre: torch.Tensor, scaling: float) -> torch.Tensor:
     """Returns learned logits that mean the same beside keys less their centre: less what all scores of a query lack.
 
-    Args:
-        sink_logits: of each query head, `[heads]`.
-        query: `[rows, heads, tokens, head_dim]`.
-        centre: `[kv_heads, head_dim]`.
-        scaling: factor on the scores.
-
-    Returns:
-        Float32 at least, `[rows, heads, tokens]`.
+    Those of query heads, `[heads]`, become those of queries, `[rows, heads, tokens]`, in float32 at least.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     by_head = query.to(wide).unflatten(1, (len(centre), -1))
@@ -47,10 +39,7 @@ Attended = tuple[torch.Tensor, torch.Tensor | None]
 def beside_logits(call: Callable[[Scores, bool], Attended], scores: Scores, with_lse: bool) -> Attended:
     """Returns what a backend attends to, with logits of each query too, which no backend knows.
 
-    Args:
-        call: a backend's call with scores, and whether logs of denominators are wanted.
-        scores: logits of each query have the shape of the queries.
-        with_lse: whether they are wanted.
+    `call` is a backend's call with scores, and whether logs of denominators are wanted; logits of each query have its shape.
     """
     if not scores.by_query:
         return call(scores, with_lse)

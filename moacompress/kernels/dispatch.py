@@ -37,7 +37,6 @@ class Choice:
     """The backend that runs where it supports device and dtype.
 
     Attributes:
-        name: of the backend.
         isa: instruction set or card that it runs on, or None.
         reason: why this one.
         asked: whether the environment names it.
@@ -82,11 +81,7 @@ def forget() -> None:
 
 
 def choose(wanted: str | None, backends: Sequence[Backend]) -> Choice:
-    """Returns the backend to run.
-
-    Args:
-        wanted: value of MOACOMPRESS_KERNEL, or None or empty for the best there is.
-        backends: those there are, the preferred first; the last one always works.
+    """Returns the backend that MOACOMPRESS_KERNEL asks for with `wanted`, or the first that works; the last one always does.
 
     Raises:
         UsageError: no backend of that name.
@@ -153,9 +148,6 @@ def chosen() -> Choice:
 def check_formats(names: Iterable[str]) -> None:
     """Refuses formats of installed packages where the backend of this process keeps ours alone.
 
-    Args:
-        names: of formats of keys and values.
-
     Raises:
         UnsupportedError: names the format, the backend, and what keeps it.
         UsageError: as `chosen`.
@@ -176,12 +168,9 @@ def backend_for(tensor: torch.Tensor) -> Backend:
 
 
 def backend_with_gradients(query: torch.Tensor, *others: torch.Tensor, cached: bool) -> Backend:
-    """Returns the backend for a query; the reference where gradients are needed that the backend does not have.
+    """Returns the backend for a query; the reference where it, or `others`, need gradients that the backend does not have.
 
-    Args:
-        query: as `backend_for` takes it.
-        *others: what else gradients may be needed of.
-        cached: whether what is attended to is in a cache.
+    `cached` says whether what is attended to is in a cache.
 
     Raises:
         UnsupportedError: as `backend_for`.

@@ -11,13 +11,7 @@ _LIMIT = (1 << 15) - 1
 
 
 def scored(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Returns `weight . hidden + bias` in float32, `[..., kv_heads]`.
-
-    Args:
-        hidden: what enters the layer's attention, `[..., inputs]`.
-        weight: `[kv_heads, inputs]`.
-        bias: `[kv_heads]`.
-    """
+    """Returns `weight . hidden + bias` in float32, `[..., kv_heads]`, of what enters the layer's attention, `[..., inputs]`."""
     return nn.functional.linear(hidden.float(), weight.float(), bias.float())
 
 

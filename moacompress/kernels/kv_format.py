@@ -96,12 +96,7 @@ def rounded_by(format: KVFormat, x: torch.Tensor) -> torch.Tensor:
 
 
 def check_codes(codes: Sequence[int], head: int, known: Sequence[int]) -> None:
-    """Refuses formats that a backend does not keep.
-
-    Args:
-        codes: of the keys and values of a KV head.
-        head: its number.
-        known: codes that the backend keeps.
+    """Refuses formats of the keys and values of a KV head that a backend does not keep, by their codes.
 
     Raises:
         UnsupportedError: says which.
@@ -111,12 +106,7 @@ def check_codes(codes: Sequence[int], head: int, known: Sequence[int]) -> None:
 
 
 def refuse_outside(names: Iterable[str], kernel: str, instead: str) -> None:
-    """Refuses formats of installed packages for what keeps ours alone.
-
-    Args:
-        names: of formats.
-        kernel: what that is.
-        instead: what to do.
+    """Refuses formats of installed packages for what keeps ours alone, a `kernel`, and says what to do `instead`.
 
     Raises:
         UnsupportedError: names the format, and what runs it.

@@ -68,12 +68,9 @@ class KVPart(NamedTuple):
         return torch.empty(blocks, self.nbytes, dtype=torch.uint8, device=device)
 
     def write(self, memory: torch.Tensor, slots: torch.Tensor, vectors: torch.Tensor) -> None:
-        """Writes tokens.
+        """Writes tokens `[tokens, dim]` into memory as of `new`, whose blocks may lie apart.
 
-        Args:
-            memory: see `new`; its blocks may lie apart.
-            slots: block * 16 + place in the block, int64 `[tokens]`.
-            vectors: `[tokens, dim]`.
+        `slots` are block * 16 + place in the block, int64 `[tokens]`.
         """
         if not self.bits:
             memory[slots // BLOCK, slots % BLOCK] = vectors
@@ -92,14 +89,7 @@ class KVPart(NamedTuple):
             numbers[blocks, side, places] = part[:, 0]
 
     def move(self, source: torch.Tensor, slots: torch.Tensor, target: torch.Tensor, to: torch.Tensor) -> None:
-        """Copies tokens as they are kept.
-
-        Args:
-            source: see `new`; its blocks may lie apart.
-            slots: where they are, see `write`.
-            target: as `source`; it may be the same.
-            to: where they go to.
-        """
+        """Copies tokens as they are kept, from `slots` of one memory to slots `to` of another, or of the same."""
         if not self.bits:
             target[to // BLOCK, to % BLOCK] = source[slots // BLOCK, slots % BLOCK]
             return
@@ -115,10 +105,7 @@ class KVPart(NamedTuple):
     def read(self, memory: torch.Tensor, blocks: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Returns tokens: native ones as they are, float32 of codes, in the basis of the vectors, `[..., dim]`.
 
-        Args:
-            memory: see `new`.
-            blocks: int64 `[...]`.
-            places: in the blocks, broadcastable to `blocks`.
+        `blocks` is int64 `[...]`; `places`, in the blocks, broadcasts to it.
         """
         if not self.bits:
             return memory[blocks, places]
@@ -128,7 +115,7 @@ class KVPart(NamedTuple):
         return rotated(decode(self.kept(memory, blocks, places)))
 
     def kept(self, memory: torch.Tensor, blocks: torch.Tensor, places: torch.Tensor) -> Codes:
-        """Returns the codes of tokens; arguments are those of `read`."""
+        """Returns the codes of tokens, as `read` finds them."""
         places = places.expand_as(blocks)
         codes, at = self._codes(memory, blocks, places)
         packed = codes[at].reshape(*blocks.shape, self._token)
@@ -165,16 +152,10 @@ class KVPart(NamedTuple):
 def read_tokens(
     segments: Sequence[torch.Tensor], kv_part: KVPart, ids: torch.Tensor, places: torch.Tensor
 ) -> torch.Tensor | None:
-    """Returns tokens of a pool, `[rows, heads, tokens, dim]`; see `KVPart.read`.
+    """Returns tokens of a pool, `[rows, heads, tokens, dim]`, or None where a block is in no segment of such parts.
 
-    Args:
-        segments: of the pool, those of other formats too; block ids count through them.
-        kv_part: what the tokens are kept as.
-        ids: blocks of the tokens, int64 `[rows, heads, tokens]`, at least 0.
-        places: of the tokens in their blocks, `[tokens]`.
-
-    Returns:
-        None where a block is in no segment of such parts.
+    Block ids, int64 `[rows, heads, tokens]` and at least 0, count through segments of other formats too; `places`, `[tokens]`,
+    are those in the blocks.
     """
     if len(segments) == 1 and kv_part.fits(segments[0]):
         return kv_part.read(segments[0], ids, places) if int(ids.max()) < len(segments[0]) else None

@@ -27,15 +27,7 @@ def suits(query: torch.Tensor, scores: Scores) -> bool:
 def dense_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, native_window: int | None = None
 ) -> torch.Tensor:
-    """Returns causal attention, `[rows, heads, tokens, value_dim]`, with gradients.
-
-    Args:
-        query: `[rows, heads, tokens, head_dim]`.
-        key: `[rows, kv_heads, tokens, head_dim]`.
-        value: `[rows, kv_heads, tokens, value_dim]`.
-        scaling: factor on the scores.
-        native_window: the layer's own sliding window in tokens, or None.
-    """
+    """Returns causal attention, `[rows, heads, tokens, value_dim]`, with gradients; `native_window` is in tokens."""
     tokens, group = query.shape[2], query.shape[1] // key.shape[1]
     mask = None
     if native_window is not None and native_window < tokens:
@@ -57,7 +49,7 @@ def dense_gradients(
     scaling: float,
     native_window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the gradients of query, key and value from that of `dense_attention`'s result; arguments are as there."""
+    """Returns the gradients of query, key and value from that of `dense_attention`'s result."""
     with torch.enable_grad():
         leaves = [part.detach().requires_grad_() for part in (query, key, value)]
         out = dense_attention(leaves[0], leaves[1], leaves[2], scaling, native_window)

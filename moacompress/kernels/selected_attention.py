@@ -1,6 +1,6 @@
 """Attention of a step over the tokens that gates select.
 
-Their blocks are read with the backend's `decode`, a KV head of a row at a time; `reference.passing.merged` puts it together
+Their blocks are read with the backend's `decode`, a KV head of a row at a time; `reference.transient.merged` puts it together
 with that over sinks and windows.
 """
 
@@ -13,23 +13,16 @@ from torch import Tensor
 from moacompress.core.arrays import Ints
 from moacompress.kernels.arguments import CacheView, Scores, as_tensors
 from moacompress.kernels.dispatch import backend_with_gradients
-from moacompress.kernels.reference.passing import PartOfSoftmax
+from moacompress.kernels.reference.transient import PartOfSoftmax
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 
 
 def attend_selected(query: Tensor, cache: CacheView, counts: Ints, rules: RuleTable, scores: Scores) -> PartOfSoftmax:
-    """Attention of one query a row over the tokens that gates select of it.
+    """Attention of one query a row, `[rows, heads, head_dim]`, over the tokens that gates select of it.
 
-    Args:
-        query: `[rows, heads, head_dim]`.
-        cache: the selected tokens, from the first place of their blocks on; it says how many numbers a value has.
-        counts: how many are selected of each row and KV head, `[rows, kv_heads]`; 0 for a row that is not asked for.
-        rules: of the KV heads, for their formats.
-        scores: how scores are made; learned logits are no part of this.
-
-    Returns:
-        `[rows, heads, value_dim]`, and `[rows, heads]` in float32 at least.
+    They lie from the first place of their blocks on, and `counts` says how many they are, `[rows, kv_heads]`: 0 for a row that
+    is not asked for. The cache says how many numbers a value has. Learned logits are no part of this.
     """
     rows, heads, size = query.shape
     group = heads // len(rules)

@@ -88,14 +88,9 @@ def weight_type(code: int) -> WeightType:
 
 
 def dequantized(blocks: torch.Tensor, kind: WeightType, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Returns what blocks stand for, `[..., outputs, inputs]`: made in float32, then rounded to the dtype.
+    """Returns what blocks, uint8 `[..., outputs, bytes]`, stand for, `[..., outputs, inputs]`: made in float32, then rounded.
 
     All of it is in memory at once, several times over: callers with large weights take some outputs at a time.
-
-    Args:
-        blocks: uint8 `[..., outputs, bytes]`.
-        kind: of the blocks.
-        dtype: of the result.
 
     Raises:
         UnsupportedError: the rows are not whole blocks, or no bytes.

@@ -40,13 +40,9 @@ def is_widened(x: torch.Tensor) -> bool:
 def widened_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, product: Product = linear
 ) -> torch.Tensor:
-    """Returns `x @ weight.T + bias`, `[..., outputs]`, in the dtype of `x`; summed in float32 and rounded once.
+    """Returns `x @ weight.T + bias`, `[..., outputs]`, in the dtype of `x`; summed in float32 by `product`, and rounded once.
 
-    Args:
-        x: `[..., inputs]`.
-        weight: `[outputs, inputs]`, strided in any way.
-        bias: `[outputs]`, or None.
-        product: of float32.
+    The weight, `[outputs, inputs]`, may be strided in any way.
     """
     rows = x.reshape(-1, x.shape[-1])
     out = x.new_empty(len(rows), len(weight))

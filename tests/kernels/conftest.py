@@ -52,7 +52,7 @@ class Case:
     sink_logits: torch.Tensor | None
     formats: torch.Tensor | None = None
     """Codes of the formats of keys and values, `[2, kv_heads]`."""
-    passing: TransientTokens | None = None
+    transient: TransientTokens | None = None
 
     @property
     def rules(self) -> RuleTable:
@@ -80,7 +80,7 @@ class Case:
         """What the operator takes."""
         chunk = (self.query, self.key, self.value)
         held = (*map(list, self.cache[:2]), self.table, self.past, self.valid)
-        return (*chunk, *held, self.rules.columns, *self.scores, list(self.passing or ()))
+        return (*chunk, *held, self.rules.columns, *self.scores, list(self.transient or ()))
 
     @property
     def decode(self) -> tuple[Any, ...]:
@@ -100,7 +100,7 @@ class Case:
             rules=self.rules,
             scores=self.scores,
             with_lse=True,
-            passing=self.passing,
+            transient=self.transient,
         )
 
     def decoded(self, backend: Backend = REFERENCE) -> tuple[Any, ...]:
@@ -114,6 +114,17 @@ class Case:
             with_lse=True,
         )
 
+    def gradients(self, run: Callable[[Case], tuple[Any, ...]], *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Gradients of query, key, value and learned logits of the weighted sum of what `run` makes of it."""
+        names = ("query", "key", "value", "sink_logits")
+        leaves = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        leaves = {name: t.detach().clone().requires_grad_() for name, t in leaves.items()}
+        found = run(replace(self, **leaves))
+        if not found[0].requires_grad:  # a batch without real tokens does not depend on them at all
+            return tuple(torch.zeros_like(leaf) for leaf in leaves.values())
+        along = [weight.to(t.dtype) for weight, t in zip(weights, found, strict=True)]
+        return torch.autograd.grad(found, list(leaves.values()), along)
+
     def to(self, dtype: torch.dtype) -> Case:
         logits = self.sink_logits
         moved = {name: getattr(self, name).to(dtype) for name in ("query", "key", "value")}
@@ -122,7 +133,7 @@ class Case:
             for name in ("keys", "values")
         }
         moved["sink_logits"] = logits.to(torch.float64) if logits is not None and dtype == torch.float64 else logits
-        return Case(**{**self.__dict__, **moved})
+        return replace(self, **moved)
 
     def keeping(self, rng: random.Random) -> Case:
         """The same where random tokens are selected for a while, of the cache's blocks and of the chunk."""
@@ -142,7 +153,7 @@ class Case:
                     evicted.append(rng.choice((begin + 1, rng.randint(begin, most + 1), 1 << 40)))
                 begins.append(len(slots))
         parts = (torch.tensor(part, dtype=torch.int64) for part in (begins, slots, admitted, evicted))
-        return replace(self, passing=TransientTokens(*parts))
+        return replace(self, transient=TransientTokens(*parts))
 
     def written(self, slots: list[int], head: int) -> list[int]:
         """Returns those tokens of the pool that hold numbers."""
@@ -197,7 +208,7 @@ class Case:
     def row(self, row: int) -> Case:
         """The same with one row of the batch alone."""
         picked = {name: getattr(self, name)[row : row + 1] for name in ("query", "key", "value", "past", "valid")}
-        return Case(**{**self.__dict__, **picked, "table": self.table[row : row + 1].contiguous()})
+        return replace(self, **picked, table=self.table[row : row + 1].contiguous())
 
 
 def _strided(rng: random.Random, *sizes: int, dtype: torch.dtype) -> torch.Tensor:
@@ -218,9 +229,11 @@ def _strided(rng: random.Random, *sizes: int, dtype: torch.dtype) -> torch.Tenso
 
 
 def build(seed: int, dtype: torch.dtype, **fixed: Any) -> Case:
-    """Returns a random case; `fixed` sets what the names below say."""
+    """Returns a random case; `fixed` sets what the names below say, and `cached=False` leaves the cache out."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
+    cached = fixed.pop("cached", True)
+    fixed |= {} if cached else {"past": 0, "cuts": 0}
 
     def pick(name: str, *of: Any) -> Any:
         selected = rng.choice(of)
@@ -284,8 +297,8 @@ def build(seed: int, dtype: torch.dtype, **fixed: Any) -> Case:
         query=query,
         key=key,
         value=value,
-        keys=keys,
-        values=values,
+        keys=keys if cached else [],
+        values=values if cached else [],
         table=table,
         past=torch.tensor(past),
         valid=torch.tensor(valid),

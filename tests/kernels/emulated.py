@@ -158,7 +158,7 @@ def install(command: list[str]) -> None:
     built = library.load()
     assert built.isa is not None, built.reason
     program = Program(command)
-    best = library.Built(program.best())
+    best = library.Status(True, "", program.best())
     assert best.isa is not None
     library.ISAS = next(("portable", *names) for names in library.ISAS_OF.values() if best.isa in ("portable", *names))
     library.load = lambda: best  # type: ignore[assignment]

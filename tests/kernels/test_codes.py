@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from moacompress.kernels.kv_parts import KVPart
-from moacompress.kernels.reference.codes import LARGEST, Codes, decode, encode, pack, rotated, unpack
-from moacompress.rules.formats import find_code
+from moacompress.kernels.reference.codes import LARGEST, decode, encode, pack, rotated, unpack
+from moacompress.kernels.reference.rounding import BITS as BITS_OF
+from moacompress.kernels.reference.rounding import round_to, rounded
+from moacompress.rules.formats import FORMATS, find_code
 
 DIMS = (1, 2, 5, 6, 16, 24, 64, 80, 96, 112, 128, 256)
 BITS = (4, 8)
+NATIVE, INT8, INT4 = (FORMATS[name].code for name in ("native", "int8", "int4"))
 
 
 def by_the_page(x: np.ndarray, bits: int) -> tuple[list[int], np.float16, np.float16]:
@@ -155,7 +158,6 @@ def test_scale_and_zero_point_fold_into_scores_and_outputs(bits: int) -> None:
     weights = torch.randn(5, 30).softmax(-1)
     out = (weights * kept.scale.float().T) @ kept.codes.float() + weights @ kept.zero.float()
     assert torch.allclose(rotated(out), weights @ rotated(decode(kept)), atol=1e-4)
-    assert isinstance(kept, Codes)
 
 
 @pytest.mark.parametrize("values", [False, True])
@@ -183,3 +185,32 @@ def test_a_block_lies_as_the_page_says(dim: int, code: int, values: bool) -> Non
     assert torch.equal(memory, wanted)
     blocks, places = torch.arange(3)[:, None].expand(3, 16), torch.arange(16)
     assert torch.equal(kv_part.read(memory, blocks, places).view(48, dim), rotated(decode(kept)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_every_head_is_rounded_to_its_own_format(dtype: torch.dtype) -> None:
+    """And the gradient passes straight through."""
+    assert BITS_OF == {INT8: 8, INT4: 4}
+    x, pulled = (torch.randn(2, 4, 5, 24).to(dtype) for _ in range(2))
+    found = rounded(x.requires_grad_(), [INT4, NATIVE, INT8, INT4])
+    assert found.dtype == torch.float32
+    for head, bits in enumerate((4, None, 8, 4)):
+        alone = x[:, head].float() if bits is None else round_to(x[:, head], bits)
+        assert torch.equal(found[:, head], alone)
+    assert torch.equal(torch.autograd.grad(found, x, pulled.float())[0], pulled)
+    with pytest.raises(ValueError, match="2 formats for 4 KV heads"):
+        rounded(x, [INT8, INT4])
+
+
+def test_native_heads_keep_their_infinities_and_others_turn_to_nan() -> None:
+    x = torch.ones(1, 2, 3, 4)
+    x[0, :, 1, 2] = torch.inf
+    found = rounded(x, [NATIVE, INT8])
+    assert torch.equal(found[:, 0], x[:, 0])
+    assert found[0, 1].isnan().any(-1).tolist() == [False, True, False]
+
+
+def test_rounding_again_changes_little() -> None:
+    x = torch.randn(1, 1, 50, 64, generator=torch.Generator().manual_seed(4))
+    once = round_to(x, 4)
+    assert (round_to(once, 4) - once).abs().max() < 0.1 * (once - x).abs().max()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import subprocess
@@ -17,6 +18,7 @@ from moacompress.kernels.capabilities import Status
 from moacompress.kernels.cpu import library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.dispatch import REFERENCE, Choice, choose
+from moacompress.kernels.triton.triton_backend import TritonBackend
 
 
 class Cpu(CpuBackend):
@@ -79,31 +81,14 @@ def test_other_dtypes_run_on_the_reference_unless_the_kernel_is_asked_for(from_s
 
 
 @pytest.mark.parametrize(
-    "call",
-    [
-        "decode_selecting",
-        "step",
-        "step_hidden",
-        "step_layer",
-        "read_layers",
-        "linear",
-        "profile_backward",
-    ],
+    "call", ["decode_selecting", "step", "step_hidden", "step_layer", "read_layers", "linear", "profile_backward"]
 )
 def test_a_call_that_a_backend_lacks_says_so(call):
     assert not any(getattr(REFERENCE.capabilities, name, False) for name in (call, "stack", "profile"))
-    arguments = {
-        "decode_selecting": {"cache": None, "selected": None, "lengths": None, "rules": None, "scores": None},
-        "step": {"cache": None, "rules": None, "scores": None},
-        "step_hidden": {"projections": None, "rotary": None, "cache": None, "rules": None, "scores": None},
-        "step_layer": {"layer": None, "rotary": None, "cache": None, "rules": None, "scores": None},
-        "read_layers": {"head_dim": 4, "rules": [], "scaling": 1.0},
-        "linear": {},
-        "profile_backward": {"rules": None, "plan": None, "scores": None},
-    }[call]
-    count = {"step": 3, "linear": 3, "profile_backward": 4}.get(call, 1)
+    given = inspect.signature(getattr(REFERENCE, call)).parameters.values()
+    named = {each.name: None for each in given if each.kind == each.KEYWORD_ONLY}
     with pytest.raises(UnsupportedError, match=f"the kernel 'reference' has no {call}"):
-        getattr(REFERENCE, call)(*[None] * count, **arguments)
+        getattr(REFERENCE, call)(*[None] * (len(given) - len(named)), **named)
 
 
 def test_why_it_is_not_built(tmp_path: Path):
@@ -124,11 +109,11 @@ def test_why_it_is_not_built(tmp_path: Path):
 def test_a_library_that_cannot_be_loaded(tmp_path: Path, monkeypatch):
     broken = tmp_path / "libmoacompress_cpu.so"
     monkeypatch.setattr(library, "LIBRARY", broken)
-    assert (library._load.__wrapped__().reason or "").startswith("the extension is not built")
+    assert library._load.__wrapped__().reason.startswith("the extension is not built")
     broken.write_bytes(b"not a library")
     found = library._load.__wrapped__()
     assert found.isa is None
-    assert (found.reason or "").startswith("libmoacompress_cpu.so cannot be loaded")
+    assert found.reason.startswith("libmoacompress_cpu.so cannot be loaded")
 
 
 def test_instruction_sets(isa):
@@ -154,9 +139,6 @@ except MoaCompressError as error:
 
 def test_a_gpu_runs_on_triton_where_it_works(from_scratch, monkeypatch):
     """Whatever the processor runs on."""
-    from moacompress.kernels.capabilities import Status
-    from moacompress.kernels.triton.triton_backend import TritonBackend
-
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(dispatch, "chosen", lambda: Choice("cpu", "avx2", "built"))
     for works in (True, False):

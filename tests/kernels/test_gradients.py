@@ -20,38 +20,24 @@ CPU = CpuBackend()
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 
-def compiled(case):
-    return case.prefilled(CPU)
-
-
-def gradients(run, case, dout, dlse):
-    """Output and gradients of query, key, value and learned logits."""
-    inputs = [case.query, case.key, case.value, case.sink_logits]
-    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in inputs]
-    changed = dict(zip(("query", "key", "value", "sink_logits"), leaves, strict=True))
-    out, lse = run(type(case)(**{**case.__dict__, **changed}))
-    real = lse.isfinite()
-    loss = (out * dout.to(out.dtype)).sum() + (lse.masked_fill(~real, 0) * dlse.masked_fill(~real, 0)).sum()
-    wanted = [leaf for leaf in leaves if leaf is not None]
-    for leaf in wanted:  # a batch without real tokens does not depend on them at all
-        loss = loss + 0 * leaf.nan_to_num(0).sum()
-    return torch.autograd.grad(loss, wanted)
+def weights_of(case):
+    """Cotangents of output and log of the denominator, at random; none of a log that is minus infinity."""
+    real = torch.arange(case.query.shape[2]) < case.valid[:, None, None]
+    return torch.randn(*case.query.shape[:3], case.value.shape[-1]), torch.randn(case.query.shape[:3]) * real
 
 
 @pytest.mark.seeds(60)
 def test_random_configurations(seed, random_case, isa, poisoned_memory):
     isa(library.ISAS[seed % len(library.ISAS)])
     dtype = library.DTYPES[seed // 5 % 3]
-    case = random_case(seed, dtype, past=0, cuts=0, scaling=0.25)
-    case.keys, case.values = [], []
+    case = random_case(seed, dtype, cached=False, scaling=0.25)
     torch.manual_seed(seed)
-    dout = torch.randn(*case.query.shape[:3], case.value.shape[-1])
-    dlse = torch.randn(case.query.shape[:3])
-    found = gradients(compiled, case, dout, dlse)
+    weights = weights_of(case)
+    found = case.gradients(lambda case: case.prefilled(CPU), *weights)
     # NaN past the real tokens is never read forward; plain autograd would multiply it by zero
     exact = case.to(torch.float64)
     exact.query, exact.key, exact.value = (t.nan_to_num(0) for t in (exact.query, exact.key, exact.value))
-    expected = gradients(type(case).prefilled, exact, dout.double(), dlse.double())
+    expected = exact.gradients(type(case).prefilled, *weights)
     for mine, wanted in zip(found, expected, strict=True):
         assert mine.shape == wanted.shape
         error = (mine.double() - wanted).abs() / (1 + wanted.abs().max())
@@ -61,9 +47,9 @@ def test_random_configurations(seed, random_case, isa, poisoned_memory):
 def test_gradcheck(random_case):
     """Against finite differences of the kernel itself, in float32: so with wide steps."""
     case = random_case(
-        3, torch.float32, past=0, cuts=0, rows=2, kv_heads=2, group=2, dim=16, value_dim=16, tokens=5, logits=True
+        3, torch.float32, cached=False, rows=2, kv_heads=2, group=2, dim=16, value_dim=16, tokens=5, logits=True
     )
-    case.keys, case.values, case.softcap, case.scaling = [], [], 3.0, 0.25
+    case.softcap, case.scaling = 3.0, 0.25
     case.valid = torch.tensor([5, 3])
     case.query, case.key, case.value = (torch.randn_like(t.contiguous()) for t in (case.query, case.key, case.value))
 
@@ -80,13 +66,11 @@ def test_gradcheck(random_case):
 @pytest.mark.parametrize("name", library.ISAS)
 def test_threads_change_no_bit(name, random_case, isa, threads):
     isa(name)
-    case = random_case(7, torch.float32, past=0, cuts=0, rows=2, tokens=150, valid=140)
-    case.keys, case.values = [], []
-    dout, dlse = torch.randn(*case.query.shape[:3], case.value.shape[-1]), torch.randn(case.query.shape[:3])
-    results = []
+    case = random_case(7, torch.float32, cached=False, rows=2, tokens=150, valid=140)
+    weights, results = weights_of(case), []
     for count in (1, 17):
         threads(count)
-        results.append(gradients(compiled, case, dout, dlse))
+        results.append(case.gradients(lambda case: case.prefilled(CPU), *weights))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -103,8 +87,7 @@ def test_with_a_cache_there_are_no_gradients(random_case):
 
 def test_what_torch_must_know(random_case):
     """Schemas, fakes and autograd registrations, by torch's own checks."""
-    case = random_case(2, torch.float32, rows=2, past=0, cuts=0, tokens=6, valid=6, logits=True)
-    case.keys, case.values = [], []
+    case = random_case(2, torch.float32, rows=2, cached=False, tokens=6, valid=6, logits=True)
     leaves = [t.detach().requires_grad_() for t in case.prefill[:3]]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(OPS.prefill.default, (*leaves, *case.prefill[3:]), test_utils=tests)

@@ -87,8 +87,8 @@ def test_rounding_passes_the_gradient(coarse: Coarse) -> None:
     cotangent = torch.randn_like(x)
     found.backward(cotangent)
     assert torch.equal(torch.as_tensor(x.grad), cotangent)
-    wild = torch.full((1, 1, 1, 8), torch.inf)
-    assert rounded(wild, [OUTSIDE_CODE]).isnan().all()
+    nonfinite = torch.full((1, 1, 1, 8), torch.inf)
+    assert rounded(nonfinite, [OUTSIDE_CODE]).isnan().all()
 
 
 def test_a_profile_prices_its_errors(coarse: Coarse) -> None:

@@ -11,13 +11,8 @@ import random
 import pytest
 import torch
 
-from moacompress.kernels import dispatch
-from moacompress.kernels.arguments import Scores
 from moacompress.kernels.cpu import library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
-from moacompress.kernels.reference import tiled
-from moacompress.kernels.reference.tiled import Keys, sparse_attention
-from moacompress.rules.rule import Rule
 from tests import oracle
 
 OPS = torch.ops.moacompress_cpu
@@ -173,17 +168,6 @@ def compiled(case):
     return case.prefilled(CPU)
 
 
-def gradients(run, case, weights):
-    """Gradients of query, key, value and learned logits."""
-    names = ("query", "key", "value", "sink_logits")
-    leaves = {name: getattr(case, name) for name in names if getattr(case, name) is not None}
-    leaves = {name: t.detach().clone().requires_grad_() for name, t in leaves.items()}
-    found = run(type(case)(**{**case.__dict__, **leaves}))
-    return torch.autograd.grad(
-        found, list(leaves.values()), [w.to(t.dtype) for w, t in zip(weights, found, strict=True)]
-    )
-
-
 GRADIENT_PLANTS = [
     *((what, number) for what in ("key", "value", "query") for number in (NAN, INF)),
     ("dout", NAN),
@@ -196,9 +180,8 @@ def check_gradients(run, dtype, what, number, random_case, unchanged_or_as):
     for seed in range(4):
         rng = random.Random(seed)
         tokens = rng.choice((1, 20, 70))
-        fixed = {"past": 0, "cuts": 0, "scaling": 0.25, "tokens": tokens, "valid": rng.randint(1, tokens)}
+        fixed = {"cached": False, "scaling": 0.25, "tokens": tokens, "valid": rng.randint(1, tokens)}
         case = build(random_case, seed, dtype, **fixed)
-        case.keys, case.values = [], []
         other = copy.deepcopy(case)
         weights = torch.randn(*case.query.shape[:3], case.value.shape[-1]), torch.randn(case.query.shape[:3])
         for weight in weights:
@@ -212,9 +195,8 @@ def check_gradients(run, dtype, what, number, random_case, unchanged_or_as):
             plant(other, rng, what, number, decode=False)
         found, exact = [], []
         for one, given in ((other, changed), (case, weights)):
-            found.append(gradients(run, one, given))
-            given = tuple(weight.double() for weight in given)
-            exact.append(gradients(lambda c: c.by_definition(decode=False), one.to(torch.float64), given))
+            found.append(one.gradients(run, *given))
+            exact.append(one.to(torch.float64).gradients(lambda c: c.by_definition(decode=False), *given))
         if number == INF:  # rounding and what is summed first decide between infinity and NaN
             found, exact = ([[t.masked_fill(t.isinf(), NAN) for t in ts] for ts in both] for both in (found, exact))
         unchanged_or_as(*found, *exact, GRADIENTS[dtype])
@@ -233,8 +215,7 @@ def test_gradients(dtype, name, what, number, random_case, isa, unchanged_or_as)
 def test_nan_in_padding_reaches_no_gradient(dtype, name, random_case, isa):
     """Neither from the padded tokens nor from what comes back for them."""
     isa(name)
-    case = build(random_case, 5, dtype, past=0, cuts=0, tokens=70, valid=50, logits=True)
-    case.keys, case.values = [], []
+    case = build(random_case, 5, dtype, cached=False, tokens=70, valid=50, logits=True)
     results = []
     for number in (NAN, 3.0):
         other = copy.deepcopy(case)
@@ -244,7 +225,7 @@ def test_nan_in_padding_reaches_no_gradient(dtype, name, random_case, isa):
         weights = torch.randn(*case.query.shape[:3], case.value.shape[-1]), torch.randn(case.query.shape[:3])
         for weight in weights:
             weight[:, :, 50:] = number
-        results.append(gradients(compiled, other, weights))
+        results.append(other.gradients(compiled, *weights))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -282,65 +263,3 @@ def test_triton(what, number, op, random_case, unchanged_or_as, triton):
 def test_gradients_of_the_reference(what, number, random_case, unchanged_or_as):
     close = functools.partial(unchanged_or_as, bits=False)
     check_gradients(lambda case: case.prefilled(), torch.float32, what, number, random_case, close)
-
-
-def by_rows(query, key, value, n, rule, native, softcap, logits):
-    """As `sparse_attention`, by the definitions."""
-    mask = oracle.visible(rule, n, 16, native, first=n - query.shape[3])
-    logits = None if logits is None else torch.cat(logits)
-    return oracle.attend(query.flatten(1, 2), key, value, mask, 0.3, softcap, logits).view(*query.shape[:-1], -1)
-
-
-@pytest.mark.parametrize("number", [NAN, INF, -INF])
-@pytest.mark.parametrize("what", ["query", "key", "value", "all keys"])
-@pytest.mark.parametrize("seed", range(16))
-def test_the_attention_in_tiles(seed, what, number, unchanged_or_as, monkeypatch):
-    """Forward and backward, with and without a past."""
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    n = rng.choice((5, 40, 150))
-    rows = rng.choice((1, n, rng.randint(1, n)))
-    rule = rng.choice((Rule.FULL, Rule(4, rng.choice((0, 7, 30)), rng.choice((0, 100, 500)))))
-    rest = (
-        rule,
-        rng.choice((None, None, 5, 40)),
-        rng.choice((None, None, 2.0)),
-        rng.choice((None, None, [torch.randn(3)] * 2)),
-    )
-    inputs = [torch.randn(2, 2, 3, rows, 8), torch.randn(2, 2, n, 8), torch.randn(2, 2, n, 5)]
-    monkeypatch.setattr(tiled, "MAX_TILE", rng.choice((16, 256)))
-    other = [t.clone() for t in inputs]
-    if what == "query":
-        other[0][1, 0, 2, rng.randrange(rows), 3] = number
-    elif what == "all keys":
-        other[1][1, 0, :, 3] = number
-    else:
-        other[1 + (what == "value")][1, 0, rng.randrange(n), 3] = number
-    weight = torch.randn(2, 2, 3, rows, 5)
-    found, exact = [], []
-    for one in (other, inputs):
-        for into, wide in ((found, False), (exact, True)):
-            leaves = [(t.double() if wide else t.clone()).requires_grad_() for t in one]
-            if wide:
-                out = by_rows(*leaves, n, *rest)
-            else:
-                _, native, softcap, logits = rest
-                stacked = None if logits is None else torch.stack(logits)
-                keys = Keys(leaves[1], leaves[2], [(0, n)])
-                (out,) = sparse_attention(
-                    leaves[0], keys, n, rule.span(16, native), Scores(0.3, softcap or 0.0, stacked)
-                )
-            into.append((out, *torch.autograd.grad(out, leaves, weight.to(out.dtype))))
-    if number != NAN:  # rounding and what is summed first decide between infinity and NaN in the gradients
-        found, exact = (
-            [[ts[0], *(t.masked_fill(t.isinf(), NAN) for t in ts[1:])] for ts in both] for both in (found, exact)
-        )
-    unchanged_or_as(*found, *exact, 3e-5, bits=False)
-
-
-def test_a_nan_is_seen_by_every_backend(random_case):
-    case = build(random_case, 2, torch.float32, past=33, tokens=3, valid=3)
-    case.query[0, 0, 0, 0] = NAN
-    for backend in dispatch.backends():
-        assert not backend.status().works or case.decoded(backend)[0][0, 0].isnan().all()
-        assert not backend.status().works or case.prefilled(backend)[0][0, 0, 0].isnan().all()

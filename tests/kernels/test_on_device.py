@@ -14,7 +14,7 @@ from moacompress.kernels.arguments import TransientTokens
 from moacompress.kernels.dispatch import REFERENCE
 from moacompress.kernels.triton.triton_backend import TritonBackend
 from tests import gpu
-from tests.kernels import test_append, test_selecting, test_triton_prefill
+from tests.kernels import test_append, test_selecting, test_triton
 from tests.on_device import Copies, OnDevice
 from tests.pretend_device import KIND, PretendTensor, launch_there
 
@@ -55,13 +55,13 @@ def test_decode_and_prefill(formats: str | None, on_device: OnDevice, random_cas
     case = random_case(211, torch.float32, tokens=5, past=60, rows=2, cuts=2, logits=True, formats=formats, dim=16)
     close(case.decoded(on_device), case.decoded(REFERENCE), torch.float32)
     case = case.keeping(random.Random(0))
-    assert isinstance(case.passing, TransientTokens)
+    assert isinstance(case.transient, TransientTokens)
     close(case.prefilled(on_device), case.prefilled(REFERENCE), torch.float32)
 
 
 def test_gradients(on_device: OnDevice, random_case: Any) -> None:
     for past in (0, 40):
-        test_triton_prefill.test_gradients_are_the_references(past, on_device, random_case)
+        test_triton.test_gradients_are_the_references(past, on_device, random_case)
 
 
 def test_tokens_are_written(on_device: OnDevice, monkeypatch: pytest.MonkeyPatch) -> None:

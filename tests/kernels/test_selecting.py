@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from moacompress.kernels.cpu import library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.dispatch import REFERENCE
 from moacompress.kernels.kv_parts import KVPart
-from moacompress.kernels.reference.passing import merged
+from moacompress.kernels.reference.transient import merged
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
@@ -31,7 +32,7 @@ TOKENS, WIDTH, GROUP, MIN_WINDOW = 150, 16, 2, 8
 ROWS = 2
 
 
-def passing_of(rules: RuleTable, scores: torch.Tensor) -> TransientTokens:
+def transient_of(rules: RuleTable, scores: torch.Tensor) -> TransientTokens:
     """Returns which tokens of a row gates let be attended to, `scores` `[tokens, kv_heads]`, by the definition."""
     first, after = (rules.tokens_left(np.array([n])) for n in (0, len(scores)))
     tokens = competing_tokens(rules, first, after)
@@ -81,6 +82,33 @@ class Pool:
                     nothing(self.keys[head][row * self.width + block])
                     nothing(self.values[head][row * self.width + block])
 
+    def decoded(self, backend: Backend, query: torch.Tensor, tokens: int, scores: Scores, **other: Any) -> torch.Tensor:
+        """Attends in rows of so many tokens, over what is selected too; `other` views or rules take the place of its own."""
+        given: dict[str, Any] = {
+            "cache": CacheView(self.keys, self.values, self.table, WIDTH),
+            "selected": SelectedView(self.selected, self.scores),
+            "lengths": torch.full((ROWS,), tokens),
+            "rules": as_tensors(self.rules),
+        }
+        return backend.decode_selecting(query, scores=scores, **(given | other))
+
+    def copied(self) -> Pool:
+        """The same with memory of its own."""
+        other = copy.copy(self)
+        for name in ("keys", "values", "scores"):
+            setattr(other, name, [segment.clone() for segment in getattr(self, name)])
+        return other
+
+
+def drawn(rng: random.Random, *counts: tuple[int, int]) -> RuleTable:
+    """Returns rules of three KV heads, of which the last selects nothing, and the second one of `counts`."""
+    found = []
+    for alpha, beta_q in ((9, 0), rng.choice(counts), (0, 0)):
+        keys, values = rng.choices([*FORMATS], k=2)
+        rule = Rule(rng.choice((0, 4, 16)), rng.choice((0, 20)), rng.choice((0, 100)), keys, values)
+        found.append(replace(rule, select_alpha=alpha, select_beta_q=beta_q))
+    return RuleTable.of(found, MIN_WINDOW)
+
 
 def nothing(memory: torch.Tensor) -> torch.Tensor:
     """Fills memory with what no number or no scale is."""
@@ -93,31 +121,15 @@ def test_steps_select_as_the_definition(seed: int, dtype: torch.dtype, isa: Call
     isa(library.ISAS[seed % len(library.ISAS)])
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    drawn = []
-    for alpha, beta_q in ((9, 0), rng.choice(((0, 200), (40, 0))), (0, 0)):
-        keys, values = rng.choices([*FORMATS], k=2)
-        rule = Rule(rng.choice((0, 4, 16)), rng.choice((0, 20)), rng.choice((0, 100)), keys, values)
-        drawn.append(replace(rule, select_alpha=alpha, select_beta_q=beta_q))
-    rules = RuleTable.of(drawn, MIN_WINDOW)
-    heads, pool = len(drawn) * GROUP, Pool(rules, dtype)
-    query, key, value = (
-        torch.randn(ROWS, TOKENS, count, WIDTH, dtype=dtype) for count in (heads, len(drawn), len(drawn))
-    )
-    of_tokens = torch.randint(-20, 20, (ROWS, TOKENS, len(drawn)), dtype=torch.int16)
+    rules = drawn(rng, (0, 200), (40, 0))
+    kv_heads, heads, pool = len(rules), len(rules) * GROUP, Pool(rules, dtype)
+    query, key, value = (torch.randn(ROWS, TOKENS, count, WIDTH, dtype=dtype) for count in (heads, kv_heads, kv_heads))
+    of_tokens = torch.randint(-20, 20, (ROWS, TOKENS, kv_heads), dtype=torch.int16)
     scores = Scores(WIDTH**-0.5, rng.choice((0.0, 5.0)), rng.choice((None, torch.randn(heads))))
     found = []
     for token in range(TOKENS):
         pool.put(token, key[:, token], value[:, token], of_tokens[:, token])
-        found.append(
-            CpuBackend().decode_selecting(
-                query[:, token],
-                cache=CacheView(pool.keys, pool.values, pool.table, WIDTH),
-                selected=SelectedView(pool.selected, pool.scores),
-                lengths=torch.full((ROWS,), token + 1),
-                rules=as_tensors(rules),
-                scores=scores,
-            )
-        )
+        found.append(pool.decoded(CpuBackend(), query[:, token], token + 1, scores))
         pool.forget(token + 1)
     for row in range(ROWS):
         expected = prefill_alone(
@@ -125,18 +137,10 @@ def test_steps_select_as_the_definition(seed: int, dtype: torch.dtype, isa: Call
             *(part[row : row + 1].transpose(1, 2).float() for part in (query, key, value)),
             rules=as_tensors(rules),
             scores=scores,
-            passing=passing_of(rules, of_tokens[row]),
+            transient=transient_of(rules, of_tokens[row]),
         )
         error = (torch.stack(found, 1)[row].float() - expected[0].transpose(0, 1)).abs().max()
         assert error < TOLERANCE[dtype], row
-
-
-def copied(pool: Pool) -> Pool:
-    """The same with memory of its own."""
-    other = copy.copy(pool)
-    for name in ("keys", "values", "scores"):
-        setattr(other, name, [segment.clone() for segment in getattr(pool, name)])
-    return other
 
 
 @pytest.mark.parametrize("name", gpu.PLACES)
@@ -149,41 +153,23 @@ def test_triton_selects_to_the_bit(
         kernels_cannot_run(library.load().reason)
     rng, dtype = random.Random(seed), (torch.float32, torch.bfloat16)[seed % 2]
     torch.manual_seed(seed)
-    drawn = []
-    for alpha, beta_q in ((9, 0), rng.choice(((0, 200), (40, 0), (1, 1000))), (0, 0)):
-        keys, values = rng.choices([*FORMATS], k=2)
-        rule = Rule(rng.choice((0, 4, 16)), rng.choice((0, 20)), rng.choice((0, 100)), keys, values)
-        drawn.append(replace(rule, select_alpha=alpha, select_beta_q=beta_q))
-    rules, few = RuleTable.of(drawn, MIN_WINDOW), rng.choice((2, 20, 30000))
-    heads, pool = len(drawn) * GROUP, Pool(rules, dtype)
+    rules, few = drawn(rng, (0, 200), (40, 0), (1, 1000)), rng.choice((2, 20, 30000))
+    kv_heads, heads, pool = len(rules), len(rules) * GROUP, Pool(rules, dtype)
     scores = Scores(WIDTH**-0.5, rng.choice((0.0, 5.0)), rng.choice((None, torch.randn(heads))))
     triton, watched = use_backend(name), {*rng.sample(range(8, TOKENS), 7)}
     changed = 0
     for token in range(TOKENS):
-        key, value = (torch.randn(ROWS, len(drawn), WIDTH, dtype=dtype) for _ in "kv")
-        pool.put(token, key, value, torch.randint(-few, few, (ROWS, len(drawn)), dtype=torch.int16))
-        query, lengths = torch.randn(ROWS, heads, WIDTH, dtype=dtype), torch.tensor([token + 1, token + 1])
-        before = copied(pool)
-        steps = [(CpuBackend(), pool)] + [(triton, copied(pool))] * (token in watched)
-        found = [
-            backend.decode_selecting(
-                query,
-                cache=CacheView(own.keys, own.values, own.table, WIDTH),
-                selected=SelectedView(own.selected, own.scores),
-                lengths=lengths,
-                rules=as_tensors(rules),
-                scores=scores,
-            )
-            for backend, own in steps
-        ]
+        key, value = (torch.randn(ROWS, kv_heads, WIDTH, dtype=dtype) for _ in "kv")
+        pool.put(token, key, value, torch.randint(-few, few, (ROWS, kv_heads), dtype=torch.int16))
+        query, before, other = torch.randn(ROWS, heads, WIDTH, dtype=dtype), pool.copied(), pool.copied()
+        found = pool.decoded(CpuBackend(), query, token + 1, scores)
         if token in watched:
-            assert (found[0] - found[1]).abs().max() < TOLERANCE[dtype]
+            assert (found - other.decoded(triton, query, token + 1, scores)).abs().max() < TOLERANCE[dtype]
             for memory in ("keys", "values", "scores"):
-                for of_cpu, of_triton, old in zip(
-                    *(getattr(own, memory) for own in (pool, steps[1][1], before)), strict=True
-                ):
-                    assert torch.equal(*(part.view(torch.uint8) for part in (of_cpu, of_triton)))
-                    changed += not torch.equal(*(part.view(torch.uint8) for part in (of_cpu, old)))
+                for three in zip(*(getattr(own, memory) for own in (pool, other, before)), strict=True):
+                    of_cpu, of_triton, old = (part.view(torch.uint8) for part in three)
+                    assert torch.equal(of_cpu, of_triton)
+                    changed += not torch.equal(of_cpu, old)
         pool.forget(token + 1)
     assert changed
 
@@ -202,7 +188,7 @@ def test_tokens_are_moved_with_their_scores(name: str, use_backend: Callable[[st
     heads = torch.tensor([0, 1, 2, 2, 0, 1])
     slots, to = torch.tensor([3, 17, 39, 0, 20, 2]), torch.tensor([5, 1, 30, 7, 16, 0])
     first = heads * 2 * pool.blocks * BLOCK
-    expected = copied(pool)
+    expected = pool.copied()
     for head, source, target in zip(heads.tolist(), slots, to + pool.blocks * BLOCK, strict=True):
         for part, memory in ((expected.key_parts, expected.keys), (expected.value_parts, expected.values)):
             part[head].move(memory[head], source[None], memory[head], target[None])
@@ -222,56 +208,38 @@ def test_tokens_are_moved_with_their_scores(name: str, use_backend: Callable[[st
             assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
 
 
-def test_triton_refuses_what_does_not_fit(use_backend: Callable[[str], Backend]) -> None:
-    rules, triton = RuleTable.of([Rule(4, 0, 0, select_alpha=20)], MIN_WINDOW), use_backend("triton")
-    pool = Pool(rules, torch.float32)
-    nothing_there = torch.zeros(ROWS, 1, WIDTH)
-    pool.put(12, nothing_there, nothing_there, torch.zeros(ROWS, 1, dtype=torch.int16))
-
-    def step(table: torch.Tensor, scores: list[torch.Tensor]) -> None:
-        triton.decode_selecting(
-            torch.randn(ROWS, GROUP, WIDTH),
-            cache=CacheView(pool.keys, pool.values, pool.table, WIDTH),
-            selected=SelectedView(table, scores),
-            lengths=torch.full((ROWS,), 13),
-            rules=as_tensors(rules),
-            scores=Scores(1.0, 0.0, None),
-        )
-
-    step(pool.selected, pool.scores)
-    for table in (torch.full_like(pool.selected, -1), pool.selected[:, :, :0].contiguous()):
-        with pytest.raises(UnsupportedError, match="has no id of the pool"):
-            step(table, pool.scores)
-    with pytest.raises(UnsupportedError, match="has no scores"):
-        step(pool.selected, [pool.scores[0][:, :0]])
-
-
-def test_what_does_not_fit_is_refused() -> None:
-    rules = RuleTable.of([Rule(4, 0, 0, select_alpha=20)], MIN_WINDOW)
-    pool = Pool(rules, torch.float32)
-
-    def step(table: torch.Tensor, scores: list[torch.Tensor], tokens: int, columns: torch.Tensor) -> torch.Tensor:
-        return CpuBackend().decode_selecting(
-            torch.randn(ROWS, GROUP, WIDTH),
-            cache=CacheView(pool.keys, pool.values, pool.table, WIDTH),
-            selected=SelectedView(table, scores),
-            lengths=torch.full((ROWS,), tokens),
-            rules=RuleTable(columns),
-            scores=Scores(1.0, 0.0, None),
-        )
-
-    columns = torch.from_numpy(rules.columns)
-    step(pool.selected, pool.scores, 13, columns)
-    with pytest.raises(RuntimeError, match="has no id of the pool"):
-        step(torch.full_like(pool.selected, -1), pool.scores, 13, columns)
-    with pytest.raises(RuntimeError, match="has no id of the pool"):
-        step(pool.selected[:, :, :0].contiguous(), pool.scores, 13, columns)
-    with pytest.raises(RuntimeError, match="scores of"):
-        step(pool.selected, [pool.scores[0][1:]], 13, columns)
-    wrong = columns.clone()
-    wrong[-2] = -1
-    with pytest.raises(RuntimeError, match="selects -1 tokens"):
-        step(pool.selected, pool.scores, 13, wrong)
+@pytest.mark.parametrize(
+    ("name", "message", "change"),
+    [
+        *(
+            (name, "has no id of the pool", change)
+            for name in ("cpu", "triton")
+            for change in (
+                lambda table, scores: (table * 0 - 1, scores),
+                lambda table, scores: (table[..., :0], scores),
+            )
+        ),
+        ("cpu", "scores of", lambda table, scores: (table, [scores[0][1:]])),
+        ("triton", "has no scores", lambda table, scores: (table, [scores[0][:, :0]])),
+        ("cpu", "selects -1 tokens", None),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    name: str, message: str, change: Any, use_backend: Callable[[str], Backend]
+) -> None:
+    backend, rules = use_backend(name), RuleTable.of([Rule(4, 0, 0, select_alpha=20)], MIN_WINDOW)
+    pool, zeros, other = Pool(rules, torch.float32), torch.zeros(ROWS, 1, WIDTH), as_tensors(rules)
+    pool.put(12, zeros, zeros, torch.zeros(ROWS, 1, dtype=torch.int16))
+    query, selected = torch.randn(ROWS, GROUP, WIDTH), SelectedView(pool.selected, pool.scores)
+    pool.decoded(backend, query, 13, Scores(1.0))
+    if change is None:
+        other = RuleTable(other.columns.clone())
+        other.columns[-2] = -1
+    else:
+        table, scores = change(*selected)
+        selected = SelectedView(table.contiguous(), scores)
+    with pytest.raises((RuntimeError, UnsupportedError), match=message):
+        pool.decoded(backend, query, 13, Scores(1.0), selected=selected, rules=other)
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
@@ -286,17 +254,17 @@ def test_a_selected_token_that_is_not_finite_reaches_those_who_see_it(
     given = [torch.randn(1, count, 80, WIDTH) for count in (GROUP, 1, 1)]
     given[part][0, 0, 40, 0] = number
     query, key, value = (tensor.requires_grad_() for tensor in given)
-    scores, passing = Scores(0.3), passing_of(rules, torch.zeros(80, 1, dtype=torch.int16))
-    out = prefill_alone(REFERENCE, query, key, value, rules=as_tensors(rules), scores=scores, passing=passing)[0]
+    scores, transient = Scores(0.3), transient_of(rules, torch.zeros(80, 1, dtype=torch.int16))
+    out = prefill_alone(REFERENCE, query, key, value, rules=as_tensors(rules), scores=scores, transient=transient)[0]
     assert out[:, :40].isfinite().all()
     assert not out[:, 60:].isfinite().all()
     out[:, :40].sum().backward()
     assert query.grad is not None
     assert query.grad[:, :, :40].isfinite().all()
     with torch.no_grad():
-        other = prefill_alone(CpuBackend(), query, key, value, rules=as_tensors(rules), scores=scores, passing=passing)[
-            0
-        ]
+        other = prefill_alone(
+            CpuBackend(), query, key, value, rules=as_tensors(rules), scores=scores, transient=transient
+        )[0]
     assert torch.equal(other.isfinite(), out.isfinite())
 
 

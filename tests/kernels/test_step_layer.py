@@ -87,16 +87,18 @@ class Case:
         found = dict(zip(names, (*layer, keys, values), strict=True)) | changes
         return (*found.values(), *state, self.rules.columns, lag, *self.scores)
 
+    @property
+    def rest(self) -> dict[str, Any]:
+        return {"rotary": self.rotary, "rules": self.rules, "scores": self.scores}
+
     def step(self) -> torch.Tensor:
         """Makes the call until there is room for the token."""
-        rest: dict[str, Any] = {"rotary": self.rotary, "rules": self.rules, "scores": self.scores}
-        return self.cache.stepped(lambda state: CPU.step_layer(self.x, layer=self.layer, cache=state, **rest))
+        return self.cache.stepped(lambda state: CPU.step_layer(self.x, layer=self.layer, cache=state, **self.rest))
 
     def attended(self) -> torch.Tensor:
         """As `step`, of its attention alone."""
-        rest: dict[str, Any] = {"rotary": self.rotary, "rules": self.rules, "scores": self.scores}
         made = self.layer.projections
-        return self.cache.stepped(lambda state: CPU.step_hidden(self.x, projections=made, cache=state, **rest))
+        return self.cache.stepped(lambda state: CPU.step_hidden(self.x, projections=made, cache=state, **self.rest))
 
     def expected(self) -> torch.Tensor:
         """The same in float64, once the token is in the cache."""
@@ -162,18 +164,6 @@ def build(
     return Case(cache, torch.randn(rows, 1, hidden).to(dtype), weights, biases, norms, rotary, scores)
 
 
-@pytest.mark.seeds(300)
-def test_random_layers(seed, isa, poisoned_memory):
-    isa(library.ISAS[seed % len(library.ISAS)])
-    dtype = library.DTYPES[seed // 5 % 3]
-    case = build(seed, dtype, formats=seed % 2 == 1)
-    for _ in range(2):
-        found, expected = case.step(), case.expected()
-        assert found.dtype == dtype
-        assert found.shape == expected.shape
-        assert bool(((found.double() - expected).abs() <= TOLERANCE[dtype] * (1 + expected.abs().max())).all())
-
-
 def in_blocks(seed: int, dtype: torch.dtype, random_blocks: Callable[..., torch.Tensor]) -> Case:
     """A case of which most weights are in blocks, each of a type of its own."""
     rng, case = random.Random(seed), build(seed, dtype, in_strips=True)
@@ -191,28 +181,20 @@ def in_blocks(seed: int, dtype: torch.dtype, random_blocks: Callable[..., torch.
     return case
 
 
-@pytest.mark.seeds(150)
-def test_random_layers_of_blocks(seed, isa, poisoned_memory, random_blocks):
-    """By a whole layer, by its attention, and by two layers that were read together."""
+of_blocks = pytest.mark.parametrize("of_blocks", [False, True], ids=["plain", "blocks"])
+
+
+@of_blocks
+@pytest.mark.seeds(300)
+def test_random_layers(seed, of_blocks, isa, poisoned_memory, random_blocks):
     isa(library.ISAS[seed % len(library.ISAS)])
     dtype = library.DTYPES[seed // 5 % 3]
-    case = in_blocks(seed, dtype, random_blocks)
-    found, expected = case.step(), case.expected()
-    assert bool(((found.double() - expected).abs() <= TOLERANCE[dtype] * (1 + expected.abs().max())).all())
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_layers_of_blocks_one_after_the_other(seed, random_blocks):
-    """As one by one; and attention alone is that of the layer."""
-    dtype = library.DTYPES[seed % 3]
-    first, second = (plain(in_blocks(seed, dtype, random_blocks)) for _ in range(2))
-    assert first.kinds == second.kinds
-    second.blocks, second.norms, second.biases = first.blocks, first.norms, first.biases
-    caches = read(first)
-    out, *rest = caches.step(first.x, first.rotary, 0)
-    assert rest == [2, None]
-    second.x = second.step()
-    assert torch.equal(second.step(), out)
+    case = in_blocks(seed, dtype, random_blocks) if of_blocks else build(seed, dtype, formats=seed % 2 == 1)
+    for _ in range(2):
+        found, expected = case.step(), case.expected()
+        assert found.dtype == dtype
+        assert found.shape == expected.shape
+        assert bool(((found.double() - expected).abs() <= TOLERANCE[dtype] * (1 + expected.abs().max())).all())
 
 
 @pytest.mark.parametrize("name", library.ISAS)
@@ -316,11 +298,14 @@ def plain(case: Case) -> Case:
     return case
 
 
+@of_blocks
 @pytest.mark.parametrize("seed", range(30))
-def test_layers_one_after_the_other(seed):
-    """Both of them have the same weights and, to make it simple, the same cache."""
+def test_layers_one_after_the_other(seed, of_blocks, random_blocks):
+    """As one by one; both of them have the same weights and, to make it simple, the same cache."""
     dtype = library.DTYPES[seed % 3]
-    case, other = plain(build(seed, dtype, 2)), plain(build(seed, dtype, 2))
+    case, other = (
+        plain(in_blocks(seed, dtype, random_blocks) if of_blocks else build(seed, dtype, 2)) for _ in range(2)
+    )
     caches = read(case)
     found = caches.step(case.x, case.rotary, 0)
     assert found[1:] == (2, None)

@@ -1,5 +1,6 @@
 """The tiled attention equals plain attention under an explicit mask, on random inputs, and never makes a large tensor."""
 
+import math
 import random
 
 import pytest
@@ -11,46 +12,83 @@ from moacompress.kernels.reference.tiled import Keys, sparse_attention
 from moacompress.rules.rule import SINKS, Rule
 from tests import oracle
 
+INF = float("inf")
+
+
+def by_definition(query, key, value, n, rule, native, scores):
+    mask = oracle.visible(rule, n, 16, native, first=n - query.shape[3])
+    logits = None if scores.sink_logits is None else scores.sink_logits.flatten()
+    out = oracle.attend(query.flatten(1, 2), key, value, mask, scores.scaling, scores.softcap, logits)
+    return out.view(*query.shape[:-1], -1)
+
+
+def in_tiles(query, key, value, n, rule, native, scores, **more):
+    return sparse_attention(query, Keys(key, value, [(0, n)]), n, rule.span(16, native), scores, **more)
+
+
+def draw(rng, dtype):
+    """Returns queries, keys and values, and how they are attended to."""
+    batch, kv_heads, group, value_dim = rng.choice((1, 2)), rng.choice((1, 3)), rng.choice((1, 3)), rng.choice((8, 5))
+    n = rng.choice((1, 2, 3, 5, 16, 17, 64, 65, 150))
+    rows = rng.choice((1, n, rng.randint(1, n)))
+    shapes = (batch, kv_heads, group, rows, 8), (batch, kv_heads, n, 8), (batch, kv_heads, n, value_dim)
+    rule = rng.choice((Rule.FULL, Rule(rng.choice(SINKS), rng.choice((0, 7, 30, 80)), rng.choice((0, 100, 500, 1000)))))
+    logits = torch.randn(kv_heads, group, dtype=torch.float64) if rng.random() < 0.3 else None
+    scores = Scores(0.3, rng.choice((0.0, 0.0, 2.0)), logits)
+    return [torch.randn(shape, dtype=dtype) for shape in shapes], (
+        n,
+        rule,
+        rng.choice((None, None, 1, 5, 40, 100)),
+        scores,
+    )
+
 
 @pytest.mark.seeds(60)
 def test_random_configurations(seed, monkeypatch):
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    batch, kv_heads, group, dim, value_dim = (
-        rng.choice([1, 2]),
-        rng.choice([1, 3]),
-        rng.choice([1, 3]),
-        8,
-        rng.choice([8, 5]),
-    )
-    n = rng.choice([1, 2, 3, 5, 16, 17, 64, 65, 150])
-    rows = rng.choice([1, n, rng.randint(1, n)])
-    rule = rng.choice([Rule.FULL, Rule(rng.choice(SINKS), rng.choice([0, 7, 30, 80]), rng.choice([0, 100, 500, 1000]))])
-    native = rng.choice([None, None, 1, 5, 40, 100])
-    softcap = rng.choice([None, 2.0])
-    query = torch.randn(batch, kv_heads, group, rows, dim, dtype=torch.float64)
-    key = torch.randn(batch, kv_heads, n, dim, dtype=torch.float64)
-    value = torch.randn(batch, kv_heads, n, value_dim, dtype=torch.float64)
-    sink_logits = torch.randn(kv_heads, group, dtype=torch.float64) if rng.random() < 0.3 else None
+    inputs, rest = draw(rng, torch.float64)
     monkeypatch.setattr(tiled, "MAX_TILE", rng.choice([16, 32, 256]))
     monkeypatch.setattr(tiled, "COPY_GAP", rng.choice([0, 64]))
-    scores = Scores(0.3, softcap or 0.0, sink_logits)
-    (found,) = sparse_attention(query, Keys(key, value, [(0, n)]), n, rule.span(16, native), scores)
-    again, _ = sparse_attention(query, Keys(key, value, [(0, n)]), n, rule.span(16, native), scores, with_lse=True)
+    (found,), (again, _) = in_tiles(*inputs, *rest), in_tiles(*inputs, *rest, with_lse=True)
     assert (again - found).abs().max() < 1e-12
-    mask = oracle.visible(rule, n, 16, native, first=n - rows)
-    logits = None if sink_logits is None else sink_logits.flatten()
-    expected = oracle.attend(query.flatten(1, 2), key, value, mask, 0.3, softcap, logits)
-    assert (found.flatten(1, 2) - expected).abs().max() < 1e-12
+    assert (found - by_definition(*inputs, *rest)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("number", [torch.nan, INF, -INF])
+@pytest.mark.parametrize("what", ["query", "key", "value", "all keys"])
+@pytest.mark.parametrize("seed", range(16))
+def test_numbers_that_are_not_finite(seed, what, number, unchanged_or_as, monkeypatch):
+    """Forward and backward, with and without a past."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    inputs, rest = draw(rng, torch.float32)
+    monkeypatch.setattr(tiled, "MAX_TILE", rng.choice((16, 256)))
+    other = [t.clone() for t in inputs]
+    changed = other[("query", "key", "value").index(what.removeprefix("all ").removesuffix("s"))][-1, 0]
+    changed = changed[-1] if what == "query" else changed
+    changed[slice(None) if what == "all keys" else rng.randrange(len(changed)), 3] = number
+    weight = torch.randn(*inputs[0].shape[:-1], inputs[2].shape[-1])
+    found, exact = [], []
+    for one in (other, inputs):
+        for into, attend, dtype in (
+            (found, lambda *given: in_tiles(*given)[0], torch.float32),
+            (exact, by_definition, torch.float64),
+        ):
+            leaves = [t.to(dtype, copy=True).requires_grad_() for t in one]
+            out = attend(*leaves, *rest)
+            into.append((out, *torch.autograd.grad(out, leaves, weight.to(out.dtype))))
+    if math.isinf(number):  # rounding and what is summed first decide between infinity and NaN in the gradients
+        found, exact = (
+            [[ts[0], *(t.masked_fill(t.isinf(), torch.nan) for t in ts[1:])] for ts in both] for both in (found, exact)
+        )
+    unchanged_or_as(*found, *exact, 3e-5, bits=False)
 
 
 def test_columns_of_pieces():
     keys = Keys(torch.zeros(1, 1, 42, 2), torch.zeros(1, 1, 42, 2), [(0, 16), (100, 20), (130, 6)])
-    assert keys.columns(0, 16) == (0, 16)
-    assert keys.columns(4, 100) == (4, 16)
-    assert keys.columns(50, 60) == (16, 16)
-    assert keys.columns(99, 101) == (16, 17)
-    assert keys.columns(110, 133) == (26, 39)
+    bounds = {(0, 16): (0, 16), (4, 100): (4, 16), (50, 60): (16, 16), (99, 101): (16, 17), (110, 133): (26, 39)}
+    assert {edges: keys.columns(*edges) for edges in bounds} == bounds
     assert keys.columns(0, 1000) == (0, 42)
     assert keys.positions().tolist() == [*range(16), *range(100, 120), *range(130, 136)]
 
@@ -69,14 +107,13 @@ def test_long_inputs_stay_in_tiles(monkeypatch):
     n = 6000
     query, key = torch.randn(1, 2, 2, n, 4), torch.randn(1, 2, n, 4)
     for rule in (Rule(4, 64, 0), Rule(64, 0, 512), Rule(4, 0, 1023)):
-        sparse_attention(query, Keys(key, key, [(0, n)]), n, rule.span(16), Scores(0.5))
+        in_tiles(query, key, key, n, rule, None, Scores(0.5))
     assert 0 < largest <= tiled.TILE_SCORES * 1.1
 
 
 def test_full_attention_with_a_native_window_does_not_take_the_causal_short_cut():
     n = 40
     query, key = torch.randn(1, 1, 1, n, 4), torch.randn(1, 1, n, 4)
-    (windowed,) = sparse_attention(query, Keys(key, key, [(0, n)]), n, Rule.FULL.span(16, 10), Scores(0.5))
-    (whole,) = sparse_attention(query, Keys(key, key, [(0, n)]), n, Rule.FULL.span(16), Scores(0.5))
+    windowed, whole = (in_tiles(query, key, key, n, Rule.FULL, native, Scores(0.5))[0] for native in (10, None))
     assert torch.allclose(windowed[:, :, :, :10], whole[:, :, :, :10], atol=1e-6)
     assert not torch.allclose(windowed[:, :, :, 10:], whole[:, :, :, 10:], atol=1e-3)

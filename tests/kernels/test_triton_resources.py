@@ -6,13 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from moacompress.kernels.triton.cards import CARDS, OTHER, Card, card_of, named
+from moacompress.kernels.triton.cards import CARDS, OTHER, Card, card_of
 from moacompress.kernels.triton.tile_sizes import prefill_tiles
 
 SCRIPT = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "triton_resources.py"
@@ -137,49 +139,44 @@ def test_what_prompts_and_second_launches_take(kernel: str) -> None:
         check(kernel, row)
 
 
-def told() -> Card:
-    """Returns what the first device is told to be."""
-    card_of.cache_clear()
-    found = card_of(torch.device("cuda", 0))
-    card_of.cache_clear()
-    return found
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Card]:
+    """Returns what the first device is told to be, with this Triton, by a capability or by AMD's name."""
+    triton = pytest.importorskip("triton")
+
+    def tell(capability: tuple[int, int], version: str = "3.9.0", amd: str | None = None) -> Card:
+        monkeypatch.setattr(triton, "__version__", version)
+        monkeypatch.setattr(torch.version, "hip", amd and "7.0")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=amd))
+        card_of.cache_clear()
+        found = card_of(torch.device("cuda", 0))
+        card_of.cache_clear()
+        return found
+
+    return tell
 
 
 @pytest.mark.parametrize(
     ("capability", "name"),
     [((8, 0), "sm_80"), ((8, 9), "sm_89"), ((9, 0), "sm_90"), ((10, 3), "sm_103"), ((12, 0), "sm_120"), ((7, 5), "")],
 )
-def test_a_card_is_told_by_its_capability(
-    capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_card_is_told_by_its_capability(capability: tuple[int, int], name: str, told: Callable[..., Card]) -> None:
     """Consumers' cards of the same generation have less shared memory, and the tiles of older ones."""
-    triton = pytest.importorskip("triton")
-    monkeypatch.setattr(triton, "__version__", "3.9.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.version, "hip", None)
-    found = told()
+    found = told(capability)
     assert found == CARDS.get(name, OTHER)
     tiles, queries = prefill_tiles(128, 128, 2, False, found)
-    large = capability[0] in (9, 10)
-    assert (tiles.TILE, queries) == ((64, 64) if large else (32, 32))
+    assert (tiles.TILE, queries) == ((64, 64) if capability[0] in (9, 10) else (32, 32))
 
 
-def test_an_older_triton_has_smaller_tiles_of_cards_with_tensor_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_triton_has_smaller_tiles_of_cards_with_tensor_memory(told: Callable[..., Card]) -> None:
     """3.6 fails to compile the larger ones for them."""
-    triton = pytest.importorskip("triton")
-    monkeypatch.setattr(triton, "__version__", "3.6.0")
-    assert named("sm_100") == CARDS["sm_100"]._replace(large=False)
-    assert named("sm_90") == CARDS["sm_90"]
+    assert told((10, 0), "3.6.0") == CARDS["sm_100"]._replace(large=False)
+    assert told((9, 0), "3.6.0") == CARDS["sm_90"]
 
 
-def test_a_card_of_amd_is_told_by_its_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_of_amd_is_told_by_its_architecture(told: Callable[..., Card]) -> None:
     """Its tiles of a chunk fit 64 KiB."""
-
-    class Properties:
-        gcnArchName = "gfx942:sramecc+:xnack-"
-
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    found = told()
+    found = told((9, 4), amd="gfx942:sramecc+:xnack-")
     assert found == CARDS["gfx942"]
     assert prefill_tiles(128, 128, 2, False, found)[0].TILE == 32

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from moacompress.kernels.arguments import Scores, as_tensors
 from moacompress.kernels.dispatch import REFERENCE
 from moacompress.kernels.kv_parts import read_tokens
-from moacompress.kernels.reference.passing import merged
+from moacompress.kernels.reference.transient import merged
 from moacompress.kernels.selected_attention import attend_selected
 from moacompress.rules.formats import FORMATS
 from moacompress.rules.rule import Rule

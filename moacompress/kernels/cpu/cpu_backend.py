@@ -85,10 +85,7 @@ class CpuBackend(Backend):
         Raises:
             UsageError: MOACOMPRESS_ISA names no instruction set of this processor.
         """
-        built = library.load()
-        if built.isa is None:
-            return Status(False, built.reason or "")
-        return Status(True, "the extension is built for this machine", built.isa)
+        return library.load()
 
     def supports(self, device: str, dtype: torch.dtype) -> bool:
         """Whether tensors are on the CPU, in one of the dtypes that are compiled."""
@@ -177,12 +174,12 @@ class CpuBackend(Backend):
         rules: RuleTable,
         scores: Scores,
         with_lse: bool = False,
-        passing: TransientTokens | None = None,
+        transient: TransientTokens | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns `[batch, heads, tokens, value_dim]` by the compiled kernel, in tiles of queries and keys."""
         held = (list(cache.keys), list(cache.values), cache.table, past, valid)
         found: tuple[torch.Tensor, torch.Tensor] = torch.ops.moacompress_cpu.prefill(
-            _rows(query), _rows(key), _rows(value), *held, rules.columns, *_numbers(scores), [*(passing or ())]
+            _rows(query), _rows(key), _rows(value), *held, rules.columns, *_numbers(scores), [*(transient or ())]
         )
         return found
 

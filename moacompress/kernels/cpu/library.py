@@ -14,12 +14,12 @@ import shutil
 import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from moacompress.core.errors import UsageError
+from moacompress.kernels.capabilities import Status
 from moacompress.kernels.cpu.operators import register
 from moacompress.rules.rule_table import RuleTable
 
@@ -38,20 +38,7 @@ SYSTEMS = {"linux": "Linux", "darwin": "macOS"}
 """Those that the library is built on."""
 
 
-@dataclass(frozen=True)
-class Built:
-    """Whether the compiled kernels can run.
-
-    Attributes:
-        isa: the instruction set they use, or None if they cannot run.
-        reason: why they cannot.
-    """
-
-    isa: str | None
-    reason: str | None = None
-
-
-def load() -> Built:
+def load() -> Status:
     """Loads the library and registers what torch needs of its operators, once, whichever thread is the first.
 
     Raises:
@@ -62,9 +49,9 @@ def load() -> Built:
 
 
 @functools.cache
-def _load() -> Built:
+def _load() -> Status:
     if not LIBRARY.exists():
-        return Built(None, missing(os.environ))
+        return Status(False, missing(os.environ))
     try:
         torch.ops.load_library(str(LIBRARY))
         library = ctypes.CDLL(str(LIBRARY))
@@ -77,20 +64,15 @@ def _load() -> Built:
     if wanted:
         set_isa(wanted)
     register()
-    return Built(library.moacompress_isa().decode())
+    return Status(True, "the extension is built for this machine", library.moacompress_isa().decode())
 
 
-def _not_loaded(reason: str) -> Built:
-    return Built(None, f"{LIBRARY.name} cannot be loaded: {(reason.splitlines() or ['no reason given'])[0]}")
+def _not_loaded(reason: str) -> Status:
+    return Status(False, f"{LIBRARY.name} cannot be loaded: {(reason.splitlines() or ['no reason given'])[0]}")
 
 
 def missing(environ: Mapping[str, str], system: str = sys.platform) -> str:
-    """Returns why there is no library, and what to do.
-
-    Args:
-        environ: environment variables; `CXX` may name the compiler.
-        system: as `sys.platform` names it.
-    """
+    """Returns why there is no library on a system, as `sys.platform` names it, and what to do; `CXX` may name the compiler."""
     if system not in SYSTEMS:
         return f"the extension is built on {' and '.join(SYSTEMS.values())} only, this is {system}"
     names = (environ["CXX"].split()[0],) if environ.get("CXX", "").strip() else COMPILERS
@@ -103,10 +85,7 @@ def missing(environ: Mapping[str, str], system: str = sys.platform) -> str:
 
 
 def set_isa(name: str) -> None:
-    """Makes the kernels use an instruction set.
-
-    Args:
-        name: one of `ISAS`.
+    """Makes the kernels use an instruction set, one of `ISAS`.
 
     Raises:
         UsageError: no such set, or not on this processor.
@@ -118,12 +97,7 @@ def set_isa(name: str) -> None:
 
 
 def visible(n: int, table: RuleTable) -> tuple[list[int], list[int]]:
-    """Returns what the kernels take to be visible: as `windows.visible_intervals` and `windows.block_runs`, flattened.
-
-    Args:
-        n: tokens so far.
-        table: of one rule.
-    """
+    """Returns what the kernels take to be visible under one rule: intervals and block runs of `rules.windows`, flattened."""
     numbers = (ctypes.c_int64 * len(table.columns))(*table.columns[:, 0].tolist())
     intervals, blocks = (ctypes.c_int64 * 4)(), (ctypes.c_int64 * 4)()
     ctypes.CDLL(str(LIBRARY)).moacompress_visible(ctypes.c_int64(n), numbers, intervals, blocks)

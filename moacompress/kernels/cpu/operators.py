@@ -44,12 +44,9 @@ def _fake_backward(
     return _rows(query, *query.shape), _rows(key, *key.shape), _rows(value, *value.shape)
 
 
-def _fake_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _fake_linear(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """Of plain weights and of those in blocks."""
     return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-def _fake_linear_blocks(x: torch.Tensor, blocks: torch.Tensor, kind: int, bias: torch.Tensor | None) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], blocks.shape[0])
 
 
 def _fake_step(query: torch.Tensor, key: Any, value: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, Any]:
@@ -98,8 +95,8 @@ def _fake_profile(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, key, value, keys, _, _, _, valid, rules, *numbers, sink_logits, passing = inputs
-    ctx.numbers, ctx.cached, ctx.passing = numbers, len(keys) > 0, len(passing)
+    query, key, value, keys, _, _, _, valid, rules, *numbers, sink_logits, transient = inputs
+    ctx.numbers, ctx.cached, ctx.transient = numbers, len(keys) > 0, len(transient)
     ctx.save_for_backward(query, key, value, valid, rules, sink_logits, *output)
 
 
@@ -107,7 +104,7 @@ def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
     """Gradients of a prefill without cache; the learned logits' follow from the lanes' sums alone."""
     if ctx.cached:
         raise UnsupportedError("a prefill over a cache has no gradients; train without a cache (use_cache=False)")
-    if ctx.passing:
+    if ctx.transient:
         raise UnsupportedError("a prefill with tokens that gates select has no gradients in compiled kernels")
     query, key, value, valid, rules, sink_logits, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
@@ -140,7 +137,7 @@ def register() -> None:
         "prefill": _fake_prefill,
         "prefill_backward": _fake_backward,
         "linear": _fake_linear,
-        "linear_blocks": _fake_linear_blocks,
+        "linear_blocks": _fake_linear,
         "expand_blocks": lambda blocks, kind, out: None,
         "step": _fake_step,
         "step_hidden": _fake_step_hidden,

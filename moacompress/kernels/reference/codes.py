@@ -44,18 +44,13 @@ def rotated(x: torch.Tensor) -> torch.Tensor:
 
 
 def encode(x: torch.Tensor, bits: int) -> Codes:
-    """Returns the codes of vectors.
-
-    Args:
-        x: `[..., dim]`, in any float dtype; float64 is rounded to float32 first.
-        bits: of a code, 1 to 8.
-    """
+    """Returns the codes of vectors `[..., dim]`, of 1 to 8 bits; float64 is rounded to float32 first."""
     levels, y = (1 << bits) - 1, rotated(x)
     zero, scale = map(stored, _zero_and_scale(y, levels))
-    wild = scale.isnan()
+    nonfinite = scale.isnan()
     inverse = torch.where(scale == 0, 0, 1 / scale.float())
     codes = torch.round((y - zero.float()) * inverse).clamp(0, levels)
-    return Codes(codes.masked_fill(wild, 0).to(torch.uint8), scale, zero)
+    return Codes(codes.masked_fill(nonfinite, 0).to(torch.uint8), scale, zero)
 
 
 def is_clipped(x: torch.Tensor, bits: int) -> bool:
@@ -68,8 +63,8 @@ def _zero_and_scale(y: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.T
     """Returns zero points and scales of rotated vectors, float32 `[..., 1]`; NaN for a vector that is not finite."""
     # adding makes a minus zero a plus
     low, high = (bound(-1, keepdim=True) + 0.0 for bound in (y.amin, y.amax))
-    wild = ~y.isfinite().all(-1, keepdim=True)
-    return low.masked_fill(wild, torch.nan), ((high - low) / levels).masked_fill(wild, torch.nan)
+    nonfinite = ~y.isfinite().all(-1, keepdim=True)
+    return low.masked_fill(nonfinite, torch.nan), ((high - low) / levels).masked_fill(nonfinite, torch.nan)
 
 
 def decode(kept: Codes) -> torch.Tensor:
@@ -78,11 +73,9 @@ def decode(kept: Codes) -> torch.Tensor:
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Returns a vector's codes as bytes, uint8 `[..., ceil(dim * bits / 8)]`.
+    """Returns a vector's codes, uint8 `[..., dim]`, as bytes, uint8 `[..., ceil(dim * bits / 8)]`.
 
-    Args:
-        codes: uint8 `[..., dim]`.
-        bits: 8, or 4: then the first half of a vector is in the low nibbles and the second in the high ones.
+    Of 4 bits the first half of a vector is in the low nibbles and the second in the high ones.
     """
     if bits == 8:
         return codes

@@ -22,16 +22,10 @@ def attend_as_seen(
 ) -> tuple[torch.Tensor, ...]:
     """Attends so that what is not finite reaches the rows that see it, and no others.
 
-    Args:
-        together: attention of all rows; it returns tensors `[..., group, rows]` or `[..., group, rows, dim]`, the output first.
-        alone: the same for one row that sees all keys it is given.
-        query: `[..., group, rows, head_dim]`.
-        keys: `[..., columns, head_dim]`.
-        values: `[..., columns, value_dim]`.
-        sees: returns which keys a row sees, bool `[columns]`; of a row that sees none the output is not looked at.
-
-    Returns:
-        As `together`.
+    `together` is attention of all rows; it returns tensors `[..., group, rows]` or `[..., group, rows, dim]`, the output first,
+    as this does. `alone` is the same for one row that sees all keys it is given. The query is `[..., group, rows, head_dim]`,
+    keys and values are `[..., columns, dim]`. `sees` returns which keys a row sees, bool `[columns]`; of a row that sees none
+    the output is not looked at.
     """
     found = together(query, keys, values)
     out = found[0]
@@ -42,15 +36,15 @@ def attend_as_seen(
     ):
         return found
     # zeros for what is not finite; what that makes wrong is made again, each row of what it sees alone
-    wild_query = ~query.isfinite().all(-1)
-    wild_key, wild_value = ~keys.isfinite().all(-1), ~values.isfinite()
+    nonfinite_query = ~query.isfinite().all(-1)
+    nonfinite_key, nonfinite_value = ~keys.isfinite().all(-1), ~values.isfinite()
     dim = query.ndim - 2
-    tame = (torch.where(tensor.isfinite(), tensor, 0) for tensor in (query, keys, values))
-    apart = [list(tensor.unbind(dim)) for tensor in together(*tame)]
+    finite = (torch.where(tensor.isfinite(), tensor, 0) for tensor in (query, keys, values))
+    apart = [list(tensor.unbind(dim)) for tensor in together(*finite)]
     for row in range(query.shape[dim]):
         seen = sees(row).nonzero()[:, 0]
-        weights = wild_query[..., row] | wild_key[..., seen].any(-1, keepdim=True)
-        numbers = weights[..., None] | wild_value[..., seen, :].any(-2, keepdim=True)
+        weights = nonfinite_query[..., row] | nonfinite_key[..., seen].any(-1, keepdim=True)
+        numbers = weights[..., None] | nonfinite_value[..., seen, :].any(-2, keepdim=True)
         if not len(seen) or not bool(numbers.any()):
             continue
         exact = alone(query.narrow(dim, row, 1), keys.index_select(-2, seen), values.index_select(-2, seen))

@@ -12,9 +12,9 @@ from moacompress.kernels.backend import Backend
 from moacompress.kernels.capabilities import Capabilities, Status
 from moacompress.kernels.kv_format import check_codes
 from moacompress.kernels.kv_parts import KVPart, read_tokens
-from moacompress.kernels.reference.passing import attend_passing, merged
 from moacompress.kernels.reference.rounding import rounded
 from moacompress.kernels.reference.tiled import Keys, sparse_attention
+from moacompress.kernels.reference.transient import attend_transient, merged
 from moacompress.rules.formats import all_formats
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK, Span, visible_intervals
@@ -60,15 +60,15 @@ class ReferenceBackend(Backend):
         rules: RuleTable,
         scores: Scores,
         with_lse: bool = False,
-        passing: TransientTokens | None = None,
+        transient: TransientTokens | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns `[batch, heads, tokens, value_dim]`, one row and KV head after the other."""
-        wanted = with_lse or passing is not None
+        wanted = with_lse or transient is not None
         out, lse = _attend(query, (key, value), cache, past, valid, rules, scores, wanted)
-        if passing is None or lse is None:
+        if transient is None or lse is None:
             return out, lse
-        more = attend_passing(
-            query, key, value, cache=cache, past=past, valid=valid, rules=rules, scores=scores, passing=passing
+        more = attend_transient(
+            query, key, value, cache=cache, past=past, valid=valid, rules=rules, scores=scores, transient=transient
         )
         return merged((out, lse), more)
 
@@ -165,15 +165,7 @@ def _held(
 ) -> Keys | None:
     """Returns what is cached of the keys that queries from `seen - 1` on see, `[rows, heads, keys, dim]`; None if nothing.
 
-    Args:
-        cache: pool and table.
-        kv_parts: what keys and values are kept as.
-        rows: of the batch; all have `past` tokens.
-        heads: KV heads that share the span and the formats.
-        past: tokens in the cache.
-        span: in Python ints.
-        seen: position of the first query + 1.
-        device: of the pool.
+    All `rows` have `past` tokens in the cache, and all `heads` share the span and the formats.
 
     Raises:
         UnsupportedError: a block is not in the table, or not in the pool in these formats.

@@ -16,17 +16,11 @@ BITS = {format.code: format.bits for format in FORMATS.values() if isinstance(fo
 
 
 def rounded(x: torch.Tensor, formats: Sequence[int]) -> torch.Tensor:
-    """Returns keys or values as the formats of their KV heads keep them.
+    """Returns keys or values, `[rows, kv_heads, tokens, dim]`, as the formats of their KV heads keep them, in float32.
 
-    The gradient passes straight through: that of `x` is the one of what was returned. Vectors with a NaN or an infinity are
-    NaN, but for heads of the native format, which stay as they are.
-
-    Args:
-        x: keys after their rotary embedding, or values, `[rows, kv_heads, tokens, dim]`.
-        formats: code of each KV head's format, `[kv_heads]`.
-
-    Returns:
-        float32, shaped as `x`, not rotated.
+    Keys are after their rotary embedding, and results are not rotated. The gradient passes straight through: that of `x` is the
+    one of what was returned. Vectors with a NaN or an infinity are NaN, but for heads of the native format, which stay as they
+    are.
     """
     if len(formats) != x.shape[1]:
         raise ValueError(f"{len(formats)} formats for {x.shape[1]} KV heads")
@@ -45,11 +39,7 @@ def as_kept(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns what to attend with under native rules so that it is as with formats: keys and values rounded, all in float32.
 
-    Args:
-        query: `[rows, heads, tokens, head_dim]`.
-        key: `[rows, kv_heads, tokens, head_dim]`.
-        value: `[rows, kv_heads, tokens, value_dim]`.
-        formats: codes of those of the keys and of the values, `[kv_heads]` each; None, and nothing is done, for native ones.
+    `formats` are the codes of those of keys and of values, `[kv_heads]` each; None, and nothing is done, for native ones.
     """
     if formats is None:
         return query, key, value

@@ -56,19 +56,14 @@ def attend(
     *,
     with_lse: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    """Plain attention of grouped queries.
+    """Plain attention of grouped queries, `[batch, kv_heads, group, rows, head_dim]`.
 
-    Args:
-        query: `[batch, kv_heads, group, rows, head_dim]`.
-        keys: `[batch, kv_heads, columns, head_dim]`.
-        values: `[batch, kv_heads, columns, value_dim]`.
-        visible: bool `[rows, columns]`, or None where every row sees every column.
-        scores: how scores are made; learned logits `[kv_heads, group]`.
-        with_lse: whether to return the log of the softmax's denominator too.
+    Keys are `[batch, kv_heads, columns, head_dim]`. Which of them a row sees is bool `[rows, columns]`, None for all; learned
+    logits are `[kv_heads, group]`.
 
     Returns:
-        `[batch, kv_heads, group, rows, value_dim]` of the query's dtype; then, where it is asked for,
-        `[batch, kv_heads, group, rows]` in float32 at least.
+        `[batch, kv_heads, group, rows, value_dim]` of the query's dtype; then, `with_lse`, the log of the softmax's
+        denominator, `[batch, kv_heads, group, rows]` in float32 at least.
     """
     if not (scores.softcap or with_lse) and scores.sink_logits is None:
         return (_fused(query, keys, values, visible, scores.scaling),)
@@ -120,20 +115,10 @@ def _fused(
 def sparse_attention(
     query: torch.Tensor, keys: Keys, n: int, span: Span, scores: Scores, *, with_lse: bool = False
 ) -> tuple[torch.Tensor, ...]:
-    """Attention of the last rows of a sequence under one span.
+    """Attention of the last rows of a sequence of `n` tokens under one span; row r is the query at position `n - rows + r`.
 
-    Args:
-        query: `[batch, kv_heads, group, rows, head_dim]`; row r is the query at position `n - rows + r`.
-        keys: at least every key that one of the rows sees.
-        n: tokens in the sequence, these rows included.
-        span: of all these KV heads, in Python ints.
-        scores: how scores are made; learned logits `[kv_heads, group]`.
-        with_lse: whether to return the log of the softmax's denominator too.
-
-    Returns:
-        `[batch, kv_heads, group, rows, value_dim]` of the query's dtype; then, where it is asked for,
-        `[batch, kv_heads, group, rows]` in float32 at least. Numbers that are not finite reach the rows that see them as they
-        do in torch's softmax, and no others.
+    Shapes are those of `attend`; every key that one of the rows sees is there. Numbers that are not finite reach the rows that
+    see them as they do in torch's softmax, and no others.
     """
 
     def sees(row: int) -> torch.Tensor:
@@ -181,15 +166,9 @@ def _in_tiles(
 
 
 def visible_keys(lengths: torch.Tensor, positions: torch.Tensor, span: Span) -> torch.Tensor:
-    """Returns which keys each query sees.
+    """Returns which keys each query sees, bool `[rows, columns]`.
 
-    Args:
-        lengths: int64 `[rows, 1]`, position of the query + 1.
-        positions: int64 `[columns]`, positions of the keys.
-        span: the KV head's.
-
-    Returns:
-        bool `[rows, columns]`.
+    `lengths` are positions of the queries + 1, int64 `[rows, 1]`, and `positions` those of the keys, int64 `[columns]`.
     """
     (first, sink_end), (start, end) = visible_intervals(lengths, span)
     visible: torch.Tensor = (positions >= first) & (positions < sink_end)

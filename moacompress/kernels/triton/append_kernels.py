@@ -45,7 +45,7 @@ def encoded(x, DIM: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr):
     inside = lane < DIM
     y = rotated(x, DIM, NORM)
     finite = tl.abs(y) < float("inf")
-    wild = tl.max(tl.where(inside & (finite == 0), 1, 0), 1) > 0
+    nonfinite = tl.max(tl.where(inside & (finite == 0), 1, 0), 1) > 0
     # adding makes a minus zero a plus
     low = tl.min(tl.where(inside & finite, y, float("inf")), 1) + 0.0
     high = tl.max(tl.where(inside & finite, y, float("-inf")), 1) + 0.0
@@ -57,9 +57,9 @@ def encoded(x, DIM: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr):
     part = (y - zero.to(tl.float32)[:, None]) * inverse[:, None]
     within = tl.minimum(tl.maximum(part, 0.0), float(LEVELS))
     code = (within + TO_INTEGER).to(tl.int32, bitcast=True) & LEVELS
-    code = tl.where(inside & (wild == 0)[:, None], code, 0)
-    scale_bits = tl.where(wild, NAN_BITS, scale.to(tl.int16, bitcast=True).to(tl.int32)).to(tl.int16)
-    zero_bits = tl.where(wild, NAN_BITS, zero.to(tl.int16, bitcast=True).to(tl.int32)).to(tl.int16)
+    code = tl.where(inside & (nonfinite == 0)[:, None], code, 0)
+    scale_bits = tl.where(nonfinite, NAN_BITS, scale.to(tl.int16, bitcast=True).to(tl.int32)).to(tl.int16)
+    zero_bits = tl.where(nonfinite, NAN_BITS, zero.to(tl.int16, bitcast=True).to(tl.int32)).to(tl.int16)
     return code, scale_bits, zero_bits
 
 
@@ -67,18 +67,10 @@ def encoded(x, DIM: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr):
 def write(
     vectors, Memory, at, place, there, DIM: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, IS_VALUE: tl.constexpr
 ):
-    """Writes vectors into the K or V parts of blocks.
+    """Writes vectors `[tokens, padded]` of the model's dtype into the K or V parts of blocks.
 
-    Args:
-        vectors: `[tokens, padded]`, of the model's dtype.
-        Memory: where places count from.
-        at: places of the blocks, in units of 16 bytes, int64 `[tokens]`.
-        place: of each token in its block, `[tokens]`.
-        there: whether it is one, `[tokens]`.
-        DIM: numbers of a vector.
-        BITS: of a code; 0 of native numbers.
-        NORM: factor of a rotation.
-        IS_VALUE: whether they are values.
+    Blocks lie at `at`, in units of 16 bytes from Memory on, and tokens at their `place` in them; only those that are `there`
+    are written. NORM is the factor of a rotation.
     """
     SIZE: tl.constexpr = vectors.shape[1]
     lane = tl.arange(0, SIZE)[None, :]
@@ -137,34 +129,11 @@ def append(
     VALUE_NORM: tl.constexpr,
     WITH_KEYS: tl.constexpr,
 ):
-    """Writes tokens of KV heads of one pair of formats into their blocks, keys and values.
+    """Writes tokens of KV heads of one pair of formats into their blocks, keys and values, or values alone without WITH_KEYS.
 
-    Args:
-        Key: `[rows, kv_heads, columns, HEAD_DIM]`; the numbers of a vector lie side by side.
-        Value: likewise.
-        Keys: the first segment of the pool whose keys are of this format; written to.
-        Values: likewise.
-        KeyPlaces: where every block lies from there on, in units of 16 bytes, int64 `[blocks]`.
-        ValuePlaces: likewise.
-        Work: `(row * kv_heads + head) * columns + column` of each token, then its block id * 16 + place, int64 `[2, count]`.
-        count: of tokens.
-        kv_heads: of a row.
-        columns: of the chunk.
-        key_row: numbers from a row to the next; likewise `key_head`, `key_column` and those of values.
-        key_head: see `key_row`.
-        key_column: see `key_row`.
-        value_row: see `key_row`.
-        value_head: see `key_row`.
-        value_column: see `key_row`.
-        HEAD_DIM: numbers of a key.
-        HEAD: the same, as a power of two; likewise VALUE of VALUE_DIM.
-        VALUE_DIM: numbers of a value.
-        VALUE: see HEAD.
-        KEY_BITS: of a code; 0 of native numbers.
-        VALUE_BITS: likewise.
-        KEY_NORM: factor of a rotation of keys; likewise VALUE_NORM.
-        VALUE_NORM: see KEY_NORM.
-        WITH_KEYS: whether keys are written, and not values alone.
+    Key is `[rows, kv_heads, columns, HEAD_DIM]` and Value likewise, with the strides that follow; the numbers of a vector lie
+    side by side. Work has `(row * kv_heads + head) * columns + column` of each token, then its block id * 16 + place, int64
+    `[2, count]`.
     """
     t = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     source = tl.load(Work + t)
@@ -225,40 +194,10 @@ def append_next(
 ):
     """Writes one more token of every row that is given one, for KV heads of one pair of formats, behind those of its cache.
 
-    Args:
-        Key: `[rows, kv_heads, HEAD_DIM]`; the numbers of a vector lie side by side.
-        Value: likewise.
-        GateScores: of the tokens, int16 `[rows, kv_heads]`.
-        Keys: the first segment of the pool whose keys are of this format; written to.
-        Values: likewise.
-        Kept: the first segment of scores, int16; written to.
-        KeyPlaces: where every block lies from there on, in units of 16 bytes, int64 `[blocks]`.
-        ValuePlaces: likewise.
-        ScorePlaces: likewise.
-        Table: block ids, int32 `[rows, kv_heads, width]`.
-        Rings: how many blocks of sinks, then how many of the ring behind them, int64 `[2, kv_heads]`.
-        Lengths: tokens that the rows have, int64 `[rows]`.
-        Taken: whether each row is given one, int64 `[rows]`; of the others nothing is written.
-        Heads: KV heads of this pair of formats, and those in whose blocks they are, int64 `[2, heads]`.
-        Selecting: which KV heads select, so that their blocks have scores, int64 `[kv_heads]`.
-        heads: how many.
-        kv_heads: of a row.
-        width: of the table.
-        key_row: numbers from a row to the next; likewise `key_head` and those of values.
-        key_head: see `key_row`.
-        value_row: see `key_row`.
-        value_head: see `key_row`.
-        HEAD_DIM: numbers of a key.
-        HEAD: the same, as a power of two; likewise VALUE of VALUE_DIM.
-        VALUE_DIM: numbers of a value.
-        VALUE: see HEAD.
-        KEY_BITS: of a code; 0 of native numbers.
-        VALUE_BITS: likewise.
-        KEY_NORM: factor of a rotation of keys; likewise VALUE_NORM.
-        VALUE_NORM: see KEY_NORM.
-        SCORED: whether some of them select.
-        WITH_KEYS: whether keys are written, and not values alone.
-        COUNTED: whether the lengths count these tokens already.
+    Key is `[rows, kv_heads, HEAD_DIM]` and Value likewise, with the strides that follow; the numbers of a vector lie side by
+    side. GateScores are those of the tokens, int16 `[rows, kv_heads]`; with SCORED they are written for the KV heads that are
+    Selecting, int64 `[kv_heads]`. Heads has the KV heads, and those in whose blocks they are, int64 `[2, heads]`. With COUNTED
+    the lengths count these tokens already; without WITH_KEYS values alone are written.
     """
     one = tl.arange(0, 1)
     row = (tl.program_id(0) // heads).to(tl.int64)

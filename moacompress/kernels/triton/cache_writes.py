@@ -35,13 +35,7 @@ def append(
 ) -> None:
     """Writes tokens of a chunk into blocks, in one launch; see `Backend.append`.
 
-    Args:
-        kv_parts: how keys and how values are kept.
-        key: `[rows, kv_heads, columns, head_dim]`, or None.
-        value: `[rows, kv_heads, columns, value_dim]`.
-        keys: segments; written to.
-        values: likewise.
-        where: which tokens, and their slots, int64 `[tokens]` each; some.
+    `where` has which tokens, and their slots, int64 `[tokens]` each; there are some.
 
     Raises:
         UnsupportedError: a block is not in the pool in these formats.
@@ -83,12 +77,8 @@ def move(
 ) -> None:
     """Copies tokens with their scores, in one launch for every pair of formats; see `Backend.move_selected`.
 
-    Args:
-        kv_parts: how keys and how values are kept, of each KV head.
-        cache: segments of keys, values and scores; written to.
-        heads: KV head of each token, int64 `[tokens]`.
-        slots: where it is, likewise.
-        to: where it goes to, likewise.
+    `kv_parts` are those of each KV head, `cache` the segments of keys, values and scores; `heads`, `slots` and `to` say of each
+    token its KV head, where it is and where it goes to, int64 `[tokens]`.
 
     Raises:
         UnsupportedError: a block is not in the pool in these formats.
@@ -109,12 +99,7 @@ def select_next(
 ) -> None:
     """Lets those tokens compete that leave windows when the next token comes; one launch for every pair of formats.
 
-    Args:
-        kv_parts: how keys and how values are kept, of each KV head.
-        cache: written to.
-        kept: the selected tokens; written to.
-        lengths: tokens of the rows, int64 `[rows]`.
-        rules: of the KV heads, in numpy.
+    `kv_parts` are those of each KV head; `lengths` are the tokens of the rows, int64 `[rows]`.
 
     Raises:
         UnsupportedError: a block of a token that competes, or of one that is selected, is not in the tables.

@@ -19,17 +19,7 @@ from moacompress.rules.rule_table import RuleTable
 
 
 class Stretches(NamedTuple):
-    """What programs attend to; see `decode_kernels.split`.
-
-    Attributes:
-        work: which stretch of which row and KV head each has.
-        table: block ids.
-        rings: where blocks lie in the table.
-        lengths: tokens of the rows.
-        columns: of the rules.
-        kv_heads: of a row.
-        chunk: blocks of a stretch.
-    """
+    """What programs attend to; see `decode_kernels.split`."""
 
     work: torch.Tensor
     table: torch.Tensor
@@ -52,16 +42,8 @@ def attend_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one query a row, and the log of its denominator; see `Backend.decode`.
 
-    What is selected is attended to as all of a row with one KV head, and is more parts of the same sum.
-
-    Args:
-        query: `[rows, heads, head_dim]`.
-        cache: pool and table.
-        lengths: tokens of the rows, int64 `[rows]`.
-        rules: of the KV heads, in numpy.
-        scores: how scores are made.
-        wide: whether products are in float32.
-        selected: the selected tokens, and how many each row and KV head has, int64 `[rows, kv_heads]`.
+    `wide` says whether products are in float32. `selected` are the selected tokens, and how many each row and KV head has,
+    int64 `[rows, kv_heads]`: they are attended to as all of a row with one KV head, and are more parts of the same sum.
 
     Raises:
         UnsupportedError: a visible block is not in the table; a format is not known.
@@ -120,16 +102,10 @@ def launch_split(
     scores: Scores,
     compiled_for: tuple[TileSizes, dict[str, int | bool]],
 ) -> None:
-    """Attends to stretches of blocks.
+    """Attends to stretches of blocks, by `decode_kernels.split`.
 
-    Args:
-        query: see `decode_kernels.split`; likewise `kept` and `partial`.
-        memory: of keys and of values.
-        over: the stretches.
-        kept: None where no scores are kept or read.
-        partial: written to.
-        scores: how scores are made.
-        compiled_for: what `split_constants` returns.
+    `memory` is that of keys and of values. `kept` are scores that are kept or read, None where none are. `partial` is written
+    to. `compiled_for` is what `split_constants` returns.
     """
     tiles, constants = compiled_for
     (keys, key_places), (values, value_places) = memory
@@ -163,14 +139,10 @@ def add_up(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """Adds up the parts of a step's attention.
+    """Adds up the parts of a step's attention, by `decode_kernels.merge`.
 
-    Args:
-        partial: outputs and logs of denominators, as `decode_kernels.split` leaves them.
-        begins: see `decode_kernels.merge`.
-        scores: how scores are made.
-        out: `[rows, heads, value_dim]`; written to.
-        lse: float32 `[rows, heads]`; written to.
+    `partial` are outputs and logs of denominators. `out`, `[rows, heads, value_dim]`, and `lse`, float32 `[rows, heads]`, are
+    written to.
     """
     rows, heads, value_dim = out.shape
     group = partial[0].shape[1]
@@ -189,10 +161,7 @@ def add_up(
 def turned_back(out: torch.Tensor, coded: np.ndarray, group: int) -> torch.Tensor:
     """Returns outputs `[rows, heads, ..., value_dim]` that are in the rotated basis where values have codes, in the plain one.
 
-    Args:
-        out: float32.
-        coded: whether the values of each KV head have codes, bool `[kv_heads]`.
-        group: query heads of a KV head.
+    `coded` says of each KV head whether its values have codes; it has `group` query heads.
     """
     back = torch.from_numpy(coded.repeat(group)).to(out.device)
     return torch.where(back.view(-1, *[1] * (out.ndim - 2)), rotated(out), out)

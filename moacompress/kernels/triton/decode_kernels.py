@@ -52,41 +52,12 @@ def split(
 ):
     """Attention of one group of queries over a stretch of the blocks that they see.
 
-    Args:
-        Query: `[rows, heads, HEAD_DIM]`, contiguous; rotated where keys have codes.
-        Keys: the first segment of the pool whose keys are of this format.
-        Values: likewise.
-        KeyPlaces: where every block lies from there on, in units of 16 bytes, int64 `[blocks]`.
-        ValuePlaces: likewise.
-        Table: block ids, integers `[rows, kv_heads, width]`.
-        Rings: see `tiles.ring_of`, int64 `[2, kv_heads]`.
-        Lengths: int64 `[rows]`.
-        Rules: the columns of a rule table, int64 `[columns, kv_heads]`.
-        Work: row, KV head, number of the stretch, and where the result goes, int64 `[programs, 4]`.
-        Kept: scores by the places of tokens under the table, float32 `[rows, kv_heads, G, width * 16]`; anything if not KEEP
-            or REUSE.
-        Partial: `[places, G, VALUE_DIM]`, float32; in the rotated basis where values have codes.
-        PartialLse: log of the sum of the exponentials, `[places, G]`, float32.
-        scaling: factor on the scores.
-        softcap: bound of the scores by tanh.
-        kv_heads: of a row.
-        width: of the table.
-        chunk: blocks of a stretch, whole tiles.
-        G: query heads of a KV head.
-        GROUP: G, as a side of a product; likewise HEAD of HEAD_DIM, or of the bytes of a key, and VALUE of those of a value.
-        HEAD_DIM: numbers of a key.
-        HEAD: see GROUP.
-        VALUE_DIM: numbers of a value.
-        VALUE: see GROUP.
-        KEY_BITS: of a code; 0 of native numbers.
-        VALUE_BITS: likewise.
-        SOFTCAP: whether there is one.
-        WIDE: whether products are in float32.
-        TILE: tokens of a tile.
-        STAGES: tiles that are read ahead.
-        RING: whether blocks behind the sinks' lie in rings; else block b of a row and KV head is number b of the table.
-        KEEP: whether scores are written to Kept, before a bound.
-        REUSE: whether scores are read from there: neither queries nor keys are.
+    Query is `[rows, heads, HEAD_DIM]`, contiguous; rotated where keys have codes. Work says of each program its row, its KV
+    head, the number of its stretch of `chunk` blocks, whole tiles, and where the result goes, int64 `[programs, 4]`. Partial
+    takes the results, float32 `[places, G, VALUE_DIM]`, in the rotated basis where values have codes; PartialLse the log of the
+    sum of the exponentials, float32 `[places, G]`. With KEEP scores are written to Kept before a bound, with REUSE they are
+    read from there, and neither queries nor keys are: float32 `[rows, kv_heads, G, width * 16]`, by the places of tokens under
+    the table. STAGES tiles are read ahead.
     """
     item = Work + tl.program_id(0) * 4
     row = tl.load(item)
@@ -242,21 +213,10 @@ def merge(
     LOGITS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Adds up what `split` found for a query head.
+    """Adds up what `split` found for a query head, PARTS results at once.
 
-    Args:
-        Partial: see `split`; those of a row and KV head follow on each other.
-        PartialLse: likewise.
-        SinkLogits: learned logits, `[heads]`.
-        Begins: where those of each row and KV head begin, and all end, int64 `[rows * kv_heads + 1]`.
-        Out: `[rows, heads, VALUE_DIM]`.
-        Lse: `[rows, heads]`, float32.
-        kv_heads: of a row.
-        G: query heads of a KV head.
-        VALUE_DIM: numbers of a value.
-        VALUE: the same, as a power of two.
-        LOGITS: whether there are learned logits.
-        PARTS: results that are added at once.
+    Results of each row and KV head follow on each other, and begin, and all end, at Begins, int64 `[rows * kv_heads + 1]`. With
+    LOGITS there are SinkLogits, `[heads]`. Out is `[rows, heads, VALUE_DIM]`, Lse float32 `[rows, heads]`.
     """
     at = tl.program_id(0)
     group = at // G

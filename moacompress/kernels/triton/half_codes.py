@@ -29,17 +29,24 @@ def halves(pairs):
 
 
 @triton.jit
+def code_halves(words, NIBBLES: tl.constexpr):
+    """Returns the four codes of words, or their low nibbles, `[..., words, 2, 2]` as of `halves`; and high nibbles likewise."""
+    if NIBBLES:
+        low = tl.join(halves(words & 0x000F000F), halves((words >> 8) & 0x000F000F))
+        high = tl.join(halves((words >> 4) & 0x000F000F), halves((words >> 12) & 0x000F000F))
+    else:
+        low = tl.join(halves(words & 0x00FF00FF), halves((words >> 8) & 0x00FF00FF))
+        high = low
+    return low, high
+
+
+@triton.jit
 def key_halves(words, offset, place, there, BYTES: tl.constexpr, WORDS: tl.constexpr, NIBBLES: tl.constexpr):
     """Returns keys' codes, or their low nibbles, as float16, 1024 more, `[tokens, 4 * WORDS]`; and high nibbles likewise."""
     w = tl.arange(0, WORDS)
     at = words + (offset * (UNIT // 4) + place)[:, None] + (w * BLOCK)[None, :]
     found = tl.load(at, mask=there[:, None] & (w * 4 < BYTES)[None, :], other=0)
-    if NIBBLES:
-        low = tl.join(halves(found & 0x000F000F), halves((found >> 8) & 0x000F000F))
-        high = tl.join(halves((found >> 4) & 0x000F000F), halves((found >> 12) & 0x000F000F))
-    else:
-        low = tl.join(halves(found & 0x00FF00FF), halves((found >> 8) & 0x00FF00FF))
-        high = low
+    low, high = code_halves(found, NIBBLES)
     return low.reshape(found.shape[0], 4 * WORDS), high.reshape(found.shape[0], 4 * WORDS)
 
 
@@ -49,12 +56,7 @@ def value_halves(words, offset, quad, there, BYTES: tl.constexpr, WIDTH: tl.cons
     b = tl.arange(0, WIDTH)
     at = words + (offset * (UNIT // 4) + quad * BYTES)[:, None] + b[None, :]
     found = tl.load(at, mask=there[:, None] & (b < BYTES)[None, :], other=0)
-    if NIBBLES:
-        low = tl.join(halves(found & 0x000F000F), halves((found >> 8) & 0x000F000F))
-        high = tl.join(halves((found >> 4) & 0x000F000F), halves((found >> 12) & 0x000F000F))
-    else:
-        low = tl.join(halves(found & 0x00FF00FF), halves((found >> 8) & 0x00FF00FF))
-        high = low
+    low, high = code_halves(found, NIBBLES)
     low = tl.permute(low, (0, 2, 3, 1)).reshape(4 * found.shape[0], WIDTH)
     high = tl.permute(high, (0, 2, 3, 1)).reshape(4 * found.shape[0], WIDTH)
     return low, high
@@ -103,23 +105,9 @@ def code_scores(
     WIDTH: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """Products of queries with keys that have codes.
+    """Products of queries with keys that have codes, float32 `[rows, tokens]`; arguments are those of `tiles.cached_scores`.
 
-    Args:
-        query: `[rows, WIDTH]` of float16, or float32; of 4 bits its first half.
-        query_high: its second half, of 4 bits.
-        query_sum: sums of whole queries, float32 `[rows]`.
-        Keys: see `tiles.cached_scores`; likewise the others.
-        offset: see Keys.
-        place: see Keys.
-        there: see Keys.
-        seen: see Keys.
-        DIM: see Keys.
-        WIDTH: see Keys.
-        BITS: of a code.
-
-    Returns:
-        float32 `[rows, tokens]`.
+    Queries are float16 or float32; of 4 bits `query` is the first half and `query_high` the second.
     """
     BYTES: tl.constexpr = code_bytes(DIM, BITS)
     low, high = key_halves(Keys.to(tl.pointer_type(tl.int32)), offset, place, there, BYTES, WIDTH // 4, BITS == 4)
@@ -150,29 +138,10 @@ def add_halves(
     BITS: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Adds weighted values that have codes.
+    """Adds weighted values that have codes; arguments are those of `tiles.add_codes`, and it returns the same.
 
-    Args:
-        out: of the values, of 4 bits of their first halves, in units of `unit`, float32 `[rows, WIDTH]`.
-        out_high: of second halves, likewise.
-        zeros: of zero points, and what 1024 in codes takes off, float32 `[rows]`.
-        unit: the largest weight times a scale so far, `[rows]`; before `shrunk`, as all sums are.
-        weight: of the tokens, 0 where they do not count, float32 `[rows, tokens]`.
-        shrunk: see `tiles.softmax_step`.
-        read: which count, bool `[tokens]`.
-        Values: see `tiles.add_codes`; likewise the others.
-        offset: see Values.
-        place: see Values.
-        quad_offset: see Values.
-        quad: see Values.
-        quad_there: see Values.
-        DIM: see Values.
-        WIDTH: see Values.
-        BITS: see Values.
-        dtype: that is multiplied in.
-
-    Returns:
-        `out, out_high, zeros, unit`.
+    Here the weights `[rows, tokens]` are 0 where tokens do not count, `unit` is kept for every dtype, and `zeros` has what 1024
+    in codes takes off too.
     """
     BYTES: tl.constexpr = code_bytes(DIM, BITS)
     scale, zero = scale_and_zero(Values.to(tl.pointer_type(tl.float16)), offset, place, read, BYTES)

@@ -28,25 +28,10 @@ def attend_chunk(
     valid: torch.Tensor,
     rules: RuleTable,
     scores: Scores,
-    passing: TransientTokens | None,
+    transient: TransientTokens | None,
     wide: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `Backend.prefill`; without gradients.
-
-    Args:
-        query: `[rows, heads, tokens, head_dim]`.
-        key: `[rows, kv_heads, tokens, head_dim]`.
-        value: `[rows, kv_heads, tokens, value_dim]`.
-        cache: its table is checked.
-        past: tokens before the chunk, int64 `[rows]` on the CPU.
-        valid: real tokens of it, likewise.
-        rules: a numpy table.
-        scores: how scores are made.
-        passing: selected tokens, on the CPU.
-        wide: whether products are in float32.
-
-    Returns:
-        `[rows, heads, tokens, value_dim]` of the query's dtype and `[rows, heads, tokens]` in float32.
+    """See `Backend.prefill`; without gradients. `wide` says whether products are in float32.
 
     Raises:
         UnsupportedError: a visible block is not in the table, or not in the pool in its formats; or a format is not known.
@@ -64,7 +49,7 @@ def attend_chunk(
         return out.to(query.dtype), lse
     cached = bool((past > 0).any())
     own = [np.nonzero(kinds.number == number)[0] for number in range(len(kinds.pairs))]
-    lists = passing or _nothing(past)
+    lists = transient or (past[:0],) * 4  # which nobody reads
     numbers = (cache.table.numpy(), past.numpy(), valid.numpy(), rules.columns, *(part.numpy() for part in lists), *own)
     table, befores, valids, columns, begins, slots, admitted, evicted, *members = to_device(numbers, device)
     plain, key, value = (part if part.stride(3) == 1 else part.contiguous() for part in (query, key, value))
@@ -78,7 +63,7 @@ def attend_chunk(
             softcap=bool(scores.softcap),
             logits=scores.sink_logits is not None,
             cached=cached,
-            passing=passing is not None,
+            transient=transient is not None,
             wide=wide,
             item_size=query.element_size(),
             card=card_of(device),
@@ -125,12 +110,7 @@ def attend_chunk(
 
 
 def chunk_runs(rules: RuleTable, past: Ints) -> Ints:
-    """Returns the cached blocks that queries of chunks see, int64 `[2, 2, rows, kv_heads]`: begin and end, of sinks and window.
-
-    Args:
-        rules: a numpy table.
-        past: tokens before each row's chunk, int64 `[rows]`.
-    """
+    """Returns the cached blocks that queries of chunks see: begins and ends of sinks and windows, `[2, 2, rows, kv_heads]`."""
     before = past[:, None]
     (first, _), (start, _) = visible_intervals(before + 1, rules.span)
     sink_end = np.maximum(first, np.minimum(np.minimum(rules.span.sink, start), before))  # those of later queries too
@@ -146,8 +126,3 @@ def _as_kept(kv_part: KVPart, chunk: torch.Tensor, heads: torch.Tensor, wide: bo
         return chunk
     found = decode(encode(chunk.index_select(1, heads), kv_part.bits))
     return found if wide else found.to(chunk.dtype)
-
-
-def _nothing(past: torch.Tensor) -> TransientTokens:
-    """Returns selected tokens that nobody reads."""
-    return TransientTokens(*(past[:0],) * 4)

@@ -30,15 +30,9 @@ LATEST = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def add_numbers(out, weight, value, seen, CAREFUL: tl.constexpr, TILE: tl.constexpr):
-    """Adds weighted values that are numbers.
+    """Adds weighted values `[TILE, WIDTH]` that are numbers to `out`, float32 `[rows, WIDTH]`.
 
-    Args:
-        out: float32 `[rows, WIDTH]`.
-        weight: float32 `[rows, TILE]`.
-        value: `[TILE, WIDTH]`, of the dtype that is multiplied in.
-        seen: which count, bool `[rows, TILE]`.
-        CAREFUL: whether numbers that are not finite reach those rows alone that see them, one token after the other.
-        TILE: tokens.
+    With CAREFUL numbers that are not finite reach those rows alone that see them, one token after the other.
     """
     if CAREFUL:
         t = tl.arange(0, TILE)
@@ -71,7 +65,7 @@ def chunk_scores(
 
 
 @triton.jit
-def passing_numbers(
+def transient_numbers(
     Pool,
     offset,
     place,
@@ -86,25 +80,10 @@ def passing_numbers(
     VALUES: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Reads keys or values of selected tokens, which lie anywhere.
+    """Reads keys, or VALUES, of selected tokens, which lie anywhere: `[tokens, WIDTH]`, and of 4 bits second halves likewise.
 
-    Args:
-        Pool: see `Keys` of `cached_scores`.
-        offset: likewise.
-        place: likewise.
-        cached: which lie in cache blocks, bool `[tokens]`; of others the numbers there are 0.
-        start: keys or values of the chunk, of the row and KV head.
-        t: their tokens there, `[tokens]`.
-        fresh: which lie there, bool `[tokens]`; of others those numbers are 0.
-        stride: between tokens of the chunk.
-        DIM: numbers of a vector.
-        WIDTH: side of a product.
-        BITS: of a code, 0 of native numbers.
-        VALUES: whether they are values.
-        dtype: of the result.
-
-    Returns:
-        `[tokens, WIDTH]`, and likewise their second halves where codes have 4 bits.
+    Those that are `cached` lie in blocks of Pool, at `offset` and `place` as in `cached_scores`; `fresh` ones are tokens `t` of
+    the chunk, whose numbers begin at `start`. Of all others the numbers are 0.
     """
     HALF: tl.constexpr = (DIM + 1) // 2 if BITS == 4 else DIM
     low = chunk_numbers(start, t, fresh, stride, HALF, WIDTH, 0).to(dtype)
@@ -174,69 +153,25 @@ def attend_chunk(
     SOFTCAP: tl.constexpr,
     LOGITS: tl.constexpr,
     CACHED: tl.constexpr,
-    PASSING: tl.constexpr,
+    TRANSIENT: tl.constexpr,
     CAREFUL: tl.constexpr,
     WIDE: tl.constexpr,
     TILE: tl.constexpr,
-    PASSING_TILE: tl.constexpr,
+    TRANSIENT_TILE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Attention of TOKENS tokens of a row for the query heads of a KV head. Programs are tiles of tokens, KV heads and rows.
 
-    Args:
-        Query: `[rows, heads, tokens, HEAD_DIM]`; rotated where keys have codes.
-        Keys: the first segment of the pool whose keys are of this format; anything if not CACHED.
-        Values: likewise.
-        KeyPlaces: where every block lies from there on, in units of 16 bytes, int64 `[blocks]`.
-        ValuePlaces: likewise.
-        Table: block ids, int64 `[rows, kv_heads, width]`.
-        ChunkKeys: `[rows, kv_heads, tokens, HEAD_DIM]`; of codes, `[rows, heads of this launch, tokens, HEAD_DIM]`.
-        ChunkValues: likewise.
-        Past: tokens before the chunk, int64 `[rows]`.
-        Valid: real tokens of it, int64 `[rows]`.
-        Rules: the columns of a rule table, int64 `[columns, kv_heads]`.
-        Heads: KV heads of this launch, int64.
-        Begins: see `TransientTokens`; int64 `[rows * kv_heads + 1]`.
-        Slots: likewise, int64 `[selected]`.
-        Admitted: likewise.
-        Evicted: likewise.
-        SinkLogits: learned logits, `[heads]`.
-        Out: `[rows, heads, tokens, VALUE_DIM]`, contiguous; in the rotated basis where values have codes.
-        Lse: log of the sum of the exponentials, float32 `[rows, heads, tokens]`, contiguous.
-        Suspect: whether a program's results have numbers that are not finite, int32, one for each.
-        scaling: factor on the scores.
-        softcap: bound of the scores by tanh.
-        kv_heads: of a row.
-        width: of the table.
-        tokens: of a row.
-        query_row: stride between rows; likewise the others.
-        query_head: see query_row.
-        query_token: see query_row.
-        key_row: see query_row.
-        key_head: see query_row.
-        key_token: see query_row.
-        value_row: see query_row.
-        value_head: see query_row.
-        value_token: see query_row.
-        G: query heads of a KV head.
-        GROUP: G, as a power of two; likewise HEAD of HEAD_DIM, or of the bytes of a key, and VALUE of those of a value.
-        TOKENS: of a program.
-        HEAD_DIM: numbers of a key.
-        HEAD: see GROUP.
-        VALUE_DIM: numbers of a value.
-        VALUE: see GROUP.
-        KEY_BITS: of a code; 0 of native numbers.
-        VALUE_BITS: likewise.
-        SOFTCAP: whether there is one.
-        LOGITS: whether there are learned logits.
-        CACHED: whether some row has a past.
-        PASSING: whether there are selected tokens.
-        CAREFUL: whether to run only where results are suspect, and then so that numbers that are not finite reach none but
-            those who see them.
-        WIDE: whether products are in float32.
-        TILE: tokens that are attended to at once.
-        PASSING_TILE: likewise, of selected ones, which lie anywhere.
-        STAGES: tiles that are read ahead.
+    Query is `[rows, heads, tokens, HEAD_DIM]`, rotated where keys have codes. ChunkKeys and ChunkValues are
+    `[rows, kv_heads, tokens, dim]`, or of codes `[rows, heads of this launch, tokens, dim]`; strides of all three follow. Past
+    and Valid are the tokens before the chunk and the real ones of it, int64 `[rows]`; with CACHED some row has a past, else the
+    pool's arguments are anything. Heads has the KV heads of this launch, int64. With TRANSIENT there are selected tokens, by
+    Begins, Slots, Admitted and Evicted of `TransientTokens`, TRANSIENT_TILE of them at once; with LOGITS there are SinkLogits,
+    `[heads]`. Out is `[rows, heads, tokens, VALUE_DIM]`, contiguous, in the rotated basis where values have codes; Lse is the
+    log of the sum of the exponentials, float32 `[rows, heads, tokens]`, contiguous.
+
+    Suspect notes, int32 of each program, whether its results have numbers that are not finite. A launch with CAREFUL makes
+    those again, so that such numbers reach none but the queries that see them.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.load(Heads + tl.program_id(1))
@@ -382,11 +317,11 @@ def attend_chunk(
         own_keys = ChunkKeys + row * key_row + key_number * key_head
         own_values = ChunkValues + row * value_row + value_number * value_head
 
-        if PASSING:
-            s = tl.arange(0, PASSING_TILE)
+        if TRANSIENT:
+            s = tl.arange(0, TRANSIENT_TILE)
             begin = tl.load(Begins + row * kv_heads + head)
             end = tl.load(Begins + row * kv_heads + head + 1)
-            for at in tl.range(begin, end, PASSING_TILE):
+            for at in tl.range(begin, end, TRANSIENT_TILE):
                 there = at + s < end
                 admitted = tl.load(Admitted + at + s, mask=there, other=0).to(tl.int32)
                 evicted = tl.minimum(tl.load(Evicted + at + s, mask=there, other=0), LATEST).to(tl.int32)
@@ -398,17 +333,17 @@ def attend_chunk(
                     pooled = read & (slot >= 0)
                     fresh = read & (slot < 0)
                     # a block of the pool, or a token of the chunk
-                    passing_id = tl.where(pooled, slot // BLOCK, 0)
-                    passing_place = tl.where(pooled, slot % BLOCK, 0)
-                    passing_own = tl.where(fresh, -1 - slot, 0)
-                    passing_key_at = tl.load(KeyPlaces + passing_id, mask=pooled, other=0)
-                    low_keys, high_keys = passing_numbers(
+                    transient_id = tl.where(pooled, slot // BLOCK, 0)
+                    transient_place = tl.where(pooled, slot % BLOCK, 0)
+                    transient_own = tl.where(fresh, -1 - slot, 0)
+                    transient_key_at = tl.load(KeyPlaces + transient_id, mask=pooled, other=0)
+                    low_keys, high_keys = transient_numbers(
                         Keys,
-                        passing_key_at,
-                        passing_place,
+                        transient_key_at,
+                        transient_place,
                         pooled,
                         own_keys,
-                        passing_own,
+                        transient_own,
                         fresh,
                         key_token,
                         HEAD_DIM,
@@ -423,14 +358,14 @@ def attend_chunk(
                     weight, shrunk, peak, denominator = softmax_step(
                         score, seen, peak, denominator, scaling, softcap, SOFTCAP
                     )
-                    passing_value_at = tl.load(ValuePlaces + passing_id, mask=pooled, other=0)
-                    low_values, high_values = passing_numbers(
+                    transient_value_at = tl.load(ValuePlaces + transient_id, mask=pooled, other=0)
+                    low_values, high_values = transient_numbers(
                         Values,
-                        passing_value_at,
-                        passing_place,
+                        transient_value_at,
+                        transient_place,
                         pooled,
                         own_values,
-                        passing_own,
+                        transient_own,
                         fresh,
                         value_token,
                         VALUE_DIM,
@@ -440,10 +375,10 @@ def attend_chunk(
                         query.dtype,
                     )
                     zeros = zeros * shrunk
-                    out = add_numbers(out * shrunk[:, None], weight, low_values, seen, CAREFUL, PASSING_TILE)
+                    out = add_numbers(out * shrunk[:, None], weight, low_values, seen, CAREFUL, TRANSIENT_TILE)
                     if VALUE_BITS == 4:
                         out_high = add_numbers(
-                            out_high * shrunk[:, None], weight, high_values, seen, CAREFUL, PASSING_TILE
+                            out_high * shrunk[:, None], weight, high_values, seen, CAREFUL, TRANSIENT_TILE
                         )
 
         # of the chunk: tiles of the sinks, then those of the window
@@ -480,14 +415,14 @@ def attend_chunk(
         stored = (g < G) & (token < tokens)
         results = Out + place_of[:, None] * VALUE_DIM + v[None, :]
         out = (out + zeros[:, None]) / divisor[:, None]
-        wild = tl.max(((out * 0.0) != 0.0).to(tl.int32), 1)
+        nonfinite = tl.max(((out * 0.0) != 0.0).to(tl.int32), 1)
         if VALUE_BITS == 4:
             out_high = (out_high + zeros[:, None]) / divisor[:, None]
-            wild = tl.maximum(wild, tl.max(((out_high * 0.0) != 0.0).to(tl.int32), 1))
+            nonfinite = tl.maximum(nonfinite, tl.max(((out_high * 0.0) != 0.0).to(tl.int32), 1))
             tl.store(results + VALUE_HALF, out_high, mask=stored[:, None] & (v < VALUE_DIM - VALUE_HALF)[None, :])
             tl.store(results, out, mask=stored[:, None] & (v < VALUE_HALF)[None, :])
         else:
             tl.store(results, out, mask=stored[:, None] & (v < VALUE_DIM)[None, :])
         tl.store(Lse + place_of, peak + tl.log(denominator), mask=stored)
         if not CAREFUL:
-            tl.store(suspect, tl.max(wild, 0))
+            tl.store(suspect, tl.max(nonfinite, 0))

@@ -63,14 +63,9 @@ class _Kind(NamedTuple):
 
 
 class _ReuseKind(NamedTuple):
-    """The KV heads of a layer that shares attention whose values lie in one set beside the blocks' own, in one format.
+    """KV heads of a layer that shares attention whose values lie in one set beside the blocks' own, in one format.
 
-    Attributes:
-        value: how they keep values.
-        memory: of those.
-        heads: all of them, see `append_kernels.append_next`.
-        work: see `decode_kernels.split`; KV heads are those whose scores are read.
-        chunk: blocks of a stretch.
+    `work` reads the scores of other KV heads; else as `_Kind`.
     """
 
     value: KVPart
@@ -95,21 +90,9 @@ class Parts(NamedTuple):
 
 
 class RingSteps(BoundRing):
-    """The steps of a layer.
-
-    Args:
-        ring: the layer's cache.
-        rules: of the KV heads, in numpy.
-        head_dim: numbers of a key.
-        value_dim: numbers of a value.
-        dtype: of the model.
-        wide: whether products are in float32.
+    """The steps of a layer; `wide` says whether products are in float32.
 
     Attributes:
-        ring: see above.
-        dims: numbers of a key and of a value.
-        dtype: see above.
-        wide: see above.
         columns: of the rules, on the device.
         rings: see `tiles.ring_of`.
         kept: scores of the last step, see `decode_kernels.split`; None before it, and where no layer shares the attention.
@@ -225,11 +208,8 @@ class RingSteps(BoundRing):
     ) -> None:
         """Writes one more token of the rows that are given one.
 
-        Args:
-            token: keys and values, `[rows, kv_heads, 1, dim]`, and scores of gates.
-            memory: where those go to.
-            heads: see `append_kernels.append_next`.
-            constants: what that is compiled for.
+        `token` has keys and values, `[rows, kv_heads, 1, dim]`, and scores of gates, which go to `memory`; for `heads` and
+        `constants` see `append_kernels.append_next`.
         """
         ring, (key, value, _) = self.ring, token
         rows, kv_heads, width = ring.table.shape
@@ -283,14 +263,7 @@ class RingSteps(BoundRing):
 
 
 class ReuseSteps(BoundReuse):
-    """The steps of a layer that shares the attention of another.
-
-    Args:
-        anchor: the steps of that one.
-        head_map: KV head of that one whose attention each of its KV heads has, int64 `[kv_heads]`.
-        value_sets: which of the values beside the blocks' own are those of each, likewise.
-        value_formats: code of the format of each, likewise.
-    """
+    """The steps of a layer that shares the attention of another; see `BoundRing.reuse`."""
 
     def __init__(self, anchor: RingSteps, head_map: Ints, value_sets: Ints, value_formats: Ints) -> None:
         ring, (_, value_dim) = anchor.ring, anchor.dims
@@ -347,16 +320,7 @@ class ReuseSteps(BoundReuse):
 
 
 def new_parts(places: int, rows: int, heads: int, group: int, value_dim: int, *, like: torch.Tensor) -> Parts:
-    """Returns memory for a layer's steps.
-
-    Args:
-        places: of parts of the sum.
-        rows: of the cache.
-        heads: query heads.
-        group: of them to a KV head.
-        value_dim: numbers of a value.
-        like: on the device.
-    """
+    """Returns memory for a layer's steps, for so many places of parts of the sum, on the device of `like`."""
     partial, total = (
         like.new_empty(*sizes, dtype=torch.float32) for sizes in ((places, group, value_dim), (rows, heads, value_dim))
     )
@@ -368,12 +332,7 @@ def added_up(
 ) -> torch.Tensor:
     """Returns the sum of the parts of a step's attention, `[rows, 1, heads, value_dim]`, in memory of its own.
 
-    Args:
-        parts: see above.
-        begins: see `decode.add_up`.
-        scores: how scores are made.
-        turned: which KV heads have values in the rotated basis, `[kv_heads]`; None where none has.
-        dtype: of the result.
+    `turned` says which KV heads have values in the rotated basis, `[kv_heads]`; None where none has.
     """
     if turned is None:
         out = parts.total.new_empty(parts.total.shape, dtype=dtype)

@@ -42,19 +42,7 @@ def copy_vector(
     BITS: tl.constexpr,
     IS_VALUE: tl.constexpr,
 ):
-    """Copies a vector as it is kept from one place of a pool to another.
-
-    Args:
-        Memory: where places of blocks count from.
-        from_at: place of the block that it is in, in units of 16 bytes.
-        from_place: in that block.
-        to_at: as `from_at`, of where it goes to.
-        to_place: in that block.
-        DIM: numbers of a vector.
-        SIZE: the same, as a power of two.
-        BITS: of a code; 0 of native numbers.
-        IS_VALUE: whether it is a value.
-    """
+    """Copies a vector as it is kept from one block to another; the blocks are at so many units of 16 bytes from Memory on."""
     lane = tl.arange(0, SIZE)
     if BITS == 0:
         item_bytes: tl.constexpr = Memory.dtype.element_ty.primitive_bitwidth // 8
@@ -131,21 +119,7 @@ def move(
 ):
     """Copies tokens of KV heads of one pair of formats, with their scores.
 
-    Args:
-        Keys: the first segment of the pool whose keys are of this format; written to.
-        Values: likewise.
-        Kept: the first segment of scores, int16; written to.
-        KeyPlaces: where every block lies from there on, in units of 16 bytes, int64 `[blocks]`.
-        ValuePlaces: likewise.
-        ScorePlaces: likewise.
-        Work: slot of each token, then of each where it goes to, int64 `[2, count]`.
-        count: of tokens.
-        HEAD_DIM: numbers of a key.
-        HEAD: the same, as a power of two; likewise VALUE of VALUE_DIM.
-        VALUE_DIM: numbers of a value.
-        VALUE: see HEAD.
-        KEY_BITS: of a code; 0 of native numbers.
-        VALUE_BITS: likewise.
+    Work has the slot of each token, then of each where it goes to, int64 `[2, count]`.
     """
     t = tl.program_id(0)
     source = tl.load(Work + t)
@@ -200,35 +174,12 @@ def select(
     """Lets the token compete that a window leaves behind when the next one comes; it is copied into the place that it wins.
 
     That is `rules.selection` for one more token: while there is room it is admitted, else it takes the place of the one of
-    least score, of equals the one in the first place, if its own is higher.
+    least score, of equals the one in the first place, if its own is higher. TILE scores are looked at at once.
 
-    Args:
-        Keys: the first segment of the pool whose keys are of this format; written to.
-        Values: likewise.
-        Kept: the first segment of scores, int16; written to.
-        KeyPlaces: where every block lies from there on, in units of 16 bytes, int64 `[blocks]`.
-        ValuePlaces: likewise.
-        ScorePlaces: likewise.
-        Table: block ids of windows, integers `[rows, kv_heads, width]`.
-        Rings: see `tiles.ring_of`, int64 `[2, kv_heads]`.
-        Selected: block ids of selected tokens by their places, integers `[rows, kv_heads, selected_width]`.
-        Counts: with RING, how many are selected when the next token is there, int64 `[rows, kv_heads]`; written to.
-        Lengths: tokens of the rows before the next one, int64 `[rows]`.
-        Taken: with RING, whether each row is given a next one, int64 `[rows]`; of the others nothing changes.
-        Rules: the columns of a rule table, int64 `[columns, kv_heads]`.
-        Heads: KV heads of this pair of formats that select, int64 `[heads]`.
-        heads: how many.
-        kv_heads: of a row.
-        width: of the table.
-        selected_width: of the other.
-        HEAD_DIM: numbers of a key.
-        HEAD: the same, as a power of two; likewise VALUE of VALUE_DIM.
-        VALUE_DIM: numbers of a value.
-        VALUE: see HEAD.
-        KEY_BITS: of a code; 0 of native numbers.
-        VALUE_BITS: likewise.
-        TILE: scores that are looked at at once.
-        RING: whether blocks behind the sinks' lie in rings.
+    Selected has block ids of selected tokens by their places, integers `[rows, kv_heads, selected_width]`. Lengths are those
+    before the next token. Heads are the KV heads of this pair of formats that select, int64 `[heads]`. With RING, Taken says
+    which rows are given a next token, int64 `[rows]`, and how many tokens are selected then is written to Counts, int64
+    `[rows, kv_heads]`.
     """
     row = (tl.program_id(0) // heads).to(tl.int64)
     head = tl.load(Heads + tl.program_id(0) % heads)

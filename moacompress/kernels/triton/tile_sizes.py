@@ -27,7 +27,7 @@ SELECT_WARPS = 4
 """Of a program of `select_kernels`."""
 SELECT_TILE = 512
 """Scores that such a program looks at at once."""
-PASSING_TILE = 16
+TRANSIENT_TILE = 16
 """Selected tokens that a chunk attends to at once."""
 ROOMY = 128 * KIB
 """Bytes of shared memory of a program that hold the largest tiles of a chunk."""
@@ -59,12 +59,8 @@ class TileSizes(NamedTuple):
 def decode_tiles(head_dim: int, value_dim: int, item_size: int, coded: bool, card: Card) -> TileSizes:
     """Returns the tiles of a decode step.
 
-    Args:
-        head_dim: numbers of a key.
-        value_dim: numbers of a value.
-        item_size: bytes of what is multiplied: 4 where that is float32.
-        coded: whether keys or values have codes, which take more registers.
-        card: that they run on.
+    `item_size` is that of what is multiplied: 4 bytes where that is float32. Keys or values that are `coded` take more
+    registers.
     """
     wide = max(head_dim, value_dim) * item_size
     if coded and item_size == FLOAT32 and not card.interpreted:
@@ -93,18 +89,8 @@ def split_constants(
 ) -> tuple[TileSizes, dict[str, int | bool]]:
     """Returns the tiles of `decode_kernels.split`, and all that it is compiled for, by the names of its arguments.
 
-    Args:
-        group: query heads of a KV head.
-        head_dim: numbers of a key.
-        value_dim: numbers of a value.
-        bits: of a code of keys and of values; 0 of native numbers.
-        softcap: whether scores have a bound.
-        wide: whether products are in float32.
-        item_size: bytes of the query's numbers.
-        card: that they run on.
-        ring: whether blocks lie in rings.
-        keep: whether scores are kept for layers that share the attention.
-        reuse: whether they are such a layer's, and no keys are read.
+    `bits` are those of a code of keys and of values, 0 of native numbers; `wide` says whether products are in float32,
+    `item_size` how many bytes the query's numbers have.
     """
     tiles = decode_tiles(head_dim, value_dim, FLOAT32 if wide else item_size, any(bits) and not reuse, card)
     sides = _side_constants(group, head_dim, value_dim, bits, softcap=softcap, wide=wide)
@@ -120,20 +106,14 @@ def split_constants(
 
 
 def merge_constants(group: int, value_dim: int, *, logits: bool) -> dict[str, int | bool]:
-    """Returns all that `decode_kernels.merge` is compiled for, by the names of its arguments.
-
-    Args:
-        group: query heads of a KV head.
-        value_dim: numbers of a value.
-        logits: whether there are learned logits.
-    """
+    """Returns all that `decode_kernels.merge` is compiled for, by the names of its arguments."""
     return {"G": group, "VALUE_DIM": value_dim, "VALUE": padded(value_dim), "LOGITS": logits, "PARTS": PARTS}
 
 
 def _side_constants(
     group: int, head_dim: int, value_dim: int, bits: tuple[int, int], *, softcap: bool, wide: bool
 ) -> dict[str, int | bool]:
-    """Returns what all attention is compiled for; arguments as of `split_constants`."""
+    """Returns what all attention is compiled for."""
     head, value = (
         padded(-(-dim // 2) if each == 4 else dim) for dim, each in zip((head_dim, value_dim), bits, strict=True)
     )
@@ -156,15 +136,7 @@ def rotation_norm(dim: int) -> float:
 
 
 def prefill_tiles(head_dim: int, value_dim: int, item_size: int, coded: bool, card: Card) -> tuple[TileSizes, int]:
-    """Returns the tiles of a chunk, and how many queries one has, those of a group counted each.
-
-    Args:
-        head_dim: numbers of a key.
-        value_dim: numbers of a value.
-        item_size: bytes of what is multiplied: 4 where that is float32.
-        coded: whether keys or values have codes.
-        card: that they run on.
-    """
+    """Returns the tiles of a chunk, and how many queries one has, those of a group counted each; see `decode_tiles`."""
     if item_size == FLOAT32 and not card.interpreted:
         return TileSizes(SMALLEST, 2, LANES // card.lanes), SMALLEST
     if max(head_dim, value_dim) > 128:
@@ -185,25 +157,15 @@ def prefill_constants(
     softcap: bool,
     logits: bool,
     cached: bool,
-    passing: bool,
+    transient: bool,
     wide: bool,
     item_size: int,
     card: Card,
 ) -> tuple[TileSizes, dict[str, int | bool]]:
     """Returns the tiles of `prefill_kernels.attend_chunk`, and all that it is compiled for but CAREFUL, by their names.
 
-    Args:
-        group: query heads of a KV head.
-        head_dim: numbers of a key.
-        value_dim: numbers of a value.
-        bits: of a code of keys and of values; 0 of native numbers.
-        softcap: whether scores have a bound.
-        logits: whether there are learned logits.
-        cached: whether some row has a past.
-        passing: whether there are selected tokens.
-        wide: whether products are in float32.
-        item_size: bytes of the query's numbers.
-        card: that they run on.
+    `cached` says whether some row has a past, `transient` whether there are selected tokens; the rest is as of
+    `split_constants`.
     """
     tiles, rows = prefill_tiles(head_dim, value_dim, FLOAT32 if wide else item_size, any(bits), card)
     together = 1 << (group - 1).bit_length()
@@ -213,8 +175,8 @@ def prefill_constants(
         "TOKENS": max(rows // together, 1),
         "LOGITS": logits,
         "CACHED": cached,
-        "PASSING": passing,
-        "PASSING_TILE": PASSING_TILE,
+        "TRANSIENT": transient,
+        "TRANSIENT_TILE": TRANSIENT_TILE,
         "TILE": tiles.TILE,
         "STAGES": tiles.num_stages,
     }
@@ -226,12 +188,7 @@ def padded(size: int) -> int:
 
 
 def append_constants(key: KVPart | None, value: KVPart) -> dict[str, Any]:
-    """Returns all that `append_kernels.append` is compiled for, by the names of its arguments.
-
-    Args:
-        key: how keys are kept; None where values alone are written.
-        value: how values are kept.
-    """
+    """Returns all that `append_kernels.append` is compiled for, by the names of its arguments."""
     first = key or value
     return {
         **move_constants(first, value),
@@ -244,32 +201,18 @@ def append_constants(key: KVPart | None, value: KVPart) -> dict[str, Any]:
 def append_next_constants(key: KVPart | None, value: KVPart, *, scored: bool) -> dict[str, Any]:
     """Returns all that `append_kernels.append_next` is compiled for, by the names of its arguments.
 
-    Args:
-        key: how keys are kept; None where a layer that shares them writes its values, after those whose they are.
-        value: how values are kept.
-        scored: whether some KV heads select.
+    There is no key where a layer that shares keys writes its values, after those whose they are.
     """
     return {**append_constants(key, value), "SCORED": scored, "COUNTED": key is None}
 
 
 def select_constants(key: KVPart, value: KVPart, *, ring: bool = False) -> dict[str, Any]:
-    """Returns all that `select_kernels.select` is compiled for, by the names of its arguments.
-
-    Args:
-        key: how keys are kept.
-        value: how values are kept.
-        ring: whether blocks lie in rings.
-    """
+    """Returns all that `select_kernels.select` is compiled for, by the names of its arguments."""
     return {**move_constants(key, value), "TILE": SELECT_TILE, "RING": ring}
 
 
 def move_constants(key: KVPart, value: KVPart) -> dict[str, Any]:
-    """Returns all that `select_kernels.move` is compiled for, by the names of its arguments.
-
-    Args:
-        key: how keys are kept.
-        value: how values are kept.
-    """
+    """Returns all that `select_kernels.move` is compiled for, by the names of its arguments."""
     return {
         "HEAD_DIM": key.dim,
         "HEAD": padded(key.dim),

@@ -2,6 +2,20 @@
 
 Codes are multiplied as they are: scales and zero points go into scores and weights (`docs/formats.md`), and int4 is two
 products of half the size. Of what is not in 4 bits the second half is a number that is not used.
+
+Kernels share these names for their arguments:
+
+- Keys, Values: the first segment of the pool whose keys, or values, are of the launch's format; where scores are written, Kept
+  is that of scores, int16
+- KeyPlaces, ValuePlaces, ScorePlaces: where every block lies from there on, in units of 16 bytes, int64 `[blocks]`
+- Table: block ids, integers `[rows, kv_heads, width]`; with RING, Rings say where blocks lie in it, see `ring_of`
+- Lengths: tokens of the rows, int64 `[rows]`; Taken: whether each row is given a token, int64 `[rows]`
+- Rules: the columns of a rule table, int64 `[columns, kv_heads]`
+- scaling, softcap: factor on the scores, and, with SOFTCAP, their bound by tanh
+- G: query heads of a KV head; GROUP: the same as a side of a product, as HEAD is of HEAD_DIM or of the bytes of a key, and
+  VALUE of VALUE_DIM
+- KEY_BITS, VALUE_BITS: of a code, 0 of native numbers; KEY_NORM, VALUE_NORM: factor of a rotation
+- WIDE: whether products are in float32; TILE: tokens of a tile
 """
 
 from __future__ import annotations
@@ -122,23 +136,11 @@ def cached_scores(
     WIDTH: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """Products of queries with keys of cache blocks.
+    """Products of queries `[rows, WIDTH]` with keys of cache blocks, float32 `[rows, tokens]`.
 
-    Args:
-        query: `[rows, WIDTH]`, of 4 bits its first half.
-        query_high: its second half, of 4 bits.
-        query_sum: sums of whole queries, float32 `[rows]`, where keys have codes.
-        Keys: the first segment of the pool whose keys are of this format.
-        offset: where the blocks lie from there on, in units of 16 bytes, int64 `[tokens]`.
-        place: of the tokens in their blocks, `[tokens]`.
-        there: whether blocks are there, bool `[tokens]`.
-        seen: whether some query sees the tokens, bool `[tokens]`.
-        DIM: numbers of a key.
-        WIDTH: side of a product.
-        BITS: of a code, 0 of native numbers.
-
-    Returns:
-        float32 `[rows, tokens]`.
+    Of 4 bits `query` is the first half and `query_high` the second; `query_sum` are sums of whole queries, float32 `[rows]`,
+    where keys have codes. Of each token, `[tokens]`: `offset` is where its block lies from Keys on, in units of 16 bytes,
+    int64; `place` where it is in the block; `there` whether the block is there, and `seen` whether some query sees the token.
     """
     if BITS == 0:
         key = native_numbers(Keys, offset, place, seen, DIM, WIDTH).to(query.dtype)
@@ -158,20 +160,10 @@ def cached_scores(
 
 @triton.jit
 def softmax_step(score, seen, peak, denominator, scaling, softcap, SOFTCAP: tl.constexpr):
-    """Takes the scores of a tile into a softmax.
+    """Takes the scores of a tile, float32 `[rows, tokens]`, into a softmax; `seen` says which count, and broadcasts with them.
 
-    Args:
-        score: products of queries and keys, float32 `[rows, tokens]`.
-        seen: which count, bool, broadcasting with `score`.
-        peak: the highest score so far, `[rows]`.
-        denominator: sum of exponentials so far, `[rows]`.
-        scaling: factor on the products.
-        softcap: bound of the scores by tanh.
-        SOFTCAP: whether there is one.
-
-    Returns:
-        The weights of the tile, `[rows, tokens]`; what sums so far are to be multiplied by, `[rows]`; and the new peak and
-        denominator.
+    Returns the weights of the tile, `[rows, tokens]`; what sums so far are to be multiplied by, `[rows]`; and the new peak and
+    denominator, `[rows]`.
     """
     score = score * scaling
     if SOFTCAP:
@@ -205,31 +197,14 @@ def add_codes(
     BITS: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Adds weighted values that have codes.
+    """Adds weighted values that have codes; returns `out, out_high, zeros, unit`.
 
-    Args:
-        out: of the values, of 4 bits of their first halves, in units of `unit`, float32 `[rows, WIDTH]`.
-        out_high: of second halves, likewise.
-        zeros: of zero points, float32 `[rows]`.
-        unit: the largest weight times a scale so far, `[rows]`; before `shrunk`, as all sums are. Of float16 alone, where such
-            products are too small behind a token that outweighs all others; else 1.
-        weight: of the tokens, float32 `[rows, tokens]`.
-        shrunk: see `softmax_step`.
-        seen: which count, bool, broadcasting with `weight`.
-        read: whether some query sees the tokens, bool `[tokens]`.
-        Values: the first segment of the pool whose values are of this format.
-        offset: see `cached_scores`.
-        place: likewise.
-        quad_offset: of the blocks of each four tokens, likewise.
-        quad: number of the four in their block.
-        quad_there: whether those blocks are there.
-        DIM: numbers of a value.
-        WIDTH: side of a product.
-        BITS: of a code.
-        dtype: that is multiplied in.
-
-    Returns:
-        `out, out_high, zeros, unit`.
+    `out` are sums of values, of 4 bits of their first halves and `out_high` of the second, in units of `unit`, float32
+    `[rows, WIDTH]`; `zeros` are those of zero points, float32 `[rows]`. `unit` is the largest weight times a scale so far,
+    `[rows]`, before `shrunk`, as all sums are: of float16 alone, where such products are too small behind a token that
+    outweighs all others; else 1. `weight` is float32 `[rows, tokens]`, and counts where `seen`; some query sees the tokens that
+    are `read`. Values, `offset` and `place` are as Keys of `cached_scores`; `quad_offset`, `quad` and `quad_there` say of each
+    four tokens where their block lies, which four of it they are, and whether it is there. `dtype` is multiplied in.
     """
     BYTES: tl.constexpr = code_bytes(DIM, BITS)
     scale, zero = scale_and_zero(Values.to(tl.pointer_type(tl.float16)), offset, place, read, BYTES)

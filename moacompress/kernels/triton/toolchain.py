@@ -43,11 +43,8 @@ def _import_error() -> str | None:
 def build_problem(environ: Mapping[str, str] = os.environ, system: str = sys.platform) -> str | None:
     """Returns what of a C compiler and Python's headers Triton lacks, and what to do; None where all is there.
 
-    Triton builds what launches a kernel from C when the first one runs.
-
-    Args:
-        environ: environment variables; `CC` may name the compiler.
-        system: as `sys.platform` names it; on others than Linux Triton may bring a compiler.
+    Triton builds what launches a kernel from C when the first one runs, by the compiler that `CC` names; on other systems than
+    Linux it may bring one.
     """
     if system != "linux":
         return None

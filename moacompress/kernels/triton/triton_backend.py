@@ -160,7 +160,7 @@ class TritonBackend(ReferenceBackend):
         rules: RuleTable,
         scores: Scores,
         with_lse: bool = False,
-        passing: TransientTokens | None = None,
+        transient: TransientTokens | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Backend.prefill`; the reference computes it where gradients are needed.
 
@@ -179,7 +179,7 @@ class TritonBackend(ReferenceBackend):
                 rules=rules,
                 scores=scores,
                 with_lse=with_lse,
-                passing=passing,
+                transient=transient,
             )
         from moacompress.kernels.triton.prefill import attend_chunk
 
@@ -193,7 +193,7 @@ class TritonBackend(ReferenceBackend):
                 valid=valid,
                 rules=RuleTable(rules.columns.cpu().numpy()),
                 scores=scores,
-                passing=passing,
+                transient=transient,
                 wide=_is_wide(query.dtype),
             )
 

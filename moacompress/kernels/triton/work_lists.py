@@ -91,14 +91,8 @@ def work_lists(
 ) -> WorkLists:
     """Returns what a decode step's programs do: stretches of about equally many bytes.
 
-    Args:
-        cache: its table is checked.
-        lengths: tokens of the rows, int64 `[rows]`.
-        rules: of the KV heads, a numpy table.
-        dtype: of native numbers.
-        head_dim: numbers of a key.
-        value_dim: numbers of a value.
-        selected: the cache's selected tokens, and how many each row and KV head has, int64 `[rows, kv_heads]`.
+    `lengths` are int64 `[rows]`, `dtype` is that of native numbers. `selected` are the cache's selected tokens, and how many
+    each row and KV head has, int64 `[rows, kv_heads]`.
 
     Raises:
         UnsupportedError: a visible block is not in the table, or not in the pool in its formats; or a format is not known.
@@ -124,10 +118,8 @@ def work_lists(
 def shares(blocks: Ints, more: Ints, token_bytes: Ints) -> tuple[Ints, Ints, Ints, Ints]:
     """Shares out blocks among programs: stretches of about equally many bytes.
 
-    Args:
-        blocks: of sinks and windows, `[rows, kv_heads]`.
-        more: of selected tokens, likewise.
-        token_bytes: of a token of each KV head, `[kv_heads]`.
+    `blocks` are those of sinks and windows and `more` those of selected tokens, `[rows, kv_heads]`; `token_bytes` are those of
+    a token of each KV head.
 
     Returns:
         Blocks of a stretch of each KV head; the work over windows and that over selected tokens, see `decode_kernels.split`, of
@@ -147,9 +139,7 @@ def shares(blocks: Ints, more: Ints, token_bytes: Ints) -> tuple[Ints, Ints, Int
 def _stretches(counts: Ints, first: Ints) -> tuple[Ints, Ints, Ints]:
     """Returns of every stretch its row and KV head as one number, which of theirs it is, and the place of its result.
 
-    Args:
-        counts: of stretches, `[rows, kv_heads]`.
-        first: place of the first result, `[rows * kv_heads]`.
+    `counts` are stretches, `[rows, kv_heads]`; `first` is the place of the first result of each, `[rows * kv_heads]`.
     """
     sizes = counts.reshape(-1)
     owner, number = ragged_ranges(np.zeros_like(sizes), sizes)
@@ -157,13 +147,7 @@ def _stretches(counts: Ints, first: Ints) -> tuple[Ints, Ints, Ints]:
 
 
 def kinds_of(rules: RuleTable, head_dim: int, value_dim: int, dtype: torch.dtype) -> Kinds:
-    """Returns the pairs of formats of KV heads.
-
-    Args:
-        rules: of the KV heads, a numpy table.
-        head_dim: numbers of a key.
-        value_dim: numbers of a value.
-        dtype: of native numbers.
+    """Returns the pairs of formats of KV heads; `dtype` is that of native numbers.
 
     Raises:
         UnsupportedError: a format is not known.
@@ -194,11 +178,8 @@ def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.
 def check_table(cache: CacheView, runs: Ints, kv_parts: Sequence[tuple[KVPart, KVPart]], lengths: Ints) -> None:
     """Refuses a table that lacks a visible block, or has one of another format.
 
-    Args:
-        cache: pool and table.
-        runs: the blocks that are visible, begins and ends, int64 `[any, 2, rows, kv_heads]`.
-        kv_parts: how each KV head keeps keys and values.
-        lengths: cached tokens that are asked for, int64 `[rows]`; of a row with 0 nothing is.
+    `runs` are the begins and ends of visible blocks, int64 `[any, 2, rows, kv_heads]`; `kv_parts` those of each KV head;
+    `lengths` the cached tokens that are asked for, int64 `[rows]`: of a row with 0 nothing is.
 
     Raises:
         UnsupportedError: there is such a block.

@@ -119,7 +119,7 @@ def go_back(held: LayerBlocks, lengths: Ints) -> None:
         move_cached(held, admitted, lengths)
 
 
-def passing_tokens(schedule: EvictionSchedule, before: Ints, held: LayerBlocks | None) -> TransientTokens:
+def transient_tokens(schedule: EvictionSchedule, before: Ints, held: LayerBlocks | None) -> TransientTokens:
     """Returns the selected tokens that queries of a chunk attend to, those selected before it included.
 
     Args:

@@ -29,15 +29,15 @@ from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import CacheView, TransientTokens
 from moacompress.kernels.centred_keys import beside_logits
 from moacompress.kernels.dispatch import REFERENCE, backend_for, backend_with_gradients
-from moacompress.kernels.reference.passing import attend_passing, merged
 from moacompress.kernels.reference.rounding import as_kept
+from moacompress.kernels.reference.transient import attend_transient, merged
 from moacompress.kernels.selected_attention import attend_selected
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import EvictionSchedule
 from moacompress.rules.windows import BLOCK
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.reuse_layer import ReuseCacheLayer
-from moacompress.runtime.cache.selected_tokens import passing_tokens, schedule_of_chunk
+from moacompress.runtime.cache.selected_tokens import schedule_of_chunk, transient_tokens
 from moacompress.runtime.decode.all_layers import can_step_all, step_all
 from moacompress.runtime.decode.context import LayerContext
 from moacompress.runtime.decode.gate_gradients import with_gate_gradients
@@ -236,18 +236,18 @@ class Plain(Route[AttendRequest]):
         alone = not cached and (cache is None or request.learns)
         if not cached and request.learns:
             asked, rules = straight_through(request.context, *asked)
-        schedule = passing = None
+        schedule = transient = None
         if request.gate_scores is not None:
             held = None if cache is None else cast(PlanCacheLayer, cache).held
             in_numpy = RuleTable(request.context.rules.columns.numpy())
             schedule = schedule_of_chunk(in_numpy, past, request.gate_scores, chunk, held)
-            passing = passing_tokens(schedule, past, held)
+            transient = transient_tokens(schedule, past, held)
         scores = request.scores
         if scores.by_query and order is not None:
             logits = cast(torch.Tensor, scores.sink_logits)
             scores = scores._replace(sink_logits=logits.gather(2, order[..., 0].expand_as(logits)))
         sinks = () if scores.sink_logits is None else (scores.sink_logits,)
-        backend = backend_with_gradients(*asked, *sinks, cached=cached or passing is not None)
+        backend = backend_with_gradients(*asked, *sinks, cached=cached or transient is not None)
         if scores.by_query and request.learns:  # logs of denominators have gradients there
             backend = REFERENCE
         out, _ = beside_logits(
@@ -259,7 +259,7 @@ class Plain(Route[AttendRequest]):
                 rules=rules,
                 scores=scores,
                 with_lse=with_lse,
-                passing=passing,
+                transient=transient,
             ),
             scores,
             with_lse=False,
@@ -272,7 +272,7 @@ class Plain(Route[AttendRequest]):
         if cache is not None:
             cache.commit(chunk, request.gate_scores, schedule)  # type: ignore[arg-type]
         if chunk.real is not None and not chunk.real[:, -1].all():
-            out = _with_padded_ends(request, key, value, out, passing, alone)
+            out = _with_padded_ends(request, key, value, out, transient, alone)
         return out.transpose(1, 2).contiguous()
 
 
@@ -321,7 +321,7 @@ def _with_padded_ends(
     key: torch.Tensor,
     value: torch.Tensor,
     out: torch.Tensor,
-    passing: TransientTokens | None,
+    transient: TransientTokens | None,
     alone: bool,
 ) -> torch.Tensor:
     """Returns `out` with attention for the last column of rows that end in padding.
@@ -334,7 +334,7 @@ def _with_padded_ends(
         key: of the chunk, each row's real tokens first, `[batch, kv_heads, tokens, head_dim]`.
         value: likewise, `[batch, kv_heads, tokens, value_dim]`.
         out: `[batch, heads, tokens, value_dim]`.
-        passing: the selected tokens that the chunk attends to; None where no rule selects.
+        transient: the selected tokens that the chunk attends to; None where no rule selects.
         alone: whether the chunk is all that there is, and is attended to as it is: what is cached has no gradients.
     """
     cache, chunk = request.cache, request.chunk
@@ -344,8 +344,8 @@ def _with_padded_ends(
     if alone:
         (query, key, value), rules = straight_through(request.context, ends[:, :, None], key, value)
         found, lse = _attended(request, query[:, :, 0], _as_blocks(key, value), lengths, rules)
-        if passing is not None:
-            more = attend_passing(
+        if transient is not None:
+            more = attend_transient(
                 query,
                 key,
                 value,
@@ -354,7 +354,7 @@ def _with_padded_ends(
                 valid=torch.ones(len(tokens), dtype=torch.int64),
                 rules=rules,
                 scores=request.scores,
-                passing=passing,
+                transient=transient,
             )
             found, _ = merged((found, lse), (more[0][:, :, 0], more[1][:, :, 0]))
         ends = found.to(out.dtype)

@@ -33,9 +33,8 @@ PartOfSoftmax = tuple[Tensor, Tensor]
 def merged(base: PartOfSoftmax, more: PartOfSoftmax) -> PartOfSoftmax:
     """Returns attention over two sets of keys together, `[..., value_dim]` of the first output's dtype, and its denominator.
 
-    Args:
-        base: over one of them, where every query sees something, or nothing in either; scores of -inf alone have no weight.
-        more: over the other; where a query sees nothing there, the log of its denominator is -inf.
+    In `base` every query sees something, or nothing in either; scores of -inf alone have no weight. Where a query sees nothing
+    in `more`, the log of its denominator is -inf.
     """
     (out, lse), (other, other_lse) = base, more
     peak = torch.maximum(lse, other_lse).detach().clamp_min(torch.finfo(lse.dtype).min)
@@ -49,7 +48,7 @@ def merged(base: PartOfSoftmax, more: PartOfSoftmax) -> PartOfSoftmax:
     )
 
 
-def attend_passing(
+def attend_transient(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -59,23 +58,12 @@ def attend_passing(
     valid: Tensor,
     rules: RuleTable,
     scores: Scores,
-    passing: TransientTokens,
+    transient: TransientTokens,
 ) -> PartOfSoftmax:
-    """Attention of a chunk's queries over selected tokens.
+    """Attention of a chunk's queries over selected tokens: outputs, and logs of denominators, -inf where nothing is seen.
 
-    Args:
-        query: each row's real ones first, `[rows, heads, tokens, head_dim]`.
-        key: of the chunk, likewise, `[rows, kv_heads, any, head_dim]`.
-        value: likewise, `[rows, kv_heads, any, value_dim]`.
-        cache: pool and table.
-        past: tokens before the first query, int64 `[rows]`.
-        valid: real queries, likewise.
-        rules: of the KV heads, with tensors on the CPU.
-        scores: how scores are made; learned logits are no part of this.
-        passing: the selected tokens.
-
-    Returns:
-        `[rows, heads, tokens, value_dim]`, and `[rows, heads, tokens]` in float32 at least, -inf where nothing is seen.
+    Arguments are those of `Backend.prefill`, but each row's real queries come first, and its keys and values may be more.
+    Learned logits are no part of this.
 
     Raises:
         UnsupportedError: a block is not in the pool in these formats.
@@ -87,8 +75,8 @@ def attend_passing(
     for row, (before, count) in enumerate(zip(past.tolist(), valid.tolist(), strict=True)):
         now = torch.from_numpy(numbers.tokens_left(before + 1 + np.arange(count))).to(query.device)
         for head, codes in enumerate(rules.format_codes.T.tolist()):
-            at = slice(*passing.begins[row * kv_heads + head :][:2].tolist())
-            slots, admitted, evicted = (part[at].to(query.device) for part in passing[1:])
+            at = slice(*transient.begins[row * kv_heads + head :][:2].tolist())
+            slots, admitted, evicted = (part[at].to(query.device) for part in transient[1:])
             keys, values = (
                 _vectors(slots, KVPart(code, own.shape[-1], own.dtype, values=own is value), own[row, head], segments)
                 for code, own, segments in zip(codes, (key, value), (cache.keys, cache.values), strict=True)
@@ -100,14 +88,7 @@ def attend_passing(
 
 
 def _vectors(slots: Tensor, kv_part: KVPart, own: Tensor, segments: Sequence[Tensor]) -> Tensor:
-    """Returns keys or values of tokens as queries see them, `[tokens, dim]`.
-
-    Args:
-        slots: where they are; see `TransientTokens`.
-        kv_part: what a block keeps of them.
-        own: of the chunk, `[any, dim]`.
-        segments: of the pool.
-    """
+    """Returns keys or values of tokens as queries see them, `[tokens, dim]`; `own` are the chunk's, `[any, dim]`."""
     cached, wide = slots >= 0, torch.promote_types(own.dtype, torch.float32) if kv_part.code else own.dtype
     found = own.new_empty(len(slots), own.shape[-1], dtype=wide)
     if bool(cached.any()):
@@ -125,14 +106,11 @@ def _vectors(slots: Tensor, kv_part: KVPart, own: Tensor, segments: Sequence[Ten
 def _attend(
     query: Tensor, vectors: tuple[Tensor, Tensor], times: tuple[Tensor, Tensor], now: Tensor, scores: Scores
 ) -> tuple[Tensor, Tensor]:
-    """`attend_passing` of one row and KV head; what is not finite reaches the queries that see it, and no others.
+    """`attend_transient` of one row and KV head; what is not finite reaches the queries that see it, and no others.
 
-    Args:
-        query: `[group, tokens, head_dim]`.
-        vectors: keys and values of the selected tokens, `[selected, dim]` each.
-        times: when each is admitted and evicted, int64 `[selected]` each.
-        now: how many tokens have left the window when each real query attends, int64 `[real tokens]`.
-        scores: how scores are made.
+    The query is `[group, tokens, head_dim]`, keys and values are `[selected, dim]`; `times` says when each is admitted and
+    evicted, int64 `[selected]`, and `now` how many tokens have left the window when each real query attends, int64
+    `[real tokens]`.
     """
     group, tokens, _ = query.shape
     (keys, values), (admitted, evicted) = vectors, times
