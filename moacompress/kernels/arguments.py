@@ -228,6 +228,11 @@ class LayerWeights(NamedTuple):
     gate: Sequence[torch.Tensor] = ()
 
 
+def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor with its last dimension contiguous; the others may have any strides."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def as_tensors(rules: RuleTable, device: torch.device | str = "cpu") -> RuleTable:
     """Returns the table with a tensor on a device in place of its numpy array, without a copy on the CPU."""
     columns = rules.columns

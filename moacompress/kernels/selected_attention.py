@@ -26,7 +26,7 @@ def attend_selected(query: Tensor, cache: CacheView, counts: Ints, rules: RuleTa
     """
     rows, heads, size = query.shape
     group = heads // len(rules)
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(query.dtype, torch.float32)
     out = query.new_zeros(rows, len(rules), group, cache.value_dim)
     lse = torch.full((rows, len(rules), group), -torch.inf, dtype=wide, device=query.device)
     asking = query.view(rows, len(rules), group, size)

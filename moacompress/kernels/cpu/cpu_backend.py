@@ -23,6 +23,7 @@ from moacompress.kernels.arguments import (
     Scores,
     SelectedView,
     TransientTokens,
+    dense_rows,
 )
 from moacompress.kernels.backend import Backend, refuse_gradients
 from moacompress.kernels.block_products import block_linear
@@ -108,7 +109,7 @@ class CpuBackend(Backend):
         """
         refuse_gradients(query)
         found: tuple[torch.Tensor, torch.Tensor] = torch.ops.moacompress_cpu.decode(
-            _rows(query),
+            dense_rows(query),
             list(cache.keys),
             list(cache.values),
             cache.table,
@@ -131,7 +132,7 @@ class CpuBackend(Backend):
     ) -> torch.Tensor:
         """See `Backend.decode_selecting`; in one call."""
         found: torch.Tensor = torch.ops.moacompress_cpu.decode_selecting(
-            _rows(query),
+            dense_rows(query),
             list(cache.keys),
             list(cache.values),
             list(selected.scores),
@@ -179,7 +180,13 @@ class CpuBackend(Backend):
         """Returns `[batch, heads, tokens, value_dim]` by the compiled kernel, in tiles of queries and keys."""
         held = (list(cache.keys), list(cache.values), cache.table, past, valid)
         found: tuple[torch.Tensor, torch.Tensor] = torch.ops.moacompress_cpu.prefill(
-            _rows(query), _rows(key), _rows(value), *held, rules.columns, *_numbers(scores), [*(transient or ())]
+            dense_rows(query),
+            dense_rows(key),
+            dense_rows(value),
+            *held,
+            rules.columns,
+            *_numbers(scores),
+            [*(transient or ())],
         )
         return found
 
@@ -189,7 +196,7 @@ class CpuBackend(Backend):
         """Writes tokens `[tokens, parts, dim]` into their slots of all parts in one call."""
         codes = _codes(tuple(kv_part.code for kv_part in kv_parts))
         torch.ops.moacompress_cpu.put(
-            list(memory), slots.contiguous(), _rows(vectors.detach()), codes, kv_parts[0].values
+            list(memory), slots.contiguous(), dense_rows(vectors.detach()), codes, kv_parts[0].values
         )
 
     def eviction_schedule(self, tokens: EvictionSchedule, rules: RuleTable, scores: Ints) -> EvictionSchedule:
@@ -211,13 +218,10 @@ class CpuBackend(Backend):
     ) -> tuple[torch.Tensor, AllocationShortfall | None]:
         """Appends one token a row and attends to it in one call: `[rows, heads, 1, value_dim]`, or what memory it lacks."""
         out, wanted = torch.ops.moacompress_cpu.step(
-            _rows(query),
-            _rows(key),
-            _rows(value),
-            *_state(cache),
-            rules.columns,
-            cache.lag,
-            *_numbers(scores),
+            dense_rows(query),
+            dense_rows(key),
+            dense_rows(value),
+            *_cached(cache, rules, scores),
             [] if gate_scores is None else [cache.selected, cache.left, *_shared_values(cache)],
             None if gate_scores is None else gate_scores.contiguous(),
         )
@@ -235,10 +239,8 @@ class CpuBackend(Backend):
     ) -> tuple[torch.Tensor, AllocationShortfall | None]:
         """As `step`, projections and rotary embeddings included: `[rows, 1, heads * value_dim]`."""
         *lists, centre = projections
-        made = (hidden, *map(list, lists), centre, _rows(rotary.cos), _rows(rotary.sin))
-        out, wanted = torch.ops.moacompress_cpu.step_hidden(
-            *made, *_state(cache), rules.columns, cache.lag, *_numbers(scores)
-        )
+        made = (hidden, *map(list, lists), centre, dense_rows(rotary.cos), dense_rows(rotary.sin))
+        out, wanted = torch.ops.moacompress_cpu.step_hidden(*made, *_cached(cache, rules, scores))
         return out, _shortfall(wanted)
 
     def step_layer(
@@ -264,12 +266,9 @@ class CpuBackend(Backend):
         out, wanted = torch.ops.moacompress_cpu.step_layer(
             hidden,
             *weights,
-            _rows(rotary.cos),
-            _rows(rotary.sin),
-            *_state(cache),
-            rules.columns,
-            cache.lag,
-            *_numbers(scores),
+            dense_rows(rotary.cos),
+            dense_rows(rotary.sin),
+            *_cached(cache, rules, scores),
         )
         return out, _shortfall(wanted)
 
@@ -339,7 +338,7 @@ class CpuBackend(Backend):
         choices: Choices | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
         """Returns the gradients and the sums over all pairs of tokens, in one sweep over tiles."""
-        tensors = (_rows(dout), _rows(query), _rows(key), _rows(value))
+        tensors = (dense_rows(dout), dense_rows(query), dense_rows(key), dense_rows(value))
         under = None if plan is None else plan.columns
         found: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]
         found = torch.ops.moacompress_cpu.profile_backward(
@@ -422,7 +421,7 @@ class _CpuCaches(BoundCaches):
     ) -> tuple[torch.Tensor, int, AllocationShortfall | None]:
         """See `BoundCaches`."""
         out, done, wanted = torch.ops.moacompress_cpu.step_layers(
-            hidden, _rows(rotary.cos), _rows(rotary.sin), self.number, first
+            hidden, dense_rows(rotary.cos), dense_rows(rotary.sin), self.number, first
         )
         if wanted == MOVED:
             raise WeightsMoved
@@ -453,18 +452,14 @@ def _codes(codes: tuple[int, ...]) -> torch.Tensor:
     return torch.tensor(codes, device="cpu")
 
 
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns the tensor with its last dimension contiguous; the others may have any strides."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _numbers(scores: Scores) -> tuple[float, float, torch.Tensor | None]:
     logits = scores.sink_logits
     return scores.scaling, scores.softcap, None if logits is None else logits.float().contiguous()
 
 
-def _state(cache: CacheState) -> tuple[Any, ...]:
-    return list(cache.keys), list(cache.values), *_parts(cache)
+def _cached(cache: CacheState, rules: RuleTable, scores: Scores) -> tuple[Any, ...]:
+    """Returns what the operators of a step take of a cache, and how it is attended to."""
+    return list(cache.keys), list(cache.values), *_parts(cache), rules.columns, cache.lag, *_numbers(scores)
 
 
 def _shared_values(cache: CacheState) -> list[torch.Tensor]:

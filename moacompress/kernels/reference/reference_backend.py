@@ -91,7 +91,7 @@ def _attend(
     kv_heads = cache.table.shape[1]
     grouped = query.reshape(rows, kv_heads, heads // kv_heads, tokens, head_dim)
     value_dim = cache.size_of_values if chunk is None else chunk[1].shape[-1]
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(query.dtype, torch.float32)
     out = query.new_zeros(*grouped.shape[:-1], value_dim)
     lse = query.new_full(grouped.shape[:-1], float("-inf"), dtype=wide) if with_lse else None
     logits = None if scores.sink_logits is None else scores.sink_logits.view(kv_heads, -1)

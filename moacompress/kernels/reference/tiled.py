@@ -75,7 +75,7 @@ def _by_scores(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend` by a softmax of all scores, with the log of its denominator."""
     batch, kv_heads, group, rows, head_dim = query.shape
-    columns, wide = keys.shape[2], torch.float64 if query.dtype == torch.float64 else torch.float32
+    columns, wide = keys.shape[2], torch.promote_types(query.dtype, torch.float32)
     flat = query.reshape(batch, kv_heads, group * rows, head_dim).to(wide)
     found = (flat @ keys.to(wide).transpose(2, 3)).view(batch, kv_heads, group, rows, columns) * scores.scaling
     if scores.softcap:

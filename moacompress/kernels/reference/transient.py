@@ -114,7 +114,7 @@ def _attend(
     """
     group, tokens, _ = query.shape
     (keys, values), (admitted, evicted) = vectors, times
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(query.dtype, torch.float32)
     outs, denominators = [], []
     for first in range(0, tokens, TILE):
         size, here = min(TILE, tokens - first), now[first : first + TILE]

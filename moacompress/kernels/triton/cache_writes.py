@@ -9,7 +9,7 @@ import torch
 
 from moacompress.core.arrays import Bools, Ints
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels.arguments import CacheView, SelectedView
+from moacompress.kernels.arguments import CacheView, SelectedView, dense_rows
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.triton import append_kernels, select_kernels
 from moacompress.kernels.triton.tile_sizes import (
@@ -47,8 +47,7 @@ def append(
         if kv_part is None or given is None:
             continue
         _check(lie_in(segments, kv_part, slots // BLOCK))
-        part = given.detach() if kv_part.bits else given.detach().to(kv_part.dtype)
-        vectors.append(part if part.stride(-1) == 1 else part.contiguous())
+        vectors.append(dense_rows(given.detach() if kv_part.bits else given.detach().to(kv_part.dtype)))
         memory.append(memory_of(segments, kv_part))
     (work,) = to_device((np.stack((sources, slots)),), value.device)
     # without keys the values stand for them, and are not read

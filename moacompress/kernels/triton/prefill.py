@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from moacompress.core.arrays import Ints
-from moacompress.kernels.arguments import CacheView, Scores, TransientTokens
+from moacompress.kernels.arguments import CacheView, Scores, TransientTokens, dense_rows
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.reference.codes import decode, encode, rotated
 from moacompress.kernels.triton import prefill_kernels
@@ -52,7 +52,7 @@ def attend_chunk(
     lists = transient or (past[:0],) * 4  # which nobody reads
     numbers = (cache.table.numpy(), past.numpy(), valid.numpy(), rules.columns, *(part.numpy() for part in lists), *own)
     table, befores, valids, columns, begins, slots, admitted, evicted, *members = to_device(numbers, device)
-    plain, key, value = (part if part.stride(3) == 1 else part.contiguous() for part in (query, key, value))
+    plain, key, value = map(dense_rows, (query, key, value))
     turned = rotated(plain).to(query.dtype) if coded[0].any() else plain
     for kv_parts, launched in zip(kinds.pairs, members, strict=True):
         tiles, constants = prefill_constants(

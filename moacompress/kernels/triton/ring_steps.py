@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from moacompress.core.arrays import Ints
-from moacompress.kernels.arguments import RingState, Scores
+from moacompress.kernels.arguments import RingState, Scores, dense_rows
 from moacompress.kernels.bound import BoundReuse, BoundRing
 from moacompress.kernels.kv_parts import KVPart
 from moacompress.kernels.reference.codes import rotated
@@ -145,9 +145,7 @@ class RingSteps(BoundRing):
         """See `BoundRing.step`."""
         with torch.cuda.device_of(query):  # Triton launches on the current GPU
             (rows, heads), kv_heads = query.shape[:2], key.shape[1]
-            key, value = (
-                part if part.stride(-1) == 1 else part.contiguous() for part in (key.detach(), value.detach())
-            )
+            key, value = dense_rows(key.detach()), dense_rows(value.detach())
             self.taken = self._all_rows if taken is None else taken
             self._write(key, value, gate_scores)
             self.ring.lengths.add_(self.taken)
@@ -292,10 +290,9 @@ class ReuseSteps(BoundReuse):
     def step(self, value: torch.Tensor, *, scores: Scores) -> torch.Tensor:
         """See `BoundReuse.step`."""
         with torch.cuda.device_of(value):
-            anchor, value = self._anchor, value.detach()
+            anchor, value = self._anchor, dense_rows(value.detach())
             assert anchor.kept is not None
             group = anchor.kept.shape[2]
-            value = value if value.stride(-1) == 1 else value.contiguous()
             for kind in self._kinds:
                 token, memory = (value, value, anchor.rings), (kind.memory,) * 3
                 anchor.append(token, memory, kind.heads, append_next_constants(None, kind.value, scored=False))
