@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from moacompress.core.errors import UsageError
+from moacompress.kernels.capabilities import Status
 from moacompress.kernels.cpu import library
 
 VARIABLE = "MOACOMPRESS_TEST_EMULATED"
@@ -158,7 +159,7 @@ def install(command: list[str]) -> None:
     built = library.load()
     assert built.isa is not None, built.reason
     program = Program(command)
-    best = library.Status(True, "", program.best())
+    best = Status(True, "", program.best())
     assert best.isa is not None
     library.ISAS = next(("portable", *names) for names in library.ISAS_OF.values() if best.isa in ("portable", *names))
     library.load = lambda: best  # type: ignore[assignment]
