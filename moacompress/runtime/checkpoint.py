@@ -123,9 +123,7 @@ def _under(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 def compressed_folder(target: Path, of_dense: str = DENSE_GIVEN) -> Path:
     """Returns the compressed checkpoint that `target` is or holds under `model/`.
 
-    Args:
-        target: the checkpoint, or the folder of a run.
-        of_dense: what is said of a dense model, with its `{folder}`.
+    `target`: the checkpoint, or the folder of a run. `of_dense`: what is said of a dense model, with its `{folder}`.
 
     Raises:
         UsageError: there is none; says what `target` is instead.
@@ -227,9 +225,7 @@ def _rounding(plan: Plan) -> dict[str, str]:
 def with_dense(checkpoint: Checkpoint, dense: str | Path) -> Checkpoint:
     """Returns a checkpoint with the dense model that its plan was made for.
 
-    Args:
-        checkpoint: the checkpoint.
-        dense: hub id, folder, or `.gguf` file; loaded in the checkpoint's dtype.
+    `dense`: hub id, folder, or `.gguf` file; loaded in the checkpoint's dtype.
 
     Raises:
         PlanError: it is another model than the plan was made for.

@@ -645,9 +645,8 @@ def test_attention_of_any_operations(backend, examples, use_backend):
 
 
 ROUTES = [
-    *[("cpu", route, 4, 100) for route in ("all layers", "one layer", "attention from hidden states", "cache step")],
-    *[("cpu", route, 4, 100) for route in ("commit and decode", "plain")],
-    ("reference", "commit and decode", 2, 50),
+    *[("cpu", route, 4, 100) for route in ("all layers", "one layer", "cache step", "plain")],
+    ("reference", "cache step", 2, 50),
     ("triton", "ring step", 0, 10),
 ]
 """Backend, route, and how many examples there are in `make test` and in `make test-all`."""
