@@ -9,6 +9,7 @@ sharding by class names understand a subclass; they do not understand a forward 
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
 from collections.abc import Iterable
@@ -328,8 +329,6 @@ def _fused(own: type[nn.Module]) -> type[nn.Module]:
 
 def __getattr__(name: str) -> Any:
     """Makes the class of a pickled layer in a process that has fused none yet."""
-    import importlib
-
     for family in FAMILIES:
         module = f"transformers.models.{family}.modeling_{family}"
         own = name.removeprefix(PREFIX)

@@ -9,8 +9,8 @@ How many times longer the next route takes where each is taken, for a step of a 
 - all layers: one row, 1.20; eight rows, 1.15; padded on the left, of a tiny model, 1.24; with gates 1.82.
 - one layer: hooks or adapters on other layers, 1.3 to 1.5; compiled, eight rows 1.2 and one row in bfloat16 1.4.
 - ring step: on a GPU, where nothing has been measured yet.
-- cache step: other families, adapters, hooks on attention, more than eight rows, 1.2 to 1.3; eight rows of which some have
-  ended, 1.19; gates and a hook, 1.82.
+- cache step: other families, adapters, hooks on attention, 1.3; eight rows of which some have ended, 1.19; gates and a hook,
+  1.7; sixteen rows of a tiny model, 1.6.
 - plain: prompts, drafts, gradients; with the kernels in plain PyTorch drafts take 1.52.
 """
 
