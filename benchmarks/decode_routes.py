@@ -171,9 +171,7 @@ def reference_kernels() -> Iterator[None]:
 TAKEN_AWAY: dict[str, Callable[[], Any]] = {
     "all layers": lambda: patch.object(all_layers.Stack, "begin", lambda *given: None),
     "one layer": lambda: patch.object(fused, "_layer", lambda *given: None),
-    "attention from hidden states": lambda: patch.object(fused, "_fits", lambda *given: False),
     "cache step": lambda: patch.object(routes.CacheStep, "can", lambda *given: False),
-    "commit and decode": lambda: patch.object(routes.CommitAndDecode, "can", lambda *given: False),
     "plain": reference_kernels,
 }
 """How each route is taken away, in the order of the routes; after plain attention come the kernels in PyTorch."""

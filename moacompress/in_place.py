@@ -8,8 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from moacompress.calibration.profile.profiler import profile
 from moacompress.core.artefact_names import PLAN_FILE, PROFILE_FOLDER
 from moacompress.core.errors import DataError, UsageError, one_line
 from moacompress.core.files import fingerprint, write_text
@@ -17,13 +21,12 @@ from moacompress.core.progress import Progress
 from moacompress.efforts import Effort, effort_recipe
 from moacompress.models.modules import check_unwrapped
 from moacompress.models.placement import input_device
+from moacompress.models.source import SourceModel, context_length, model_shape
 from moacompress.recipe import Recipe
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from moacompress.models.source import SourceModel
-    from moacompress.search.result.search_result import SearchResult
+from moacompress.runtime.hf.attaching import attach, attached_plan, detach
+from moacompress.runtime.hf.prefixes import keep_prefixes, kept_limit
+from moacompress.search.plan_sets import find_asked
+from moacompress.search.result.search_result import SearchResult
 
 ROWS = "rows-{}.jsonl"
 """Name of the file that rows in memory are calibration data from."""
@@ -70,12 +73,6 @@ def compress_(
         UsageError: the model has a plan already, its tokenizer is not to be found, or there are both a recipe and an effort.
         MoaCompressError: as `profile` and `find_plan`. The model is then as it was.
     """
-    import torch
-
-    from moacompress.calibration.profile.profiler import profile
-    from moacompress.runtime.hf.attaching import attach, attached_plan
-    from moacompress.search.plan_sets import find_asked
-
     check_unwrapped(model)
     if attached_plan(model) is not None:
         raise UsageError("the model runs under a plan already; take it off first: moacompress.detach(model)")
@@ -120,9 +117,6 @@ def applied(model: PreTrainedModel, plan: Any) -> Iterator[PreTrainedModel]:
     Raises:
         MoaCompressError: as `attach`.
     """
-    from moacompress.runtime.hf.attaching import attach, attached_plan, detach
-    from moacompress.runtime.hf.prefixes import keep_prefixes, kept_limit
-
     before, limit = attached_plan(model), kept_limit(model)
     attach(model, plan)
     try:
@@ -135,10 +129,6 @@ def applied(model: PreTrainedModel, plan: Any) -> Iterator[PreTrainedModel]:
 
 
 def _source_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> SourceModel:
-    from transformers import AutoTokenizer
-
-    from moacompress.models.source import SourceModel, context_length, model_shape
-
     name = str(getattr(model, "name_or_path", "") or "")
     if tokenizer is None:
         try:

@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import moacompress.runtime.hf.loading  # noqa: F401  (in case the entry point is switched off)
 from moacompress.core.artefact_names import PLAN_FILE, PROFILE_FOLDER, gates_file
 from moacompress.core.errors import DataError, MoaCompressError, ModelError, PlanError, UsageError, one_line
 from moacompress.models.fingerprint import weights_fingerprint
+from moacompress.models.modules import attention_modules
 from moacompress.models.placement import checked_placement, input_device
 from moacompress.models.source import (
     ROUNDING,
@@ -18,14 +23,15 @@ from moacompress.models.source import (
     context_length,
     find_model_folder,
     is_compressed,
+    load_source,
     loses_bits,
 )
 from moacompress.models.stored_plan import stored_plan
 from moacompress.rules.formats import DTYPE_BYTES, dtype_name
 from moacompress.rules.plan import Plan
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from moacompress.runtime.gate import other_gates
+from moacompress.runtime.hf.attaching import attach, attached_plan, detach
+from moacompress.runtime.linear import use_kernels
 
 DENSE_GIVEN = (
     "{folder} is a model but not a compressed one; compress it first (`moacompress compress {folder} --budget 25% -o OUT`) and "
@@ -93,8 +99,6 @@ class Checkpoint:
 
     def without_plan(self) -> PreTrainedModel:
         """Returns the dense model as transformers runs it."""
-        from moacompress.runtime import detach
-
         return detach(self._base)
 
     def check_lengths(self, lengths: Sequence[int]) -> None:
@@ -111,9 +115,6 @@ class Checkpoint:
 
 
 def _under(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
-    from moacompress.runtime import attach, detach
-    from moacompress.runtime.hf.attaching import attached_plan
-
     current = attached_plan(model)
     if current is None or current.key() != plan.key():
         attach(detach(model), plan)
@@ -123,9 +124,7 @@ def _under(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 def compressed_folder(target: Path, of_dense: str = DENSE_GIVEN) -> Path:
     """Returns the compressed checkpoint that `target` is or holds under `model/`.
 
-    Args:
-        target: the checkpoint, or the folder of a run.
-        of_dense: what is said of a dense model, with its `{folder}`.
+    `target`: the checkpoint, or the folder of a run. `of_dense`: what is said of a dense model, with its `{folder}`.
 
     Raises:
         UsageError: there is none; says what `target` is instead.
@@ -162,11 +161,6 @@ def load_checkpoint(folder: Path, dtype: str, device: str, *, trust_remote_code:
         PlanError: its plan is missing, damaged, or newer than is known; or plan.json or the gates beside it are others.
         ModelError: it cannot be loaded, or not without code of its own.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import moacompress.runtime.hf.loading  # noqa: F401  (in case the entry point is switched off)
-
     placed = checked_placement(device)
     dtype = dtype_name(dtype)
     if dtype != "auto" and dtype not in DTYPE_BYTES:
@@ -198,10 +192,6 @@ def _with_own_gates(folder: Path, model: PreTrainedModel, plan: Plan) -> Plan:
     Raises:
         PlanError: they are not the same.
     """
-    from moacompress.models.modules import attention_modules
-    from moacompress.runtime.gate import other_gates
-    from moacompress.runtime.hf.attaching import attached_plan
-
     if plan.gate_weights is None:
         attached = attached_plan(model)
         return plan if attached is None else replace(attached, seen=plan.seen)
@@ -227,17 +217,12 @@ def _rounding(plan: Plan) -> dict[str, str]:
 def with_dense(checkpoint: Checkpoint, dense: str | Path) -> Checkpoint:
     """Returns a checkpoint with the dense model that its plan was made for.
 
-    Args:
-        checkpoint: the checkpoint.
-        dense: hub id, folder, or `.gguf` file; loaded in the checkpoint's dtype.
+    `dense`: hub id, folder, or `.gguf` file; loaded in the checkpoint's dtype.
 
     Raises:
         PlanError: it is another model than the plan was made for.
         ModelError, UsageError: it cannot be loaded.
     """
-    from moacompress.models.source import load_source
-    from moacompress.runtime.linear import use_kernels
-
     dtype = str(checkpoint.model.dtype).removeprefix("torch.")
     source = load_source(
         dense,

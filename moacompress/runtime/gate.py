@@ -18,14 +18,7 @@ from moacompress.runtime import autocast
 
 
 class TokenGate(nn.Module):
-    """A linear probe for each KV head.
-
-    Args:
-        kv_heads: of the layer.
-        inputs: numbers of what enters it.
-        dtype: of the weights.
-        device: likewise.
-    """
+    """A linear probe for each KV head."""
 
     added_by_moacompress = True
     trained = False
@@ -41,8 +34,7 @@ class TokenGate(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Returns scores in 1/256, int16 `[rows, kv_heads, tokens]`; what is not a number is the least.
 
-        Args:
-            hidden: what enters the layer's attention, `[rows, tokens, inputs]`.
+        `hidden`: what enters the layer's attention, `[rows, tokens, inputs]`.
         """
         return rounded_scores(gate_scores(hidden, self.weight, self.bias).transpose(1, 2))
 
@@ -62,13 +54,9 @@ def put_gates(
 ) -> None:
     """Puts a gate on the attention of every layer in which a rule selects, in the dtype and on the device of its values.
 
-    Args:
-        modules: the attention of every layer.
-        plan: the plan, with its gates at hand.
-        inputs: numbers of what enters a layer.
-        dtype: of the gates of a layer whose own weights are all in blocks.
-        devices: on which each layer computes, where its weights may be offloaded; by default where they are.
-        empty: whether their weights are to be read from a checkpoint, and not the plan's.
+    `dtype`: of the gates of a layer whose own weights are all in blocks. `devices`: on which each layer computes, where its
+    weights may be offloaded; by default where they are. `empty`: whether their weights are to be read from a checkpoint, and
+    not the plan's.
 
     Raises:
         PlanError: the gates are not at hand, or for another number of inputs.
@@ -91,10 +79,6 @@ def put_gates(
 
 def gates_of(plan: Plan, inputs: int) -> GateWeights | None:
     """Returns the gates that a plan's KV heads choose by; None where none chooses.
-
-    Args:
-        plan: the plan.
-        inputs: numbers of what enters a layer.
 
     Raises:
         PlanError: the gates are not at hand, or for another number of inputs.
@@ -127,9 +111,7 @@ def check_room(modules: Sequence[nn.Module]) -> None:
 def gates_on(modules: Sequence[nn.Module], others: GateWeights | None = None) -> GateWeights | None:
     """Returns the weights of the gates that are on attention modules; None where none has one.
 
-    Args:
-        modules: the attention of every layer.
-        others: the weights of gates of layers that have none, zero by default.
+    `others`: the weights of gates of layers that have none, zero by default.
     """
     gates = [getattr(module, NAME, None) for module in modules]
     there = [gate for gate in gates if isinstance(gate, TokenGate)]
@@ -152,10 +134,7 @@ def gates_on(modules: Sequence[nn.Module], others: GateWeights | None = None) ->
 def other_gates(modules: Sequence[nn.Module], gates: GateWeights, dtype: str) -> list[int]:
     """Returns the layers whose gates are others than those given.
 
-    Args:
-        modules: the attention of every layer.
-        gates: of all layers; of layers without a gate they are not looked at.
-        dtype: that the modules' gates were saved in.
+    `gates`: of all layers; of layers without a gate they are not looked at. `dtype`: that the modules' gates were saved in.
     """
     found = []
     for layer, module in enumerate(modules):

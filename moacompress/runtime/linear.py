@@ -36,10 +36,7 @@ _LIBRARY.define("float32_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor
 def onednn_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Returns `x @ weight.T + bias`, `[..., outputs]`, by oneDNN, without gradients.
 
-    Args:
-        x: float32 `[..., inputs]`.
-        weight: float32 `[outputs, inputs]`, strided in any way.
-        bias: `[outputs]`, or None.
+    `x`: float32 `[..., inputs]`. `weight`: float32 `[outputs, inputs]`, strided in any way. `bias`: `[outputs]`, or None.
     """
     product = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
     return cast(torch.Tensor, product)
@@ -48,10 +45,8 @@ def onednn_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 def float32_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Returns `x @ weight.T + bias`, `[..., outputs]`, in the dtype of `x`: multiplied in float32, without gradients.
 
-    Args:
-        x: float32, bfloat16 or float16, `[..., inputs]`.
-        weight: `[outputs, inputs]`, strided in any way.
-        bias: `[outputs]`, or None.
+    `x`: float32, bfloat16 or float16, `[..., inputs]`. `weight`: `[outputs, inputs]`, strided in any way. `bias`: `[outputs]`,
+    or None.
     """
     product = onednn_product if ON_AMD else nn.functional.linear
     return product(x, weight, bias) if x.dtype == torch.float32 else widened_linear(x, weight, bias, product)
@@ -91,10 +86,7 @@ class KernelLinear(nn.Linear):
 def quickest_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Returns `x @ weight.T + bias`, `[..., outputs]`, by what is quickest here; by torch where the weight is trained.
 
-    Args:
-        x: `[..., inputs]`.
-        weight: `[outputs, inputs]`.
-        bias: `[outputs]`, or None.
+    `x`: `[..., inputs]`. `weight`: `[outputs, inputs]`. `bias`: `[outputs]`, or None.
     """
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     ready = is_kernel_compatible(weight, x) and (bias is None or is_kernel_compatible(bias, x))

@@ -12,10 +12,8 @@ from moacompress.runtime.linear import use_kernels
 def load_for(recipe: Recipe, source: str | Path | SourceModel, *, trust_remote_code: bool = False) -> SourceModel:
     """Returns MODEL loaded as a recipe says, its products by the kernels, and a loaded model as it is.
 
-    Args:
-        recipe: `dtype`, `device`, `weights` and `head_weights` count.
-        source: MODEL.
-        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
+    `recipe`: `dtype`, `device`, `weights` and `head_weights` count. `trust_remote_code`: run modelling code that comes with the
+    model; recipes and other files have no say in it.
 
     Errors are those of `load_source`.
     """

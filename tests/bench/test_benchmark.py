@@ -42,7 +42,7 @@ def test_every_cell_has_its_fields(compressed, tmp_path):
             p.numel() for p in benchmark.load_checkpoint(compressed / "model", "float32", "cpu").model.parameters()
         )
         assert row["kernel"] in ("cpu", "reference")
-        steps = {"cpu": ["all layers"], "reference": ["commit and decode"]}[row["kernel"]]
+        steps = {"cpu": ["all layers"], "reference": ["cache step"]}[row["kernel"]]
         assert row["routes"].get("plan") == (steps if row["phase"] == "decode" else None)
         assert row["dense_best"] in ("dense", "static cache, compiled")
         assert (row["peak_bytes_plan"], row["peak_bytes_dense"]) == (None, None)

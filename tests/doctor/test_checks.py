@@ -14,7 +14,7 @@ import pytest
 from moacompress.doctor import checks
 from moacompress.doctor.checks import check_environment, check_model
 from moacompress.report.doctor_tables import model_table
-from moacompress.runtime.compat import mask_functions, private_names
+from moacompress.runtime.compat import private_names
 from tests.doctor.printed import shown
 
 
@@ -76,11 +76,11 @@ def test_the_private_names_are_said(environment: dict[str, Any], monkeypatch: py
     said = f"transformers {transformers.__version__} / torch {torch.__version__}: all {names['listed']} private names are there"
     assert said in shown(environment_table(environment))
     monkeypatch.delattr(transformers.PreTrainedModel, "_supports_sdpa")
-    monkeypatch.setattr(torch.nn.modules.module, "_global_forward_hooks", [])
+    monkeypatch.delitem(transformers.activations.ACT2FN, "silu")
     facts, problems = checks._private_names()
     assert [(found["name"].rpartition(".")[2], found["problem"][:9]) for found in facts["broken"]] == [
         ("_supports_sdpa", "is missin"),
-        ("_global_forward_hooks", "is a list"),
+        ("ACT2FN", "has no si"),
     ]
     assert len(problems) == 3
     assert problems[0].startswith("transformers.modeling_utils.PreTrainedModel._supports_sdpa is missing")
@@ -119,8 +119,8 @@ def test_doctor_says_what_is_missing_where_the_runtime_cannot_be_imported() -> N
     assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)
     names = {broken["name"] for broken in found["private_names"]["broken"]}
-    assert {private_names.ACTIVE_COLLECTOR, mask_functions.CAUSAL_MASK} <= names
-    assert any(problem.startswith(f"{mask_functions.CAUSAL_MASK} is missing") for problem in found["problems"])
+    assert {private_names.ACTIVE_COLLECTOR, private_names.CAUSAL_MASK} <= names
+    assert any(problem.startswith(f"{private_names.CAUSAL_MASK} is missing") for problem in found["problems"])
     assert done.stderr.count("could not register with transformers: UnsupportedError: ") == 1
 
 

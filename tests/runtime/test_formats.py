@@ -15,10 +15,11 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import visible_intervals
-from moacompress.runtime import attach, clipped
+from moacompress.runtime import attach
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.cache.pool import Layout, Pool
+from moacompress.runtime.decode import attention
 from moacompress.runtime.decode.attention import attention_forward
 from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
 from tests import oracle
@@ -50,7 +51,7 @@ def attended(context: LayerContext, cache: Any, chunk: list[torch.Tensor], mask:
 
 
 def test_values_beyond_float16_are_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(clipped, "_said", set())
+    monkeypatch.setattr(attention, "_said", set())
     context = LayerContext.of(0, RULES, 16, None)
     chunk = [torch.randn(1, heads, 5, 8) for heads in (6, 3, 3)]
     wild = [chunk[0], chunk[1], chunk[2].clone()]

@@ -1,4 +1,4 @@
-"""A decode step's layer, or its attention, in one call: the same numbers where it may be, and the layer as it was elsewhere."""
+"""A decode step's layer in one call: the same numbers where it may be, and the layer as it was elsewhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moacompress.runtime import attach, detach
 from moacompress.runtime.compat.private_names import NORMS
 from moacompress.runtime.decode import fused
 from moacompress.runtime.decode.all_layers import Stack
-from moacompress.runtime.decode.step_requests import HiddenRequest, feed_forward, normalized, rotated
+from moacompress.runtime.decode.step_requests import feed_forward, normalized, rotated
 from moacompress.runtime.linear import use_kernels
 
 FAMILIES = ("llama", "mistral", "qwen2")
@@ -34,44 +34,31 @@ def _one_by_one(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts the steps asked for of whole layers and of attention alone; `[layers, attentions]`, which tests may set back."""
-    found, own = [0, 0], fused.dispatch
+    """Counts the steps asked for of whole layers; `[layers]`, which tests may set back."""
+    found, own = [0], fused.dispatch
 
     def dispatch(request):
-        found[isinstance(request, HiddenRequest)] += 1
+        found[0] += 1
         return own(request)
 
     monkeypatch.setattr(fused, "dispatch", dispatch)
     return found
 
 
-@pytest.fixture
-def unfused(monkeypatch):
-    """Leaves every layer to its own forward from where it is called on: whole layers, or attention too."""
-
-    def leave(attention=True):
-        monkeypatch.setattr(fused, "_layer", lambda *arguments: None)
-        if attention:
-            monkeypatch.setattr(fused, "_fits", lambda *arguments: False)
-
-    return leave
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 3, 0, -1], ids=["1", "3", "few", "more"])
-def test_steps_are_those_of_the_layer_s_own_parts(family, dtype, rows, model, calls, unfused, steps):
+def test_steps_are_those_of_the_layer_s_own_parts(family, dtype, rows, model, calls, steps, monkeypatch):
     made, most = model(family, dtype), few_rows(torch.zeros(1, dtype=dtype))
     rows = rows if rows > 0 else most - rows
-    found, layers, few = steps(made, rows, 20), len(attention_modules(made)), rows <= most
-    assert calls == [few * layers * 20, 0]
+    found, layers = steps(made, rows, 20), len(attention_modules(made))
+    assert calls == [(rows <= most) * layers * 20]
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}[dtype]
-    for attention in (False, True):
-        unfused(attention)
-        calls[:] = 0, 0
-        expected = steps(made, rows, 20)
-        assert calls == [0, (few and not attention) * layers * 20]
-        assert (found - expected).abs().max() < tolerance * expected.abs().max()
+    monkeypatch.setattr(fused, "_layer", lambda *arguments: None)
+    calls[0] = 0
+    expected = steps(made, rows, 20)
+    assert calls == [0]
+    assert (found - expected).abs().max() < tolerance * expected.abs().max()
 
 
 def test_the_parts_are_those_of_transformers(tiny_model):
@@ -112,72 +99,59 @@ def train_biases(layer):
     [
         lambda layer: layer.train(),
         lambda layer: layer.self_attn.k_proj.requires_grad_(),
-        lambda layer: setattr(
-            layer.self_attn.q_proj.weight, "data", layer.self_attn.q_proj.weight.t().contiguous().t()
-        ),
+        lambda layer: turn(layer.self_attn.q_proj.weight),
         lambda layer: train_biases(layer.self_attn),
-        lambda layer: setattr(
-            layer.self_attn.q_proj, "bias", nn.Parameter(torch.zeros(layer.self_attn.q_proj.out_features), False)
-        ),
-    ],
-)
-def test_attention_that_something_else_has_a_hand_in_is_left_to_itself(change, model, calls, steps):
-    changed(change, model, calls, steps, attention=False)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
+        lambda layer: give_bias(layer.self_attn.q_proj),
         lambda layer: layer.mlp.up_proj.requires_grad_(),
         lambda layer: layer.input_layernorm.requires_grad_(),
         lambda layer: layer.self_attn.register_forward_pre_hook(lambda *arguments: None),
-        lambda layer: setattr(layer.mlp.up_proj.weight, "data", layer.mlp.up_proj.weight.t().contiguous().t()),
-        lambda layer: setattr(
-            layer.mlp.up_proj, "bias", nn.Parameter(torch.zeros(layer.mlp.up_proj.out_features), False)
-        ),
+        lambda layer: turn(layer.mlp.up_proj.weight),
+        lambda layer: give_bias(layer.mlp.up_proj),
     ],
 )
-def test_a_layer_that_something_else_has_a_hand_in_has_its_attention_fused(change, model, calls, steps):
-    changed(change, model, calls, steps, attention=True)
-
-
-def changed(change, model, calls, steps, attention):
-    """Changes the first of a model's layers, and looks at what is still fused and at the numbers."""
+def test_a_layer_that_something_else_has_a_hand_in_is_left_to_itself(change, model, calls, steps):
     made = model()
     expected, layers = steps(made, 2, 20), len(attention_modules(made))
-    assert calls == [20 * layers, 0]
+    assert calls == [20 * layers]
     first = made.model.layers[0]
     change(first)
     trained = any(part.requires_grad for part in first.parameters())
     with torch.set_grad_enabled(trained):
         ids = torch.randint(3, made.config.vocab_size, (2, 51))
         cache = made(ids[:, :50]).cache
-        calls[:] = 0, 0
+        calls[0] = 0
         made(ids[:, 50:], cache=cache)
-    if trained:  # then what comes after the first layer may have gradients too
-        assert calls in ([0, 0], [0, int(attention)], [layers - 1, 0])
-    else:
-        assert calls == [layers - 1, int(attention)]
+    # where it is trained, what comes after the first layer may have gradients too
+    assert calls in ([[0], [layers - 1]] if trained else [[layers - 1]])
     made.eval()
     found = steps(made, 2, 20)
     assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def turn(weight):
+    weight.data = weight.data.t().contiguous().t()
+
+
+def give_bias(linear):
+    linear.bias = nn.Parameter(torch.zeros(linear.out_features), False)
 
 
 def test_a_changed_epsilon_keeps_a_layer_to_itself(model, calls, steps):
     made = model()
     made.model.layers[0].input_layernorm.variance_epsilon = 0.5
     found = steps(made, 2, 20)
-    assert calls == [20 * (len(attention_modules(made)) - 1), 20]
+    layers = len(attention_modules(made))
+    assert calls == [20 * (layers - 1)]
     for name in NORMS:
         getattr(made.model.layers[0], name).variance_epsilon = 0.5
-    calls[:] = 0, 0
+    calls[0] = 0
     assert not torch.equal(steps(made, 2, 20), found)
-    assert calls[1] == 0
+    assert calls == [20 * layers]
 
 
 def test_other_families_and_dense_models_keep_their_classes(tiny_model, random_plan):
     made = tiny_model("llama")
-    layers = [*attention_modules(made), *made.model.layers]
+    layers = [*made.model.layers]
     own = [type(layer) for layer in layers]
     attach(made, random_plan(model_shape(made), 3))
     for layer, kind in zip(layers, own, strict=True):
@@ -197,12 +171,12 @@ def test_other_families_and_dense_models_keep_their_classes(tiny_model, random_p
 
 def test_copies_and_pickles_of_layers(model):
     made = model()
-    for layer, name in ((attention_modules(made)[0], "LlamaAttention"), (made.model.layers[0], "LlamaDecoderLayer")):
-        assert type(copy.deepcopy(layer)) is type(layer)
-        again = pickle.loads(pickle.dumps(layer))
-        assert type(again) is type(layer)
-        fused.unfuse(again)
-        assert type(again).__qualname__ == name
+    layer = made.model.layers[0]
+    assert type(copy.deepcopy(layer)) is type(layer)
+    again = pickle.loads(pickle.dumps(layer))
+    assert type(again) is type(layer)
+    fused.unfuse(again)
+    assert type(again).__qualname__ == "LlamaDecoderLayer"
     with pytest.raises(AttributeError, match="FusedNothing"):
         fused.FusedNothing  # noqa: B018
 
@@ -237,13 +211,13 @@ def test_after_hidden_states_layers_are_fused_again(model, calls, steps):
         captured = made(ids[:, 50:], cache=cache, output_hidden_states=True).hidden_states
     for mine, other in zip(captured, whole, strict=True):
         assert (mine[:, 0] - other[:, 50]).abs().max() < 2e-5 * other.abs().max()
-    calls[:] = 0, 0
+    calls[0] = 0
     assert torch.equal(steps(made, 2, 5), expected)
-    assert calls == [5 * layers, 0]
+    assert calls == [5 * layers]
     made.model.layers[1].self_attn.register_forward_hook(lambda *arguments: None)
-    calls[:] = 0, 0
+    calls[0] = 0
     steps(made, 2, 5)
-    assert calls == [5 * (layers - 1), 5]
+    assert calls == [5 * (layers - 1)]
 
 
 def test_a_graph_that_is_made_after_hidden_states_has_fused_layers(model, steps):

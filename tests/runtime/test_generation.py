@@ -59,23 +59,6 @@ def rows(token_ids):
     return [token_ids(1, size, seed=size)[0] for size in (70, 7, 41, 100)]
 
 
-def test_padded_chunks_and_steps(model, rows, token_ids):
-    """Two padded chunks and single steps, without position_ids or a mask where all is real: windows count real tokens."""
-    ids, mask = padded(rows)
-    more, more_mask = padded([row[:5] for row in rows], holes=4)
-    with torch.no_grad():
-        cache = model(ids, attention_mask=mask, position_ids=positions_of(mask)).cache
-        whole = torch.cat((mask, more_mask), 1)
-        positions = positions_of(whole)
-        model(more, attention_mask=whole, position_ids=positions[:, ids.shape[1] :], cache=cache)
-        step = token_ids(4, 1, seed=5)
-        found = model(step, position_ids=positions[:, -1:] + 1, cache=cache).logits[:, -1]
-        for number, row in enumerate(rows):
-            sequence = torch.cat((row, row[:5], step[number]))[None]
-            expected = model(sequence, use_cache=False).logits[0, -1]
-            assert (found[number] - expected).abs().max() < TOLERANCE
-
-
 def test_a_forward_that_failed_early_leaves_the_cache_as_it_was(model, token_ids, monkeypatch):
     ids = token_ids(1, 40)
     positions = torch.arange(41)[None]
@@ -138,26 +121,6 @@ def test_rows_that_end_early(model, rows):
         new = free[row, ids.shape[1] :].tolist()
         length = new.index(end) + 1 if end in new else len(new)
         assert found[row, ids.shape[1] :][:length].tolist() == new[:length]
-
-
-def test_beam_sampling_and_return_sequences(model, rows):
-    """Runs with shared blocks equal those with caches of their own: full span needs no plan to compare with."""
-    ids, mask = padded(rows[:2])
-    plan = model.config.quantization_config.plan
-    kinds = settings(max_new_tokens=12, num_return_sequences=3) | {"do_sample": True}
-    torch.manual_seed(0)
-    sampled = model.generate(ids, attention_mask=mask, **kinds)
-    torch.manual_seed(0)
-    uncached = model.generate(ids, attention_mask=mask, use_cache=False, **kinds)
-    assert torch.equal(sampled, uncached)
-    torch.manual_seed(1)
-    beams = model.generate(ids, attention_mask=mask, num_beams=4, **kinds)
-    torch.manual_seed(1)
-    assert torch.equal(beams, model.generate(ids, attention_mask=mask, num_beams=4, use_cache=False, **kinds))
-    detach(model)
-    stock = model.generate(ids, attention_mask=mask, num_beams=3, **settings(max_new_tokens=8))
-    attach(model, Plan.full(plan.model))
-    assert torch.equal(model.generate(ids, attention_mask=mask, num_beams=3, **settings(max_new_tokens=8)), stock)
 
 
 def test_what_is_allowed_is_not_reserved(model, token_ids):

@@ -31,12 +31,87 @@ def refuses(match, call):
     assert "\n" not in str(caught.value)
 
 
-def test_masks_that_do_not_fit(model, ids):
-    refuses(r"shape \(2, 19\) and should have \(2, 20\)", lambda: model(ids, attention_mask=torch.ones(2, 19)))
-    refuses(r"should have \(2, 20\)", lambda: model(ids, attention_mask=torch.ones(1, 20)))
-    cache = model(ids).cache
-    step, match = ids[:, :1], "20 tokens in the cache and 1 new ones"
-    refuses(match, lambda: model(step, attention_mask=torch.ones(2, 1), cache=cache))
+def way(name):
+    """A way of generating, asked for as `generate` does."""
+    return lambda model, ids: model._prepare_cache_for_generation(
+        model.generation_config, {}, GenerationMode(name), 1, 20
+    )
+
+
+def of_cache(name):
+    return lambda model, ids: model.generate(ids, cache_implementation=name, max_new_tokens=2)
+
+
+def positions(given):
+    return lambda model, ids: model(ids, position_ids=given)
+
+
+PACKED = torch.cat((torch.arange(12), torch.arange(8)))[None]
+BOUNDS = torch.tensor([0, 12, 20], dtype=torch.int32)
+CACHES = {"Dynamic": lambda model: DynamicCache(), "Static": lambda model: StaticCache(model.config, max_cache_len=64)}
+REFUSED = [
+    (r"shape \(2, 19\) and should have \(2, 20\)", lambda model, ids: model(ids, attention_mask=torch.ones(2, 19))),
+    (r"should have \(2, 20\)", lambda model, ids: model(ids, attention_mask=torch.ones(1, 20))),
+    (
+        "20 tokens in the cache and 1 new ones",
+        lambda model, ids: model(ids[:, :1], attention_mask=torch.ones(2, 1), cache=model(ids).cache),
+    ),
+    ("mask of shape", lambda model, ids: model(ids, attention_mask=torch.zeros(2, 1, 20, 20))),
+    (
+        "mask of shape",
+        lambda model, ids: model(ids, attention_mask={"full_attention": torch.zeros(2, 1, 20, 20)}),
+    ),
+    *(
+        (f"generating with {name} is not supported", way(name))
+        for name in ("contrastive_search", "dola_generation", "group_beam_search", "constrained_beam_search")
+    ),
+    *(
+        ("brings its own cache", of_cache(name))
+        for name in ("static", "offloaded", "quantized", "dynamic", "offloaded_static")
+    ),
+    ("continuous batching", of_cache("paged")),
+    ("continuous batching", lambda model, ids: model.generate_batch(inputs=ids.tolist())),
+    ("continuous batching", lambda model, ids: model.init_continuous_batching()),
+    ("continuous batching", lambda model, ids: model.continuous_batching_context_manager()),
+    *(
+        (f"cannot use a {name}Cache", lambda model, ids, make=make, take=take: take(model, ids, make(model)))
+        for name, make in CACHES.items()
+        for take in (
+            lambda model, ids, cache: model(ids, cache=cache),
+            lambda model, ids, cache: model(ids, past_key_values=cache),
+            lambda model, ids, cache: model.generate(ids, cache=cache, max_new_tokens=2),
+        )
+    ),
+    ("packed", lambda model, ids: model(ids, position_ids=PACKED, use_cache=False)),
+    *(("packed", positions(given)) for given in (PACKED, torch.arange(20).flip(0)[None])),
+    ("packed", positions(torch.arange(20).expand(3, 2, 20))),
+    (
+        "packed",
+        lambda model, ids: model(
+            ids[:, :1],
+            position_ids=torch.tensor([[7]]),
+            cache=model(ids, position_ids=torch.arange(20)[None]).cache,
+        ),
+    ),
+    ("packed", lambda model, ids: model(ids, use_cache=False, cu_seq_lens_q=BOUNDS, cu_seq_lens_k=BOUNDS)),
+    ("output_attentions", lambda model, ids: model(ids, output_attentions=True)),
+    (
+        "output_attentions",
+        lambda model, ids: model.generate(ids, output_attentions=True, return_dict_in_generate=True),
+    ),
+    (
+        "no derivatives in forward mode",
+        lambda model, ids: torch.func.jvp(
+            lambda x: model(inputs_embeds=x).logits, *[(model.get_input_embeddings()(ids).detach(),)] * 2
+        ),
+    ),
+]
+"""Words of the refusal, and what is refused."""
+
+
+@pytest.mark.parametrize(("words", "call"), REFUSED)
+def test_what_is_refused(words, call, model, ids):
+    refuses(words, lambda: call(model, ids))
 
 
 def test_masks_that_change_their_mind(model, ids):
@@ -48,22 +123,6 @@ def test_masks_that_change_their_mind(model, ids):
     cache = model(ids, attention_mask=padded).cache
     refuses("says otherwise of tokens", lambda: model(ids[:, :1], attention_mask=torch.ones(2, 21), cache=cache))
     assert model(ids[:, :1], cache=cache).logits.shape == (2, 1, 160)
-
-
-@pytest.mark.parametrize(
-    "mode", ["contrastive_search", "dola_generation", "group_beam_search", "constrained_beam_search"]
-)
-def test_other_ways_of_generating(mode, model):
-    config = model.generation_config
-    refuses(
-        f"generating with {mode} is not supported",
-        lambda: model._prepare_cache_for_generation(config, {}, GenerationMode(mode), 1, 20),
-    )
-
-
-@pytest.mark.parametrize("kind", ["static", "offloaded", "quantized", "dynamic", "offloaded_static"])
-def test_other_cache_implementations(kind, model, ids):
-    refuses("brings its own cache", lambda: model.generate(ids, cache_implementation=kind, max_new_tokens=2))
 
 
 def test_a_cache_implementation_of_the_model_itself(model, ids):
@@ -83,14 +142,6 @@ def test_drafts_on_a_cache_of_an_earlier_turn(model, ids):
     assert torch.equal(model.generate(again, **given), expected)
 
 
-def test_paged_and_continuous_batching(model, ids):
-    match = "continuous batching"
-    refuses(match, lambda: model.generate(ids, cache_implementation="paged", max_new_tokens=2))
-    refuses(match, lambda: model.generate_batch(inputs=ids.tolist()))
-    refuses(match, lambda: model.init_continuous_batching())
-    refuses(match, lambda: model.continuous_batching_context_manager())
-
-
 def test_a_web_server_hands_refusals_to_its_client(model, monkeypatch):
     exceptions = pytest.importorskip("starlette.exceptions")
     with pytest.raises(UnsupportedError) as caught:
@@ -106,32 +157,11 @@ def test_a_web_server_hands_refusals_to_its_client(model, monkeypatch):
     assert type(caught.value) is UnsupportedError
 
 
-def test_other_cache_objects(model, ids):
-    for cache in (DynamicCache(), StaticCache(config=model.config, max_cache_len=64)):
-        match = f"cannot use a {type(cache).__name__}"
-        refuses(match, lambda cache=cache: model(ids, cache=cache))
-        refuses(match, lambda cache=cache: model(ids, past_key_values=cache))
-        refuses(match, lambda cache=cache: model.generate(ids, cache=cache, max_new_tokens=2))
-
-
 def test_cache_of_another_plan(model, ids, tiny_model, random_plan):
     other = tiny_model()
     attach(other, random_plan(model_shape(other), 2))
     cache = other(ids).cache
     refuses("another plan", lambda: model(ids[:, :1], cache=cache))
-
-
-def test_packed_sequences(model, ids):
-    restart = torch.cat((torch.arange(12), torch.arange(8)))[None]
-    refuses("packed", lambda: model(ids, position_ids=restart, use_cache=False))
-    refuses("packed", lambda: model(ids, position_ids=restart))
-    backwards = torch.arange(20).flip(0)[None]
-    refuses("packed", lambda: model(ids, position_ids=backwards))
-    cache = model(ids, position_ids=torch.arange(20)[None]).cache
-    refuses("packed", lambda: model(ids[:, :1], position_ids=torch.tensor([[7]]), cache=cache))
-    refuses("packed", lambda: model(ids, position_ids=torch.arange(20).expand(3, 2, 20)))
-    bounds = torch.tensor([0, 12, 20], dtype=torch.int32)
-    refuses("packed", lambda: model(ids, use_cache=False, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds))
 
 
 def test_positions_that_stand_in_the_cache_already(model, ids):
@@ -166,29 +196,10 @@ def test_gradients_of_gradients(model, ids):
     refuses("no gradients of gradients", lambda: torch.autograd.grad(found.square().sum(), embedded))
 
 
-def test_derivatives_in_forward_mode(model, ids):
-    def logits(x):
-        return model(inputs_embeds=x, use_cache=False).logits
-
-    embedded = model.get_input_embeddings()(ids).detach()
-    refuses("no derivatives in forward mode", lambda: torch.func.jvp(logits, (embedded,), (embedded,)))
-
-
-def test_masks_that_are_not_two_dimensional(model, ids):
-    mask = torch.zeros(2, 1, 20, 20)
-    refuses("mask of shape", lambda: model(ids, attention_mask=mask))
-    refuses("mask of shape", lambda: model(ids, attention_mask={"full_attention": mask}))
-
-
 def test_not_causal(model, ids):
     refuses("is_causal=False", lambda: model(ids, is_causal=False))
     model.config.is_causal = False
     refuses("is_causal=False", lambda: model(ids))
-
-
-def test_attention_weights(model, ids):
-    refuses("output_attentions", lambda: model(ids, output_attentions=True))
-    refuses("output_attentions", lambda: model.generate(ids, output_attentions=True, return_dict_in_generate=True))
 
 
 def test_attention_dropout(tiny_model, random_plan, ids):

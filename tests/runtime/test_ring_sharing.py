@@ -176,7 +176,7 @@ def test_a_models_steps(left: bool, triton: Any, tiny_model: Callable[..., Any],
         found = [model(ids[:, at : at + 1], cache=cache).logits for at in (40, 41, 42)]
         wanted = model(ids, use_cache=False).logits[:, 40:]
     assert (torch.cat(found, 1) - wanted).abs().max() < 2e-5 * wanted.abs().max()
-    assert cache.step_routes == ({"ring step": 6, "commit and decode": 3} if left else {"ring step": 9})
+    assert cache.step_routes == ({"ring step": 6, "cache step": 3} if left else {"ring step": 9})
 
 
 def test_a_step_asks_the_host_for_nothing(triton: Any, launched: Any, pretend_device: Any) -> None:

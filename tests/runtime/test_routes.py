@@ -17,9 +17,8 @@ BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "decode_routes.
 WITHOUT = {
     "all layers": lambda patch: None,
     "one layer": lambda patch: patch.setattr(all_layers.Stack, "begin", lambda *nothing: None),
-    "attention from hidden states": lambda patch: patch.setattr(fused, "_layer", lambda *nothing: None),
-    "cache step": lambda patch: patch.setattr(fused, "_fits", lambda *nothing: False),
-    "commit and decode": lambda patch: patch.setattr(routes.CacheStep, "can", lambda *nothing: False),
+    "cache step": lambda patch: patch.setattr(fused, "_layer", lambda *nothing: None),
+    "plain": lambda patch: patch.setattr(routes.CacheStep, "can", lambda *nothing: False),
 }
 """What takes away the routes before one."""
 
@@ -41,8 +40,8 @@ def fed(model):
 
 def test_all_are_in_the_list():
     names = [route.name for route in routes.ROUTES]
-    assert [name for name in names if name != "ring step"] == [*WITHOUT, "plain"]
-    assert names.index("ring step") == names.index("commit and decode") - 1
+    assert [name for name in names if name != "ring step"] == [*WITHOUT]
+    assert names.index("ring step") == names.index("cache step") - 1
 
 
 def test_on_a_gpus_kernels_steps_go_into_rings(fed, use_backend):
@@ -68,10 +67,10 @@ def test_the_benchmark_times_every_route_and_gives_all_back(load_script):
     steps = script.Steps(script.SITUATIONS["batch 8"], dense, 64, 1)
     for _ in range(2):  # what was taken away is there again
         rows = script.measured(steps, 1)
-        assert [row["route"] for row in rows] == [*WITHOUT, "plain", script.REFERENCE]
+        assert [row["route"] for row in rows] == [*WITHOUT, script.REFERENCE]
     for name, expected in (
-        ("batch 8 with ended rows", ["commit and decode", "plain"]),
-        ("gates and a hook on one layer", ["cache step", "commit and decode", "plain"]),
+        ("batch 8 with ended rows", ["cache step", "plain"]),
+        ("gates and a hook on one layer", ["cache step", "plain"]),
     ):
         taken = script.Steps(script.SITUATIONS[name], dense, 64, 1).routes()
         assert [*taken] == [*expected, script.REFERENCE]
@@ -81,7 +80,7 @@ def test_the_benchmark_times_every_route_and_gives_all_back(load_script):
 def test_a_backend_with_no_calls_of_a_step_goes_by_those_it_has(name, fed, use_backend):
     use_backend(name)
     _, cache = fed()
-    assert cache.step_routes == {"commit and decode": 20 * LAYERS}
+    assert cache.step_routes == {"cache step": 20 * LAYERS}
 
 
 def test_it_is_said_once(fed, monkeypatch, caplog):
@@ -113,12 +112,11 @@ def test_one_more_route_is_one_in_the_list(fed, monkeypatch):
 
         def run(self, request):
             seen.append(request.context.layer)
-            return routes.CommitAndDecode().run(request) if request.context.layer else None
+            return routes.CacheStep().run(request) if request.context.layer else None
 
     monkeypatch.setattr(routes, "ROUTES", (Watching(), *routes.ROUTES))
     monkeypatch.setattr(all_layers.Stack, "begin", lambda *nothing: None)
     monkeypatch.setattr(fused, "_layer", lambda *nothing: None)
-    monkeypatch.setattr(fused, "_fits", lambda *nothing: False)
     _, cache = fed(steps=4)
     assert seen == [*range(LAYERS)] * 4
     assert cache.step_routes["watching"] == 4 * (LAYERS - 1)

@@ -23,12 +23,7 @@ from moacompress.runtime import attach, detach
 from tests import oracle
 from tests.conftest import five_layers
 from tests.plan_kinds import shares_of, with_shares
-
-
-def logits(model: PreTrainedModel, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    """Returns the logits of a forward without gradients."""
-    with torch.no_grad():
-        return model(ids, **kwargs).logits
+from tests.runtime.test_families import difference, logits
 
 
 def in_parts(model: PreTrainedModel, ids: torch.Tensor, sizes: list[int], plan: Plan | None = None) -> torch.Tensor:
@@ -46,11 +41,6 @@ def in_parts(model: PreTrainedModel, ids: torch.Tensor, sizes: list[int], plan: 
 SIZES = [70, 1, 45, 1, 1, 30, 1, 1, 1]
 EXACT, FLIPS = 2e-5, 2e-2
 """Largest differences of logits, as shares of the largest: of summation order, and of codes that it flips by one step."""
-
-
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Returns the largest difference as a share of the largest expected number."""
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 @pytest.fixture
@@ -73,27 +63,19 @@ def llama(tiny_model: Callable[..., Any], random_plan: Callable[..., Plan]) -> C
     return make
 
 
-def test_sharing_is_the_stock_model_with_it(shared: tuple[Any, Plan], token_ids: Any) -> None:
-    model, plan = shared
+@pytest.mark.parametrize(("formats", "near"), [(False, EXACT), (True, FLIPS)])
+def test_sharing_is_the_stock_model_with_it(
+    formats: bool, near: float, family: str, tiny_model: Any, random_plan: Any, token_ids: Any
+) -> None:
+    model = tiny_model(family, **five_layers(family))
+    shape = model_shape(model)
+    plan = with_shares(random_plan(shape, 5, formats=formats), shares_of(shape, formats + sum(map(ord, family))))
     ids = token_ids(2, sum(SIZES))
     expected = oracle.logits(model, plan, ids)
     assert difference(oracle.logits(model, replace(plan, shares=()), ids), expected) > 0.01, "sharing must matter"
     attach(model, plan)
-    assert difference(logits(model, ids, use_cache=False), expected) < EXACT
-    assert difference(in_parts(model, ids, SIZES, plan), expected) < EXACT
-
-
-def test_formats_too(
-    family: str, tiny_model: Callable[..., Any], random_plan: Callable[..., Plan], token_ids: Any
-) -> None:
-    model = tiny_model(family, **five_layers(family))
-    shape = model_shape(model)
-    plan = with_shares(random_plan(shape, 6, formats=True), shares_of(shape, 1 + sum(map(ord, family))))
-    ids = token_ids(2, sum(SIZES))
-    expected = oracle.logits(model, plan, ids)
-    attach(model, plan)
-    assert difference(logits(model, ids, use_cache=False), expected) < FLIPS
-    assert difference(in_parts(model, ids, SIZES, plan), expected) < FLIPS
+    assert difference(logits(model, ids, use_cache=False), expected) < near
+    assert difference(in_parts(model, ids, SIZES, plan), expected) < near
 
 
 def test_layers_made_alike_lose_nothing(tiny_model: Callable[..., Any], token_ids: Any) -> None:

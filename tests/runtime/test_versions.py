@@ -30,7 +30,7 @@ from moacompress.evaluation.scoring.text import read
 from moacompress.evaluation.tasks.cases import Case
 from moacompress.rules.plan import Plan
 from moacompress.runtime import PlanCache, attach
-from moacompress.runtime.compat import private_names, untested, versions
+from moacompress.runtime.compat import private_names, versions
 from moacompress.runtime.compat.alternates import CACHE, CACHE_NAMES, cache_argument, returned_cache
 from moacompress.runtime.hf.attaching import attached_plan
 from tests import plan_kinds
@@ -315,10 +315,10 @@ def as_version(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None
 
     def pretend(full: str) -> None:
         monkeypatch.setattr(versions, "installed", lambda: full)
-        untested.check_installed.cache_clear()
+        private_names.check_installed.cache_clear()
 
     yield pretend
-    untested.check_installed.cache_clear()
+    private_names.check_installed.cache_clear()
 
 
 def test_an_untested_version_is_warned_of_once(
@@ -332,7 +332,7 @@ def test_an_untested_version_is_warned_of_once(
     for _ in range(2):
         attach(model, plan_kinds.windows(tiny_model()))
     AutoModelForCausalLM.from_pretrained(compressed / "model")
-    said = [record.getMessage() for record in caplog.records if record.name == untested.__name__]
+    said = [record.getMessage() for record in caplog.records if record.name == private_names.__name__]
     assert len(said) == 1
     for part in ("5.99.1", versions.tested_range(), "moacompress doctor", versions.requirement()):
         assert part in said[0]
@@ -366,7 +366,7 @@ def test_a_cache_of_another_name_is_missed(monkeypatch: pytest.MonkeyPatch) -> N
     def forward(self: Any, input_ids: Any = None, state: Any = None, **kwargs: Any) -> None: ...
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
-    assert f"takes no {CACHE}" in {broken.problem for broken in private_names.check()}
+    assert f"has no {CACHE}" in {broken.problem for broken in private_names.check()}
 
 
 def test_the_tested_versions_are_one_list() -> None:

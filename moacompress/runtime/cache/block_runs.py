@@ -29,11 +29,7 @@ def run_sizes(runs: Ints) -> Ints:
 def kept_runs(rules: RuleTable, lengths: Ints, held: Ints, lag: int) -> Ints:
     """Returns the blocks to hold at so many tokens: what the rules touch, and what rolling back may need.
 
-    Args:
-        rules: of the KV heads.
-        lengths: tokens of every row, `[rows]`.
-        held: the blocks held so far: what is gone stays gone.
-        lag: tokens that can be rolled back.
+    `lengths`: tokens of every row, `[rows]`. `held`: the blocks held so far: what is gone stays gone.
     """
     runs = rules.block_runs(lengths)
     if lag:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,8 +12,8 @@ from moacompress.core.arrays import Ints, ragged_ranges
 from moacompress.rules.selection import EvictionSchedule
 from moacompress.rules.windows import BLOCK, RUNS, whole_blocks
 from moacompress.runtime.cache.block_runs import BEGIN, END, kept_runs, run_sizes
-from moacompress.runtime.cache.equal_rows import find_equal_rows
 from moacompress.runtime.cache.layer_blocks import LayerBlocks
+from moacompress.runtime.cache.pool import Ids
 from moacompress.runtime.cache.real_tokens import Chunk
 from moacompress.runtime.cache.selected_tokens import (
     make_places,
@@ -51,7 +52,7 @@ def commit(
     """
     tables = [table.ids for table in held.tables]
     given = (key, value) if scores is None else (key, value, scores)
-    equals = find_equal_rows(held.lengths, tables, given, chunk)
+    equals = _equal_rows(held.lengths, tables, given, chunk)
     if equals is None:
         _commit(held, key, value, chunk, scores, schedule, lag, to_come)
         return
@@ -61,6 +62,43 @@ def commit(
     few = None if schedule is None else schedule.of_rows(unique)
     _commit(held, key, value, chunk.of_rows(unique), rest[0] if rest else None, few, lag, to_come)
     held.select(inverse)
+
+
+def _equal_rows(lengths: Ints, tables: Sequence[Ids], given: Sequence[torch.Tensor], chunk: Chunk) -> Ints | None:
+    """Finds rows that are the same, to the bit, before and in a chunk: the repeated ones of beams and return sequences.
+
+    That their tokens are the same would not be enough (adapters of single rows), so keys and values are compared.
+
+    `lengths`: real tokens of every row before the chunk, `[rows]`. `tables`: the block tables, each
+    `[rows, heads, logical blocks]`. `given`: of the chunk, keys, values and what else counts, `[rows, heads, tokens, ...]`;
+    keys are looked at first.
+
+    Returns:
+        The first row that is the same as each, `[rows]`; None where all differ.
+    """
+    rows = len(lengths)
+    if rows < 2 or chunk.columns < 2:
+        return None
+
+    def same(row: int, other: int) -> bool:
+        return (
+            bool(lengths[row] == lengths[other])
+            and all(np.array_equal(ids[row], ids[other]) for ids in tables)
+            and (chunk.real is None or np.array_equal(chunk.real[row], chunk.real[other]))
+            and all(torch.equal(tensor[row], tensor[other]) for tensor in given)
+        )
+
+    last = given[0][:, :, -1].detach().contiguous().view(torch.uint8).cpu().numpy().reshape(rows, -1)
+    equals = np.arange(rows)
+    groups = np.unique(last, axis=0, return_inverse=True)[1].reshape(-1)
+    order = np.argsort(groups, kind="stable")
+    for members in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
+        for at, row in enumerate(members):
+            for other in members[:at]:
+                if equals[other] == other and same(row, other):
+                    equals[row] = other
+                    break
+    return equals if bool((equals != np.arange(rows)).any()) else None
 
 
 def _commit(
@@ -184,13 +222,7 @@ def write_shared_values(
 ) -> None:
     """Copies the values of a layer that shares the keys beside those of the same chunk, which is taken in already.
 
-    Args:
-        held: the blocks of the layer whose keys they are.
-        value: `[rows, heads, tokens, value_dim]`.
-        before: tokens of the rows before the chunk, `[rows]`.
-        chunk: which of its tokens are real.
-        head_map: see `LayerBlocks.view_shared_values`.
-        value_sets: likewise.
+    `value`: `[rows, heads, tokens, value_dim]`. `before`: tokens of the rows before the chunk, `[rows]`.
     """
     slots, _, heads, _, sources = _placed(held, before, chunk, head_map)
     held.pool.write_shared_values(slots, head_map[heads], value_sets[heads], value.detach(), sources)

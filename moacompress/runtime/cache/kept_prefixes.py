@@ -57,9 +57,8 @@ class KeptPrefixes:
     def longest(self, tokens: Ints, weights: Hashable) -> tuple[PlanCache | None, int]:
         """Looks for the longest kept prefix of a prompt, at least one token shorter than it.
 
-        Args:
-            tokens: of the prompt, int64 `[tokens]`.
-            weights: tells the weights that will continue it from others; what others computed is given up.
+        `tokens`: of the prompt, int64 `[tokens]`. `weights`: tells the weights that will continue it from others; what others
+        computed is given up.
 
         Returns:
             A copy of its cache, or None; and how many tokens the prompt and some kept prefix begin with alike, at most one less
@@ -77,10 +76,7 @@ class KeptPrefixes:
     def keep(self, tokens: Ints, cache: PlanCache, weights: Hashable) -> None:
         """Keeps a copy of a cache, unless it takes more than the limit alone.
 
-        Args:
-            tokens: that it is of, int64 `[tokens]`.
-            cache: one row, without padding, between two forwards.
-            weights: as `longest`.
+        `tokens`: that it is of, int64 `[tokens]`. `cache`: one row, without padding, between two forwards.
 
         Raises:
             UnsupportedError: the cache is of another number of tokens, or a forward is running.

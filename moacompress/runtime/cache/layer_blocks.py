@@ -8,17 +8,20 @@ tokens of a row are those that its mask calls real: padding is never written and
 from __future__ import annotations
 
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
-from moacompress.core.arrays import Ints
+from moacompress.core.arrays import Ints, ragged_ranges
 from moacompress.kernels.arguments import AllocationShortfall, CacheState, CacheView
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
 from moacompress.runtime.cache.block_runs import no_runs
 from moacompress.runtime.cache.pool import Ids, Layout, Pool, SharedFormats, Table
+
+Packed: TypeAlias = tuple[Pool, list[Ids], Ints, Ints]
+"""A pool with just the blocks in use, the tables, the lengths and the runs."""
 
 
 class Past(NamedTuple):
@@ -71,12 +74,7 @@ class LayerBlocks:
     ) -> LayerBlocks:
         """Returns no blocks yet, for chunks like these: `[rows, kv_heads, tokens, dim]` each.
 
-        Args:
-            rules: of the KV heads, in numpy.
-            key: keys of a chunk.
-            value: values of a chunk.
-            shared_values: formats of the values beside each KV head's own.
-            pool: where the blocks will lie; by default in one of their own.
+        `pool`: where the blocks will lie; by default in one of their own.
         """
         rows, heads = key.shape[0], len(rules)
         lengths = np.zeros(rows, np.int64)
@@ -140,9 +138,8 @@ class LayerBlocks:
 
         Where its KV heads need other value sets, the segments come once more for each, and block ids count on through them.
 
-        Args:
-            head_map: the KV head whose blocks each of its heads reads, `[heads]`.
-            value_sets: which values beside the blocks' own those of each head are, `[heads]`.
+        `head_map`: the KV head whose blocks each of its heads reads, `[heads]`. `value_sets`: which values beside the blocks'
+        own those of each head are, `[heads]`.
         """
         with self.pool.lock:
             used, number = np.unique(value_sets, return_inverse=True)
@@ -183,12 +180,56 @@ class LayerBlocks:
         self.move_to(self.lengths[rows])
         self.runs = self.runs.take(rows, axis=2)
 
+    def fork(self) -> LayerBlocks:
+        """Returns the same content; blocks are shared until one of the two writes to them."""
+        tables = [Table.of(table.ids) for table in self.tables]
+        past = [Past(each.lengths.copy(), Table.of(each.selected.ids)) for each in self.past]
+        with self.pool.lock:
+            for table in (*tables, *(each.selected for each in past)):
+                self.pool.retain(table.ids)
+        other = LayerBlocks(self.rules, self.pool, tables[0], self.lengths.copy(), self.runs.copy(), *tables[1:])
+        other.past += past
+        return other
+
+    def pack(self) -> Packed:
+        """Returns the content with memory of its own, to be pickled: what reads it could never free blocks of forks."""
+        with self.pool.lock:
+            pool, ids = self.pool.only(self.named)
+            sizes = np.cumsum([table.ids.size for table in self.tables])[:-1]
+            parts = zip(np.split(ids, sizes), self.tables, strict=True)
+            return pool, [part.reshape(table.ids.shape) for part, table in parts], self.lengths, self.runs
+
+    @staticmethod
+    def unpack(rules: RuleTable, packed: Any) -> LayerBlocks:
+        """Returns what `pack` was given."""
+        pool, tables, lengths, runs = packed
+        # arrays that were read from buffers of the caller's are not ours to write to
+        first, *selected = map(Table.of, tables)
+        return LayerBlocks(rules, pool, first, lengths.copy(), runs.copy(), *selected)
+
+    def join(self, other: LayerBlocks) -> LayerBlocks:
+        """Returns the rows of this and of another in the same pool, whose blocks are then theirs no more; nothing is moved."""
+        with self.pool.lock:
+            for each in (self, other):
+                each.give_back.detach()  # the blocks change hands
+            tables = [_below(one.ids, another.ids) for one, another in zip(self.tables, other.tables, strict=True)]
+            lengths = np.concatenate([self.lengths, other.lengths])
+            runs = np.concatenate([self.runs, other.runs], axis=2)
+            return LayerBlocks(self.rules, self.pool, tables[0], lengths, runs, *tables[1:])
+
+    def roll_back(self, lengths: Ints) -> None:
+        """Forgets the tokens of rows beyond earlier lengths, `[rows]`, which are known to be there still."""
+        end = -(-lengths[:, None] // BLOCK)
+        with self.pool.lock:
+            for low, high in self.runs:
+                self.drop(*ragged_ranges(np.maximum(low, end), high))
+        self.runs = np.minimum(self.runs, end)
+        self.move_to(lengths)
+
     def drop(self, owner: Ints, number: Ints) -> None:
         """Gives back blocks; the pool's lock is held.
 
-        Args:
-            owner: row * heads + head of each.
-            number: its logical number.
+        `owner`: row * heads + head of each. `number`: its logical number.
         """
         if not len(owner):
             return
@@ -201,3 +242,10 @@ def _give_back(pool: Pool, tables: tuple[Table, ...], past: list[Past]) -> None:
     with pool.lock:
         for table in (*tables, *(each.selected for each in past)):
             pool.release(table.ids)
+
+
+def _below(ids: Ids, more: Ids) -> Table:
+    """Returns a table of the ids of both, `[rows, heads, logical blocks]`, as wide as the wider one."""
+    width = max(ids.shape[2], more.shape[2])
+    padded = [np.pad(each, ((0, 0), (0, 0), (0, width - each.shape[2])), constant_values=-1) for each in (ids, more)]
+    return Table.of(np.concatenate(padded))

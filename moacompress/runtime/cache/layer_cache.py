@@ -17,16 +17,13 @@ from moacompress.kernels.arguments import AllocationShortfall, CacheState, Cache
 from moacompress.kernels.backend import Backend
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.selection import EvictionSchedule
-from moacompress.runtime.cache.block_runs import LAG
+from moacompress.runtime.cache.block_runs import BEGIN, END, LAG
 from moacompress.runtime.cache.commit import commit
-from moacompress.runtime.cache.fork import fork, pack, unpack
-from moacompress.runtime.cache.join import join
 from moacompress.runtime.cache.layer_blocks import LayerBlocks
 from moacompress.runtime.cache.pool import Pool, SharedFormats, reserved
 from moacompress.runtime.cache.real_tokens import Chunk
 from moacompress.runtime.cache.ring import Ring, ring_for
-from moacompress.runtime.cache.roll_back import check_roll_back, roll_back
-from moacompress.runtime.cache.selected_tokens import go_back, remember
+from moacompress.runtime.cache.selected_tokens import can_go_back, go_back, remember
 
 RING_RETRY_TOKENS = 64
 """Tokens that go by before rings are looked for again where there were none to be had: as beams are, for many steps."""
@@ -86,9 +83,7 @@ class CacheLayer(CacheLayerMixin):
     def roll_back(self, counts: Ints, columns: int) -> None:
         """Forgets the last real tokens of every row.
 
-        Args:
-            counts: how many, `[rows]`.
-            columns: tokens fed that they were, padding included.
+        `counts`: how many, `[rows]`. `columns`: tokens fed that they were, padding included.
 
         Raises:
             UnsupportedError: what the earlier length needs is gone.
@@ -142,10 +137,7 @@ class PlanCacheLayer(CacheLayer):
     Where other layers share its keys, their values lie beside its own in its blocks. They attend after it in a forward, so it
     keeps what they need of the cache before the chunk until the last of them has taken in its values.
 
-    Args:
-        rules: of the KV heads, in numpy.
-        reserve: tokens of a row that there may be in the end, or None; see `pool.reserved`.
-        shared_values: formats of the values beside each KV head's own.
+    `reserve`: tokens of a row that there may be in the end, or None.
 
     Single tokens may go into rings of its blocks (`ring`), where the device counts them: what is held is known again once
     the ring is left.
@@ -224,11 +216,7 @@ class PlanCacheLayer(CacheLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes note of a chunk; the attention that follows commits it.
 
-        Args:
-            key_states: `[batch, kv_heads, tokens, head_dim]`.
-            value_states: `[batch, kv_heads, tokens, value_dim]`.
-            *args: ignored.
-            **kwargs: ignored.
+        `key_states`: `[batch, kv_heads, tokens, head_dim]`. `value_states`: `[batch, kv_heads, tokens, value_dim]`.
         """
         if self._held is None:
             self.lazy_initialization(key_states, value_states)
@@ -282,9 +270,7 @@ class PlanCacheLayer(CacheLayer):
 
         It knows of no values beside a block's own.
 
-        Args:
-            like: a tensor.
-            scored: whether the call is given scores of the tokens, without which it knows of no gates.
+        `scored`: whether the call is given scores of the tokens, without which it knows of no gates.
         """
         return not self.shared_values and self.can_step_in_ring(like, scored=scored)
 
@@ -309,9 +295,6 @@ class PlanCacheLayer(CacheLayer):
 
     def stepped(self, call: StepCall) -> torch.Tensor:
         """Makes a call that takes in one more token of every row, all real, and gives it room where it lacks some.
-
-        Args:
-            call: is given the state; see `can_step`.
 
         Returns:
             What the call returns.
@@ -350,13 +333,9 @@ class PlanCacheLayer(CacheLayer):
     ) -> torch.Tensor | None:
         """Takes in the chunk of the running forward, one token of every row, and attends to it on the device.
 
-        Args:
-            query: `[rows, heads, 1, head_dim]`.
-            scores: how scores are made.
-            gate_scores: of the tokens, int16 `[rows, kv_heads]`; None where no rule selects.
-            backend: that can; see `can_step_in_ring`.
-            real: which of the tokens are, bool `[rows]`; None where all are. A padded query sees what its row's last real token
-                sees.
+        `query`: `[rows, heads, 1, head_dim]`. `gate_scores`: of the tokens, int16 `[rows, kv_heads]`; None where no rule
+        selects. `backend`: that can; see `can_step_in_ring`. `real`: which of the tokens are, bool `[rows]`; None where all
+        are. A padded query sees what its row's last real token sees.
 
         Returns:
             `[rows, 1, heads, value_dim]`; None, and nothing is done, where a row has no real token, or where rows are
@@ -406,10 +385,8 @@ class PlanCacheLayer(CacheLayer):
     ) -> None:
         """Takes in the chunk of the running forward, and frees every block that no later query sees.
 
-        Args:
-            chunk: which of its tokens are real.
-            scores: of its tokens, int16 `[rows, kv_heads, columns]`, where rules select.
-            schedule: what becomes of the selected tokens in it, where that is known already.
+        `scores`: of its tokens, int16 `[rows, kv_heads, columns]`, where rules select. `schedule`: what becomes of the selected
+        tokens in it, where that is known already.
         """
         assert self._pending is not None
         there = self.columns + chunk.columns
@@ -421,7 +398,7 @@ class PlanCacheLayer(CacheLayer):
         if self.shared_values:
             # of a single token nothing that it evicts is seen
             past = chunk.columns > 1 and held.lengths.any()
-            self._before = fork(held) if past else None
+            self._before = held.fork() if past else None
             self.lengths_before = held.lengths
         commit(held, *self._pending, chunk, scores=scores, schedule=schedule, lag=self.lag, to_come=to_come)
         self.columns += chunk.columns
@@ -467,14 +444,27 @@ class PlanCacheLayer(CacheLayer):
         Raises:
             UnsupportedError: what the earlier length needs is gone.
         """
-        check_roll_back(self.blocks_held(), counts, recording=self.record_past)
+        held = self.blocks_held()
+        lengths = held.lengths - counts
+        needed, runs = held.rules.block_runs(lengths), held.runs
+        gone = needed[-1, BEGIN] < runs[-1, BEGIN]
+        for number in range(len(needed) - 1):
+            begin, end = needed[number]
+            # needed blocks between those held and the run after them
+            apart = np.minimum(end, runs[number + 1, BEGIN]) > np.maximum(begin, runs[number, END])
+            gone |= (end > begin) & ((begin < runs[number, BEGIN]) | apart)
+        unknown = held.selected is not None and bool(counts.any()) and not can_go_back(held, lengths)
+        if bool((lengths < 0).any() or gone.any() or unknown):
+            kept = (
+                f"the last {LAG} tokens can be rolled back" if self.record_past else "nothing was kept to roll back to"
+            )
+            raise UnsupportedError(
+                f"a compressed cache cannot be rolled back by {int(counts.max())} tokens: evicted keys are gone and {kept}; "
+                "draft fewer tokens at a time, or fork() the cache before what is to be undone"
+            )
 
     def roll_back(self, counts: Ints, columns: int) -> None:
-        """Forgets the last real tokens of every row.
-
-        Args:
-            counts: how many, `[rows]`.
-            columns: tokens fed that they were, padding included.
+        """Forgets the last real tokens of every row, `counts` `[rows]`, that were `columns` with padding.
 
         Raises:
             UnsupportedError: see `check_roll_back`.
@@ -483,16 +473,16 @@ class PlanCacheLayer(CacheLayer):
         held = self.blocks_held()
         if held.selected is not None and counts.any():
             go_back(held, held.lengths - counts)
-        roll_back(held, counts)
+        held.roll_back(held.lengths - counts)
         self.columns -= columns
 
     def fork(self) -> PlanCacheLayer:
         """Returns a layer with the same content; blocks are shared until one of the two writes to them."""
-        return self._with(None if self.held is None else fork(self.held))
+        return self._with(None if self.held is None else self.held.fork())
 
     def compact(self) -> PlanCacheLayer:
         """Returns a layer with the same content and memory of its own, just the blocks in use."""
-        return self._with(None if self.held is None else unpack(self.rules, pack(self.held)))
+        return self._with(None if self.held is None else LayerBlocks.unpack(self.rules, self.held.pack()))
 
     def _with(self, held: LayerBlocks | None) -> PlanCacheLayer:
         if self._pending is not None:
@@ -516,14 +506,9 @@ class PlanCacheLayer(CacheLayer):
         return there and not self.record_past and not other.record_past
 
     def join(self, other: CacheLayer, columns: int) -> None:
-        """Takes the rows of another layer behind its own; see `can_join`.
-
-        Args:
-            other: is to be reset.
-            columns: tokens fed so far, padding included, from now on.
-        """
+        """Takes the rows of another layer behind its own; see `can_join`."""
         assert isinstance(other, PlanCacheLayer)
-        self._use(join(self.blocks_held(), other.blocks_held()), columns)
+        self._use(self.blocks_held().join(other.blocks_held()), columns)
 
     def _use(self, held: LayerBlocks, columns: int) -> None:
         self.held, self.columns, self.is_initialized = held, columns, True
@@ -531,10 +516,10 @@ class PlanCacheLayer(CacheLayer):
     def __reduce__(self) -> tuple[Any, ...]:
         if self._pending is not None or self.stepping:
             raise UnsupportedError("a cache cannot be pickled in the middle of a forward")
-        packed = None if self.held is None else pack(self.held)
+        packed = None if self.held is None else self.held.pack()
         return type(self), (self.rules, self.reserve, self.shared_values), (self.record_past, self.columns, packed)
 
     def __setstate__(self, state: tuple[bool, int, Any]) -> None:
         self.record_past, columns, packed = state
         if packed is not None:
-            self._use(unpack(self.rules, packed), columns)
+            self._use(LayerBlocks.unpack(self.rules, packed), columns)

@@ -18,7 +18,6 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.share import reuse_layers_of, served, value_sets_of
 from moacompress.runtime import autocast
-from moacompress.runtime.cache.join import left_padded
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.reuse_layer import ReuseCacheLayer
 
@@ -109,21 +108,14 @@ class PlanCache(Cache):
         return self._positions[1]
 
     def expect(self, real: Bools | None, last_position: Ints | None, tokens: int) -> None:
-        """Takes note of what a forward that begins will have added to the cache when it ends.
-
-        Args:
-            real: as the attribute.
-            last_position: as the property.
-            tokens: fed to every row.
-        """
+        """Takes note of what a forward that begins will have added to the cache when it ends."""
         self.real = real
         self._positions = None if last_position is None else (self.get_seq_length() + tokens, last_position)
 
     def trust_positions(self, positions: torch.Tensor) -> None:
         """Has forwards that are given this very tensor of position ids take them as they are: the host does not read them.
 
-        Args:
-            positions: int64 `[rows, 1]`; counts on by itself in every step.
+        `positions`: int64 `[rows, 1]`; counts on by itself in every step.
         """
         self._trusted = positions
 
@@ -137,11 +129,7 @@ class PlanCache(Cache):
         return any(layer.is_full for layer in self.layers if isinstance(layer, PlanCacheLayer))
 
     def count_steps(self, steps: int) -> None:
-        """Takes note of steps of one real token a row that the device has made by itself, into rings, since the last one.
-
-        Args:
-            steps: how many.
-        """
+        """Takes note of steps of one real token a row that the device has made by itself, into rings, since the last one."""
         if self.real is not None:
             more = np.ones((len(self.real), steps), np.bool_)
             self.real = np.concatenate([self.real[:, : self.get_seq_length()], more], axis=1)
@@ -194,13 +182,9 @@ class PlanCache(Cache):
 
     def beside(self) -> PlanCache:
         """Returns an empty cache that takes its blocks from the same memory, so that its rows can `join` this one."""
-        other = PlanCache.__new__(PlanCache)
-        other.__dict__.update(self.__dict__)
-        other.layers, other.sealed_layers = [layer.beside() for layer in self.layers], None
-        other.real = other._positions = other._trusted = None
-        other._link()
+        other = self._with([layer.beside() for layer in self.layers])
+        other.real = other._positions = None
         other.step_routes = Counter()
-        other._take_handle()
         return other
 
     def join(self, other: PlanCache) -> None:
@@ -220,7 +204,10 @@ class PlanCache(Cache):
                 "rows join a cache from one that was made by its `beside`, in whose memory they lie, and that took in their "
                 "prompts"
             )
-        real = left_padded(self.seen(self.batch_size), other.seen(other.batch_size))
+        seen = [one.seen(one.batch_size) for one in (self, other)]
+        columns = max(each.shape[1] for each in seen)
+        real = np.concatenate([np.pad(each, ((0, 0), (columns - each.shape[1], 0))) for each in seen])
+        real = real[:, int(np.argmax(real.any(axis=0))) :]
         rows = [
             np.full(one.batch_size, -1) if one.last_position is None else one.last_position for one in (self, other)
         ]

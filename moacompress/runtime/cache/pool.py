@@ -36,19 +36,13 @@ LEAST_GROWTH = 4
 def reserved(reserve: int | None, there: int) -> int:
     """Returns for how many tokens of a row memory is taken at once.
 
-    Args:
-        reserve: tokens that there may be in the end, or None.
-        there: tokens that there are.
+    `reserve`: tokens that there may be in the end, or None.
     """
     return min(reserve or 0, there + AT_ONCE)
 
 
 class Table:
     """The block table of a layer.
-
-    Args:
-        rows: of the batch.
-        heads: KV heads.
 
     Attributes:
         ids: `[rows, heads, logical blocks]`; -1 where there is no block.
@@ -74,10 +68,8 @@ class Table:
     def slots(self, rows: Any, heads: Any, numbers: Ints) -> Ints:
         """Returns where tokens are, block id * 16 + place in the block, int64 `[tokens]`.
 
-        Args:
-            rows: of the batch, `[tokens]` or one.
-            heads: KV heads, likewise.
-            numbers: of the tokens under the table, `[tokens]`: token j is in logical block j // 16.
+        `rows`: of the batch, `[tokens]` or one. `numbers`: of the tokens under the table, `[tokens]`: token j is in logical
+        block j // 16.
         """
         return np.asarray(self.ids[rows, heads, numbers // BLOCK].astype(np.int64) * BLOCK + numbers % BLOCK)
 
@@ -145,10 +137,6 @@ class Pool:
 
     A segment holds blocks of one pair of formats, and block ids count through the segments. Caches that were forked from each
     other share a pool; the lock makes taking and giving back blocks safe where they run in threads.
-
-    Args:
-        layout: what its blocks are made of.
-        device: where.
 
     Attributes:
         keys: segments of keys; see `kv_parts`.
@@ -261,8 +249,7 @@ class Pool:
     def only(self, ids: Ids) -> tuple[Pool, Ids]:
         """Returns a pool with copies of some blocks and no others, each counted as often as it is named, and their ids in it.
 
-        Args:
-            ids: block ids of any shape; those below 0 are no blocks, and stay so.
+        `ids`: block ids of any shape; those below 0 are no blocks, and stay so.
         """
         pool, renumbered = Pool(self.layout, self.device), ids.copy()
         named, counts = np.unique(ids[ids >= 0], return_counts=True)
@@ -316,10 +303,7 @@ class Pool:
     def move(self, slots: Ints, to: Ints, heads: Ints) -> None:
         """Copies tokens, with their scores, to places in blocks of their own kind; the kinds keep scores.
 
-        Args:
-            slots: where they are, block id * 16 + place in the block, `[tokens]`.
-            to: where they go to.
-            heads: KV head of each.
+        `slots`: where they are, block id * 16 + place in the block, `[tokens]`. `to`: where they go to.
         """
         of, source, target = map(torch.from_numpy, (heads, slots, to))
         kv_parts = [self.layout.kinds[kind] for kind in self.layout.of_head.tolist()]
@@ -344,12 +328,8 @@ class Pool:
     ) -> None:
         """Writes values of a layer that shares the keys.
 
-        Args:
-            slots: block id * 16 + place in the block, `[tokens]`.
-            heads: KV head whose block each is in, `[tokens]`.
-            value_sets: which of those beside a block's own each is, `[tokens]`.
-            value: `[rows, heads of that layer, columns, value_dim]`.
-            sources: which of its tokens each is; see `write`.
+        `slots`: block id * 16 + place in the block, `[tokens]`. `heads`: KV head whose block each is in, `[tokens]`. `value`:
+        `[rows, heads of that layer, columns, value_dim]`. `sources`: which of its tokens each is, as for `write`.
         """
         for value_set, of_set in _groups(value_sets):
             segments = self.shared_values_of(value_set)

@@ -53,9 +53,7 @@ class Chunk:
     def columns_of(self, rows: Any, numbers: Ints) -> Ints:
         """Returns the columns of real tokens.
 
-        Args:
-            rows: of the batch, `[tokens]` or one.
-            numbers: of the tokens among the real ones of their row, `[tokens]`.
+        `rows`: of the batch, `[tokens]` or one. `numbers`: of the tokens among the real ones of their row, `[tokens]`.
         """
         return numbers if self.real is None else np.asarray(self.order[rows, numbers])
 

@@ -24,10 +24,8 @@ class ReuseCacheLayer(CacheLayer):
 
     What selects, forks and forgets rows is done by the anchor alone.
 
-    Args:
-        share: what the layer takes from its anchor.
-        value_sets: which of the values beside the anchor's own are those of each KV head, `[kv_heads]`.
-        last: whether no later layer uses the same anchor.
+    `value_sets`: which of the values beside the anchor's own are those of each KV head, `[kv_heads]`. `last`: whether no later
+    layer uses the same anchor.
     """
 
     tensors: tuple[torch.Tensor, ...] = ()
@@ -84,7 +82,7 @@ class ReuseCacheLayer(CacheLayer):
         held = self.anchor.before() if self._is_behind else self.anchor.blocks_held()
         return held.view_shared_values(*self._heads)
 
-    def can_step(self, like: torch.Tensor) -> bool:
+    def can_step(self, like: torch.Tensor, *, scored: bool = False) -> bool:
         """No compiled call puts values beside others."""
         return False
 
@@ -95,9 +93,6 @@ class ReuseCacheLayer(CacheLayer):
 
     def step_in_ring(self, scores: Scores) -> torch.Tensor:
         """Takes in the values of the token of the running forward, and attends to it as its anchor did; no key is read.
-
-        Args:
-            scores: how scores are made; see `BoundReuse.step`.
 
         Returns:
             `[rows, 1, heads, value_dim]`.
@@ -133,13 +128,7 @@ class ReuseCacheLayer(CacheLayer):
         return self.anchor.lock
 
     def commit(self, chunk: Chunk, scores: None = None, schedule: None = None) -> None:
-        """Takes in the values of the chunk of the running forward.
-
-        Args:
-            chunk: which of its tokens are real.
-            scores: layers that share attention have no gates.
-            schedule: likewise.
-        """
+        """Takes in the values of the chunk of the running forward; layers that share attention have no gates."""
         assert self._pending is not None
         write_shared_values(self.anchor.blocks_held(), self._pending, self.anchor.lengths_before, chunk, *self._heads)
         self.columns += chunk.columns

@@ -30,12 +30,7 @@ LONGEST_LOOK = 4096
 class Ring:
     """A layer's blocks in rings.
 
-    Args:
-        held: the layer's blocks; while the ring is used its tables name all blocks of the ring, in their places there.
-        until: tokens that a row may have.
-        lag: tokens that can be rolled back.
-        sizes: see `ring_sizes`.
-        backend: that makes the steps.
+    `held`: the layer's blocks; while the ring is used its tables name all blocks of the ring, in their places there.
 
     Attributes:
         taken: how many tokens were taken in, int64 `[rows]`.
@@ -110,9 +105,7 @@ class Ring:
     def reuse(self, head_map: Ints, value_sets: Ints) -> BoundReuse:
         """Returns the steps of a layer that shares the attention; after a first step.
 
-        Args:
-            head_map: KV head whose attention each of its KV heads has, int64 `[kv_heads]`.
-            value_sets: which of the values beside the blocks' own are those of each, likewise.
+        `head_map`: KV head whose attention each of its KV heads has, int64 `[kv_heads]`.
         """
         layout = self._held.pool.layout
         of_heads = zip(layout.of_head[head_map].tolist(), value_sets.tolist(), strict=True)
@@ -145,11 +138,6 @@ class Ring:
 
 def ring_sizes(held: LayerBlocks, until: int, lag: int) -> Ints | None:
     """Returns how many blocks the sinks take of each KV head, and how many the largest window up to some length takes.
-
-    Args:
-        held: the layer's blocks.
-        until: tokens that a row may have.
-        lag: tokens that can be rolled back.
 
     Returns:
         int64 `[2, kv_heads]`; None where blocks lie as they do in no ring.
@@ -195,11 +183,7 @@ def _written(held: LayerBlocks, until: int, sizes: Ints) -> Bools:
 def _own_what_is_written(held: LayerBlocks, until: int, sizes: Ints, copies: bool) -> bool:
     """Puts copies in place of blocks that other rows or caches have too, where steps up to a length will write.
 
-    Args:
-        held: the layer's blocks; the pool's lock is held.
-        until: the length.
-        sizes: see `ring_sizes`.
-        copies: whether to; otherwise nothing is done.
+    `held`: the layer's blocks; the pool's lock is held. `until`: the length. `copies`: whether to; otherwise nothing is done.
 
     Returns:
         Whether the blocks are its own now.
@@ -255,12 +239,8 @@ def _slots(number: Ints, heads: Ints, sizes: Ints) -> Ints:
 def ring_for(held: LayerBlocks, reserve: int | None, lag: int, backend: Backend, *, copies: bool = True) -> Ring | None:
     """Returns rings of a layer's blocks, for as many tokens as were reserved or a few more.
 
-    Args:
-        held: the layer's blocks.
-        reserve: tokens of a row that there may be in the end, or None.
-        lag: tokens that can be rolled back.
-        backend: that makes the steps.
-        copies: whether blocks that are shared, and would be written over, are copied once.
+    `reserve`: tokens of a row that there may be in the end, or None. `copies`: whether blocks that are shared, and would be
+    written over, are copied once.
 
     Returns:
         None where such blocks are not to be copied, or blocks lie as they do in no ring.

@@ -33,13 +33,9 @@ def schedule_of_chunk(
 
     Their scores come to the host in one copy.
 
-    Args:
-        rules: of the KV heads, in numpy.
-        before: real tokens of every row before the chunk, `[rows]`.
-        scores: of the chunk's tokens, int16 `[rows, heads, columns]`.
-        chunk: which of them are real.
-        held: the layer's blocks, without the chunk; None where there is no cache.
-        since: tokens of the rows when what is selected in `held` was selected, `[rows]`; `before` by default.
+    `before`: real tokens of every row before the chunk, `[rows]`. `scores`: of the chunk's tokens, int16
+    `[rows, heads, columns]`. `held`: the layer's blocks, without the chunk; None where there is no cache. `since`: tokens of
+    the rows when what is selected in `held` was selected, `[rows]`; `before` by default.
     """
     first, after = (
         rules.tokens_left(n) for n in (before if since is None else since, before + chunk.counts(len(before)))
@@ -122,10 +118,7 @@ def go_back(held: LayerBlocks, lengths: Ints) -> None:
 def transient_tokens(schedule: EvictionSchedule, before: Ints, held: LayerBlocks | None) -> TransientTokens:
     """Returns the selected tokens that queries of a chunk attend to, those selected before it included.
 
-    Args:
-        schedule: of the chunk.
-        before: tokens of the rows before it, `[rows]`.
-        held: the layer's blocks, without the chunk; None where there is no cache.
+    `before`: tokens of the rows before it, `[rows]`.
     """
     tokens = schedule.ever_selected
     numbers = tokens.positions - before[tokens.rows_and_heads[0]]
@@ -158,10 +151,7 @@ def make_places(held: LayerBlocks, admitted: EvictionSchedule) -> None:
 def move_cached(held: LayerBlocks, admitted: EvictionSchedule, before: Ints) -> None:
     """Copies tokens that are admitted from windows, whose blocks are there still, to their places.
 
-    Args:
-        held: the layer's blocks.
-        admitted: the tokens, some of them of the chunk.
-        before: real tokens of every row before the chunk, `[rows]`.
+    `before`: real tokens of every row before the chunk, `[rows]`.
     """
     assert held.selected is not None
     cached = admitted.only(admitted.positions < before[admitted.rows_and_heads[0]])
@@ -182,14 +172,8 @@ def write_new(
 ) -> None:
     """Writes tokens that are admitted from the chunk itself to their places.
 
-    Args:
-        held: the layer's blocks.
-        admitted: the tokens, some of them cached before.
-        key: `[rows, kv_heads, columns, head_dim]`.
-        value: `[rows, kv_heads, columns, value_dim]`.
-        scores: `[rows, kv_heads, columns]`.
-        before: real tokens of every row before the chunk, `[rows]`.
-        chunk: which of its tokens are real.
+    `key`: `[rows, kv_heads, columns, head_dim]`. `value`: `[rows, kv_heads, columns, value_dim]`. `scores`:
+    `[rows, kv_heads, columns]`. `before`: real tokens of every row before the chunk, `[rows]`.
     """
     assert held.selected is not None
     new = admitted.only(admitted.positions >= before[admitted.rows_and_heads[0]])

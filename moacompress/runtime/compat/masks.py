@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from moacompress.core.errors import UnsupportedError
-from moacompress.runtime.compat.mask_functions import CAUSAL_MASK, image_blocks, is_stock_mask
-from moacompress.runtime.compat.private_names import resolve
+from moacompress.runtime.compat import private_names
 
-_CAUSAL = resolve(CAUSAL_MASK)
+_CAUSAL = private_names.resolve(private_names.CAUSAL_MASK)
+_SLIDING = private_names.SLIDING_OVERLAY.rpartition(".")[2]
+_BLOCKS = private_names.BLOCKS_OVERLAY.rpartition(".")[2]
 
 
 def plan_mask(
@@ -48,3 +49,37 @@ def plan_mask(
     if attention_mask is None or q_length is None:
         return None
     return attention_mask[:, attention_mask.shape[1] - q_length :].bool()
+
+
+def is_stock_mask(function: Callable[..., Any], local_size: int | None) -> bool:
+    """Returns whether a mask function is transformers' causal one, or that with a sliding window of `local_size` tokens."""
+    if function is _CAUSAL:
+        return True
+    # transformers composes a sliding mask as and_masks(window overlay, causal): a closure over just these two
+    parts = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    functions = parts[0] if len(parts) == 1 and isinstance(parts[0], tuple) else ()
+    name = getattr(functions[0], "__qualname__", "") if functions else ""
+    return local_size is not None and len(functions) == 2 and name.startswith(_SLIDING) and functions[1] is _CAUSAL
+
+
+def image_blocks(function: Callable[..., Any]) -> list[Any] | None:
+    """Returns, of a mask in which the tokens of an image see each other both ways, the block of each token, -1 for text.
+
+    None for any other mask: beside such blocks there are only the causal mask and a sliding window.
+    """
+    found = []
+    for part in _mask_parts(function):
+        name = getattr(part, "__qualname__", "")
+        if name.startswith(_BLOCKS):
+            found += [cell.cell_contents for cell in part.__closure__ or ()]
+        elif part is not _CAUSAL and not name.startswith(_SLIDING):
+            return None
+    return found or None
+
+
+def _mask_parts(function: Callable[..., Any]) -> list[Callable[..., Any]]:
+    """Returns the mask functions that one is composed of: transformers' compositions close over a tuple of them."""
+    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    if len(held) == 1 and isinstance(held[0], tuple):
+        return [part for composed in held[0] for part in _mask_parts(composed)]
+    return [function]

@@ -1,22 +1,27 @@
-"""Every private name of transformers and torch that moacompress leans on, each with what it is for and a check.
+"""Every private name of transformers and torch that moacompress leans on, each with what it is for.
 
 Private here is also what is public and undocumented: what may move in any release, and nobody is told. All of it stands in this
-one list, whichever package uses it, so `check` can say which of them another version has taken away or given another form.
+one list, whichever package uses it, so `check` says by name what another version has taken away.
 
-Objects come from `take`, names of methods and attributes are constants here; an attribute of an object at hand, such as a
+Objects come from `resolve`, names of methods and attributes are constants here; an attribute of an object at hand, such as a
 module's `_parameters`, is written where it is used. This module can be imported whatever is missing.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import inspect
+import logging
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 from moacompress.core.errors import UnsupportedError, one_line
-from moacompress.runtime.compat import checks, mask_functions, versions
+from moacompress.runtime.compat import versions
 from moacompress.runtime.compat.alternates import CACHE, CHOOSE_ATTENTION
-from moacompress.runtime.compat.mask_functions import BLOCKS_OVERLAY, CAUSAL_MASK, SLIDING_OVERLAY
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("transformers", "torch")
 IMPLEMENTATION = "_attn_implementation_internal"
@@ -31,6 +36,9 @@ COMPILED_CALL = "_compiled_call_impl"
 """What a module has in its own dictionary after `module.compile()`."""
 QUANTIZERS = "transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING"
 QUANTIZATION_CONFIGS = "transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING"
+CAUSAL_MASK = "transformers.masking_utils.causal_mask_function"
+SLIDING_OVERLAY = "transformers.masking_utils.sliding_window_overlay"
+BLOCKS_OVERLAY = "transformers.masking_utils.blockwise_overlay"
 ACTIVE_COLLECTOR = "transformers.utils.output_capturing._active_collector"
 OUTPUT_CAPTURING = "transformers.utils.output_capturing.install_output_capuring_hook"
 ACTIVATIONS = "transformers.activations.ACT2FN"
@@ -46,6 +54,10 @@ PROJECTIONS, FEED_FORWARD = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_pr
 NORMS = ("input_layernorm", "post_attention_layernorm")
 ROTARY = ("apply_rotary_pos_emb", "rotate_half")
 """Functions beside a family's classes that turn its queries and keys."""
+ON_NEW_OBJECTS = (IMPLEMENTATION, "is_assistant", "_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks")
+"""Attributes that every object has, and its class does not."""
+ON_OBJECTS = ("all_tied_weights_keys", "_is_user_defined")
+"""Attributes that objects in use alone have, so that they cannot be looked for."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +67,37 @@ class PrivateName:
     Attributes:
         name: as a dotted path.
         use: what it is for.
-        check: says whether it still is what is leaned on; by default, whether it is there.
+        needs: parameters of the function, or members of the class or dictionary, that are leaned on too.
     """
 
     name: str
     use: str
-    check: checks.Check = checks.is_there
+    needs: tuple[str, ...] = ()
+
+    @staticmethod
+    def parse(text: str, use: str) -> PrivateName:
+        """Returns the name of "path" or "path(need, need)"."""
+        name, _, needs = text.removesuffix(")").partition("(")
+        return PrivateName(name, use, tuple(needs.split(", ")) if needs else ())
 
     def problem(self) -> str | None:
         """Returns what is wrong with it in the versions that are installed, or None."""
         owner, _, attribute = self.name.rpartition(".")
+        if attribute in ON_OBJECTS:
+            return None
         try:
-            return self.check(checks.find(owner), attribute)
-        except (AttributeError, ImportError) as error:
+            holder = find(owner)
+            found = getattr(holder() if attribute in ON_NEW_OBJECTS else holder, attribute)
+        except (AttributeError, ImportError, TypeError) as error:
             return f"is missing ({one_line(error)})"
-        except Exception as error:  # what has another form fails in whatever way
-            return f"has another form ({type(error).__name__}: {one_line(error)})"
+        if isinstance(found, dict):
+            members: Any = found
+        else:
+            members = (
+                dir(found) if inspect.isclass(found) else inspect.signature(found).parameters if self.needs else ()
+            )
+        lost = [name for name in self.needs if name not in members]
+        return f"has no {', '.join(lost)}" if lost else None
 
 
 @dataclass(frozen=True)
@@ -91,8 +118,26 @@ class Broken:
         return f"{self.name} {self.problem}; it is for {self.use}"
 
 
+def find(name: str) -> Any:
+    """Returns what a dotted path names; modules on the way are imported."""
+    first, *rest = name.split(".")
+    found, path = importlib.import_module(first), first
+    for part in rest:
+        path = f"{path}.{part}"
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            if not inspect.ismodule(found):
+                raise
+            try:
+                found = importlib.import_module(path)
+            except ModuleNotFoundError as error:
+                raise AttributeError(f"{found.__name__} has no {part}") from error
+    return found
+
+
 def check() -> list[Broken]:
-    """Returns the names that the installed versions lack, or have in another form; none where all is well."""
+    """Returns the names that the installed versions lack; none where all is well."""
     found = ((entry, entry.problem()) for entry in NAMES)
     return [Broken(entry.name, entry.use, problem) for entry, problem in found if problem is not None]
 
@@ -105,7 +150,7 @@ def resolve(name: str) -> Any:
     """
     entry = next(entry for entry in NAMES if entry.name == name)
     try:
-        return checks.find(name)
+        return find(name)
     except (AttributeError, ImportError) as error:
         broken = Broken(name, entry.use, f"is missing ({one_line(error)})")
         raise UnsupportedError(f"{broken}; {remedy()}") from error
@@ -133,246 +178,156 @@ def remedy() -> str:
     return f"{installed()} is here; install what moacompress is tested with: {tested}"
 
 
+@functools.cache
+def check_installed() -> None:
+    """Looks, once per process, whether the installed transformers can be run with; a tested one can.
+
+    Of any other one every private name is looked for, and where all are there a warning says that it is untested.
+
+    Raises:
+        UnsupportedError: some are missing.
+    """
+    here = versions.installed()
+    if versions.is_tested(here):
+        return
+    broken = check()
+    if broken:
+        more = f", and {len(broken) - 1} more (see `moacompress doctor`)" if len(broken) > 1 else ""
+        raise UnsupportedError(
+            f"moacompress does not run with transformers {here}, which it is not tested with: {broken[0]}{more}; {remedy()}"
+        )
+    logger.warning(
+        "transformers %s is installed and moacompress is tested with %s; all that it leans on is there, so it goes ahead: run "
+        "`moacompress doctor` for details, or pip install '%s'",
+        here,
+        versions.tested_range(),
+        versions.requirement(),
+    )
+
+
 _MODEL = "transformers.modeling_utils.PreTrainedModel"
 _CONFIG = "transformers.configuration_utils.PreTrainedConfig"
 _QUANTIZER = "transformers.quantizers.base.HfQuantizer"
 _QUANTIZATION = "transformers.utils.quantization_config.QuantizationConfigMixin"
 _GENERATION = "transformers.generation.utils.GenerationMixin"
-_CACHES = "transformers.cache_utils"
 _MODULE = "torch.nn.Module"
 
-_LOADING = (
-    PrivateName("transformers.modeling_utils.PreTrainedModel", "registering once something is taken from its module"),
-    PrivateName(
-        "importlib.machinery.ModuleSpec._initializing",
-        "registering while transformers is being imported",
-        checks.is_of_own_spec,
+_USES = {
+    _MODEL: "registering once something is taken from its module",
+    "importlib.machinery.__spec__._initializing": "registering while transformers is being imported",
+    "transformers.quantizers.auto.register_quantizer(name)": "loading compressed checkpoints",
+    "transformers.quantizers.auto.register_quantization_config(method)": "reading a compressed checkpoint's config",
+    QUANTIZERS: "telling whether transformers knows compressed checkpoints",
+    QUANTIZATION_CONFIGS: "telling whether transformers knows the configs of compressed checkpoints",
+    f"{_QUANTIZER}._process_model_before_weight_loading(model, kwargs)": "putting a plan on a model",
+    f"{_QUANTIZER}._process_model_after_weight_loading(model, kwargs)": "float conversions of a loaded model",
+    f"{_QUANTIZER}.preprocess_model": "taking the marks of a quantized model off",
+    f"{_QUANTIZER}.{CHOOSE_ATTENTION}(config)": "refusing another attention",
+    f"{_QUANTIZATION}.from_dict(config_dict, return_unused_kwargs)": "reading a config",
+    f"{_QUANTIZATION}.to_diff_dict": "writing a config",
+    f"{_MODEL}.from_pretrained": "checking the headers of files before tensors are read",
+    f"{_MODEL}.{FROM_CONFIG}(config, kwargs)": "refusing to build a dense model instead",
+    f"{_MODEL}.{MISSING_WEIGHTS}(missing_keys)": "refusing checkpoints that lack weights",
+    f"{_MODEL}._keys_to_ignore_on_load_missing": "telling which weights a checkpoint must hold",
+    f"{_MODEL}.all_tied_weights_keys": "telling which weights are stored once",
+    f"{_MODEL}._supports_attention_backend": "telling which models can be compressed",
+    f"{_MODEL}._supports_sdpa": "the attention that `detach` gives back",
+    f"{_MODEL}.set_attn_implementation(attn_implementation)": "refusing another attention",
+    f"{_MODEL}.resize_token_embeddings(new_num_tokens)": "refusing rows of blocks",
+    f"{_MODULE}.requires_grad_(requires_grad)": "refusing gradients of blocks",
+    f"{_MODEL}.get_decoder": "the module whose inputs are checked",
+    f"{_CONFIG}._attn_implementation": "telling which attention a model runs",
+    f"{_CONFIG}.{IMPLEMENTATION}": "telling which attention one part of a model runs",
+    f"{_CONFIG}.get_text_config(decoder)": "the shape of a model",
+    CAUSAL_MASK: "telling the stock masks",
+    SLIDING_OVERLAY: "telling the stock sliding mask by its name",
+    "transformers.masking_utils.sliding_window_causal_mask_function": "telling the stock sliding mask by what it is made of",
+    BLOCKS_OVERLAY: "telling images in a mask",
+    "transformers.masking_utils.create_sliding_window_causal_mask": "telling models that apply their windows",
+    "transformers.masking_utils.sdpa_mask(mask_function, attention_mask, q_length, use_vmap, local_size)": (
+        "what is handed to a mask function"
     ),
-    PrivateName(
-        "transformers.quantizers.auto.register_quantizer", "loading compressed checkpoints", checks.takes("name")
+    ACTIVE_COLLECTOR: "telling whether hidden states are captured",
+    OUTPUT_CAPTURING: "telling the hooks that capture them",
+    "transformers.modeling_outputs.MoeModelOutputWithPast": "profiling models with experts",
+    f"{_GENERATION}.{PREPARE_CACHE}"
+    "(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)": "giving `generate` a plan's cache",
+    f"{_GENERATION}.generate_batch": "refusing continuous batching",
+    f"{_GENERATION}.init_continuous_batching": "refusing continuous batching",
+    f"{_GENERATION}.continuous_batching_context_manager": "refusing continuous batching",
+    "transformers.generation.configuration_utils.GenerationMode"
+    "(GREEDY_SEARCH, SAMPLE, BEAM_SEARCH, BEAM_SAMPLE, ASSISTED_GENERATION)": "refusing other ways to generate",
+    "transformers.generation.configuration_utils.GenerationConfig.is_assistant": "assisted decoding",
+    "transformers.cache_utils.Cache._is_user_defined": "a cache that outlives `generate`",
+    f"transformers.models.llama.modeling_llama.LlamaForCausalLM.forward({CACHE})": (
+        "handing a cache to a model, which swallows an argument of another name"
     ),
-    PrivateName(
-        "transformers.quantizers.auto.register_quantization_config",
-        "reading a compressed checkpoint's config",
-        checks.takes("method"),
-    ),
-    PrivateName(QUANTIZERS, "telling whether transformers knows compressed checkpoints", checks.is_a(dict)),
-    PrivateName(
-        QUANTIZATION_CONFIGS,
-        "telling whether transformers knows the configs of compressed checkpoints",
-        checks.is_a(dict),
-    ),
-    PrivateName(
-        f"{_QUANTIZER}._process_model_before_weight_loading",
-        "putting a plan on a model",
-        checks.takes("model", "kwargs"),
-    ),
-    PrivateName(
-        f"{_QUANTIZER}._process_model_after_weight_loading",
-        "float conversions of a loaded model",
-        checks.takes("model", "kwargs"),
-    ),
-    PrivateName(
-        f"{_QUANTIZER}.preprocess_model",
-        "taking the marks of a quantized model off",
-        checks.says("is_quantized", "quantization_method"),
-    ),
-    PrivateName(f"{_QUANTIZER}.{CHOOSE_ATTENTION}", "refusing another attention", checks.takes("config")),
-    PrivateName(f"{_QUANTIZATION}.from_dict", "reading a config", checks.takes("config_dict", "return_unused_kwargs")),
-    PrivateName(f"{_QUANTIZATION}.to_diff_dict", "writing a config"),
-    PrivateName(
-        f"{_MODEL}.from_pretrained",
-        "checking the headers of files before tensors are read",
-        checks.says("checkpoint_files"),
-    ),
-    PrivateName(f"{_MODEL}.{FROM_CONFIG}", "refusing to build a dense model instead", checks.takes("config", "kwargs")),
-    PrivateName(f"{_MODEL}.{MISSING_WEIGHTS}", "refusing checkpoints that lack weights", checks.takes("missing_keys")),
-    PrivateName(f"{_MODEL}._keys_to_ignore_on_load_missing", "telling which weights a checkpoint must hold"),
-    PrivateName(f"{_MODEL}.all_tied_weights_keys", "telling which weights are stored once", checks.is_of_models),
-    PrivateName(f"{_MODEL}._supports_attention_backend", "telling which models can be compressed"),
-    PrivateName(f"{_MODEL}._supports_sdpa", "the attention that `detach` gives back"),
-    PrivateName(f"{_MODEL}.set_attn_implementation", "refusing another attention", checks.takes("attn_implementation")),
-    PrivateName(f"{_MODEL}.resize_token_embeddings", "refusing rows of blocks", checks.takes("new_num_tokens")),
-    PrivateName(f"{_MODULE}.requires_grad_", "refusing gradients of blocks", checks.takes("requires_grad")),
-    PrivateName(f"{_MODEL}.get_decoder", "the module whose inputs are checked"),
-    PrivateName(f"{_CONFIG}._attn_implementation", "telling which attention a model runs"),
-    PrivateName(f"{_CONFIG}.{IMPLEMENTATION}", "telling which attention one part of a model runs", checks.on_instance),
-    PrivateName(f"{_CONFIG}.get_text_config", "the shape of a model", checks.takes("decoder")),
-)
-
-_MASKS_AND_CAPTURING = (
-    PrivateName(CAUSAL_MASK, "telling the stock masks"),
-    PrivateName(SLIDING_OVERLAY, "telling the stock sliding mask by its name", mask_functions.is_named_in_masks),
-    PrivateName(
-        "transformers.masking_utils.sliding_window_causal_mask_function",
-        "telling the stock sliding mask by what it is made of",
-        mask_functions.is_told_from_others,
-    ),
-    PrivateName(BLOCKS_OVERLAY, "telling images in a mask", mask_functions.holds_blocks),
-    PrivateName(
-        "transformers.masking_utils.create_sliding_window_causal_mask", "telling models that apply their windows"
-    ),
-    PrivateName(
-        "transformers.masking_utils.sdpa_mask",
-        "what is handed to a mask function",
-        checks.takes("mask_function", "attention_mask", "q_length", "use_vmap", "local_size"),
-    ),
-    PrivateName(ACTIVE_COLLECTOR, "telling whether hidden states are captured", checks.is_idle),
-    PrivateName(OUTPUT_CAPTURING, "telling the hooks that capture them", checks.hook_is_told),
-    PrivateName("transformers.modeling_outputs.MoeModelOutputWithPast", "profiling models with experts"),
-)
-
-_GENERATING = (
-    PrivateName(
-        f"{_GENERATION}.{PREPARE_CACHE}",
-        "giving `generate` a plan's cache",
-        checks.both(
-            checks.takes("generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"),
-            checks.says(CACHE),
-        ),
-    ),
-    PrivateName(f"{_GENERATION}.generate_batch", "refusing continuous batching"),
-    PrivateName(f"{_GENERATION}.init_continuous_batching", "refusing continuous batching"),
-    PrivateName(f"{_GENERATION}.continuous_batching_context_manager", "refusing continuous batching"),
-    PrivateName(
-        "transformers.generation.configuration_utils.GenerationMode",
-        "refusing other ways to generate",
-        checks.has("GREEDY_SEARCH", "SAMPLE", "BEAM_SEARCH", "BEAM_SAMPLE", "ASSISTED_GENERATION"),
-    ),
-    PrivateName(
-        "transformers.generation.configuration_utils.GenerationConfig.is_assistant",
-        "assisted decoding",
-        checks.on_instance,
-    ),
-    PrivateName(
-        f"{_CACHES}.Cache._is_user_defined",
-        "a cache that outlives `generate`",
-        checks.is_read_by_generate(PREPARE_CACHE),
-    ),
-)
-
-_CACHE_ARGUMENT = (
-    PrivateName(
-        "transformers.models.llama.modeling_llama.LlamaForCausalLM.forward",
-        "handing a cache to a model, which swallows an argument of another name",
-        checks.takes(CACHE),
-    ),
-    PrivateName(
-        "transformers.modeling_outputs.CausalLMOutputWithPast", "the cache that a model returns", checks.has(CACHE)
-    ),
-)
-
-_CACHE_METHODS = {
-    "Cache": {
-        "__init__": ("layers",),
-        "update": ("key_states", "value_states", "layer_idx"),
-        "get_seq_length": (),
-        "crop": ("tokens_to_remove",),
-        "reorder_cache": ("beam_idx",),
-        "batch_select_indices": ("indices",),
-        "batch_repeat_interleave": ("repeats",),
-        "activate_past_recording": (),
-        "reset": (),
-    },
-    "CacheLayerMixin": {
-        "lazy_initialization": ("key_states", "value_states"),
-        "update": ("key_states", "value_states"),
-        "get_mask_sizes": ("query_length",),
-        "get_seq_length": (),
-        "get_max_length": (),
-        "reorder_cache": ("beam_idx",),
-        "offload": (),
-        "prefetch": (),
-        "reset": (),
-    },
-    # what a cache asks of its layers and their base class does not have
-    "DynamicSlidingWindowLayer": {
-        "crop": ("tokens_to_remove",),
-        "batch_select_indices": ("indices",),
-        "batch_repeat_interleave": ("repeats",),
-        "activate_past_recording": (),
-    },
-}
-
-_CACHING = (
-    *(
-        PrivateName(f"{_CACHES}.{kind}.{method}", "the cache under a plan", checks.takes(*parameters))
-        for kind, methods in _CACHE_METHODS.items()
-        for method, parameters in methods.items()
-    ),
-    PrivateName(f"{_CACHES}.Cache.batch_size", "the cache under a plan"),
-    PrivateName(f"{_CACHES}.CacheLayerMixin.is_compileable", "saying that `generate` is not to compile by itself"),
-    PrivateName(f"{_CACHES}.CacheLayerMixin.is_croppable", "saying when drafts can be taken back"),
-    PrivateName(f"{_CACHES}.CacheLayerMixin.supports_early_init", "saying that memory is taken with the first tokens"),
-)
-
-_LAYER_PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "Attention": (
-        (*PROJECTIONS, "o_proj", "config", "layer_idx", "head_dim", "scaling", "is_causal"),
-        ("hidden_states", "position_embeddings", "attention_mask"),
-    ),
-    "DecoderLayer": (("self_attn", "mlp", *NORMS), ("hidden_states", "attention_mask")),
-    "MLP": ((*FEED_FORWARD, "act_fn"), ()),
-    "RMSNorm": (("weight", "variance_epsilon"), ()),
-}
-"""Classes of a family, by the ends of their names: what one has, and what its forward takes first."""
-
-_LAYERS = (
-    *(
-        PrivateName(
-            f"transformers.models.{family}.modeling_{family}.{prefix}{kind}",
-            "a decoder layer in one call",
-            checks.layer_part(prefix, *parts),
+    f"transformers.modeling_outputs.CausalLMOutputWithPast({CACHE})": "the cache that a model returns",
+    **{
+        f"transformers.cache_utils.{method}": "the cache under a plan"
+        for method in (
+            "Cache.__init__(layers)",
+            "Cache.update(key_states, value_states, layer_idx)",
+            "Cache.get_seq_length",
+            "Cache.crop(tokens_to_remove)",
+            "Cache.reorder_cache(beam_idx)",
+            "Cache.batch_select_indices(indices)",
+            "Cache.batch_repeat_interleave(repeats)",
+            "Cache.activate_past_recording",
+            "Cache.reset",
+            "Cache.batch_size",
+            "CacheLayerMixin.lazy_initialization(key_states, value_states)",
+            "CacheLayerMixin.update(key_states, value_states)",
+            "CacheLayerMixin.get_mask_sizes(query_length)",
+            "CacheLayerMixin.get_seq_length",
+            "CacheLayerMixin.get_max_length",
+            "CacheLayerMixin.reorder_cache(beam_idx)",
+            "CacheLayerMixin.offload",
+            "CacheLayerMixin.prefetch",
+            "CacheLayerMixin.reset",
+            "CacheLayerMixin.is_compileable",
+            "CacheLayerMixin.is_croppable",
+            "CacheLayerMixin.supports_early_init",
+            # what a cache asks of its layers and their base class does not have
+            "DynamicSlidingWindowLayer.crop(tokens_to_remove)",
+            "DynamicSlidingWindowLayer.batch_select_indices(indices)",
+            "DynamicSlidingWindowLayer.batch_repeat_interleave(repeats)",
+            "DynamicSlidingWindowLayer.activate_past_recording",
         )
+    },
+    LAYER_CALL: "telling other calls of a decoder layer from its own",
+    f"{ACTIVATIONS}(silu, swish)": "telling a layer's activation",
+    FORWARD_HOOKS: "telling whether something runs around every module",
+    FORWARD_PRE_HOOKS: "telling whether something runs before every module",
+    f"{_MODULE}._modules": "what a layer is made of",
+    f"{_MODULE}._parameters": "what a layer is made of",
+    f"{_MODULE}._forward_hooks": "telling whether something runs after a module",
+    f"{_MODULE}._forward_pre_hooks": "telling whether something runs before a module",
+    f"{_MODULE}.{COMPILED_CALL}": "telling whether something runs in a module's place",
+    "torch.utils.hooks.RemovableHandle.next_id": "telling whether hooks were put anywhere",
+    **{
+        f"transformers.models.{family}.modeling_{family}.{name}": "a decoder layer in one call"
         for family, prefix in FAMILIES.items()
-        for kind, parts in _LAYER_PARTS.items()
-    ),
-    *(
-        PrivateName(
-            f"transformers.models.{family}.modeling_{family}.{name}",
-            "telling other kernels' rotary embeddings from its own",
+        for name in (
+            f"{prefix}DecoderLayer.forward(hidden_states, attention_mask)",
+            *(f"{prefix}{part}" for part in ("Attention", "MLP", "RMSNorm")),
+            *ROTARY,
         )
-        for family in FAMILIES
-        for name in ROTARY
-    ),
-    PrivateName(LAYER_CALL, "telling other calls of a decoder layer from its own", checks.is_the_call_of_layers),
-    PrivateName(ACTIVATIONS, "telling a layer's activation", checks.has("silu", "swish")),
-    PrivateName(FORWARD_HOOKS, "telling whether something runs around every module", checks.is_a(dict)),
-    PrivateName(FORWARD_PRE_HOOKS, "telling whether something runs before every module", checks.is_a(dict)),
-    PrivateName(f"{_MODULE}._modules", "what a layer is made of", checks.on_instance),
-    PrivateName(f"{_MODULE}._parameters", "what a layer is made of", checks.on_instance),
-    PrivateName(f"{_MODULE}._forward_hooks", "telling whether something runs after a module", checks.on_instance),
-    PrivateName(f"{_MODULE}._forward_pre_hooks", "telling whether something runs before a module", checks.on_instance),
-    PrivateName(f"{_MODULE}.{COMPILED_CALL}", "telling whether something runs in a module's place"),
-    PrivateName(
-        "torch.utils.hooks.RemovableHandle.next_id", "telling whether hooks were put anywhere", checks.counts_hooks
-    ),
-)
-
-_TENSORS = (
-    PrivateName(
-        "torch.Tensor._version", "telling whether weights that made a cache were changed", checks.counts_writes
-    ),
-    PrivateName("torch.ops.mkldnn._linear_pointwise", "products of many rows in float32 on AMD", checks.is_onednns),
-    PrivateName("torch.ops.mkldnn._is_mkldnn_bf16_supported", "products of many rows in bfloat16", checks.is_onednns),
-    PrivateName("torch.ops.mkldnn._is_mkldnn_fp16_supported", "products of many rows in float16", checks.is_onednns),
-    PrivateName(
-        "torch.autograd.forward_ad._current_level",
-        "telling whether derivatives are taken in forward mode",
-        checks.is_a(int),
-    ),
-    PrivateName(
-        "torch._C._are_functorch_transforms_active", "telling whether a product is differentiated by torch.func"
-    ),
-    PrivateName("torch.library.get_ctx", "sizes that a compiled model does not know"),
-    PrivateName("torch._library.fake_impl.FakeImplCtx.new_dynamic_size", "sizes that a compiled model does not know"),
-    PrivateName("torch.utils._python_dispatch.TorchDispatchMode", "the memory of profiling"),
-    PrivateName("torch.utils._pytree.tree_iter", "the memory of profiling", checks.takes("tree")),
-    PrivateName("torch._dynamo.reset", "compiling from scratch for every length that is timed"),
-    PrivateName("torch._dynamo.mark_static", "a compiled graph that is not for one number of rows"),
-    PrivateName(LOOKUP_BACKEND, "counting the graphs of a compiled step", checks.takes("compiler_fn")),
-    PrivateName(COUNTERS, "counting the graph breaks of a compiled step", checks.is_a(dict)),
-)
-
-NAMES = (*_LOADING, *_MASKS_AND_CAPTURING, *_GENERATING, *_CACHE_ARGUMENT, *_CACHING, *_LAYERS, *_TENSORS)
-"""All of them."""
+    },
+    "torch.Tensor._version": "telling whether weights that made a cache were changed",
+    "torch.ops.mkldnn._linear_pointwise": "products of many rows in float32 on AMD",
+    "torch.ops.mkldnn._is_mkldnn_bf16_supported": "products of many rows in bfloat16",
+    "torch.ops.mkldnn._is_mkldnn_fp16_supported": "products of many rows in float16",
+    "torch.autograd.forward_ad._current_level": "telling whether derivatives are taken in forward mode",
+    "torch._C._are_functorch_transforms_active": "telling whether a product is differentiated by torch.func",
+    "torch.library.get_ctx": "sizes that a compiled model does not know",
+    "torch._library.fake_impl.FakeImplCtx.new_dynamic_size": "sizes that a compiled model does not know",
+    "torch.utils._python_dispatch.TorchDispatchMode": "the memory of profiling",
+    "torch.utils._pytree.tree_iter(tree)": "the memory of profiling",
+    "torch._dynamo.reset": "compiling from scratch for every length that is timed",
+    "torch._dynamo.mark_static": "a compiled graph that is not for one number of rows",
+    f"{LOOKUP_BACKEND}(compiler_fn)": "counting the graphs of a compiled step",
+    COUNTERS: "counting the graph breaks of a compiled step",
+}
+"""What each name is for; in brackets the parameters of a function, or the members of another object, that are leaned on too."""
+NAMES = tuple(PrivateName.parse(*entry) for entry in _USES.items())

@@ -28,7 +28,6 @@ from moacompress.kernels.dispatch import backend_for, capabilities_for, few_rows
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.compat import private_names
-from moacompress.runtime.compat.capturing import are_foreign, is_capturing
 from moacompress.runtime.decode.context import LayerContext
 from moacompress.runtime.decode.step_requests import StackRequest
 
@@ -39,8 +38,23 @@ GLOBAL_HOOKS = (
     private_names.resolve(private_names.FORWARD_PRE_HOOKS),
 )
 """Hooks on all modules there are; both empty, mostly."""
+_CAPTURING = private_names.resolve(private_names.OUTPUT_CAPTURING).__globals__
+_collector = private_names.resolve(private_names.ACTIVE_COLLECTOR)
 REPLACEMENTS = ("forward", private_names.COMPILED_CALL)
 """What a module has in its own dictionary where something else is run in its place."""
+
+
+def is_capturing() -> bool:
+    """Returns whether the running forward captures hidden states."""
+    return bool(_collector.get())
+
+
+def are_foreign(hooks: dict[int, Any]) -> bool:
+    """Returns whether some forward hook of a module is not one of transformers' that capture hidden states.
+
+    Those stay on the layers after the first forward that is asked for hidden states, and do nothing in others.
+    """
+    return not all(getattr(hook, "__globals__", None) is _CAPTURING for hook in hooks.values())
 
 
 class PatchPoint(NamedTuple):
@@ -70,7 +84,7 @@ class SealedLayers:
         layers: the decoder layers.
         contexts: their parts of the plan.
         weights: of each layer.
-        captured: whether hooks that capture hidden states are on some module; see `capturing`.
+        captured: whether hooks that capture hidden states are on some module.
     """
 
     layers: tuple[Any, ...]
@@ -78,12 +92,7 @@ class SealedLayers:
     weights: list[LayerWeights] = field(default_factory=list)
 
     def seal(self, head_dim: int, scaling: float) -> None:
-        """Gives what was read to the backend, and takes note of everything that `holds` compares.
-
-        Args:
-            head_dim: numbers of a query and a key.
-            scaling: factor on the scores.
-        """
+        """Gives what was read to the backend, and takes note of everything that `holds` compares."""
         one = self.weights[0].norms_and_mlp.norms[0]  # weights may be in blocks
         rules = [context.rules for context in self.contexts]
         self._backend = backend_for(one)
@@ -112,9 +121,7 @@ class SealedLayers:
             for norm in norms:
                 self._watch(norm.__dict__, "variance_epsilon")
         self._kinds = [*map(type, self._modules)]
-        self._patch_points = {
-            part for layer in self.layers for part in (*layer.patch_points, *layer.self_attn.patch_points)
-        }
+        self._patch_points = {part for layer in self.layers for part in layer.patch_points}
         self._expected = [*self._now()]
         self._hooks_made, self.captured = RemovableHandle.next_id, any(self._hooks)
 
@@ -161,12 +168,7 @@ class SealedLayers:
 
 
 class SealedCaches:
-    """The caches of all layers as the kernels have read them; the pools' locks are held while it is made and used.
-
-    Args:
-        sealed_layers: the layers.
-        caches: their caches; all can step.
-    """
+    """The caches of all layers as the kernels have read them; the pools' locks are held while it is made and used."""
 
     def __init__(self, sealed_layers: SealedLayers, caches: list[PlanCacheLayer]) -> None:
         # a cache that is kept does not keep the weights
@@ -190,8 +192,7 @@ class SealedCaches:
 class Stack:
     """Remembers how the decoder layers of a model were read last.
 
-    Args:
-        read: reads layers for a step: `fused.read_layers`.
+    `read`: reads layers for a step: `fused.read_layers`.
     """
 
     def __init__(self, read: Callable[..., SealedLayers | None]) -> None:
@@ -223,13 +224,7 @@ class Stack:
 
 
 class StackStep:
-    """One forward of one token a row through the decoder layers.
-
-    Args:
-        stack: the model's.
-        layers: the decoder layers.
-        cache: the model's cache.
-    """
+    """One forward of one token a row through the decoder layers."""
 
     def __init__(self, stack: Stack, layers: tuple[Any, ...], cache: PlanCache) -> None:
         self._stack, self._layers, self._cache = stack, layers, cache
@@ -245,12 +240,7 @@ class StackStep:
     ) -> torch.Tensor | None:
         """Returns what a layer's forward returns, or None where the layer is to do its part by itself.
 
-        Args:
-            layer: the decoder layer.
-            hidden: `[rows, 1, hidden]`.
-            attention_mask: the layer's.
-            rotary: its position embeddings.
-            dispatch: does the step of all layers; None where it cannot.
+        `hidden`: `[rows, 1, hidden]`. `dispatch`: does the step of all layers; None where it cannot.
         """
         if self._out is not None:
             if hidden is not self._out:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, cast
 
 import torch
@@ -11,17 +12,22 @@ from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.arguments import Scores
 from moacompress.kernels.backend import prefill_alone
 from moacompress.kernels.centred_keys import centred, logits_beside
+from moacompress.kernels.derivatives import is_transformed
 from moacompress.kernels.dispatch import backend_for
+from moacompress.kernels.reference.codes import LARGEST, is_clipped
+from moacompress.rules.formats import Integer, find_code
 from moacompress.runtime import autocast
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.plan_cache import PlanCache
-from moacompress.runtime.clipped import warn_of_clipped
 from moacompress.runtime.compat.masks import plan_mask
 from moacompress.runtime.decode.context import CONTEXT, NAME, LayerCall, LayerContext
 from moacompress.runtime.decode.routes import dispatch, straight_through
 from moacompress.runtime.decode.step_requests import AttendRequest
 from moacompress.runtime.sharing.shared_keys import SHARED_KEYS, SharedKeys, taken
 
+logger = logging.getLogger(__name__)
+_said: set[str] = set()
+"""Where it was said that numbers are clipped; a process says it once."""
 MASK_SHAPE = (
     "an attention mask of shape {} is not supported by a compressed model, whose plan is the mask; pass a 2-D one that says "
     "which tokens are real"
@@ -121,7 +127,7 @@ def _attended(
     context, cache, *of_gates = call
     tensors = (query, key, value, attention_mask)
     if not torch.compiler.is_compiling():
-        warn_of_clipped(context, key, value)
+        _warn_of_clipped(context, key, value)
         return dispatch(AttendRequest(context, cache, *tensors, scores, *of_gates))
     if not (torch.is_grad_enabled() and query.requires_grad) and call.trained_scores is None:
         handle = None if cache is None else cache.handle
@@ -138,6 +144,36 @@ def _attended(
         return whole.transpose(1, 2).contiguous()
     out = _take_around(context, cache, *tensors, scores, *of_gates)
     return out
+
+
+def _warn_of_clipped(context: LayerContext, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Warns where a prompt's keys or values are beyond what codes hold, whose scales are float16, and are clipped.
+
+    A single token is not looked at, nor anything on a GPU, where the host would wait for the answer.
+
+    `key`: `[batch, kv_heads, tokens, head_dim]`. `value`: `[batch, kv_heads, tokens, value_dim]`.
+    """
+    if _said or context.formats is None or key.shape[2] < 2 or not key.numel():
+        return
+    if key.device.type != "cpu" or type(key) is not torch.Tensor or is_transformed():
+        return
+    for what, codes, vectors in zip(("keys", "values"), context.formats, (key, value), strict=True):
+        low, high = vectors.detach().aminmax()
+        if not max(-float(low), float(high)) * vectors.shape[-1] ** 0.5 > LARGEST:  # no rotation makes one beyond it
+            continue
+        for head, kind in enumerate(map(find_code, codes)):
+            if isinstance(kind, Integer) and is_clipped(vectors[:, head].detach(), kind.bits):
+                _said.add(what)
+                logger.warning(
+                    "%s of layer %d, KV head %d, are beyond what the scales of %s hold, float16 up to %.0f, and are clipped; "
+                    "a plan without codes has them as they are (search with --formats native)",
+                    what,
+                    context.layer,
+                    head,
+                    kind.name,
+                    LARGEST,
+                )
+                return
 
 
 @torch.compiler.disable(reason="gradients through a cache or a mask")  # type: ignore[untyped-decorator]

@@ -1,15 +1,15 @@
-"""Decoder layers whose step, or whose attention's, can go by a faster route than their own forward.
+"""Decoder layers whose decode step is computed in one compiled call in place of their own forward.
 
 A few decoder layers of transformers are known here, letter by letter: a norm, attention with plain linear layers and rotary
-embeddings by halves, a norm, a gated feed-forward. Under a plan their class and that of their attention is a subclass, which
-asks for a step by its weights where a forward has one token of a few rows and no gradients, and otherwise is the layer that it
-was. A layer that something else has changed (adapters in place of its linear layers, hooks on its parts) is left to itself; its
-attention may still be fused. A subclass is what compiling, pickling and sharding by class names understand; a forward in the
-module's own dictionary is not.
+embeddings by halves, a norm, a gated feed-forward. Under a plan their class is a subclass, which asks for a step by its weights
+where a forward has one token of a few rows and no gradients, and otherwise is the layer that it was. A layer that something
+else has changed (adapters in place of its linear layers, hooks on its parts) runs its own forward. Compiling, pickling and
+sharding by class names understand a subclass; they do not understand a forward in the module's own dictionary.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
 from collections.abc import Iterable
@@ -25,7 +25,6 @@ from moacompress.models.block_layers import BlockLinear, kind_of
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.compat import private_names
 from moacompress.runtime.compat.alternates import CACHE
-from moacompress.runtime.compat.capturing import do_something
 from moacompress.runtime.compat.private_names import FAMILIES, FEED_FORWARD, NORMS, PROJECTIONS
 from moacompress.runtime.decode.all_layers import (
     GLOBAL_HOOKS,
@@ -34,11 +33,13 @@ from moacompress.runtime.decode.all_layers import (
     PatchPoint,
     SealedLayers,
     StackStep,
+    are_foreign,
     are_unpatched,
+    is_capturing,
 )
-from moacompress.runtime.decode.context import CONTEXT, AttentionHook, LayerCall
+from moacompress.runtime.decode.context import AttentionHook, LayerCall
 from moacompress.runtime.decode.routes import dispatch, first_route
-from moacompress.runtime.decode.step_requests import HiddenRequest, LayerRequest
+from moacompress.runtime.decode.step_requests import LayerRequest
 from moacompress.runtime.linear import KernelLinear, has_few_rows, is_kernel_compatible
 from moacompress.runtime.sharing.projections import DroppedProjection
 
@@ -58,49 +59,13 @@ class _LayerParts(NamedTuple):
     weights: LayerWeights
 
 
-class _FusedAttention:
-    """What a fused attention's class puts before the layer's own.
-
-    Attributes:
-        patch_points: the forward of the layer's own class and of its linear layers, and what turns queries and keys.
-    """
-
-    patch_points: tuple[PatchPoint, ...]
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        attention_mask: torch.Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As the layer's own."""
-        module, call, rotary = cast(Any, self), cast(Any, kwargs.get(CONTEXT)), cast(Any, position_embeddings)
-        parts = module._modules
-        found = None
-        if attention_mask is None and are_unpatched(module.patch_points):
-            found = _read((parts.get(name) for name in PROJECTIONS), hidden_states)
-        able = capabilities_for(hidden_states).step_hidden
-        if found is None or not able or not _fits(module, hidden_states, rotary, call, found):
-            whole = super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)  # type: ignore[misc]
-            return cast("tuple[torch.Tensor, torch.Tensor | None]", whole)
-        context, cache, *_ = call
-        found = found._replace(centre=context.centre)
-        if torch.compiler.is_compiling():
-            rest = (*rotary, cache.handle, context.rules.columns, context.layer, module.scaling)
-            out = torch.ops.moacompress.attend_hidden(hidden_states, *found, *rest)
-        else:
-            out = dispatch(HiddenRequest(context, cache, hidden_states, Rotary(*rotary), module.scaling, found))
-        return module.o_proj(out.flatten(2)), None
-
-
 class _FusedLayer:
     """What a fused decoder layer's class puts before the layer's own.
 
     Attributes:
         known: the classes of its attention, feed-forward and norms.
-        patch_points: the forward of the layer's own class, of those, and of what they are made of.
+        patch_points: the forward of the layer's own class, of those and of what they are made of, and what turns queries and
+            keys.
     """
 
     known: tuple[type[nn.Module], ...]
@@ -157,13 +122,7 @@ def _fits(
 ) -> bool:
     """Whether attention's forward is one that can be asked for by its projections' weights and biases.
 
-    Args:
-        module: the attention.
-        hidden: what comes into it.
-        rotary: cosines and sines.
-        call: what the plan's hook hands to it.
-        projections: the weights and biases.
-        among_all: whether all layers are asked for together, those too that share attention.
+    `among_all`: whether all layers are asked for together, those too that share attention.
     """
     weights, biases, *_ = projections
     if not isinstance(call, LayerCall) or call.cache is None or rotary is None or module.training:
@@ -199,7 +158,7 @@ def _layer(
     attention, mlp, norms = parts.get("self_attn"), parts.get("mlp"), [parts.get(name) for name in NORMS]
     if module.training or tuple(type(part) for part in (attention, mlp, *norms)) != module.known:
         return None
-    if not (are_unpatched(module.patch_points) and are_unpatched(attention.patch_points)):
+    if not are_unpatched(module.patch_points):
         return None
     own, feed_forward = attention._modules, mlp._modules
     names = (*((own, name) for name in (*PROJECTIONS, "o_proj")), *((feed_forward, name) for name in FEED_FORWARD))
@@ -207,10 +166,7 @@ def _layer(
     if activation is None or None in linears:
         return None
     others = (mlp, activation, *norms)
-    hooks = attention._forward_hooks
-    if (hooks and do_something(hooks)) or any(name in attention.__dict__ for name in REPLACEMENTS):
-        return None
-    if any(map(_is_touched, others)):
+    if _is_touched(attention, hooked_before=True) or any(map(_is_touched, others)):
         return None
     found = _read(linears, hidden, (*PLAIN, DroppedProjection) if among_all else PLAIN)
     scales = [norm._parameters["weight"] for norm in norms]
@@ -250,21 +206,17 @@ def _call(attention: Any, kwargs: dict[str, Any]) -> LayerCall | None:
     return hooks[0].call(attention, kwargs)
 
 
-def _is_touched(module: Any) -> bool:
-    """Whether something runs around a module, or in its place."""
+def _is_touched(module: Any, hooked_before: bool = False) -> bool:
+    """Whether something runs around a module, or in its place; `hooked_before`: hooks before it are looked at elsewhere."""
     own, hooks = module.__dict__, module._forward_hooks
-    hooked = (hooks and do_something(hooks)) or module._forward_pre_hooks
+    hooked = (hooks and (is_capturing() or are_foreign(hooks))) or (module._forward_pre_hooks and not hooked_before)
     return bool(hooked or any(name in own for name in REPLACEMENTS))
 
 
 def read_layers(layers: tuple[Any, ...], hidden: torch.Tensor, rotary: Any, cache: PlanCache) -> SealedLayers | None:
     """Reads decoder layers for a step through all of them; None where one of them cannot take part.
 
-    Args:
-        layers: the layers.
-        hidden: `[rows, 1, hidden]`, what comes into the first.
-        rotary: cosines and sines of the step.
-        cache: the model's.
+    `hidden`: `[rows, 1, hidden]`, what comes into the first.
     """
     sealed_layers = SealedLayers(layers)
     numbers, biased = set(), set()
@@ -294,9 +246,9 @@ def are_fused(layers: Iterable[nn.Module]) -> bool:
 
 
 def fuse(module: nn.Module) -> bool:
-    """Makes the class of an attention or decoder layer a fused one, if it is known; `unfuse` takes it back."""
+    """Makes the class of a decoder layer a fused one, if it is known; `unfuse` takes it back."""
     own = type(module)
-    if _mixin(own.__module__, own.__qualname__) is None or not _is_from(own, own.__module__):
+    if not _is_known(own.__module__, own.__qualname__) or not _is_from(own, own.__module__):
         return False
     module.__class__ = _fused(own)
     return True
@@ -310,15 +262,15 @@ def unfuse(module: nn.Module) -> None:
 
 
 def _own(kind: type[nn.Module]) -> type[nn.Module]:
-    return kind.__bases__[1] if issubclass(kind, (_FusedAttention, _FusedLayer)) else kind
+    return kind.__bases__[1] if issubclass(kind, _FusedLayer) else kind
 
 
-def _mixin(module: str, name: str) -> type | None:
-    """Returns what goes before a class of transformers, or None where it is not known."""
-    for family, prefix in FAMILIES.items():
-        if module == f"transformers.models.{family}.modeling_{family}":
-            return {f"{prefix}Attention": _FusedAttention, f"{prefix}DecoderLayer": _FusedLayer}.get(name)
-    return None
+def _is_known(module: str, name: str) -> bool:
+    """Whether a class is a decoder layer of transformers that is known."""
+    return any(
+        (module, name) == (f"transformers.models.{family}.modeling_{family}", f"{prefix}DecoderLayer")
+        for family, prefix in FAMILIES.items()
+    )
 
 
 def _is_from(kind: type[nn.Module], home: str) -> bool:
@@ -357,32 +309,29 @@ def _fused(own: type[nn.Module]) -> type[nn.Module]:
     if known is not None:
         return known
     # FSDP and accelerate look for the layers of a model by the name of their class; pickle goes by the qualified one
-    mixin, home = cast(type, _mixin(own.__module__, own.__qualname__)), own.__module__
-    made: Any = type(own.__name__, (mixin, own), {"__module__": __name__, "__qualname__": name})
+    made: Any = type(own.__name__, (_FusedLayer, own), {"__module__": __name__, "__qualname__": name})
+    home, prefix = sys.modules[own.__module__], own.__name__.removesuffix("DecoderLayer")
+    kinds = [getattr(home, prefix + part) for part in ("Attention", "MLP", "RMSNorm")]
+    attention, mlp, norm = kinds
+    written_there = all(_is_from(kind, own.__module__) for kind in kinds)
+    made.known = (attention, mlp, norm, norm) if written_there else ()
     # a pickled layer may come into a process where its class has been given another forward: that is not one to stand in for
-    call = _layer_call() if mixin is _FusedLayer else _MODULE_CALL
-    made.patch_points = (*_calls(own, call), *map(_forward_of, PLAIN))
-    if mixin is _FusedAttention:
-        made.patch_points += tuple(_function_of(sys.modules[home], name) for name in private_names.ROTARY)
-    else:
-        prefix = own.__name__.removesuffix("DecoderLayer")
-        kinds = [getattr(sys.modules[home], prefix + part) for part in ("Attention", "MLP", "RMSNorm")]
-        attention, mlp, norm = kinds
-        written_there = all(_is_from(kind, home) for kind in kinds)
-        made.known = (_fused(attention), mlp, norm, norm) if written_there else ()
-        made.patch_points += tuple(part for kind in (*kinds, *SILU) for part in _calls(kind))
-    made.patch_points += (PatchPoint(made, "forward", made.forward),)
+    made.patch_points = (
+        *_calls(own, _layer_call()),
+        *(part for kind in (*kinds, *SILU) for part in _calls(kind)),
+        *map(_forward_of, PLAIN),
+        *(_function_of(home, name) for name in private_names.ROTARY),
+        PatchPoint(made, "forward", made.forward),
+    )
     globals()[name] = made
     return cast("type[nn.Module]", made)
 
 
 def __getattr__(name: str) -> Any:
     """Makes the class of a pickled layer in a process that has fused none yet."""
-    import importlib
-
     for family in FAMILIES:
         module = f"transformers.models.{family}.modeling_{family}"
         own = name.removeprefix(PREFIX)
-        if name.startswith(PREFIX) and _mixin(module, own) is not None:
+        if name.startswith(PREFIX) and _is_known(module, own):
             return _fused(getattr(importlib.import_module(module), own))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,17 +1,16 @@
-"""The routes that a forward's attention can take, in one list, the fastest first.
+"""The routes that a forward's attention can take, in one list.
 
-A request goes by the first route that takes its kind and can. A step of whole layers that none can is made of smaller
-requests, down to plain attention, which can always. Which routes a process takes is logged once each, and counted by the cache.
+A request takes the first route for its kind that can do it. A decoder layer that none can is computed around its attention,
+and plain attention can always. Each route is logged when a process first takes it, and counted by the cache.
 
-Each is the one that is taken somewhere, and there the route below it takes longer. By how many times, for a step of a model of
-SmolLM2-135M's shape (docs/lab/decode-routes.md, `benchmarks/decode_routes.py`):
+How many times longer the next route takes where each is taken, for a step of a model of SmolLM2-135M's shape
+(docs/lab/decode-routes.md, `benchmarks/decode_routes.py`):
 
 - all layers: one row, 1.20; eight rows, 1.15; padded on the left, of a tiny model, 1.24; with gates 1.82.
-- one layer: a hook or an adapter on some layers, 1.17; eight rows compiled, 1.20; one row compiled in bfloat16, 1.31.
-- attention from hidden states: hooks on all attention, 1.12; LoRA on the feed-forward, 1.05, in bfloat16 1.11.
-- cache step: LoRA on queries and values, 1.28; other families, 1.19; gates and a hook, 1.82; more than eight rows.
+- one layer: hooks or adapters on other layers, 1.3 to 1.5; compiled, eight rows 1.2 and one row in bfloat16 1.4.
 - ring step: on a GPU, where nothing has been measured yet.
-- commit and decode: eight rows of which some have ended and are fed padding, 1.19; backends without calls of a step.
+- cache step: other families, adapters, hooks on attention, 1.3; eight rows of which some have ended, 1.19; gates and a hook,
+  1.7; sixteen rows of a tiny model, 1.6.
 - plain: prompts, drafts, gradients; with the kernels in plain PyTorch drafts take 1.52.
 """
 
@@ -26,7 +25,7 @@ import torch
 
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UnsupportedError
-from moacompress.kernels.arguments import CacheView, TransientTokens
+from moacompress.kernels.arguments import CacheView, Scores, TransientTokens
 from moacompress.kernels.centred_keys import beside_logits
 from moacompress.kernels.dispatch import REFERENCE, backend_for, backend_with_gradients
 from moacompress.kernels.reference.rounding import as_kept
@@ -41,13 +40,7 @@ from moacompress.runtime.cache.selected_tokens import schedule_of_chunk, transie
 from moacompress.runtime.decode.all_layers import can_step_all, step_all
 from moacompress.runtime.decode.context import LayerContext
 from moacompress.runtime.decode.gate_gradients import with_gate_gradients
-from moacompress.runtime.decode.step_requests import (
-    AttendRequest,
-    HiddenRequest,
-    LayerRequest,
-    Request,
-    StackRequest,
-)
+from moacompress.runtime.decode.step_requests import AttendRequest, LayerRequest, Request, StackRequest
 
 logger = logging.getLogger(__name__)
 RequestKind = TypeVar("RequestKind", bound=Request)
@@ -94,71 +87,21 @@ class OneLayer(Route[LayerRequest]):
 
     def can(self, request: LayerRequest) -> bool:
         """Whether the backend has such a call, and the cache memory."""
-        return request.backend.capabilities.step_layer and request.cache.can_step(request.hidden)
+        return backend_for(request.hidden).capabilities.step_layer and request.cache.can_step(request.hidden)
 
     def run(self, request: LayerRequest) -> torch.Tensor:
         """Returns `[rows, 1, hidden]`."""
-        cache, rules = request.cache, request.context.rules
+        cache, backend = request.cache, backend_for(request.hidden)
         cache.check_rows(request.hidden.shape[0])
         return cache.stepped(
-            lambda state: request.backend.step_layer(
+            lambda state: backend.step_layer(
                 request.hidden,
                 layer=request.weights,
                 rotary=request.rotary,
                 cache=state,
-                rules=rules,
-                scores=request.scores,
+                rules=request.context.rules,
+                scores=Scores(request.scaling),
             )
-        )
-
-
-class FromHidden(Route[HiddenRequest]):
-    """Projections, rotary embeddings, cache and attention in one compiled call."""
-
-    name, takes = "attention from hidden states", HiddenRequest
-
-    def can(self, request: HiddenRequest) -> bool:
-        """Whether the backend has such a call, and the cache memory."""
-        return request.backend.capabilities.step_hidden and request.cache.can_step(request.hidden)
-
-    def run(self, request: HiddenRequest) -> torch.Tensor:
-        """Returns `[rows, 1, heads, value_dim]`."""
-        cache, rules = request.cache, request.context.rules
-        cache.check_rows(request.hidden.shape[0])
-        return cache.stepped(
-            lambda state: request.backend.step_hidden(
-                request.hidden,
-                projections=request.projections,
-                rotary=request.rotary,
-                cache=state,
-                rules=rules,
-                scores=request.scores,
-            )
-        )
-
-
-class CacheStep(Route[AttendRequest]):
-    """One real token a row: into the cache and attended to in one compiled call."""
-
-    name, takes = "cache step", AttendRequest
-
-    def can(self, request: AttendRequest) -> bool:
-        """Whether there is no padding, no gradient, and a cache with memory."""
-        query, cache = request.query, request.cache
-        single = (
-            request.tokens == 1 and request.chunk.real is None and not request.learns and not request.scores.by_query
-        )
-        able = isinstance(cache, PlanCacheLayer) and cache.can_step(query, scored=request.gate_scores is not None)
-        return able and single and backend_for(query).capabilities.step
-
-    def run(self, request: AttendRequest) -> torch.Tensor:
-        """Returns `[rows, 1, heads, value_dim]`."""
-        cache, backend = cast(PlanCacheLayer, request.cache), backend_for(request.query)
-        token = (request.query, request.key.detach(), request.value.detach())
-        rules, of_gates = request.context.rules, request.gate_scores
-        gated = None if of_gates is None else of_gates[:, :, 0].cpu()
-        return cache.step_pending(
-            lambda state: backend.step(*token, cache=state, rules=rules, scores=request.scores, gate_scores=gated)
         )
 
 
@@ -190,26 +133,32 @@ class RingStep(Route[AttendRequest]):
         return cache.step_in_ring(request.query, request.scores, gated, backend_for(request.query), given)
 
 
-class CommitAndDecode(Route[AttendRequest]):
-    """One token a row, some of them padding: the cache takes it in, and is then attended to.
+class CacheStep(Route[AttendRequest]):
+    """One token a row into the cache, and then attended to: in one compiled call where all are real and there is such a call.
 
-    What is evicted is not seen any more, and can make room first. A padded query sees what its row's last real token sees. What
-    is cached has no gradients.
+    Otherwise the cache takes in the real ones first: what is evicted is not seen any more, and can make room. A padded query
+    sees what its row's last real token sees.
     """
 
-    name, takes = "commit and decode", AttendRequest
+    name, takes = "cache step", AttendRequest
 
     def can(self, request: AttendRequest) -> bool:
-        """Whether there is a cache, one token and no gradient."""
+        """Whether there is a cache, one token and no gradient: what is cached has none."""
         return request.cache is not None and request.tokens == 1 and not request.learns
 
     def run(self, request: AttendRequest) -> torch.Tensor:
         """Returns `[rows, 1, heads, value_dim]`."""
-        cache, query = request.cache, request.query
+        cache, query, rules, of_gates = request.cache, request.query, request.context.rules, request.gate_scores
         assert cache is not None
-        cache.commit(request.chunk, request.gate_scores)  # type: ignore[arg-type]
-        view = cache.view()
-        return _decoded(request, query[:, :, 0], view, cache.lengths, request.context.rules)[:, None].contiguous()
+        backend, single = backend_for(query), request.chunk.real is None and not request.scores.by_query
+        if single and backend.capabilities.step and cache.can_step(query, scored=of_gates is not None):
+            token = (query, request.key.detach(), request.value.detach())
+            gated = None if of_gates is None else of_gates[:, :, 0].cpu()
+            return cast(PlanCacheLayer, cache).step_pending(
+                lambda state: backend.step(*token, cache=state, rules=rules, scores=request.scores, gate_scores=gated)
+            )
+        cache.commit(request.chunk, of_gates)  # type: ignore[arg-type]
+        return _decoded(request, query[:, :, 0], cache.view(), cache.lengths, rules)[:, None].contiguous()
 
 
 class Plain(Route[AttendRequest]):
@@ -306,11 +255,7 @@ def straight_through(
 
     In float32, keys and values are what their codes stand for; gradients pass straight through the rounding.
 
-    Args:
-        context: of the layer.
-        query: `[batch, heads, tokens, head_dim]`.
-        key: `[batch, kv_heads, tokens, head_dim]`.
-        value: likewise.
+    `query`: `[batch, heads, tokens, head_dim]`. `key`: `[batch, kv_heads, tokens, head_dim]`.
     """
     rules = context.rules if context.formats is None else context.rules.native()
     return as_kept(query, key, value, context.formats), rules
@@ -369,12 +314,8 @@ def _decoded(
 ) -> torch.Tensor:
     """Returns attention of one query a row over the layer's cache, selected tokens included, `[rows, heads, value_dim]`.
 
-    Args:
-        request: what it is part of.
-        query: `[rows, heads, head_dim]`.
-        view: of sinks and windows.
-        lengths: tokens of the rows, `[rows]`; 0, and the result is 0, for rows that are not asked for.
-        rules: that the cache was made by.
+    `query`: `[rows, heads, head_dim]`. `lengths`: tokens of the rows, `[rows]`; 0, and the result is 0, for rows that are not
+    asked for. `rules`: that the cache was made by.
     """
     found = _attended(request, query, view, lengths, rules)
     if not request.context.selects:
@@ -427,10 +368,8 @@ def _as_blocks(key: torch.Tensor, value: torch.Tensor) -> CacheView:
 ROUTES: tuple[Route[Any], ...] = (
     AllLayers(),
     OneLayer(),
-    FromHidden(),
-    CacheStep(),
     RingStep(),
-    CommitAndDecode(),
+    CacheStep(),
     Plain(),
 )
 """All routes, in the order in which they are tried."""
@@ -452,16 +391,14 @@ def first_route(request: Request) -> torch.Tensor | None:
     return None
 
 
-def dispatch(request: AttendRequest | HiddenRequest | LayerRequest) -> torch.Tensor:
-    """Does what a request asks for; one that no route can do is made of a smaller one.
+def dispatch(request: AttendRequest | LayerRequest) -> torch.Tensor:
+    """Does what a request asks for; a decoder layer that no route can do is computed around its attention.
 
     Returns:
         Of a decoder layer `[rows, 1, hidden]`, of attention `[batch, tokens, heads, value_dim]`.
     """
     out = first_route(request)
-    if out is not None:
-        return out
-    if isinstance(request, LayerRequest):
-        return request.finished(dispatch(request.hidden_request()))
-    assert isinstance(request, HiddenRequest)  # plain attention can always
-    return dispatch(request.attend_request())
+    if out is None:  # plain attention can always
+        assert isinstance(request, LayerRequest)
+        out = request.finished(dispatch(request.attend_request()))
+    return out

@@ -1,7 +1,6 @@
-"""What is asked of a layer, or of all layers, in a forward; a larger request can be made of smaller ones.
+"""What a forward asks for: attention of a layer, a whole decoder layer, or all of them.
 
-A whole decoder layer is attention from its hidden states with norms and a feed-forward around it, and that is attention of
-queries, keys and values that are made of the hidden states.
+A decoder layer that cannot be computed in one call is computed as norms, projections and a feed-forward around its attention.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ from typing import Any, cast
 import torch
 from torch.nn.functional import linear, silu
 
-from moacompress.kernels.arguments import LayerWeights, NormAndMlpWeights, Projections, Rotary, Scores
-from moacompress.kernels.backend import Backend
+from moacompress.kernels.arguments import LayerWeights, NormAndMlpWeights, Rotary, Scores
 from moacompress.kernels.centred_keys import centred
 from moacompress.kernels.dispatch import backend_for
 from moacompress.kernels.weight_blocks import NATIVE, weight_type
@@ -75,15 +73,16 @@ class AttendRequest:
 
 
 @dataclass(frozen=True)
-class _TokenRequest:
-    """What is asked of one layer for one token a row, from hidden states.
+class LayerRequest:
+    """A whole decoder layer for one token a row.
 
     Attributes:
-        context: the layer's part of the plan.
+        context: the layer's part of the plan; it shares no attention with another.
         whole: the model's cache.
-        hidden: what the layer, or its attention, gets, `[rows, 1, inputs]`.
+        hidden: the residual stream, `[rows, 1, hidden]`.
         rotary: of the token.
         scaling: factor on the scores.
+        weights: the layer's.
     """
 
     context: LayerContext
@@ -91,67 +90,29 @@ class _TokenRequest:
     hidden: torch.Tensor
     rotary: Rotary
     scaling: float
+    weights: LayerWeights
     layers = tokens = 1
 
     @property
     def cache(self) -> PlanCacheLayer:
         """The layer's cache."""
-        return cast(
-            PlanCacheLayer, self.whole.layers[self.context.layer]
-        )  # layers that share attention ask for no such
-
-    @property
-    def scores(self) -> Scores:
-        """How scores are made."""
-        return Scores(self.scaling)
-
-    @property
-    def backend(self) -> Backend:
-        """The backend for the hidden states."""
-        return backend_for(self.hidden)
-
-
-@dataclass(frozen=True)
-class HiddenRequest(_TokenRequest):
-    """Attention of one token a row, from what the attention layer gets.
-
-    Attributes:
-        projections: what makes queries, keys and values of it.
-    """
-
-    projections: Projections
+        return cast(PlanCacheLayer, self.whole.layers[self.context.layer])
 
     def attend_request(self) -> AttendRequest:
-        """Returns the attention that it asks for."""
+        """Returns the attention in it, of whose chunk the cache takes note."""
+        (weights, biases, kinds, centre), norms_and_mlp, _ = self.weights
+        normed = normalized(self.hidden, norms_and_mlp.norms[0], norms_and_mlp.eps)
         rows, head_dim = self.hidden.shape[0], self.rotary.cos.shape[-1]
-        weights, biases, kinds, centre = self.projections
         value_dim = weights[2].shape[0] // self.context.kv_heads
         query, key, value = (
-            product(self.hidden, weight, kind, bias).view(rows, 1, -1, dim).transpose(1, 2)
+            product(normed, weight, kind, bias).view(rows, 1, -1, dim).transpose(1, 2)
             for weight, kind, bias, dim in zip(
                 weights, kinds or (NATIVE,) * 3, biases or (None,) * 3, (head_dim, head_dim, value_dim), strict=True
             )
         )
         query, key = rotated(query, self.rotary), centred(rotated(key, self.rotary), centre)
         self.whole.update(key, value, self.context.layer)
-        return AttendRequest(self.context, self.whole, query, key, value, None, self.scores)
-
-
-@dataclass(frozen=True)
-class LayerRequest(_TokenRequest):
-    """A whole decoder layer for one token a row, from the residual stream.
-
-    Attributes:
-        weights: the layer's.
-    """
-
-    weights: LayerWeights
-
-    def hidden_request(self) -> HiddenRequest:
-        """Returns the attention that it asks for."""
-        projections, norms_and_mlp, _ = self.weights
-        normed = normalized(self.hidden, norms_and_mlp.norms[0], norms_and_mlp.eps)
-        return HiddenRequest(self.context, self.whole, normed, self.rotary, self.scaling, projections)
+        return AttendRequest(self.context, self.whole, query, key, value, None, Scores(self.scaling))
 
     def finished(self, attended: torch.Tensor) -> torch.Tensor:
         """Returns the layer's output, `[rows, 1, hidden]`, from what attention gave, `[rows, 1, heads, value_dim]`."""
@@ -183,16 +144,13 @@ class StackRequest:
         return len(self.modules)
 
 
-Request = AttendRequest | HiddenRequest | LayerRequest | StackRequest
+Request = AttendRequest | LayerRequest | StackRequest
 
 
 def feed_forward(hidden: torch.Tensor, attended: torch.Tensor, norms_and_mlp: NormAndMlpWeights) -> torch.Tensor:
     """Returns what a decoder layer makes of what attention gave.
 
-    Args:
-        hidden: the residual stream, `[..., hidden]`.
-        attended: `[..., heads * value_dim]`.
-        norms_and_mlp: the layer's norms and weights.
+    `hidden`: the residual stream, `[..., hidden]`. `attended`: `[..., heads * value_dim]`.
     """
     kinds = norms_and_mlp.kinds or (NATIVE,) * len(norms_and_mlp.weights)
     output, gate, up, last = zip(norms_and_mlp.weights, kinds, strict=True)
@@ -204,11 +162,8 @@ def feed_forward(hidden: torch.Tensor, attended: torch.Tensor, norms_and_mlp: No
 def product(x: torch.Tensor, weight: torch.Tensor, kind: int, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Returns the product with a weight of plain numbers or in blocks, `[..., outputs]`.
 
-    Args:
-        x: `[..., inputs]`.
-        weight: `[outputs, inputs]`, or uint8 `[outputs, bytes]`.
-        kind: code of its type of blocks, or `weight_blocks.NATIVE`.
-        bias: `[outputs]`, or None.
+    `x`: `[..., inputs]`. `weight`: `[outputs, inputs]`, or uint8 `[outputs, bytes]`. `kind`: code of its type of blocks, or
+    `weight_blocks.NATIVE`. `bias`: `[outputs]`, or None.
     """
     if kind == NATIVE:
         return linear(x, weight, bias)

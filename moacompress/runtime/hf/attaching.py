@@ -21,7 +21,7 @@ from moacompress.models.tensor_parallel import own_heads
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import reuse_layers_of
 from moacompress.runtime.cache.kept_prefixes import KeptPrefixes
-from moacompress.runtime.compat.untested import check_installed
+from moacompress.runtime.compat.private_names import check_installed
 from moacompress.runtime.decode import attention
 from moacompress.runtime.decode.all_layers import Stack
 from moacompress.runtime.decode.context import NAME, AttentionHook, LayerContext
@@ -164,9 +164,7 @@ def own_plan(model: torch.nn.Module) -> Plan | None:
 def give_notes(model: PreTrainedModel, plan: Plan) -> None:
     """Gives a compressed model the same plan with other notes, for its config.
 
-    Args:
-        model: under a plan, also one that cannot be made dense again.
-        plan: of the same rules.
+    `model`: under a plan, also one that cannot be made dense again. `plan`: of the same rules.
 
     Raises:
         PlanError: the model is under another plan, or none.

@@ -16,10 +16,7 @@ METHOD = "moacompress"
 class MoaCompressConfig(QuantizationConfigMixin):
     """Holds the plan in `config.json` under `quantization_config`, and which weights are in blocks.
 
-    Args:
-        plan: a plan, or its JSON form.
-        weights: names of layers whose weights are in blocks, with the names of the types; see `models.block_layers`.
-        **kwargs: `quant_method` as stored.
+    `weights`: names of layers whose weights are in blocks, with the names of the types; see `models.block_layers`.
 
     Raises:
         PlanError: the plan is malformed, or something else stands beside it.

@@ -29,14 +29,7 @@ _LEFT_PADDED = "say which tokens are padding with a 2-D attention_mask, and leav
 
 
 class DecoderHook:
-    """Checks the inputs of a forward, brings the cache and tells it which tokens are real.
-
-    Args:
-        plan: the plan.
-        decoder: what it is a hook of.
-        order: tells whether its layers are those that the plan is for.
-        stack: how all layers make one call, or None where they cannot.
-    """
+    """Checks the inputs of a forward, brings the cache and tells it which tokens are real."""
 
     def __init__(self, plan: Plan, decoder: torch.nn.Module, order: LayerOrder, stack: Stack | None = None) -> None:
         self.order, self.stack = order, stack
@@ -102,13 +95,6 @@ class DecoderHook:
 def begin(cache: PlanCache | None, mask: Any, positions: Any, rows: int, tokens: int) -> Bools | None:
     """Checks the inputs of a forward, and tells the cache what it will have added when it ends.
 
-    Args:
-        cache: the cache, or None.
-        mask: as the caller gave it, or None.
-        positions: likewise.
-        rows: of the batch.
-        tokens: fed to every row.
-
     Returns:
         Which tokens are real, as `read_mask`.
 
@@ -127,10 +113,6 @@ def begin(cache: PlanCache | None, mask: Any, positions: Any, rows: int, tokens:
 
 def _of_all_layers(masks: dict[str, Any], cache: PlanCache | None) -> torch.Tensor | None:
     """Returns the mask of a forward, where the model around the decoder has made one for each type of layer.
-
-    Args:
-        masks: what `masks.plan_mask` returns for each.
-        cache: the cache, or None.
 
     Raises:
         UnsupportedError: they are not that.
@@ -180,11 +162,7 @@ def check_cache(cache: Any, plan_key: str) -> PlanCache | None:
 def read_mask(mask: Any, cache: PlanCache | None, rows: int, tokens: int) -> Bools | None:
     """Returns which tokens are real, those in the cache first, bool `[rows, columns]`; None where all are.
 
-    Args:
-        mask: what the caller gave, or None: then all tokens of this forward are real.
-        cache: the cache, or None.
-        rows: of the batch.
-        tokens: fed to every row in this forward.
+    `mask`: what the caller gave, or None: then all tokens of this forward are real.
 
     Raises:
         UnsupportedError: a mask of another shape, or one that takes back what it said of tokens that are in the cache.

@@ -21,9 +21,7 @@ DEPTH = "num_hidden_layers"
 class LayerOrder:
     """Looks at a decoder's layers before each of its forwards.
 
-    Args:
-        decoder: what runs them.
-        attention: their attention modules, in the order of the plan.
+    `attention`: their attention modules, in the order of the plan.
     """
 
     def __init__(self, decoder: torch.nn.Module, attention: Sequence[torch.nn.Module]) -> None:

@@ -28,7 +28,7 @@ from moacompress.models.support import quantization_method
 from moacompress.models.weight_files import check_beside, check_weights
 from moacompress.runtime.compat import alternates, private_names
 from moacompress.runtime.compat.http_errors import refusal
-from moacompress.runtime.compat.untested import check_installed
+from moacompress.runtime.compat.private_names import check_installed
 from moacompress.runtime.decode import attention
 from moacompress.runtime.decode.context import NAME
 from moacompress.runtime.hf.attaching import install, shard_to_local_heads

@@ -16,7 +16,7 @@ from moacompress.kernels.arguments import LayerWeights, NormAndMlpWeights, Proje
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.decode.context import LayerContext
 from moacompress.runtime.decode.routes import dispatch
-from moacompress.runtime.decode.step_requests import AttendRequest, HiddenRequest, LayerRequest
+from moacompress.runtime.decode.step_requests import AttendRequest, LayerRequest
 from moacompress.runtime.hf import hooks
 
 _LIBRARY = torch.library.Library("moacompress", "DEF")
@@ -26,11 +26,6 @@ _LIBRARY.define("begin(Tensor fed, Tensor? cache, Tensor? mask, Tensor? position
 _LIBRARY.define(
     "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? cache, Tensor rules, int layer, float scaling, "
     "float softcap, Tensor? s_aux, Tensor? gate_scores) -> Tensor",
-    tags=_ON_THE_HOST,
-)
-_LIBRARY.define(
-    "attend_hidden(Tensor hidden, Tensor[] weights, Tensor[] biases, int[] kinds, Tensor? centre, Tensor cos, Tensor sin, "
-    "Tensor cache, Tensor rules, int layer, float scaling) -> Tensor",
     tags=_ON_THE_HOST,
 )
 _LIBRARY.define(
@@ -76,24 +71,6 @@ def _attend(
     )
 
 
-def _attend_hidden(
-    hidden: torch.Tensor,
-    weights: list[torch.Tensor],
-    biases: list[torch.Tensor],
-    kinds: list[int],
-    centre: torch.Tensor | None,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    handle: torch.Tensor,
-    rules: torch.Tensor,
-    layer: int,
-    scaling: float,
-) -> torch.Tensor:
-    """Does what a `HiddenRequest` asks for."""
-    context, projections = LayerContext.from_tensor(layer, rules), Projections(weights, biases, kinds, centre)
-    return dispatch(HiddenRequest(context, PlanCache.find(handle), hidden, Rotary(cos, sin), scaling, projections))
-
-
 def _step_layer(
     hidden: torch.Tensor,
     weights: list[torch.Tensor],
@@ -119,19 +96,6 @@ def _step_layer(
     return dispatch(LayerRequest(context, whole, hidden, Rotary(cos, sin), scaling, parts))
 
 
-def _fake_attend_hidden(
-    hidden: torch.Tensor,
-    weights: list[torch.Tensor],
-    biases: Any,
-    kinds: Any,
-    centre: Any,
-    cos: torch.Tensor,
-    *rest: Any,
-) -> torch.Tensor:
-    head_dim, kv_heads = cos.shape[-1], weights[1].shape[0] // cos.shape[-1]
-    return hidden.new_empty(hidden.shape[0], 1, weights[0].shape[0] // head_dim, weights[2].shape[0] // kv_heads)
-
-
 def _fake_attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
     rows, heads, tokens, _ = query.shape
     return query.new_empty(rows, tokens, heads, value.shape[-1])
@@ -139,10 +103,8 @@ def _fake_attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *r
 
 _LIBRARY.impl("begin", _begin, "CompositeExplicitAutograd")
 _LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
-_LIBRARY.impl("attend_hidden", _attend_hidden, "CompositeExplicitAutograd")
 _LIBRARY.impl("step_layer", _step_layer, "CompositeExplicitAutograd")
 torch.library.register_fake("moacompress::begin", lambda fed, *rest: torch.empty_like(fed))
 torch.library.register_fake("moacompress::attend", _fake_attend)
-torch.library.register_fake("moacompress::attend_hidden", _fake_attend_hidden)
 torch.library.register_fake("moacompress::step_layer", lambda hidden, *rest: torch.empty_like(hidden))
 torch.library.register_autograd("moacompress::begin", lambda ctx, grad: (grad, None, None, None))

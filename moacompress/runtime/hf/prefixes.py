@@ -118,10 +118,7 @@ class _Conversation(StoppingCriteria):
 
     As a stopping criterion it stops nothing: it is told all tokens after every step.
 
-    Args:
-        model: that generates.
-        prefixes: what it keeps.
-        prompt: int64 `[tokens]`.
+    `prompt`: int64 `[tokens]`.
     """
 
     def __init__(self, model: Any, prefixes: KeptPrefixes, prompt: Ints) -> None:
@@ -136,9 +133,7 @@ class _Conversation(StoppingCriteria):
 
         Where an earlier prompt began alike for `LEAST_SHARED` tokens more, these are read first and kept for a third.
 
-        Args:
-            new: an empty cache.
-            chunk: most tokens to read at once; None for no limit.
+        `chunk`: most tokens to read at once; None for no limit.
         """
         self._weights = _weights(self.model)
         found, shared = self._prefixes.longest(self._prompt, self._weights)
@@ -201,14 +196,6 @@ def kept_cache(
     model: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: GenerationMode, rows: int, new: PlanCache
 ) -> PlanCache:
     """Returns the cache that a call of `generate` is to have, which brings none.
-
-    Args:
-        model: that generates.
-        generation_config: of the call, with its defaults.
-        model_kwargs: what forwards are given.
-        mode: in which it generates.
-        rows: of the batch.
-        new: an empty cache.
 
     Returns:
         That of a kept prefix where there is one and the call can continue it, otherwise the empty one.

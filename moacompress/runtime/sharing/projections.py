@@ -29,9 +29,6 @@ SIDES = "qk"
 class DroppedProjection(nn.Module):
     """In the place of a linear layer that is not needed: gives zeros, and has weights of no rows.
 
-    Args:
-        like: the linear layer.
-
     Attributes:
         in_features: of the linear layer.
         out_features: likewise.
@@ -56,12 +53,7 @@ class DroppedProjection(nn.Module):
 
 
 class PartProjection(nn.Module):
-    """In the place of a linear layer that makes queries, keys and values together: makes some of them, and zeros.
-
-    Args:
-        like: the linear layer.
-        rows: its outputs that are made, ascending.
-    """
+    """In the place of a linear layer that makes queries, keys and values together: makes some of them, and zeros."""
 
     bias: nn.Parameter | None
 
@@ -145,9 +137,7 @@ def _place(module: nn.Module) -> tuple[torch.device, torch.dtype | None]:
 def drop_projections(model: Any, plan: Plan) -> list[Dropped]:
     """Takes from the layers that share attention what they do not need.
 
-    Args:
-        model: its weights may be on "meta".
-        plan: of the model.
+    `model`: its weights may be on "meta".
 
     Returns:
         What was replaced, to be given back.

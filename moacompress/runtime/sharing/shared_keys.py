@@ -73,10 +73,7 @@ class AnchorKeys:
 def taken(shared_keys: Any, layer: int, share: Share) -> SharedKeys:
     """Returns what a reuse layer attends with.
 
-    Args:
-        shared_keys: the `AnchorKeys` of this forward; None where the model has lost it.
-        layer: its index.
-        share: what it takes from its anchor.
+    `shared_keys`: the `AnchorKeys` of this forward; None where the model has lost it.
 
     Raises:
         UnsupportedError: the anchor has shared no keys.
@@ -95,10 +92,7 @@ def _places(head_map: tuple[int, ...], group: int, device: torch.device) -> torc
 
     They stay on the device from the first time on: a decode step copies nothing to it.
 
-    Args:
-        head_map: see `Share`.
-        group: heads of a KV head.
-        device: where.
+    `head_map`: see `Share`.
     """
     if torch.compiler.is_compiling():
         return _new_places(head_map, group, device)
