@@ -161,12 +161,7 @@ def overlap(seen: Shingles | None, texts: Iterable[str]) -> float | None:
 
 
 def refuse_overlap(share: float | None, what: str, by: str = "calibration") -> None:
-    """Refuses text to measure on of which too much has been seen.
-
-    Args:
-        share: how much; None where that is not known.
-        what: the text.
-        by: what has seen it.
+    """Refuses text to measure on of which too large a share has been seen, None where that is not known.
 
     Raises:
         DataError: more than `OVERLAP_LIMIT`.

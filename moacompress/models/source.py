@@ -208,10 +208,7 @@ def _tokenizer(name: str, arguments: dict[str, Any]) -> Any:
 def loses_bits(own: str, dtype: str, rounds: bool = False) -> bool:
     """Returns whether numbers of a model in `dtype` no longer say whose they are, or what they would be rounded to.
 
-    Args:
-        own: dtype of the files.
-        dtype: what the model computes in, or "auto".
-        rounds: whether they are to be rounded to blocks.
+    `own` is the dtype of the files, and `rounds` whether they are to be rounded to blocks.
     """
     import torch
 
@@ -350,11 +347,7 @@ def is_compressed(folder: Path) -> bool:
 
 
 def model_shape(model: PreTrainedModel, dtype: str | None = None) -> ModelShape:
-    """Returns the shape of a loaded model, fingerprint included.
-
-    Args:
-        model: the model.
-        dtype: the checkpoint's own; by default that of the loaded weights.
+    """Returns the shape of a loaded model, fingerprint included; its dtype is by default that of the loaded weights.
 
     Raises:
         ModelError: the model's attention is not one that moacompress can replace.

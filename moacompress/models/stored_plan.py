@@ -21,9 +21,6 @@ _NOTES = ("budget", "quality", "provenance")
 def stored_plan(folder: Path) -> Plan:
     """Returns the plan of a compressed checkpoint, with the gates and shingles that lie beside it as files.
 
-    Args:
-        folder: for which `is_compressed` is true.
-
     Raises:
         ArtefactError: its config.json is not JSON.
         PlanError: the plan is damaged or newer than is known, or plan.json is another one.
@@ -71,13 +68,7 @@ def checkpoint_weights(folder: Path) -> dict[str, str]:
 
 
 def plan_file_problem(folder: Path, for_people: Plan, plan: Plan) -> str | None:
-    """Returns how the plan in `plan.json` differs from the one in `config.json`, and what to do; None where it does not.
-
-    Args:
-        folder: of the checkpoint.
-        for_people: the plan in plan.json.
-        plan: the plan in config.json.
-    """
+    """Returns how the plan in `plan.json` differs from that in `config.json`, and what to do; None where it does not."""
     lines = plan.diff(for_people) or [
         f"its {name} says something else" for name in _NOTES if getattr(plan, name) != getattr(for_people, name)
     ]

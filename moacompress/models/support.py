@@ -48,8 +48,7 @@ _OWN_ATTENTION = {
 def config_problems(config: Any) -> list[str]:
     """Returns what in a transformers config cannot be compressed, one sentence each; empty if nothing is known.
 
-    Args:
-        config: a config of any model; of one with several parts the text decoder counts.
+    Of a config with several parts the text decoder counts.
     """
     if getattr(config, "is_encoder_decoder", False):
         return [
@@ -70,11 +69,7 @@ def config_problems(config: Any) -> list[str]:
 
 
 def stored_problems(config: Any) -> list[str]:
-    """Returns what in the form of a checkpoint's weights rules out compressing it: quantized, compressed, or in other files.
-
-    Args:
-        config: the checkpoint's config, as transformers reads it from a folder or from the hub.
-    """
+    """Returns what in the form of a checkpoint's weights rules out compressing it: quantized, compressed, or in other files."""
     if getattr(config, "transformers_weights", None) is not None:
         return [
             f"{_name(config)} names the file of its weights (transformers_weights), which could be a pickle, and it can run "

@@ -67,11 +67,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 def check_weights(files: Sequence[Path], expected: Mapping[str, Sequence[int]], blocks: Container[str] = ()) -> None:
     """Refuses weight files that do not fit a model, before any of their tensors is read.
 
-    Args:
-        files: the files that the model would be loaded from.
-        expected: shapes of the model's weights by name. Tensors of other names are left to transformers, which may rename
-            them; of those with a known name the number of elements must agree.
-        blocks: names of the weights that are in blocks, whose shapes are of bytes.
+    `expected` are the shapes of the model's weights by name. Tensors of other names are left to transformers, which may rename
+    them; of those with a known name the number of elements must agree. `blocks` names the weights in blocks, shapes of bytes.
 
     Raises:
         ArtefactError: a file that is not safetensors, is damaged, or holds a tensor of another size, or bytes for numbers.
@@ -94,12 +91,7 @@ def check_weights(files: Sequence[Path], expected: Mapping[str, Sequence[int]], 
 
 
 def weight_problems(folder: Path, blocks: Container[str] = ()) -> list[str]:
-    """Returns what in the weight files of a model folder cannot be used, one sentence each; none if it has no weights.
-
-    Args:
-        folder: of the model.
-        blocks: names of the weights that are in blocks.
-    """
+    """Returns what in the weight files of a model folder cannot be used, one sentence each; none if it has no weights."""
     try:
         check_beside(folder)
     except ArtefactError as error:
@@ -131,8 +123,7 @@ def weight_problems(folder: Path, blocks: Container[str] = ()) -> list[str]:
 def stored_dtype(folder: Path) -> str | None:
     """Returns the dtype of the first weight in a model folder, which transformers goes by where the config names none.
 
-    Returns:
-        Its name; None where there are no safetensors files, as for what is not a folder.
+    None where there are no safetensors files, as for what is not a folder.
     """
     stored = (tensor.dtype for file in sorted(folder.glob("*.safetensors")) for tensor in read_header(file).values())
     return next((FLOAT_NAMES[kind] for kind in stored if kind in FLOAT_NAMES), None)
@@ -214,16 +205,12 @@ def missing_weights(
 ) -> str | None:
     """Returns what of a model's weights its files do not hold, one sentence; None if they hold all.
 
+    `expected` are the model's shapes by name, and `tied` names of weights that are the same tensor, of which one is enough.
     Where files have names that the model does not know, transformers may put weights together on loading: then only the
     numbers are counted.
 
-    Args:
-        files: the files that the model would be loaded from.
-        expected: shapes of the model's weights by name.
-        tied: names of weights that are the same tensor; one of the two is enough.
-
     Raises:
-        ArtefactError: as `read_header`.
+        ArtefactError: a file is no whole safetensors file.
     """
     held = {name: tensor for file in files for name, tensor in read_header(file).items()}
     enough = {name for pair in tied.items() if not held.keys().isdisjoint(pair) for name in pair}

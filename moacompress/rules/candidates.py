@@ -65,11 +65,6 @@ def gated_rules(max_length: int, sinks: Sequence[int], min_window: int) -> tuple
 
 
 def in_formats(spans: Sequence[Rule], formats: Sequence[str]) -> tuple[Rule, ...]:
-    """Returns every span in every pair of a format of keys and one of values: the native pair first, then by keys.
-
-    Args:
-        spans: native rules.
-        formats: names of the formats on offer beside the native one.
-    """
+    """Returns every native span in every pair of formats of keys and values: the native pair first, then by keys."""
     offered = (NATIVE, *formats)
     return tuple(span.in_formats(keys, values) for keys in offered for values in offered for span in spans)

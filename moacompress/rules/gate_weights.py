@@ -45,12 +45,7 @@ class GateWeights:
         return GateWeights(self.weight[:, heads.start : heads.stop], self.bias[:, heads.start : heads.stop])
 
     def save(self, path: Path, notes: Mapping[str, str] | None = None) -> None:
-        """Writes them as safetensors, atomically.
-
-        Args:
-            path: the file.
-            notes: its metadata; of several the order is not the same each time, nor then are the bytes.
-        """
+        """Writes them as safetensors, atomically; of several `notes` the order, and so the bytes, may differ each time."""
         from safetensors.numpy import save
 
         data = save({"weight": self.weight, "bias": self.bias}, metadata=None if notes is None else dict(notes))
@@ -58,12 +53,7 @@ class GateWeights:
 
     @staticmethod
     def load(path: Path, heads: tuple[int, int], fingerprint: str) -> GateWeights:
-        """Reads the gates of a plan.
-
-        Args:
-            path: the file.
-            heads: layers of the plan's model, and KV heads of a layer.
-            fingerprint: of the gates that the plan names.
+        """Reads the gates that a plan names by `fingerprint`; `heads` are its model's layers, and KV heads of a layer.
 
         Raises:
             PlanError: unreadable, of other sizes, or other gates.

@@ -87,13 +87,7 @@ class Rule:
         return selected(tokens_left(n, span), self.select_alpha, self.select_beta_q)
 
     def token_bytes(self, head_dim: int, value_dim: int, dtype: str) -> int:
-        """Returns the bytes of one token's key and value, and of its score where the rule selects.
-
-        Args:
-            head_dim: numbers of a key.
-            value_dim: numbers of a value.
-            dtype: the model's.
-        """
+        """Returns the bytes of one token's key and value, and of its score where the rule selects."""
         keys, values = find_format(self.key_format), find_format(self.value_format)
         scores = SCORE_BYTES if self.selects else 0
         return keys.vector_bytes(head_dim, dtype) + values.vector_bytes(value_dim, dtype) + scores

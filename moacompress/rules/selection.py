@@ -89,10 +89,7 @@ class EvictionSchedule:
 def competing_tokens(rules: RuleTable, first: Ints, after: Ints) -> EvictionSchedule:
     """Returns the tokens that compete while tokens leave the windows; nobody is evicted or admitted to a place yet.
 
-    Args:
-        rules: of the KV heads, with a numpy array.
-        first: how many tokens have left each window before, `[rows, heads]`.
-        after: how many have at the end, likewise.
+    `first` and `after` are how many tokens have left each window before and at the end, `[rows, heads]`.
     """
     before = selected(first, *rules.select)
     sizes = np.where(rules.selecting, after - first + before, 0)
@@ -106,13 +103,7 @@ def competing_tokens(rules: RuleTable, first: Ints, after: Ints) -> EvictionSche
 
 
 def eviction_schedule(tokens: EvictionSchedule, rules: RuleTable, scores: Ints) -> EvictionSchedule:
-    """Lets tokens compete; the compiled kernels do the same.
-
-    Args:
-        tokens: see `competing_tokens`.
-        rules: of the KV heads, with a numpy array.
-        scores: of the tokens, `[tokens]`.
-    """
+    """Lets the tokens of `competing_tokens` compete by their scores, `[tokens]`; the compiled kernels do the same."""
     found = replace(tokens, evicted=tokens.evicted.copy(), places=tokens.places.copy())
     alphas, betas = rules.select
     for pair, (begin, end) in enumerate(zip(tokens.begins[:-1].tolist(), tokens.begins[1:].tolist(), strict=True)):
