@@ -60,7 +60,7 @@ class LockHolder:
         boot: which boot of the machine; empty where the system does not say.
         pid_namespace: its namespace of process ids, of which each container has one; empty where that is not known.
         pid: its process id.
-        started: when the process began, in ticks since the boot; likewise.
+        started: when the process began, in ticks since the boot; empty where that is not known.
         begun: when it began to work on it, in seconds since 1970.
         token: of this ownership alone.
     """

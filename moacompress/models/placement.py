@@ -17,6 +17,7 @@ from moacompress.core.errors import ArtefactError, ModelError, UsageError, did_y
 from moacompress.core.files import read_json
 from moacompress.core.ranks import splits_model, world_size
 from moacompress.models.device import check_device
+from moacompress.models.modules import attention_modules
 
 if TYPE_CHECKING:
     import torch
@@ -172,8 +173,6 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 def layer_devices(model: PreTrainedModel) -> list[torch.device]:
     """Returns the device on which each layer attends."""
-    from moacompress.models.modules import attention_modules
-
     return [_device_of(model, module) for module in attention_modules(model)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from moacompress.core.errors import ModelError
+from moacompress.models.modules import attention_modules
 
 if TYPE_CHECKING:
     import torch
@@ -54,8 +55,6 @@ def heads_here(model: PreTrainedModel, kv_heads: int) -> range:
     Raises:
         ModelError: they do not divide by the ranks, or it is not known what makes the keys.
     """
-    from moacompress.models.modules import attention_modules
-
     own = own_heads(model, 0, attention_modules(model)[0], kv_heads)
     return range(kv_heads) if own is None else own
 

@@ -1,4 +1,6 @@
-"""The files that hold a checkpoint's weights, checked from their headers: no tensor is read, nothing is unpickled.
+"""The files of a model folder: those of weights, checked from their headers, and those that a tokenizer is read from.
+
+No tensor is read, and nothing is unpickled.
 
 Everything here works on files that are not trusted: safetensors compares offsets, shapes and sizes with the file's before
 memory is taken.
@@ -11,6 +13,9 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from moacompress.core.errors import ArtefactError
 from moacompress.core.files import read_json
@@ -30,6 +35,19 @@ INDICES = "*.safetensors.index*.json"
 """Names of all indices: a config or a variant may name another one than `INDEX_FILE`."""
 ADAPTER_FILE = "adapter_config.json"
 """Has transformers put an adapter on the model, where PEFT is installed."""
+
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+    "spiece.model",
+    "*.bpe.model",
+    "*.spm",
+    "*.tiktoken",
+)
+"""Names of files that hold a vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +69,6 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     Raises:
         ArtefactError: the file is cut short, is not safetensors, or says that it holds more than it does.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(str(file), framework="numpy") as opened:
             found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  it is no dictionary
@@ -224,10 +240,19 @@ def missing_weights(
     return None
 
 
+def tokenizer_problems(folder: Path) -> list[str]:
+    """Returns what is missing for a tokenizer in a model folder, one sentence: some load without, and know no words."""
+    if any(any(folder.glob(name)) for name in VOCABULARIES):
+        return []
+    return [
+        f"{folder} has no tokenizer: there is no tokenizer.json, tokenizer.model or vocab.json; copy the tokenizer's files "
+        "from where the model is from"
+    ]
+
+
 def gguf_problems(file: Path) -> list[str]:
     """Returns what in a `.gguf` file's tensor types cannot be dequantized, one sentence each."""
     import gguf
-    import numpy as np
     from gguf import GGML_QUANT_SIZES, dequantize
 
     first: dict[Any, str] = {}

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from moacompress.core.errors import PlanError
 from moacompress.core.files import write_bytes
@@ -46,8 +48,6 @@ class GateWeights:
 
     def save(self, path: Path, notes: Mapping[str, str] | None = None) -> None:
         """Writes them as safetensors, atomically; of several `notes` the order, and so the bytes, may differ each time."""
-        from safetensors.numpy import save
-
         data = save({"weight": self.weight, "bias": self.bias}, metadata=None if notes is None else dict(notes))
         write_bytes(path, data)
 
@@ -58,8 +58,6 @@ class GateWeights:
         Raises:
             PlanError: unreadable, of other sizes, or other gates.
         """
-        from safetensors import SafetensorError, safe_open
-
         try:
             with safe_open(str(path), framework="numpy") as file:
                 sizes = [tuple(file.get_slice(name).get_shape()) for name in ("weight", "bias")]

@@ -1,6 +1,6 @@
-"""The centres that coded keys lie less: one for each KV head, in float16, as a plan holds them.
+"""The centres that are subtracted from keys before they are coded: one per KV head, in float16, as a plan holds them.
 
-Attention's softmax sees no difference, as long as all keys of a KV head lie less the same one; codes round what is left. So any
+Attention's softmax sees no difference, as long as all keys of a KV head lose the same one; codes round what is left. So any
 centre is exact, and the mean of the keys rounds best.
 """
 

@@ -98,8 +98,14 @@ def budget_limits(
                 f"the budget {budget.text} is of weights and cache together, which `search` and `compress` know; give one of "
                 "KV bytes here, such as 25%"
             )
-        length = budget.length or 0
-        _check_memory(budget, weights, smallest([length])[length])
+        limit, length = budget.bytes or 0, budget.length or 0
+        least = smallest([length])[length]
+        if weights + least > limit:
+            raise InfeasibleBudgetError(
+                f"no plan fits {budget.text}, {limit:,} bytes: weights take {weights:,} as they are and the KV cache at least "
+                f"{least:,} at {format_length(length)} tokens, {weights + least:,} in all; ask for at least that, or "
+                "profile smaller weights (--weights int8 or int4)"
+            )
     limits = byte_limits(budgets, shape, lengths, weights)
     check_feasible(limits, smallest(list(limits)), shape)
     return limits
@@ -121,19 +127,3 @@ def smallest_kv_bytes(
     sizes = candidate_kv_bytes(shape, rules, min_window, lengths, shares)
     smallest = (sizes if floors is None else floored(sizes, floors)).min(axis=-1).sum(axis=(1, 2))
     return {n: int(total) for n, total in zip(lengths, smallest, strict=True)}
-
-
-def _check_memory(budget: Budget, weights: int, smallest: int) -> None:
-    """Refuses a budget of memory that weights and the smallest cache, in bytes, exceed.
-
-    Raises:
-        InfeasibleBudgetError: says what each of them takes.
-    """
-    limit, length = budget.bytes or 0, budget.length or 0
-    if weights + smallest <= limit:
-        return
-    raise InfeasibleBudgetError(
-        f"no plan fits {budget.text}, {limit:,} bytes: weights take {weights:,} as they are and the KV cache at least "
-        f"{smallest:,} at {format_length(length)} tokens, {weights + smallest:,} in all; ask for at least that, or "
-        "profile smaller weights (--weights int8 or int4)"
-    )

@@ -56,7 +56,7 @@ class Plan(Shown):
         quality: predicted and measured KL, of the plan and of the baselines.
         provenance: calibration fingerprint, lengths, seeds, versions and the resolved recipe.
         shares: what each layer takes from an earlier one, or None; empty where no layer shares attention.
-        centres: what keys of each KV head lie less where they are in codes, `centres[layer][kv_head]`; empty for nothing.
+        centres: what is subtracted from each KV head's keys that are in codes, `centres[layer][kv_head]`; empty for nothing.
         gates: fingerprint of the gates that choose tokens; empty where no rule selects.
         gate_weights: these gates, where they are at hand: a plan's file has them beside it.
         seen: shingles of the text and prompts that it was calibrated on, which a plan's file has beside it too; None where
@@ -165,7 +165,7 @@ class Plan(Shown):
         return tuple(centre if rule.key_format != NATIVE else b"" for rule, centre in pairs)
 
     def key_centre(self, layer: int) -> Floats32 | None:
-        """Returns what a layer's keys lie less, float32 `[kv_heads, head_dim]`; None where no KV head has a centre."""
+        """Returns what is subtracted from a layer's keys, float32 `[kv_heads, head_dim]`; None for nothing."""
         return centre_numbers(self._used_centres(layer), self.model.head_dim)
 
     def share(self, layer: int) -> Share | None:

@@ -20,7 +20,7 @@ SCORE_BYTES = 2
 class Rule:
     """What one KV head keeps, the first `sink` tokens and a window of `alpha + beta_q / 1024 * n` tokens, and in which formats.
 
-    A rule that selects keeps besides, of the tokens that have left the window, those that its gate scores highest.
+    A rule that selects also keeps those of the tokens evicted from the window that its gate scores highest.
 
     Attributes:
         sink: first tokens that are always kept.
@@ -29,7 +29,7 @@ class Rule:
         key_format: of its keys, one of `formats.all_formats`.
         value_format: of its values.
         select_alpha: fixed part of how many tokens a gate keeps; see `windows.selected`.
-        select_beta_q: its growth per token that has left the window, in 1/1024.
+        select_beta_q: its growth per token evicted from the window, in 1/1024.
     """
 
     sink: int
@@ -48,7 +48,7 @@ class Rule:
 
     @property
     def selects(self) -> bool:
-        """Whether tokens that have left the window can be kept by their score."""
+        """Whether tokens evicted from the window can be kept by their score."""
         return bool(self.select_alpha or self.select_beta_q)
 
     @property

@@ -131,7 +131,7 @@ class RuleTable:
         return np.asarray(slots(n[..., None], self.span) + whole_blocks(self.selected(n)), np.int64)
 
     def tokens_left(self, n: Any) -> Any:
-        """Returns how many tokens have left the windows at `n` tokens, sinks not counted, int64 `[..., rules]`."""
+        """Returns how many tokens are evicted from the windows at `n` tokens, sinks not counted, int64 `[..., rules]`."""
         return tokens_left(n[..., None], self.span)
 
     def selected(self, n: Any) -> Any:

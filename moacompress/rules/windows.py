@@ -66,16 +66,16 @@ def kept(n: Any, span: Span) -> Any:
 
 
 def tokens_left(n: Any, span: Span) -> Any:
-    """Returns how many tokens have left the window, sinks not counted, when the query at position `n - 1` attends.
+    """Returns how many tokens are evicted from the window, sinks not counted, when the query at position `n - 1` attends.
 
-    Of a layer with a sliding window of its own it is none: it sees nothing that has left.
+    Of a layer with a sliding window of its own it is none: it sees nothing that is evicted.
     """
     (_, sink_end), (start, _) = visible_intervals(n, span)
     return (start - sink_end) * (span.native_window == 0)
 
 
 def selected(left: Any, select_alpha: Any, select_beta_q: Any) -> Any:
-    """Returns how many tokens a gate keeps of the `left` that have left the window.
+    """Returns how many tokens a gate keeps of the `left` that are evicted from the window.
 
     `k = min(left, select_alpha + ((select_beta_q * left) >> 10))`, in int64: it grows by one token at most as one more leaves,
     so that there is one to fill every place with.
