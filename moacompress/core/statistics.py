@@ -276,15 +276,10 @@ class Resampled:
     points: int
 
     @staticmethod
-    def draws(points: int, seed: int) -> Ints:
-        """Returns indices of points drawn with replacement, [`RESAMPLES`, points]; the same for the same arguments."""
-        return np.random.default_rng(seed).integers(points, size=(RESAMPLES, points))
-
-    @staticmethod
     def of(points: int, seed: int, statistic: Callable[[Ints], Floats]) -> Resampled:
         """Resamples a statistic, which maps indices of points `[rows, points]` to values `[rows]`, NaN where there is none."""
-        whole = np.arange(points)[None]
-        return Resampled(float(statistic(whole)[0]), statistic(Resampled.draws(points, seed)), points)
+        whole, draws = np.arange(points)[None], np.random.default_rng(seed).integers(points, size=(RESAMPLES, points))
+        return Resampled(float(statistic(whole)[0]), statistic(draws), points)
 
     @property
     def ci95(self) -> Interval | None:
