@@ -25,11 +25,11 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from gpu_rows import Row, said_as, table  # beside this script
+from gpu_rows import said_as, table  # beside this script
 from gpu_ruler import ruler
 from gpu_targets import TARGETS, targets
 from gpu_worker import WEIGHTS, Asked, run_parts
-from harness import listed, markdown, options
+from harness import Row, listed, markdown, options
 
 from moacompress.core.records import end_last_line
 

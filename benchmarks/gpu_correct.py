@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from gpu_layers import Layer  # beside this script
-from gpu_rows import NotHereError, Row, Task
+from gpu_rows import NotHereError, Task
 from gpu_runner import Runner
 from gpu_sizes import MIN_WINDOW, PAIRS, SHARE
-from harness import reference_kernels
+from harness import Row, reference_kernels
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from moacompress.bench.sides import random_ids

@@ -12,9 +12,10 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gpu_rows import NotHereError, Row, Task  # beside this script
+from gpu_rows import NotHereError, Task  # beside this script
 from gpu_runner import Runner
 from gpu_sizes import MIN_WINDOW, PAIRS, SHARE
+from harness import Row
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moacompress.kernels.arguments import Scores, as_tensors

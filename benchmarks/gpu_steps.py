@@ -12,9 +12,10 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from gpu_rows import NotHereError, Row, Task  # beside this script
+from gpu_rows import NotHereError, Task  # beside this script
 from gpu_runner import Runner
 from gpu_sizes import CODED, FULL, PAIRS, PLAIN, QUANTIZED, QUARTER, STATIC, UNDER_PLANS
+from harness import Row
 from transformers import DynamicCache, LlamaForCausalLM, QuantizedCache, StaticCache
 
 from moacompress.bench.bench_request import Cell

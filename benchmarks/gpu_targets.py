@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from gpu_rows import Row  # beside this script
 from gpu_sizes import CODED, FULL, LARGE, PAIRS, PLAIN, QUARTER, Sizes
+from harness import Row  # beside this script
 
 TARGETS = "targets"
 """Of what part they are rows."""

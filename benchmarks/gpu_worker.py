@@ -11,8 +11,9 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from gpu_rows import Boxes, Row, Task, run_tasks  # beside this script
+from gpu_rows import Boxes, Task, run_tasks  # beside this script
 from gpu_sizes import LARGE, SMALL
+from harness import Row
 
 WEIGHTS = {"correct": 3.0, "ceiling": 0.5, "decode": 3.0, "prefill": 1.5, "e2e": 10.0}
 """Share of the time of each part, in their order."""

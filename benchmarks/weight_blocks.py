@@ -131,7 +131,7 @@ def timed(ways: dict[str, tuple[int, list[Product]]], count: int, inputs: int, t
     x = torch.randn(count, inputs).bfloat16()
     some = {name: way for name, way in ways.items() if name != "few" or count <= dispatch.few_rows(x)}
     copies = {name: itertools.cycle(products) for name, (_, products) in some.items()}
-    runs = [lambda name=name: next(copies[name])(x) for name in some]  # type: ignore[misc]
+    runs = [lambda name=name: next(copies[name])(x) for name in some]
     medians = dict(zip(some, medians_ms(runs, turns), strict=True))
     bf16 = min(medians.pop("torch"), medians.pop("few", float("inf")))
     medians = {"bf16": bf16, **medians}
