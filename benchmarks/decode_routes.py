@@ -30,7 +30,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from harness import listed, options, reference_kernels  # beside this script
+from harness import listed, options, random_gates, reference_kernels  # beside this script
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moacompress.bench.bench_request import SPARE_TOKENS, Cell
@@ -38,7 +38,6 @@ from moacompress.bench.measure import interleave
 from moacompress.bench.sides import random_ids, random_kv, same_weights
 from moacompress.models.source import model_shape
 from moacompress.rules.budget import parse_lengths
-from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -211,12 +210,7 @@ def dense_model(family: str, size: dict[str, int | bool], dtype: str) -> PreTrai
 def plan_for(shape: ModelShape, inputs: int, gated: bool) -> Plan:
     """Returns the plan: the same rule for every KV head, with random gates where there are some."""
     plan = Plan(shape, 16, ((GATED if gated else QUARTER,) * shape.kv_heads,) * shape.layers)
-    if not gated:
-        return plan
-    draw = np.random.default_rng(0)
-    heads = shape.layers, shape.kv_heads
-    weight, bias = draw.standard_normal((*heads, inputs)), draw.standard_normal(heads)
-    return plan.with_gates(GateWeights(weight.astype(np.float32), bias.astype(np.float32)))
+    return plan.with_gates(random_gates(shape, inputs)) if gated else plan
 
 
 class Steps:

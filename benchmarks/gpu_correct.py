@@ -7,19 +7,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from gpu_layers import Layer  # beside this script
 from gpu_rows import NotHereError, Task
 from gpu_runner import Runner
 from gpu_sizes import MIN_WINDOW, PAIRS, SHARE
-from harness import Row, reference_kernels
+from harness import Row, random_gates, reference_kernels
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from moacompress.bench.sides import random_ids
 from moacompress.kernels.arguments import as_tensors
 from moacompress.kernels.dispatch import REFERENCE
-from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import Share, with_shared_rules
@@ -43,11 +41,8 @@ def plans(runner: Runner, model: Any) -> dict[str, Callable[[], Plan]]:
     """Returns what makes plans of every kind, by name: spans, formats, gates, and shared attention."""
 
     def gated() -> Plan:
-        shape, draw = runner.shape(model), np.random.default_rng(0)
-        gates = GateWeights(
-            draw.standard_normal((shape.layers, shape.kv_heads, model.config.hidden_size)).astype(np.float32),
-            draw.standard_normal((shape.layers, shape.kv_heads)).astype(np.float32),
-        )
+        shape = runner.shape(model)
+        gates = random_gates(shape, model.config.hidden_size)
         rule = Rule(4, 0, SHARE // 4, select_alpha=16, select_beta_q=SHARE // 2)
         rules = ((rule,) * shape.kv_heads,) * shape.layers
         return Plan(shape, MIN_WINDOW, rules, gates=gates.fingerprint, gate_weights=gates)

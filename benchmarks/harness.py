@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
+
 from moacompress.core.tables import Table
+from moacompress.rules.gate_weights import GateWeights
+from moacompress.rules.model_shape import ModelShape
 
 Row = dict[str, Any]
 """A result by the names of its numbers, as JSON."""
@@ -84,6 +88,13 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], text_columns
 def rows_table(rows: Sequence[Row]) -> str:
     """Returns rows that have the same names as a table in Markdown."""
     return markdown(list(rows[0]), (["" if value is None else str(value) for value in row.values()] for row in rows))
+
+
+def random_gates(shape: ModelShape, inputs: int) -> GateWeights:
+    """Returns random gates of a model whose layers have so many inputs."""
+    draw, heads = np.random.default_rng(0), (shape.layers, shape.kv_heads)
+    weight, bias = draw.standard_normal((*heads, inputs), np.float32), draw.standard_normal(heads, np.float32)
+    return GateWeights(weight, bias)
 
 
 @contextmanager

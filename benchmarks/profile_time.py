@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from harness import options, run_alone  # beside this script
+from harness import options, random_gates, run_alone  # beside this script
 
 from moacompress.core.memory import peak_rss, rss
 from moacompress.rules.budget import parse_lengths
@@ -47,7 +47,6 @@ def measure(model: str, dtype: str, length: int, times: int, cpu_time: bool, gat
     from moacompress.models.source import load_source
     from moacompress.recipe_sections import ProfileRecipe
     from moacompress.rules.candidates import candidate_rules, gated_rules
-    from moacompress.rules.gate_weights import GateWeights
     from moacompress.rules.rule_table import RuleTable
 
     if cpu_time:
@@ -59,9 +58,7 @@ def measure(model: str, dtype: str, length: int, times: int, cpu_time: bool, gat
     ids = generator.integers(0, len(source.tokenizer), length)
     if gated:
         rules += gated_rules(*grid)
-        heads = source.shape.layers, source.shape.kv_heads
-        size = network.config.get_text_config(decoder=True).hidden_size
-        gates = GateWeights(generator.standard_normal((*heads, size), np.float32), np.zeros(heads, np.float32))
+        gates = random_gates(source.shape, network.config.get_text_config(decoder=True).hidden_size)
     table = RuleTable.of(rules, chosen.min_window)
     sample = Sample(ids, np.arange(length) >= length - TARGETS, "random", length)
     tokens = torch.from_numpy(ids)

@@ -223,10 +223,11 @@ def _per_layer(config: Any) -> frozenset[str]:
 
 
 def _direction(config: Any) -> list[str]:
-    key = next((k for k in ("use_bidirectional_attention",) if getattr(config, k, None) in (True, "all")), None)
     if getattr(config, "is_causal", True) is False:
         key = "is_causal"
-    if key is None:
+    elif getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        key = "use_bidirectional_attention"
+    else:
         return []
     return [
         f"attends in both directions ({key} {getattr(config, key)}), so no key can be dropped; only causal models work"

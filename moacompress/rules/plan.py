@@ -5,7 +5,7 @@ Reading a plan never runs code from it, never unpickles and never fetches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -102,16 +102,12 @@ class Plan(Shown):
     @property
     def stated_lengths(self) -> list[int]:
         """Lengths in tokens that its bytes are stated for, ascending; 1k and 4k where it does not say."""
-        noted = self.budget.get("bytes")
-        found = [int(n) for n in noted if str(n).isdecimal() and len(str(n)) < 16] if isinstance(noted, Mapping) else []
-        return sorted(n for n in found if n > 0) or [1024, 4096]
+        return sorted(map(int, self.budget.get("bytes", ()))) or [1024, 4096]
 
     @property
     def profiled_lengths(self) -> list[int]:
         """Lengths in tokens that it was searched at; the stated ones where its notes do not say."""
-        noted = self.provenance.get("lengths")
-        found = [n for n in noted if isinstance(n, int) and n > 0] if isinstance(noted, list) else []
-        return found or self.stated_lengths
+        return list(self.provenance.get("lengths", ())) or self.stated_lengths
 
     @property
     def selects(self) -> bool:
