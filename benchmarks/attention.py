@@ -12,17 +12,17 @@ On a busy machine `--cpu-time` counts the time of one thread on its core instead
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from harness import medians_ms, options  # beside this script
 
 from moacompress.kernels import dispatch
 from moacompress.kernels.arguments import CacheView, Scores, as_tensors
@@ -52,31 +52,9 @@ class Heads:
 
 
 SHAPES = (Heads(9, 3, 64), Heads(32, 8, 128))
-
-
-clock = time.perf_counter
-
-
-def medians_ms(runs: Sequence[Callable[[], Any]], times: int) -> list[float]:
-    """Returns the median time of each call, after one that is not counted.
-
-    They take turns: how fast memory is changes from second to second where others use the machine too.
-    """
-    taken: list[list[float]] = [[] for _ in runs]
-    for turn in range(times + 1):
-        for run, seconds in zip(runs, taken, strict=True):
-            begin = clock()
-            run()
-            if turn:
-                seconds.append(clock() - begin)
-    return [statistics.median(seconds) * 1e3 for seconds in taken]
-
-
-def median_ms(run: Callable[[], Any], times: int) -> float:
-    """Returns the median time of a call; see `medians_ms`."""
-    return medians_ms([run], times)[0]
-
-
+timed = medians_ms
+"""By the clock that is asked for."""
+scattered = False
 FORMATS_TIMED = ((NATIVE, NATIVE), ("int8", "int8"), ("int8", "int4"), ("int4", "int4"))
 """Formats of keys and of values."""
 
@@ -104,10 +82,7 @@ def peak_flops() -> float:
     """Returns multiplications and additions a second that matrix products in float32 reach, by MKL or oneDNN."""
     size = 1024
     x, layer = torch.randn(size, size), torch.nn.Linear(size, size, bias=False).eval().requires_grad_(False)
-    return 2 * size**3 / (min(medians_ms([lambda: layer(x), lambda: onednn_product(x, layer.weight, None)], 9)) / 1e3)
-
-
-scattered = False
+    return 2 * size**3 / (min(timed([lambda: layer(x), lambda: onednn_product(x, layer.weight, None)], 9)) / 1e3)
 
 
 def decode_pools(shape: Heads, n: int, batch: int, kv_parts: tuple[KVPart, KVPart]) -> Iterator[Any]:
@@ -170,8 +145,8 @@ def bench_decode(
     work = batch * shape.heads * 4 * shape.head_dim * int(rule.kept(n, MIN_WINDOW))
     numbers = range(len(FORMATS_TIMED))
     runs = [*(ours(i, rule) for i in numbers), *(ours(i, Rule.FULL) for i in numbers), *map(reading, held)]
-    taken = medians_ms(runs, times)
-    sdpa = min(median_ms(run, max(3, times // 4)) for run in (grouped, packed))
+    taken = timed(runs, times)
+    sdpa = min(timed([grouped, packed], max(3, times // 4)))
     return [
         {
             "length": n,
@@ -203,7 +178,7 @@ def bench_prefill(shape: Heads, n: int, name: str, plan: str, times: int, sdpa_m
         "heads": str(shape),
         "plan": plan,
         "visible_share": seen / int(counts.sum()),
-        "ms": median_ms(lambda: prefill_alone(backend, query, key, value, **chosen), times),
+        "ms": timed([lambda: prefill_alone(backend, query, key, value, **chosen)], times)[0],
         "sdpa_ms": sdpa_ms,
     }
 
@@ -217,12 +192,13 @@ def chunk(shape: Heads, n: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 def sdpa_prefill_ms(shape: Heads, n: int, dtype: torch.dtype, times: int) -> float:
     """Returns the time of torch's causal attention on contiguous tensors."""
     query, key, value = (t.contiguous() for t in chunk(shape, n, dtype))
-    return median_ms(lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True), times)
+    attend = partial(F.scaled_dot_product_attention, query, key, value, is_causal=True, enable_gqa=True)
+    return timed([attend], times)[0]
 
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object on one line")
     parser.add_argument("--quick", action="store_true", help="the smaller shape, shorter and fewer times")
     parser.add_argument("--threads", type=int, help="threads of torch, all cores by default")
@@ -230,10 +206,11 @@ def main() -> None:
     parser.add_argument("--scattered", action="store_true", help="decode: blocks at random places of the pool")
     parser.add_argument("--parts", default="decode,prefill", help="decode, prefill or both")
     chosen = parser.parse_args()
-    global clock, scattered
-    scattered = chosen.scattered
+    global timed, scattered
+    scattered, clock = chosen.scattered, time.thread_time if chosen.cpu_time else time.perf_counter
+    timed = partial(medians_ms, clock=clock)
     if chosen.cpu_time:
-        clock, chosen.threads = time.thread_time, 1
+        chosen.threads = 1
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     n, times = (2048, 5) if chosen.quick else (8192, 25)
@@ -241,14 +218,12 @@ def main() -> None:
     result: dict[str, Any] = {
         "kernel": dispatch.chosen().name,
         "isa": dispatch.chosen().isa,
-        "decode": [],
-        "prefill": [],
-    }
-    result |= {
         "threads": torch.get_num_threads(),
         "clock": clock.__name__,
         "scattered": scattered,
         "torch": torch.__version__,
+        "decode": [],
+        "prefill": [],
     }
 
     def note(part: str, row: dict[str, Any]) -> None:

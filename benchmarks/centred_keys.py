@@ -11,8 +11,6 @@ first four too; `code` of source code; `short` of a quarter as many tokens; `own
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import re
 import sysconfig
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import append_row, markdown, options, read_rows  # beside this script
 
 from moacompress.calibration.profile.centres import mean_keys
 from moacompress.models.source import SourceModel, load_source
@@ -36,7 +35,7 @@ WHOLE = "whole"
 
 def main() -> None:
     """Measures every model, and prints each row as it is found."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = options(__doc__)
     parser.add_argument("models", nargs="*", metavar="MODEL")
     parser.add_argument("--text", help="files of prose, with commas")
     parser.add_argument("--table", type=Path, help="print the rows of a file as Markdown; nothing is measured")
@@ -47,7 +46,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, help="a file that every row is appended to")
     given = parser.parse_args()
     if given.table is not None:
-        print(table([json.loads(line) for line in given.table.read_text("utf-8").splitlines()]))
+        print(table(read_rows(given.table)))
         return
     if given.text is None:
         parser.error("give files of prose with --text")
@@ -55,10 +54,11 @@ def main() -> None:
         source = load_source(name, dtype=given.dtype, weights="dense")
         for row in measured(source, given):
             row = {"model": Path(name).name, "dtype": given.dtype, **row}
-            if given.out is not None:
-                with given.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-            print(shown(row), flush=True)
+            append_row(given.out, row)
+            print(
+                f"{row['model'][:32]:<32} {row['keys']}/{row['values']:<7} {row['centre']:<6} {row['kl']:.5f} nats",
+                flush=True,
+            )
 
 
 def measured(source: SourceModel, given: Any) -> Iterator[dict[str, Any]]:
@@ -124,16 +124,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     kls: dict[tuple[str, ...], dict[str, float]] = {}
     for row in rows:
         kls.setdefault((row["model"], row["keys"], row["values"]), {})[row["centre"]] = row["kl"]
-    lines = [f"| model | keys | values | {' | '.join(names)} |", "| --- " * (3 + len(names)) + "|"]
-    for place, found in kls.items():
-        cells = [f"{found[name]:.5f}" if name in found else "" for name in names]
-        lines.append(f"| {' | '.join((*place, *cells))} |")
-    return "\n".join(lines)
-
-
-def shown(row: dict[str, Any]) -> str:
-    """Returns a row for people."""
-    return f"{row['model'][:32]:<32} {row['keys']}/{row['values']:<7} {row['centre']:<6} {row['kl']:.5f} nats"
+    cells = (
+        [*place, *(f"{found[name]:.5f}" if name in found else "" for name in names)] for place, found in kls.items()
+    )
+    return markdown(["model", "keys", "values", *names], cells, 3)
 
 
 if __name__ == "__main__":

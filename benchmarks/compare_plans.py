@@ -11,17 +11,18 @@ measured: the same command resumes, and adds to a file that has other plans.
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness import markdown, options  # beside this script
 
 from moacompress.calibration.data.sample_sources import build_samples
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.progress import Progress
+from moacompress.core.tables import readable_number
 from moacompress.report.search_tables import difference_text
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
@@ -31,7 +32,7 @@ from moacompress.search.measure.measuring import measured_kls
 
 def main() -> None:
     """Measures the plans, writes their rows, and prints a table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = options(__doc__)
     parser.add_argument("profile", type=Path, nargs="?")
     parser.add_argument("plans", nargs="*", metavar="NAME=FILE")
     parser.add_argument("--model", help="where the model is, if not where it was profiled")
@@ -79,23 +80,19 @@ def named_plan(text: str, profile: Profile) -> tuple[str, Plan]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns rows as two tables in Markdown: of all samples, and the means of each kind of samples."""
     kls = {row["plan"]: row["kls"] for row in rows}
-    lines = [
-        "| plan | KV bytes, of dense | KL predicted, nats | measured | difference |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    cells = []
     for row in rows:
         name, mean = row["plan"], float(np.mean(row["kls"]))
         other = name.rpartition("/")[0]
         apart = difference_text(KlDifference.of(kls[name], kls[other]).to_dict()) if other in kls else ""
-        foreseen = "" if row["predicted"] is None else f"{row['predicted']:.2g}"
-        lines.append(f"| {name} | {row['kv_share']:.3f} | {foreseen} | {mean:.3g} | {apart} |")
-    kinds = list(dict.fromkeys(rows[0]["kinds"]))
-    lines += ["", f"| kind | samples | {' | '.join(kls)} |", "| --- " * (2 + len(kls)) + "|"]
-    for kind in kinds:
+        cells.append([name, f"{row['kv_share']:.3f}", readable_number(row["predicted"], ".2g"), f"{mean:.3g}", apart])
+    whole = markdown(["plan", "KV bytes, of dense", "KL predicted, nats", "measured", "difference"], cells)
+    by_kind = []
+    for kind in dict.fromkeys(rows[0]["kinds"]):
         of_kind = [index for index, other in enumerate(rows[0]["kinds"]) if other == kind]
-        cells = [f"{np.mean([kls[name][index] for index in of_kind]):.2g}" for name in kls]
-        lines.append(f"| {kind} | {len(of_kind)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        means = [f"{np.mean([kls[name][index] for index in of_kind]):.2g}" for name in kls]
+        by_kind.append([kind, str(len(of_kind)), *means])
+    return f"{whole}\n\n{markdown(['kind', 'samples', *kls], by_kind)}"
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 import time
 from pathlib import Path
 
+from harness import options
 from rivals.kept import measure_kept
 from rivals.measures import Bench, measure_quality, measure_speed
 from rivals.prompts import SEEN, UNSEEN, make_prompts, stop_tokens_of
@@ -26,6 +26,7 @@ from rivals.settings import SETTINGS, chosen
 from rivals.table import read_rows, tables
 
 from moacompress.core.errors import MoaCompressError
+from moacompress.core.machine import processor_name
 from moacompress.core.records import Records, named_numbers
 from moacompress.rules.budget import parse_lengths
 
@@ -34,14 +35,12 @@ MEASURES = ("quality", "speed", "kept")
 
 def machine() -> str:
     """Returns the processor and its number of cores, in words."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    return f"{processor_name()}, {os.cpu_count()} cores"
 
 
 def parser() -> argparse.ArgumentParser:
     """Returns the options."""
-    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found = options(__doc__)
     found.add_argument("dense", type=Path, nargs="?", help="folder of the model as it is, in bfloat16")
     found.add_argument(
         "--ours", action="append", default=[], metavar="NAME=FOLDER", help="a compressed checkpoint of it"
@@ -101,20 +100,20 @@ def run(given: argparse.Namespace) -> int:
 
 def main() -> None:
     """Reads the options, and runs."""
-    options = parser()
-    given = options.parse_args()
+    known = parser()
+    given = known.parse_args()
     if given.table is not None:
         if not given.table.exists():
-            options.error(f"--table {given.table}: no such file")
+            known.error(f"--table {given.table}: no such file")
         print(tables(read_rows(given.table)))
     elif given.list:
         print("\n".join(f"{setting.full_name}  {setting.note}".rstrip() for setting in SETTINGS))
     elif given.dense is None or given.out is None:
-        options.error("the dense model and a file of rows (-o) are needed")
+        known.error("the dense model and a file of rows (-o) are needed")
     elif not set(given.measure.split(",")) <= set(MEASURES) or not set(given.questions.split(",")) <= {SEEN, UNSEEN}:
-        options.error(f"--measure takes {', '.join(MEASURES)}, and --questions {SEEN} and {UNSEEN}")
+        known.error(f"--measure takes {', '.join(MEASURES)}, and --questions {SEEN} and {UNSEEN}")
     elif not all("=" in pair for pair in given.ours):
-        options.error("--ours takes NAME=FOLDER")
+        known.error("--ours takes NAME=FOLDER")
     else:
         try:
             sys.exit(run(given))

@@ -16,30 +16,28 @@ model's head and embedding are part of a step.
 
 from __future__ import annotations
 
-import argparse
-import copy
 import itertools
 import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
+from harness import listed, options, random_gates, reference_kernels  # beside this script
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moacompress.bench.bench_request import SPARE_TOKENS, Cell
 from moacompress.bench.measure import interleave
-from moacompress.bench.sides import random_ids, random_kv
-from moacompress.kernels import dispatch
+from moacompress.bench.sides import random_ids, random_kv, same_weights
 from moacompress.models.source import model_shape
 from moacompress.rules.budget import parse_lengths
-from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -159,15 +157,6 @@ SITUATIONS = {
 }
 
 
-@contextmanager
-def reference_kernels() -> Iterator[None]:
-    """Has the kernels in plain PyTorch run."""
-    with patch.dict("os.environ", {dispatch.VARIABLE: dispatch.REFERENCE.name}):
-        dispatch.forget()
-        yield
-    dispatch.forget()
-
-
 TAKEN_AWAY: dict[str, Callable[[], Any]] = {
     "all layers": lambda: patch.object(all_layers.Stack, "begin", lambda *given: None),
     "one layer": lambda: patch.object(fused, "_layer", lambda *given: None),
@@ -189,23 +178,22 @@ def taken_away(count: int) -> ExitStack:
 def counted() -> Iterator[Counter[str]]:
     """Counts the layers that go by each route meanwhile."""
     found: Counter[str] = Counter()
+
+    def counting(route: Any) -> Callable[[Any], Any]:
+        run = route.run
+
+        def call(request: Any) -> Any:
+            out = run(request)
+            if out is not None:
+                found[route.name] += request.layers
+            return out
+
+        return call
+
     with ExitStack() as stack:
         for route in routes.ROUTES:
-            stack.enter_context(patch.object(route, "run", counting(route, found)))
+            stack.enter_context(patch.object(route, "run", counting(route)))
         yield found
-
-
-def counting(route: Any, found: Counter[str]) -> Callable[[Any], Any]:
-    """Returns a route's `run` that counts the layers it was run for."""
-    run = route.run
-
-    def call(request: Any) -> Any:
-        out = run(request)
-        if out is not None:
-            found[route.name] += request.layers
-        return out
-
-    return call
 
 
 def dense_model(family: str, size: dict[str, int | bool], dtype: str) -> PreTrainedModel:
@@ -217,30 +205,16 @@ def dense_model(family: str, size: dict[str, int | bool], dtype: str) -> PreTrai
     return made
 
 
-def same_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns a copy of a model that has the very same parameters and buffers."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-
-
 def plan_for(shape: ModelShape, inputs: int, gated: bool) -> Plan:
     """Returns the plan: the same rule for every KV head, with random gates where there are some."""
     plan = Plan(shape, 16, ((GATED if gated else QUARTER,) * shape.kv_heads,) * shape.layers)
-    if not gated:
-        return plan
-    draw = np.random.default_rng(0)
-    heads = shape.layers, shape.kv_heads
-    weight, bias = draw.standard_normal((*heads, inputs)), draw.standard_normal(heads)
-    return plan.with_gates(GateWeights(weight.astype(np.float32), bias.astype(np.float32)))
+    return plan.with_gates(random_gates(shape, inputs)) if gated else plan
 
 
 class Steps:
-    """Steps in a situation, from a cache with random content on.
+    """Steps in a situation of a dense model, which is left as it is, from a cache with random content on.
 
-    Args:
-        situation: where.
-        model: the dense model, which is left as it is.
-        length: tokens of a row in the cache.
-        steps: in a turn, after one that is not timed.
+    A row of the cache has `length` tokens. A turn has `steps`, after one that is not timed.
     """
 
     def __init__(self, situation: Situation, model: PreTrainedModel, length: int, steps: int) -> None:
@@ -311,12 +285,7 @@ class Steps:
 
 
 class Turn:
-    """Steps by one route; the routes before it are away from its `prepare` until another turn's.
-
-    Args:
-        steps: what is timed.
-        count: how many routes are taken away.
-    """
+    """Steps by one route; the `count` routes before it are away from its `prepare` until another turn's."""
 
     away = ExitStack()
 
@@ -355,25 +324,16 @@ def measured(
     return rows
 
 
-def listed(given: str, known: Sequence[str]) -> list[str]:
-    """Returns names that were given with commas.
-
-    Raises:
-        ValueError: one of them is not known.
-    """
-    asked = given.split(",") if given else [*known]
-    unknown = [name for name in asked if name not in known]
-    if unknown:
-        raise ValueError(f"{unknown[0]!r} is none of: {', '.join(known)}")
-    return asked
-
-
 def main() -> None:
     """Reads the command line and measures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="", help=f"with commas; {', '.join(MODELS)}")
+    parser = options(__doc__)
+    parser.add_argument(
+        "--models", type=partial(listed, known=MODELS), default=[*MODELS], help=f"with commas; {', '.join(MODELS)}"
+    )
     parser.add_argument("--lengths", default="1k,4k", help="tokens in the cache, with commas")
-    parser.add_argument("--situations", default="", help=f"with commas; {', '.join(SITUATIONS)}")
+    parser.add_argument(
+        "--situations", type=partial(listed, known=SITUATIONS), help=f"with commas; {', '.join(SITUATIONS)}"
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--layers", type=int, help="decoder layers of the models, instead of their own")
     parser.add_argument(
@@ -389,20 +349,16 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="write one JSON object")
     args = parser.parse_args()
     if args.quick:
-        args.models, args.lengths, args.steps, args.turns = "tiny", "1k", 4, 5
-        args.situations = args.situations or ",".join(name for name in SITUATIONS if "compiled" not in name)
+        args.models, args.lengths, args.steps, args.turns = ["tiny"], "1k", 4, 5
+        args.situations = args.situations or [name for name in SITUATIONS if "compiled" not in name]
     if args.cpu_time and args.threads != 1:
         parser.error("--cpu-time counts one thread: leave --threads out")
     torch.set_num_threads(args.threads)
     clock = time.thread_time if args.cpu_time else time.perf_counter
-    try:
-        models, situations = listed(args.models, [*MODELS]), listed(args.situations, [*SITUATIONS])
-    except ValueError as error:
-        parser.error(str(error))
     rows = []
-    for name, length in itertools.product(models, parse_lengths(args.lengths)):
+    for name, length in itertools.product(args.models, parse_lengths(args.lengths)):
         dense: dict[str, PreTrainedModel] = {}
-        for said in situations:
+        for said in args.situations or SITUATIONS:
             situation = SITUATIONS[said]
             if situation.family not in dense:
                 size = MODELS[name] | ({"num_hidden_layers": args.layers} if args.layers else {})

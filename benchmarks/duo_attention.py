@@ -15,7 +15,6 @@ Writes the pattern in the form of DuoAttention's own files, every so many steps;
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from harness import options  # beside this script
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
@@ -73,13 +73,8 @@ def streaming_attention(query: Tensor, key: Tensor, value: Tensor, sink: int, wi
 
     Queries are taken in blocks as long as the window, whose keys are the sinks, the block before and their own.
 
-    Args:
-        query: `[1, heads, tokens, head_dim]`, as are the others.
-        key: likewise.
-        value: likewise.
-        sink: at most as many tokens as the window.
-        window: tokens, the query's own included.
-        scaling: factor on the scores.
+    Query, key and value are `[1, heads, tokens, head_dim]`. There are at most as many sinks as the window has tokens, which
+    include the query's own; `scaling` is a factor on the scores.
     """
     n = query.shape[2]
     pad = -n % window
@@ -102,12 +97,9 @@ def streaming_attention(query: Tensor, key: Tensor, value: Tensor, sink: int, wi
 
 
 class Heads:
-    """The weight of every KV head, and the attention that mixes by it.
+    """The weight of every KV head, `[layers, kv_heads]`, and the attention that mixes by it.
 
-    Args:
-        shape: layers and KV heads.
-        sink: first tokens that every KV head sees.
-        window: last tokens, the query's own included, that it sees when it streams.
+    Every KV head sees the first `sink` tokens, and when it streams the last `window`, the query's own included.
     """
 
     def __init__(self, shape: tuple[int, int], sink: int, window: int) -> None:
@@ -150,16 +142,9 @@ def train(
     price: float,
     every: int,
 ) -> None:
-    """Trains the weights, and writes them every so many steps.
+    """Trains the weights, those in `out` first if there are any, up to `steps`, and writes them every so many steps.
 
-    Args:
-        model: dense, its own weights frozen.
-        heads: whose weights are trained; those in `out`, if there are any, come first.
-        prompt: gives for a step a prompt with its answer, and how many tokens are the answer.
-        out: folder of the pattern.
-        steps: of the whole training.
-        price: of the mean of the weights.
-        every: steps between two writes.
+    `prompt` gives for a step a prompt with its answer, and how many tokens are the answer; `price` is of the mean weight.
     """
     optimizer = torch.optim.Adam([heads.weights], RATE)
     first, begun, decoder = resumed(out, heads, optimizer), time.monotonic(), model.get_decoder()
@@ -215,7 +200,7 @@ def write(out: Path, heads: Heads, step: int, optimizer: torch.optim.Optimizer) 
 
 def main() -> None:
     """Reads the command line and trains."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("model")
     parser.add_argument("--text", required=True, help="file or folder of long prose")
     parser.add_argument("--steps", type=int, default=1000)

@@ -12,10 +12,11 @@ lie beside the tables that are made of them.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+from harness import markdown, options  # beside this script
 
 from moacompress.core.files import write_text
 from moacompress.core.tables import estimate_text, p_text
@@ -41,10 +42,7 @@ def read_scores(path: Path) -> dict[str, Any]:
 
 
 class Evaluation:
-    """What was measured.
-
-    Args:
-        path: of the file.
+    """What was measured, as the file at `path` has it.
 
     Attributes:
         lengths: nominal, tokens, ascending.
@@ -97,7 +95,7 @@ def side_table(found: Evaluation) -> str:
     """Returns all sides, a line each."""
     count, _ = found.right(POOLED)
     rest = ("plan less this, retention", "plan less this, NLL")
-    lines = [_line("", "KV bytes, of dense", f"retention, of {count}", "NLL", *rest), _line(*["---"] * 6)]
+    lines = []
     for side in found.sides:
         kept, nll = (found.row(side, POOLED, metric) for metric in METRICS)
         assert nll is not None
@@ -107,8 +105,8 @@ def side_table(found: Evaluation) -> str:
             "" if row is None else f"{estimate_text(row['value'], row['ci95'], '+.2f')}, {p_text(row['p'])}"
             for row in less
         )
-        lines.append(_line(f"`{side}`", f"{found.share(side):.1%}", said, f"{nll['value']:.3f}", *apart))
-    return "\n".join(lines)
+        lines.append([f"`{side}`", f"{found.share(side):.1%}", said, f"{nll['value']:.3f}", *apart])
+    return markdown(["", "KV bytes, of dense", f"retention, of {count}", "NLL", *rest], lines)
 
 
 def task_table(all_found: list[Evaluation], sides: list[str]) -> str:
@@ -116,7 +114,7 @@ def task_table(all_found: list[Evaluation], sides: list[str]) -> str:
     at = [(found, length) for found in all_found for length in found.lengths]
     lengths = ", ".join(format_length(length) for _, length in at)
     heads = ("task", f"dense is right at {lengths}", PLAN, *(f"`{side}`" for side in sides), "best of the others")
-    lines = [_line(*heads), _line(*["---"] * len(heads))]
+    lines = []
     for task in dict.fromkeys(task for found in all_found for task in found.tasks):
         here = [(found, length) for found, length in at if found.row(DENSE, task, "nll", length) is not None]
         right = ", ".join("{} of {}".format(*found.right(task, length)) for found, length in here)
@@ -125,8 +123,8 @@ def task_table(all_found: list[Evaluation], sides: list[str]) -> str:
             _kept(found, [side for side in found.sides if side not in (PLAN, *DENSE_SIDES, *sides)], task, length)
             for found, length in here
         )
-        lines.append(_line(f"`{task}`", right, *cells, others))
-    return "\n".join(lines)
+        lines.append([f"`{task}`", right, *cells, others])
+    return markdown(heads, lines)
 
 
 def _kept(found: Evaluation, sides: list[str], task: str, length: int) -> str:
@@ -134,13 +132,9 @@ def _kept(found: Evaluation, sides: list[str], task: str, length: int) -> str:
     return f"{max(row['value'] for row in rows):.2f}" if rows else "-"
 
 
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def main() -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="of `moacompress eval -o`")
     parser.add_argument("--sides", default="", help="comma-separated: columns of their own in the table of tasks")
     parser.add_argument(

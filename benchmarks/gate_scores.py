@@ -17,14 +17,15 @@ tokens, less the dense model's. Everything is computed in float32. For models wi
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from harness import listed, options  # beside this script
 from torch import Tensor, nn
 
 from moacompress.calibration.profile.passes import all_attended
@@ -47,11 +48,7 @@ REQUEST = "\n\nRepeat the text above, word for word.\n\n"
 
 
 class Given(TokenGate):
-    """A gate whose scores are made elsewhere.
-
-    Args:
-        scores: gives them from what enters the layer, `[1, tokens, inputs]`: `[1, kv_heads, tokens]`.
-    """
+    """A gate whose scores, `[1, kv_heads, tokens]`, are made elsewhere from what enters the layer, `[1, tokens, inputs]`."""
 
     def __init__(self, scores: Callable[[Tensor], Tensor]) -> None:
         nn.Module.__init__(self)
@@ -134,21 +131,19 @@ def answered(model: nn.Module, case: Case) -> tuple[float, float]:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("model", help="MODEL, dense")
     parser.add_argument("plan", metavar="NAME=PLAN", help="a plan with gates")
     parser.add_argument("--others", nargs="*", default=[], metavar="NAME=PLAN", help="other plans")
-    parser.add_argument("--scores", default=",".join(SCORES), help="with commas")
+    parser.add_argument(
+        "--scores", type=partial(listed, known=SCORES), default=SCORES, help=f"some of {', '.join(SCORES)}"
+    )
     parser.add_argument("--tasks", default="needle-prose,needle-prose-uuids,multi-needle-prose", help="with commas")
     parser.add_argument("--lengths", default="1k", help="tokens, with commas")
     parser.add_argument("--prompts", type=int, default=20, help="of each task and length")
     parser.add_argument("--text", type=Path, help="long prose, for the tasks that need it")
     parser.add_argument("--json", action="store_true", help="write one JSON object")
     given = parser.parse_args()
-    asked = given.scores.split(",")
-    unknown = [name for name in asked if name not in SCORES]
-    if unknown:
-        parser.error(f"no score is called {unknown[0]!r}; known are {', '.join(SCORES)}")
     plans = {named: Plan.load(named.partition("=")[2] or named) for named in (given.plan, *given.others)}
     if not plans[given.plan].selects:
         parser.error(f"{given.plan} has no gates")
@@ -164,7 +159,7 @@ def main() -> None:
     right = [index for index, (correct, _) in enumerate(truth) if correct]
     if not right:
         raise SystemExit(f"the dense model gets none of {len(cases)} prompts right")
-    sides = [(given.plan, score) for score in asked] + [(other, "") for other in given.others]
+    sides = [(given.plan, score) for score in given.scores] + [(other, "") for other in given.others]
     rows = []
     for named, score in sides:
         name, plan = named.partition("=")[0], plans[named]
@@ -179,7 +174,10 @@ def main() -> None:
             side_row(f"{name} {score}".strip(), plan, [truth[i] for i in right], [found[i] for i in right], cases)
         )
         if not given.json:
-            print(shown(rows[-1]), flush=True)
+            row = rows[-1]
+            kept, nll = (estimate_text(row[part]["value"], row[part]["ci95"], ".3f") for part in ("kept", "nll"))
+            said = f"{row['share']:.1%} of the bytes; keeps {kept} of {row['right']}; NLL {nll} above dense"
+            print(f"{row['side']:24} {said}", flush=True)
     if given.json:
         print(json.dumps({"right": len(right), "prompts": len(cases), "rows": rows}))
 
@@ -202,12 +200,6 @@ def side_row(
         "nll": estimate_row(*above),
         "right": len(found),
     }
-
-
-def shown(row: dict[str, Any]) -> str:
-    """Returns a row for people."""
-    kept, nll = (estimate_text(row[name]["value"], row[name]["ci95"], ".3f") for name in ("kept", "nll"))
-    return f"{row['side']:24} {row['share']:.1%} of the bytes; keeps {kept} of {row['right']}; NLL {nll} above dense"
 
 
 if __name__ == "__main__":

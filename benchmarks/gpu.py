@@ -18,26 +18,32 @@ sizes whose times mean nothing.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from gpu_rows import Row, said_as, table  # beside this script
+from gpu_rows import said_as, table  # beside this script
 from gpu_ruler import ruler
 from gpu_targets import TARGETS, targets
 from gpu_worker import WEIGHTS, Asked, run_parts
+from harness import Row, listed, markdown, options
 
 from moacompress.core.records import end_last_line
+
+PARTS = (*WEIGHTS, "ruler")
 
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument(
-        "--parts", default=",".join(WEIGHTS), help=f"some of {', '.join((*WEIGHTS, 'ruler'))}, with commas"
+        "--parts",
+        type=partial(listed, known=PARTS),
+        default=[*WEIGHTS],
+        help=f"some of {', '.join(PARTS)}, with commas",
     )
     parser.add_argument("--device", default="cuda", help="torch device")
     parser.add_argument("--small", action="store_true", help="sizes that a CPU can do, whose times mean nothing")
@@ -52,10 +58,7 @@ def main() -> None:
     if given.show:
         show(read_rows(given.out))
         return
-    parts = given.parts.split(",")
-    unknown = [part for part in parts if part not in (*WEIGHTS, "ruler")]
-    if unknown:
-        parser.error(f"{unknown[0]!r} is no part; there are {', '.join((*WEIGHTS, 'ruler'))}")
+    parts = given.parts
     if "ruler" in parts:
         if given.model is None or given.text is None or given.squad is None or len(parts) > 1:
             parser.error("ruler goes alone, with --model DIR, --text PROSE and --squad FILE")
@@ -108,9 +111,8 @@ def show(rows: Sequence[Row]) -> None:
     """Prints the results and the targets."""
     rows = [row for row in rows if row["part"] != TARGETS]
     cards = dict.fromkeys(f"{row['card']}, torch {row['torch']}" for row in rows if "card" in row)
-    print(f"{'; '.join(cards)}\n\n{table(rows)}\n\n| target | wanted | measured | met |\n| --- | --- | --- | --- |")
-    for row in targets_of(rows):
-        print(f"| {row['what']} | {row['wanted']} | {said_as(row['measured'])} | {row['met']} |")
+    wanted = ([row["what"], row["wanted"], said_as(row["measured"]), row["met"]] for row in targets_of(rows))
+    print(f"{'; '.join(cards)}\n\n{table(rows)}\n\n{markdown(['target', 'wanted', 'measured', 'met'], wanted, 4)}")
 
 
 if __name__ == "__main__":

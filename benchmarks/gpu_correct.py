@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from gpu_layers import Layer  # beside this script
-from gpu_rows import NotHereError, Row, Task
+from gpu_rows import NotHereError, Task
 from gpu_runner import Runner
 from gpu_sizes import MIN_WINDOW, PAIRS, SHARE
+from harness import Row, random_gates, reference_kernels
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from moacompress.bench.sides import random_ids
-from moacompress.kernels import dispatch
 from moacompress.kernels.arguments import as_tensors
 from moacompress.kernels.dispatch import REFERENCE
-from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import Share, with_shared_rules
@@ -45,11 +41,8 @@ def plans(runner: Runner, model: Any) -> dict[str, Callable[[], Plan]]:
     """Returns what makes plans of every kind, by name: spans, formats, gates, and shared attention."""
 
     def gated() -> Plan:
-        shape, draw = runner.shape(model), np.random.default_rng(0)
-        gates = GateWeights(
-            draw.standard_normal((shape.layers, shape.kv_heads, model.config.hidden_size)).astype(np.float32),
-            draw.standard_normal((shape.layers, shape.kv_heads)).astype(np.float32),
-        )
+        shape = runner.shape(model)
+        gates = random_gates(shape, model.config.hidden_size)
         rule = Rule(4, 0, SHARE // 4, select_alpha=16, select_beta_q=SHARE // 2)
         rules = ((rule,) * shape.kv_heads,) * shape.layers
         return Plan(shape, MIN_WINDOW, rules, gates=gates.fingerprint, gate_weights=gates)
@@ -106,26 +99,11 @@ def _logits_row(runner: Runner, kind: str, dtype: torch.dtype) -> Row:
     tokens = min(runner.sizes.prompts[0], 700)
     ids = random_ids((2, tokens), runner.sizes.model["vocab_size"], 1, str(runner.device))
     found = _logits(model, ids)
-    with plain_kernels():
+    with reference_kernels():
         wanted = _logits(model, ids)
     rounds = kind not in ("native/native", "shared attention")
     limit = FLIPS if rounds and dtype == torch.float32 else CLOSE[dtype]
     return _error(runner, found, wanted, limit)
-
-
-@contextmanager
-def plain_kernels() -> Iterator[None]:
-    """Has all attention run in plain PyTorch."""
-    before = os.environ.get(dispatch.VARIABLE)
-    os.environ[dispatch.VARIABLE] = REFERENCE.name
-    dispatch.forget()
-    try:
-        yield
-    finally:
-        os.environ.pop(dispatch.VARIABLE)
-        if before is not None:
-            os.environ[dispatch.VARIABLE] = before
-        dispatch.forget()
 
 
 def _wide(memory: torch.Tensor) -> torch.Tensor:
@@ -149,14 +127,7 @@ def _error(runner: Runner, found: torch.Tensor, wanted: torch.Tensor, limit: flo
 
 
 class Decoding:
-    """A model under a plan that has read a prompt, for steps that may be compared.
-
-    Args:
-        runner: of the device.
-        kind: of the plan; see `plans`.
-        steps: that there will be.
-        dtype: of the model.
-    """
+    """A model under a kind of plan (see `plans`) that has read a prompt, for so many steps that may be compared."""
 
     def __init__(self, runner: Runner, kind: str, steps: int, dtype: torch.dtype) -> None:
         dense = runner.model(runner.sizes.layers, dtype)
@@ -239,9 +210,8 @@ STEPS = "steps"
 def host_traffic(events: Iterable[tuple[str, float]]) -> tuple[int, int]:
     """Returns how often the host waits in the traced steps, and how often something is copied from it or to it.
 
-    Args:
-        events: of a trace: name, and when it began. What is before the steps is not counted, and of waits nothing after the
-            last call that launches something, where the trace itself waits.
+    Events have a name, and when they began. What is before the steps is not counted, and of waits nothing after the last call
+    that launches something, where the trace itself waits.
     """
     known = sorted(events, key=lambda event: event[1])
     begin = next((time for name, time in known if name == STEPS), 0.0)

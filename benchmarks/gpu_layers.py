@@ -12,9 +12,10 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gpu_rows import NotHereError, Row, Task  # beside this script
+from gpu_rows import NotHereError, Task  # beside this script
 from gpu_runner import Runner
 from gpu_sizes import MIN_WINDOW, PAIRS, SHARE
+from harness import Row
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moacompress.kernels.arguments import Scores, as_tensors
@@ -30,17 +31,9 @@ ROOM = 64
 
 
 class Layer:
-    """A layer's cache under equal spans, with random tokens in it.
-
-    Args:
-        runner: of the device.
-        rows: of the cache.
-        tokens: of a row.
-        pair: formats of keys and of values.
+    """A layer's cache under equal spans in a pair of formats, with random tokens in it.
 
     Attributes:
-        cache: see above.
-        scores: how scores are made.
         query: of a step, `[rows, heads, 1, dim]`.
         kept: tokens whose blocks a KV head of a row holds.
         kept_bytes: bytes of those, of all KV heads and rows.
@@ -151,10 +144,7 @@ def _flashinfer_row(runner: Runner, rows: int, tokens: int, kernel: str) -> Row:
 def _by_plan(query: torch.Tensor, pool: torch.Tensor, packed: torch.Size) -> Callable[[], torch.Tensor]:
     """Returns a call of the kernel that is planned for on the host, which is done before.
 
-    Args:
-        query: `[rows, heads, dim]`.
-        pool: see `flashinfer_pages`.
-        packed: `rows, kv_heads, tokens, dim` of the keys.
+    The query is `[rows, heads, dim]`, the pool that of `flashinfer_pages`, and `packed` the shape of the keys.
     """
     flashinfer = importlib.import_module("flashinfer")
     rows, kv_heads, tokens, dim = packed
@@ -177,7 +167,7 @@ def _by_plan(query: torch.Tensor, pool: torch.Tensor, packed: torch.Size) -> Cal
 
 
 def _by_tables(query: torch.Tensor, pool: torch.Tensor, packed: torch.Size) -> Callable[[], torch.Tensor]:
-    """Returns a call of the kernel that reads tables and lengths on the device; arguments as of `_by_plan`."""
+    """Returns a call of the kernel that reads tables and lengths on the device."""
     decode_module = importlib.import_module("flashinfer.decode")
     rows, _, tokens, dim = packed
     workspace = torch.zeros(1 << 27, dtype=torch.uint8, device=query.device)
@@ -192,11 +182,9 @@ FLASHINFER = {"FA2": _by_plan, "XQA": _by_tables}
 
 
 def flashinfer_pages(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Returns keys and values in FlashInfer's pages ("NHD"), `[pages, 2, 16, kv_heads, dim]`, contiguous.
+    """Returns keys and values, `[rows, kv_heads, tokens, dim]` of whole pages, in FlashInfer's pages ("NHD").
 
-    Args:
-        key: `[rows, kv_heads, tokens, dim]`, whole pages.
-        value: likewise.
+    They are `[pages, 2, 16, kv_heads, dim]`, contiguous.
     """
     rows, kv_heads, tokens, dim = key.shape
     both = torch.stack((key, value), 1).reshape(rows, 2, kv_heads, tokens // BLOCK, BLOCK, dim)

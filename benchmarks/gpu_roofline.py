@@ -13,7 +13,6 @@ starts kernels, writes, merges and samples is not in it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import subprocess
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+from harness import options, rows_table  # beside this script
 from triton_resources import PAIRS, Model, decode_resources, split_compiled  # beside this script
 
 from moacompress.kernels.triton.work_lists import LONGEST, PROGRAMS
@@ -124,10 +124,7 @@ def token_bytes(bits: tuple[int, int]) -> int:
 def bounds(card: Card, kernel: Kernel, programs: float = float("inf")) -> dict[str, float]:
     """Returns the bytes/s that each bound allows attention.
 
-    Args:
-        card: which.
-        kernel: compiled for it.
-        programs: that there are to be run, at once or one after the other.
+    `programs` are there to be run, at once or one after the other.
     """
     held = min(programs, card.processors * kernel.at_once)
     tiles = card.processors * card.clock * SCHEDULERS / (kernel.instructions * kernel.warps)
@@ -141,14 +138,7 @@ def bounds(card: Card, kernel: Kernel, programs: float = float("inf")) -> dict[s
 
 
 def attention_seconds(card: Card, kernel: Kernel, rows: int, tokens: int) -> tuple[float, str]:
-    """Returns how long attention of a step's layers takes at least, s, and what bounds it.
-
-    Args:
-        card: which.
-        kernel: compiled for it.
-        rows: of the batch.
-        tokens: that each KV head keeps.
-    """
+    """Returns how long attention of a step's layers takes at least, s, at so many kept tokens, and what bounds it."""
     heads, per_token = rows * KV_HEADS, kernel.tile_bytes / kernel.tile
     share = max(1.0, min(LONGEST * BLOCK, heads * tokens / PROGRAMS))
     programs = heads * max(1.0, tokens / share)
@@ -164,7 +154,7 @@ def weights_seconds(card: Card, rows: int) -> float:
 
 def main() -> None:
     """Prints the tables, or one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--cards", default=",".join(CARDS), help=f"some of {', '.join(CARDS)}, with commas")
     parser.add_argument("--rows", default="1,8,64", help="of the batch, with commas")
     parser.add_argument("--lengths", default="4096,32768,131072", help="tokens, with commas")
@@ -191,11 +181,7 @@ def main() -> None:
         print(json.dumps(tables))
         return
     for title, rows_of in tables.items():
-        print(f"{title}:\n\n| " + " | ".join(rows_of[0]) + " |")
-        print("|" + " --- |" * len(rows_of[0]))
-        for each in rows_of:
-            print("| " + " | ".join(str(value) for value in each.values()) + " |")
-        print()
+        print(f"{title}:\n\n{rows_table(rows_of)}\n")
 
 
 def _step(card: Card, kernels: dict[str, Kernel], rows: int, length: int, plans: list[str]) -> dict[str, Any]:

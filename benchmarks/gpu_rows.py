@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-Row = dict[str, Any]
-"""A result by the names of its numbers, as JSON."""
+from harness import Row, markdown  # beside this script
+
 TIME_IS_OVER = "the part's time was over"
 
 
@@ -16,12 +16,7 @@ class NotHereError(Exception):
 
 
 class Task(NamedTuple):
-    """What gives one row.
-
-    Attributes:
-        what: its name in the row.
-        run: makes it.
-    """
+    """What gives one row, with its name in it."""
 
     what: str
     run: Callable[[], Row]
@@ -30,10 +25,7 @@ class Task(NamedTuple):
 class Boxes:
     """The time of each part: a share of what is left, so that what a part does not use goes to those after it.
 
-    Args:
-        weights: of all parts that are to come, in their order.
-        until: when all must be done, s of `clock`.
-        clock: seconds.
+    `weights` are of all parts that are to come, in their order; all must be done `until` then, in seconds of the clock.
     """
 
     def __init__(self, weights: Mapping[str, float], until: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -56,13 +48,7 @@ def run_tasks(
 ) -> None:
     """Runs the tasks of a part; what would begin after the end of its box is a row that says so.
 
-    Args:
-        tasks: of the part.
-        end: of its box, s of the clock.
-        clock: seconds.
-        begun: see `Begun`.
-        done: see `Done`.
-        first: number of the first task that is run; those before it are left out.
+    `end` is of its box, s of the clock; tasks before number `first` are left out.
     """
     for number, task in enumerate(tasks):
         if number < first:
@@ -88,18 +74,18 @@ def attempted(run: Callable[[], Row]) -> Row:
 
 def first_line(error: BaseException) -> str:
     """Returns the first line of what an error says."""
-    lines = str(error).splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def table(rows: Sequence[Row]) -> str:
     """Returns results as a table in Markdown."""
-    lines = ["| part | what | result |", "| --- | --- | --- |"]
+    cells = []
     for row in rows:
         found = {name: value for name, value in row.items() if name not in ("part", "card", "torch", "what", "seconds")}
-        said = ", ".join(f"{name} {said_as(value)}" for name, value in found.items())
-        lines.append(f"| {row['part']} | {row.get('what', '')} | {said} |")
-    return "\n".join(lines)
+        cells.append(
+            [row["part"], row.get("what", ""), ", ".join(f"{name} {said_as(value)}" for name, value in found.items())]
+        )
+    return markdown(["part", "what", "result"], cells, 3)
 
 
 def said_as(value: Any) -> str:

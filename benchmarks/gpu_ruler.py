@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from harness import append_row  # beside this script
+
 LENGTH = 4096
 """Tokens of the prompts."""
 
@@ -14,13 +16,7 @@ LENGTH = 4096
 def ruler(folder: Path, text: Path, squad: Path, prompts: int, device: str, out: Path) -> None:
     """Runs RULER on a compressed checkpoint and on the dense model; stopped, the same call resumes.
 
-    Args:
-        folder: the checkpoint.
-        text: prose.
-        squad: SQuAD as JSON.
-        prompts: of each task.
-        device: torch device.
-        out: lines of JSON, to which a line of the estimate is added; `eval` writes its results beside it.
+    A line of the estimate is added to `out`; `eval` writes its results beside it.
 
     Raises:
         subprocess.CalledProcessError: `eval` failed, and has said why.
@@ -34,15 +30,8 @@ def ruler(folder: Path, text: Path, squad: Path, prompts: int, device: str, out:
     dry = subprocess.run([*command, "--dry-run", "--json"], check=True, stdout=subprocess.PIPE, text=True)
     estimate = json.loads(dry.stdout)
     needed = needed_bytes(folder)
-    row = {
-        "part": "ruler",
-        "what": "estimate",
-        "seconds": estimate["seconds"],
-        "answers": estimate["answers"],
-        "bytes": needed,
-    }
-    with out.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    row = {"part": "ruler", "what": "estimate", "seconds": estimate["seconds"], "answers": estimate["answers"]}
+    append_row(out, {**row, "bytes": needed})
     print(
         f"RULER at {LENGTH:,} tokens, {prompts} prompts a task, of {folder} and the dense model: "
         f"{estimate['answers']:,} answers in about {readable_seconds(estimate['seconds'])}, from one timed prompt, with "

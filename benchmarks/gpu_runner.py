@@ -24,17 +24,7 @@ LONG = 5.0
 
 
 class Runner:
-    """What all parts share.
-
-    Args:
-        device: torch device.
-        sizes: of what is measured.
-
-    Attributes:
-        device: see above.
-        sizes: see above.
-        dtype: of what is measured.
-    """
+    """The clock of a device, models with random weights, and what the device reaches."""
 
     def __init__(self, device: str, sizes: Sizes) -> None:
         self.device, self.sizes = torch.device(device), sizes

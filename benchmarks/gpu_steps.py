@@ -12,9 +12,10 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from gpu_rows import NotHereError, Row, Task  # beside this script
+from gpu_rows import NotHereError, Task  # beside this script
 from gpu_runner import Runner
 from gpu_sizes import CODED, FULL, PAIRS, PLAIN, QUANTIZED, QUARTER, STATIC, UNDER_PLANS
+from harness import Row
 from transformers import DynamicCache, LlamaForCausalLM, QuantizedCache, StaticCache
 
 from moacompress.bench.bench_request import Cell
@@ -38,11 +39,7 @@ TRIES = 4
 
 
 class Sides:
-    """The sides of the comparison, all of one set of random weights; each is made when it is first asked for.
-
-    Args:
-        runner: of the device.
-    """
+    """The sides of the comparison, all of one set of random weights; each is made when it is first asked for."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner, self._models = runner, dict[str, Any]()
@@ -139,15 +136,9 @@ def free(runner: Runner) -> None:
 def step_ms(
     runner: Runner, sides: Sides, side: str, rows: int, tokens: int, captured: bool = True
 ) -> tuple[float, Row]:
-    """Returns the time of a step, ms, and what else there is to say of it.
+    """Returns the time of a step, ms, with so many tokens of every row in the cache, and what else there is to say of it.
 
-    Args:
-        runner: of the device.
-        sides: of the comparison.
-        side: which.
-        rows: of the cache.
-        tokens: in it, of every row.
-        captured: under a plan, whether steps are those of `generate_on_device`, on a GPU a graph's, or those of `generate`.
+    Under a plan steps are those of `generate_on_device`, on a GPU a graph's, or, not `captured`, those of `generate`.
     """
     cell, device = Cell("bfloat16", tokens, rows), str(runner.device)
     timed = 16 if runner.on_gpu else 1

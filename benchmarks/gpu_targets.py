@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from gpu_rows import Row  # beside this script
 from gpu_sizes import CODED, FULL, LARGE, PAIRS, PLAIN, QUARTER, Sizes
+from harness import Row  # beside this script
 
 TARGETS = "targets"
 """Of what part they are rows."""
@@ -14,14 +14,7 @@ NOT_MEASURED = "not measured"
 
 
 class Target(NamedTuple):
-    """What is wanted of a run.
-
-    Attributes:
-        name: what is measured.
-        wanted: the least, or the most.
-        at_most: whether it is the most.
-        measured: from the results; None where they do not say.
-    """
+    """What is wanted of a run: at least so much, or `at_most`; `measured` is None where the results do not say."""
 
     name: str
     wanted: float
@@ -39,11 +32,7 @@ class Target(NamedTuple):
 
 
 class Results:
-    """The rows of a run, by part and name.
-
-    Args:
-        rows: of all parts.
-    """
+    """The rows of a run, by part and name."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = {(row["part"], row["what"]): row for row in rows}
@@ -67,12 +56,7 @@ class Results:
 
 
 def targets(rows: Sequence[Row], sizes: Sizes = LARGE) -> list[Row]:
-    """Returns a row for each target.
-
-    Args:
-        rows: results of a run on a GPU.
-        sizes: that it had.
-    """
+    """Returns a row for each target, of the results of a run on a GPU."""
     return [target.row() for target in _targets(Results(rows), sizes)]
 
 

@@ -7,11 +7,13 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from gpu_rows import Boxes, Row, Task, run_tasks  # beside this script
+from gpu_rows import Boxes, Task, run_tasks  # beside this script
 from gpu_sizes import LARGE, SMALL
+from harness import Row
 
 WEIGHTS = {"correct": 3.0, "ceiling": 0.5, "decode": 3.0, "prefill": 1.5, "e2e": 10.0}
 """Share of the time of each part, in their order."""
@@ -22,15 +24,7 @@ GRACE = 20.0
 
 
 class Asked(NamedTuple):
-    """What is asked of a process.
-
-    Attributes:
-        device: torch device.
-        small: whether sizes are those for a CPU.
-        parts: in their order.
-        until: when all must be done, s of `time.monotonic`.
-        first: number of the first task of the first part.
-    """
+    """What is asked of a process: parts, from number `first` of the first one on, until so many s of `time.monotonic`."""
 
     device: str
     small: bool
@@ -40,14 +34,7 @@ class Asked(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """What a process says when a task begins.
-
-    Attributes:
-        part: of the task.
-        number: of the task in it.
-        what: its name.
-        end: of the part's box, s of `time.monotonic`.
-    """
+    """What a process says when a task begins; `end` is of the part's box, s of `time.monotonic`."""
 
     part: str
     number: int
@@ -61,14 +48,8 @@ def parts_of(runner: Any) -> dict[str, Callable[[], Iterator[Task]]]:
     from gpu_layers import ceiling, decode, prefill
     from gpu_steps import e2e
 
-    made = {
-        "correct": correct,
-        "ceiling": ceiling,
-        "decode": decode,
-        "prefill": prefill,
-        "e2e": e2e,
-    }
-    return {name: lambda of=of: of(runner) for name, of in made.items()}  # type: ignore[misc]
+    made = {"correct": correct, "ceiling": ceiling, "decode": decode, "prefill": prefill, "e2e": e2e}
+    return {name: partial(of, runner) for name, of in made.items()}
 
 
 def work(connection: Connection, asked: Asked) -> None:
@@ -103,13 +84,7 @@ def work(connection: Connection, asked: Asked) -> None:
 
 
 def run_parts(asked: Asked, write: Callable[[Row], None], target: Callable[[Connection, Asked], None] = work) -> None:
-    """Has processes run parts, one after another where one ends in the midst of a task or takes too long for it.
-
-    Args:
-        asked: of all of them.
-        write: is given every row.
-        target: what a process does.
-    """
+    """Has processes run parts, one after another where one ends in the midst of a task or takes too long for it."""
     while True:
         last = _until_it_ends(asked, write, target)
         if last is None:

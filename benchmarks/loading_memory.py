@@ -9,11 +9,8 @@ and removes it. What a process maps of files is not counted: the system takes th
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import options, run_alone  # beside this script
 
 from moacompress.core.errors import UsageError
 from moacompress.core.memory import available_bytes
@@ -46,13 +44,7 @@ SHARD = 1 << 30
 
 
 def write_checkpoint(folder: Path, layers: int, type_name: str) -> None:
-    """Writes a compressed checkpoint of random weights.
-
-    Args:
-        folder: to be made.
-        layers: how many.
-        type_name: of the blocks that all matrices are in, or `NUMBERS`.
-    """
+    """Writes a compressed checkpoint of random weights, all matrices in blocks of a type or in `NUMBERS`."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from moacompress.models.block_layers import put_block_layers
@@ -143,7 +135,7 @@ def _anonymous() -> int:
 
 def main() -> None:
     """Prints bytes of the files, and of memory at the peak and afterwards."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument(
         "folder", metavar="FOLDER", type=Path, help="where the checkpoint is written for the time being"
     )
@@ -161,8 +153,7 @@ def main() -> None:
         size = sum(file.stat().st_size for file in given.folder.glob("*.safetensors"))
         if available_bytes() < 1.2 * size:
             raise UsageError(f"{size:,} bytes of weights do not fit; choose fewer --layers")
-        command = [sys.executable, __file__, str(given.folder), "--load"]
-        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        found = run_alone(__file__, given.folder, "--load")
     finally:
         shutil.rmtree(given.folder, ignore_errors=True)
     assert found["finite"]

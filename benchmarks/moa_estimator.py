@@ -9,12 +9,11 @@ eighth of the shortest length profiled. KL(dense || plan) in nats per answer tok
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from harness import append_row, options  # beside this script
 
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.progress import SILENT
@@ -36,7 +35,7 @@ MOA_SHARE = 8
 
 def main() -> None:
     """Chooses, measures, and prints a row for every estimator and grid."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = options(__doc__)
     parser.add_argument("profile", type=Path)
     parser.add_argument("--budget", type=float, default=25, help="percent of the dense KV bytes, at every length")
     parser.add_argument("--model", help="where the model is, if not where it was profiled")
@@ -64,9 +63,7 @@ def main() -> None:
             "kls": found,
             "difference": KlDifference.of(found, kls[0]).to_dict() if found is not kls[0] else None,
         }
-        if given.out is not None:
-            with given.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        append_row(given.out, row)
         beside = "" if row["difference"] is None else f", against uniform {difference_text(row['difference'])}"
         print(f"{name:24} {np.mean(found):.4f} nats, at fewest {row['fewest']} tokens a head{beside}", flush=True)
 

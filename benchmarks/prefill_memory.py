@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
+
+from harness import options, run_alone  # beside this script
 
 from moacompress.core.memory import peak_rss, rss
 from moacompress.rules.budget import parse_lengths
@@ -22,12 +21,7 @@ LAYERS, KV_HEADS, HEAD_DIM = 24, 4, 64
 
 
 def measure(length: int, chunk: int, compressed: bool) -> dict[str, Any]:
-    """Prefills random tokens in this process.
-
-    Args:
-        length: tokens.
-        chunk: tokens of a forward.
-        compressed: under the plan; otherwise the dense model with transformers' own cache.
+    """Prefills random tokens in this process, under the plan or dense with transformers' own cache.
 
     Returns:
         `length`, `chunk`, `plan`, `peak_bytes` above what was there before, and `cache_bytes` at the end.
@@ -73,17 +67,9 @@ def measure(length: int, chunk: int, compressed: bool) -> dict[str, Any]:
     }
 
 
-def run_alone(length: int, chunk: int, compressed: bool) -> dict[str, Any]:
-    """Returns what `measure` does, from a new process: its peak is not that of another run."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--length", str(length), "--chunks", str(chunk), "--here"]
-    command += ["--dense"] if not compressed else []
-    found: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
-    return found
-
-
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--length", default="16k", help="tokens")
     parser.add_argument("--chunks", default="256,1k,4k,16k", help="tokens of a forward, with commas between")
     parser.add_argument("--json", action="store_true", help="one JSON object on one line")
@@ -97,7 +83,8 @@ def main() -> None:
     runs = []
     for chunk in chunks:
         for compressed in (True, False):
-            runs.append(run_alone(length, chunk, compressed))
+            more = [] if compressed else ["--dense"]
+            runs.append(run_alone(__file__, "--length", length, "--chunks", chunk, "--here", *more))
             if not chosen.json:
                 peak, held = (runs[-1][name] / 2**20 for name in ("peak_bytes", "cache_bytes"))
                 name = "plan " if compressed else "dense"

@@ -22,6 +22,7 @@ from unittest import mock
 
 import numpy as np
 import optuna
+from harness import markdown, options  # beside this script
 
 from moacompress.cli import app
 from moacompress.report.search_tables import difference_text
@@ -39,7 +40,7 @@ SAMPLERS = {
 
 def main() -> None:
     """Searches with every sampler, has the plans measured, and prints a table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = options(__doc__)
     parser.add_argument("profile", type=Path, nargs="?")
     parser.add_argument("--budget", default="12.5%")
     parser.add_argument("--trials", type=int, default=16)
@@ -63,8 +64,9 @@ def main() -> None:
             minutes[name] = searched(given, folder / f"{sampler}-{seed}.json", sampler, given.trials, seed)
     plans = [f"{name}={folder / name.rpartition('/')[2]}.json" for name in minutes]
     compare = [sys.executable, str(Path(__file__).with_name("compare_plans.py")), str(given.profile), *plans]
-    options = ["--samples", str(given.samples), "--dtype", given.dtype]
-    subprocess.run([*compare, *options, "-o", str(given.out)], check=True)
+    subprocess.run(
+        [*compare, "--samples", str(given.samples), "--dtype", given.dtype, "-o", str(given.out)], check=True
+    )
     rows = json.loads(given.out.read_text("utf-8"))
     for row in rows:
         row["minutes"] = minutes[row["plan"]]
@@ -78,11 +80,11 @@ def searched(given: argparse.Namespace, plan: Path, sampler: str, trials: int, s
     """Searches a plan, unless it is there, and returns the minutes that it took."""
     notes = plan.with_suffix(".minutes")
     if not notes.exists():
-        options = ["--budget", given.budget, "--trials", str(trials), "--rounds", "0", "--moves", "0"]
+        asked = ["--budget", given.budget, "--trials", str(trials), "--rounds", "0", "--moves", "0"]
         recipe = plan.with_suffix(".yaml")
         recipe.write_text("search: {alternatives: false}\n", "utf-8")
         begin = time.monotonic()
-        arguments = ["search", str(given.profile), *options, "--seed", str(seed), "--recipe", str(recipe)]
+        arguments = ["search", str(given.profile), *asked, "--seed", str(seed), "--recipe", str(recipe)]
         with (
             mock.patch.object(optuna.samplers, "GPSampler", SAMPLERS[sampler]),
             mock.patch.object(best_trial, "__defaults__", (0.0,)),
@@ -94,17 +96,12 @@ def searched(given: argparse.Namespace, plan: Path, sampler: str, trials: int, s
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns rows as a table in Markdown; differences are to trial 0, paired by sample."""
-    lines = [
-        "| sampler, seed | minutes | KL of the search, nats | KL held out | difference |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    first = rows[0]["kls"]
+    first, cells = rows[0]["kls"], []
     for row in rows:
         apart = "" if row is rows[0] else difference_text(KlDifference.of(row["kls"], first).to_dict())
         name = row["plan"].rpartition("/")[2].replace("-", ", ")
-        cells = f"{row['minutes']:.1f} | {row['searched']:.3g} | {np.mean(row['kls']):.3g} | {apart}"
-        lines.append(f"| {name} | {cells} |")
-    return "\n".join(lines)
+        cells.append([name, f"{row['minutes']:.1f}", f"{row['searched']:.3g}", f"{np.mean(row['kls']):.3g}", apart])
+    return markdown(["sampler, seed", "minutes", "KL of the search, nats", "KL held out", "difference"], cells)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,14 @@ What is counted, and how, is in `moacompress/run_counts.py`. Hours at a rate are
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
+from harness import markdown, options  # beside this script
 from transformers import LlamaConfig
 
 from moacompress.calibration.profile.profiler import rules_on_offer
 from moacompress.recipe import Recipe
-from moacompress.run_counts import (
-    ModelCounts,
-    count_run,
-)
+from moacompress.run_counts import ModelCounts, count_run
 
 RECIPE = Recipe().override(calibration__lengths=(1024, 4096), evaluation__lengths=(4096,))
 """What the table is of: the defaults, at two lengths."""
@@ -53,14 +50,9 @@ MODELS: dict[str, Callable[[], ModelCounts]] = {
 
 
 def table(rules: int, tflops: float | None = None) -> str:
-    """Returns the table as Markdown.
-
-    Args:
-        rules: candidate rules of a profile.
-        tflops: 10^12 operations a second, for hours beside operations; None for none.
-    """
+    """Returns the table as Markdown, of so many candidate rules, with hours at 10^12 * `tflops` operations a second."""
     names = ["model", "profile", "search", "eval", "weights", "inputs kept", "KV cache, 8k", "statistics"]
-    lines = [f"| {' | '.join(names)} |", "| --- |" + " ---: |" * (len(names) - 1)]
+    lines = []
     longest = max(RECIPE.calibration.lengths)
     for name, made in MODELS.items():
         counts = made()
@@ -71,8 +63,8 @@ def table(rules: int, tflops: float | None = None) -> str:
         ]
         samples = RECIPE.calibration.samples * counts.statistics_bytes(rules, RECIPE)
         sizes = (run.bytes["weights"], counts.kept_bytes(longest, HALF), run.bytes["kv_cache"], samples)
-        lines.append(f"| {' | '.join([name, *work, *(f'{size / 1e9:,.3g}' for size in sizes)])} |")
-    return "\n".join(lines)
+        lines.append([name, *work, *(f"{size / 1e9:,.3g}" for size in sizes)])
+    return markdown(names, lines)
 
 
 def rules_of(recipe: Recipe) -> int:
@@ -82,7 +74,7 @@ def rules_of(recipe: Recipe) -> int:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--tflops", type=float, help="10^12 operations a second: also print hours")
     given = parser.parse_args()
     if given.tflops is not None and given.tflops <= 0:

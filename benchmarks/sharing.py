@@ -9,14 +9,12 @@ weights take to read once, as measured on a buffer that no cache holds.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import harness  # beside this script
 import torch
 
 from moacompress.models.source import load_source
@@ -51,16 +49,6 @@ def filled(plan: Plan, batch: int, length: int) -> PlanCache:
     return cache
 
 
-def seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Returns the median seconds of a call."""
-    taken = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - begin)
-    return statistics.median(taken)
-
-
 def measure(source: str, layers: int, batch: int, length: int, repeats: int, turns: int) -> dict[str, Any]:
     """Times steps of the plans in turns.
 
@@ -80,18 +68,18 @@ def measure(source: str, layers: int, batch: int, length: int, repeats: int, tur
             weights[name] = sum(weight.numel() * weight.element_size() for weight in model.model.parameters())
             detach(model.model)
         buffer = torch.ones(BUFFER, dtype=torch.bfloat16).view(torch.int32)
-        bandwidth = buffer.numel() * 4 / seconds(buffer.max, 5)
+        bandwidth = buffer.numel() * 4 / harness.medians_ms([buffer.max], 5)[0] * 1e3
         times: dict[str, list[float]] = {name: [] for name in plans}
         for _ in range(turns):
             for name, plan in plans.items():
                 attach(model.model, plan)
-                for _ in range(2):
-                    model.model(token, **cache_argument(caches[name]))
-                times[name].append(seconds(partial(model.model, token, **cache_argument(caches[name])), repeats))
+                step = partial(model.model, token, **cache_argument(caches[name]))
+                step()
+                times[name] += harness.medians_ms([step], repeats)
                 detach(model.model)
     rows: dict[str, Any] = {}
     for name, cache in caches.items():
-        rows[name] = {"step_ms": 1e3 * statistics.median(times[name]), "kv_bytes": cache.used_bytes()}
+        rows[name] = {"step_ms": statistics.median(times[name]), "kv_bytes": cache.used_bytes()}
         if name != "full span":
             one = rows["full span"]
             dropped = one["kv_bytes"] - cache.used_bytes() + weights["full span"] - weights[name]
@@ -103,7 +91,7 @@ def measure(source: str, layers: int, batch: int, length: int, repeats: int, tur
 
 def main() -> None:
     """Prints what was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.options(__doc__)
     parser.add_argument("model")
     parser.add_argument("--layers", type=int, default=9, help="layers that share")
     parser.add_argument("--batch", type=int, default=8)

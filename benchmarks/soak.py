@@ -9,7 +9,6 @@ above what it was after the first three. Some generations repeat one prompt, who
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import gc
@@ -19,6 +18,8 @@ import sys
 import threading
 import time
 from typing import Any
+
+from harness import options  # beside this script
 
 from moacompress.core.memory import rss
 
@@ -34,7 +35,7 @@ class Cancelled(Exception):
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("model", metavar="DIR", help="a compressed checkpoint")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--threads", type=int, default=4)

@@ -7,12 +7,12 @@ Costs are heavy-tailed over heads and fall with what a rule keeps, as profiles' 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
 
 import numpy as np
+from harness import options  # beside this script
 
 from moacompress.search.problem.solver import milp, solve
 
@@ -32,39 +32,39 @@ def problem(heads: int, rules: int, lengths: int, seed: int) -> tuple[np.ndarray
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("--heads", type=int, default=1024)
     parser.add_argument("--rules", type=int, default=50)
     parser.add_argument("--lengths", type=int, default=3)
     parser.add_argument("--problems", type=int, default=10)
     parser.add_argument("--time-limit", type=float, default=10, help="seconds of milp")
     parser.add_argument("--json", action="store_true", help="write one JSON object")
-    options = parser.parse_args()
+    given = parser.parse_args()
     solve(*problem(90, 20, 2, 0))  # imports
     runs: list[dict[str, float]] = []
-    for seed in range(options.problems):
-        costs, slots, limits = problem(options.heads, options.rules, options.lengths, seed)
+    for seed in range(given.problems):
+        costs, slots, limits = problem(given.heads, given.rules, given.lengths, seed)
         begin = time.perf_counter()
         fast = solve(costs, slots, limits)
         middle = time.perf_counter()
-        exact = milp(costs, slots, limits, time_limit=options.time_limit)
+        exact = milp(costs, slots, limits, time_limit=given.time_limit)
         end = time.perf_counter()
         above = fast.cost / exact.cost - 1
         runs.append({"solve_ms": 1e3 * (middle - begin), "milp_ms": 1e3 * (end - middle), "above": above})
     times = [run["solve_ms"] for run in runs]
     result = {
-        "heads": options.heads,
-        "rules": options.rules,
-        "lengths": options.lengths,
+        "heads": given.heads,
+        "rules": given.rules,
+        "lengths": given.lengths,
         "solve_ms": {"median": statistics.median(times), "max": max(times)},
         "worst_above_milp": max(run["above"] for run in runs),
         "runs": runs,
     }
-    if options.json:
+    if given.json:
         print(json.dumps(result))
         return
     print(
-        f"{options.heads} heads x {options.rules} rules x {options.lengths} lengths, {options.problems} problems: solve "
+        f"{given.heads} heads x {given.rules} rules x {given.lengths} lengths, {given.problems} problems: solve "
         f"{statistics.median(times):.0f} ms (at most {max(times):.0f}), at most {result['worst_above_milp']:.2%} above milp"
     )
 

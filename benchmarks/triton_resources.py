@@ -14,7 +14,6 @@ token compete that leaves a window, and `move` copies tokens.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import subprocess
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from harness import options, rows_table  # beside this script
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -118,7 +118,7 @@ def main() -> None:
         "ring-append": partial(append_resources, ring=True),
         "ring-select": partial(select_resources, ring=True),
     }
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--cards", default="sm_80,sm_90,sm_100", help=f"some of {', '.join(CARDS)}, with commas")
     parser.add_argument("--dims", default="64,128,256", help="numbers of a key and of a value, with commas")
     parser.add_argument("--kernels", default=",".join(resources), help="which, with commas")
@@ -144,12 +144,7 @@ def main() -> None:
         print(json.dumps(found))
         return
     for kernel, rows in found.items():
-        names = list(rows[0])
-        print(f"{kernel}:\n\n| " + " | ".join(names) + " |")
-        print("|" + " --- |" * len(names))
-        for row in rows:
-            print("| " + " | ".join("" if row[name] is None else str(row[name]) for name in names) + " |")
-        print()
+        print(f"{kernel}:\n\n{rows_table(rows)}\n")
 
 
 def bits_of(pair: tuple[int, int], *, reused: bool) -> str:
@@ -248,12 +243,7 @@ def pool_types(model: Model, bits: tuple[int, int]) -> dict[str, str]:
 def compiled(card: str, kernel: Any, constants: dict[str, Any], types: dict[str, str], options: dict[str, Any]) -> Any:
     """Compiles a kernel for a card, as for pointers and strides that are multiples of 16, and for any other integers.
 
-    Args:
-        card: which.
-        kernel: of Triton.
-        constants: by the names of its arguments.
-        types: of pointers.
-        options: of the compiler.
+    Constants go by the names of its arguments, and `types` are of pointers.
     """
     places = {name: (at,) for at, name in enumerate(kernel.arg_names)}
     signature, aligned = {}, {}

@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from harness import options  # beside this script
+
 from moacompress.bench.request_mix import ANSWERS, PROMPTS, Request, requests
 from moacompress.bench.serving import Served
 from moacompress.rules.budget import parse_bytes
@@ -150,7 +152,7 @@ def serve(folder: Path, mix: list[Request], memory: int, given: argparse.Namespa
 
 def main() -> None:
     """Runs every checkpoint in a process of its own, and prints a line for each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
     parser.add_argument("--kv-memory", default="128M")
     parser.add_argument("--requests", type=int, default=48)

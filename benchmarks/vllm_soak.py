@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from harness import options  # beside this script
 
 from moacompress.bench.request_mix import requests
 
@@ -123,7 +124,7 @@ async def soak(address: str, process: psutil.Process, given: argparse.Namespace)
 
 def main() -> None:
     """Starts the server, and prints a JSON object on one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--clients", type=int, default=12)

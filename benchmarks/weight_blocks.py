@@ -12,16 +12,14 @@ numbers.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from harness import medians_ms, options  # beside this script
 from torch.nn.functional import linear
 
 from moacompress.kernels import dispatch
@@ -44,7 +42,7 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object on one line")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="with commas")
     parser.add_argument("--rows", default="1,8,32,256", help="with commas")
@@ -87,13 +85,9 @@ def in_blocks(kernels: Backend, kind: WeightType, weight: torch.Tensor) -> Calla
 def weights(
     outputs: int, inputs: int, kinds: Sequence[WeightType], rotate: int
 ) -> dict[str, tuple[int, list[Product]]]:
-    """Returns the bytes of a random weight in each way of keeping it, and products with copies of it.
+    """Returns the bytes of a random weight in each way of keeping it, and products with copies of it, at least `rotate` bytes.
 
-    Args:
-        outputs: of the weight.
-        inputs: of the weight.
-        kinds: types of blocks; those whose blocks are not filled by the inputs are left out.
-        rotate: bytes that all copies of a weight take at least.
+    Types of blocks that are not filled by the inputs are left out.
     """
     found: dict[str, tuple[int, list[Product]]] = {}
 
@@ -137,20 +131,13 @@ def timed(ways: dict[str, tuple[int, list[Product]]], count: int, inputs: int, t
     x = torch.randn(count, inputs).bfloat16()
     some = {name: way for name, way in ways.items() if name != "few" or count <= dispatch.few_rows(x)}
     copies = {name: itertools.cycle(products) for name, (_, products) in some.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in some}
-    for turn in range(turns + 1):
-        for name in some:
-            run = next(copies[name])
-            begin = time.perf_counter()
-            run(x)
-            if turn:
-                seconds[name].append(time.perf_counter() - begin)
-    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    runs = [lambda name=name: next(copies[name])(x) for name in some]
+    medians = dict(zip(some, medians_ms(runs, turns), strict=True))
     bf16 = min(medians.pop("torch"), medians.pop("few", float("inf")))
     medians = {"bf16": bf16, **medians}
     nbytes = {"bf16": ways["torch"][0], **{name: nbytes for name, (nbytes, _) in ways.items()}}
     return [
-        {"way": name, "ms": taken * 1e3, "gb_s": nbytes[name] / taken / 1e9, "speedup": bf16 / taken}
+        {"way": name, "ms": taken, "gb_s": nbytes[name] / taken / 1e6, "speedup": bf16 / taken}
         for name, taken in medians.items()
     ]
 

@@ -1,4 +1,4 @@
-"""The errors that a user can meet, under the name they were known by first; they live in `moacompress.core.errors`."""
+"""The errors that a user can catch; they live in `moacompress.core.errors`."""
 
 from moacompress.core.errors import (
     ArtefactError,

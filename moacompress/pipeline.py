@@ -36,10 +36,10 @@ from moacompress.estimate.estimate import Estimate
 from moacompress.exporter.card import state_measured
 from moacompress.exporter.exporting import check_reusable, export, exported_plan, unrepaired
 from moacompress.exporter.fresh import GREEDY
-from moacompress.models.locate import find_running_plan
 from moacompress.models.placement import checked_placement, input_device
 from moacompress.models.skeleton import is_described
 from moacompress.models.source import is_compressed
+from moacompress.models.stored_plan import find_running_plan
 from moacompress.models.weight_bytes import checkpoint_weight_bytes
 from moacompress.recipe import Recipe, shared_name
 from moacompress.rules.plan import Plan

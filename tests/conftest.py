@@ -180,6 +180,8 @@ def load_script() -> Callable[[Path], Any]:
     """Returns a function that loads a script as a module, which is on no path of Python's."""
 
     def load(path: Path) -> Any:
+        if str(path.parent) not in sys.path:
+            sys.path.append(str(path.parent))  # it imports what lies beside it, as where it is run
         spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
         assert spec is not None
         assert spec.loader is not None

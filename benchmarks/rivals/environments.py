@@ -16,10 +16,6 @@ MARK = "made-from.txt"
 def python_of(rival: str, folder: Path) -> Path:
     """Returns the Python that a rival runs in; makes its environment where there is none of these requirements.
 
-    Args:
-        rival: its name; ours runs where this runs.
-        folder: that holds the environments.
-
     Raises:
         UsageError: pip cannot make it; says why.
     """

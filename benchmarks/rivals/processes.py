@@ -24,16 +24,7 @@ class RunnerError(MoaCompressError):
 
 
 class Runner:
-    """A process that answers jobs.
-
-    Args:
-        name: of rival and setting, for messages.
-        process: with pipes.
-        errors: what it writes to stderr.
-
-    Attributes:
-        ready: its first answer: `vocabulary` and `versions`.
-    """
+    """A process that answers jobs; `ready` is its first answer, with `vocabulary` and `versions`."""
 
     def __init__(self, name: str, process: subprocess.Popen[str], errors: IO[bytes]) -> None:
         self._name, self._process, self._errors = name, process, errors
@@ -67,11 +58,7 @@ class Runner:
 def runner(python: Path, rival: str, name: str, task: Mapping[str, Any]) -> Iterator[Runner]:
     """Starts the process of a setting, and ends it.
 
-    Args:
-        python: that it runs in.
-        rival: name of its runner.
-        name: of rival and setting, for messages.
-        task: what the runner is told first; `threads` is kept to by all libraries.
+    `task` is what the runner is told first; all libraries keep to its `threads`.
 
     Raises:
         RunnerError: it ends before it is ready.

@@ -47,13 +47,7 @@ def make_prompts(
 ) -> list[Prompt]:
     """Returns the prompts of some tasks and lengths.
 
-    Args:
-        tokenizer: the model's.
-        tasks: names of evaluation tasks.
-        lengths: tokens of a prompt, its answer included.
-        count: of each task and length.
-        resources: texts that some tasks need.
-        seed: of the prompts.
+    There are `count` of each task and length, in tokens with the answer; `resources` are texts that some tasks need.
 
     Raises:
         UsageError: an unknown task.

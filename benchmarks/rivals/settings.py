@@ -119,9 +119,8 @@ NEED_GGUF = ("llamacpp", "openvino")
 def chosen(names: Sequence[str], checkpoints: Mapping[str, str]) -> list[Setting]:
     """Returns the settings of some names, each once, in the order asked for.
 
-    Args:
-        names: of rivals, for all their settings, or `rival:setting`.
-        checkpoints: folders of our own checkpoints, by the names that they are to have: the settings of `moacompress`.
+    A name is a rival's, for all its settings, or `rival:setting`. Checkpoints are folders of our own, the settings of
+    `moacompress`, by the names that they are to have.
 
     Raises:
         UsageError: unknown; names the nearest known one.

@@ -1,6 +1,6 @@
 """Starts a runner by its name: `python -P start.py NAME TASK`.
 
-The folder of the benchmarks goes last in Python's path: some of its scripts have the names of modules of the standard library.
+The folder of the benchmarks goes last in Python's path.
 """
 
 from __future__ import annotations
@@ -11,4 +11,5 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).resolve().parents[1]))
-    importlib.import_module(f"rivals.runners.{sys.argv[1]}").main()
+    engine = importlib.import_module("rivals.runners.engine")
+    engine.serve(importlib.import_module(f"rivals.runners.{sys.argv[1]}").make)

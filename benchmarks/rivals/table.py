@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moacompress.core.statistics import SIGNIFICANT, p_value, paired_rates, rate, verdict
-from moacompress.core.tables import estimate_text, p_text
+from moacompress.core.tables import Table, estimate_text, p_text
 from moacompress.rules.budget import format_length
 from rivals.settings import DENSE, OURS
 
@@ -107,13 +107,17 @@ def quality_table(rows: Sequence[Row]) -> str:
         return ""
     found = sorted(_answers(rows, dense), key=lambda one: one.share)
     ours = [one for one in found if one.rival == OURS]
-    lines = [
-        f"Retention on the {len(right)} of {len(dense)} prompts that the dense model answers right.",
+    heads = (
         "",
-        "| | setting | question | KV bytes, of dense | retention | ours at these bytes, minus it | better | |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    tests = 0
+        "setting",
+        "question",
+        "KV bytes, of dense",
+        "retention",
+        "ours at these bytes, minus it",
+        "better",
+        "",
+    )
+    lines, tests = [], 0
     for one in found:
         some = [which for which in one.match if which in right]
         if not some:
@@ -125,14 +129,11 @@ def quality_table(rows: Sequence[Row]) -> str:
         cells = [one.rival, one.setting, one.question, bytes_said]
         cells += [f"{kept}{counted}", beside, better, one.note]
         tests += bool(beside)
-        lines.append(f"| {' | '.join(cells)} |")
-    if tests > 1:
-        chance = f"{SIGNIFICANT * tests:.2g}"
-        lines += [
-            "",
-            f"Each of {tests} differences is tested alone: if none were real, up to {chance} would count by chance.",
-        ]
-    return "\n".join(lines)
+        lines.append(cells)
+    said = f"Retention on the {len(right)} of {len(dense)} prompts that the dense model answers right."
+    chance = f"{SIGNIFICANT * tests:.2g}"
+    note = f"Each of {tests} differences is tested alone: if none were real, up to {chance} would count by chance."
+    return f"{said}\n\n{Table('', heads, lines, note if tests > 1 else '', 8).markdown()}"
 
 
 def _numbers(some: Iterable[Row]) -> dict[Which, Mapping[str, float]]:
@@ -186,13 +187,12 @@ def kept_table(rows: Sequence[Row]) -> str:
     if not groups:
         return ""
     heads = ("", "setting", "our baseline", "question", "prompts", "keeps", "the same keys", "least")
-    lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
+    lines = []
     for names, some in groups.items():
         found = [row["numbers"]["same"] for row in some]
         share = statistics.mean(row["numbers"]["share"] for row in some)
-        cells = [*names, str(len(some)), f"{share:.3f}", f"{statistics.mean(found):.3f}", f"{min(found):.3f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([*names, str(len(some)), f"{share:.3f}", f"{statistics.mean(found):.3f}", f"{min(found):.3f}"])
+    return Table("", heads, lines, text_columns=4).markdown()
 
 
 def speed_table(rows: Sequence[Row]) -> str:
@@ -221,7 +221,7 @@ def speed_table(rows: Sequence[Row]) -> str:
         (name, length): min(value for (_, other, at), value in values.items() if (other, at) == (name, length))
         for name, _, _, length in columns
     }
-    lines = [f"| | setting | turns | {' | '.join(heads)} |", "| --- | --- | --- |" + " --- |" * len(heads)]
+    lines = []
     for side, some in groups.items():
         turns = sorted({len(found) for found in some.values()})
         cells = [*side, "-".join(map(str, dict.fromkeys((turns[0], turns[-1]))))]
@@ -229,8 +229,8 @@ def speed_table(rows: Sequence[Row]) -> str:
             value = values.get((side, name, length))
             text = "" if value is None else f"{value * scale:.{digits}f}"
             cells.append(f"**{text}**" if value is not None and value == least[name, length] else text)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return Table("", ("", "setting", "turns", *heads), lines, text_columns=2).markdown()
 
 
 def made_with(rows: Sequence[Row]) -> str:

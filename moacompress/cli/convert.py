@@ -73,9 +73,8 @@ def convert(
 
     Lists what the other format cannot express. Nothing is measured: export an imported plan and `eval` it.
     """
-    from moacompress.models.locate import find_plan_file
     from moacompress.models.skeleton import is_described
-    from moacompress.models.stored_plan import read_plan
+    from moacompress.models.stored_plan import find_plan_file, read_plan
     from moacompress.rules.foreign_formats import compressed_tensors_of_plan, modelopt_of_plan
     from moacompress.rules.foreign_plans import duo_of_plan, moa_of_plan
 

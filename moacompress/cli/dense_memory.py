@@ -25,10 +25,10 @@ def dense_memory(
     Raises:
         ModelError: it is no model that can be compressed.
     """
-    from moacompress.models.described import DescribedModel
     from moacompress.models.device import available_memory
+    from moacompress.models.skeleton import DescribedModel
     from moacompress.rules.budget import parse_lengths
-    from moacompress.rules.kv_memory import kv_memory
+    from moacompress.rules.memory import kv_memory
 
     asked = parse_lengths(lengths) if lengths else ()
     batches = batch_sizes(batch or "1")

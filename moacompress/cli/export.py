@@ -9,7 +9,7 @@ import typer
 
 from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.core.artefact_names import MODEL_FOLDER
-from moacompress.models.locate import find_plan_file
+from moacompress.models.stored_plan import find_plan_file
 
 
 @command(

@@ -15,7 +15,7 @@ from moacompress.cli.options import ModelArgument, required_model
 from moacompress.core.artefact_names import PROFILE_FOLDER
 from moacompress.core.errors import UsageError
 from moacompress.core.ranks import rank, world_size
-from moacompress.models.locate import find_plan_file
+from moacompress.models.stored_plan import find_plan_file
 
 if TYPE_CHECKING:
     from moacompress.calibration.profile.manifest import Manifest

@@ -9,7 +9,7 @@ import typer
 
 from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.core.artefact_names import REPORT_FILE
-from moacompress.models.locate import find_running_plan
+from moacompress.models.stored_plan import find_running_plan
 
 
 @command(

@@ -158,7 +158,7 @@ def _following(profile: Profile, plan: object) -> str:
 
 def _one(profile: Profile, found: SearchResult, out: Path) -> Output:
     from moacompress.report.search_tables import explanation_tables, kl_table, loss_lines
-    from moacompress.rules.plan_memory import memory_lines
+    from moacompress.rules.memory import memory_lines
     from moacompress.rules.worst_share import WorstShare
 
     return Output(

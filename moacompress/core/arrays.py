@@ -16,11 +16,7 @@ Bools: TypeAlias = npt.NDArray[np.bool_]
 
 
 def ragged_ranges(low: Ints, high: Ints) -> tuple[Ints, Ints]:
-    """Returns the numbers of many ranges one after the other.
-
-    Args:
-        low: first number of each range, any shape.
-        high: end of each range, of the same shape; a range whose end is not beyond its beginning is empty.
+    """Returns the numbers of many ranges `[low, high)`, one range after another; one with `high <= low` is empty.
 
     Returns:
         `(owner, number)`, each `[sum of sizes]`: the flat index of the range, and the number.

@@ -147,12 +147,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, what: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """Reads JSON of a bounded size.
-
-    Args:
-        path: the file.
-        what: what the file is, for the message ("plan", "profile").
-        max_bytes: the largest size that is read.
+    """Reads JSON of a bounded size; `what` says in messages what the file is ("plan", "profile").
 
     Raises:
         BrokenJson: not UTF-8 or not JSON.
@@ -191,10 +186,7 @@ def check_no_link(*paths: Path) -> None:
 def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yields an empty folder beside `target` that is moved into place when the block ends well.
 
-    Args:
-        target: the folder to make.
-        overwrite: replace an existing `target`; otherwise it is refused, before the block runs if it is there by then, unless
-            it is empty.
+    Without `overwrite`, a `target` that is not empty is refused, before the block runs if it is there by then.
 
     Raises:
         ArtefactError: `target` exists and `overwrite` is False, or the folder cannot be written.
@@ -225,8 +217,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
 def remove(paths: Iterable[Path]) -> None:
     """Removes files and folders, one after another; each is there whole or not at all, also where this is interrupted.
 
-    Args:
-        paths: of which any may not be there. Of a link only the link is removed.
+    What is not there is passed over. Of a link only the link is removed.
 
     Raises:
         ArtefactError: one of them cannot be removed.

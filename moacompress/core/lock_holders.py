@@ -60,7 +60,7 @@ class LockHolder:
         boot: which boot of the machine; empty where the system does not say.
         pid_namespace: its namespace of process ids, of which each container has one; empty where that is not known.
         pid: its process id.
-        started: when the process began, in ticks since the boot; likewise.
+        started: when the process began, in ticks since the boot; empty where that is not known.
         begun: when it began to work on it, in seconds since 1970.
         token: of this ownership alone.
     """
@@ -112,8 +112,7 @@ class LockHolder:
     def is_alive(self, silent: Callable[[], float]) -> bool:
         """Returns whether the process still works on it, where no lock says so.
 
-        Args:
-            silent: returns how many seconds ago it was last heard of; asked only where nothing else is known.
+        `silent` returns how many seconds ago it was last heard of; it is asked only where nothing else is known.
         """
         if not self.is_here:
             return abs(silent()) < SILENT_SECONDS
@@ -122,12 +121,7 @@ class LockHolder:
         return self.pid < MAX_PID and psutil.pid_exists(self.pid) and _started(self.pid) in (self.started, None)
 
     def refusal(self, what: str, choose: str) -> str:
-        """Returns the sentence that sends another process away.
-
-        Args:
-            what: what is owned.
-            choose: what else could be done.
-        """
+        """Returns the sentence that sends another process away from `what`; `choose` is what it could do instead."""
         age = readable_age(time.time() - self.begun)
         later = "" if self.shares_locks else f"try again in {readable_age(SILENT_SECONDS)} if it was killed, "
         return (
@@ -160,10 +154,7 @@ def own_file(path: Path) -> AbstractContextManager[None]:
 def own(what: str, file: Path, choose: str) -> Iterator[None]:
     """Makes this process the lock holder of something as long as the block runs.
 
-    Args:
-        what: what is owned, for the message.
-        file: its lock holder file; the folder that it is in is made.
-        choose: what another process could do instead.
+    `file` is the lock holder file, whose folder is made; `what` and `choose` are for the message, see `LockHolder.refusal`.
 
     Raises:
         InUseError: a live process is its lock holder, be it this one.
@@ -205,23 +196,14 @@ def release_dead(file: Path) -> bool:
 
 
 class HeartbeatMonitor:
-    """For how long each of several processes has had the same beat: no two clocks are compared, only this process's is asked.
-
-    Args:
-        monotonic: its clock, in seconds.
-    """
+    """For how long each of several processes has had the same beat, by this process's clock alone."""
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
         self._seen: dict[Hashable, tuple[float, float]] = {}
 
     def silence(self, process: Hashable, beat: float) -> float:
-        """Returns for how many seconds a process has been seen with the beat that it has now.
-
-        Args:
-            process: its name or number.
-            beat: a number that is another one at each of its heartbeats.
-        """
+        """Returns for how many seconds a process has been seen with the beat that it has now."""
         now = self._monotonic()
         before, since = self._seen.get(process, (beat, now))
         if beat != before:

@@ -15,10 +15,7 @@ from moacompress.core.errors import ArtefactError
 def check_replaceable(file: Path, is_ours: Callable[[str], bool], what: str) -> None:
     """Refuses a file that is not of the kind that is to be written there.
 
-    Args:
-        file: where something goes.
-        is_ours: told the first 4,096 characters of what is there.
-        what: is written, with its article.
+    `is_ours` is told the first 4,096 characters of what is there; `what` is written, with its article.
 
     Raises:
         ArtefactError: a folder, or something else that is not empty.

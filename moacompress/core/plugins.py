@@ -41,11 +41,8 @@ def plugins(group: str) -> tuple[tuple[str, Any], ...]:
 def named_plugins(group: str, kind: str, fits: Callable[[Any], bool], taken: Callable[[str], bool]) -> dict[str, Any]:
     """Returns the objects of a group by the `name` that each has; what is not to be used is left out with a warning.
 
-    Args:
-        group: of entry points.
-        kind: what such an object is, for warnings: the last word is what its name is that of.
-        fits: whether an object is one.
-        taken: whether a name is not to be given.
+    `kind` says in warnings what such an object is; its last word is what the name is of. `fits` says
+    whether an object is one, and `taken` whether a name is another's already.
     """
     found: dict[str, Any] = {}
     for entry, given in plugins(group):

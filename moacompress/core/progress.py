@@ -16,26 +16,17 @@ class Progress:
     shows: ClassVar[bool] = False
 
     def plan(self, stages: Mapping[str, float | None], *, in_seconds: bool = False) -> None:
-        """Names the stages of the whole before the first of them.
+        """Names the stages of the whole before the first of them, each with how long it is expected to take, None for unknown.
 
         Whoever calls first decides them: what it calls in turn may name its own, which count where nobody else did. The same
-        names again give other numbers.
-
-        Args:
-            stages: names in their order, each with how long it is expected to take beside the others; None for unknown.
-            in_seconds: whether they are seconds.
+        names again give other numbers. They are seconds, or only compare the stages.
         """
 
     def stage(self, name: str) -> None:
         """Begins a stage; a name that is not in the plan is ignored."""
 
     def start(self, what: str, total: int) -> None:
-        """Begins a task.
-
-        Args:
-            what: what is being done, in the words of a person ("profiling").
-            total: number of steps it takes.
-        """
+        """Begins a task of `total` steps; `what` is being done, in the words of a person ("profiling")."""
 
     def step(self, note: str = "") -> None:
         """Counts one step as done; `note` is a short remark such as the best value so far."""

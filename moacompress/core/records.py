@@ -30,7 +30,7 @@ class Records(Generic[V]):
     """Values by key in memory and, if a path is given, on disk.
 
     Args:
-        path: the file, or None. It is made with the first line.
+        path: made with the first line.
         values_of: returns the values of a line by key; raises ValueError, KeyError, TypeError or AttributeError where the line
             is of another kind.
         header: the first line of the file, or None for one without.
@@ -154,11 +154,7 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def end_last_line(file: BinaryIO) -> None:
-    """Ends a last line that lacks its end, or cuts it off where it is not whole.
-
-    Args:
-        file: JSON lines, opened to be read and appended to (`a+b`).
-    """
+    """Ends a last line that lacks its end, or cuts it off where it is not whole; the file is open as `a+b`."""
     size = file.seek(0, 2)
     if not size:
         return

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from moacompress.core.errors import ArtefactError, DataError
 from moacompress.core.files import write_bytes
@@ -112,8 +114,6 @@ class Shingles:
         Raises:
             ArtefactError: the file cannot be written.
         """
-        from safetensors.numpy import save
-
         # one key of metadata: of several the order is not the same each time, nor then are the bytes
         write_bytes(path, save({"hashes": self.hashes}, metadata={FORMAT: f"{VERSION} {self.modulus}"}))
 
@@ -124,8 +124,6 @@ class Shingles:
         Raises:
             ArtefactError: unreadable, too large, or not such a file.
         """
-        from safetensors import SafetensorError, safe_open
-
         try:
             if path.stat().st_size > 8 * MOST_HASHES + _HEADER:
                 raise ValueError(f"it has {path.stat().st_size:,} bytes")
@@ -161,12 +159,7 @@ def overlap(seen: Shingles | None, texts: Iterable[str]) -> float | None:
 
 
 def refuse_overlap(share: float | None, what: str, by: str = "calibration") -> None:
-    """Refuses text to measure on of which too much has been seen.
-
-    Args:
-        share: how much; None where that is not known.
-        what: the text.
-        by: what has seen it.
+    """Refuses text to measure on of which too large a share has been seen, None where that is not known.
 
     Raises:
         DataError: more than `OVERLAP_LIMIT`.

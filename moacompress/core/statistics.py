@@ -61,12 +61,7 @@ _PIVOTS = 20_000
 
 
 def wilson(successes: float, n: int) -> Interval | None:
-    """Returns the score interval of a share (Wilson, J. Am. Stat. Assoc. 22, 1927).
-
-    Args:
-        successes: how often it held, `0 <= successes <= n`. Fractions are allowed: see `rate`.
-        n: how often it was tried.
-    """
+    """Returns the score interval of a share (Wilson, J. Am. Stat. Assoc. 22, 1927); fractions are allowed, see `rate`."""
     if n < SMALLEST:
         return None
     share, z2 = successes / n, _Z95**2
@@ -78,10 +73,7 @@ def wilson(successes: float, n: int) -> Interval | None:
 def tango(more: float, fewer: float, n: int) -> Interval | None:
     """Returns the score interval of a paired difference of shares, `(more - fewer) / n` (Tango, Stat. Med. 17, 1998).
 
-    Args:
-        more: pairs of which only the first holds. Fractions are allowed: see `paired_rates`.
-        fewer: pairs of which only the second holds.
-        n: all pairs.
+    `more` and `fewer` count the pairs of which only the first or only the second holds; fractions are allowed.
     """
     if n < SMALLEST:
         return None
@@ -89,27 +81,20 @@ def tango(more: float, fewer: float, n: int) -> Interval | None:
 
 
 def rate(shares: Sequence[float]) -> Estimate:
-    """Returns the mean of shares in [0, 1] with Wilson's interval.
+    """Returns the mean of shares in [0, 1] (at least one) with Wilson's interval.
 
     Shares between 0 and 1 get the same one: of all of a mean, zeros and ones have the largest variance, mean (1 - mean)
     (Bhatia and Davis, Am. Math. Mon. 107, 2000), so it covers them too, and is wide where they differ little.
-
-    Args:
-        shares: at least one.
     """
     value = math.fsum(shares) / len(shares)
     return value, _around(value, wilson(math.fsum(shares), len(shares)))
 
 
 def paired_rates(first: Sequence[float], second: Sequence[float]) -> Estimate:
-    """Returns the mean of `first - second` of shares in [0, 1], with Tango's interval.
+    """Returns the mean of `first - second` of shares in [0, 1], with Tango's interval; both are of the same units in order.
 
     Differences between -1 and 1 count as as much of a pair: of all with the same mean gain and the same mean loss those of
     -1, 0 and 1 have the largest variance.
-
-    Args:
-        first: one for each unit, at least one.
-        second: of the same units in the same order.
     """
     apart = _apart(first, second)
     more, fewer = math.fsum(apart[apart > 0]), -math.fsum(apart[apart < 0])
@@ -124,20 +109,17 @@ def mean(values: Sequence[float]) -> Estimate:
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
-    """Returns the mean of `first - second` and Student's t interval; arguments as of `paired_rates`, numbers of any size."""
+    """Returns the mean of `first - second`, of the same units in order, and Student's t interval."""
     return mean(_apart(first, second).tolist())
 
 
 def positive_mean(values: Sequence[float]) -> Estimate:
-    """Returns the mean of numbers that are not negative, such as KL, and Cox's interval with t quantiles.
+    """Returns the mean of numbers (at least one) that are not negative, such as KL, and Cox's interval with t quantiles.
 
     `exp(m + s^2/2 +- t sqrt(s^2/n + s^4/(2(n-1))))` with m and s of the logarithms (Olsson, J. Stat. Educ. 13, 2005),
     stretched to the mean where that lies outside. Numbers with a zero, or whose logarithms have an s above `LONGEST_TAIL`, are
     not lognormal; they get `mean exp(+- t e)` with e the standard error as a share of the mean (the t interval of the mean's
     logarithm by the delta method). Below 0, which rounding may give, is 0.
-
-    Args:
-        values: at least one.
     """
     numbers = np.maximum(np.asarray(values, dtype=np.float64), 0.0)
     value = math.fsum(numbers) / len(numbers)
@@ -153,16 +135,11 @@ def positive_mean(values: Sequence[float]) -> Estimate:
 
 
 def upper_bound(values: Sequence[float]) -> float | None:
-    """Returns what the mean of numbers that are not negative is below, with 95% confidence (one-sided).
+    """Returns what the mean of numbers that are not negative is below, with 95% confidence (one-sided); None below `SMALLEST`.
 
     The 95% quantile of the generalised pivot of a lognormal mean (Krishnamoorthy and Mathew, J. Stat. Plan. Inference 115,
-    2003), which covers .95 at n = 5 too, where Cox's one-sided bound covers .90. What is not lognormal: as `positive_mean`.
-
-    Args:
-        values: as of `positive_mean`.
-
-    Returns:
-        The bound, at least the mean; None below `SMALLEST` values.
+    2003), which covers .95 at n = 5 too, where Cox's one-sided bound covers .90; at least the mean. What is not lognormal is
+    treated as in `positive_mean`.
     """
     numbers = np.maximum(np.asarray(values, dtype=np.float64), 0.0)
     n = len(numbers)
@@ -178,14 +155,9 @@ def upper_bound(values: Sequence[float]) -> float | None:
 
 
 def reported_mean(value: float, error: float, n: int) -> Interval | None:
-    """Returns the interval of a mean of which only its standard error is known.
+    """Returns the interval of a mean of n units of which only its standard error (of the variance over n - 1) is known.
 
     Wilson's where the error is that of zeros and ones, otherwise t.
-
-    Args:
-        value: the mean.
-        error: its standard error, from the variance over n - 1.
-        n: of how many units.
     """
     if n < SMALLEST:
         return None
@@ -204,9 +176,7 @@ def exponential_mean(logs: Sequence[float]) -> Estimate:
 def perplexity_difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
     """Returns `exp(mean(first)) - exp(mean(second))` and the t interval of its linearisation at the two means.
 
-    Args:
-        first: NLL, nats per token, one for each document.
-        second: of the same documents in the same order.
+    Values are NLL in nats per token, one per document, of the same documents in order.
     """
     left, right = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     one, other = math.exp(math.fsum(left) / len(left)), math.exp(math.fsum(right) / len(right))
@@ -220,9 +190,6 @@ def median(values: Sequence[float]) -> Estimate:
     """Returns the median and its interval by order statistics (Hahn and Meeker, Statistical Intervals, 1991).
 
     It assumes nothing of how values are spread; it exists from 6 values on, of which it is all.
-
-    Args:
-        values: at least one.
     """
     from scipy.stats import binom
 
@@ -233,12 +200,7 @@ def median(values: Sequence[float]) -> Estimate:
 
 
 def by_document(values: Sequence[float], documents: Sequence[Hashable]) -> list[float]:
-    """Returns one value for each document, the mean of those that it gave, in the order in which documents come first.
-
-    Args:
-        values: one for each window or sample.
-        documents: what each comes from.
-    """
+    """Returns one value for each document, the mean of its windows or samples, in the order in which documents come first."""
     groups: dict[Hashable, list[float]] = {}
     for value, document in zip(values, documents, strict=True):
         groups.setdefault(document, []).append(value)
@@ -246,18 +208,11 @@ def by_document(values: Sequence[float], documents: Sequence[Hashable]) -> list[
 
 
 def p_value(first: Sequence[float], second: Sequence[float]) -> float:
-    """Returns the two-sided p-value of `first` and `second` being alike.
+    """Returns the two-sided p-value of `first` and `second`, of the same units in order, being alike; 1 where no pair differs.
 
     Yes and no: the exact test of McNemar (Psychometrika 12, 1947), a sign test of the pairs that differ. Other numbers: the
     sign-flip permutation test of the mean difference (Fisher, The Design of Experiments, 1935), over all flips up to 13
     pairs that differ, otherwise over `RESAMPLES` random ones, always the same.
-
-    Args:
-        first: one for each unit.
-        second: of the same units in the same order.
-
-    Returns:
-        1 where no pair differs.
     """
     apart = _apart(first, second)
     apart = apart[apart != 0]
@@ -276,15 +231,7 @@ def p_value_of_chosen(chosen: Sequence[float], others: Iterable[Sequence[float]]
 
     The sign-flip test of `p_value`, whose statistic is the largest of all candidates' standardised differences under the same
     flips (the single-step max-T of Westfall and Young, Resampling-Based Multiple Testing, 1993). Without others it is that of
-    `p_value`.
-
-    Args:
-        chosen: one for each unit.
-        others: what it was picked among, each of the same units in the same order.
-        reference: what all of them are compared with, of the same units.
-
-    Returns:
-        1 where `chosen` and `reference` do not differ.
+    `p_value`. It is 1 where `chosen` and `reference` do not differ.
     """
     apart = np.stack([_apart(one, reference) for one in (chosen, *others)])
     lengths = np.sqrt((apart**2).sum(1))
@@ -329,21 +276,10 @@ class Resampled:
     points: int
 
     @staticmethod
-    def draws(points: int, seed: int) -> Ints:
-        """Returns indices of points drawn with replacement, [`RESAMPLES`, points]; the same for the same arguments."""
-        return np.random.default_rng(seed).integers(points, size=(RESAMPLES, points))
-
-    @staticmethod
     def of(points: int, seed: int, statistic: Callable[[Ints], Floats]) -> Resampled:
-        """Resamples a statistic.
-
-        Args:
-            points: how many.
-            seed: of the draws.
-            statistic: from indices of points, [rows, points], to values, [rows]; NaN where there is none.
-        """
-        whole = np.arange(points)[None]
-        return Resampled(float(statistic(whole)[0]), statistic(Resampled.draws(points, seed)), points)
+        """Resamples a statistic, which maps indices of points `[rows, points]` to values `[rows]`, NaN where there is none."""
+        whole, draws = np.arange(points)[None], np.random.default_rng(seed).integers(points, size=(RESAMPLES, points))
+        return Resampled(float(statistic(whole)[0]), statistic(draws), points)
 
     @property
     def ci95(self) -> Interval | None:

@@ -38,12 +38,12 @@ class Table:
         note: str = "",
         text_columns: int = 1,
     ) -> None:
-        """Makes a table.
+        """Makes a table; a row may lack cells at its end.
 
         Args:
             title: above it.
             columns: headings; rows without any are names with their values.
-            rows: cells; those that a row lacks at its end are empty.
+            rows: cells.
             note: below it.
             text_columns: how many columns from the left are text; the others are numbers, aligned right.
         """
@@ -145,12 +145,7 @@ def readable_seconds(seconds: float) -> str:
 
 
 def rounded_text(value: float, form: str) -> str:
-    """Returns a number with so many more digits as tell it from 0 and 1: 0.996 is not `1.00`, nor 0.9996 `100%`.
-
-    Args:
-        value: the number.
-        form: how it is written otherwise, such as `.2f` or `.0%`.
-    """
+    """Returns a number with so many more digits as tell it from 0 and 1: 0.996 is not `1.00`, nor 0.9996 `100%`."""
     digits, kind = int(form[1:-1]), form[-1]
     for more in range(digits, digits + 4):
         text = format(value, f".{more}{kind}")
@@ -162,11 +157,7 @@ def rounded_text(value: float, form: str) -> str:
 def estimate_text(value: float | None, interval: Sequence[float] | None, form: str = ".2f", mark: str = "") -> str:
     """Returns `0.95 [0.87, 0.99]`, the value alone where there is no interval, and `-` where there is no value.
 
-    Args:
-        value: the estimate, written as `rounded_text` does unless the form has a sign.
-        interval: its ends.
-        form: of each number.
-        mark: stands behind the value.
+    The value is written as `rounded_text` does unless the form has a sign; `mark` stands behind it.
     """
     if value is None:
         return "-"

@@ -23,13 +23,13 @@ from moacompress.models.skeleton import load_config, make_skeleton
 from moacompress.models.source import GGUF_PACKAGES, find_model_folder, locate_source
 from moacompress.models.stored_plan import plan_file_problem
 from moacompress.models.support import TORCHAO, config_problems, is_tested, quantization_method, stored_problems
-from moacompress.models.tokenizer_files import tokenizer_problems
 from moacompress.models.weight_bytes import checkpoint_weight_bytes
 from moacompress.models.weight_files import (
     check_weights,
     checkpoint_files,
     gguf_problems,
     missing_weights,
+    tokenizer_problems,
     weight_problems,
 )
 from moacompress.rules.plan import Plan

@@ -14,8 +14,8 @@ from moacompress.core.tables import Columns, Table, error_text, p_text, readable
 from moacompress.models.hub import is_hub_name
 from moacompress.rules.budget import format_length
 from moacompress.rules.cost import chosen_share, format_rows, kept_bits
+from moacompress.rules.memory import memory_lines, plan_memory
 from moacompress.rules.plan import Plan
-from moacompress.rules.plan_memory import memory_lines, plan_memory
 from moacompress.rules.untrusted import reading_notes
 
 CARD = "README.md"

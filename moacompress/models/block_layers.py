@@ -33,14 +33,6 @@ def _weight(outputs: int, inputs: int, kind: WeightType, device: torch.device | 
 class BlockLinear(nn.Linear):
     """A linear layer of which the weight is in blocks, or for a while of numbers, see `with_dense_weight`.
 
-    Args:
-        in_features: inputs.
-        out_features: outputs.
-        kind: of the blocks.
-        bias: whether there is one.
-        dtype: of the bias.
-        device: of both.
-
     Raises:
         UnsupportedError: the inputs are no whole blocks.
     """
@@ -72,16 +64,9 @@ class BlockLinear(nn.Linear):
 
 
 class BlockEmbedding(nn.Embedding):
-    """An embedding of which the weight is in blocks: the rows that are looked up are dequantized.
+    """An embedding of which the weight is in blocks: the rows that are looked up are dequantized and multiplied by `scale`.
 
-    Args:
-        num_embeddings: rows.
-        embedding_dim: numbers of a row.
-        kind: of the blocks.
-        padding_idx: as of `torch.nn.Embedding`.
-        scale: rows are multiplied by it.
-        dtype: of what is returned, until the layer is moved to another.
-        device: of the weight; the scale is on the CPU until the layer is moved.
+    They are returned in the dtype of the scale, which is on the CPU until the layer is moved.
 
     Raises:
         UnsupportedError: a row is no whole blocks.
@@ -123,13 +108,9 @@ class BlockEmbedding(nn.Embedding):
 def multiplied(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: WeightType | None
 ) -> torch.Tensor:
-    """Returns `x @ weight.T + bias`, `[..., outputs]`, of a weight in blocks or of numbers; autocast is as of torch's own.
+    """Returns `x @ weight.T + bias`, `[..., outputs]`, of x `[..., inputs]`; autocast is as of torch's own.
 
-    Args:
-        x: `[..., inputs]`.
-        weight: uint8 `[outputs, bytes]`, or `[outputs, inputs]`.
-        bias: `[outputs]`, or None.
-        kind: of the blocks, or None.
+    The weight is uint8 `[outputs, bytes]` in blocks of a kind, or `[outputs, inputs]` where that is None.
     """
     if kind is None:
         return nn.functional.linear(x, weight, bias)
@@ -160,12 +141,7 @@ def dense_weight(module: nn.Linear) -> torch.Tensor:
 
 @contextmanager
 def with_dense_weight(module: BlockLinear, weight: torch.Tensor) -> Iterator[None]:
-    """Gives a layer a weight of numbers in the place of its blocks for the length of a `with`; it is saved so too.
-
-    Args:
-        module: the layer.
-        weight: `[outputs, inputs]`.
-    """
+    """Replaces a layer's blocks by numbers, `[outputs, inputs]`, for the length of a `with`; it is saved with them too."""
     before, kind = module.weight, module.kind
     try:
         module.weight, module.kind = nn.Parameter(weight, requires_grad=False), None
@@ -203,11 +179,7 @@ register_module_module_registration_hook(_refuse_merging)
 
 
 def check_no_blocks(module: nn.Module, what: str) -> None:
-    """Refuses what cannot be done to weights in blocks, where torch would speak of bytes.
-
-    Args:
-        module: a layer, or what it is a part of.
-        what: would be done to them, as the end of a sentence.
+    """Refuses what cannot be done to weights in blocks, where torch would speak of bytes; `what` ends the sentence.
 
     Raises:
         UnsupportedError: a weight in it is in blocks.
@@ -223,12 +195,7 @@ def check_no_blocks(module: nn.Module, what: str) -> None:
 
 
 def put_numbers(module: BlockLinear, weight: torch.Tensor) -> None:
-    """Makes a layer in blocks a plain linear layer, for good.
-
-    Args:
-        module: the layer.
-        weight: its numbers, `[outputs, inputs]`.
-    """
+    """Makes a layer in blocks a plain linear layer with these numbers, `[outputs, inputs]`, for good."""
     module.weight = nn.Parameter(weight, requires_grad=False)
     del module.kind
     module.__class__ = nn.Linear  # type: ignore[assignment]
@@ -252,12 +219,7 @@ def _kinds(model: nn.Module) -> list[tuple[str, WeightType]]:
 
 
 def can_hold_blocks(module: nn.Module | None, kind: WeightType) -> str | None:
-    """Returns why a layer's weight cannot be in blocks, as the end of a sentence; None where it can.
-
-    Args:
-        module: a layer of a model as transformers builds it.
-        kind: of the blocks.
-    """
+    """Returns why a layer's weight cannot be in such blocks, as the end of a sentence; None where it can."""
     if type(module) is nn.Linear:
         inputs = module.in_features
     elif isinstance(module, nn.Embedding) and module.max_norm is None:
@@ -273,13 +235,9 @@ def can_hold_blocks(module: nn.Module | None, kind: WeightType) -> str | None:
 
 
 def put_block_layer(model: nn.Module, name: str, kind: WeightType, blocks: torch.Tensor | None = None) -> None:
-    """Puts a layer for blocks in the place of a dense one.
+    """Puts a layer for blocks in the place of a dense one, by its name; a linear layer's bias stays.
 
-    Args:
-        model: holds the layer; a linear layer's bias stays.
-        name: of the layer, one that `can_hold_blocks`.
-        kind: of the blocks.
-        blocks: uint8 `[outputs, bytes]`; None to leave the weight to be filled, where the layer's own is.
+    The blocks are uint8 `[outputs, bytes]`; without them the weight is left to be filled, where the layer's own is.
 
     Raises:
         UnsupportedError: there are no such blocks of this layer.

@@ -14,10 +14,7 @@ _NAME = re.compile(r"[a-z]+(:\d+)?")
 
 
 def check_device(name: str) -> None:
-    """Refuses a device on which nothing can be computed here.
-
-    Args:
-        name: as torch names devices, such as "cpu" or "cuda:0".
+    """Refuses a device, named as torch does ("cpu", "cuda:0"), on which nothing can be computed here.
 
     Raises:
         UsageError: no name of a device, or one that this machine or this torch does not have.

@@ -82,12 +82,7 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
 
 
 class _Numbers:
-    """The numbers that a tensor stands for, in row-major order.
-
-    Args:
-        tensor: of numbers, or blocks.
-        kind: of the blocks, or None.
-    """
+    """The numbers that a tensor stands for, in row-major order; `kind` is of its blocks, None for numbers."""
 
     def __init__(self, tensor: torch.Tensor, kind: WeightType | None) -> None:
         self._tensor, self._kind = tensor, kind

@@ -32,12 +32,7 @@ NEUTRAL = {"attn_factor": (1.0,), "yarn_attn_factor": (1.0,), "yarn_ext_factor":
 
 
 def complete_config(config: Any, reader: Any, file: Path) -> None:
-    """Gives a config what its file says and transformers does not read.
-
-    Args:
-        config: of the model, as transformers reads it from the file.
-        reader: of the file; it is not trusted.
-        file: named in errors.
+    """Gives a config what its file, which is not trusted, says and transformers does not read.
 
     Raises:
         ModelError: the scaling is one that no config has, or its numbers are none.
@@ -122,16 +117,10 @@ def _scaling_of_frequencies(reader: Any, file: Path, parameters: dict[str, Any])
 
 
 def llama3_factors(theta: float, dim: int, factor: float, length: int) -> npt.NDArray[np.float64]:
-    """Returns what Llama 3's scaling divides each frequency by, `[dim / 2]`.
+    """Returns what Llama 3's scaling divides each frequency by, `[dim / 2]`, of `dim` rotated numbers of a head.
 
-    Frequencies that turn less than once within the original length are divided by the factor, those that turn more than four
-    times by nothing, and the reciprocals of those between lie on a line.
-
-    Args:
-        theta: base of the frequencies.
-        dim: numbers of a head that are rotated.
-        factor: of the scaling.
-        length: tokens that the model was trained with at first.
+    Frequencies that turn less than once within the original `length`, tokens, are divided by the factor, those that turn more
+    than four times by nothing, and the reciprocals of those between lie on a line. `theta` is the base of the frequencies.
     """
     turns = length * theta ** (-np.arange(0, dim, 2) / dim) / (2 * math.pi)
     kept = np.clip((turns - LOW_FREQUENCY) / (HIGH_FREQUENCY - LOW_FREQUENCY), 0, 1)

@@ -58,13 +58,7 @@ ARCHITECTURES = {
 
 
 def load_gguf(file: Path, reader: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel | None:
-    """Loads a `.gguf` file with its matrices as they are.
-
-    Args:
-        file: the file, for messages.
-        reader: of it; it is not trusted.
-        config: of the model.
-        dtype: what the model computes in.
+    """Loads a `.gguf` file, which is not trusted, with its matrices as they are, to compute in `dtype`.
 
     Returns:
         The model, weights frozen; None, after a warning, where the weights cannot stay in blocks, or there are none.
@@ -130,10 +124,7 @@ def load_gguf(file: Path, reader: Any, config: Any, dtype: torch.dtype) -> PreTr
 def check_all_read(file: Path, reader: Any, model: PreTrainedModel) -> None:
     """Refuses a model that was loaded from a file of which it has not all tensors: it would compute something else.
 
-    Args:
-        file: the file, for messages.
-        reader: of it.
-        model: the model; of architectures that are not read here nothing is known.
+    Of architectures that are not read here nothing is known.
 
     Raises:
         ModelError: there are such tensors.

@@ -1,8 +1,8 @@
 """One reading of a `.gguf` file for all who want something of it.
 
-transformers opens such a file anew for the configuration, the weights and the tokenizer, and each time the package `gguf` makes
-an array of every word of the vocabulary, which takes seconds, more of them as these are slices of a `numpy.memmap`. For the
-weights transformers also makes the table of tensor names once for each module of the model.
+transformers opens such a file again for the configuration, the weights and the tokenizer, and each time the package `gguf`
+makes an array of every word of the vocabulary, which takes seconds, more of them as these are slices of a `numpy.memmap`. For
+the weights transformers also makes the table of tensor names once per module of the model.
 """
 
 from __future__ import annotations

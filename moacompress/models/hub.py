@@ -48,12 +48,7 @@ def hub_arguments(name: str) -> dict[str, Any]:
 
 
 def index_of(name: str, arguments: dict[str, Any]) -> Path | None:
-    """Returns the index of the weights of a name on the hub, fetched where that is allowed; None for weights in one file.
-
-    Args:
-        name: on the hub.
-        arguments: as `hub_arguments` returns them.
-    """
+    """Returns the index of a hub name's weights, fetched where `hub_arguments` allow it; None for weights in one file."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 

@@ -11,17 +11,11 @@ import torch
 
 
 def kept_logits(model: torch.nn.Module, kept: int | torch.Tensor, **inputs: Any) -> Any:
-    """Runs a model and returns its outputs, with logits of some positions alone.
+    """Runs a causal LM of transformers, or a wrapper around one (PEFT, DDP), and returns its outputs with some logits alone.
 
-    A forward that takes `logits_to_keep` computes no others; of any other forward the rest is cut off afterwards.
-
-    Args:
-        model: a causal LM of transformers, or a wrapper around one (PEFT, DDP).
-        kept: how many of the last positions, at least 1; or which ones, int64 `[positions]`.
-        **inputs: what the forward is given.
-
-    Returns:
-        The model's outputs; `logits` is `[rows, positions, vocabulary]`.
+    `kept` is how many of the last positions, at least 1, or which ones, int64 `[positions]`; `logits` are then
+    `[rows, positions, vocabulary]`. A forward that takes `logits_to_keep` computes no others; of any other the rest is cut off
+    afterwards.
     """
     if _can_keep(type(_inside(model)).forward):
         return model(**inputs, logits_to_keep=kept)

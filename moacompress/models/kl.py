@@ -9,12 +9,7 @@ MAX_DENSE_BYTES = 2 * 2**30
 
 
 def kl_divergence(dense: torch.Tensor, other: torch.Tensor) -> float:
-    """Returns KL(dense || other) in nats, mean over rows.
-
-    Args:
-        dense: logits [rows, vocabulary].
-        other: logits of the same shape.
-    """
+    """Returns KL(dense || other) in nats, mean over rows, of logits `[rows, vocabulary]`."""
     total = 0.0
     for p_row, q_row in zip(dense, other, strict=True):  # a row at a time: float64 of the whole would be large
         p, q = p_row.double().log_softmax(-1), q_row.double().log_softmax(-1)

@@ -18,26 +18,14 @@ ROWS = 1024
 
 
 class Normal:
-    """Sums of a weighted least-squares problem, `A = sum_i w_i x_i x_i^T` and `C = sum_i w_i x_i r_i^T`, in float64.
-
-    Args:
-        inputs: numbers in a row of x.
-        outputs: numbers in a row of r.
-        device: of the sums.
-    """
+    """Sums of a weighted least-squares problem, `A = sum_i w_i x_i x_i^T` and `C = sum_i w_i x_i r_i^T`, in float64."""
 
     def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
         self.gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self.cross = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, residual: Tensor, weights: Tensor) -> None:
-        """Adds rows.
-
-        Args:
-            x: `[rows, inputs]`.
-            residual: `[rows, outputs]`.
-            weights: `[rows]`.
-        """
+        """Adds rows: x `[rows, inputs]`, residuals `[rows, outputs]`, weights `[rows]`."""
         for first in range(0, len(x), ROWS):
             part = slice(first, first + ROWS)
             rows = x[part].float()

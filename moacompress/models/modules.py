@@ -86,8 +86,7 @@ def check_supported(model: PreTrainedModel) -> None:
 def module_problems(model: PreTrainedModel) -> list[str]:
     """Returns what in the modules of a model cannot be compressed, one sentence each; weights may be on "meta".
 
-    Args:
-        model: a model whose config has no `config_problems`.
+    Its config has no `config_problems`.
     """
     config = model.config.get_text_config(decoder=True)
     name = config.model_type

@@ -17,6 +17,7 @@ from moacompress.core.errors import ArtefactError, ModelError, UsageError, did_y
 from moacompress.core.files import read_json
 from moacompress.core.ranks import splits_model, world_size
 from moacompress.models.device import check_device
+from moacompress.models.modules import attention_modules
 
 if TYPE_CHECKING:
     import torch
@@ -52,10 +53,8 @@ def is_device_map(device: str) -> bool:
 def loading_arguments(device: str) -> dict[str, Any]:
     """Returns what `from_pretrained` is given so that a model lies where it was asked for; nothing for a single device.
 
-    Where the processes of the run hold one model together, it is split as transformers does.
-
-    Args:
-        device: a device, a map of `AUTOMATIC`, or a file.
+    Where the processes of the run hold one model together, it is split as transformers does. A device map is one of `AUTOMATIC`
+    or a file.
 
     Raises:
         UsageError: accelerate is not installed, the file is no device map, or `torchrun` started several processes.
@@ -174,8 +173,6 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 def layer_devices(model: PreTrainedModel) -> list[torch.device]:
     """Returns the device on which each layer attends."""
-    from moacompress.models.modules import attention_modules
-
     return [_device_of(model, module) for module in attention_modules(model)]
 
 
@@ -192,12 +189,7 @@ def in_memory(module: nn.Module) -> Iterator[None]:
 
 
 def tensor_in_memory(model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a tensor of a model, read from where it is offloaded to if it is, and put together if ranks have parts of it.
-
-    Args:
-        model: the model.
-        name: of the tensor, as `state_dict` has it.
-        tensor: what `state_dict` has for it.
+    """Returns a tensor of `state_dict`, read from where it is offloaded to, and put together if ranks have parts of it.
 
     Raises:
         ModelError: it is on "meta", and nothing says where its numbers are.
@@ -227,7 +219,11 @@ def _has_offloaded(module: nn.Module) -> bool:
 
 
 def check_one_device(model: PreTrainedModel, what: str) -> None:
-    """As `check_in_memory`, and refuses a model whose layers lie on several devices too."""
+    """Refuses a model with offloaded weights, or whose layers lie on several devices; `what` is the subject of the sentence.
+
+    Raises:
+        ModelError: it is one.
+    """
     check_in_memory(model, what)
     devices = sorted({str(device) for device in layer_devices(model)})
     if devices[1:]:
@@ -237,11 +233,7 @@ def check_one_device(model: PreTrainedModel, what: str) -> None:
 
 
 def check_in_memory(model: nn.Module, what: str) -> None:
-    """Refuses a model with offloaded weights for what changes weights as they lie.
-
-    Args:
-        model: the model.
-        what: needs them there, as the subject of a sentence.
+    """Refuses a model with offloaded weights for what changes weights as they lie; `what` is the subject of the sentence.
 
     Raises:
         ModelError: some are offloaded.

@@ -108,13 +108,8 @@ def gathered(values: dict[Any, Any]) -> dict[Any, Any]:
 def own_files(file: Path) -> Iterator[Path]:
     """Gives each process that holds a part of one model a place to write to: the first the file, the others a copy of it.
 
-    So all can do the same work and write what they do, and what the first one has written stays.
-
-    Args:
-        file: which need not be there; what is beside it with a name that begins as its stem does goes with it.
-
-    Yields:
-        The file, in a temporary folder in all processes but the first.
+    So all can do the same work and write what they do, and what the first one has written stays. The file need not be there;
+    what is beside it with a name that begins as its stem does goes with it. The copies are in temporary folders.
 
     Raises:
         ModelError: the processes do not see the same files.
@@ -133,8 +128,7 @@ def own_files(file: Path) -> Iterator[Path]:
 def check_alike(facts: Mapping[str, str]) -> None:
     """Refuses processes that would not compute the same; every process must call it.
 
-    Args:
-        facts: what is to be the same in all of them, by the words of a person, such as "version of moacompress".
+    What is to be the same goes by the words of a person, such as "version of moacompress".
 
     Raises:
         ModelError: it is not.
@@ -191,11 +185,7 @@ def shared(tasks: Sequence[Task], work: Callable[[Task], Any], done: Callable[[T
 
 
 class _Others:
-    """Which processes of the run are heard of; a launcher knows of those of its own machine alone.
-
-    Args:
-        store: of the run.
-    """
+    """Which processes of the run are heard of; a launcher knows of those of its own machine alone."""
 
     def __init__(self, store: Store) -> None:
         self._store, self._beats = store, HeartbeatMonitor()

@@ -1,16 +1,22 @@
-"""A model of its config alone: what reads the config of MODEL, and the modules without memory for weights."""
+"""MODEL by its config alone: its shape and bytes, and its modules without memory for weights; no weights are loaded."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import ModelError, one_line
 from moacompress.models.gguf_reading import reading_once
-from moacompress.models.source import locate_source
-from moacompress.models.weight_files import PICKLES
+from moacompress.models.modules import check_supported
+from moacompress.models.shape import config_shape
+from moacompress.models.source import is_compressed, locate_source
+from moacompress.models.weight_files import PICKLES, gguf_dtype, stored_dtype
+from moacompress.rules.formats import DTYPE_BYTES, dtype_name
+from moacompress.rules.model_shape import ModelShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -63,3 +69,51 @@ def is_described(source: str) -> bool:
     if not (folder / "config.json").is_file():
         return False
     return not any(next(folder.glob(pattern), None) for pattern in ("*.safetensors*", *PICKLES))
+
+
+@dataclass(frozen=True)
+class DescribedModel:
+    """A dense model before its weights are loaded.
+
+    Attributes:
+        shape: without a fingerprint; its dtype is the checkpoint's own.
+        context: longest sequence that it was made for, tokens; None where its config does not say.
+        weight_bytes: of its weights once they are loaded: a `.gguf` file's stay in blocks.
+    """
+
+    shape: ModelShape
+    context: int | None
+    weight_bytes: int
+
+    @staticmethod
+    def of(source: str, trust_remote_code: bool = False) -> DescribedModel:
+        """Reads the config of a hub id, a folder or a `.gguf` file.
+
+        Raises:
+            ModelError: it is no model that can be compressed.
+        """
+        config: Any = load_config(source, trust_remote_code)
+        model = make_skeleton(config, trust_remote_code)
+        check_supported(model)
+        is_gguf = "gguf_file" in locate_source(source)[1]
+        if is_gguf:
+            from gguf import GGUFReader
+
+            dtype = gguf_dtype(GGUFReader(source))
+        elif config.dtype is not None:
+            dtype = dtype_name(str(config.dtype))
+        else:
+            dtype = stored_dtype(Path(source)) or "float32"
+        if dtype not in DTYPE_BYTES:
+            raise ModelError(f"the dtype {dtype} of {source} is not one of {', '.join(DTYPE_BYTES)}")
+        context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        counted = DTYPE_BYTES[dtype] * sum(weight.numel() for weight in model.parameters())
+        size = Path(source).stat().st_size if is_gguf else counted
+        return DescribedModel(config_shape(config, dtype=dtype), context, size)
+
+
+def is_dense_model(path: Path) -> bool:
+    """Returns whether a path is a `.gguf` file, or a folder that has a model's config and no plan."""
+    if path.is_file():
+        return path.suffix == ".gguf"
+    return (path / "config.json").is_file() and not (path / PLAN_FILE).is_file() and not is_compressed(path)

@@ -24,8 +24,14 @@ from moacompress.models.modules import check_supported
 from moacompress.models.placement import checked_placement, is_device_map
 from moacompress.models.shape import config_shape
 from moacompress.models.support import TORCHAO, config_problems, quantization_method, stored_problems
-from moacompress.models.tokenizer_files import tokenizer_problems
-from moacompress.models.weight_files import ADAPTER_FILE, check_index, gguf_dtype, stored_dtype, weight_problems
+from moacompress.models.weight_files import (
+    ADAPTER_FILE,
+    check_index,
+    gguf_dtype,
+    stored_dtype,
+    tokenizer_problems,
+    weight_problems,
+)
 from moacompress.rules.formats import DTYPE_BYTES, dtype_name
 from moacompress.rules.model_shape import ModelShape
 
@@ -91,9 +97,6 @@ def load_source(
             weights that are rounded or in blocks.
         ModelError: not a model, one that cannot be compressed, or one whose files are damaged or pickles.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     placed = checked_placement(device)
     name, arguments = locate_source(source)
     dtype = dtype_name(dtype)
@@ -107,44 +110,11 @@ def load_source(
     arguments["trust_remote_code"] = trust_remote_code
     try:
         with reading_once() if is_gguf else contextlib.nullcontext():
+            own: str | None
             if is_gguf:
-                from gguf import GGUFReader
-
-                reader = GGUFReader(source)
-                own: str | None = gguf_dtype(reader)
+                model, missing, own = _load_gguf(str(source), name, arguments, dtype, weights == KEEP)
             else:
-                check_family(Path(name), trust_remote_code)
-                config = AutoConfig.from_pretrained(name, **arguments)
-                problems = [*stored_problems(config), *config_problems(config), *weight_problems(Path(name))]
-                if Path(name).is_dir() and not trust_remote_code:
-                    problems += tokenizer_problems(Path(name))
-                if problems:
-                    raise ModelError(f"{source} cannot be used: {problems[0]}")
-                if not Path(name).is_dir() and (index := index_of(name, arguments)) is not None:
-                    check_index(index)
-                own = _dtype_name(config.dtype) if config.dtype is not None else stored_dtype(Path(name))
-                arguments["use_safetensors"] = True  # a pickle can run code when it is opened
-            if dtype == "auto" and is_gguf and own is not None:
-                dtype = own
-            wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
-            model: Any = None
-            missing: list[str] = []
-            if is_gguf:
-                config = AutoConfig.from_pretrained(name, **arguments)
-                complete_config(config, reader, Path(source))
-                if problems := config_problems(config):
-                    raise ModelError(f"{source} cannot be used: {problems[0]}")
-                model = load_gguf(Path(source), reader, config, wanted) if weights == KEEP else None
-                arguments["config"] = config
-            if model is None:
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    name, dtype=wanted, output_loading_info=True, **arguments, **placed
-                )
-                model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
-            if is_gguf:
-                check_all_read(Path(source), reader, model)
-            for only_for_model in ("use_safetensors", "config"):
-                arguments.pop(only_for_model, None)
+                model, missing, own = _load_folder(str(source), name, arguments, dtype, placed)
             tokenizer = _tokenizer(name, arguments)
     except MoaCompressError:
         raise
@@ -194,6 +164,57 @@ def load_source(
     return SourceModel(model, tokenizer, place, shape, context)
 
 
+def _load_folder(
+    source: str, name: str, arguments: dict[str, Any], dtype: str, placed: dict[str, Any]
+) -> tuple[Any, list[str], str | None]:
+    """Returns the model of a folder or a name on the hub, the weights that it lacks, and its own dtype where that is known."""
+    from transformers import AutoConfig
+
+    folder, trust_remote_code = Path(name), arguments["trust_remote_code"]
+    check_family(folder, trust_remote_code)
+    config = AutoConfig.from_pretrained(name, **arguments)
+    problems = [*stored_problems(config), *config_problems(config), *weight_problems(folder)]
+    if folder.is_dir() and not trust_remote_code:
+        problems += tokenizer_problems(folder)
+    if problems:
+        raise ModelError(f"{source} cannot be used: {problems[0]}")
+    if not folder.is_dir() and (index := index_of(name, arguments)) is not None:
+        check_index(index)
+    own = _dtype_name(config.dtype) if config.dtype is not None else stored_dtype(folder)
+    more = {"use_safetensors": True, **arguments, **placed}  # a pickle can run code when it is opened
+    return (*_from_pretrained(name, dtype, more), own)
+
+
+def _load_gguf(source: str, name: str, arguments: dict[str, Any], dtype: str, keep: bool) -> tuple[Any, list[str], str]:
+    """Returns the model of a `.gguf` file, with blocks as they are if `keep`, the weights that it lacks, and its own dtype."""
+    import torch
+    from gguf import GGUFReader
+    from transformers import AutoConfig
+
+    file, reader = Path(source), GGUFReader(source)
+    own = gguf_dtype(reader)
+    dtype = own if dtype == "auto" else dtype
+    config = AutoConfig.from_pretrained(name, **arguments)
+    complete_config(config, reader, file)
+    if problems := config_problems(config):
+        raise ModelError(f"{source} cannot be used: {problems[0]}")
+    model, missing = load_gguf(file, reader, config, getattr(torch, dtype)) if keep else None, list[str]()
+    if model is None:
+        model, missing = _from_pretrained(name, dtype, {"config": config, **arguments})
+    check_all_read(file, reader, model)
+    return model, missing, own
+
+
+def _from_pretrained(name: str, dtype: str, arguments: dict[str, Any]) -> tuple[Any, list[str]]:
+    """Returns a model as transformers loads it, and the weights that were not in its files."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, output_loading_info=True, **arguments)
+    return loaded[0], sorted(loaded[1]["missing_keys"])
+
+
 def _tokenizer(name: str, arguments: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
@@ -208,10 +229,7 @@ def _tokenizer(name: str, arguments: dict[str, Any]) -> Any:
 def loses_bits(own: str, dtype: str, rounds: bool = False) -> bool:
     """Returns whether numbers of a model in `dtype` no longer say whose they are, or what they would be rounded to.
 
-    Args:
-        own: dtype of the files.
-        dtype: what the model computes in, or "auto".
-        rounds: whether they are to be rounded to blocks.
+    `own` is the dtype of the files, and `rounds` whether they are to be rounded to blocks.
     """
     import torch
 
@@ -350,11 +368,7 @@ def is_compressed(folder: Path) -> bool:
 
 
 def model_shape(model: PreTrainedModel, dtype: str | None = None) -> ModelShape:
-    """Returns the shape of a loaded model, fingerprint included.
-
-    Args:
-        model: the model.
-        dtype: the checkpoint's own; by default that of the loaded weights.
+    """Returns the shape of a loaded model, fingerprint included; its dtype is by default that of the loaded weights.
 
     Raises:
         ModelError: the model's attention is not one that moacompress can replace.

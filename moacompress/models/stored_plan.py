@@ -1,6 +1,7 @@
-"""The plan of a compressed checkpoint: the one in its `config.json`, which `from_pretrained` runs.
+"""Where the plan of a run or of a compressed checkpoint is, and which one counts.
 
-`plan.json` beside it is for people to read; where it says something else, nobody can know which of the two is meant.
+That of a checkpoint is in its `config.json`, which `from_pretrained` runs. `plan.json` beside it is for people to read; where
+it says something else, nobody can know which of the two is meant.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moacompress.core.artefact_names import PLAN_FILE
-from moacompress.core.errors import PlanError
+from moacompress.core.artefact_names import MODEL_FOLDER, PLAN_FILE
+from moacompress.core.errors import ArtefactError, PlanError
 from moacompress.core.files import read_json
 from moacompress.models.source import is_compressed
 from moacompress.rules.plan import Plan
@@ -20,9 +21,6 @@ _NOTES = ("budget", "quality", "provenance")
 
 def stored_plan(folder: Path) -> Plan:
     """Returns the plan of a compressed checkpoint, with the gates and shingles that lie beside it as files.
-
-    Args:
-        folder: for which `is_compressed` is true.
 
     Raises:
         ArtefactError: its config.json is not JSON.
@@ -71,13 +69,7 @@ def checkpoint_weights(folder: Path) -> dict[str, str]:
 
 
 def plan_file_problem(folder: Path, for_people: Plan, plan: Plan) -> str | None:
-    """Returns how the plan in `plan.json` differs from the one in `config.json`, and what to do; None where it does not.
-
-    Args:
-        folder: of the checkpoint.
-        for_people: the plan in plan.json.
-        plan: the plan in config.json.
-    """
+    """Returns how the plan in `plan.json` differs from that in `config.json`, and what to do; None where it does not."""
     lines = plan.diff(for_people) or [
         f"its {name} says something else" for name in _NOTES if getattr(plan, name) != getattr(for_people, name)
     ]
@@ -99,3 +91,35 @@ def read_plan(file: Path) -> Plan:
     if file.name == PLAN_FILE and is_compressed(file.parent):
         return stored_plan(file.parent)
     return Plan.load(file)
+
+
+def find_plan_file(path: Path) -> Path:
+    """Returns the plan file at `path`, in that folder, or in its `model` folder, for `read_plan`.
+
+    In a compressed checkpoint it need not be there.
+
+    Raises:
+        ArtefactError: there is none.
+    """
+    if path.is_file():
+        return path
+    for file in (path / PLAN_FILE, path / MODEL_FOLDER / PLAN_FILE):
+        if file.is_file() or is_compressed(file.parent):
+            return file
+    what = f"holds no {PLAN_FILE}" if path.exists() else "does not exist"
+    raise ArtefactError(f"{path} {what}; make a plan with `moacompress search` or `moacompress compress`")
+
+
+def find_running_plan(path: Path) -> Path:
+    """Returns `find_plan_file`, but of a run with a checkpoint the checkpoint's, which knows whether weights were changed.
+
+    Raises:
+        ArtefactError: there is none, or the two are not of one plan.
+    """
+    file, model = find_plan_file(path), path / MODEL_FOLDER
+    if file != path / PLAN_FILE or not is_compressed(model):
+        return file
+    ours, runs = read_plan(file), read_plan(model / PLAN_FILE)
+    if (ours.rules, ours.shares, ours.gates) != (runs.rules, runs.shares, runs.gates):
+        raise ArtefactError(f"{file} is another plan than that which {model} runs; name one of the two")
+    return model / PLAN_FILE

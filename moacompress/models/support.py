@@ -48,8 +48,7 @@ _OWN_ATTENTION = {
 def config_problems(config: Any) -> list[str]:
     """Returns what in a transformers config cannot be compressed, one sentence each; empty if nothing is known.
 
-    Args:
-        config: a config of any model; of one with several parts the text decoder counts.
+    Of a config with several parts the text decoder counts.
     """
     if getattr(config, "is_encoder_decoder", False):
         return [
@@ -70,11 +69,7 @@ def config_problems(config: Any) -> list[str]:
 
 
 def stored_problems(config: Any) -> list[str]:
-    """Returns what in the form of a checkpoint's weights rules out compressing it: quantized, compressed, or in other files.
-
-    Args:
-        config: the checkpoint's config, as transformers reads it from a folder or from the hub.
-    """
+    """Returns what in the form of a checkpoint's weights rules out compressing it: quantized, compressed, or in other files."""
     if getattr(config, "transformers_weights", None) is not None:
         return [
             f"{_name(config)} names the file of its weights (transformers_weights), which could be a pickle, and it can run "
@@ -228,10 +223,11 @@ def _per_layer(config: Any) -> frozenset[str]:
 
 
 def _direction(config: Any) -> list[str]:
-    key = next((k for k in ("use_bidirectional_attention",) if getattr(config, k, None) in (True, "all")), None)
     if getattr(config, "is_causal", True) is False:
         key = "is_causal"
-    if key is None:
+    elif getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        key = "use_bidirectional_attention"
+    else:
         return []
     return [
         f"attends in both directions ({key} {getattr(config, key)}), so no key can be dropped; only causal models work"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from moacompress.core.errors import ModelError
+from moacompress.models.modules import attention_modules
 
 if TYPE_CHECKING:
     import torch
@@ -19,13 +20,7 @@ SPLIT = "colwise"
 
 
 def own_heads(model: Any, layer: int, module: nn.Module, kv_heads: int) -> range | None:
-    """Returns the KV heads that this rank attends with in a layer; None where they are all here.
-
-    Args:
-        model: with its weights.
-        layer: number of the layer.
-        module: its attention.
-        kv_heads: KV heads of the layer, over all ranks.
+    """Returns the KV heads that this rank attends with in a layer, of `kv_heads` over all ranks; None where they are all here.
 
     Raises:
         ModelError: they do not divide by the ranks, or it is not known what makes the keys.
@@ -57,28 +52,15 @@ def own_heads(model: Any, layer: int, module: nn.Module, kv_heads: int) -> range
 def heads_here(model: PreTrainedModel, kv_heads: int) -> range:
     """Returns the KV heads that a model attends with in this process: all, or those of its rank.
 
-    Args:
-        model: with its weights.
-        kv_heads: KV heads of a layer, over all ranks.
-
     Raises:
-        ModelError: as `own_heads`.
+        ModelError: they do not divide by the ranks, or it is not known what makes the keys.
     """
-    from moacompress.models.modules import attention_modules
-
     own = own_heads(model, 0, attention_modules(model)[0], kv_heads)
     return range(kv_heads) if own is None else own
 
 
 def of_all_ranks(own: torch.Tensor, heads: range, kv_heads: int, dim: int) -> torch.Tensor:
-    """Returns a tensor of all KV heads, on every rank.
-
-    Args:
-        own: of those that are here.
-        heads: which these are; `heads_here`.
-        kv_heads: how many there are over all ranks.
-        dim: the axis of KV heads.
-    """
+    """Returns a tensor of all KV heads, on every rank, from those that are `heads_here`; `dim` is the axis of KV heads."""
     import torch
     import torch.distributed as dist
 

@@ -23,12 +23,8 @@ logger = logging.getLogger(__name__)
 def with_floats(model: Any, trust_remote_code: bool = False) -> Any:
     """Returns the model with the numbers that torchao's tensors stand for in their place, in its dtype.
 
-    It is built anew from its config, without the mark of a quantization: transformers keeps with a model how its weights were
+    It is built from its config, without the mark of a quantization: transformers keeps with a model how its weights were
     converted on loading, and would convert floats back when they are saved.
-
-    Args:
-        model: as transformers loaded it.
-        trust_remote_code: run modelling code that comes with the model.
     """
     from torchao.utils import TorchAOBaseTensor
     from transformers import AutoModelForCausalLM

@@ -69,10 +69,8 @@ def loaded_weight_bytes(folder: Path, dtype: str) -> int:
 def most_checkpoint_bytes(model: PreTrainedModel, dtype: str, gated: ModelShape | None = None) -> int:
     """Returns the most bytes that a checkpoint's weight files take, their headers counted; a shared weight counts once.
 
-    Args:
-        model: as it would be saved; blocks stay as they are.
-        dtype: that its floats are saved in, where they are in the model's own now.
-        gated: its shape where each KV head gets a gate.
+    Floats of the model's dtype are saved in `dtype`, and blocks as they are. `gated` is the shape where each KV head gets a
+    gate.
     """
     total = HEADER_BYTES
     for name, tensor in tensors_once(model):

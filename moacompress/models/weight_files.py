@@ -1,4 +1,6 @@
-"""The files that hold a checkpoint's weights, checked from their headers: no tensor is read, nothing is unpickled.
+"""The files of a model folder: those of weights, checked from their headers, and those that a tokenizer is read from.
+
+No tensor is read, and nothing is unpickled.
 
 Everything here works on files that are not trusted: safetensors compares offsets, shapes and sizes with the file's before
 memory is taken.
@@ -11,6 +13,9 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from moacompress.core.errors import ArtefactError
 from moacompress.core.files import read_json
@@ -30,6 +35,19 @@ INDICES = "*.safetensors.index*.json"
 """Names of all indices: a config or a variant may name another one than `INDEX_FILE`."""
 ADAPTER_FILE = "adapter_config.json"
 """Has transformers put an adapter on the model, where PEFT is installed."""
+
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+    "spiece.model",
+    "*.bpe.model",
+    "*.spm",
+    "*.tiktoken",
+)
+"""Names of files that hold a vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +69,6 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     Raises:
         ArtefactError: the file is cut short, is not safetensors, or says that it holds more than it does.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(str(file), framework="numpy") as opened:
             found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  it is no dictionary
@@ -67,11 +83,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 def check_weights(files: Sequence[Path], expected: Mapping[str, Sequence[int]], blocks: Container[str] = ()) -> None:
     """Refuses weight files that do not fit a model, before any of their tensors is read.
 
-    Args:
-        files: the files that the model would be loaded from.
-        expected: shapes of the model's weights by name. Tensors of other names are left to transformers, which may rename
-            them; of those with a known name the number of elements must agree.
-        blocks: names of the weights that are in blocks, whose shapes are of bytes.
+    `expected` are the shapes of the model's weights by name. Tensors of other names are left to transformers, which may rename
+    them; of those with a known name the number of elements must agree. `blocks` names the weights in blocks, shapes of bytes.
 
     Raises:
         ArtefactError: a file that is not safetensors, is damaged, or holds a tensor of another size, or bytes for numbers.
@@ -94,12 +107,7 @@ def check_weights(files: Sequence[Path], expected: Mapping[str, Sequence[int]], 
 
 
 def weight_problems(folder: Path, blocks: Container[str] = ()) -> list[str]:
-    """Returns what in the weight files of a model folder cannot be used, one sentence each; none if it has no weights.
-
-    Args:
-        folder: of the model.
-        blocks: names of the weights that are in blocks.
-    """
+    """Returns what in the weight files of a model folder cannot be used, one sentence each; none if it has no weights."""
     try:
         check_beside(folder)
     except ArtefactError as error:
@@ -131,8 +139,7 @@ def weight_problems(folder: Path, blocks: Container[str] = ()) -> list[str]:
 def stored_dtype(folder: Path) -> str | None:
     """Returns the dtype of the first weight in a model folder, which transformers goes by where the config names none.
 
-    Returns:
-        Its name; None where there are no safetensors files, as for what is not a folder.
+    None where there are no safetensors files, as for what is not a folder.
     """
     stored = (tensor.dtype for file in sorted(folder.glob("*.safetensors")) for tensor in read_header(file).values())
     return next((FLOAT_NAMES[kind] for kind in stored if kind in FLOAT_NAMES), None)
@@ -214,16 +221,12 @@ def missing_weights(
 ) -> str | None:
     """Returns what of a model's weights its files do not hold, one sentence; None if they hold all.
 
+    `expected` are the model's shapes by name, and `tied` names of weights that are the same tensor, of which one is enough.
     Where files have names that the model does not know, transformers may put weights together on loading: then only the
     numbers are counted.
 
-    Args:
-        files: the files that the model would be loaded from.
-        expected: shapes of the model's weights by name.
-        tied: names of weights that are the same tensor; one of the two is enough.
-
     Raises:
-        ArtefactError: as `read_header`.
+        ArtefactError: a file is no whole safetensors file.
     """
     held = {name: tensor for file in files for name, tensor in read_header(file).items()}
     enough = {name for pair in tied.items() if not held.keys().isdisjoint(pair) for name in pair}
@@ -237,10 +240,19 @@ def missing_weights(
     return None
 
 
+def tokenizer_problems(folder: Path) -> list[str]:
+    """Returns what is missing for a tokenizer in a model folder, one sentence: some load without, and know no words."""
+    if any(any(folder.glob(name)) for name in VOCABULARIES):
+        return []
+    return [
+        f"{folder} has no tokenizer: there is no tokenizer.json, tokenizer.model or vocab.json; copy the tokenizer's files "
+        "from where the model is from"
+    ]
+
+
 def gguf_problems(file: Path) -> list[str]:
     """Returns what in a `.gguf` file's tensor types cannot be dequantized, one sentence each."""
     import gguf
-    import numpy as np
     from gguf import GGML_QUANT_SIZES, dequantize
 
     first: dict[Any, str] = {}

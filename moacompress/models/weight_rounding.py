@@ -27,11 +27,7 @@ _LARGEST = torch.finfo(torch.float16).max
 
 
 def rounded(weight: torch.Tensor, kind: WeightType) -> torch.Tensor:
-    """Returns the blocks nearest to a weight, uint8 `[outputs, bytes]`.
-
-    Args:
-        weight: floats `[outputs, inputs]`, inputs in whole blocks.
-        kind: one of `ROUNDED`, or Q4_0.
+    """Returns the blocks nearest to a float weight `[outputs, inputs]`, inputs in whole blocks: uint8 `[outputs, bytes]`.
 
     Raises:
         ModelError: a number is not finite, or too large for a scale in float16.
@@ -47,14 +43,10 @@ def rounded(weight: torch.Tensor, kind: WeightType) -> torch.Tensor:
 
 
 def round_weights(model: Any, weights: str | None, head: str | None = None) -> None:
-    """Rounds the weights of a dense model's linear layers, in place.
+    """Rounds the weights of a dense model's linear layers to `int8` or `int4`, in place; None leaves them.
 
-    Layers whose rows are no whole blocks, and those that are not plain linear layers, stay as they are.
-
-    Args:
-        model: a causal language model.
-        weights: `int8` or `int4`, of the linear layers of its decoder; None leaves them.
-        head: likewise, of the embedding and the output layer; where these are one tensor they stay one.
+    `head` is of the embedding and the output layer; where these are one tensor they stay one. Layers whose rows are no whole
+    blocks, and those that are not plain linear layers, stay as they are.
     """
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     names = {id(module): name for name, module in model.named_modules()}
@@ -74,12 +66,7 @@ def round_weights(model: Any, weights: str | None, head: str | None = None) -> N
 
 
 def round_like(model: Any, exact: Any) -> None:
-    """Gives a dense model's layers the blocks of the same model whose numbers were rounded before they lost bits, in place.
-
-    Args:
-        model: a causal language model, in any dtype.
-        exact: the same model, as `round_weights` left it.
-    """
+    """Gives a dense model, in any dtype, the blocks of `exact`, whose numbers were rounded before they lost bits, in place."""
     for name, kind in weight_types(exact).items():
         put_block_layer(model, name, WEIGHT_TYPES[kind], exact.get_parameter(f"{name}.weight").detach())
     model.tie_weights()

@@ -15,17 +15,16 @@ from moacompress.core.errors import ArtefactError, UsageError
 from moacompress.core.shown import ShownDict
 from moacompress.core.tables import Columns, Row, Table, facts, readable_bytes, readable_types
 from moacompress.exporter.card import repair_text
-from moacompress.models.locate import find_running_plan
 from moacompress.models.source import find_model_folder
-from moacompress.models.stored_plan import checkpoint_weights, read_plan
+from moacompress.models.stored_plan import checkpoint_weights, find_running_plan, read_plan
 from moacompress.models.weight_bytes import checkpoint_weight_bytes
 from moacompress.models.weight_files import StoredTensor, loaded_files, read_header
 from moacompress.report.heal_tables import heal_sentence
 from moacompress.rules.budget import Budget, format_length, reference_length
 from moacompress.rules.cost import attention_flops, chosen_share, format_rows, kept_bits
 from moacompress.rules.formats import find_format
+from moacompress.rules.memory import memory_lines, plan_memory
 from moacompress.rules.plan import Plan
-from moacompress.rules.plan_memory import memory_lines, plan_memory
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_classes import classes_of
 from moacompress.rules.worst_share import WorstShare

@@ -14,7 +14,7 @@ from moacompress.core.tables import Columns, Table, readable_bytes, readable_num
 from moacompress.report.evaluation_tables import kept_sentence, not_measured_sentence
 from moacompress.report.search_tables import baseline_line, class_lines
 from moacompress.rules.budget import format_length
-from moacompress.rules.plan_memory import memory_lines
+from moacompress.rules.memory import memory_lines
 
 
 def summary_tables(summary: Mapping[str, Any]) -> list[RenderableType]:

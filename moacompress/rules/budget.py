@@ -135,12 +135,9 @@ class Budget:
         return Budget(given, share, None, length)
 
     def limits(self, shape: ModelShape, lengths: Iterable[int], weight_bytes: int | None = None) -> dict[int, int]:
-        """Returns the most KV bytes at each length it speaks of.
+        """Returns the most KV bytes at each length that it restricts; one without a length holds at all of `lengths`.
 
-        Args:
-            shape: of the model.
-            lengths: where a budget without a length holds, tokens.
-            weight_bytes: what the weights take; None where it is not known: a budget of memory then restricts nothing.
+        A budget of memory restricts nothing where the bytes of the weights are not known (None).
         """
         if self.with_weights:
             return {} if weight_bytes is None else {self.length or 0: max(0, (self.bytes or 0) - weight_bytes)}
@@ -182,13 +179,7 @@ def memory_budgets(budgets: Iterable[Budget]) -> list[Budget]:
 
 
 def _about_unit(number: str, unit: str, place: str) -> str:
-    """Returns what is wrong with the unit of a budget, and what was perhaps meant.
-
-    Args:
-        number: before the unit.
-        unit: that is not known.
-        place: what follows, with its `@`.
-    """
+    """Returns what is wrong with the unit of a budget, and what was perhaps meant; `place` follows it, with its `@`."""
     if unit.startswith("%"):
         return f"has {unit[1:]!r} after its '%'; did you mean '{number}%@{unit[1:].strip('@')}'?"
     known = _SHORT_UNITS.get(unit.lower())
@@ -197,10 +188,9 @@ def _about_unit(number: str, unit: str, place: str) -> str:
 
 
 def split_budgets(asked: Sequence[str]) -> list[tuple[str, ...]]:
-    """Returns the budgets of every plan that is asked for: commas ask for several plans, each with the other budgets too.
+    """Returns the budgets of every plan that is asked for: `["50%,25%", "512MiB@32k"]` asks for two plans.
 
-    Args:
-        asked: such as `["50%,25%", "512MiB@32k"]`, which asks for two plans.
+    Commas ask for several plans, each with the other budgets too.
 
     Raises:
         BudgetError: one does not parse, or the same plan is asked for twice.
@@ -224,10 +214,7 @@ def label(budgets: Sequence[str]) -> str:
 def byte_limits(
     budgets: Sequence[Budget], shape: ModelShape, lengths: Iterable[int], weight_bytes: int | None = None
 ) -> dict[int, int]:
-    """Returns the most KV bytes at each length, when all budgets must hold; lengths ascending.
-
-    Arguments are those of `Budget.limits`.
-    """
+    """Returns the most KV bytes at each length, when all budgets must hold; lengths ascending."""
     if not budgets:
         raise BudgetError(f"no budget given; write --budget with {FORMS}")
     limits: dict[int, int] = {}
@@ -245,12 +232,7 @@ def reference_length(budgets: Sequence[Budget], lengths: Iterable[int]) -> int:
 
 
 def check_feasible(limits: Mapping[int, int], smallest: Mapping[int, int], shape: ModelShape) -> None:
-    """Refuses limits below the smallest plan there is.
-
-    Args:
-        limits: most bytes at each length.
-        smallest: bytes of the smallest plan at each length.
-        shape: for the dense bytes in the message.
+    """Refuses limits that are below the bytes of the smallest plan there is.
 
     Raises:
         InfeasibleBudgetError: names the length, both numbers and the smallest budget that works.

@@ -38,14 +38,14 @@ GATED_SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
 CHOSEN_SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 """Growth of what gates select beside them. Codes take half of the bytes or less, so that a quarter has room for most tokens."""
 SMALLEST_CHOICE = 16
-"""Fewest tokens that a gate chooses, once so many have left."""
+"""Fewest tokens that a gate selects, once so many are evicted from the window."""
 
 
 def gated_rules(max_length: int, sinks: Sequence[int], min_window: int) -> tuple[Rule, ...]:
     """Returns the candidates that keep tokens by their score, native: short windows, and growing ones, each with all choices.
 
     Their windows are among those of `candidate_rules`. Fixed choices double up to a quarter of the length, growing ones reach
-    three quarters of what has left the window; the smallest sink is enough, as a gate keeps what matters of the rest.
+    three quarters of what is evicted from the window; the smallest sink is enough, as a gate keeps what matters of the rest.
     """
     growing, selected = ([(0, int(share * BETA_ONE)) for share in shares] for shares in (GATED_SHARES, CHOSEN_SHARES))
     on_offer = set(candidate_windows(max_length, min_window))
@@ -65,11 +65,6 @@ def gated_rules(max_length: int, sinks: Sequence[int], min_window: int) -> tuple
 
 
 def in_formats(spans: Sequence[Rule], formats: Sequence[str]) -> tuple[Rule, ...]:
-    """Returns every span in every pair of a format of keys and one of values: the native pair first, then by keys.
-
-    Args:
-        spans: native rules.
-        formats: names of the formats on offer beside the native one.
-    """
+    """Returns every native span in every pair of formats of keys and values: the native pair first, then by keys."""
     offered = (NATIVE, *formats)
     return tuple(span.in_formats(keys, values) for keys in offered for values in offered for span in spans)

@@ -32,13 +32,8 @@ def chosen_share(plan: Plan, n: int) -> dict[str, float]:
 def holds_from(plan: Plan) -> int | None:
     """Returns the fewest tokens from which a plan is within its budget, as a share of the dense bytes, up to where that counts.
 
-    Below them windows and sinks hold nearly everything. It is counted in whole blocks of the cache.
-
-    Args:
-        plan: its notes name the budget and the lengths that it was searched for.
-
-    Returns:
-        None where no share was asked for, or the plan is not within it.
+    Below them windows and sinks hold nearly everything. It is counted in whole blocks of the cache. None where the plan's notes
+    ask for no share, or it is not within it.
     """
     budgets = map(Budget.parse, plan.budget.get("asked", ()))
     asked = [budget for budget in budgets if budget.share is not None]
@@ -95,12 +90,7 @@ def format_rows(plan: Plan, n: int) -> list[dict[str, str | int]]:
 def attention_flops(plan: Plan, n: int) -> dict[str, int]:
     """Returns the floating-point operations of attention's two matrix products at batch 1, a multiply-add as two.
 
-    Args:
-        plan: the plan; its full plan gives the dense model's.
-        n: tokens.
-
-    Returns:
-        `prefill`: of all queries of `n` tokens; `decode`: of the n-th token's query.
+    `prefill` is of all queries of `n` tokens, `decode` of the n-th token's query.
     """
     shape = plan.model
     each = 4 * shape.head_dim * (shape.heads // shape.kv_heads)

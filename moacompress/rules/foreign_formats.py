@@ -74,9 +74,7 @@ def layers_of_plan(plan: Plan) -> tuple[list[LayerFormats], list[str]]:
 def layers_of_modelopt(config: Any, layers: int) -> tuple[list[LayerFormats], list[str]]:
     """Returns the formats of every layer by ModelOpt's config, and what is not as it is there.
 
-    Args:
-        config: what `hf_quant_config.json` holds, or a `config.json` with `quantization_config`.
-        layers: of the model.
+    The config is `hf_quant_config.json`, or a `config.json` with `quantization_config`.
 
     Raises:
         PlanError: not such a config, or formats or layers that there are not.
@@ -139,9 +137,7 @@ def modelopt_of_plan(plan: Plan) -> tuple[dict[str, Any], list[str]]:
 def layers_of_compressed_tensors(config: Any, shape: ModelShape) -> tuple[list[LayerFormats], list[str]]:
     """Returns the formats of every layer by compressed-tensors' config, and what is not as it is there.
 
-    Args:
-        config: a `config.json` with `quantization_config`, or that part of it.
-        shape: the model's.
+    The config is a `config.json` with `quantization_config`, or that part of it.
 
     Raises:
         PlanError: not such a config, or a scheme that cannot be read.

@@ -60,10 +60,7 @@ class MoaSpans:
 def plan_of_duo(pattern: DuoPattern, shape: ModelShape, sparsity: float | None = None) -> tuple[Plan, list[str]]:
     """Returns the plan of a pattern, and what it does not say as the pattern did.
 
-    Args:
-        pattern: of a model of this shape.
-        shape: the model's.
-        sparsity: share of the KV heads that are not full, those of least weight; by default those below `THRESHOLD`.
+    `sparsity` is the share of the KV heads that are not full, those of least weight; by default those below `THRESHOLD`.
 
     Raises:
         PlanError: a pattern of another shape, or numbers that are none, or out of range.
@@ -110,13 +107,8 @@ def duo_of_plan(plan: Plan) -> tuple[DuoPattern, list[str]]:
 def plan_of_moa(spans: MoaSpans, shape: ModelShape, length: int) -> tuple[Plan, list[str]]:
     """Returns the plan of MoA's spans, and what it does not say as they did.
 
-    A KV head gets the largest span of its query heads at `length`. A negative alpha becomes less growth, so that the span is
-    the same at that length.
-
-    Args:
-        spans: of a model of this shape.
-        shape: the model's.
-        length: tokens.
+    A KV head gets the largest span of its query heads at `length` tokens. A negative alpha becomes less growth, so that the
+    span is the same at that length.
 
     Raises:
         PlanError: spans of another shape, or numbers that are none.

@@ -55,12 +55,7 @@ class Format(Protocol):
     def bits(self) -> int: ...  # noqa: D102
 
     def vector_bytes(self, dim: int, dtype: str) -> int:
-        """Returns the bytes of one vector.
-
-        Args:
-            dim: its numbers.
-            dtype: the model's.
-        """
+        """Returns the bytes of a vector of `dim` numbers, where the model's own are of `dtype`."""
         ...
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from moacompress.core.errors import PlanError
 from moacompress.core.files import write_bytes
@@ -45,31 +47,17 @@ class GateWeights:
         return GateWeights(self.weight[:, heads.start : heads.stop], self.bias[:, heads.start : heads.stop])
 
     def save(self, path: Path, notes: Mapping[str, str] | None = None) -> None:
-        """Writes them as safetensors, atomically.
-
-        Args:
-            path: the file.
-            notes: its metadata; of several the order is not the same each time, nor then are the bytes.
-        """
-        from safetensors.numpy import save
-
+        """Writes them as safetensors, atomically; of several `notes` the order, and so the bytes, may differ each time."""
         data = save({"weight": self.weight, "bias": self.bias}, metadata=None if notes is None else dict(notes))
         write_bytes(path, data)
 
     @staticmethod
     def load(path: Path, heads: tuple[int, int], fingerprint: str) -> GateWeights:
-        """Reads the gates of a plan.
-
-        Args:
-            path: the file.
-            heads: layers of the plan's model, and KV heads of a layer.
-            fingerprint: of the gates that the plan names.
+        """Reads the gates that a plan names by `fingerprint`; `heads` are its model's layers, and KV heads of a layer.
 
         Raises:
             PlanError: unreadable, of other sizes, or other gates.
         """
-        from safetensors import SafetensorError, safe_open
-
         try:
             with safe_open(str(path), framework="numpy") as file:
                 sizes = [tuple(file.get_slice(name).get_shape()) for name in ("weight", "bias")]

@@ -1,6 +1,6 @@
-"""The centres that coded keys lie less: one for each KV head, in float16, as a plan holds them.
+"""The centres that are subtracted from keys before they are coded: one per KV head, in float16, as a plan holds them.
 
-Attention's softmax sees no difference, as long as all keys of a KV head lie less the same one; codes round what is left. So any
+Attention's softmax sees no difference, as long as all keys of a KV head lose the same one; codes round what is left. So any
 centre is exact, and the mean of the keys rounds best.
 """
 
@@ -26,11 +26,9 @@ Centres = tuple[tuple[Centre, ...], ...]
 
 
 def as_centres(centres: Any) -> Centres:
-    """Returns centres as a plan holds them.
+    """Returns centres `[layers, kv_heads, head_dim]`, finite, as a plan holds them.
 
-    Args:
-        centres: `[layers, kv_heads, head_dim]`, finite; what float16 cannot hold becomes its largest number. A KV head of zeros
-            has none.
+    What float16 cannot hold becomes its largest number. A KV head of zeros has none.
     """
     numbers = np.clip(np.asarray(centres, np.float64), -LARGEST, LARGEST).astype(NUMBER)
     return tuple(tuple(head.tobytes() if head.any() else b"" for head in layer) for layer in numbers)
@@ -66,12 +64,7 @@ def to_text(centre: Centre) -> str | None:
 
 
 def from_text(text: str | None, head_dim: int, where: str) -> Centre:
-    """Reads the JSON form of a centre.
-
-    Args:
-        text: see `to_text`.
-        head_dim: numbers of a key.
-        where: what a message calls it.
+    """Reads the JSON form of a centre; `where` is what a message calls it.
 
     Raises:
         PlanError: it is something else, of another size, or not finite.

@@ -39,9 +39,7 @@ def layer_floors(floors: Mapping[int, float], shape: ModelShape) -> Floats:
 def floored(sizes: Ints, floors: Floats) -> Ints:
     """Returns the bytes with every rule that keeps less than its layer's floor standing for the full rule.
 
-    Args:
-        sizes: bytes, [lengths, layers, kv_heads, rules], the full rule first.
-        floors: [layers].
+    `sizes` are `[lengths, layers, kv_heads, rules]`, the full rule first, and `floors` `[layers]`.
     """
     return np.where(below_floors(sizes, floors), sizes[..., :1], sizes)
 
@@ -81,17 +79,10 @@ def budget_limits(
     shares: LayerShares = (),
     weights: int | None = None,
 ) -> Limits:
-    """Returns the limits of budgets, which all must hold.
+    """Returns the limits of budgets, which all must hold; one without a length holds at `lengths`.
 
-    Args:
-        budgets: as asked for.
-        shape: the model.
-        lengths: profiled lengths, where a budget without a length holds.
-        rules: candidate rules, for the smallest plan there is.
-        min_window: smallest window, tokens.
-        floors: smallest share that every layer keeps, [layers]; none by default.
-        shares: what each layer takes from an earlier one.
-        weights: bytes of the checkpoint's weight files, which budgets of memory count too; None where they are not known.
+    `rules` are the candidates, for the smallest plan there is; `floors` and `shares` are as in `smallest_kv_bytes`. `weights`
+    are the bytes of the checkpoint's weight files, which budgets of memory count too; None where they are not known.
 
     Raises:
         BudgetError: no budget; or one of memory where nothing is known of the weights.
@@ -107,8 +98,14 @@ def budget_limits(
                 f"the budget {budget.text} is of weights and cache together, which `search` and `compress` know; give one of "
                 "KV bytes here, such as 25%"
             )
-        length = budget.length or 0
-        _check_memory(budget, weights, smallest([length])[length])
+        limit, length = budget.bytes or 0, budget.length or 0
+        least = smallest([length])[length]
+        if weights + least > limit:
+            raise InfeasibleBudgetError(
+                f"no plan fits {budget.text}, {limit:,} bytes: weights take {weights:,} as they are and the KV cache at least "
+                f"{least:,} at {format_length(length)} tokens, {weights + least:,} in all; ask for at least that, or "
+                "profile smaller weights (--weights int8 or int4)"
+            )
     limits = byte_limits(budgets, shape, lengths, weights)
     check_feasible(limits, smallest(list(limits)), shape)
     return limits
@@ -124,32 +121,9 @@ def smallest_kv_bytes(
 ) -> dict[int, int]:
     """Returns the KV bytes of the smallest plan at each length.
 
-    KV heads of different layers that are to have one rule may take more, where floors differ; the solver says so.
-
-    Args:
-        shape: the model.
-        rules: candidate rules.
-        min_window: smallest window, tokens.
-        lengths: tokens.
-        floors: smallest share that every layer keeps, [layers]; none by default.
-        shares: what each layer takes from an earlier one.
+    `floors` are the smallest share that every layer keeps, `[layers]`, and `shares` what each takes from an earlier one. KV
+    heads of different layers that are to have one rule may take more, where floors differ; the solver says so.
     """
     sizes = candidate_kv_bytes(shape, rules, min_window, lengths, shares)
     smallest = (sizes if floors is None else floored(sizes, floors)).min(axis=-1).sum(axis=(1, 2))
     return {n: int(total) for n, total in zip(lengths, smallest, strict=True)}
-
-
-def _check_memory(budget: Budget, weights: int, smallest: int) -> None:
-    """Refuses a budget of memory that weights and the smallest cache, KV bytes, exceed.
-
-    Raises:
-        InfeasibleBudgetError: says what each of them takes.
-    """
-    limit, length = budget.bytes or 0, budget.length or 0
-    if weights + smallest <= limit:
-        return
-    raise InfeasibleBudgetError(
-        f"no plan fits {budget.text}, {limit:,} bytes: weights take {weights:,} as they are and the KV cache at least "
-        f"{smallest:,} at {format_length(length)} tokens, {weights + smallest:,} in all; ask for at least that, or "
-        "profile smaller weights (--weights int8 or int4)"
-    )

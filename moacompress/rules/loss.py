@@ -38,11 +38,7 @@ class Loss:
 
 
 def check_loss_samples(loss: Loss, samples: int) -> None:
-    """Refuses a loss that too few samples judge: an upper bound of the mean KL has to be within it, not the mean alone.
-
-    Args:
-        loss: the most KL.
-        samples: validation samples that plans are measured on.
+    """Refuses a loss that too few validation samples judge: an upper bound of the mean KL has to be within it.
 
     Raises:
         UsageError: there are fewer than a bound takes.

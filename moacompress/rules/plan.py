@@ -5,7 +5,7 @@ Reading a plan never runs code from it, never unpickles and never fetches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class Plan(Shown):
         quality: predicted and measured KL, of the plan and of the baselines.
         provenance: calibration fingerprint, lengths, seeds, versions and the resolved recipe.
         shares: what each layer takes from an earlier one, or None; empty where no layer shares attention.
-        centres: what keys of each KV head lie less where they are in codes, `centres[layer][kv_head]`; empty for nothing.
+        centres: what is subtracted from each KV head's keys that are in codes, `centres[layer][kv_head]`; empty for nothing.
         gates: fingerprint of the gates that choose tokens; empty where no rule selects.
         gate_weights: these gates, where they are at hand: a plan's file has them beside it.
         seen: shingles of the text and prompts that it was calibrated on, which a plan's file has beside it too; None where
@@ -102,16 +102,12 @@ class Plan(Shown):
     @property
     def stated_lengths(self) -> list[int]:
         """Lengths in tokens that its bytes are stated for, ascending; 1k and 4k where it does not say."""
-        noted = self.budget.get("bytes")
-        found = [int(n) for n in noted if str(n).isdecimal() and len(str(n)) < 16] if isinstance(noted, Mapping) else []
-        return sorted(n for n in found if n > 0) or [1024, 4096]
+        return sorted(map(int, self.budget.get("bytes", ()))) or [1024, 4096]
 
     @property
     def profiled_lengths(self) -> list[int]:
         """Lengths in tokens that it was searched at; the stated ones where its notes do not say."""
-        noted = self.provenance.get("lengths")
-        found = [n for n in noted if isinstance(n, int) and n > 0] if isinstance(noted, list) else []
-        return found or self.stated_lengths
+        return list(self.provenance.get("lengths", ())) or self.stated_lengths
 
     @property
     def selects(self) -> bool:
@@ -165,7 +161,7 @@ class Plan(Shown):
         return tuple(centre if rule.key_format != NATIVE else b"" for rule, centre in pairs)
 
     def key_centre(self, layer: int) -> Floats32 | None:
-        """Returns what a layer's keys lie less, float32 `[kv_heads, head_dim]`; None where no KV head has a centre."""
+        """Returns what is subtracted from a layer's keys, float32 `[kv_heads, head_dim]`; None for nothing."""
         return centre_numbers(self._used_centres(layer), self.model.head_dim)
 
     def share(self, layer: int) -> Share | None:

@@ -273,12 +273,7 @@ def read_shape(data: Any) -> ModelShape:
 
 
 def check_rules(model: ModelShape, min_window: int, rules: Sequence[Sequence[Rule]]) -> None:
-    """Refuses rules that no plan may have, and a model of a shape that cannot be.
-
-    Args:
-        model: its shape.
-        min_window: smallest window, tokens.
-        rules: `rules[layer][kv_head]`.
+    """Refuses `rules[layer][kv_head]` that no plan may have, and a model of a shape that cannot be.
 
     Raises:
         PlanError: which number is out of bounds, with layer and KV head.
@@ -292,12 +287,7 @@ def check_rules(model: ModelShape, min_window: int, rules: Sequence[Sequence[Rul
 
 
 def check_candidates(model: ModelShape, min_window: int, rules: Sequence[Rule]) -> None:
-    """Refuses rules to choose among of which a plan may not have one, and a model of a shape that cannot be.
-
-    Args:
-        model: its shape.
-        min_window: smallest window, tokens.
-        rules: to choose among.
+    """Refuses candidate rules of which a plan may not have one, and a model of a shape that cannot be.
 
     Raises:
         PlanError: which number is out of bounds.

@@ -20,7 +20,7 @@ SCORE_BYTES = 2
 class Rule:
     """What one KV head keeps, the first `sink` tokens and a window of `alpha + beta_q / 1024 * n` tokens, and in which formats.
 
-    A rule that selects keeps besides, of the tokens that have left the window, those that its gate scores highest.
+    A rule that selects also keeps those of the tokens evicted from the window that its gate scores highest.
 
     Attributes:
         sink: first tokens that are always kept.
@@ -29,7 +29,7 @@ class Rule:
         key_format: of its keys, one of `formats.all_formats`.
         value_format: of its values.
         select_alpha: fixed part of how many tokens a gate keeps; see `windows.selected`.
-        select_beta_q: its growth per token that has left the window, in 1/1024.
+        select_beta_q: its growth per token evicted from the window, in 1/1024.
     """
 
     sink: int
@@ -48,7 +48,7 @@ class Rule:
 
     @property
     def selects(self) -> bool:
-        """Whether tokens that have left the window can be kept by their score."""
+        """Whether tokens evicted from the window can be kept by their score."""
         return bool(self.select_alpha or self.select_beta_q)
 
     @property
@@ -87,13 +87,7 @@ class Rule:
         return selected(tokens_left(n, span), self.select_alpha, self.select_beta_q)
 
     def token_bytes(self, head_dim: int, value_dim: int, dtype: str) -> int:
-        """Returns the bytes of one token's key and value, and of its score where the rule selects.
-
-        Args:
-            head_dim: numbers of a key.
-            value_dim: numbers of a value.
-            dtype: the model's.
-        """
+        """Returns the bytes of one token's key and value, and of its score where the rule selects."""
         keys, values = find_format(self.key_format), find_format(self.value_format)
         scores = SCORE_BYTES if self.selects else 0
         return keys.vector_bytes(head_dim, dtype) + values.vector_bytes(value_dim, dtype) + scores

@@ -17,11 +17,9 @@ RuleClass: TypeAlias = tuple[Rule, int | None]
 
 
 def rule_class(rule: Rule, native_window: int | None) -> RuleClass:
-    """Returns the class of a KV head.
+    """Returns the class of a KV head in a layer with this sliding window of its own.
 
-    Args:
-        rule: its rule; in a layer with a sliding window of its own a gate selects nothing, and counts for nothing.
-        native_window: that window, tokens.
+    In a layer with a window of its own a gate selects nothing, and counts for nothing.
     """
     if native_window is not None:
         rule = rule.without_choice()

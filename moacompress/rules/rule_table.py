@@ -40,13 +40,7 @@ class RuleTable:
 
     @staticmethod
     def of(rules: Sequence[Rule], min_window: int, native_window: int | None = None) -> RuleTable:
-        """Returns the table of rules, in their order.
-
-        Args:
-            rules: one of each KV head, or candidates.
-            min_window: the plan's smallest window, tokens.
-            native_window: the layer's own sliding window in tokens, or None.
-        """
+        """Returns the table of rules, in their order, for a layer with this sliding window of its own, tokens, or None."""
         rows = [
             (
                 *rule.span(min_window, native_window),
@@ -120,21 +114,13 @@ class RuleTable:
         )
 
     def visible_intervals(self, n: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-        """Returns what queries see under every rule; see `windows.visible_intervals`.
-
-        Args:
-            n: positions of the queries + 1, `[...]`.
-
-        Returns:
-            Bounds that broadcast to `[..., rules]`.
-        """
+        """Returns what queries at positions `n - 1`, `[...]`, see under every rule: bounds that broadcast to `[..., rules]`."""
         return visible_intervals(n[..., None], self.span)
 
     def block_runs(self, n: Ints) -> Ints:
-        """Returns the blocks of sinks and window that every rule touches, int64 `[RUNS, 2, ..., rules]`: begin and end of each.
+        """Returns the blocks of sinks and window that every rule touches at `n` tokens, int64 `[...]`.
 
-        Args:
-            n: tokens so far, int64 `[...]`.
+        They are `[RUNS, 2, ..., rules]`: begin and end of each run.
         """
         shape = (*n.shape, len(self))
         runs = block_runs(n[..., None], self.span)
@@ -145,7 +131,7 @@ class RuleTable:
         return np.asarray(slots(n[..., None], self.span) + whole_blocks(self.selected(n)), np.int64)
 
     def tokens_left(self, n: Any) -> Any:
-        """Returns how many tokens have left the windows at `n` tokens, sinks not counted, int64 `[..., rules]`."""
+        """Returns how many tokens are evicted from the windows at `n` tokens, sinks not counted, int64 `[..., rules]`."""
         return tokens_left(n[..., None], self.span)
 
     def selected(self, n: Any) -> Any:
@@ -159,9 +145,7 @@ class RuleTable:
     def groups(self) -> list[tuple[Span, tuple[int, ...]]]:
         """Returns the numbers of the rules by span and formats, with that span: they are worked on together.
 
-        What gates keep is worked on apart.
-
-        Every rule that sees all is one.
+        All rules that see everything are one group. What gates keep is worked on apart.
         """
         found: dict[tuple[int, ...], list[int]] = {}
         for number, row in enumerate(zip(*self.columns[: _FORMATS.stop].tolist(), strict=True)):

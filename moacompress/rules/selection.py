@@ -2,8 +2,8 @@
 
 Tokens compete in the order in which they leave the window. While fewer than `windows.selected` are selected, the next one is
 admitted; then it takes the place of the one of least score if its own is higher. Of equals the one in the first place is
-evicted, and a selected token stays against an equal. So the selection depends on the scores of the tokens that have left the
-window alone, and on nothing after them.
+evicted, and a selected token stays against an equal. So the selection depends on the scores of the evicted tokens
+alone, and on nothing after them.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class EvictionSchedule:
     """The tokens that compete in a chunk: who they are, when each is selected, and where it lies.
 
     Those of every (row, KV head) come one after the other: first the tokens selected before the chunk, in the order of their
-    places, then the others as they leave the window. Times are numbers of tokens that have left the window of the KV head: a
-    query attends to a selected token from `admitted` on, and no longer once it is `evicted`. All arrays are int64.
+    places, then the others as they leave the window. Times are numbers of tokens that are evicted from the window of the KV
+    head: a query attends to a selected token from `admitted` on, and no longer once it is `evicted`. All arrays are int64.
 
     Attributes:
         heads: KV heads of a row.
         begins: where the tokens of each (row, KV head) begin, and all end, `[rows * heads + 1]`.
         positions: of the tokens in their row, `[tokens]`; -1 of those selected before, of which it is not known.
-        admitted: `[tokens]`; of those selected before how many had left then.
+        admitted: `[tokens]`; of those selected before how many were evicted then.
         evicted: `[tokens]`; `admitted` where a token is never selected, `NEVER` where it stays.
         places: among the selected tokens of the KV head, `[tokens]`; -1 where a token is never selected.
     """
@@ -89,10 +89,7 @@ class EvictionSchedule:
 def competing_tokens(rules: RuleTable, first: Ints, after: Ints) -> EvictionSchedule:
     """Returns the tokens that compete while tokens leave the windows; nobody is evicted or admitted to a place yet.
 
-    Args:
-        rules: of the KV heads, with a numpy array.
-        first: how many tokens have left each window before, `[rows, heads]`.
-        after: how many have at the end, likewise.
+    `first` and `after` are how many tokens are evicted from each window before and at the end, `[rows, heads]`.
     """
     before = selected(first, *rules.select)
     sizes = np.where(rules.selecting, after - first + before, 0)
@@ -106,13 +103,7 @@ def competing_tokens(rules: RuleTable, first: Ints, after: Ints) -> EvictionSche
 
 
 def eviction_schedule(tokens: EvictionSchedule, rules: RuleTable, scores: Ints) -> EvictionSchedule:
-    """Lets tokens compete; the compiled kernels do the same.
-
-    Args:
-        tokens: see `competing_tokens`.
-        rules: of the KV heads, with a numpy array.
-        scores: of the tokens, `[tokens]`.
-    """
+    """Lets the tokens of `competing_tokens` compete by their scores, `[tokens]`; the compiled kernels do the same."""
     found = replace(tokens, evicted=tokens.evicted.copy(), places=tokens.places.copy())
     alphas, betas = rules.select
     for pair, (begin, end) in enumerate(zip(tokens.begins[:-1].tolist(), tokens.begins[1:].tolist(), strict=True)):

@@ -66,11 +66,9 @@ def value_sets_of(shares: LayerShares, layer: int) -> tuple[int, ...]:
 
 
 def with_shared_rules(rules: Sequence[Sequence[Rule]], shares: LayerShares) -> tuple[tuple[Rule, ...], ...]:
-    """Returns the rules with those of reuse layers made what they have: the anchor's span and key format, own value format.
+    """Returns `rules[layer][kv_head]` with those of reuse layers made what they have.
 
-    Args:
-        rules: `rules[layer][kv_head]`.
-        shares: of the layers.
+    That is the anchor's span and key format, and the own value format.
     """
     out = [tuple(row) for row in rules]
     for layer, share in enumerate(shares):
@@ -85,11 +83,6 @@ def with_shared_rules(rules: Sequence[Sequence[Rule]], shares: LayerShares) -> t
 
 def check_shares(shape: ModelShape, rules: Sequence[Sequence[Rule]], shares: LayerShares) -> None:
     """Refuses sharing that no model can run.
-
-    Args:
-        shape: of the model.
-        rules: `rules[layer][kv_head]`.
-        shares: of the layers.
 
     Raises:
         PlanError: naming the layer, and what is wrong.

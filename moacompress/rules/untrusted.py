@@ -72,13 +72,7 @@ def checked(
     name: Callable[[Loc], str],
     error_type: type[MoaCompressError] = PlanError,
 ) -> T:
-    """Returns a value as its type has it.
-
-    Args:
-        adapter: the type.
-        value: what somebody else may have written.
-        name: returns what a message calls a part of it.
-        error_type: what is raised.
+    """Returns a value as its type has it; `name` returns what a message calls a part of it.
 
     Raises:
         PlanError: it is something else, or `error_type` for it; the message begins with the part's name.

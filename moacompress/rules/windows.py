@@ -40,32 +40,20 @@ def _min(a: Any, b: Any) -> Any:
 
 
 def window(n: Counts, alpha: Any, beta_q: Any, min_window: Any) -> Counts:
-    """Returns the window of the query at position `n - 1`.
+    """Returns the window, tokens, of the query at position `n - 1`.
 
     `w(n) = min(n, max(min_window, alpha + ((beta_q * n) >> 10)))`, in int64. It works alike on Python ints, numpy arrays
     and torch tensors, which broadcast.
-
-    Args:
-        n: number of tokens so far in the row, the query included.
-        alpha: fixed part, tokens.
-        beta_q: growth per token in 1/1024.
-        min_window: smallest window of the plan, tokens.
     """
     w: Any = alpha + ((beta_q * n) >> 10)
     return _min(_max(w, min_window), n)  # type: ignore[no-any-return]
 
 
 def visible_intervals(n: Any, span: Span) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-    """Returns the intervals of keys that the query at position `n - 1` sees, ascending.
+    """Returns the intervals of keys that the query at position `n - 1` sees, ascending; `n` and the span broadcast.
 
-    On a native sliding layer no key before `n - native_window` is visible, sinks included.
-
-    Args:
-        n: number of tokens so far in the row, the query included; broadcasts with the span.
-        span: the KV heads'.
-
-    Returns:
-        The sinks' `[first, sink_end)` and the window's `[start, n)`; `first <= sink_end <= start`.
+    The sinks' `[first, sink_end)` and the window's `[start, n)`, with `first <= sink_end <= start`. On a native sliding layer
+    no key before `n - native_window` is visible, sinks included.
     """
     first = _max(n - span.native_window, 0) * (span.native_window > 0)
     start = _max(n - window(n, span.alpha, span.beta_q, span.min_window), first)
@@ -78,24 +66,19 @@ def kept(n: Any, span: Span) -> Any:
 
 
 def tokens_left(n: Any, span: Span) -> Any:
-    """Returns how many tokens have left the window, sinks not counted, when the query at position `n - 1` attends.
+    """Returns how many tokens are evicted from the window, sinks not counted, when the query at position `n - 1` attends.
 
-    Of a layer with a sliding window of its own it is none: it sees nothing that has left.
+    Of a layer with a sliding window of its own it is none: it sees nothing that is evicted.
     """
     (_, sink_end), (start, _) = visible_intervals(n, span)
     return (start - sink_end) * (span.native_window == 0)
 
 
 def selected(left: Any, select_alpha: Any, select_beta_q: Any) -> Any:
-    """Returns how many tokens a gate keeps of those that have left the window.
+    """Returns how many tokens a gate keeps of the `left` that are evicted from the window.
 
     `k = min(left, select_alpha + ((select_beta_q * left) >> 10))`, in int64: it grows by one token at most as one more leaves,
     so that there is one to fill every place with.
-
-    Args:
-        left: see `tokens_left`.
-        select_alpha: fixed part, tokens.
-        select_beta_q: growth per token that has left, in 1/1024.
     """
     return _min(select_alpha + ((select_beta_q * left) >> 10), left)
 

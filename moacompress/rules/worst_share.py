@@ -42,12 +42,7 @@ class WorstShare:
 
     @staticmethod
     def of(plan: Plan, lengths: Sequence[int] = ()) -> WorstShare:
-        """Finds the worst share of a plan from the shortest profiled length on.
-
-        Args:
-            plan: the plan.
-            lengths: profiled, tokens; by default those in its notes.
-        """
+        """Finds the worst share of a plan from the shortest profiled length on; lengths are by default those in its notes."""
         lengths = lengths or plan.profiled_lengths
         begin, longest = min(lengths), max(lengths)
         end = max(2 * longest, LEAST_END)

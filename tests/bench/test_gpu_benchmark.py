@@ -68,7 +68,7 @@ def test_what_a_killed_run_left_half_written(load_script, tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--parts", "speed"], "'speed' is no part"),
+        (["--parts", "speed"], "'speed' is none of: correct, ceiling"),
         (["--parts", "ruler,decode", "--model", "there"], "goes alone"),
         (["--parts", "ceiling"], "there is no CUDA device"),
     ],
@@ -78,7 +78,7 @@ def test_what_cannot_be_asked(arguments, said, tmp_path):
 
     if said == "there is no CUDA device" and torch.cuda.is_available():
         arguments = ["--parts", "speed"]
-        said = "is no part"
+        said = "is none of"
     done = run(tmp_path, *arguments)
     assert done.returncode == 2
     assert said in done.stderr

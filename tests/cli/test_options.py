@@ -8,7 +8,7 @@ import pytest
 
 from moacompress.cli.options import read_sources, required_model, split_list
 from moacompress.core.errors import ArtefactError, UsageError
-from moacompress.models.locate import find_plan_file
+from moacompress.models.stored_plan import find_plan_file
 from moacompress.recipe import Recipe
 
 

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,19 @@ from moacompress.core.files import (
 from moacompress.core.lock_holders import own_file
 from moacompress.core.printable import printable
 from moacompress.core.records import Records, named_numbers
+
+
+def below(folder: Path) -> list[str]:
+    """Returns the names of all that is in a folder, in its folders too."""
+    return [path.name for path in folder.rglob("*")]
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """Returns a folder with a file in it."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    return tmp_path / "out"
 
 
 def test_equal_values_have_equal_fingerprints() -> None:
@@ -104,7 +116,7 @@ def test_files_are_replaced_whole_and_nothing_is_left_beside(tmp_path: Path, mon
     with pytest.raises(ArtefactError, match="cannot write .*: No space left on device; nothing was changed"):
         write_bytes(path, b"new")
     assert path.read_text() == "old"
-    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+    assert below(tmp_path) == ["x.json"]
 
 
 def test_files_of_one_another_are_whole_before_one_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,82 +174,57 @@ def test_json_of_bounded_size(tmp_path: Path) -> None:
         read_json(tmp_path / "none", "thing")
 
 
-def test_a_folder_comes_whole(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "a" / "out") as folder:
+@pytest.mark.parametrize("before", ["nothing", "empty", "full"])
+def test_a_folder_comes_whole_in_the_place_of_what_was_there(before: str, tmp_path: Path) -> None:
+    target = tmp_path / "a" / "out"
+    if before != "nothing":
+        target.mkdir(parents=True)
+    if before == "full":
+        (target / "old").write_text("old")
+    with new_folder(target, overwrite=before == "full") as folder:
         (folder / "x").write_text("1")
-        assert not (tmp_path / "a" / "out").exists()
-    assert (tmp_path / "a" / "out" / "x").read_text() == "1"
-    assert [file.name for file in (tmp_path / "a").iterdir()] == ["out"]
+        assert not (target / "x").exists()
+    assert (target / "x").read_text() == "1"
+    assert below(tmp_path) == ["a", "out", "x"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_failure_inside_leaves_nothing(overwrite: bool, tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    if overwrite:
-        target.mkdir()
-        (target / "old").write_text("old")
+def test_a_failure_inside_leaves_nothing(overwrite: bool, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    left = ["out", "old"] if overwrite and request.getfixturevalue("old") else []
 
     def fail() -> None:
-        with new_folder(target, overwrite=overwrite) as folder:
+        with new_folder(tmp_path / "out", overwrite=overwrite) as folder:
             (folder / "x").write_text("1")
             raise RuntimeError("inside")
 
     with pytest.raises(RuntimeError, match="inside"):
         fail()
-    assert [file.name for file in tmp_path.rglob("*")] == (["out", "old"] if overwrite else [])
+    assert below(tmp_path) == left
 
 
-def test_an_existing_folder_is_refused_before_the_block_runs(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("mine")
+def test_an_existing_folder_is_refused_before_the_block_runs(old: Path) -> None:
     with pytest.raises(ArtefactError, match="exists already; choose another folder or pass --overwrite"):
-        new_folder(tmp_path / "out").__enter__()
-    assert [file.name for file in tmp_path.iterdir()] == ["out"]
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine"]
+        new_folder(old).__enter__()
+    assert below(old.parent) == ["out", "old"]
 
 
-def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    with new_folder(tmp_path / "out") as folder:
-        (folder / "new").write_text("new")
-    assert [file.name for file in tmp_path.iterdir()] == ["out"]
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["new"]
-
-
-def test_overwrite_replaces_the_whole_folder(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "old").write_text("old")
-    with new_folder(target, overwrite=True) as folder:
-        (folder / "new").write_text("new")
-    assert [file.name for file in target.iterdir()] == ["new"]
-    assert [file.name for file in tmp_path.iterdir()] == ["out"]
-
-
-def test_an_overwrite_that_fails_half_way_puts_the_old_folder_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "old").write_text("old")
-    replace, moves = os.replace, 0
+def test_an_overwrite_that_fails_half_way_puts_the_old_folder_back(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, moved = os.replace, list[Path]()
 
     def fail_second(source: Path, to: Path) -> None:
-        nonlocal moves
-        moves += 1
-        if moves == 2:
+        moved.append(source)
+        if len(moved) == 2:
             raise OSError(5, "Input/output error")
         replace(source, to)
 
     def overwrite() -> None:
-        with new_folder(target, overwrite=True) as folder:
+        with new_folder(old, overwrite=True) as folder:
             monkeypatch.setattr(os, "replace", fail_second)
             (folder / "new").write_text("new")
 
     with pytest.raises(ArtefactError, match="cannot write .*: Input/output error"):
         overwrite()
-    assert [file.name for file in target.iterdir()] == ["old"]
-    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    assert below(old.parent) == ["out", "old"]
 
 
 KILLED = """
@@ -284,27 +271,22 @@ def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(tmp_path: Pat
     assert found == {"old", "new"}
 
 
-def test_an_interrupt_between_the_moves_puts_the_old_folder_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "old").write_text("old")
+def test_an_interrupt_between_the_moves_puts_the_old_folder_back(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace = os.replace
 
     def interrupted(source: Path, to: Path) -> None:
         replace(source, to)
-        if Path(source) == target:
+        if Path(source) == old:
             raise KeyboardInterrupt
 
     def overwrite() -> None:
-        with new_folder(target, overwrite=True) as folder:
+        with new_folder(old, overwrite=True) as folder:
             (folder / "new").write_text("new")
             monkeypatch.setattr(os, "replace", interrupted)
 
     with pytest.raises(KeyboardInterrupt):
         overwrite()
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+    assert below(old.parent) == ["out", "old"]
 
 
 def test_what_a_live_process_is_replacing_is_left_to_it(tmp_path: Path) -> None:
@@ -327,7 +309,7 @@ def test_a_folder_that_came_to_be_meanwhile_is_not_replaced(tmp_path: Path) -> N
 
     with pytest.raises(ArtefactError, match="exists already"):
         make()
-    assert [file.name for file in tmp_path.rglob("*")] == ["out", "theirs"]
+    assert below(tmp_path) == ["out", "theirs"]
 
 
 def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path) -> None:
@@ -335,7 +317,7 @@ def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path) -> None:
     (tmp_path / "..out.01234567.partial.owner").write_text('{"host": "half')
     with new_folder(tmp_path / "out"):
         pass
-    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    assert below(tmp_path) == ["out"]
 
 
 MAKE = """
@@ -349,42 +331,22 @@ with new_folder(Path(sys.argv[1])) as folder:
 """
 
 
-@pytest.fixture
-def maker(tmp_path: Path) -> Callable[[], subprocess.Popen[str]]:
-    """Returns a function that starts a process which makes the folder `out`, and waits for a line before it is done."""
-
-    def start() -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", MAKE, str(tmp_path / "out")]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_another_process_is_making_is_cleared_away_once_it_is_dead(killed: bool, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", MAKE, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "inside\n"
-        return process
-
-    return start
-
-
-def test_what_a_live_process_is_making_is_not_cleared_away(
-    tmp_path: Path, maker: Callable[[], subprocess.Popen[str]]
-) -> None:
-    process = maker()
-    with new_folder(tmp_path / "out") as folder:
-        (folder / "ours").write_text("2")
-    shutil.rmtree(tmp_path / "out")
-    process.communicate("go on\n")
-    assert process.returncode == 0
-    assert [file.name for file in tmp_path.rglob("*")] == ["out", "theirs"]
-
-
-def test_what_a_killed_process_was_making_is_cleared_away(
-    tmp_path: Path, maker: Callable[[], subprocess.Popen[str]]
-) -> None:
-    process = maker()
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert len(list(tmp_path.iterdir())) == 2  # the folder and its lock holder
-    with new_folder(tmp_path / "out"):
-        pass
-    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+        if killed:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+        assert len(list(tmp_path.iterdir())) == 2  # the folder and its lock holder
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "ours").write_text("2")
+        if not killed:
+            shutil.rmtree(tmp_path / "out")
+            process.communicate("go on\n")
+    assert below(tmp_path) == ["out", "ours" if killed else "theirs"]
 
 
 @pytest.mark.parametrize("name", ["out", "a[1]", "*", "?b", "a.b"])

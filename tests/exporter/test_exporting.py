@@ -22,8 +22,8 @@ from moacompress.exporter.exporting import (
 from moacompress.exporter.licences import licence_files
 from moacompress.models.source import SourceModel, load_source, model_shape
 from moacompress.report.inspection import inspect, inspect_plan, inspection_tables
+from moacompress.rules.memory import memory_lines, plan_memory
 from moacompress.rules.plan import Plan
-from moacompress.rules.plan_memory import memory_lines, plan_memory
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import Share, with_shared_rules
 from moacompress.runtime.checkpoint import load_checkpoint

@@ -87,12 +87,7 @@ def found_plan() -> dict[str, Any]:
 def published_logits(model: PreTrainedModel, checkout: Path = ROOT) -> list[torch.Tensor]:
     """Returns the logits of SmolLM2-135M under the published plan: of a prompt's last token, and of each decode step.
 
-    Args:
-        model: the dense model in float32; it is dense again when this returns.
-        checkout: where the plan is published.
-
-    Returns:
-        `STEPS + 1` tensors `[vocabulary]`.
+    The dense model, in float32, is dense again when this returns. There are `STEPS + 1` tensors `[vocabulary]`.
     """
     import torch
 
@@ -105,14 +100,8 @@ def published_logits(model: PreTrainedModel, checkout: Path = ROOT) -> list[torc
 def logits_under(model: PreTrainedModel, plan: Any, ids: torch.Tensor, steps: int) -> list[torch.Tensor]:
     """Returns the logits of a model under a plan: of a prompt's last token, and of each decode step.
 
-    Args:
-        model: the dense model; it is dense again when this returns.
-        plan: the plan.
-        ids: tokens of the prompt and of the steps, `[1, tokens]`.
-        steps: how many of them are fed one by one.
-
-    Returns:
-        `steps + 1` tensors `[vocabulary]`.
+    The dense model is dense again when this returns. Of the ids, `[1, tokens]`, so many as there are steps are fed one by one.
+    There are `steps + 1` tensors `[vocabulary]`.
     """
     import torch
 
@@ -143,12 +132,7 @@ def shown_logits(logits: list[torch.Tensor]) -> list[dict[str, Any]]:
 
 
 def record(dense: Path, checkout: Path) -> dict[str, Any]:
-    """Returns the whole record.
-
-    Args:
-        dense: a folder with SmolLM2-135M-Instruct as safetensors in float32.
-        checkout: where the plan is published.
-    """
+    """Returns the whole record, of SmolLM2-135M-Instruct in float32 and of what a checkout publishes."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(dense).eval()

@@ -24,6 +24,7 @@ from moacompress.recipe import Recipe
 from moacompress.runtime.linear import KernelLinear
 from moacompress.runtime.ready_model import load_for
 
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
 TINY_OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "bloom": (
         {"hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64},
@@ -33,18 +34,15 @@ TINY_OTHERS: dict[str, tuple[dict[str, Any], str]] = {
         {"d_model": 32, "n_layers": 1, "n_heads": 2, "vocab_size": 64},
         "mpt adds ALiBi biases to the scores of all layers (attn_config.alibi)",
     ),
-    "bert": (
-        {
-            "hidden_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 32,
-            "vocab_size": 64,
-        },
-        "bert attends in both directions",
-    ),
-    "mamba": ({"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 64}, "mamba"),
+    "bert": ({**SIZES, "num_attention_heads": 2, "intermediate_size": 32}, "bert attends in both directions"),
+    "mamba": (SIZES, "mamba"),
 }
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    """Returns a model folder of its own."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
 
 
 def other_model(family: str) -> Any:
@@ -88,21 +86,22 @@ def test_a_folder_of_an_unsupported_model_is_refused(tmp_path: Path, tiny_tokeni
         load_source(tmp_path)
 
 
-def test_not_a_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("texts", r"texts is a folder without config\.json, not a model"),
+        ("texts/a.txt", r"a\.txt is neither a model folder nor a \.gguf file"),
+        ("none.gguf", r"none\.gguf does not exist"),
+        ("none", r"none does not exist; give a model folder, a \.gguf file, or a name"),
+        ("../none", r"none does not exist; give a model folder, a \.gguf file, or a name"),
+    ],
+)
+def test_not_a_model(path: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("hello")
-    with pytest.raises(ModelError, match=r"texts is a folder without config\.json, not a model"):
-        load_source(tmp_path / "texts")
-    with pytest.raises(ModelError, match=r"a\.txt is neither a model folder nor a \.gguf file"):
-        load_source(tmp_path / "texts" / "a.txt")
-    with pytest.raises(ModelError, match=r"none\.gguf does not exist"):
-        load_source(tmp_path / "none.gguf")
-    for path in (tmp_path / "none", Path("..") / "none"):
-        with pytest.raises(
-            ModelError, match=r"none does not exist; give a model folder, a \.gguf file, or a name"
-        ) as error:
-            load_source(path)
-        assert "\n" not in str(error.value)
+    with pytest.raises(ModelError, match=message) as error:
+        load_source(tmp_path / path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["dense", "model.gguf"])
@@ -146,27 +145,51 @@ def test_a_config_that_is_none(config: str, tmp_path: Path) -> None:
         load_source(tmp_path)
 
 
-def test_an_unknown_dtype_is_refused(tiny_folder: Path) -> None:
+def test_unknown_dtypes_and_weights_are_refused(tiny_folder: Path) -> None:
     with pytest.raises(ModelError, match="dtype 'int4' is not one of auto, float32"):
         load_source(tiny_folder, dtype="int4")
-
-
-def test_unknown_weights_are_refused(tiny_folder: Path) -> None:
     with pytest.raises(UsageError, match="weights 'auto' is not one of keep, dense, int8, int4"):
         load_source(tiny_folder, weights="auto")
 
 
-def test_a_weights_file_that_is_cut_short(tiny_folder: Path, tmp_path: Path) -> None:
-    for file in tiny_folder.iterdir():
-        content = file.read_bytes()
-        (tmp_path / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
-    with pytest.raises(ModelError, match=r"bytes\) is not a whole safetensors file: .* file not fully covered"):
-        load_source(tmp_path)
+def cut_short(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def test_an_index_that_names_a_pickle(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_folder, folder)
+def named_weights(name: str) -> Callable[[Path], None]:
+    """What transformers would open in place of the files whose headers are checked."""
+
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
+        (folder / "weights.bin").write_bytes(b"")
+        (folder / "x.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "weights.bin"}}))
+
+    return damage
+
+
+NAMED = r"names the file of its weights \(transformers_weights\), which could be a pickle"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_short, r"bytes\) is not a whole safetensors file: .* file not fully covered"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), r"^the tokenizer in .*model cannot be loaded: "),
+        *(
+            (named_weights(name), NAMED)
+            for name in ("x.safetensors.index.json", "adapter_model.bin", "model.safetensors")
+        ),
+    ],
+)
+def test_damaged_folders(damage: Callable[[Path], Any], message: str, folder: Path) -> None:
+    damage(folder)
+    with pytest.raises(ModelError, match=message):
+        load_source(folder)
+
+
+def test_an_index_that_names_a_pickle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "model.safetensors").rename(folder / "other.safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"")
     index = folder / "model.safetensors.index.json"
@@ -185,11 +208,9 @@ def test_an_index_that_names_a_pickle(tiny_folder: Path, tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     "place", ["../other.safetensors", "{elsewhere}", "sub/other.safetensors", "..\\other.safetensors"]
 )
-def test_an_index_that_names_files_elsewhere(place: str, tiny_folder: Path, tmp_path: Path) -> None:
+def test_an_index_that_names_files_elsewhere(place: str, folder: Path) -> None:
     """They would be read, and written into what is exported."""
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_folder, folder)
-    elsewhere = tmp_path / "other.safetensors"
+    elsewhere = folder.parent / "other.safetensors"
     (folder / "model.safetensors").rename(elsewhere)
     name = place.format(elsewhere=elsewhere)
     with safe_open(elsewhere, "numpy") as opened:
@@ -203,37 +224,10 @@ def test_an_index_that_names_files_elsewhere(place: str, tiny_folder: Path, tmp_
         checkpoint_files(folder)
 
 
-@pytest.mark.parametrize("name", ["x.safetensors.index.json", "adapter_model.bin", "model.safetensors"])
-def test_a_config_that_names_the_file_of_its_weights(name: str, tiny_folder: Path, tmp_path: Path) -> None:
-    """What transformers would open in place of the files whose headers are checked."""
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_folder, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
-    (folder / "weights.bin").write_bytes(b"")
-    (folder / "x.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "weights.bin"}}))
-    with pytest.raises(
-        ModelError, match=r"names the file of its weights \(transformers_weights\), which could be a pickle"
-    ):
-        load_source(folder)
-
-
-def test_a_tokenizer_that_is_damaged(tiny_folder: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_folder, folder)
-    (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(ModelError, match=r"^the tokenizer in .*model cannot be loaded: "):
-        load_source(folder)
-
-
-def test_weights_with_an_adapter_beside_them(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_with_an_adapter_beside_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_folder, folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(str(folder))
     with pytest.raises(ModelError, match=r"has an adapter beside its weights .* merge it"):
@@ -253,12 +247,16 @@ def test_a_gguf_by_a_link_to_a_blob(tmp_path: Path) -> None:
 
 
 def test_native_windows(tiny_model: Callable[..., Any]) -> None:
-    assert model_shape(tiny_model("mistral", sliding_window=24)).native_windows == (24, 24, 24)
-    assert model_shape(tiny_model("gemma3_text", sliding_window=24)).native_windows == (24, None, 24)
-    assert model_shape(tiny_model("llama")).native_windows == (None, None, None)
-    assert model_shape(tiny_model("qwen2", sliding_window=24)).native_windows == (None, None, None)
-    assert model_shape(tiny_model("cohere2", sliding_window=24)).native_windows == (24, None, 24)
-    assert model_shape(tiny_model("smollm3", sliding_window=24)).native_windows == (None, None, None)
+    for family, windows in {
+        "mistral": (24, 24, 24),
+        "gemma3_text": (24, None, 24),
+        "llama": (None, None, None),
+        "qwen2": (None, None, None),
+        "cohere2": (24, None, 24),
+        "smollm3": (None, None, None),
+    }.items():
+        given = {} if family == "llama" else {"sliding_window": 24}
+        assert model_shape(tiny_model(family, **given)).native_windows == windows
     # SmolLM3 puts its windows on the layers without rotary embeddings
     sliding = tiny_model("smollm3", sliding_window=24, use_sliding_window=True)
     assert model_shape(sliding).native_windows == (None, 24, None)

@@ -14,10 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from moacompress.cli import app
-from moacompress.core.errors import PlanError
+from moacompress.core.errors import ArtefactError, PlanError
 from moacompress.exporter.exporting import exported_plan
 from moacompress.models.source import model_shape
-from moacompress.models.stored_plan import read_plan, stored_plan
+from moacompress.models.stored_plan import find_plan_file, find_running_plan, read_plan, stored_plan
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -121,3 +121,20 @@ def test_gates_are_those_of_the_weights(
         match=r"plan\.gates\.safetensors are not those in the checkpoint's weights.*in layer 1; remove plan\.gates",
     ):
         load_checkpoint(tmp_path, "auto", "cpu")
+
+
+def test_a_run_with_a_checkpoint_runs_the_checkpoints_plan(folder: Path) -> None:
+    run = folder.parent
+    (run / "plan.json").unlink(missing_ok=True)
+    model = run / "model" / "plan.json"
+    assert find_plan_file(run) == find_running_plan(run) == model
+    plan = Plan.load(model)
+    plan.save(run / "plan.json")
+    assert find_plan_file(run) == run / "plan.json"
+    assert find_running_plan(run) == model
+    assert find_running_plan(run / "plan.json") == run / "plan.json"
+    replace(plan, rules=tuple(reversed(plan.rules))).save(run / "plan.json")
+    with pytest.raises(ArtefactError, match="is another plan than that which .*model runs; name one of the two"):
+        find_running_plan(run)
+    shutil.rmtree(run / "model")
+    assert find_running_plan(run) == run / "plan.json"

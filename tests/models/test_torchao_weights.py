@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,29 +23,20 @@ from moacompress.models.torchao_weights import _numbers
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec(TORCHAO) is None, reason="needs the package torchao")
 
 
-def with_mark(folder, tmp_path, method):
-    """A copy of a model's folder whose config says that it is quantized."""
-    marked = tmp_path / "marked"
-    marked.mkdir()
-    for file in folder.iterdir():
-        (marked / file.name).write_bytes(file.read_bytes())
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ({"quant_method": TORCHAO, "quant_type": "int8_weight_only"}, r"torchao.*pip install 'moacompress\[torchao\]'"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq.*float weights"),
+    ],
+)
+def test_a_method_that_cannot_be_read_is_refused_with_the_fix(method, said, tiny_folder, tmp_path, monkeypatch):
+    marked, found = Path(shutil.copytree(tiny_folder, tmp_path / "marked")), importlib.util.find_spec
     write_json(marked / "config.json", {**read_json(marked / "config.json", "config"), "quantization_config": method})
-    return marked
-
-
-def test_without_the_package_it_is_refused_with_the_fix(tiny_folder, tmp_path, monkeypatch):
-    marked = with_mark(tiny_folder, tmp_path, {"quant_method": TORCHAO, "quant_type": "int8_weight_only"})
-    found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == TORCHAO else found(name, *rest)
     )
-    with pytest.raises(ModelError, match=r"quantized by torchao.*pip install 'moacompress\[torchao\]'"):
-        load_source(marked)
-
-
-def test_other_methods_are_refused(tiny_folder, tmp_path):
-    marked = with_mark(tiny_folder, tmp_path, {"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ModelError, match="quantized by gptq.*float weights"):
+    with pytest.raises(ModelError, match=f"quantized by {said}"):
         load_source(marked)
 
 

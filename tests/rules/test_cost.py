@@ -1,7 +1,8 @@
+"""What plans cost: work, shares, bits and bytes against counting by hand."""
+
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,45 +13,25 @@ from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 
-
-class Offer(NamedTuple):
-    """What a profile would say of a model and its candidate rules."""
-
-    shape: ModelShape
-    rules: tuple[Rule, ...]
-    min_window: int = 32
+SHAPE = ModelShape("llama", 6, 4, 2, 16, "float32", (None,) * 4 + (64, None), "weights")
+SHORT = replace(SHAPE, layers=2, native_windows=(None, None))
+RULES = candidate_rules(512, (4, 16, 64), 32)
 
 
-Profiles = Callable[..., Offer]
-
-
-@pytest.fixture
-def profiles() -> Profiles:
-    def offer(layers: int = 6) -> Offer:
-        natives = tuple(64 if layer % 5 == 4 else None for layer in range(layers))
-        shape = ModelShape("llama", layers, 4, 2, 16, "float32", natives, "weights")
-        return Offer(shape, candidate_rules(512, (4, 16, 64), 32))
-
-    return offer
-
-
-def test_flops_count_what_is_kept(profiles: Profiles) -> None:
-    profile = profiles(layers=2)
-    shape, n = profile.shape, 200
-    rule = profile.rules[5]
-    plan = Plan.uniform(shape, rule, profile.min_window)
+def test_flops_count_what_is_kept() -> None:
+    shape, rule, n = SHORT, RULES[5], 200
+    plan = Plan.uniform(shape, rule, 32)
     each = 4 * shape.head_dim * shape.heads  # two products, a multiply-add is two
     found = attention_flops(plan, n)
-    assert found["decode"] == each * shape.layers * rule.kept(n, profile.min_window)
-    assert found["prefill"] == each * shape.layers * sum(rule.kept(i, profile.min_window) for i in range(1, n + 1))
+    assert found["decode"] == each * shape.layers * rule.kept(n, 32)
+    assert found["prefill"] == each * shape.layers * sum(rule.kept(i, 32) for i in range(1, n + 1))
     assert attention_flops(Plan.full(shape), n)["prefill"] == each * shape.layers * n * (n + 1) // 2
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_shares_at_many_lengths_are_those_at_each(profiles: Profiles, seed: int) -> None:
-    offer, rng = profiles(), np.random.default_rng(seed)
-    rules = [tuple(offer.rules[i] for i in rng.integers(len(offer.rules), size=offer.shape.kv_heads)) for _ in range(6)]
-    plan = Plan(offer.shape, offer.min_window, tuple(rules))
+def test_shares_at_many_lengths_are_those_at_each(seed: int) -> None:
+    numbers = np.random.default_rng(seed).integers(len(RULES), size=(6, 2))
+    plan = Plan(SHAPE, 32, tuple(tuple(RULES[number] for number in row) for row in numbers))
     lengths = np.arange(1, 3000, 37)
     assert kv_shares(plan, lengths).tolist() == [plan.kv_share(int(n)) for n in lengths]
     share = plan.kv_share(2048) * 1.2
@@ -61,11 +42,10 @@ def test_shares_at_many_lengths_are_those_at_each(profiles: Profiles, seed: int)
     assert holds_from(asked) == n
 
 
-def test_bits_and_bytes_by_formats(profiles: Profiles) -> None:
-    offer = profiles(layers=2)
+def test_bits_and_bytes_by_formats() -> None:
     narrow, whole = Rule(4, 64, 0, "int8", "int4"), Rule(4, 0, 1024, "int4", "native")
-    plan = Plan(offer.shape, 32, ((narrow, whole), (Rule.FULL, narrow)))
-    n, dim = 512, offer.shape.head_dim
+    plan = Plan(SHORT, 32, ((narrow, whole), (Rule.FULL, narrow)))
+    n, dim = 512, SHORT.head_dim
     few, all_of_them = narrow.kept(n, 32), 512
     keys = 2 * few * (8 * dim + 32) + all_of_them * (4 * dim + 32) + all_of_them * 32 * dim
     values = 2 * few * (4 * dim + 32) + 2 * all_of_them * 32 * dim

@@ -78,11 +78,6 @@ def test_floors_stand_for_the_full_rule() -> None:
     assert (found[:, 2] >= table[:, 2, :, :1] / 2).all()
     assert (found[:, 2] < table[:, 2, :, :1]).any()
     assert all(smallest_kv_bytes(*arguments, floors)[n] > smallest_kv_bytes(*arguments)[n] for n in (256, 512))
-
-
-def test_floors_raise_the_smallest_budget() -> None:
-    """A layer that must keep half of its bytes keeps them."""
-    floors = np.array([0.0, 0.0, 0.5])
     assert budget_limits(parsed("10%@512"), *ARGUMENTS)
     with pytest.raises(InfeasibleBudgetError, match="no plan fits .* KV bytes at 512 tokens"):
         budget_limits(parsed("10%@512"), *ARGUMENTS, floors=floors)

@@ -131,17 +131,12 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     assert loaded.diff(plan) == []
 
 
-@pytest.mark.parametrize(
-    "noted", [{"abc": 1, "-5": 1, "0": 1, "9" * 5000: 1}, ["1024"], 3, {"2048": 1, "512": 2, "x": 3}]
-)
-def test_lengths_in_notes_that_somebody_else_wrote(noted: Any) -> None:
-    known = Plan(shape(), 32, Plan.full(shape()).rules, budget={"bytes": noted}, provenance={"lengths": noted})
-    assert known.stated_lengths == (
-        [512, 2048] if "2048" in (noted if isinstance(noted, dict) else {}) else [1024, 4096]
-    )
-    assert known.profiled_lengths == known.stated_lengths
-    assert str(known).startswith("plan for")
-    assert moacompress.inspect(known)["kv_bytes"]
+def test_lengths_are_those_in_the_notes() -> None:
+    plan = some_plan()
+    assert plan.stated_lengths == plan.profiled_lengths == [1024, 4096]
+    noted = plan.with_notes(budget={"bytes": {"2048": {}, "512": {}}})
+    assert noted.stated_lengths == noted.profiled_lengths == [512, 2048]
+    assert noted.with_notes(provenance={"lengths": [300, 700]}).profiled_lengths == [300, 700]
 
 
 def test_centres_are_of_keys_in_codes_and_are_kept(tmp_path: Path) -> None:
@@ -284,7 +279,13 @@ REFUSED: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (at("layers", 0, "share", value={"anchor": 0}), "share of layer 0 lacks the key 'kind'"),
     (at("quality", value=[1]), "quality must be an object"),
     (at("budget", value={"memory": {"0": {}}}), "pattern '^[1-9]"),
-    (at("budget", value={"bytes": {"999999999": {}}}), "must be an object of lengths"),
+    *(
+        (at("budget", value={"bytes": {length: {}}}), "must be an object of lengths")
+        for length in ("999999999", "0", "-5", "abc", "9" * 5000)
+    ),
+    (at("budget", value={"bytes": ["1024"]}), "bytes must be an object"),
+    (at("provenance", value={"lengths": 3}), "lengths must be a list"),
+    (at("provenance", value={"lengths": [0]}), "a length in provenance.lengths is 0, outside"),
     (at("min_window", value="\x1b[2J"), r"min_window is \x1b[2J, not one of"),
 ]
 

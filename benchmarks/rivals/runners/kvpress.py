@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rivals.runners.engine import Job, serve
+from rivals.runners.engine import Job
 from rivals.runners.hf import HfEngine
 
 
@@ -82,11 +82,4 @@ def positions(keys: torch.Tensor, kept: torch.Tensor) -> list[int]:
         raise ValueError("a kept key is none of the prompt's: the press changes keys") from None
 
 
-def make(task: Job) -> Pressed:
-    """Returns the engine of a setting."""
-    return Pressed(task)
-
-
-def main() -> None:
-    """Answers jobs."""
-    serve(make)
+make = Pressed

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rivals.runners.engine import Job, SteppedEngine, serve
+from rivals.runners.engine import Job, SteppedEngine
 
 BF16_FILE_TYPE = 32
 """What llama.h calls LLAMA_FTYPE_MOSTLY_BF16."""
@@ -105,8 +105,3 @@ def make(task: Job) -> Llama:
             partial.rename(converted)
         file = converted
     return Llama(str(file), task["threads"], task["tokens"], task["cache_type"])
-
-
-def main() -> None:
-    """Answers jobs."""
-    serve(make)

@@ -15,7 +15,7 @@ from moacompress.evaluation.eviction.reading import read_prompt
 from moacompress.evaluation.eviction.registry import known_evictions
 from moacompress.runtime.checkpoint import load_checkpoint
 from moacompress.runtime.compat.alternates import cache_argument, returned_cache
-from rivals.runners.engine import Engine, Job, SteppedEngine, serve
+from rivals.runners.engine import Engine, Job, SteppedEngine
 
 
 class Ours(SteppedEngine):
@@ -91,8 +91,3 @@ class OurBaseline(Engine):
 def make(task: Job) -> Engine:
     """Returns the engine of a checkpoint, or of a baseline."""
     return OurBaseline(task) if "baseline" in task else Ours(task)
-
-
-def main() -> None:
-    """Answers jobs."""
-    serve(make)

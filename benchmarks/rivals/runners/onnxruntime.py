@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rivals.runners.engine import Job, SteppedEngine, serve
+from rivals.runners.engine import Job, SteppedEngine
 
 SCALE_TOKENS = 1024
 LARGEST = 128
@@ -114,8 +114,3 @@ def make(task: Job) -> Onnx:
         build(task, partial)
         partial.rename(folder)
     return Onnx(folder, task)
-
-
-def main() -> None:
-    """Answers jobs."""
-    serve(make)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rivals.runners.engine import Engine, Job, random_ids, serve
+from rivals.runners.engine import Engine, Job, random_ids
 
 BLOCK = 32
 """Tokens of a block of its cache on a CPU."""
@@ -65,11 +65,4 @@ class OpenVino(Engine):
         return found
 
 
-def make(task: Job) -> OpenVino:
-    """Returns the engine of a setting."""
-    return OpenVino(task)
-
-
-def main() -> None:
-    """Answers jobs."""
-    serve(make)
+make = OpenVino

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rivals.runners.engine import Job, serve
+from rivals.runners.engine import Job
 from rivals.runners.hf import HfEngine
 
 RESIDUAL = 128
@@ -45,8 +45,3 @@ class Quantized(HfEngine):
 def make(task: Job) -> HfEngine:
     """Returns the engine of a setting: the default cache, or with `backend` a quantized one."""
     return Quantized(task) if "backend" in task else HfEngine(task)
-
-
-def main() -> None:
-    """Answers jobs."""
-    serve(make)

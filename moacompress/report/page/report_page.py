@@ -45,8 +45,8 @@ from moacompress.report.page.heads import head_details, head_map, head_shades, m
 from moacompress.report.page.picture import ROLES, Picture
 from moacompress.report.search_tables import baseline_kls, class_lines, steps_table
 from moacompress.rules.budget import format_length
+from moacompress.rules.memory import memory_lines, plan_memory
 from moacompress.rules.plan import Plan
-from moacompress.rules.plan_memory import memory_lines, plan_memory
 from moacompress.rules.untrusted import reading_notes
 from moacompress.rules.worst_share import WorstShare
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moacompress.models.described import DescribedModel, is_dense_model
+from moacompress.models.skeleton import DescribedModel, is_dense_model
 from moacompress.models.source import load_source
 from tests.weight_blocks import types_of, write_gguf
 

@@ -1,6 +1,6 @@
 """Time and peak memory of profiling one sample, by length, beside a plain pass: every length in a process of its own.
 
-    python benchmarks/profile.py path/to/model --lengths 1k,2k,4k --json
+    python benchmarks/profile_time.py path/to/model --lengths 1k,2k,4k --json
 
 `profile_s` is one forward and one backward pass of a sample as the profiler makes them, at its default grid of rules; with
 `--gates` also of those that keep tokens by a gate, which has random weights here.
@@ -15,16 +15,13 @@ On a busy machine `--cpu-time` counts the time of one thread on its core instead
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import statistics
-import subprocess
-import sys
-import sysconfig
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from harness import options, random_gates, run_alone  # beside this script
 
 from moacompress.core.memory import peak_rss, rss
 from moacompress.rules.budget import parse_lengths
@@ -35,15 +32,7 @@ TARGETS = 32
 
 
 def measure(model: str, dtype: str, length: int, times: int, cpu_time: bool, gated: bool) -> dict[str, Any]:
-    """Profiles one sample of random tokens in this process, and runs it plainly.
-
-    Args:
-        model: MODEL.
-        dtype: what it computes in.
-        length: of the sample, tokens.
-        times: how often each is run and timed.
-        cpu_time: whether to count one thread's time on its core.
-        gated: whether rules that keep tokens by a gate are profiled too.
+    """Profiles a sample of so many random tokens in this process, and runs it plainly, each `times` times.
 
     Returns:
         Length in tokens, kernel, and what the module's docstring says.
@@ -58,7 +47,6 @@ def measure(model: str, dtype: str, length: int, times: int, cpu_time: bool, gat
     from moacompress.models.source import load_source
     from moacompress.recipe_sections import ProfileRecipe
     from moacompress.rules.candidates import candidate_rules, gated_rules
-    from moacompress.rules.gate_weights import GateWeights
     from moacompress.rules.rule_table import RuleTable
 
     if cpu_time:
@@ -70,9 +58,7 @@ def measure(model: str, dtype: str, length: int, times: int, cpu_time: bool, gat
     ids = generator.integers(0, len(source.tokenizer), length)
     if gated:
         rules += gated_rules(*grid)
-        heads = source.shape.layers, source.shape.kv_heads
-        size = network.config.get_text_config(decoder=True).hidden_size
-        gates = GateWeights(generator.standard_normal((*heads, size), np.float32), np.zeros(heads, np.float32))
+        gates = random_gates(source.shape, network.config.get_text_config(decoder=True).hidden_size)
     table = RuleTable.of(rules, chosen.min_window)
     sample = Sample(ids, np.arange(length) >= length - TARGETS, "random", length)
     tokens = torch.from_numpy(ids)
@@ -122,17 +108,9 @@ def measure(model: str, dtype: str, length: int, times: int, cpu_time: bool, gat
     }
 
 
-def run_alone(model: str, dtype: str, length: int, times: int, cpu_time: bool, gated: bool) -> dict[str, Any]:
-    """Returns what `measure` does, from a new process: its peak is not that of another length."""
-    command = [sys.executable, str(Path(__file__).resolve()), model, "--dtype", dtype, "--lengths", str(length)]
-    command += ["--times", str(times), "--here", *(["--cpu-time"] if cpu_time else []), *(["--gates"] if gated else [])]
-    found: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
-    return found
-
-
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("model", metavar="MODEL", help="hub id, folder or .gguf file")
     parser.add_argument("--lengths", default="1k,2k,4k", help="tokens, with commas between")
     parser.add_argument("--dtype", default="float32", help="what the model computes in")
@@ -148,7 +126,9 @@ def main() -> None:
         return
     runs = []
     for length in lengths:
-        runs.append(run_alone(chosen.model, chosen.dtype, length, *how))
+        more = [f"--{name}" for name, asked in (("cpu-time", chosen.cpu_time), ("gates", chosen.gates)) if asked]
+        command = (chosen.model, "--dtype", chosen.dtype, "--lengths", length, "--times", chosen.times, "--here", *more)
+        runs.append(run_alone(__file__, *command))
         if not chosen.json:
             run = runs[-1]
             print(
@@ -161,21 +141,5 @@ def main() -> None:
         print(json.dumps({"runs": runs}))
 
 
-def stand_in() -> None:
-    """Puts the standard library's `profile` in this file's place.
-
-    Python looks into the folder of a script first, so this is what torch gets in every benchmark when it imports `cProfile`.
-    """
-    library = Path(sysconfig.get_path("stdlib")) / "profile.py"
-    spec = importlib.util.spec_from_file_location("profile", library)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules["profile"] = module
-
-
 if __name__ == "__main__":
     main()
-elif __name__ == "profile":
-    stand_in()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moacompress.rules.kv_memory import kv_memory
+from moacompress.rules.memory import kv_memory
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
