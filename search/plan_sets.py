@@ -46,20 +46,9 @@ def find_plans(
 ) -> list[SearchResult]:
     """Finds a plan for each of several budgets; the search parameters that won at one are tried first at the next.
 
-    Args:
-        profile: a finished profile.
-        budgets: for each plan the budgets that it must hold.
-        recipe: the run.
-        out: `plan.json` stands for `plan-25.json`, `plan-12.5.json` and so on, and `plan.front.json` for the front.
-        overwrite: start from scratch, each search as `find_plan` does.
-        model: the profile's model where it is loaded already.
-        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
-        progress: told of every measurement.
-        deadline: when to stop, by default `recipe.search.timeout` seconds from now: every search gets an equal part of what
-            those before it left of the time.
-
-    Returns:
-        The results, in the order of `budgets`.
+    Each of `budgets` are those that one plan must hold. With `out` as `plan.json` plans go to `plan-25.json`, `plan-12.5.json`
+    and so on, and the front to `plan.front.json`. Every search gets an equal part of what those before it left of the time, by
+    default of `recipe.search.timeout`. All budgets are looked at before anything runs.
 
     Raises:
         MoaCompressError: as `find_plan`, for the first budget that fails; budgets are all looked at before anything runs.
@@ -99,10 +88,7 @@ def find_plans(
 def write_front(place: PlanPlace, results: Sequence[SearchResult], deadline: Deadline) -> None:
     """Writes `plan.front.json` beside the plans, bytes and KL of every plan, the smallest first; one worker does.
 
-    Args:
-        place: of that file.
-        results: the plans.
-        deadline: of the searches; a worker whose time was up has not found what the others will find.
+    A worker whose time was up has not found what the others will find.
     """
     points = [
         {
@@ -130,13 +116,7 @@ def _holds(file: Path | None, value: Any) -> bool:
 
 
 def find_asked(profile: Profile, *, recipe: Recipe, **options: Any) -> SearchResult:
-    """Finds the plan that a recipe asks for: within its budgets, or of the smallest budget for its loss.
-
-    Args:
-        profile: a finished profile.
-        recipe: the run.
-        **options: further arguments of `find_plan` and `find_smallest`, whose errors are raised.
-    """
+    """Finds the plan that a recipe asks for: within its budgets, or of the smallest budget for its loss."""
     if recipe.max_loss is not None:
         return find_smallest(profile, Loss.parse(recipe.max_loss), recipe=recipe, **options)
     return find_plan(profile, None, recipe=recipe, **options)
@@ -162,19 +142,9 @@ def find_smallest(
     searches instead of .05.
 
     Bisection to a percent with the surrogate's own plans, which take a minute each; then a whole search somewhat below the
-    budget at which they hold, and where its plan does not hold, one at that budget.
-
-    Args:
-        profile: a finished profile.
-        loss: the most KL.
-        recipe: the run; its own budget or loss does not count.
-        out: where the plan goes. The others are in a folder beside it, `plan.scouts`.
-        overwrite: start from scratch: all of it is removed.
-        model: the profile's model where it is loaded already.
-        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
-        progress: told of every measurement.
-        deadline: when to stop, by default `recipe.search.timeout` seconds from now: then with the smallest plan that holds of
-            those that are measured.
+    budget at which they hold, and where its plan does not hold, one at that budget. When the time is up, by default
+    `recipe.search.timeout`, the smallest measured plan that holds is returned. The other plans are in a folder beside `out`,
+    `plan.scouts`.
 
     Raises:
         UsageError: the profile has too few validation samples for a bound.
@@ -304,9 +274,7 @@ def _claim(out: Path, profile: Profile, loss: Loss, overwrite: bool) -> None:
 def smallest_share(profile: Profile, recipe: Recipe) -> float:
     """Returns the share of the dense bytes that the smallest plan takes, at the length where that is most.
 
-    Args:
-        profile: with the formats on offer.
-        recipe: has floors, and layers that are to share whatever the plan.
+    It respects the recipe's floors, and layers that are to share whatever the plan.
     """
     shape, sharing = profile.shape, ShareChoice.of(profile, recipe)
     floors, shares = layer_floors(recipe.search.floors, shape), () if sharing is None else sharing.fixed

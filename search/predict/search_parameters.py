@@ -96,11 +96,7 @@ class SearchParameters:
 
 
 def distributions(ranges: Mapping[str, tuple[float, float]]) -> dict[str, BaseDistribution]:
-    """Returns search parameters in Optuna's terms.
-
-    Args:
-        ranges: each search parameter's smallest and largest value.
-    """
+    """Returns search parameters, each with its smallest and largest value, in Optuna's terms."""
     from optuna.distributions import FloatDistribution
 
     return {name: FloatDistribution(low, high) for name, (low, high) in ranges.items()}

@@ -65,26 +65,21 @@ def explain(
 ) -> dict[str, Any]:
     """Returns what a search can say about its plan, as JSON values.
 
-    Args:
-        request: what was asked for.
-        surrogate: calibrated.
-        plan: the plan that is returned.
-        tried: the finished trials.
-        importances: share of the variation between trials that goes with each search parameter.
-        stages: steps of the search.
-        kls: of the plan, nats, in the order of the shuffled samples; empty where it is not measured.
+    The plan is the one that is returned; its KLs are in nats, in the order of the shuffled samples, and empty where it is not
+    measured.
 
     Returns:
         `heads`: of every KV head its rule, the tokens that it keeps at the longest limited length, and `saves`: predicted
         KL in nats of giving it the budget's average share instead, less that of its own rule; those that save most first.
         `formats`: `bits` of keys and values, mean over the kept tokens, and for every pair of formats its KV heads and bytes;
         at the longest limited length.
-        `knobs`: the importances. `predicted`: predicted and measured KL of the trials, and their Spearman correlation.
+        `knobs`: share of the variation between trials that goes with each search parameter.
+        `predicted`: predicted and measured KL of the trials, and their Spearman correlation.
         `kinds`: predicted KL of the plan on each kind of samples that was profiled; None where a rule is no candidate.
         `sharing`: see `sharing_notes`; where it was asked for.
         `trials`: of every trial its number, its KL on the samples that it was measured on, whether it was pruned and whether
         it was the best, and its `difference` to trial 0 on these samples.
-        `refused`: see `refused`.
+        `refused`: the plan of lowest mean KL, where it is another one.
         `best_baseline`: see `BesideBaseline.to_dict`; None where none was measured.
         `classes`: see `class_quality`; where their number had a limit.
         `stages`, `harm`: mean KLs by name.
@@ -126,14 +121,7 @@ def refused(
 ) -> dict[str, Any] | None:
     """Returns the plan of lowest mean KL that was measured on all samples, where it is not the one that is returned.
 
-    Args:
-        plan: the plan that is returned.
-        kls: its KLs, nats, in the order of the shuffled samples; empty where it is not measured.
-        tried: the finished trials.
-        stages: steps of the search.
-
-    Returns:
-        `name` of the step or trial, its `harm`, and its `difference` to the returned plan.
+    It has the `name` of the step or trial, its `harm`, and its `difference` to the returned plan.
     """
     measured = [(f"trial {trial.index}", trial.kls) for trial in tried if not trial.pruned and trial.key != plan.key()]
     measured += [(stage.name, stage.kls) for stage in stages if not stage.kept and stage.name != STUDY]

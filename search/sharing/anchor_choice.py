@@ -19,12 +19,7 @@ GAP = 1e-9
 
 
 def anywhere(costs: Floats, count: int) -> tuple[float, Anchors] | None:
-    """Returns the least cost of so many copying layers and their anchors; None where there cannot be so many.
-
-    Args:
-        costs: `[layers, anchors]`.
-        count: layers that copy.
-    """
+    """Returns the least cost of so many copying layers and their anchors; None where there cannot be so many."""
     from scipy import optimize, sparse
 
     layer, index = np.nonzero(np.isfinite(costs))

@@ -21,12 +21,6 @@ def sharing_notes(
 ) -> dict[str, Any]:
     """Returns what is known of sharing, as JSON values.
 
-    Args:
-        request: what was asked for, sharing among it.
-        surrogate: calibrated.
-        plan: the plan that is returned.
-        tried: the finished trials.
-
     Returns:
         `asked`; `repaired`, of each copy that was repaired its `layer`, its `anchor` and what is `left` of the change of the
         layer's attention output, and so of its KL as it is counted here;

@@ -118,10 +118,8 @@ class ShareChoice:
     def most(self, saved: Callable[[LayerShares], float]) -> int:
         """Returns how many layers a trial may let share, at least 1.
 
-        There are more as long as all copies cost no more than `HOPE` times their gain.
-
-        Args:
-            saved: returns the KL that the bytes of the keys that some shares save are predicted to avoid, nats.
+        There are more as long as all copies cost no more than `HOPE` times their gain. `saved` returns the KL that the bytes of
+        the keys that some shares save are predicted to avoid, nats.
         """
         most = 1
         while most < self.shape.layers // 2:

@@ -26,7 +26,7 @@ from moacompress.search.measure.claims import CLAIMS, Claims, open_claims
 from moacompress.search.measure.objective import Objective
 from moacompress.search.measure.storages import open_storage, quiet_optuna
 from moacompress.search.predict import around as around_module
-from moacompress.search.predict.around import ProfileAround, spread_samples
+from moacompress.search.predict.around import ProfileAround
 from moacompress.search.problem.knapsack import choice_of, chosen_plan
 from moacompress.search.study import find_plan
 
@@ -203,10 +203,3 @@ def test_rounds_of_a_search_with_gates(source: SourceModel, gated: Profile, tmp_
     assert len(kept) == 2
     spans = {load(base64.b64decode(text))["squares"].shape[-1] for text in kept}
     assert spans == {len(gated.spans)}  # rules that select too
-
-
-def test_samples_are_spread(profiles: Profiles) -> None:
-    samples = profiles(samples=9).validation
-    assert spread_samples(samples, 3) == [samples[0], samples[4], samples[8]]
-    assert spread_samples(samples, 20) == samples
-    assert spread_samples(samples, 1) == samples[:1]

@@ -32,7 +32,7 @@ from moacompress.search.audit.statistics import assess, cross_fitted, regret, sl
 from moacompress.search.audit.subjects import check_counts, choose_ablations, equal_byte_choices, masking_rules
 from moacompress.search.measure import objective
 from moacompress.search.measure.objective import Objective
-from moacompress.search.problem.knapsack import Knapsack, ablation, chosen_plan, total_cost
+from moacompress.search.problem.knapsack import ablation, chosen_plan, total_cost
 from moacompress.search.search_request import SearchRequest
 
 Profiles = Callable[..., Profile]
@@ -120,7 +120,7 @@ def test_plans_have_equal_bytes_and_lie_near_the_optimum(profiles: Profiles) -> 
     profile = profiles(layers=12)
     request = SearchRequest.of(profile, "30%", profile.recipe)
     costs = request.surrogate.raw()
-    chosen = equal_byte_choices(costs, Knapsack.of(request), 12, seed=3)
+    chosen = equal_byte_choices(costs, request.space().knapsack, 12, seed=3)
     plans = [chosen_plan(profile, choice) for _, choice in chosen]
     assert len({plan.key() for plan in plans}) == len(plans) == 12
     for plan in plans:
@@ -132,7 +132,7 @@ def test_plans_have_equal_bytes_and_lie_near_the_optimum(profiles: Profiles) -> 
     assert widths == sorted(widths)
     assert (widths[0], widths[1], widths[-1]) == (0.0, 0.1, 2.0)
     assert np.mean(totals[1:4]) < np.mean(totals[-3:])
-    assert equal_byte_choices(costs, Knapsack.of(request), 0, seed=3) == []
+    assert equal_byte_choices(costs, request.space().knapsack, 0, seed=3) == []
 
 
 # What the numbers mean
@@ -141,7 +141,7 @@ def test_plans_have_equal_bytes_and_lie_near_the_optimum(profiles: Profiles) -> 
 def assessed(profile: Profile, tables: dict[str, np.ndarray], truth: np.ndarray) -> Any:
     """An audit of a model whose KL is the sum of `truth` over its KV heads."""
     picks = choose_ablations(profile.shape, masking(profile), 40, 0)
-    chosen = equal_byte_choices(truth, Knapsack.of(SearchRequest.of(profile, "30%", profile.recipe)), 15, 0)
+    chosen = equal_byte_choices(truth, SearchRequest.of(profile, "30%", profile.recipe).space().knapsack, 15, 0)
     choices = [choice for _, choice in chosen]
     measured = np.array([truth[pick] for pick in picks])
     plans = np.array([total_cost(truth, choice) for choice in choices])

@@ -13,7 +13,7 @@ import torch
 from moacompress.calibration.profile.store import TEXT_WEIGHT, Profile
 from moacompress.core.errors import InfeasibleBudgetError, UsageError
 from moacompress.models.source import SourceModel
-from moacompress.search.problem.knapsack import Knapsack, chosen_plan
+from moacompress.search.problem.knapsack import chosen_plan
 from moacompress.search.search_request import SearchRequest, offered_formats
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def test_with_formats_smaller_budgets_can_be_met(profiles: Callable[..., Profile
     with pytest.raises(InfeasibleBudgetError):
         SearchRequest.of(profile, "8%", native)
     request = SearchRequest.of(profile, "8%", profile.recipe)
-    choice = Knapsack.of(request).choose(request.surrogate.costs())
+    choice = request.space().knapsack.choose(request.surrogate.costs())
     assert chosen_plan(request.profile, choice).kv_share(512) <= 0.08
 
 
