@@ -85,7 +85,7 @@ def find_front(
             request = request.repaired(source, deadline.within(progress))
         except TimeUp:
             raise deadline.too_short() from None
-        searched = {**request.parameters.distributions(), **distributions({SHARE: (math.log(low), math.log(high))})}
+        searched = distributions({**request.parameters.ranges, SHARE: (math.log(low), math.log(high))})
         starts = [
             {**request.parameters.neutral, SHARE: float(at)} for at in np.linspace(np.log(low), np.log(high), STARTS)
         ]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,48 +188,41 @@ def _smallest(
     deadline: Deadline,
 ) -> SearchResult:
     """Finds the plan that `find_smallest` returns."""
-    quick = {
-        "search__trials": 1,
-        "search__rounds": 0,
-        "search__moves": 0,
-        "search__ablations": 0,
-        "search__alternatives": False,
-    }
+    folder, holding = scouts_folder(out), list[SearchResult]()
+    check_no_link(folder)
 
-    begun: set[Path] = set()
-    check_no_link(scouts_folder(out))
-
-    def search(share: int, target: Path, **settings: Any) -> SearchResult:
-        resolved = recipe.override(budget=[f"{share}%"], max_loss="", **settings)
-        from_scratch = overwrite and target not in begun
-        begun.add(target)
-        options: dict[str, Any] = {"model": source, "progress": progress, "deadline": deadline}
-        return find_plan(profile, None, recipe=resolved, out=target, overwrite=from_scratch, **options)
-
-    def scout(share: int) -> SearchResult:
-        return search(share, scouts_folder(out) / f"{share}.json", **quick)
-
-    held: list[SearchResult] = []
-
-    def possible(searched: Callable[[], SearchResult]) -> SearchResult | None:
+    def holds(share: int, name: str, **settings: Any) -> bool:
+        """Searches within a percentage of the bytes; returns whether there is a plan that holds the loss, and keeps it."""
         try:
-            return searched()
+            found = find_plan(
+                profile,
+                None,
+                recipe=recipe.override(budget=[f"{share}%"], max_loss="", **settings),
+                out=folder / f"{name}.json",
+                overwrite=overwrite,
+                model=source,
+                progress=progress,
+                deadline=deadline,
+            )
         except InfeasibleBudgetError:  # KV heads that are to have one rule may take more than `smallest`
-            return None
-
-    def holds(result: SearchResult) -> bool:
-        bound = result.plan.quality.get("harm_upper95")
+            return False
+        bound = found.plan.quality.get("harm_upper95")
         if bound is None:
             raise TimeUp
-        if bound > loss.kl:
-            return False
-        held.append(result)
-        return True
+        if bound <= loss.kl:
+            holding.append(found)
+        return bool(bound <= loss.kl)
 
-    def narrowed() -> SearchResult:
-        smallest = math.ceil(100 * smallest_share(offered(profile, recipe), recipe))
-        bad, good = smallest - 1, 99
-        if not holds(scout(good)):
+    def scout_holds(share: int) -> bool:
+        """Tries the surrogate's own plan."""
+        quick = {"trials": 1, "rounds": 0, "moves": 0, "ablations": 0, "alternatives": False}
+        return holds(share, f"{share}", **{f"search__{name}": value for name, value in quick.items()})
+
+    smallest = math.ceil(100 * smallest_share(offered(profile, recipe), recipe))
+    bad, good = smallest - 1, 99
+    SearchRequest.of(profile, f"{good}%", recipe)  # or nothing fits
+    try:
+        if not scout_holds(good):
             raise InfeasibleBudgetError(
                 f"no plan holds a loss of {loss.text} (KL {loss.kl:.2g} nats) with 95% confidence on "
                 f"{len(profile.validation)} samples: even {good}% of the bytes may cost more; allow more loss, or profile with "
@@ -238,21 +230,15 @@ def _smallest(
             )
         while good - bad > 1:
             middle = (bad + good) // 2
-            found = possible(partial(scout, middle))
-            bad, good = (bad, middle) if found is not None and holds(found) else (middle, good)
+            bad, good = (bad, middle) if scout_holds(middle) else (middle, good)
         for share in sorted({max(smallest, int(good * LOWER)), good}):
-            found = possible(partial(search, share, scouts_folder(out) / f"whole-{share}.json"))
-            if found is not None and holds(found):
-                return found
-        return scout(good)  # the surrogate's own plan does
-
-    try:
-        found = narrowed()
+            if holds(share, f"whole-{share}"):
+                break
+        return holding[-1]  # where no whole search's plan holds, the surrogate's own does
     except TimeUp:
-        if not held:
+        if not holding:
             raise deadline.too_short() from None
-        found = min(held, key=lambda result: max(result.plan.kv_share(n) for n in profile.lengths))
-    return found
+        return min(holding, key=lambda result: max(result.plan.kv_share(n) for n in profile.lengths))
 
 
 def _claim(out: Path, profile: Profile, loss: Loss, overwrite: bool) -> None:

@@ -33,6 +33,7 @@ from moacompress.search.measure.storages import is_journal, quiet_optuna
 from moacompress.search.measure.study_storage import StudyStorage
 from moacompress.search.plan_place import plan_place
 from moacompress.search.predict.around import Around, ProfileAround
+from moacompress.search.predict.search_parameters import distributions
 from moacompress.search.result.found_plan import stopped_at_once, write_first, write_found
 from moacompress.search.result.search_result import SearchResult, found_before
 from moacompress.search.search_context import SearchContext, Step
@@ -199,7 +200,7 @@ def opened(
         study_storage = StudyStorage(
             claims,
             name,
-            request.parameters.distributions(),
+            distributions(request.parameters.ranges),
             request.recipe.seed,
             [
                 request.parameters.neutral,

@@ -31,9 +31,8 @@ def for_the_result() -> Iterator[TextIO]:
         ):
             yield out
     finally:
-        with contextlib.suppress(
-            AttributeError, OSError, TypeError
-        ):  # or what C holds back would go to where it then leads
+        # or what C holds back would go to where it then leads
+        with contextlib.suppress(AttributeError, OSError, TypeError):
             ctypes.CDLL(None).fflush(None)
         os.dup2(kept, STDOUT)
         os.close(kept)

@@ -68,10 +68,6 @@ class SearchParameters:
         """The values that leave the surrogate as it is."""
         return dict.fromkeys(self.ranges, 0.0)
 
-    def distributions(self) -> dict[str, BaseDistribution]:
-        """Returns the search parameters in Optuna's terms."""
-        return distributions(self.ranges)
-
     @property
     def starts(self) -> list[dict[str, float]]:
         """What is tried right after the neutral values."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.core.errors import DataError, ModelError
-from moacompress.models.source import SourceModel, model_shape
+from moacompress.models.source import SourceModel
 from moacompress.repair import plans as repairing
 from moacompress.repair.plans import repair, repair_by_profile
 from moacompress.repair.projections import with_weights
@@ -22,19 +20,11 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.search.measure.objective import Objective
 
-Models = Callable[..., PreTrainedModel]
-
 
 def made(seed: int, count: int, n: int = 120) -> list[Sample]:
     rng = np.random.default_rng(seed)
     mask = np.arange(n) >= n - 60
     return [Sample(rng.integers(3, 150, n), mask, "test", n) for _ in range(count)]
-
-
-@pytest.fixture
-def source(tiny_model: Models) -> SourceModel:
-    model = tiny_model("llama")
-    return SourceModel(model, None, "tiny", model_shape(model), 4096)  # type: ignore[arg-type]
 
 
 @pytest.fixture

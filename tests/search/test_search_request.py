@@ -36,12 +36,6 @@ def test_a_profile_of_plain_text_alone_is_gone_by(profiles: Callable[..., Profil
     assert np.array_equal(SearchRequest.of(text, "25%", text.recipe).surrogate.influence, profile.influence("robust"))
 
 
-def test_a_profile_around_a_plan_is_refused(profiles: Callable[..., Profile]) -> None:
-    profile = replace(profiles(), around="0123456789abcdef")
-    with pytest.raises(UsageError, match="is of changes around a plan; search in one of the dense model"):
-        SearchRequest.of(profile, "25%", profile.recipe)
-
-
 def test_formats_on_offer_are_those_asked_for_or_all_that_are_known(profiles: Callable[..., Profile]) -> None:
     profile = profiles(formats=True)
     keys = set()

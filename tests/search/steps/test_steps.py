@@ -131,14 +131,6 @@ def test_a_step_does_nothing_once_the_time_is_up(step: Any, context: SearchConte
     assert context.stages == []
 
 
-def test_without_rounds_and_moves_the_incumbent_is_passed_on(pretended: Callable[..., Any], profiles: Profiles) -> None:
-    with made(pretended, profiles(trials=1)) as context:
-        assert context.around is None
-        assert context.trainer is None
-        incumbent = first(context)
-        assert make_moves(make_rounds(incumbent, context), context) is incumbent
-
-
 def test_a_further_step_is_one_line(
     search: Search, profiles: Profiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
