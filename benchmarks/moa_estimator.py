@@ -22,7 +22,7 @@ from moacompress.rules.kv_bytes import candidate_kv_bytes
 from moacompress.rules.limits import Limits, limit_array
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
-from moacompress.search.baselines.families import plans_within
+from moacompress.search.baselines.families import baseline_plans
 from moacompress.search.measure.kl_difference import KlDifference
 from moacompress.search.measure.measuring import measured_kls
 from moacompress.search.predict.surrogate import Surrogate
@@ -43,7 +43,7 @@ def main() -> None:
     given = parser.parse_args()
     profile = Profile.load(given.profile).without_gates().offering(())
     limits = {n: int(profile.shape.dense_kv_bytes(n) * given.budget / 100) for n in profile.lengths}
-    plans = {"uniform window": plans_within("uniform", profile.shape, limits, profile.min_window, sinks=(4,))[0]}
+    plans = {"uniform window": baseline_plans("uniform", profile.shape, limits, profile.min_window, sinks=(4,))[0]}
     for estimator in ("moa", "mass", profile.recipe.profile.estimator):
         for grid in ("ours", "moa"):
             plans[f"{estimator}, {grid} grid"] = chosen(profile, estimator, limits, numbers_of(profile, grid))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from moacompress.core.errors import OutOfTimeError
@@ -62,50 +61,27 @@ class Deadline:
         )
 
     def part(self, of: int) -> Deadline:
-        """Returns the deadline of one of several searches that are left, each of which gets as much of the time.
-
-        Args:
-            of: how many are left, this one included.
-        """
+        """Returns the deadline of one of `of` searches that are left, each of which gets as much of the time."""
         left = self.left
         return Deadline(None if left is None else left / of)
 
     def within(self, progress: Progress) -> Progress:
-        """Returns a progress that is told as another one, and that raises `TimeUp` after the step at which the time is up."""
-        return _TimedProgress(progress, self.check)
+        """Returns a progress for one task, which raises `TimeUp` after the step in which the time is up."""
+        return _TimedProgress(progress, self)
 
 
 @dataclass(frozen=True)
 class _TimedProgress(Progress):
-    """Hands on what it is told, and checks the time after every step.
-
-    Attributes:
-        progress: is told all of it.
-        check: raises where the time is up.
-    """
-
     progress: Progress
-    check: Callable[[], None]
-
-    def plan(self, stages: Mapping[str, float | None], *, in_seconds: bool = False) -> None:
-        self.progress.plan(stages, in_seconds=in_seconds)
-
-    def stage(self, name: str) -> None:
-        self.progress.stage(name)
+    deadline: Deadline
 
     def start(self, what: str, total: int) -> None:
-        self.check()
+        self.deadline.check()
         self.progress.start(what, total)
 
     def step(self, note: str = "") -> None:
         self.progress.step(note)
-        self.check()
-
-    def beat(self) -> None:
-        self.progress.beat()
+        self.deadline.check()
 
     def done(self) -> None:
         self.progress.done()
-
-    def say(self, text: str) -> None:
-        self.progress.say(text)

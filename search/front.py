@@ -6,9 +6,8 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,10 +17,9 @@ from moacompress.core.errors import ArtefactError, BudgetError, PlanError
 from moacompress.core.files import check_no_link, fingerprint, read_json, remove
 from moacompress.core.progress import SILENT, Progress
 from moacompress.models.source import SourceModel
-from moacompress.recipe import Recipe, shared_name
+from moacompress.recipe import Recipe
 from moacompress.rules.budget import Budget
 from moacompress.rules.plan import Plan
-from moacompress.rules.worst_share import WorstShare
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.deadline import Deadline, TimeUp
 from moacompress.search.measure.claims import ClaimLost, open_claims
@@ -29,11 +27,11 @@ from moacompress.search.measure.objective import Objective
 from moacompress.search.measure.packed_plan import pack, unpack
 from moacompress.search.measure.plan_evaluator import PlanEvaluator
 from moacompress.search.measure.storages import quiet_optuna
-from moacompress.search.measure.study_storage import StudyStorage
+from moacompress.search.measure.study_storage import FinishedTrial, StudyStorage
 from moacompress.search.plan_place import plan_place
 from moacompress.search.plan_sets import write_front
-from moacompress.search.result.class_notes import class_quality
-from moacompress.search.result.search_result import SearchResult, versions
+from moacompress.search.predict.search_parameters import distributions
+from moacompress.search.result.search_result import SearchResult, budget_notes, class_quality, provenance
 from moacompress.search.search_request import SearchRequest
 
 SHARE = "log_share"
@@ -54,21 +52,12 @@ def find_front(
     progress: Progress | None = None,
     deadline: Deadline | None = None,
 ) -> list[SearchResult]:
-    """Finds plans between two budgets of which none is beaten in both bytes and measured KL.
+    """Finds plans between two budgets of which none is beaten in both bytes and measured KL; returns the smallest first.
 
-    Args:
-        profile: a finished profile.
-        budgets: at least two shares of the dense bytes; the smallest and the largest count.
-        recipe: the run; `search.trials` trials are measured, rounds and moves are not made.
-        out: `plan.json` stands for `plan-front-1.json` and so on, the smallest first, and `plan.front.json` for all of them.
-        overwrite: start from scratch: the plans of a front that are there are removed, and what was measured for them.
-        model: the profile's model where it is loaded already.
-        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
-        progress: told of every measurement.
-        deadline: when to stop; by default `recipe.search.timeout` seconds from now.
-
-    Returns:
-        The plans of the front, the smallest first.
+    Of the budgets, shares of the dense bytes, the smallest and the largest count. `search.trials` trials are measured; rounds
+    and moves are not made. With `out` as `plan.json` plans go to `plan-front-1.json` and so on, and the list of all to
+    `plan.front.json`. `overwrite` removes the plans of a front that are there, and what was measured for them. The deadline is
+    by default `recipe.search.timeout` seconds from now.
 
     Raises:
         BudgetError: not two different shares.
@@ -96,11 +85,11 @@ def find_front(
             request = request.repaired(source, deadline.within(progress))
         except TimeUp:
             raise deadline.too_short() from None
-        distributions = {**request.parameters.distributions(), SHARE: _uniform(np.log(low), np.log(high))}
+        searched = distributions({**request.parameters.ranges, SHARE: (math.log(low), math.log(high))})
         starts = [
             {**request.parameters.neutral, SHARE: float(at)} for at in np.linspace(np.log(low), np.log(high), STARTS)
         ]
-        study_storage = StudyStorage(claims, name, distributions, recipe.seed, starts, objectives=2)
+        study_storage = StudyStorage(claims, name, searched, recipe.seed, starts, objectives=2)
         measure = Objective(source.model, profile.validation, request.weights_of)
         evaluator = PlanEvaluator.of(study_storage, measure, recipe.seed, deadline)
         with suppress(TimeUp):
@@ -109,15 +98,12 @@ def find_front(
         if not study_storage.finished():
             raise deadline.too_short()
         place.settle(lambda: _is_there(out, key, trials), deadline)
-        points = [
-            _Point(trial.values[0], trial.values[1], trial.notes["plan"], number)
-            for number, trial in enumerate(study_storage.finished())
-        ]
+        finished = study_storage.finished()
         if place.ours:
             remove(plans_of_front(out))  # there may be fewer than before
         results = []
-        for number, point in enumerate(_front(points), start=1):
-            plan = _noted(request, key, point, len(points))
+        for number, trial in enumerate(_front(finished), start=1):
+            plan = _noted(request, key, trial, len(finished))
             path = plan_named(out, f"front-{number}")
             if place.ours:
                 plan.save(path)
@@ -188,22 +174,12 @@ def _claim(out: Path, key: str, overwrite: bool) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _Point:
-    """A trial: its mean KL in nats, its share of the dense bytes at the length where that is most, its plan."""
-
-    kl: float
-    share: float
-    packed: dict[str, Any]
-    index: int
-
-
-def _front(points: Sequence[_Point]) -> list[_Point]:
-    """Returns the points that no other beats in both numbers, the smallest first."""
-    found: list[_Point] = []
-    for point in sorted(points, key=lambda point: (point.share, point.kl)):
-        if not found or point.kl < found[-1].kl:
-            found.append(point)
+def _front(trials: Sequence[FinishedTrial]) -> list[FinishedTrial]:
+    """Returns the trials that no other beats in both KL and share of the bytes, the smallest first."""
+    found: list[FinishedTrial] = []
+    for trial in sorted(trials, key=lambda trial: trial.values[::-1]):
+        if not found or trial.values[0] < found[-1].values[0]:
+            found.append(trial)
     return found
 
 
@@ -218,37 +194,15 @@ def _shares(budgets: Sequence[str]) -> tuple[float, float]:
     return min(shares), max(shares)
 
 
-def _uniform(low: float, high: float) -> Any:
-    from optuna.distributions import FloatDistribution
-
-    return FloatDistribution(float(low), float(high))
-
-
-def _noted(request: SearchRequest, key: str, point: _Point, trials: int) -> Plan:
-    profile = request.profile
-    plan = replace(unpack(point.packed, profile), seen=profile.shingles)
+def _noted(request: SearchRequest, key: str, trial: FinishedTrial, trials: int) -> Plan:
+    kl, share = trial.values
+    plan = replace(unpack(trial.notes["plan"], request.profile), seen=request.profile.shingles)
     return plan.with_notes(
-        budget={
-            "asked": [f"{math.ceil(1000 * point.share) / 10:g}%"],
-            "bytes": plan.kv_bytes_by_length(sorted(profile.lengths)),
-            "worst_share": WorstShare.of(plan, profile.lengths).to_dict(),
-        },
+        budget=budget_notes(request, plan, [f"{math.ceil(1000 * share) / 10:g}%"]),
         quality={
-            "measured_harm": {"plan": point.kl},
-            "samples": len(profile.validation),
+            "measured_harm": {"plan": kl},
+            "samples": len(request.profile.validation),
             **class_quality(request.recipe.search.classes, plan),
         },
-        provenance={
-            "source": shared_name(profile.source),
-            "profile": profile.fingerprint,
-            "calibration": profile.calibration_fingerprint,
-            "lengths": list(profile.lengths),
-            "seed": request.recipe.seed,
-            "search": key,
-            "trials": trials,
-            "measured_plans": trials,
-            "best_trial": point.index,
-            "versions": versions(),
-            "recipe": request.recipe.of_profile(profile.recipe).shared(profile.source),
-        },
+        provenance=provenance(request, key, {"trials": trials, "measured_plans": trials, "best_trial": trial.index}),
     )

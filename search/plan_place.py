@@ -33,10 +33,7 @@ class PlanPlace:
         return self.path if self.ours else None
 
     def take(self, shared: bool) -> None:
-        """Makes this process the lock holder.
-
-        Args:
-            shared: whether another process may be it, as that works on the same search.
+        """Makes this process the lock holder, unless another one is, and may be as it works on the same search (`shared`).
 
         Raises:
             InUseError: another process is, and may not be.
@@ -55,9 +52,7 @@ class PlanPlace:
     def settle(self, is_written: Callable[[], bool], deadline: Deadline) -> None:
         """Waits until the plan is written, be it by an earlier lock holder, or this process is to write it.
 
-        Args:
-            is_written: returns whether the plan is there.
-            deadline: a worker whose time is up does not wait for the lock holder.
+        A worker whose time is up does not wait for the lock holder.
         """
         while self.path is not None and not is_written():
             if self.ours or deadline.stopped or deadline.over():
@@ -72,9 +67,7 @@ class PlanPlace:
 def plan_place(path: Path | None, shared: bool) -> Iterator[PlanPlace]:
     """Makes this process the lock holder of a plan's file as long as the block runs, unless another worker is.
 
-    Args:
-        path: of the plan; None for nowhere.
-        shared: whether another process may be the lock holder, as that works on the same search.
+    With `shared` another process may be the lock holder, as that works on the same search.
 
     Raises:
         InUseError: another process is, and may not be.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +45,9 @@ def find_plans(
 ) -> list[SearchResult]:
     """Finds a plan for each of several budgets; the search parameters that won at one are tried first at the next.
 
-    Args:
-        profile: a finished profile.
-        budgets: for each plan the budgets that it must hold.
-        recipe: the run.
-        out: `plan.json` stands for `plan-25.json`, `plan-12.5.json` and so on, and `plan.front.json` for the front.
-        overwrite: start from scratch, each search as `find_plan` does.
-        model: the profile's model where it is loaded already.
-        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
-        progress: told of every measurement.
-        deadline: when to stop, by default `recipe.search.timeout` seconds from now: every search gets an equal part of what
-            those before it left of the time.
-
-    Returns:
-        The results, in the order of `budgets`.
+    Each of `budgets` are those that one plan must hold. With `out` as `plan.json` plans go to `plan-25.json`, `plan-12.5.json`
+    and so on, and the front to `plan.front.json`. Every search gets an equal part of what those before it left of the time, by
+    default of `recipe.search.timeout`. All budgets are looked at before anything runs.
 
     Raises:
         MoaCompressError: as `find_plan`, for the first budget that fails; budgets are all looked at before anything runs.
@@ -99,10 +87,7 @@ def find_plans(
 def write_front(place: PlanPlace, results: Sequence[SearchResult], deadline: Deadline) -> None:
     """Writes `plan.front.json` beside the plans, bytes and KL of every plan, the smallest first; one worker does.
 
-    Args:
-        place: of that file.
-        results: the plans.
-        deadline: of the searches; a worker whose time was up has not found what the others will find.
+    A worker whose time was up has not found what the others will find.
     """
     points = [
         {
@@ -130,13 +115,7 @@ def _holds(file: Path | None, value: Any) -> bool:
 
 
 def find_asked(profile: Profile, *, recipe: Recipe, **options: Any) -> SearchResult:
-    """Finds the plan that a recipe asks for: within its budgets, or of the smallest budget for its loss.
-
-    Args:
-        profile: a finished profile.
-        recipe: the run.
-        **options: further arguments of `find_plan` and `find_smallest`, whose errors are raised.
-    """
+    """Finds the plan that a recipe asks for: within its budgets, or of the smallest budget for its loss."""
     if recipe.max_loss is not None:
         return find_smallest(profile, Loss.parse(recipe.max_loss), recipe=recipe, **options)
     return find_plan(profile, None, recipe=recipe, **options)
@@ -162,19 +141,9 @@ def find_smallest(
     searches instead of .05.
 
     Bisection to a percent with the surrogate's own plans, which take a minute each; then a whole search somewhat below the
-    budget at which they hold, and where its plan does not hold, one at that budget.
-
-    Args:
-        profile: a finished profile.
-        loss: the most KL.
-        recipe: the run; its own budget or loss does not count.
-        out: where the plan goes. The others are in a folder beside it, `plan.scouts`.
-        overwrite: start from scratch: all of it is removed.
-        model: the profile's model where it is loaded already.
-        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
-        progress: told of every measurement.
-        deadline: when to stop, by default `recipe.search.timeout` seconds from now: then with the smallest plan that holds of
-            those that are measured.
+    budget at which they hold, and where its plan does not hold, one at that budget. When the time is up, by default
+    `recipe.search.timeout`, the smallest measured plan that holds is returned. The other plans are in a folder beside `out`,
+    `plan.scouts`.
 
     Raises:
         UsageError: the profile has too few validation samples for a bound.
@@ -219,48 +188,41 @@ def _smallest(
     deadline: Deadline,
 ) -> SearchResult:
     """Finds the plan that `find_smallest` returns."""
-    quick = {
-        "search__trials": 1,
-        "search__rounds": 0,
-        "search__moves": 0,
-        "search__ablations": 0,
-        "search__alternatives": False,
-    }
+    folder, holding = scouts_folder(out), list[SearchResult]()
+    check_no_link(folder)
 
-    begun: set[Path] = set()
-    check_no_link(scouts_folder(out))
-
-    def search(share: int, target: Path, **settings: Any) -> SearchResult:
-        resolved = recipe.override(budget=[f"{share}%"], max_loss="", **settings)
-        from_scratch = overwrite and target not in begun
-        begun.add(target)
-        options: dict[str, Any] = {"model": source, "progress": progress, "deadline": deadline}
-        return find_plan(profile, None, recipe=resolved, out=target, overwrite=from_scratch, **options)
-
-    def scout(share: int) -> SearchResult:
-        return search(share, scouts_folder(out) / f"{share}.json", **quick)
-
-    held: list[SearchResult] = []
-
-    def possible(searched: Callable[[], SearchResult]) -> SearchResult | None:
+    def holds(share: int, name: str, **settings: Any) -> bool:
+        """Searches within a percentage of the bytes; returns whether there is a plan that holds the loss, and keeps it."""
         try:
-            return searched()
+            found = find_plan(
+                profile,
+                None,
+                recipe=recipe.override(budget=[f"{share}%"], max_loss="", **settings),
+                out=folder / f"{name}.json",
+                overwrite=overwrite,
+                model=source,
+                progress=progress,
+                deadline=deadline,
+            )
         except InfeasibleBudgetError:  # KV heads that are to have one rule may take more than `smallest`
-            return None
-
-    def holds(result: SearchResult) -> bool:
-        bound = result.plan.quality.get("harm_upper95")
+            return False
+        bound = found.plan.quality.get("harm_upper95")
         if bound is None:
             raise TimeUp
-        if bound > loss.kl:
-            return False
-        held.append(result)
-        return True
+        if bound <= loss.kl:
+            holding.append(found)
+        return bool(bound <= loss.kl)
 
-    def narrowed() -> SearchResult:
-        smallest = math.ceil(100 * smallest_share(offered(profile, recipe), recipe))
-        bad, good = smallest - 1, 99
-        if not holds(scout(good)):
+    def scout_holds(share: int) -> bool:
+        """Tries the surrogate's own plan."""
+        quick = {"trials": 1, "rounds": 0, "moves": 0, "ablations": 0, "alternatives": False}
+        return holds(share, f"{share}", **{f"search__{name}": value for name, value in quick.items()})
+
+    smallest = math.ceil(100 * smallest_share(offered(profile, recipe), recipe))
+    bad, good = smallest - 1, 99
+    SearchRequest.of(profile, f"{good}%", recipe)  # or nothing fits
+    try:
+        if not scout_holds(good):
             raise InfeasibleBudgetError(
                 f"no plan holds a loss of {loss.text} (KL {loss.kl:.2g} nats) with 95% confidence on "
                 f"{len(profile.validation)} samples: even {good}% of the bytes may cost more; allow more loss, or profile with "
@@ -268,21 +230,15 @@ def _smallest(
             )
         while good - bad > 1:
             middle = (bad + good) // 2
-            found = possible(partial(scout, middle))
-            bad, good = (bad, middle) if found is not None and holds(found) else (middle, good)
+            bad, good = (bad, middle) if scout_holds(middle) else (middle, good)
         for share in sorted({max(smallest, int(good * LOWER)), good}):
-            found = possible(partial(search, share, scouts_folder(out) / f"whole-{share}.json"))
-            if found is not None and holds(found):
-                return found
-        return scout(good)  # the surrogate's own plan does
-
-    try:
-        found = narrowed()
+            if holds(share, f"whole-{share}"):
+                break
+        return holding[-1]  # where no whole search's plan holds, the surrogate's own does
     except TimeUp:
-        if not held:
+        if not holding:
             raise deadline.too_short() from None
-        found = min(held, key=lambda result: max(result.plan.kv_share(n) for n in profile.lengths))
-    return found
+        return min(holding, key=lambda result: max(result.plan.kv_share(n) for n in profile.lengths))
 
 
 def _claim(out: Path, profile: Profile, loss: Loss, overwrite: bool) -> None:
@@ -304,9 +260,7 @@ def _claim(out: Path, profile: Profile, loss: Loss, overwrite: bool) -> None:
 def smallest_share(profile: Profile, recipe: Recipe) -> float:
     """Returns the share of the dense bytes that the smallest plan takes, at the length where that is most.
 
-    Args:
-        profile: with the formats on offer.
-        recipe: has floors, and layers that are to share whatever the plan.
+    It respects the recipe's floors, and layers that are to share whatever the plan.
     """
     shape, sharing = profile.shape, ShareChoice.of(profile, recipe)
     floors, shares = layer_floors(recipe.search.floors, shape), () if sharing is None else sharing.fixed

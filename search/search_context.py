@@ -5,25 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from moacompress.core.arrays import Floats
 from moacompress.core.progress import Progress
 from moacompress.rules.plan import Plan
-from moacompress.search.baselines.measured import MeasuredBaseline
 from moacompress.search.deadline import Deadline
 from moacompress.search.measure.kl_difference import KlDifference
 from moacompress.search.measure.objective import Measure
 from moacompress.search.measure.packed_plan import pack, unpack
-from moacompress.search.measure.plan_evaluator import PlanEvaluator
+from moacompress.search.measure.plan_evaluator import MeasuredPlan, PlanEvaluator
 from moacompress.search.measure.study_storage import StudyStorage
 from moacompress.search.measure.trials import TrialResult
 from moacompress.search.predict.around import Around
 from moacompress.search.predict.search_parameters import distributions
 from moacompress.search.predict.surrogate import Surrogate
-from moacompress.search.result.class_notes import ClassCost
 from moacompress.search.result.explain import Stage
 from moacompress.search.search_request import ParameterValues, SearchRequest
 
@@ -33,32 +31,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Incumbent:
-    """The best plan so far.
+class Incumbent(MeasuredPlan):
+    """The best plan so far; it has no notes, and no KLs where it is not measured yet.
 
     Attributes:
-        plan: the plan, without notes.
-        kls: nats, in the order of the shuffled samples; empty where it is not measured yet.
         stage: what it comes from.
         form: predicts changes of KL around the plan, or around the one that it was made from; None where no step has
             profiled the model under it.
     """
 
-    plan: Plan
-    kls: list[float]
     stage: str
     form: Quadratic | None = None
 
     @staticmethod
     def of(trial: TrialResult, profile: Profile) -> Incumbent:
         """Returns the plan of a trial."""
-        plan = unpack(trial.plan, profile)
-        return Incumbent(plan, trial.kls, f"trial {trial.index}")
-
-    @property
-    def kl(self) -> float:
-        """Mean KL, nats."""
-        return float(np.mean(self.kls))
+        return Incumbent(unpack(trial.plan, profile), trial.kls, f"trial {trial.index}")
 
 
 @dataclass
@@ -69,70 +57,39 @@ class SearchContext:
         request: what is asked for.
         evaluator: measures plans on validation samples, at most once each.
         surrogate: not yet calibrated where no step has run.
-        measured_baselines: the best plan of every family of baselines that is measured, by family.
-        baselines_complete: whether no other worker is still measuring one.
         around: profiles around a plan; None where neither rounds nor moves are wanted.
-        trainer: the model on calibration samples, for choosing moves; None likewise.
+        trainer: the model on calibration samples, for choosing moves; None where no moves are wanted either.
         out: where this worker writes the best plan; None for nowhere, or where another worker does.
         deadline: when to stop.
         progress: told of every measurement.
+        measured_baselines: the best plan of every family of baselines that is measured, by family.
+        baselines_complete: whether no other worker is still measuring one.
         tried: finished trials of the study, which keeps them here; the others are compared with the first, trial 0.
         stages: what was tried so far, for the explanation.
-        class_cost: what the limit of classes costs; None where there is none, or it is not measured yet.
+        class_cost: what the limit of classes costs, see `class_quality`; None where there is none, or it is not measured yet.
     """
 
     request: SearchRequest
     evaluator: PlanEvaluator
     surrogate: Surrogate
-    measured_baselines: dict[str, MeasuredBaseline]
     around: Around | None
     trainer: Measure | None
     out: Path | None
     deadline: Deadline
     progress: Progress
+    measured_baselines: dict[str, MeasuredPlan] = field(default_factory=dict)
+    baselines_complete: bool = True
     tried: list[TrialResult] = field(default_factory=list)
     stages: list[Stage] = field(default_factory=list)
-    class_cost: ClassCost | None = None
-    baselines_complete: bool = True
-
-    @property
-    def reference(self) -> list[float]:
-        """KLs of trial 0, nats, in the order of the shuffled samples."""
-        return self.tried[0].kls
-
-    def plan_of(self, parameters: ParameterValues) -> Plan:
-        """Returns the plan of a trial: see `SearchRequest.plan`.
-
-        Args:
-            parameters: values of the study's search parameters.
-        """
-        return self.request.plan(self.surrogate, parameters)
+    class_cost: dict[str, Any] | None = None
 
     def start(self) -> Incumbent:
         """Returns the surrogate's own plan: what a search begins with. It is not measured yet."""
-        return Incumbent(self.plan_of(self.request.parameters.neutral), [], "trial 0")
+        return Incumbent(self.request.plan(self.surrogate, self.request.parameters.neutral), [], "trial 0")
 
     def measured(self, incumbent: Incumbent, plan: Plan, stage: str) -> Incumbent:
-        """Returns a plan that was made from another one, measured on all validation samples.
-
-        Args:
-            incumbent: what it was made from.
-            plan: the plan.
-            stage: what it comes from.
-        """
-        return self.compared(
-            incumbent, plan, self.evaluator.shown("improved", plan, f"measuring the plan of {stage}"), stage
-        )
-
-    def compared(self, incumbent: Incumbent, plan: Plan, kls: list[float], stage: str) -> Incumbent:
-        """Returns a plan that is measured already; see `measured`.
-
-        Args:
-            incumbent: what it was made from.
-            plan: the plan.
-            kls: nats, in the order of the shuffled samples.
-            stage: what it comes from.
-        """
+        """Returns a plan that was made from the incumbent, measured on all validation samples."""
+        kls = self.evaluator.shown("improved", plan, f"measuring the plan of {stage}")
         return replace(incumbent, plan=plan, kls=kls, stage=stage)
 
     def add_stage(
@@ -166,9 +123,6 @@ class SearchContext:
 
         It is that of the form around the plan, or else that of the surrogate with what the profile says of KV heads together;
         then only differences between the rules of a row count.
-
-        Args:
-            incumbent: the plan that is to be changed.
         """
         space = self.request.space(incumbent.plan.shares)
         choice = space.choice(incumbent.plan)
@@ -180,17 +134,11 @@ class SearchContext:
         return costs - np.take_along_axis(costs, choice[..., None], axis=-1) + space.form(form).changes(choice)
 
     def study_storage_of(
-        self,
-        suffix: str,
-        ranges: Mapping[str, tuple[float, float]],
-        starts: Sequence[ParameterValues],
+        self, suffix: str, ranges: Mapping[str, tuple[float, float]], starts: Sequence[ParameterValues]
     ) -> StudyStorage:
-        """Returns the study storage of a small study within a step; it goes where the search's own is.
+        """Returns the storage of a small study within a step, beside the search's own; its name ends with the suffix.
 
-        Args:
-            suffix: its name after the search's, such as the key of a plan.
-            ranges: each search parameter's smallest and largest value.
-            starts: search parameters of its trial 0, and those that are tried right after.
+        Its search parameters have the ranges, and trial 0 and those right after it begin with the starts.
         """
         study = self.evaluator.study_storage
         name, seed = f"{study.name}-{suffix}", self.request.recipe.seed

@@ -37,12 +37,7 @@ SEARCHES = 2
 
 
 def measurements(recipe: Recipe, samples: int) -> dict[str, float]:
-    """Returns how many measurements each stage of a search takes, in their order; a profile around a plan counts as several.
-
-    Args:
-        recipe: of the search.
-        samples: that plans are measured on.
-    """
+    """Returns how many measurements each stage of a search takes, in their order; a profile around a plan counts as several."""
     search = recipe.search
     families = (FAMILIES + (recipe.profile.gates and search.gates)) if search.alternatives else 0
     screened = CANDIDATES * min(SCREENED, samples) / samples
@@ -61,13 +56,7 @@ def measurements(recipe: Recipe, samples: int) -> dict[str, float]:
 
 
 def search_work(recipe: Recipe, validation: Mapping[int, int], targets: int) -> list[Work]:
-    """Returns what the search of a plan runs.
-
-    Args:
-        recipe: of the search.
-        validation: how many samples of each length plans are measured on.
-        targets: tokens of an answer.
-    """
+    """Returns what the search of a plan runs, of `validation[length]` samples with so many answer tokens (`targets`)."""
     count = sum(measurements(recipe, sum(validation.values())).values())
     if recipe.max_loss is not None:
         count = SCOUTS * (1 + PRUNED) + SEARCHES * count
@@ -86,14 +75,7 @@ def estimate_search(
     *,
     trust_remote_code: bool = False,
 ) -> Estimate:
-    """Returns what a search would take, of each plan alone.
-
-    Args:
-        profile: what is searched.
-        recipe: of the search.
-        asked: budgets of each of several plans; by default one, of the recipe's.
-        progress: told of the timing.
-        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
+    """Returns what a search would take, of each plan alone; `asked` are the budgets of several plans.
 
     Raises:
         ModelError: the model cannot be loaded.

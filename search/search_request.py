@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 
@@ -70,25 +70,12 @@ def counted_weight_bytes(
 ) -> int | None:
     """Returns the bytes of weights that budgets of memory count; None where there is no such budget, or no model is loaded.
 
-    Args:
-        budgets: as asked for.
-        rules: on offer; gates of those that select are weights too.
-        shape: of the model.
-        source: the model.
+    Gates of rules that select are weights too.
     """
     if source is None or not memory_budgets(budgets):
         return None
     gated = shape if any(rule.selects for rule in rules) else None
     return most_checkpoint_bytes(source.model, shape.dtype, gated)
-
-
-def _limits(
-    profile: Profile, recipe: Recipe, budgets: Sequence[Budget], shares: LayerShares, weights: int | None
-) -> Limits:
-    """Returns the limits of budgets, beside weights that take so many bytes; errors are those of `budget_limits`."""
-    floors = layer_floors(recipe.search.floors, profile.shape)
-    arguments = profile.shape, profile.lengths, profile.rules, profile.min_window
-    return budget_limits(budgets, *arguments, floors, shares, weights)
 
 
 def _check_classes(most: int | None, shape: ModelShape) -> None:
@@ -141,12 +128,7 @@ class SearchRequest:
     ) -> SearchRequest:
         """Reads the budgets and the profile.
 
-        Args:
-            profile: finished.
-            budget: as `find_plan` takes it.
-            recipe: the run.
-            starts: parameters that are tried right after the neutral ones.
-            model: the model where it is loaded already; by default it will be as the recipe says. Budgets of memory need it.
+        The model is given where it is loaded already; by default it will be as the recipe says. Budgets of memory need it.
 
         Raises:
             BudgetError: as `find_plan`; or a budget of memory, and no model.
@@ -164,7 +146,16 @@ class SearchRequest:
         weight_bytes = counted_weight_bytes(budgets, profile.rules, profile.shape, model)
         sharing = ShareChoice.of(profile, recipe)
         shares = () if sharing is None else sharing.fixed
-        limits = _limits(profile, recipe, budgets, shares, weight_bytes)
+        limits = budget_limits(
+            budgets,
+            profile.shape,
+            profile.lengths,
+            profile.rules,
+            profile.min_window,
+            layer_floors(recipe.search.floors, profile.shape),
+            shares,
+            weight_bytes,
+        )
         if profile.around:
             raise UsageError(
                 f"the profile in {profile.path} is of changes around a plan; search in one of the dense model"
@@ -217,18 +208,16 @@ class SearchRequest:
                 "seed": self.recipe.seed,
                 **({"formats": self.profile.formats} if self.profile.formats else {}),
                 **({"computes_in": self.computes_in} if in_other else {}),
-                **({"share": self._share_key} if self.sharing else {}),
+                **(
+                    {"share": [search.share, self.sharing.costs.anchors, search.assume_repaired]}
+                    if self.sharing
+                    else {}
+                ),
                 **({"classes": search.classes} if search.classes is not None else {}),
                 **({"gates": self.profile.gates_fingerprint} if self.profile.gates_fingerprint else {}),
                 **({"rounds_of_gates": True} if self.profile.gates_fingerprint and search.rounds else {}),
             }
         )
-
-    @property
-    def _share_key(self) -> list[Any]:
-        """What decides the shares, beside the profile's fingerprint, which says nothing of what was recorded."""
-        search, anchors = self.recipe.search, self.sharing.costs.anchors if self.sharing else 0
-        return [search.share, anchors, search.assume_repaired]
 
     @property
     def parameters(self) -> SearchParameters:
@@ -280,12 +269,7 @@ class SearchRequest:
         return found + self.sharing.costs.cost(plan.shares, surrogate.calibration)
 
     def repaired(self, source: SourceModel, progress: Progress) -> SearchRequest:
-        """Returns the request with copies repaired, and so priced, where that is asked for.
-
-        Args:
-            source: the dense model.
-            progress: told of the samples.
-        """
+        """Returns the request with copies repaired, and so priced, where that is asked for."""
         if self.sharing is None or not self.recipe.search.assume_repaired or self.sharing.repairs:
             return self
         copies = self.sharing.copies()
@@ -307,10 +291,7 @@ class SearchRequest:
     def choice(self, surrogate: Surrogate, space: PlanSpace, parameters: ParameterValues) -> Ints:
         """Returns the rule of every row of the knapsack that the solver chooses under some search parameters, int64.
 
-        Args:
-            surrogate: calibrated.
-            space: the plans to choose among.
-            parameters: values of the search parameters.
+        The surrogate is calibrated.
         """
         bent = space.costs(self.parameters.bend(surrogate, parameters))
         choice = space.knapsack.choose(bent)
@@ -322,12 +303,6 @@ class SearchRequest:
         return space.form(self.quadratic).refined(choice, nats, share, space.knapsack)
 
     def plan(self, surrogate: Surrogate, parameters: ParameterValues, limits: Limits | None = None) -> Plan:
-        """Returns the plan that the solver makes of the bent surrogate; it is within the limits.
-
-        Args:
-            surrogate: calibrated.
-            parameters: values of the search parameters.
-            limits: other ones than the request's.
-        """
+        """Returns the plan that the solver makes of the bent, calibrated surrogate, within the request's limits or others."""
         space = self.space(self.shares(parameters), limits)
         return space.plan(self.choice(surrogate, space, parameters))

@@ -91,10 +91,7 @@ class SearchStatus:
 
 
 def search_status(storage: str) -> list[SearchStatus]:
-    """Returns how far every search of a storage is.
-
-    Args:
-        storage: a journal file or a database URL.
+    """Returns how far every search of a storage, a journal file or a database URL, is.
 
     Raises:
         RecipeError: `storage` is neither.
@@ -131,7 +128,9 @@ def _status(storage: BaseStorage, name: str) -> SearchStatus:
     alive = [holder_of(worker) for worker in workers if is_heard_of(worker)]
     wanted = max((worker.user_attrs["trials"] or 0 for worker in workers), default=0) or None
     done = [trial for trial in trials if trial.state.name == "COMPLETE"]
-    best = min(map(_kl_and_index, filter(_is_whole, done)), default=(None, None))
+    measured = [(trial.user_attrs["result"]["notes"], trial.user_attrs["name"]) for trial in done]
+    whole = [(notes["harms"], name) for notes, name in measured if notes.get("harms") and not notes["pruned"]]
+    best = min(((float(np.mean(kls)), int(name.rpartition(":")[2])) for kls, name in whole), default=(None, None))
     return SearchStatus(
         study=name,
         workers=tuple(_worker(worker, [*trials, *beside], alive) for worker in workers),
@@ -156,17 +155,6 @@ def _counts(trials: Sequence[FrozenTrial], alive: Sequence[LockHolder]) -> dict[
     done = sum(trial.state.name == "COMPLETE" for trial in trials)
     running = sum(trial.state.name == "RUNNING" and holder_of(trial) in alive for trial in trials)
     return {"done": done, "running": running, "failed": len(trials) - done - running}
-
-
-def _is_whole(trial: FrozenTrial) -> bool:
-    """Returns whether a finished trial was measured on all samples."""
-    notes = trial.user_attrs["result"]["notes"]
-    return bool(notes.get("harms")) and not notes["pruned"]
-
-
-def _kl_and_index(trial: FrozenTrial) -> tuple[float, int]:
-    kls = trial.user_attrs["result"]["notes"]["harms"]
-    return float(np.mean(kls)), int(trial.user_attrs["name"].rpartition(":")[2])
 
 
 def _seconds_left(done: Sequence[FrozenTrial], wanted: int | None, alive: int) -> float | None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moacompress.calibration.profile.store import Profile
+from moacompress.core.arrays import spread_over
 from moacompress.core.artefact_names import of_search, study_journal
 from moacompress.core.files import check_no_link, remove, sweep_files, sweep_folders
 from moacompress.core.progress import SILENT, Progress
@@ -31,7 +32,8 @@ from moacompress.search.measure.plan_evaluator import PlanEvaluator
 from moacompress.search.measure.storages import is_journal, quiet_optuna
 from moacompress.search.measure.study_storage import StudyStorage
 from moacompress.search.plan_place import plan_place
-from moacompress.search.predict.around import Around, ProfileAround, spread_samples
+from moacompress.search.predict.around import Around, ProfileAround
+from moacompress.search.predict.search_parameters import distributions
 from moacompress.search.result.found_plan import stopped_at_once, write_first, write_found
 from moacompress.search.result.search_result import SearchResult, found_before
 from moacompress.search.search_context import SearchContext, Step
@@ -126,7 +128,9 @@ def find_plan(
     trials = request.recipe.search.trials
     with plan_place(path, request.recipe.search.storage is not None) as place:
         if place.out is not None:
-            _sweep(place.out)
+            for left in of_search(place.out):  # half-written by killed searches
+                sweep_files(left)
+                sweep_folders(left)
         if path is not None:
             plan = found_before(path, request.key, trials, overwrite)
             if plan is not None:
@@ -156,13 +160,6 @@ def find_plan(
     return SearchResult.of(plan, path, time.monotonic() - started, explanation, written=place.ours)
 
 
-def _sweep(out: Path) -> None:
-    """Removes what killed searches left half-written at a plan that this process owns, and beside it."""
-    for path in of_search(out):
-        sweep_files(path)
-        sweep_folders(path)
-
-
 @contextmanager
 def opened(
     request: SearchRequest,
@@ -172,18 +169,10 @@ def opened(
     progress: Progress,
     deadline: Deadline,
 ) -> Iterator[SearchContext]:
-    """Makes this process a worker of a search as long as the block runs; without a storage of its own, the only one.
+    """Makes this process a worker of a search as long as the block runs, the only one unless the storage is of its own.
 
-    Args:
-        request: what is asked for.
-        out: where the plan will be; owned by this process.
-        from_scratch: forget what was measured, and remove what is at `out`.
-        source: the profile's model.
-        progress: told of every measurement.
-        deadline: when to stop.
-
-    Yields:
-        What the steps work with.
+    Yields what the steps work with. `out`, where the plan will be, is owned by this process. `from_scratch` forgets what was
+    measured, and removes what is at `out`.
 
     Raises:
         TimeUp: the time is up, and copies are not repaired yet.
@@ -211,7 +200,7 @@ def opened(
         study_storage = StudyStorage(
             claims,
             name,
-            request.parameters.distributions(),
+            distributions(request.parameters.ranges),
             request.recipe.seed,
             [
                 request.parameters.neutral,
@@ -227,7 +216,6 @@ def opened(
             request=request,
             evaluator=evaluator,
             surrogate=request.surrogate,
-            measured_baselines={},
             around=around,
             trainer=trainer,
             out=out,
@@ -244,8 +232,8 @@ def _improvers(
     if not settings.rounds and not settings.moves:
         return None, None
     samples = request.profile.calibration_samples()
-    chosen = spread_samples(samples, settings.round_samples)
+    chosen = spread_over(samples, settings.round_samples)
     around = ProfileAround(request.profile, request.recipe, source, chosen, claims, deadline)
     answers = [sample for sample in samples if sample.kind == "answer"] or samples
-    trained = Objective(source.model, spread_samples(answers, MOVE_SAMPLES), request.weights_of)
+    trained = Objective(source.model, spread_over(answers, MOVE_SAMPLES), request.weights_of)
     return around, trained

@@ -66,16 +66,8 @@ class SlowObjective(FakeObjective):
 class SearchRun:
     """A search that several workers share.
 
-    Attributes:
-        profile: what is searched, with the settings of the search.
-        storage: where its studies are.
-        folder: for what the workers write.
-        out: place of the plan.
-        seconds: that a measurement takes.
-        find: searches; it is given the profile and what `find_plan` takes by name, and returns one result or more.
-        barrier: that all workers pass before their first measurement, or None.
-        workers: the processes.
-        killed: how many of them were killed.
+    `find` searches, by default with `find_plan`, and returns one result or more; all workers pass the barrier before their
+    first measurement, which takes some seconds. What they write is in the folder.
     """
 
     profile: Profile
@@ -194,15 +186,7 @@ def preload() -> None:
 
 
 def killed_at_random(run: SearchRun, seed: int, workers: int = 3, kills: int = 4, longest: float = 0.4) -> None:
-    """Runs a search to its end, and kills workers on the way, for each of which another one starts.
-
-    Args:
-        run: not started.
-        seed: of when, and whom.
-        workers: that work at a time.
-        kills: how many are killed.
-        longest: seconds between two.
-    """
+    """Runs a search to its end, and kills workers on the way, for each of which another one starts after at most `longest`."""
     drawn = random.Random(seed)
     for _ in range(workers):
         run.start()

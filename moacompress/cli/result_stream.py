@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import os
 import sys
 from collections.abc import Iterator
 from typing import TextIO
 
-from moacompress.core.c_output import STDOUT, flush_c_output
-
-_STDERR = 2
+STDOUT, _STDERR = 1, 2
 
 
 @contextlib.contextmanager
@@ -32,7 +31,9 @@ def for_the_result() -> Iterator[TextIO]:
         ):
             yield out
     finally:
-        flush_c_output()  # or what C holds back would go to where it then leads
+        # or what C holds back would go to where it then leads
+        with contextlib.suppress(AttributeError, OSError, TypeError):
+            ctypes.CDLL(None).fflush(None)
         os.dup2(kept, STDOUT)
         os.close(kept)
 

@@ -65,13 +65,7 @@ class Estimator:
         return sum(part.count * self.one(part.kind, part.tokens, part.targets) for part in work)
 
     def one(self, kind: Kind, tokens: int, targets: int = 1) -> float:
-        """Returns the seconds of one pass.
-
-        Args:
-            kind: which.
-            tokens: that it reads.
-            targets: tokens whose logits are computed; only `passes` differ by them.
-        """
+        """Returns the seconds of one pass over so many tokens; only `passes` differ by the tokens with logits (`targets`)."""
         if kind is Kind.RERUN:
             return self.one(Kind.FORWARD, tokens)
         if kind is Kind.STEP:
@@ -139,10 +133,7 @@ def example_ids(tokens: int) -> torch.Tensor:
 def _extrapolated(timed: Mapping[int, float], tokens: int, measure: Callable[[int], float]) -> float:
     """Returns the value at some tokens: the timed one, or on the line through the two longest, which never falls.
 
-    Args:
-        timed: values by tokens.
-        tokens: where it is wanted.
-        measure: of tokens, in which the line is straight.
+    The line is straight in what `measure` makes of tokens.
     """
     if tokens in timed:
         return timed[tokens]

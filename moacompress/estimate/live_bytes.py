@@ -58,9 +58,7 @@ class LiveBytes(TorchDispatchMode):
 def extrapolated_bytes(found: Mapping[int, int], tokens: int) -> int:
     """Returns the bytes at some tokens, on the polynomial through what was found; it neither falls nor bends down.
 
-    Args:
-        found: bytes by tokens, at two lengths for a line or at three for a parabola.
-        tokens: where they are wanted.
+    There are bytes at two lengths for a line or at three for a parabola.
     """
     (n0, b0), (n1, b1), *more = sorted(found.items(), reverse=True)
     slope, bend = (b0 - b1) / (n0 - n1), 0.0

@@ -39,14 +39,7 @@ class Work:
 
 
 def answers(tokens: int, count: float, new_tokens: float, stage: str = "") -> list[Work]:
-    """Returns the work of answering prompts.
-
-    Args:
-        tokens: of a prompt.
-        count: prompts.
-        new_tokens: of an answer.
-        stage: see `Work`.
-    """
+    """Returns the work of answering so many prompts, each of `tokens`, with `new_tokens` per answer."""
     return [
         Work(Kind.FORWARD, tokens, count, 1, stage),
         Work(Kind.STEP, tokens, count * new_tokens, 1, stage),

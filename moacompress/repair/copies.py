@@ -30,7 +30,7 @@ from moacompress.rules.share import Share
 from moacompress.runtime.sharing.shared_keys import SharedKeys
 
 PENALTY = 0.1
-"""Weight of the ridge, as `RepairSetting.penalty`; on SmolLM2 0.03 and 0.1 left the same KL."""
+"""Weight of the ridge; on SmolLM2 0.03 and 0.1 left the same KL."""
 JUDGING = 4
 """Every so many samples one is not fitted to: what is left is measured on it."""
 
@@ -58,13 +58,7 @@ def repaired_copies(
 ) -> list[CopyRepair]:
     """Fits copies one by one, as many as there is memory for in one forward pass of the dense model over the samples.
 
-    Args:
-        model: dense.
-        shape: its shape.
-        copies: layers, and what each takes from its anchor; of one layer there may be several.
-        samples: calibration samples, at least two.
-        dtype: that the checkpoint will hold the weights in.
-        progress: told of every sample.
+    There are at least two samples, and may be several copies of one layer. The checkpoint will hold the weights in `dtype`.
 
     Raises:
         ModelError: attention that its output projection does not read as it is.
@@ -134,8 +128,7 @@ def _rows(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields of every copy what its output projection gets, and what its output lacks.
 
-    Yields:
-        Rows `[n, inputs]`, with a one at the end where there is a bias, and `[n, outputs]`.
+    Rows `[n, inputs]`, with a one at the end where there is a bias, and `[n, outputs]`.
     """
     own: dict[int, Tensor] = {}
 
@@ -158,13 +151,7 @@ def _rows(
 
 
 def copied(own: Attended, anchor: Attended, share: Share) -> Tensor:
-    """Returns what a copy attends to, `[n, heads * value_dim]`.
-
-    Args:
-        own: what the layer attended with, values too.
-        anchor: what its anchor did.
-        share: what it takes from it.
-    """
+    """Returns what a copy attends to, `[n, heads * value_dim]`: by its share of the anchor, with its own values."""
     assert own.value is not None
     device = own.value.device  # its anchor may lie on another one
     logits = None if anchor.sink_logit is None else anchor.sink_logit.to(device)

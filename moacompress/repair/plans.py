@@ -7,10 +7,10 @@ where both say that this lowers KL, the latter by a permutation test; otherwise 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,16 +24,13 @@ from moacompress.core.progress import SILENT, Progress
 from moacompress.core.statistics import SIGNIFICANT, p_value, standard_error
 from moacompress.models.kl import MAX_DENSE_BYTES, kl_divergence
 from moacompress.models.source import SourceModel
-from moacompress.repair.projections import RepairSetting, Weights, repaired_weights, with_weights
+from moacompress.repair.projections import Weights, repaired_weights, with_weights
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-SETTINGS = tuple(map(RepairSetting, (0.03, 0.1, 0.3)))
-"""What is tried, and no repair at all beside it. All rows count alike: on SmolLM2, with a ridge of 0.1 and 4,000 tokens, giving
-half the weight to the rows of answers left a KL of 0.0170 nats where all alike left 0.0154, a difference within the noise."""
+PENALTIES = (0.03, 0.1, 0.3)
+"""Weights of the ridge that are tried, and no repair at all beside them. All rows count alike: on SmolLM2, with 0.1 and 4,000
+tokens, giving half the weight to the rows of answers left a KL of 0.0170 nats where all alike left 0.0154, within the noise."""
 TOKENS_PER_INPUT = 32
 """Calibration tokens for every input of an output projection: enough that the fit is not to their noise."""
 VALIDATION_SAMPLES = 16
@@ -46,11 +43,11 @@ class Repaired:
 
     Attributes:
         weights: of the parameters that it changed, in the checkpoint's dtype; empty where no repair lowered the KL.
-        report: `penalty` and `answer_share` of the setting, None where nothing was changed; `harm` in nats per answer token,
-            each of `before`, `after` and `change` with its `mean` and standard `error`, on samples that had no part in the
-            choice, and the change that would have been where it was `not_enough`; changes with the `p` of a permutation test
-            too; `tokens` and `samples` that were fitted to, `validation_samples` that judged, `seconds`. Of a plan that keeps
-            everything as it is, `tokens` are 0 and nothing was judged.
+        report: the `penalty`, None where nothing was changed; `harm` in nats per answer token, each of `before`, `after` and
+            `change` with its `mean` and standard `error`, on samples that had no part in the choice, and the change that would
+            have been where it was `not_enough`; changes with the `p` of a permutation test too; `tokens` and `samples` that
+            were fitted to, `validation_samples` that judged, `seconds`. Of a plan that keeps everything as it is, `tokens` are
+            0 and nothing was judged.
     """
 
     weights: Weights
@@ -63,18 +60,13 @@ def repair(
     samples: Sequence[Sample],
     validation: Sequence[Sample],
     *,
-    settings: Sequence[RepairSetting] = SETTINGS,
+    penalties: Sequence[float] = PENALTIES,
     progress: Progress = SILENT,
 ) -> Repaired:
     """Fits the output projections of all layers to what a plan leaves of their attention, where a test says that KL is lower.
 
-    Args:
-        source: the dense model; it has its own weights again afterwards.
-        plan: for this model; the repaired weights are rounded to its dtype.
-        samples: to fit on.
-        validation: other samples, at least two: every other one chooses among the settings, the rest judge.
-        settings: what to try; no repair is tried too.
-        progress: told of the layers and of the measuring.
+    The dense model has its own weights again afterwards; the repaired ones are rounded to its dtype. Of at least two
+    validation samples every other one chooses among the penalties and no repair, and the rest judge.
 
     Raises:
         DataError: too few samples.
@@ -91,19 +83,19 @@ def repair(
     tokens = sum(len(sample.input_ids) for sample in samples)
     counts = {"tokens": tokens, "samples": len(samples)}
     if not plan.shares and all(rule.is_full for row in plan.rules for rule in row):
-        return Repaired({}, {"penalty": None, "answer_share": None, "tokens": 0, "samples": 0, "seconds": 0.0})
+        return Repaired({}, {"penalty": None, "tokens": 0, "samples": 0, "seconds": 0.0})
     kls = _RepairedKl(source.model, plan, validation)
     choosing, judging = kls.numbers[::2], kls.numbers[1::2]
     before = kls.under({})
-    found = repaired_weights(source.model, plan, samples, settings, getattr(torch, plan.model.dtype), progress)
+    found = repaired_weights(source.model, plan, samples, penalties, getattr(torch, plan.model.dtype), progress)
     progress.start("measuring repairs", len(found))
-    chosen: tuple[RepairSetting | None, Weights] = (None, {})
+    chosen: tuple[float | None, Weights] = (None, {})
     best = before[choosing].mean()
-    for setting, weights in zip(settings, found, strict=True):
+    for penalty, weights in zip(penalties, found, strict=True):
         kl = kls.under(weights, choosing)[choosing].mean()
         progress.step(f"{kl:.3g} nats, {before[choosing].mean():.3g} without")
         if kl < best:
-            chosen, best = (setting, weights), kl
+            chosen, best = (penalty, weights), kl
     after, not_enough = before, {}
     if chosen[0] is not None:
         tried = kls.under(chosen[1], judging)
@@ -113,10 +105,8 @@ def repair(
         else:
             chosen, not_enough = (None, {}), {"not_enough": change}
     progress.done()
-    kept, weights = chosen
     report = {
-        "penalty": None if kept is None else kept.penalty,
-        "answer_share": None if kept is None else kept.answer_share,
+        "penalty": chosen[0],
         "harm": {
             "before": _mean(before[judging]),
             "after": _mean(after[judging]),
@@ -127,23 +117,19 @@ def repair(
         "validation_samples": len(judging),
         "seconds": round(time.perf_counter() - begun, 1),
     }
-    return Repaired(weights, report)
+    return Repaired(chosen[1], report)
 
 
 def repair_by_profile(source: SourceModel, plan: Plan, profile: Profile, progress: Progress = SILENT) -> Repaired:
     """Repairs with the samples of a profile: `TOKENS_PER_INPUT` and `VALIDATION_SAMPLES` of them, spread over its kinds.
 
-    Args:
-        source: the dense model that was profiled.
-        plan: for this model.
-        profile: a finished profile; `report["profile"]` is its fingerprint.
-        progress: see `repair`.
+    `report["profile"]` is the profile's fingerprint.
 
     Raises:
         ModelError: the profile is of another model.
         PlanError: the plan is.
         ArtefactError: the profile's calibration samples cannot be read.
-        DataError: see `repair`.
+        DataError: too few samples.
     """
     profile.check_model(source, "repair")
     plan.check_model(source.shape, weights=True)
@@ -153,12 +139,11 @@ def repair_by_profile(source: SourceModel, plan: Plan, profile: Profile, progres
 
 
 def repair_samples(profile: Profile, shape: ModelShape) -> list[Sample]:
-    """Returns the calibration samples that output projections are fitted to: `TOKENS_PER_INPUT`, spread over all kinds."""
-    return _of_tokens(profile.calibration_samples(), TOKENS_PER_INPUT * shape.heads * shape.head_dim)
+    """Returns the calibration samples that output projections are fitted to: `TOKENS_PER_INPUT`, spread over all kinds.
 
-
-def _of_tokens(samples: Sequence[Sample], wanted: int) -> list[Sample]:
-    """Returns as few samples, from all over a list, as have the tokens that are wanted; all where there are not so many."""
+    They are as few as have so many tokens; all where there are not so many.
+    """
+    samples, wanted = profile.calibration_samples(), TOKENS_PER_INPUT * shape.heads * shape.head_dim
     for count in range(1, len(samples)):
         some = spread_over(samples, count)
         if sum(len(sample.input_ids) for sample in some) >= wanted:

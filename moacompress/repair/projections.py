@@ -2,7 +2,7 @@
 
 Under a plan a layer's attention gives O' where the dense model's gives O. The layer's output projection W becomes
 
-    W' = W + D,   D = argmin sum_i w_i |R_i - O'_i D|^2 + penalty * m * |D|^2,   R = (O W + b) - (O' W + b)
+    W' = W + D,   D = argmin sum_i |R_i - O'_i D|^2 + penalty * m * |D|^2,   R = (O W + b) - (O' W + b)
 
 over tokens i of calibration samples, with m the mean diagonal of O'^T O'. So W' minimizes `|O W - O' W'|^2` with a ridge around
 W, as least-squares reconstruction does in pruning (SparseGPT, arXiv 2301.00774, section 3). Layers are refitted in order: O'
@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.passes import read_through, replaced
 from moacompress.core.errors import ModelError
-from moacompress.core.progress import Progress
+from moacompress.core.progress import SILENT, Progress
 from moacompress.models.block_layers import dense_weight, kind_of, with_dense_weight
 from moacompress.models.least_squares import Normal
 from moacompress.models.modules import attention_modules, decoder_layers
@@ -35,19 +35,6 @@ from moacompress.runtime.sharing.shared_keys import SHARED_KEYS, AnchorKeys
 
 Weights = dict[str, Tensor]
 """Tensors by the name of the parameter that they are for."""
-
-
-@dataclass(frozen=True)
-class RepairSetting:
-    """How a projection is fitted.
-
-    Attributes:
-        penalty: weight of the ridge, as a share of the mean diagonal of `O'^T O'`.
-        answer_share: share of the rows' weight that the rows which predict an answer token have; None to count all rows alike.
-    """
-
-    penalty: float
-    answer_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,11 +67,9 @@ class OutputProjection:
         return y if self.module.bias is None else y + self.module.bias.detach()
 
     def changed(self, change: Tensor, dtype: torch.dtype) -> Weights:
-        """Returns its parameters after a change.
+        """Returns its parameters after a change, in the checkpoint's dtype.
 
-        Args:
-            change: float64 `[inputs, outputs]`, with one more row for the bias where there is one.
-            dtype: that the checkpoint holds them in.
+        The change is float64 `[inputs, outputs]`, with one more row for the bias where there is one.
         """
         weight = (self.weight.double() + change[: len(self.weight)]).to(dtype)
         found = {
@@ -113,10 +98,7 @@ class _Stop(Exception):
 
 
 def output_projections(model: PreTrainedModel) -> list[OutputProjection]:
-    """Returns the output projection of every layer's attention: the last linear layer that it calls.
-
-    Args:
-        model: dense.
+    """Returns the output projection of every layer's attention in a dense model: the last linear layer that it calls.
 
     Raises:
         ModelError: a layer that has none, or two layers that have the same.
@@ -165,54 +147,29 @@ def _copy(parameters: Mapping[str, torch.nn.Parameter], weights: Mapping[str, Te
             parameters[name].copy_(tensor)
 
 
-def row_weights(sample: Sample, answer_share: float | None) -> Tensor:
-    """Returns how much every row of a sample counts, float32 `[n]`, 1 on average.
-
-    Args:
-        sample: the sample.
-        answer_share: see `RepairSetting`.
-    """
-    predicts = np.append(sample.answer_mask[1:], False)
-    n, answers = len(predicts), int(predicts.sum())
-    if answer_share is None or answers == n:
-        return torch.ones(n)
-    return torch.from_numpy(
-        np.where(predicts, answer_share * n / answers, (1 - answer_share) * n / (n - answers)).astype(np.float32)
-    )
-
-
 def repaired_weights(
     model: PreTrainedModel,
     plan: Plan,
     samples: Sequence[Sample],
-    settings: Sequence[RepairSetting],
+    penalties: Sequence[float],
     dtype: torch.dtype,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> list[Weights]:
-    """Returns the refitted output projections of all layers, for every setting.
+    """Returns the refitted output projections of all layers, for every penalty: the weight of the ridge.
 
-    Every sample goes through every layer once dense and, for every setting, once and up to its output projection once more
-    under the plan. Between layers one hidden state of every sample is kept for each of these.
-
-    Args:
-        model: dense; it is dense again, with its own weights, afterwards.
-        plan: for this model.
-        samples: calibration samples.
-        settings: how to fit.
-        dtype: that the checkpoint will hold the weights in: layers see those before them rounded to it.
-        progress: told of every layer.
+    Every sample goes through every layer once dense and, for every penalty, once and up to its output projection once more
+    under the plan. Between layers one hidden state of every sample is kept for each of these. The model is dense again, with
+    its own weights, afterwards. The checkpoint will hold the weights in `dtype`: layers see those before them rounded to it.
     """
     from moacompress import runtime
 
-    progress = progress or Progress()
     projections = output_projections(model)
     check_one_device(model, "a repair")
     device = input_device(model)
     ids = [torch.from_numpy(np.ascontiguousarray(sample.input_ids, np.int64)) for sample in samples]
-    rows = [[row_weights(sample, setting.answer_share).to(device) for sample in samples] for setting in settings]
     dense = [PassState() for _ in samples]
-    states = [[PassState() for _ in samples] for _ in settings]
-    found: list[Weights] = [{} for _ in settings]
+    states = [[PassState() for _ in samples] for _ in penalties]
+    found: list[Weights] = [{} for _ in penalties]
     progress.start("repairing", len(projections))
     try:
         for layer, projection in enumerate(projections):
@@ -220,7 +177,7 @@ def repaired_weights(
             for number, tokens in enumerate(ids):
                 targets.append(_through(model, tokens, layer, dense[number], projection))
             runtime.attach(model, plan)
-            for index, setting in enumerate(settings):
+            for index, penalty in enumerate(penalties):
                 normal: Normal | None = None
                 for number, tokens in enumerate(ids):
                     x = _attended(model, tokens, layer, states[index][number], projection)
@@ -228,9 +185,9 @@ def repaired_weights(
                     if projection.module.bias is not None:
                         x = torch.cat([x, x.new_ones(len(x), 1)], 1)
                     normal = normal or Normal(x.shape[1], residual.shape[1], device)
-                    normal.add(x, residual, rows[index][number])
+                    normal.add(x, residual, x.new_ones(len(x)))
                 assert normal is not None
-                changed = projection.changed(normal.solve(setting.penalty), dtype)
+                changed = projection.changed(normal.solve(penalty), dtype)
                 found[index].update(changed)
                 with with_weights(model, changed):
                     for number, tokens in enumerate(ids):
@@ -244,15 +201,7 @@ def repaired_weights(
 
 
 def _through(model: PreTrainedModel, ids: Tensor, layer: int, state: PassState, projection: OutputProjection) -> Tensor:
-    """Takes a pass through one more layer; returns what its output projection gives, `[n, outputs]`.
-
-    Args:
-        model: dense or under a plan.
-        ids: int64 `[n]`.
-        layer: its number.
-        state: how far the pass is.
-        projection: the layer's.
-    """
+    """Takes a pass of `ids`, int64 `[n]`, through one more layer; returns what its output projection gives, `[n, outputs]`."""
     kept: list[Any] = []
 
     def keep(module: Any, inputs: Any, output: Any) -> None:

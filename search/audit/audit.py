@@ -43,7 +43,8 @@ from moacompress.search.audit.statistics import assess
 from moacompress.search.audit.subjects import check_counts, choose_ablations, equal_byte_choices, masking_rules
 from moacompress.search.measure.measuring import measured_kls
 from moacompress.search.predict.surrogate import Surrogate
-from moacompress.search.problem.knapsack import Knapsack, ablation, chosen_plan
+from moacompress.search.problem.knapsack import ablation, chosen_plan
+from moacompress.search.problem.plan_space import PlanSpace
 from moacompress.search.search_request import SearchRequest, offered_formats
 
 logger = logging.getLogger(__name__)
@@ -220,7 +221,7 @@ def _run(
 ) -> dict[str, Any]:
     profile = request.profile
     picks = choose_ablations(profile.shape, masking, count, seed)
-    chosen = equal_byte_choices(request.surrogate.raw(), Knapsack.of(request), plans, seed)
+    chosen = equal_byte_choices(request.surrogate.raw(), PlanSpace.of(request).knapsack, plans, seed)
     if len(chosen) < plans:
         logger.warning("only %d different plans of %d were found at %s", len(chosen), plans, request.asked[0])
     whole_plans = [chosen_plan(profile, choice) for _, choice in chosen]
@@ -279,11 +280,7 @@ def predicted_influence(profile: Profile, samples: Sequence[Sample]) -> dict[str
     """Returns what every estimator predicts on samples like these, by estimator: [layers, kv_heads, rules], monotone.
 
     Each sample counts with the influence at the profiled length nearest to its own, of its kind. What says nothing of formats
-    predicts what the span of a rule costs.
-
-    Args:
-        profile: of the dense model, with the formats that are on offer.
-        samples: those measured on.
+    predicts what the span of a rule costs. The profile offers the formats.
     """
     groups = Counter(
         (sample.kind, int(np.abs(np.array(profile.lengths) - sample.length).argmin())) for sample in samples

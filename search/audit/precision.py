@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moacompress.calibration.profile.statistics import OF_FORMATS, SIDES
+from moacompress.calibration.profile.statistics import SIDES
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.search.audit.statistics import rank_and_ratio
+from moacompress.search.audit.statistics import judged_estimator, rank_and_ratio
 from moacompress.search.problem.knapsack import Pick, ablation
 
 
@@ -49,13 +49,7 @@ class FormatPick(NamedTuple):
 
 
 def choose_format_picks(profile: Profile, count: int, seed: int) -> list[FormatPick]:
-    """Draws distinct picks: every layer, every KV head of it and every kind equally often, as far as that goes.
-
-    Args:
-        profile: with the formats on offer.
-        count: picks; all of them, if there are fewer.
-        seed: of the draw.
-    """
+    """Draws distinct picks, all if there are fewer than `count`: layers, KV heads and kinds equally often, if possible."""
     every = [
         FormatPick(layer, head, side, name)
         for layer, head in np.ndindex(profile.shape.layers, profile.shape.kv_heads)
@@ -81,22 +75,13 @@ def format_plans(profile: Profile, picks: Sequence[FormatPick]) -> list[Plan]:
 def assess_formats(
     profile: Profile, influence: Mapping[str, Floats], picks: Sequence[FormatPick], measured: Floats, seed: int
 ) -> dict[str, Any]:
-    """Compares what formats are predicted to cost with what they cost.
+    """Compares what formats are predicted to cost (`influence` by estimator) with the measured KL of every pick, nats.
 
-    Args:
-        profile: with the formats on offer.
-        influence: by estimator, `[layers, kv_heads, rules]`.
-        picks: what was measured.
-        measured: KLs, nats, `[picks]`.
-        seed: of the bootstrap.
-
-    Returns:
-        `audit_precision`: of the recipe's estimator, or of `fisher` where that says nothing of formats, `spearman, ci95`, the
-        median `ratio` of measured to predicted KL, `ratio_range` that four fifths of them are in, `n`, and the same by
-        `kinds`; `precision_points`: each pick, `layer, kv_head, side, format, predicted, measured`.
+    Returns `audit_precision`: of the recipe's estimator, or of `fisher` where that says nothing of formats, `spearman, ci95`,
+    the median `ratio` of measured to predicted KL, `ratio_range` that four fifths of them are in, `n`, and the same by `kinds`;
+    and `precision_points`: each pick, `layer, kv_head, side, format, predicted, measured`.
     """
-    wanted = profile.recipe.profile.estimator
-    estimator = wanted if wanted in OF_FORMATS else "fisher"
+    estimator = judged_estimator(profile)
     predicted = np.array([influence[estimator][pick.among(profile)] for pick in picks])
     kinds = np.array([pick.kind for pick in picks])
     by_kind = {

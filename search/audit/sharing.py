@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from moacompress.calibration.data.samples import Sample
-from moacompress.calibration.profile.statistics import OF_FORMATS
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats
 from moacompress.core.progress import Progress
@@ -21,7 +20,7 @@ from moacompress.repair.copies import repaired_copies
 from moacompress.repair.plans import repair_samples
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import Share
-from moacompress.search.audit.statistics import rank_and_ratio
+from moacompress.search.audit.statistics import judged_estimator, rank_and_ratio
 from moacompress.search.measure.measuring import measured_kls
 from moacompress.search.sharing.copy_costs import CopyCosts
 
@@ -35,37 +34,21 @@ CopyPick: TypeAlias = tuple[int, Share]
 def copy_costs(profile: Profile, samples: Sequence[Sample]) -> CopyCosts | None:
     """Returns what copies are predicted to cost on samples like these; None where the profile has none.
 
-    Each sample counts with the influence at the profiled length nearest to its own, of its kind, by the recipe's estimator,
-    or by `fisher` where that says nothing of copies.
-
-    Args:
-        profile: of the dense model.
-        samples: those measured on.
+    Each sample counts with the influence at the profiled length nearest to its own, of its kind, by the recipe's estimator, or
+    by `fisher` where that says nothing of copies.
     """
     if "copy_squares" not in profile.statistics.arrays:
         return None
     groups = Counter(
         (sample.kind, min(profile.lengths, key=lambda length: abs(length - sample.length))) for sample in samples
     )
-    found = {group: CopyCosts.at(profile, copy_estimator(profile), *group) for group in groups}
+    found = {group: CopyCosts.at(profile, judged_estimator(profile), *group) for group in groups}
     whole = np.average([costs.influence for costs in found.values()], axis=0, weights=list(groups.values()))
     return replace(next(iter(found.values())), influence=whole)
 
 
-def copy_estimator(profile: Profile) -> str:
-    """Returns the estimator that copies are predicted by."""
-    wanted: str = profile.recipe.profile.estimator
-    return wanted if wanted in OF_FORMATS else "fisher"
-
-
 def choose_copy_picks(costs: CopyCosts, count: int, seed: int) -> list[CopyPick]:
-    """Draws distinct copies, every layer equally often as far as that goes; each has its best head map.
-
-    Args:
-        costs: of all pairs.
-        count: pairs; all of them, if there are fewer.
-        seed: of the draw.
-    """
+    """Draws `count` distinct copies, or all, layers equally often if possible; each has its best head map."""
     pairs = np.argwhere(costs.may)
     left = [tuple(pairs[place].tolist()) for place in np.random.default_rng(seed).permutation(len(pairs))]
     seen: Counter[int] = Counter()
@@ -87,22 +70,14 @@ def copy_plans(profile: Profile, picks: Sequence[CopyPick]) -> list[Plan]:
 def assess_copies(
     profile: Profile, costs: CopyCosts, picks: Sequence[CopyPick], measured: Floats, seed: int
 ) -> dict[str, Any]:
-    """Compares what copies are predicted to cost with what they cost.
+    """Compares what copies are predicted to cost with the measured KL of every pick, nats.
 
-    Args:
-        profile: of the dense model.
-        costs: as predicted.
-        picks: what was measured.
-        measured: KLs, nats, `[picks]`.
-        seed: of the bootstrap.
-
-    Returns:
-        `audit_sharing`: `estimator`, and what `rank_and_ratio` says; `sharing_points`: each pick, `layer, anchor, head_map,
-        predicted, measured`.
+    Returns `audit_sharing`: `estimator`, and what `rank_and_ratio` says; and `sharing_points`: each pick, `layer, anchor,
+    head_map, predicted, measured`.
     """
     predicted = np.array([costs.cost(plan.shares) for plan in copy_plans(profile, picks)])
     return {
-        "audit_sharing": {"estimator": copy_estimator(profile), **rank_and_ratio(predicted, measured, seed)},
+        "audit_sharing": {"estimator": judged_estimator(profile), **rank_and_ratio(predicted, measured, seed)},
         "sharing_points": _points(picks, predicted, measured),
     }
 
@@ -117,20 +92,10 @@ def audit_repairs(
     seed: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Measures the first of some copies with repaired weights, and compares that with what a repair is predicted to leave.
+    """Measures the first `REPAIRED_PICKS` copies with repaired weights, beside what the repairs are predicted to leave.
 
-    Args:
-        profile: of the dense model; its calibration samples are fitted to.
-        model: dense.
-        costs: of copies that are not repaired, as predicted.
-        picks: copies; `REPAIRED_PICKS` of them are repaired.
-        samples: to measure on.
-        records: what it holds is not measured again.
-        seed: of the bootstrap.
-        progress: told of what is done.
-
-    Returns:
-        `audit_repair`, as `audit_sharing`; `repair_points`, as `sharing_points`, and `left`. Nothing where there are no picks.
+    The costs are of copies that are not repaired. Returns `audit_repair` and `repair_points`, which are like `audit_sharing`
+    and `sharing_points` but have `left` too; nothing where there are no picks.
     """
     picks = picks[:REPAIRED_PICKS]
     if not picks:
@@ -145,7 +110,7 @@ def audit_repairs(
     predicted = np.array([one.left * costs.cost(plan.shares) for plan, one in zip(plans, repairs, strict=True)])
     points = _points(picks, predicted, kls)
     return {
-        "audit_repair": {"estimator": copy_estimator(profile), **rank_and_ratio(predicted, kls, seed)},
+        "audit_repair": {"estimator": judged_estimator(profile), **rank_and_ratio(predicted, kls, seed)},
         "repair_points": [{**point, "left": one.left} for point, one in zip(points, repairs, strict=True)],
     }
 

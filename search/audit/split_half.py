@@ -11,6 +11,7 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats, Ints
 from moacompress.search.predict.surrogate import FLOOR
 from moacompress.search.problem.knapsack import Knapsack, total_cost
+from moacompress.search.problem.plan_space import PlanSpace
 from moacompress.search.search_request import SearchRequest
 
 SPLITS = 8
@@ -21,18 +22,13 @@ LADDER = sorted(base << power for base in (16, 24) for power in range(12))
 def split_half(request: SearchRequest, seed: int) -> list[dict[str, Any]]:
     """Returns how many times the other half's own plan a half's plan costs, at growing numbers of samples.
 
-    Args:
-        request: profile, budget and estimator.
-        seed: of the splits.
-
-    Returns:
-        For each number of samples, both halves together: `samples`, `ratio` (mean over splits and both directions) and `max`.
-        There is no interval: splits deal the same samples again, so their spread says nothing of other samples. Numbers at
-        which a half would lack a kind of samples are left out.
+    For each number of samples, both halves together: `samples`, `ratio` (mean over splits and both directions) and `max`. There
+    is no interval: splits deal the same samples again, so their spread says nothing of other samples. Numbers at which a half
+    would lack a kind of samples are left out.
     """
     there = len(request.profile.sample_lengths)
     rng = np.random.default_rng(seed)
-    knapsack = Knapsack.of(request)
+    knapsack = PlanSpace.of(request).knapsack
     found = []
     for count in [*(number for number in LADDER if number < there), there]:
         splits = [halves(request.profile, count, rng) for _ in range(SPLITS)]
@@ -46,13 +42,7 @@ def split_half(request: SearchRequest, seed: int) -> list[dict[str, Any]]:
 
 
 def halves(profile: Profile, count: int, rng: np.random.Generator) -> tuple[Ints, Ints]:
-    """Returns two disjoint sets of samples by index, `count` together, alike in lengths and kinds.
-
-    Args:
-        profile: for its samples.
-        count: at most as many as there are.
-        rng: draws.
-    """
+    """Draws two disjoint sets of samples by index, `count` together, alike in lengths and kinds."""
     strata = list(zip(profile.sample_kinds, profile.sample_lengths.tolist(), strict=True))
     sizes, before = Counter(strata), Counter[tuple[str, int]]()
     order = rng.permutation(len(strata)).tolist()

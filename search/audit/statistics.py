@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
+from moacompress.calibration.profile.statistics import OF_FORMATS
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats, Ints
 from moacompress.core.statistics import Resampled
 from moacompress.search.predict.surrogate import FLOOR, fit
@@ -22,14 +24,14 @@ RATIOS = (0.1, 0.9)
 """Quantiles between which most ratios of measured to predicted KL are."""
 
 
-def spearman(predicted: Floats, measured: Floats, seed: int) -> Resampled:
-    """Returns Spearman's rank correlation, ties at their mean rank.
+def judged_estimator(profile: Profile) -> str:
+    """Returns the recipe's estimator, or `fisher` where that says nothing of formats and copies."""
+    wanted: str = profile.recipe.profile.estimator
+    return wanted if wanted in OF_FORMATS else "fisher"
 
-    Args:
-        predicted: [points].
-        measured: [points].
-        seed: of the bootstrap.
-    """
+
+def spearman(predicted: Floats, measured: Floats, seed: int) -> Resampled:
+    """Returns Spearman's rank correlation over the points, ties at their mean rank; the seed is of the bootstrap."""
 
     def of(drawn: Ints) -> Floats:  # of all resamples at once: scipy's spearmanr takes one pair a call
         return _correlation(*(rankdata(values[drawn], axis=1) for values in (predicted, measured)))
@@ -38,13 +40,7 @@ def spearman(predicted: Floats, measured: Floats, seed: int) -> Resampled:
 
 
 def slope(predicted: Floats, measured: Floats, seed: int) -> Resampled:
-    """Returns the least-squares slope of log measured on log predicted KL, over the points above the noise.
-
-    Args:
-        predicted: nats, [points].
-        measured: nats, [points].
-        seed: of the bootstrap.
-    """
+    """Returns the least-squares slope of log measured on log predicted KL, over the points above the noise."""
     usable = (predicted > FLOOR) & (measured > FLOOR)
     if not usable.any():
         return Resampled(float("nan"), np.zeros(0), 0)
@@ -56,25 +52,15 @@ def regret(predicted: Floats, measured: Floats) -> float:
     """Returns how much higher the KL of the plan of lowest predicted KL is than that of the best, as a share of the best's.
 
     It has no interval: the least of some points is not resampled truly, and percentiles covered .85 of 40 plans, .77 of 10.
-
-    Args:
-        predicted: of every plan, [plans].
-        measured: nats, [plans].
     """
     # below the noise a KL says nothing
     return float(max(measured[predicted.argmin()], FLOOR) / max(measured.min(), FLOOR) - 1)
 
 
 def rank_and_ratio(predicted: Floats, measured: Floats, seed: int) -> dict[str, Any]:
-    """Returns how close predictions are that are not calibrated.
+    """Returns how close predictions are, nats, that are not calibrated.
 
-    Args:
-        predicted: nats, [points].
-        measured: nats, [points].
-        seed: of the bootstrap.
-
-    Returns:
-        `spearman, ci95`, the median `ratio` of measured to predicted KL, `ratio_range` that four fifths of them are in, `n`.
+    `spearman, ci95`, the median `ratio` of measured to predicted KL, `ratio_range` that four fifths of them are in, `n`.
     """
     rank = spearman(predicted, measured, seed)
     usable = (predicted > FLOOR) & (measured > FLOOR)
@@ -90,13 +76,7 @@ def rank_and_ratio(predicted: Floats, measured: Floats, seed: int) -> dict[str, 
 
 
 def cross_fitted(influence: Floats, measured: Floats, seed: int) -> Floats:
-    """Returns calibrated KL of every ablation, by the calibration that was fitted to the half it is not in, [ablations].
-
-    Args:
-        influence: predicted influence, nats, [ablations].
-        measured: KL, nats, [ablations].
-        seed: of the halves.
-    """
+    """Returns calibrated KL of every ablation, by the calibration that was fitted to the half it is not in, nats."""
     order = np.random.default_rng(seed).permutation(len(influence))
     halves = order[::2], order[1::2]
     found = np.zeros(len(influence))

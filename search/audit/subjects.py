@@ -23,14 +23,7 @@ REDRAWS = 10
 
 
 def masking_rules(shape: ModelShape, rules: Sequence[Rule], min_window: int, lengths: Sequence[int]) -> list[list[int]]:
-    """Returns for every layer the rules that mask anything, by number, those that keep least first.
-
-    Args:
-        shape: the model, with its native windows.
-        rules: the candidate rules.
-        min_window: smallest window, tokens.
-        lengths: tokens of the samples; what a rule keeps is the mean over them.
-    """
+    """Returns for every layer the rules that mask anything, by number, those first that keep least, mean over the lengths."""
     n = np.array(lengths, np.int64)
     found = []
     for native in shape.native_windows:
@@ -42,12 +35,6 @@ def masking_rules(shape: ModelShape, rules: Sequence[Rule], min_window: int, len
 
 def check_counts(shape: ModelShape, masking: Sequence[Sequence[int]], ablations: int, plans: int) -> None:
     """Refuses numbers of ablations or plans that there cannot be.
-
-    Args:
-        shape: the model.
-        masking: see `masking_rules`.
-        ablations: asked for.
-        plans: asked for.
 
     Raises:
         UsageError: says how many there are.
@@ -65,13 +52,8 @@ def check_counts(shape: ModelShape, masking: Sequence[Sequence[int]], ablations:
 def choose_ablations(shape: ModelShape, masking: Sequence[Sequence[int]], count: int, seed: int) -> list[Pick]:
     """Draws distinct ablations: every layer equally often, its KV heads too, and rules from the whole range.
 
-    In each round every layer gets one, each from another part of the rules ordered by what they keep.
-
-    Args:
-        shape: the model.
-        masking: see `masking_rules`.
-        count: at most as many as there are.
-        seed: of the draw.
+    In each round every layer gets one, each from another part of the rules ordered by what they keep. There are as many as
+    `count`.
     """
     rng = np.random.default_rng(seed)
     left = [[list(row) for _ in range(shape.kv_heads)] for row in masking]
@@ -91,16 +73,9 @@ def choose_ablations(shape: ModelShape, masking: Sequence[Sequence[int]], count:
 def equal_byte_choices(costs: Floats, knapsack: Knapsack, count: int, seed: int) -> list[tuple[float, Ints]]:
     """Returns different choices of rules, all filling one budget: the optimum, and optima of noisy costs.
 
-    The noise is a lognormal factor for each KV head, wider from plan to plan.
-
-    Args:
-        costs: monotone influence, [layers, kv_heads, rules].
-        knapsack: the budget.
-        count: how many at most; a small model may not have as many different ones.
-        seed: of the noise.
-
-    Returns:
-        `(width of the noise, choice)`; the optimum has width 0.
+    The noise is a lognormal factor for each KV head, wider from plan to plan; its width comes with each choice, and is 0 for
+    the optimum. A small model may have fewer than `count` different choices. The costs are monotone influence, `[layers,
+    kv_heads, rules]`.
     """
     rng = np.random.default_rng(seed)
     found: list[tuple[float, Ints]] = []

@@ -43,30 +43,12 @@ STREAMING_WINDOW = 256
 
 
 def format_pairs(formats: Sequence[str]) -> tuple[FormatPair, ...]:
-    """Returns the pairs of formats that baselines are offered: native, and those that round values no less than keys.
-
-    Args:
-        formats: names of the formats on offer beside the native one.
-    """
+    """Returns the pairs of formats that baselines are offered: native, and others that round values no less than keys."""
     coded = sorted({*formats} - {NATIVE}, key=lambda name: find_format(name).code)  # of ours, the most exact first
     return (NATIVE_PAIR, *((keys, values) for number, keys in enumerate(coded) for values in coded[number:]))
 
 
 def baseline_plans(
-    name: str,
-    shape: ModelShape,
-    n: int,
-    kv_bytes: int,
-    min_window: int,
-    profile: Profile | None = None,
-    formats: Sequence[str] = (),
-    centres: Centres = (),
-) -> list[Plan]:
-    """Returns the candidates of a baseline that take at most `kv_bytes` at `n` tokens; see `plans_within`."""
-    return plans_within(name, shape, {n: kv_bytes}, min_window, profile, formats=formats, centres=centres)
-
-
-def plans_within(
     name: str,
     shape: ModelShape,
     limits: Limits,
@@ -159,14 +141,7 @@ def _too_little(
 
 
 def uniform_plan(shape: ModelShape, n: int, kv_bytes: int, sink: int, min_window: int = 32) -> Plan:
-    """Returns the plan that gives every KV head the same sink and fixed window, the widest that fits.
-
-    Args:
-        shape: the model; native windows are respected.
-        n: length at which the bytes count, tokens.
-        kv_bytes: most KV bytes at `n`.
-        sink: first tokens that every KV head keeps.
-        min_window: smallest window, tokens.
+    """Returns the plan that gives every KV head the same sink and fixed window, the widest that fits `kv_bytes` at `n` tokens.
 
     Raises:
         InfeasibleBudgetError: not even the smallest window fits.
@@ -319,10 +294,7 @@ FAMILIES = {
 def uniform_choices(profile: Profile, limits: Limits, formats: Sequence[str] = ()) -> list[Plan]:
     """Returns plans of one rule for every KV head, by which its gate keeps as large a share of the tokens as fits.
 
-    Args:
-        profile: whose gates select; without any there is no such plan.
-        limits: all hold.
-        formats: on offer beside the native one, see `format_pairs`.
+    There is none in a profile without gates.
     """
     sink, found = min((rule.sink for rule in profile.rules if rule.selects), default=None), []
     if sink is None:
@@ -355,7 +327,7 @@ def family_plans(
 ) -> list[Plan]:
     """Returns the candidates of one of `FAMILIES`; empty where none fits, or the profile lacks what they are made from.
 
-    Arguments are those of `plans_within`.
+    The sinks and formats, beside the native one, are those on offer.
     """
     if family == UNIFORM_GATES:
         return uniform_choices(profile, limits, formats)
@@ -366,7 +338,7 @@ def family_plans(
         if name == "uniform-elastic" and len(limits) == 1:
             continue  # at one length it is a fixed window
         with suppress(InfeasibleBudgetError):
-            plans = plans_within(name, shape, limits, profile.min_window, profile, sinks, formats, profile.centres)
+            plans = baseline_plans(name, shape, limits, profile.min_window, profile, sinks, formats, profile.centres)
             found |= {plan.key(): plan for plan in plans}
     return list(found.values())
 

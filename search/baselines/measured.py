@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from moacompress.rules.limits import layer_floors, meets
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.search.baselines.families import FAMILIES, MOA, family_plans
-from moacompress.search.measure.plan_evaluator import Job, PlanEvaluator
+from moacompress.search.measure.plan_evaluator import Job, MeasuredPlan, PlanEvaluator
 from moacompress.search.predict.surrogate import Surrogate
 from moacompress.search.problem.knapsack import total_cost
 from moacompress.search.result.search_result import memory_note
@@ -33,33 +32,10 @@ CANDIDATES = 6
 """Candidates of a family, those predicted to be best first."""
 
 
-@dataclass(frozen=True)
-class MeasuredBaseline:
-    """The best candidate of a family.
-
-    Attributes:
-        plan: the plan.
-        kls: nats, in the order of the shuffled samples.
-    """
-
-    plan: Plan
-    kls: list[float]
-
-    @property
-    def kl(self) -> float:
-        """Mean KL, nats."""
-        return float(np.mean(self.kls))
-
-
-def write_baselines(out: Path, request: SearchRequest, measured_baselines: Mapping[str, MeasuredBaseline]) -> None:
-    """Writes the plan of every baseline beside the found one: `plan.baselines/duo.json` for `plan.json`.
+def write_baselines(out: Path, request: SearchRequest, measured_baselines: Mapping[str, MeasuredPlan]) -> None:
+    """Writes the plan of every family's baseline beside the found one at `out`: `plan.baselines/duo.json` for `plan.json`.
 
     What an earlier search left there goes.
-
-    Args:
-        out: place of the found plan.
-        request: what was searched for.
-        measured_baselines: by family.
     """
     profile, folder = request.profile, baselines_folder(out)
     check_baselines(out)
@@ -83,9 +59,6 @@ def write_baselines(out: Path, request: SearchRequest, measured_baselines: Mappi
 
 def check_baselines(out: Path) -> None:
     """Refuses a search whose folder of baselines is somebody else's: what an earlier search left there goes, and nothing else.
-
-    Args:
-        out: place of the found plan.
 
     Raises:
         ArtefactError: the folder holds something that no search wrote, or there is a file of that name.
@@ -118,14 +91,11 @@ def _is_baseline(path: Path) -> bool:
 
 def measure_baseline_families(
     request: SearchRequest, evaluator: PlanEvaluator, progress: Progress, *, wait: bool = True
-) -> Iterator[tuple[str, MeasuredBaseline | None]]:
+) -> Iterator[tuple[str, MeasuredPlan | None]]:
     """Yields every family with its best candidate within the request's limits, None where it has none.
 
-    Args:
-        request: what is searched for.
-        evaluator: measures.
-        progress: told of every candidate that is screened, and of every family whose best is known.
-        wait: for what other workers measure; otherwise families that are not done are left out.
+    It waits for what other workers measure, or else leaves out families that are not done. The progress is told of every
+    candidate that is screened, and of every family whose best is known.
 
     Raises:
         TimeUp: the time is up before all of them are measured.
@@ -165,7 +135,7 @@ def families_of(request: SearchRequest) -> list[str]:
 
 def _best(
     plans: Sequence[Plan], evaluator: PlanEvaluator, screen: Callable[[Job], list[float] | None]
-) -> MeasuredBaseline | str | None:
+) -> MeasuredPlan | str | None:
     """Returns the best candidate of a family, None where there is none, or the name of what another worker measures of it."""
     jobs = [evaluator.job("screening", plan, evaluator.order[:SCREENED]) for plan in plans]
     screened = list(map(screen, jobs))
@@ -177,11 +147,11 @@ def _best(
     finalists = [index for index in ranked if means[index] <= CLOSE * means[ranked[0]]]
     jobs = [evaluator.job("finalist", plans[index], evaluator.order[SCREENED:]) for index in finalists]
     rest = list(map(evaluator.attempt, jobs))
-    best: MeasuredBaseline | None = None
+    best: MeasuredPlan | None = None
     for index, job, kls in zip(finalists, jobs, rest, strict=True):
         if kls is None:
             return job.name
-        found = MeasuredBaseline(plans[index], [*(screened[index] or ()), *kls])
+        found = MeasuredPlan(plans[index], [*(screened[index] or ()), *kls])
         if best is None or found.kl < best.kl:
             best = found
     return best
@@ -205,10 +175,7 @@ def _candidates(family: str, request: SearchRequest) -> list[Plan]:
 def nearly_predicted(surrogate: Surrogate, plan: Plan, n: int) -> float:
     """Returns about what a plan is predicted to cost, in nats: each rule as the widest candidate that keeps no more tokens.
 
-    Args:
-        surrogate: of the profile's rules.
-        plan: its rules need be no candidates; their formats are.
-        n: tokens, at which what they keep is compared.
+    What rules keep is compared at `n` tokens. They need be no candidates; their formats are.
     """
     kept = np.array([rule.kept(n, plan.min_window) for rule in surrogate.rules], np.float64)
     pairs = np.array([(rule.key_format, rule.value_format) for rule in surrogate.rules])

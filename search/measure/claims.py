@@ -185,10 +185,8 @@ class Claims:
     ) -> list[Result]:
         """Returns the results of several measurements, which workers share: each is made by one of them.
 
-        Args:
-            names: of the measurements, none of which depends on another.
-            attempt: makes one, by its number, or returns what was found before; None where another worker is at it.
-            deadline: when to stop.
+        None of them depends on another. `attempt` makes one, by its number, or returns what was found before; None where
+        another worker is at it.
 
         Raises:
             TimeUp: the time is up, and others are at what is missing.
@@ -366,18 +364,11 @@ def open_claims(
     trials: int | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[Claims]:
-    """Makes this process a worker of a search as long as the block runs.
+    """Makes this process a worker of a search as long as the block runs, and yields the claims on what is measured.
 
-    Args:
-        storage: as that of `open_storage`.
-        name: of the search's study; those of its steps begin with it.
-        alone: whether the storage is of one process at a time, whose lock this one holds: whatever is claimed is a dead one's.
-        from_scratch: forget what was measured.
-        trials: how many this worker wants, for whoever asks how far the search is.
-        progress: told where this worker waits for others.
-
-    Yields:
-        The claims on what is measured.
+    The name is of the search's study; those of its steps begin with it. Where the storage is of one process at a time, whose
+    lock this one holds (`alone`), whatever is claimed is a dead one's. `from_scratch` forgets what was measured. `trials` is
+    how many this worker wants, for whoever asks how far the search is.
 
     Raises:
         RecipeError: `storage` is none.

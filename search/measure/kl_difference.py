@@ -43,13 +43,10 @@ class KlDifference:
 
     @staticmethod
     def of(kls: Sequence[float], others: Sequence[float], among: Iterable[Sequence[float]] = ()) -> KlDifference:
-        """Compares KLs in nats, in the order of the same samples.
+        """Compares KLs in nats, in the order of the same samples; the shorter list decides how many samples there are.
 
-        Args:
-            kls: of the plan.
-            others: of the other plan; the shorter list decides how many samples there are.
-            among: of the plans that this one was chosen among as the lowest; those measured on fewer samples, and itself,
-                do not count.
+        `among` are those of the plans that this one was chosen among as the lowest; those measured on fewer samples, and
+        itself, do not count.
         """
         n = min(len(kls), len(others))
         value, interval = mean(apart := np.subtract(kls[:n], others[:n]).tolist())

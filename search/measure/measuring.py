@@ -31,16 +31,8 @@ def measured_kls(
 ) -> Floats:
     """Returns the KL of every plan on every sample, float64 [plans, samples], nats per answer token.
 
-    Each sample is run whole once; a plan is run from the first layer that it changes.
-
-    Args:
-        model: dense.
-        samples: what to measure on.
-        plans: for this model.
-        path: the records; what it holds is not measured again.
-        progress: told of every KL that is measured.
-        weights_of: returns the weights that the model has under a plan in place of its own.
-        of: what these are, where there are any.
+    Each sample is run whole once; a plan is run from the first layer that it changes. What the records at `path` hold is not
+    measured again; `of` tells measurements under other weights apart there.
 
     Raises:
         ModelError: logits that are not finite.

@@ -108,13 +108,7 @@ class Objective:
             yield kl
 
     def _by_ranks(self, number: int, measured: SampleKl, name: str) -> dict[int, float]:
-        """Returns the KL of a sample; with it those of the next ones, as many as there are processes with a model each.
-
-        Args:
-            number: of the sample.
-            measured: measures one.
-            name: of the plan.
-        """
+        """Returns the KL of a sample under the named plan; with it those of the next ones, one per process with a model."""
         turn, ranks = work_shard()
         if ranks == 1:
             return {number: measured(number)}
@@ -167,11 +161,7 @@ class Objective:
 
 
 def _gathered(kls: dict[int, float], name: str) -> dict[int, float]:
-    """Returns the KLs of all processes together.
-
-    Args:
-        kls: this process's.
-        name: of the plans that they are of.
+    """Returns the KLs of all processes together; `name` is of the plans that they are of.
 
     Raises:
         ModelError: another process measured other plans.
@@ -203,13 +193,8 @@ def kls_of_sample(
 ) -> Iterator[tuple[int, float]]:
     """Yields the KL of every plan, by its number; leaves the model under the last one, with its own weights.
 
-    Args:
-        model: a transformers causal LM.
-        sample: the sample.
-        plans: by number.
-        dense: the dense model's logits at the sample's answer; None where `base` is the full plan, which has them.
-        base: plans start from the first layer in which they differ from it.
-        weights_of: as of `Objective`; those of `base` and of a plan must be the same in the layers before that.
+    The dense model's logits at the sample's answer are needed unless `base` is the full plan, which has them. Plans start from
+    the first layer in which they differ from `base`; the weights of both must be the same in the layers before that.
     """
     from moacompress import runtime
 

@@ -29,6 +29,19 @@ ABLATION_SAMPLES = 3
 
 
 @dataclass(frozen=True)
+class MeasuredPlan:
+    """A plan and its KL on every validation sample, nats, in the order of the shuffled samples."""
+
+    plan: Plan
+    kls: list[float]
+
+    @property
+    def kl(self) -> float:
+        """Mean KL, nats."""
+        return float(np.mean(self.kls))
+
+
+@dataclass(frozen=True)
 class Job:
     """KLs that one worker measures.
 
@@ -78,10 +91,7 @@ class PlanEvaluator:
     def shown(self, kind: str, plan: Plan, what: str) -> list[float]:
         """Returns the KL of every sample in their order, with a bar of its own; workers share the samples.
 
-        Args:
-            kind: what for.
-            plan: the plan.
-            what: what the progress calls it.
+        The numbers are filed under the kind and the plan.
 
         Raises:
             TimeUp: the time is up, and one of them is not measured yet.
@@ -105,13 +115,7 @@ class PlanEvaluator:
         return kls
 
     def job(self, kind: str, plan: Plan, numbers: Sequence[int]) -> Job:
-        """Returns the job of measuring a plan on numbered samples.
-
-        Args:
-            kind: what for; with the plan it is what the numbers are filed under.
-            plan: the plan.
-            numbers: of the samples.
-        """
+        """Returns the job of measuring a plan on numbered samples, filed under the kind and the plan."""
 
         def measured(known: list[float]) -> Generator[float, None, None]:
             with self.measure.under(plan) as kl:
@@ -148,11 +152,9 @@ class PlanEvaluator:
         return found
 
     def together(self, jobs: Sequence[Job], done: Callable[[int], None] | None = None) -> list[list[float]]:
-        """Returns the KLs of several jobs, which workers share: each is done by one of them.
+        """Returns the KLs of several independent jobs, which workers share: each is done by one of them.
 
-        Args:
-            jobs: none of which depends on another.
-            done: told the number of every job that is done, as it is.
+        `done` is told the number of every job that is done, as it is.
 
         Raises:
             TimeUp: the time is up, and one of them is not measured yet.
@@ -167,10 +169,7 @@ class PlanEvaluator:
         return self.claims.together([job.name for job in jobs], attempt, self.deadline)
 
     def pause(self, names: Sequence[str]) -> None:
-        """Waits a moment for what other workers measure.
-
-        Args:
-            names: of what is waited for.
+        """Waits a moment for the named measurements of other workers.
 
         Raises:
             TimeUp: the time is up.
@@ -188,14 +187,9 @@ class PlanEvaluator:
         return None if found is None else [float(value) for value in found]
 
     def near(self, kind: str, number: int, plans: Sequence[Plan], base: Plan, measure: Measure | None = None) -> Job:
-        """Returns the job of measuring plans near `base` on one sample.
+        """Returns the job of measuring plans near `base` on one sample, be it of another model than the evaluator's.
 
-        Args:
-            kind: what for.
-            number: of the sample.
-            plans: quick are those that differ from `base` in late layers only.
-            base: a plan.
-            measure: the model on other samples than the meter's own.
+        Quick are those that differ from `base` in late layers only.
         """
         name = f"{kind}:{fingerprint([base.key(), *(plan.key() for plan in plans)])}:{number}"
         model = measure or self.measure

@@ -50,12 +50,7 @@ def first_changed(plan: Plan, base: Plan) -> int:
 
 
 def record(model: torch.nn.Module, forward: Callable[[], Value]) -> tuple[Prefix, Value]:
-    """Runs a forward pass of the model and returns what its layers returned, and what the pass did.
-
-    Args:
-        model: a causal LM.
-        forward: runs the model once, without a cache.
-    """
+    """Runs `forward`, one pass of the model without a cache; returns what its layers returned, and what the pass did."""
     layers = decoder_layers(model)
     outputs: list[Any] = [None] * len(layers)
 
@@ -78,13 +73,8 @@ def record(model: torch.nn.Module, forward: Callable[[], Value]) -> tuple[Prefix
 def resumed(model: torch.nn.Module, prefix: Prefix, layer: int) -> Iterator[None]:
     """Lets the layers before `layer` return what was recorded, at once, for the block's length.
 
-    A forward pass of the same tokens, without a cache, then has the logits of a whole pass, if these layers have the rules
-    that they were recorded under.
-
-    Args:
-        model: the model that was recorded.
-        prefix: of the same tokens.
-        layer: the first layer that is computed, 0 to the number of layers.
+    A forward pass of the same tokens, without a cache, then has the logits of a whole pass, if these layers have the rules that
+    they were recorded under.
     """
 
     def given(output: Any) -> Callable[..., Any]:

@@ -42,10 +42,7 @@ AT_THE_SAME_MOMENT = ("already exists", "duplicate", "unique", "locked", "deadlo
 
 
 def open_storage(storage: str | None) -> BaseStorage:
-    """Opens a storage.
-
-    Args:
-        storage: None for memory, a journal file ending in .log or .journal, or a database URL.
+    """Opens a storage: memory (None), a journal file ending in .log or .journal, or a database URL.
 
     Raises:
         RecipeError: `storage` is none of these.

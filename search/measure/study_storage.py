@@ -157,11 +157,9 @@ class StudyStorage:
         self.claims.pause(self._names(limit), longest)
 
     def sampled(self, index: int, pending: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
-        """Returns the search parameters that the sampler chooses for a trial.
+        """Returns the search parameters that the sampler, which is seeded by the index, chooses for a trial.
 
-        Args:
-            index: of the trial, which the sampler is seeded by.
-            pending: search parameters of trials that are not finished; the sampler looks elsewhere.
+        It looks elsewhere than where trials are pending.
         """
         from optuna.samplers import GPSampler
 

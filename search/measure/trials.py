@@ -88,14 +88,10 @@ class Trials:
         return found if found and found[0].index == 0 else []
 
     def completed(self, name: str, limit: int, after: Callable[[Sequence[TrialResult]], str]) -> list[TrialResult]:
-        """Returns the finished trials, once the missing ones have run or the time is up.
+        """Returns the finished trials, once all of `limit` have run or the time is up.
 
-        None is there where the time was up before another worker had noted trial 0.
-
-        Args:
-            name: of what is done, for the progress.
-            limit: how many there are to be.
-            after: is given the finished ones after each, and returns what is said of it.
+        None is there where the time was up before another worker had noted trial 0. `after` is given the finished ones after
+        each, and returns what is said of it.
         """
         tried, progress, deadline = self.finished(), self.progress, self.evaluator.deadline
         progress.start(name, limit)
@@ -156,12 +152,7 @@ class Trials:
 
 
 def is_hopeless(kls: Sequence[float], best: Sequence[float]) -> bool:
-    """Returns whether a plan is worse than the best one beyond doubt, by Wilcoxon's test of what is measured of both.
-
-    Args:
-        kls: of the plan, nats, in the order of the shuffled samples, as far as they are measured.
-        best: of the best plan, on all samples.
-    """
+    """Returns whether a plan is worse than the best one beyond doubt, by Wilcoxon's test of the samples measured of both."""
     import optuna
     from optuna.trial import TrialState, create_trial
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from safetensors.numpy import load, save
@@ -25,7 +25,6 @@ from moacompress.core.progress import Progress
 from moacompress.models.processes import broadcast
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
-from moacompress.recipe_sections import ProfileRecipe
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule_table import RuleTable
 from moacompress.search.deadline import Deadline
@@ -34,14 +33,8 @@ from moacompress.search.problem.quadratic import Quadratic
 
 Forms: TypeAlias = Callable[[float], Quadratic]
 """The quadratic model of the change of KL around a plan, 0 for the plan itself, by `relative`."""
-
-
-class Around(Protocol):
-    """What a round needs: what changes would do around a plan."""
-
-    def __call__(self, plan: Plan, progress: Progress) -> Forms:
-        """Returns the models."""
-        ...
+Around: TypeAlias = Callable[[Plan, Progress], Forms]
+"""Returns the forms around a plan: what a round needs."""
 
 
 @dataclass(frozen=True)
@@ -65,32 +58,52 @@ class ProfileAround:
     deadline: Deadline = field(default_factory=Deadline)
 
     def __call__(self, plan: Plan, progress: Progress) -> Forms:
-        """See `Around`.
+        """Returns the forms around a plan.
 
         Raises:
             ModelError: a statistic is not finite.
             ArtefactError: the study storage cannot be used.
             TimeUp: the time is up, and a sample is not profiled yet.
         """
-        profile = self.profile
+        profile, seed = self.profile, self.recipe.seed
         formats = profile.profiled_formats if profile.formats else ()
-        gates = profile.gate_weights
-        chosen = self.recipe.profile.model_copy(
+        recorded = self.recipe.profile.model_copy(
             update={"draws": 1, "baselines": False, "heads": False, "anchors": 0, "formats": formats}
         )
         table = RuleTable.of(profile.spans, profile.min_window)
-        marks = [profile.fingerprint, plan.key(), self.recipe.seed, chosen.estimator, fingerprint_ordered(self.samples)]
-        marks += [profile.gates_fingerprint] if gates is not None else []
-        of_plan = _OfPlan(plan, table, chosen, f"around:{fingerprint([*marks, *formats])}")
-        progress.start("profiling around the plan", len(self.samples))
+        marks = [profile.fingerprint, plan.key(), seed, recorded.estimator, fingerprint_ordered(self.samples)]
+        marks += [profile.gates_fingerprint] if profile.gate_weights is not None else []
+        name = f"around:{fingerprint([*marks, *formats])}"
+        names = [f"{name}:{index}" for index in range(len(self.samples))]
+
+        def profiled(index: int) -> Statistics:
+            self.deadline.check()
+            statistics = sample_statistics(
+                self.source.model,
+                profile.shape,
+                table,
+                self.samples[index],
+                recorded,
+                plan,
+                seed,
+                index,
+                profile.gate_weights,
+                profile.centres,
+            )
+            if not statistics.finite:
+                raise ModelError(
+                    f"under the plan {statistics.not_finite()} is not finite on calibration sample {index}; try --dtype "
+                    "float32"
+                )
+            return statistics
 
         def attempt(index: int) -> Statistics | None:
-            statistics = self._sample(index, of_plan)
+            statistics = self._kept(names[index], lambda: profiled(index))
             if statistics is not None:
                 progress.step()
             return statistics
 
-        names = [of_plan.name(index) for index in range(len(self.samples))]
+        progress.start("profiling around the plan", len(self.samples))
         found = self.claims.together(names, attempt, self.deadline)
         progress.done()
         found = broadcast(found)  # processes that computed it alike, but for the last bits
@@ -105,77 +118,17 @@ class ProfileAround:
         )
         return lambda relative: Quadratic.of(around, relative)
 
-    def _sample(self, index: int, of_plan: _OfPlan) -> Statistics | None:
-        """Returns the statistics of a sample; None where another worker is at it."""
-        name = of_plan.name(index)
+    def _kept(self, name: str, profiled: Callable[[], Statistics]) -> Statistics | None:
+        """Returns the statistics under a name, made where nobody has; None where another worker is at them."""
         claim = self.claims.acquire(name)
         if claim is None:
             text = self.claims.result(name)
-            return None if text is None else _from_text(text)
+            return None if text is None else Statistics(load(base64.b64decode(text)))
         try:
-            statistics = self._profiled(index, of_plan)
-            self.claims.finish(claim, _as_text(statistics))
+            statistics = profiled()
+            self.claims.finish(claim, base64.b64encode(save(dict(statistics.arrays))).decode("ascii"))
         except ClaimLost:
             return None
         finally:
             self.claims.release(claim)
         return statistics
-
-    def _profiled(self, index: int, of_plan: _OfPlan) -> Statistics:
-        self.deadline.check()
-        profile, source, sample = self.profile, self.source, self.samples[index]
-        seed, gates = self.recipe.seed, profile.gate_weights
-        statistics = sample_statistics(
-            source.model,
-            profile.shape,
-            of_plan.table,
-            sample,
-            of_plan.chosen,
-            of_plan.plan,
-            seed,
-            index,
-            gates,
-            profile.centres,
-        )
-        if not statistics.finite:
-            raise ModelError(
-                f"under the plan {statistics.not_finite()} is not finite on calibration sample {index}; try --dtype float32"
-            )
-        return statistics
-
-
-@dataclass(frozen=True)
-class _OfPlan:
-    """What all samples that are profiled around a plan have in common.
-
-    Attributes:
-        plan: the plan.
-        table: of the rules.
-        chosen: what is recorded.
-        names: what the names of the samples' claims begin with.
-    """
-
-    plan: Plan
-    table: RuleTable
-    chosen: ProfileRecipe
-    names: str
-
-    def name(self, index: int) -> str:
-        """Returns the name of a sample's claim."""
-        return f"{self.names}:{index}"
-
-
-def _as_text(statistics: Statistics) -> str:
-    """Returns the statistics of a sample as a study storage keeps them."""
-    return base64.b64encode(save(dict(statistics.arrays))).decode("ascii")
-
-
-def _from_text(text: str) -> Statistics:
-    """Reads what `_as_text` wrote."""
-    return Statistics(load(base64.b64decode(text)))
-
-
-def spread_samples(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """Returns `count` of the samples, evenly spread over their order, which goes by length and source."""
-    picks = np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int))
-    return [samples[pick] for pick in picks.tolist()]

@@ -68,10 +68,6 @@ class SearchParameters:
         """The values that leave the surrogate as it is."""
         return dict.fromkeys(self.ranges, 0.0)
 
-    def distributions(self) -> dict[str, BaseDistribution]:
-        """Returns the search parameters in Optuna's terms."""
-        return distributions(self.ranges)
-
     @property
     def starts(self) -> list[dict[str, float]]:
         """What is tried right after the neutral values."""
@@ -96,11 +92,7 @@ class SearchParameters:
 
 
 def distributions(ranges: Mapping[str, tuple[float, float]]) -> dict[str, BaseDistribution]:
-    """Returns search parameters in Optuna's terms.
-
-    Args:
-        ranges: each search parameter's smallest and largest value.
-    """
+    """Returns search parameters, each with its smallest and largest value, in Optuna's terms."""
     from optuna.distributions import FloatDistribution
 
     return {name: FloatDistribution(low, high) for name, (low, high) in ranges.items()}

@@ -67,13 +67,9 @@ class Surrogate:
 
     @staticmethod
     def build(influence: Floats, rules: Sequence[Rule], min_window: int, max_length: int) -> Surrogate:
-        """Returns the uncalibrated surrogate of a profile.
+        """Returns the uncalibrated surrogate of a profile's influence, `[lengths, layers, kv_heads, rules]`, nats.
 
-        Args:
-            influence: [lengths, layers, kv_heads, rules], nats.
-            rules: candidate rules, `rules[0]` full.
-            min_window: smallest window, tokens.
-            max_length: longest profiled length; nesting is judged up to it.
+        `rules[0]` is the full one. Nesting of rules is judged up to the longest profiled length.
 
         Raises:
             ArtefactError: the influence holds NaN, infinity or negative numbers.
@@ -87,9 +83,7 @@ class Surrogate:
     def raw(self, length_weights: npt.ArrayLike | None = None, precision: float = 1.0) -> Floats:
         """Returns monotone influence averaged over lengths, [layers, kv_heads, rules].
 
-        Args:
-            length_weights: positive weights of the profiled lengths, [lengths]; equal by default.
-            precision: how many times what formats cost counts, beside what spans cost.
+        Lengths weigh the same by default. What formats cost counts `precision` times as much, beside what spans cost.
         """
         weights = np.ones(len(self.influence)) if length_weights is None else np.asarray(length_weights, np.float64)
         found = np.tensordot(weights / weights.sum(), self.influence, axes=1)
@@ -152,22 +146,15 @@ def nested(rules: Sequence[Rule], min_window: int, max_length: int) -> npt.NDArr
 def monotone(influence: Floats, supersets: npt.NDArray[np.bool_]) -> Floats:
     """Returns the running maximum from full down: a rule costs at least what any rule that keeps more costs.
 
-    Args:
-        influence: [..., rules].
-        supersets: see `nested`; every rule is a superset of itself.
+    Influence is `[..., rules]`; every rule is a superset of itself.
     """
     return np.stack([influence[..., row].max(axis=-1) for row in supersets], axis=-1)
 
 
 def fit(influence: npt.ArrayLike, measured: npt.ArrayLike) -> Calibration:
-    """Fits `log kl = log c + gamma * log influence` by robust least squares.
+    """Fits `log kl = log c + gamma * log influence` to ablations, nats, by robust least squares.
 
-    Args:
-        influence: predicted influence of each ablation, nats, [ablations].
-        measured: its measured KL, nats, [ablations].
-
-    Returns:
-        The identity when fewer than `MIN_POINTS` ablations are above the noise.
+    It is the identity when fewer than `MIN_POINTS` ablations are above the noise.
     """
     from scipy.optimize import least_squares
 
@@ -190,14 +177,9 @@ def fit(influence: npt.ArrayLike, measured: npt.ArrayLike) -> Calibration:
 def pick_ablations(influence: Floats, count: int, seed: int, decades: float = 5.0) -> list[tuple[int, int, int]]:
     """Chooses single-KV-head ablations that span the predicted influence and the layers.
 
-    Args:
-        influence: monotone influence, [layers, kv_heads, rules].
-        count: number of ablations.
-        seed: breaks ties.
-        decades: range below the largest influence that is worth measuring.
-
-    Returns:
-        Distinct `(layer, kv_head, rule)`, largest influence first; fewer than `count` when there are not as many.
+    The influence is monotone, `[layers, kv_heads, rules]`; `decades` below the largest it is not worth measuring. The seed
+    breaks ties. Returns distinct `(layer, kv_head, rule)`, largest influence first; fewer than `count` when there are not as
+    many.
     """
     where = np.argwhere(influence > max(FLOOR, influence.max() * 10.0**-decades))
     if not count or not len(where):

@@ -54,12 +54,8 @@ class ClassLimit:
     ) -> ClassLimit | None:
         """Returns the limit of the rows of a knapsack; None where there are no more rows than classes.
 
-        Args:
-            most: classes.
-            shape: for the sliding windows of layers.
-            rules: on offer.
-            forbidden: rules that a KV head may not have, `[layers, kv_heads, rules]`.
-            groups: of KV heads that have one rule, or None where each is a row of its own.
+        `forbidden` are rules that a KV head may not have, `[layers, kv_heads, rules]`. KV heads of a group have one rule and
+        are one row.
         """
         number: dict[object, int] = {}
         of_window = {
@@ -85,13 +81,10 @@ class ClassLimit:
         return found
 
     def may(self, choice: Ints, changes: int = 1) -> Mask:
-        """Returns which rules rows may take, so many of them at once, and the plan keep the limit: bool `[rows, rules]`.
+        """Returns which rules `changes` rows may take at once, and the plan keep the limit: bool `[rows, rules]`.
 
-        They are those of the classes that there are, and any where as many more classes may be opened.
-
-        Args:
-            choice: the present rule of every row, `[rows]`.
-            changes: rows that change together.
+        They are those of the classes that there are, and any where as many more classes may be opened. The choice is the
+        present rule of every row, `[rows]`.
         """
         there = np.unique(self.of_choice(choice))
         if len(there) + changes <= self.most:
@@ -112,10 +105,7 @@ class ClassLimit:
     def solve(self, costs: Floats, sizes: Ints, limits: Ints) -> Ints:
         """Returns the rule of every row of least total cost found, `[rows]`, of no more classes than the limit.
 
-        Args:
-            costs: at least 0, `[rows, rules]`.
-            sizes: bytes, `[lengths, rows, rules]`.
-            limits: most bytes, `[lengths]`.
+        Costs are at least 0, `[rows, rules]`, sizes bytes, `[lengths, rows, rules]`, limits the most of them, `[lengths]`.
 
         Raises:
             InfeasibleBudgetError: no choice of so few classes was found within the limits.
@@ -252,12 +242,7 @@ class _Columns:
         return best_prices(costs, sizes / np.maximum(self.limits, 1)[:, None, None])[0]
 
     def _found(self, opened: Ints, prices: Floats | None = None) -> _Found | None:
-        """Returns a good choice among some classes; None where none is found within the limits.
-
-        Args:
-            opened: the classes.
-            prices: of bytes, where good ones are known; by default the best ones.
-        """
+        """Returns a good choice among some classes, by prices if they are known; None if none is found within the limits."""
         among = self._among(opened)
         if among is None:
             return None
@@ -276,11 +261,9 @@ class _Columns:
     def _exchanged(self, reduced: Floats, opened: Ints | None) -> Ints:
         """Returns the classes, at most as many as there may be, among which rows choose at the least total.
 
-        It is the end of a local search: no exchange of one of them for another one gives less.
-
-        Args:
-            reduced: of every class, infinity where a row cannot take part, `[rows, classes]`.
-            opened: where to begin; None for none, to which the best one is added as long as there may be more.
+        It is the end of a local search: no exchange of one of them for another one gives less. It begins with `opened`, or with
+        none, to which the best one is added as long as there may be more. Reduced costs are `[rows, classes]`, infinity where a
+        row cannot take part.
         """
         reduced = _finite(reduced)
         found = [] if opened is None else opened.tolist()
@@ -304,9 +287,7 @@ class _Columns:
     def _gains(reduced: Floats, opened: Sequence[int]) -> Floats:
         """Returns what is gained where one open class is closed and another one opened, `[opened, classes]`.
 
-        Args:
-            reduced: of every class, finite, `[rows, classes]`.
-            opened: classes.
+        Reduced costs are finite, `[rows, classes]`.
         """
         of_opened = reduced[:, opened]
         order = np.argsort(of_opened, axis=1, kind="stable")

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moacompress.core.arrays import Floats, Ints
-from moacompress.rules.kv_bytes import candidate_kv_bytes
-from moacompress.rules.limits import below_floors, layer_floors, limit_array
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import LayerShares, with_shared_rules
@@ -20,7 +18,6 @@ from moacompress.search.sharing.head_groups import HeadGroups
 
 if TYPE_CHECKING:
     from moacompress.calibration.profile.store import Profile
-    from moacompress.search.search_request import SearchRequest
 
 Pick = tuple[int, int, int]
 """`(layer, kv_head, rule)`."""
@@ -42,15 +39,6 @@ class Knapsack:
     classes: ClassLimit | None = None
     forbidden: Mask | None = None
 
-    @staticmethod
-    def of(request: SearchRequest) -> Knapsack:
-        """Returns the knapsack of a request."""
-        profile, limits = request.profile, request.limits
-        sizes = candidate_kv_bytes(profile.shape, profile.rules, profile.min_window, list(limits))
-        below = below_floors(sizes, layer_floors(request.recipe.search.floors, profile.shape))
-        sizes = np.where(below, sizes[..., :1], sizes)
-        return Knapsack(sizes, limit_array(limits), forbidden=below)
-
     def choose(self, costs: Floats) -> Ints:
         """Returns the rule of every KV head of least total cost, int64 [layers, kv_heads]; costs have the rules last."""
         count, layers, kv_heads, rules = self.sizes.shape
@@ -64,24 +52,14 @@ class Knapsack:
         return choice.reshape(layers, kv_heads)
 
     def filled(self, costs: Floats, choice: Ints) -> Ints:
-        """Returns the choice with what it leaves of the limits spent: rules that take no less of any, and cost no more.
-
-        Args:
-            costs: predicted KL of every rule alone, nats, `[layers, kv_heads, rules]`.
-            choice: within the limits, `[layers, kv_heads]`.
-        """
+        """Returns the choice with what it leaves of the limits spent: rules that take no less of any, and cost no more."""
         count, layers, kv_heads, rules = self.sizes.shape
         sizes = self.sizes.reshape(count, -1, rules)
         found = fill(choice.reshape(-1), costs.reshape(-1, rules), sizes, self.limits, grow=True, may=self.may)
         return found.reshape(layers, kv_heads)
 
     def may(self, choice: Ints, changes: int = 1) -> Mask:
-        """Returns which rules the rows may take where so many change at once, bool `[rows, rules]`; see `ClassLimit.may`.
-
-        Args:
-            choice: the present rule of every row, `[rows]`.
-            changes: rows that change together.
-        """
+        """Returns which rules the rows may take where so many change at once, bool `[rows, rules]`; the choice is `[rows]`."""
         rules = self.sizes.shape[-1]
         found = np.ones((len(choice), rules), bool) if self.classes is None else self.classes.may(choice, changes)
         return found if self.forbidden is None else found & ~self.forbidden.reshape(-1, rules)

@@ -49,14 +49,7 @@ class PlanSpace:
         limits: Limits | None = None,
         classes: int | None = None,
     ) -> PlanSpace:
-        """Returns the plans of a request.
-
-        Args:
-            request: what is asked for.
-            shares: of the layers.
-            limits: by default the request's.
-            classes: most different rules; None for any number.
-        """
+        """Returns a request's plans whose layers share so, with at most so many classes, by default within its limits."""
         profile, search = request.profile, request.recipe.search
         limits = request.limits if limits is None else limits
         sizes = candidate_kv_bytes(profile.shape, profile.rules, profile.min_window, list(limits), shares)

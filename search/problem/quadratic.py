@@ -46,12 +46,10 @@ class Quadratic:
 
     @staticmethod
     def of(profile: Profile, relative: float = 0.0) -> Quadratic:
-        """Returns the form of a profile, lengths weighing the same.
+        """Returns the form of a profile, be it around a plan, lengths weighing the same.
 
-        Args:
-            profile: of the dense model, or around a plan.
-            relative: around a plan, how much less a sample weighs that the plan degrades more: at 0 what is predicted is the
-                change of the mean KL, at 1 nearly that of the mean logarithm.
+        Around a plan, `relative` is how much less a sample weighs that the plan degrades more: at 0 what is predicted is the
+        change of the mean KL, at 1 nearly that of the mean logarithm.
         """
         arrays = profile.statistics.arrays
         totals = profile.of_parts("total")  # [samples, draws, layers, kv_heads, parts]
@@ -140,14 +138,9 @@ class Quadratic:
     def refined(self, choice: Ints, costs: Floats, share: float, knapsack: Knapsack) -> Ints:
         """Returns a choice within the limits that no change of one KV head, or of two, improves.
 
-        What is lowered is `(1 - share) * costs + share * kl`.
-
-        Args:
-            choice: where to begin, within the limits, `[layers, kv_heads]`.
-            costs: predicted KL of every rule alone, or its change, in nats, `[layers, kv_heads, rules]`.
-            share: of this form in what is lowered, 0 to 1.
-            knapsack: bytes and limits. Where it limits the number of different rules, heads change among those that there are,
-                and all heads of one rule change together, in turn.
+        What is lowered is `(1 - share) * costs + share * kl`, from a choice within the limits, `[layers, kv_heads]`; costs are
+        predicted KL of every rule alone, or its change, nats, `[layers, kv_heads, rules]`. Where the knapsack limits the number
+        of different rules, heads change among those that there are, and all heads of one rule change together, in turn.
         """
         now, classes = self._refined(choice, costs, share, knapsack), knapsack.classes
         if classes is None:

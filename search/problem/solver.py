@@ -1,8 +1,8 @@
 """The budgeted choice: one rule for every KV head, least total cost, and what they take within every limit.
 
 A multiple-choice knapsack with a capacity for each limit, such as the KV bytes at a length. `solve` puts a price on each, so
-that heads choose alone, and repairs the result; a search solves with it. `milp` hands the pruned problem to HiGHS: tests and
-`benchmarks/solver.py` compare with it. Both respect the limits exactly.
+that heads choose alone, and repairs the result, which meets the limits exactly. Throughout, `costs` are `[heads, rules]`,
+`sizes` int64 `[limits, heads, rules]` and `limits` int64 `[limits]`; a choice has one rule per head, int64 `[heads]`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from moacompress.core.arrays import Floats, Ints
-from moacompress.core.c_output import without_c_output
 from moacompress.core.errors import InfeasibleBudgetError
 
 TOLERANCE = 1e-5
@@ -35,7 +34,7 @@ class Solution:
     """A feasible choice.
 
     Attributes:
-        choice: rule of every KV head, int64 [heads].
+        choice: rule of every head.
         cost: its total cost.
         gap: `(cost - bound) / cost` for the best lower bound known, None without one.
     """
@@ -51,57 +50,38 @@ def solve(costs: Floats, sizes: Ints, limits: Ints) -> Solution:
     With a few heads and a tight budget the relaxation says little: where the gap stays above `POLISH_GAP`, HiGHS gets a
     bounded number of nodes (not seconds: the same problem always has the same solution).
 
-    Args:
-        costs: cost of every rule on every head, at least 0, [heads, rules].
-        sizes: what it takes of each limit, [limits, heads, rules].
-        limits: the most of each, [limits].
+    Costs are at least 0.
 
     Raises:
         InfeasibleBudgetError: no choice is within the limits.
     """
-    costs, sizes, limits = _arrays(costs, sizes, limits)
+    costs = np.asarray(costs, np.float64)
+    sizes, limits = np.asarray(sizes, np.int64), np.asarray(limits, np.int64)
     found = relaxed(costs, sizes, limits)
     if found is not None and found.gap is not None and found.gap <= POLISH_GAP:
         return found
-    return _highs(costs, sizes, limits, found, {"node_limit": POLISH_NODES, "mip_rel_gap": POLISH_GAP / 10})
-
-
-def milp(costs: Floats, sizes: Ints, limits: Ints, *, time_limit: float = 10.0, relative_gap: float = 1e-5) -> Solution:
-    """Solves by mixed-integer programming (scipy's HiGHS) over each head's Pareto rules; never worse than `solve`.
-
-    Args:
-        costs: see `solve`.
-        sizes: see `solve`.
-        limits: see `solve`.
-        time_limit: seconds after which the incumbent is taken.
-        relative_gap: gap at which it is called optimal.
-
-    Raises:
-        InfeasibleBudgetError: as `solve`.
-    """
-    found = solve(costs, sizes, limits)
-    if found.gap is not None and found.gap <= 0:
-        return found
-    costs, sizes, limits = _arrays(costs, sizes, limits)
-    return _highs(costs, sizes, limits, found, {"time_limit": time_limit, "mip_rel_gap": relative_gap})
+    return _polished(costs, sizes, limits, found)
 
 
 def relaxed(costs: Floats, sizes: Ints, limits: Ints, prices: Floats | None = None) -> Solution | None:
     """Returns the best choice that prices lead to; None where the repair gets stuck.
 
-    It can only get stuck where no rule of some head is smallest at every length.
-
-    Args:
-        costs: `[heads, rules]`.
-        sizes: `[lengths, heads, rules]`.
-        limits: `[lengths]`.
-        prices: of bytes as shares of the limits, `[lengths]`, where good ones are known; by default the best ones.
+    It can only get stuck where no rule of some head is smallest at every length. The prices are of bytes as shares of the
+    limits, `[limits]`, where good ones are known; by default the best ones.
 
     Raises:
         InfeasibleBudgetError: no choice is within the limits.
     """
-    _check_feasible(sizes, limits)
-    cheapest = _cheapest(costs, sizes)
+    smallest = sizes.min(axis=2).sum(axis=1)
+    for number, (need, limit) in enumerate(zip(smallest, limits, strict=True)):
+        if need > limit:
+            raise InfeasibleBudgetError(
+                f"no choice of rules fits limit number {number + 1} of the budget, {limit:,}: the smallest takes {need:,}; "
+                "ask for more"
+            )
+    # each head's cheapest rule, the smallest of equals
+    ties = np.where(costs <= costs.min(axis=1, keepdims=True), sizes.sum(axis=0), np.iinfo(np.int64).max)
+    cheapest = np.asarray(np.argmin(ties, axis=1))
     if (_used(sizes, cheapest) <= limits).all():
         return Solution(cheapest, _total(costs, cheapest), 0.0)
     # a limit of nothing is only met by rules of no bytes; 1 keeps the shares finite
@@ -126,8 +106,8 @@ def relaxed(costs: Floats, sizes: Ints, limits: Ints, prices: Floats | None = No
     return Solution(np.take_along_axis(near, best[:, None], 1)[:, 0], cost, _gap(cost, bound))
 
 
-def _highs(costs: Floats, sizes: Ints, limits: Ints, start: Solution | None, options: dict[str, float]) -> Solution:
-    """Returns HiGHS's incumbent or `start`, whichever costs less."""
+def _polished(costs: Floats, sizes: Ints, limits: Ints, start: Solution | None) -> Solution:
+    """Returns what HiGHS finds over each head's Pareto rules in `POLISH_NODES`, or `start`, whichever costs less."""
     from scipy import optimize, sparse
 
     heads, rules = np.nonzero(pareto(costs, sizes))
@@ -136,17 +116,16 @@ def _highs(costs: Floats, sizes: Ints, limits: Ints, start: Solution | None, opt
     one_each = sparse.csr_array((np.ones(len(heads)), (heads, columns)), shape=(len(costs), len(heads)))
     scale = (float(costs.max()) if start is None else start.cost) or 1.0
     within = sparse.csr_array((sizes[:, heads, rules] // unit).astype(np.float64))
-    with without_c_output():  # HiGHS prints where it repairs a solution, whatever `disp` says
-        found = optimize.milp(
-            costs[heads, rules] * (1000.0 / scale),  # far above HiGHS's absolute tolerances
-            constraints=[
-                optimize.LinearConstraint(one_each, 1, 1),
-                optimize.LinearConstraint(within, -np.inf, limits // unit),
-            ],
-            integrality=np.ones(len(heads)),
-            bounds=optimize.Bounds(0, 1),
-            options=options,
-        )
+    found = optimize.milp(
+        costs[heads, rules] * (1000.0 / scale),  # far above HiGHS's absolute tolerances
+        constraints=[
+            optimize.LinearConstraint(one_each, 1, 1),
+            optimize.LinearConstraint(within, -np.inf, limits // unit),
+        ],
+        integrality=np.ones(len(heads)),
+        bounds=optimize.Bounds(0, 1),
+        options={"node_limit": POLISH_NODES, "mip_rel_gap": POLISH_GAP / 10},
+    )
     choice = None
     if found.x is not None:
         chosen = found.x > 0.5
@@ -167,14 +146,7 @@ def _highs(costs: Floats, sizes: Ints, limits: Ints, start: Solution | None, opt
 
 
 def pareto(costs: Floats, sizes: Ints) -> npt.NDArray[np.bool_]:
-    """Returns the rules of each head that no other rule of it beats on cost and on bytes at every length.
-
-    Of equal rules the first stays.
-
-    Args:
-        costs: [heads, rules].
-        sizes: [lengths, heads, rules].
-    """
+    """Returns the rules of each head that no other one beats on cost and on every size, bool; of equals the first stays."""
     keep = np.ones(costs.shape, bool)
     earlier = np.arange(costs.shape[1])
     for rule in range(costs.shape[1]):
@@ -182,26 +154,6 @@ def pareto(costs: Floats, sizes: Ints) -> npt.NDArray[np.bool_]:
         equal = (costs == costs[:, [rule]]) & (sizes == sizes[:, :, [rule]]).all(axis=0)
         keep[:, rule] = ~(other & (~equal | (earlier < rule))).any(axis=1)
     return keep
-
-
-def _arrays(costs: Floats, sizes: Ints, limits: Ints) -> tuple[Floats, Ints, Ints]:
-    return np.asarray(costs, np.float64), np.asarray(sizes, np.int64), np.asarray(limits, np.int64)
-
-
-def _check_feasible(sizes: Ints, limits: Ints) -> None:
-    smallest = sizes.min(axis=2).sum(axis=1)
-    for number, (need, limit) in enumerate(zip(smallest, limits, strict=True)):
-        if need > limit:
-            raise InfeasibleBudgetError(
-                f"no choice of rules fits limit number {number + 1} of the budget, {limit:,}: the smallest takes {need:,}; "
-                "ask for more"
-            )
-
-
-def _cheapest(costs: Floats, sizes: Ints) -> Ints:
-    """Returns each head's cheapest rule, the smallest of equals."""
-    ties = np.where(costs <= costs.min(axis=1, keepdims=True), sizes.sum(axis=0), np.iinfo(np.int64).max)
-    return np.asarray(np.argmin(ties, axis=1))
 
 
 def _total(costs: Floats, choice: Ints) -> float:
@@ -252,15 +204,9 @@ class _Dual:
 def best_prices(costs: Floats, shares: Floats) -> tuple[Floats, float]:
     """Maximises the dual.
 
-    Equal prices first, by bisection on their logarithm; then, for several lengths, Kelley's cutting planes in a box
-    around them.
-
-    Args:
-        costs: cost of every rule on every head, at least 0, [heads, rules].
-        shares: bytes as shares of the limits, [lengths, heads, rules].
-
-    Returns:
-        Prices [lengths] and the dual value there, a lower bound on the cost.
+    Equal prices first, by bisection on their logarithm; then, for several limits, Kelley's cutting planes in a box
+    around them. `shares` are sizes as shares of the limits. Returns prices `[limits]`, and the dual value there, which is
+    a lower bound on the cost.
     """
     dual = _Dual(costs, shares)
     lengths = len(shares)
@@ -302,11 +248,7 @@ def _cutting_planes(dual: _Dual, cuts: list[tuple[float, Floats]], box: float) -
 
 
 def _repair(choice: Ints, costs: Floats, sizes: Ints, limits: Ints) -> Ints | None:
-    """Returns a choice within the limits, changing heads where that costs least for the excess it removes.
-
-    Returns:
-        None where no single change helps any more.
-    """
+    """Changes heads where that costs least for the excess it removes; None where no single change helps any more."""
     choice = choice.copy()
     heads = np.arange(len(choice))
     for _ in range(MAX_MOVES):
@@ -338,14 +280,9 @@ def fill(
 ) -> Ints:
     """Returns the choice with what it leaves of the limits spent, on the head that gains most for its bytes first.
 
-    Args:
-        choice: within the limits, `[heads]`.
-        costs: `[heads, rules]`.
-        sizes: `[lengths, heads, rules]`.
-        limits: `[lengths]`.
-        grow: no head may give up bytes at any length, and one that gains nothing takes more all the same: among equal gains
-            for the bytes, the rule that takes most of them comes first.
-        may: returns which rules heads may take next, bool `[heads, rules]`, of the present choice; by default all.
+    With `grow` no head may give up bytes at any length, and one that gains nothing takes more all the same: among equal
+    gains for the bytes, the rule that takes most of them comes first. `may` returns which rules heads may take next, bool
+    `[heads, rules]`, of the present choice; by default all.
     """
     choice = choice.copy()
     heads = np.arange(len(choice))
@@ -366,14 +303,9 @@ def fill(
 
 
 def _swap(choice: Ints, costs: Floats, sizes: Ints, limits: Ints, reduced: Floats) -> Ints:
-    """Changes two heads at once, as long as that lowers the cost within the limits; the best pair first.
+    """Changes two heads at once as long as that lowers the cost, the best pair first.
 
-    Args:
-        choice: a choice within the limits.
-        costs: [heads, rules].
-        sizes: [lengths, heads, rules].
-        limits: [lengths].
-        reduced: costs with bytes at their prices, [heads, rules]; changes that lose least of it are tried.
+    `reduced` are the costs with bytes at their prices; the changes that lose least of it are tried.
     """
     choice = choice.copy()
     heads = np.arange(len(choice))

@@ -6,11 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moacompress.rules.plan import Plan
 from moacompress.rules.rule_classes import classes_of
-from moacompress.search.baselines.measured import MeasuredBaseline
 from moacompress.search.measure.kl_difference import KlDifference
-from moacompress.search.search_context import Incumbent
+from moacompress.search.measure.plan_evaluator import MeasuredPlan
 
 SMALLER = 0.99
 """Share of the found plan's bytes below which a baseline counts as smaller: of one budget all take nearly the same."""
@@ -30,28 +28,24 @@ class BesideBaseline:
     """
 
     family: str
-    baseline: MeasuredBaseline
-    found: Incumbent
+    baseline: MeasuredPlan
+    found: MeasuredPlan
     difference: KlDifference
     bytes_share: float
     allowed: bool
 
     @staticmethod
     def of(
-        found: Incumbent,
-        baselines: Mapping[str, MeasuredBaseline],
+        found: MeasuredPlan,
+        baselines: Mapping[str, MeasuredPlan],
         length: int,
         most: int | None,
         among: Iterable[Sequence[float]] = (),
     ) -> BesideBaseline | None:
-        """Compares a measured plan with the best baseline; None where no baseline was measured.
+        """Compares the best plan of a search with the best of the baselines, by family; None where none was measured.
 
-        Args:
-            found: the best plan of the search.
-            baselines: by family.
-            length: at which their bytes are compared, tokens.
-            most: classes of KV heads that a plan may have; None for any number.
-            among: KLs of the plans that the best one was chosen among.
+        Their bytes are compared at `length` tokens. A plan may have `most` classes of KV heads, or any number; `among` are
+        the KLs of the plans that the best one was chosen among.
         """
         if not baselines:
             return None
@@ -76,16 +70,6 @@ class BesideBaseline:
         """Whether the baseline's plan is saved: it is better, or no worse and smaller."""
         smaller = self.bytes_share <= SMALLER and self.baseline.kl <= self.found.kl
         return self.allowed and (self.better or smaller)
-
-    @property
-    def plan(self) -> Plan:
-        """The plan that is saved."""
-        return self.baseline.plan if self.saved else self.found.plan
-
-    @property
-    def kls(self) -> list[float]:
-        """KLs of the plan that is saved, nats, in the order of the shuffled samples."""
-        return self.baseline.kls if self.saved else self.found.kls
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what a plan's notes say of it: the `verdict` on the found plan is `better`, `alike` or `worse`."""

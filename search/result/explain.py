@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moacompress.core.errors import InfeasibleBudgetError
 from moacompress.rules.cost import format_rows, kept_bits
 from moacompress.rules.kv_bytes import candidate_kv_bytes
 from moacompress.rules.plan import Plan
+from moacompress.rules.share import LayerShares
 from moacompress.search.measure.kl_difference import KlDifference
 from moacompress.search.measure.packed_plan import unpack
 from moacompress.search.measure.trials import TrialResult, best_trial
 from moacompress.search.predict.surrogate import Surrogate
 from moacompress.search.sharing.copy_costs import CopyCosts
-from moacompress.search.sharing.notes import sharing_notes
 
 if TYPE_CHECKING:
     from moacompress.search.search_request import SearchRequest
@@ -65,26 +66,21 @@ def explain(
 ) -> dict[str, Any]:
     """Returns what a search can say about its plan, as JSON values.
 
-    Args:
-        request: what was asked for.
-        surrogate: calibrated.
-        plan: the plan that is returned.
-        tried: the finished trials.
-        importances: share of the variation between trials that goes with each search parameter.
-        stages: steps of the search.
-        kls: of the plan, nats, in the order of the shuffled samples; empty where it is not measured.
+    The plan is the one that is returned; its KLs are in nats, in the order of the shuffled samples, and empty where it is not
+    measured.
 
     Returns:
         `heads`: of every KV head its rule, the tokens that it keeps at the longest limited length, and `saves`: predicted
         KL in nats of giving it the budget's average share instead, less that of its own rule; those that save most first.
         `formats`: `bits` of keys and values, mean over the kept tokens, and for every pair of formats its KV heads and bytes;
         at the longest limited length.
-        `knobs`: the importances. `predicted`: predicted and measured KL of the trials, and their Spearman correlation.
+        `knobs`: share of the variation between trials that goes with each search parameter.
+        `predicted`: predicted and measured KL of the trials, and their Spearman correlation.
         `kinds`: predicted KL of the plan on each kind of samples that was profiled; None where a rule is no candidate.
         `sharing`: see `sharing_notes`; where it was asked for.
         `trials`: of every trial its number, its KL on the samples that it was measured on, whether it was pruned and whether
         it was the best, and its `difference` to trial 0 on these samples.
-        `refused`: see `refused`.
+        `refused`: the plan of lowest mean KL, where it is another one.
         `best_baseline`: see `BesideBaseline.to_dict`; None where none was measured.
         `classes`: see `class_quality`; where their number had a limit.
         `stages`, `harm`: mean KLs by name.
@@ -126,14 +122,7 @@ def refused(
 ) -> dict[str, Any] | None:
     """Returns the plan of lowest mean KL that was measured on all samples, where it is not the one that is returned.
 
-    Args:
-        plan: the plan that is returned.
-        kls: its KLs, nats, in the order of the shuffled samples; empty where it is not measured.
-        tried: the finished trials.
-        stages: steps of the search.
-
-    Returns:
-        `name` of the step or trial, its `harm`, and its `difference` to the returned plan.
+    It has the `name` of the step or trial, its `harm`, and its `difference` to the returned plan.
     """
     measured = [(f"trial {trial.index}", trial.kls) for trial in tried if not trial.pruned and trial.key != plan.key()]
     measured += [(stage.name, stage.kls) for stage in stages if not stage.kept and stage.name != STUDY]
@@ -206,3 +195,60 @@ def _predicted(request: SearchRequest, surrogate: Surrogate, tried: Sequence[Tri
     predicted, measured = zip(*pairs, strict=True) if pairs else ((), ())
     varied = min(len(set(predicted)), len(set(measured))) > 2
     return {"pairs": pairs, "spearman": float(spearmanr(predicted, measured).statistic) if varied else None}
+
+
+def sharing_notes(
+    request: SearchRequest, surrogate: Surrogate, plan: Plan, tried: Sequence[TrialResult]
+) -> dict[str, Any]:
+    """Returns what is known of sharing, as JSON values.
+
+    Returns:
+        `asked`; `repaired`, of each copy that was repaired its `layer`, its `anchor` and what is `left` of the change of the
+        layer's attention output, and so of its KL as it is counted here;
+        `most`, layers that a trial could let share, or None; `shared`, layers of the plan that share; `counts`: for no copy,
+        one, and every number that was tried or asked for, `layers`; `pairs` of a layer and its anchor, as chosen for this
+        number; `copies`, their predicted KL; `predicted`, that of the solver's plan with them, None where none fits; and of
+        the best trial that shared so many, `harm` and the `difference` to trial 0, None where none was measured on all samples.
+        KLs in nats.
+    """
+    choice = request.sharing
+    assert choice is not None
+    best: dict[int, TrialResult] = {}
+    for trial in tried:
+        count = sum(share is not None for share in trial.plan.get("shares", ()))
+        if count not in best or (trial.pruned, trial.kl) < (best[count].pruned, best[count].kl):
+            best[count] = trial
+    known: dict[int, LayerShares] = {0: ()}
+    for count in {1, *best} if choice.asked.auto else ():
+        known[count] = choice.shares(count)
+    if choice.fixed:
+        known[sum(share is not None for share in choice.fixed)] = choice.fixed
+    rows = []
+    for count, shares in sorted(known.items()):
+        space = request.space(shares)
+        try:
+            made = space.plan(space.knapsack.choose(space.costs(surrogate.costs())))
+        except InfeasibleBudgetError:  # only what shares more fits
+            made = None
+        found = best.get(count)
+        measured: dict[str, Any] = {"harm": None, "difference": None}
+        if found is not None and not found.pruned:
+            measured = {"harm": found.kl, "difference": KlDifference.of(found.kls, tried[0].kls).to_dict()}
+        rows.append(
+            {
+                "layers": count,
+                "pairs": [[layer, share.anchor] for layer, share in enumerate(shares) if share is not None],
+                "copies": choice.costs.cost(shares, surrogate.calibration),
+                "predicted": None if made is None else request.predicted(surrogate, made),
+                **measured,
+            }
+        )
+    return {
+        "asked": choice.asked.text,
+        "repaired": [
+            {"layer": layer, "anchor": anchor, "left": one.left} for (layer, anchor), one in choice.repairs.items()
+        ],
+        "most": request.most_shared or None,
+        "shared": sum(share is not None for share in plan.shares),
+        "counts": rows,
+    }

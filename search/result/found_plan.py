@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moacompress.calibration.profile.rounding_loss import rounding_of
-from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import explanation_file
 from moacompress.core.errors import PlanError
 from moacompress.core.files import write_json
 from moacompress.core.statistics import upper_bound
-from moacompress.recipe import shared_name
 from moacompress.rules.plan import Plan
-from moacompress.rules.worst_share import WorstShare
 from moacompress.search.baselines.families import FAMILIES
-from moacompress.search.baselines.measured import MeasuredBaseline, write_baselines
+from moacompress.search.baselines.measured import write_baselines
+from moacompress.search.measure.plan_evaluator import MeasuredPlan
 from moacompress.search.measure.trials import TrialResult, best_trial
 from moacompress.search.predict.surrogate import Surrogate
 from moacompress.search.result.beside_baselines import BesideBaseline
-from moacompress.search.result.class_notes import class_quality
 from moacompress.search.result.explain import explain
 from moacompress.search.result.search_result import (
     baseline_note,
+    budget_notes,
+    class_quality,
     memory_note,
+    provenance,
     read_explanation,
-    versions,
 )
 from moacompress.search.search_context import Incumbent, SearchContext
 from moacompress.search.search_request import SearchRequest
@@ -39,11 +38,9 @@ UNMEASURED = "surrogate"
 
 
 def write_first(request: SearchRequest, out: Path) -> None:
-    """Writes the surrogate's own plan before anything is measured, so that a search that is killed at once leaves one.
+    """Writes the surrogate's own plan before anything is measured, unless a measured one of this search is there.
 
-    Args:
-        request: what is asked for.
-        out: where the plan will be; a measured one of this search stays.
+    So a search that is killed at once leaves a plan.
     """
     if _measured_before(request, out) is None:
         first_plan(request).save(out)
@@ -53,31 +50,21 @@ def first_plan(request: SearchRequest) -> Plan:
     """Returns the surrogate's own plan before anything is measured; its notes say that of it."""
     plan = request.plan(request.surrogate, request.parameters.neutral)
     measured = {"samples": 0, **class_quality(request.recipe.search.classes, plan)}
-    return _with_notes(request, request.surrogate, plan, _unmeasured(), measured, _made([], UNMEASURED, False))
+    return _with_notes(request, request.surrogate, plan, _unmeasured({}), measured, _made([], UNMEASURED, False))
 
 
 def write_so_far(incumbent: Incumbent, context: SearchContext) -> None:
-    """Writes the best plan so far, so that a search that is killed leaves it.
-
-    Args:
-        incumbent: the plan; what an earlier run left is written again if it is better.
-        context: says where, and what was done.
-    """
+    """Writes the best plan so far, be it of an earlier run, so that a search that is killed leaves it."""
     plan, _ = _noted(_better_of_earlier(incumbent, context), context, finished=False)
     if context.out is not None:
         plan.save(context.out)
 
 
 def write_found(incumbent: Incumbent, context: SearchContext) -> tuple[Plan, dict[str, Any]]:
-    """Writes what a search ends with.
+    """Writes what a search ends with, and returns the plan with its notes, and why it is as it is.
 
-    Args:
-        incumbent: the plan that the last step returned; where the time was up before it was measured, a measured one that an
-            earlier run left stays.
-        context: says where, and what was done.
-
-    Returns:
-        The plan with its notes, which is a baseline's where that measured better; and why it is as it is.
+    It is a baseline's where that measured better. Where the time was up before the incumbent was measured, a measured plan
+    that an earlier run left stays.
     """
     if not incumbent.kls:
         earlier = None if context.out is None else _measured_before(context.request, context.out)
@@ -121,17 +108,12 @@ def _measured_before(request: SearchRequest, out: Path) -> Plan | None:
 
 def _better_of_earlier(incumbent: Incumbent, context: SearchContext) -> Incumbent:
     """Returns the better of a plan and what an earlier run improved: a run that stops sooner takes nothing back."""
-    return min(incumbent, _earlier(context) or incumbent, key=lambda one: one.kl)
-
-
-def _earlier(context: SearchContext) -> Incumbent | None:
-    """Returns what an earlier run of this search improved, if that is where the plan will be."""
     plan = None if context.out is None else _measured_before(context.request, context.out)
     kls = None if plan is None else context.evaluator.known("improved", plan)
     if plan is None or kls is None:
-        return None
-    bare = plan.with_notes(budget={}, quality={}, provenance={})
-    return Incumbent(bare, kls, plan.provenance["stage"])
+        return incumbent
+    earlier = Incumbent(plan.with_notes(budget={}, quality={}, provenance={}), kls, plan.provenance["stage"])
+    return min(incumbent, earlier, key=lambda one: one.kl)
 
 
 def _noted(incumbent: Incumbent, context: SearchContext, *, finished: bool) -> tuple[Plan, list[float]]:
@@ -139,24 +121,25 @@ def _noted(incumbent: Incumbent, context: SearchContext, *, finished: bool) -> t
 
     Where the incumbent is not measured its plan is returned: no baseline is known to be better.
     """
-    request, baselines = context.request, context.measured_baselines
-    lengths, plan, kls, most = _noted_lengths(request), incumbent.plan, incumbent.kls, request.recipe.search.classes
+    request, baselines, most = context.request, context.measured_baselines, context.request.recipe.search.classes
+    best: MeasuredPlan = incumbent
     kl, beside = _unmeasured(baselines), None
-    if kls:
+    if incumbent.kls:
         beside = BesideBaseline.of(incumbent, baselines, max(request.lengths), most, context.candidates)
-        if beside is not None:
-            plan, kls = beside.plan, beside.kls
-        kl |= {"plan": float(np.mean(kls)), "trial0": float(np.mean(context.reference))}
+        if beside is not None and beside.saved:
+            best = beside.baseline
+        kl |= {"plan": best.kl, "trial0": float(np.mean(context.tried[0].kls))}
+    lengths = {*request.profile.lengths, *request.lengths}
     measured = {
         "baselines": {family: baseline_note(other.plan, other.kl, lengths) for family, other in baselines.items()},
         "best_baseline": None if beside is None else beside.to_dict(),
-        "samples": len(kls),
-        "harm_upper95": upper_bound(kls) if kls else None,
-        **class_quality(most, plan, context.class_cost),
+        "samples": len(best.kls),
+        "harm_upper95": upper_bound(best.kls) if best.kls else None,
+        **class_quality(most, best.plan, context.class_cost),
     }
     stage = incumbent.stage if incumbent.kls else UNMEASURED
     made = _made(context.tried, stage, finished and not context.deadline.stopped)
-    return _with_notes(request, context.surrogate, plan, kl, measured, made), kls
+    return _with_notes(request, context.surrogate, best.plan, kl, measured, made), best.kls
 
 
 def _made(tried: Sequence[TrialResult], stage: str, finished: bool) -> dict[str, Any]:
@@ -172,10 +155,6 @@ def _made(tried: Sequence[TrialResult], stage: str, finished: bool) -> dict[str,
     }
 
 
-def _noted_lengths(request: SearchRequest) -> set[int]:
-    return {*request.profile.lengths, *request.lengths}
-
-
 def _with_notes(
     request: SearchRequest,
     surrogate: Surrogate,
@@ -184,62 +163,27 @@ def _with_notes(
     measured: Mapping[str, Any],
     made: Mapping[str, Any],
 ) -> Plan:
-    """Returns a plan with all notes.
-
-    Args:
-        request: what was asked for.
-        surrogate: predicts the plan's KL.
-        plan: the plan.
-        kl: measured, nats, by name.
-        measured: what else was.
-        made: how far its search has come.
-    """
-    profile, recipe = request.profile, request.recipe
-    shared = recipe.of_profile(profile.recipe).shared(profile.source)
-    shared["budget"] = list(request.asked)
+    """Returns a plan with all notes: its measured KL by name, nats, what else was measured, and how far its search has come."""
+    profile = request.profile
+    rounding = rounding_of(profile.path, profile.shape.weights_fingerprint) or {}
+    rounded = {name: number for name, number in rounding.items() if name != "weights_fingerprint"}
+    notes = provenance(request, request.key, {**made, "surrogate": asdict(surrogate.calibration)})
+    notes["recipe"]["budget"] = list(request.asked)
     noted = plan.with_notes(
-        budget={
-            "asked": list(request.asked),
-            "bytes": plan.kv_bytes_by_length(sorted(_noted_lengths(request))),
-            "worst_share": WorstShare.of(plan, profile.lengths).to_dict(),
-            **memory_note(request, plan),
-        },
+        budget={**budget_notes(request, plan, request.asked), **memory_note(request, plan)},
         quality={
-            **_rounding(profile),
+            **({"rounded_weights": rounded} if rounded else {}),
             "predicted_harm": request.predicted(surrogate, plan),
             "measured_harm": dict(kl),
             **measured,
             **({"assumed_repaired": True} if any(plan.shares) and request.recipe.search.assume_repaired else {}),
         },
-        provenance={
-            "source": shared_name(profile.source),
-            "profile": profile.fingerprint,
-            "calibration": profile.calibration_fingerprint,
-            "lengths": list(profile.lengths),
-            "seed": recipe.seed,
-            "search": request.key,
-            **made,
-            "surrogate": dict(surrogate.calibration.__dict__),
-            "versions": versions(),
-            "recipe": shared,
-        },
+        provenance=notes,
     )
     return replace(noted, seen=profile.shingles)
 
 
-def _unmeasured(measured_baselines: Mapping[str, MeasuredBaseline] | None = None) -> dict[str, float | None]:
+def _unmeasured(baselines: Mapping[str, MeasuredPlan]) -> dict[str, float | None]:
     """Returns the KL of a plan that is not measured, beside that of the baselines that are."""
-    found = measured_baselines or {}
-    return {
-        "plan": None,
-        "trial0": None,
-        **{family: found[family].kl if family in found else None for family in FAMILIES},
-    }
-
-
-def _rounding(profile: Profile) -> dict[str, Any]:
-    """Returns the note of what weights that were rounded lose by themselves; none of a model whose weights were not."""
-    found = rounding_of(profile.path, profile.shape.weights_fingerprint)
-    if found is None:
-        return {}
-    return {"rounded_weights": {name: found[name] for name in found if name != "weights_fingerprint"}}
+    of_families = {family: baselines[family].kl if family in baselines else None for family in FAMILIES}
+    return {"plan": None, "trial0": None, **of_families}

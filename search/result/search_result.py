@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -13,9 +13,12 @@ from moacompress.core.artefact_names import explanation_file
 from moacompress.core.errors import ArtefactError, PlanError
 from moacompress.core.files import read_json
 from moacompress.core.shown import Shown
+from moacompress.recipe import shared_name
 from moacompress.rules.budget import Budget, memory_budgets
 from moacompress.rules.formats import NATIVE
 from moacompress.rules.plan import Plan
+from moacompress.rules.rule_classes import classes_of
+from moacompress.rules.worst_share import WorstShare
 
 if TYPE_CHECKING:
     from moacompress.search.search_request import SearchRequest
@@ -95,16 +98,9 @@ def read_explanation(out: Path) -> dict[str, Any]:
 
 
 def found_before(out: Path, search: str, trials: int, overwrite: bool) -> Plan | None:
-    """Looks at what is at the place of the plan before anything is done.
+    """Returns the plan at the place of a search's if that search has finished, with at least as many trials; or None.
 
-    Args:
-        out: where the plan will be written.
-        search: fingerprint of the search.
-        trials: trials asked for.
-        overwrite: whatever is there does not count.
-
-    Returns:
-        The plan of the same search if it has finished, with at least as many trials; otherwise None.
+    With `overwrite` whatever is there does not count.
 
     Raises:
         ArtefactError: something else is there and `overwrite` is False; or a folder.
@@ -120,6 +116,32 @@ def found_before(out: Path, search: str, trials: int, overwrite: bool) -> Plan |
     except (PlanError, KeyError, TypeError):
         what = "is not a plan"
     raise ArtefactError(f"{out} exists already and {what}; choose another file or pass --overwrite")
+
+
+def budget_notes(request: SearchRequest, plan: Plan, asked: Sequence[str]) -> dict[str, Any]:
+    """Returns what a plan says of the budget that was asked for, and of what it takes of it."""
+    profile = request.profile
+    return {
+        "asked": list(asked),
+        "bytes": plan.kv_bytes_by_length(sorted({*profile.lengths, *request.lengths})),
+        "worst_share": WorstShare.of(plan, profile.lengths).to_dict(),
+    }
+
+
+def provenance(request: SearchRequest, search: str, made: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a plan says of the search that it comes from: its fingerprint, and how far it has come (`made`)."""
+    profile = request.profile
+    return {
+        "source": shared_name(profile.source),
+        "profile": profile.fingerprint,
+        "calibration": profile.calibration_fingerprint,
+        "lengths": list(profile.lengths),
+        "seed": request.recipe.seed,
+        "search": search,
+        **made,
+        "versions": versions(),
+        "recipe": request.recipe.of_profile(profile.recipe).shared(profile.source),
+    }
 
 
 def memory_note(request: SearchRequest, plan: Plan) -> dict[str, Any]:
@@ -139,7 +161,7 @@ def memory_note(request: SearchRequest, plan: Plan) -> dict[str, Any]:
 
 
 def baseline_note(plan: Plan, kl: float, lengths: Iterable[int]) -> dict[str, Any]:
-    """Returns what a plan says about a baseline that it was measured beside.
+    """Returns what a plan says about a baseline that it was measured beside: its KL, nats, and its bytes at some lengths.
 
     `sink` is there where all KV heads share one that do not keep everything, `formats`, of keys and values, where all share a
     pair that is not native.
@@ -160,6 +182,18 @@ def baseline_note(plan: Plan, kl: float, lengths: Iterable[int]) -> dict[str, An
         (rule,) = rules
         note |= {"alpha": rule.alpha, "beta_q": rule.beta_q}
     return note
+
+
+def class_quality(most: int | None, plan: Plan, cost: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns what a plan's notes on quality say of its classes of KV heads; nothing where their number had no limit.
+
+    `classes`: `most`, and the number that the `plan` has. Where the limit's cost was measured (`class_cost`), also `trial`,
+    and of the plans with its search parameters, `limited` and `unlimited`, their `classes`, `predicted_harm` and measured
+    `harm`, nats; and the paired `difference` of the limited plan's measured KL to the other's.
+    """
+    if most is None:
+        return {}
+    return {"classes": {"most": most, "plan": len(classes_of(plan)), **(cost or {})}}
 
 
 def versions() -> dict[str, str]:

@@ -62,11 +62,7 @@ class CopyCosts:
         return int(self.may.shape[1])
 
     def less(self, left: Floats) -> CopyCosts:
-        """Returns the costs of which a share is left.
-
-        Args:
-            left: `[layers, anchors]`.
-        """
+        """Returns the costs of which a share is left, `[layers, anchors]`."""
         return CopyCosts(self.influence * left[..., None, None], self.may)
 
     def table(self) -> Floats:
@@ -91,9 +87,7 @@ class CopyCosts:
     def cost(self, shares: LayerShares, kl: Callable[[Floats], Floats] = np.asarray) -> float:
         """Returns the predicted KL of all copies, nats.
 
-        Args:
-            shares: of the layers.
-            kl: turns influence into KL of single KV heads, as a surrogate's calibration.
+        `kl` turns influence into KL of single KV heads, as a surrogate's calibration does.
         """
         total = 0.0
         for layer, share in enumerate(shares):

@@ -44,11 +44,7 @@ class HeadGroups:
         return HeadGroups(of_head, size)
 
     def summed(self, table: Summed) -> Summed:
-        """Returns the sums over the KV heads of every group, `[..., groups, last]`.
-
-        Args:
-            table: `[..., heads, last]`, the heads of all layers in one axis.
-        """
+        """Returns sums over every group's KV heads, `[..., groups, last]`, of a table `[..., heads, last]` of all layers."""
         found = np.zeros((*table.shape[:-2], self.size, table.shape[-1]), table.dtype)
         np.add.at(np.moveaxis(found, -2, 0), self.of_head.reshape(-1), np.moveaxis(table, -2, 0))
         return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 
@@ -18,7 +19,6 @@ from moacompress.rules.asked_shares import AskedShares
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import LayerShares, Share, check_shares
-from moacompress.search.sharing.anchor_choice import Anchors, anywhere
 from moacompress.search.sharing.copy_costs import CopyCosts
 
 PROTECTED = 2
@@ -28,6 +28,10 @@ cost far more KL than the second order, which holds for small changes, predicts.
 REPAIRED = 2
 """Copies of each layer that are repaired before the choice, where that is asked for: those predicted to be cheapest."""
 
+Anchors: TypeAlias = Mapping[int, int]
+"""The anchor of every layer that copies, by layer."""
+GAP = 1e-9
+"""Relative gap at which the mixed-integer programme of anchors is called solved."""
 HOPE = 3.0
 """How many times the KL that they avoid copies may be predicted to cost, for trials to measure whether that is so."""
 
@@ -118,10 +122,8 @@ class ShareChoice:
     def most(self, saved: Callable[[LayerShares], float]) -> int:
         """Returns how many layers a trial may let share, at least 1.
 
-        There are more as long as all copies cost no more than `HOPE` times their gain.
-
-        Args:
-            saved: returns the KL that the bytes of the keys that some shares save are predicted to avoid, nats.
+        There are more as long as all copies cost no more than `HOPE` times their gain. `saved` returns the KL that the bytes of
+        the keys that some shares save are predicted to avoid, nats.
         """
         most = 1
         while most < self.shape.layers // 2:
@@ -133,7 +135,7 @@ class ShareChoice:
 
     def _anchors(self, count: int) -> tuple[float, Anchors] | None:
         if count not in self._known:
-            self._known[count] = anywhere(self._table, count)
+            self._known[count] = cheapest_anchors(self._table, count)
         return self._known[count]
 
     @cached_property
@@ -161,3 +163,39 @@ class ShareChoice:
         return tuple(
             self.costs.share(layer, anchors[layer]) if layer in anchors else None for layer in range(self.shape.layers)
         )
+
+
+def cheapest_anchors(costs: Floats, count: int) -> tuple[float, Anchors] | None:
+    """Returns the least cost of so many copying layers, and their anchors, none of which copies itself; None if impossible.
+
+    `costs[layer, k]` is the cost of a layer with the anchor `layer - 1 - k`, infinity where it may not be.
+    """
+    from scipy import optimize, sparse
+
+    layer, index = np.nonzero(np.isfinite(costs))
+    if count == 0:
+        return 0.0, {}
+    if not len(layer):
+        return None
+    of_pairs = costs[layer, index]
+    anchor, pairs = layer - 1 - index, np.arange(len(layer))
+    copies = sparse.csr_array((np.ones(len(pairs)), (layer, pairs)), shape=(len(costs), len(pairs)))
+    # one row a pair: it is there, or its anchor copies, or neither
+    chains = sparse.csr_array(copies[anchor] + sparse.identity(len(pairs), format="csr"))
+    scale = float(of_pairs.max()) or 1.0
+    found = optimize.milp(
+        of_pairs / scale,
+        constraints=[
+            optimize.LinearConstraint(copies, -np.inf, 1),
+            optimize.LinearConstraint(chains, -np.inf, 1),
+            optimize.LinearConstraint(np.ones((1, len(pairs))), count, count),
+        ],
+        integrality=np.ones(len(pairs)),
+        bounds=optimize.Bounds(0, 1),
+        options={"mip_rel_gap": GAP},
+    )
+    if found.x is None:
+        return None
+    chosen = found.x > 0.5
+    total = float(of_pairs[chosen].sum())
+    return total, dict(sorted(zip(layer[chosen].tolist(), anchor[chosen].tolist(), strict=True)))

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moacompress.rules.plan import Plan
+from moacompress.rules.rule_classes import classes_of
+from moacompress.search.measure.kl_difference import KlDifference
 from moacompress.search.measure.packed_plan import unpack
 from moacompress.search.measure.trials import best_trial
-from moacompress.search.result.class_notes import ClassCost, Compared
 from moacompress.search.search_context import Incumbent, SearchContext
 
 
 def measure_class_cost(incumbent: Incumbent, context: SearchContext) -> Incumbent:
-    """Measures the plan without the limit, where there is one, on all validation samples; the incumbent stays.
+    """Measures the plan without the limit, where there is one, and fills the context's `class_cost`; the incumbent stays.
 
     Like the other plans that are only compared with, it is left out where the recipe asks for no alternatives.
-
-    Args:
-        incumbent: is returned as it is.
-        context: its `class_cost` is filled.
 
     Raises:
         TimeUp: the time was up before all samples were measured.
@@ -26,17 +29,18 @@ def measure_class_cost(incumbent: Incumbent, context: SearchContext) -> Incumben
         return incumbent
     best = best_trial(context.tried)
     limited = unpack(best.plan, request.profile)
-    plan = request.of_any_classes().plan(surrogate, best.parameters)
-    same = plan.key() == limited.key()
-    context.class_cost = ClassCost(
-        best.index,
-        Compared.of(limited, request.predicted(surrogate, limited), best.kls),
-        Compared.of(
-            plan,
-            request.predicted(surrogate, plan),
-            best.kls
-            if same
-            else context.evaluator.shown("unlimited", plan, "measuring the plan without a class limit"),
-        ),
-    )
+    unlimited, kls = request.of_any_classes().plan(surrogate, best.parameters), best.kls
+    if unlimited.key() != limited.key():
+        kls = context.evaluator.shown("unlimited", unlimited, "measuring the plan without a class limit")
+
+    def noted(plan: Plan, kls: Sequence[float]) -> dict[str, Any]:
+        predicted = request.predicted(surrogate, plan)
+        return {"classes": len(classes_of(plan)), "predicted_harm": predicted, "harm": float(np.mean(kls))}
+
+    context.class_cost = {
+        "trial": best.index,
+        "limited": noted(limited, best.kls),
+        "unlimited": noted(unlimited, kls),
+        "difference": KlDifference.of(best.kls, kls).to_dict(),
+    }
     return incumbent

@@ -10,14 +10,10 @@ REST_CAUTION = 1.0
 
 
 def spend_leftover(incumbent: Incumbent, context: SearchContext) -> Incumbent:
-    """Spends what is left of the budget: what interactions and moves gave back, and what another length left over.
+    """Spends what interactions and moves gave back, and what another length left over, where the surrogate says.
 
     No KV head then takes fewer bytes at any length of the budget, and some take more. What the validation samples do not ask
     for may need it, so it stays unless they say that it is worse, by more than the standard error of the paired difference.
-
-    Args:
-        incumbent: measured.
-        context: its surrogate says where the rest goes.
     """
     space = context.request.space(incumbent.plan.shares)
     filled = space.knapsack.filled(space.costs(context.surrogate.costs()), space.choice(incumbent.plan))

@@ -23,12 +23,7 @@ CAUTIONS = (1.0, 0.0)
 
 
 def make_moves(incumbent: Incumbent, context: SearchContext) -> Incumbent:
-    """Measures single KV heads near the threshold and makes the moves that pay together.
-
-    Args:
-        incumbent: measured.
-        context: its `trainer` measures the moves, its `evaluator` the plan that comes of them.
-    """
+    """Measures single KV heads near the threshold and makes the moves that pay together."""
     count, trainer = context.request.recipe.search.moves, context.trainer
     if not count or trainer is None or context.deadline.over():
         return incumbent
@@ -77,13 +72,10 @@ class Move:
 
 
 def marginal_moves(knapsack: Knapsack, costs: Floats, choice: Ints, count: int) -> list[Move]:
-    """Returns the moves that are predicted to matter least: as many that take bytes as that give some back.
+    """Returns the moves that are predicted to matter least: `count` that take bytes, and as many that give some back.
 
-    Args:
-        knapsack: what rules take, and its limits.
-        costs: predicted KL of every rule, or its change, `[layers, kv_heads, rules]`; only differences count.
-        choice: the present rule of every KV head, `[layers, kv_heads]`.
-        count: moves of each kind, of different KV heads.
+    Those of each kind are of different KV heads. The costs are predicted KL of every rule, or its change, `[layers, kv_heads,
+    rules]`; only differences count. The choice is the present one, `[layers, kv_heads]`.
     """
     rules = costs.shape[-1]
     flat = (costs - costs.min(axis=-1, keepdims=True)).reshape(-1, rules)
@@ -106,15 +98,10 @@ def marginal_moves(knapsack: Knapsack, costs: Floats, choice: Ints, count: int) 
 
 
 def combined(knapsack: Knapsack, choice: Ints, moves: Sequence[Move], ratios: Floats, caution: float = 1.0) -> Ints:
-    """Returns the choice with the best of the moves made, together within the limits.
+    """Returns the choice, `[layers, kv_heads]`, with the best of the moves made, together within the limits.
 
-    Args:
-        knapsack: what rules take, and its limits.
-        choice: the present rule of every KV head, `[layers, kv_heads]`.
-        moves: what was measured.
-        ratios: measured log-ratio of the KL after a move to that before, `[moves, samples]`.
-        caution: a move counts by its mean plus so many standard errors: what looks best of many noisy numbers is usually less
-            good.
+    The ratios are the measured log-ratio of the KL after a move to that before, `[moves, samples]`. A move counts by its
+    mean plus `caution` standard errors: what looks best of many noisy numbers is usually less good.
     """
     error = ratios.std(axis=1, ddof=1) / np.sqrt(ratios.shape[1]) if ratios.shape[1] > 1 else 0.0
     worth = ratios.mean(axis=1) + caution * error

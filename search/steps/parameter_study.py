@@ -16,9 +16,7 @@ from moacompress.search.search_request import ParameterValues
 def tune_parameters(incumbent: Incumbent, context: SearchContext) -> Incumbent:
     """Runs the trials that are missing, and returns the plan of the best one; a best trial's plan is written at once.
 
-    Args:
-        incumbent: the surrogate's own plan, which trial 0 measures.
-        context: its `tried` are filled with the trials.
+    Trial 0 measures the incumbent, the surrogate's own plan. The context's `tried` are filled with the trials.
 
     Raises:
         TimeUp: the time was up before trial 0 was measured.
@@ -27,7 +25,7 @@ def tune_parameters(incumbent: Incumbent, context: SearchContext) -> Incumbent:
     neutral = request.parameters.neutral
 
     def plan_of(parameters: ParameterValues) -> Plan:
-        return incumbent.plan if parameters == neutral else context.plan_of(parameters)
+        return incumbent.plan if parameters == neutral else request.plan(context.surrogate, parameters)
 
     def after(tried: Sequence[TrialResult]) -> str:
         context.tried = list(tried)
@@ -35,7 +33,11 @@ def tune_parameters(incumbent: Incumbent, context: SearchContext) -> Incumbent:
         best = Incumbent.of(trial, request.profile)
         if trial.index == len(tried) - 1:
             write_so_far(best, context)
-        return _note(best, context)
+        note = f"best {best.kl:.3g} nats ({best.stage})"
+        if not context.measured_baselines:
+            return note
+        family, other = min(context.measured_baselines.items(), key=lambda item: item[1].kl)
+        return f"{note}, {family} {other.kl:.3g}"
 
     kls = evaluator.shown("trial0", incumbent.plan, "measuring trial 0")
     trials = Trials(evaluator.study_storage, evaluator, plan_of, incumbent.plan, kls, context.progress)
@@ -47,12 +49,3 @@ def tune_parameters(incumbent: Incumbent, context: SearchContext) -> Incumbent:
     shown = Incumbent.of(best if best.index else least_trial(tried), request.profile)
     context.add_stage(STUDY, shown, best.index > 0, first.kls, tried)
     return Incumbent.of(best, request.profile)
-
-
-def _note(best: Incumbent, context: SearchContext) -> str:
-    """Returns the best KL so far, beside that of the best baseline."""
-    note = f"best {best.kl:.3g} nats ({best.stage})"
-    if not context.measured_baselines:
-        return note
-    family, other = min(context.measured_baselines.items(), key=lambda item: item[1].kl)
-    return f"{note}, {family} {other.kl:.3g}"

@@ -50,14 +50,7 @@ def make_rounds(incumbent: Incumbent, context: SearchContext) -> Incumbent:
     """Profiles around the best plan and moves bytes, as long as that helps; a plan that is better is written at once.
 
     Plans whose layers share attention are not profiled around: the best trial without sharing is improved instead, where there
-    is one, and the better of the two is kept.
-
-    Args:
-        incumbent: measured.
-        context: its `around` profiles.
-
-    Returns:
-        The best plan, with the form of what was profiled last.
+    is one, and the better of the two is kept. The result has the form of what was profiled last.
     """
     if not incumbent.plan.shares:
         return _rounds(incumbent, context, incumbent)
@@ -121,7 +114,8 @@ def _round(number: int, incumbent: Incumbent, forms: Forms, context: SearchConte
     won = best_trial(tried, ROUND_CAUTION)
     others = [trial for trial in tried[1:] if not trial.pruned]
     shown = least_trial(others) if others and not won.index else won
-    found = context.compared(incumbent, Incumbent.of(shown, profile).plan, shown.kls, f"round {number}")
+    plan = Incumbent.of(shown, profile).plan
+    found = replace(incumbent, plan=plan, kls=shown.kls, stage=f"round {number}")
     name = f"round {number}, {shown.parameters['moved']:.1%} moved"
     context.add_stage(name, found, won.index > 0, incumbent.kls, tried)
     if not won.index:
@@ -131,17 +125,10 @@ def _round(number: int, incumbent: Incumbent, forms: Forms, context: SearchConte
 
 
 def moved(knapsack: Knapsack, form: Quadratic, parameters: Mapping[str, float], choice: Ints) -> Ints:
-    """Returns the choice of lowest predicted KL within reach of the present one.
+    """Returns the choice of lowest predicted KL within reach of the present one, both int64 `[layers, kv_heads]`.
 
-    Args:
-        knapsack: what rules take, and its limits.
-        form: predicts KL, or its change.
-        parameters: `moved` is the share of the last limit, of bytes that of the longest length, that may change hands;
-            `coherence` the weight of the form beside the sum of what it says of single KV heads.
-        choice: the present rule of every KV head, `[layers, kv_heads]`.
-
-    Returns:
-        int64 `[layers, kv_heads]`.
+    Of the search parameters `moved` is the share of the last limit, of bytes that of the longest length, that may change
+    hands; `coherence` the weight of the form beside the sum of what it says of single KV heads.
     """
     if not parameters["moved"]:
         return choice

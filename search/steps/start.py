@@ -7,11 +7,7 @@ from moacompress.search.search_context import Incumbent, SearchContext
 
 
 def calibrate(incumbent: Incumbent, context: SearchContext) -> Incumbent:
-    """Calibrates the surrogate and returns its plan, which is not measured yet.
-
-    Args:
-        incumbent: of the surrogate as it was.
-        context: its `surrogate` becomes the calibrated one.
+    """Calibrates the context's surrogate and returns its plan, which is not measured yet.
 
     Raises:
         TimeUp: the time was up before all ablations were measured.
@@ -21,13 +17,9 @@ def calibrate(incumbent: Incumbent, context: SearchContext) -> Incumbent:
 
 
 def measure_baselines(incumbent: Incumbent, context: SearchContext) -> Incumbent:
-    """Measures the best plan of every family of baselines, where the recipe asks for them.
+    """Measures the best plan of every family of baselines, where the recipe asks for them; the incumbent stays.
 
     What other workers are measuring is not waited for yet: the trials need none of it.
-
-    Args:
-        incumbent: is returned as it is.
-        context: its `measured_baselines` are filled, one family after the other.
 
     Raises:
         TimeUp: the time was up before all of them were measured.
@@ -36,11 +28,7 @@ def measure_baselines(incumbent: Incumbent, context: SearchContext) -> Incumbent
 
 
 def complete_baselines(incumbent: Incumbent, context: SearchContext) -> Incumbent:
-    """Waits for the baselines that other workers were measuring; see `measure_baselines`.
-
-    Args:
-        incumbent: is returned as it is.
-        context: its `measured_baselines` are complete afterwards.
+    """Waits for the baselines that other workers were measuring; the incumbent stays.
 
     Raises:
         TimeUp: the time was up before all of them were measured.

@@ -14,7 +14,7 @@ from moacompress.calibration.profile.passes import all_attended
 from moacompress.models import least_squares
 from moacompress.models.source import model_shape
 from moacompress.repair.copies import JUDGING, PENALTY, copied, repaired_copies
-from moacompress.repair.projections import RepairSetting, output_projections, repaired_weights
+from moacompress.repair.projections import output_projections, repaired_weights
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -76,7 +76,7 @@ def test_it_is_the_repair_of_a_plan_in_which_one_layer_copies(family: str, tiny_
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     fitted = [sample for number, sample in enumerate(samples) if (number + 1) % JUDGING]
     plan = with_copy(shape, layer, share)
-    whole = repaired_weights(model, plan, fitted, [RepairSetting(PENALTY)], torch.float32)[0]
+    whole = repaired_weights(model, plan, fitted, [PENALTY], torch.float32)[0]
     assert 0 < found.left < 1
     assert found.weights
     for name, tensor in found.weights.items():

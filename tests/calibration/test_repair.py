@@ -18,10 +18,8 @@ from moacompress.models.least_squares import Normal
 from moacompress.models.source import model_shape
 from moacompress.repair.projections import (
     OutputProjection,
-    RepairSetting,
     output_projections,
     repaired_weights,
-    row_weights,
     with_weights,
 )
 from moacompress.rules.plan import Plan
@@ -65,15 +63,6 @@ def test_the_solution_is_that_of_stacked_equations() -> None:
     assert not Normal(12, 5, torch.device("cpu")).solve(0.3).any()
 
 
-@pytest.mark.parametrize("share", [None, 0.5])
-def test_rows_count_one_on_average(share: float | None) -> None:
-    sample = made(0)[0]
-    weights = row_weights(sample, share)
-    assert weights.mean() == pytest.approx(1, abs=1e-6)
-    answers = weights[139:149].sum() / weights.sum()  # rows that predict tokens 140 to 149
-    assert float(answers) == pytest.approx(10 / 150 if share is None else share)
-
-
 def test_every_layer_is_fitted_after_those_before_it(family: str, tiny_model: Models, random_plan: Any) -> None:
     model = tiny_model(family)
     check_layers(model, random_plan(model_shape(model), 5, formats=True))
@@ -93,8 +82,8 @@ def test_layers_that_share_attention(tiny_model: Models, random_plan: Any) -> No
 def check_layers(model: PreTrainedModel, plan: Plan) -> None:
     """Layer by layer, whole forwards and plain least squares give the same, and the residual falls."""
     own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    samples, setting = made(1), RepairSetting(0.01)
-    (found,) = repaired_weights(model, plan, samples, [setting], torch.float32)
+    samples, penalty = made(1), 0.01
+    (found,) = repaired_weights(model, plan, samples, [penalty], torch.float32)
     assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
     projections = output_projections(model)
     expected: dict[str, torch.Tensor] = {}
@@ -108,7 +97,7 @@ def check_layers(model: PreTrainedModel, plan: Plan) -> None:
             detach(model)
         if bias is not None:
             x = torch.cat([x, torch.ones(len(x), 1)], 1)
-        ridge = (setting.penalty * (x**2).sum(0).mean()).sqrt()
+        ridge = (penalty * (x**2).sum(0).mean()).sqrt()
         a = torch.cat([x, ridge * torch.eye(x.shape[1])])
         b = torch.cat([target - given, torch.zeros(x.shape[1], target.shape[1])])
         change = torch.linalg.lstsq(a, b).solution
@@ -126,18 +115,18 @@ def check_layers(model: PreTrainedModel, plan: Plan) -> None:
 
 def test_a_plan_of_full_rules_changes_nothing(family: str, tiny_model: Models) -> None:
     model = tiny_model(family)
-    (found,) = repaired_weights(model, Plan.full(model_shape(model)), made(2), [RepairSetting(0.01)], torch.float32)
+    (found,) = repaired_weights(model, Plan.full(model_shape(model)), made(2), [0.01], torch.float32)
     for name, tensor in found.items():
         assert torch.allclose(tensor, model.state_dict()[name], atol=1e-5), name
 
 
-def test_settings_do_not_touch_each_other(tiny_model: Models, random_plan: Any) -> None:
+def test_penalties_do_not_touch_each_other(tiny_model: Models, random_plan: Any) -> None:
     model = tiny_model("gpt_neox")
     plan, samples = random_plan(model_shape(model), 5), made(3)
-    settings = [RepairSetting(0.01), RepairSetting(1.0, 0.5)]
-    together = repaired_weights(model, plan, samples, settings, torch.bfloat16)
-    for setting, weights in zip(settings, together, strict=True):
-        (alone,) = repaired_weights(model, plan, samples, [setting], torch.bfloat16)
+    penalties = [0.01, 1.0]
+    together = repaired_weights(model, plan, samples, penalties, torch.bfloat16)
+    for penalty, weights in zip(penalties, together, strict=True):
+        (alone,) = repaired_weights(model, plan, samples, [penalty], torch.bfloat16)
         assert all(torch.equal(weights[name], alone[name]) for name in alone)
         assert {tensor.dtype for tensor in alone.values()} == {torch.bfloat16}
         assert any(name.endswith("dense.bias") for name in alone)

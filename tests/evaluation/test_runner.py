@@ -154,7 +154,7 @@ def test_every_baseline_has_the_sink_that_the_search_found(
     checkpoint = load_checkpoint(compressed / "model", "auto", "cpu")
     plan = checkpoint.plan.with_notes(quality={"baselines": {family: {"sink": 16}}})
     made = [Plan.uniform(plan.model, Rule(sink, 64, 0), 32) for sink in (4, 16, 64)]
-    monkeypatch.setattr(compared_models, "baseline_plans", lambda *arguments: made)
+    monkeypatch.setattr(compared_models, "baseline_plans", lambda *arguments, **options: made)
 
     def sinks(every_candidate: bool) -> list[int]:
         _, *candidates = Comparison(replace(checkpoint, plan=plan), (name,), {}, None, every_candidate).at(LENGTH, 8)

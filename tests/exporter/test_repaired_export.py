@@ -126,7 +126,7 @@ def test_the_same_repair_is_reused_and_another_refused(
 
 
 def test_a_repair_that_does_not_help_is_noted(profiled: Profile, plan: Plan) -> None:
-    notes = {"penalty": None, "answer_share": None, "tokens": 3000, "profile": profiled.fingerprint}
+    notes = {"penalty": None, "tokens": 3000, "profile": profiled.fingerprint}
     card = model_card(plan.with_notes(provenance={"repair": notes}))
     assert "the same weights" in card
     assert "changed nothing" in card

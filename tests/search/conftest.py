@@ -304,3 +304,22 @@ def random_samples() -> Callable[..., list[Sample]]:
         return [Sample(rng.integers(3, 150, n - 1), np.arange(n - 1) > n - 8, "random", n) for n in lengths]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def random_profile(random_samples: Callable[..., list[Sample]]) -> Callable[..., Profile]:
+    """Profiles a model on random ids, and trains gates on others where a recipe asks for them."""
+    from moacompress.calibration.data.answers import SampleDraft
+    from moacompress.calibration.profile.profiler import profile
+
+    ids = np.random.default_rng(3).integers(3, 150, (2, 184)).tolist()
+    drafts = [SampleDraft(row, [False] * 184, 8, "random", 192) for row in ids]
+
+    def made(source: Any, out: Path, recipe: Recipe, **options: Any) -> Profile:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("moacompress.calibration.data.sample_sources.build_samples", random_samples)
+            patch.setattr("moacompress.calibration.data.sample_sources.make_drafts", lambda *arguments: [])
+            patch.setattr("moacompress.calibration.profile.profiler.gate_drafts", lambda *arguments: drafts)
+            return profile(source, out, recipe, **options)
+
+    return made

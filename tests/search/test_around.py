@@ -13,9 +13,6 @@ import optuna
 import pytest
 from safetensors.numpy import load
 
-from moacompress.calibration.data.answers import SampleDraft
-from moacompress.calibration.data.samples import Sample
-from moacompress.calibration.profile.profiler import profile as profile_model
 from moacompress.calibration.profile.sample_statistics import sample_statistics
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import PlanError
@@ -26,7 +23,7 @@ from moacompress.search.measure.claims import CLAIMS, Claims, open_claims
 from moacompress.search.measure.objective import Objective
 from moacompress.search.measure.storages import open_storage, quiet_optuna
 from moacompress.search.predict import around as around_module
-from moacompress.search.predict.around import ProfileAround, spread_samples
+from moacompress.search.predict.around import ProfileAround
 from moacompress.search.problem.knapsack import choice_of, chosen_plan
 from moacompress.search.study import find_plan
 
@@ -46,34 +43,21 @@ RECIPE = Recipe.from_dict(
 
 @pytest.fixture(scope="module")
 def profiled(
-    source: SourceModel, random_samples: Callable[..., list[Sample]], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Profile]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moacompress.calibration.data.sample_sources.build_samples", random_samples)
-        patch.setattr("moacompress.calibration.data.sample_sources.make_drafts", lambda *arguments: [])
-        yield profile_model(source, tmp_path_factory.mktemp("profile") / "p", RECIPE)
+    source: SourceModel, random_profile: Callable[..., Profile], tmp_path_factory: pytest.TempPathFactory
+) -> Profile:
+    return random_profile(source, tmp_path_factory.mktemp("profile") / "p", RECIPE)
 
 
 @pytest.fixture(scope="module")
 def gated(
-    source: SourceModel, random_samples: Callable[..., list[Sample]], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Profile]:
+    source: SourceModel, random_profile: Callable[..., Profile], tmp_path_factory: pytest.TempPathFactory
+) -> Profile:
     recipe = RECIPE.override(profile__gates=True, profile__gate_samples=2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moacompress.calibration.data.sample_sources.build_samples", random_samples)
-        patch.setattr("moacompress.calibration.profile.profiler.gate_drafts", lambda *_: random_drafts())
-        patch.setattr("moacompress.calibration.data.sample_sources.make_drafts", lambda *arguments: [])
-        yield profile_model(source, tmp_path_factory.mktemp("gated") / "p", recipe)
-
-
-def random_drafts() -> list[SampleDraft]:
-    """Stands in for the data that gates are trained on, as `random_samples` does for what is profiled."""
-    rng = np.random.default_rng(3)
-    return [SampleDraft(rng.integers(3, 150, 184).tolist(), [False] * 184, 8, "random", 192) for _ in range(2)]
+    return random_profile(source, tmp_path_factory.mktemp("gated") / "p", recipe)
 
 
 def test_around_is_what_the_profiler_says_around_the_plan(
-    source: SourceModel, profiled: Profile, claims: Claims, tmp_path: Path
+    source: SourceModel, profiled: Profile, random_profile: Callable[..., Profile], claims: Claims, tmp_path: Path
 ) -> None:
     samples = profiled.calibration_samples()
     assert len(samples) == 4
@@ -86,7 +70,7 @@ def test_around_is_what_the_profiler_says_around_the_plan(
     changes = form.changes(choice)
     assert changes.shape == (3, 2, len(profiled.rules))
     assert not changes[..., 3].any()
-    whole = profile_model(source, tmp_path / "around", profiled.recipe, around=plan)
+    whole = random_profile(source, tmp_path / "around", profiled.recipe, around=plan)
     assert np.allclose(changes, whole.influence("sample").mean(0), rtol=1e-4, atol=1e-9)
     assert (changes < 0).any()
     assert (changes > 0).any()
@@ -100,6 +84,7 @@ def test_around_a_plan_whose_gates_choose(
     backend: str,
     source: SourceModel,
     gated: Profile,
+    random_profile: Callable[..., Profile],
     claims: Claims,
     tmp_path: Path,
     use_backend: Callable[[str], Any],
@@ -116,7 +101,7 @@ def test_around_a_plan_whose_gates_choose(
     assert not np.take_along_axis(changes, choice[..., None], -1).any()
     # the plan's gates are there, whatever a recipe trains
     recipe = gated.recipe.override(profile__gates=backend == "cpu")
-    whole = profile_model(source, tmp_path / "around", recipe, around=plan)
+    whole = random_profile(source, tmp_path / "around", recipe, around=plan)
     assert whole.rules == gated.rules
     assert whole.gates is not None
     assert whole.gates.weights.fingerprint == plan.gates
@@ -124,16 +109,21 @@ def test_around_a_plan_whose_gates_choose(
     measured = Objective(source.model, samples).kls(plan)  # as the cache keeps it
     assert np.allclose(whole.statistics.arrays["harm"][:, 0], measured, rtol=1e-3, atol=1e-9)
     assert measured.min() > 0
-    again = profile_model(source, tmp_path / "around", recipe.override(profile__gate_samples=9), around=plan)
+    again = random_profile(source, tmp_path / "around", recipe.override(profile__gate_samples=9), around=plan)
     assert again.fingerprint == whole.fingerprint
     with pytest.raises(PlanError, match=f"the gates {plan.gates} choose, and these are not at hand"):
-        profile_model(source, tmp_path / "none", recipe, around=replace(plan, gate_weights=None))
+        random_profile(source, tmp_path / "none", recipe, around=replace(plan, gate_weights=None))
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("formats", [("int8", "int4"), ("int4",)])
 def test_around_a_plan_of_formats(
-    formats: tuple[str, ...], source: SourceModel, profiled: Profile, claims: Claims, tmp_path: Path
+    formats: tuple[str, ...],
+    source: SourceModel,
+    profiled: Profile,
+    random_profile: Callable[..., Profile],
+    claims: Claims,
+    tmp_path: Path,
 ) -> None:
     """Changes of a span, of the keys' format and of the values' are each as a profile around the plan has them."""
     offered = profiled.offering(formats)
@@ -147,7 +137,7 @@ def test_around_a_plan_of_formats(
     assert form.kl(choice) == 0
     changes = form.changes(choice)
     assert changes.shape == (3, 2, len(rules))
-    whole = profile_model(source, tmp_path / "around", profiled.recipe, around=plan).offering(formats)
+    whole = random_profile(source, tmp_path / "around", profiled.recipe, around=plan).offering(formats)
     predicted = whole.influence("sample").mean(0)
     for layer, head in np.ndindex(3, 2):
         now = rules[choice[layer, head]]
@@ -203,10 +193,3 @@ def test_rounds_of_a_search_with_gates(source: SourceModel, gated: Profile, tmp_
     assert len(kept) == 2
     spans = {load(base64.b64decode(text))["squares"].shape[-1] for text in kept}
     assert spans == {len(gated.spans)}  # rules that select too
-
-
-def test_samples_are_spread(profiles: Profiles) -> None:
-    samples = profiles(samples=9).validation
-    assert spread_samples(samples, 3) == [samples[0], samples[4], samples[8]]
-    assert spread_samples(samples, 20) == samples
-    assert spread_samples(samples, 1) == samples[:1]

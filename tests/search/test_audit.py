@@ -24,7 +24,6 @@ from moacompress.models.kl import kl_divergence
 from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import Recipe
 from moacompress.report.profile_tables import audit_tables, scatter_html, write_scatter
-from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.rule import Rule
 from moacompress.search.audit.audit import audit, check_audit, predicted_influence
 from moacompress.search.audit.split_half import halves, split_half
@@ -32,7 +31,7 @@ from moacompress.search.audit.statistics import assess, cross_fitted, regret, sl
 from moacompress.search.audit.subjects import check_counts, choose_ablations, equal_byte_choices, masking_rules
 from moacompress.search.measure import objective
 from moacompress.search.measure.objective import Objective
-from moacompress.search.problem.knapsack import Knapsack, ablation, chosen_plan, total_cost
+from moacompress.search.problem.knapsack import ablation, chosen_plan, total_cost
 from moacompress.search.search_request import SearchRequest
 
 Profiles = Callable[..., Profile]
@@ -78,20 +77,6 @@ def test_ablations_always_mask_something(profiles: Profiles) -> None:
     assert len(set(every)) == 2 * sum(map(len, masks))
 
 
-def test_ablations_are_chosen_without_a_look_at_the_influence(profiles: Profiles) -> None:
-    one, other = profiles(seed=0), profiles(seed=1)
-    assert not np.array_equal(one.influence("fisher"), other.influence("fisher"))
-    assert choose_ablations(one.shape, masking(one), 9, 0) == choose_ablations(other.shape, masking(other), 9, 0)
-
-
-def test_an_ablation_cuts_one_head(profiles: Profiles) -> None:
-    profile = profiles()
-    plan = ablation(profile, (3, 1, 5))
-    cut = [(layer, head) for layer, row in enumerate(plan.rules) for head, rule in enumerate(row) if not rule.is_full]
-    assert cut == [(3, 1)]
-    assert plan.rules[3][1] == profile.rules[5]
-
-
 @pytest.mark.parametrize("count", [0, -1, 10**6])
 def test_counts_that_there_cannot_be(profiles: Profiles, count: int) -> None:
     profile = profiles()
@@ -120,7 +105,7 @@ def test_plans_have_equal_bytes_and_lie_near_the_optimum(profiles: Profiles) -> 
     profile = profiles(layers=12)
     request = SearchRequest.of(profile, "30%", profile.recipe)
     costs = request.surrogate.raw()
-    chosen = equal_byte_choices(costs, Knapsack.of(request), 12, seed=3)
+    chosen = equal_byte_choices(costs, request.space().knapsack, 12, seed=3)
     plans = [chosen_plan(profile, choice) for _, choice in chosen]
     assert len({plan.key() for plan in plans}) == len(plans) == 12
     for plan in plans:
@@ -132,7 +117,7 @@ def test_plans_have_equal_bytes_and_lie_near_the_optimum(profiles: Profiles) -> 
     assert widths == sorted(widths)
     assert (widths[0], widths[1], widths[-1]) == (0.0, 0.1, 2.0)
     assert np.mean(totals[1:4]) < np.mean(totals[-3:])
-    assert equal_byte_choices(costs, Knapsack.of(request), 0, seed=3) == []
+    assert equal_byte_choices(costs, request.space().knapsack, 0, seed=3) == []
 
 
 # What the numbers mean
@@ -141,7 +126,7 @@ def test_plans_have_equal_bytes_and_lie_near_the_optimum(profiles: Profiles) -> 
 def assessed(profile: Profile, tables: dict[str, np.ndarray], truth: np.ndarray) -> Any:
     """An audit of a model whose KL is the sum of `truth` over its KV heads."""
     picks = choose_ablations(profile.shape, masking(profile), 40, 0)
-    chosen = equal_byte_choices(truth, Knapsack.of(SearchRequest.of(profile, "30%", profile.recipe)), 15, 0)
+    chosen = equal_byte_choices(truth, SearchRequest.of(profile, "30%", profile.recipe).space().knapsack, 15, 0)
     choices = [choice for _, choice in chosen]
     measured = np.array([truth[pick] for pick in picks])
     plans = np.array([total_cost(truth, choice) for choice in choices])
@@ -278,7 +263,7 @@ def test_more_samples_bring_the_halves_together(profiles: Profiles) -> None:
 
 @pytest.fixture(scope="module")
 def audited(
-    source: SourceModel, random_samples: Callable[..., list[Sample]], tmp_path_factory: pytest.TempPathFactory
+    source: SourceModel, random_profile: Callable[..., Profile], tmp_path_factory: pytest.TempPathFactory
 ) -> Profile:
     recipe = Recipe.from_dict(
         {
@@ -286,10 +271,7 @@ def audited(
             "profile": {"draws": 1, "baselines": True},
         }
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moacompress.calibration.data.sample_sources.build_samples", random_samples)
-        patch.setattr("moacompress.calibration.data.sample_sources.make_drafts", lambda *arguments: [])
-        return profile_model(source, tmp_path_factory.mktemp("audited") / "profile", recipe)
+    return random_profile(source, tmp_path_factory.mktemp("audited") / "profile", recipe)
 
 
 def run(profile: Profile, source: Path | SourceModel, out: Path, **more: Any) -> Any:
@@ -493,11 +475,3 @@ def test_the_tables_name_every_estimator(audited: Profile, source: SourceModel, 
     assert "robust*" in text
     assert "Spearman of fisher minus that of moa" in text
     assert "int4 keys" in text
-
-
-def test_native_windows_only(profiles: Profiles) -> None:
-    shape = ModelShape("mistral", 2, 2, 1, 16, "float32", (64, 64), "weights")
-    rules = profiles().rules
-    for row in masking_rules(shape, rules, 32, [512]):
-        assert row
-        assert all(rules[rule].kept(512, 32, 64) < 64 for rule in row)

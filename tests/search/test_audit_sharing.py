@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from moacompress.calibration.data.samples import Sample
-from moacompress.calibration.profile.profiler import profile as profile_model
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.progress import SILENT
 from moacompress.models.source import SourceModel, model_shape
@@ -80,7 +78,7 @@ def test_samples_count_by_length_and_kind(profiles: Profiles) -> None:
 
 
 def profiled(
-    model: Any, tokenizer: Any, samples: Callable[..., list[Sample]], out: Path, anchors: int
+    model: Any, tokenizer: Any, random_profile: Callable[..., Profile], out: Path, anchors: int
 ) -> tuple[Profile, SourceModel]:
     source = SourceModel(model, tokenizer, "tiny", model_shape(model), 4096)
     recipe = Recipe.from_dict(
@@ -90,19 +88,16 @@ def profiled(
             "search": {"trials": 1, "rounds": 0, "moves": 0, "ablations": 0, "alternatives": False},
         }
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moacompress.calibration.data.sample_sources.build_samples", samples)
-        patch.setattr("moacompress.calibration.data.sample_sources.make_drafts", lambda *arguments: [])
-        return profile_model(source, out, recipe), source
+    return random_profile(source, out, recipe), source
 
 
 def test_small_copies_cost_what_is_predicted(
-    tiny_model: Any, tiny_tokenizer: Any, random_samples: Callable[..., list[Sample]], tmp_path: Path
+    tiny_model: Any, tiny_tokenizer: Any, random_profile: Callable[..., Profile], tmp_path: Path
 ) -> None:
     model = tiny_model("llama", num_hidden_layers=5)
     for layer, block in enumerate(model.model.layers):  # attention then adds little, and that is second order
         block.self_attn.o_proj.weight.mul_(0.02 * 2**layer)
-    profile, source = profiled(model, tiny_tokenizer, random_samples, tmp_path / "profile", 2)
+    profile, source = profiled(model, tiny_tokenizer, random_profile, tmp_path / "profile", 2)
     found = audit(profile, source, 6, 0, "50%", out=tmp_path / "audit.json").data
     row = found["audit_sharing"]
     assert row["n"] == len(found["sharing_points"]) == 6
@@ -137,11 +132,11 @@ def alike(model: Any) -> None:
 
 
 def test_a_layer_that_is_as_another_shares_at_no_loss(
-    tiny_model: Any, tiny_tokenizer: Any, random_samples: Callable[..., list[Sample]], tmp_path: Path
+    tiny_model: Any, tiny_tokenizer: Any, random_profile: Callable[..., Profile], tmp_path: Path
 ) -> None:
     model = tiny_model("llama", num_hidden_layers=5)
     alike(model)
-    profile, source = profiled(model, tiny_tokenizer, random_samples, tmp_path / "profile", 2)
+    profile, source = profiled(model, tiny_tokenizer, random_profile, tmp_path / "profile", 2)
     copy = (None, None, Share(1, (1, 0)), None, None)
     free = replace(Plan.full(profile.shape), shares=copy)
     assert Objective(source.model, profile.validation).kls(free).max() < 1e-9

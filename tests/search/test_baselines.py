@@ -25,7 +25,6 @@ from moacompress.search.baselines.families import (
     baseline_plans,
     family_plans,
     format_pairs,
-    plans_within,
     uniform_plan,
 )
 from moacompress.search.predict.surrogate import Surrogate
@@ -51,10 +50,6 @@ def test_uniform_is_the_widest_that_fits(shape: ModelShape, n: int, sink: int, s
     assert plan.kv_bytes(n) <= limit
     wider = [Plan.uniform(shape, Rule(sink, alpha, 0), 32) for alpha in range(rule.alpha + 1, n + 1)]
     assert all(other.kv_bytes(n) > limit for other in wider)
-
-
-def test_all_of_a_budget_is_the_whole_length() -> None:
-    assert uniform_plan(DENSE, 512, DENSE.dense_kv_bytes(512), 4, 32).rules[0][0] == Rule(4, 512, 0)
 
 
 def test_too_small_a_budget_says_the_smallest() -> None:
@@ -96,22 +91,9 @@ LIMITS = [{512: 0.3}, {500: 0.5}, {256: 0.4, 512: 0.4}, {256: 0.9, 512: 0.35}]
 
 
 @pytest.mark.parametrize("shares", LIMITS)
-@pytest.mark.parametrize("name", WINDOWED)
-def test_every_baseline_is_within_the_limits(profile: Profile, name: str, shares: dict[int, float]) -> None:
-    limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n, share in shares.items()}
-    plans = plans_within(name, profile.shape, limits, 32, profile)
-    assert len({plan.key() for plan in plans}) == len(plans) >= 2
-    assert all(plan.kv_bytes(n) <= limit for plan in plans for n, limit in limits.items())
-    assert all((plan.min_window, plan.model) == (32, profile.shape) for plan in plans)
-    if len(limits) == 1:
-        ((n, limit),) = limits.items()
-        assert baseline_plans(name, profile.shape, n, limit, 32, profile) == plans
-
-
-@pytest.mark.parametrize("shares", LIMITS)
 def test_elastic_grows_as_fast_as_fits(profile: Profile, shares: dict[int, float]) -> None:
     limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n, share in shares.items()}
-    for plan in plans_within("uniform-elastic", profile.shape, limits, 16):
+    for plan in baseline_plans("uniform-elastic", profile.shape, limits, 16):
         (rule,) = {rule for row in plan.rules for rule in row}
         assert rule.alpha == 0
         faster = [Rule(rule.sink, 0, beta_q) for beta_q in range(rule.beta_q + 1, BETA_ONE + 1)]
@@ -138,7 +120,7 @@ def test_per_layer_is_the_lowest_kl(profile: Profile, shares: dict[int, float]) 
             if fits(profile, tuple((profile.rules[number],) * 2 for number in choice), limits)
         ]
         found.append(min(choices)[0])
-    plans = plans_within("per-layer", profile.shape, limits, 32, profile)
+    plans = baseline_plans("per-layer", profile.shape, limits, 32, profile)
     index = {rule: number for number, rule in enumerate(profile.rules)}
     assert all(len(set(row)) == 1 for plan in plans for row in plan.rules)
     kls = [sum(kl[i, :, index[row[0]]].sum() for i, row in enumerate(plan.rules)) for plan in plans]
@@ -152,7 +134,7 @@ def test_split_keeps_the_heads_that_need_it(
 ) -> None:
     profile = replace(profile, shape=replace(profile.shape, native_windows=natives))
     limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n, share in shares.items()}
-    plans = plans_within("split", profile.shape, limits, 32, profile)
+    plans = baseline_plans("split", profile.shape, limits, 32, profile)
     assert {rule.sink for plan in plans for row in plan.rules for rule in row if not rule.is_full} == {4, 16, 64}
     kl = predicted(profile)
     index = {rule: number for number, rule in enumerate(profile.rules)}
@@ -177,29 +159,29 @@ def test_split_keeps_the_heads_that_need_it(
 def test_where_only_one_block_of_sinks_fits(profile: Profile) -> None:
     limit = Plan.uniform(profile.shape, Rule(4, 32, 0), 32).kv_bytes(512)
     for name in WINDOWED:
-        plans = baseline_plans(name, profile.shape, 512, limit, 32, profile)
+        plans = baseline_plans(name, profile.shape, {512: limit}, 32, profile)
         assert {rule.sink for plan in plans for row in plan.rules for rule in row} == {4, 16}
         assert {plan.kv_bytes(512) for plan in plans} == {limit}
         with pytest.raises(InfeasibleBudgetError, match=f"no {name} plan fits .* a sink of 4 takes {limit:,}"):
-            baseline_plans(name, profile.shape, 512, limit - 1, 32, profile)
+            baseline_plans(name, profile.shape, {512: limit - 1}, 32, profile)
 
 
 def test_all_of_the_bytes_is_everything(profile: Profile) -> None:
     limit = profile.shape.dense_kv_bytes(512)
     for name in WINDOWED:
-        plan = baseline_plans(name, profile.shape, 512, limit, 32, profile)[0]
+        plan = baseline_plans(name, profile.shape, {512: limit}, 32, profile)[0]
         assert plan.kept(512) == Plan.full(profile.shape).kept(512)
 
 
 def test_bad_requests(profile: Profile) -> None:
     with pytest.raises(UsageError, match="unknown baseline 'per-layers'; did you mean 'per-layer'"):
-        baseline_plans("per-layers", profile.shape, 512, 10**9, 32, profile)
+        baseline_plans("per-layers", profile.shape, {512: 10**9}, 32, profile)
     for name in ("per-layer", "split"):
         with pytest.raises(UsageError, match=f"the baseline {name} is made from a profile and there is none"):
-            baseline_plans(name, profile.shape, 512, 10**9, 32)
+            baseline_plans(name, profile.shape, {512: 10**9}, 32)
         other = replace(profile.shape, weights_fingerprint="other")
         with pytest.raises(UsageError, match=r"needs a profile of this model \(weights other\)"):
-            baseline_plans(name, other, 512, 10**9, 32, profile)
+            baseline_plans(name, other, {512: 10**9}, 32, profile)
 
 
 def test_a_family_of_uniform_windows_holds_at_every_length(profile: Profile) -> None:
@@ -230,13 +212,13 @@ def test_a_family_that_can_not_be_is_empty(profile: Profile) -> None:
     )
     assert [len(family_plans("moa", p.shape, limits, p, (4, 16))) for p in (plain, profile)] == [0, 2]
     with pytest.raises(UsageError, match="no statistics for the estimator 'moa'; profile with --baselines"):
-        plans_within("moa", profile.shape, limits, 32, plain)
+        baseline_plans("moa", profile.shape, limits, 32, plain)
 
 
 @pytest.mark.parametrize("shares", LIMITS)
 def test_moa_is_the_least_of_its_own_estimator(profile: Profile, shares: dict[int, float]) -> None:
     limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n, share in shares.items()}
-    plans = plans_within("moa", profile.shape, limits, 32, profile)
+    plans = baseline_plans("moa", profile.shape, limits, 32, profile)
     assert len(plans) == 3
     surrogate = Surrogate.build(profile.influence("moa"), profile.rules, 32, max(profile.lengths))
     kls = [surrogate.predicted(plan) or 0.0 for plan in plans]
@@ -268,12 +250,12 @@ def test_everything_in_the_formats_that_fit(shape: ModelShape) -> None:
     sizes = [plan.kv_bytes(512) for plan in full]
     assert sizes == sorted(sizes, reverse=True)
     for count, size in enumerate(reversed(sizes), 1):
-        found = baseline_plans("quantized", shape, 512, size, 32, formats=BOTH)
+        found = baseline_plans("quantized", shape, {512: size}, 32, formats=BOTH)
         assert [plan.key() for plan in found] == [plan.key() for plan in full[-count:]]
     with pytest.raises(InfeasibleBudgetError, match=f"everything in the shortest codes takes {sizes[-1]:,}"):
-        baseline_plans("quantized", shape, 512, sizes[-1] - 1, 32, formats=BOTH)
+        baseline_plans("quantized", shape, {512: sizes[-1] - 1}, 32, formats=BOTH)
     with pytest.raises(InfeasibleBudgetError, match="no format but native is on offer"):
-        baseline_plans("quantized", shape, 512, 10**9, 32)
+        baseline_plans("quantized", shape, {512: 10**9}, 32)
 
 
 @pytest.mark.parametrize("name", ["uniform", "uniform-elastic", "per-layer", "split"])
@@ -281,11 +263,11 @@ def test_everything_in_the_formats_that_fit(shape: ModelShape) -> None:
 def test_a_baseline_in_every_pair_of_formats(profile: Profile, name: str, shares: dict[int, float]) -> None:
     profile = replace(profile, shape=replace(profile.shape, head_dim=64))
     limits = {n: int(share * profile.shape.dense_kv_bytes(n)) for n, share in shares.items()}
-    plans = plans_within(name, profile.shape, limits, 32, profile, formats=BOTH)
+    plans = baseline_plans(name, profile.shape, limits, 32, profile, formats=BOTH)
     assert all(plan.kv_bytes(n) <= limit for plan in plans for n, limit in limits.items())
     of_pairs = {pair: [plan for plan in plans if formats_of(plan) == {pair}] for pair in format_pairs(BOTH)}
     assert sum(map(len, of_pairs.values())) == len(plans)
-    native = plans_within(name, profile.shape, limits, 32, profile)
+    native = baseline_plans(name, profile.shape, limits, 32, profile)
     assert of_pairs["native", "native"] == native
     assert [formats_of(plan) for plan in plans[:4]] == [{pair} for pair in of_pairs]
     kept = [max(plan.kept(512) for plan in of_pair) for of_pair in of_pairs.values()]
@@ -295,8 +277,8 @@ def test_a_baseline_in_every_pair_of_formats(profile: Profile, name: str, shares
 
 def test_what_stays_native(profile: Profile) -> None:
     limits = {512: profile.shape.dense_kv_bytes(512) // 2}
-    plans = plans_within("moa", profile.shape, limits, 32, profile, formats=BOTH)
-    assert plans == plans_within("moa", profile.shape, limits, 32, profile)
+    plans = baseline_plans("moa", profile.shape, limits, 32, profile, formats=BOTH)
+    assert plans == baseline_plans("moa", profile.shape, limits, 32, profile)
     assert family_plans("quantized", profile.shape, limits, profile, (4,)) == []
     shape = replace(profile.shape, head_dim=64)
     limits = {512: shape.dense_kv_bytes(512) // 2}

@@ -43,6 +43,11 @@ def model(profile: Profile) -> Any:
     return SimpleNamespace(model=None, source="model", shape=profile.shape, computes_in=profile.shape.dtype)
 
 
+def options(profile: Profile, out: Path, **more: Any) -> dict[str, Any]:
+    """What searches take beside the profile and what is asked for."""
+    return {"recipe": profile.recipe, "out": out, "model": model(profile), **more}
+
+
 def test_commas_ask_for_several_plans() -> None:
     assert split_budgets(["50%, 25%,12.5%"]) == [("50%",), ("25%",), ("12.5%",)]
     assert split_budgets(["50%,25%", "1MiB@8k"]) == [("50%", "1MiB@8k"), ("25%", "1MiB@8k")]
@@ -57,7 +62,7 @@ def test_commas_ask_for_several_plans() -> None:
 def test_a_plan_for_each_budget_and_the_front(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
     profile = profiles(trials=4)
     asked = split_budgets(["60%,40%,25%"])
-    found = find_plans(profile, asked, recipe=profile.recipe, out=tmp_path / "plan.json", model=model(profile))
+    found = find_plans(profile, asked, **options(profile, tmp_path / "plan.json"))
     for result, share in zip(found, (0.6, 0.4, 0.25), strict=True):
         assert result.path == tmp_path / f"plan-{share * 100:.0f}.json"
         assert Plan.load(result.path) == result.plan
@@ -66,21 +71,21 @@ def test_a_plan_for_each_budget_and_the_front(fake: Any, profiles: Profiles, tmp
     assert [point["plan"] for point in points] == ["plan-25.json", "plan-40.json", "plan-60.json"]
     assert [point["harm"]["plan"] for point in points] == sorted((r.harm["plan"] or 0.0 for r in found), reverse=True)
     calls = len(fake.calls)
-    again = find_plans(profile, asked, recipe=profile.recipe, out=tmp_path / "plan.json", model=model(profile))
+    again = find_plans(profile, asked, **options(profile, tmp_path / "plan.json"))
     assert [result.plan for result in again] == [result.plan for result in found]
     assert len(fake.calls) == calls
+    find_plans(profile, asked, overwrite=True, **options(profile, tmp_path / "plan.json"))
+    assert fake.calls[calls:] == fake.calls[:calls]
     before = set(tmp_path.iterdir())
     with pytest.raises(InfeasibleBudgetError):  # nothing runs where one of them cannot be met
-        find_plans(
-            profile, split_budgets(["55%,1%"]), recipe=profile.recipe, out=tmp_path / "new.json", model=model(profile)
-        )
+        find_plans(profile, split_budgets(["55%,1%"]), **options(profile, tmp_path / "new.json"))
     assert set(tmp_path.iterdir()) == before
 
 
 def test_the_front_of_kl_and_bytes(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
     profile = replace(profiles(trials=12), source="/home/me/models/dense")
     out = tmp_path / "plan.json"
-    found = find_front(profile, ["60%", "22%"], recipe=profile.recipe, out=out, model=model(profile))
+    found = find_front(profile, ["60%", "22%"], **options(profile, out))
     shares = [max(result.plan.kv_share(n) for n in profile.lengths) for result in found]
     kls = [result.harm["plan"] or 0.0 for result in found]
     assert len(found) > 3
@@ -92,12 +97,12 @@ def test_the_front_of_kl_and_bytes(fake: Any, profiles: Profiles, tmp_path: Path
     assert {(r.plan.provenance["source"], r.plan.provenance["recipe"]["model"]) for r in found} == {("dense", "dense")}
     assert len(json.loads((tmp_path / "plan.front.json").read_text())["points"]) == len(found)
     calls = len(fake.calls)
-    again = find_front(profile, ["22%", "60%"], recipe=profile.recipe, out=out, model=model(profile))
+    again = find_front(profile, ["22%", "60%"], **options(profile, out))
     assert [result.plan for result in again] == [result.plan for result in found]
     assert len(fake.calls) == calls
     for budgets in (["25%"], ["25%", "25%"], ["25%@8k", "50%"], ["25%", "1MiB@8k"], []):
         with pytest.raises(BudgetError, match="a front lies between two shares"):
-            find_front(profile, budgets, recipe=profile.recipe, out=out, model=model(profile))
+            find_front(profile, budgets, **options(profile, out))
 
 
 def test_the_ends_of_a_front_are_the_budgets_that_were_asked_for(
@@ -113,16 +118,14 @@ def test_the_ends_of_a_front_are_the_budgets_that_were_asked_for(
     made = SearchRequest.plan
     monkeypatch.setattr(SearchRequest, "plan", plan)
     budgets = ["60%", "34.375%"]
-    find_front(profile, budgets, recipe=profile.recipe, out=tmp_path / "plan.json", model=model(profile))
+    find_front(profile, budgets, **options(profile, tmp_path / "plan.json"))
     seen.sort(key=lambda limits: list(limits.values()))
     assert [seen[-1], seen[0]] == [Budget.parse(share).limits(profile.shape, profile.lengths) for share in budgets]
 
 
 def test_several_budgets_share_the_time(fake: Any, profiles: Profiles, clock: Any, tmp_path: Path) -> None:
     profile = profiles(trials=3, timeout=90)
-    found = find_plans(
-        profile, split_budgets(["60%,40%,25%"]), recipe=profile.recipe, out=tmp_path / "plan.json", model=model(profile)
-    )
+    found = find_plans(profile, split_budgets(["60%,40%,25%"]), **options(profile, tmp_path / "plan.json"))
     assert len(fake.calls) <= 90 + 1
     assert [result.harm["plan"] for result in found] == [None] * 3  # 30 measurements do not end the baselines
     assert all(result.path and Plan.load(result.path) == result.plan for result in found)
@@ -133,25 +136,24 @@ def test_a_front_and_a_smallest_budget_end_with_what_is_measured(
 ) -> None:
     profile = profiles(trials=12)
 
-    def options(out: str, timeout: float) -> dict[str, Any]:
+    def within(out: str, timeout: float) -> dict[str, Any]:
         clock.now = 0.0
         fake.calls.clear()
-        recipe = profile.recipe.override(search__timeout=timeout)
-        return {"recipe": recipe, "out": tmp_path / out, "model": model(profile)}
+        return options(profile, tmp_path / out, recipe=profile.recipe.override(search__timeout=timeout))
 
     searches: list[tuple[Any, Any]] = [(find_front, ["60%", "22%"]), (find_smallest, Loss.parse("5%"))]
     for find, asked in searches:
         with pytest.raises(OutOfTimeError, match=r"5 seconds of --timeout were over before .* a longer one resumes"):
-            find(profile, asked, **options("plan.json", 5))
+            find(profile, asked, **within("plan.json", 5))
         assert len(fake.calls) <= 6
-    front = find_front(profile, ["60%", "22%"], **options("plan.json", 30))
+    front = find_front(profile, ["60%", "22%"], **within("plan.json", 30))
     assert len(fake.calls) <= 31
     assert 1 <= front[0].trials < 12
     loss = Loss.parse("5%")
-    smallest = find_smallest(profile, loss, **options("least.json", 20))
+    smallest = find_smallest(profile, loss, **within("least.json", 20))
     assert len(fake.calls) <= 21
     assert (smallest.harm["plan"] or 9.9) <= loss.kl
-    rest = find_smallest(profile, loss, **options("least.json", 1e6))
+    rest = find_smallest(profile, loss, **within("least.json", 1e6))
     assert rest.plan.kv_share(512) <= smallest.plan.kv_share(512)
 
 
@@ -160,9 +162,7 @@ def test_scouts_are_not_written_through_a_link(fake: Any, profiles: Profiles, tm
     (tmp_path / "mine").mkdir()
     (tmp_path / "plan.scouts").symlink_to(tmp_path / "mine")
     with pytest.raises(ArtefactError, match=r"plan.scouts is a link, which is not followed"):
-        find_smallest(
-            profile, Loss.parse("5%"), recipe=profile.recipe, out=tmp_path / "plan.json", model=model(profile)
-        )
+        find_smallest(profile, Loss.parse("5%"), **options(profile, tmp_path / "plan.json"))
     assert not any((tmp_path / "mine").iterdir())
 
 
@@ -171,7 +171,7 @@ def test_the_smallest_budget_for_a_loss(fake: Any, profiles: Profiles, tmp_path:
     profile = profiles(trials=4)
     out, loss = tmp_path / "plan.json", Loss.parse(share)
     assert loss.kl == pytest.approx(math.log1p(float(share[:-1]) / 100))
-    found = find_smallest(profile, loss, recipe=profile.recipe, out=out, model=model(profile))
+    found = find_smallest(profile, loss, **options(profile, out))
     assert (found.harm["plan"] or 0.0) < found.plan.quality["harm_upper95"] <= loss.kl  # not the mean alone
     (line,) = loss_lines(found.plan)
     assert f"{len(profile.validation)} samples" in line
@@ -186,10 +186,10 @@ def test_the_smallest_budget_for_a_loss(fake: Any, profiles: Profiles, tmp_path:
         less = find_plan(profile, f"{int(kept * 0.8)}%", recipe=quick, model=model(profile))
         assert less.plan.quality["harm_upper95"] > loss.kl
     calls = len(fake.calls)
-    assert find_smallest(profile, loss, recipe=profile.recipe, out=out, model=model(profile)).plan == found.plan
+    assert find_smallest(profile, loss, **options(profile, out)).plan == found.plan
     assert len(fake.calls) == calls
     with pytest.raises(ArtefactError, match="of another search"):
-        find_smallest(profile, Loss.parse("3%"), recipe=profile.recipe, out=out, model=model(profile))
+        find_smallest(profile, Loss.parse("3%"), **options(profile, out))
 
 
 def test_a_loss_takes_five_validation_samples(profiles: Profiles, tmp_path: Path) -> None:
@@ -211,9 +211,7 @@ def test_the_smallest_budget_keeps_floors_and_counts_layers_that_share(
     assert smallest_share(profile, profile.recipe) > smallest_share(profile, profile.recipe.override(search__floors={}))
     kept = []
     for loss in ("50%", "100%"):
-        found = find_smallest(
-            profile, Loss.parse(loss), recipe=profile.recipe, out=tmp_path / f"{loss}.json", model=model(profile)
-        )
+        found = find_smallest(profile, Loss.parse(loss), **options(profile, tmp_path / f"{loss}.json"))
         assert meets(found.plan, layer_floors({0: 1.0, 1: 0.8}, profile.shape), profile.lengths)
         kept.append(found.plan.kv_bytes(512))
     assert kept[1] <= kept[0]
@@ -224,63 +222,53 @@ def test_the_smallest_budget_keeps_floors_and_counts_layers_that_share(
 
 def test_overwrite_starts_a_front_anew(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
     profile, out = profiles(trials=6), tmp_path / "plan.json"
-    options: dict[str, Any] = {"recipe": profile.recipe, "out": out, "model": model(profile)}
-    first = find_front(profile, ["60%", "22%"], **options)
+    given = options(profile, out)
+    first = find_front(profile, ["60%", "22%"], **given)
     calls = fake.calls[:]
     with pytest.raises(
         ArtefactError, match=r"plan-front-\d.json exists already and is of another search; .*--overwrite"
     ):
-        find_front(profile, ["50%", "22%"], **options)
+        find_front(profile, ["50%", "22%"], **given)
     (tmp_path / "plan-front-99.json").write_text("of before")
     (tmp_path / "plan-front-mine.json").write_text("mine")
     fake.calls.clear()
-    again = find_front(profile, ["60%", "22%"], overwrite=True, **options)
+    again = find_front(profile, ["60%", "22%"], overwrite=True, **given)
     assert fake.calls == calls
     assert [result.plan for result in again] == [result.plan for result in first]
     made = {*(result.path.name for result in again if result.path), "plan.front.json", "plan.front.journal"}
     assert {path.name for path in tmp_path.iterdir()} == {*made, "plan-front-mine.json"}
     assert {path.name for path in of_front(out)} == {*made, "plan.front.journal.lock"}
     fake.calls.clear()
-    other = find_front(profile, ["50%", "22%"], overwrite=True, **options)
+    other = find_front(profile, ["50%", "22%"], overwrite=True, **given)
     assert fake.calls
     assert {path.name for path in plans_of_front(out)} == {result.path.name for result in other if result.path}
 
 
 def test_overwrite_starts_the_smallest_budget_anew(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
     profile, out = profiles(trials=2), tmp_path / "plan.json"
-    options: dict[str, Any] = {"recipe": profile.recipe, "out": out, "model": model(profile)}
-    first = find_smallest(profile, Loss.parse("5%"), **options)
+    given = options(profile, out)
+    first = find_smallest(profile, Loss.parse("5%"), **given)
     calls = fake.calls[:]
     (tmp_path / "plan.scouts" / "7.json").write_text("of before")
     (tmp_path / "plan.txt").write_text("mine")
     fake.calls.clear()
-    again = find_smallest(profile, Loss.parse("5%"), overwrite=True, **options)
+    again = find_smallest(profile, Loss.parse("5%"), overwrite=True, **given)
     assert fake.calls == calls
     assert again.plan == first.plan
     assert not (tmp_path / "plan.scouts" / "7.json").exists()
     assert (tmp_path / "plan.txt").exists()
-    assert find_smallest(profile, Loss.parse("20%"), overwrite=True, **options).plan.budget["max_loss"] == "20%"
-
-
-def test_overwrite_starts_every_budget_anew(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
-    profile = profiles(trials=2)
-    options: dict[str, Any] = {"recipe": profile.recipe, "out": tmp_path / "plan.json", "model": model(profile)}
-    find_plans(profile, split_budgets(["60%,40%"]), **options)
-    calls = fake.calls[:]
-    fake.calls.clear()
-    find_plans(profile, split_budgets(["60%,40%"]), overwrite=True, **options)
-    assert fake.calls == calls
+    assert find_smallest(profile, Loss.parse("20%"), overwrite=True, **given).plan.budget["max_loss"] == "20%"
 
 
 def test_a_second_run_beside_the_first_is_refused(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
     profile, out = profiles(trials=2), tmp_path / "plan.json"
     with own_file(out), own_file(front_file(out)):
         with pytest.raises(ArtefactError, match="plan.front.json is in use"):
-            find_front(profile, ["60%", "22%"], recipe=profile.recipe, out=out, model=model(profile))
+            find_front(profile, ["60%", "22%"], **options(profile, out))
         with pytest.raises(ArtefactError, match="plan.front.json is in use"):
-            find_plans(profile, split_budgets(["60%,22%"]), recipe=profile.recipe, out=out, model=model(profile))
+            find_plans(profile, split_budgets(["60%,22%"]), **options(profile, out))
         with pytest.raises(ArtefactError, match="plan.json is in use"):
-            find_smallest(profile, Loss.parse("5%"), recipe=profile.recipe, out=out, model=model(profile))
+            find_smallest(profile, Loss.parse("5%"), **options(profile, out))
     assert fake.calls == []
 
 
@@ -289,9 +277,7 @@ def test_a_loss_that_nothing_holds(fake: Any, profiles: Profiles, tmp_path: Path
     with pytest.raises(
         InfeasibleBudgetError, match=r"with 95% confidence on 8 samples: even 99% of the bytes may cost more"
     ):
-        find_smallest(
-            profile, Loss("tiny", 1e-9), recipe=profile.recipe, out=tmp_path / "plan.json", model=model(profile)
-        )
+        find_smallest(profile, Loss("tiny", 1e-9), **options(profile, tmp_path / "plan.json"))
 
 
 @pytest.mark.parametrize("text", ["", "0", "0%", "-1%", "200%", "1 nat", "one"])
@@ -306,8 +292,8 @@ def test_several_budgets_go_on_with_more_trials(fake: Any, profiles: Profiles, m
     knobs = []
     for trials in (1, more):
         profile = profiles(trials=trials)
-        options: dict[str, Any] = {"recipe": profile.recipe, "out": tmp_path / "plan.json", "model": model(profile)}
-        found = find_plans(profile, split_budgets(["60%,40%"]), **options)
+        given = options(profile, tmp_path / "plan.json")
+        found = find_plans(profile, split_budgets(["60%,40%"]), **given)
         assert [result.trials for result in found] == [trials, trials]
         knobs.append(found[0].plan.provenance["knobs"])
     assert knobs[0] != knobs[1]

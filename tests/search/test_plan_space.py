@@ -11,7 +11,6 @@ import pytest
 
 from moacompress.calibration.profile.statistics import Statistics
 from moacompress.calibration.profile.store import Profile
-from moacompress.core.errors import InfeasibleBudgetError
 from moacompress.rules.limits import is_within, layer_floors, meets
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import LayerShares, Share
@@ -50,16 +49,6 @@ def test_bytes_of_groups_are_those_of_the_plan(profiles: Profiles, formats: bool
         for layer, share in enumerate(SHARES):
             if share is not None:
                 assert plan.rules[layer] == tuple(plan.rules[share.anchor][of] for of in share.head_map)
-
-
-def test_without_sharing_rows_are_kv_heads(profiles: Profiles) -> None:
-    profile = profiles()
-    space = space_of(profile, shares=())
-    costs = np.random.default_rng(0).random((6, 2, len(profile.rules)))
-    assert space.costs(costs) is costs
-    choice = space.knapsack.choose(costs)
-    assert choice.shape == (6, 2)
-    assert np.array_equal(space.choice(space.plan(choice)), choice)
 
 
 def test_costs_and_forms_of_groups_are_sums(profiles: Profiles) -> None:
@@ -134,17 +123,3 @@ def test_floors_hold_where_influences_cancel(profiles: Profiles, seed: int) -> N
         plan = request.plan(request.surrogate, {**request.parameters.neutral, "coherence": coherence})
         assert meets(plan, layer_floors(floors, profile.shape), profile.lengths)
         assert plan.rules[0] == (Rule.FULL, Rule.FULL)
-
-
-def test_sharing_makes_smaller_budgets_possible(profiles: Profiles) -> None:
-    profile = profiles(layers=12, anchors=1)
-    recipe = profile.recipe.override(search__share="layers=3:2,6:5,8:7")
-    with pytest.raises(InfeasibleBudgetError) as alone:
-        SearchRequest.of(profile, "1%", profile.recipe)
-    with pytest.raises(InfeasibleBudgetError) as shared:
-        SearchRequest.of(profile, "1%", recipe)
-    least = [float(str(error.value).rpartition("at least ")[2].partition("%")[0]) for error in (alone, shared)]
-    assert least[1] < least[0]
-    request = SearchRequest.of(profile, f"{least[1]}%", recipe)
-    plan = request.plan(request.surrogate, request.parameters.neutral)
-    assert is_within(plan, request.limits)

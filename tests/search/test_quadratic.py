@@ -12,7 +12,7 @@ import pytest
 from moacompress.calibration.profile.statistics import Statistics
 from moacompress.calibration.profile.store import Profile
 from moacompress.search.predict.search_parameters import START_COHERENCE
-from moacompress.search.problem.knapsack import Knapsack, total_cost
+from moacompress.search.problem.knapsack import total_cost
 from moacompress.search.problem.quadratic import KNEE, Quadratic
 from moacompress.search.search_request import MIN_ROWS, SearchRequest
 
@@ -58,7 +58,7 @@ def test_it_is_half_the_mean_square_of_the_sum(profiles: Profiles) -> None:
 def test_no_change_of_one_or_two_heads_improves_the_end(profiles: Profiles, seed: int) -> None:
     profile = coherent(profiles, seed=seed)
     request = SearchRequest.of(profile, "50%", profile.recipe)
-    knapsack = Knapsack.of(request)
+    knapsack = request.space().knapsack
     form, costs, share = request.quadratic, request.surrogate.costs(), 0.6
     assert form is not None
 
@@ -90,7 +90,7 @@ def test_rules_of_parts_are_as_rules_of_their_own(profiles: Profiles) -> None:
     assert form.rows.shape[2] == len(profile.spans) + 6
     whole = Quadratic(form.rows[..., form.parts].sum(-1), form.linear[..., form.parts].sum(-1))
     request = SearchRequest.of(profile, "25%", profile.recipe)
-    knapsack, costs = Knapsack.of(request), request.surrogate.costs()
+    knapsack, costs = request.space().knapsack, request.surrogate.costs()
     rng = np.random.default_rng(0)
     for choice in (knapsack.choose(costs), rng.integers(0, len(profile.rules), (2, 2))):
         assert form.kl(choice) == pytest.approx(whole.kl(choice))

@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.core.errors import DataError, ModelError
-from moacompress.models.source import SourceModel, model_shape
+from moacompress.models.source import SourceModel
 from moacompress.repair import plans as repairing
 from moacompress.repair.plans import repair, repair_by_profile
-from moacompress.repair.projections import RepairSetting, with_weights
+from moacompress.repair.projections import with_weights
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.search.measure.objective import Objective
-
-Models = Callable[..., PreTrainedModel]
 
 
 def made(seed: int, count: int, n: int = 120) -> list[Sample]:
     rng = np.random.default_rng(seed)
     mask = np.arange(n) >= n - 60
     return [Sample(rng.integers(3, 150, n), mask, "test", n) for _ in range(count)]
-
-
-@pytest.fixture
-def source(tiny_model: Models) -> SourceModel:
-    model = tiny_model("llama")
-    return SourceModel(model, None, "tiny", model_shape(model), 4096)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -44,10 +35,10 @@ def narrow(source: SourceModel) -> Plan:
 def test_it_lowers_kl_where_it_was_not_fitted(source: SourceModel, narrow: Plan) -> None:
     own = {name: tensor.clone() for name, tensor in source.model.state_dict().items()}
     validation = made(8, 12)
-    done = repair(source, narrow, made(7, 60), validation, settings=[RepairSetting(0.03), RepairSetting(100.0)])
+    done = repair(source, narrow, made(7, 60), validation, penalties=[0.03, 100.0])
     assert all(torch.equal(tensor, own[name]) for name, tensor in source.model.state_dict().items())
     report = done.report
-    assert (report["penalty"], report["answer_share"], report["tokens"], report["samples"]) == (0.03, None, 7200, 60)
+    assert (report["penalty"], report["tokens"], report["samples"]) == (0.03, 7200, 60)
     assert report["validation_samples"] == 6
     judged = Objective(source.model, validation[1::2])
     before = judged.kls(narrow)
@@ -72,7 +63,7 @@ def test_none_is_kept_where_it_hurts(source: SourceModel, narrow: Plan, monkeypa
     name = "model.layers.1.self_attn.o_proj.weight"
     worse = {name: torch.randn_like(source.model.state_dict()[name])}
     monkeypatch.setattr(repairing, "repaired_weights", lambda *args: [worse])
-    done = repair(source, narrow, made(1, 2), made(2, 4), settings=[RepairSetting(0.1)])
+    done = repair(source, narrow, made(1, 2), made(2, 4), penalties=[0.1])
     assert done.weights == {}
     assert (done.report["penalty"], done.report["harm"]["change"]["mean"]) == (None, 0)
     assert "not_enough" not in done.report["harm"]  # none was chosen, so none was judged
@@ -91,7 +82,7 @@ def test_none_is_kept_that_the_other_half_does_not_confirm(
 
         monkeypatch.setattr(repairing, "_RepairedKl", RepairedKl)
         monkeypatch.setattr(repairing, "repaired_weights", lambda *args: [{"weight": torch.ones(1)}])
-        return repair(source, narrow, made(1, 2), made(2, 4), settings=[RepairSetting(0.1)])
+        return repair(source, narrow, made(1, 2), made(2, 4), penalties=[0.1])
 
     def changed(*judged: float) -> list[float]:
         """Returns KLs of which those that choose are lower, and those that judge differ by so much."""
@@ -133,8 +124,9 @@ def test_a_profile_of_another_model(source: SourceModel, narrow: Plan, profiles:
         repair_by_profile(source, narrow, profile)
 
 
-def test_samples_are_taken_from_all_over(source: SourceModel) -> None:
+def test_samples_are_taken_from_all_over(source: SourceModel, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = [replace(sample, source=str(number)) for number, sample in enumerate(made(3, 10))]
-    chosen = repairing._of_tokens(samples, 350)
-    assert [sample.source for sample in chosen] == ["0", "4", "9"]
-    assert repairing._of_tokens(samples, 10**6) == samples
+    profile: Any = SimpleNamespace(calibration_samples=lambda: samples)
+    for wanted, expected in ((350, ["0", "4", "9"]), (10**6, [*map(str, range(10))])):
+        monkeypatch.setattr(repairing, "TOKENS_PER_INPUT", wanted / (source.shape.heads * source.shape.head_dim))
+        assert [sample.source for sample in repairing.repair_samples(profile, source.shape)] == expected

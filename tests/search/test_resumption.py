@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -72,21 +71,6 @@ def test_more_trials_go_on_with_the_same_study(search: Search, profiles: Profile
     again, fake = search(profiles(trials=5), out=out)
     assert again.trials == 7
     assert fake.calls == []
-
-
-@pytest.mark.parametrize("kind", ["journal", "sqlite"])
-def test_storage_resumes(search: Search, profiles: Profiles, tmp_path: Path, kind: str) -> None:
-    storage = f"sqlite:///{tmp_path}/s.db" if kind == "sqlite" else str(tmp_path / "sub" / "s.log")
-    profile = profiles(trials=6, storage=storage)
-    killed, _ = search(profile, dies_at=60)
-    assert killed is None
-    result, fake = search(profile)
-    assert result.plan.rules == search(profiles(trials=6))[0].plan.rules
-    assert len(fake.calls) < 140
-    assert storage not in json.dumps(result.plan.to_dict())
-    again, fake = search(profile)
-    assert fake.calls == []
-    assert again.plan == result.plan
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from moacompress.calibration.profile.store import TEXT_WEIGHT, Profile
 from moacompress.core.errors import InfeasibleBudgetError, UsageError
 from moacompress.models.source import SourceModel
-from moacompress.search.problem.knapsack import Knapsack, chosen_plan
+from moacompress.search.problem.knapsack import chosen_plan
 from moacompress.search.search_request import SearchRequest, offered_formats
 
 if TYPE_CHECKING:
@@ -34,12 +34,6 @@ def test_a_profile_of_plain_text_alone_is_gone_by(profiles: Callable[..., Profil
     profile = profiles()
     text = replace(profile, sample_kinds=("text",) * len(profile.sample_kinds))
     assert np.array_equal(SearchRequest.of(text, "25%", text.recipe).surrogate.influence, profile.influence("robust"))
-
-
-def test_a_profile_around_a_plan_is_refused(profiles: Callable[..., Profile]) -> None:
-    profile = replace(profiles(), around="0123456789abcdef")
-    with pytest.raises(UsageError, match="is of changes around a plan; search in one of the dense model"):
-        SearchRequest.of(profile, "25%", profile.recipe)
 
 
 def test_formats_on_offer_are_those_asked_for_or_all_that_are_known(profiles: Callable[..., Profile]) -> None:
@@ -85,7 +79,7 @@ def test_with_formats_smaller_budgets_can_be_met(profiles: Callable[..., Profile
     with pytest.raises(InfeasibleBudgetError):
         SearchRequest.of(profile, "8%", native)
     request = SearchRequest.of(profile, "8%", profile.recipe)
-    choice = Knapsack.of(request).choose(request.surrogate.costs())
+    choice = request.space().knapsack.choose(request.surrogate.costs())
     assert chosen_plan(request.profile, choice).kv_share(512) <= 0.08
 
 

@@ -114,18 +114,6 @@ def test_rounds_improve_the_plan_without_sharing_beside(search: Search, profiles
     assert any(stage["name"].startswith("round") for stage in joint.explanation["stages"])
 
 
-def test_a_search_that_died_goes_on_to_the_same_plan(search: Search, profiles: Profiles, tmp_path: Path) -> None:
-    profile = profiles(anchors=2, copying=1e-6, share="auto", trials=5, moves=3)
-    whole, fake = search(profile, "30%", out=tmp_path / "whole.json")
-    died, _ = search(profile, "30%", out=tmp_path / "plan.json", dies_at=len(fake.calls) * 2 // 3)
-    assert died is None
-    again, rest = search(profile, "30%", out=tmp_path / "plan.json")
-    assert again.plan.key() == whole.plan.key()
-    assert again.plan.shares == whole.plan.shares
-    assert len(rest.calls) < len(fake.calls)
-    assert Plan.load(tmp_path / "plan.json").shares == whole.plan.shares
-
-
 def test_parameters_of_another_budget_stay_in_range(search: Search, profiles: Profiles) -> None:
     profile = profiles(anchors=2, copying=1e6, share="auto", trials=4)
     request = SearchRequest.of(profile, "50%", profile.recipe)

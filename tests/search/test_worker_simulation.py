@@ -72,14 +72,7 @@ class Disturbed:
 
 @dataclass
 class Simulated:
-    """One of the workers.
-
-    Attributes:
-        run: of which it is one.
-        number: its number.
-        thread: that it works in.
-        storage: as it meets it.
-    """
+    """One of the workers, in a thread, with the storage as it meets it."""
 
     run: Run
     number: int
@@ -156,14 +149,7 @@ def true_kl(plan: Plan, sample: int) -> float:
 
 
 class Run:
-    """A study from its first worker to its last trial.
-
-    Attributes:
-        seed: of all that goes wrong.
-        measured: how often every plan was measured on every sample.
-        errors: of workers that were not killed.
-        begun: set once the first workers are all there.
-    """
+    """A study from its first worker to its last trial; the seed is of all that goes wrong."""
 
     def __init__(self, seed: int, journal: Path | None) -> None:
         self.seed, self.lock = seed, threading.Lock()

@@ -257,7 +257,9 @@ class Comparison:
         shape, min_window = self.plan.model, self.plan.min_window
         if ":" in name:
             return [uniform_plan(shape, tokens, limit, int(name.partition(":")[2]), min_window)]
-        plans = baseline_plans(name, shape, tokens, limit, min_window, self.profile, CODED, self.plan.centres)
+        plans = baseline_plans(
+            name, shape, {tokens: limit}, min_window, self.profile, formats=CODED, centres=self.plan.centres
+        )
         sink, formats = _known_best(self.plan, name)
         plans = [plan for plan in plans if formats in _formats_of(plan)] or plans
         every = self.every_candidate and name != self.best

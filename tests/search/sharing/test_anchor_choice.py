@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from moacompress.search.sharing.anchor_choice import anywhere
+from moacompress.search.sharing.share_choice import cheapest_anchors
 
 
 def every_choice(costs: np.ndarray) -> dict[int, float]:
@@ -50,7 +50,7 @@ def test_the_best_of_all_choices_is_found(seed: int) -> None:
     costs = drawn(seed)
     free = every_choice(costs)
     for count in range(max(free) + 2):
-        somewhere = anywhere(costs, count)
+        somewhere = cheapest_anchors(costs, count)
         if count in free:
             assert somewhere is not None
             check(costs, somewhere, count, free[count])
@@ -62,7 +62,7 @@ def test_an_anchor_has_several_reuse_layers() -> None:
     costs = np.full((5, 3), 1.0)
     costs[0], costs[1, 1:], costs[2, 2:] = np.inf, np.inf, np.inf
     costs[3, 2], costs[4, 2] = 0.1, 0.2  # of 0 and of 1
-    found = anywhere(costs, 2)
+    found = cheapest_anchors(costs, 2)
     assert found is not None
     check(costs, found, 2, 0.3)
     assert found[1] == {3: 0, 4: 1}

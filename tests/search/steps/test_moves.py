@@ -19,7 +19,7 @@ Profiles = Callable[..., Profile]
 def setting(profiles: Profiles) -> tuple[Knapsack, np.ndarray, np.ndarray]:
     profile = profiles()
     request = SearchRequest.of(profile, "50%", profile.recipe)
-    knapsack = Knapsack.of(request)
+    knapsack = request.space().knapsack
     costs = request.surrogate.costs()
     return knapsack, costs, knapsack.choose(costs)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moacompress.calibration.profile.store import Profile
-from moacompress.search.problem.knapsack import Knapsack, choice_of, chosen_plan
+from moacompress.search.problem.knapsack import choice_of, chosen_plan
 from moacompress.search.problem.quadratic import Quadratic
 from moacompress.search.search_request import SearchRequest
 from moacompress.search.steps.rounds import NEUTRAL, RANGES, STARTS, moved
@@ -22,7 +22,7 @@ Search = Callable[..., tuple[Any, Any]]
 def test_a_round_moves_no_more_than_its_share(profiles: Profiles) -> None:
     profile = profiles()
     request = SearchRequest.of(profile, "50%", profile.recipe)
-    knapsack = Knapsack.of(request)
+    knapsack = request.space().knapsack
     costs = request.surrogate.costs()
     choice = knapsack.choose(costs)
     rng = np.random.default_rng(0)

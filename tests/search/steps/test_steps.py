@@ -77,7 +77,6 @@ def test_the_study_measures_what_it_is_given(context: SearchContext, monkeypatch
     assert len(context.tried) == 2
     assert len(solved) == 1  # the plan of trial 0 was there
     assert context.tried[0].key == start.plan.key()
-    assert context.reference == context.tried[0].kls
     assert len(best.kls) == context.evaluator.measure.size
     assert names(context) == ["surrogate", "study"]
 
@@ -132,14 +131,6 @@ def test_a_step_does_nothing_once_the_time_is_up(step: Any, context: SearchConte
     assert context.stages == []
 
 
-def test_without_rounds_and_moves_the_incumbent_is_passed_on(pretended: Callable[..., Any], profiles: Profiles) -> None:
-    with made(pretended, profiles(trials=1)) as context:
-        assert context.around is None
-        assert context.trainer is None
-        incumbent = first(context)
-        assert make_moves(make_rounds(incumbent, context), context) is incumbent
-
-
 def test_a_further_step_is_one_line(
     search: Search, profiles: Profiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,7 +138,8 @@ def test_a_further_step_is_one_line(
 
     def share(incumbent: Incumbent, context: SearchContext) -> Incumbent:
         given.append(incumbent)
-        bent = context.plan_of({**context.request.parameters.neutral, "depth_0": 0.5, "exponent": -0.2})
+        parameters = {**context.request.parameters.neutral, "depth_0": 0.5, "exponent": -0.2}
+        bent = context.request.plan(context.surrogate, parameters)
         assert bent.key() != incumbent.plan.key()
         found = context.measured(incumbent, bent, "share")
         context.add_stage("share", found, True)
