@@ -18,7 +18,7 @@ class InfluenceSums:
 
     Attributes:
         squares: `sum_i d_i^2`, `[kv_heads, rules]`.
-        total: `sum_i d_i`, `[kv_heads, rules]`; its square is the per-sample estimator.
+        total: `sum_i d_i`, `[kv_heads, rules]`.
     """
 
     baselines = False

@@ -504,7 +504,7 @@ def array_shapes(chosen: ProfileRecipe, shape: ModelShape, rules: int, around: b
     size = (shape.layers, shape.kv_heads, rules)
     names = ["squares"]
     names += ["first"] if around else []
-    names += ["moa", "mass", "gold_squares", "gold_total"] if chosen.baselines else []
+    names += ["moa", "mass"] if chosen.baselines else []
     heads = {"distance": (*size[:2], DISTANCE_BINS), "sink_mass": (*size[:2], len(SINKS)), "entropy": size[:2]}
     pairs = size[0], chosen.anchors, size[1], size[1]
     formats = (*size[:2], 1 + len(chosen.formats))
@@ -516,5 +516,5 @@ def array_shapes(chosen: ProfileRecipe, shape: ModelShape, rules: int, around: b
         **{f"{side}_total": (chosen.draws, *formats) for side in (SIDES if chosen.formats else ())},
         **({"harm": (1,)} if around else {}),
         **(heads if chosen.heads else {}),
-        **dict.fromkeys(("copy_squares", "copy_totals", "copy_cosine") if chosen.anchors else (), pairs),
+        **dict.fromkeys(("copy_squares", "copy_cosine") if chosen.anchors else (), pairs),
     }

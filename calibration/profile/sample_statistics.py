@@ -175,9 +175,8 @@ def sample_statistics(
             found["harm"] = torch.tensor([max(divergence.kl, 0.0)])
         if chosen.baselines:
             baselines = [BaselineSums(*size, device) for device in devices]
-            _reset(influence)
-            tape.backward(label_cotangent(ids[rows + 1]), _by_layer(influence, baselines), last=False)
-            found |= {f"gold_{name}": value for name, value in stacked(influence).items()} | stacked(baselines)
+            tape.backward(label_cotangent(ids[rows + 1]), _by_layer(baselines), last=False)
+            found |= stacked(baselines)
         drawn = []
         for draw in range(chosen.draws):
             _reset([*influence, *rounding])

@@ -27,7 +27,6 @@ from moacompress.calibration.data.samples import Sample, SampleKind, fingerprint
 from moacompress.calibration.profile.manifest import Manifest, damaged
 from moacompress.calibration.profile.statistics import (
     ESTIMATORS,
-    OF_FORMATS,
     OF_RULES,
     SIDES,
     Statistics,
@@ -47,6 +46,7 @@ from moacompress.core.files import write_bytes
 from moacompress.core.shingles import Shingles
 from moacompress.core.shown import Shown
 from moacompress.recipe import Recipe
+from moacompress.recipe_sections import ROBUST
 from moacompress.rules.candidates import in_formats
 from moacompress.rules.key_centres import Centres
 from moacompress.rules.model_shape import ModelShape
@@ -116,7 +116,7 @@ class Profile(Shown):
     def estimators(self) -> tuple[str, ...]:
         """Those of `ESTIMATORS` that the profile holds the statistics of, for all its rules."""
         found = available(self.statistics)
-        return tuple(name for name in found if name in OF_FORMATS) if self.formats else found
+        return tuple(name for name in found if name == ROBUST) if self.formats else found
 
     @property
     def profiled_formats(self) -> tuple[str, ...]:
@@ -188,10 +188,9 @@ class Profile(Shown):
         """
         if estimator not in ESTIMATORS:
             raise UsageError(f"estimator {estimator!r} is not one of {', '.join(ESTIMATORS)}")
-        if self.formats and estimator not in OF_FORMATS:
+        if self.formats and estimator != ROBUST:
             raise UsageError(
-                f"the estimator {estimator!r} says nothing of formats; choose one of {', '.join(OF_FORMATS)}, or search with "
-                "--formats native"
+                f"the estimator {estimator!r} says nothing of formats; choose {ROBUST}, or search with --formats native"
             )
         if estimator not in self.estimators:
             raise UsageError(f"the profile has no statistics for the estimator {estimator!r}; profile with --baselines")

@@ -32,7 +32,6 @@ AUDIT_KEYS = (
     "audit_precision",
     "audit_sharing",
     "audit_repair",
-    "fisher_minus_moa",
     "chosen_minus_moa",
     "split_half",
     "points",

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moacompress.calibration.profile.statistics import OF_FORMATS, SIDES
+from moacompress.calibration.profile.statistics import SIDES
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats
+from moacompress.recipe_sections import ROBUST
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.search.audit.statistics import rank_and_ratio
@@ -91,13 +92,11 @@ def assess_formats(
         seed: of the bootstrap.
 
     Returns:
-        `audit_precision`: of the recipe's estimator, or of `fisher` where that says nothing of formats, `spearman, ci95`, the
+        `audit_precision`: `estimator`, `spearman, ci95`, the
         median `ratio` of measured to predicted KL, `ratio_range` that four fifths of them are in, `n`, and the same by
         `kinds`; `precision_points`: each pick, `layer, kv_head, side, format, predicted, measured`.
     """
-    wanted = profile.recipe.profile.estimator
-    estimator = wanted if wanted in OF_FORMATS else "fisher"
-    predicted = np.array([influence[estimator][pick.among(profile)] for pick in picks])
+    predicted = np.array([influence[ROBUST][pick.among(profile)] for pick in picks])
     kinds = np.array([pick.kind for pick in picks])
     by_kind = {
         kind: rank_and_ratio(predicted[kinds == kind], measured[kinds == kind], seed)
@@ -107,5 +106,5 @@ def assess_formats(
         {**pick._asdict(), "predicted": guess, "measured": kl}
         for pick, guess, kl in zip(picks, predicted.tolist(), measured.tolist(), strict=True)
     ]
-    whole = {"estimator": estimator, **rank_and_ratio(predicted, measured, seed), "kinds": by_kind}
+    whole = {"estimator": ROBUST, **rank_and_ratio(predicted, measured, seed), "kinds": by_kind}
     return {"audit_precision": whole, "precision_points": points}

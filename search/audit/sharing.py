@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from moacompress.calibration.data.samples import Sample
-from moacompress.calibration.profile.statistics import OF_FORMATS
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats
 from moacompress.core.progress import Progress
 from moacompress.models.source import SourceModel
+from moacompress.recipe_sections import ROBUST
 from moacompress.repair.copies import repaired_copies
 from moacompress.repair.plans import repair_samples
 from moacompress.rules.plan import Plan
@@ -35,8 +35,7 @@ CopyPick: TypeAlias = tuple[int, Share]
 def copy_costs(profile: Profile, samples: Sequence[Sample]) -> CopyCosts | None:
     """Returns what copies are predicted to cost on samples like these; None where the profile has none.
 
-    Each sample counts with the influence at the profiled length nearest to its own, of its kind, by the recipe's estimator,
-    or by `fisher` where that says nothing of copies.
+    Each sample counts with the influence at the profiled length nearest to its own, of its kind.
 
     Args:
         profile: of the dense model.
@@ -47,15 +46,9 @@ def copy_costs(profile: Profile, samples: Sequence[Sample]) -> CopyCosts | None:
     groups = Counter(
         (sample.kind, min(profile.lengths, key=lambda length: abs(length - sample.length))) for sample in samples
     )
-    found = {group: CopyCosts.at(profile, copy_estimator(profile), *group) for group in groups}
+    found = {group: CopyCosts.at(profile, *group) for group in groups}
     whole = np.average([costs.influence for costs in found.values()], axis=0, weights=list(groups.values()))
     return replace(next(iter(found.values())), influence=whole)
-
-
-def copy_estimator(profile: Profile) -> str:
-    """Returns the estimator that copies are predicted by."""
-    wanted: str = profile.recipe.profile.estimator
-    return wanted if wanted in OF_FORMATS else "fisher"
 
 
 def choose_copy_picks(costs: CopyCosts, count: int, seed: int) -> list[CopyPick]:
@@ -102,7 +95,7 @@ def assess_copies(
     """
     predicted = np.array([costs.cost(plan.shares) for plan in copy_plans(profile, picks)])
     return {
-        "audit_sharing": {"estimator": copy_estimator(profile), **rank_and_ratio(predicted, measured, seed)},
+        "audit_sharing": {"estimator": ROBUST, **rank_and_ratio(predicted, measured, seed)},
         "sharing_points": _points(picks, predicted, measured),
     }
 
@@ -145,7 +138,7 @@ def audit_repairs(
     predicted = np.array([one.left * costs.cost(plan.shares) for plan, one in zip(plans, repairs, strict=True)])
     points = _points(picks, predicted, kls)
     return {
-        "audit_repair": {"estimator": copy_estimator(profile), **rank_and_ratio(predicted, kls, seed)},
+        "audit_repair": {"estimator": ROBUST, **rank_and_ratio(predicted, kls, seed)},
         "repair_points": [{**point, "left": one.left} for point, one in zip(points, repairs, strict=True)],
     }
 

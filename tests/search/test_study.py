@@ -157,12 +157,6 @@ def test_the_explanation_has_the_gain_of_what_was_not_kept(search: Search, profi
     assert all(stage["difference"]["value"] < 0 or not stage["kept"] or stage["name"] == "rest" for stage in others)
 
 
-def test_another_estimator(search: Search, profiles: Profiles) -> None:
-    profile = profiles(trials=2)
-    result, _ = search(profile, recipe=profile.recipe.override(profile__estimator="sample"))
-    assert result.plan.kv_share(512) <= 0.5
-
-
 def test_rounds_and_moves_only_ever_help(search: Search, profiles: Profiles, tmp_path: Path) -> None:
     one_shot = search(profiles(trials=1))[0]
     out = tmp_path / "plan.json"
