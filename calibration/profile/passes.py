@@ -189,12 +189,7 @@ AttentionMaskInterface.register(ATTENTION, _no_mask)
 
 @contextmanager
 def attending_as(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Lets the model attend by one of transformers' attention functions, and puts everything back.
-
-    Args:
-        model: dense, or detached.
-        name: under which the function was registered.
-    """
+    """Lets the dense model attend by a registered attention function of transformers, and puts everything back."""
     configs: dict[int, Any] = {
         id(module.config): module.config for module in model.modules() if hasattr(module, "config")
     }
@@ -286,10 +281,7 @@ def hidden_states(model: PreTrainedModel, embeddings: Tensor) -> Tensor:
 def target_states(model: PreTrainedModel, ids: Tensor, rows: Tensor) -> Tensor:
     """Returns what the output layer gets at some positions, `[rows, hidden]`, without a way back.
 
-    Args:
-        model: dense or under a plan.
-        ids: int64 `[N]`.
-        rows: int64 positions.
+    `ids` and `rows` are int64, `[N]` and positions among them.
     """
     return read_through(model, ids)[0, rows]
 
@@ -297,9 +289,7 @@ def target_states(model: PreTrainedModel, ids: Tensor, rows: Tensor) -> Tensor:
 def read_through(model: PreTrainedModel, ids: Tensor | npt.NDArray[np.int64]) -> Tensor:
     """Returns what the output layer gets of one row of tokens, `[1, N, hidden]`, without a way back.
 
-    Args:
-        model: dense or under a plan.
-        ids: int64 `[N]`, on any device.
+    `ids` are int64 `[N]`, on any device.
     """
     with torch.no_grad():
         tokens = torch.as_tensor(ids, dtype=torch.int64, device=input_device(model))
@@ -309,10 +299,7 @@ def read_through(model: PreTrainedModel, ids: Tensor | npt.NDArray[np.int64]) ->
 def all_attended(model: PreTrainedModel, shape: ModelShape, ids: Tensor | npt.NDArray[np.int64]) -> dict[int, Attended]:
     """Returns what every layer of a dense model attends with on one row of tokens, values too.
 
-    Args:
-        model: dense.
-        shape: its shape.
-        ids: int64 `[N]`, on any device.
+    `ids` are int64 `[N]`, on any device.
     """
     recording = Recording.of(shape, RuleTable.of([Rule.FULL], 1), values=True)
     with recorded(model, recording):

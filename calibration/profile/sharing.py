@@ -58,13 +58,8 @@ class Attended:
     def probabilities(self, tile: Tile, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Returns how a tile of rows attends.
 
-        Args:
-            tile: which rows and keys, on any device.
-            dtype: to work in.
-
-        Returns:
-            Probabilities `[kv_heads, group, rows, keys of the tile]`, newest key first; that of the learned sink
-            `[kv_heads, group, rows, 1]`, or None.
+        The tile may be on any device. Probabilities are `[kv_heads, group, rows, keys of the tile]`, newest key first; that of
+        the learned sink is `[kv_heads, group, rows, 1]`, or None.
         """
         kv_heads, size = self.key.shape[1], self.key.shape[3]
         tile = tile._replace(rows=tile.rows.to(self.query.device))
@@ -77,12 +72,7 @@ class Attended:
 
 
 def copyable(native_windows: Sequence[int | None], anchors: int) -> npt.NDArray[np.bool_]:
-    """Returns whether layer `l` may copy layer `l - 1 - k`: `[layers, anchors]`, k along the last axis.
-
-    Args:
-        native_windows: the model's own sliding window of every layer, or None.
-        anchors: earlier layers that every layer is tried with.
-    """
+    """Returns whether layer `l` may copy layer `l - 1 - k`: `[layers, anchors]`, k along the last axis."""
     may = np.zeros((len(native_windows), anchors), np.bool_)
     for layer, window in enumerate(native_windows):
         for index in range(min(anchors, layer)):
@@ -96,7 +86,7 @@ class CopySums:
     Args:
         attended: of the layer itself and of the anchors, by layer; read while tiles come in.
         layer: the layer.
-        allowed: for each anchor `layer - 1 - k`, whether it may be copied; one row of `copyable`.
+        allowed: one row of `copyable`.
         kv_heads: KV heads of a layer.
         device: of the sums.
     """
@@ -167,14 +157,10 @@ def _directions(probabilities: Tensor) -> Tensor:
 def copy_influence(statistics: Statistics) -> npt.NDArray[np.float64]:
     """Returns the predicted KL of one KV head that copies, in nats per answer token, a mean over samples as for rules.
 
-    Around a plan it is the curvature's part alone.
-
-    Args:
-        statistics: of at least one sample, the axis for samples in front.
+    Around a plan it is the curvature's part alone. It means nothing (and is 0) where `copyable` is False.
 
     Returns:
-        `[layers, anchors, kv_heads, anchor's kv_heads]`; the anchor of `[l, k]` is layer `l - 1 - k`. It means nothing
-        (and is 0) where `copyable` is False.
+        `[layers, anchors, kv_heads, anchor's kv_heads]`; the anchor of `[l, k]` is layer `l - 1 - k`.
 
     Raises:
         UsageError: statistics without copies.
@@ -189,8 +175,7 @@ def copy_influence(statistics: Statistics) -> npt.NDArray[np.float64]:
 def best_head_map(influence: npt.NDArray[np.float64]) -> tuple[tuple[int, ...], float]:
     """Returns the cheapest anchor KV head of every own KV head, and the sum of their costs in nats.
 
-    Args:
-        influence: of a copy, `[kv_heads, anchor's kv_heads]`.
+    `influence` is that of a copy, `[kv_heads, anchor's kv_heads]`.
     """
     chosen = influence.argmin(1)
     return tuple(chosen.tolist()), float(influence.min(1).sum())

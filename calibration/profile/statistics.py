@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moacompress.core.arrays import Floats32
-from moacompress.recipe_sections import ROBUST, Estimator
+from moacompress.recipe_sections import ROBUST, Estimator, ProfileRecipe
+from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.rule import SINKS
 
 Doubles: TypeAlias = npt.NDArray[np.float64]
 
@@ -23,6 +25,8 @@ DRAWN = ("total", *(f"{side}_total" for side in SIDES))
 """Arrays with an axis for the draw in front."""
 OF_RULES = ("squares", "total", "first", "moa", "mass")
 """Arrays with an axis for the rules, the last."""
+DISTANCE_BINS = 18
+"""Bins of the distance histograms: 0, 1, 2-3, 4-7, ... tokens; the last begins at 65,536."""
 POWER = 0.75
 """Exponent of the power mean over samples.
 
@@ -93,13 +97,8 @@ def available(statistics: Statistics) -> tuple[str, ...]:
 def estimate(statistics: Statistics, estimator: str, samples: npt.NDArray[np.int64], side: str = "") -> Doubles:
     """Returns predicted KL in nats per answer token, a mean over some samples: `[layers, kv_heads, rules]`.
 
+    With one of `SIDES` it is what that side's formats cost, `[layers, kv_heads, 1 + formats]`, which only `ROBUST` knows.
     MoA's sum is of absolute first-order changes of the loss; mass is a share.
-
-    Args:
-        statistics: of samples, their axis in front.
-        estimator: one that is `available`; `ROBUST` for formats.
-        samples: indices of at least one.
-        side: one of `SIDES`: predict what its formats cost, `[layers, kv_heads, 1 + formats]`; by default what rules do.
     """
     name = _array(estimator)
     values = statistics.arrays[f"{side}_{name}" if side else name][samples]
@@ -114,3 +113,24 @@ def kl_of_squares(squares: Floats32) -> Doubles:
 
 def _array(estimator: str) -> str:
     return "squares" if estimator == ROBUST else estimator
+
+
+def array_shapes(chosen: ProfileRecipe, shape: ModelShape, rules: int, around: bool) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every array of a sample's statistics, for so many rules, around a plan or not."""
+    size = (shape.layers, shape.kv_heads, rules)
+    names = ["squares"]
+    names += ["first"] if around else []
+    names += ["moa", "mass"] if chosen.baselines else []
+    heads = {"distance": (*size[:2], DISTANCE_BINS), "sink_mass": (*size[:2], len(SINKS)), "entropy": size[:2]}
+    pairs = size[0], chosen.anchors, size[1], size[1]
+    formats = (*size[:2], 1 + len(chosen.formats))
+    parts = ("squares", "first") if around else ("squares",)
+    return {
+        "total": (chosen.draws, *size),
+        **dict.fromkeys(names, size),
+        **{f"{side}_{part}": formats for side in (SIDES if chosen.formats else ()) for part in parts},
+        **{f"{side}_total": (chosen.draws, *formats) for side in (SIDES if chosen.formats else ())},
+        **({"harm": (1,)} if around else {}),
+        **(heads if chosen.heads else {}),
+        **dict.fromkeys(("copy_squares", "copy_cosine") if chosen.anchors else (), pairs),
+    }

@@ -60,12 +60,7 @@ def _without_end(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) 
 
 
 def render_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, generate: bool) -> str:
-    """Returns the conversation as text, through the chat template.
-
-    Args:
-        tokenizer: one with a chat template.
-        messages: `{"role", "content"}` of every turn.
-        generate: end with the header of an assistant turn.
+    """Returns the conversation as text, through the chat template; if `generate`, ended by an assistant turn's header.
 
     Raises:
         DataError: the template refuses the conversation.
@@ -118,15 +113,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, user: str, prefix: str = "
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[bool]]:
     """Returns token ids and answer mask of a conversation that the assistant continues.
 
-    Without a chat template the turns follow each other, a line break after each.
-
-    Args:
-        tokenizer: the model's.
-        messages: all turns before the assistant's last one.
-
-    Returns:
-        The ids, assistant header at the end included, and for each whether an assistant's earlier turn holds it (its
-        closing token included).
+    Without a chat template the turns follow each other, a line break after each. `messages` are all turns before the
+    assistant's last one; its header at the end is included. The mask holds an assistant's earlier turns, with their closing
+    tokens.
 
     Raises:
         DataError: the template refuses the conversation, or renders the beginning of a conversation differently from

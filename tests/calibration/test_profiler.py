@@ -15,7 +15,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from moacompress.calibration.data.samples import Sample
-from moacompress.calibration.profile import profiler
+from moacompress.calibration.profile import sample_run
 from moacompress.calibration.profile.profiler import profile
 from moacompress.calibration.profile.sample_statistics import sample_statistics
 from moacompress.calibration.profile.statistics import ESTIMATORS, Statistics
@@ -67,7 +67,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         indices.append(args[7])
         return sample_statistics(*args)
 
-    monkeypatch.setattr(profiler, "sample_statistics", counted)
+    monkeypatch.setattr(sample_run, "sample_statistics", counted)
     return indices
 
 
@@ -125,7 +125,7 @@ def test_an_overwrite_that_is_interrupted_is_recovered_from(
         (out / "notes.txt").write_text("mine")
         for overwrite in (True, False) if seed == 0 else (True,):
             with monkeypatch.context() as patched:
-                patched.setattr("moacompress.calibration.profile.manifest.remove", stopping_after(stop))
+                patched.setattr("moacompress.calibration.profile.folder.remove", stopping_after(stop))
                 with pytest.raises(KeyboardInterrupt):
                     profile(source, out, RECIPE.override(seed=seed), overwrite=True)
             made = profile(source, out, RECIPE.override(seed=seed), overwrite=overwrite)
@@ -207,34 +207,6 @@ def test_a_damaged_profile_is_repaired(source: SourceModel, tmp_path: Path, data
     assert len(done) == 4  # no sample was profiled twice
 
 
-def test_a_profile_of_another_version_keeps_its_samples(
-    source: SourceModel, tmp_path: Path, data: list[str], done: list[int]
-) -> None:
-    out = tmp_path / "p"
-    profile(source, out, RECIPE)
-    head = json.loads((out / "profile.json").read_text())
-    head["recipe"]["search"]["wings"] = 2
-    (out / "profile.json").write_text(json.dumps(head))
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    for recipe in (RECIPE, RECIPE.override(seed=1)):
-        with pytest.raises(ArtefactError, match=r"made by moacompress \S+ and .* unknown key 'search.wings'"):
-            profile(source, out, recipe)
-        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-    assert len(done) == 4
-    profile(source, out, RECIPE, overwrite=True)
-    assert len(done) == 8
-
-
-def test_files_that_a_shared_recipe_only_names(source: SourceModel, tmp_path: Path) -> None:
-    recipe = RECIPE.override(calibration__text="prose")
-    with pytest.raises(
-        DataError,
-        match="cannot read prose: there is no such file or folder; give its path",
-    ):
-        profile(source, tmp_path / "p", recipe)
-    assert not (tmp_path / "p").exists()
-
-
 def poison(monkeypatch: pytest.MonkeyPatch, indices: set[int]) -> None:
     def statistics(
         model: Any, shape: Any, table: Any, sample: Any, chosen: Any, around: Any, seed: int, index: int, *rest: Any
@@ -245,7 +217,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, indices: set[int]) -> None:
             values[0, 0, 0, 1] = np.inf
         return Statistics({"squares": values.mean(0), "total": values})
 
-    monkeypatch.setattr(profiler, "sample_statistics", statistics)
+    monkeypatch.setattr(sample_run, "sample_statistics", statistics)
 
 
 def test_samples_that_are_not_finite_are_left_out(

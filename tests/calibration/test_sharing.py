@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
 
 from moacompress.calibration.data.samples import Sample
-from moacompress.calibration.profile import passes, profiler
+from moacompress.calibration.profile import passes
 from moacompress.calibration.profile.choices import choices_of
 from moacompress.calibration.profile.influence import attend, attend_backward
 from moacompress.calibration.profile.profiler import profile
+from moacompress.calibration.profile.request import check_around
 from moacompress.calibration.profile.sample_statistics import cotangent_generator, fisher_cotangent, sample_statistics
 from moacompress.calibration.profile.sharing import Attended, CopySums, best_head_map, copy_influence, copyable
 from moacompress.calibration.profile.statistics import Statistics
@@ -340,9 +341,9 @@ def test_a_plan_whose_layers_share_cannot_be_profiled_around(
     model = tiny_model("llama")
     source = SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)
     full = Plan.full(source.shape)
-    profiler.check_around(source, full)
+    check_around(source, full)
     with pytest.raises(PlanError, match="profiling around such a plan is not possible"):
-        profiler.check_around(source, replace(full, shares=(None, None, Share(1, (0, 1)))))
+        check_around(source, replace(full, shares=(None, None, Share(1, (0, 1)))))
 
 
 def test_each_head_takes_its_cheapest_anchor_head() -> None:

@@ -15,14 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from moacompress.calibration.data.samples import Sample, fingerprint_samples, save_samples
-from moacompress.calibration.profile.manifest import (
-    Manifest,
-    clear_profile,
-    is_profile,
-    prepare,
-    recipe_in,
-    request_fingerprint,
-)
+from moacompress.calibration.profile.folder import clear_profile, prepare, recipe_in
+from moacompress.calibration.profile.manifest import Manifest, is_profile
+from moacompress.calibration.profile.request import request_fingerprint
 from moacompress.calibration.profile.statistics import Statistics
 from moacompress.calibration.profile.store import Profile, merge, read_sample, read_samples, sample_path, write_sample
 from moacompress.core.errors import ArtefactError, UsageError
@@ -186,6 +181,10 @@ def test_a_nonsense_head_is_refused(folder: Path, key: str, value: Any) -> None:
         ({"shape": {**SHAPE.to_dict(), "native_windows": [None, 2.5, None]}}, "native_windows of layer 1"),
         ({"shape": {**SHAPE.to_dict(), "layers": 10**9}}, "model.layers is 1000000000"),
         ({"skipped": [float("inf")]}, "cannot convert float infinity"),
+        (
+            {"recipe": {"search": {"wings": 2}}},
+            r"made by moacompress \S+ and .* its recipe: unknown key 'search.wings'",
+        ),
     ],
 )
 def test_numbers_that_no_profile_has_are_refused(folder: Path, fields: dict[str, Any], said: str) -> None:

@@ -62,7 +62,7 @@ def gated(
     recipe = RECIPE.override(profile__gates=True, profile__gate_samples=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moacompress.calibration.data.sample_sources.build_samples", random_samples)
-        patch.setattr("moacompress.calibration.profile.profiler.gate_drafts", lambda *_: random_drafts())
+        patch.setattr("moacompress.calibration.gates.gate_samples.gate_drafts", lambda *_: random_drafts())
         patch.setattr("moacompress.calibration.data.sample_sources.make_drafts", lambda *arguments: [])
         yield profile_model(source, tmp_path_factory.mktemp("gated") / "p", recipe)
 

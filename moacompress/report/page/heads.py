@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moacompress.calibration.profile.manifest import DISTANCE_BINS
+from moacompress.calibration.profile.statistics import DISTANCE_BINS
 from moacompress.calibration.profile.store import Profile
 from moacompress.recipe_sections import ROBUST
 from moacompress.report.page.findings import EXPLANATIONS, Findings, reading_file
