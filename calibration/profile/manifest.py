@@ -8,7 +8,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import ConfigDict, PlainSerializer, PlainValidator, TypeAdapter, ValidationError, ValidationInfo
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+)
 from pydantic.dataclasses import dataclass
 
 from moacompress.calibration.data.samples import Sample, fingerprint_ordered, fingerprint_samples
@@ -95,10 +103,10 @@ class Manifest:
     fingerprint: str = ""
     calibration_fingerprint: str = ""
     validation_fingerprint: str = ""
-    skipped: Annotated[tuple[int, ...], PlainValidator(lambda value: tuple(map(int, value)))] = ()
+    skipped: Annotated[tuple[int, ...], BeforeValidator(lambda value: tuple(map(int, value)))] = ()
     digest: str = ""
     seconds: float = 0.0
-    complete: Annotated[bool, PlainValidator(lambda value: value is True)] = False
+    complete: Annotated[bool, BeforeValidator(lambda value: value is True)] = False
     gates: str = ""
     centres: Annotated[Centres, PlainValidator(_centres), PlainSerializer(to_texts)] = ()
     wording: str = ""
