@@ -27,16 +27,13 @@ BATCH_TOKENS = 8192
 
 @dataclass(frozen=True)
 class SampleDraft:
-    """A sample before the dense model has answered.
+    """A sample before the dense model has answered; `source`, `length` and `kind` are those of the `Sample`.
 
     Attributes:
         ids: token ids of the prompt `[n]`, everything before the answer.
         mask: bool `[n]`, True at tokens that are targets already: an assistant's earlier turns, or positions of plain
             text.
         room: most tokens of the answer to come; 0 for plain text, which has none.
-        source: see `Sample`.
-        length: see `Sample`.
-        kind: see `Sample`.
     """
 
     ids: Sequence[int]
@@ -56,10 +53,8 @@ class AnswerStore:
     def __init__(self, path: str | Path | None, weights: str, dtype: str) -> None:
         """Reads what is there.
 
-        Args:
-            path: the file, such as `profile/answers.jsonl`; it is made with the first batch. None keeps answers in memory.
-            weights: fingerprint of the dense model's weights.
-            dtype: what it computes in.
+        Without a path, such as `profile/answers.jsonl`, answers are kept in memory. They are those of a dense model with this
+        fingerprint of its weights, computed in this dtype.
 
         Raises:
             ArtefactError: the file cannot be read.

@@ -109,18 +109,8 @@ def joined_drafts(
     """Returns prompts of `length - answer_tokens` tokens exactly, each with a question of its own.
 
     A document is cut where the tokens come out right; where no cut does, because tokens merge, the prompt has up to
-    `SLACK` tokens fewer.
-
-    Args:
-        rows: with `context` and `question`.
-        name: of the source.
-        wanted: how many prompts of each length.
-        split: whose articles to take.
-        seed: of the choice.
-        tokenizer: the model's.
-        answer_tokens: room for the answer.
-        part: of calibration's articles; by default all.
-        may_lack: too few questions are no error.
+    `SLACK` tokens fewer. `wanted` is how many prompts of each length; of calibration's articles it takes all, or those of a
+    part. If it `may_lack`, too few questions are no error.
 
     Raises:
         DataError: from `Library.of`; too few documents to fill a length, or too few questions whose document fits it.

@@ -103,7 +103,7 @@ class RowsWanted:
         source: its name.
         rows: that it has; a local one that repeats an earlier one does not count.
         wanted: samples that a profile makes of them, by split.
-        needed: rows with which every split has so many, about: which split a row is in goes by its hash.
+        needed: rows with which every split has about so many: which split a row is in depends on its hash.
     """
 
     source: str
@@ -139,9 +139,9 @@ def make_drafts(
     """Returns the samples of a split before the dense model has answered; the model does not run.
 
     Args:
-        source: see `build_samples`.
-        recipe: likewise.
-        split: likewise.
+        source: the dense model, whose tokenizer counts.
+        recipe: of the profile.
+        split: calibration or validation.
         beside: what is profiled, where these are the samples that gates are trained on: they are of texts that are left for
             gates, and of other rows; where too few of these are left there are fewer samples.
         may_lack: makes fewer samples of files and hub sets with too few prompts or questions, of the rows of all splits.

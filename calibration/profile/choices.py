@@ -1,4 +1,4 @@
-"""What rules select in a sample: for every rule that selects, when each token is evicted that has left the window.
+"""What rules select in a sample: for every rule that selects, when each token outside the window is evicted.
 
 Of rules on offer that is asked of every KV head, and of the rules that a layer runs under of the KV head of each.
 """

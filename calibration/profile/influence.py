@@ -104,12 +104,12 @@ def attend_backward(
     """Returns the gradients of query, key and value of `attend`, and hands every tile, or the sums of all, to the collectors.
 
     Rows whose cotangent is exactly zero (after the last answer token; in the last layer, all but the answer) take no
-    part. Tensors are those of `attend`.
+    part. Without `choices`, what rules that select choose, only their sinks and windows count.
 
     Args:
         query: `[1, heads, N, head_dim]`.
-        key: `[1, kv_heads, N, head_dim]`.
-        value: `[1, kv_heads, N, head_dim]`.
+        key: `[1, kv_heads, N, head_dim]`, in the plan's formats already.
+        value: `[1, kv_heads, N, head_dim]`, in the plan's formats already.
         grad: cotangent of what `attend` returned.
         spec: how the layer attends.
         sink_logit: learned sink logit of each query head, `[heads]`, or None.
@@ -117,7 +117,7 @@ def attend_backward(
         collectors: receive the tiles, or the sums of all.
         plan: the rule of each KV head, or None for the dense model.
         tile: query rows worked on at a time; the compiled kernel has its own.
-        choices: what rules that select choose; without them only their sinks and windows count.
+        choices: see `Choices`.
     """
     chunk, native = (query, key, value, grad), spec.native_window
     table, plan = table.in_layer(native), None if plan is None else plan.native().in_layer(native)

@@ -339,11 +339,8 @@ def chunks(rows: int, vocabulary: int) -> list[slice]:
 class Tape:
     """A sample's forward pass, from which backward passes start. A context manager: the model is as before afterwards.
 
-    Args:
-        model: any causal LM that dispatches its attention; its weights are frozen meanwhile.
-        recording: rules, and the plan that the model runs under.
-        ids: int64 `[N]`.
-        rows: int64 `[targets]`, the positions whose logits predict a target.
+    The model is any causal LM that dispatches its attention; its weights are frozen meanwhile. `ids` are int64 `[N]`, and
+    `rows`, int64 `[targets]`, the positions whose logits predict a target.
 
     Attributes:
         hidden: what the output layer gets at `rows`, `[targets, hidden]`, detached.
@@ -380,10 +377,8 @@ class Tape:
     ) -> None:
         """Runs one backward pass from the logits down to the embeddings.
 
-        Args:
-            cotangent: where it starts; called for every chunk of rows, in order.
-            collectors: of every layer.
-            last: whether no other pass follows, so that memory is freed on the way.
+        The cotangent is called for every chunk of rows, in order; `collectors` are those of every layer. With `last` no other
+        pass follows, so that memory is freed on the way.
         """
         for held, wanted in zip(self._recording.collectors, collectors, strict=True):
             held[:] = wanted

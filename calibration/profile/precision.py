@@ -2,7 +2,7 @@
 
 With the gradient dK of keys as they are cached, after their rotary embedding, and the change dk_j that a format makes to the
 key of token j, the logits move along the cotangent by `dK_j . dk_j` to first order. Rounding errors of tokens are independent,
-so the predicted KL of a format is half of the expected `sum_j (dK_j . dk_j)^2`; likewise for values. Around a plan dk_j is
+so the predicted KL of a format is half of the expected `sum_j (dK_j . dk_j)^2`, and the same for values. Around a plan dk_j is
 the change from the key that the KV head attends to now, which may be rounded itself, and nothing where the format stays.
 """
 

@@ -130,13 +130,13 @@ class TileView:
         table: the rules, for this layer and on its device.
         probabilities: P, of all that the dense model sees, `[kv_heads, group, rows, keys of the tile]`, newest key first,
             zero where nothing is seen.
-        centred: `P * (G - D)`, same shape; D is that of the output as the layer computes it.
+        centred: `P * (G - D)`, of the same shape; D is that of the output as the layer computes it.
         escaped: with a learned sink logit, its probability e and `e * D`, both `[kv_heads, group, rows, 1]`.
         plan: the rule that each KV head runs under, or None for the dense model.
         query: scaled queries of the rows, `[kv_heads, group * rows, head_dim]`.
-        cotangent: dO of the rows, same shape.
+        cotangent: dO of the rows, `[kv_heads, group * rows, head_dim]`.
         keys: keys of the tile, newest first, `[kv_heads, keys, head_dim]`.
-        values: as `keys`.
+        values: values of the tile, newest first, `[kv_heads, keys, head_dim]`.
         choices: what rules that select choose, or None.
     """
 

@@ -176,11 +176,7 @@ Pool = TypeVar("Pool")
 def deal(keys: Sequence[int], shares: Mapping[Pool, int], name: str, unit: str = "texts") -> list[Pool]:
     """Returns the pool that each of some hashes belongs to, whatever others there are but where a pool would be empty.
 
-    Args:
-        keys: hashes; equal ones go to one pool.
-        shares: of each pool, in whole parts.
-        name: of the source, for the message.
-        unit: what the hashes are of, for the message.
+    Equal hashes go to one pool. Pools have shares in whole parts; `name` and `unit` say in the message what the hashes are of.
 
     Raises:
         DataError: fewer different ones than pools.

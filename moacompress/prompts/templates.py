@@ -36,7 +36,7 @@ class Prompt:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> list[int]:
-    """Returns the token ids of a text that goes on, if `special` behind what the tokenizer puts before a text."""
+    """Returns the token ids of a text that continues, if `special` behind what the tokenizer puts before a text."""
     ids = list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
     return _without_end(tokenizer, text, ids) if special else ids
 
@@ -47,7 +47,7 @@ def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def _without_end(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int]:
-    """Returns the ids of a text without the special tokens that a tokenizer puts behind it: the text goes on."""
+    """Returns the ids of a text without the special tokens that a tokenizer puts behind it, as the text continues."""
     if not ids or ids[-1] not in tokenizer.all_special_ids:
         return ids
     plain = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
