@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moacompress.calibration.data import sample_sources
-from moacompress.calibration.gates.gate_samples import gate_drafts
+from moacompress.calibration.gates import gate_samples
 from moacompress.calibration.profile.manifest import VERSION
 from moacompress.core.artefact_names import CALIBRATION_FILE, GATES_FILE, VALIDATION_FILE
 from moacompress.core.errors import DataError, PlanError
@@ -128,7 +128,7 @@ def check_samples(source: SourceModel, recipe: Recipe, out: Path | None = None, 
     """
     check_lengths(source.context, recipe)
     if recipe.profile.gates and around is None and (out is None or not (out / GATES_FILE).exists()):
-        gate_drafts(source, recipe)
+        gate_samples.gate_drafts(source, recipe)
     if out is None or not (out / CALIBRATION_FILE).exists():
         sample_sources.make_drafts(source, recipe, "calibration")
     if out is None or not (out / VALIDATION_FILE).exists():

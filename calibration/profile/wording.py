@@ -18,7 +18,6 @@ from moacompress.core.artefact_names import CALIBRATION_FILE, VALIDATION_FILE
 from moacompress.core.errors import ArtefactError
 from moacompress.prompts import field_records, generators, pools, recall, sentences
 from moacompress.recipe import Recipe
-from moacompress.recipe_sections import SourceRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +63,7 @@ def check_wording(out: Path, asked: Manifest, lacks_gates: Callable[[Manifest], 
 
 def _says_something(recipe: Recipe) -> bool:
     """Whether prompts of a recipe say anything but what its files do."""
-    return any(part.generator is not None or _asks(part) for part in recipe.calibration.sources)
-
-
-def _asks(part: SourceRecipe) -> bool:
-    return row_kind(read_rows(part), source_name(part)) == "question"
+    return any(
+        part.generator is not None or row_kind(read_rows(part), source_name(part)) == "question"
+        for part in recipe.calibration.sources
+    )
