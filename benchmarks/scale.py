@@ -13,7 +13,7 @@ from collections.abc import Callable
 from harness import markdown, options  # beside this script
 from transformers import LlamaConfig
 
-from moacompress.calibration.profile.profiler import rules_on_offer
+from moacompress.calibration.profile.request import rules_on_offer
 from moacompress.recipe import Recipe
 from moacompress.run_counts import ModelCounts, count_run
 

@@ -383,7 +383,7 @@ def clear_run(out: Path, inputs: Iterable[str | Path]) -> None:
         ArtefactError: a folder has the name of one of a run's, and none left it; one of the inputs would go too; or another
             process is at work on something in `out`.
     """
-    from moacompress.calibration.profile.manifest import clear_profile
+    from moacompress.calibration.profile.folder import clear_profile
 
     profile = out / PROFILE_FOLDER
     going = refuse_foreign(out, inputs)

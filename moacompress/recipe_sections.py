@@ -13,7 +13,9 @@ from moacompress.rules.budget import parse_length
 from moacompress.rules.formats import CODED, NATIVE, all_formats, find_format, is_format
 from moacompress.rules.rule import MIN_WINDOWS
 
-Estimator = Literal["robust", "fisher", "sample", "moa", "mass", "gold-fisher", "gold-sample"]
+Estimator = Literal["robust", "moa", "mass"]
+ROBUST: Estimator = "robust"
+"""The estimator that also knows what formats and copies cost; the others are baselines."""
 Generator = Literal["needle", "multi-needle", "key-value", "records", "recall"]
 HealObjective = Literal["kl", "echoatt"]
 INFLUENCE = "influence"
@@ -186,10 +188,10 @@ class ProfileRecipe(Section):
 
     draws: int = Field(2, ge=1, le=64, description="random logit cotangents per sample")
     estimator: Estimator = Field(
-        "robust",
-        description="influence statistic that the search uses; moa, mass, gold-fisher and gold-sample are baselines",
+        ROBUST,
+        description="influence statistic that the search uses; moa and mass are baselines",
     )
-    baselines: bool = Field(False, description="also record the statistics of moa, mass and the gold label")
+    baselines: bool = Field(False, description="also record the statistics of moa and mass")
     heads: bool = Field(False, description="also record attention distance, sink mass and entropy of every KV head")
     anchors: int = Field(
         0, ge=0, le=64, description="number of earlier layers whose attention each layer is tried with"
@@ -216,7 +218,7 @@ class ProfileRecipe(Section):
 
     @model_validator(mode="after")
     def _recorded(self) -> ProfileRecipe:
-        if self.estimator not in ("robust", "fisher", "sample"):
+        if self.estimator != ROBUST:
             object.__setattr__(self, "baselines", True)  # what the search goes by must be there
         return self
 

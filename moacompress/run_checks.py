@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moacompress.calibration.data.sample_sources import check_counts, check_data
-from moacompress.calibration.profile.profiler import check_lengths, check_samples, rules_on_offer
+from moacompress.calibration.profile.request import check_lengths, check_samples, rules_on_offer
 from moacompress.core.errors import DataError, RecipeError, UsageError
 from moacompress.evaluation.runner import check_request, task_names
 from moacompress.evaluation.scoring.text import text_windows

@@ -10,7 +10,6 @@ from typing import TypeAlias
 import torch
 
 from moacompress.calibration.data.samples import fingerprint_samples
-from moacompress.calibration.profile.statistics import OF_FORMATS
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UsageError
@@ -20,6 +19,7 @@ from moacompress.kernels.dispatch import check_formats
 from moacompress.models.source import SourceModel
 from moacompress.models.weight_bytes import most_checkpoint_bytes
 from moacompress.recipe import Recipe
+from moacompress.recipe_sections import ROBUST
 from moacompress.repair.copies import repaired_copies
 from moacompress.repair.plans import repair_samples
 from moacompress.repair.projections import Weights
@@ -52,7 +52,7 @@ def offered_formats(profiled: tuple[str, ...], recipe: Recipe) -> tuple[str, ...
     asked = recipe.search.formats
     if asked is not None:
         return asked
-    return profiled if recipe.profile.estimator in OF_FORMATS else ()
+    return profiled if recipe.profile.estimator == ROBUST else ()
 
 
 def offered(profile: Profile, recipe: Recipe) -> Profile:

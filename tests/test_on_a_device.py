@@ -206,7 +206,7 @@ def test_a_plan_is_found_by_a_cards_kernels(tiny_folder, tmp_path, pretend_devic
 
 
 def _found(recipe, folder):
-    """Returns influence by both estimates, the bytes of the plan found, and logits under it."""
+    """Returns influence, squares of sums, the bytes of the plan found, and logits under it."""
     source = load_source(recipe.model, device=recipe.device)
     profiled = profile(source, folder / "profile", recipe)
     plan = find_plan(profiled, recipe=recipe, out=folder / "plan.json", model=source).plan
@@ -214,5 +214,5 @@ def _found(recipe, folder):
     ids = torch.arange(150).remainder(97).add(5)[None].to(recipe.device)
     with torch.no_grad():
         logits = model(input_ids=ids).logits
-    estimates = [profiled.influence(name) for name in ("fisher", "sample")]
+    estimates = profiled.influence("robust"), (profiled.statistics.arrays["total"] ** 2).mean((0, 1))
     return *estimates, plan.kv_bytes(150), logits.float().cpu().numpy()

@@ -141,7 +141,7 @@ def test_flags_win_and_none_is_unset() -> None:
 def test_an_estimator_of_others_is_recorded() -> None:
     assert not Recipe().profile.baselines
     assert Recipe.from_dict({"profile": {"estimator": "moa"}}).profile.baselines
-    assert Recipe().override(profile__estimator="gold-fisher").profile.baselines
+    assert Recipe().override(profile__estimator="mass").profile.baselines
 
 
 PLACES = {

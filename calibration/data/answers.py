@@ -1,9 +1,11 @@
-"""The dense model's own answers: a plan is judged by what the model would have said itself."""
+"""The dense model's own answers, by which a plan is judged, and the file that keeps them for a run that resumes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 
 from moacompress.calibration.data.samples import Sample, SampleKind
 from moacompress.core.progress import SILENT, Progress
+from moacompress.core.records import Records
 from moacompress.models.placement import input_device
 from moacompress.models.processes import broadcast, shared
 from moacompress.runtime.compat.alternates import cache_argument
@@ -18,24 +21,19 @@ from moacompress.runtime.compat.alternates import cache_argument
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from moacompress.calibration.data.answer_store import AnswerStore
-
 BATCH_TOKENS = 8192
 """Prompts of equal length are answered together, up to this many tokens."""
 
 
 @dataclass(frozen=True)
 class SampleDraft:
-    """A sample before the dense model has answered.
+    """A sample before the dense model has answered; `source`, `length` and `kind` are those of the `Sample`.
 
     Attributes:
         ids: token ids of the prompt `[n]`, everything before the answer.
         mask: bool `[n]`, True at tokens that are targets already: an assistant's earlier turns, or positions of plain
             text.
         room: most tokens of the answer to come; 0 for plain text, which has none.
-        source: see `Sample`.
-        length: see `Sample`.
-        kind: see `Sample`.
     """
 
     ids: Sequence[int]
@@ -44,6 +42,50 @@ class SampleDraft:
     source: str
     length: int
     kind: SampleKind = "answer"
+
+
+class AnswerStore:
+    """A file with one line of JSON for every batch of answers: `{"answers": {key: [token ids]}}`.
+
+    A batch is written as a whole before the next begins; what cannot be read is answered again.
+    """
+
+    def __init__(self, path: str | Path | None, weights: str, dtype: str) -> None:
+        """Reads what is there.
+
+        Without a path, such as `profile/answers.jsonl`, answers are kept in memory. They are those of a dense model with this
+        fingerprint of its weights, computed in this dtype.
+
+        Raises:
+            ArtefactError: the file cannot be read.
+        """
+        self._records, self._model = Records(None if path is None else Path(path), _answers), f"{weights} {dtype}"
+
+    def get(self, prompt: Sequence[int], room: int) -> list[int] | None:
+        """Returns the answer to a prompt with room for so many tokens, or None if it is not known."""
+        answer = self._records.get(self._key(prompt, room))
+        return None if answer is None else list(answer)
+
+    def add(self, prompts: Sequence[Sequence[int]], room: int, answers: Sequence[Sequence[int]]) -> None:
+        """Writes the answers to a batch of prompts to the end of the file.
+
+        Raises:
+            ArtefactError: the file cannot be written; what was in it still is.
+        """
+        batch = {self._key(prompt, room): list(answer) for prompt, answer in zip(prompts, answers, strict=True)}
+        self._records.append({"answers": batch})
+
+    def _key(self, prompt: Sequence[int], room: int) -> str:
+        digest = hashlib.sha256(f"{self._model} {room} ".encode())
+        digest.update(np.asarray(prompt, "<i8").tobytes())
+        return digest.hexdigest()[:32]
+
+
+def _answers(line: Mapping[str, Any]) -> dict[str, list[int]]:
+    batch = line["answers"]
+    if not all(type(token) is int and token >= 0 for answer in batch.values() for token in answer):
+        raise ValueError("no token ids")
+    return dict(batch)
 
 
 def stop_tokens(model: PreTrainedModel) -> set[int]:
@@ -55,18 +97,11 @@ def stop_tokens(model: PreTrainedModel) -> set[int]:
 def generate_greedy(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_tokens: int, cache: Any = None
 ) -> list[list[int]]:
-    """Returns the model's greedy continuations, through `generate` and the model's own cache.
+    """Returns the model's greedy continuations of prompts of one length, through `generate` and the model's own cache.
 
-    What the checkpoint's generation config may hold, such as sampling and penalties, is left out, but for what ends an answer.
-
-    Args:
-        model: dense or under a plan.
-        prompts: token ids, all of one length.
-        new_tokens: most tokens of an answer.
-        cache: what the model returned for the beginning of the prompts, if it has read it already; it is used up.
-
-    Returns:
-        The new ids of each, the closing token included where it came, nothing after it.
+    What the checkpoint's generation config may hold, such as sampling and penalties, is left out, but for what ends an answer:
+    the closing token is included where it came, and nothing after it. `cache` is what the model, dense or under a plan,
+    returned for the beginning of the prompts, if it has read it already; it is used up.
     """
     from transformers import GenerationConfig
 
@@ -100,15 +135,11 @@ def answer_drafts(
 ) -> list[Sample]:
     """Returns the drafts as samples, each ended by the dense model's own answer of at most `room` tokens.
 
-    Under `torchrun` the processes share the batches, and every process must call it with the same drafts.
+    Drafts of equal length and room are answered in one batch. Under `torchrun` the processes share the batches, and every
+    process must call it with the same drafts.
 
-    Args:
-        model: the dense model.
-        drafts: prompts; those of equal length and room are answered in one batch.
-        progress: told about every draft.
-        answers: batches of which all answers are in it are not answered again, and new ones are added to it. Batches
-            do not depend on it, so a run that was stopped ends with the answers of one that was not. That of the first process
-            counts.
+    Batches of which all answers are in `answers` are not answered again, and new ones are added to it. Batches do not depend
+    on it, so a run that was stopped ends with the answers of one that was not. That of the first process counts.
 
     Raises:
         DataError: a sample is no longer than the largest sink.

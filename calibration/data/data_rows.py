@@ -73,10 +73,7 @@ def row_kind(rows: Sequence[DataRow], name: str) -> RowKind:
 def split_rows(rows: Mapping[int, int], split: Split, name: str) -> list[int]:
     """Returns the indices of a split's rows, which they are in by their hash; see `_SHARES`.
 
-    Args:
-        rows: hashes of rows by their indices, as `first_of_each` returns them.
-        split: whose.
-        name: of the source, for the message.
+    `rows` are what `first_of_each` returns.
 
     Raises:
         DataError: too few rows to have some in each.

@@ -13,12 +13,7 @@ from moacompress.prompts.pools import split_articles
 
 
 def held_out_rows(rows: Sequence[DataRow], kind: RowKind, name: str) -> list[int]:
-    """Returns the indices of the rows that calibration and validation never take.
-
-    Args:
-        rows: of a source, as `read_rows` returns them.
-        kind: theirs, other than `text`.
-        name: of the source, for messages.
+    """Returns the indices of a source's rows, other than of plain text, that calibration and validation never take.
 
     Raises:
         DataError: too few rows or documents for all three.

@@ -48,16 +48,10 @@ class Library:
 
     @staticmethod
     def of(rows: Sequence[DataRow], name: str, split: Split, part: CalibrationPart | None = None) -> Library:
-        """Reads rows of `context` and `question`.
+        """Reads rows of `context` and `question`; of calibration's articles all, or those of a part.
 
         A row's article is the number that a SQuAD file gives it, or else that of its `title`, or of its `context`, in
         the order in which they come. A document of two articles belongs to the first.
-
-        Args:
-            rows: with `context` and `question`.
-            name: of the source.
-            split: whose articles to take.
-            part: of calibration's articles; by default all.
 
         Raises:
             DataError: a row without text under its columns, or fewer than three articles, or than two for the parts.
@@ -115,18 +109,8 @@ def joined_drafts(
     """Returns prompts of `length - answer_tokens` tokens exactly, each with a question of its own.
 
     A document is cut where the tokens come out right; where no cut does, because tokens merge, the prompt has up to
-    `SLACK` tokens fewer.
-
-    Args:
-        rows: with `context` and `question`.
-        name: of the source.
-        wanted: how many prompts of each length.
-        split: whose articles to take.
-        seed: of the choice.
-        tokenizer: the model's.
-        answer_tokens: room for the answer.
-        part: of calibration's articles; by default all.
-        may_lack: too few questions are no error.
+    `SLACK` tokens fewer. `wanted` is how many prompts of each length; of calibration's articles it takes all, or those of a
+    part. If it `may_lack`, too few questions are no error.
 
     Raises:
         DataError: from `Library.of`; too few documents to fill a length, or too few questions whose document fits it.
@@ -192,13 +176,7 @@ def _join(
 def exact_cut(tokens: Callable[[int], int], most: int, target: int) -> int:
     """Returns the number of characters, 1 to `most`, with which a prompt has `target` tokens, or up to `SLACK` fewer.
 
-    Args:
-        tokens: the tokens with so many characters; more characters have more tokens, but for a few around a merge.
-        most: characters there are.
-        target: tokens wanted.
-
-    Returns:
-        The number, or 0 if there is none.
+    It is 0 if there is none. `tokens` gives the tokens with so many characters, more with more but for a few around a merge.
     """
     low, high = 0, most + 1
     while high - low > 1:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moacompress.calibration.data.answers import SampleDraft, answer_drafts
+from moacompress.calibration.data.answers import AnswerStore, SampleDraft, answer_drafts
 from moacompress.calibration.data.data_rows import (
     DataRow,
     conversation,
@@ -42,7 +42,6 @@ from moacompress.prompts.templates import encode_conversation, encode_prompt, en
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from moacompress.calibration.data.answer_store import AnswerStore
     from moacompress.core.progress import Progress
     from moacompress.models.source import SourceModel
     from moacompress.recipe import Recipe
@@ -70,13 +69,6 @@ def build_samples(
     Those of validation have `longer_samples` of twice the longest length beside them, where `longer_counts` finds room for
     them: whether windows grow as they should shows at a length that nothing was fitted to. After them come samples of plain
     text: `text_samples` for calibration, and as large a share of the validation samples.
-
-    Args:
-        source: the dense model, which answers.
-        recipe: `calibration` and `seed` count, and whether there are gates, for which a part of calibration's texts is left.
-        split: "calibration" gives `samples` samples, "validation" `validation_samples`.
-        progress: told about every answer.
-        answers: where answers are kept, if at all.
 
     Raises:
         DataError: from `make_drafts`.
@@ -111,7 +103,7 @@ class RowsWanted:
         source: its name.
         rows: that it has; a local one that repeats an earlier one does not count.
         wanted: samples that a profile makes of them, by split.
-        needed: rows with which every split has so many, about: which split a row is in goes by its hash.
+        needed: rows with which every split has about so many: which split a row is in depends on its hash.
     """
 
     source: str
@@ -147,9 +139,9 @@ def make_drafts(
     """Returns the samples of a split before the dense model has answered; the model does not run.
 
     Args:
-        source: see `build_samples`.
-        recipe: likewise.
-        split: likewise.
+        source: the dense model, whose tokenizer counts.
+        recipe: of the profile.
+        split: calibration or validation.
         beside: what is profiled, where these are the samples that gates are trained on: they are of texts that are left for
             gates, and of other rows; where too few of these are left there are fewer samples.
         may_lack: makes fewer samples of files and hub sets with too few prompts or questions, of the rows of all splits.
@@ -247,9 +239,8 @@ def spread(count: int, lengths: int, weights: Sequence[float]) -> list[list[int]
 def longer_counts(recipe: Recipe, context: int) -> list[int]:
     """Returns how many validation samples of twice the longest length each source gives.
 
-    Args:
-        recipe: `longer_samples` are asked for. Generators give them: a file may have none so long.
-        context: the model's, tokens; 0 if it has none. Where it has no room for them there are none.
+    Generators give them: a file may have none so long. Where the model's context, in tokens, has no room for them there are
+    none; 0 is no limit.
     """
     calibration = recipe.calibration
     weights = [part.weight if part.generator is not None else 0.0 for part in calibration.sources]
@@ -274,13 +265,7 @@ def varied(drafts: Sequence[SampleDraft], count: int) -> list[SampleDraft]:
 
 
 def check_counts(lengths: Sequence[int], count: int, context: int, split: Split) -> None:
-    """Refuses lengths and numbers of samples that there cannot be.
-
-    Args:
-        lengths: tokens.
-        count: samples, over all lengths.
-        context: the model's, tokens; 0 if it has none.
-        split: what the samples are for.
+    """Refuses lengths and numbers of samples that there cannot be; a `context` of 0 is no limit.
 
     Raises:
         DataError: lengths that are too short or beyond the context, or fewer samples than lengths.

@@ -7,10 +7,13 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, Json, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from moacompress.core.errors import ArtefactError, DataError
 from moacompress.core.files import write_bytes
@@ -88,8 +91,6 @@ def save_samples(path: str | Path, samples: Sequence[Sample]) -> None:
     Raises:
         ArtefactError: the file cannot be written.
     """
-    from safetensors.numpy import save
-
     sizes = [len(sample.input_ids) for sample in samples]
     empty_ids, empty_mask = np.zeros(0, np.int64), np.zeros(0, np.bool_)
     tensors = {
@@ -107,14 +108,19 @@ def save_samples(path: str | Path, samples: Sequence[Sample]) -> None:
     write_bytes(Path(path), save(tensors, metadata=notes))
 
 
+class SampleNotes(BaseModel):
+    """What a file of samples notes beside its tensors, a source and a kind of every sample."""
+
+    sources: Json[list[str]]
+    kinds: Json[list[SampleKind]]
+
+
 def load_samples(path: str | Path) -> list[Sample]:
-    """Reads what `save_samples` wrote; in a file without kinds all samples are answers.
+    """Reads what `save_samples` wrote.
 
     Raises:
         ArtefactError: missing, not such a file, or inconsistent.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(str(path), framework="numpy") as file:
             notes = file.metadata() or {}
@@ -123,17 +129,14 @@ def load_samples(path: str | Path) -> list[Sample]:
             ids, mask, offsets, lengths = (
                 file.get_tensor(name) for name in ("input_ids", "answer_mask", "offsets", "lengths")
             )
-            sources = json.loads(notes["sources"])
-            kinds = json.loads(notes["kinds"]) if "kinds" in notes else ["answer"] * len(sources)
-            if not isinstance(sources, list) or not isinstance(kinds, list):
-                raise ValueError("its notes are no lists")
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ArtefactError(f"cannot read samples {path}: {error}; make them from scratch") from error
+            noted = SampleNotes.model_validate(notes)
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
+        why = f"its notes: {error.errors()[0]['msg']}" if isinstance(error, ValidationError) else error
+        raise ArtefactError(f"cannot read samples {path}: {why}; make them from scratch") from error
     consistent = (
         all(array.ndim == 1 for array in (ids, mask, offsets, lengths))
         and all(array.dtype == np.int64 for array in (ids, offsets, lengths))
-        and len(offsets) == len(lengths) + 1 == len(sources) + 1 == len(kinds) + 1
-        and all(kind in get_args(SampleKind) for kind in kinds)
+        and len(offsets) == len(lengths) + 1 == len(noted.sources) + 1 == len(noted.kinds) + 1
         and len(ids) == len(mask)
         and (np.diff(offsets) >= 0).all()
         and (offsets[0], offsets[-1]) == (0, len(ids))
@@ -144,8 +147,10 @@ def load_samples(path: str | Path) -> list[Sample]:
         )
     try:
         return [
-            Sample(ids[a:b].astype(np.int64), mask[a:b].astype(np.bool_), str(source), int(length), kind)
-            for a, b, source, length, kind in zip(offsets[:-1], offsets[1:], sources, lengths, kinds, strict=True)
+            Sample(ids[a:b].astype(np.int64), mask[a:b].astype(np.bool_), source, int(length), kind)
+            for a, b, source, length, kind in zip(
+                offsets[:-1], offsets[1:], noted.sources, lengths, noted.kinds, strict=True
+            )
         ]
     except DataError as error:
         raise ArtefactError(f"samples {path} are damaged: {error}; make them from scratch") from error

@@ -42,10 +42,6 @@ def gate_drafts(source: SourceModel, recipe: Recipe) -> list[SampleDraft]:
 
     Where the rows of a file or hub set are too few there are fewer than `profile.gate_samples`, and a warning says so.
 
-    Args:
-        source: the dense model.
-        recipe: of the profile.
-
     Raises:
         DataError: what is profiled leaves too little for gates.
     """

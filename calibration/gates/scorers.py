@@ -214,11 +214,7 @@ def scored_by(
 ) -> Callable[[int], Floats32]:
     """Returns a function that gives the importance of a sample's tokens by its number, `[layers, kv_heads, tokens]`.
 
-    Args:
-        scorer: says how important they are.
-        model: dense.
-        shape: its shape.
-        samples: that gates are fitted to.
+    `samples` are those that gates are fitted to, and the model is dense.
     """
     prepared: list[Any] = []
 

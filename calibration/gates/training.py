@@ -13,14 +13,15 @@ fitted to the other; the gates that are kept are fitted to both.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -71,20 +72,13 @@ class Gates:
     report: dict[str, Any]
 
     def save(self, folder: Path, fingerprint: str) -> None:
-        """Writes the gates of a profile into its folder, atomically.
-
-        Args:
-            folder: the profile's.
-            fingerprint: the profile's.
-        """
+        """Writes the gates into the folder of the profile with this fingerprint, atomically."""
         notes = json.dumps({"profile": fingerprint, "report": self.report})
         self.weights.save(folder / GATES_FILE, {"gates": notes})  # one alone, so that the same gates are the same bytes
 
     @staticmethod
     def load(folder: Path, fingerprint: str) -> Gates | None:
         """Returns the gates of a profile; None where there are none, or they are not of this profile or damaged."""
-        from safetensors import SafetensorError, safe_open
-
         path = folder / GATES_FILE
         if not path.is_file():
             return None
@@ -105,7 +99,7 @@ def train_gates(
     influence: Callable[[int], Floats32],
     progress: Progress = SILENT,
 ) -> Gates:
-    """Fits a gate for every KV head.
+    """Fits a gate for every KV head of a dense model.
 
     Under `torchrun` the processes share the samples of which the influence is found, and then the layers that are fitted;
     every process must call it with the same samples.
@@ -122,7 +116,10 @@ def train_gates(
     """
     if len(samples) < 2:
         raise DataError("gates are fitted to one half of the samples and judged on the other; profile two or more")
-    groups, count = fitted_together(model), len(samples)
+    count, (first, step) = len(samples), work_shard()
+    # processes take turns layer by layer, so that a gate is the same whatever their number
+    layers = range(first, len(attention_modules(model)), step)
+    groups = in_memory(layers, model.config.get_text_config(decoder=True).hidden_size + 1)
     progress.start("training gates", count + len(groups) * (count + min(JUDGED, count)))
     mine: dict[int, Floats32] = {}
 
@@ -141,12 +138,17 @@ def train_gates(
     judged = [int(place) for place in np.linspace(0, len(used) - 1, min(JUDGED, len(used))).round()]
     fitted: dict[int, tuple[Floats32, Floats]] = {}
     for group in groups:
-        sums = _Sums()
+        sums: dict[int, tuple[Normal, Normal]] = {}  # of every layer, one for each half of the samples
         for index, sample in enumerate(used):
-            sums.add(index, attention_inputs(model, sample, group), of_tokens[index])
+            for layer, x in attention_inputs(model, sample, group):
+                y = target(torch.from_numpy(of_tokens[index][layer])).to(x.device).T
+                if layer not in sums:
+                    size = x.shape[1], y.shape[1], x.device
+                    sums[layer] = Normal(*size), Normal(*size)
+                sums[layer][index % 2].add(x, y, x.new_ones(len(x)))
             progress.step(f"{len(sample.input_ids)} tokens")
-        left = _left(model, used, of_tokens, judged, sums.of_layers, progress)
-        for layer, (one, other) in sums.of_layers.items():
+        left = _left(model, used, of_tokens, judged, sums, progress)
+        for layer, (one, other) in sums.items():
             one.gram += other.gram
             one.cross += other.cross
             fitted[layer] = one.solve(PENALTY).T.float().cpu().numpy(), left[layer]
@@ -161,36 +163,6 @@ def train_gates(
         "left": _left_rows(np.concatenate([fitted[layer][1] for layer in sorted(fitted)], axis=1)),
     }
     return Gates(GateWeights(np.ascontiguousarray(weights[..., :-1]), np.ascontiguousarray(weights[..., -1])), report)
-
-
-def fitted_together(model: PreTrainedModel) -> list[Sequence[int]]:
-    """Returns the layers of a model that this process fits, in groups whose gates are fitted in one go over the samples.
-
-    Processes of one run take turns layer by layer, so a gate is the same whatever their number.
-    """
-    first, step = work_shard()
-    layers = range(first, len(attention_modules(model)), step)
-    return in_memory(layers, model.config.get_text_config(decoder=True).hidden_size + 1)
-
-
-class _Sums:
-    """What the gates of some layers are solved from, for both halves of the samples.
-
-    Attributes:
-        of_layers: by layer.
-    """
-
-    def __init__(self) -> None:
-        self.of_layers: dict[int, tuple[Normal, Normal]] = {}
-
-    def add(self, index: int, inputs: Iterable[tuple[int, Tensor]], of_tokens: Floats32) -> None:
-        """Adds a sample, by its number, what enters the layers in it, and the influence of its tokens."""
-        for layer, x in inputs:
-            y = target(torch.from_numpy(of_tokens[layer])).to(x.device).T
-            if layer not in self.of_layers:
-                size = x.shape[1], y.shape[1], x.device
-                self.of_layers[layer] = Normal(*size), Normal(*size)
-            self.of_layers[layer][index % 2].add(x, y, x.new_ones(len(x)))
 
 
 def _left(
@@ -221,13 +193,10 @@ def target(of_tokens: Tensor) -> Tensor:
     return (y / y.std(-1, keepdim=True).clamp_min(1e-12)).float().masked_fill(mean <= 0, 0)
 
 
-@contextmanager
-def kept_inputs(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Keeps what enters the attention of some layers in a forward pass, `[1, tokens, inputs]` by layer.
+def attention_inputs(model: PreTrainedModel, sample: Sample, layers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """Yields, from one forward pass, layers and the rows of what enters their attention, each with a one for the bias.
 
-    Args:
-        model: dense.
-        layers: their indices.
+    Rows are float32 `[tokens - FIRST - LAG, inputs + 1]`; gates are fitted to them.
     """
     held: dict[int, Tensor] = {}
 
@@ -241,35 +210,10 @@ def kept_inputs(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(modules[layer].register_forward_pre_hook(keep(layer), with_kwargs=True).remove)
-        yield held
-
-
-def with_ones(held: dict[int, Tensor], layers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-    """Yields rows of inputs that gates are fitted to, each with a one for the bias, and lets go of them.
-
-    Args:
-        held: of `kept_inputs`.
-        layers: their indices.
-
-    Yields:
-        A layer, and `[tokens - FIRST - LAG, inputs + 1]` in float32.
-    """
+        read_through(model, sample.input_ids)
     for layer in layers:
         x = held.pop(layer)[0, FIRST:-LAG].float()
         yield layer, torch.cat([x, x.new_ones(len(x), 1)], 1)
-
-
-def attention_inputs(model: PreTrainedModel, sample: Sample, layers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-    """Yields what gates are fitted to of some layers in one forward pass, as `with_ones` does.
-
-    Args:
-        model: dense.
-        sample: the sample.
-        layers: their indices.
-    """
-    with kept_inputs(model, layers) as held:
-        read_through(model, sample.input_ids)
-    yield from with_ones(held, layers)
 
 
 def left_out(of_tokens: Tensor, scores: Tensor) -> Floats:
@@ -294,35 +238,23 @@ def left_out(of_tokens: Tensor, scores: Tensor) -> Floats:
     return torch.stack(found, 1).numpy()
 
 
-def share_left(counted: Floats, number: int, by: int = 0) -> Floats:
-    """Returns the share of the influence that is left out, mean over the KV heads that have any, of every sample: `[samples]`.
-
-    Samples without influence are left out.
-
-    Args:
-        counted: `left_out` of every sample, `[samples, heads, 1 + 3 * len(SHARES)]`.
-        number: of the share of the tokens, in `SHARES`.
-        by: what tokens are chosen by: 0 for scores, 1 for recency, 2 for the influence itself.
-    """
-    total, left = counted[..., 0], counted[..., 1 + 3 * number + by]
-    shares = [(part[on] / whole[on]).mean() for part, whole, on in zip(left, total, total > 0, strict=True) if on.any()]
-    return np.array(shares)
-
-
-def mean_and_error(of_samples: Floats) -> list[float | None]:
-    """Returns the mean over samples and its standard error; None where there are too few."""
-    return [float(of_samples.mean()) if len(of_samples) else None, standard_error(of_samples.tolist())]
-
-
 def _left_rows(counted: Floats) -> list[dict[str, Any]]:
-    """Returns `left` of the report, from `left_out` of every judged sample, `[samples, heads, 1 + 3 * len(SHARES)]`."""
+    """Returns `left` of the report, from `left_out` of every judged sample, `[samples, heads, 1 + 3 * len(SHARES)]`.
+
+    A sample's share is the mean over the KV heads that have any influence; samples without influence are left out.
+    """
     total = counted[..., 0]
     rows = []
     for number, share in enumerate(SHARES):
         row: dict[str, Any] = {"share": share}
         for by, name in enumerate(("gate", "recency", "oracle")):
-            row[name] = mean_and_error(share_left(counted, number, by))
             left = counted[..., 1 + 3 * number + by]
+            shares = [
+                float((part[on] / whole[on]).mean())
+                for part, whole, on in zip(left, total, total > 0, strict=True)
+                if on.any()
+            ]
+            row[name] = [float(np.mean(shares)) if shares else None, standard_error(shares)]
             row[f"{name}_of_all"] = float(left.sum() / total.sum()) if total.sum() > 0 else 0.0
         rows.append(row)
     return rows

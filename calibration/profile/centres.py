@@ -28,13 +28,9 @@ FIRST = 4
 
 
 class KeyMeans:
-    """Mean keys of the layers; a layer that bounds its scores has none.
+    """Mean keys of the KV heads that are here, without the `first` tokens of every text.
 
-    Args:
-        layers: how many.
-        kv_heads: of a layer, those that are here.
-        head_dim: numbers of a key.
-        first: tokens of every text that are left out.
+    A layer that bounds its scores has none.
     """
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, first: int = FIRST) -> None:
@@ -57,15 +53,9 @@ class KeyMeans:
 def mean_keys(
     source: SourceModel, texts: Sequence[Sequence[int]], progress: Progress = SILENT, first: int = FIRST
 ) -> Centres:
-    """Returns the mean keys of a model as centres, over all tokens of some texts but the first.
+    """Returns the mean keys of the dense model as centres, over all tokens of some texts but the `first` ones of each.
 
     Where ranks have KV heads of their own, all return those of all.
-
-    Args:
-        source: the dense model.
-        texts: token ids.
-        progress: told of every text.
-        first: tokens of every text that are left out.
     """
     model, shape = source.model, source.shape
     heads, device = heads_here(model, shape.kv_heads), input_device(model)
@@ -81,5 +71,5 @@ def mean_keys(
 
 
 def centre_texts(drafts: Sequence[SampleDraft]) -> list[list[int]]:
-    """Returns the prompts that means are taken of: `SAMPLES` of a profile's drafts, from all over them."""
+    """Returns the prompts that means are taken of: `SAMPLES` of a profile's drafts, spread over all of them."""
     return [[int(token) for token in draft.ids] for draft in spread_over(drafts, SAMPLES)]

@@ -1,4 +1,4 @@
-"""What rules select in a sample: for every rule that selects, when each token is evicted that has left the window.
+"""What rules select in a sample: for every rule that selects, when each token outside the window is evicted.
 
 Of rules on offer that is asked of every KV head, and of the rules that a layer runs under of the KV head of each.
 """
@@ -35,7 +35,7 @@ def choices_of(table: RuleTable, scores: Tensor, plan: RuleTable | None = None) 
     Args:
         table: the rules on offer, in their layer, with a numpy array.
         scores: of the tokens, int16 `[kv_heads, tokens]`.
-        plan: the rule that each KV head runs under, likewise, or None for the dense model.
+        plan: the rule that each KV head runs under, with a numpy array; None for the dense model.
     """
     of_rule = np.full(len(table), -1, np.int64)
     ways: dict[tuple[int, int, int], int] = {}
@@ -73,14 +73,10 @@ def choosing(
     plans: Sequence[RuleTable | None],
     found: dict[int, Choices | None],
 ) -> Iterator[None]:
-    """Notes, as a sample goes through the model, what rules select in every layer; a second time nothing is done.
+    """Notes in `found`, by layer and before the layer attends, what rules select as a sample goes through the dense model.
 
-    Args:
-        model: dense.
-        gates: of its layers; without them nothing is selected.
-        table_of: gives the rules on offer of a layer.
-        plans: the rule that each KV head of every layer runs under; see `Recording`.
-        found: by layer; filled before the layer attends.
+    Where layers run again for a backward pass nothing is done. `table_of` gives the rules on offer in a layer, `plans` the
+    rules that each KV head of every layer runs under. Without gates nothing is selected.
     """
 
     def keep(layer: int, gates: GateWeights) -> Callable[..., None]:

@@ -21,7 +21,7 @@ from moacompress.calibration.gates.training import JUDGED
 from moacompress.calibration.profile import passes
 from moacompress.calibration.profile.centres import SAMPLES
 from moacompress.calibration.profile.passes import checkpointed, chunks, output_logits
-from moacompress.calibration.profile.profiler import check_around, check_lengths, data_recipe, rules_on_offer
+from moacompress.calibration.profile.request import check_around, check_lengths, data_recipe, rules_on_offer
 from moacompress.calibration.profile.sample_statistics import fisher_cotangent, sample_statistics, token_influence
 from moacompress.calibration.profile.shard import Shard, parse_shard
 from moacompress.core.progress import SILENT, Progress
@@ -51,13 +51,7 @@ ANSWERS, PASSES, GATES = "answers", "passes", "gates"
 
 
 class SampleCounts(NamedTuple):
-    """How many samples of a length there are.
-
-    Attributes:
-        samples: that are answered and profiled.
-        text_samples: of plain text, which are profiled.
-        validation_samples: held-out, which are answered.
-    """
+    """How many samples of a length are answered and profiled, are plain text and profiled, and are held out and answered."""
 
     samples: int = 0
     text_samples: int = 0
@@ -65,12 +59,7 @@ class SampleCounts(NamedTuple):
 
 
 def sample_counts(recipe: Recipe, context: int) -> dict[int, SampleCounts]:
-    """Returns the numbers of samples of every length, ascending.
-
-    Args:
-        recipe: the run.
-        context: the model's, tokens; 0 if it has none.
-    """
+    """Returns the numbers of samples of every length, ascending; `context` is the model's in tokens, 0 if it has no limit."""
     asked = recipe.calibration
     counts = asked.samples, asked.text_samples, asked.validation_samples
     shares = ([row[0] for row in spread(count, len(asked.lengths), [1.0])] for count in counts)
@@ -102,15 +91,7 @@ def backward_passes(chosen: ProfileRecipe, around: bool = False) -> int:
 def profile_work(
     recipe: Recipe, counts: Mapping[int, SampleCounts], layers: int, hidden: int, around: bool = False
 ) -> list[Work]:
-    """Returns what a profile runs.
-
-    Args:
-        recipe: the run.
-        counts: of the samples, by length.
-        layers: of the model.
-        hidden: numbers that a token has between layers.
-        around: whether it is around a plan, which has its gates.
-    """
+    """Returns what a profile runs, around a plan with its gates, or not; `hidden` numbers a token has between layers."""
     chosen, answer, found = recipe.profile, recipe.calibration.answer_tokens, list[Work]()
     profiled = sum(samples + texts for samples, texts, _ in counts.values())
     centred = min(SAMPLES, profiled) / max(profiled, 1) if chosen.formats and chosen.centres else 0.0
@@ -150,19 +131,13 @@ def estimate_profile(
 ) -> Estimate:
     """Estimates what `profile` would take with the same arguments. Nothing is written; data is read for a shard alone.
 
-    Args:
-        model: MODEL, or a loaded model.
-        recipe: the run.
-        progress: receives the progress.
-        around: the plan to profile around, or None.
-        shard: only this part of the samples: "3/8" is the third of eight.
-        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
-        estimator: `profile_estimator` of the model, where it is to be used again.
+    With `shard` it is that of a part of the samples: "3/8" is the third of eight. `estimator` is `profile_estimator` of the
+    model, where it is to be used again.
 
     Raises:
         ModelError: the model cannot be loaded or profiled.
         DataError: lengths that the model or the rules do not allow, or fewer samples than lengths.
-        PlanError: as `profile`.
+        PlanError: a plan that the model cannot be profiled around.
         UsageError: no shard, or one without samples.
     """
     source = load_for(recipe, model, trust_remote_code=trust_remote_code)
@@ -207,12 +182,9 @@ def estimate_profile(
 
 
 def described(lengths: Sequence[Mapping[str, Any]], weights: int, slowdown: float = 1.0) -> Estimate:
-    """Returns the estimate of a whole profile.
+    """Returns the estimate of a whole profile from facts of every length, ascending.
 
-    Args:
-        lengths: facts of every length, ascending.
-        weights: bytes of the model's, part of every `peak_bytes`.
-        slowdown: see `Estimate`.
+    `weights`, the bytes of the model's, are part of every `peak_bytes`; for `slowdown` see `Estimate`.
     """
     seconds, peak = sum(part["seconds"] for part in lengths), max(part["peak_bytes"] for part in lengths)
     counts = {name: sum(part[name] for part in lengths) for name in (*SampleCounts._fields, "tokens")}
@@ -239,13 +211,7 @@ def _counted(counts: Mapping[str, Any]) -> str:
 
 
 def profile_estimator(source: SourceModel, recipe: Recipe, around: Plan | None = None) -> Estimator:
-    """Returns the estimator of a model that is profiled.
-
-    Args:
-        source: the model.
-        recipe: the run.
-        around: the plan to profile around, or None.
-    """
+    """Returns the estimator of a model that is profiled, around a plan or not."""
     runs: dict[Kind, Pass] = {
         Kind.SAMPLE: partial(_run_sample, source, recipe, around),
         Kind.GATE_SAMPLE: lambda tokens, targets: token_influence(
@@ -277,14 +243,7 @@ def _sample(tokens: int, targets: int) -> Sample:
 def profile_bytes(
     source: SourceModel, recipe: Recipe, counts: Mapping[int, SampleCounts], around: Plan | None = None
 ) -> dict[int, int]:
-    """Returns the most bytes of tensors that are alive at a time, weights included, by length of the samples.
-
-    Args:
-        source: the model.
-        recipe: the run.
-        counts: of the samples, by length.
-        around: the plan to profile around, or None.
-    """
+    """Returns the most bytes of tensors that are alive at a time, weights included, by length of the samples."""
     model, found = source.model, dict[int, int]()
     lines: dict[bool, Mapping[int, int]] = {}
     reading = {tokens: _prompt_bytes(source, tokens) for tokens in PROMPT_TOKENS}
@@ -311,15 +270,7 @@ def _prompt_bytes(source: SourceModel, tokens: int) -> int:
 
 
 def _sample_bytes(source: SourceModel, recipe: Recipe, around: Plan | None, tokens: int, twice: bool) -> int:
-    """Returns the most bytes that are alive while a sample with one target is profiled.
-
-    Args:
-        source: the model.
-        recipe: the run.
-        around: the plan to profile around, or None.
-        tokens: of the sample.
-        twice: whether every layer keeps its input alone and runs twice.
-    """
+    """Returns the most bytes that are alive while a sample with one target is profiled; `twice` as of long samples."""
     with LiveBytes() as live, checkpointed(source.model) if twice else nullcontext():
         _run_sample(source, recipe, around, tokens, 1)
     return int(live.peak)

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moacompress.calibration.profile.sweep import SumCollector, swept
+from moacompress.calibration.profile.collectors import LayerSums, SumCollector
 from moacompress.calibration.profile.tiles import (
     AttentionSpec,
     CachedPart,
@@ -52,12 +52,7 @@ TILE = 64
 
 
 def _transient(own: Tensor, rules: RuleTable) -> TransientTokens:
-    """Returns the tokens that the rules a layer runs under select, from when they are evicted.
-
-    Args:
-        own: see `Choices`.
-        rules: of the KV heads, with a numpy array.
-    """
+    """Returns the tokens that a layer's rules select, from when they are evicted; `own` as in `Choices`."""
     tokens = torch.arange(own.shape[1])
     admitted = tokens - torch.from_numpy(np.asarray(rules.span.sink))[:, None] + 1
     heads, at = ((admitted > 0) & (own > admitted)).nonzero(as_tuple=True)
@@ -74,19 +69,16 @@ def attend(
     plan: RuleTable | None = None,
     own: Tensor | None = None,
 ) -> Tensor:
-    """Returns causal attention as the model defines it, dense or under a plan.
+    """Returns causal attention as the model defines it, dense or under a plan, `[1, heads, N, head_dim]`.
 
     Args:
         query: `[1, heads, N, head_dim]`.
-        key: `[1, kv_heads, N, head_dim]`.
-        value: as `key`.
+        key: `[1, kv_heads, N, head_dim]`, in the plan's formats already.
+        value: `[1, kv_heads, N, head_dim]`, in the plan's formats already.
         spec: how the layer attends.
         sink_logit: learned sink logit of each query head, `[heads]`, or None.
-        plan: the rule of each KV head, or None for the dense model; its formats are those of key and value already.
+        plan: the rule of each KV head, or None for the dense model.
         own: see `Choices`, where rules of the plan select.
-
-    Returns:
-        `[1, heads, N, head_dim]`.
     """
     scores = spec.scores(sink_logit)
     if plan is None and own is None and sdpa.suits(query, scores):
@@ -109,32 +101,29 @@ def attend_backward(
     tile: int = TILE,
     choices: Choices | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of `attend` and hands every tile to the collectors.
+    """Returns the gradients of query, key and value of `attend`, and hands every tile, or the sums of all, to the collectors.
 
     Rows whose cotangent is exactly zero (after the last answer token; in the last layer, all but the answer) take no
-    part.
+    part. Without `choices`, what rules that select choose, only their sinks and windows count.
 
     Args:
         query: `[1, heads, N, head_dim]`.
-        key: `[1, kv_heads, N, head_dim]`.
-        value: as `key`.
+        key: `[1, kv_heads, N, head_dim]`, in the plan's formats already.
+        value: `[1, kv_heads, N, head_dim]`, in the plan's formats already.
         grad: cotangent of what `attend` returned.
         spec: how the layer attends.
         sink_logit: learned sink logit of each query head, `[heads]`, or None.
         table: the rules.
         collectors: receive the tiles, or the sums of all.
-        plan: the rule of each KV head, or None for the dense model; its formats are those of key and value already.
+        plan: the rule of each KV head, or None for the dense model.
         tile: query rows worked on at a time; the compiled kernel has its own.
-        choices: what rules that select choose; without them they are taken for their sinks and windows alone.
-
-    Returns:
-        Gradients of query, key and value.
+        choices: see `Choices`.
     """
     chunk, native = (query, key, value, grad), spec.native_window
     table, plan = table.in_layer(native), None if plan is None else plan.native().in_layer(native)
     if backend_for(query).capabilities.profile:
         summing = [collector for collector in collectors if isinstance(collector, SumCollector)]
-        found = swept(*chunk, spec, sink_logit, table, summing, plan, choices)
+        found = _sweep(*chunk, spec, sink_logit, table, summing, plan, choices)
         if looking := [collector for collector in collectors if not isinstance(collector, SumCollector)]:
             for view, _, _, _ in _views(*chunk, spec, sink_logit, table, plan, tile, choices):
                 for collector in looking:
@@ -160,6 +149,40 @@ def attend_backward(
     )
 
 
+def _sweep(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    spec: AttentionSpec,
+    sink_logit: Tensor | None,
+    table: RuleTable,
+    collectors: Sequence[SumCollector],
+    plan: RuleTable | None,
+    choices: Choices | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of `attend_backward` by a backend's compiled sweep, which also adds up all tiles."""
+    baselines = any(collector.baselines for collector in collectors)
+    lag = next((collector.lag for collector in collectors if collector.lag is not None), None)
+    *gradients, sums, of_tokens, rows = backend_for(query).profile_backward(
+        grad,
+        query,
+        key,
+        value,
+        rules=as_tensors(table),
+        plan=None if plan is None else as_tensors(plan),
+        scores=spec.scores(sink_logit),
+        baselines=baselines,
+        lag=lag,
+        choices=choices,
+    )
+    moa, mass = sums[2:] if baselines else (None, None)
+    found = LayerSums(sums[0], sums[1], moa, mass, rows, None if lag is None else of_tokens)
+    for collector in collectors:
+        collector.add_sums(found)
+    return gradients[0], gradients[1], gradients[2]
+
+
 def _views(
     query: Tensor,
     key: Tensor,
@@ -172,11 +195,10 @@ def _views(
     tile: int,
     choices: Choices | None,
 ) -> Iterator[tuple[TileView, Tensor, Tensor, Tensor | None]]:
-    """Yields tile after tile of `attend_backward`, and what its gradients are made of.
+    """Yields every tile of `attend_backward`, and what its gradients are made of.
 
-    Yields:
-        The tile; the probabilities that its rows attend with; the gradient of their logits, but for the derivative of the
-        soft cap, which comes last or is None.
+    That is the probabilities that its rows attend with; the gradient of their logits, without the derivative of the soft cap;
+    and that derivative, or None.
     """
     kv_heads, size, work = key.shape[1], query.shape[3], _work_dtype(query)
     table, plan = as_tensors(table, query.device), None if plan is None else as_tensors(plan, query.device)

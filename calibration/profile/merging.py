@@ -9,10 +9,11 @@ from typing import Any
 
 from moacompress.calibration.data.samples import Sample, save_samples
 from moacompress.calibration.gates.training import Gates
-from moacompress.calibration.profile.manifest import Manifest, begun_profile, check_place, prepare, with_recorded
+from moacompress.calibration.profile.folder import begun_profile, check_place, prepare
+from moacompress.calibration.profile.manifest import Manifest, with_recorded
 from moacompress.calibration.profile.rounding_loss import rounding_of, write_rounding
+from moacompress.calibration.profile.sample_run import check_skipped
 from moacompress.calibration.profile.shard import Shard
-from moacompress.calibration.profile.skipped import check_skipped
 from moacompress.calibration.profile.statistics import Statistics
 from moacompress.calibration.profile.store import Profile, merge, read_sample, read_samples, write_sample
 from moacompress.core.artefact_names import ANSWERS_FILE, CALIBRATION_FILE, GATES_FILE, SHINGLES_FILE, VALIDATION_FILE
@@ -68,13 +69,9 @@ class _Part:
 def merge_shards(
     folders: Sequence[str | Path], out: str | Path, *, overwrite: bool = False, progress: Progress | None = None
 ) -> Profile:
-    """Puts the shards of a profile together, which is then what one run would have made.
+    """Puts the shards of a profile together, in any order, which is then what one run would have made.
 
-    Args:
-        folders: of the shards, in any order; they are only read.
-        out: the folder of the profile.
-        overwrite: start from scratch, whatever profile is in `out`; other files in it stay.
-        progress: is told of every sample.
+    The shards' folders are only read. With `overwrite` whatever profile is in `out` is removed; other files in it stay.
 
     Raises:
         UsageError: no folders, one of them twice, or `out` among them.
@@ -125,13 +122,7 @@ def merge_shards(
 def check_merge(folders: Sequence[str | Path], out: str | Path, *, overwrite: bool = False) -> dict[str, int]:
     """Checks that `merge_shards` could put shards together; nothing is written.
 
-    Args:
-        folders: of the shards, in any order.
-        out: the folder of the profile.
-        overwrite: whether a profile in `out` would be replaced.
-
-    Returns:
-        The numbers of `shards`, and of `samples` and `validation_samples` in all of them.
+    Returns the numbers of `shards`, and of `samples` and `validation_samples` in all of them.
 
     Raises:
         MoaCompressError: as `merge_shards`.
@@ -162,14 +153,10 @@ def _checked(folders: Sequence[str | Path], out: Path) -> tuple[list[_Part], dic
 
 
 def _check_statistics(head: Manifest, out: Path) -> None:
-    """Refuses shards that would have to add to a profile, and lack what it has beside: nothing of it is touched.
-
-    Args:
-        head: of a shard.
-        out: the folder of the profile.
+    """Refuses shards that lack statistics which a profile of the same request in `out` has.
 
     Raises:
-        ArtefactError: the profile of the same request has statistics that the shards lack; or it is none that can be read.
+        ArtefactError: they do, or the profile there cannot be read. Nothing of it is touched.
     """
     there = begun_profile(out)
     if there is None or there.request != head.request:

@@ -189,12 +189,7 @@ AttentionMaskInterface.register(ATTENTION, _no_mask)
 
 @contextmanager
 def attending_as(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Lets the model attend by one of transformers' attention functions, and puts everything back.
-
-    Args:
-        model: dense, or detached.
-        name: under which the function was registered.
-    """
+    """Lets the dense model attend by a registered attention function of transformers, and puts everything back."""
     configs: dict[int, Any] = {
         id(module.config): module.config for module in model.modules() if hasattr(module, "config")
     }
@@ -286,10 +281,7 @@ def hidden_states(model: PreTrainedModel, embeddings: Tensor) -> Tensor:
 def target_states(model: PreTrainedModel, ids: Tensor, rows: Tensor) -> Tensor:
     """Returns what the output layer gets at some positions, `[rows, hidden]`, without a way back.
 
-    Args:
-        model: dense or under a plan.
-        ids: int64 `[N]`.
-        rows: int64 positions.
+    `ids` and `rows` are int64, `[N]` and positions among them.
     """
     return read_through(model, ids)[0, rows]
 
@@ -297,9 +289,7 @@ def target_states(model: PreTrainedModel, ids: Tensor, rows: Tensor) -> Tensor:
 def read_through(model: PreTrainedModel, ids: Tensor | npt.NDArray[np.int64]) -> Tensor:
     """Returns what the output layer gets of one row of tokens, `[1, N, hidden]`, without a way back.
 
-    Args:
-        model: dense or under a plan.
-        ids: int64 `[N]`, on any device.
+    `ids` are int64 `[N]`, on any device.
     """
     with torch.no_grad():
         tokens = torch.as_tensor(ids, dtype=torch.int64, device=input_device(model))
@@ -309,10 +299,7 @@ def read_through(model: PreTrainedModel, ids: Tensor | npt.NDArray[np.int64]) ->
 def all_attended(model: PreTrainedModel, shape: ModelShape, ids: Tensor | npt.NDArray[np.int64]) -> dict[int, Attended]:
     """Returns what every layer of a dense model attends with on one row of tokens, values too.
 
-    Args:
-        model: dense.
-        shape: its shape.
-        ids: int64 `[N]`, on any device.
+    `ids` are int64 `[N]`, on any device.
     """
     recording = Recording.of(shape, RuleTable.of([Rule.FULL], 1), values=True)
     with recorded(model, recording):
@@ -352,11 +339,8 @@ def chunks(rows: int, vocabulary: int) -> list[slice]:
 class Tape:
     """A sample's forward pass, from which backward passes start. A context manager: the model is as before afterwards.
 
-    Args:
-        model: any causal LM that dispatches its attention; its weights are frozen meanwhile.
-        recording: rules, and the plan that the model runs under.
-        ids: int64 `[N]`.
-        rows: int64 `[targets]`, the positions whose logits predict a target.
+    The model is any causal LM that dispatches its attention; its weights are frozen meanwhile. `ids` are int64 `[N]`, and
+    `rows`, int64 `[targets]`, the positions whose logits predict a target.
 
     Attributes:
         hidden: what the output layer gets at `rows`, `[targets, hidden]`, detached.
@@ -393,10 +377,8 @@ class Tape:
     ) -> None:
         """Runs one backward pass from the logits down to the embeddings.
 
-        Args:
-            cotangent: where it starts; called for every chunk of rows, in order.
-            collectors: of every layer.
-            last: whether no other pass follows, so that memory is freed on the way.
+        The cotangent is called for every chunk of rows, in order; `collectors` are those of every layer. With `last` no other
+        pass follows, so that memory is freed on the way.
         """
         for held, wanted in zip(self._recording.collectors, collectors, strict=True):
             held[:] = wanted

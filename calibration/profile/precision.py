@@ -2,7 +2,7 @@
 
 With the gradient dK of keys as they are cached, after their rotary embedding, and the change dk_j that a format makes to the
 key of token j, the logits move along the cotangent by `dK_j . dk_j` to first order. Rounding errors of tokens are independent,
-so the predicted KL of a format is half of the expected `sum_j (dK_j . dk_j)^2`; likewise for values. Around a plan dk_j is
+so the predicted KL of a format is half of the expected `sum_j (dK_j . dk_j)^2`, and the same for values. Around a plan dk_j is
 the change from the key that the KV head attends to now, which may be rounded itself, and nothing where the format stays.
 """
 
@@ -34,16 +34,10 @@ def columns(formats: Sequence[str]) -> tuple[str, ...]:
 class PrecisionSums:
     """The sums of one backward pass that the influence of formats is made of.
 
-    All are `[kv_heads, 1 + formats]`, the native format first; there is one of each for keys and for values.
+    There is one of each for keys and for values, `[kv_heads, 1 + formats]`, the native format first.
 
     `squares`: `sum_j (dK_j . dk_j)^2` over tokens.
     `total`: `sum_j dK_j . dk_j`, with its sign.
-
-    Args:
-        kv_heads: KV heads of the layer.
-        formats: names of formats that keep codes.
-        plan: the rule of each KV head, or None for the dense model.
-        device: of the sums.
     """
 
     def __init__(
@@ -95,14 +89,10 @@ def rounding_errors(x: Tensor, kinds: Sequence[int | KVFormat]) -> Tensor:
     """Returns `decode(encode(x)) - rotated(x)` of several formats: of ours ten times quicker, and not to the bit.
 
     The rotation is a matrix product, so a number half-way between two codes may get either of them. Vectors with a NaN or an
-    infinity have errors that are not finite.
-
-    Args:
-        x: `[..., dim]`.
-        kinds: bits of a code, or a format of an installed package.
+    infinity have errors that are not finite. `kinds` are the bits of a code, or formats of an installed package.
 
     Returns:
-        float32, rotated, `[len(kinds), ..., dim]`.
+        float32, rotated, `[len(kinds), ..., dim]`, of `x` `[..., dim]`.
     """
     y = rotate_quickly(x)
     low, high = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)

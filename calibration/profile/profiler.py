@@ -1,83 +1,69 @@
 """Profiling: how much the model's answers change if a KV head keeps less, for every head and candidate rule.
 
-A profile is a folder that is filled sample by sample; what is computed of a sample is in `sample_statistics`. The processes of
-`torchrun` share the samples: each writes those that it takes, and the first one does everything else that touches the disk.
+A profile is a folder that is filled sample by sample. The processes of `torchrun` share the samples: each writes those that it
+takes, and the first one does everything else that touches the disk.
 """
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-from moacompress.calibration.data.answer_store import AnswerStore
-from moacompress.calibration.data.answers import SampleDraft, answer_drafts
+from moacompress.calibration.data import sample_sources
+from moacompress.calibration.data.answers import AnswerStore, SampleDraft, answer_drafts
 from moacompress.calibration.data.samples import Sample, save_samples
-from moacompress.calibration.gates.gate_samples import GATE_SEED, gate_drafts
+from moacompress.calibration.gates import gate_samples
 from moacompress.calibration.gates.scorers import find_scorer, scored_by
 from moacompress.calibration.gates.training import Gates, train_gates
 from moacompress.calibration.profile.centres import centre_texts, mean_keys
-from moacompress.calibration.profile.manifest import Manifest, prepare, request_fingerprint
+from moacompress.calibration.profile.folder import prepare
+from moacompress.calibration.profile.manifest import Manifest
+from moacompress.calibration.profile.request import (
+    check_around,
+    check_samples,
+    data_recipe,
+    file_digests,
+    request_fingerprint,
+    rules_on_offer,
+)
 from moacompress.calibration.profile.rounding_loss import measure_rounding
-from moacompress.calibration.profile.sample_statistics import sample_statistics, token_influence
+from moacompress.calibration.profile.sample_run import SampleRun
+from moacompress.calibration.profile.sample_statistics import token_influence
 from moacompress.calibration.profile.shard import Shard, parse_shard
-from moacompress.calibration.profile.skipped import check_skipped
-from moacompress.calibration.profile.statistics import Statistics
-from moacompress.calibration.profile.store import Profile, merge, read_sample, read_samples, write_sample
+from moacompress.calibration.profile.store import Profile, merge, read_samples
 from moacompress.calibration.profile.wording import calibration_wording, check_wording
 from moacompress.core.arrays import Floats32
 from moacompress.core.artefact_names import (
     ANSWERS_FILE,
     CALIBRATION_FILE,
-    GATES_FILE,
     MANIFEST_FILE,
     SAMPLES_FOLDER,
     SHINGLES_FILE,
     VALIDATION_FILE,
 )
-from moacompress.core.errors import ArtefactError, DataError, PlanError
-from moacompress.core.files import digest_files, remove
+from moacompress.core.errors import ArtefactError, DataError
+from moacompress.core.files import remove
 from moacompress.core.lock_holders import own_folder
 from moacompress.core.place import check_writable, no_empty_folder
 from moacompress.core.progress import SILENT, Progress
-from moacompress.core.ranks import rank, work_shard, world_size
+from moacompress.core.ranks import rank
 from moacompress.core.shingles import Shingles
 from moacompress.core.version import own_version
 from moacompress.models.modules import attention_modules
-from moacompress.models.processes import broadcast, check_alike, gathered, join, shared
+from moacompress.models.processes import broadcast, check_alike, join
 from moacompress.models.source import SourceModel
 from moacompress.prompts.pools import Split
 from moacompress.prompts.templates import decode_text
 from moacompress.recipe import Recipe
-from moacompress.recipe_sections import file_name
-from moacompress.rules.candidates import candidate_rules, gated_rules
-from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.key_centres import Centres
 from moacompress.rules.plan import Plan
-from moacompress.rules.rule import SINKS, Rule
-from moacompress.rules.rule_table import RuleTable
-from moacompress.runtime.gate import check_room, gates_of
+from moacompress.runtime.gate import check_room
 from moacompress.runtime.ready_model import load_for
 
 logger = logging.getLogger(__name__)
-
-
-def check_around(source: SourceModel, plan: Plan) -> None:
-    """Refuses a plan that a model cannot be profiled around.
-
-    Raises:
-        PlanError: a plan of another model, one whose layers share attention, or one whose gates are not at hand.
-    """
-    plan.check_model(source.shape, weights=True)
-    if plan.shares:
-        raise PlanError(
-            "layers of the plan share attention, and profiling around such a plan is not possible; give a plan without sharing"
-        )
-    gates_of(plan, source.model.config.get_text_config(decoder=True).hidden_size)
 
 
 def profile(
@@ -128,18 +114,7 @@ def profile_shard(
 ) -> Manifest:
     """Profiles a part of the samples into a folder of its own, which `merging.merge_shards` puts together with the others.
 
-    Args:
-        model: see `profile`.
-        out: likewise.
-        recipe: likewise, of the whole profile.
-        shard: which part: "3/8" is the third of eight.
-        around: see `profile`.
-        overwrite: likewise.
-        trust_remote_code: likewise.
-        progress: likewise.
-
-    Returns:
-        What the folder holds.
+    `recipe` is that of the whole profile; the shard "3/8" is the third of eight. Returns what the folder holds.
 
     Raises:
         UsageError: no shard, or one without samples. Other errors are those of `profile`.
@@ -159,14 +134,12 @@ def _profiled(
     progress: Progress,
 ) -> tuple[Profile | None, Manifest]:
     """Returns the profile and its manifest; of a shard only this."""
-    from moacompress.calibration.data.sample_sources import check_data
-
     out = Path(out)
     find_scorer(recipe.profile.scorer)  # an unknown one is said before anything is read
     join()
     if not rank():
         check_writable(out)
-        check_data(recipe)
+        sample_sources.check_data(recipe)
     source = load_for(recipe, model, trust_remote_code=trust_remote_code)
     weights = source.shape.weights_fingerprint
     check_alike({"moacompress": own_version(), "weights": weights, "dtype": source.computes_in})
@@ -178,11 +151,14 @@ def _profiled(
         manifest, trains, made = broadcast(found)
         if made is not None:
             return made, manifest
-        if rank():
-            _follow(out, manifest, overwrite)
+        if rank():  # on a machine that does not see the first one's disk
+            if overwrite:
+                remove([out / SAMPLES_FOLDER])
+            if not (out / MANIFEST_FILE).exists():
+                manifest.write(out)
         # too little data is found before anything is answered
         untrained = trains and broadcast(None if rank() else _known_gates(out, manifest)) is None
-        drafts = broadcast(gate_drafts(source, manifest.recipe) if untrained and not rank() else None)
+        drafts = broadcast(gate_samples.gate_drafts(source, manifest.recipe) if untrained and not rank() else None)
         manifest, samples, validation = _make_samples(out, source, manifest, progress)
         chosen = manifest.recipe.profile
         if chosen.formats and chosen.centres and not manifest.centres:
@@ -197,8 +173,8 @@ def _profiled(
             gates = _gates(out, source, manifest, around, drafts, progress).weights
             manifest = replace(manifest, gates=gates.fingerprint)
             _write(out, manifest)
-        numbered = manifest.numbered(samples)
-        statistics, manifest = _run_samples(out, source, manifest, numbered, around, gates, progress)
+        run = SampleRun(out, source, manifest, manifest.numbered(samples), around, gates, progress)
+        statistics, manifest = run.run()
         if shard is not None:
             _write(out, manifest)
             return None, broadcast(manifest)
@@ -230,7 +206,7 @@ def _begin(
     check_samples(source, recipe, None if overwrite else out, around)
     rules = rules_on_offer(recipe, around)
     key = around.key() if around is not None else ""
-    request = request_fingerprint(source.shape, rules, recipe, _local_files(recipe), key, source.computes_in)
+    request = request_fingerprint(source.shape, rules, recipe, file_digests(recipe), key, source.computes_in)
     trains = around is None and any(rule.selects for rule in rules)
     asked = Manifest(source.source, source.shape, rules, recipe, request, key, wording=calibration_wording())
     if shard is not None:
@@ -247,24 +223,9 @@ def _begin(
     return manifest, trains, None
 
 
-def _follow(out: Path, manifest: Manifest, overwrite: bool) -> None:
-    """Makes a folder of another process that of the profile too, where its machine does not see the first one's."""
-    if overwrite:
-        remove([out / SAMPLES_FOLDER])
-    if not (out / MANIFEST_FILE).exists():
-        manifest.write(out)
-
-
 def _write(out: Path, manifest: Manifest) -> None:
     if not rank():
         manifest.write(out)
-
-
-def rules_on_offer(recipe: Recipe, around: Plan | None) -> tuple[Rule, ...]:
-    """Returns the rules that a profile is of; some select where gates are trained, or the plan around which it is has them."""
-    bounds = max(recipe.calibration.lengths), SINKS, recipe.profile.min_window
-    selects = recipe.profile.gates if around is None else around.selects
-    return candidate_rules(*bounds) + (gated_rules(*bounds) if selects else ())
 
 
 def _known_gates(out: Path, manifest: Manifest) -> Gates | None:
@@ -283,19 +244,13 @@ def _write_shingles(
 ) -> None:
     """Writes the shingles of all that plans of the profile are fitted to and chosen by; an evaluation compares with them.
 
-    Args:
-        out: the folder of the profile.
-        source: the model, whose tokenizer counts.
-        manifest: of the profile.
-        samples: those that are profiled, and those that plans are measured on.
-        around: the plan that is profiled around, or None.
-        drafts: the samples that gates are trained on; None where the gates were there before.
+    Those are all its samples, and the drafts that gates are trained on; `drafts` is None where the gates were there before.
     """
     path = out / SHINGLES_FILE
     if drafts is None and path.is_file():
         return
     if drafts is None and around is None and manifest.has_gates:
-        drafts = gate_drafts(source, manifest.recipe)
+        drafts = gate_samples.gate_drafts(source, manifest.recipe)
     ids = [*(sample.input_ids.tolist() for sample in samples), *(draft.ids for draft in drafts or ())]
     found = Shingles.of(decode_text(source.tokenizer, tokens) for tokens in ids)
     known = around.seen if around is not None else None
@@ -325,7 +280,7 @@ def _gates(
         assert around.gate_weights is not None
         gates = Gates(around.gate_weights, {})
     else:
-        drafts = drafts or broadcast(None if rank() else gate_drafts(source, manifest.recipe))
+        drafts = drafts or broadcast(None if rank() else gate_samples.gate_drafts(source, manifest.recipe))
         gates = _train_gates(out, source, manifest, drafts, progress)
     if not rank():
         gates.save(out, manifest.fingerprint)
@@ -340,7 +295,7 @@ def _train_gates(
     samples = answer_drafts(source.model, drafts, progress, _answers(out, source, manifest))
 
     def influence(index: int) -> Floats32:
-        draws, seed = manifest.recipe.profile.draws, manifest.recipe.seed + GATE_SEED
+        draws, seed = manifest.recipe.profile.draws, manifest.recipe.seed + gate_samples.GATE_SEED
         return token_influence(source.model, source.shape, samples[index], draws, seed, index)
 
     scorer = find_scorer(manifest.recipe.profile.scorer)
@@ -356,69 +311,13 @@ def _answers(out: Path, source: SourceModel, manifest: Manifest) -> AnswerStore:
     return AnswerStore(path, manifest.shape.weights_fingerprint, source.computes_in)
 
 
-def check_lengths(context: int, recipe: Recipe) -> None:
-    """Refuses lengths that cannot be profiled.
-
-    Args:
-        context: the model's, tokens; 0 if it has none.
-        recipe: the run.
-
-    Raises:
-        DataError: beyond the model's context, or so short that no rule would leave anything out.
-    """
-    shortest, longest = min(recipe.calibration.lengths), max(recipe.calibration.lengths)
-    if context and longest > context:
-        raise DataError(
-            f"length {longest:,} is beyond the model's context of {context:,} tokens; ask for lengths up to that"
-        )
-    needed = max(SINKS) + recipe.profile.min_window
-    if shortest <= needed:
-        raise DataError(
-            f"length {shortest:,} is too short to profile: with a sink of {max(SINKS)} and a window of "
-            f"{recipe.profile.min_window} tokens nothing would be left out; ask for lengths above {needed}"
-        )
-
-
-def _local_files(recipe: Recipe) -> dict[str, str]:
-    """Returns the digest of every local file or folder that samples are made of, by its name; of several alike all."""
-    named = [*(source.path for source in recipe.calibration.sources), recipe.calibration.text]
-    found: dict[str, dict[str, None]] = {}
-    for path in named:
-        if path:
-            found.setdefault(str(file_name(path)), {})[digest_files(Path(path))] = None
-    return {name: " ".join(digests) for name, digests in found.items()}
-
-
-def check_samples(source: SourceModel, recipe: Recipe, out: Path | None = None, around: Plan | None = None) -> None:
-    """Refuses samples that cannot be made, before anything is written: drafts are made of all that are not on disk yet.
-
-    Args:
-        source: the model, which does not run.
-        recipe: the run.
-        out: folder of a profile whose samples may be used again; None for none.
-        around: the plan that is profiled around, or None.
-
-    Raises:
-        DataError: as `make_drafts`, or lengths that cannot be profiled.
-    """
-    from moacompress.calibration.data.sample_sources import make_drafts
-
-    check_lengths(source.context, recipe)
-    if recipe.profile.gates and around is None and (out is None or not (out / GATES_FILE).exists()):
-        gate_drafts(source, recipe)
-    if out is None or not (out / CALIBRATION_FILE).exists():
-        make_drafts(source, recipe, "calibration")
-    if out is None or not (out / VALIDATION_FILE).exists():
-        make_drafts(source, recipe, "validation")
-
-
 def _make_samples(
     out: Path, source: SourceModel, manifest: Manifest, progress: Progress
 ) -> tuple[Manifest, list[Sample], list[Sample]]:
     """Makes the samples of both splits, or reads those that are on disk already, and completes the fingerprints."""
-    makes = partial(_stored_or_built, out, source=source, manifest=manifest, progress=progress)
-    calibration = makes("calibration", manifest.calibration_fingerprint)
-    validation = makes("validation", manifest.validation_fingerprint)
+    expected = manifest.calibration_fingerprint, manifest.validation_fingerprint
+    calibration = _samples(out, source, manifest, "calibration", expected[0], progress)
+    validation = _samples(out, source, manifest, "validation", expected[1], progress)
     manifest = manifest.of_samples(calibration, validation)
     _write(out, manifest)
     missing = sorted(set(manifest.lengths) - {sample.length for sample in calibration})
@@ -430,127 +329,31 @@ def _make_samples(
     return manifest, calibration, validation
 
 
-def _stored_or_built(
-    out: Path, split: Split, expected: str, source: SourceModel, manifest: Manifest, progress: Progress
+def _samples(
+    out: Path, source: SourceModel, manifest: Manifest, split: Split, expected: str, progress: Progress
 ) -> list[Sample]:
-    """Returns samples on disk of the expected fingerprint, any if that is empty, or builds them."""
+    """Returns a split's samples that are to be here, all or the shard's.
+
+    Those on disk are taken if they have the expected fingerprint, or any if that is empty; else they are made and saved.
+    """
     path = out / (CALIBRATION_FILE if split == "calibration" else VALIDATION_FILE)
     samples: list[Sample] | None = broadcast(None if rank() else read_samples(path, expected))
-    if samples is None:
-        samples = _built(source, manifest, split, progress, _answers(out, source, manifest))
-        if not rank():
-            save_samples(path, samples)
-    return samples
-
-
-def _built(
-    source: SourceModel, manifest: Manifest, split: Split, progress: Progress, answers: AnswerStore
-) -> list[Sample]:
-    """Returns the samples of a split that are to be here: all, or those of the shard."""
-    from moacompress.calibration.data.sample_sources import build_samples
-
+    if samples is not None:
+        return samples
+    answers = _answers(out, source, manifest)
     if manifest.shard is None:
-        return build_samples(source, data_recipe(manifest.recipe, manifest.rules), split, progress, answers)
-    numbers = manifest.shard.calibration if split == "calibration" else manifest.shard.validation
-    drafts = None if rank() else _drafts(source, manifest, split)
-    chosen = broadcast(None if drafts is None else [drafts[number] for number in numbers])
-    return answer_drafts(source.model, chosen, progress, answers)
+        recipe = data_recipe(manifest.recipe, manifest.rules)
+        samples = sample_sources.build_samples(source, recipe, split, progress, answers)
+    else:
+        numbers = manifest.shard.calibration if split == "calibration" else manifest.shard.validation
+        drafts = None if rank() else _drafts(source, manifest, split)
+        chosen = broadcast(None if drafts is None else [drafts[number] for number in numbers])
+        samples = answer_drafts(source.model, chosen, progress, answers)
+    if not rank():
+        save_samples(path, samples)
+    return samples
 
 
 def _drafts(source: SourceModel, manifest: Manifest, split: Split) -> list[SampleDraft]:
     """Returns the samples of a whole profile's split before the dense model has answered."""
-    from moacompress.calibration.data.sample_sources import make_drafts
-
-    return make_drafts(source, data_recipe(manifest.recipe, manifest.rules), split)
-
-
-def data_recipe(recipe: Recipe, rules: Sequence[Rule]) -> Recipe:
-    """Returns the recipe that samples are made by: something is left for gates where rules select by some."""
-    gates = recipe.profile.model_copy(update={"gates": any(rule.selects for rule in rules)})
-    return recipe.model_copy(update={"profile": gates})
-
-
-def _run_samples(
-    out: Path,
-    source: SourceModel,
-    manifest: Manifest,
-    samples: Mapping[int, Sample],
-    around: Plan | None,
-    gates: GateWeights | None,
-    progress: Progress,
-) -> tuple[list[Statistics], Manifest]:
-    """Returns the statistics of every sample; those on disk are read, the others are made and written one by one.
-
-    The first process returns them, the others none.
-    """
-    table = RuleTable.of(manifest.rules, manifest.recipe.profile.min_window)
-    finished: dict[int, tuple[Statistics, float]] = {}
-    skipped: list[int] = []
-
-    def finish(index: int, not_finite: str) -> None:
-        progress.step(f"{samples[index].length} tokens")
-        if not_finite:
-            skipped.append(index)
-            logger.warning("sample %d (%s) is left out: %s is not finite", index, samples[index].source, not_finite)
-            check_skipped(skipped, samples, manifest.shard.totals[0] if manifest.shard is not None else len(samples))
-
-    def read(index: int) -> tuple[Statistics, float] | None:
-        return read_sample(out, index, manifest.owner, manifest.array_shapes)
-
-    def run(index: int) -> tuple[int, str]:
-        begin = time.perf_counter()
-        statistics = sample_statistics(
-            source.model,
-            source.shape,
-            table,
-            samples[index],
-            manifest.recipe.profile,
-            around,
-            manifest.recipe.seed,
-            index,
-            gates,
-            manifest.centres,
-        )
-        seconds = time.perf_counter() - begin
-        if work_shard()[0] == rank():
-            write_sample(out, index, statistics, manifest.owner, seconds)
-        if not rank():
-            finished[index] = statistics, seconds
-        return rank(), statistics.not_finite()
-
-    def ran(index: int, result: tuple[int, str]) -> None:
-        holders[index], not_finite = result
-        finish(index, not_finite)
-
-    progress.start("profiling", len(samples))
-    for index in samples if not rank() else ():
-        found = read(index)
-        if found is not None:
-            finished[index] = found
-            finish(index, found[0].not_finite())
-    missing: list[int] = broadcast([index for index in samples if index not in finished])
-    # where machines share no disk, a sample that was finished before is on that of the process that ran it
-    holders: dict[int, int] = gathered({index: rank() for index in missing if rank() and read(index) is not None})
-    left = [index for index in missing if index not in holders]
-    if world_size() > 1:
-        left.sort(key=lambda index: -len(samples[index].input_ids))
-    shared(left, run, ran)
-    for index in missing if not rank() else ():
-        found = finished.get(index) or read(index)
-        if found is not None:
-            finished[index] = found
-    for index in broadcast([index for index in missing if index not in finished]):
-        found = broadcast(read(index) if rank() == holders[index] else None, of=holders[index])
-        if found is None:
-            raise ArtefactError(
-                f"rank {holders[index]} ran sample {index}, and its file is gone; start the same run again"
-            )
-        if not rank():
-            finished[index] = found
-            write_sample(out, index, found[0], manifest.owner, found[1])
-            if index not in left:
-                finish(index, found[0].not_finite())
-    progress.done()
-    seconds = sum(finished[index][1] for index in sorted(finished))
-    statistics = [finished[index][0] for index in sorted(finished)]
-    return statistics, replace(manifest, skipped=tuple(sorted(skipped)), seconds=round(seconds, 3))
+    return sample_sources.make_drafts(source, data_recipe(manifest.recipe, manifest.rules), split)

@@ -35,17 +35,8 @@ def measure_rounding(
 ) -> None:
     """Writes KL(model || model with rounded weights) beside a profile, where its recipe rounds weights and it is not there.
 
-    Under `torchrun` every process must call it: they share the samples, and the first one writes.
-
-    The model is loaded a second time, with the weights as they come.
-
-    Args:
-        folder: of the profile.
-        source: the model, rounded.
-        recipe: that it was loaded by.
-        samples: the validation samples.
-        progress: is told of every sample.
-        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
+    The model is loaded a second time, with the weights as they come, and compared on the validation samples. Under `torchrun`
+    every process must call it: they share the samples, and the first one writes.
     """
     if recipe.weights not in ROUNDED:
         return
@@ -89,12 +80,7 @@ def write_rounding(folder: Path, recipe: Recipe, weights_fingerprint: str, kls: 
 
 
 def rounding_of(folder: Path, weights_fingerprint: str) -> dict[str, Any] | None:
-    """Returns what `measure_rounding` found of a model, or None where it is not there.
-
-    Args:
-        folder: of the profile.
-        weights_fingerprint: of the rounded model.
-    """
+    """Returns what `measure_rounding` found of the rounded model with this fingerprint, or None where it is not there."""
     file = folder / ROUNDING_FILE
     try:
         found = read_json(file, "measurement of the rounded weights") if file.is_file() else None

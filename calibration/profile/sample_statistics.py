@@ -22,8 +22,7 @@ from transformers import PreTrainedModel
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.gates.training import LAG
-from moacompress.calibration.profile.collectors import BaselineSums, InfluenceSums, TokenSums
-from moacompress.calibration.profile.head_statistics import HeadSums
+from moacompress.calibration.profile.collectors import BaselineSums, HeadSums, InfluenceSums, TokenSums
 from moacompress.calibration.profile.passes import Cotangent, Recording, Tape, output_logits, recorded, target_states
 from moacompress.calibration.profile.precision import PrecisionSums
 from moacompress.calibration.profile.sharing import CopySums, copyable
@@ -48,12 +47,9 @@ def logit_cotangent(logits: Tensor, generator: torch.Generator, tokens: int | No
     `z = sqrt(p) eps - p (sqrt(p) . eps)` with eps ~ N(0, I), over the square root of the number of tokens.
 
     Args:
-        logits: `[tokens, vocabulary]`.
+        logits: `[tokens, vocabulary]`; the cotangent has their shape and dtype.
         generator: on the CPU, so that every device draws the same numbers.
         tokens: tokens that the mean is over, where `logits` is a part of them; all by default.
-
-    Returns:
-        Shape and dtype of `logits`.
     """
     p = torch.softmax(logits.float(), -1)
     noise = p.sqrt() * torch.randn(p.shape, generator=generator).to(p.device)
@@ -68,7 +64,7 @@ def cotangent_generator(seed: int, sample: int, draw: int) -> torch.Generator:
 
 
 def fisher_cotangent(tokens: int, generator: torch.Generator) -> Cotangent:
-    """Returns a random cotangent whose covariance is the Fisher matrix, mean over `tokens`; see `logit_cotangent`."""
+    """Returns a random cotangent whose covariance is the Fisher matrix, mean over `tokens`."""
     return lambda logits, part: logit_cotangent(logits, generator, tokens)
 
 
@@ -86,11 +82,8 @@ def label_cotangent(labels: Tensor) -> Cotangent:
 class Divergence:
     """The gradient of the mean KL(dense || model) at the model's logits; a `Cotangent`.
 
-    Args:
-        model: the model; only its output layer is used.
-        dense: what the dense model's output layer gets, `[tokens, hidden]`.
-
     Attributes:
+        dense: what the dense model's output layer gets, `[tokens, hidden]`.
         kl: the mean KL of the rows that it was called for, nats.
     """
 
@@ -126,13 +119,13 @@ def sample_statistics(
         sample: the sample.
         chosen: how many cotangents, and which statistics beside the influence.
         around: the plan to profile around, or None for the dense model.
-        seed: the run's seed.
-        index: number of the sample; with `seed` it decides the cotangents.
+        seed: the run's; with `index` it decides the cotangents.
+        index: number of the sample.
         gates: what rules that select choose by, those of the plan too.
         centres: what keys in codes lie less, those of the plan too.
 
     Returns:
-        See `store.Statistics`; the numbers may be not finite. Where ranks have KV heads of their own, all return those of all.
+        Of all KV heads, also where ranks have some of them each; the numbers may be not finite.
 
     Raises:
         UsageError: copies of earlier layers, where a rank does not have all KV heads.
@@ -175,9 +168,8 @@ def sample_statistics(
             found["harm"] = torch.tensor([max(divergence.kl, 0.0)])
         if chosen.baselines:
             baselines = [BaselineSums(*size, device) for device in devices]
-            _reset(influence)
-            tape.backward(label_cotangent(ids[rows + 1]), _by_layer(influence, baselines), last=False)
-            found |= {f"gold_{name}": value for name, value in stacked(influence).items()} | stacked(baselines)
+            tape.backward(label_cotangent(ids[rows + 1]), _by_layer(baselines), last=False)
+            found |= stacked(baselines)
         drawn = []
         for draw in range(chosen.draws):
             _reset([*influence, *rounding])
@@ -199,13 +191,7 @@ def token_influence(
 ) -> Floats32:
     """Returns what hiding single tokens would do, mean over draws, `[layers, kv_heads, tokens]`; see `collectors.TokenSums`.
 
-    Args:
-        model: the dense model, weights frozen.
-        shape: its shape.
-        sample: the sample.
-        draws: random cotangents.
-        seed: the run's seed.
-        index: number of the sample; with `seed` it decides the cotangents.
+    The seed and the sample's index decide the cotangents.
     """
     rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1).to(input_device(model))
     ids = torch.from_numpy(sample.input_ids).to(input_device(model))
@@ -236,10 +222,7 @@ def _stacked(
 ) -> dict[str, Tensor]:
     """Returns the sums of all layers by name, `[layers, kv_heads, ...]`, on the device of the first.
 
-    Args:
-        collectors: of the KV heads that are here.
-        heads: which these are.
-        kv_heads: how many there are over all ranks.
+    `heads` are the KV heads that are here, of `kv_heads` over all ranks.
     """
     layers = [sums.tensors() for sums in collectors]
     together = {name: torch.stack([layer[name].to(of.device) for layer in layers]) for name, of in layers[0].items()}

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+
+from pydantic import ValidationInfo, field_validator
+from pydantic.dataclasses import dataclass
 
 from moacompress.calibration.data.answers import SampleDraft, answer_batches
 from moacompress.core.errors import UsageError
@@ -16,21 +17,29 @@ from moacompress.core.errors import UsageError
 
 @dataclass(frozen=True)
 class Shard:
-    """What a run makes of a profile.
+    """What a run makes of a profile; validated where it is read from a manifest.
 
     Attributes:
         number: of the shard, from 1 on.
         count: of the shards.
-        calibration: numbers of its calibration samples among those of the profile, ascending.
-        validation: likewise of its validation samples.
         totals: calibration and validation samples of the whole profile.
+        calibration: numbers of its calibration samples among those of the profile, ascending.
+        validation: numbers of its validation samples, ascending.
     """
 
     number: int
     count: int
+    totals: tuple[int, int]
     calibration: tuple[int, ...]
     validation: tuple[int, ...]
-    totals: tuple[int, int]
+
+    @field_validator("calibration", "validation")
+    @classmethod
+    def _of_the_profile(cls, numbers: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        total = info.data["totals"][info.field_name == "validation"] if "totals" in info.data else 0
+        if list(numbers) != sorted(set(numbers)) or not all(0 <= number < total for number in numbers):
+            raise ValueError("a shard has samples that its profile does not have")
+        return numbers
 
     @property
     def name(self) -> str:
@@ -51,25 +60,7 @@ class Shard:
                 f"shard {number}/{count} has no samples: the {len(calibration)} samples are answered in {batches} batches; "
                 f"make {batches} shards or fewer"
             )
-        return Shard(number, count, parts[0], parts[1], (len(calibration), len(validation)))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the JSON form."""
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(data: dict[str, Any]) -> Shard:
-        """Reads the JSON form.
-
-        Raises:
-            KeyError, TypeError, ValueError: it is something else.
-        """
-        calibration, validation = (tuple(map(int, data[name])) for name in ("calibration", "validation"))
-        totals = int(data["totals"][0]), int(data["totals"][1])
-        for numbers, total in zip((calibration, validation), totals, strict=True):
-            if list(numbers) != sorted(set(numbers)) or not all(0 <= number < total for number in numbers):
-                raise ValueError("a shard has samples that its profile does not have")
-        return Shard(int(data["number"]), int(data["count"]), calibration, validation, totals)
+        return Shard(number, count, (len(calibration), len(validation)), parts[0], parts[1])
 
 
 def parse_shard(text: str) -> tuple[int, int]:

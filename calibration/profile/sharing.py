@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moacompress.calibration.profile.statistics import POWER, Statistics, power_mean
+from moacompress.calibration.profile.statistics import Statistics, kl_of_squares
 from moacompress.calibration.profile.tiles import AttentionSpec, Tile, TileView, tile_probabilities
 from moacompress.core.errors import UsageError
 from moacompress.kernels.arguments import as_tensors
@@ -58,13 +58,8 @@ class Attended:
     def probabilities(self, tile: Tile, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Returns how a tile of rows attends.
 
-        Args:
-            tile: which rows and keys, on any device.
-            dtype: to work in.
-
-        Returns:
-            Probabilities `[kv_heads, group, rows, keys of the tile]`, newest key first; that of the learned sink
-            `[kv_heads, group, rows, 1]`, or None.
+        The tile may be on any device. Probabilities are `[kv_heads, group, rows, keys of the tile]`, newest key first; that of
+        the learned sink is `[kv_heads, group, rows, 1]`, or None.
         """
         kv_heads, size = self.key.shape[1], self.key.shape[3]
         tile = tile._replace(rows=tile.rows.to(self.query.device))
@@ -77,12 +72,7 @@ class Attended:
 
 
 def copyable(native_windows: Sequence[int | None], anchors: int) -> npt.NDArray[np.bool_]:
-    """Returns whether layer `l` may copy layer `l - 1 - k`: `[layers, anchors]`, k along the last axis.
-
-    Args:
-        native_windows: the model's own sliding window of every layer, or None.
-        anchors: earlier layers that every layer is tried with.
-    """
+    """Returns whether layer `l` may copy layer `l - 1 - k`: `[layers, anchors]`, k along the last axis."""
     may = np.zeros((len(native_windows), anchors), np.bool_)
     for layer, window in enumerate(native_windows):
         for index in range(min(anchors, layer)):
@@ -96,7 +86,7 @@ class CopySums:
     Args:
         attended: of the layer itself and of the anchors, by layer; read while tiles come in.
         layer: the layer.
-        allowed: for each anchor `layer - 1 - k`, whether it may be copied; one row of `copyable`.
+        allowed: one row of `copyable`.
         kv_heads: KV heads of a layer.
         device: of the sums.
     """
@@ -111,9 +101,8 @@ class CopySums:
     ) -> None:
         self._attended, self._layer = attended, layer
         self._anchors = [index for index, may in enumerate(allowed) if may]
-        self._now = torch.zeros(2, len(allowed), kv_heads, kv_heads, dtype=torch.float64, device=device)
-        self._sums = torch.zeros_like(self._now)
-        self._cosine = torch.zeros_like(self._now[0])
+        self._squares = torch.zeros(len(allowed), kv_heads, kv_heads, dtype=torch.float64, device=device)
+        self._cosine = torch.zeros_like(self._squares)
         self._rows, self._draws = 0, 0
 
     def add(self, view: TileView) -> None:
@@ -132,9 +121,7 @@ class CopySums:
             deltas = torch.einsum("hgij,mgij->hmi", pulled, probabilities)
             if escape is not None:
                 deltas -= torch.einsum("hgi,mgi->hmi", delta[..., 0], escape[..., 0])
-            deltas = deltas.double()
-            self._now[0, index] += deltas.square().sum(-1)
-            self._now[1, index] += deltas.sum(-1)
+            self._squares[index] += deltas.double().square().sum(-1)
             if direction is not None:
                 cosines = torch.einsum("hgij,mgij->hmi", direction, _directions(probabilities))
                 self._cosine[index] += cosines.double().sum(-1) / own.shape[1]
@@ -147,20 +134,19 @@ class CopySums:
 
     def end(self) -> None:
         """Ends a backward pass."""
-        self._sums[0] += self._now[0]
-        self._sums[1] += self._now[1].square()
-        self._now.zero_()
         self._draws += 1
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the statistics by name, `[anchors, kv_heads, anchor's kv_heads]` each.
 
-        `copy_squares` is `sum_i d_i^2` and `copy_totals` is `(sum_i d_i)^2`, mean over the passes that have ended.
+        `copy_squares` is `sum_i d_i^2`, mean over the passes that have ended.
         `copy_cosine` is the cosine of the two rows of probabilities, mean over rows and the query heads of a group
         (arXiv 2409.14595 goes by such a similarity).
         """
-        squares, totals = self._sums / max(1, self._draws)
-        return {"copy_squares": squares, "copy_totals": totals, "copy_cosine": self._cosine / max(1, self._rows)}
+        return {
+            "copy_squares": self._squares / max(1, self._draws),
+            "copy_cosine": self._cosine / max(1, self._rows),
+        }
 
 
 def _directions(probabilities: Tensor) -> Tensor:
@@ -168,42 +154,28 @@ def _directions(probabilities: Tensor) -> Tensor:
     return directions
 
 
-_NEEDS = {"robust": "copy_squares", "fisher": "copy_squares", "sample": "copy_totals"}
+def copy_influence(statistics: Statistics) -> npt.NDArray[np.float64]:
+    """Returns the predicted KL of one KV head that copies, in nats per answer token, a mean over samples as for rules.
 
-
-def copy_influence(statistics: Statistics, estimator: str) -> npt.NDArray[np.float64]:
-    """Returns the predicted KL of one KV head that copies, in nats per answer token, a mean over samples.
-
-    The mean is that of the estimator, as for rules. Around a plan it is the curvature's part alone.
-
-    Args:
-        statistics: of at least one sample, the axis for samples in front.
-        estimator: "robust", "fisher" or "sample".
+    Around a plan it is the curvature's part alone. It means nothing (and is 0) where `copyable` is False.
 
     Returns:
-        `[layers, anchors, kv_heads, anchor's kv_heads]`; the anchor of `[l, k]` is layer `l - 1 - k`. It means nothing
-        (and is 0) where `copyable` is False.
+        `[layers, anchors, kv_heads, anchor's kv_heads]`; the anchor of `[l, k]` is layer `l - 1 - k`.
 
     Raises:
-        UsageError: another estimator, or statistics without copies.
+        UsageError: statistics without copies.
     """
-    if estimator not in _NEEDS:
-        raise UsageError(
-            f"estimator {estimator!r} does not predict what a copy costs; choose one of {', '.join(_NEEDS)}"
-        )
-    name = _NEEDS[estimator]
-    if name not in statistics.arrays:
+    if "copy_squares" not in statistics.arrays:
         raise UsageError(
             "the profile has no statistics of copies; profile again with --anchors 2 (profile.anchors of 1 or more)"
         )
-    return power_mean(statistics.arrays[name].astype(np.float64) / 2, POWER if estimator == "robust" else 1.0)
+    return kl_of_squares(statistics.arrays["copy_squares"])
 
 
 def best_head_map(influence: npt.NDArray[np.float64]) -> tuple[tuple[int, ...], float]:
     """Returns the cheapest anchor KV head of every own KV head, and the sum of their costs in nats.
 
-    Args:
-        influence: of a copy, `[kv_heads, anchor's kv_heads]`.
+    `influence` is that of a copy, `[kv_heads, anchor's kv_heads]`.
     """
     chosen = influence.argmin(1)
     return tuple(chosen.tolist()), float(influence.min(1).sum())

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from moacompress.core.arrays import Floats32
+from moacompress.recipe_sections import ROBUST, Estimator, ProfileRecipe
+from moacompress.rules.model_shape import ModelShape
+from moacompress.rules.rule import SINKS
 
 Doubles: TypeAlias = npt.NDArray[np.float64]
 
-ESTIMATORS = ("robust", "fisher", "sample", "moa", "mass", "gold-fisher", "gold-sample")
-"""Ways to predict KL; those after the first three need a profile with `profile.baselines`."""
-OF_FORMATS = ESTIMATORS[:3]
-"""Those that know what formats of keys and values cost."""
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
+"""Ways to predict KL; those after `ROBUST` are baselines and need a profile with `profile.baselines`."""
 SIDES = ("key", "value")
 """What has a format, as names of arrays begin."""
 DRAWN = ("total", *(f"{side}_total" for side in SIDES))
 """Arrays with an axis for the draw in front."""
-OF_RULES = ("squares", "total", "first", "moa", "mass", "gold_squares", "gold_total")
+OF_RULES = ("squares", "total", "first", "moa", "mass")
 """Arrays with an axis for the rules, the last."""
+DISTANCE_BINS = 18
+"""Bins of the distance histograms: 0, 1, 2-3, 4-7, ... tokens; the last begins at 65,536."""
 POWER = 0.75
-"""Exponent of the power mean over samples that makes `robust` of `fisher`.
+"""Exponent of the power mean over samples.
 
 KL is heavy-tailed over samples: a few of them decide a mean, and others decide that of the next ones. Below 1 they count
 less. With 0.75 plans of one half of SmolLM2's samples cost least by the judgement of the other half's plain means."""
@@ -43,9 +46,9 @@ class Statistics:
             `harm`: around a plan, KL(dense || plan) itself, nats per answer token, `[1]`;
             `key_squares`, `key_total`, `key_first`, `value_squares`, `value_total`, `value_first`: of formats instead of
                 rules, `1 + formats` on the last axis, the native one first; see `precision.PrecisionSums`;
-            `moa`, `mass`, `gold_squares`, `gold_total`: from the gold label; see `collectors.BaselineSums`;
+            `moa`, `mass`: from the gold label; see `collectors.BaselineSums`;
             `distance`, `sink_mass`, `entropy`: of other shapes, see `heads.HeadSums`;
-            `copy_squares`, `copy_totals`, `copy_cosine`: of other shapes, see `sharing.CopySums`.
+            `copy_squares`, `copy_cosine`: of other shapes, see `sharing.CopySums`.
     """
 
     arrays: Mapping[str, Floats32]
@@ -88,58 +91,46 @@ class Statistics:
 
 def available(statistics: Statistics) -> tuple[str, ...]:
     """Returns the estimators that the statistics of samples allow."""
-    return tuple(name for name in ESTIMATORS if _NEEDS[name] in statistics.arrays)
-
-
-def power_mean(values: Doubles, power: float) -> Doubles:
-    """Returns the power mean of non-negative numbers over the first axis."""
-    mean: Doubles = (values**power).mean(0) ** (1 / power)
-    return mean
+    return tuple(name for name in ESTIMATORS if _array(name) in statistics.arrays)
 
 
 def estimate(statistics: Statistics, estimator: str, samples: npt.NDArray[np.int64], side: str = "") -> Doubles:
     """Returns predicted KL in nats per answer token, a mean over some samples: `[layers, kv_heads, rules]`.
 
-    Half the mean square predicts KL; MoA's sum is of absolute first-order changes of the loss; mass is a share.
-
-    Args:
-        statistics: of samples, their axis in front.
-        estimator: one that is `available`; of formats one of `OF_FORMATS`.
-        samples: indices of at least one.
-        side: one of `SIDES`: predict what its formats cost, `[layers, kv_heads, 1 + formats]`; by default what rules do.
+    With one of `SIDES` it is what that side's formats cost, `[layers, kv_heads, 1 + formats]`, which only `ROBUST` knows.
+    MoA's sum is of absolute first-order changes of the loss; mass is a share.
     """
-    name = f"{side}_{_NEEDS[estimator]}" if side else _NEEDS[estimator]
-    values = statistics.arrays[name][samples].astype(np.float64)
-    return power_mean(_OF_SAMPLE[estimator](values), POWER if estimator == "robust" else 1.0)
+    name = _array(estimator)
+    values = statistics.arrays[f"{side}_{name}" if side else name][samples]
+    return kl_of_squares(values) if estimator == ROBUST else values.astype(np.float64).mean(0)
 
 
-def _same(values: Doubles) -> Doubles:
-    return values
+def kl_of_squares(squares: Floats32) -> Doubles:
+    """Returns the KL that mean squares of samples predict, half of them, as a power mean over the first axis."""
+    kl: Doubles = ((squares.astype(np.float64) / 2) ** POWER).mean(0) ** (1 / POWER)
+    return kl
 
 
-def _half(values: Doubles) -> Doubles:
-    return values / 2
+def _array(estimator: str) -> str:
+    return "squares" if estimator == ROBUST else estimator
 
 
-def _half_square(values: Doubles) -> Doubles:
-    return values**2 / 2
-
-
-_NEEDS = {
-    "robust": "squares",
-    "fisher": "squares",
-    "sample": "total",
-    "moa": "moa",
-    "mass": "mass",
-    "gold-fisher": "gold_squares",
-    "gold-sample": "gold_total",
-}
-_OF_SAMPLE: dict[str, Callable[[Doubles], Doubles]] = {
-    "robust": _half,
-    "fisher": _half,
-    "sample": lambda values: _half_square(values).mean(1),  # over the draws
-    "moa": _same,
-    "mass": _same,
-    "gold-fisher": _half,
-    "gold-sample": _half_square,
-}
+def array_shapes(chosen: ProfileRecipe, shape: ModelShape, rules: int, around: bool) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every array of a sample's statistics, for so many rules, around a plan or not."""
+    size = (shape.layers, shape.kv_heads, rules)
+    names = ["squares"]
+    names += ["first"] if around else []
+    names += ["moa", "mass"] if chosen.baselines else []
+    heads = {"distance": (*size[:2], DISTANCE_BINS), "sink_mass": (*size[:2], len(SINKS)), "entropy": size[:2]}
+    pairs = size[0], chosen.anchors, size[1], size[1]
+    formats = (*size[:2], 1 + len(chosen.formats))
+    parts = ("squares", "first") if around else ("squares",)
+    return {
+        "total": (chosen.draws, *size),
+        **dict.fromkeys(names, size),
+        **{f"{side}_{part}": formats for side in (SIDES if chosen.formats else ()) for part in parts},
+        **{f"{side}_total": (chosen.draws, *formats) for side in (SIDES if chosen.formats else ())},
+        **({"harm": (1,)} if around else {}),
+        **(heads if chosen.heads else {}),
+        **dict.fromkeys(("copy_squares", "copy_cosine") if chosen.anchors else (), pairs),
+    }

@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from moacompress.calibration.data.samples import Sample, SampleKind, fingerprint_samples, load_samples
 from moacompress.calibration.profile.manifest import Manifest, damaged
 from moacompress.calibration.profile.statistics import (
     ESTIMATORS,
-    OF_FORMATS,
     OF_RULES,
     SIDES,
     Statistics,
@@ -47,6 +48,7 @@ from moacompress.core.files import write_bytes
 from moacompress.core.shingles import Shingles
 from moacompress.core.shown import Shown
 from moacompress.recipe import Recipe
+from moacompress.recipe_sections import ROBUST
 from moacompress.rules.candidates import in_formats
 from moacompress.rules.key_centres import Centres
 from moacompress.rules.model_shape import ModelShape
@@ -116,7 +118,7 @@ class Profile(Shown):
     def estimators(self) -> tuple[str, ...]:
         """Those of `ESTIMATORS` that the profile holds the statistics of, for all its rules."""
         found = available(self.statistics)
-        return tuple(name for name in found if name in OF_FORMATS) if self.formats else found
+        return tuple(name for name in found if name == ROBUST) if self.formats else found
 
     @property
     def profiled_formats(self) -> tuple[str, ...]:
@@ -188,10 +190,9 @@ class Profile(Shown):
         """
         if estimator not in ESTIMATORS:
             raise UsageError(f"estimator {estimator!r} is not one of {', '.join(ESTIMATORS)}")
-        if self.formats and estimator not in OF_FORMATS:
+        if self.formats and estimator != ROBUST:
             raise UsageError(
-                f"the estimator {estimator!r} says nothing of formats; choose one of {', '.join(OF_FORMATS)}, or search with "
-                "--formats native"
+                f"the estimator {estimator!r} says nothing of formats; choose {ROBUST}, or search with --formats native"
             )
         if estimator not in self.estimators:
             raise UsageError(f"the profile has no statistics for the estimator {estimator!r}; profile with --baselines")
@@ -274,11 +275,7 @@ class Profile(Shown):
         return [sample for index, sample in enumerate(samples) if index not in self.skipped]
 
     def check_model(self, source: SourceModel, doing: str) -> None:
-        """Refuses a model that is not the one that was profiled.
-
-        Args:
-            source: the model at hand.
-            doing: what it is wanted for, a command.
+        """Refuses a model that is not the one that was profiled; `doing` is the command that it is wanted for.
 
         Raises:
             ModelError: other weights.
@@ -367,19 +364,10 @@ class Profile(Shown):
 
 
 def merge(folder: Path, head: Manifest, samples: Sequence[Sample], statistics: Sequence[Statistics]) -> Manifest:
-    """Writes `influence.safetensors` and then marks the profile as complete.
+    """Writes `influence.safetensors` and then marks the profile as complete; returns the head that was written.
 
-    Args:
-        folder: the profile's folder.
-        head: its head, all but `digest` and `complete` filled in.
-        samples: the profiled samples.
-        statistics: of every sample, those in `head.skipped` included.
-
-    Returns:
-        The head that was written.
+    `statistics` are those of every sample, those in `head.skipped` included.
     """
-    from safetensors.numpy import save
-
     used = [index for index in range(len(samples)) if index not in head.skipped]
     merged = Statistics.stack([statistics[index] for index in used])
     lengths = np.array([samples[index].length for index in used], np.int64)
@@ -396,17 +384,10 @@ def sample_path(folder: Path, index: int) -> Path:
 
 
 def write_sample(folder: Path, index: int, statistics: Statistics, owner: str, seconds: float) -> None:
-    """Writes the statistics of one finished sample, atomically.
+    """Writes the statistics of one finished sample, atomically, and the seconds that it took.
 
-    Args:
-        folder: the profile's folder.
-        index: number of the sample.
-        statistics: may hold numbers that are not finite: then the sample is one to be skipped.
-        owner: fingerprint of the profile.
-        seconds: time that it took.
+    They may hold numbers that are not finite: then the sample is one to be skipped. `owner` is `Manifest.owner`.
     """
-    from safetensors.numpy import save
-
     notes = {"profile": owner, "index": str(index), "digest": statistics.digest(), "seconds": f"{seconds:.3f}"}
     write_bytes(sample_path(folder, index), save(dict(statistics.arrays), metadata=notes))
 
@@ -414,14 +395,7 @@ def write_sample(folder: Path, index: int, statistics: Statistics, owner: str, s
 def read_sample(
     folder: Path, index: int, owner: str, shapes: dict[str, tuple[int, ...]]
 ) -> tuple[Statistics, float] | None:
-    """Returns the statistics and the seconds of a finished sample; None if it has to be done (again).
-
-    Args:
-        folder: the profile's folder.
-        index: number of the sample.
-        owner: fingerprint of the profile.
-        shapes: of every array.
-    """
+    """Returns the statistics and the seconds of a finished sample; None if it has to be done (again)."""
     path = sample_path(folder, index)
     if not path.is_file():
         return None
@@ -437,11 +411,9 @@ def read_sample(
 
 
 def read_samples(path: Path, expected: str) -> list[Sample] | None:
-    """Returns the samples in `path`; None if they have to be made (again).
+    """Returns the samples in a file; None if they have to be made (again).
 
-    Args:
-        path: a file of samples.
-        expected: their fingerprint, or empty if it was not recorded yet.
+    `expected` is their fingerprint, or empty if it was not recorded yet.
     """
     try:
         return _samples(path, expected) if path.is_file() else None
@@ -461,8 +433,6 @@ def _samples(path: Path, expected: str) -> list[Sample]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(str(path), framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

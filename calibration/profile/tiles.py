@@ -60,13 +60,7 @@ class Tile(NamedTuple):
 
 
 def tiles_of(rows: Tensor, native_window: int | None, size: int) -> list[Tile]:
-    """Returns the tiles of rows, `size` rows each.
-
-    Args:
-        rows: query positions, int64, rising.
-        native_window: the model's own sliding window, or None.
-        size: of a tile; the last one may have fewer.
-    """
+    """Returns the tiles of query positions, int64 and rising, `size` rows each; the last one may have fewer."""
     tiles = []
     for part in rows.split(size):
         first, last = (int(end) for end in part[[0, -1]].tolist())
@@ -77,10 +71,7 @@ def tiles_of(rows: Tensor, native_window: int | None, size: int) -> list[Tile]:
 def _mask_logits(logits: Tensor, tile: Tile, native_window: int | None) -> None:
     """Sets to -inf what the dense model does not see, in place; only the two edges of the band are touched.
 
-    Args:
-        logits: `[..., rows, keys of the tile]`.
-        tile: which rows and keys.
-        native_window: the model's own sliding window, or None.
+    Logits are `[..., rows, keys of the tile]`.
     """
     keys = torch.arange(tile.high - 1, tile.low - 1, -1, device=logits.device)
     rows = tile.rows[:, None]
@@ -113,7 +104,7 @@ def tile_probabilities(
 
     Returns:
         Probabilities `[kv_heads, group, rows, keys]`; that of the learned sink `[kv_heads, group, rows, 1]` or None;
-        the derivative of the soft cap, shaped as the probabilities, or None.
+        the derivative of the soft cap, of the probabilities' shape, or None.
     """
     logits = torch.bmm(query, keys.transpose(1, 2)).view(len(keys), -1, len(tile.rows), keys.shape[1])
     slope = None
@@ -139,13 +130,13 @@ class TileView:
         table: the rules, for this layer and on its device.
         probabilities: P, of all that the dense model sees, `[kv_heads, group, rows, keys of the tile]`, newest key first,
             zero where nothing is seen.
-        centred: `P * (G - D)`, same shape; D is that of the output as the layer computes it.
+        centred: `P * (G - D)`, of the same shape; D is that of the output as the layer computes it.
         escaped: with a learned sink logit, its probability e and `e * D`, both `[kv_heads, group, rows, 1]`.
         plan: the rule that each KV head runs under, or None for the dense model.
         query: scaled queries of the rows, `[kv_heads, group * rows, head_dim]`.
-        cotangent: dO of the rows, same shape.
+        cotangent: dO of the rows, `[kv_heads, group * rows, head_dim]`.
         keys: keys of the tile, newest first, `[kv_heads, keys, head_dim]`.
-        values: as `keys`.
+        values: values of the tile, newest first, `[kv_heads, keys, head_dim]`.
         choices: what rules that select choose, or None.
     """
 
@@ -187,8 +178,7 @@ class TileView:
     def visible(self, values: Tensor) -> Tensor:
         """Returns sums over the keys that each rule sees, `[kv_heads, group, rows, rules]`.
 
-        Args:
-            values: `[kv_heads, group, rows, keys of the tile]`, zero where the dense model sees nothing.
+        Values are `[kv_heads, group, rows, keys of the tile]`, zero where the dense model sees nothing.
         """
         shape = (*values.shape[:-1], len(self.table))
         total = values.cumsum(-1).gather(-1, self._window_at.expand(shape))

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moacompress.calibration.data.data_rows import read_rows, row_kind, source_name
-from moacompress.calibration.profile.manifest import Manifest, begun_profile
+from moacompress.calibration.profile.folder import begun_profile
+from moacompress.calibration.profile.manifest import Manifest
 from moacompress.calibration.profile.store import read_samples
 from moacompress.core.artefact_names import CALIBRATION_FILE, VALIDATION_FILE
 from moacompress.core.errors import ArtefactError
 from moacompress.prompts import field_records, generators, pools, recall, sentences
 from moacompress.recipe import Recipe
-from moacompress.recipe_sections import SourceRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +33,9 @@ def calibration_wording() -> str:
 
 
 def check_wording(out: Path, asked: Manifest, lacks_gates: Callable[[Manifest], bool]) -> None:
-    """Refuses to resume with a profile whose missing samples would have another wording than those that are there.
+    """Refuses to resume a profile whose missing samples would have another wording than those that are there.
 
-    Args:
-        out: the folder of the profile; nothing in it is touched.
-        asked: what is asked for.
-        lacks_gates: whether gates are still to be trained, for a profile that was begun.
+    `lacks_gates` says whether a profile that was begun has still to train its gates. Nothing in `out` is touched.
 
     Raises:
         ArtefactError: they would.
@@ -66,8 +63,7 @@ def check_wording(out: Path, asked: Manifest, lacks_gates: Callable[[Manifest], 
 
 def _says_something(recipe: Recipe) -> bool:
     """Whether prompts of a recipe say anything but what its files do."""
-    return any(part.generator is not None or _asks(part) for part in recipe.calibration.sources)
-
-
-def _asks(part: SourceRecipe) -> bool:
-    return row_kind(read_rows(part), source_name(part)) == "question"
+    return any(
+        part.generator is not None or row_kind(read_rows(part), source_name(part)) == "question"
+        for part in recipe.calibration.sources
+    )

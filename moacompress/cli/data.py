@@ -47,7 +47,7 @@ def preview(
 
     from moacompress.calibration.data.answers import answer_drafts
     from moacompress.calibration.data.sample_sources import check_data, make_drafts, rows_wanted, varied
-    from moacompress.calibration.profile.profiler import check_samples
+    from moacompress.calibration.profile.request import check_samples
     from moacompress.core.errors import DataError
     from moacompress.report.shown_samples import ShownSample, as_json
     from moacompress.runtime.ready_model import load_for

@@ -32,7 +32,6 @@ AUDIT_KEYS = (
     "audit_precision",
     "audit_sharing",
     "audit_repair",
-    "fisher_minus_moa",
     "chosen_minus_moa",
     "split_half",
     "points",
@@ -125,7 +124,7 @@ def profile(
             "--audit runs in one process; profile under torchrun first, then run the command with --audit without torchrun"
         )
     from moacompress.calibration.data.sample_sources import check_data
-    from moacompress.calibration.profile.manifest import recipe_in
+    from moacompress.calibration.profile.folder import recipe_in
     from moacompress.calibration.profile.profiler import profile as profile_model
     from moacompress.calibration.profile.profiler import profile_shard
     from moacompress.core.place import check_writable

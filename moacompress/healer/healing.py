@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from moacompress.calibration.data.answer_store import AnswerStore
+from moacompress.calibration.data.answers import AnswerStore
 from moacompress.calibration.data.samples import fingerprint_ordered
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import (

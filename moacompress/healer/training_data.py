@@ -15,8 +15,7 @@ from typing import get_args
 
 import numpy as np
 
-from moacompress.calibration.data.answer_store import AnswerStore
-from moacompress.calibration.data.answers import SampleDraft, answer_drafts
+from moacompress.calibration.data.answers import AnswerStore, SampleDraft, answer_drafts
 from moacompress.calibration.data.sample_sources import check_counts, make_drafts
 from moacompress.calibration.data.samples import SHORTEST, Sample, SampleKind, fingerprint_ordered, fingerprint_sample
 from moacompress.calibration.profile.store import Profile

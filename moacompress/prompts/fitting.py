@@ -14,13 +14,8 @@ _GUESSES = 16
 def largest_fit(tokens: Callable[[int], int], length: int, limit: int, task: str) -> int:
     """Returns the largest number of filler pieces, up to `limit`, with which a prompt fits `length` tokens.
 
-    The tokens per piece, measured once, say where to look next, so a prompt is tokenized only a few times.
-
-    Args:
-        tokens: the tokens of a prompt with so many pieces, more with every piece.
-        length: tokens it may have.
-        limit: pieces there are.
-        task: name for the message.
+    `tokens` gives the tokens of a prompt with so many pieces, more with every piece. The tokens per piece, measured once, say
+    where to look next, so a prompt is tokenized only a few times.
 
     Raises:
         DataError: it is too long without any filler.

@@ -108,14 +108,14 @@ def make_prompt(
     text: Prose | None = None,
     values: Values = "numbers",
 ) -> Prompt:
-    """Returns a prompt of a task, at most `length` tokens with its answer.
+    """Returns a prompt of a task, at most `length` tokens with template, prefix and answer.
 
     Args:
         task: a task or its name.
         rng: draws keys, values, depth and prose; the same state gives the same prompt.
         split: the pools to draw from.
         tokenizer: the model's.
-        length: tokens, template, prefix and answer included.
+        length: tokens.
         text: the prose of prose tasks.
         values: what is hidden and asked for; `recall` has words of its own.
 
@@ -143,10 +143,7 @@ def make_needle(
     keys: int = 1,
     values: Values = "numbers",
 ) -> Prompt:
-    """Returns a prompt of a haystack with `keys` needles at uniform depths, one of them asked for.
-
-    Arguments and errors are those of `make_prompt`.
-    """
+    """Returns a prompt of a haystack with `keys` needles at uniform depths, one of them asked for."""
     kind = "needle" if keys == 1 else "multi-needle"
     task, noun = f"{kind}-{haystack}{_ENDING[values]}", _KIND_OF_VALUE[values]
     names, hidden = draw_keys(rng, split, keys), _DRAW[values](rng, split, keys)
@@ -186,10 +183,7 @@ def make_key_value(
     length: int,
     values: Values = "numbers",
 ) -> Prompt:
-    """Returns a JSON object of word keys and 7-digit numbers, UUIDs or codes, one of which is asked for.
-
-    Arguments and errors are those of `make_prompt`.
-    """
+    """Returns a JSON object of word keys and 7-digit numbers, UUIDs or codes, one of which is asked for."""
     limit = min(length, KEYS_PER_SPLIT) - 1
     count = limit + 1
     (asked, *others), (value, *fillers) = draw_keys(rng, split, count), _DRAW[values](rng, split, count)
@@ -215,10 +209,7 @@ def make_records(
     length: int,
     values: Values = "numbers",
 ) -> Prompt:
-    """Returns records of a few fields each, all in one layout, and asks for one field of one of them.
-
-    Arguments and errors are those of `make_prompt`.
-    """
+    """Returns records of a few fields each, all in one layout, and asks for one field of one of them."""
     limit = min(length // RECORD_TOKENS, KEYS_PER_SPLIT - 1)
     layout, fields = LAYOUTS[int(rng.integers(len(LAYOUTS)))], FIELDS[split]
     drawn = iter(_DRAW[values](rng, split, RECORD_FIELDS * (limit + 1)))
@@ -248,8 +239,6 @@ def make_records(
 
 def make_recall(rng: np.random.Generator, split: Split, tokenizer: PreTrainedTokenizerBase, length: int) -> Prompt:
     """Returns lines of a key and a word each, and one key once more; no chat template, no instructions.
-
-    Arguments and errors are those of `make_prompt`.
 
     Raises:
         DataError: evaluation makes its own, or more keys are needed than there are.

@@ -146,11 +146,7 @@ class Prose:
 
     @staticmethod
     def load(path: str | Path, part: CalibrationPart | None = None) -> Prose:
-        """Reads a `.txt` file or a folder of them.
-
-        Args:
-            path: the file or folder.
-            part: what calibration's pool has of its text; by default all.
+        """Reads a `.txt` file or a folder of them; of calibration's text all, or a part.
 
         Raises:
             DataError: missing, unreadable, or without text, or too little for all pools.
@@ -180,11 +176,7 @@ Pool = TypeVar("Pool")
 def deal(keys: Sequence[int], shares: Mapping[Pool, int], name: str, unit: str = "texts") -> list[Pool]:
     """Returns the pool that each of some hashes belongs to, whatever others there are but where a pool would be empty.
 
-    Args:
-        keys: hashes; equal ones go to one pool.
-        shares: of each pool, in whole parts.
-        name: of the source, for the message.
-        unit: what the hashes are of, for the message.
+    Equal hashes go to one pool. Pools have shares in whole parts; `name` and `unit` say in the message what the hashes are of.
 
     Raises:
         DataError: fewer different ones than pools.
@@ -205,13 +197,7 @@ def deal(keys: Sequence[int], shares: Mapping[Pool, int], name: str, unit: str =
 
 
 def pool_of(documents: Sequence[str], split: Split, name: str, part: CalibrationPart | None = None) -> dict[int, str]:
-    """Returns what a split has of some documents, by their index; see the module.
-
-    Args:
-        documents: texts.
-        split: whose.
-        name: of the source, for messages.
-        part: of the split's text; by default all.
+    """Returns what a split, or a part of it, has of some documents of a source, by their index; see the module.
 
     Raises:
         DataError: too little text for all splits, or for the parts.
@@ -255,12 +241,8 @@ def split_articles(
 ) -> dict[str, tuple[int, Split | None]]:
     """Returns the article and the split of documents, all those of one article being in one split.
 
-    An article goes by the smallest hash of its documents; a document of two articles belongs to the first.
-
-    Args:
-        documents: each with the number of its article; some come more than once.
-        name: of the source, for messages.
-        part: of calibration's articles; the others are then in no split.
+    An article goes by the smallest hash of its documents; a document of two articles belongs to the first. Documents come with
+    the number of their article, some more than once. With a part of calibration's articles the others are in no split.
 
     Raises:
         DataError: fewer than three articles, or too few for the parts.

@@ -68,14 +68,7 @@ class Recall:
 
     @staticmethod
     def draw(rng: np.random.Generator, split: Split, most: int, words: Sequence[str]) -> Recall:
-        """Draws the words of a prompt.
-
-        Args:
-            rng: the same state gives the same words.
-            split: the pool of the keys.
-            most: other keys there may be; fewer than `KEYS_PER_SPLIT`.
-            words: all values.
-        """
+        """Draws the words of a prompt with fewer than `KEYS_PER_SPLIT` other keys, which are of the split's pool."""
         asked, *keys = draw_keys(rng, split, most + 1)
         value, *values = [words[index] for index in rng.permutation(len(words)).tolist()]
         return Recall(asked, value, tuple(keys), tuple(values), float(rng.random()))

@@ -64,23 +64,11 @@ class NeedleSentences:
     noise: tuple[str, ...]
 
     def hide(self, kind: str, key: str, value: str) -> str:
-        """Returns the sentence that hides a value.
-
-        Args:
-            kind: what the value is, such as `number`.
-            key: that it is found by.
-            value: the value.
-        """
+        """Returns the sentence that hides a value of a kind, such as `number`, which is found by its key."""
         return self.needle.format(kind=kind, kinds=f"{kind}s", key=key, value=value)
 
     def ask(self, kind: str, keys: Sequence[str], values: int) -> QuestionSentences:
-        """Returns what asks for the values of keys; one value is asked for in the singular.
-
-        Args:
-            kind: what the values are.
-            keys: that they are found by.
-            values: how many there are.
-        """
+        """Returns what asks for so many values of a kind, found by their keys; one value in the singular."""
         key = keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"
         asked = self.one if values == 1 else self.several
         return QuestionSentences(

@@ -26,11 +26,7 @@ class Paragraph:
 
 
 def parse_articles(data: Any, path: str | Path) -> list[list[Paragraph]]:
-    """Returns the paragraphs of every article.
-
-    Args:
-        data: the parsed file.
-        path: the file, for the message.
+    """Returns the paragraphs of every article of a parsed file.
 
     Raises:
         DataError: not SQuAD's form, or without an answerable question.

@@ -36,7 +36,7 @@ class Prompt:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> list[int]:
-    """Returns the token ids of a text that goes on, if `special` behind what the tokenizer puts before a text."""
+    """Returns the token ids of a text that continues, if `special` behind what the tokenizer puts before a text."""
     ids = list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
     return _without_end(tokenizer, text, ids) if special else ids
 
@@ -47,7 +47,7 @@ def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def _without_end(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int]:
-    """Returns the ids of a text without the special tokens that a tokenizer puts behind it: the text goes on."""
+    """Returns the ids of a text without the special tokens that a tokenizer puts behind it, as the text continues."""
     if not ids or ids[-1] not in tokenizer.all_special_ids:
         return ids
     plain = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -60,12 +60,7 @@ def _without_end(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) 
 
 
 def render_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, generate: bool) -> str:
-    """Returns the conversation as text, through the chat template.
-
-    Args:
-        tokenizer: one with a chat template.
-        messages: `{"role", "content"}` of every turn.
-        generate: end with the header of an assistant turn.
+    """Returns the conversation as text, through the chat template; if `generate`, ended by an assistant turn's header.
 
     Raises:
         DataError: the template refuses the conversation.
@@ -118,15 +113,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, user: str, prefix: str = "
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[bool]]:
     """Returns token ids and answer mask of a conversation that the assistant continues.
 
-    Without a chat template the turns follow each other, a line break after each.
-
-    Args:
-        tokenizer: the model's.
-        messages: all turns before the assistant's last one.
-
-    Returns:
-        The ids, assistant header at the end included, and for each whether an assistant's earlier turn holds it (its
-        closing token included).
+    Without a chat template the turns follow each other, a line break after each. `messages` are all turns before the
+    assistant's last one; its header at the end is included. The mask holds an assistant's earlier turns, with their closing
+    tokens.
 
     Raises:
         DataError: the template refuses the conversation, or renders the beginning of a conversation differently from

@@ -98,10 +98,9 @@ def audit_tables(audit: Data) -> list[RenderableType]:
         parts = {"as they are": found, "repaired": audit.get("audit_repair")}
         rows = [{**row, "name": name} for name, row in parts.items() if row]
         shown.append(Table.of(title, RANK | RATIO | COUNT, rows))
-    if "fisher_minus_moa" in audit:
-        for name in dict.fromkeys(("fisher", chosen)):
-            row = audit["fisher_minus_moa" if name == "fisher" else "chosen_minus_moa"]
-            shown.append(f"Spearman of {name} minus that of moa: {estimate_text(row['value'], row['ci95'])}")
+    if "chosen_minus_moa" in audit:
+        row = audit["chosen_minus_moa"]
+        shown.append(f"Spearman of {chosen} minus that of moa: {estimate_text(row['value'], row['ci95'])}")
         shown.append(MOA_NOTE)
     if audit["split_half"]:
         title = f"KL of the plan of half the samples, times that of the other half's own, at {audit['budget']}"

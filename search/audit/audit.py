@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from moacompress.calibration.data.samples import Sample, fingerprint_ordered
-from moacompress.calibration.profile.statistics import OF_FORMATS
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats
 from moacompress.core.artefact_names import AUDIT_FILE, audit_records_file, of_audit
@@ -27,9 +26,9 @@ from moacompress.core.files import fingerprint, finite_json, read_json, remove, 
 from moacompress.core.lock_holders import own_file
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.shown import Shown
-from moacompress.core.statistics import Resampled
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe, shared_name
+from moacompress.recipe_sections import ROBUST
 from moacompress.rules.budget import Budget
 from moacompress.rules.candidates import candidate_rules, in_formats
 from moacompress.rules.limits import budget_limits
@@ -67,7 +66,7 @@ class Audit(Shown):
             offers formats;
             `audit_sharing`, `sharing_points`: of single layers that copy an earlier one's attention, see `audit_sharing`, and
             `audit_repair`, `repair_points` of some of them once repaired; where the profile has copies;
-            `fisher_minus_moa`, `chosen_minus_moa`: difference of Spearman's, `value, ci95`, where the profile has moa;
+            `chosen_minus_moa`: difference of Spearman's, `value, ci95`, where the profile has moa;
             `split_half`: see `split_half`;
             `points`: each ablation, `layer, kv_head, rule, measured`, and for each estimator the influence `predicted`
             and the cross-fitted KL `calibrated`;
@@ -248,11 +247,10 @@ def _run(
     results = assess(influence, picks, of_picks, [choice for _, choice in chosen], of_plans, seed)
     estimator = request.recipe.profile.estimator
     correlations = results.correlations
-    differences = {
-        f"{name}_minus_moa": _difference(correlations[of], correlations["moa"])
-        for name, of in (("fisher", "fisher"), ("chosen", estimator))
-        if "moa" in correlations
-    }
+    differences = {}
+    if "moa" in correlations:
+        difference = correlations[estimator] - correlations["moa"]
+        differences["chosen_minus_moa"] = {"value": difference.value, "ci95": difference.ci95}
     for point in results.points:
         rule = profile.rules[point["rule"]]
         point["rule"] = asdict(rule)
@@ -287,7 +285,7 @@ def predicted_influence(profile: Profile, samples: Sequence[Sample]) -> dict[str
     )
     found, spans = {}, profile.offering(())
     for estimator in spans.estimators:
-        knows = profile if estimator in OF_FORMATS else spans
+        knows = profile if estimator == ROBUST else spans
         pairs = len(profile.rules) // len(knows.rules)
         of_kind = {
             kind: np.tile(knows.influence(estimator, kind), (1, 1, 1, pairs)) for kind in {kind for kind, _ in groups}
@@ -296,8 +294,3 @@ def predicted_influence(profile: Profile, samples: Sequence[Sample]) -> dict[str
         surrogate = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
         found[estimator] = surrogate.raw(list(groups.values()))
     return found
-
-
-def _difference(one: Resampled, other: Resampled) -> dict[str, Any]:
-    difference = one - other
-    return {"value": difference.value, "ci95": difference.ci95}

@@ -15,9 +15,10 @@ import numpy as np
 from moacompress.calibration.profile.statistics import SIDES
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats
+from moacompress.recipe_sections import ROBUST
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.search.audit.statistics import judged_estimator, rank_and_ratio
+from moacompress.search.audit.statistics import rank_and_ratio
 from moacompress.search.problem.knapsack import Pick, ablation
 
 
@@ -77,12 +78,11 @@ def assess_formats(
 ) -> dict[str, Any]:
     """Compares what formats are predicted to cost (`influence` by estimator) with the measured KL of every pick, nats.
 
-    Returns `audit_precision`: of the recipe's estimator, or of `fisher` where that says nothing of formats, `spearman, ci95`,
-    the median `ratio` of measured to predicted KL, `ratio_range` that four fifths of them are in, `n`, and the same by `kinds`;
-    and `precision_points`: each pick, `layer, kv_head, side, format, predicted, measured`.
+    Returns `audit_precision`: `estimator, spearman, ci95`, the median `ratio` of measured to predicted KL, `ratio_range` that
+    four fifths of them are in, `n`, and the same by `kinds`; and `precision_points`: each pick, `layer, kv_head, side,
+    format, predicted, measured`.
     """
-    estimator = judged_estimator(profile)
-    predicted = np.array([influence[estimator][pick.among(profile)] for pick in picks])
+    predicted = np.array([influence[ROBUST][pick.among(profile)] for pick in picks])
     kinds = np.array([pick.kind for pick in picks])
     by_kind = {
         kind: rank_and_ratio(predicted[kinds == kind], measured[kinds == kind], seed)
@@ -92,5 +92,5 @@ def assess_formats(
         {**pick._asdict(), "predicted": guess, "measured": kl}
         for pick, guess, kl in zip(picks, predicted.tolist(), measured.tolist(), strict=True)
     ]
-    whole = {"estimator": estimator, **rank_and_ratio(predicted, measured, seed), "kinds": by_kind}
+    whole = {"estimator": ROBUST, **rank_and_ratio(predicted, measured, seed), "kinds": by_kind}
     return {"audit_precision": whole, "precision_points": points}

@@ -16,11 +16,12 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats
 from moacompress.core.progress import Progress
 from moacompress.models.source import SourceModel
+from moacompress.recipe_sections import ROBUST
 from moacompress.repair.copies import repaired_copies
 from moacompress.repair.plans import repair_samples
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import Share
-from moacompress.search.audit.statistics import judged_estimator, rank_and_ratio
+from moacompress.search.audit.statistics import rank_and_ratio
 from moacompress.search.measure.measuring import measured_kls
 from moacompress.search.sharing.copy_costs import CopyCosts
 
@@ -34,15 +35,14 @@ CopyPick: TypeAlias = tuple[int, Share]
 def copy_costs(profile: Profile, samples: Sequence[Sample]) -> CopyCosts | None:
     """Returns what copies are predicted to cost on samples like these; None where the profile has none.
 
-    Each sample counts with the influence at the profiled length nearest to its own, of its kind, by the recipe's estimator, or
-    by `fisher` where that says nothing of copies.
+    Each sample counts with the influence at the profiled length nearest to its own, of its kind.
     """
     if "copy_squares" not in profile.statistics.arrays:
         return None
     groups = Counter(
         (sample.kind, min(profile.lengths, key=lambda length: abs(length - sample.length))) for sample in samples
     )
-    found = {group: CopyCosts.at(profile, judged_estimator(profile), *group) for group in groups}
+    found = {group: CopyCosts.at(profile, *group) for group in groups}
     whole = np.average([costs.influence for costs in found.values()], axis=0, weights=list(groups.values()))
     return replace(next(iter(found.values())), influence=whole)
 
@@ -77,7 +77,7 @@ def assess_copies(
     """
     predicted = np.array([costs.cost(plan.shares) for plan in copy_plans(profile, picks)])
     return {
-        "audit_sharing": {"estimator": judged_estimator(profile), **rank_and_ratio(predicted, measured, seed)},
+        "audit_sharing": {"estimator": ROBUST, **rank_and_ratio(predicted, measured, seed)},
         "sharing_points": _points(picks, predicted, measured),
     }
 
@@ -110,7 +110,7 @@ def audit_repairs(
     predicted = np.array([one.left * costs.cost(plan.shares) for plan, one in zip(plans, repairs, strict=True)])
     points = _points(picks, predicted, kls)
     return {
-        "audit_repair": {"estimator": judged_estimator(profile), **rank_and_ratio(predicted, kls, seed)},
+        "audit_repair": {"estimator": ROBUST, **rank_and_ratio(predicted, kls, seed)},
         "repair_points": [{**point, "left": one.left} for point, one in zip(points, repairs, strict=True)],
     }
 

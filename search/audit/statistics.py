@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from moacompress.calibration.profile.statistics import OF_FORMATS
-from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats, Ints
 from moacompress.core.statistics import Resampled
 from moacompress.search.predict.surrogate import FLOOR, fit
@@ -22,12 +20,6 @@ from moacompress.search.problem.knapsack import Pick, total_cost
 
 RATIOS = (0.1, 0.9)
 """Quantiles between which most ratios of measured to predicted KL are."""
-
-
-def judged_estimator(profile: Profile) -> str:
-    """Returns the recipe's estimator, or `fisher` where that says nothing of formats and copies."""
-    wanted: str = profile.recipe.profile.estimator
-    return wanted if wanted in OF_FORMATS else "fisher"
 
 
 def spearman(predicted: Floats, measured: Floats, seed: int) -> Resampled:

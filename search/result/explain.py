@@ -173,7 +173,7 @@ def _by_kind(request: SearchRequest, surrogate: Surrogate, plan: Plan) -> dict[s
         alone = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
         kl = alone.calibrated(surrogate.calibration).predicted(plan)
         if kl is not None and plan.shares:
-            copies = CopyCosts.of_kind(profile, request.recipe.profile.estimator, kind)
+            copies = CopyCosts.of_kind(profile, kind)
             kl += copies.cost(plan.shares, surrogate.calibration)
         found[kind] = kl
     return found

@@ -32,28 +32,28 @@ class CopyCosts:
     may: npt.NDArray[np.bool_]
 
     @staticmethod
-    def of(profile: Profile, estimator: str) -> CopyCosts:
+    def of(profile: Profile) -> CopyCosts:
         """Reads a profile, lengths weighing the same and plain text by `TEXT_WEIGHT`.
 
         Raises:
-            UsageError: a profile without copies, or an estimator that says nothing of them.
+            UsageError: a profile without copies.
         """
         kinds = sorted(set(profile.sample_kinds))
         if kinds != ["answer", "text"]:
-            return CopyCosts.of_kind(profile, estimator, kinds[0])
-        answer, text = (CopyCosts.of_kind(profile, estimator, kind) for kind in kinds)
+            return CopyCosts.of_kind(profile, kinds[0])
+        answer, text = (CopyCosts.of_kind(profile, kind) for kind in kinds)
         return CopyCosts(answer.influence + TEXT_WEIGHT * text.influence, answer.may)
 
     @staticmethod
-    def of_kind(profile: Profile, estimator: str, kind: str) -> CopyCosts:
+    def of_kind(profile: Profile, kind: str) -> CopyCosts:
         """Reads a profile's samples of one kind; raises as `of`."""
-        of_lengths = [CopyCosts.at(profile, estimator, kind, length) for length in profile.lengths]
+        of_lengths = [CopyCosts.at(profile, kind, length) for length in profile.lengths]
         return CopyCosts(np.mean([costs.influence for costs in of_lengths], axis=0), of_lengths[0].may)
 
     @staticmethod
-    def at(profile: Profile, estimator: str, kind: str, length: int) -> CopyCosts:
+    def at(profile: Profile, kind: str, length: int) -> CopyCosts:
         """Reads a profile's samples of one kind at one length; raises as `of`."""
-        influence = copy_influence(profile.statistics.take(profile.samples_of(length, kind)), estimator)
+        influence = copy_influence(profile.statistics.take(profile.samples_of(length, kind)))
         return CopyCosts(influence, copyable(profile.shape.native_windows, influence.shape[1]))
 
     @property

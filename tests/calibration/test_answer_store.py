@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moacompress.calibration.data.answer_store import AnswerStore
+from moacompress.calibration.data.answers import AnswerStore
 
 PROMPTS = [[1, 2, 3], [4, 5, 6]]
 

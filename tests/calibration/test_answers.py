@@ -11,7 +11,7 @@ import pytest
 from moacompress.calibration.data.answers import SampleDraft, answer_drafts, finish_sample, generate_greedy, stop_tokens
 from moacompress.core.errors import DataError
 from moacompress.core.progress import Progress
-from moacompress.prompts.templates import encode_conversation, encode_prompt, encode_text
+from moacompress.prompts.templates import encode_conversation, encode_prompt
 from moacompress.runtime.compat.alternates import returned_cache
 from tests.templates import without_template
 
@@ -30,12 +30,9 @@ def marked(tokenizer: Any, ids: list[int], mask: list[bool]) -> str:
     return str(tokenizer.decode([token for token, flag in zip(ids, mask, strict=True) if flag]))
 
 
-def test_prompt_through_the_template(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_prompts_with_and_without_a_template(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     ids = encode_prompt(tiny_tokenizer, "hi", "It is")
     assert tiny_tokenizer.decode(ids) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nIt is"
-
-
-def test_prompt_of_a_base_model(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     assert tiny_tokenizer.decode(encode_prompt(without_template(tiny_tokenizer), "hi", "It is")) == "hi\nIt is"
 
 
@@ -128,7 +125,3 @@ def test_drafts_keep_their_order(tiny_model: Build) -> None:
 def test_short_sample_is_refused() -> None:
     with pytest.raises(DataError, match="longer than the largest sink"):
         finish_sample(SampleDraft([1] * 20, [False] * 20, 5, "file:a.jsonl", 512), [2, 3])
-
-
-def test_text_of_a_tokenizer_with_special_tokens(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    assert tiny_tokenizer.decode(encode_text(tiny_tokenizer, "ab")) == "ab"

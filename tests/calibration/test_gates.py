@@ -201,7 +201,7 @@ RECIPE = {
 
 
 def test_a_profile_keeps_its_gates(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moacompress.calibration.profile import profiler
+    from moacompress.calibration.profile import profiler, sample_run
 
     source = load_source(tiny_folder)
     recipe = Recipe.model_validate({"model": str(tiny_folder), **RECIPE})
@@ -217,8 +217,12 @@ def test_a_profile_keeps_its_gates(tiny_folder: Path, tmp_path: Path, monkeypatc
         raise AssertionError("it was done already")
 
     with monkeypatch.context() as patch:
-        for name in ("train_gates", "sample_statistics", "token_influence"):
-            patch.setattr(profiler, name, never)
+        for module, name in (
+            (profiler, "train_gates"),
+            (sample_run, "sample_statistics"),
+            (profiler, "token_influence"),
+        ):
+            patch.setattr(module, name, never)
         assert profile(source, tmp_path / "profile", recipe).gates is not None
         (made.path / GATES_FILE).write_bytes(before[:100])
         with pytest.raises(ArtefactError, match="it is missing, damaged, or has other gates"):
@@ -226,7 +230,7 @@ def test_a_profile_keeps_its_gates(tiny_folder: Path, tmp_path: Path, monkeypatc
         with pytest.raises(AssertionError, match="done already"):
             profile(source, tmp_path / "profile", recipe)
     with monkeypatch.context() as patch:  # trained again, the gates are the same, and so are the samples
-        patch.setattr(profiler, "sample_statistics", never)
+        patch.setattr(sample_run, "sample_statistics", never)
         profile(source, tmp_path / "profile", recipe)
     assert (made.path / GATES_FILE).read_bytes() == before
     profile(source, tmp_path / "profile", recipe.override(seed=1), overwrite=True)

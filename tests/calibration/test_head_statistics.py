@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moacompress.calibration.data.samples import Sample
-from moacompress.calibration.profile.head_statistics import HeadSums
+from moacompress.calibration.profile.collectors import HeadSums
 from moacompress.calibration.profile.influence import attend_backward
-from moacompress.calibration.profile.manifest import DISTANCE_BINS
 from moacompress.calibration.profile.sample_statistics import sample_statistics
+from moacompress.calibration.profile.statistics import DISTANCE_BINS
 from moacompress.calibration.profile.tiles import AttentionSpec
 from moacompress.models.source import model_shape
 from moacompress.recipe_sections import ProfileRecipe

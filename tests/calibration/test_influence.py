@@ -242,22 +242,3 @@ def test_the_estimators_of_others_match_their_definition(case: Case) -> None:
         mass = (p * hidden).sum(-1).view(case.kv_heads, -1).mean(1)
         assert torch.allclose(sums.moa[:, index], moa, rtol=1e-6, atol=1e-12)
         assert torch.allclose(sums.mass[:, index], mass, rtol=1e-6, atol=1e-12)
-    sums.reset()
-    assert not sums.moa.any()
-    assert not sums.mass.any()
-
-
-def test_padding_on_the_right_changes_nothing() -> None:
-    """Rows behind the last token have no cotangent, and no earlier row sees them."""
-    (query, key, value, grad), sink, spec = CASES["everything"].draw()
-    table, n = RuleTable.of(RULES, MIN_WINDOW), 201
-    pad = [torch.nn.functional.pad(tensor, (0, 0, 0, 40), value=7.0) for tensor in (query, key, value)]
-    padded, alone = Keep(n + 40, 3, len(RULES)), Keep(n, 3, len(RULES))
-    silent = torch.nn.functional.pad(grad, (0, 0, 0, 40))
-    got = attend_backward(pad[0], pad[1], pad[2], silent, spec, sink, table, [padded])
-    expected = attend_backward(query, key, value, grad, spec, sink, table, [alone])
-    assert torch.allclose(padded.deltas[:, :n], alone.deltas, atol=1e-12)
-    assert not padded.deltas[:, n:].any()
-    for mine, other in zip(got, expected, strict=True):
-        assert torch.allclose(mine[:, :, :n], other, atol=1e-12)
-        assert not mine[:, :, n:].any()

@@ -29,11 +29,11 @@ OPTIONS = (
 )
 KILLED = """
 import os, signal, time
-from moacompress.calibration.profile import profiler
+from moacompress.calibration.profile import sample_run
 from moacompress.cli import main
 from moacompress.core.ranks import rank
 
-run, numbers = profiler.sample_statistics, []
+run, numbers = sample_run.sample_statistics, []
 
 def once(*arguments):
     if numbers:  # it has written its first one
@@ -42,7 +42,7 @@ def once(*arguments):
     numbers.append(arguments[7])
     return run(*arguments)
 
-profiler.sample_statistics = once
+sample_run.sample_statistics = once
 main()
 """
 

@@ -32,23 +32,6 @@ def sample_of(n: int) -> Sample:
     return Sample(np.random.default_rng(0).integers(3, 150, n), np.arange(n) >= n - 6, "random", n)
 
 
-def test_attention_is_the_model_s_own(tiny_model: Factory) -> None:
-    for family in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_neox", "gpt_oss"):
-        model = tiny_model(family)
-        shape, ids = model_shape(model), torch.randint(3, 150, (1, 150), generator=torch.Generator().manual_seed(1))
-        rows = torch.tensor([0, 20, 70, 149])
-        recording = passes.Recording.of(shape, RuleTable.of((Rule.FULL,), 32))
-        before = model.config._attn_implementation
-        with torch.no_grad():
-            expected = model(ids, use_cache=False).logits[0, rows]
-            with passes.Tape(model, recording, ids[0], rows) as tape:
-                assert model.config._attn_implementation == passes.ATTENTION
-                got = passes.output_logits(model, tape.hidden)
-        assert model.config._attn_implementation == before
-        assert got.shape == expected.shape
-        assert float((got - expected).abs().max()) < 1e-5 * max(1.0, float(expected.abs().max())), family
-
-
 def test_statistics_of_every_family_are_finite_and_full_is_free(tiny_model: Factory) -> None:
     rules = (Rule.FULL, Rule(4, 32, 0), Rule(4, 100, 0), Rule(64, 0, 512))
     for family in ("qwen3", "gemma2", "gemma3_text", "gpt_neox", "gpt_oss"):
@@ -59,7 +42,7 @@ def test_statistics_of_every_family_are_finite_and_full_is_free(tiny_model: Fact
         size, formats = (shape.layers, shape.kv_heads, 4), (shape.layers, shape.kv_heads, 3)
         assert found.shapes == {
             "total": (1, *size),
-            **dict.fromkeys(("squares", "moa", "mass", "gold_squares", "gold_total"), size),
+            **dict.fromkeys(("squares", "moa", "mass"), size),
             **dict.fromkeys(("key_squares", "value_squares"), formats),
             **dict.fromkeys(("key_total", "value_total"), (1, *formats)),
         }

@@ -58,15 +58,6 @@ def rewrite(path: Path, **notes: str | None) -> None:
     save_file(load_file(path), path, metadata={name: text for name, text in changed.items() if text is not None})
 
 
-def test_a_file_without_kinds_holds_answers(tmp_path: Path) -> None:
-    path = tmp_path / "s.safetensors"
-    save_samples(path, [sample(), sample(kind="text")])
-    mark = fingerprint_samples(load_samples(path))
-    rewrite(path, kinds=None)
-    assert [one.kind for one in load_samples(path)] == ["answer", "answer"]
-    assert fingerprint_samples(load_samples(path)) == mark
-
-
 @pytest.mark.parametrize("kinds", ['["answer"]', '["answer", "poem"]', '["answer", {}]', "["])
 def test_kinds_that_cannot_be(tmp_path: Path, kinds: str) -> None:
     path = tmp_path / "s.safetensors"
@@ -98,7 +89,7 @@ def test_foreign_and_contradicting_files(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="not a file of samples"):
         load_samples(path)
     tensors = {name: np.zeros(3, np.int64) for name in ("input_ids", "answer_mask", "offsets", "lengths")}
-    notes = {"format": "moacompress-samples", "version": "1", "sources": '["a", "b"]'}
+    notes = {"format": "moacompress-samples", "version": "1", "sources": '["a", "b"]', "kinds": '["text", "text"]'}
     save_file(tensors, path, metadata=notes)
     with pytest.raises(ArtefactError, match="contradict"):
         load_samples(path)

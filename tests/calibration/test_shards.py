@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 from moacompress.calibration.data.answers import SampleDraft, answer_batches
 from moacompress.calibration.gates.gate_samples import gate_drafts
-from moacompress.calibration.profile import profiler
+from moacompress.calibration.profile import sample_run
 from moacompress.calibration.profile.merging import merge_shards
 from moacompress.calibration.profile.profiler import profile, profile_shard
+from moacompress.calibration.profile.sample_run import check_skipped
 from moacompress.calibration.profile.sample_statistics import sample_statistics
 from moacompress.calibration.profile.shard import Shard, parted
-from moacompress.calibration.profile.skipped import check_skipped
 from moacompress.calibration.profile.store import Profile, sample_path
 from moacompress.cli import app
 from moacompress.core.errors import ArtefactError, DataError, UsageError
@@ -106,7 +106,7 @@ def test_a_merged_profile_is_resumed_by_a_run_of_all(
     sample_path(out, 4).unlink()
     (out / "influence.safetensors").unlink()
     run: list[int] = []
-    monkeypatch.setattr(profiler, "sample_statistics", counted(run))
+    monkeypatch.setattr(sample_run, "sample_statistics", counted(run))
     made = profile(tiny_folder, out, RECIPE)
     assert run == [4]
     assert np.array_equal(made.influence("robust"), whole.influence("robust"))
@@ -123,7 +123,7 @@ def test_a_stopped_shard_resumes(
         merge_shards([shards[1], folder, shards[3]], tmp_path / "out")
     assert not (tmp_path / "out" / "influence.safetensors").exists()
     run: list[int] = []
-    monkeypatch.setattr(profiler, "sample_statistics", counted(run))
+    monkeypatch.setattr(sample_run, "sample_statistics", counted(run))
     again = profile_shard(tiny_folder, folder, RECIPE, "2/3")
     assert run == numbers[-1:]
     assert again.shard is not None
@@ -199,7 +199,7 @@ def test_a_profile_with_more_statistics_is_not_merged_into(shards: Folders, tmp_
         for number, folder in shards.items()
     }
     for folders in (shards, more):
-        with pytest.raises(ArtefactError, match=r"that the shards lack \(gold_squares, gold_total, mass, moa\)"):
+        with pytest.raises(ArtefactError, match=r"that the shards lack \(mass, moa\)"):
             merge_shards(list(folders.values()), out)
         assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
 
 from moacompress.calibration.data.samples import Sample
-from moacompress.calibration.profile import passes, profiler
+from moacompress.calibration.profile import passes
 from moacompress.calibration.profile.choices import choices_of
 from moacompress.calibration.profile.influence import attend, attend_backward
 from moacompress.calibration.profile.profiler import profile
+from moacompress.calibration.profile.request import check_around
 from moacompress.calibration.profile.sample_statistics import cotangent_generator, fisher_cotangent, sample_statistics
 from moacompress.calibration.profile.sharing import Attended, CopySums, best_head_map, copy_influence, copyable
 from moacompress.calibration.profile.statistics import Statistics
@@ -40,7 +41,7 @@ Factory = Callable[..., PreTrainedModel]
 MIN_WINDOW = 16
 TABLE = RuleTable.of((Rule.FULL, Rule(4, 16, 0)), MIN_WINDOW)
 CHOSEN = ProfileRecipe(draws=2, anchors=2)
-NAMES = ("copy_squares", "copy_totals", "copy_cosine")
+NAMES = ("copy_squares", "copy_cosine")
 ONE = [True]
 
 
@@ -105,7 +106,6 @@ def test_sums_match_the_definition(case: dict[str, Any], dtype: torch.dtype) -> 
     deltas = [((copied - out[:, None]) * grouped(grad[0], kv_heads)[:, None]).sum((2, 4)) for grad in grads]
     expected = {
         "copy_squares": torch.stack([d.square().sum(-1) for d in deltas]).mean(0),
-        "copy_totals": torch.stack([d.sum(-1).square() for d in deltas]).mean(0),
         "copy_cosine": cosines(own, other, alive),
     }
 
@@ -261,7 +261,6 @@ def defined(model: PreTrainedModel, sample: Sample, chosen: ProfileRecipe, plan:
         deltas = torch.autograd.grad(logits, [reference.weights[pair] for pair in pairs], cotangent, retain_graph=True)
         for pair, delta in zip(pairs, deltas, strict=True):
             found["copy_squares"][pair] += delta.square().sum(-1) / chosen.draws
-            found["copy_totals"][pair] += delta.sum(-1).square() / chosen.draws
     for layer, index in reference.weights:
         alive = rows if layer == shape.layers - 1 else torch.arange(n - 1)
         own, other = (reference.probabilities[place].detach() for place in (layer, layer - 1 - index))
@@ -329,21 +328,11 @@ def test_nothing_is_held_after_the_tape(tiny_model: Factory, monkeypatch: pytest
 
 def test_what_a_copy_is_predicted_to_cost() -> None:
     squares = np.arange(24, dtype=np.float32).reshape(2, 3, 1, 2, 2)
-    statistics = Statistics({"copy_squares": squares, "copy_totals": squares * 4})
-    fisher, sample = copy_influence(statistics, "fisher"), copy_influence(statistics, "sample")
-    assert fisher.dtype == np.float64
-    assert fisher.shape == (3, 1, 2, 2)
-    assert fisher[1, 0].tolist() == [[5, 5.5], [6, 6.5]]
-    assert np.array_equal(sample, fisher * 4)
-    robust = ((squares.astype(np.float64) / 2) ** 0.75).mean(0) ** (4 / 3)
-    np.testing.assert_allclose(copy_influence(statistics, "robust"), robust)
-    assert (robust < fisher).all()
-    with pytest.raises(
-        UsageError, match="'mass' does not predict what a copy costs; choose one of robust, fisher, sample"
-    ):
-        copy_influence(statistics, "mass")
+    found = copy_influence(Statistics({"copy_squares": squares}))
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, ((squares.astype(np.float64) / 2) ** 0.75).mean(0) ** (4 / 3))
     with pytest.raises(UsageError, match="no statistics of copies; profile again with --anchors"):
-        copy_influence(Statistics({"squares": squares}), "fisher")
+        copy_influence(Statistics({"squares": squares}))
 
 
 def test_a_plan_whose_layers_share_cannot_be_profiled_around(
@@ -352,9 +341,9 @@ def test_a_plan_whose_layers_share_cannot_be_profiled_around(
     model = tiny_model("llama")
     source = SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)
     full = Plan.full(source.shape)
-    profiler.check_around(source, full)
+    check_around(source, full)
     with pytest.raises(PlanError, match="profiling around such a plan is not possible"):
-        profiler.check_around(source, replace(full, shares=(None, None, Share(1, (0, 1)))))
+        check_around(source, replace(full, shares=(None, None, Share(1, (0, 1)))))
 
 
 def test_each_head_takes_its_cheapest_anchor_head() -> None:
@@ -387,7 +376,7 @@ def test_a_profile_records_heads_and_copies(
         **dict.fromkeys(NAMES, (2, 3, 2, 2, 2)),
     }
     assert np.allclose(arrays["distance"].sum(-1), 1, atol=1e-5)
-    influence = copy_influence(made.statistics, "fisher")
+    influence = copy_influence(made.statistics)
     for layer, index in ((1, 0), (2, 0), (2, 1)):
         head_map, cost = best_head_map(influence[layer, index])
         assert cost == pytest.approx(sum(influence[layer, index, own, head] for own, head in enumerate(head_map)))

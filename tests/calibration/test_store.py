@@ -15,14 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from moacompress.calibration.data.samples import Sample, fingerprint_samples, save_samples
-from moacompress.calibration.profile.manifest import (
-    Manifest,
-    clear_profile,
-    is_profile,
-    prepare,
-    recipe_in,
-    request_fingerprint,
-)
+from moacompress.calibration.profile.folder import clear_profile, prepare, recipe_in
+from moacompress.calibration.profile.manifest import Manifest, is_profile
+from moacompress.calibration.profile.request import request_fingerprint
 from moacompress.calibration.profile.statistics import Statistics
 from moacompress.calibration.profile.store import Profile, merge, read_sample, read_samples, sample_path, write_sample
 from moacompress.core.errors import ArtefactError, UsageError
@@ -79,49 +74,39 @@ def test_round_trip(folder: Path) -> None:
     assert profile.calibration_fingerprint == fingerprint_samples(profile.validation)
     assert profile.sample_lengths.tolist() == list(LENGTHS)
     assert profile.sample_kinds == ("answer",) * 3
-    assert profile.estimators == ("robust", "fisher", "sample")
+    assert profile.estimators == ("robust",)
     for name, array in statistics(1).arrays.items():
         assert np.array_equal(profile.statistics.arrays[name][1], array)
 
 
-def test_influence_is_half_the_mean_of_samples_and_draws(folder: Path) -> None:
+def test_influence_is_a_power_mean_of_half_the_squares(folder: Path) -> None:
     profile = Profile.load(folder)
-    first, second, third = (statistics(index) for index in range(3))
-    fisher, sample = profile.influence("fisher"), profile.influence("sample")
-    assert fisher.shape == sample.shape == (2, 3, 2, 3)
-    assert fisher.dtype == np.float64
-    expected = (first.arrays["squares"].astype(np.float64) + second.arrays["squares"]) / 4
-    assert np.allclose(fisher[0], expected, rtol=1e-6)
-    assert np.allclose(sample[1], (third.arrays["total"].astype(np.float64) ** 2).mean(0) / 2, rtol=1e-12)
-    assert not fisher[..., 0].any()
-    assert not sample[..., 0].any()
+    influence = profile.influence("robust")
+    assert influence.shape == (2, 3, 2, 3)
+    assert influence.dtype == np.float64
+    halves = np.stack([statistics(index).arrays["squares"] for index in range(3)]).astype(np.float64) / 2
+    assert np.allclose(influence[0], (halves[:2] ** 0.75).mean(0) ** (4 / 3), rtol=1e-12)
+    assert np.allclose(influence[1], halves[2], rtol=1e-12)  # one sample is its own mean
+    assert not influence[..., 0].any()
     with pytest.raises(UsageError, match="no statistics for the estimator 'moa'"):
         profile.influence("moa")
-    with pytest.raises(UsageError, match="'best' is not one of robust, fisher, sample"):
+    with pytest.raises(UsageError, match="'best' is not one of robust, moa, mass"):
         profile.influence("best")
     with pytest.raises(UsageError, match="no samples of kind 'text' but answer"):
-        profile.influence("fisher", "text")
-
-
-def test_robust_is_a_power_mean_below_the_mean(folder: Path) -> None:
-    profile = Profile.load(folder)
-    squares = np.stack([statistics(index).arrays["squares"] for index in range(2)]).astype(np.float64) / 2
-    assert np.allclose(profile.influence("robust")[0], (squares**0.75).mean(0) ** (4 / 3), rtol=1e-6)
-    assert (profile.influence("robust")[0] <= profile.influence("fisher")[0]).all()
-    assert np.allclose(profile.influence("robust")[1], profile.influence("fisher")[1])  # one sample is its own mean
+        profile.influence("robust", "text")
 
 
 def test_kinds_are_apart_and_a_subset_keeps_them(folder: Path) -> None:
     profile = replace(Profile.load(folder), sample_kinds=("answer", "text", "answer"))
     alone = [statistics(index).arrays["squares"].astype(np.float64) / 2 for index in range(3)]
-    assert np.allclose(profile.influence("fisher"), np.stack([alone[0], alone[2]]))
+    assert np.allclose(profile.influence("robust"), np.stack([alone[0], alone[2]]))
     # plain text was not profiled at 256 tokens: what there is serves there too
-    assert np.allclose(profile.influence("fisher", "text"), np.stack([alone[1], alone[1]]))
+    assert np.allclose(profile.influence("robust", "text"), np.stack([alone[1], alone[1]]))
     part = profile.subset([2, 0])
     assert (part.sample_lengths.tolist(), part.sample_kinds) == ([256, 128], ("answer", "answer"))
-    assert np.array_equal(part.influence("fisher"), profile.influence("fisher"))
+    assert np.array_equal(part.influence("robust"), profile.influence("robust"))
     with pytest.raises(UsageError, match="no samples of kind 'text'"):
-        part.influence("fisher", "text")
+        part.influence("robust", "text")
 
 
 def test_a_skipped_sample_is_not_merged(tmp_path: Path) -> None:
@@ -139,7 +124,7 @@ def test_a_skipped_sample_is_not_merged(tmp_path: Path) -> None:
     profile = replace(profile, calibration_fingerprint=fingerprint_samples(PROFILED))
     left = [sample.input_ids.tolist() for sample in profile.calibration_samples()]
     assert left == [PROFILED[index].input_ids.tolist() for index in (0, 2)]
-    assert np.isfinite(profile.influence("fisher")).all()
+    assert np.isfinite(profile.influence("robust")).all()
 
 
 def cut(path: Path) -> None:
@@ -196,6 +181,10 @@ def test_a_nonsense_head_is_refused(folder: Path, key: str, value: Any) -> None:
         ({"shape": {**SHAPE.to_dict(), "native_windows": [None, 2.5, None]}}, "native_windows of layer 1"),
         ({"shape": {**SHAPE.to_dict(), "layers": 10**9}}, "model.layers is 1000000000"),
         ({"skipped": [float("inf")]}, "cannot convert float infinity"),
+        (
+            {"recipe": {"search": {"wings": 2}}},
+            r"made by moacompress \S+ and .* its recipe: unknown key 'search.wings'",
+        ),
     ],
 )
 def test_numbers_that_no_profile_has_are_refused(folder: Path, fields: dict[str, Any], said: str) -> None:
@@ -367,7 +356,7 @@ def test_a_profile_without_formats_is_read_and_completed(folder: Path) -> None:
 
 
 def test_prepare_goes_on_with_the_same_request_only(folder: Path) -> None:
-    later = RECIPE.override(profile__estimator="sample", search__trials=3)
+    later = RECIPE.override(search__trials=3)
     found = prepare(folder, head(recipe=later, source="moved/model"), False)
     assert found.complete
     assert Profile.load(folder).recipe == later
@@ -434,7 +423,7 @@ def test_only_a_sample_file_as_it_was_written_is_taken(folder: Path) -> None:
 def test_the_request_depends_on_what_decides_the_numbers() -> None:
     base = request_fingerprint(SHAPE, RULES, RECIPE, {})
     same = [
-        RECIPE.override(profile__estimator="sample"),
+        RECIPE.override(profile__estimator="mass"),
         RECIPE.override(search__trials=2, evaluation__prompts=3, budget="25%"),
     ]
     assert {request_fingerprint(SHAPE, RULES, recipe, {}) for recipe in same} == {base}
@@ -464,20 +453,15 @@ def test_rules_in_formats_cost_their_span_and_their_formats(folder: Path) -> Non
         assert offered.offering(wanted).rules == offered.rules
         assert offered.offering(()).rules == RULES
         assert offered.subset([0, 2]).rules == offered.rules
-        for estimator in ("robust", "fisher", "sample"):
-            alone, found = profile.influence(estimator), offered.influence(estimator)
-            for number, rule in enumerate(offered.rules):
-                span = RULES.index(Rule(rule.sink, rule.alpha, rule.beta_q))
-                expected = alone[..., span].copy()
-                for side, name in (("key", rule.key_format), ("value", rule.value_format)):
-                    column = ("native", "int8", "int4").index(name)
-                    for place, length in enumerate((128, 256)):
-                        of_samples = _half_squares(offered, side, estimator)[
-                            profile.sample_lengths == length, ..., column
-                        ]
-                        power = 0.75 if estimator == "robust" else 1.0
-                        expected[place] += (of_samples**power).mean(0) ** (1 / power)
-                np.testing.assert_allclose(found[..., number], expected, rtol=1e-6)
+        alone, found = profile.influence("robust"), offered.influence("robust")
+        for number, rule in enumerate(offered.rules):
+            expected = alone[..., RULES.index(Rule(rule.sink, rule.alpha, rule.beta_q))].copy()
+            for side, name in (("key", rule.key_format), ("value", rule.value_format)):
+                halves = offered.statistics.arrays[f"{side}_squares"].astype(np.float64) / 2
+                of_format = halves[..., ("native", "int8", "int4").index(name)]
+                for place, length in enumerate((128, 256)):
+                    expected[place] += (of_format[profile.sample_lengths == length] ** 0.75).mean(0) ** (4 / 3)
+            np.testing.assert_allclose(found[..., number], expected, rtol=1e-6)
         parts, totals = offered.parts, offered.of_parts("total")
         assert parts is not None
         for number, rule in enumerate(offered.rules):
@@ -488,13 +472,6 @@ def test_rules_in_formats_cost_their_span_and_their_formats(folder: Path) -> Non
             for side, column in zip(("key", "value"), columns, strict=True):
                 moved = moved + arrays[f"{side}_total"][..., column]
             np.testing.assert_allclose(totals[..., parts[number]].sum(-1), moved, rtol=1e-6)
-
-
-def _half_squares(profile: Profile, side: str, estimator: str) -> np.ndarray:
-    arrays = profile.statistics.arrays
-    if estimator == "sample":
-        return (arrays[f"{side}_total"].astype(np.float64) ** 2).mean(1) / 2
-    return arrays[f"{side}_squares"].astype(np.float64) / 2
 
 
 def test_formats_that_a_profile_says_nothing_of_are_one_clear_error(folder: Path) -> None:
@@ -508,6 +485,6 @@ def test_formats_that_a_profile_says_nothing_of_are_one_clear_error(folder: Path
 
 def test_other_estimators_say_nothing_of_formats(folder: Path) -> None:
     offered = Profile.load(folder).offering(["int8"])
-    assert offered.estimators == ("robust", "fisher", "sample")
+    assert offered.estimators == ("robust",)
     with pytest.raises(UsageError, match="'moa' says nothing of formats"):
         offered.influence("moa")

@@ -50,11 +50,11 @@ def test_audit_profiles_the_baselines_and_compares_them(audited: tuple[Path, dic
     out, data = audited
     assert data["samples"] == 4
     assert data["audit_samples"] == 2
-    assert {"fisher", "moa", "mass"} <= set(data["audit"]) == set(data["audit_plans"]) == set(data["estimators"])
+    assert {"robust", "moa", "mass"} == set(data["audit"]) == set(data["audit_plans"]) == set(data["estimators"])
     assert set(data["audit"]) == set(Profile.load(out).estimators)
-    assert {"spearman", "ci95", "slope", "n"} <= set(data["audit"]["fisher"])
-    assert {"spearman", "ci95", "slope", "regret", "n"} <= set(data["audit_plans"]["fisher"])
-    assert set(data["fisher_minus_moa"]) == {"value", "ci95"}
+    assert {"spearman", "ci95", "slope", "n"} <= set(data["audit"]["robust"])
+    assert {"spearman", "ci95", "slope", "regret", "n"} <= set(data["audit_plans"]["robust"])
+    assert set(data["chosen_minus_moa"]) == {"value", "ci95"}
     assert (len(data["points"]), data["audit"]["moa"]["n"]) == (9, 9)
     stored = json.loads((out / "audit.json").read_text())
     assert all(stored[name] == data[name] for name in ("audit", "audit_plans", "points", "plans", "split_half"))
@@ -81,7 +81,7 @@ def test_the_same_command_again_shows_the_table(audited: tuple[Path, dict[str, A
     assert result.exit_code == 0, result.stderr
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()} == before
     assert "9 ablations of one KV head on 2 held-out samples" in result.stdout
-    assert "Spearman of fisher minus that of moa" in result.stdout
+    assert "Spearman of robust minus that of moa" in result.stdout
     assert all(name in result.stdout for name in data["audit"])
 
 

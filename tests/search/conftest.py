@@ -75,7 +75,6 @@ def make_profile(
             * copyable(natives, anchors)[..., None, None]
         )
         arrays["copy_squares"] = np.broadcast_to(copying * costs, of_copies).astype(np.float32)
-        arrays["copy_totals"] = 2 * arrays["copy_squares"]
     ids = rng.integers(3, 99, (samples, max(LENGTHS)))
     validation = [
         Sample(ids[i, :n].astype(np.int64), np.arange(n) >= n - 4, "needle/noise", n)
@@ -120,8 +119,8 @@ class FakeObjective:
         self.profile, self.size, self.dies_at = profile, len(profile.validation), dies_at
         self.calls: list[tuple[str, int]] = []
         rng = np.random.default_rng(7)
-        truth = profile.influence("fisher").mean(0) * np.exp(
-            rng.normal(0, 1, (*profile.influence("fisher").shape[1:3], 1))
+        truth = profile.influence("robust").mean(0) * np.exp(
+            rng.normal(0, 1, (*profile.influence("robust").shape[1:3], 1))
         )
         self.scale = float(truth.max())
         self.truth = truth / self.scale
@@ -139,7 +138,7 @@ class FakeObjective:
                 self._cost(layer, head, rule) for layer, row in enumerate(plan.rules) for head, rule in enumerate(row)
             )
             if plan.shares:
-                total += CopyCosts.of(self.profile, "fisher").cost(plan.shares) / self.scale
+                total += CopyCosts.of(self.profile).cost(plan.shares) / self.scale
             return float(total * self.sample_scale[number])
 
         yield kl
@@ -319,7 +318,7 @@ def random_profile(random_samples: Callable[..., list[Sample]]) -> Callable[...,
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("moacompress.calibration.data.sample_sources.build_samples", random_samples)
             patch.setattr("moacompress.calibration.data.sample_sources.make_drafts", lambda *arguments: [])
-            patch.setattr("moacompress.calibration.profile.profiler.gate_drafts", lambda *arguments: drafts)
+            patch.setattr("moacompress.calibration.gates.gate_samples.gate_drafts", lambda *arguments: drafts)
             return profile(source, out, recipe, **options)
 
     return made

@@ -135,10 +135,10 @@ def assessed(profile: Profile, tables: dict[str, np.ndarray], truth: np.ndarray)
 
 def test_an_estimator_that_is_the_kl_is_perfect_and_noise_is_not(profiles: Profiles) -> None:
     profile = profiles(layers=12)
-    truth = predicted_influence(profile, profile.validation)["fisher"]
+    truth = predicted_influence(profile, profile.validation)["robust"]
     noise = np.exp(np.random.default_rng(0).normal(-4, 2, truth.shape))
-    found = assessed(profile, {"fisher": truth, "scaled": (3 * truth) ** 1.25, "noise": noise}, truth)
-    for name in ("fisher", "scaled"):
+    found = assessed(profile, {"robust": truth, "scaled": (3 * truth) ** 1.25, "noise": noise}, truth)
+    for name in ("robust", "scaled"):
         one, plans = found.ablations[name], found.plans[name]
         assert one["spearman"] == pytest.approx(1)
         assert one["ci95"] == pytest.approx((1, 1))
@@ -152,12 +152,12 @@ def test_an_estimator_that_is_the_kl_is_perfect_and_noise_is_not(profiles: Profi
     assert abs(noisy["spearman"]) < 0.5
     assert noisy["ci95"][0] < noisy["spearman"] < noisy["ci95"][1]
     assert abs(noisy["slope"] - 1) > 0.3
-    difference = found.correlations["fisher"] - found.correlations["noise"]
+    difference = found.correlations["robust"] - found.correlations["noise"]
     assert difference.value == pytest.approx(1 - noisy["spearman"])
     assert 0 < difference.ci95[0] < difference.value < difference.ci95[1]
     point = found.points[0]
-    assert set(point["predicted"]) == set(point["calibrated"]) == {"fisher", "scaled", "noise"}
-    assert point["predicted"]["fisher"] == pytest.approx(point["measured"])
+    assert set(point["predicted"]) == set(point["calibrated"]) == {"robust", "scaled", "noise"}
+    assert point["predicted"]["robust"] == pytest.approx(point["measured"])
 
 
 def test_spearman_is_scipy_s() -> None:
@@ -210,12 +210,12 @@ def test_predictions_are_for_the_lengths_and_kinds_of_the_samples(profiles: Prof
     profile = profiles()
     long = [sample for sample in profile.validation if sample.length == 512]
     short = [sample for sample in profile.validation if sample.length == 256]
-    at_long, at_short = (predicted_influence(profile, samples)["fisher"] for samples in (long, short))
-    only_long = replace(profile, lengths=(512,)).influence("fisher")[0]
+    at_long, at_short = (predicted_influence(profile, samples)["robust"] for samples in (long, short))
+    only_long = replace(profile, lengths=(512,)).influence("robust")[0]
     assert at_long.max() == pytest.approx(only_long.max())
     assert not np.allclose(at_long, at_short)
     beyond = Sample(np.arange(600) % 90 + 3, np.arange(600) > 590, "needle", 600)
-    assert predicted_influence(profile, [beyond])["fisher"] == pytest.approx(at_long)
+    assert predicted_influence(profile, [beyond])["robust"] == pytest.approx(at_long)
     with pytest.raises(UsageError, match="no samples of kind 'text'"):
         predicted_influence(profile, [replace(beyond, kind="text")])
 
@@ -307,7 +307,7 @@ def test_an_audit_end_to_end(audited: Profile, source: SourceModel, tmp_path: Pa
     data = json.loads((tmp_path / "audit.json").read_text())
     assert {key: data[key] for key in found.data} == found.data
     assert set(data["audit"]) == set(data["audit_plans"]) == set(audited.estimators)
-    assert {"fisher", "sample", "moa", "mass"} <= set(data["audit"])
+    assert set(data["audit"]) == {"robust", "moa", "mass"}
     for row in data["audit"].values():
         assert {"spearman", "ci95", "slope", "n"} <= set(row)
         assert row["n"] == COUNT
@@ -315,9 +315,8 @@ def test_an_audit_end_to_end(audited: Profile, source: SourceModel, tmp_path: Pa
     for row in data["audit_plans"].values():
         assert {"spearman", "ci95", "slope", "regret", "n"} <= set(row)
         assert row["regret"] >= 0
-    difference = data["fisher_minus_moa"]
-    assert difference["value"] == pytest.approx(data["audit"]["fisher"]["spearman"] - data["audit"]["moa"]["spearman"])
-    assert difference == data["chosen_minus_moa"]
+    difference = data["chosen_minus_moa"]["value"]
+    assert difference == pytest.approx(data["audit"]["robust"]["spearman"] - data["audit"]["moa"]["spearman"])
     assert [row["samples"] for row in data["split_half"]] == [4]
     assert len(measured) == (2 * COUNT + len(data["plans"])) * 3
     precision = data["audit_precision"]
@@ -325,7 +324,7 @@ def test_an_audit_end_to_end(audited: Profile, source: SourceModel, tmp_path: Pa
     assert (precision["n"], len(data["precision_points"])) == (COUNT, COUNT)
     assert precision["spearman"] > 0.8
     assert 0.3 < precision["ratio"] < 3
-    assert data["audit"]["fisher"]["spearman"] > 0.5  # second order is right about a tiny smooth model
+    assert data["audit"]["robust"]["spearman"] > 0.5  # second order is right about a tiny smooth model
 
 
 def test_without_gates_on_offer_ablations_are_of_the_spans_that_are(source: SourceModel, tmp_path: Path) -> None:
@@ -473,5 +472,5 @@ def test_the_tables_name_every_estimator(audited: Profile, source: SourceModel, 
     for name in audited.estimators:
         assert text.count(name) >= 2
     assert "robust*" in text
-    assert "Spearman of fisher minus that of moa" in text
+    assert "Spearman of robust minus that of moa" in text
     assert "int4 keys" in text

@@ -69,13 +69,13 @@ def test_what_is_said_of_predictions_that_are_a_third_too_small(offered: Profile
 def test_what_says_nothing_of_formats_predicts_the_span(offered: Profile) -> None:
     arrays = offered.statistics.arrays
     judged = predicted_influence(offered, offered.validation)
-    assert set(judged) == {"robust", "fisher", "sample"}
+    assert set(judged) == {"robust"}
     both = {**arrays, "mass": arrays["squares"]}
     found = predicted_influence(replace(offered, statistics=Statistics(both)), offered.validation)
     spans = len(offered.spans)
-    assert found["mass"].shape == found["fisher"].shape == (5, 3, len(offered.rules))
+    assert found["mass"].shape == found["robust"].shape == (5, 3, len(offered.rules))
     for first in range(0, len(offered.rules), spans):
         np.testing.assert_array_equal(found["mass"][..., first : first + spans], found["mass"][..., :spans])
     rule = offered.rules.index(Rule(4, 0, 1024, "int4", "int4"))
-    assert (found["fisher"][..., rule] > 0).all()
+    assert (found["robust"][..., rule] > 0).all()
     assert not found["mass"][..., rule].any()

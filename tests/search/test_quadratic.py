@@ -47,9 +47,6 @@ def test_it_is_half_the_mean_square_of_the_sum(profiles: Profiles) -> None:
         means = [squares[(kinds == kind) & (profile.sample_lengths == n)].mean() for n in profile.lengths]
         wanted += weight * float(np.mean(means))
     assert form.kl(choice) == pytest.approx(wanted)
-    single = np.zeros((2, 2), int)
-    single[1, 0] = 9  # one head alone: the per-sample estimator
-    assert form.kl(single) == pytest.approx(profile.blended("sample").mean(0)[1, 0, 9])
     few = coherent(profiles, samples=MIN_ROWS // 2 - 1)
     assert SearchRequest.of(few, "50%", few.recipe).quadratic is None
 

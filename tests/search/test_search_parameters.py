@@ -13,7 +13,7 @@ Profiles = Callable[..., Profile]
 
 def test_neutral_parameters_leave_the_surrogate_alone(profiles: Profiles) -> None:
     profile = profiles()
-    surrogate = Surrogate.build(profile.influence("fisher"), profile.rules, 32, 512).calibrated(
+    surrogate = Surrogate.build(profile.influence("robust"), profile.rules, 32, 512).calibrated(
         Calibration(3.0, 0.9, 4)
     )
     parameters = SearchParameters(6, profile.lengths)
@@ -28,7 +28,7 @@ def test_neutral_parameters_leave_the_surrogate_alone(profiles: Profiles) -> Non
 
 def test_formats_have_a_parameter_of_their_own(profiles: Profiles) -> None:
     profile = profiles(formats=True).offering(("int8",))
-    surrogate = Surrogate.build(profile.influence("fisher"), profile.rules, 32, 512)
+    surrogate = Surrogate.build(profile.influence("robust"), profile.rules, 32, 512)
     parameters = SearchParameters(6, profile.lengths, formats=True)
     assert set(parameters.neutral) - set(SearchParameters(6, profile.lengths).neutral) == {"precision"}
     np.testing.assert_array_equal(parameters.bend(surrogate, parameters.neutral), surrogate.costs())

@@ -24,7 +24,7 @@ Profiles = Callable[..., Profile]
 
 
 def build(profile: Profile) -> Surrogate:
-    return Surrogate.build(profile.influence("fisher"), profile.rules, profile.min_window, max(profile.lengths))
+    return Surrogate.build(profile.influence("robust"), profile.rules, profile.min_window, max(profile.lengths))
 
 
 def test_nested_means_that_every_visible_key_stays_visible(profiles: Profiles) -> None:
@@ -69,7 +69,7 @@ def test_precision_multiplies_what_formats_cost(profiles: Profiles) -> None:
 
 def test_costs_are_monotone_and_full_is_free(profiles: Profiles) -> None:
     profile = profiles()
-    noisy = profile.influence("fisher") * np.exp(np.random.default_rng(0).normal(0, 2, (2, 6, 2, len(profile.rules))))
+    noisy = profile.influence("robust") * np.exp(np.random.default_rng(0).normal(0, 2, (2, 6, 2, len(profile.rules))))
     surrogate = Surrogate.build(noisy, profile.rules, 32, 512).calibrated(Calibration(2.0, 0.8, 5))
     costs = surrogate.costs([1.0, 3.0])
     assert (costs[..., 0] == 0).all()
@@ -86,7 +86,7 @@ def test_monotone_keeps_what_is_monotone() -> None:
 
 
 def test_broken_influence_is_refused(profiles: Profiles) -> None:
-    influence = profiles().influence("fisher")
+    influence = profiles().influence("robust")
     influence[0, 0, 0, 1] = np.nan
     with pytest.raises(ArtefactError, match="not finite"):
         Surrogate.build(influence, profiles().rules, 32, 512)

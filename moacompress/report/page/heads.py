@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from moacompress.calibration.profile.manifest import DISTANCE_BINS
-from moacompress.calibration.profile.statistics import OF_FORMATS
+from moacompress.calibration.profile.statistics import DISTANCE_BINS
 from moacompress.calibration.profile.store import Profile
+from moacompress.recipe_sections import ROBUST
 from moacompress.report.page.findings import EXPLANATIONS, Findings, reading_file
 from moacompress.report.page.picture import Picture, axis
 from moacompress.rules.budget import format_length
@@ -148,7 +148,7 @@ def head_details(found: Findings) -> dict[str, Any]:
         name: [number for number, rule in enumerate(profile.rules) if rule.selects == selects]
         for name, selects in (("windows", False), ("windows and a gate", True))
     }
-    whole = profile.offering(profile.profiled_formats if estimator in OF_FORMATS else ())
+    whole = profile.offering(profile.profiled_formats if estimator == ROBUST else ())
     costs, places = whole.influence(estimator)[whole.lengths.index(at)], {rule: i for i, rule in enumerate(whole.rules)}
     data: dict[str, Any] = {
         "length": n,

@@ -39,12 +39,10 @@ def test_copies_cost_what_the_estimator_says(profiles: Profiles) -> None:
         profile, sample_kinds=kinds, statistics=Statistics({**profile.statistics.arrays, "copy_squares": squares})
     )
     once = squares[4] / 2
-    found = CopyCosts.of(profile, "fisher")
-    np.testing.assert_allclose(found.influence, once * ((2 + 1) / 2 + 0.25 * 10), rtol=1e-6)
-    robust = np.mean(np.array([1, 2, 3]) ** 0.75) ** (4 / 3)
-    np.testing.assert_allclose(
-        CopyCosts.of_kind(profile, "robust", "answer").influence, once * (robust + 1) / 2, rtol=1e-6
-    )
+    found = CopyCosts.of(profile)
+    mean = np.mean(np.array([1, 2, 3]) ** 0.75) ** (4 / 3)
+    np.testing.assert_allclose(found.influence, once * ((mean + 1) / 2 + 0.25 * 10), rtol=1e-6)
+    np.testing.assert_allclose(CopyCosts.of_kind(profile, "answer").influence, once * (mean + 1) / 2, rtol=1e-6)
     table = found.table()
     assert np.isinf(table[0]).all()
     assert np.isinf(table[4]).all()  # another window of its own
@@ -152,7 +150,7 @@ def test_what_a_profile_or_a_model_does_not_have(
 
 def test_estimators_that_know_no_copies_are_refused(profiles: Profiles) -> None:
     profile = profiles(anchors=1)
-    recipe = profile.recipe.override(search__share="auto", profile__estimator="sample")
+    recipe = profile.recipe.override(search__share="auto")
     assert SearchRequest.of(profile, "50%", recipe).sharing is not None
     arrays = {**profile.statistics.arrays, "moa": profile.statistics.arrays["squares"]}
     other = replace(profile, statistics=Statistics(arrays))
