@@ -9,7 +9,7 @@ from moacompress.core.tables import readable_seconds
 from moacompress.estimate.estimate import Estimate
 from moacompress.estimate.estimator import Estimator
 from moacompress.estimate.work import Kind, Work
-from moacompress.evaluation.baselines.compared_models import sides
+from moacompress.evaluation.baselines.comparison import sides
 from moacompress.models.placement import input_device
 from moacompress.rules.rule import SINKS
 from moacompress.runtime.checkpoint import Checkpoint, compressed_folder, load_checkpoint

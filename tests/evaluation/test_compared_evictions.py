@@ -17,19 +17,16 @@ import torch
 from moacompress.core.errors import DataError, InfeasibleBudgetError, UsageError
 from moacompress.evaluation import evaluate
 from moacompress.evaluation.baselines import evictions
-from moacompress.evaluation.baselines.compared_models import STOCK, check_names, make_comparison
+from moacompress.evaluation.baselines.compared_models import STOCK
+from moacompress.evaluation.baselines.comparison import check_names, make_comparison
 from moacompress.evaluation.baselines.evictions import (
-    SEEN,
-    UNSEEN,
     ComparedEviction,
     compared_eviction,
-    eviction_names,
-    expanded,
     kept_mask,
     score_evictions,
 )
 from moacompress.evaluation.eviction.reading import DenseReading, read_prompt
-from moacompress.evaluation.eviction.registry import EVICTIONS
+from moacompress.evaluation.eviction.registry import EVICTIONS, SEEN, UNSEEN, eviction_names, expanded
 from moacompress.evaluation.eviction.window_scores import AdaKV
 from moacompress.evaluation.scoring.prompts import score_batch
 from moacompress.evaluation.tasks.cases import Case
@@ -66,7 +63,7 @@ def _windows(shape: Any, window: int = 92) -> Plan:
 
 
 def compared(name: str, question: str | None, plan: Plan, format: str = NATIVE) -> ComparedEviction:
-    return ComparedEviction(EVICTIONS[name](), question, plan, 0, format)
+    return ComparedEviction(f"{name}:{question}", 0, EVICTIONS[name](), question, plan, format)
 
 
 @pytest.mark.parametrize("question", [SEEN, UNSEEN])
@@ -109,10 +106,10 @@ def test_keys_are_rounded_less_their_mean(model: PreTrainedModel, tiny_tokenizer
     reading = read_prompt(model, tiny_tokenizer, a_case().prompt_ids[:-1])
     mask = torch.ones(LAYERS, KV_HEADS, 130, dtype=torch.bool)
     offset = torch.nn.functional.normalize(torch.arange(DIM).float(), dim=0) * 100
-    moved = replace(reading, keys=[key + offset for key in reading.keys])
-    for (key, value), exact_key, exact_value in zip(
-        moved.kept(mask, format="int4")._held, reading.keys, reading.values, strict=True
-    ):
+    layers = [replace(one, attended=(one.query, one.key + offset, one.value)) for one in reading.layers]
+    moved = replace(reading, layers=layers)
+    for (key, value), layer in zip(moved.kept(mask, format="int4")._held, reading.layers, strict=True):
+        exact_key, exact_value = layer.key[None], layer.value[None]
         for found, exact in ((key - offset, exact_key[:, :, :130]), (value, exact_value[:, :, :130])):
             assert 0 < (found - exact).norm() < 0.1 * exact.norm()
         without = rounded(exact_key + offset, [find_format("int4").code] * KV_HEADS) - offset

@@ -14,7 +14,8 @@ import torch
 
 from moacompress.core.errors import UsageError
 from moacompress.evaluation import evaluate
-from moacompress.evaluation.baselines.compared_models import STOCK, make_comparison
+from moacompress.evaluation.baselines.compared_models import STOCK
+from moacompress.evaluation.baselines.comparison import make_comparison
 from moacompress.evaluation.baselines.quantized_caches import (
     QUANTIZED,
     RESIDUAL,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import moacompress.evaluation.baselines.compared_models as compared_models
+import moacompress.evaluation.baselines.comparison as comparison
 import moacompress.evaluation.runner as runner
 import moacompress.evaluation.scoring.prompts as scoring
 import moacompress.evaluation.scoring.scores as scores
@@ -19,7 +19,8 @@ import moacompress.prompts.generators as generators
 from moacompress.core.errors import ArtefactError, DataError, InfeasibleBudgetError, PlanError, UsageError
 from moacompress.core.progress import Progress
 from moacompress.evaluation import evaluate
-from moacompress.evaluation.baselines.compared_models import ComparedModel, Comparison
+from moacompress.evaluation.baselines.compared_models import ComparedModel
+from moacompress.evaluation.baselines.comparison import Comparison
 from moacompress.evaluation.tasks.registry import Resources, find_task
 from moacompress.prompts import sentences
 from moacompress.prompts.pools import Prose, draw_numbers
@@ -154,7 +155,7 @@ def test_every_baseline_has_the_sink_that_the_search_found(
     checkpoint = load_checkpoint(compressed / "model", "auto", "cpu")
     plan = checkpoint.plan.with_notes(quality={"baselines": {family: {"sink": 16}}})
     made = [Plan.uniform(plan.model, Rule(sink, 64, 0), 32) for sink in (4, 16, 64)]
-    monkeypatch.setattr(compared_models, "baseline_plans", lambda *arguments: made)
+    monkeypatch.setattr(comparison, "baseline_plans", lambda *arguments: made)
 
     def sinks(every_candidate: bool) -> list[int]:
         _, *candidates = Comparison(replace(checkpoint, plan=plan), (name,), {}, None, every_candidate).at(LENGTH, 8)
