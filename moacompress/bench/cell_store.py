@@ -45,7 +45,7 @@ class CellStore(Records[dict[str, Any]]):
                 )
 
     def begin(self) -> None:
-        """Makes the file, once: a folder that cannot be written is found before the first minute of work.
+        """Creates the file, once: a folder that cannot be written is found before the first minute of work.
 
         What is there and is not to count any more goes now, when all that can be wrong with the request was found.
 

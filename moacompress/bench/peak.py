@@ -26,17 +26,10 @@ STEPS = 2
 
 
 def peak_bytes(folder: Path, side: str, cell: Cell, request: BenchRequest) -> dict[str, int]:
-    """Returns the most memory that a side takes, from a new process.
+    """Returns the most memory that a side (plan, full_span or dense) takes, from a new process.
 
-    Args:
-        folder: the compressed checkpoint.
-        side: plan, full_span or dense.
-        cell: tokens and rows.
-        request: what else matters: seed, device, and whether to prefill.
-
-    Returns:
-        `loaded` (bytes once the weights are there), `decode` and `prefill` (the most while it does that), all with Python,
-        the libraries and the weights in them; on a GPU what is taken of its memory.
+    `loaded` is bytes once the weights are there, `decode` and `prefill` the most while it does that, all with Python, the
+    libraries and the weights in them; on a GPU what is taken of its memory.
 
     Raises:
         MoaCompressError: the process failed; most likely there was too little memory.

@@ -1,4 +1,4 @@
-"""What a checkpoint is measured against, by name: dense, baselines at the plan's bytes, other checkpoints, caches, evictions."""
+"""What a checkpoint is measured against, by name: dense, baselines at the plan's bytes, other checkpoints, caches."""
 
 from __future__ import annotations
 

@@ -67,8 +67,8 @@ TEXT_METRICS = (
     # a mean over hundreds of tokens itself, far from the zeros and ones that `rate` allows for
     Metric("top1_agreement", "top1_agreement", mean, paired_difference),
 )
-"""Perplexity at the positions [1, N/2) and [N/2, N) of windows of N tokens; in the latter also KL(dense || model) in nats a token
-and the share of tokens that both rank first."""
+"""Perplexity at the positions [1, N/2) and [N/2, N) of windows of N tokens; in the latter KL(dense || model), nats a token, and
+the share of tokens that both rank first."""
 
 
 @dataclass(frozen=True)

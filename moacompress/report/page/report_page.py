@@ -50,6 +50,7 @@ from moacompress.rules.plan_memory import memory_lines, plan_memory
 from moacompress.rules.untrusted import reading_notes
 from moacompress.rules.worst_share import WorstShare
 
+ASSETS = Path(__file__).parent / "assets"
 REQUESTS = 10
 """Dense requests, in whose memory so many more fit."""
 GENERATOR = '<meta name="generator" content="moacompress">'
@@ -102,16 +103,11 @@ def write_page(found: Findings, out: Path) -> dict[str, Any]:
 
 def page_html(found: Findings, sections: list[PageSection]) -> str:
     """Returns the page as HTML."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from jinja2 import Environment, StrictUndefined
     from plotly.offline import get_plotlyjs
 
-    environment = Environment(
-        loader=PackageLoader(__package__, "assets"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    html, css, js = ((ASSETS / name).read_text("utf-8") for name in ("page.html.j2", "page.css", "page.js"))
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     data = {
         "figures": {picture.name: picture.figure() for picture in _pictures(sections)},
         "shades": head_shades(found),
@@ -119,7 +115,7 @@ def page_html(found: Findings, sections: list[PageSection]) -> str:
         "first": most_worth(found),
         "colours": {role: {"light": light, "dark": dark} for role, (light, dark, _) in ROLES.items()},
     }
-    return environment.get_template("page.html.j2").render(
+    return environment.from_string(html).render(
         title=f"{found.model_name}, compressed",
         verdict=verdict(found),
         about=about(found),
@@ -131,6 +127,8 @@ def page_html(found: Findings, sections: list[PageSection]) -> str:
         passed_over=found.passed_over,
         warnings=found.warnings,
         made=f"moacompress {own_version()}, {date.today():%d %B %Y}",
+        css=css,
+        js=js,
         plotly=get_plotlyjs(),
         data=embedded(data),
     )
