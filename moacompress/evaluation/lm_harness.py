@@ -177,10 +177,6 @@ def _rows_that_fit(length: int, vocabulary: int, free: int) -> int:
 def check_lm_eval(tasks: Sequence[str], limit: int | None = None) -> None:
     """Refuses tasks of lm-evaluation-harness that there are not, before a model is loaded.
 
-    Args:
-        tasks: names.
-        limit: documents of a task; None for all.
-
     Raises:
         UsageError: lm-evaluation-harness is not installed, an unknown task, or fewer documents than processes.
     """

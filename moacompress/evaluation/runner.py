@@ -266,10 +266,6 @@ def reads_prose(task: str, resources: Resources) -> bool:
 def check_overlap(prose: Prose, seen: Shingles | None) -> None:
     """Refuses prose of whose evaluation pool calibration has seen more than `OVERLAP_LIMIT`, and names the worst file.
 
-    Args:
-        prose: the texts.
-        seen: shingles of a plan's calibration; None where they are not known.
-
     Raises:
         DataError: it has.
     """
@@ -289,12 +285,7 @@ def check_request(
 ) -> None:
     """Refuses an evaluation of nothing, and tasks whose texts are not there; no model is needed.
 
-    Args:
-        names: of tasks, as `task_names` returns them.
-        lengths: of prompts, tokens.
-        prompts: of each task and length.
-        resources: texts.
-        harness: whether tasks of lm-evaluation-harness are measured too.
+    Where tasks of lm-evaluation-harness are measured too (`harness`), there need not be others.
 
     Raises:
         UsageError: there is nothing to measure.
@@ -369,9 +360,7 @@ def _warn_of_lost(out: Path, before: Iterable[ResultRow], now: Iterable[ResultRo
 def task_names(tasks: Iterable[str], resources: Resources | None = None) -> list[str]:
     """Returns the tasks with groups expanded and without repeats, in the order of `KINDS`; `text` comes last.
 
-    Args:
-        tasks: names of tasks and groups; `all` holds what can be made, `text` too where there is prose.
-        resources: what there is, for `all`.
+    `all` holds what the resources allow, `text` too where there is prose.
 
     Raises:
         UsageError: unknown; names the nearest known one.

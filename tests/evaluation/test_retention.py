@@ -66,6 +66,25 @@ def test_prompts_of_one_document_count_as_one() -> None:
     assert {row["metric"]: row["p"] for row in pooled_rows(alone)[1]}["exact_match"] == 0.25
 
 
+def test_pooled_rows_are_of_all_prompts() -> None:
+    """Two tasks of other difficulty: the numbers together are those of their prompts, and of what dense gets right."""
+    easy, hard = {"plan": [1.0, 0.0] * 10, "dense": [1.0] * 20}, {"plan": [1.0, 0.0] * 10, "dense": [1.0, 0.0] * 10}
+    fields = [
+        [Measured(named(name), [Score(value, 0.5, loss) for value in exact]) for name, exact in cell.items()]
+        for cell, loss in ((easy, 0.0), (hard, 2.0))
+    ]
+    results, differences = pooled_rows(fields)
+    rows = {(row["model"], row["metric"]): row for row in results}
+    for name, share in (("plan", 20 / 40), ("dense", 30 / 40)):
+        assert (rows[name, "exact_match"]["value"], rows[name, "exact_match"]["prompts"]) == (share, 40)
+        assert rows[name, "nll"]["value"] == 1.0
+    assert (rows["plan", "retention"]["value"], rows["plan", "retention"]["prompts"]) == (pytest.approx(20 / 30), 30)
+    apart = {row["metric"]: row for row in differences}
+    assert apart["exact_match"]["value"] == pytest.approx(-0.25)
+    assert apart["retention"]["value"] == pytest.approx(-1 / 3)
+    assert apart["retention"]["ci95"][1] < 0
+
+
 def test_documents_outlive_the_prompts() -> None:
     cell = TaskCell("document-question", 512, 2, 500)
     stored = score_rows(cell, [Measured(named("plan"), scored([1.0, 0.0]), ["a", "a"])])

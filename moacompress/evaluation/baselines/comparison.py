@@ -67,11 +67,9 @@ class Comparison:
         return self.checkpoint.plan
 
     def at(self, tokens: int, last: int) -> list[ComparedModel]:
-        """Returns the models to run on prompts, the plan first.
+        """Returns the models to run on prompts of so many tokens, answers included, the plan first.
 
-        Args:
-            tokens: of a prompt and its answer.
-            last: of these, the tokens that are read after the others.
+        The `last` of them are read after the others.
 
         Raises:
             InfeasibleBudgetError: a baseline has no plan that is small enough.
@@ -139,14 +137,9 @@ def sides(against: Sequence[str]) -> tuple[str, ...]:
 def make_comparison(
     checkpoint: Checkpoint, against: Sequence[str], profile: str | Path | None, every_candidate: bool
 ) -> Comparison:
-    """Returns what a checkpoint is measured against.
+    """Returns what a checkpoint is measured against, by names of `NAMED` and of evictions, or folders of other checkpoints.
 
-    Args:
-        checkpoint: the checkpoint.
-        against: see `NAMED` and `is_eviction`, or folders of other compressed checkpoints that were made from the same dense
-            model.
-        profile: folder of a profile of the same weights, for `NEED_PROFILE`.
-        every_candidate: see `Comparison`.
+    Those were made from the same dense model, and `profile`, which `NEED_PROFILE` is made from, is of the same weights.
 
     Raises:
         UsageError: a baseline that needs a profile, and there is none.

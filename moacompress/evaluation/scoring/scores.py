@@ -165,9 +165,7 @@ class CaseScorer:
     def _share(self, jobs: Sequence[ScoringJob], score: Callable[[int], list[Entry]]) -> None:
         """Files the scores of all jobs; under `torchrun` each is done in one process, and filed in the records of all.
 
-        Args:
-            jobs: the same in every process.
-            score: returns what the keys of a job are to be filed with, by its number.
+        Jobs are the same in every process; `score` returns what the keys of a numbered job are filed with.
         """
         check_alike({"set of prompts": fingerprint([job.keys for job in jobs])})  # they are shared out by number
         keys = {key for job in jobs for key in job.keys}

@@ -53,11 +53,6 @@ class Needles:
 def make_needles(request: PromptRequest, needles: Needles, sentences: NeedleSentences) -> PromptDraft:
     """Returns a prompt that hides the needles at random depths and asks for some.
 
-    Args:
-        request: the prompt to write.
-        needles: how many, of what, in what.
-        sentences: what it says.
-
     Raises:
         DataError: the length is too short, or the prose is.
     """
@@ -95,13 +90,7 @@ def question(
 
 
 def in_lines(lines: Sequence[str], needles: Sequence[str], depths: Sequence[float] | np.ndarray) -> str:
-    """Returns the lines with every needle on a line of its own.
-
-    Args:
-        lines: the haystack.
-        needles: as they are to follow each other.
-        depths: for each needle the share of the lines before it, rising.
-    """
+    """Returns the lines with every needle, in order, on a line of its own; depths are shares of the lines before, rising."""
     context = list(lines)
     for depth, text in reversed(list(zip(depths, needles, strict=True))):
         context.insert(int(depth * len(lines)), text)
@@ -109,13 +98,7 @@ def in_lines(lines: Sequence[str], needles: Sequence[str], depths: Sequence[floa
 
 
 def in_sentences(words: Sequence[str], needles: Sequence[str], depths: Sequence[int] | np.ndarray) -> str:
-    """Returns prose with every needle between two sentences.
-
-    Args:
-        words: the prose.
-        needles: as they are to follow each other.
-        depths: for each needle the percent of the sentences before it, rising.
-    """
+    """Returns prose with every needle, in order, between two sentences; a depth is the percent of those before it, rising."""
     ends = [0, *sentence_ends(words)]
     context = list(words)
     for depth, text in reversed(list(zip(depths, needles, strict=True))):

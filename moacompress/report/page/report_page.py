@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import date
 from importlib.util import find_spec
@@ -76,11 +76,7 @@ class PageSection:
 
 
 def write_page(found: Findings, out: Path) -> dict[str, Any]:
-    """Writes the page.
-
-    Args:
-        found: what is known of the plan.
-        out: the file; an earlier page there is replaced.
+    """Writes the page, in the place of an earlier one.
 
     Returns:
         `report`, its path; `sections` that it shows; `missing`, a list of `what` and `command`; `passed_over`; `warnings`.
@@ -181,11 +177,6 @@ def quality_text(evaluation: Finding) -> str:
     return " ".join([*headline(evaluation), overlap_note(evaluation["results"])])
 
 
-@reading_file(EXPLANATIONS)
-def _search_notes(explanation: Finding) -> tuple[str, Table]:
-    return " ".join(class_lines(explanation)), steps_table(explanation)
-
-
 def page_sections(found: Findings) -> list[PageSection]:
     """Returns the sections of the page, in order.
 
@@ -208,20 +199,18 @@ def page_sections(found: Findings) -> list[PageSection]:
     harm = [baselines_picture(found), None if found.audit is None else audit_picture(found.audit)]
     steps, text, table = list[Picture | None](), "", None
     if found.explanation is not None:
-        text, table = _search_notes(found.explanation)
+        with reading_file(EXPLANATIONS):
+            text, table = " ".join(class_lines(found.explanation)), steps_table(found.explanation)
         harm.append(trials_picture(found.explanation))
         steps = [history_picture(found.explanation), None if found.front is None else front_picture(found.front)]
+    harm_there, steps_there = ([picture for picture in some if picture is not None] for some in (harm, steps))
     return [
         heads,
         quality,
         costs,
-        PageSection("harm", "Quality loss: predicted vs measured", pictures=_drawn(harm)),
-        PageSection("search", "How it was found", text, _drawn(steps), table=table),
+        PageSection("harm", "Quality loss: predicted vs measured", pictures=harm_there),
+        PageSection("search", "How it was found", text, steps_there, table=table),
     ]
-
-
-def _drawn(pictures: Iterable[Picture | None]) -> list[Picture]:
-    return [picture for picture in pictures if picture is not None]
 
 
 @reading_file(BENCH_FILE)
@@ -255,12 +244,7 @@ def seen_from(folder: Path) -> Callable[[str], str]:
 
 
 def missing_parts(found: Findings, place: Callable[[str], str] = str) -> list[MissingPart]:
-    """Returns what is not there, in the order of the sections.
-
-    Args:
-        found: what is known of the plan.
-        place: how a folder is written in commands, such as `seen_from` gives.
-    """
+    """Returns what is not there, in the order of the sections; `place` says how a folder is written in commands."""
 
     def quoted(path: Path) -> str:
         return shlex.quote(place(str(path)))
