@@ -51,14 +51,7 @@ def peak_bytes(folder: Path, side: str, cell: Cell, request: BenchRequest) -> di
 
 def measure(task: dict[str, Any]) -> dict[str, int]:
     """Returns what `peak_bytes` does, for this process; `task` is what that hands over."""
-    from moacompress.bench.sides import (
-        DecodeTurn,
-        PrefillTurn,
-        filled_cache,
-        make_models,
-        random_ids,
-        vocabulary_size,
-    )
+    from moacompress.bench.sides import DecodeTurn, PrefillTurn, filled_cache, make_models, random_ids, vocabulary_size
     from moacompress.runtime.checkpoint import load_checkpoint
 
     cell = Cell(task["dtype"], task["length"], task["batch"])

@@ -18,12 +18,7 @@ from moacompress.evaluation import evaluate
 from moacompress.evaluation.baselines import evictions
 from moacompress.evaluation.baselines.compared_models import STOCK
 from moacompress.evaluation.baselines.comparison import check_names, make_comparison
-from moacompress.evaluation.baselines.evictions import (
-    ComparedEviction,
-    compared_eviction,
-    kept_mask,
-    score_evictions,
-)
+from moacompress.evaluation.baselines.evictions import ComparedEviction, compared_eviction, kept_mask, score_evictions
 from moacompress.evaluation.eviction.key_scores import ExpectedAttention
 from moacompress.evaluation.eviction.kvzip import KVzip
 from moacompress.evaluation.eviction.reading import DenseReading, read_prompt
@@ -215,10 +210,7 @@ def test_rows_beside_the_others(compressed: Path, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("asked", "measured"),
     [
-        (
-            "dense kvzip snapkv:seen h2o snapkv",
-            "dense kvzip:unseen kvzip:seen snapkv:seen h2o snapkv:unseen",
-        ),
+        ("dense kvzip snapkv:seen h2o snapkv", "dense kvzip:unseen kvzip:seen snapkv:seen h2o snapkv:unseen"),
         (
             "snapkv:window=016 snapkv:kernel=5:seen h2o:recent=0.25",
             "snapkv:window=16:unseen snapkv:window=16:seen snapkv:seen h2o:recent=0.25",

@@ -59,10 +59,7 @@ __all__ = [
 
 
 S = TypeVar("S")
-_HOW = {
-    "prose": "give a .txt file or a folder of them as text",
-    "squad": "give a SQuAD file, such as dev-v2.0.json",
-}
+_HOW = {"prose": "give a .txt file or a folder of them as text", "squad": "give a SQuAD file, such as dev-v2.0.json"}
 _WHAT = {"prose": "prose", "squad": "SQuAD's questions"}
 SHOWN_QUESTION = 300
 """Most characters of a question that a report keeps."""
@@ -86,12 +83,7 @@ def _calibrated(
         return PromptDraft((prompt.user,), f"\n{prompt.prefix}", Answer.of(prompt.answer), (prompt.answer,))
 
     return EvaluationTask(
-        name,
-        description,
-        write,
-        lambda: (EVALUATION_NEEDLES, EVALUATION_PAIRS),
-        needs=needs,
-        calibrated=True,
+        name, description, write, lambda: (EVALUATION_NEEDLES, EVALUATION_PAIRS), needs=needs, calibrated=True
     )
 
 
