@@ -18,14 +18,12 @@ from moacompress.core.files import fingerprint
 from moacompress.core.plugins import TASKS as OUTSIDE
 from moacompress.core.plugins import named_plugins
 from moacompress.evaluation.tasks import ruler
-from moacompress.evaluation.tasks.associative_recall import make_recall
 from moacompress.evaluation.tasks.cases import Case
 from moacompress.evaluation.tasks.counting import COMMON, FREQUENT, make_common, make_frequent
 from moacompress.evaluation.tasks.document_question import make_question
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft, encode_draft
-from moacompress.evaluation.tasks.line_lookup import SAID, make_lines
-from moacompress.evaluation.tasks.needles import Needles, make_needles
-from moacompress.evaluation.tasks.second_question import make_second_question
+from moacompress.evaluation.tasks.lookups import SAID, make_lines, make_recall
+from moacompress.evaluation.tasks.needles import Needles, make_needles, make_second_question
 from moacompress.evaluation.tasks.task import KINDS, EvaluationTask, Need, PromptRequest, Resources
 from moacompress.evaluation.tasks.tracking import TRACKING, make_tracking
 from moacompress.evaluation.tasks.unseen import (
