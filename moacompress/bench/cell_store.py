@@ -20,10 +20,7 @@ from moacompress.core.records import Records
 class CellStore(Records[dict[str, Any]]):
     """Measured cells in memory and, if a path is given, on disk beside the result.
 
-    Args:
-        out: where the result will be written, or None: then nothing is kept on disk.
-        configuration: what the times depend on, as JSON values.
-        overwrite: start from scratch, whatever is there.
+    The configuration is what the times depend on, as JSON values.
 
     Raises:
         ArtefactError: the result or the cells that are there are of another configuration, or cannot be read.

@@ -48,12 +48,8 @@ class WholeCache(DynamicCache):
 class KeptCache(WholeCache):
     """Shows of a prompt only what is kept of it, and everything after; a row for each way to keep.
 
-    The prompt stands here once for all rows, and behind it what the rows have read: of each token, all rows.
-
-    Args:
-        kept: of every row and layer, bool `[rows, layers, kv_heads, n]`.
-        keys: of the prompt, of each layer `[1, kv_heads, n, head_dim]`.
-        values: likewise.
+    The prompt is stored once for all rows, its keys and values `[1, kv_heads, n, dim]` of each layer, and behind it what
+    the rows have read: of each token, all rows. What is kept is bool `[rows, layers, kv_heads, n]`.
     """
 
     def __init__(self, kept: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
@@ -99,8 +95,7 @@ class KeptCache(WholeCache):
 class SideBySide(WholeCache):
     """Rows of one batch that each attend by a cache of their own; all have read as many tokens.
 
-    Args:
-        parts: a cache and how many rows it has, in the order of the rows.
+    The parts are caches, in the order of the rows, each with how many rows it has.
     """
 
     def __init__(self, parts: Sequence[tuple[WholeCache, int]]) -> None:
@@ -134,14 +129,8 @@ def causal(tokens: int, total: int, device: torch.device) -> Tensor:
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, visible: Tensor) -> Tensor:
     """Returns softmax attention under a mask, `[1, heads, tokens, value_dim]`.
 
-    The query heads of a group are put one after the other, so that their keys are not repeated.
-
-    Args:
-        query: `[1, heads, tokens, head_dim]`.
-        key: `[1, kv_heads, all, head_dim]`.
-        value: `[1, kv_heads, all, value_dim]`.
-        scaling: factor on the scores.
-        visible: bool `[kv_heads or 1, tokens, all]`.
+    Queries are `[1, heads, tokens, head_dim]`, keys and values `[1, kv_heads, all, dim]`, the mask bool
+    `[kv_heads or 1, tokens, all]`. The query heads of a group are put one after the other, so that their keys are not repeated.
     """
     kv_heads, tokens = key.shape[1], query.shape[2]
     grouped = query.unflatten(1, (kv_heads, -1)).flatten(2, 3)

@@ -241,11 +241,8 @@ def pooled_rows(
     """Returns the rows and the differences of all prompts of several cells together, without a length.
 
     Differences also have `retention`: of the prompts that dense gets right, by all attentions that it was measured with.
-
-    Args:
-        fields: the models of every cell, the plan first; only those that all cells have are pooled.
-        overlap: of all prompts together, as `TaskCell` has it.
-        task: what the rows are called, such as one of `tasks.registry.KINDS`.
+    The models of every cell come with the plan first; only those that all cells have are pooled. Rows are of `task`, such
+    as a kind of prompts.
     """
     names = [one.compared.name for one in fields[0]]
     names = [name for name in names if all(name in {one.compared.name for one in comparison} for comparison in fields)]
