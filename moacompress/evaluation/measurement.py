@@ -13,7 +13,6 @@ from moacompress.evaluation.baselines.comparison import Comparison
 from moacompress.evaluation.baselines.evictions import ComparedEviction
 from moacompress.evaluation.baselines.quantized_caches import RESIDUAL
 from moacompress.evaluation.scoring.result_rows import (
-    TEXT_METRICS,
     Measured,
     ResultRow,
     TaskCell,
@@ -104,17 +103,15 @@ class Measurement:
         for task, length in wanted:
             if task == TEXT:
                 cell, measured = self.text(length)
-                results += result_rows(cell, measured, TEXT_METRICS)
-                differences += difference_rows(cell, measured, TEXT_METRICS)
-                continue
-            cell, cases, measured = self.task(task, length)
-            kind = find_task(task, self.resources).kind
-            cells.setdefault(kind, []).append(cell)
-            fields.setdefault(kind, []).append(measured)
+            else:
+                cell, cases, measured = self.task(task, length)
+                kind = find_task(task, self.resources).kind
+                cells.setdefault(kind, []).append(cell)
+                fields.setdefault(kind, []).append(measured)
+                answers += answer_rows(cell, cases, measured)
+                scores += score_rows(cell, measured)
             results += result_rows(cell, measured)
             differences += difference_rows(cell, measured)
-            answers += answer_rows(cell, cases, measured)
-            scores += score_rows(cell, measured)
         pooled = [pooled_rows(fields[kind], mean_overlap(cells[kind]), kind) for kind in KINDS if kind in fields]
         return {
             "results": results,

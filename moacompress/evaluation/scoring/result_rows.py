@@ -89,6 +89,11 @@ class TaskCell:
     tokens: int
     overlap: float | None = None
 
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """What its rows say."""
+        return TEXT_METRICS if self.task == TEXT else PROMPT_METRICS
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -128,9 +133,7 @@ def best_candidates(measured: Iterable[Measured], loss: Callable[[Measured], Seq
     return list(best.values())
 
 
-def result_rows(
-    cell: TaskCell, comparison: Sequence[Measured], metrics: Sequence[Metric] = PROMPT_METRICS
-) -> list[ResultRow]:
+def result_rows(cell: TaskCell, comparison: Sequence[Measured]) -> list[ResultRow]:
     """Returns the rows of every model: the metrics, and `retention` where a dense model is there and gets a prompt right.
 
     `retention` is of the prompts that all dense sides answer fully; `prompts_dense` says how many each of them does.
@@ -147,12 +150,13 @@ def result_rows(
             **_documents(units, cell.task),
         }
 
-    is_text, units = cell.task == TEXT, comparison[0].units()
-    sides = {} if is_text else _dense_sides({one.compared.name: one.values("exact_match") for one in comparison})
+    units, sides = comparison[0].units(), dict[str, Sequence[float]]()
+    if cell.task != TEXT:
+        sides = _dense_sides({one.compared.name: one.values("exact_match") for one in comparison})
     dense = all_answer(sides.values())
     rows = []
     for one in comparison:
-        rows += [row(one, metric, one.values(metric.number), units) for metric in metrics]
+        rows += [row(one, metric, one.values(metric.number), units) for metric in cell.metrics]
         if 1.0 in dense:
             kept = retained(dense, one.values(RETENTION.number))
             rows.append({**row(one, RETENTION, kept, retained(dense, units)), **_answered(sides)})
@@ -184,9 +188,7 @@ def _documents(units: Sequence[Hashable], task: str = "") -> dict[str, int]:
     return {"documents": count} if count < len(units) or task == TEXT else {}
 
 
-def difference_rows(
-    cell: TaskCell, comparison: Sequence[Measured], metrics: Sequence[Metric] = PROMPT_METRICS
-) -> list[ResultRow]:
+def difference_rows(cell: TaskCell, comparison: Sequence[Measured]) -> list[ResultRow]:
     """Returns the rows of the plan (first in `comparison`) minus every other model, paired by document.
 
     `p` says how likely a difference is of two models that are alike.
@@ -194,7 +196,7 @@ def difference_rows(
     ours, *others = comparison
     rows = []
     for one in others:
-        for metric in metrics:
+        for metric in cell.metrics:
             first, second = ours.means(metric.number), one.means(metric.number)
             value, interval = metric.difference(first, second)
             rows.append(
