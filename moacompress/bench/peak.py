@@ -17,9 +17,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moacompress.bench.bench_request import BenchRequest, Cell
+from moacompress.bench.sides import DecodeTurn, PrefillTurn, filled_cache, make_models, random_ids, vocabulary_size
 from moacompress.core.errors import MoaCompressError
 from moacompress.core.memory import peak_rss, reset_peak, rss
+from moacompress.runtime.checkpoint import load_checkpoint
 
 STEPS = 2
 """Decode steps that a peak is taken over: the second is like every one after it."""
@@ -51,9 +55,6 @@ def peak_bytes(folder: Path, side: str, cell: Cell, request: BenchRequest) -> di
 
 def measure(task: dict[str, Any]) -> dict[str, int]:
     """Returns what `peak_bytes` does, for this process; `task` is what that hands over."""
-    from moacompress.bench.sides import DecodeTurn, PrefillTurn, filled_cache, make_models, random_ids, vocabulary_size
-    from moacompress.runtime.checkpoint import load_checkpoint
-
     cell = Cell(task["dtype"], task["length"], task["batch"])
     side, seed, device = task["side"], task["seed"], task["device"]
     trusted = bool(task["trust_remote_code"])
@@ -84,8 +85,6 @@ class _Meter:
     """The memory of this process, or of the GPU where the model is on one."""
 
     def __init__(self, device: str) -> None:
-        import torch
-
         self._gpu: Any = torch.cuda if torch.device(device).type == "cuda" else None
 
     def now(self) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import moacompress.evaluation.measurement as measurement
-from moacompress.evaluation import evaluate
+from moacompress.evaluation.runner import evaluate
 from moacompress.evaluation.tasks.cases import Case
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan

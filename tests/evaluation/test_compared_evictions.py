@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from moacompress.core.errors import DataError, InfeasibleBudgetError, UsageError
-from moacompress.evaluation import evaluate
 from moacompress.evaluation.baselines import evictions
 from moacompress.evaluation.baselines.compared_models import STOCK
 from moacompress.evaluation.baselines.comparison import check_names, make_comparison
@@ -24,6 +23,7 @@ from moacompress.evaluation.eviction.kvzip import KVzip
 from moacompress.evaluation.eviction.reading import DenseReading, read_prompt
 from moacompress.evaluation.eviction.registry import EVICTIONS, SEEN, UNSEEN, eviction_names, expanded
 from moacompress.evaluation.eviction.window_scores import AdaKV
+from moacompress.evaluation.runner import evaluate
 from moacompress.evaluation.scoring.prompts import score_batch
 from moacompress.evaluation.tasks.cases import Case
 from moacompress.kernels.reference.rounding import rounded

@@ -16,7 +16,7 @@ from moacompress.calibration.data.held_out import held_out_rows
 from moacompress.calibration.data.joined import Library
 from moacompress.cli import app
 from moacompress.core.errors import DataError, PlanError, UsageError
-from moacompress.evaluation import evaluate
+from moacompress.evaluation.runner import evaluate
 from moacompress.evaluation.scoring.prompts import match_share
 from moacompress.evaluation.tasks.own_rows import answered_sources, own_tasks
 from moacompress.evaluation.tasks.registry import Resources, find_task, make_cases

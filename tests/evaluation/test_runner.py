@@ -18,9 +18,9 @@ import moacompress.evaluation.tasks.registry as tasks
 import moacompress.prompts.generators as generators
 from moacompress.core.errors import ArtefactError, DataError, InfeasibleBudgetError, PlanError, UsageError
 from moacompress.core.progress import Progress
-from moacompress.evaluation import evaluate
 from moacompress.evaluation.baselines.compared_models import ComparedModel
 from moacompress.evaluation.baselines.comparison import Comparison
+from moacompress.evaluation.runner import evaluate
 from moacompress.evaluation.tasks.registry import Resources, find_task
 from moacompress.prompts import sentences
 from moacompress.prompts.pools import Prose, draw_numbers

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from moacompress.core.errors import ArtefactError, PlanError
-from moacompress.evaluation import evaluate
+from moacompress.evaluation.runner import evaluate
 from moacompress.pipeline import compress
 from moacompress.recipe import Recipe
 from moacompress.report.page.findings import FRONTS, Findings
