@@ -120,12 +120,11 @@ class FilledPlanCache(FilledCache):
             if isinstance(layer, PlanCacheLayer) and layer.rules.selects:
                 generator, size = torch.Generator(device).manual_seed(seed), key.shape[:3]
                 scores = torch.randint(-(1 << 15), 1 << 15, size, generator=generator, dtype=torch.int16, device=device)
-            layer.commit(Chunk(cell.length), scores)  # type: ignore[arg-type]
+            layer.commit(Chunk(cell.length), scores)
 
-    def fresh(self) -> PlanCache:
+    def fresh(self) -> Any:
         """Returns a copy on write of the filled cache."""
-        fresh: PlanCache = self.cache.fork()
-        return fresh
+        return self.cache.fork()
 
     def kv_bytes(self) -> int:
         """Returns the bytes of the blocks in use."""
@@ -140,7 +139,7 @@ class FilledDynamicCache(FilledCache):
         for layer, (key, value) in enumerate(random_kv(shape, cell, seed, device)):
             self.cache.update(key, value, layer)
 
-    def fresh(self) -> DynamicCache:
+    def fresh(self) -> Any:
         """Returns a shallow copy: a step makes new tensors and leaves those of the filled cache alone."""
         fresh = copy.copy(self.cache)
         fresh.layers = [copy.copy(layer) for layer in self.cache.layers]
@@ -159,7 +158,7 @@ class FilledStaticCache(FilledCache):
             {name: int(getattr(layer, name)) for name in counts if hasattr(layer, name)} for layer in self.cache.layers
         ]
 
-    def fresh(self) -> StaticCache:
+    def fresh(self) -> Any:
         """Returns the same cache, with its counts as they were.
 
         Where the model has a window of its own, a step shifts what is in it; that stays shifted, and takes the same time.
@@ -171,8 +170,7 @@ class FilledStaticCache(FilledCache):
                     current.fill_(count)  # a compiled step knows it by its address
                 else:
                     setattr(layer, name, count)
-        cache: StaticCache = self.cache
-        return cache
+        return self.cache
 
 
 def random_kv(shape: ModelShape, cell: Cell, seed: int, device: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

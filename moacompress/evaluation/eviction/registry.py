@@ -111,11 +111,12 @@ def read_eviction(name: str) -> tuple[Baseline, str, str | None] | None:
 
 def eviction_name(baseline: Baseline, format: str, question: str | None) -> str:
     """Returns the shortest name that `read_eviction` reads so, such as `snapkv:window=16:int4:seen`."""
-    settings = []
-    for one in fields(baseline) if is_dataclass(baseline) else ():
-        value = getattr(baseline, one.name)
-        if value != one.default:
-            settings.append(f"{one.name}={str(value).lower() if isinstance(value, bool) else value}")
+    settings: list[str] = []
+    if is_dataclass(baseline):
+        for one in fields(baseline):
+            value = getattr(baseline, one.name)
+            if value != one.default:
+                settings.append(f"{one.name}={str(value).lower() if isinstance(value, bool) else value}")
     return ":".join(filter(None, (baseline.name, *settings, format if format != NATIVE else None, question)))
 
 
