@@ -29,9 +29,9 @@ from harness import listed, options  # beside this script
 from torch import Tensor, nn
 
 from moacompress.calibration.profile.passes import all_attended
-from moacompress.core.statistics import estimate_row, mean
+from moacompress.core.statistics import estimate_row, mean, rate
 from moacompress.core.tables import estimate_text
-from moacompress.evaluation.scoring.retention import retention
+from moacompress.evaluation.scoring.result_rows import retained
 from moacompress.evaluation.tasks.cases import Case
 from moacompress.evaluation.tasks.registry import Resources, make_cases
 from moacompress.kernels.gate_scores import rounded_scores
@@ -191,12 +191,12 @@ def side_row(
 ) -> dict[str, Any]:
     """Returns what is said of one side."""
     n = round(float(np.mean([len(case.prompt_ids) for case in cases])))
-    kept = retention([each[0] for each in truth], [each[0] for each in found])
+    kept = retained([each[0] for each in truth], [each[0] for each in found])
     above = mean([ours[1] - theirs[1] for ours, theirs in zip(found, truth, strict=True)])
     return {
         "side": name,
         "share": plan.kv_bytes(n) / plan.model.dense_kv_bytes(n),
-        "kept": None if kept is None else estimate_row(*kept[:2]),
+        "kept": estimate_row(*rate(kept)) if kept else None,
         "nll": estimate_row(*above),
         "right": len(found),
     }

@@ -15,7 +15,7 @@ from moacompress.report.notebook import register
 if TYPE_CHECKING:
     from moacompress.bench.benchmark import benchmark
     from moacompress.calibration.profile.profiler import profile
-    from moacompress.evaluation import evaluate
+    from moacompress.evaluation.runner import evaluate
     from moacompress.exporter.exporting import export
     from moacompress.healer.healing import heal
     from moacompress.in_place import applied, compress_
@@ -56,7 +56,7 @@ _HOMES = {
     "compress": "moacompress.pipeline",
     "compress_": "moacompress.in_place",
     "detach": "moacompress.runtime",
-    "evaluate": "moacompress.evaluation",
+    "evaluate": "moacompress.evaluation.runner",
     "export": "moacompress.exporter.exporting",
     "find_plan": "moacompress.search.study",
     "heal": "moacompress.healer.healing",

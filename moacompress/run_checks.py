@@ -11,9 +11,9 @@ from moacompress.calibration.profile.request import check_lengths, check_samples
 from moacompress.core.errors import DataError, RecipeError, UsageError
 from moacompress.evaluation.runner import check_request, task_names
 from moacompress.evaluation.scoring.text import text_windows
-from moacompress.evaluation.scoring.text_rows import TEXT
 from moacompress.evaluation.tasks.own_rows import answered_sources, own_tasks
 from moacompress.evaluation.tasks.registry import Resources, find_task, make_cases
+from moacompress.evaluation.tasks.task import TEXT
 from moacompress.kernels.dispatch import check_formats
 from moacompress.models.source import SourceModel
 from moacompress.prompts.pools import Prose

@@ -105,24 +105,28 @@ class BenchRequest:
         return {"plan": plan.key(), "model": fingerprint(sizes), **asked}
 
 
-def check_fits(request: BenchRequest, plan: Plan, folder: Path, available: int) -> None:
-    """Refuses lengths that the model was not made for, and what memory would not hold.
+def text_config(folder: Path) -> dict[str, Any]:
+    """Returns the part of a checkpoint's config that describes its language model."""
+    config = read_json(folder / "config.json", "config")
+    return dict(config.get("text_config", config)) if isinstance(config, dict) else {}
 
-    Args:
-        request: with its dtypes resolved.
-        plan: the checkpoint's.
-        folder: the checkpoint.
-        available: bytes that can be taken.
+
+def context_below(folder: Path, longest: int) -> int | None:
+    """Returns the tokens that a model was made for, where those are fewer than `longest`; otherwise None."""
+    context = text_config(folder).get("max_position_embeddings")
+    return context if isinstance(context, int) and 0 < context < longest else None
+
+
+def check_fits(request: BenchRequest, plan: Plan, folder: Path, available: int) -> None:
+    """Refuses lengths that the model was not made for, and what `available` bytes of memory would not hold.
 
     Raises:
         DataError: a length beyond the model's context.
         MoaCompressError: too little memory; says how much it would take.
     """
-    config = read_json(folder / "config.json", "config")
-    text = config.get("text_config", config) if isinstance(config, dict) else {}
-    context = text.get("max_position_embeddings")
     longest = max(request.lengths)
-    if isinstance(context, int) and 0 < context < longest:
+    context = context_below(folder, longest)
+    if context is not None:
         raise DataError(f"a length of {longest:,} tokens was asked for; the model was made for at most {context:,}")
     needed, cell = largest_cell(request, plan, folder)
     if needed > available:
@@ -133,36 +137,24 @@ def check_fits(request: BenchRequest, plan: Plan, folder: Path, available: int) 
 
 
 def largest_cell(request: BenchRequest, plan: Plan, folder: Path) -> tuple[int, Cell]:
-    """Returns the bytes that the cell which needs most memory takes, about, and that cell; arguments as `check_fits`."""
-    config = read_json(folder / "config.json", "config")
-    text = config.get("text_config", config) if isinstance(config, dict) else {}
-    weights = {dtype: loaded_weight_bytes(folder, dtype) for dtype in {cell.dtype for cell in request.cells()}}
-    return max(
-        ((estimated_bytes(request, plan, cell, weights[cell.dtype], text), cell) for cell in request.cells()),
-        key=lambda item: item[0],
-    )
-
-
-def estimated_bytes(request: BenchRequest, plan: Plan, cell: Cell, weights: int, config: dict[str, Any]) -> int:
-    """Returns about how much memory it takes to measure a cell, bytes.
-
-    Args:
-        request: what is measured.
-        plan: the checkpoint's.
-        cell: where.
-        weights: bytes of the model's weights, those in blocks as they are.
-        config: the model's, for the sizes of what a layer makes of a prompt.
-    """
-    plan, size = plan.in_dtype(cell.dtype), DTYPE_BYTES[cell.dtype]
-    room = cell.length + request.tokens + SPARE_TOKENS
-    dense, ours = plan.model.dense_kv_bytes(room, cell.batch), plan.kv_bytes(room, cell.batch)
-    # the dense cache is built again by every step, beside the one that each turn begins with
-    held = {"plan": ours, "full_span": dense, "dense": 2 * dense, "dense_best": dense}
-    decode = sum(held[side] for side in {*request.sides, *(("dense",) if "dense_best" in request.sides else ())})
+    """Returns about how many bytes of memory it takes to measure the cell that needs most, and that cell."""
+    config = text_config(folder)
     wide = max(int(config.get(name) or 0) for name in ("hidden_size", "intermediate_size"))
-    prefill = dense + 6 * cell.batch * cell.length * wide * size if request.prefill_repeats or request.peak else 0
-    alone = weights + LIBRARY_BYTES if request.peak else 0
-    return LIBRARY_BYTES + weights + max(decode, prefill + alone)
+    weights = {dtype: loaded_weight_bytes(folder, dtype) for dtype in {cell.dtype for cell in request.cells()}}
+
+    def needed(cell: Cell) -> int:
+        own, room = plan.in_dtype(cell.dtype), cell.length + request.tokens + SPARE_TOKENS
+        dense, ours = own.model.dense_kv_bytes(room, cell.batch), own.kv_bytes(room, cell.batch)
+        # the dense cache is built again by every step, beside the one that each turn begins with
+        held = {"plan": ours, "full_span": dense, "dense": 2 * dense, "dense_best": dense}
+        decode = sum(held[side] for side in {*request.sides, *(("dense",) if "dense_best" in request.sides else ())})
+        states = 6 * cell.batch * cell.length * wide * DTYPE_BYTES[cell.dtype]
+        prefill = dense + states if request.prefill_repeats or request.peak else 0
+        alone = weights[cell.dtype] + LIBRARY_BYTES if request.peak else 0
+        return LIBRARY_BYTES + weights[cell.dtype] + max(decode, prefill + alone)
+
+    largest = max(request.cells(), key=needed)
+    return needed(largest), largest
 
 
 def check_choices(what: str, given: Sequence[str], known: Sequence[str]) -> None:
@@ -181,12 +173,6 @@ def check_choices(what: str, given: Sequence[str], known: Sequence[str]) -> None
 
 def check_numbers(what: str, given: Sequence[int], least: int, most: int | None = None) -> None:
     """Refuses numbers out of bounds, and none at all.
-
-    Args:
-        what: they are.
-        given: the numbers.
-        least: smallest that there may be.
-        most: largest, or None.
 
     Raises:
         UsageError: names the number and its bounds.

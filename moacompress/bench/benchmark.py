@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,16 +82,25 @@ def benchmark(
         batches: rows.
         dtypes: of weights and cache; "auto" is the checkpoint's.
         sides: what is timed in turns, of "plan", "full_span", "dense" and "dense_best".
-        out: as in `run_bench`.
-        overwrite: likewise.
-        progress: likewise.
+        out: where to write the result as JSON, atomically. Finished cells are kept beside it (`bench.cells.jsonl` for
+            `bench.json`) and not measured again.
+        overwrite: start from scratch: the result at `out` and the cells beside it are removed.
+        progress: told about every turn.
         **options: other attributes of `BenchRequest`, such as `repeats` or `device`.
 
     Returns:
-        As `run_bench`, whose errors are raised; a notebook shows it as the command does.
+        `runs`: rows as `moacompress.bench.timing_rows.make_row` makes them; `break_even`; `configuration`; `environment`;
+        `serve`, which `serve_benchmark` fills. A notebook shows it as the command does.
+
+    Raises:
+        UsageError: `target` is not compressed.
+        DataError: a length beyond the model's context.
+        ArtefactError: `out` belongs to another configuration, cannot be written, or another process is at work on it.
+        PlanError, ModelError: the checkpoint is damaged.
+        MoaCompressError: not enough memory.
     """
-    shown = (tuple(lengths), tuple(batches), tuple(dtypes), tuple(sides))
-    return run_bench(target, BenchRequest(*shown, **options), out=out, overwrite=overwrite, progress=progress)
+    request = BenchRequest(tuple(lengths), tuple(batches), tuple(dtypes), tuple(sides), **options)
+    return run_bench(target, request, out=out, overwrite=overwrite, progress=progress)
 
 
 def run_bench(
@@ -103,29 +112,9 @@ def run_bench(
     progress: Progress | None = None,
     clock: Clock = time.perf_counter,
 ) -> BenchReport:
-    """Measures how fast a compressed checkpoint is, and what memory it takes, beside the dense model.
+    """Returns what `benchmark` does, for a request.
 
     All sides have the same weights in memory. They are timed in turn, so that what else the machine does meets all alike.
-
-    Args:
-        target: a compressed checkpoint, or a run's folder with one under `model/`.
-        request: what to measure.
-        out: where to write the result as JSON, atomically. Finished cells are kept beside it (`bench.cells.jsonl` for
-            `bench.json`) and not measured again.
-        overwrite: start from scratch: the result at `out` and the cells beside it are removed.
-        progress: told about every turn.
-        clock: seconds.
-
-    Returns:
-        `runs`: rows as `moacompress.bench.timing_rows.make_row` makes them; `break_even`; `configuration`; `environment`;
-        `serve`, which `serve_benchmark` fills.
-
-    Raises:
-        UsageError: `target` is not compressed.
-        DataError: a length beyond the model's context.
-        ArtefactError: `out` belongs to another configuration, cannot be written, or another process is at work on it.
-        PlanError, ModelError: the checkpoint is damaged.
-        MoaCompressError: not enough memory.
     """
     folder = compressed_folder(Path(target))
     plan = stored_plan(folder)
@@ -295,7 +284,7 @@ class _Benchmark:
                 turn.forward.begin()
         seconds = interleave(turns, request.repeats, self.clock, lambda: self.progress.step(f"decode {cell}"))
         proofs = {
-            side: turn.forward.proof().to_dict()
+            side: asdict(turn.forward.proof())
             for side, turn in turns.items()
             if isinstance(turn.forward, CompiledForward)
         }

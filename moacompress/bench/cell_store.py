@@ -20,10 +20,7 @@ from moacompress.core.records import Records
 class CellStore(Records[dict[str, Any]]):
     """Measured cells in memory and, if a path is given, on disk beside the result.
 
-    Args:
-        out: where the result will be written, or None: then nothing is kept on disk.
-        configuration: what the times depend on, as JSON values.
-        overwrite: start from scratch, whatever is there.
+    The configuration is what the times depend on, as JSON values.
 
     Raises:
         ArtefactError: the result or the cells that are there are of another configuration, or cannot be read.
@@ -45,7 +42,7 @@ class CellStore(Records[dict[str, Any]]):
                 )
 
     def begin(self) -> None:
-        """Makes the file, once: a folder that cannot be written is found before the first minute of work.
+        """Creates the file, once: a folder that cannot be written is found before the first minute of work.
 
         What is there and is not to count any more goes now, when all that can be wrong with the request was found.
 

@@ -7,7 +7,7 @@ is compiled again while it is timed would make a baseline look slow, so it is ne
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,21 +48,12 @@ class Proof:
             return f"{self.steps} steps ran {self.graph_calls} graphs, not one each"
         return None
 
-    def to_dict(self) -> dict[str, int]:
-        """Returns the JSON form."""
-        return asdict(self)
-
 
 class CompiledForward:
-    """A forward under `torch.compile` whose graphs are counted.
+    """A model's forward under `torch.compile` whose graphs are counted."""
 
-    Args:
-        forward: of a model.
-        backend: name of the compiler that graphs are given to.
-    """
-
-    def __init__(self, forward: Callable[..., Any], backend: str | None = None) -> None:
-        self._inner: Any = _lookup_backend(backend or BACKEND)
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self._inner: Any = _lookup_backend(BACKEND)
         self._forward = torch.compile(forward, backend=self._compile)
         self._graphs = self._calls = self._steps = self._breaks = 0
         self._before = (0, 0, 0)

@@ -28,16 +28,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Times every side in turn, `repeats` times, every second time in the other order.
 
-    So no side always runs after the same one, and a machine that slows down within a turn favours none.
-
-    Args:
-        turns: by name of the side, in the order in which they are taken first.
-        repeats: how often each is timed.
-        clock: seconds.
-        on_turn: called after all sides were timed once more.
-
-    Returns:
-        Seconds of every run by name of the side; the i-th of all sides were taken one after another.
+    So no side always runs after the same one, and a machine that slows down within a turn favours none. `on_turn` is called
+    after all sides were timed once more. The i-th seconds of all sides were taken one after another.
     """
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(repeats):

@@ -17,26 +17,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moacompress.bench.bench_request import BenchRequest, Cell
+from moacompress.bench.sides import DecodeTurn, PrefillTurn, filled_cache, make_models, random_ids, vocabulary_size
 from moacompress.core.errors import MoaCompressError
 from moacompress.core.memory import peak_rss, reset_peak, rss
+from moacompress.runtime.checkpoint import load_checkpoint
 
 STEPS = 2
 """Decode steps that a peak is taken over: the second is like every one after it."""
 
 
 def peak_bytes(folder: Path, side: str, cell: Cell, request: BenchRequest) -> dict[str, int]:
-    """Returns the most memory that a side takes, from a new process.
+    """Returns the most memory that a side (plan, full_span or dense) takes, from a new process.
 
-    Args:
-        folder: the compressed checkpoint.
-        side: plan, full_span or dense.
-        cell: tokens and rows.
-        request: what else matters: seed, device, and whether to prefill.
-
-    Returns:
-        `loaded` (bytes once the weights are there), `decode` and `prefill` (the most while it does that), all with Python,
-        the libraries and the weights in them; on a GPU what is taken of its memory.
+    `loaded` is bytes once the weights are there, `decode` and `prefill` the most while it does that, all with Python, the
+    libraries and the weights in them; on a GPU what is taken of its memory.
 
     Raises:
         MoaCompressError: the process failed; most likely there was too little memory.
@@ -58,16 +55,6 @@ def peak_bytes(folder: Path, side: str, cell: Cell, request: BenchRequest) -> di
 
 def measure(task: dict[str, Any]) -> dict[str, int]:
     """Returns what `peak_bytes` does, for this process; `task` is what that hands over."""
-    from moacompress.bench.sides import (
-        DecodeTurn,
-        PrefillTurn,
-        filled_cache,
-        make_models,
-        random_ids,
-        vocabulary_size,
-    )
-    from moacompress.runtime.checkpoint import load_checkpoint
-
     cell = Cell(task["dtype"], task["length"], task["batch"])
     side, seed, device = task["side"], task["seed"], task["device"]
     trusted = bool(task["trust_remote_code"])
@@ -98,8 +85,6 @@ class _Meter:
     """The memory of this process, or of the GPU where the model is on one."""
 
     def __init__(self, device: str) -> None:
-        import torch
-
         self._gpu: Any = torch.cuda if torch.device(device).type == "cuda" else None
 
     def now(self) -> int:

@@ -63,12 +63,7 @@ class Request:
 
 
 def requests(
-    seed: int,
-    count: int,
-    *,
-    prompt: Lengths | int = PROMPTS,
-    new: Lengths | int = ANSWERS,
-    rate: float | None = None,
+    seed: int, count: int, *, prompt: Lengths | int = PROMPTS, new: Lengths | int = ANSWERS, rate: float | None = None
 ) -> list[Request]:
     """Returns requests in the order in which they arrive.
 

@@ -18,11 +18,7 @@ from moacompress.runtime.compat.alternates import cache_argument
 
 
 class _Rows(ABC):
-    """What both have in common: greedy tokens, and positions of their own for every row.
-
-    Args:
-        model: the model.
-    """
+    """What both have in common: greedy tokens, and positions of their own for every row."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -30,7 +26,7 @@ class _Rows(ABC):
         self.lengths = torch.zeros(0, dtype=torch.int64)
 
     def add(self, prompt: torch.Tensor) -> int:
-        """See `RunningRows`."""
+        """Reads a prompt, `[1, tokens]`, whose row joins behind the others; returns its first new token."""
         tokens = prompt.shape[1]
         joins = self._beside()
         positions = torch.arange(tokens, device=prompt.device)[None]
@@ -40,7 +36,7 @@ class _Rows(ABC):
         return token
 
     def step(self, tokens: Sequence[int]) -> list[int]:
-        """See `RunningRows`."""
+        """Feeds every row its last token; returns the next ones."""
         device = self.model.device
         fed = torch.tensor(tokens, device=device)[:, None]
         found = self._forward(fed, self.lengths[:, None].to(device), self.cache, **self._mask())
@@ -48,7 +44,7 @@ class _Rows(ABC):
         return found
 
     def keep(self, rows: Sequence[int]) -> None:
-        """See `RunningRows`."""
+        """Forgets all rows but those of these numbers, ascending."""
         kept = torch.tensor(rows, dtype=torch.int64)
         self.lengths = self.lengths[kept]
         if len(kept):
@@ -82,12 +78,7 @@ class _Rows(ABC):
 
 
 class PlanRows(_Rows):
-    """Rows of a model under a plan: a row joins without a copy, and steps know of no padding.
-
-    Args:
-        model: the model.
-        plan: its plan.
-    """
+    """Rows of a model under a plan: a row joins without a copy, and steps know of no padding."""
 
     def __init__(self, model: PreTrainedModel, plan: Plan) -> None:
         super().__init__(model)
@@ -150,13 +141,7 @@ def _padded_together(held: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def running_rows(side: str, model: PreTrainedModel, plan: Plan) -> RunningRows:
-    """Returns no rows yet, of a side of a benchmark.
-
-    Args:
-        side: "plan", "full_span" or "dense".
-        model: of the side.
-        plan: the checkpoint's.
-    """
+    """Returns no rows yet, of a side of a benchmark ("plan", "full_span" or "dense") and its model."""
     if side == "dense":
         return DenseRows(model)
     return PlanRows(model, plan if side == "plan" else Plan.full(plan.model))

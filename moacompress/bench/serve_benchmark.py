@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moacompress.bench.bench_request import DTYPES, LIBRARY_BYTES, check_choices
+from moacompress.bench.bench_request import DTYPES, LIBRARY_BYTES, check_choices, context_below
 from moacompress.bench.benchmark import environment, load_per_core
 from moacompress.bench.cell_store import CellStore
 from moacompress.bench.request_mix import ANSWERS, PROMPTS, Lengths, Request, requests
@@ -96,18 +96,8 @@ def run_serving(
 ) -> dict[str, Any]:
     """Serves the same requests with a compressed checkpoint and with the dense model, in the same KV memory.
 
-    Args:
-        target: a compressed checkpoint, or a run's folder with one under `model/`.
-        request: what to serve.
-        out: where to write the result as JSON, atomically. What a model came to is kept beside it, and not measured again.
-        overwrite: start from scratch.
-        progress: told of every request that is answered.
-        clock: seconds.
-        sleep: waits so many seconds.
-
-    Returns:
-        `serve`: a row for every dtype and model, see docs/measuring.md; `configuration`; `environment`; `runs` and
-        `break_even`, which are empty.
+    The result, which is written to `out`, has `serve`: a row for every dtype and model, see docs/measuring.md; `configuration`;
+    `environment`; `runs` and `break_even`, which are empty. What a model came to is kept beside it, and not measured again.
 
     Raises:
         UsageError: `target` is not compressed, or a request is too large for the KV memory.
@@ -125,7 +115,27 @@ def run_serving(
         dtypes = tuple(dict.fromkeys(plan.model.dtype if dtype == "auto" else dtype for dtype in request.dtypes))
         mix = request.requests()
         _check_fits(request, mix, plan, folder, dtypes)
-        rows = list(_rows(folder, plan, request, mix, dtypes, store, progress or SILENT, clock, sleep))
+        progress, rows = progress or SILENT, []
+        for dtype in dtypes:
+            models: Mapping[str, PreTrainedModel] = {}
+            for side in request.sides:
+                key = f"serve {side} {dtype}"
+                found = store.get(key)
+                if found is None:
+                    if not models:
+                        checkpoint = load_checkpoint(
+                            folder, dtype, request.device, trust_remote_code=request.trust_remote_code
+                        )
+                        models = make_models(checkpoint.model, checkpoint.plan)
+                        store.begin()  # what can be wrong with the request was found by now
+                    load = load_per_core()
+                    progress.start(f"serving, {side}, {dtype}", len(mix))
+                    found = _served(side, dtype, models[side], plan, request, mix, progress, clock, sleep)
+                    progress.done()
+                    found |= {"load_per_core": load}
+                    store.add(key, found)
+                    gc.collect()
+                rows.append({"side": side, "dtype": dtype, "kv_memory": request.kv_memory, **found})
         report = {
             "runs": [],
             "serve": rows,
@@ -140,10 +150,9 @@ def run_serving(
 
 def _check_fits(request: ServeRequest, mix: Sequence[Request], plan: Plan, folder: Path, dtypes: Sequence[str]) -> None:
     """Refuses requests that the model was not made for, or that memory would not hold."""
-    config = read_json(folder / "config.json", "config")
-    text = config.get("text_config", config) if isinstance(config, dict) else {}
-    context, longest = text.get("max_position_embeddings"), max(one.tokens for one in mix)
-    if isinstance(context, int) and 0 < context < longest:
+    longest = max(one.tokens for one in mix)
+    context = context_below(folder, longest)
+    if context is not None:
         raise DataError(
             f"the longest request has {longest:,} tokens; the model was made for at most {context:,}: give --prompt and --new"
         )
@@ -165,46 +174,11 @@ def _bytes_of(side: str, plan: Plan) -> Callable[[int], int]:
     return plan.kv_bytes if side == "plan" else plan.model.dense_kv_bytes
 
 
-def _rows(
-    folder: Path,
-    plan: Plan,
-    request: ServeRequest,
-    mix: Sequence[Request],
-    dtypes: Sequence[str],
-    store: CellStore,
-    progress: Progress,
-    clock: Clock,
-    sleep: Callable[[float], None],
-) -> Iterator[dict[str, Any]]:
-    """Serves with every model that has not served yet, and yields the rows."""
-    for dtype in dtypes:
-        models: Mapping[str, PreTrainedModel] = {}
-        for side in request.sides:
-            key = f"serve {side} {dtype}"
-            found = store.get(key)
-            if found is None:
-                if not models:
-                    checkpoint = load_checkpoint(
-                        folder, dtype, request.device, trust_remote_code=request.trust_remote_code
-                    )
-                    models = make_models(checkpoint.model, checkpoint.plan)
-                    store.begin()  # what can be wrong with the request was found by now
-                load = load_per_core()
-                progress.start(f"serving, {side}, {dtype}", len(mix))
-                bytes_of = _bytes_of(side, plan.in_dtype(dtype))
-                found = _served(side, models[side], plan, bytes_of, request, mix, progress, clock, sleep)
-                progress.done()
-                found |= {"load_per_core": load}
-                store.add(key, found)
-                gc.collect()
-            yield {"side": side, "dtype": dtype, "kv_memory": request.kv_memory, **found}
-
-
 def _served(
     side: str,
+    dtype: str,
     model: PreTrainedModel,
     plan: Plan,
-    bytes_of: Callable[[int], int],
     request: ServeRequest,
     mix: Sequence[Request],
     progress: Progress,
@@ -212,7 +186,7 @@ def _served(
     sleep: Callable[[float], None],
 ) -> dict[str, Any]:
     """Returns what serving with one model, under the checkpoint's plan, came to."""
-    vocabulary = vocabulary_size(model)
+    vocabulary, bytes_of = vocabulary_size(model), _bytes_of(side, plan.in_dtype(dtype))
 
     def prompt_of(number: int) -> torch.Tensor:
         return random_ids((1, mix[number].prompt_tokens), vocabulary, request.seed + number, request.device)

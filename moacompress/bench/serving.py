@@ -105,13 +105,7 @@ def _spread(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def check_requests(requests: Sequence[Request], bytes_of: Callable[[int], int], memory: int, name: str) -> None:
-    """Refuses a request that would never be admitted.
-
-    Args:
-        requests: all.
-        bytes_of: returns the KV bytes of a row of so many tokens.
-        memory: KV bytes that there are.
-        name: of the model.
+    """Refuses a request that would never be admitted to so many bytes of KV memory; `bytes_of` gives those of a row's tokens.
 
     Raises:
         UsageError: says how much memory the largest takes.

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
@@ -35,11 +36,7 @@ def make_models(model: PreTrainedModel, plan: Plan) -> dict[str, PreTrainedModel
     """Returns the model of every side in `MODELS`; all have the same weights in memory.
 
     Where layers share attention the dense model has random weights: of a checkpoint without some projections there is no
-    other, and they take as long.
-
-    Args:
-        model: a compressed model, which is made dense.
-        plan: its plan.
+    other, and they take as long. The model that is given, under its plan, is made dense itself.
     """
     if plan.shares:
         config = copy.deepcopy(model.config)
@@ -81,35 +78,28 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-class FilledCache(Protocol):
+class FilledCache(ABC):
     """A cache that holds a cell's tokens, and can be had again as it was.
 
     Attributes:
-        cache: the cache itself.
+        cache: the cache that the next step reads and writes.
     """
 
-    @property
-    def cache(self) -> Any:
-        """The cache that the next step reads and writes."""
+    cache: Any
 
+    @abstractmethod
     def fresh(self) -> Any:
         """Returns the cache as it was filled; what an earlier one took in is gone."""
 
     def kv_bytes(self) -> int:
         """Returns the bytes of the keys and values in it as it was filled."""
+        return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in self.cache.layers)
 
 
-class FilledPlanCache:
+class FilledPlanCache(FilledCache):
     """The cache of a model under a plan. Its blocks are shared with none but the cache that each turn begins with.
 
-    Args:
-        plan: the plan of the model.
-        shape: of the model; the dtype is that of the cache.
-        cell: tokens and rows.
-        room: tokens of a row that memory is taken for.
-        seed: of what is in it.
-        device: torch device.
-        kv: keys and values of every layer, as `random_kv` yields them; by default those.
+    Memory is taken for `room` tokens of a row. Keys and values of every layer may be given as `kv`, as `random_kv` yields them.
     """
 
     def __init__(
@@ -130,47 +120,46 @@ class FilledPlanCache:
             if isinstance(layer, PlanCacheLayer) and layer.rules.selects:
                 generator, size = torch.Generator(device).manual_seed(seed), key.shape[:3]
                 scores = torch.randint(-(1 << 15), 1 << 15, size, generator=generator, dtype=torch.int16, device=device)
-            layer.commit(Chunk(cell.length), scores)  # type: ignore[arg-type]
+            layer.commit(Chunk(cell.length), scores)
 
-    def fresh(self) -> PlanCache:
-        """As `FilledCache`."""
+    def fresh(self) -> Any:
+        """Returns a copy on write of the filled cache."""
         return self.cache.fork()
 
     def kv_bytes(self) -> int:
-        """As `FilledCache`."""
-        return self.cache.used_bytes()
+        """Returns the bytes of the blocks in use."""
+        return int(self.cache.used_bytes())
 
 
-class FilledDynamicCache:
-    """transformers' default cache; arguments as of `FilledPlanCache`, `config` is the model's."""
+class FilledDynamicCache(FilledCache):
+    """transformers' default cache, of a model with that config."""
 
     def __init__(self, config: Any, shape: ModelShape, cell: Cell, seed: int, device: str) -> None:
         self.cache = DynamicCache(config=config)
         for layer, (key, value) in enumerate(random_kv(shape, cell, seed, device)):
             self.cache.update(key, value, layer)
 
-    def fresh(self) -> DynamicCache:
-        """As `FilledCache`; a step makes new tensors and leaves those of the filled cache alone."""
+    def fresh(self) -> Any:
+        """Returns a shallow copy: a step makes new tensors and leaves those of the filled cache alone."""
         fresh = copy.copy(self.cache)
         fresh.layers = [copy.copy(layer) for layer in self.cache.layers]
         return fresh
 
-    def kv_bytes(self) -> int:
-        """As `FilledCache`."""
-        return _tensor_bytes(self.cache)
 
-
-class FilledStaticCache:
-    """transformers' static cache, which a compiled step writes to in place; arguments as of the others."""
+class FilledStaticCache(FilledCache):
+    """transformers' static cache with room for so many tokens, which a compiled step writes to in place."""
 
     def __init__(self, config: Any, shape: ModelShape, cell: Cell, room: int, seed: int, device: str) -> None:
         self.cache = StaticCache(config=config, max_cache_len=room)
         for layer, (key, value) in enumerate(random_kv(shape, cell, seed, device)):
             self.cache.update(key, value, layer)
-        self._counts = [_counts(layer) for layer in self.cache.layers]
+        counts = ("cumulative_length", "cumulative_length_int")
+        self._counts = [
+            {name: int(getattr(layer, name)) for name in counts if hasattr(layer, name)} for layer in self.cache.layers
+        ]
 
-    def fresh(self) -> StaticCache:
-        """As `FilledCache`: the same cache, with its counts as they were.
+    def fresh(self) -> Any:
+        """Returns the same cache, with its counts as they were.
 
         Where the model has a window of its own, a step shifts what is in it; that stays shifted, and takes the same time.
         """
@@ -182,19 +171,6 @@ class FilledStaticCache:
                 else:
                     setattr(layer, name, count)
         return self.cache
-
-    def kv_bytes(self) -> int:
-        """As `FilledCache`."""
-        return _tensor_bytes(self.cache)
-
-
-def _tensor_bytes(cache: Any) -> int:
-    return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers)
-
-
-def _counts(layer: Any) -> dict[str, int]:
-    names = ("cumulative_length", "cumulative_length_int")
-    return {name: int(getattr(layer, name)) for name in names if hasattr(layer, name)}
 
 
 def random_kv(shape: ModelShape, cell: Cell, seed: int, device: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -228,17 +204,7 @@ def overlapping_kv(shape: ModelShape, cell: Cell, seed: int, device: str) -> lis
 def filled_cache(
     side: str, model: PreTrainedModel, plan: Plan, cell: Cell, tokens: int, seed: int, device: str
 ) -> FilledCache:
-    """Returns the cache of a side (`MODELS`, or `STATIC`) with a cell's tokens in it.
-
-    Args:
-        side: which.
-        model: of the side.
-        plan: the checkpoint's.
-        cell: tokens and rows.
-        tokens: steps that there must be room for.
-        seed: of what is in it.
-        device: torch device.
-    """
+    """Returns the cache of a side (`MODELS`, or `STATIC`) with a cell's tokens in it, and room for so many steps."""
     shape, room = plan.model, cell.length + tokens + SPARE_TOKENS
     if side == STATIC:
         return FilledStaticCache(model.config, shape, cell, room, seed, device)
@@ -250,12 +216,7 @@ def filled_cache(
 class DecodeTurn:
     """One turn of decoding: steps of one token for every row, from a cell's length on.
 
-    Args:
-        forward: of the model, compiled or not.
-        filled: its cache.
-        ids: what is fed, `[steps, batch, 1]`; the first step belongs to `prepare` and is not timed.
-        length: tokens in the cache before it.
-        device: torch device.
+    Ids are `[steps, batch, 1]`; the first step belongs to `prepare` and is not timed.
     """
 
     def __init__(
@@ -305,13 +266,7 @@ class DecodeTurn:
 
 
 class PrefillTurn:
-    """One turn of prefilling: a prompt for every row, in one forward.
-
-    Args:
-        model: of the side.
-        ids: the prompts, `[batch, length]`.
-        device: torch device.
-    """
+    """One turn of prefilling: a prompt for every row, `[batch, length]`, in one forward."""
 
     def __init__(self, model: PreTrainedModel, ids: torch.Tensor, device: str) -> None:
         self._model, self._ids, self._device = model, ids, device

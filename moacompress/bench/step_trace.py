@@ -25,17 +25,10 @@ FRAMEWORK = "Python and framework"
 def trace_steps(
     turn: DecodeTurn, backend: Backend, repeats: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, Any]:
-    """Traces the steps of a turn, several times, and returns the trace of the turn whose time is the median.
+    """Traces the steps of a turn that is not compiled, several times, and returns the trace of the turn of median time.
 
-    Args:
-        turn: what is traced; not compiled.
-        backend: whose kernels it runs.
-        repeats: turns.
-        clock: seconds.
-
-    Returns:
-        `threads`, `step_ms` (mean of the turn's steps) and `phases`: of each `phase`, its time of a step `ms`, and of all
-        threads together `busy_ms` and `wait_ms`. The `ms` add up to `step_ms`.
+    It has `threads`, `step_ms` (mean of the turn's steps) and `phases`: of each `phase`, its time of a step `ms`, and of all
+    threads together `busy_ms` and `wait_ms`. The `ms` add up to `step_ms`.
 
     Raises:
         UsageError: the backend cannot trace.
@@ -58,13 +51,9 @@ def trace_steps(
 
 
 def trace_of(seconds: float, phases: Mapping[str, PhaseTime], steps: int, threads: int) -> dict[str, Any]:
-    """Returns a trace as `trace_steps` does; what the kernels did not count is `FRAMEWORK`, in which one thread is at work.
+    """Returns a trace of so many steps, which took `seconds` together.
 
-    Args:
-        seconds: of all steps.
-        phases: what the kernels counted in them.
-        steps: how many.
-        threads: that the kernels share their work out to.
+    What the kernels did not count is `FRAMEWORK`, in which one thread is at work.
     """
     outside = max(0.0, seconds - sum(found.seconds for found in phases.values()))
     rows = []

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -28,11 +27,7 @@ BASELINES = ("dense", "dense_best")
 
 
 def best_dense(measured: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Returns which of the dense sides is the fastest, and why the compiled one is not in question, if so.
-
-    Args:
-        measured: seconds by side, proofs and refusals of a cell.
-    """
+    """Returns which of the dense sides is the fastest, and why the compiled one is not in question, if so."""
     refused = measured.get("refused", {}).get(STATIC)
     seconds = measured["seconds"]
     if refused is None and STATIC in seconds:
@@ -45,15 +40,9 @@ def best_dense(measured: Mapping[str, Any]) -> tuple[str, str | None]:
 def make_row(
     phase: str, cell: Cell, measured: Mapping[str, Any], peaks: Mapping[str, Mapping[str, int]], plan: Plan, steps: int
 ) -> TimingRow:
-    """Returns one row of `runs`.
+    """Returns one row of `runs`, of the phase "decode" or "prefill".
 
-    Args:
-        phase: "decode" or "prefill".
-        cell: tokens, rows, dtype.
-        measured: what the runner filed of it.
-        peaks: by side, what `peak.peak_bytes` found.
-        plan: the checkpoint's.
-        steps: forwards in a turn: tokens decoded, 1 for a prefill.
+    A turn has so many `steps`: tokens decoded, 1 for a prefill. `peaks` has by side what `peak.peak_bytes` found.
     """
     seconds = dict(measured["seconds"])
     best, refused = best_dense(measured) if "dense" in seconds else (None, None)
@@ -110,17 +99,13 @@ def _speedups(ms: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
 def break_even(runs: Iterable[TimingRow]) -> list[TimingRow]:
     """Returns from which length on a plan decodes faster, for each batch, dtype and dense side.
 
-    Args:
-        runs: rows; those of decoding count.
-
-    Returns:
-        Rows of `batch, dtype, against, length` (tokens, or None), `how` ("measured", "interpolated" or None) and `text`, a
-        sentence.
+    Rows have `batch, dtype, against, length` (tokens, or None), `how` ("measured", "interpolated" or None) and `text`.
     """
     decode = [row for row in runs if row["phase"] == "decode" and row["plan_ms"] is not None]
     found = []
-    for (dtype, batch), rows in groupby(sorted(decode, key=_group), key=_group):
-        points = sorted(rows, key=lambda row: int(row["length"]))
+    for dtype, batch in sorted({(str(row["dtype"]), int(row["batch"])) for row in decode}):
+        points = [row for row in decode if (row["dtype"], row["batch"]) == (dtype, batch)]
+        points.sort(key=lambda row: int(row["length"]))
         for against in BASELINES:
             gaps = [
                 (int(row["length"]), row["plan_ms"] * (row["speedup"][against]["value"] - 1))
@@ -139,8 +124,7 @@ def break_even(runs: Iterable[TimingRow]) -> list[TimingRow]:
 def first_faster(gaps: Sequence[tuple[int, float]]) -> tuple[int | None, str | None]:
     """Returns the length from which on a plan is faster, up to the longest measured, and how that is known.
 
-    Args:
-        gaps: lengths, shortest first, each with by how many ms the plan is faster.
+    `gaps` are lengths, shortest first, each with by how many ms the plan is faster.
     """
     first = len(gaps)
     while first and gaps[first - 1][1] > 0:
@@ -151,10 +135,6 @@ def first_faster(gaps: Sequence[tuple[int, float]]) -> tuple[int | None, str | N
         return gaps[0][0], "measured"
     (short, slower), (long, faster) = gaps[first - 1 : first + 1]
     return math.ceil(short + (long - short) * -slower / (faster - slower)), "interpolated"
-
-
-def _group(row: TimingRow) -> tuple[str, int]:
-    return str(row["dtype"]), int(row["batch"])
 
 
 def _sentence(length: int | None, how: str | None, against: str, gaps: Sequence[tuple[int, float]]) -> str:

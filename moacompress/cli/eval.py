@@ -153,10 +153,10 @@ def evaluate(
 
     from moacompress.evaluation.runner import evaluate as evaluate_model
     from moacompress.evaluation.runner import task_names
-    from moacompress.evaluation.scoring.text_rows import TEXT
     from moacompress.evaluation.scoring.thresholds import failures, parse_thresholds
     from moacompress.evaluation.tasks.own_rows import own_tasks
     from moacompress.evaluation.tasks.registry import Resources
+    from moacompress.evaluation.tasks.task import TEXT
     from moacompress.prompts.pools import Prose
 
     asked, text = recipe.evaluation, recipe.calibration.text
@@ -228,7 +228,7 @@ def _estimated(
     harness: tuple[str, ...],
 ) -> Output:
     """Checks everything and estimates the time."""
-    from moacompress.evaluation.baselines.compared_models import check_names
+    from moacompress.evaluation.baselines.comparison import check_names
     from moacompress.evaluation.eval_estimate import estimate_eval
     from moacompress.evaluation.lm_harness import check_lm_eval
     from moacompress.evaluation.runner import check_request, task_names
@@ -286,8 +286,8 @@ def _check_tensor_parallel(against: tuple[str, ...]) -> None:
 def _list_tasks() -> Output:
     """Returns the tasks with what they need."""
     from moacompress.core.tables import Table
-    from moacompress.evaluation.scoring.text_rows import TEXT
     from moacompress.evaluation.tasks.registry import known_tasks
+    from moacompress.evaluation.tasks.task import TEXT
 
     rows = [(task.name, task.description, task.requirements) for task in known_tasks().values()]
     rows.append((TEXT, "perplexity by position, KL and top-1 agreement with dense on long text", "--text"))

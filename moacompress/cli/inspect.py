@@ -74,7 +74,8 @@ def inspect(
         shown = Output({**data, "memory": memory}, [*shown.show, *memory_tables(memory)])
     if show_tokens is None:
         return shown
-    from moacompress.report.shown_tokens import selected_tokens, token_tables
+    from moacompress.report.shown_tokens import token_tables
+    from moacompress.runtime.selected_tokens import selected_tokens
 
     folder = find_model_folder(file.parent)
     if folder is None:

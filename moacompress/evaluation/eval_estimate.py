@@ -9,7 +9,7 @@ from moacompress.core.tables import readable_seconds
 from moacompress.estimate.estimate import Estimate
 from moacompress.estimate.estimator import Estimator
 from moacompress.estimate.work import Kind, Work
-from moacompress.evaluation.baselines.compared_models import sides
+from moacompress.evaluation.baselines.comparison import sides
 from moacompress.models.placement import input_device
 from moacompress.rules.rule import SINKS
 from moacompress.runtime.checkpoint import Checkpoint, compressed_folder, load_checkpoint
@@ -22,12 +22,7 @@ TEACHER_FORCED = 0.2
 
 
 def eval_work(prompts: Mapping[tuple[str, int], int], models: int) -> list[Work]:
-    """Returns what an evaluation runs.
-
-    Args:
-        prompts: how many there are of each task and length, tokens.
-        models: that answer them.
-    """
+    """Returns what an evaluation runs: so many prompts of each task and length, answered by so many models."""
     return [
         Work(kind, length, models * count * each)
         for (_, length), count in prompts.items()
@@ -36,13 +31,7 @@ def eval_work(prompts: Mapping[tuple[str, int], int], models: int) -> list[Work]
 
 
 def estimate_answers(checkpoint: Checkpoint, prompts: Mapping[tuple[str, int], int], models: int) -> Estimate:
-    """Estimates an evaluation from one timed prompt of each length under the plan.
-
-    Args:
-        checkpoint: what is evaluated.
-        prompts: how many there are of each task and length, tokens.
-        models: that answer them, as if all were as fast.
-    """
+    """Estimates an evaluation from one timed prompt of each length under the plan, as if all models were as fast."""
     estimator = Estimator(checkpoint.put_on(checkpoint.plan), input_device(checkpoint.model))
     work = eval_work(prompts, models)
     seconds, count = estimator.seconds(work), models * sum(prompts.values())

@@ -49,25 +49,17 @@ def run_lm_eval(
     *,
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
-    """Runs tasks of lm-evaluation-harness on a model.
+    """Runs tasks of lm-evaluation-harness: names of tasks, groups or tags, or paths of task files (`.yaml`).
 
-    Args:
-        model: dense or under a plan.
-        tokenizer: its tokenizer.
-        tasks: names of tasks, groups or tags, or paths of task files (`.yaml`).
-        limit: only the first documents of every task; None for all.
-        include_path: folder with more task files.
-        seed: of few-shot examples and sampling.
-        name: the `model` of the rows.
-        batch_size: requests at once: a number, "auto", or "auto:N" to find it N times, as requests become shorter. The harness
-            finds it on a GPU by trying. On a CPU, where trying too many ends the process, it is the power of two up to
-            `MOST_ROWS` whose logits at the model's context fit a quarter of the memory that is free.
-        quiet: whether the harness's bars and remarks are not shown.
+    Only the first `limit` documents of a task are run; `include_path` is a folder with more task files, `seed` that of
+    few-shot examples and sampling. Requests run `batch_size` at once: a number, "auto", or "auto:N" to find it N times, as
+    requests become shorter. The harness finds it on a GPU by trying. On a CPU, where trying too many ends the process, it
+    is the power of two up to `MOST_ROWS` whose logits at the model's context fit a quarter of the free memory. `quiet`
+    hides the harness's bars and remarks.
 
-    Returns:
-        Rows of `model, task, length` (None)`, metric, value, ci95, prompts`. `metric` is the harness's own, followed by
-        its filter if it has one (`exact_match,flexible-extract`); `ci95` is of the harness's standard error, Wilson's for
-        shares of yes and no and otherwise t, None where there is none or below 5 documents; `prompts` counts documents.
+    Rows have `model` (the name), `task, length` (None)`, metric, value, ci95, prompts`. `metric` is the harness's own, followed
+    by its filter if it has one (`exact_match,flexible-extract`); `ci95` is of the harness's standard error, Wilson's for shares
+    of yes and no and otherwise t, None where there is none or below 5 documents; `prompts` counts documents.
 
     Raises:
         UsageError: lm-evaluation-harness is not installed, unknown task, another batch size, or nothing to do.
@@ -176,10 +168,6 @@ def _rows_that_fit(length: int, vocabulary: int, free: int) -> int:
 
 def check_lm_eval(tasks: Sequence[str], limit: int | None = None) -> None:
     """Refuses tasks of lm-evaluation-harness that there are not, before a model is loaded.
-
-    Args:
-        tasks: names.
-        limit: documents of a task; None for all.
 
     Raises:
         UsageError: lm-evaluation-harness is not installed, an unknown task, or fewer documents than processes.

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moacompress.core.shingles import overlap, refuse_overlap
-from moacompress.evaluation.baselines.compared_models import ComparedModel, Comparison
+from moacompress.evaluation.baselines.compared_models import ComparedModel
+from moacompress.evaluation.baselines.comparison import Comparison
 from moacompress.evaluation.baselines.evictions import ComparedEviction
 from moacompress.evaluation.baselines.quantized_caches import RESIDUAL
 from moacompress.evaluation.scoring.result_rows import (
@@ -27,10 +28,9 @@ from moacompress.evaluation.scoring.result_rows import (
 from moacompress.evaluation.scoring.scores import CaseScorer
 from moacompress.evaluation.scoring.stored_scores import StoredScores, score_rows
 from moacompress.evaluation.scoring.text import Window, text_windows
-from moacompress.evaluation.scoring.text_rows import TEXT, TextMeasured, text_difference_rows, text_result_rows
 from moacompress.evaluation.tasks.cases import Case, mean_answer_tokens, mean_tokens
 from moacompress.evaluation.tasks.registry import KINDS, Resources, find_task, make_cases, rows_left_out
-from moacompress.prompts.pools import Prose
+from moacompress.evaluation.tasks.task import TEXT
 from moacompress.prompts.templates import decode_text
 from moacompress.runtime.checkpoint import Checkpoint
 
@@ -68,34 +68,25 @@ class Measurement:
             windows = self._windows(length)
             if not self.allow_overlap:
                 seen = self._overlap(window.ids for window in windows)
-                refuse_overlap(seen, f"the text in {self._prose.name} (windows of {length:,} tokens)")
+                assert self.resources.prose is not None
+                refuse_overlap(seen, f"the text in {self.resources.prose.name} (windows of {length:,} tokens)")
             return len(self._readers(length)) * self.prompts
         given = find_task(task, self.resources).given
-        if given is None:
-            cases = self._cases(task, length, 1)
-            return self._checked(cases) * self.prompts
-        cases = self._cases(task, length, self.prompts)
-        left, looked = rows_left_out(task, length, self.prompts, self.checkpoint.tokenizer, self.resources)
-        if left:
-            logger.warning(
-                "%d of %s%d rows of %s do not fit into %s tokens, answers included, and are left out; longer --lengths takes "
-                "them in",
-                left,
-                "" if looked == len(given) else "the first ",
-                looked,
-                task,
-                f"{length:,}",
-            )
-        return self._checked(cases) * len(cases)
-
-    def _checked(self, cases: Sequence[Case]) -> int:
-        """Returns how many models answer prompts, each of which can."""
+        cases = self._cases(task, length, 1 if given is None else self.prompts)
+        if given is not None:
+            left, looked = rows_left_out(task, length, self.prompts, self.checkpoint.tokenizer, self.resources)
+            if left:
+                first = "" if looked == len(given) else "the first "
+                logger.warning(
+                    f"{left} of {first}{looked} rows of {task} do not fit into {length:,} tokens, answers included, and are "
+                    "left out; longer --lengths takes them in"
+                )
         answerers = self._answerers(cases)
         for compared in answerers:
             if isinstance(compared, ComparedEviction):
                 for case in cases:
                     compared.check(case)
-        return len(answerers)
+        return len(answerers) * (self.prompts if given is None else len(cases))
 
     def lengths(self, task: str, asked: Sequence[int]) -> list[int]:
         """Returns the lengths of those asked for at which a task is measured."""
@@ -106,31 +97,31 @@ class Measurement:
         results: list[ResultRow] = []
         differences: list[ResultRow] = []
         answers: list[ResultRow] = []
+        scores: list[StoredScores] = []
         cells: dict[str, list[TaskCell]] = {}
         fields: dict[str, list[list[Measured]]] = {}
-        scores: list[StoredScores] = []
         for task, length in wanted:
             if task == TEXT:
-                rows, paired = self.text(task, length)
+                cell, measured = self.text(length)
             else:
-                cell, cases, field_of_cell = self.task(task, length)
+                cell, cases, measured = self.task(task, length)
                 kind = find_task(task, self.resources).kind
                 cells.setdefault(kind, []).append(cell)
-                fields.setdefault(kind, []).append(field_of_cell)
-                answers += answer_rows(cell, cases, field_of_cell)
-                scores += score_rows(cell, field_of_cell)
-                rows = result_rows(cell, field_of_cell)
-                paired = difference_rows(cell, field_of_cell)
-            results += rows
-            differences += paired
+                fields.setdefault(kind, []).append(measured)
+                answers += answer_rows(cell, cases, measured)
+                scores += score_rows(cell, measured)
+            results += result_rows(cell, measured)
+            differences += difference_rows(cell, measured)
         pooled = [pooled_rows(fields[kind], mean_overlap(cells[kind]), kind) for kind in KINDS if kind in fields]
-        parts = [[row for rows in side for row in rows] for side in zip(*pooled, strict=True)] or [[], []]
         return {
             "results": results,
             "differences": differences,
             "at_floor": at_floor(results),
             "seen_in_calibration": seen_in_calibration(results),
-            "pooled": dict(zip(("results", "differences"), parts, strict=True)),
+            "pooled": {
+                "results": [row for rows, _ in pooled for row in rows],
+                "differences": [row for _, rows in pooled for row in rows],
+            },
             "scores": scores,
             "answers": answers,
         }
@@ -140,22 +131,21 @@ class Measurement:
         cases = self._cases(task, length, self.prompts)
         seen = self._overlap(case.prompt_ids for case in cases)
         cell = TaskCell(task, length, len(cases), mean_tokens(cases), seen)
-        answerers = self._answerers(cases)
-        documents = [case.document for case in cases]
+        answerers, documents = self._answerers(cases), [case.document for case in cases]
         scored = zip(answerers, self.scorer.cases(answerers, cases), strict=True)
-        comparison = [Measured(*pair, documents) for pair in scored]
-        return cell, cases, best_candidates(comparison)
+        return (
+            cell,
+            cases,
+            best_candidates((Measured(*pair, documents) for pair in scored), lambda one: one.values("nll")),
+        )
 
-    def text(self, task: str, length: int) -> tuple[list[ResultRow], list[ResultRow]]:
-        """Returns the rows and the differences on long text."""
+    def text(self, length: int) -> tuple[TaskCell, list[Measured]]:
+        """Returns windows of long text, and the models on them, each by its best candidate."""
         windows = self._windows(length)
-        cell = TaskCell(task, length, len(windows), length, self._overlap(window.ids for window in windows))
-        compared_models = self._readers(length)
-        entries = self.scorer.windows(compared_models, [window.ids for window in windows], task)
-        documents = [window.document for window in windows]
-        measured = [TextMeasured(*pair, documents) for pair in zip(compared_models, entries, strict=True)]
-        best = best_candidates(measured, "nll_late")
-        return text_result_rows(cell, best), text_difference_rows(cell, best)
+        cell = TaskCell(TEXT, length, len(windows), length, self._overlap(window.ids for window in windows))
+        readers, documents = self._readers(length), [str(window.document) for window in windows]
+        scored = zip(readers, self.scorer.windows(readers, [window.ids for window in windows], TEXT), strict=True)
+        return cell, best_candidates((Measured(*pair, documents) for pair in scored), lambda one: one.means("nll_late"))
 
     def _answerers(self, cases: Sequence[Case]) -> list[ComparedModel]:
         """Returns the models that answer prompts."""
@@ -175,10 +165,6 @@ class Measurement:
         tokenizer = self.checkpoint.tokenizer
         return overlap(self.checkpoint.plan.seen, (decode_text(tokenizer, ids) for ids in prompts))
 
-    @property
-    def _prose(self) -> Prose:
-        assert self.resources.prose is not None
-        return self.resources.prose
-
     def _windows(self, length: int) -> list[Window]:
-        return text_windows(self._prose, self.checkpoint.tokenizer, length, self.prompts, self.seed)
+        assert self.resources.prose is not None
+        return text_windows(self.resources.prose, self.checkpoint.tokenizer, length, self.prompts, self.seed)

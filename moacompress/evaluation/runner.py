@@ -19,25 +19,15 @@ from moacompress.core.records import Records
 from moacompress.core.shingles import OVERLAP_LIMIT, Shingles, overlap, refuse_overlap
 from moacompress.core.shown import ShownDict
 from moacompress.core.version import own_version
-from moacompress.evaluation.baselines.compared_models import Comparison, check_names, make_comparison
+from moacompress.evaluation.baselines.comparison import Comparison, check_names, make_comparison
 from moacompress.evaluation.eval_estimate import estimate_answers
 from moacompress.evaluation.lm_harness import AUTO, check_lm_eval, read_batch_size, run_lm_eval
 from moacompress.evaluation.measurement import Measurement
-from moacompress.evaluation.scoring.result_rows import (
-    ResultRow,
-)
+from moacompress.evaluation.scoring.result_rows import ResultRow
 from moacompress.evaluation.scoring.scores import CaseScorer, read_entry
-from moacompress.evaluation.scoring.text_rows import (
-    TEXT,
-)
 from moacompress.evaluation.tasks.own_rows import own_tasks
-from moacompress.evaluation.tasks.registry import (
-    KINDS,
-    Resources,
-    check_resources,
-    expand_tasks,
-    find_task,
-)
+from moacompress.evaluation.tasks.registry import KINDS, Resources, check_resources, expand_tasks, find_task
+from moacompress.evaluation.tasks.task import TEXT
 from moacompress.models.processes import broadcast, check_alike, join
 from moacompress.models.stored_plan import stored_plan
 from moacompress.prompts.pools import Prose
@@ -45,6 +35,7 @@ from moacompress.rules.budget import format_length
 from moacompress.rules.plan import Plan
 from moacompress.rules.untrusted import reading_notes
 from moacompress.runtime.checkpoint import Checkpoint, compressed_folder, load_checkpoint, with_dense
+from moacompress.runtime.linear import use_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +141,7 @@ def evaluate(
           length): these count as one, with their mean; and `sink` and `window` of a baseline where all its KV heads have the
           same. Metrics are `exact_match`, `accuracy`, `nll` (nats per token) and, where dense is measured and gets a prompt
           right, `retention`, whose `prompts` are those that dense gets right, by both attentions where both are measured
-          (`prompts_dense` has the number of each); for text see `TEXT_METRICS`.
+          (`prompts_dense` has the number of each); for text see `result_rows.TEXT_METRICS`.
         - `differences`: rows of the plan minus each other `model`, paired by prompt, with `p`, the p-value of an exact or a
           permutation test. `ci95` is None below 5 prompts, as everywhere.
         - `kinds`: for every task which of `tasks.registry.KINDS` it is.
@@ -175,8 +166,6 @@ def evaluate(
             checkpoint, or is another process's at work.
         InfeasibleBudgetError: no plan of a baseline is small enough.
     """
-    from moacompress.runtime.linear import use_kernels
-
     progress = progress or SILENT
     join()
     folder = compressed_folder(Path(target))
@@ -277,10 +266,6 @@ def reads_prose(task: str, resources: Resources) -> bool:
 def check_overlap(prose: Prose, seen: Shingles | None) -> None:
     """Refuses prose of whose evaluation pool calibration has seen more than `OVERLAP_LIMIT`, and names the worst file.
 
-    Args:
-        prose: the texts.
-        seen: shingles of a plan's calibration; None where they are not known.
-
     Raises:
         DataError: it has.
     """
@@ -300,12 +285,7 @@ def check_request(
 ) -> None:
     """Refuses an evaluation of nothing, and tasks whose texts are not there; no model is needed.
 
-    Args:
-        names: of tasks, as `task_names` returns them.
-        lengths: of prompts, tokens.
-        prompts: of each task and length.
-        resources: texts.
-        harness: whether tasks of lm-evaluation-harness are measured too.
+    Where tasks of lm-evaluation-harness are measured too (`harness`), there need not be others.
 
     Raises:
         UsageError: there is nothing to measure.
@@ -380,9 +360,7 @@ def _warn_of_lost(out: Path, before: Iterable[ResultRow], now: Iterable[ResultRo
 def task_names(tasks: Iterable[str], resources: Resources | None = None) -> list[str]:
     """Returns the tasks with groups expanded and without repeats, in the order of `KINDS`; `text` comes last.
 
-    Args:
-        tasks: names of tasks and groups; `all` holds what can be made, `text` too where there is prose.
-        resources: what there is, for `all`.
+    `all` holds what the resources allow, `text` too where there is prose.
 
     Raises:
         UsageError: unknown; names the nearest known one.

@@ -47,11 +47,10 @@ FLOOR_NOTE = "* Dense cannot do this itself (its interval ends below 0.2): no ev
 def kept_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns what a plan keeps of each kind of prompts, the kind that a claim rests on first.
 
-    Returns:
-        Rows of `kind`, `tasks`, `lengths`, `prompts`, and where dense was measured `dense_right`, how many prompts it answers
-        in full, `kept` with its `ci95` (None where n is too small), the plan's mean exact match on these, and `exact_match`,
-        that of dense and the plan on all prompts: of what dense answers by luck a plan that is as good keeps less than all,
-        and it may answer others.
+    Rows have `kind`, `tasks`, `lengths`, `prompts`, and where dense was measured `dense_right`, how many prompts it answers
+    in full, `kept` with its `ci95` (None where n is too small), the plan's mean exact match on these, and `exact_match`,
+    that of dense and the plan on all prompts: of what dense answers by luck a plan that is as good keeps less than all, and
+    it may answer others.
     """
     pooled = {(row["model"], row["task"], row["metric"]): row for row in evaluation["pooled"]["results"]}
     found = []

@@ -15,6 +15,7 @@ from moacompress.core.errors import ArtefactError, UsageError
 from moacompress.core.shown import ShownDict
 from moacompress.core.tables import Columns, Row, Table, facts, readable_bytes, readable_types
 from moacompress.exporter.card import repair_text
+from moacompress.kernels.weight_blocks import WEIGHT_TYPES
 from moacompress.models.source import find_model_folder
 from moacompress.models.stored_plan import checkpoint_weights, find_running_plan, read_plan
 from moacompress.models.weight_bytes import checkpoint_weight_bytes
@@ -77,12 +78,7 @@ def inspect(target: Plan | str | Path, lengths: Sequence[int] | None = None) -> 
 
 
 def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path | None = None) -> Inspection:
-    """Returns the fields of `inspect --json`.
-
-    Args:
-        plan: the plan.
-        lengths: where KV bytes are stated, tokens; by default those in the plan.
-        folder: the compressed checkpoint, for its parameters.
+    """Returns the fields of `inspect --json`, of the parameters too where the checkpoint's folder is given.
 
     Raises:
         ArtefactError: the checkpoint's weights cannot be read.
@@ -92,6 +88,11 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
         raise UsageError(f"lengths are numbers of tokens above 0, not {chosen}")
     reference = reference_length([Budget.parse(text) for text in plan.budget.get("asked", [])], plan.profiled_lengths)
     parameters = None if folder is None else count_parameters(folder, plan)
+
+    def flops(n: int) -> dict[str, dict[str, int]]:
+        dense, ours = attention_flops(Plan.full(plan.model), n), attention_flops(plan, n)
+        return {phase: {"dense": dense[phase], "plan": ours[phase]} for phase in dense}
+
     fields = {
         "density": plan.density(reference),
         "bits": kept_bits(plan, reference),
@@ -101,7 +102,7 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
         "reference_length": reference,
         "kv_bytes": plan.kv_bytes_by_length(chosen),
         "worst_share": WorstShare.of(plan).to_dict(),
-        "attention_flops": {str(n): _flops(plan, n) for n in chosen},
+        "attention_flops": {str(n): flops(n) for n in chosen},
         "dtype": plan.model.dtype,
         "layers": plan.model.layers,
         "kv_heads": plan.model.kv_heads,
@@ -120,11 +121,6 @@ def inspect_plan(plan: Plan, lengths: Sequence[int] | None = None, folder: Path 
     return Inspection.of(plan, fields)
 
 
-def _flops(plan: Plan, n: int) -> dict[str, dict[str, int]]:
-    dense, ours = attention_flops(Plan.full(plan.model), n), attention_flops(plan, n)
-    return {phase: {"dense": dense[phase], "plan": ours[phase]} for phase in dense}
-
-
 def count_parameters(folder: Path, plan: Plan) -> dict[str, int] | None:
     """Returns the numbers in a checkpoint's safetensors files, read from their headers; None if there are none.
 
@@ -134,7 +130,7 @@ def count_parameters(folder: Path, plan: Plan) -> dict[str, int] | None:
     Raises:
         ArtefactError: a file is cut short or is not safetensors.
     """
-    in_blocks = _in_blocks(folder)
+    in_blocks = checkpoint_weights(folder) if (folder / "config.json").is_file() else {}
     held = {
         name: _numbers(tensor, in_blocks.get(name.removesuffix(".weight")))
         for file in loaded_files(folder)
@@ -152,16 +148,10 @@ def count_parameters(folder: Path, plan: Plan) -> dict[str, int] | None:
     return {"dense": sum(held.values()) + dropped - gates, "plan": sum(held.values())}
 
 
-def _in_blocks(folder: Path) -> dict[str, str]:
-    return checkpoint_weights(folder) if (folder / "config.json").is_file() else {}
-
-
 def _numbers(tensor: StoredTensor, kind: str | None) -> int:
     """Returns how many numbers a tensor stands for, whatever they are stored as."""
     if kind is None:
         return tensor.numbers
-    from moacompress.kernels.weight_blocks import WEIGHT_TYPES
-
     if kind not in WEIGHT_TYPES or len(tensor.shape) != 2:
         raise ArtefactError(f"the weights of the checkpoint are in blocks of an unknown type, {kind[:40]!r}")
     return tensor.shape[0] * WEIGHT_TYPES[kind].inputs(tensor.shape[1])

@@ -24,10 +24,7 @@ logger = logging.getLogger(__name__)
 Data = Mapping[str, Any]
 SCORES = ("gate", "recency", "oracle")
 """By what tokens are selected: gates, how recent they are, and the influence itself."""
-RANK: Columns = {
-    "": lambda row: row["name"],
-    "Spearman": lambda row: estimate_text(row["spearman"], row["ci95"]),
-}
+RANK: Columns = {"": lambda row: row["name"], "Spearman": lambda row: estimate_text(row["spearman"], row["ci95"])}
 COUNT: Columns = {"n": lambda row: str(row["n"])}
 SLOPE: Columns = {"slope": lambda row: estimate_text(row["slope"], row["slope_ci95"])}
 REGRET: Columns = {"regret": lambda row: readable_number(row["regret"], ".1%")}

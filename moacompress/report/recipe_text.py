@@ -23,22 +23,14 @@ LINE = 128
 
 
 def recipe_yaml(recipe: Recipe, *, everything: bool = True) -> str:
-    """Returns a recipe as YAML with a comment on each key; `Recipe.load` reads it back.
-
-    Args:
-        recipe: the recipe.
-        everything: also the settings that have their defaults; without them what is left may be nothing.
-    """
+    """Returns a recipe as YAML with a comment on each key, which `Recipe.load` reads back; or only of what is changed."""
     return "\n".join(_lines(recipe, Recipe(), everything, "")) + "\n"
 
 
 def changed_settings(recipe: Recipe) -> dict[str, Any]:
     """Returns the settings that are not the defaults, by their dotted keys."""
-    found = {}
-    for key, value in _flat(recipe.resolved(), ""):
-        if value != dict(_flat(Recipe().resolved(), "")).get(key):
-            found[key] = value
-    return found
+    defaults = dict(_flat(Recipe().resolved(), ""))
+    return {key: value for key, value in _flat(recipe.resolved(), "") if value != defaults.get(key)}
 
 
 def recipe_schema() -> dict[str, Any]:

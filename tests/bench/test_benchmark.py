@@ -92,14 +92,8 @@ def test_it_goes_on_where_it_was_stopped(compressed, tmp_path, monkeypatch):
         run_bench(compressed, replace(small, tokens=3), out=out)
     assert out.read_bytes() == before
     monkeypatch.undo()
-    assert (
-        len(
-            run_bench(compressed, replace(small, tokens=3, batches=(1,), lengths=(96,)), out=out, overwrite=True)[
-                "runs"
-            ]
-        )
-        == 2
-    )
+    other = replace(small, tokens=3, batches=(1,), lengths=(96,))
+    assert len(run_bench(compressed, other, out=out, overwrite=True)["runs"]) == 2
 
 
 def test_what_is_refused_leaves_nothing_behind(compressed, tmp_path, tiny_folder, monkeypatch):

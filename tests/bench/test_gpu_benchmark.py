@@ -188,24 +188,23 @@ def test_targets_are_met_or_not_or_not_measured():
     def step(cell, side, ms, size, graph):
         return {"part": "e2e", "what": f"{cell} {side}", "ms": ms, "bytes": size, "graph": graph}
 
-    found = targets(
-        [
-            ring("native/native", 100.0, share_of_ceiling=0.8),
-            ring("int8/int4", 40.0),
-            {"part": "decode", "what": "56 x 8,192 int4/int4, a step in rings", "failed": "RuntimeError: no"},
-            step("8 x 32,768", "full span", 16.0, 50, True),
-            step("8 x 32,768", "a quarter, native/native", 8.0, 24, True),
-            step("8 x 32,768", "a quarter, int8/int4", 7.0, 18, False),
-            step("8 x 32,768", "plain", 40.0, 50, False),
-            {"part": "e2e", "what": "8,192 tokens, plain, its largest batch", "tokens/s": 1000.0},
-            {"part": "e2e", "what": "8,192 tokens, a quarter, native/native, its largest batch", "tokens/s": 7000.0},
-            {"part": "prefill", "what": "4,096 tokens, a quarter", "x visible share": 1.05},
-            {"part": "correct", "what": "300 steps, gates", "right": True},
-            {"part": "correct", "what": "300 steps, native/native", "right": False},
-            {"part": "correct", "what": "decode int8/int8", "right": True},
-            {"part": "correct", "what": "waits of the host in a step, gates", "skipped": "not here"},
-        ]
-    )
+    rows = [
+        ring("native/native", 100.0, share_of_ceiling=0.8),
+        ring("int8/int4", 40.0),
+        {"part": "decode", "what": "56 x 8,192 int4/int4, a step in rings", "failed": "RuntimeError: no"},
+        step("8 x 32,768", "full span", 16.0, 50, True),
+        step("8 x 32,768", "a quarter, native/native", 8.0, 24, True),
+        step("8 x 32,768", "a quarter, int8/int4", 7.0, 18, False),
+        step("8 x 32,768", "plain", 40.0, 50, False),
+        {"part": "e2e", "what": "8,192 tokens, plain, its largest batch", "tokens/s": 1000.0},
+        {"part": "e2e", "what": "8,192 tokens, a quarter, native/native, its largest batch", "tokens/s": 7000.0},
+        {"part": "prefill", "what": "4,096 tokens, a quarter", "x visible share": 1.05},
+        {"part": "correct", "what": "300 steps, gates", "right": True},
+        {"part": "correct", "what": "300 steps, native/native", "right": False},
+        {"part": "correct", "what": "decode int8/int8", "right": True},
+        {"part": "correct", "what": "waits of the host in a step, gates", "skipped": "not here"},
+    ]
+    found = targets(rows)
     assert all({"part", "what", "wanted", "measured", "met"} == {*row} for row in found)
     measured = {row["what"]: (row["measured"], row["met"]) for row in found if row["met"] != "not measured"}
     assert measured == {

@@ -18,11 +18,12 @@ from moacompress.cli import app
 from moacompress.core.errors import ArtefactError
 from moacompress.core.tables import readable_bytes, readable_number
 from moacompress.report.inspection import count_parameters, formats_map, inspect_plan, kept_map
-from moacompress.report.shown_tokens import token_class, token_tables
+from moacompress.report.shown_tokens import token_tables
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import Share, with_shared_rules
+from moacompress.runtime.selected_tokens import token_class
 
 RUNNER = CliRunner()
 

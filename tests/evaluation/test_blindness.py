@@ -10,20 +10,21 @@ import numpy as np
 import pytest
 
 import moacompress.evaluation.measurement as measurement
-from moacompress.evaluation import evaluate
+from moacompress.evaluation.runner import evaluate
 from moacompress.evaluation.tasks.cases import Case
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 LAYER, HEAD = 1, 1
 HIDDEN, HEAD_DIM = 64, 16
 QUESTION, FILLER = 10, range(40, 90)
 MARKED, ANSWERS = range(20, 28), range(30, 38)
 LENGTH, PROMPTS = 600, 20
+Measure = Callable[[int, int], dict[tuple[str, str], Any]]
 
 
 def retriever(tiny_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
@@ -74,12 +75,7 @@ def marked_cases(task: str, length: int, prompts: int, seed: int, tokenizer: Any
 
 
 @pytest.fixture
-def measured(
-    tiny_model: Callable[..., PreTrainedModel],
-    tiny_tokenizer: PreTrainedTokenizerBase,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[[int, int], dict[tuple[str, str], Any]]:
+def measured(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measure:
     """Returns a function that blinds one KV head and evaluates; its rows by model and metric, `-` before differences."""
     from moacompress.runtime import attach, detach
 
@@ -101,7 +97,7 @@ def measured(
     return measure
 
 
-def test_a_blind_retrieval_head_is_seen(measured: Callable[[int, int], dict[tuple[str, str], Any]]) -> None:
+def test_a_blind_retrieval_head_is_seen(measured: Measure) -> None:
     rows = measured(LAYER, HEAD)
     assert rows["dense", "exact_match"]["value"] == 1.0
     assert rows["dense", "nll"]["value"] < 0.5
@@ -113,9 +109,7 @@ def test_a_blind_retrieval_head_is_seen(measured: Callable[[int, int], dict[tupl
 
 
 @pytest.mark.parametrize(("layer", "head"), [(LAYER, 1 - HEAD), (1 - LAYER, HEAD)])
-def test_blinding_any_other_head_is_harmless(
-    measured: Callable[[int, int], dict[tuple[str, str], Any]], layer: int, head: int
-) -> None:
+def test_blinding_any_other_head_is_harmless(measured: Measure, layer: int, head: int) -> None:
     rows = measured(layer, head)
     assert rows["plan", "exact_match"]["value"] == rows["plan", "retention"]["value"] == 1.0
     assert rows["-", "nll"]["value"] == pytest.approx(0.0, abs=1e-6)

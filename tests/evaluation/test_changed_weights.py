@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from moacompress.bench.sides import make_models
 from moacompress.core.errors import PlanError, UsageError
-from moacompress.evaluation import evaluate
+from moacompress.evaluation.runner import evaluate
 from moacompress.models.source import find_model_folder, model_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -15,28 +14,20 @@ import pytest
 import torch
 
 from moacompress.core.errors import DataError, InfeasibleBudgetError, UsageError
-from moacompress.evaluation import evaluate
 from moacompress.evaluation.baselines import evictions
-from moacompress.evaluation.baselines.compared_models import STOCK, check_names, make_comparison
-from moacompress.evaluation.baselines.evictions import (
-    SEEN,
-    UNSEEN,
-    ComparedEviction,
-    compared_eviction,
-    eviction_names,
-    expanded,
-    kept_mask,
-    score_evictions,
-)
+from moacompress.evaluation.baselines.compared_models import STOCK
+from moacompress.evaluation.baselines.comparison import check_names, make_comparison
+from moacompress.evaluation.baselines.evictions import ComparedEviction, compared_eviction, kept_mask, score_evictions
+from moacompress.evaluation.eviction.key_scores import ExpectedAttention
+from moacompress.evaluation.eviction.kvzip import KVzip
 from moacompress.evaluation.eviction.reading import DenseReading, read_prompt
-from moacompress.evaluation.eviction.registry import EVICTIONS
+from moacompress.evaluation.eviction.registry import EVICTIONS, SEEN, UNSEEN, eviction_names, expanded
 from moacompress.evaluation.eviction.window_scores import AdaKV
+from moacompress.evaluation.runner import evaluate
 from moacompress.evaluation.scoring.prompts import score_batch
 from moacompress.evaluation.tasks.cases import Case
-from moacompress.evaluation.tasks.registry import TASKS, Resources, make_cases
 from moacompress.kernels.reference.rounding import rounded
 from moacompress.models.source import model_shape
-from moacompress.prompts.pools import Prose
 from moacompress.rules.formats import CODED, FORMATS, NATIVE, find_format
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -66,7 +57,7 @@ def _windows(shape: Any, window: int = 92) -> Plan:
 
 
 def compared(name: str, question: str | None, plan: Plan, format: str = NATIVE) -> ComparedEviction:
-    return ComparedEviction(EVICTIONS[name](), question, plan, 0, format)
+    return ComparedEviction(f"{name}:{question}", 0, EVICTIONS[name](), question, plan, format)
 
 
 @pytest.mark.parametrize("question", [SEEN, UNSEEN])
@@ -109,10 +100,10 @@ def test_keys_are_rounded_less_their_mean(model: PreTrainedModel, tiny_tokenizer
     reading = read_prompt(model, tiny_tokenizer, a_case().prompt_ids[:-1])
     mask = torch.ones(LAYERS, KV_HEADS, 130, dtype=torch.bool)
     offset = torch.nn.functional.normalize(torch.arange(DIM).float(), dim=0) * 100
-    moved = replace(reading, keys=[key + offset for key in reading.keys])
-    for (key, value), exact_key, exact_value in zip(
-        moved.kept(mask, format="int4")._held, reading.keys, reading.values, strict=True
-    ):
+    layers = [replace(one, attended=(one.query, one.key + offset, one.value)) for one in reading.layers]
+    moved = replace(reading, layers=layers)
+    for (key, value), layer in zip(moved.kept(mask, format="int4")._held, reading.layers, strict=True):
+        exact_key, exact_value = layer.key[None], layer.value[None]
         for found, exact in ((key - offset, exact_key[:, :, :130]), (value, exact_value[:, :, :130])):
             assert 0 < (found - exact).norm() < 0.1 * exact.norm()
         without = rounded(exact_key + offset, [find_format("int4").code] * KV_HEADS) - offset
@@ -216,55 +207,51 @@ def test_rows_beside_the_others(compressed: Path, tmp_path: Path, monkeypatch: p
     assert value == {row["metric"]: row["value"] for row in resumed["results"] if row["model"] == "keydiff:seen"}
 
 
-def test_names() -> None:
-    assert expanded(("dense", "kvzip", "snapkv:seen", "h2o", "snapkv")) == (
-        "dense", "kvzip:unseen", "kvzip:seen", "snapkv:seen", "h2o", "snapkv:unseen",
-    )  # fmt: skip
-    assert {"snapkv", "snapkv:unseen", "kvzip:seen", "h2o", "streaming-llm"} <= set(eviction_names())
-    assert {"kvzip:int4", "snapkv:int8"} <= set(eviction_names())
+@pytest.mark.parametrize(
+    ("asked", "measured"),
+    [
+        ("dense kvzip snapkv:seen h2o snapkv", "dense kvzip:unseen kvzip:seen snapkv:seen h2o snapkv:unseen"),
+        (
+            "snapkv:window=016 snapkv:kernel=5:seen h2o:recent=0.25",
+            "snapkv:window=16:unseen snapkv:window=16:seen snapkv:seen h2o:recent=0.25",
+        ),
+        (
+            "kvzip:int4 snapkv:window=16:int8:seen keydiff:native h2o:native",
+            "kvzip:int4:unseen kvzip:int4:seen snapkv:window=16:int8:seen keydiff:unseen keydiff:seen h2o",
+        ),
+    ],
+)
+def test_names_say_what_is_measured(asked: str, measured: str) -> None:
+    assert expanded(asked.split()) == tuple(measured.split())
+
+
+def test_settings_and_formats_are_part_of_the_name(model: PreTrainedModel) -> None:
+    plan = _windows(model_shape(model))
+    for name, baseline, format in (
+        ("adakv:safeguard=0.5:window=16:seen", AdaKV(window=16, safeguard=0.5), NATIVE),
+        ("expected-attention:covariance=False:seen", ExpectedAttention(covariance=False), NATIVE),
+        ("kvzip:int4:seen", KVzip(), "int4"),
+        ("kvzip:native:seen", KVzip(), NATIVE),
+    ):
+        one, plain = (compared_eviction(each, plan, 160) for each in (name, f"{name.partition(':')[0]}:seen"))
+        assert (one.baseline, one.format) == (baseline, format)
+        assert expanded([one.name]) == expanded([name]) == (one.name,)
+        assert (one.key() == plain.key()) == (one.name == plain.name)
+    assert {"snapkv", "snapkv:unseen", "kvzip:seen", "h2o", "kvzip:int4", "snapkv:int8"} <= set(eviction_names())
     assert not {"h2o:seen", "h2o:int4"} & set(eviction_names())
     assert [EVICTIONS[name].readings for name in ("kvzip", "snapkv", "h2o")] == [2, 1, 1]
-
-
-def test_settings_are_part_of_the_name(model: PreTrainedModel) -> None:
-    plan = _windows(model_shape(model))
-    assert expanded(("snapkv:window=016", "snapkv:kernel=5:seen", "h2o:recent=0.25")) == (
-        "snapkv:window=16:unseen", "snapkv:window=16:seen", "snapkv:seen", "h2o:recent=0.25",
-    )  # fmt: skip
-    one = compared_eviction("adakv:safeguard=0.5:window=16:seen", plan, 160)
-    assert one.baseline == AdaKV(window=16, safeguard=0.5)
-    assert one.name == "adakv:window=16:safeguard=0.5:seen"
-    assert compared_eviction("expected-attention:covariance=False:seen", plan, 160).name == (
-        "expected-attention:covariance=false:seen"
-    )
-    assert one.key() != compared_eviction("adakv:window=16:seen", plan, 160).key()
-
-
-def test_a_format_is_part_of_the_name(model: PreTrainedModel) -> None:
-    plan = _windows(model_shape(model))
-    assert expanded(("kvzip:int4", "snapkv:window=16:int8:seen", "keydiff:native", "h2o:native")) == (
-        "kvzip:int4:unseen", "kvzip:int4:seen", "snapkv:window=16:int8:seen", "keydiff:unseen", "keydiff:seen", "h2o",
-    )  # fmt: skip
-    one, native = (compared_eviction(name, plan, 160) for name in ("kvzip:int4:seen", "kvzip:native:seen"))
-    assert (one.name, one.format, native) == ("kvzip:int4:seen", "int4", compared_eviction("kvzip:seen", plan, 160))
-    assert one.key() != native.key()
-
-
-def test_settings_reach_the_masks(model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    plan, case = _windows(model_shape(model)), a_case()
-    reading = read_prompt(model, tiny_tokenizer, case.prompt_ids[:-1])
-    kept = [
-        kept_mask(compared_eviction(name, plan, case.tokens), case, reading)
-        for name in ("snapkv:window=8:seen", "snapkv:window=32:seen")
-    ]
-    assert all(bool(mask[:, :, -8:].all()) for mask in kept)
-    assert bool(kept[1][:, :, -32:].all())
-    assert not bool(kept[0][:, :, -32:].all())
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        (
+            "plan",
+            "against 'plan', which is what rows of the checkpoint itself are called; write a folder of this name as './plan'",
+        ),
+        ("snapkw", "cannot evaluate against 'snapkw'; did you mean 'snapkv'"),
+        ("h2o:seen", "cannot evaluate against 'h2o:seen'; known are dense, "),
+        ("zzzz", "streaming-llm, h2o, snapkv, pyramidkv, adakv, expected-attention, keydiff, kvzip"),
         ("snapkv:windw=3", "'snapkv:windw=3': snapkv has no setting 'windw'; did you mean 'window'"),
         ("keydiff:window=3", "keydiff has no setting 'window'; it has none"),
         ("snapkv:window=0", "window is 0, and must be at least 1"),
@@ -280,23 +267,9 @@ def test_settings_reach_the_masks(model: PreTrainedModel, tiny_tokenizer: PreTra
         ("snapkv:window=8:later", "cannot evaluate against 'snapkv:window=8:later'; "),
     ],
 )
-def test_settings_that_a_method_cannot_have(name: str, message: str) -> None:
+def test_names_that_cannot_be_read(name: str, message: str) -> None:
     with pytest.raises(UsageError, match=f".*{re.escape(message)}"):
         check_names((name,))
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("plan", r"against 'plan', which is what rows of the checkpoint itself .* as '\./plan'"),
-        ("snapkw", "cannot evaluate against 'snapkw'; did you mean 'snapkv'"),
-        ("h2o:seen", "cannot evaluate against 'h2o:seen'; known are dense, .*, h2o, "),
-        ("zzzz", "known are dense, .*streaming-llm, h2o, snapkv, pyramidkv, adakv, expected-attention, keydiff, kvzip"),
-    ],
-)
-def test_unknown_names_are_refused(name: str, message: str, compressed: Path) -> None:
-    with pytest.raises(UsageError, match=message):
-        evaluate(compressed, against=(name,), **ASKED)
 
 
 def test_a_prompt_of_one_line_has_no_question_to_leave_out(compressed: Path, tmp_path: Path) -> None:
@@ -327,38 +300,3 @@ def test_layers_with_windows_of_their_own(
     comparison = make_comparison(load_checkpoint(tmp_path, "auto", "cpu"), ("h2o",), None, True)
     with pytest.raises(UsageError, match="^h2o cannot be measured on this model: its layers have sliding windows"):
         comparison.at(700, 8)
-
-
-BEGINS = {
-    "needle-noise": "Which number was",
-    "key-value": "What value is listed for",
-    "multi-query-prose": "Which numbers were given to",
-    "variable-chain": "Which variables end up with",
-    "common-words": "Which ten words are they?",
-    "frequent-words": "Leaving out the dots",
-    "document-question": "Which is blue?",
-    "line-lookup": "Which number is on the line of",
-    "second-question": "Which number was",
-    "legal-codes": "What is the ",
-    "table-lookup": "In the table above, ",
-    "dialogue-fact": "What is ",
-}
-LONGER = {"variable-chain": 3000, "common-words": 4000}
-"""Tokens, where a prompt needs more of them: they are characters here."""
-
-
-@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if not task.ruler])
-def test_where_the_question_begins(task: str, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    prose = tmp_path / "prose.txt"
-    prose.write_text(" ".join(f"Sentence {i} says little." for i in range(2000)))
-    squad = tmp_path / "squad.json"
-    asked = [{"question": "Which is blue?", "answers": [{"text": "lake"}]}]
-    articles = [{"paragraphs": [{"context": f"The lake {index} is blue.", "qas": asked}]} for index in range(6)]
-    squad.write_text(json.dumps({"data": articles}))
-    (case,) = make_cases(
-        task, LONGER.get(task, 2000), 1, 0, tiny_tokenizer, Resources(prose=Prose.load(prose), squad=squad)
-    )
-    assert case.question_at is not None
-    said = str(tiny_tokenizer.decode(case.prompt_ids[case.question_at :]))
-    assert said.startswith(BEGINS.get(task, ""))
-    assert 0 < len(said) < 400

@@ -14,8 +14,9 @@ from rich.console import Console, Group
 from torch.nn import functional
 
 import moacompress.evaluation.measurement as measurement
-from moacompress.evaluation import evaluate
-from moacompress.evaluation.baselines.compared_models import DENSE, STOCK, sides
+from moacompress.evaluation.baselines.compared_models import DENSE, STOCK
+from moacompress.evaluation.baselines.comparison import sides
+from moacompress.evaluation.runner import evaluate
 from moacompress.evaluation.scoring.prompts import read_on
 from moacompress.evaluation.tasks.cases import Case
 from moacompress.models.source import model_shape

@@ -16,7 +16,7 @@ from moacompress.calibration.data.held_out import held_out_rows
 from moacompress.calibration.data.joined import Library
 from moacompress.cli import app
 from moacompress.core.errors import DataError, PlanError, UsageError
-from moacompress.evaluation import evaluate
+from moacompress.evaluation.runner import evaluate
 from moacompress.evaluation.scoring.prompts import match_share
 from moacompress.evaluation.tasks.own_rows import answered_sources, own_tasks
 from moacompress.evaluation.tasks.registry import Resources, find_task, make_cases
@@ -73,29 +73,28 @@ def test_rows_in_order_that_fit(tmp_path: Path, tiny_tokenizer: Any) -> None:
     assert len(make_cases("mine", 10_000, 8, 0, tiny_tokenizer, resources)) == 8
 
 
-def test_white_space_around_an_answer_is_none_of_it(tmp_path: Path, tiny_tokenizer: Any) -> None:
-    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": " Ann\r\n"}]
-    rows = [{"prompt": "Who?", "answer": " Ann\n"}, {"prompt": "Who?", "answer": ["Ann\t", "Bo "]}, {"messages": turns}]
-    for number, row in enumerate(rows):
-        resources = Resources(own=own_tasks([write(tmp_path / f"mine{number}.jsonl", [row])]))
-        (case,) = make_cases(f"mine{number}", 200, 1, 0, tiny_tokenizer, resources)
-        assert case.references[0] == "Ann"
-        assert match_share(case, "It is Ann.") == 1.0
-
-
-def test_accents_count_however_they_are_put_together(tmp_path: Path, tiny_tokenizer: Any) -> None:
-    row = {"prompt": "Where?", "answer": "cafe\u0301"}
+@pytest.mark.parametrize(
+    ("row", "right", "wrong"),
+    [
+        ({"prompt": "Who?", "answer": " Ann\n"}, "It is Ann.", "Annabel."),
+        ({"prompt": "Who?", "answer": ["Ann\t", "Bo "]}, "It is Ann.", "Bob."),
+        (
+            {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": " Ann\r\n"}]},
+            "It is Ann.",
+            "",
+        ),
+        ({"prompt": "Where?", "answer": "cafe\u0301"}, "In a caf\u00e9.", "In a cafe."),
+        ({"prompt": "Is it?", "answer": "no"}, "No, it is not.", "Yes, as is well known."),
+    ],
+)
+def test_answers_are_found_as_whole_words(
+    row: Any, right: str, wrong: str, tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    """White space around them is none of them, and accents count however they are put together."""
     resources = Resources(own=own_tasks([write(tmp_path / "mine.jsonl", [row])]))
     (case,) = make_cases("mine", 200, 1, 0, tiny_tokenizer, resources)
-    assert match_share(case, "In a caf\u00e9.") == 1.0
-    assert match_share(case, "In a cafe.") == 0.0
-
-
-def test_an_answer_is_found_as_whole_words(tmp_path: Path, tiny_tokenizer: Any) -> None:
-    resources = Resources(own=own_tasks([write(tmp_path / "mine.jsonl", [{"prompt": "Is it?", "answer": "no"}])]))
-    (case,) = make_cases("mine", 200, 1, 0, tiny_tokenizer, resources)
-    assert match_share(case, "Yes, as is well known.") == 0.0
-    assert match_share(case, "No, it is not.") == 1.0
+    assert case.references[0] == case.references[0].strip()
+    assert (match_share(case, right), match_share(case, wrong)) == (1.0, 0.0)
 
 
 def test_all_answers_of_a_squad_file_are_right(tmp_path: Path, tiny_tokenizer: Any) -> None:
@@ -178,9 +177,6 @@ def test_rows_that_do_not_fit_are_counted_though_enough_do(
     mine = write(tmp_path / "mine.jsonl", rows)
     evaluate(compressed, tasks=(), sources=[mine], lengths=(200,), prompts=2, against=())
     assert "3 of the first 5 rows of mine do not fit into 200 tokens" in caplog.text
-    caplog.clear()
-    evaluate(compressed, tasks=(), sources=[mine], lengths=(200,), prompts=20, against=())
-    assert "3 of 8 rows of mine do not fit into 200 tokens" in caplog.text
 
 
 def test_rows_that_are_held_out_are_those_that_no_calibration_has(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moacompress.core.errors import DataError
-from moacompress.evaluation.tasks import associative_recall, line_lookup, second_question
+from moacompress.evaluation.tasks import lookups, needles
 from moacompress.evaluation.tasks.drafts import draft_ids, encode_draft
 from moacompress.evaluation.tasks.registry import make_cases
 from moacompress.evaluation.tasks.task import PromptRequest
@@ -26,7 +26,7 @@ def base_tokenizer(tiny_tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeniz
 
 
 def test_lines(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    draft = line_lookup.render([("calm-otter", 7), ("bold-raven", 41234)], "calm-otter", 7)
+    draft = lookups.render_lines([("calm-otter", 7), ("bold-raven", 41234)], "calm-otter", 7)
     assert draft.messages == (
         "Every line of this list has a name and a number.\n\n"
         "calm-otter has the number 7\nbold-raven has the number 41234\n"
@@ -54,7 +54,7 @@ def test_drawn_lines(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def test_recall(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    draft = associative_recall.render([("bold-raven", "harvest"), ("calm-otter", "lake")], "bold-raven", "harvest")
+    draft = lookups.render_recall([("bold-raven", "harvest"), ("calm-otter", "lake")], "bold-raven", "harvest")
     ids = encode_draft(tiny_tokenizer, draft)
     assert tiny_tokenizer.decode(ids.prompt_ids) == "bold-raven: harvest\ncalm-otter: lake\nbold-raven:"
     assert tiny_tokenizer.decode(ids.answer_ids) == " harvest"
@@ -79,7 +79,7 @@ PREFIX = "calm-otter was given the number"
 
 
 def test_second_question(tiny_tokenizer: PreTrainedTokenizerBase, base_tokenizer: PreTrainedTokenizerBase) -> None:
-    draft = second_question.render("Hay.", ("bold-raven", "calm-otter"), ("1111111", "2222222"))
+    draft = needles.render_second_question("Hay.", ("bold-raven", "calm-otter"), ("1111111", "2222222"))
     assert draft.references == ("2222222",)
     for tokenizer, before, after in (
         (
@@ -110,8 +110,8 @@ def test_drawn_second_question(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def test_base_models_get_the_text_alone(base_tokenizer: PreTrainedTokenizerBase) -> None:
-    draft = line_lookup.render([("a-b", 1)], "a-b", 1)
+    draft = lookups.render_lines([("a-b", 1)], "a-b", 1)
     text = str(base_tokenizer.decode(draft_ids(base_tokenizer, draft)))
     assert text == draft.messages[0] + "\n"
     request = PromptRequest("second-question", 1500, 0, 0, np.random.default_rng(0), base_tokenizer)
-    assert request.tokens(second_question.make_second_question(request)) <= 1500
+    assert request.tokens(needles.make_second_question(request)) <= 1500

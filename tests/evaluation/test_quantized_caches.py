@@ -13,15 +13,10 @@ import pytest
 import torch
 
 from moacompress.core.errors import UsageError
-from moacompress.evaluation import evaluate
-from moacompress.evaluation.baselines.compared_models import STOCK, make_comparison
-from moacompress.evaluation.baselines.quantized_caches import (
-    QUANTIZED,
-    RESIDUAL,
-    QuantizedKind,
-    held_bytes,
-    text_steps,
-)
+from moacompress.evaluation.baselines.compared_models import STOCK
+from moacompress.evaluation.baselines.comparison import make_comparison
+from moacompress.evaluation.baselines.quantized_caches import QUANTIZED, RESIDUAL, QuantizedKind, held_bytes, text_steps
+from moacompress.evaluation.runner import evaluate
 from moacompress.evaluation.scoring.prompts import score_batch
 from moacompress.evaluation.scoring.text import read
 from moacompress.evaluation.tasks.cases import Case

@@ -38,27 +38,15 @@ def test_two_processes_measure_what_one_does(
     rows.write_text("".join(json.dumps({"q": f"is {n} even", "a": n % 2}) + "\n" for n in range(5)))
     task = {**TASK, "dataset_kwargs": {"data_files": {"test": str(rows)}}}
     (tmp_path / "even.yaml").write_text(json.dumps(task))
-    options: tuple[str | Path, ...] = (
-        "--tasks",
-        "needle-noise,text",
-        "--text",
-        prose,
-        "--lengths",
-        "700",
-        "--prompts",
-        "3",
-    )
-    options = (*options, "--against", "dense", "--lm-eval", tmp_path / "even.yaml", "--json")
+    options = f"--tasks needle-noise,text --text {prose} --lengths 700 --prompts 3 --against dense".split()
+    options += ["--lm-eval", str(tmp_path / "even.yaml"), "--json"]
 
-    def whole(name: str) -> tuple[Path, Path]:
-        return tmp_path / f"{name}.json", tmp_path / f"{name}.scores.jsonl"
-
-    out, scores = whole("one")
-    alone = CliRunner().invoke(app, ["eval", str(compressed), *map(str, options), "-o", str(out)])
+    out, scores = tmp_path / "one.json", tmp_path / "one.scores.jsonl"
+    alone = CliRunner().invoke(app, ["eval", str(compressed), *options, "-o", str(out)])
     assert alone.exit_code == 0, alone.stderr
     expected: dict[str, Any] = json.loads(alone.stdout)
 
-    begun, kept = whole("two")
+    begun, kept = tmp_path / "two.json", tmp_path / "two.scores.jsonl"
     lines = scores.read_text().splitlines(keepends=True)
     kept.write_text("".join(lines[::2]))  # every batch of several prompts lacks some
     csv, low = tmp_path / "rows.csv", ("--fail-under", "exact_match=0.99")

@@ -31,20 +31,8 @@ def recipe(tiny_folder: Path, small_run: dict[str, Any]) -> Recipe:
 def run_folder(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out: Path = tmp_path_factory.mktemp("page") / "out"
     compress(recipe, out)
-    bench = [
-        "bench",
-        str(out),
-        "--lengths",
-        "64,128",
-        "--repeats",
-        "7",
-        "--tokens",
-        "2",
-        "--no-peak",
-        "--sides",
-        "plan,dense",
-    ]
-    assert CliRunner().invoke(app, [*bench, "-o", str(out / "bench.json")]).exit_code == 0
+    options = ["--lengths", "64,128", "--repeats", "7", "--tokens", "2", "--no-peak", "--sides", "plan,dense"]
+    assert CliRunner().invoke(app, ["bench", str(out), *options, "-o", str(out / "bench.json")]).exit_code == 0
     fingerprint = json.loads((out / "profile" / "profile.json").read_text())["fingerprint"]
     (out / "profile" / "audit.json").write_text(json.dumps({**AUDIT, "profile": fingerprint}))
     return out

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from moacompress.core.errors import ArtefactError, PlanError
-from moacompress.evaluation import evaluate
+from moacompress.evaluation.runner import evaluate
 from moacompress.pipeline import compress
 from moacompress.recipe import Recipe
 from moacompress.report.page.findings import FRONTS, Findings
@@ -22,13 +22,18 @@ from moacompress.rules.plan import Plan
 
 
 def test_another_plans_numbers_are_left_out(run_folder: Path, tmp_path: Path) -> None:
-    for name in ("eval.json", "bench.json", "plan.explain.json"):
+    for name in ("eval.json", "bench.json", "plan.explain.json", "summary.json"):
         shutil.copy(run_folder / name, tmp_path / name)
     plan = Plan.load(run_folder / "plan.json")
+    assert json.loads((tmp_path / "summary.json").read_text())["plan"] == plan.key()
     Plan.full(plan.model).save(tmp_path / "plan.json")
     found = Findings.load(tmp_path / "plan.json")
-    assert (found.evaluation, found.bench, found.explanation) == (None, None, None)
-    assert len(found.passed_over) == 3
+    assert (found.evaluation, found.bench, found.explanation, found.summary) == (None, None, None, None)
+    assert len(found.passed_over) == 4
+    assert "summary.json is of another plan" in found.passed_over
+    for noted in ({"plan": Plan.full(plan.model).key()}, {}):  # one without a note is taken
+        (tmp_path / "summary.json").write_text(json.dumps({"seconds": {"search": 3.0}, **noted}))
+        assert Findings.load(tmp_path / "plan.json").summary is not None
     (tmp_path / "eval.json").write_text("[]")
     with pytest.raises(ArtefactError, match="no JSON object"):
         Findings.load(tmp_path / "plan.json")
@@ -85,19 +90,6 @@ def test_an_evaluation_of_other_weights_than_the_plans_is_said(run_folder: Path,
     assert found.evaluation is not None
     write_page(found, out / "report.html")
     assert said in (out / "report.html").read_text()
-
-
-def test_the_summary_of_another_plan_is_left_out(run_folder: Path, tmp_path: Path) -> None:
-    summary = json.loads((run_folder / "summary.json").read_text())
-    plan = Plan.load(run_folder / "plan.json")
-    assert summary["plan"] == plan.key()
-    plan.save(tmp_path / "plan.json")
-    for noted, there in ((plan.key(), True), (None, True), ("0" * 16, False)):
-        of = {} if noted is None else {"plan": noted}
-        (tmp_path / "summary.json").write_text(json.dumps({"seconds": {"search": 3.0}, **of}))
-        found = Findings.load(tmp_path / "plan.json")
-        assert (found.summary is not None) == there
-        assert found.passed_over == ([] if there else ["summary.json is of another plan"])
 
 
 def test_broken_files_of_others_cost_no_page(run_folder: Path, tmp_path: Path) -> None:
@@ -180,13 +172,16 @@ def test_what_was_left_beside_under_other_names(run_folder: Path, tmp_path: Path
     assert Findings.load(tmp_path / "plan-7.json").front is None
 
 
-def test_the_audit_of_another_profile_is_left_out(run_folder: Path, tmp_path: Path) -> None:
+def test_another_profile_and_its_audit_are_left_out_unless_named(run_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(run_folder / "profile", tmp_path / "profile")
     plan = Plan.load(run_folder / "plan.json")
     plan.with_notes(provenance={**plan.provenance, "profile": "0" * 16}).save(tmp_path / "plan.json")
     found = Findings.load(tmp_path / "plan.json")
     assert (found.profile, found.audit) == (None, None)
     assert any("audit.json" in text for text in found.passed_over)
+    for named, message in (("profile", "the plan was made from 0000"), ("nowhere", "does not exist")):
+        with pytest.raises(ArtefactError, match=message):
+            Findings.load(tmp_path / "plan.json", tmp_path / named)
 
 
 def test_a_broken_file_costs_no_finished_run(run_folder: Path, tmp_path: Path, recipe: Recipe) -> None:
@@ -195,13 +190,3 @@ def test_a_broken_file_costs_no_finished_run(run_folder: Path, tmp_path: Path, r
     (out / "bench.json").write_text("{")
     summary = compress(recipe, out)
     assert summary["kv_share"] <= 0.5
-
-
-def test_a_profile_that_is_named_must_be_the_plans(run_folder: Path, tmp_path: Path) -> None:
-    plan = Plan.load(run_folder / "plan.json")
-    plan.with_notes(provenance={**plan.provenance, "profile": "0" * 16}).save(tmp_path / "plan.json")
-    assert Findings.load(tmp_path / "plan.json").profile is None
-    with pytest.raises(ArtefactError, match="the plan was made from 0000"):
-        Findings.load(tmp_path / "plan.json", run_folder / "profile")
-    with pytest.raises(ArtefactError, match="does not exist"):
-        Findings.load(tmp_path / "plan.json", tmp_path / "nowhere")

@@ -80,6 +80,7 @@ SPY = """
 def page(run_folder: Path) -> str:
     result = RUNNER.invoke(app, ["report", str(run_folder), "--json"])
     assert result.exit_code == 0, result.output
+    assert (run_folder / "report.html").stat().st_size > 1e6  # plotly is in it
     data = json.loads(result.stdout)
     assert data["missing"] == []
     assert data["sections"] == ["heads", "quality", "costs", "harm", "search"]
@@ -94,10 +95,6 @@ def page_data(page: str) -> Any:
 
 def traces(page: str, figure: str) -> dict[str, Any]:
     return {trace["name"]: trace for trace in page_data(page)["figures"][figure]["data"]}
-
-
-def test_compress_leaves_a_page(run_folder: Path) -> None:
-    assert (run_folder / "report.html").stat().st_size > 1e6  # plotly is in it
 
 
 def test_quality_is_that_of_the_evaluation(run_folder: Path, page: str) -> None:
@@ -147,20 +144,16 @@ def test_the_first_sentence_is_what_it_saves_and_what_it_costs(run_folder: Path)
     )
 
 
-def test_a_missing_search_names_its_profile_and_budget(run_folder: Path) -> None:
-    found = replace(Findings.load(run_folder / "plan.json"), explanation=None)
-    (missing,) = missing_parts(found)
-    asked = " ".join(f"--budget {budget}" for budget in found.plan.budget["asked"])
-    assert missing.command == f"moacompress search {run_folder}/profile {asked} -o {run_folder}/plan-again.json"
-
-
 def test_a_missing_search_can_be_pasted(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once it ran, the page finds the search's notes; the plan is left as it is."""
     folder = tmp_path / "my run"
     shutil.copytree(run_folder, folder)
     (folder / "plan.explain.json").unlink()
     before = (folder / "plan.json").read_bytes()
-    (missing,) = missing_parts(Findings.load(folder / "plan.json"))
+    found = Findings.load(folder / "plan.json")
+    (missing,) = missing_parts(found)
+    asked, place = " ".join(f"--budget {budget}" for budget in found.plan.budget["asked"]), shlex.quote(str(folder))
+    assert missing.command == f"moacompress search {place[:-1]}/profile' {asked} -o {place[:-1]}/plan-again.json'"
     program, *arguments = shlex.split(missing.command)
     assert program == "moacompress"
     result = RUNNER.invoke(app, [*arguments, "-q"])
@@ -387,16 +380,10 @@ def test_text_from_files_ends_no_element() -> None:
     assert json.loads(text) == {"name": "</script><script>alert(1)</script>", "bad": None}
 
 
-def test_a_model_with_markup_in_its_name(run_folder: Path, tmp_path: Path) -> None:
+def test_tags_in_files_are_text(run_folder: Path, tmp_path: Path) -> None:
+    """Plotly makes a link of `<a href>` and takes any `style`, which could fetch something."""
     plan = Plan.load(run_folder / "plan.json")
     plan.with_notes(provenance={**plan.provenance, "source": "<b>bold"}).save(tmp_path / "plan.json")
-    write_page(Findings.load(tmp_path / "plan.json"), tmp_path / "page.html")
-    assert "&lt;b&gt;bold" in (tmp_path / "page.html").read_text("utf-8")
-
-
-def test_tags_in_an_evaluation_are_text(run_folder: Path, tmp_path: Path) -> None:
-    """Plotly makes a link of `<a href>` and takes any `style`, which could fetch something."""
-    shutil.copyfile(run_folder / "plan.json", tmp_path / "plan.json")
     evil = "<a href='https://example.com' style='cursor:url(https://example.com)'>task</a>\ud800"
     evaluation = json.loads((run_folder / "eval.json").read_text())
     for row in (*evaluation["results"], *evaluation["answers"]):
@@ -405,6 +392,7 @@ def test_tags_in_an_evaluation_are_text(run_folder: Path, tmp_path: Path) -> Non
     (tmp_path / "eval.json").write_text(json.dumps(evaluation))
     write_page(Findings.load(tmp_path / "plan.json"), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text("utf-8")
+    assert "&lt;b&gt;bold" in page
     assert "<a href='https" not in page
     figures = json.dumps(page_data(page)["figures"])
     assert "&lt;a href='https://example.com'" in figures

@@ -43,29 +43,14 @@ def test_an_unknown_rival_is_refused(command: Any) -> None:
 
 
 def test_a_run_of_the_fake_rival(
-    command: Any,
-    rivals: SimpleNamespace,
-    tiny_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: Any,
+    command: Any, rivals: Any, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     fake = rivals.settings.Setting("transformers", "dense", {"says": [9, 2]})
     for module in (command.script, rivals.measures):
         monkeypatch.setattr(module, "chosen", lambda names, ours: [fake])
     out = str(tmp_path / "rows.jsonl")
     options = [
-        "--tasks",
-        "needle-noise",
-        "--lengths",
-        "900",
-        "--prompts",
-        "1",
-        "--steps",
-        "2",
-        "--turns",
-        "1",
-        "-o",
+        *["--tasks", "needle-noise", "--lengths", "900", "--prompts", "1", "--steps", "2", "--turns", "1", "-o"],
         out,
     ]
     assert command.run(str(tiny_folder), *options) == 0

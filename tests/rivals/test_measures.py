@@ -67,12 +67,9 @@ def test_answers_are_scored_and_not_asked_for_again(
     everything = rows(rivals, tmp_path)
     found = [row for row in everything if row["setting"] == "one"]
     assert [row["numbers"]["match"] for row in everything if row["setting"] == "dense"] == [1.0, 1.0, 0.0]
-    assert [(row["question"], row["index"], row["numbers"]["match"]) for row in found] == [
-        ("unseen", 0, 1.0),
-        ("seen", 0, 1.0),
-        ("seen", 1, 1.0),
-        ("unseen", 1, 1.0),
-    ]
+    assert {row["numbers"]["match"] for row in found} == {1.0}
+    places = [("unseen", 0), ("seen", 0), ("seen", 1), ("unseen", 1)]
+    assert [(row["question"], row["index"]) for row in found] == places
     found = [row for row in found if row["index"] == 0]
     tokens = len(prompts[0].case.prompt_ids) + 3  # the word, whose last token and the stop were not read
     assert all(row["numbers"]["tokens"] == tokens for row in found)
@@ -89,14 +86,7 @@ def test_answers_are_scored_and_not_asked_for_again(
 
 @pytest.mark.parametrize(("when", "why"), [("start", "no such model"), ("answer", "out of memory")])
 def test_a_rival_that_fails_is_named_and_the_others_are_measured(
-    rivals: SimpleNamespace,
-    bench: Callable[..., Any],
-    prompts: Any,
-    says: Any,
-    tiny_tokenizer: Any,
-    tmp_path: Path,
-    when: str,
-    why: str,
+    rivals: Any, bench: Any, prompts: Any, says: Any, tiny_tokenizer: Any, tmp_path: Path, when: str, why: str
 ) -> None:
     settings = [
         rivals.settings.Setting("fake", "bad", {"says": says, "broken": when}),
@@ -120,11 +110,7 @@ def test_turns_alternate_and_are_resumed(
     rivals.measures.measure_speed(bench(), settings, [8, 16], 3, 2)
     found = rows(rivals, tmp_path)
     assert [(row["setting"], row["length"], row["turn"]) for row in found] == [
-        ("one", 8, 0),
-        ("two", 8, 0),
-        ("one", 8, 1),
-        ("two", 8, 1),
-        *((name, 16, turn) for turn in (0, 1) for name in ("one", "two")),
+        (name, length, turn) for length in (8, 16) for turn in (0, 1) for name in ("one", "two")
     ]
     assert all(row["numbers"]["peak_bytes"] > 2**20 and row["numbers"]["step_ms"] > 0 for row in found)
 

@@ -11,37 +11,19 @@ NOTES = {"versions": {"library": "1.2"}, "machine": "a machine", "threads": 1, "
 
 
 def answers(rival: str, setting: str, matches: list[float], share: float, **more: Any) -> list[dict[str, Any]]:
+    numbers = {"kv_bytes": 1000 * share, "masked_bytes": more.get("masked", 0), "tokens": 100}
+    of = {"rival": rival, "setting": setting, "question": more.get("question", ""), "note": more.get("note", "")}
+    of |= {"measure": "quality", "task": "a", "length": 64, **NOTES}
     return [
-        {
-            "key": f"{rival} {setting} {more} {index}",
-            "numbers": {"match": match, "kv_bytes": 1000 * share, "masked_bytes": more.get("masked", 0), "tokens": 100},
-            "rival": rival,
-            "setting": setting,
-            "question": more.get("question", ""),
-            "note": more.get("note", ""),
-            "measure": "quality",
-            "task": "a",
-            "length": 64,
-            "index": index,
-            **NOTES,
-        }
+        {**of, "key": f"{rival} {setting} {more} {index}", "numbers": {"match": match, **numbers}, "index": index}
         for index, match in enumerate(matches)
     ]
 
 
 def times(setting: str, length: int, step: list[float]) -> list[dict[str, Any]]:
-    return [
-        {
-            "key": f"{setting} {length} {turn}",
-            "numbers": {"prompt_ms": ms * 1000, "step_ms": ms, "peak_bytes": 2**20 * ms},
-            "rival": "fast",
-            "setting": setting,
-            "measure": "speed",
-            "length": length,
-            **NOTES,
-        }
-        for turn, ms in enumerate(step)
-    ]
+    of = {"rival": "fast", "setting": setting, "measure": "speed", "length": length, **NOTES}
+    numbers = [{"prompt_ms": ms * 1000, "step_ms": ms, "peak_bytes": 2**20 * ms} for ms in step]
+    return [{**of, "key": f"{setting} {length} {turn}", "numbers": each} for turn, each in enumerate(numbers)]
 
 
 def cells(table: str, name: str) -> list[str]:
@@ -62,22 +44,12 @@ def test_answers_beside_ours_at_the_bytes(rivals: SimpleNamespace) -> None:
     ]
     table = rivals.table.quality_table(rows)
     assert "the 20 of 21 prompts" in table
-    assert cells(table, "wins")[3:] == [
-        "0.150",
-        "1.00 [0.84, 1.00]",
-        "small: -0.50 [-0.70, -0.26], p .002",
-        "**the rival**",
-        "a note",
-    ]
+    beside = ["small: -0.50 [-0.70, -0.26], p .002", "**the rival**", "a note"]
+    assert cells(table, "wins")[3:] == ["0.150", "1.00 [0.84, 1.00]", *beside]
     assert cells(table, "loses")[4:7] == ["0.00 [0.00, 0.16]", "large: +1.00 [+0.68, +1.00], p < .001", "ours"]
     assert cells(table, "tiny")[4:7] == ["1.00 [0.57, 1.00] of 5", "", ""]
-    assert cells(table, "masks")[2:7] == [
-        "seen",
-        "0.260, 1.00 in memory",
-        "1.00 [0.84, 1.00]",
-        "large: +0.00 [-0.16, +0.16], p 1",
-        "no difference found",
-    ]
+    beside = ["large: +0.00 [-0.16, +0.16], p 1", "no difference found"]
+    assert cells(table, "masks")[2:7] == ["seen", "0.260, 1.00 in memory", "1.00 [0.84, 1.00]", *beside]
     *lines, _, chance = table.splitlines()[4:]
     assert chance == "Each of 4 differences is tested alone: if none were real, up to 0.2 would count by chance."
     order = [line.split("|")[2].strip() for line in lines]
@@ -105,19 +77,8 @@ def test_times_are_medians_and_the_best_is_bold(rivals: SimpleNamespace) -> None
 
 
 def test_kept_keys_beside_our_baseline(rivals: SimpleNamespace) -> None:
-    rows = [
-        {
-            "key": str(same),
-            "numbers": {"same": same, "share": 0.25},
-            "rival": "other",
-            "setting": "press-25",
-            "ours": "mine",
-            "question": "unseen",
-            "measure": "kept",
-            **NOTES,
-        }
-        for same in (1.0, 0.5)
-    ]
+    of = {"rival": "other", "setting": "press-25", "ours": "mine", "question": "unseen", "measure": "kept", **NOTES}
+    rows = [{**of, "key": str(same), "numbers": {"same": same, "share": 0.25}} for same in (1.0, 0.5)]
     assert cells(rivals.table.kept_table(rows), "press-25")[2:] == ["mine", "unseen", "2", "0.250", "0.750", "0.500"]
     assert rivals.table.kept_table([]) == ""
 

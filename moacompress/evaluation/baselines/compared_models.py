@@ -1,103 +1,75 @@
-"""Who is measured on a set of prompts: the plan, the dense model, baselines at the plan's bytes, other plans and caches."""
+"""What is measured on a set of prompts: a checkpoint's weights under a plan, without one, or with another cache."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from moacompress.calibration.profile.store import Profile
-from moacompress.core.errors import InfeasibleBudgetError, PlanError, UsageError, did_you_mean
 from moacompress.core.files import fingerprint
-from moacompress.evaluation.baselines.evictions import compared_eviction, eviction_names, expanded, is_eviction
-from moacompress.evaluation.baselines.quantized_caches import QUANTIZED, ComparedQuantizedCache
-from moacompress.rules.formats import CODED, NATIVE, is_format
 from moacompress.rules.plan import Plan
-from moacompress.rules.rule import SINKS
 from moacompress.rules.windows import window
-from moacompress.runtime.checkpoint import Checkpoint, compressed_folder, load_checkpoint, profile_folder
-from moacompress.search.baselines.families import BASELINES, FAMILIES, baseline_plans, uniform_plan
+from moacompress.runtime.checkpoint import Checkpoint
+from moacompress.search.baselines.families import BASELINES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-logger = logging.getLogger(__name__)
-
-PLAN, DENSE, STOCK, BEST = "plan", "dense", "dense:transformers", "best"
+PLAN, DENSE, STOCK = "plan", "dense", "dense:transformers"
 DENSE_SIDES = (DENSE, STOCK)
 """The dense model by our kernels at full span, and by transformers' own attention."""
-NAMED = (DENSE, STOCK, BEST, *BASELINES, *(f"uniform:{sink}" for sink in SINKS), *QUANTIZED)
-"""What can be measured against by name besides `is_eviction`; anything else is another compressed checkpoint. `BEST` stands for
-the baseline that the search measured best."""
-NEED_PROFILE = ("per-layer", "split", "moa")
 
 
-class ComparedModel(Protocol):
-    """A model to be measured on one task and length.
+@dataclass(frozen=True)
+class ComparedModel:
+    """A model to be measured on one task and length; this class itself is the dense model as transformers runs it.
 
     Attributes:
         name: as in the results; candidates of which only the best is reported share one.
         kv_bytes: at the mean number of tokens of the prompts.
-        unit: a prompt is read up to a multiple of so many tokens, and the rest of it with the answer.
-    """
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-
-    @property
-    def kv_bytes(self) -> int: ...  # noqa: D102
-
-    @property
-    def unit(self) -> int: ...  # noqa: D102
-
-    def key(self) -> str:
-        """Returns what its scores depend on besides weights and prompts."""
-        ...
-
-    def put_on(self, checkpoint: Checkpoint) -> PreTrainedModel:
-        """Returns the checkpoint's weights as it runs them."""
-        ...
-
-    def new_cache(self, model: PreTrainedModel) -> Any:
-        """Returns an empty cache that `model` is given, or None where it makes its own."""
-        ...
-
-    def description(self, tokens: int) -> dict[str, Any]:
-        """Returns further fields of its result rows, at that length."""
-        ...
-
-
-@dataclass(frozen=True)
-class ComparedPlan:
-    """A `ComparedModel` under a plan.
-
-    Attributes:
-        name: see `ComparedModel`.
-        plan: what it runs under. The dense model runs under a plan that keeps everything: the same kernels then compute
-            all of them, and a difference between them is the plan's doing and never one of rounding.
-        kv_bytes: see `ComparedModel`.
-        unit: see `ComparedModel`.
     """
 
     name: str
-    plan: Plan
     kv_bytes: int
-    unit: int = 1
+
+    @property
+    def unit(self) -> int:
+        """A prompt is read up to a multiple of so many tokens, and the rest of it with the answer."""
+        return 1
 
     def key(self) -> str:
-        """Returns what scores of this model are kept under: its plan, and weights where they are its own."""
+        """Returns what its scores depend on besides the checkpoint's weights and the prompts."""
+        return self.name
+
+    def put_on(self, checkpoint: Checkpoint) -> PreTrainedModel:
+        """Returns the checkpoint's weights as it runs them."""
+        return checkpoint.without_plan()
+
+    def new_cache(self, model: PreTrainedModel) -> Any:
+        """Returns an empty cache that `model` is given, or None where it makes its own."""
+        return None
+
+    def description(self, tokens: int) -> dict[str, Any]:
+        """Returns further fields of its result rows, at that length."""
+        return {}
+
+
+@dataclass(frozen=True)
+class ComparedPlan(ComparedModel):
+    """The checkpoint's weights under a plan.
+
+    The dense model runs under a plan that keeps everything: the same kernels then compute all of them, and a difference
+    between them is the plan's doing and never one of rounding.
+    """
+
+    plan: Plan
+
+    def key(self) -> str:
+        """Returns the plan's key."""
         return self.plan.key()
 
     def put_on(self, checkpoint: Checkpoint) -> PreTrainedModel:
         """Returns the checkpoint's model under this plan."""
         return checkpoint.put_on(self.plan)
-
-    def new_cache(self, model: PreTrainedModel) -> Any:
-        """Returns None: the model makes its own cache."""
-        return None
 
     def description(self, tokens: int) -> dict[str, Any]:
         """Returns `sink`, `window` (tokens, at that length) and `formats` of a baseline, where its KV heads agree.
@@ -107,311 +79,37 @@ class ComparedPlan:
         if self.name.partition(":")[0] not in BASELINES:
             return {}
         rules = [rule for row in self.plan.rules for rule in row if not rule.sees_all]
-        sinks = {rule.sink for rule in rules}
-        windows = {window(tokens, rule.alpha, rule.beta_q, self.plan.min_window) for rule in rules}
-        agreed: dict[str, set[Any]] = {
-            "sink": sinks,
-            "window": windows,
-            "formats": {"/".join(pair) for pair in _formats_of(self.plan)},
+        found: dict[str, set[Any]] = {
+            "sink": sinks_of(self.plan),
+            "window": {window(tokens, rule.alpha, rule.beta_q, self.plan.min_window) for rule in rules},
+            "formats": {"/".join(pair) for pair in formats_of(self.plan)},
         }
-        return {name: values.pop() for name, values in agreed.items() if len(values) == 1}
+        return {name: values.pop() for name, values in found.items() if len(values) == 1}
 
 
 @dataclass(frozen=True)
-class ComparedStock:
-    """A `ComparedModel`: the dense model as transformers runs it, as quantized caches and evictions run it.
+class ComparedCheckpoint(ComparedModel):
+    """A checkpoint with weights of its own: repaired, healed, or without the projections that sharing layers do without.
 
-    Attributes:
-        kv_bytes: see `ComparedModel`.
-        name: see `ComparedModel`.
-        unit: see `ComparedModel`.
+    The one that it is measured beside is in memory with it.
     """
 
-    kv_bytes: int
-    name: str = STOCK
-    unit: int = 1
-
-    def key(self) -> str:
-        """Returns what its scores are kept under."""
-        return STOCK
-
-    def put_on(self, checkpoint: Checkpoint) -> PreTrainedModel:
-        """Returns the dense model."""
-        return checkpoint.without_plan()
-
-    def new_cache(self, model: PreTrainedModel) -> Any:
-        """Returns None: the model makes its own cache."""
-        return None
-
-    def description(self, tokens: int) -> dict[str, Any]:
-        """Returns nothing to add to a row."""
-        return {}
-
-
-@dataclass(frozen=True)
-class ComparedCheckpoint:
-    """A `ComparedModel` with weights of its own: repaired, healed, or without the projections that sharing layers do without.
-
-    Attributes:
-        name: see `ComparedModel`.
-        own: the checkpoint; that which it is measured beside is in memory with it.
-        kv_bytes: see `ComparedModel`.
-        unit: see `ComparedModel`.
-    """
-
-    name: str
     own: Checkpoint
-    kv_bytes: int
-    unit: int = 1
 
     def key(self) -> str:
-        """Returns what scores of this model are kept under: its plan, and weights where they are its own."""
+        """Returns a digest of its plan and weights."""
         return fingerprint([self.own.plan.key(), self.own.weights])
 
     def put_on(self, checkpoint: Checkpoint) -> PreTrainedModel:
         """Returns its own model, with the weights that it was stored with."""
         return self.own.as_stored()
 
-    def new_cache(self, model: PreTrainedModel) -> Any:
-        """Returns None: the model makes its own cache."""
-        return None
 
-    def description(self, tokens: int) -> dict[str, Any]:
-        """Returns nothing to add to a row."""
-        return {}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What a checkpoint is measured against.
-
-    Attributes:
-        checkpoint: what is measured.
-        against: names and folders, without repeats, in the order asked for.
-        others: of each of `against` that is a folder the plan, where its weights are the dense model's, or else the checkpoint.
-        profile: the profile that some baselines are made from, or None.
-        every_candidate: try every sink of a baseline, also where the search has found one to be best. Every pair of formats
-            is tried where the plan does not say which the search found best.
-        best: the baseline that stands in `against` because the search measured it best; None where it was asked for by name,
-            or not at all. It is left out where it does not fit a prompt.
-    """
-
-    checkpoint: Checkpoint
-    against: tuple[str, ...]
-    others: dict[str, Plan | Checkpoint]
-    profile: Profile | None
-    every_candidate: bool
-    best: str | None = None
-
-    @property
-    def plan(self) -> Plan:
-        """The checkpoint's own."""
-        return self.checkpoint.plan
-
-    def at(self, tokens: int, last: int) -> list[ComparedModel]:
-        """Returns the models to run on prompts, the plan first.
-
-        Args:
-            tokens: of a prompt and its answer.
-            last: of these, the tokens that are read after the others.
-
-        Raises:
-            InfeasibleBudgetError: a baseline has no plan that is small enough.
-            UsageError: a cache that cannot hold the model's layers.
-        """
-        shape, limit = self.plan.model, self.plan.kv_bytes(tokens)
-        found = [self._first(limit)]
-        for name in self.against:
-            if name == DENSE:
-                found.append(ComparedPlan(name, Plan.full(shape), shape.dense_kv_bytes(tokens)))
-            elif name == STOCK:
-                found.append(ComparedStock(shape.dense_kv_bytes(tokens)))
-            elif name in QUANTIZED:
-                kind = QUANTIZED[name]
-                held = kind.measured_bytes(self.checkpoint.model, shape, tokens, last)
-                found.append(ComparedQuantizedCache(kind, held))
-            elif is_eviction(name):
-                found.append(compared_eviction(name, self.plan, tokens))
-            elif name in self.others:
-                found.append(_other_model(name, self.others[name], tokens))
-            else:
-                with suppress(InfeasibleBudgetError) if name == self.best else nullcontext():
-                    plans = self._baseline(name, tokens, limit)
-                    found += [ComparedPlan(name, plan, plan.kv_bytes(tokens)) for plan in plans]
-        return found
-
-    def _first(self, kv_bytes: int) -> ComparedModel:
-        """Returns the checkpoint itself, under its plan."""
-        if self.checkpoint.dense is None:
-            return ComparedPlan(PLAN, self.plan, kv_bytes)
-        return ComparedCheckpoint(PLAN, self.checkpoint, kv_bytes)
-
-    def without_baselines(self) -> list[ComparedModel]:
-        """Returns the models that are the same at every length, where they keep no token: the plan, other folders, dense."""
-        found = [self._first(0)]
-        found += [_other_model(name, other, 0) for name, other in self.others.items()]
-        return found + ([ComparedPlan(DENSE, Plan.full(self.plan.model), 0)] if DENSE in self.against else [])
-
-    def _baseline(self, name: str, tokens: int, limit: int) -> list[Plan]:
-        """Returns the candidates of a baseline."""
-        shape, min_window = self.plan.model, self.plan.min_window
-        if ":" in name:
-            return [uniform_plan(shape, tokens, limit, int(name.partition(":")[2]), min_window)]
-        plans = baseline_plans(
-            name, shape, {tokens: limit}, min_window, self.profile, formats=CODED, centres=self.plan.centres
-        )
-        sink, formats = _known_best(self.plan, name)
-        plans = [plan for plan in plans if formats in _formats_of(plan)] or plans
-        every = self.every_candidate and name != self.best
-        return plans if every else [plan for plan in plans if sink in _sinks_of(plan)] or plans
-
-
-def sides(against: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names of what is measured: evictions in both their settings, and dense by both attentions where needed.
-
-    Quantized caches and evictions run transformers' attention, the plan and dense our kernels. Rounding differs between the two
-    and decides a few prompts. With such a side the dense model is measured by both attentions, and retention is of the prompts
-    that both answer, so that rounding counts against no side.
-    """
-    names = expanded(against)
-    if DENSE not in names or STOCK in names or not any(name in QUANTIZED or is_eviction(name) for name in names):
-        return names
-    at = names.index(DENSE) + 1
-    return (*names[:at], STOCK, *names[at:])
-
-
-def make_comparison(
-    checkpoint: Checkpoint, against: Sequence[str], profile: str | Path | None, every_candidate: bool
-) -> Comparison:
-    """Returns what a checkpoint is measured against.
-
-    Args:
-        checkpoint: the checkpoint.
-        against: see `NAMED` and `is_eviction`, or folders of other compressed checkpoints that were made from the same dense
-            model.
-        profile: folder of a profile of the same weights, for `NEED_PROFILE`.
-        every_candidate: see `Comparison`.
-
-    Raises:
-        UsageError: a baseline that needs a profile, and there is none.
-        PlanError: a plan of another model.
-    """
-    given = [name for name in against if name != BEST]
-    found = _profile(checkpoint, sides(given), profile)
-    best = best_baseline(checkpoint.plan) if BEST in against else None
-    best = None if best in given else best
-    if best is not None and found is None:
-        try:
-            found = _profile(checkpoint, [best], profile)
-        except (UsageError, PlanError) as error:  # none, or of weights that were rounded since
-            logger.warning("%s, the baseline that the search measured best, is left out: %s", best, error)
-            best = None
-    asked = [best if name == BEST else name for name in against]
-    names = sides([name for name in asked if name is not None])
-    others = {name: _other(checkpoint, name) for name in names if name not in NAMED and not is_eviction(name)}
-    return Comparison(checkpoint, names, others, found, every_candidate, best)
-
-
-def best_baseline(plan: Plan) -> str | None:
-    """Returns the baseline of lowest KL by the search's notes, of those that can be made again; None where there are none."""
-    noted = plan.quality.get("baselines")
-    found: list[tuple[float, str]] = []
-    for family, note in noted.items() if isinstance(noted, dict) else ():
-        names, kl = FAMILIES.get(family, ()), note.get("harm") if isinstance(note, dict) else None
-        if names and isinstance(kl, int | float):
-            found.append((kl, names[-1] if note.get("beta_q") else names[0]))
-    return min(found)[1] if found else None
-
-
-def check_names(against: Sequence[str]) -> None:
-    """Refuses what is neither a known name nor a folder, and a cache whose package is not installed.
-
-    Raises:
-        UsageError: names the nearest known one, or the package.
-    """
-    known = (*NAMED, *eviction_names())
-    for name in against:
-        if name in QUANTIZED:
-            QUANTIZED[name].check_installed()
-        if name in known or is_eviction(name):
-            continue
-        if name == PLAN:
-            raise UsageError(
-                f"cannot evaluate against {name!r}, which is what rows of the checkpoint itself are called; write a folder of "
-                f"this name as {'./' + name!r}"
-            )
-        if Path(name).exists():
-            compressed_folder(Path(name))
-            continue
-        hint = did_you_mean(name, known, f"known are {', '.join(known)} and compressed folders")
-        raise UsageError(f"cannot evaluate against {name!r}; {hint}")
-
-
-def _profile(checkpoint: Checkpoint, names: Sequence[str], given: str | Path | None) -> Profile | None:
-    needed = [name for name in names if name in NEED_PROFILE]
-    if not needed:
-        return None
-    path = profile_folder(checkpoint.folder, given)
-    if path is None:
-        raise UsageError(
-            f"{needed[0]} is made from a profile and there is none beside {checkpoint.folder}; give one (--profile DIR)"
-        )
-    profile = Profile.load(path)
-    profiled = profile.shape.weights_fingerprint
-    if checkpoint.dense_weights != profiled:
-        raise PlanError(
-            f"the profile {path} is of other weights: fingerprint {profiled}, the model has {checkpoint.dense_weights}; give "
-            "the profile that the plan was found with"
-        )
-    return profile
-
-
-def _other(checkpoint: Checkpoint, name: str) -> Plan | Checkpoint:
-    """Returns the plan of another compressed folder whose weights are the dense model's; else that checkpoint.
-
-    Raises:
-        PlanError: it was made from another model.
-    """
-    from moacompress.runtime.linear import use_kernels
-
-    dtype = str(checkpoint.model.dtype).removeprefix("torch.")
-    folder = compressed_folder(Path(name))
-    other = load_checkpoint(folder, dtype, checkpoint.device, trust_remote_code=checkpoint.trust_remote_code)
-    other.plan.check_model(checkpoint.plan.model, weights=False)
-    if other.weights == checkpoint.dense_weights:
-        return other.plan
-    made_from = other.plan.model.weights_fingerprint
-    if checkpoint.dense_weights != made_from:
-        raise PlanError(
-            f"{name} was made from other weights than those that {checkpoint.folder} is measured beside: fingerprint "
-            f"{made_from}, not {checkpoint.dense_weights}; give the model that both were made from "
-            "(--dense MODEL), or evaluate it on its own"
-        )
-    use_kernels(other.model)
-    return other
-
-
-def _other_model(name: str, other: Plan | Checkpoint, tokens: int) -> ComparedModel:
-    if isinstance(other, Plan):
-        return ComparedPlan(name, other, other.kv_bytes(tokens))
-    return ComparedCheckpoint(name, other, other.plan.kv_bytes(tokens))
-
-
-def _sinks_of(plan: Plan) -> set[int]:
+def sinks_of(plan: Plan) -> set[int]:
+    """Returns the sinks of the rules that leave something out."""
     return {rule.sink for row in plan.rules for rule in row if not rule.sees_all}
 
 
-def _formats_of(plan: Plan) -> set[tuple[str, str]]:
+def formats_of(plan: Plan) -> set[tuple[str, str]]:
+    """Returns the pairs of key and value format of a plan."""
     return {(rule.key_format, rule.value_format) for row in plan.rules for rule in row}
-
-
-def _known_best(plan: Plan, name: str) -> tuple[int | None, tuple[str, str] | None]:
-    """Returns the sink and the formats that the search found best for a baseline, None where the plan does not say."""
-    baselines = plan.quality.get("baselines")
-    family = next(family for family, names in FAMILIES.items() if name in names)
-    noted = baselines.get(family) if isinstance(baselines, dict) else None
-    if not isinstance(noted, dict):
-        return None, None
-    sink, formats = noted.get("sink"), noted.get("formats", [NATIVE, NATIVE])
-    known = isinstance(formats, list) and len(formats) == 2 and all(map(is_format, map(str, formats)))
-    return sink if sink in SINKS else None, (str(formats[0]), str(formats[1])) if known else None

@@ -14,7 +14,7 @@ that is read after the eviction, up to the end of the reference answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,53 +22,38 @@ import torch
 
 from moacompress.core.errors import DataError, InfeasibleBudgetError, UsageError
 from moacompress.core.files import fingerprint
+from moacompress.evaluation.baselines.compared_models import ComparedModel
 from moacompress.evaluation.eviction.attention import SideBySide, WholeCache, attending
 from moacompress.evaluation.eviction.baseline import Baseline, PromptBaseline, StreamBaseline
 from moacompress.evaluation.eviction.reading import DenseReading, read_prompt
-from moacompress.evaluation.eviction.registry import baseline_name, known_evictions, read_baseline
+from moacompress.evaluation.eviction.registry import SEEN, UNSEEN, eviction_name, read_eviction
 from moacompress.evaluation.eviction.stream_cache import stream_cache
 from moacompress.evaluation.scoring.prompts import Score, read_on, score_answers
 from moacompress.evaluation.tasks.cases import Case, mean_tokens
 from moacompress.models.placement import input_device
-from moacompress.rules.formats import CODED, NATIVE, is_format
+from moacompress.rules.formats import NATIVE
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from moacompress.runtime.checkpoint import Checkpoint
-
-UNSEEN, SEEN = "unseen", "seen"
 
 
 @dataclass(frozen=True)
-class ComparedEviction:
-    """A `ComparedModel`: the dense model under the masks of a way to evict tokens.
+class ComparedEviction(ComparedModel):
+    """The dense model under the masks of a way to evict tokens; `score_evictions` gives it a cache.
 
     Attributes:
         baseline: how it evicts.
         question: "seen", "unseen", or None for a method that evicts as it reads.
         plan: the plan whose bytes it gets.
-        kv_bytes: of all tokens that it keeps, at the mean number of tokens of the prompts; see `on_prompts`.
         format: of the keys and values that it keeps of a prompt, one of `formats.all_formats`.
     """
 
     baseline: Baseline
     question: str | None
     plan: Plan
-    kv_bytes: int
     format: str = NATIVE
-
-    @property
-    def name(self) -> str:
-        """Name in tables and on the command line, such as `snapkv:seen` and `snapkv:window=16:int4:seen`."""
-        return _full_name(self.baseline, self.format, self.question)
-
-    @property
-    def unit(self) -> int:
-        """Tokens that are read at a time: any number."""
-        return 1
 
     @property
     def token_bytes(self) -> int:
@@ -83,14 +68,6 @@ class ComparedEviction:
     def case_key(self, case: Case) -> str:
         """Returns what its score of one prompt is kept under, besides weights and prompt."""
         return fingerprint([self.key(), self.plan.kv_bytes(case.tokens), case.question_at])
-
-    def put_on(self, checkpoint: Checkpoint) -> PreTrainedModel:
-        """Returns the dense model."""
-        return checkpoint.without_plan()
-
-    def new_cache(self, model: PreTrainedModel) -> Any:
-        """Returns None: what is scored has a cache of its own, see `score_evictions`."""
-        return None
 
     def description(self, tokens: int) -> dict[str, Any]:
         """Returns how often it reads the prompt, and that its bytes are counted as if the others were freed."""
@@ -144,69 +121,8 @@ class ComparedEviction:
             )
 
 
-def eviction_names() -> tuple[str, ...]:
-    """Returns the names of known ways to evict without settings: of methods, and of these with what they know or a format."""
-    known = known_evictions()
-    once = [name for name, kind in known.items() if issubclass(kind, PromptBaseline)]
-    return (*known, *(f"{name}:{behind}" for name in once for behind in (UNSEEN, SEEN, *CODED)))
-
-
-def is_eviction(name: str) -> bool:
-    """Returns whether a name is that of a way to evict, with settings or without.
-
-    Raises:
-        UsageError: a setting or a format that the method does not have, or a value that it cannot have.
-    """
-    return _read(name) is not None
-
-
-def expanded(names: Iterable[str]) -> tuple[str, ...]:
-    """Returns the names with a method that evicts after a prompt in both its settings, without repeats."""
-    return tuple(dict.fromkeys(each for name in names for each in _with_questions(name)))
-
-
-def _with_questions(name: str) -> tuple[str, ...]:
-    found = _read(name)
-    if found is None:
-        return (name,)
-    baseline, format, question = found
-    asked = _questions(type(baseline)) if question is None else (question,)
-    return tuple(_full_name(baseline, format, each) for each in asked)
-
-
-def _read(name: str) -> tuple[Baseline, str, str | None] | None:
-    """Returns a way to evict, the format of what it keeps, and what it knows of the question; None of other names.
-
-    What it knows is None where the name leaves that open.
-    """
-    found = read_baseline(name)
-    if found is None:
-        return None
-    baseline, behind = found
-    format = behind.pop(0) if behind and is_format(behind[0]) else NATIVE
-    question = behind.pop(0) if behind else None
-    if behind or question not in (None, *_questions(type(baseline))):
-        return None
-    if format != NATIVE and isinstance(baseline, StreamBaseline):
-        raise UsageError(
-            f"cannot evaluate against {name!r}: {baseline.name} evicts as it reads, and only what is kept of a prompt that was "
-            f"read is rounded; leave {format} out, or choose a method that evicts after a prompt"
-        )
-    return baseline, format, question
-
-
-def _full_name(baseline: Baseline, format: str, question: str | None) -> str:
-    parts = (baseline_name(baseline), format if format != NATIVE else None, question)
-    return ":".join(filter(None, parts))
-
-
 def compared_eviction(name: str, plan: Plan, tokens: int) -> ComparedEviction:
-    """Returns a known way to evict by a name that is not ambiguous, as `expanded` gives it.
-
-    Args:
-        name: of a method and its settings, with a format if any, and `:seen` or `:unseen` where it evicts after a prompt.
-        plan: whose bytes it gets.
-        tokens: of a prompt and its answer.
+    """Returns a way to evict by a name as `expanded` gives it, at a plan's bytes for so many tokens of prompt and answer.
 
     Raises:
         UsageError: the model has layers with a window of their own.
@@ -216,10 +132,11 @@ def compared_eviction(name: str, plan: Plan, tokens: int) -> ComparedEviction:
             f"{name} cannot be measured on this model: its layers have sliding windows of their own, and known ways to evict "
             "share bytes among layers that see all tokens; leave it out"
         )
-    found = _read(name)
+    found = read_eviction(name)
     assert found is not None
     baseline, format, question = found
-    return ComparedEviction(baseline, question, plan, plan.kv_bytes(tokens), format)
+    name = eviction_name(baseline, format, question)
+    return ComparedEviction(name, plan.kv_bytes(tokens), baseline, question, plan, format)
 
 
 def score_evictions(checkpoint: Checkpoint, case: Case, compared: Sequence[ComparedEviction]) -> list[Score]:
@@ -227,11 +144,6 @@ def score_evictions(checkpoint: Checkpoint, case: Case, compared: Sequence[Compa
 
     Those that evict at the same place and keep the same format read on side by side, and all of them answer so, as rows of one
     batch.
-
-    Args:
-        checkpoint: gives the dense model.
-        case: the prompt.
-        compared: what is scored, in this order.
     """
     model = checkpoint.without_plan()
     # caches, each with how many tokens it holds and what it scores
@@ -262,12 +174,9 @@ def score_evictions(checkpoint: Checkpoint, case: Case, compared: Sequence[Compa
 
 
 def kept_mask(one: ComparedEviction, case: Case, reading: DenseReading) -> torch.Tensor:
-    """Returns what a method keeps of a prompt, bool `[layers, kv_heads, end]`.
+    """Returns what a method that evicts after a prompt keeps of it, bool `[layers, kv_heads, end]`.
 
-    Args:
-        one: a method that evicts after a prompt.
-        case: the prompt.
-        reading: of the prompt without its last token.
+    The reading is of the prompt without its last token.
     """
     baseline = one.baseline
     assert isinstance(baseline, PromptBaseline)
@@ -275,8 +184,3 @@ def kept_mask(one: ComparedEviction, case: Case, reading: DenseReading) -> torch
         prompt = reading.until(one.end(case))
         scores = baseline.scores(prompt, baseline.prepare(prompt))
         return baseline.allocate(scores, one.bytes_before(case), one.token_bytes)
-
-
-def _questions(kind: type[Baseline]) -> tuple[str | None, ...]:
-    """Returns what a method may know of the question as it evicts; None where that is not asked."""
-    return (None,) if issubclass(kind, StreamBaseline) else (UNSEEN, SEEN)

@@ -20,6 +20,7 @@ from transformers import QuantizedCache
 
 from moacompress.core.errors import UsageError
 from moacompress.core.files import fingerprint
+from moacompress.evaluation.baselines.compared_models import ComparedModel
 from moacompress.models.shape import config_shape
 from moacompress.runtime.compat import versions
 from moacompress.runtime.compat.alternates import FP8_CACHE_SINCE
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from moacompress.rules.model_shape import ModelShape
-    from moacompress.runtime.checkpoint import Checkpoint
 
 RESIDUAL, GROUP = 128, 64
 """Tokens after which transformers rounds again, and numbers that share a scale where they divide a head: its defaults."""
@@ -96,21 +96,17 @@ class QuantizedKind:
         """
         options = {}
         if self.bits is not None:
-            options = {"nbits": self.bits, "axis_key": self.axis, "axis_value": self.axis}
-            options |= {"q_group_size": math.gcd(GROUP, _head_dim(model)), "residual_length": RESIDUAL}
+            options = {"nbits": self.bits, "axis_key": self.axis, "axis_value": self.axis, "residual_length": RESIDUAL}
+            options["q_group_size"] = math.gcd(GROUP, config_shape(model.config, dtype="float32").head_dim)
         try:
             return CopiedCache(backend=self.backend, config=model.config, **options)
         except ValueError as error:
             raise UsageError(f"{self.name} cannot be measured on this model: {error}") from error
 
     def measured_bytes(self, model: PreTrainedModel, shape: ModelShape, tokens: int, last: int) -> int:
-        """Returns the bytes of the tensors that a cache holds, those that are not rounded yet included.
+        """Returns the bytes of the tensors that a cache of one row holds, those that are not rounded yet included.
 
-        Args:
-            model: whose cache it is.
-            shape: of the model; its dtype is that of the keys and values.
-            tokens: how many have been read, one row.
-            last: at least how many of them were read after all the others.
+        Keys and values are in the shape's dtype. Of the `tokens` that were read at least `last` came after all the others.
         """
         layer = self.new_cache(model).layers[0]
         first = tokens - last - (tokens - last) % self.unit
@@ -127,10 +123,6 @@ class CopiedCache(QuantizedCache):
         copied = copy.copy(self)
         copied.layers = [copy.copy(layer) for layer in self.layers]
         return copied
-
-
-def _head_dim(model: PreTrainedModel) -> int:
-    return config_shape(model.config, dtype="float32").head_dim
 
 
 def held_bytes(values: Any) -> int:
@@ -156,42 +148,23 @@ def _plain_tensors(values: Any) -> Iterator[torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class ComparedQuantizedCache:
-    """A `ComparedModel`: the dense model with one of transformers' quantized caches.
-
-    Attributes:
-        kind: of the cache.
-        kv_bytes: measured, for the mean number of tokens of the prompts.
-    """
+class ComparedQuantizedCache(ComparedModel):
+    """The dense model with one of transformers' quantized caches; its bytes are measured."""
 
     kind: QuantizedKind
-    kv_bytes: int
-
-    @property
-    def name(self) -> str:
-        """Name in tables and on the command line, such as `quantized:hqq-4`."""
-        return self.kind.name
-
-    def key(self) -> str:
-        """Returns what its scores are kept under: backend, bits and group."""
-        return fingerprint([self.kind.backend, self.kind.bits, self.kind.axis, RESIDUAL, GROUP])
 
     @property
     def unit(self) -> int:
         """Tokens that are read at a time, so that rounding falls where it does in generation."""
         return self.kind.unit
 
-    def put_on(self, checkpoint: Checkpoint) -> PreTrainedModel:
-        """Returns the dense model."""
-        return checkpoint.without_plan()
+    def key(self) -> str:
+        """Returns a digest of backend, bits and group."""
+        return fingerprint([self.kind.backend, self.kind.bits, self.kind.axis, RESIDUAL, GROUP])
 
     def new_cache(self, model: PreTrainedModel) -> Any:
         """Returns an empty quantized cache for one batch."""
         return self.kind.new_cache(model)
-
-    def description(self, tokens: int) -> dict[str, Any]:
-        """Returns nothing to add to a row."""
-        return {}
 
 
 _HQQ, _QUANTO = "hqq.core.quantize", "optimum.quanto"

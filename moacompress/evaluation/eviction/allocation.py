@@ -16,23 +16,13 @@ def even_counts(total: int, parts: int) -> Tensor:
 
 
 def rounded_counts(sizes: Sequence[float], total: int) -> list[int]:
-    """Returns integers that add up to `total`, each less than one away from its size.
-
-    Args:
-        sizes: not negative; they add up to `total`.
-        total: their sum.
-    """
+    """Returns integers that add up to `total`, as the sizes do, each less than one away from its size (not negative)."""
     edges = torch.tensor(sizes, dtype=torch.float64).cumsum(0).add(1e-6).floor().long().tolist()
     return [after - before for before, after in pairwise([0, *edges[:-1], total])]
 
 
 def best_of_each(scores: Tensor, counts: Tensor) -> Tensor:
-    """Returns the mask of the highest scores of each row; of equals the first.
-
-    Args:
-        scores: `[..., n]`.
-        counts: how many of each row, `[...]`; more than `n` is `n`.
-    """
+    """Returns the mask of the highest scores of each row, `[..., n]`, so many as `counts`, `[...]`; of equals the first."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     ranks = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
     return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, ranks < counts.to(order.device)[..., None])

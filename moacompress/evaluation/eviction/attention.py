@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -21,56 +21,35 @@ NAME = "moacompress_eviction"
 MORE = 32
 """Tokens for which a cache makes room at a time."""
 
-_at_work: ContextVar[Attending] = ContextVar("moacompress_eviction_at_work")
+Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+"""Returns what a layer's new tokens get, `[rows, heads, tokens, value_dim]`, by the layer's index, their queries
+`[rows, heads, tokens, head_dim]`, the keys and values that the layer's cache has returned, and the factor on the scores."""
+_attend: ContextVar[Attend] = ContextVar("moacompress_eviction_attend")
 
 
-class Attending:
-    """What attends in place of the model's own attention."""
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Returns what a layer's new tokens get, `[1, heads, tokens, value_dim]`.
-
-        Args:
-            layer: its index.
-            query: of the new tokens, `[1, heads, tokens, head_dim]`.
-            key: of all tokens so far, `[1, kv_heads, all, head_dim]`.
-            value: likewise.
-            scaling: factor on the scores.
-        """
-        raise NotImplementedError
-
-
-class WholeCache(DynamicCache, Attending):
+class WholeCache(DynamicCache):
     """Keeps and shows everything: the dense model. One row."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Adds the new tokens, and is what attends next."""
-        _at_work.set(self)
+        _attend.set(self.attend)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Attends to all tokens up to each query."""
-        if query.shape[2] == key.shape[2]:
-            out: Tensor = functional.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scaling, enable_gqa=True
-            )
-            return out
-        mask = causal(query.shape[2], key.shape[2], key.device)
-        seen: Tensor = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
+        tokens, total = query.shape[2], key.shape[2]
+        mask = None if tokens == total else causal(tokens, total, key.device)
+        out: Tensor = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
         )
-        return seen
+        return out
 
 
 class KeptCache(WholeCache):
     """Shows of a prompt only what is kept of it, and everything after; a row for each way to keep.
 
-    The prompt stands here once for all rows, and behind it what the rows have read: of each token, all rows.
-
-    Args:
-        kept: of every row and layer, bool `[rows, layers, kv_heads, n]`.
-        keys: of the prompt, of each layer `[1, kv_heads, n, head_dim]`.
-        values: likewise.
+    The prompt is stored once for all rows, its keys and values `[1, kv_heads, n, dim]` of each layer, and behind it what
+    the rows have read: of each token, all rows. What is kept is bool `[rows, layers, kv_heads, n]`.
     """
 
     def __init__(self, kept: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
@@ -93,19 +72,11 @@ class KeptCache(WholeCache):
                 self._held[layer_idx][which] = held
             held[0, :, first : first + rows * tokens] = states.permute(1, 2, 0, 3).flatten(1, 2)
         self._after[layer_idx] += tokens
-        _at_work.set(self)
+        _attend.set(self.attend)
         return key_states, value_states
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Attends to what is kept, and to later tokens of the row up to each query, `[rows, heads, tokens, value_dim]`.
-
-        Args:
-            layer: its index.
-            query: of the new tokens, `[rows, heads, tokens, head_dim]`.
-            key: of the new tokens, which have been added.
-            value: likewise.
-            scaling: factor on the scores.
-        """
+        """Attends to what is kept, and to later tokens of the row up to each query."""
         rows, tokens, after = len(query), query.shape[2], self._after[layer]
         shown = self.kept[:, layer].to(key.device).transpose(0, 1)  # [kv_heads, rows, n]
         own = torch.eye(rows, dtype=torch.bool, device=key.device)[:, None, None]
@@ -124,8 +95,7 @@ class KeptCache(WholeCache):
 class SideBySide(WholeCache):
     """Rows of one batch that each attend by a cache of their own; all have read as many tokens.
 
-    Args:
-        parts: a cache and how many rows it has, in the order of the rows.
+    The parts are caches, in the order of the rows, each with how many rows it has.
     """
 
     def __init__(self, parts: Sequence[tuple[WholeCache, int]]) -> None:
@@ -142,11 +112,11 @@ class SideBySide(WholeCache):
         """Adds the new tokens of every row to its own cache, and is what attends next."""
         given = zip(self.parts, key_states.split(self._rows), value_states.split(self._rows), strict=True)
         self._held = [part.update(key, value, layer_idx, *args, **kwargs) for part, key, value in given]
-        _at_work.set(self)
+        _attend.set(self.attend)
         return key_states, value_states
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Attends from each row to what its cache shows, `[rows, heads, tokens, value_dim]`."""
+        """Attends from each row to what its cache shows."""
         asked = zip(self.parts, query.split(self._rows), self._held, strict=True)
         return torch.cat([part.attend(layer, each, *held, scaling) for part, each, held in asked])
 
@@ -159,14 +129,8 @@ def causal(tokens: int, total: int, device: torch.device) -> Tensor:
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, visible: Tensor) -> Tensor:
     """Returns softmax attention under a mask, `[1, heads, tokens, value_dim]`.
 
-    The query heads of a group are put one after the other, so that their keys are not repeated.
-
-    Args:
-        query: `[1, heads, tokens, head_dim]`.
-        key: `[1, kv_heads, all, head_dim]`.
-        value: `[1, kv_heads, all, value_dim]`.
-        scaling: factor on the scores.
-        visible: bool `[kv_heads or 1, tokens, all]`.
+    Queries are `[1, heads, tokens, head_dim]`, keys and values `[1, kv_heads, all, dim]`, the mask bool
+    `[kv_heads or 1, tokens, all]`. The query heads of a group are put one after the other, so that their keys are not repeated.
     """
     kv_heads, tokens = key.shape[1], query.shape[2]
     grouped = query.unflatten(1, (kv_heads, -1)).flatten(2, 3)
@@ -177,20 +141,20 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, 
 
 
 @contextmanager
-def attending(model: PreTrainedModel) -> Iterator[None]:
-    """Lets a dense model attend as its caches say, and puts everything back."""
-    with attending_as(model, NAME):
-        yield
+def attending(model: PreTrainedModel, attend: Attend | None = None) -> Iterator[None]:
+    """Lets a dense model attend as its caches say, and puts everything back.
 
-
-@contextmanager
-def attended_by(one: Attending) -> Iterator[None]:
-    """Lets `one` attend in layers that are called without a cache."""
-    token = _at_work.set(one)
+    Args:
+        model: the model.
+        attend: attends in layers that are called without a cache.
+    """
+    token = None if attend is None else _attend.set(attend)
     try:
-        yield
+        with attending_as(model, NAME):
+            yield
     finally:
-        _at_work.reset(token)
+        if token is not None:
+            _attend.reset(token)
 
 
 def _attention(
@@ -205,19 +169,14 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in each layer."""
-    if (
-        attention_mask is not None
-        or softcap is not None
-        or s_aux is not None
-        or kwargs.get("position_bias") is not None
-    ):
+    if any(each is not None for each in (attention_mask, softcap, s_aux, kwargs.get("position_bias"))):
         raise ModelError(
             f"{type(module).__name__} attends with a softcap, sink logits, a mask or a bias of its own; known ways to evict "
             "are measured with plain causal attention"
         )
     layer: int = module.layer_idx  # type: ignore[assignment]
     factor = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return _at_work.get().attend(layer, query, key, value, factor).transpose(1, 2).contiguous(), None
+    return _attend.get()(layer, query, key, value, factor).transpose(1, 2).contiguous(), None
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerReading:
-    """What one layer of the dense model attended with as it read a prompt of `n` tokens; all float32.
+    """What one layer of the dense model attended with as it read a prompt of `n` tokens.
+
+    `query`, `key` and `value` are made float32 as they are asked for, so that those of few layers are in memory at a time.
 
     Attributes:
         layer: its index.
-        query: after the rotary embedding, `[heads, n, head_dim]`.
-        key: as it is cached, `[kv_heads, n, head_dim]`.
-        value: likewise, `[kv_heads, n, value_dim]`.
+        attended: query, key and value in the model's dtype.
         scaling: factor on the scores.
         query_as_at: returns the layer's queries of all tokens as if all stood where the rotary embedding has the given cosines
             and sines, `[rotated numbers]` each: `[heads, n, head_dim]`. It is linear in the two, so means of cosines and sines
@@ -37,29 +37,40 @@ class LayerReading:
     """
 
     layer: int
-    query: Tensor
-    key: Tensor
-    value: Tensor
+    attended: tuple[Tensor, Tensor, Tensor]
     scaling: float
     query_as_at: Callable[[Tensor, Tensor], Tensor]
     cos: Tensor
     sin: Tensor
 
     @property
+    def query(self) -> Tensor:
+        """After the rotary embedding, `[heads, n, head_dim]`."""
+        return self.attended[0].float()
+
+    @property
+    def key(self) -> Tensor:
+        """As it is cached, `[kv_heads, n, head_dim]`."""
+        return self.attended[1].float()
+
+    @property
+    def value(self) -> Tensor:
+        """As it is cached, `[kv_heads, n, value_dim]`."""
+        return self.attended[2].float()
+
+    @property
     def grouped_query(self) -> Tensor:
         """The queries of each KV head's group, `[kv_heads, group, n, head_dim]`."""
-        grouped: Tensor = self.query.unflatten(0, (len(self.key), -1))
+        grouped: Tensor = self.query.unflatten(0, (len(self.attended[1]), -1))
         return grouped
 
     def until(self, end: int) -> LayerReading:
         """Returns the same of the first `end` tokens alone; attention is causal, so these do not know what follows."""
         own = self.query_as_at
-        query, key, value = (each[:, :end] for each in (self.query, self.key, self.value))
+        query, key, value = (each[:, :end] for each in self.attended)
         return replace(
             self,
-            query=query,
-            key=key,
-            value=value,
+            attended=(query, key, value),
             query_as_at=lambda cos, sin: own(cos, sin)[:, :end],
             cos=self.cos[:end],
             sin=self.sin[:end],
@@ -72,7 +83,7 @@ class PromptReading:
 
     Attributes:
         ids: its `n` tokens.
-        layers: what each layer attended with; made as it is asked for, so that few are in float32 at a time.
+        layers: what each layer attended with.
         read_on: feeds further tokens to the dense model after the first `n` and returns for each layer their queries and keys,
             `[heads, tokens, head_dim]` and `[kv_heads, tokens, head_dim]`; they are forgotten again.
         tokenizer: the model's.

@@ -20,8 +20,9 @@ class KeyDiff(PromptBaseline):
 
     def layer_scores(self, reading: LayerReading, prepared: Any) -> Tensor:
         """Returns the negative cosine with the mean key."""
-        mean = functional.normalize(reading.key, dim=-1).mean(1, keepdim=True)
-        return -functional.cosine_similarity(reading.key, mean, dim=-1)
+        key = reading.key
+        mean = functional.normalize(key, dim=-1).mean(1, keepdim=True)
+        return -functional.cosine_similarity(key, mean, dim=-1)
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,13 @@ class ExpectedAttention(PromptBaseline):
 
     def layer_scores(self, reading: LayerReading, prepared: Any) -> Tensor:
         """Returns the expected attention times the norm of the value; the sinks get infinity."""
-        kv_heads, n = reading.key.shape[:2]
+        key, value = reading.key, reading.value
+        kv_heads, n = key.shape[:2]
         if n <= self.sinks + 1:
-            return reading.key.new_full((kv_heads, n), torch.inf)
+            return key.new_full((kv_heads, n), torch.inf)
         cos, sin = later_rotations(reading.cos, reading.sin, self.future)
         query = reading.query_as_at(cos.mean(0), sin.mean(0))[:, self.sinks :].unflatten(0, (kv_heads, -1))
-        key, value = reading.key[:, self.sinks :], reading.value[:, self.sinks :]
+        key, value = key[:, self.sinks :], value[:, self.sinks :]
         mean = query.mean(2, keepdim=True)
         logits = (mean @ key[:, None].transpose(2, 3))[:, :, 0] * reading.scaling
         if self.covariance:
@@ -73,12 +75,8 @@ class ExpectedAttention(PromptBaseline):
 def later_rotations(cos: Tensor, sin: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Returns the cosines and sines of the next positions, `[count, rotated numbers]` each, by adding up angles.
 
-    Numbers of 16 bits say an angle to some thousandths only; over many positions it is known that much better.
-
-    Args:
-        cos: of the first positions, from 0 on, `[n, rotated numbers]`, all times one factor.
-        sin: likewise.
-        count: how many.
+    Cosines and sines are those of the positions from 0 on, `[n, rotated numbers]`, all times one factor. Numbers of 16 bits say
+    an angle to some thousandths only; over many positions it is known that much better.
     """
     scale = cos[:1].double()  # the cosine of 0, times the factor
     turn = torch.complex(cos.double(), sin.double()) / scale

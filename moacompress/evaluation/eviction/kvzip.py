@@ -63,8 +63,9 @@ class KVzip(PromptBaseline):
             last = prompt.ids[max(begin - self.before, first) : begin]
             fed = [*request, *last, *header, *prompt.ids[begin:end]]
             for layer, (reading, (query, key)) in enumerate(zip(prompt.layers, prompt.read_on(fed), strict=True)):
-                sinks = reading.key[:, : min(kept, begin)]  # those before the chunk
-                cached = torch.cat([sinks, reading.key[:, begin:end]], 1)
+                read = reading.key
+                sinks = read[:, : min(kept, begin)]  # those before the chunk
+                cached = torch.cat([sinks, read[:, begin:end]], 1)
                 most = most_attention(query, cached, key, reading.scaling)
                 found[layer][:, begin:end] = most[:, sinks.shape[1] :]
         for scores in found:
@@ -84,11 +85,8 @@ class KVzip(PromptBaseline):
 def most_attention(query: Tensor, cached: Tensor, key: Tensor, scaling: float) -> Tensor:
     """Returns the most attention that cached tokens get from any of the queries, `[kv_heads, cached tokens]`.
 
-    Args:
-        query: of the tokens that are fed, `[heads, fed, head_dim]`.
-        cached: keys, `[kv_heads, cached tokens, head_dim]`.
-        key: of the tokens that are fed, which queries see up to themselves, `[kv_heads, fed, head_dim]`.
-        scaling: factor on the scores.
+    `query` and `key` are of the tokens that are fed, `[heads or kv_heads, fed, head_dim]`; these see the cached keys,
+    `[kv_heads, cached tokens, head_dim]`, and each other up to themselves.
     """
     most = cached.new_full(cached.shape[:2], -torch.inf)
     later = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=query.device).triu(1)

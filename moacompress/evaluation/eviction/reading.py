@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from moacompress.core.errors import ModelError
-from moacompress.evaluation.eviction.attention import Attending, KeptCache, WholeCache, attended_by, attending
+from moacompress.evaluation.eviction.attention import KeptCache, WholeCache, attending
 from moacompress.evaluation.eviction.baseline import LayerReading, PromptReading
 from moacompress.kernels.centred_keys import centred
 from moacompress.kernels.reference.rounding import rounded
@@ -33,22 +33,18 @@ class DenseReading:
         model: the dense model.
         tokenizer: its tokenizer.
         ids: the prompt.
-        layers: what each layer attended with, in the model's dtype.
-        keys: as they are cached, of each layer `[1, kv_heads, n, head_dim]`, in the model's dtype.
-        values: likewise.
+        layers: what each layer attended with.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     ids: Sequence[int]
     layers: list[LayerReading]
-    keys: list[Tensor]
-    values: list[Tensor]
 
     def until(self, end: int) -> PromptReading:
         """Returns the reading of the first `end` tokens, for scores."""
-        read_on = partial(self._read_on, end)
-        return PromptReading(self.ids[:end], _Widened(self.layers, end), read_on, self.tokenizer)
+        layers = [layer.until(end) for layer in self.layers]
+        return PromptReading(self.ids[:end], layers, partial(self._read_on, end), self.tokenizer)
 
     def kept(self, *masks: Tensor, format: str = NATIVE) -> KeptCache:
         """Returns a cache of the first tokens of the prompt that shows only what is kept, a row for each mask.
@@ -59,82 +55,34 @@ class DenseReading:
                 kept or not.
         """
         kept = torch.stack(masks)
-        keys, values = self._first(kept.shape[-1])
+        keys, values = map(list, zip(*self._cached(kept.shape[-1]), strict=True))
         if format != NATIVE:
             keys = [_round_trip(key, format, key[0].float().mean(1)) for key in keys]
             values = [_round_trip(value, format) for value in values]
         return KeptCache(kept, keys, values)
 
     def _read_on(self, end: int, fed: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        watched = _Watched(*self._first(end))
-        _feed(self.model, fed, watched)
-        return [
-            (query[0].float(), key[0, :, end:].float())
-            for query, key in zip(watched.queries, watched.seen, strict=True)
-        ]
+        cache = _AskedCache()
+        for layer, pair in enumerate(self._cached(end)):
+            cache.update(*pair, layer)
+        _feed(self.model, fed, cache)
+        return [(query[0].float(), key[0, :, end:].float()) for query, key, *_ in cache.asked]
 
-    def _first(self, end: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns keys and values of the first tokens."""
-        return [key[:, :, :end] for key in self.keys], [value[:, :, :end] for value in self.values]
-
-
-@dataclass(frozen=True)
-class _Widened(Sequence[LayerReading]):
-    """The layers' first tokens in float32, each layer anew as it is asked for."""
-
-    layers: Sequence[LayerReading]
-    end: int
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    @overload
-    def __getitem__(self, at: int) -> LayerReading: ...
-    @overload
-    def __getitem__(self, at: slice) -> Sequence[LayerReading]: ...
-    def __getitem__(self, at: int | slice) -> LayerReading | Sequence[LayerReading]:
-        if isinstance(at, slice):
-            return _Widened(self.layers[at], self.end)
-        own = self.layers[at].until(self.end)
-        return replace(own, query=own.query.float(), key=own.key.float(), value=own.value.float())
+    def _cached(self, end: int) -> list[tuple[Tensor, Tensor]]:
+        """Returns keys and values of the first tokens in each layer, `[1, kv_heads, end, dim]`."""
+        return [(key[None, :, :end], value[None, :, :end]) for _, key, value in (one.attended for one in self.layers)]
 
 
-class _Watched(WholeCache):
-    """Remembers the queries of every layer, and the keys that they were asked of."""
-
-    def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
-        super().__init__()
-        self.queries: list[Tensor] = []
-        self.seen: list[Tensor] = []
-        for layer, pair in enumerate(zip(keys, values, strict=True)):
-            self.update(*pair, layer)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        self.queries.append(query)
-        self.seen.append(key)
-        return super().attend(layer, query, key, value, scaling)
-
-
-class _First(WholeCache):
-    """Remembers the queries of every layer and the factor on its scores."""
+class _AskedCache(WholeCache):
+    """Remembers what every layer attended with: queries, keys, values, and the factor on the scores."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked: list[tuple[Tensor, float]] = []
+        self.asked: list[tuple[Tensor, Tensor, Tensor, float]] = []
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        self.asked.append((query, scaling))
+        self.asked.append((query, key, value, scaling))
         return super().attend(layer, query, key, value, scaling)
-
-
-class _Asked(Attending):
-    """Remembers the queries of one call of a layer."""
-
-    query: Tensor
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        self.query = query
-        return torch.zeros(*query.shape[:-1], value.shape[-1], dtype=value.dtype, device=value.device)
 
 
 def read_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> DenseReading:
@@ -148,34 +96,21 @@ def read_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids:
     Raises:
         ModelError: the model's layers attend in another way than by plain causal attention.
     """
-    cache = _First()
-    with _watched(model) as calls, torch.inference_mode(), attending(model):
+    cache = _AskedCache()
+    with _watched(model) as calls:
         _feed(model, ids, cache)
-    held: list[Any] = cache.layers
-    keys: list[Tensor] = [one.keys for one in held]
-    values: list[Tensor] = [one.values for one in held]
-    layers = [
-        LayerReading(
-            layer,
-            query[0],
-            key[0],
-            value[0],
-            scaling,
-            partial(_query_as_at, model, *call),
-            *(each[0].float() for each in call[1]["position_embeddings"]),
-        )
-        for layer, (call, key, value, (query, scaling)) in enumerate(zip(calls, keys, values, cache.asked, strict=True))
-    ]
-    return DenseReading(model, tokenizer, ids, layers, keys, values)
+    layers = []
+    for layer, (call, (query, key, value, scaling)) in enumerate(zip(calls, cache.asked, strict=True)):
+        cos, sin = (each[0].float() for each in call[1]["position_embeddings"])
+        as_at = partial(_query_as_at, model, *call)
+        layers.append(LayerReading(layer, (query[0], key[0], value[0]), scaling, as_at, cos, sin))
+    return DenseReading(model, tokenizer, ids, layers)
 
 
 def _round_trip(x: Tensor, format: str, centre: Tensor | None = None) -> Tensor:
-    """Returns keys or values as a format gives them back, in their own dtype, `[1, kv_heads, tokens, dim]`.
+    """Returns keys or values, `[1, kv_heads, tokens, dim]`, as a format gives them back, in their own dtype.
 
-    Args:
-        x: keys or values, shaped so.
-        format: its name.
-        centre: subtracted before rounding and added back, float32 `[kv_heads, dim]`; None for none.
+    A centre, float32 `[kv_heads, dim]`, is subtracted before rounding and added back.
     """
     found = rounded(centred(x, centre), [find_format(format).code] * x.shape[1])
     return (found if centre is None else found + centre[:, None]).to(x.dtype)
@@ -222,7 +157,12 @@ def _query_as_at(
     before = given["position_embeddings"]
     turned = tuple(each.to(old).expand_as(old) for each, old in zip((cos, sin), before, strict=True))
     forward: Callable[..., Any] = module.forward
-    asked = _Asked()
-    with torch.inference_mode(), attending(model), attended_by(asked):
+    asked: list[Tensor] = []
+
+    def note(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        asked.append(query)
+        return value.new_zeros(*query.shape[:-1], value.shape[-1])
+
+    with torch.inference_mode(), attending(model, note):
         forward(**{**given, "position_embeddings": turned})
-    return asked.query[0].float()
+    return asked[0][0].float()

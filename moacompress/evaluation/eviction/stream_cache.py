@@ -14,16 +14,11 @@ NEVER = torch.iinfo(torch.int64).max
 
 
 class _Slots:
-    """The kept tokens of some KV heads, by slot.
-
-    Args:
-        room: how many slots each KV head has, `[kv_heads]`.
-        key_dim: numbers of a key.
-        value_dim: likewise.
+    """The kept tokens of some KV heads, by slot; a KV head has as many slots as `room` says, `[kv_heads]`.
 
     Attributes:
         positions: `[kv_heads, slots]`, -1 in a slot that holds nothing.
-        received: attention so far, likewise.
+        received: attention so far, `[kv_heads, slots]`.
         read: how many tokens came in.
     """
 
@@ -61,11 +56,9 @@ class _Slots:
         return self.positions.view(-1)[slot]
 
     def put(self, slot: Tensor, token: Tensor | None = None) -> None:
-        """Takes the next token in.
+        """Stores the next token where `next` said: its key with its value behind it, `[kv_heads, key_dim + value_dim]`.
 
-        Args:
-            slot: as `next` returns it.
-            token: its key with its value behind it, `[kv_heads, key_dim + value_dim]`; None where neither is kept.
+        Without them only its position is stored.
         """
         if token is not None:
             self._held.flatten(0, 1).index_copy_(0, slot, token)
@@ -76,8 +69,7 @@ class _Slots:
     def attended(self, query: Tensor) -> Tensor:
         """Returns what one token gets, `[kv_heads, group, value_dim]`, and notes the attention that it gives.
 
-        Args:
-            query: `[kv_heads, group, head_dim]`, times the factor on the scores.
+        The query, `[kv_heads, group, head_dim]`, has been multiplied with the factor on the scores.
         """
         logits = query @ self._key.transpose(1, 2)
         if self._some_empty:
@@ -88,33 +80,13 @@ class _Slots:
         return out
 
 
-class StreamCache(WholeCache):
-    """Runs a `StreamBaseline`; one row.
-
-    Args:
-        baseline: what evicts.
-        room: how many tokens each KV head keeps, `[layers, kv_heads]`, at least one.
-    """
+class ExchangingCache(WholeCache):
+    """Takes token after token in, as attention decides; transformers' part of it only counts them. One row."""
 
     def __init__(self, baseline: StreamBaseline, room: Tensor) -> None:
         super().__init__()
         self.baseline, self.room = baseline, room
-
-    def kept(self, layer: int) -> list[list[int]]:
-        """Returns the positions that each KV head keeps, rising."""
-        raise NotImplementedError
-
-
-class ExchangingCache(StreamCache):
-    """Takes token after token in, as attention decides; transformers' part of it only counts them."""
-
-    def __init__(self, baseline: StreamBaseline, room: Tensor) -> None:
-        super().__init__(baseline, room)
         self._slots: dict[int, _Slots] = {}
-
-    def kept(self, layer: int) -> list[list[int]]:
-        """See `StreamCache`."""
-        return [sorted(at for at in row if at >= 0) for row in self._slots[layer].positions.tolist()]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Takes the new tokens in one after the other, and attends from each to what is kept then."""
@@ -131,22 +103,19 @@ class ExchangingCache(StreamCache):
         return torch.stack(out, 2).flatten(0, 1)[None].to(value.dtype)
 
 
-class ScheduledCache(StreamCache):
-    """Knows of each token when it is evicted, for scores by position; transformers' part of it keeps everything.
+class ScheduledCache(WholeCache):
+    """Knows of each token when it is evicted, for scores by position; transformers' part of it keeps everything. One row.
 
     KV heads with as much room keep the same tokens, in whichever layer.
     """
 
     def __init__(self, baseline: StreamBaseline, room: Tensor) -> None:
-        super().__init__(baseline, room)
+        super().__init__()
+        self.baseline = baseline
         sizes, self._size_of = room.unique(return_inverse=True)
         self._slots = _Slots(sizes)
         self._until = torch.empty(len(sizes), 0, dtype=torch.int64, device=room.device)
         """The position of the token that another is evicted for, by room, `[sizes, tokens]`."""
-
-    def kept(self, layer: int) -> list[list[int]]:
-        """See `StreamCache`."""
-        return [row.nonzero()[:, 0].tolist() for row in self._until[self._size_of[layer]] == NEVER]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Attends from each new token to what is kept when it has been taken in."""
@@ -186,6 +155,6 @@ class ScheduledCache(StreamCache):
             self._until[size, gone[size, token]] = first + token
 
 
-def stream_cache(baseline: StreamBaseline, room: Tensor) -> StreamCache:
-    """Returns a cache for a way to evict as it reads, see `StreamCache`."""
+def stream_cache(baseline: StreamBaseline, room: Tensor) -> WholeCache:
+    """Returns a cache for a way to evict as it reads; `room` says how many tokens each KV head keeps, `[layers, kv_heads]`."""
     return (ScheduledCache if baseline.by_position else ExchangingCache)(baseline, room)

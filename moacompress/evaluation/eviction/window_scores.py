@@ -19,9 +19,10 @@ def window_attention(reading: LayerReading, window: int) -> Tensor:
 
     It is the mean over the last `window` queries and over the query heads of a KV head's group.
     """
-    n = reading.key.shape[1]
+    key = reading.key
+    n = key.shape[1]
     query = reading.grouped_query[:, :, n - window :]
-    logits = query @ reading.key[:, None].transpose(2, 3) * reading.scaling
+    logits = query @ key[:, None].transpose(2, 3) * reading.scaling
     later = torch.ones(window, n, dtype=torch.bool, device=logits.device).triu(n - window + 1)
     return logits.masked_fill(later, -torch.inf).softmax(-1)[..., : n - window].mean((1, 2))
 

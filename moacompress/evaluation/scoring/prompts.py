@@ -55,12 +55,7 @@ class Score:
 
 
 def batches(cases: Sequence[Case], vocabulary: int) -> list[list[int]]:
-    """Returns the indices of cases that are scored together: of one prompt length, and as many as memory allows.
-
-    Args:
-        cases: the cases.
-        vocabulary: number of logits of a token.
-    """
+    """Returns the indices of cases that are scored together: of one prompt length, and as many as memory allows."""
     groups: dict[tuple[int, int | None], list[int]] = {}
     for index, case in enumerate(cases):
         groups.setdefault((len(case.prompt_ids), case.turn_at), []).append(index)
@@ -76,14 +71,10 @@ def batches(cases: Sequence[Case], vocabulary: int) -> list[list[int]]:
 def score_batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case], cache: Any = None, unit: int = 1
 ) -> list[Score]:
-    """Returns the scores of a model on prompts of one length.
+    """Returns the scores of a model on prompts, all with the same number of tokens and the same `turn_at`.
 
-    Args:
-        model: dense or under a plan.
-        tokenizer: decodes the answers.
-        cases: at least one, all with the same number of prompt tokens and the same `turn_at`.
-        cache: an empty one to use; by default the model's own kind.
-        unit: the prompt is read up to a multiple of so many tokens, and the rest of it with the answer.
+    They are read into an empty `cache`, by default of the model's own kind: up to a multiple of `unit` tokens, and the rest
+    with the answer.
 
     Raises:
         UsageError: prompts of different lengths.
@@ -100,14 +91,7 @@ def score_batch(
 def score_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case], last: torch.Tensor, cache: Any
 ) -> list[Score]:
-    """Returns the scores of prompts that have been read but for their last tokens.
-
-    Args:
-        model: dense or under a plan.
-        tokenizer: decodes the answers.
-        cases: the prompts.
-        last: what `read_on` left of them.
-        cache: of the tokens before; used up.
+    """Returns the scores of prompts that have been read but for their `last` tokens; the cache of those before is used up.
 
     Raises:
         ModelError: the model's logits are not finite.
@@ -124,10 +108,7 @@ def score_answers(
 def match_share(case: Case, answer: str, ended: bool = True) -> float:
     """Returns how much of a case's reference is in an answer, 0 to 1; upper and lower case are the same.
 
-    Args:
-        case: the case.
-        answer: the answer, or how it begins.
-        ended: nothing follows. Otherwise what the next character could undo does not count, and 1 is final.
+    Where the answer has not `ended`, what the next character could undo does not count, and 1 is final.
     """
     if case.match == "last-integer":
         said = INTEGER.findall(answer)
@@ -151,10 +132,7 @@ def _comparable(text: str) -> str:
 def _has_words(text: str, wanted: str, ended: bool) -> bool:
     """Returns whether a text has another one in it that is not part of a longer word.
 
-    Args:
-        text: the text.
-        wanted: what is looked for.
-        ended: whether the end of the text is that of a word; a last character may be there in part, as U+FFFD.
+    Where it has not `ended`, its end is not that of a word, and its last character may be there in part, as U+FFFD.
     """
     text = text if ended else text.rstrip("\ufffd")
     begin = text.find(wanted)
@@ -185,14 +163,9 @@ def _first_object(text: str) -> Any:
 def read_on(
     model: PreTrainedModel, cases: Sequence[Case], cache: Any, begin: int = 0, unit: int = 1
 ) -> tuple[torch.Tensor, Any]:
-    """Reads prompts but for their last tokens; returns these, `[batch, 1 to unit]`, and the cache.
+    """Reads prompts of one length and `turn_at` but for their last tokens; returns these, `[batch, 1 to unit]`, and the cache.
 
-    Args:
-        model: dense or under a plan.
-        cases: prompts of one length, with the same `turn_at`.
-        cache: of the tokens before `begin`; None for a new one.
-        begin: tokens of the prompts that have been read.
-        unit: they are read up to a multiple of so many tokens.
+    The cache holds the tokens before `begin`; None is a new one. They are read up to a multiple of `unit` tokens.
     """
     ids = torch.tensor([case.prompt_ids for case in cases], device=input_device(model))
     end, turn = ((at - at % unit) for at in (ids.shape[1] - 1, cases[0].turn_at or 0))

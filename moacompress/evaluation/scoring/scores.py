@@ -17,7 +17,7 @@ from moacompress.evaluation.baselines.compared_models import DENSE, ComparedMode
 from moacompress.evaluation.baselines.evictions import ComparedEviction, score_evictions
 from moacompress.evaluation.baselines.quantized_caches import text_steps
 from moacompress.evaluation.scoring.prompts import Score, batches, score_batch
-from moacompress.evaluation.scoring.text import States, read, score_window
+from moacompress.evaluation.scoring.text import States, TextScore, read, score_window
 from moacompress.evaluation.tasks.cases import Case
 from moacompress.models.processes import broadcast, check_alike, shared
 from moacompress.rules.plan import Plan
@@ -134,16 +134,12 @@ class CaseScorer:
 
     def windows(
         self, compared_models: Sequence[ComparedModel], windows: Sequence[Sequence[int]], task: str
-    ) -> list[list[Entry]]:
-        """Returns for every compared model its numbers on every window of text.
+    ) -> list[list[TextScore]]:
+        """Returns for every compared model its score on every window of text.
 
-        The dense model is read only where a number is missing, once for each window.
-
-        Returns:
-            For each compared model and window `nll_early`, `nll_late`, `kl` and `top1_agreement`, the last two of the late
-            half.
+        The dense model is read only where a score is missing, once for each window.
         """
-        full = ComparedPlan(DENSE, Plan.full(self.checkpoint.plan.model), 0)
+        full = ComparedPlan(DENSE, 0, Plan.full(self.checkpoint.plan.model))
         jobs = [
             ScoringJob(
                 tuple(self._key(compared.key(), fingerprint(list(window)), "text") for compared in compared_models),
@@ -159,25 +155,17 @@ class CaseScorer:
                 if entry is None:
                     dense = dense or self._read(full, window)
                     ours = dense if compared.key() == full.key() else self._read(compared, window)
-                    found = score_window(ours, dense, window)
-                    entry = {
-                        "nll_early": found.early.nll,
-                        "nll_late": found.late.nll,
-                        "kl": found.late.kl,
-                        "top1_agreement": found.late.agreement,
-                    }
+                    entry = asdict(score_window(ours, dense, window))
                 entries.append(entry)
             return entries
 
         self._share(jobs, score)
-        return [[self._filed(job.keys[which]) for job in jobs] for which in range(len(compared_models))]
+        return [[TextScore(**self._filed(job.keys[which])) for job in jobs] for which in range(len(compared_models))]
 
     def _share(self, jobs: Sequence[ScoringJob], score: Callable[[int], list[Entry]]) -> None:
         """Files the scores of all jobs; under `torchrun` each is done in one process, and filed in the records of all.
 
-        Args:
-            jobs: the same in every process.
-            score: returns what the keys of a job are to be filed with, by its number.
+        Jobs are the same in every process; `score` returns what the keys of a numbered job are filed with.
         """
         check_alike({"set of prompts": fingerprint([job.keys for job in jobs])})  # they are shared out by number
         keys = {key for job in jobs for key in job.keys}

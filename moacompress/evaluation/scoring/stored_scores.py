@@ -11,28 +11,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moacompress.core.errors import ArtefactError
+from moacompress.evaluation.baselines.compared_models import ComparedModel
 from moacompress.evaluation.scoring.prompts import Score
-from moacompress.evaluation.scoring.result_rows import SCORES, Measured, TaskCell
+from moacompress.evaluation.scoring.result_rows import PROMPT_METRICS, Measured, TaskCell
 
 StoredScores = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class StoredModel:
-    """A compared model of which only its scores are left.
+class StoredModel(ComparedModel):
+    """A compared model of which only its scores are left; `notes` are the further fields of its rows."""
 
-    Attributes:
-        name: as in the results.
-        kv_bytes: at the mean number of tokens of the prompts.
-        notes: further fields of its result rows.
-    """
-
-    name: str
-    kv_bytes: int
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def description(self, tokens: int) -> dict[str, Any]:
-        """Returns the further fields of its rows; they were noted at the one length that there is."""
+        """Returns the further fields."""
         return dict(self.notes)
 
 
@@ -46,7 +39,7 @@ def score_rows(cell: TaskCell, comparison: Iterable[Measured]) -> list[StoredSco
             "model": one.compared.name,
             "kv_bytes": one.compared.kv_bytes,
             "notes": one.compared.description(cell.tokens),
-            **{metric: one.values(metric) for metric in SCORES},
+            **{metric.name: one.values(metric.number) for metric in PROMPT_METRICS},
             **({"documents": list(one.documents)} if any(one.documents) else {}),
         }
         for one in comparison
@@ -62,11 +55,11 @@ def measured_again(rows: Sequence[StoredScores]) -> list[tuple[TaskCell, list[Me
     found: dict[tuple[str, int], tuple[TaskCell, list[Measured]]] = {}
     try:
         for row in rows:
-            scores = [Score(*values) for values in zip(*(row[metric] for metric in SCORES), strict=True)]
+            scores = [Score(*values) for values in zip(*(row[metric.name] for metric in PROMPT_METRICS), strict=True)]
             cell = TaskCell(row["task"], row["length"], len(scores), row["tokens"])
             _, comparison = found.setdefault((cell.task, cell.length), (cell, []))
             model = StoredModel(row["model"], row["kv_bytes"], row["notes"])
-            comparison.append(Measured(model, scores, row.get("documents", ())))  # type: ignore[arg-type]
+            comparison.append(Measured(model, scores, row.get("documents", ())))
     except (KeyError, TypeError, ValueError) as error:
         raise ArtefactError(f"stored scores are damaged ({error}); evaluate again") from error
     return list(found.values())

@@ -31,31 +31,20 @@ MAX_LOGITS = 1 << 26
 
 
 @dataclass(frozen=True)
-class Half:
-    """Means over the tokens of one half of a window.
-
-    Attributes:
-        nll: negative log-likelihood of the text, nats a token; perplexity is `exp` of its mean over windows.
-        kl: KL(dense || model) of the prediction of a token, nats.
-        agreement: share of tokens for which the model and the dense model hold the same token most likely.
-    """
-
-    nll: float
-    kl: float
-    agreement: float
-
-
-@dataclass(frozen=True)
 class TextScore:
-    """What one model did on one window of N tokens.
+    """What one model did on one window of N tokens: means over the tokens of its early half, [1, N/2), and its late, [N/2, N).
 
     Attributes:
-        early: tokens at the positions [1, N/2).
-        late: tokens at the positions [N/2, N).
+        nll_early: negative log-likelihood of the text, nats a token; perplexity is `exp` of its mean over windows.
+        nll_late: of the late half.
+        kl: KL(dense || model) of the prediction of a token of the late half, nats.
+        top1_agreement: share of the late half's tokens for which model and dense hold the same token most likely.
     """
 
-    early: Half
-    late: Half
+    nll_early: float
+    nll_late: float
+    kl: float
+    top1_agreement: float
 
 
 @dataclass(frozen=True)
@@ -72,12 +61,7 @@ class States:
 
 
 class Window(NamedTuple):
-    """Tokens of a text.
-
-    Attributes:
-        document: number of the document in the evaluation pool.
-        ids: token ids.
-    """
+    """Tokens of a text, and the number of its document in the evaluation pool."""
 
     document: int
     ids: list[int]
@@ -90,13 +74,6 @@ def text_windows(
 
     Documents come in random order and give one window each before one gives a second. A tokenizer's beginning-of-text
     token, if it adds one, is the first token of a window.
-
-    Args:
-        prose: the texts, of which the evaluation pool is used.
-        tokenizer: the model's.
-        length: tokens of a window.
-        count: number of windows.
-        seed: of the choice.
 
     Raises:
         DataError: the pool has fewer windows of that length.
@@ -144,14 +121,7 @@ def _cut(ids: Sequence[int], size: int, rng: np.random.Generator) -> list[list[i
 
 
 def read(model: PreTrainedModel, window: Sequence[int], cache: Any = None, steps: Sequence[int] = ()) -> States:
-    """Runs a model over a window.
-
-    Args:
-        model: dense or under a plan.
-        window: token ids.
-        cache: an empty cache that the window goes into; by default it is one forward without one.
-        steps: how many tokens go into it at a time, all of them together.
-    """
+    """Runs a model over a window of token ids: in one forward, or into an empty cache, `steps` tokens at a time."""
     ids = torch.tensor([list(window)], device=input_device(model))
     with torch.inference_mode():
         if cache is None:
@@ -166,12 +136,7 @@ def read(model: PreTrainedModel, window: Sequence[int], cache: Any = None, steps
 
 
 def score_window(states: States, dense: States, window: Sequence[int]) -> TextScore:
-    """Returns the score of a model on a window; of the dense model itself where `states` and `dense` are the same.
-
-    Args:
-        states: what `read` returned for the model.
-        dense: what `read` returned for the dense model.
-        window: token ids.
+    """Returns the score of a model on a window, by what `read` returned for it and for the dense model.
 
     Raises:
         ModelError: logits that are not finite, or vocabularies that differ.
@@ -182,25 +147,17 @@ def score_window(states: States, dense: States, window: Sequence[int]) -> TextSc
     columns = [torch.cat(column).double().cpu() for column in zip(*parts, strict=True)]
     if not all(bool(column.isfinite().all()) for column in columns):
         raise ModelError(f"the logits of a text of {n:,} tokens are not finite; try --dtype float32")
-    halves = []
-    for rows in (slice(0, n // 2 - 1), slice(n // 2 - 1, n - 1)):  # the token at position t is predicted by row t - 1
-        nll, kl, agreement = (float(column[rows].mean()) for column in columns)
-        halves.append(Half(nll, max(kl, 0.0), agreement))
-    return TextScore(*halves)
+    nll, kl, agreement = columns
+    late = slice(n // 2 - 1, None)  # the token at position t is predicted by row t - 1
+    early, *means = (float(part.mean()) for part in (nll[: n // 2 - 1], nll[late], kl[late], agreement[late]))
+    return TextScore(early, means[0], max(means[1], 0.0), means[2])
 
 
 def head_logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
     """Returns what the model makes of states: its head, and whatever its family does to logits (scale, softcap, bias).
 
-    The model's own forward is run on a single token, and its decoder's output is exchanged for the states: so no family
-    needs code here.
-
-    Args:
-        model: a causal LM.
-        states: `[rows, hidden]`, as from `read`.
-
-    Returns:
-        float32 `[rows, vocabulary]`.
+    The model's own forward is run on a single token, and its decoder's output is exchanged for the states, `[rows, hidden]`: so
+    no family needs code here. Logits are float32, `[rows, vocabulary]`.
     """
     token = torch.zeros((1, 1), dtype=torch.long, device=input_device(model))
 

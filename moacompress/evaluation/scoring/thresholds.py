@@ -31,11 +31,7 @@ class Threshold:
 
     @staticmethod
     def parse(text: str, tasks: Sequence[str]) -> Threshold:
-        """Reads one threshold.
-
-        Args:
-            text: as in the module's docstring.
-            tasks: names of the tasks that are evaluated.
+        """Reads one threshold of an evaluation of some tasks.
 
         Raises:
             UsageError: malformed; an unknown metric or task, with the nearest known one; a metric of which less is
@@ -52,9 +48,11 @@ class Threshold:
             raise UsageError(f"cannot read the threshold {text!r}; {_FORM}")
         if metric in FALLING:
             raise UsageError(f"{metric} is better when it is lower; set a threshold for one of {', '.join(RISING)}")
-        _check("metric", metric, RISING)
-        if colon:
-            _check("task", task, tasks)
+        named = [("metric", metric, RISING), *([("task", task, tasks)] if colon else [])]
+        for what, name, known in named:
+            if name not in known:
+                hint = did_you_mean(name, known, f"known are {', '.join(known)}")
+                raise UsageError(f"unknown {what} {name!r} in a threshold; {hint}")
         return Threshold(metric, least, task or None, parse_length(length) if at else None)
 
     def concerns(self, row: Mapping[str, Any]) -> bool:
@@ -71,10 +69,10 @@ class Threshold:
 
 
 def parse_thresholds(text: str | None, tasks: Sequence[str]) -> list[Threshold]:
-    """Returns the thresholds of a list with commas; see `Threshold.parse`.
+    """Returns the thresholds of a list with commas.
 
     Raises:
-        UsageError: as `Threshold.parse`, or the list is empty.
+        UsageError: one cannot be read, or the list is empty.
     """
     if text is None:
         return []
@@ -96,9 +94,3 @@ def failures(thresholds: Iterable[Threshold], results: Sequence[Mapping[str, Any
                 where = f"{row['task']}@{format_length(row['length'])}:{row['metric']}"
                 found.append(f"{where} is {row['value']:.3f}, less than {threshold.least:g}")
     return found
-
-
-def _check(what: str, name: str, known: Sequence[str]) -> None:
-    if name not in known:
-        hint = did_you_mean(name, known, f"known are {', '.join(known)}")
-        raise UsageError(f"unknown {what} {name!r} in a threshold; {hint}")

@@ -59,10 +59,6 @@ FREQUENT = CountingSentences(
 def make_common(request: PromptRequest, sentences: CountingSentences) -> PromptDraft:
     """Returns a prompt with a solved example, in a turn of its own, and the list whose ten common words are asked for.
 
-    Args:
-        request: the prompt to write.
-        sentences: what it says.
-
     Raises:
         DataError: the length is too short.
     """
@@ -107,10 +103,6 @@ def draw_words(rng: np.random.Generator, count: int) -> list[str]:
 
 def make_frequent(request: PromptRequest, sentences: CountingSentences) -> PromptDraft:
     """Returns a prompt of invented words whose frequencies follow a power law; the most frequent one is dots.
-
-    Args:
-        request: the prompt to write.
-        sentences: what it says.
 
     Raises:
         DataError: the length is too short.

@@ -29,10 +29,6 @@ def make_question(request: PromptRequest, sentences: DocumentSentences) -> Promp
     Two prompts of one seed share a question only beyond `STRIDE` prompts, or in a smaller file beyond a fifth of its questions
     where a few documents are too long.
 
-    Args:
-        request: the prompt to write.
-        sentences: what it says.
-
     Raises:
         DataError: no SQuAD file, or the length is too short.
     """

@@ -17,7 +17,7 @@ from moacompress.core.errors import DataError
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
 from moacompress.evaluation.tasks.task import PromptRequest
 from moacompress.prompts.pools import KEYS_PER_SPLIT, Prose, draw_keys, draw_numbers, draw_uuids, sentence_ends
-from moacompress.prompts.sentences import NeedleSentences
+from moacompress.prompts.sentences import EVALUATION_NEEDLES, NeedleSentences
 
 NeedleKind = Literal["word", "number", "uuid"]
 Context = Callable[[int], str]
@@ -52,11 +52,6 @@ class Needles:
 
 def make_needles(request: PromptRequest, needles: Needles, sentences: NeedleSentences) -> PromptDraft:
     """Returns a prompt that hides the needles at random depths and asks for some.
-
-    Args:
-        request: the prompt to write.
-        needles: how many, of what, in what.
-        sentences: what it says.
 
     Raises:
         DataError: the length is too short, or the prose is.
@@ -95,13 +90,7 @@ def question(
 
 
 def in_lines(lines: Sequence[str], needles: Sequence[str], depths: Sequence[float] | np.ndarray) -> str:
-    """Returns the lines with every needle on a line of its own.
-
-    Args:
-        lines: the haystack.
-        needles: as they are to follow each other.
-        depths: for each needle the share of the lines before it, rising.
-    """
+    """Returns the lines with every needle, in order, on a line of its own; depths are shares of the lines before, rising."""
     context = list(lines)
     for depth, text in reversed(list(zip(depths, needles, strict=True))):
         context.insert(int(depth * len(lines)), text)
@@ -109,13 +98,7 @@ def in_lines(lines: Sequence[str], needles: Sequence[str], depths: Sequence[floa
 
 
 def in_sentences(words: Sequence[str], needles: Sequence[str], depths: Sequence[int] | np.ndarray) -> str:
-    """Returns prose with every needle between two sentences.
-
-    Args:
-        words: the prose.
-        needles: as they are to follow each other.
-        depths: for each needle the percent of the sentences before it, rising.
-    """
+    """Returns prose with every needle, in order, between two sentences; a depth is the percent of those before it, rising."""
     ends = [0, *sentence_ends(words)]
     context = list(words)
     for depth, text in reversed(list(zip(depths, needles, strict=True))):
@@ -146,3 +129,34 @@ def _distractors(
     others = [key for key in drawn if key not in keys][:pool]
     values = _DRAW[needles.kind](request.rng, "evaluation", count)
     return [sentences.hide(needles.kind, others[i % len(others)], value) for i, value in enumerate(values)]
+
+
+def make_second_question(request: PromptRequest) -> PromptDraft:
+    """Returns a conversation of two questions about needles in noise, the first of them answered by its reference.
+
+    What the first answer did not need may be what the second one needs, so a cache that keeps only what one question points to
+    fails here.
+
+    Raises:
+        DataError: the length is too short.
+    """
+    rng = request.rng
+    keys, values = draw_keys(rng, "evaluation", 2), draw_numbers(rng, "evaluation", 2)
+    depths = np.sort(rng.random(2))
+    hidden = rng.permutation(2).tolist()
+    needles = [EVALUATION_NEEDLES.hide("number", keys[index], values[index]) for index in hidden]
+
+    def write(count: int) -> PromptDraft:
+        return render_second_question(
+            in_lines([" ".join(EVALUATION_NEEDLES.noise)] * count, needles, depths), keys, values
+        )
+
+    return request.fit(write, request.length)
+
+
+def render_second_question(context: str, keys: Sequence[str], values: Sequence[str]) -> PromptDraft:
+    """Returns the conversation about a context; the first key's question is answered, the second's is asked."""
+    first, second = (EVALUATION_NEEDLES.ask("number", [key], 1) for key in keys)
+    asked = f"{first.before}\n{context}\n{first.after}"
+    messages = (asked, f"{first.answer} {values[0]}.", second.after)
+    return PromptDraft(messages, f" {second.answer}", Answer.of(values[1]), (values[1],), second_turn=True)

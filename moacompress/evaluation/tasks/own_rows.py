@@ -28,7 +28,7 @@ from moacompress.calibration.data.held_out import held_out_rows
 from moacompress.core.errors import DataError, UsageError
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
 from moacompress.evaluation.tasks.registry import GROUPS, EvaluationTask, known_tasks
-from moacompress.evaluation.tasks.task import PromptRequest
+from moacompress.evaluation.tasks.task import TEXT, PromptRequest
 from moacompress.prompts.sentences import EVALUATION_DOCUMENTS
 from moacompress.recipe_sections import SourceRecipe
 
@@ -52,7 +52,7 @@ def own_tasks(names: Iterable[str], calibrated_on: Container[str] = ()) -> dict[
     found: dict[str, EvaluationTask] = {}
     for name in names:
         task = _own_task(name, name in calibrated_on or Path(name).name in calibrated_on)
-        if task.name in (*found, *known_tasks(), *GROUPS, "text"):
+        if task.name in (*found, *known_tasks(), *GROUPS, TEXT):
             raise UsageError(f"{name} would be the task {task.name}, which there is already; rename it")
         found[task.name] = task
     return found

@@ -18,14 +18,12 @@ from moacompress.core.files import fingerprint
 from moacompress.core.plugins import TASKS as OUTSIDE
 from moacompress.core.plugins import named_plugins
 from moacompress.evaluation.tasks import ruler
-from moacompress.evaluation.tasks.associative_recall import make_recall
 from moacompress.evaluation.tasks.cases import Case
 from moacompress.evaluation.tasks.counting import COMMON, FREQUENT, make_common, make_frequent
 from moacompress.evaluation.tasks.document_question import make_question
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft, encode_draft
-from moacompress.evaluation.tasks.line_lookup import SAID, make_lines
-from moacompress.evaluation.tasks.needles import Needles, make_needles
-from moacompress.evaluation.tasks.second_question import make_second_question
+from moacompress.evaluation.tasks.lookups import SAID, make_lines, make_recall
+from moacompress.evaluation.tasks.needles import Needles, make_needles, make_second_question
 from moacompress.evaluation.tasks.task import KINDS, EvaluationTask, Need, PromptRequest, Resources
 from moacompress.evaluation.tasks.tracking import TRACKING, make_tracking
 from moacompress.evaluation.tasks.unseen import (
@@ -59,10 +57,7 @@ __all__ = [
 
 
 S = TypeVar("S")
-_HOW = {
-    "prose": "give a .txt file or a folder of them as text",
-    "squad": "give a SQuAD file, such as dev-v2.0.json",
-}
+_HOW = {"prose": "give a .txt file or a folder of them as text", "squad": "give a SQuAD file, such as dev-v2.0.json"}
 _WHAT = {"prose": "prose", "squad": "SQuAD's questions"}
 SHOWN_QUESTION = 300
 """Most characters of a question that a report keeps."""
@@ -86,12 +81,7 @@ def _calibrated(
         return PromptDraft((prompt.user,), f"\n{prompt.prefix}", Answer.of(prompt.answer), (prompt.answer,))
 
     return EvaluationTask(
-        name,
-        description,
-        write,
-        lambda: (EVALUATION_NEEDLES, EVALUATION_PAIRS),
-        needs=needs,
-        calibrated=True,
+        name, description, write, lambda: (EVALUATION_NEEDLES, EVALUATION_PAIRS), needs=needs, calibrated=True
     )
 
 
@@ -102,15 +92,7 @@ def _worded(
     sentences: Callable[[], S],
     **options: Any,
 ) -> EvaluationTask:
-    """Returns a task whose sentences are an argument of what makes its prompts.
-
-    Args:
-        name: as in `EvaluationTask`.
-        description: likewise.
-        make: makes the draft of one prompt of the sentences.
-        sentences: returns them; of RULER's tasks they are read when a prompt is made.
-        **options: other attributes of the task.
-    """
+    """Returns a task whose sentences are an argument of what makes its prompts; RULER's are read when a prompt is made."""
     return EvaluationTask(name, description, lambda request: make(request, sentences()), sentences, **options)
 
 
@@ -132,7 +114,18 @@ def _needles(
     )
 
 
-def _rulers(name: str, description: str, needles: Needles) -> EvaluationTask:
+def _ruler(
+    name: str,
+    description: str,
+    make: Callable[[PromptRequest, S], PromptDraft],
+    sentences: Callable[[], S],
+    new_tokens: int,
+    **options: Any,
+) -> EvaluationTask:
+    return _worded(name, f"RULER: {description}", make, sentences, new_tokens=new_tokens, ruler=True, **options)
+
+
+def _niah(name: str, description: str, needles: Needles) -> EvaluationTask:
     return _needles(name, f"RULER: {description}", needles, ruler.needles, new_tokens=128, ruler=True)
 
 
@@ -220,47 +213,19 @@ _OURS = (
     ),
 )
 _RULERS = (
-    _rulers("niah-single-1", "one number in noise", Needles("noise")),
-    _rulers("niah-single-2", "one number in prose", Needles("prose")),
-    _rulers("niah-single-3", "one UUID in prose", Needles("prose", kind="uuid")),
-    _rulers("niah-multikey-1", "four numbers in prose, one asked for", Needles("prose", keys=4)),
-    _rulers("niah-multikey-2", "one number among others like it", Needles("needles")),
-    _rulers("niah-multikey-3", "one UUID of a UUID among others like it", _UUIDS),
-    _rulers("niah-multivalue", "four numbers of one key in prose", Needles("prose", values=4)),
-    _rulers("niah-multiquery", "four keys in prose, all asked for", Needles("prose", keys=4, queries=4)),
-    _worded(
-        "vt",
-        "RULER: variables of a chain of four hops",
-        make_tracking,
-        ruler.tracking,
-        new_tokens=30,
-        ruler=True,
-    ),
-    _worded(
-        "cwe",
-        "RULER: the ten common words of a list",
-        make_common,
-        ruler.common_words,
-        new_tokens=120,
-        ruler=True,
-    ),
-    _worded(
-        "fwe",
-        "RULER: the three most frequent coded words",
-        make_frequent,
-        ruler.frequent_words,
-        new_tokens=50,
-        ruler=True,
-    ),
-    _worded(
-        "qa-squad",
-        "RULER: a SQuAD question among documents",
-        make_question,
-        ruler.documents,
-        new_tokens=32,
-        match="any",
-        needs="squad",
-        ruler=True,
+    _niah("niah-single-1", "one number in noise", Needles("noise")),
+    _niah("niah-single-2", "one number in prose", Needles("prose")),
+    _niah("niah-single-3", "one UUID in prose", Needles("prose", kind="uuid")),
+    _niah("niah-multikey-1", "four numbers in prose, one asked for", Needles("prose", keys=4)),
+    _niah("niah-multikey-2", "one number among others like it", Needles("needles")),
+    _niah("niah-multikey-3", "one UUID of a UUID among others like it", _UUIDS),
+    _niah("niah-multivalue", "four numbers of one key in prose", Needles("prose", values=4)),
+    _niah("niah-multiquery", "four keys in prose, all asked for", Needles("prose", keys=4, queries=4)),
+    _ruler("vt", "variables of a chain of four hops", make_tracking, ruler.tracking, 30),
+    _ruler("cwe", "the ten common words of a list", make_common, ruler.common_words, 120),
+    _ruler("fwe", "the three most frequent coded words", make_frequent, ruler.frequent_words, 50),
+    _ruler(
+        "qa-squad", "a SQuAD question among documents", make_question, ruler.documents, 32, match="any", needs="squad"
     ),
 )
 TASKS: dict[str, EvaluationTask] = {task.name: task for task in (*_OURS, *_RULERS)}
@@ -295,11 +260,7 @@ def find_task(name: str, resources: Resources | None = None) -> EvaluationTask:
 
 
 def expand_tasks(names: Iterable[str], resources: Resources | None = None) -> tuple[str, ...]:
-    """Returns task names with groups expanded, each once: `ruler` is RULER's tasks, `all` those that can be made.
-
-    Args:
-        names: of tasks and groups.
-        resources: what there is, for `all`.
+    """Returns task names with groups expanded, each once: `ruler` is RULER's tasks, `all` those that the resources allow.
 
     Raises:
         UsageError: unknown; names the nearest known one. Or one of RULER's whose sentences no installed package has.
@@ -353,13 +314,8 @@ def make_cases(
 ) -> list[Case]:
     """Returns evaluation prompts of a task; a larger number of them begins with those of a smaller one.
 
-    Args:
-        task: name of a task.
-        length: tokens that prompt and generated answer may have.
-        prompts: how many; of prompts that are given at most so many, the first ones that fit the length.
-        seed: the same gives the same prompts.
-        tokenizer: the model's.
-        resources: texts that some tasks need.
+    Prompt and generated answer have at most `length` tokens. Of prompts that are given the first ones that fit are taken,
+    at most so many.
 
     Raises:
         UsageError: unknown task.

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Need = Literal["prose", "squad"]
 OWN, UNSEEN, CALIBRATED = "own rows", "unseen kinds", "calibrated kinds"
+TEXT = "text"
+"""Name of the task of long text, whose prompts are windows of it; it is no `EvaluationTask`."""
 KINDS = (OWN, UNSEEN, CALIBRATED)
 """What prompts are to calibration, the one that a claim rests on first: rows of the user's own, kinds that no calibration has,
 and kinds that calibration's generators make too."""

@@ -61,10 +61,6 @@ TRACKING = TrackingSentences(
 def make_tracking(request: PromptRequest, sentences: TrackingSentences) -> PromptDraft:
     """Returns a prompt with one chain of `HOPS` hops.
 
-    Args:
-        request: the prompt to write.
-        sentences: what it says.
-
     Raises:
         DataError: the length is too short.
     """
@@ -88,12 +84,7 @@ def render(
 ) -> tuple[str, str]:
     """Returns the question and the beginning of its answer.
 
-    Args:
-        names: the variables of the chain, in order.
-        value: what the first is assigned.
-        places: for each assignment the line of noise before which it stands, rising.
-        lines: lines of noise.
-        sentences: what it says.
+    The first name of the chain is assigned the value; `places` are the lines of noise before which assignments stand, rising.
     """
     chain = [
         sentences.first.format(name=names[0], value=value),

@@ -110,11 +110,9 @@ class Findings:
 
     @staticmethod
     def load(plan_file: Path, profile: Path | None = None) -> Findings:
-        """Reads a plan and what lies beside it.
+        """Reads a plan, in a run's folder, in its `model` folder or somewhere else, and what is beside it.
 
-        Args:
-            plan_file: in a run's folder, in its `model` folder, or somewhere else.
-            profile: of the dense model; by default the one in the run's folder.
+        The profile is by default the one in the run's folder.
 
         Raises:
             PlanError: the plan cannot be read, or is not the one that the checkpoint in that folder runs.
@@ -200,12 +198,7 @@ def _readable(files: Iterable[Path], passed: list[str]) -> Iterator[tuple[Path, 
 
 
 def _replaced_weights(folder: Path, plan: Plan) -> list[str]:
-    """Returns fingerprints of weights that a checkpoint under a plan does not have any more, as far as its notes tell.
-
-    Args:
-        folder: of the run, or the checkpoint.
-        plan: a checkpoint there of another plan is not asked.
-    """
+    """Returns fingerprints of weights that the checkpoint of a run under a plan no longer has, as far as its notes tell."""
     try:
         model = next((place for place in (folder / MODEL_FOLDER, folder) if is_compressed(place)), None)
         stored = None if model is None else stored_plan(model)

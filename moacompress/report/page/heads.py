@@ -129,12 +129,11 @@ def _grown(fixed: int, beta_q: int, least: int = 0) -> str:
 def head_details(found: Findings) -> dict[str, Any]:
     """Returns what a click on a KV head shows, as JSON values; without a profile only what the plan says.
 
-    Returns:
-        `text` `[layers, kv_heads]`; `at`, the profiled length nearest to the reference length, and there `curves`: of windows
-        and of windows with gates the kept tokens `[layers, rules]` and the predicted KL `[layers, kv_heads, rules]`, nats;
-        `chosen` `[layers, kv_heads]` with `kept` and `harm`, by the same prediction, formats included; `distance`: `labels` of
-        the bins in tokens, up to the last used one, and the probability `[layers, kv_heads, bins]`; `sinks` with the
-        probability on the first tokens.
+    It has `text` `[layers, kv_heads]`; `at`, the profiled length nearest to the reference length, and there `curves`: of
+    windows and of windows with gates the kept tokens `[layers, rules]` and the predicted KL `[layers, kv_heads, rules]`,
+    nats; `chosen` `[layers, kv_heads]` with `kept` and `harm`, by the same prediction, formats included; `distance`:
+    `labels` of the bins in tokens, up to the last used one, and the probability `[layers, kv_heads, bins]`; `sinks` with
+    the probability on the first tokens.
     """
     plan, profile, n = found.plan, found.profile, found.reference
     layers, heads = range(plan.model.layers), range(plan.model.kv_heads)

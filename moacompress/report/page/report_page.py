@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import date
 from importlib.util import find_spec
@@ -50,6 +50,7 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.untrusted import reading_notes
 from moacompress.rules.worst_share import WorstShare
 
+ASSETS = Path(__file__).parent / "assets"
 REQUESTS = 10
 """Dense requests, in whose memory so many more fit."""
 GENERATOR = '<meta name="generator" content="moacompress">'
@@ -75,11 +76,7 @@ class PageSection:
 
 
 def write_page(found: Findings, out: Path) -> dict[str, Any]:
-    """Writes the page.
-
-    Args:
-        found: what is known of the plan.
-        out: the file; an earlier page there is replaced.
+    """Writes the page, in the place of an earlier one.
 
     Returns:
         `report`, its path; `sections` that it shows; `missing`, a list of `what` and `command`; `passed_over`; `warnings`.
@@ -102,16 +99,11 @@ def write_page(found: Findings, out: Path) -> dict[str, Any]:
 
 def page_html(found: Findings, sections: list[PageSection]) -> str:
     """Returns the page as HTML."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from jinja2 import Environment, StrictUndefined
     from plotly.offline import get_plotlyjs
 
-    environment = Environment(
-        loader=PackageLoader(__package__, "assets"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    html, css, js = ((ASSETS / name).read_text("utf-8") for name in ("page.html.j2", "page.css", "page.js"))
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     data = {
         "figures": {picture.name: picture.figure() for picture in _pictures(sections)},
         "shades": head_shades(found),
@@ -119,7 +111,7 @@ def page_html(found: Findings, sections: list[PageSection]) -> str:
         "first": most_worth(found),
         "colours": {role: {"light": light, "dark": dark} for role, (light, dark, _) in ROLES.items()},
     }
-    return environment.get_template("page.html.j2").render(
+    return environment.from_string(html).render(
         title=f"{found.model_name}, compressed",
         verdict=verdict(found),
         about=about(found),
@@ -131,6 +123,8 @@ def page_html(found: Findings, sections: list[PageSection]) -> str:
         passed_over=found.passed_over,
         warnings=found.warnings,
         made=f"moacompress {own_version()}, {date.today():%d %B %Y}",
+        css=css,
+        js=js,
         plotly=get_plotlyjs(),
         data=embedded(data),
     )
@@ -183,11 +177,6 @@ def quality_text(evaluation: Finding) -> str:
     return " ".join([*headline(evaluation), overlap_note(evaluation["results"])])
 
 
-@reading_file(EXPLANATIONS)
-def _search_notes(explanation: Finding) -> tuple[str, Table]:
-    return " ".join(class_lines(explanation)), steps_table(explanation)
-
-
 def page_sections(found: Findings) -> list[PageSection]:
     """Returns the sections of the page, in order.
 
@@ -210,20 +199,18 @@ def page_sections(found: Findings) -> list[PageSection]:
     harm = [baselines_picture(found), None if found.audit is None else audit_picture(found.audit)]
     steps, text, table = list[Picture | None](), "", None
     if found.explanation is not None:
-        text, table = _search_notes(found.explanation)
+        with reading_file(EXPLANATIONS):
+            text, table = " ".join(class_lines(found.explanation)), steps_table(found.explanation)
         harm.append(trials_picture(found.explanation))
         steps = [history_picture(found.explanation), None if found.front is None else front_picture(found.front)]
+    harm_there, steps_there = ([picture for picture in some if picture is not None] for some in (harm, steps))
     return [
         heads,
         quality,
         costs,
-        PageSection("harm", "Quality loss: predicted vs measured", pictures=_drawn(harm)),
-        PageSection("search", "How it was found", text, _drawn(steps), table=table),
+        PageSection("harm", "Quality loss: predicted vs measured", pictures=harm_there),
+        PageSection("search", "How it was found", text, steps_there, table=table),
     ]
-
-
-def _drawn(pictures: Iterable[Picture | None]) -> list[Picture]:
-    return [picture for picture in pictures if picture is not None]
 
 
 @reading_file(BENCH_FILE)
@@ -257,12 +244,7 @@ def seen_from(folder: Path) -> Callable[[str], str]:
 
 
 def missing_parts(found: Findings, place: Callable[[str], str] = str) -> list[MissingPart]:
-    """Returns what is not there, in the order of the sections.
-
-    Args:
-        found: what is known of the plan.
-        place: how a folder is written in commands, such as `seen_from` gives.
-    """
+    """Returns what is not there, in the order of the sections; `place` says how a folder is written in commands."""
 
     def quoted(path: Path) -> str:
         return shlex.quote(place(str(path)))

@@ -99,18 +99,8 @@ _REMEDIES = (
 )
 
 SENTENCES = (
-    TEMPLATE,
-    PREFIX,
-    NOUNS,
-    DOCUMENTS,
-    FIRMS,
-    STATED,
-    _CLAUSES,
-    _PARTIES,
-    _DUTIES,
-    _WHEN,
-    _PROVISOS,
-    _REMEDIES,
+    *(TEMPLATE, PREFIX, NOUNS, DOCUMENTS, FIRMS, STATED),
+    *(_CLAUSES, _PARTIES, _DUTIES, _WHEN, _PROVISOS, _REMEDIES),
 )
 """All that prompts say but for what is drawn."""
 

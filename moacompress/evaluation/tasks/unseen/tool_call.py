@@ -78,15 +78,7 @@ def make_tool_call(request: PromptRequest) -> PromptDraft:
 
 
 def render(messages: Sequence[str], caller: str, tool: Tool, name: str, number: int) -> PromptDraft:
-    """Returns the conversation about messages.
-
-    Args:
-        messages: as they came in.
-        caller: customer who was called, which says what a call looks like.
-        tool: to be called.
-        name: whose ticket it is about.
-        number: of the ticket.
-    """
+    """Returns the conversation about messages: `caller` was called, and `tool` is to be for the ticket of `name`."""
     called = json.dumps({"name": "call_customer", "arguments": {"customer": caller}})
     asked = ASKED.format(messages="\n".join(messages), request=f"Call {caller}.")
     system = SYSTEM.format(tools="\n".join(each.text() for each in TOOLS))
