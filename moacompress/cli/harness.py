@@ -99,6 +99,15 @@ class CommandRun:
     given: Mapping[str, Any] = field(default_factory=dict)
     options: GivenOptions = field(default_factory=GivenOptions)
 
+    @property
+    def how(self) -> dict[str, Any]:
+        """Arguments with one meaning in all functions that do the work of a command: how it is run and who is told."""
+        return {
+            "overwrite": self.common.overwrite,
+            "trust_remote_code": self.common.trust_remote_code,
+            "progress": self.progress,
+        }
+
     def write(self, text: str) -> None:
         """Writes a piece of what the person asked for."""
         self.out.write(printable(text))
