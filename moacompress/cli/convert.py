@@ -14,9 +14,19 @@ from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import ArtefactError, PlanError, UsageError
 from moacompress.core.files import read_json, write_text, write_texts
 from moacompress.models.locate import find_plan_file
+from moacompress.models.skeleton import is_described
+from moacompress.models.stored_plan import read_plan
+from moacompress.rules.budget import parse_length
+from moacompress.rules.foreign_formats import (
+    compressed_tensors_of_plan,
+    layers_of_compressed_tensors,
+    layers_of_modelopt,
+    modelopt_of_plan,
+    plan_of_layers,
+)
+from moacompress.rules.foreign_plans import DuoPattern, MoaSpans, duo_of_plan, moa_of_plan, plan_of_duo, plan_of_moa
 
 if TYPE_CHECKING:
-    from moacompress.rules.foreign_plans import DuoPattern
     from moacompress.rules.model_shape import ModelShape
     from moacompress.rules.plan import Plan
 
@@ -79,8 +89,6 @@ def convert(
 
     Lists what the other format cannot express. Nothing is measured: export an imported plan and `eval` it.
     """
-    from moacompress.models.skeleton import is_described
-
     if (source is None) == (target is None):
         raise UsageError("give one of --from (to import a plan) and --to (to export one)")
     if target is not None and out == Path(PLAN_FILE):
@@ -109,10 +117,6 @@ def convert(
 
 def _exported(file: Path, target: Form, out: Path) -> Output:
     """Writes a plan of ours in another project's format."""
-    from moacompress.models.stored_plan import read_plan
-    from moacompress.rules.foreign_formats import compressed_tensors_of_plan, modelopt_of_plan
-    from moacompress.rules.foreign_plans import duo_of_plan, moa_of_plan
-
     ours = read_plan(file)
     if target == "moa":
         spans, notes = moa_of_plan(ours)
@@ -154,8 +158,6 @@ def write_pattern(folder: Path, pattern: DuoPattern) -> None:
 def _read(
     path: Path, source: Form, model: str, sparsity: float | None, at: str, trust_remote_code: bool
 ) -> tuple[Plan, list[str]]:
-    from moacompress.rules.budget import parse_length
-    from moacompress.rules.foreign_plans import DuoPattern, MoaSpans, plan_of_duo, plan_of_moa
 
     length = parse_length(at)
     if source in ("modelopt", "llm-compressor"):
@@ -188,7 +190,6 @@ def _pattern_sizes(folder: Path) -> tuple[int, int]:
 
 def _shape(model: str, trust_remote_code: bool) -> ModelShape:
     """Returns the shape of MODEL; of a config alone it has no fingerprint of weights."""
-    from moacompress.models.skeleton import is_described
     from moacompress.models.source import load_source
     from moacompress.run_counts import read_counts
 
@@ -198,7 +199,6 @@ def _shape(model: str, trust_remote_code: bool) -> ModelShape:
 
 
 def _read_formats(path: Path, source: Form, shape: ModelShape) -> tuple[Plan, list[str]]:
-    from moacompress.rules.foreign_formats import layers_of_compressed_tensors, layers_of_modelopt, plan_of_layers
 
     if path.is_dir():
         own = path / MODELOPT_FILE

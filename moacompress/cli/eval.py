@@ -11,7 +11,10 @@ import typer
 from moacompress.cli.harness import CommandRun, Output, command, say
 from moacompress.cli.options import AllowOverlap, split_list
 from moacompress.core.errors import UsageError
+from moacompress.core.files import write_text
+from moacompress.core.place import check_replaceable, check_writable
 from moacompress.core.ranks import rank
+from moacompress.core.tables import Table
 
 if TYPE_CHECKING:
     from moacompress.evaluation.runner import EvaluationReport
@@ -211,15 +214,7 @@ def _measured(
 
 
 def _shown(report: EvaluationReport, csv: Path | None, show_failures: bool, failed: list[str] | None) -> Output:
-    """Writes the table of `--csv` and shows a report.
-
-    Args:
-        report: of the evaluation.
-        csv: file of the table.
-        show_failures: also show the prompts on which the plan and dense differ.
-        failed: limits of `--fail-under` that the plan is below; None where none were asked for.
-    """
-    from moacompress.core.files import write_text
+    """Writes the table of `--csv` and shows a report; `failed` are limits that the plan is below, None if none were given."""
     from moacompress.report.evaluation_tables import csv_text, evaluation_tables, failure_lines
 
     if csv is not None and not rank():
@@ -273,7 +268,6 @@ def _check_csv(csv: Path, out: Path | None) -> None:
         UsageError: it is that of the report.
         ArtefactError: something else is there, or it cannot be written.
     """
-    from moacompress.core.place import check_replaceable, check_writable
     from moacompress.report.evaluation_tables import CSV_COLUMNS
 
     if out is not None and csv.resolve() == out.resolve():
@@ -298,7 +292,6 @@ def _check_tensor_parallel(against: tuple[str, ...]) -> None:
 
 def _list_tasks() -> Output:
     """Returns the tasks with what they need."""
-    from moacompress.core.tables import Table
     from moacompress.evaluation.scoring.text_rows import TEXT
     from moacompress.evaluation.tasks.registry import known_tasks
 

@@ -14,8 +14,12 @@ from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import ModelArgument, required_model
 from moacompress.core.artefact_names import AUDIT_FILE, PROFILE_FOLDER
 from moacompress.core.errors import UsageError
+from moacompress.core.place import check_writable
 from moacompress.core.ranks import rank, world_size
 from moacompress.models.locate import find_plan_file
+from moacompress.models.skeleton import is_described
+from moacompress.models.stored_plan import read_plan
+from moacompress.rules.budget import Budget
 
 if TYPE_CHECKING:
     from moacompress.calibration.profile.manifest import Manifest
@@ -130,8 +134,6 @@ def profile(
     from moacompress.calibration.data.sample_sources import check_data
     from moacompress.calibration.profile.profiler import profile as profile_model
     from moacompress.calibration.profile.profiler import profile_shard
-    from moacompress.core.place import check_writable
-    from moacompress.models.stored_plan import read_plan
     from moacompress.runtime.ready_model import load_for
     from moacompress.search.audit.audit import check_audit
 
@@ -177,7 +179,6 @@ def _estimated(recipe: Recipe, model: str, around: Plan | None, shard: str | Non
         UsageError: a shard of a model without weights.
     """
     from moacompress.calibration.profile.estimate import estimate_profile
-    from moacompress.models.skeleton import is_described
     from moacompress.run_checks import check_profiled
     from moacompress.run_counts import count_run, read_counts
     from moacompress.runtime.ready_model import load_for
@@ -199,8 +200,6 @@ def _estimated(recipe: Recipe, model: str, around: Plan | None, shard: str | Non
 
 def _audit_size(count: int, recipe: Recipe) -> tuple[int, int, str]:
     """Returns the numbers of ablations and of plans that an audit measures, and the budget of the plans."""
-    from moacompress.rules.budget import Budget
-
     budgets = (text for text in recipe.budget if not Budget.parse(text).with_weights)
     return count, count // 3, next(budgets, "25%")
 

@@ -14,6 +14,9 @@ from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import UsageError
 from moacompress.core.ranks import world_size
+from moacompress.rules.budget import split_budgets
+from moacompress.rules.plan_memory import memory_lines
+from moacompress.rules.worst_share import WorstShare
 
 if TYPE_CHECKING:
     from moacompress.calibration.profile.store import Profile
@@ -94,7 +97,6 @@ def search(
     if profile is None:
         raise UsageError("missing argument PROFILE: the folder written by `moacompress profile`")
     from moacompress.calibration.profile.store import Profile
-    from moacompress.rules.budget import split_budgets
 
     loaded = Profile.load(profile)
     given = run.given.get("budget")
@@ -156,8 +158,6 @@ def _following(profile: Profile, plan: object) -> str:
 
 def _one(profile: Profile, found: SearchResult, out: Path) -> Output:
     from moacompress.report.search_tables import explanation_tables, kl_table, loss_lines
-    from moacompress.rules.plan_memory import memory_lines
-    from moacompress.rules.worst_share import WorstShare
 
     measured = f"{found.measured_plans} plans measured in {found.trials} trials; the best was trial {found.best_trial}."
     if found.harm["plan"] is None:
