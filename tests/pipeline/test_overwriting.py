@@ -2,9 +2,7 @@
 
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -237,34 +235,8 @@ def test_a_second_run_is_refused_while_the_first_lives(finished, recipe, tmp_pat
     assert _comparable(out) == _comparable(finished[0])
 
 
-def _run(recipe_file, out, kill_after=None):
-    """Runs `compress` in a process of its own; kills it without warning after some seconds."""
-    command = [sys.executable, "-m", "moacompress", "compress", "--recipe", str(recipe_file), "-o", str(out), "-q"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        _, errors = process.communicate(timeout=kill_after)
-        assert process.returncode == 0, errors
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-
-
 def _comparable(out):
     plan = json.loads((out / "plan.json").read_text())
     results = json.loads((out / "eval.json").read_text())["results"]
     profile = (out / "profile" / "influence.safetensors").read_bytes()
     return plan, results, profile
-
-
-@pytest.mark.parametrize("kills", [1, pytest.param(12, marks=pytest.mark.heavy)])
-def test_killed_at_random_points_ends_the_same(kills, finished, recipe, tmp_path):
-    whole, _ = finished
-    file, out = tmp_path / "recipe.yaml", tmp_path / "out"
-    file.write_text(yaml.safe_dump(recipe.resolved()))
-    rng = random.Random(kills)
-    for _ in range(kills):
-        _run(file, out, kill_after=rng.uniform(4, 16))
-    _run(file, out)
-    assert _comparable(out) == _comparable(whole)
-    leftovers = [path for path in out.rglob("*") if path.name.endswith((".tmp", ".partial"))]
-    assert leftovers == []
