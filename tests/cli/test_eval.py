@@ -15,7 +15,9 @@ from moacompress.core.artefact_names import of_evaluation
 from moacompress.core.lock_holders import own_file
 from tests.cli import commands
 
-invoke, measure, problem = (partial(run, "eval") for run in (commands.invoke, commands.answer, commands.problem))
+invoke = partial(commands.invoke, "eval")
+measure = partial(commands.answer, "eval")
+problem = partial(commands.problem, "eval")
 SMALL = ("--lengths", "768", "--prompts", "2")
 
 

@@ -16,7 +16,9 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from tests.cli import commands
 
-invoke, answer, problem = (partial(run, "profile") for run in (commands.invoke, commands.answer, commands.problem))
+invoke = partial(commands.invoke, "profile")
+answer = partial(commands.answer, "profile")
+problem = partial(commands.problem, "profile")
 SMALL = (
     "--lengths", "768", "--samples", "4", "--validation-samples", "2", "--source", "needle", "--seed", "3",
     "--set", "profile.draws=1",

@@ -81,6 +81,8 @@ USAGE = [
     (2, f"{PROFILE} --anchors -1", "profile.anchors"),
     (1, f"{PROFILE} --around none.json", "none.json does not exist"),
     (2, f"{PROFILE} --scorer keydiff", "--scorer has no effect without --gates; give --gates too"),
+    (2, "profile model other", "2 models given, but only one can be profiled; to combine shards, add --merge"),
+    (2, "search --budget 25%", "missing argument PROFILE"),
     (2, "search profile --classes 0 --budget 25%", "search.classes"),
     (2, "search profile --budget 25", "did you mean '25%'"),
     (2, "data preview", "no model given"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from moacompress.rules.plan import Plan
 
 @pytest.fixture(scope="session")
 def plan(tiny_folder: Path, random_plan: Callable[..., Plan]) -> Plan:
-    notes = {
+    notes: dict[str, Any] = {
         "budget": {"asked": ["40%"], "bytes": {"128": {"plan": 1, "dense": 2}}},
         "quality": {"measured_harm": {"plan": 0.01, "uniform": 0.2}, "samples": 4},
         "provenance": {"source": tiny_folder.name, "recipe": {"seed": 0}},
