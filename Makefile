@@ -113,8 +113,9 @@ demo: $(READY) $(DATA:%=$(CACHE)/%) ## compress a real model to a quarter of its
 test: $(READY) $(DATA:%=$(CACHE)/%) ## all tests but the heavy ones, and builds whose sources changed since test-builds
 	$(BIN)/pytest -m "not heavy and not services" --numprocesses $(JOBS) --dist worksteal
 
-test-all: $(READY) $(DATA:%=$(CACHE)/%) gemma ## all tests
+test-all: $(READY) $(DATA:%=$(CACHE)/%) gemma ## all tests, and the runtime's on the oldest version of transformers
 	$(BIN)/pytest --builds
+	$(MAKE) test-oldest
 
 test-builds: $(READY) ## wheels, and the kernels under sanitizers; notes in tests/builds.json what passes
 	$(BIN)/pytest --builds -m builds

@@ -13,11 +13,7 @@ FOLDER = "effort"
 
 
 def effort_recipe(effort: Effort, *, prose: bool) -> Recipe:
-    """Returns the recipe of an effort; without prose what needs some is left out.
-
-    Args:
-        effort: its name.
-        prose: whether the run is given long texts.
+    """Returns the recipe of an effort; without `prose` (long texts) what needs some is left out.
 
     Raises:
         UsageError: there is no such effort.

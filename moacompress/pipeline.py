@@ -1,4 +1,4 @@
-"""The whole way: profile, search, export, evaluate, report. Each step leaves one artefact; the same command takes up a stop."""
+"""A whole run: profile, search, export, evaluate, report. Each step leaves one artefact; the same command resumes a run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from moacompress.calibration.profile.folder import clear_profile
+from moacompress.calibration.profile.manifest import is_profile
 from moacompress.core.artefact_names import (
     BENCH_FILE,
     DEMO_FILE,
@@ -33,6 +35,7 @@ from moacompress.core.progress import Progress
 from moacompress.core.shown import ShownDict
 from moacompress.core.version import own_version
 from moacompress.estimate.estimate import Estimate
+from moacompress.evaluation.tasks.own_rows import answered_sources
 from moacompress.exporter.card import state_measured
 from moacompress.exporter.exporting import check_reusable, export, exported_plan, unrepaired
 from moacompress.exporter.fresh import GREEDY
@@ -46,7 +49,10 @@ from moacompress.rules.plan import Plan
 from moacompress.run_checks import check_recipe, check_with_model, check_with_shape
 from moacompress.run_counts import RunCounts, count_run, read_counts
 from moacompress.run_estimate import COMPARED, asked_length, estimate_run, measured_length
+from moacompress.runtime.compat.alternates import returned_cache
 from moacompress.runtime.ready_model import load_for
+from moacompress.search.baselines.measured import check_baselines
+from moacompress.search.plan_sets import find_asked
 
 if TYPE_CHECKING:
     from moacompress.models.source import SourceModel
@@ -110,16 +116,10 @@ def estimate(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Estimate | RunCounts:
-    """Estimates what `compress` would take, after the same checks; nothing is written.
+    """Estimates what `compress` would take, after the same checks, with the same arguments; nothing is written.
 
-    Of a folder that has a config and no weights, what can be counted is counted, and nothing is timed.
-
-    Args:
-        recipe: names the model, and the budget or the loss.
-        progress: told of the timing.
-        out: the folder of the run, looked at as `compress` would; None to look at none.
-        overwrite: what a run left in `out` would be removed.
-        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
+    Of a folder that has a config and no weights, what can be counted is counted, and nothing is timed. Without `out` no folder
+    is looked at.
 
     Raises:
         RecipeError: no model in the recipe.
@@ -147,20 +147,13 @@ def fill(
 ) -> Summary:
     """Does what `compress` does, in a folder that this process owns.
 
-    Args:
-        recipe: names the model, and the budget or the loss.
-        out: the folder.
-        progress: is told of the steps.
-        from_scratch: remove all that a run left in the folder, and do not resume a study that is in the recipe's own storage
-            either.
-        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
+    `from_scratch` removes all that a run left there, and does not resume a study in the recipe's own storage either.
 
     Raises:
         ArtefactError: `out` holds another run.
         MoaCompressError: from any of the steps.
     """
     from moacompress.evaluation.runner import evaluate
-    from moacompress.evaluation.tasks.own_rows import answered_sources
     from moacompress.report.evaluation_tables import headline, kept_rows
 
     progress.plan(dict.fromkeys(STAGES))
@@ -259,7 +252,6 @@ def _produce(
 ) -> tuple[SearchResult, _Clock]:
     """Profiles, searches and exports; the dense model is gone from memory when it returns."""
     from moacompress.calibration.profile.profiler import profile
-    from moacompress.search.plan_sets import find_asked
 
     progress.stage("load")
     source = _begin(recipe, out, from_scratch, trust_remote_code)
@@ -315,22 +307,15 @@ def _search_of(plan: Plan) -> tuple[str | None, str | None]:
 
 
 def measured_kv_bytes(folder: Path, length: int, device: str = "cpu", *, trust_remote_code: bool = False) -> int:
-    """Returns the bytes of memory that the cache holds after a real `generate` on a prompt of `length` tokens.
+    """Returns the bytes of memory that a checkpoint's cache holds after a real `generate` on a prompt of `length` tokens.
 
     One token is generated, which is not fed back. At lengths before and after, a window that straddles a block can take one
     more block per KV head.
-
-    Args:
-        folder: a compressed checkpoint.
-        length: tokens in the cache at the end.
-        device: torch device, or a device map.
-        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     import moacompress.runtime.hf.loading  # noqa: F401  (in case the entry point is switched off)
-    from moacompress.runtime.compat.alternates import returned_cache
 
     placed = checked_placement(device)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **placed)
@@ -350,8 +335,7 @@ def measured_kv_bytes(folder: Path, length: int, device: str = "cpu", *, trust_r
 def quality_table(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Returns `{task@length: {dense, uniform, plan, ..., nll: {...}, prompts, kind}}`: exact match and NLL by model.
 
-    Args:
-        evaluation: as `moacompress.evaluate` returns it; the order is its own, the kinds that a claim rests on first.
+    The order is that of the evaluation: the kinds that a claim rests on first.
     """
     table: dict[str, dict[str, Any]] = {}
     for row in evaluation["results"]:
@@ -373,18 +357,12 @@ def inputs_of(recipe: Recipe) -> list[str]:
 
 
 def clear_run(out: Path, inputs: Iterable[str | Path]) -> None:
-    """Removes all that a run left in a folder that this process owns, and nothing else.
-
-    Args:
-        out: the folder.
-        inputs: what the next run reads.
+    """Removes all that a run left in a folder that this process owns, and nothing else; the next run reads the `inputs`.
 
     Raises:
         ArtefactError: a folder has the name of one of a run's, and none left it; one of the inputs would go too; or another
             process is at work on something in `out`.
     """
-    from moacompress.calibration.profile.folder import clear_profile
-
     profile = out / PROFILE_FOLDER
     going = refuse_foreign(out, inputs)
     with ExitStack() as owned:
@@ -402,18 +380,11 @@ def clear_run(out: Path, inputs: Iterable[str | Path]) -> None:
 
 
 def refuse_foreign(out: Path, inputs: Iterable[str | Path]) -> list[Path]:
-    """Returns all that a run leaves in a folder, where it may be removed.
-
-    Args:
-        out: the folder.
-        inputs: what the next run reads.
+    """Returns all that a run leaves in a folder, where it may be removed; the next run reads the `inputs`.
 
     Raises:
         ArtefactError: a folder has the name of one of a run's, and none left it; or one of the inputs would go too.
     """
-    from moacompress.calibration.profile.manifest import is_profile
-    from moacompress.search.baselines.measured import check_baselines
-
     profile = out / PROFILE_FOLDER
     going = [*of_compress(out), *(of_demo(out) if (out / DEMO_FILE).exists() else ())]
     for folder, is_ours in ((profile, is_profile), (out / MODEL_FOLDER, is_compressed)):

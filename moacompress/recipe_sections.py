@@ -23,11 +23,17 @@ INFLUENCE = "influence"
 TrainedPart = Literal["full", "lora", "reuse", "gates"]
 
 
-def _lengths(value: Any) -> Any:
+def _items(value: Any, what: str, kinds: type | tuple[type, ...] = str) -> list[Any]:
+    """Returns the items of a list, of a text with commas, or of a single value; texts without blanks around them."""
     items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
     # a file of some bytes can say a list of lists without end, of which no text is made
-    if not all(isinstance(item, str | int) for item in items):
-        raise ValueError("must be lengths, such as 1k,4k")
+    if not all(isinstance(item, kinds) for item in items):
+        raise ValueError(f"must be {what}")
+    return [item.strip() if isinstance(item, str) else item for item in items]
+
+
+def _lengths(value: Any) -> Any:
+    items = _items(value, "lengths, such as 1k,4k", (str, int))
     try:
         return tuple(sorted({parse_length(str(item)) for item in items}))
     except MoaCompressError as error:
@@ -35,27 +41,21 @@ def _lengths(value: Any) -> Any:
 
 
 def _names(value: Any) -> Any:
-    items = value.split(",") if isinstance(value, str) else value
-    if not isinstance(items, list | tuple) or not all(isinstance(item, str) and item.strip() for item in items):
+    items = _items(value, "names, such as o_proj,down_proj")
+    if not all(items):
         raise ValueError("must be names, such as o_proj,down_proj")
-    return tuple(sorted({item.strip() for item in items}))
+    return tuple(sorted({*items}))
 
 
 def _tasks(value: Any) -> Any:
-    items = value.split(",") if isinstance(value, str) else value
-    if not isinstance(items, list | tuple):
-        raise ValueError("must be names of tasks, such as needle-noise,key-value")
-    names = tuple(item.strip() if isinstance(item, str) else item for item in items)
-    if not any(names):
+    names = tuple(filter(None, _items(value, "names of tasks, such as needle-noise,key-value")))
+    if not names:
         raise ValueError("no tasks given; name some, such as needle-noise,key-value")
-    return tuple(name for name in names if name)
+    return names
 
 
 def _formats(value: Any) -> Any:
-    items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-    if not all(isinstance(item, str) for item in items):
-        raise ValueError("must be names of formats, such as int8,int4")
-    names = [item.strip() for item in items]
+    names = _items(value, "names of formats, such as int8,int4")
     for name in names:
         if not is_format(name):
             known = all_formats()
@@ -175,10 +175,7 @@ class CalibrationRecipe(Section):
     answer_tokens: int = Field(32, ge=1, le=4096, description="maximum tokens of the dense model's answers")
 
     def hashed(self) -> dict[str, Any]:
-        """Returns the settings that count for the fingerprint, those of the sources likewise.
-
-        Of files there are the names alone: what is in them counts beside it, wherever they are.
-        """
+        """Returns the settings that count for the fingerprint; of files the names alone, as their contents are hashed too."""
         sources = [{**part.hashed(), "path": file_name(part.path)} for part in self.sources]
         return {**super().hashed(), "text": file_name(self.text), "sources": sources}
 

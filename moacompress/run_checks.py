@@ -1,4 +1,4 @@
-"""What can be wrong with a whole run, found before anything is written or timed: the request, its data, and the model."""
+"""Checks of a whole run before anything is written or timed: of the request, its data, and the model."""
 
 from __future__ import annotations
 
@@ -53,10 +53,7 @@ def check_recipe(recipe: Recipe) -> None:
 def check_with_model(recipe: Recipe, source: SourceModel, profile: Path | None = None) -> None:
     """Refuses what only the loaded model tells: lengths, budgets, samples and prompts that cannot be.
 
-    Args:
-        recipe: the run, as `check_recipe` takes it.
-        source: the model, which does not run.
-        profile: folder of a profile whose samples may be used again; None for none.
+    The model does not run. Samples of a profile in the folder `profile` may be used again.
 
     Raises:
         DataError: lengths that the model does not take, or samples or prompts that cannot be made.
@@ -80,10 +77,7 @@ def check_with_model(recipe: Recipe, source: SourceModel, profile: Path | None =
 def check_with_shape(recipe: Recipe, shape: ModelShape, context: int) -> None:
     """Refuses what the shape of a model tells, where it has no weights; budgets of memory are left to `check_with_model`.
 
-    Args:
-        recipe: the run, as `check_recipe` takes it.
-        shape: the model's.
-        context: the model's, tokens; 0 if it has none.
+    The model's context is in tokens, 0 if it has none.
 
     Raises:
         DataError, InfeasibleBudgetError, BudgetError: as `check_with_model`.
@@ -96,10 +90,6 @@ def check_with_shape(recipe: Recipe, shape: ModelShape, context: int) -> None:
 
 def check_profiled(recipe: Recipe, context: int) -> None:
     """Refuses lengths that cannot be profiled, and fewer samples than lengths.
-
-    Args:
-        recipe: the run.
-        context: the model's, tokens; 0 if it has none.
 
     Raises:
         DataError: says which.

@@ -131,12 +131,7 @@ class ModelCounts:
         return work.count * one[work.kind]()
 
     def kept_bytes(self, tokens: int, number: int) -> int:
-        """Returns the bytes of the inputs of layers that a long sample keeps for its backward passes.
-
-        Args:
-            tokens: of the sample.
-            number: bytes of one number.
-        """
+        """Returns the bytes of the inputs of layers that a long sample keeps for its backward passes, `number` bytes each."""
         return self.shape.layers * tokens * self.hidden * number
 
     def statistics_bytes(self, rules: int, recipe: Recipe) -> int:
@@ -149,13 +144,11 @@ class ModelCounts:
 class RunCounts:
     """What a run computes and holds at least.
 
-    Attributes:
-        operations: of every step.
-        bytes: of `weights`, of the `inputs` of layers that the longest sample keeps, of the largest dense `kv_cache` of a
-            row, and of all at a time (`peak`).
+    `bytes` are those of `weights`, of the `inputs` of layers that the longest sample keeps, of the largest dense `kv_cache` of
+    a row, and of all at a time (`peak`).
     """
 
-    operations: Mapping[str, int]
+    operations: Mapping[str, int]  # of every step
     bytes: Mapping[str, int]
 
     def to_dict(self) -> dict[str, Any]:
@@ -182,11 +175,7 @@ class RunCounts:
 
 
 def read_counts(source: str, trust_remote_code: bool = False) -> ModelCounts:
-    """Returns the sizes of the model that a folder's config describes.
-
-    Args:
-        source: a folder with a config; weights are not looked at.
-        trust_remote_code: run modelling code that comes with the model.
+    """Returns the sizes of the model that a folder's config describes; weights are not looked at.
 
     Raises:
         ModelError: not a model that can be compressed.
@@ -199,13 +188,7 @@ def read_counts(source: str, trust_remote_code: bool = False) -> ModelCounts:
 
 
 def count_run(recipe: Recipe, counts: ModelCounts, steps: tuple[str, ...] = ("profile", "search", "eval")) -> RunCounts:
-    """Counts a run.
-
-    Args:
-        recipe: the run.
-        counts: of the model.
-        steps: those that are run.
-    """
+    """Counts some steps of a run."""
     work = run_work(recipe, counts.shape, counts.hidden, counts.context)
     number = DTYPE_BYTES[counts.shape.dtype if recipe.dtype == "auto" else recipe.dtype]
     lengths = recipe.calibration.lengths

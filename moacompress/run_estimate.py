@@ -17,7 +17,6 @@ from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.rules.budget import Budget, format_length, reference_length
 from moacompress.rules.model_shape import ModelShape
-from moacompress.runtime.ready_model import load_for
 from moacompress.search.search_estimate import search_work
 
 COMPARED = ("dense", "uniform", "best")
@@ -40,11 +39,7 @@ def measured_length(recipe: Recipe) -> int:
 def run_work(recipe: Recipe, shape: ModelShape, hidden: int, context: int) -> dict[str, list[Work]]:
     """Returns what the steps of a run that run the model do, by their names.
 
-    Args:
-        recipe: the run.
-        shape: the model's.
-        hidden: numbers that a token has between layers.
-        context: the model's, tokens; 0 if it has none.
+    `hidden` is how many numbers a token has between layers, `context` in tokens, 0 if the model has none.
     """
     counts, evaluation = sample_counts(recipe, context), recipe.evaluation
     prompts = {(task, n): evaluation.prompts for task in expand_tasks(evaluation.tasks) for n in evaluation.lengths}
@@ -59,25 +54,16 @@ def run_work(recipe: Recipe, shape: ModelShape, hidden: int, context: int) -> di
     }
 
 
-def estimate_run(
-    recipe: Recipe, model: str | SourceModel, progress: Progress | None = None, *, trust_remote_code: bool = False
-) -> Estimate:
+def estimate_run(recipe: Recipe, source: SourceModel, progress: Progress | None = None) -> Estimate:
     """Estimates what `compress` would take. Nothing is written, and no data is read.
 
     Its facts are the `seconds` of every step, `total_seconds`, the estimate of its `profile`, and `measured_length`, where
     the cache is measured.
 
-    Args:
-        recipe: the run.
-        model: MODEL, or the loaded model.
-        progress: told of the timing.
-        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
-
     Raises:
-        ModelError: the model cannot be loaded or profiled.
+        ModelError: the model cannot be profiled.
         DataError: lengths that the model or the rules do not allow, or fewer samples than lengths.
     """
-    source = load_for(recipe, model, trust_remote_code=trust_remote_code)
     estimator = profile_estimator(source, recipe)
     profile = estimate_profile(source, recipe, progress, estimator=estimator)
     asked, measured = asked_length(recipe), measured_length(recipe)

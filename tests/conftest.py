@@ -287,6 +287,16 @@ def tiny_folder(
     return folder
 
 
+@pytest.fixture(scope="session")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder of long texts; do not write into it."""
+    folder = tmp_path_factory.mktemp("prose")
+    for name in ("a", "b", "c"):
+        lines = (f"On day {n} of {name} there were {n * n} of them, and nobody said a word." for n in range(400))
+        (folder / f"{name}.txt").write_text("\n\n".join(lines))
+    return folder
+
+
 @pytest.fixture
 def source(tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerBase) -> SourceModel:
     """Returns a tiny Llama as `load_source` gives a real model."""

@@ -131,7 +131,7 @@ def test_a_version_has_what_a_release_needs() -> None:
     assert record.is_file(), f"{record.name} is missing; RELEASING.md says how it is recorded"
     targets = re.findall(r"^(test-\w+|release):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
     assert {"test-all", "test-versions"} <= set(targets)
-    assert [name for name in targets if name not in ("test-data", "test-oldest") and f"make {name}" not in steps] == []
+    assert [name for name in targets if name != "test-data" and f"make {name}" not in steps] == []
 
 
 def test_every_page_is_named_in_the_readme() -> None:

@@ -1,4 +1,4 @@
-"""Resumable commands, killed before a random change in its folder and run again, ends as one that nothing disturbed."""
+"""A resumable command that is killed before a random change in its folder and run again ends as one that nothing disturbed."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ def harness(
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(15, marks=pytest.mark.heavy)])
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.heavy if name == "compress" else ()) for name in COMMANDS]
-)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_it_ends_as_one_that_was_never_killed(name: str, times: int, harness: Harness, tmp_path: Path) -> None:
     command, rng = COMMANDS[name], random.Random(f"{name} {times}")
     undisturbed, changes = harness.whole(name, command)

@@ -59,7 +59,7 @@ def test_models_are_those_that_were_known_before_they_are_used() -> None:
 PUBLIC = {
     "moacompress.calibration.profile.profiler": "profile",
     "moacompress.evaluation.runner": "evaluate",
-    "moacompress.exporter": "export",
+    "moacompress.exporter.exporting": "export",
     "moacompress.pipeline": "compress",
     "moacompress.rules.plan": "Plan",
     "moacompress.recipe": "Recipe",

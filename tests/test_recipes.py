@@ -193,16 +193,6 @@ def tiny_of(
     return folder
 
 
-@pytest.fixture(scope="module")
-def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder of long texts."""
-    folder = tmp_path_factory.mktemp("prose")
-    for name in ("a", "b", "c"):
-        lines = (f"On day {n} of {name} there were {n * n} of them, and nobody said a word." for n in range(400))
-        (folder / f"{name}.txt").write_text("\n\n".join(lines))
-    return folder
-
-
 def check_plan(recipe: Recipe, out: Path) -> None:
     """Checks what a run left against its recipe."""
     from moacompress.rules.plan import Plan

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from moacompress.cli import app
 from moacompress.efforts import effort_recipe
 from moacompress.estimate.work import Kind
+from moacompress.models.source import load_source
 from moacompress.recipe import Recipe
 from moacompress.run_estimate import estimate_run, measured_length
 from moacompress.search.search_estimate import measurements, search_work
-
-RUNNER = CliRunner()
-
-
-def invoke(*arguments: str | Path) -> Any:
-    return RUNNER.invoke(app, list(map(str, arguments)))
+from tests.cli.commands import invoke
 
 
 @pytest.mark.parametrize("prose", [False, True])
@@ -62,7 +55,7 @@ def test_a_search_takes_what_its_steps_do() -> None:
 def test_the_steps_of_a_run_add_up(tiny_folder: Path) -> None:
     data = {"lengths": [700, 800], "samples": 4, "validation_samples": 2}
     recipe = Recipe.from_dict({"model": str(tiny_folder), "budget": "50%", "calibration": data})
-    found = estimate_run(recipe, str(tiny_folder))
+    found = estimate_run(recipe, load_source(tiny_folder))
     shown = found.to_dict()
     assert shown["total_seconds"] == pytest.approx(sum(shown["seconds"].values()), abs=0.3)
     assert set(shown["seconds"]) == {"profile", "search", "export", "eval"}
@@ -75,13 +68,13 @@ def test_an_estimate_says_where_the_cache_is_measured(tiny_folder: Path) -> None
     assert measured_length(recipe) == 1000
     assert measured_length(recipe.override(budget=["50%@900"])) == 900
     assert measured_length(recipe.override(budget=["50%"])) == 700
-    found = estimate_run(recipe, str(tiny_folder))
+    found = estimate_run(recipe, load_source(tiny_folder))
     assert found.to_dict()["measured_length"] == 1000
     assert (
         "the cache is measured at 1000 tokens, the most that this run reads, and not at 64k, where the budget"
         in found.line()
     )
-    assert "measured at" not in estimate_run(recipe.override(budget=["50%@900"]), str(tiny_folder)).line()
+    assert "measured at" not in estimate_run(recipe.override(budget=["50%@900"]), load_source(tiny_folder)).line()
 
 
 def test_a_dry_run_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:

@@ -18,13 +18,7 @@ LINE_SECONDS = 15.0
 
 
 class RichProgress(Progress):
-    """Shows one task at a time; a new one ends the one before.
-
-    Args:
-        console: where.
-        first: gives a line that is shown before the first task.
-        clock: returns seconds.
-    """
+    """Shows one task at a time; a new one ends the one before. `first` gives a line that is shown before all tasks."""
 
     shows = True
 

@@ -9,6 +9,7 @@ import typer
 
 from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import batch_sizes, split_list
+from moacompress.rules.budget import parse_bytes, parse_lengths
 
 SIDES, SERVED = "plan,full_span,dense,dense_best", "dense,plan"
 LENGTHS, TOKENS, REPEATS = "1k,4k", 16, 20
@@ -138,7 +139,6 @@ def bench(
 def _serving(run: CommandRun, path: Path, out: Path | None, kv_memory: str, asked: dict[str, Any]) -> Output:
     from moacompress.bench.serve_benchmark import ServeRequest, run_serving
     from moacompress.report.bench_tables import serve_tables
-    from moacompress.rules.budget import parse_bytes
 
     request = ServeRequest(kv_memory=parse_bytes(kv_memory), **asked)
     report = run_serving(path, request, out=out, overwrite=run.common.overwrite, progress=run.progress)
@@ -147,7 +147,6 @@ def _serving(run: CommandRun, path: Path, out: Path | None, kv_memory: str, aske
 
 def _table(run: CommandRun, path: Path, out: Path | None, lengths: str, asked: dict[str, Any]) -> Output:
     from moacompress.bench.bench_request import BenchRequest
-    from moacompress.rules.budget import parse_lengths
 
     request = BenchRequest(lengths=parse_lengths(lengths), **asked)
     if run.common.dry_run:

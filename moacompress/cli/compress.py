@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -68,19 +68,14 @@ def compress(
         evaluation__lengths=None if file else given.get("evaluation__lengths", given.get("calibration__lengths")),
     )
     required_model(resolved)
-    options: dict[str, Any] = {
-        "overwrite": run.common.overwrite,
-        "trust_remote_code": run.common.trust_remote_code,
-        "progress": run.progress,
-    }
     if run.common.dry_run:
         from moacompress.pipeline import estimate
 
-        expected = estimate(resolved, out=out, **options)
+        expected = estimate(resolved, out=out, **run.how)
         return Output(expected.to_dict(), [f"It would take {expected.line()} Nothing was done."])
 
     from moacompress.pipeline import compress as compress_model
     from moacompress.report.summary_tables import closing_lines, summary_tables
 
-    summary = compress_model(resolved, out, **options)
+    summary = compress_model(resolved, out, **run.how)
     return Output(summary, [*summary_tables(summary), *closing_lines(out)])

@@ -13,9 +13,19 @@ from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import ArtefactError, PlanError, UsageError
 from moacompress.core.files import read_json, write_text, write_texts
+from moacompress.models.skeleton import is_described
+from moacompress.models.stored_plan import find_plan_file, read_plan
+from moacompress.rules.budget import parse_length
+from moacompress.rules.foreign_formats import (
+    compressed_tensors_of_plan,
+    layers_of_compressed_tensors,
+    layers_of_modelopt,
+    modelopt_of_plan,
+    plan_of_layers,
+)
+from moacompress.rules.foreign_plans import DuoPattern, MoaSpans, duo_of_plan, moa_of_plan, plan_of_duo, plan_of_moa
 
 if TYPE_CHECKING:
-    from moacompress.rules.foreign_plans import DuoPattern
     from moacompress.rules.model_shape import ModelShape
     from moacompress.rules.plan import Plan
 
@@ -25,6 +35,34 @@ HEADS_FILE, CONFIG_FILE = "full_attention_heads.tsv", "config.json"
 MODELOPT_FILE = "hf_quant_config.json"
 """Where a checkpoint of ModelOpt says how it is quantized; in `config.json` is the same in another form."""
 MOST_BYTES = 1 << 26
+
+
+ForeignPlan = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PATH",
+        help="A DuoAttention pattern folder, a MoA JSON file, a quantized checkpoint or its config, or a plan of ours.",
+    ),
+]
+Source = Annotated[Form | None, typer.Option("--from", help="Format of PATH, to import it.")]
+Target = Annotated[Form | None, typer.Option("--to", help="Format to export our plan to.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL", help="With --from: the model that the plan is for. A folder with its config.json is enough."
+    ),
+]
+Sparsity = Annotated[
+    float | None,
+    typer.Option(help="With --from duo-attention: share of KV heads that stream. [default: those below 0.5]"),
+]
+At = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LENGTH", help="With --from moa: length at which the spans of query heads are compared. [default: 8k]"
+    ),
+]
+OutPath = Annotated[Path, typer.Option("--out", "-o", metavar="PATH", help="File or folder to write.")]
 
 
 @command(
@@ -38,46 +76,18 @@ MOST_BYTES = 1 << 26
 )
 def convert(
     run: CommandRun,
-    path: Annotated[
-        Path,
-        typer.Argument(
-            metavar="PATH",
-            help="A DuoAttention pattern folder, a MoA JSON file, a quantized checkpoint or its config, or a plan of ours.",
-        ),
-    ],
-    source: Annotated[Form | None, typer.Option("--from", help="Format of PATH, to import it.")] = None,
-    target: Annotated[Form | None, typer.Option("--to", help="Format to export our plan to.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="With --from: the model that the plan is for. A folder with its config.json is enough.",
-        ),
-    ] = None,
-    sparsity: Annotated[
-        float | None,
-        typer.Option(help="With --from duo-attention: share of KV heads that stream. [default: those below 0.5]"),
-    ] = None,
-    at: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LENGTH",
-            help="With --from moa: length at which the spans of query heads are compared. [default: 8k]",
-        ),
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="PATH", help="File or folder to write.")] = Path(
-        PLAN_FILE
-    ),
+    path: ForeignPlan,
+    source: Source = None,
+    target: Target = None,
+    model: Model = None,
+    sparsity: Sparsity = None,
+    at: At = None,
+    out: OutPath = Path(PLAN_FILE),
 ) -> Output:
     """Convert plans from and to DuoAttention, MoA, ModelOpt and llm-compressor.
 
     Lists what the other format cannot express. Nothing is measured: export an imported plan and `eval` it.
     """
-    from moacompress.models.skeleton import is_described
-    from moacompress.models.stored_plan import find_plan_file, read_plan
-    from moacompress.rules.foreign_formats import compressed_tensors_of_plan, modelopt_of_plan
-    from moacompress.rules.foreign_plans import duo_of_plan, moa_of_plan
-
     if (source is None) == (target is None):
         raise UsageError("give one of --from (to import a plan) and --to (to export one)")
     if target is not None and out == Path(PLAN_FILE):
@@ -89,19 +99,24 @@ def convert(
         raise UsageError(f"{out} is the input; choose another place for the output (--out PATH)")
     if out.exists() and not run.common.overwrite:
         raise ArtefactError(f"{out} exists already; choose another place or pass --overwrite")
-    if source is not None:
-        if model is None:
-            raise UsageError(f"a plan of {source} does not name its model; give it (--model MODEL)")
-        plan, notes = _read(path, source, model, sparsity, at or "8k", run.common.trust_remote_code)
-        plan.save(out)
-        shown = [f"The plan is {out}: {plan}", *(f"Not as it was: {note}." for note in notes)]
-        named = model
-        if is_described(model):
-            shown.append("The model folder has no weights, so the plan is accepted for any weights of this shape.")
-            named = "MODEL"
-        following = shlex.join(["moacompress", "export", str(named), str(out), "-o", "model/"])
-        return Output({"plan": str(out), "lost": notes}, [*shown, f"Next: {following}"])
-    ours = read_plan(find_plan_file(path))
+    if target is not None:
+        return _exported(find_plan_file(path), target, out)
+    if model is None:
+        raise UsageError(f"a plan of {source} does not name its model; give it (--model MODEL)")
+    assert source is not None
+    plan, notes = _read(path, source, model, sparsity, at or "8k", run.common.trust_remote_code)
+    plan.save(out)
+    shown = [f"The plan is {out}: {plan}", *(f"Not as it was: {note}." for note in notes)]
+    if is_described(model):
+        shown.append("The model folder has no weights, so the plan is accepted for any weights of this shape.")
+        model = "MODEL"
+    following = shlex.join(["moacompress", "export", model, str(out), "-o", "model/"])
+    return Output({"plan": str(out), "lost": notes}, [*shown, f"Next: {following}"])
+
+
+def _exported(file: Path, target: Form, out: Path) -> Output:
+    """Writes a plan of ours in another project's format."""
+    ours = read_plan(file)
     if target == "moa":
         spans, notes = moa_of_plan(ours)
         write_text(out, json.dumps({"alphas": spans.alphas, "betas": spans.betas}))
@@ -142,8 +157,6 @@ def write_pattern(folder: Path, pattern: DuoPattern) -> None:
 def _read(
     path: Path, source: Form, model: str, sparsity: float | None, at: str, trust_remote_code: bool
 ) -> tuple[Plan, list[str]]:
-    from moacompress.rules.budget import parse_length
-    from moacompress.rules.foreign_plans import DuoPattern, MoaSpans, plan_of_duo, plan_of_moa
 
     length = parse_length(at)
     if source in ("modelopt", "llm-compressor"):
@@ -176,7 +189,6 @@ def _pattern_sizes(folder: Path) -> tuple[int, int]:
 
 def _shape(model: str, trust_remote_code: bool) -> ModelShape:
     """Returns the shape of MODEL; of a config alone it has no fingerprint of weights."""
-    from moacompress.models.skeleton import is_described
     from moacompress.models.source import load_source
     from moacompress.run_counts import read_counts
 
@@ -186,7 +198,6 @@ def _shape(model: str, trust_remote_code: bool) -> ModelShape:
 
 
 def _read_formats(path: Path, source: Form, shape: ModelShape) -> tuple[Plan, list[str]]:
-    from moacompress.rules.foreign_formats import layers_of_compressed_tensors, layers_of_modelopt, plan_of_layers
 
     if path.is_dir():
         own = path / MODELOPT_FILE

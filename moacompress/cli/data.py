@@ -9,6 +9,7 @@ import typer
 
 from moacompress.cli.harness import CommandRun, Output, command, group
 from moacompress.cli.options import ModelArgument, required_model
+from moacompress.core.errors import DataError
 
 if TYPE_CHECKING:
     from moacompress.calibration.data.sample_sources import RowsWanted
@@ -48,7 +49,6 @@ def preview(
     from moacompress.calibration.data.answers import answer_drafts
     from moacompress.calibration.data.sample_sources import check_data, make_drafts, rows_wanted, varied
     from moacompress.calibration.profile.request import check_samples
-    from moacompress.core.errors import DataError
     from moacompress.report.shown_samples import ShownSample, as_json
     from moacompress.runtime.ready_model import load_for
 

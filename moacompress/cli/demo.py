@@ -52,9 +52,7 @@ def demo(
         dtype=recipe.dtype,
         device=recipe.device,
         seed=run.given.get("seed"),
-        overwrite=run.common.overwrite,
-        trust_remote_code=run.common.trust_remote_code,
-        progress=run.progress,
+        **run.how,
     )
     return Output(summary, [*summary_tables(summary), *closing_lines(out)])
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from moacompress.cli.options import batch_sizes
+from moacompress.models.device import available_memory
+from moacompress.models.skeleton import DescribedModel
+from moacompress.rules.budget import parse_lengths
+from moacompress.rules.memory import kv_memory
 
 LONGEST = 32768
 """Tokens of a request where no lengths are given: the model's context, and no more than this."""
@@ -13,23 +17,11 @@ LONGEST = 32768
 def dense_memory(
     model: str, lengths: str | None, batch: str | None, device: str, trust_remote_code: bool
 ) -> dict[str, Any]:
-    """Returns `kv_memory` of a dense model, from its config alone.
-
-    Args:
-        model: hub id, folder or `.gguf` file.
-        lengths: of `--lengths`.
-        batch: of `--batch`.
-        device: whose memory counts.
-        trust_remote_code: run modelling code that comes with the model.
+    """Returns `kv_memory` of a dense model, from its config, `--lengths`, `--batch` and the device whose memory counts.
 
     Raises:
         ModelError: it is no model that can be compressed.
     """
-    from moacompress.models.device import available_memory
-    from moacompress.models.skeleton import DescribedModel
-    from moacompress.rules.budget import parse_lengths
-    from moacompress.rules.memory import kv_memory
-
     asked = parse_lengths(lengths) if lengths else ()
     batches = batch_sizes(batch or "1")
     found = DescribedModel.of(model, trust_remote_code)

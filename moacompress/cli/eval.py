@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moacompress.cli.harness import CommandRun, Output, command, say
 from moacompress.cli.options import AllowOverlap, split_list
 from moacompress.core.errors import UsageError
+from moacompress.core.files import write_text
+from moacompress.core.place import check_replaceable, check_writable
 from moacompress.core.ranks import rank
+from moacompress.core.tables import Table
 
 if TYPE_CHECKING:
     from moacompress.evaluation.runner import EvaluationReport
@@ -141,72 +145,76 @@ def evaluate(
         return _list_tasks()
     if path is None:
         raise UsageError("missing argument DIR: a compressed model, or the folder of a run")
-    harness = split_list(lm_eval) or ()
+    harness, recipe = split_list(lm_eval) or (), run.recipe()
     if lm_eval is not None and not harness:
         raise UsageError("no tasks of lm-evaluation-harness given; name some, or leave --lm-eval out")
-    recipe = run.recipe()
     if csv is not None:
         _check_csv(csv, out)
     others = tuple(name for name in split_list(against) or () if name != "none")
     if run.common.tensor_parallel:
         _check_tensor_parallel(others)
+    tasks, resources = _asked(run, recipe, source, squad, bool(harness), fail_under is not None)
 
-    from moacompress.evaluation.runner import evaluate as evaluate_model
     from moacompress.evaluation.runner import task_names
     from moacompress.evaluation.scoring.thresholds import failures, parse_thresholds
-    from moacompress.evaluation.tasks.own_rows import own_tasks
-    from moacompress.evaluation.tasks.registry import Resources
-    from moacompress.evaluation.tasks.task import TEXT
-    from moacompress.prompts.pools import Prose
 
-    asked, text = recipe.evaluation, recipe.calibration.text
-    tasks = asked.tasks
-    if "evaluation__tasks" not in run.given:
-        tasks = () if harness or source else (*tasks, TEXT) if text is not None else tasks
-    # `evaluate` reads the text itself; here it is only asked which tasks there are
-    prose = Prose.load(text) if text is not None and (run.common.dry_run or fail_under is not None) else None
-    resources = Resources(prose=prose, squad=squad, own=own_tasks(source or ()))
     thresholds = parse_thresholds(fail_under, (*resources.own, *task_names(tasks, resources)))
     if run.common.dry_run:
         return _estimated(run, path, others, tasks, recipe, resources, harness)
-    report = evaluate_model(
+    report = _measured(
+        run,
+        recipe,
         path,
-        against=others,
-        dense=dense,
-        tasks=tasks,
-        lengths=asked.lengths,
-        prompts=asked.prompts,
-        text=text,
-        squad=squad,
-        sources=source or (),
-        profile=profile,
-        every_candidate=True,
-        allow_overlap=allow_overlap,
-        lm_eval=harness,
-        lm_eval_limit=run.given.get("evaluation__prompts"),
-        lm_eval_batch=lm_eval_batch,
-        seed=recipe.seed,
-        dtype=recipe.dtype,
-        device=recipe.device,
-        out=out,
-        overwrite=run.common.overwrite,
-        trust_remote_code=run.common.trust_remote_code,
-        progress=run.progress,
+        {"against": others, "dense": dense, "profile": profile, "allow_overlap": allow_overlap, "out": out},
+        {"tasks": tasks, "squad": squad, "sources": source or (), "lm_eval": harness, "lm_eval_batch": lm_eval_batch},
     )
     failed = failures(thresholds, report["results"])
     return _shown(report, csv, show_failures, None if fail_under is None else failed)
 
 
-def _shown(report: EvaluationReport, csv: Path | None, show_failures: bool, failed: list[str] | None) -> Output:
-    """Writes the table of `--csv` and shows a report.
+def _asked(
+    run: CommandRun, recipe: Recipe, sources: list[str] | None, squad: Path | None, harness: bool, prose_too: bool
+) -> tuple[tuple[str, ...], Resources]:
+    """Returns the tasks that are measured, which depend on what else is given, and what there is to make them of.
 
-    Args:
-        report: of the evaluation.
-        csv: file of the table.
-        show_failures: also show the prompts on which the plan and dense differ.
-        failed: limits of `--fail-under` that the plan is below; None where none were asked for.
+    `evaluate` reads the text itself; here it is read where a dry run or a limit asks which tasks there are (`prose_too`).
     """
-    from moacompress.core.files import write_text
+    from moacompress.evaluation.tasks.own_rows import own_tasks
+    from moacompress.evaluation.tasks.registry import Resources
+    from moacompress.evaluation.tasks.task import TEXT
+    from moacompress.prompts.pools import Prose
+
+    tasks, text = recipe.evaluation.tasks, recipe.calibration.text
+    if "evaluation__tasks" not in run.given:
+        tasks = () if harness or sources else (*tasks, TEXT) if text is not None else tasks
+    prose = Prose.load(text) if text is not None and (run.common.dry_run or prose_too) else None
+    return tasks, Resources(prose=prose, squad=squad, own=own_tasks(sources or ()))
+
+
+def _measured(
+    run: CommandRun, recipe: Recipe, path: Path, compared: Mapping[str, Any], asked: Mapping[str, Any]
+) -> EvaluationReport:
+    """Evaluates with the numbers of the recipe."""
+    from moacompress.evaluation.runner import evaluate as evaluate_model
+
+    return evaluate_model(
+        path,
+        **compared,
+        **asked,
+        lengths=recipe.evaluation.lengths,
+        prompts=recipe.evaluation.prompts,
+        text=recipe.calibration.text,
+        every_candidate=True,
+        lm_eval_limit=run.given.get("evaluation__prompts"),
+        seed=recipe.seed,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        **run.how,
+    )
+
+
+def _shown(report: EvaluationReport, csv: Path | None, show_failures: bool, failed: list[str] | None) -> Output:
+    """Writes the table of `--csv` and shows a report; `failed` are limits that the plan is below, None if none were given."""
     from moacompress.report.evaluation_tables import csv_text, evaluation_tables, failure_lines
 
     if csv is not None and not rank():
@@ -260,7 +268,6 @@ def _check_csv(csv: Path, out: Path | None) -> None:
         UsageError: it is that of the report.
         ArtefactError: something else is there, or it cannot be written.
     """
-    from moacompress.core.place import check_replaceable, check_writable
     from moacompress.report.evaluation_tables import CSV_COLUMNS
 
     if out is not None and csv.resolve() == out.resolve():
@@ -285,7 +292,6 @@ def _check_tensor_parallel(against: tuple[str, ...]) -> None:
 
 def _list_tasks() -> Output:
     """Returns the tasks with what they need."""
-    from moacompress.core.tables import Table
     from moacompress.evaluation.tasks.registry import known_tasks
     from moacompress.evaluation.tasks.task import TEXT
 

@@ -9,7 +9,7 @@ import typer
 
 from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.core.artefact_names import MODEL_FOLDER
-from moacompress.models.stored_plan import find_plan_file
+from moacompress.models.stored_plan import find_plan_file, read_plan
 
 
 @command(
@@ -54,7 +54,6 @@ def export(
     from moacompress.exporter.card import repair_text
     from moacompress.exporter.exporting import estimate_export, exported_plan
     from moacompress.exporter.exporting import export as export_model
-    from moacompress.models.stored_plan import read_plan
     from moacompress.report.inspection import inspect_plan, kv_table
 
     loaded = read_plan(find_plan_file(plan))

@@ -61,17 +61,11 @@ logger = logging.getLogger("moacompress")
 
 @dataclass
 class Output:
-    """What a command hands back.
+    """What a command hands back."""
 
-    Attributes:
-        data: the JSON object of `--json`.
-        show: what a person sees instead.
-        exit_code: 0, or 1 when the answer is no.
-    """
-
-    data: Mapping[str, Any]
-    show: list[RenderableType] = field(default_factory=list)
-    exit_code: int = 0
+    data: Mapping[str, Any]  # the JSON object of `--json`
+    show: list[RenderableType] = field(default_factory=list)  # what a person sees instead
+    exit_code: int = 0  # 1 when the answer is no
 
 
 def readable(text: str) -> str:
@@ -81,23 +75,23 @@ def readable(text: str) -> str:
 
 @dataclass(frozen=True)
 class CommandRun:
-    """One run of a command: its common options, where it reports, and the person who started it.
-
-    Attributes:
-        common: those of its options that several commands have.
-        progress: is told how far it is.
-        out: the standard output, which is not `sys.stdout` while a command runs.
-        device_check: refuses a device that the command cannot use.
-        given: what its options set of a recipe, as `Recipe.override` takes it.
-        options: which of its options the command line names.
-    """
+    """One run of a command: its common options, where it reports, and the person who started it."""
 
     common: Common
     progress: Progress
-    out: TextIO = field(default_factory=lambda: sys.stdout)
-    device_check: Callable[[str], None] = lambda device: None
-    given: Mapping[str, Any] = field(default_factory=dict)
-    options: GivenOptions = field(default_factory=GivenOptions)
+    out: TextIO = field(default_factory=lambda: sys.stdout)  # which is not `sys.stdout` while a command runs
+    device_check: Callable[[str], None] = lambda device: None  # refuses a device that the command cannot use
+    given: Mapping[str, Any] = field(default_factory=dict)  # what its options set of a recipe, see `Recipe.override`
+    options: GivenOptions = field(default_factory=GivenOptions)  # which of its options the command line names
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """Arguments with one meaning in all functions that do the work of a command: how it is run and who is told."""
+        return {
+            "overwrite": self.common.overwrite,
+            "trust_remote_code": self.common.trust_remote_code,
+            "progress": self.progress,
+        }
 
     def write(self, text: str) -> None:
         """Writes a piece of what the person asked for."""
@@ -124,10 +118,8 @@ class CommandRun:
     def recipe(self, base: Recipe | None = None, *, file: Path | None = None, **flags: Any) -> Recipe:
         """Returns the recipe of this run: options win over the file, which wins over `base`, which wins over the defaults.
 
-        Args:
-            base: the recipe where neither a file nor an option says anything.
-            file: the recipe's file, where it is not that of `--recipe`.
-            **flags: what the command sets beside its options, dotted keys as in `Recipe.override`; None is not given.
+        The file is that of `--recipe` unless another is given. `flags` are what the command sets beside its options, as
+        `Recipe.override` takes them.
 
         Raises:
             RecipeError: from the file or from a flag.
@@ -206,7 +198,7 @@ class Command:
                 raise typer.Exit(1) from None
         if (
             output.exit_code and not rank()
-        ):  # torchrun ends the others when one fails, be it before the first has printed
+        ):  # torchrun ends the others when one fails, even before the first has printed
             raise typer.Exit(output.exit_code)
 
     def _checked(self, run: CommandRun, settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> Output:
@@ -253,12 +245,7 @@ class Command:
 
 
 def command(*examples: str, **options: Any) -> Callable[[Callable[Concatenate[CommandRun, P], Output]], Command]:
-    """Makes a `Command` of the decorated function; `examples` end its help and can be run as they are.
-
-    Args:
-        *examples: command lines.
-        **options: of `Command`.
-    """
+    """Makes a `Command` of the decorated function; `examples` end its help and can be run as they are."""
     return lambda function: Command(function, examples, **options)
 
 
@@ -281,12 +268,7 @@ def group(text: str, commands: Mapping[str, Command]) -> typer.Typer:
 
 
 def resumes_with(argv: Sequence[str], overwrite: bool) -> str:
-    """Returns what is said after Ctrl-C: the command that resumes, where this process was started by one.
-
-    Args:
-        argv: of the process.
-        overwrite: whether the command starts from scratch, so that it is to be given without `--overwrite`.
-    """
+    """Returns what is said after Ctrl-C: the command that resumes, without `--overwrite`, where one started this process."""
     if Path(argv[0]).name not in (PROGRAM, "__main__.py"):
         return FROM_SCRATCH if overwrite else INTERRUPTED
     command = shlex.join([PROGRAM, *(without_password(part) for part in argv[1:] if part != "--overwrite")])

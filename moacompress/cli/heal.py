@@ -59,14 +59,7 @@ def heal(
     a CPU, otherwise bfloat16); weights are trained in float32.
     Under torchrun (torchrun --standalone --nproc-per-node 2 -m moacompress heal ...) the processes share the samples.
     """
-    inputs: dict[str, Any] = {
-        "profile": profile,
-        "teacher": teacher,
-        "recipe": run.recipe(),
-        "overwrite": run.common.overwrite,
-        "trust_remote_code": run.common.trust_remote_code,
-        "progress": run.progress,
-    }
+    inputs: dict[str, Any] = {"profile": profile, "teacher": teacher, "recipe": run.recipe(), **run.how}
     if run.common.dry_run:
         from moacompress.healer.heal_estimate import estimate_heal
 

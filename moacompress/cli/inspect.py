@@ -11,7 +11,12 @@ from moacompress.cli.dense_memory import dense_memory
 from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import BatchOption, batch_sizes
 from moacompress.core.errors import UsageError
-from moacompress.models.stored_plan import find_running_plan
+from moacompress.models.device import available_memory
+from moacompress.models.skeleton import is_dense_model
+from moacompress.models.source import find_model_folder
+from moacompress.models.stored_plan import find_running_plan, read_plan
+from moacompress.rules.budget import parse_lengths
+from moacompress.rules.memory import kv_memory
 
 
 @command(
@@ -46,13 +51,7 @@ def inspect(
     requests and how many fit on this machine, which is all that is shown for a dense model. The model is loaded only for
     --show-tokens.
     """
-    from moacompress.models.device import available_memory
-    from moacompress.models.skeleton import is_dense_model
-    from moacompress.models.source import find_model_folder
-    from moacompress.models.stored_plan import read_plan
     from moacompress.report.inspection import inspect_plan, inspection_tables, memory_tables
-    from moacompress.rules.budget import parse_lengths
-    from moacompress.rules.memory import kv_memory
 
     device, trust_remote_code = run.recipe().device, run.common.trust_remote_code
     if is_dense_model(path):

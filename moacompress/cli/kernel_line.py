@@ -4,10 +4,7 @@ from __future__ import annotations
 
 
 def kernel_line(device: str | None) -> str:
-    """Returns the line.
-
-    Args:
-        device: that was asked for, of a device map the first; None for the CPU.
+    """Returns the line for a device or the first of a device map; None is the CPU.
 
     Raises:
         UsageError, UnsupportedError: the environment asks for kernels that are not there.

@@ -23,21 +23,14 @@ class Ignored:
     A case is an option that is on ("merge"), one that has a value ("source=moa"), or a key of the resolved recipe that has a
     value ("heal.train=lora").
 
-    Attributes:
-        command: "profile", "data preview", or "*" for all.
-        options: those that have no effect.
-        but: instead: all have no effect, these and `COMMON_ALWAYS` left out.
-        beside: the case in which that is so; without one it is always so.
-        without: the cases in none of which that is so.
-        why: the reason, where the names do not say it.
     """
 
-    command: str
-    options: tuple[str, ...] = ()
-    but: tuple[str, ...] | None = None
-    beside: str = ""
-    without: tuple[str, ...] = ()
-    why: str = ""
+    command: str  # "profile", "data preview", or "*" for all
+    options: tuple[str, ...] = ()  # those that have no effect
+    but: tuple[str, ...] | None = None  # instead: all have no effect but these and `COMMON_ALWAYS`
+    beside: str = ""  # the case in which that is so; without one it is always so
+    without: tuple[str, ...] = ()  # the cases in none of which that is so
+    why: str = ""  # the reason, where the names do not say it
 
     def ignores(self, option: str) -> bool:
         """Returns whether an option has no effect in the case."""
@@ -86,27 +79,18 @@ TABLE = (
 
 @dataclass(frozen=True)
 class GivenOptions:
-    """The options of one call.
+    """The options of one call."""
 
-    Attributes:
-        command: name of the command, as in `TABLE`.
-        values: of all its parameters, by name.
-        names: what each is called on a command line; a switch as it was given, an argument by its metavar.
-        keys: keys of a recipe that options set, by parameter.
-        given: parameters that the command line names; the environment and defaults do not count.
-    """
-
-    command: str = ""
-    values: Mapping[str, Any] = field(default_factory=dict)
-    names: Mapping[str, str] = field(default_factory=dict)
-    keys: Mapping[str, str] = field(default_factory=dict)
-    given: Sequence[str] = ()
+    command: str = ""  # as in `TABLE`
+    values: Mapping[str, Any] = field(default_factory=dict)  # of all parameters, by name
+    names: Mapping[str, str] = field(
+        default_factory=dict
+    )  # on a command line; a switch as given, an argument's metavar
+    keys: Mapping[str, str] = field(default_factory=dict)  # keys of a recipe that options set, by parameter
+    given: Sequence[str] = ()  # parameters that the command line names; the environment and defaults do not count
 
     def check(self, recipe: Any = None) -> None:
-        """Refuses an option that has no effect.
-
-        Args:
-            recipe: what the options and the files give, for the rules that depend on it; None for the rules on options alone.
+        """Refuses an option that has no effect: by the rules on options alone, or by those that depend on a resolved recipe.
 
         Raises:
             UsageError: says which, beside or without which, and what to do.
@@ -150,12 +134,7 @@ class GivenOptions:
 
 
 def given_options(context: Any, keys: Mapping[str, str]) -> GivenOptions:
-    """Returns the options of a call.
-
-    Args:
-        context: the call's, of Typer.
-        keys: see `GivenOptions`.
-    """
+    """Returns the options of a call of Typer's, with the keys of a recipe that they set."""
     words, above = [], context
     while above.parent is not None:  # what the program is called depends on how it was started
         words.append(str(above.info_name))

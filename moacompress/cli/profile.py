@@ -12,10 +12,13 @@ from rich.console import RenderableType
 
 from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.cli.options import ModelArgument, required_model
-from moacompress.core.artefact_names import PROFILE_FOLDER
+from moacompress.core.artefact_names import AUDIT_FILE, PROFILE_FOLDER
 from moacompress.core.errors import UsageError
+from moacompress.core.place import check_writable
 from moacompress.core.ranks import rank, world_size
-from moacompress.models.stored_plan import find_plan_file
+from moacompress.models.skeleton import is_described
+from moacompress.models.stored_plan import find_plan_file, read_plan
+from moacompress.rules.budget import Budget
 
 if TYPE_CHECKING:
     from moacompress.calibration.profile.manifest import Manifest
@@ -41,6 +44,32 @@ AUDIT_KEYS = (
     "repair_points",
 )
 """What `--json` takes over from an audit."""
+
+
+Shards = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="DIR...", help="With --merge: the folders of all shards.", show_default=False),
+]
+OutFolder = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write the profile to.")]
+Around = Annotated[
+    Path | None, typer.Option(metavar="PLAN", help="Profile the changes to this plan instead of to the dense model.")
+]
+Audit = Annotated[
+    int | None,
+    typer.Option(
+        metavar="K",
+        help="Afterwards measure K single-head ablations, K single-head format changes, K/3 plans of the recipe's budget "
+        "(25% if it has none) and, with --anchors, up to K shared layers, and compare them with the predictions.",
+    ),
+]
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        metavar="K/N",
+        help="Profile part K of N of the samples. The runs need no network between them; --merge combines them.",
+    ),
+]
+Merge = Annotated[bool, typer.Option("--merge", help="Combine the shards in the given folders into one profile.")]
 
 
 @command(
@@ -76,35 +105,12 @@ AUDIT_KEYS = (
 def profile(
     run: CommandRun,
     model: ModelArgument = None,
-    others: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="DIR...", help="With --merge: the folders of all shards.", show_default=False),
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write the profile to.")] = Path(
-        PROFILE_FOLDER
-    ),
-    around: Annotated[
-        Path | None,
-        typer.Option(metavar="PLAN", help="Profile the changes to this plan instead of to the dense model."),
-    ] = None,
-    audit: Annotated[
-        int | None,
-        typer.Option(
-            metavar="K",
-            help="Afterwards measure K single-head ablations, K single-head format changes, K/3 plans of the recipe's budget "
-            "(25% if it has none) and, with --anchors, up to K shared layers, and compare them with the predictions.",
-        ),
-    ] = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(
-            metavar="K/N",
-            help="Profile part K of N of the samples. The runs need no network between them; --merge combines them.",
-        ),
-    ] = None,
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Combine the shards in the given folders into one profile.")
-    ] = False,
+    others: Shards = None,
+    out: OutFolder = Path(PROFILE_FOLDER),
+    around: Around = None,
+    audit: Audit = None,
+    shard: Shard = None,
+    merge: Merge = False,
 ) -> Output:
     """Predict what each rule costs on every KV head.
 
@@ -124,20 +130,12 @@ def profile(
             "--audit runs in one process; profile under torchrun first, then run the command with --audit without torchrun"
         )
     from moacompress.calibration.data.sample_sources import check_data
-    from moacompress.calibration.profile.folder import recipe_in
     from moacompress.calibration.profile.profiler import profile as profile_model
     from moacompress.calibration.profile.profiler import profile_shard
-    from moacompress.core.place import check_writable
-    from moacompress.models.processes import broadcast
-    from moacompress.models.stored_plan import read_plan
     from moacompress.runtime.ready_model import load_for
+    from moacompress.search.audit.audit import check_audit
 
-    overwrite, consent = run.common.overwrite, run.common.trust_remote_code
-    fresh = overwrite or run.common.recipe is not None or rank() > 0
-    earlier = broadcast(None if fresh else recipe_in(out, model))
-    if earlier is not None:
-        logger.info("%s holds a profile of this model; settings that no option gives are taken from it", out)
-    resolved = run.recipe(earlier, model=model, profile__baselines=None if audit is None else True)
+    resolved = run.recipe(_earlier(run, out, model), model=model, profile__baselines=None if audit is None else True)
     name = required_model(resolved)
     plan = None if around is None else read_plan(find_plan_file(around))
     if run.common.dry_run:
@@ -146,10 +144,10 @@ def profile(
     if not rank():
         check_writable(out)
         check_data(resolved)
-    loaded = load_for(resolved, name, trust_remote_code=consent)
-    if audit is not None:
-        _check_audit(loaded, resolved, audit)
-    options: dict[str, Any] = {"around": plan, "overwrite": overwrite, "progress": run.progress}
+    loaded = load_for(resolved, name, trust_remote_code=run.common.trust_remote_code)
+    if audit is not None:  # before anything is profiled
+        check_audit(loaded.shape, resolved, *_audit_size(audit, resolved))
+    options: dict[str, Any] = {"around": plan, "overwrite": run.common.overwrite, "progress": run.progress}
     if shard is not None:
         return _shard_output(profile_shard(loaded, out, resolved, shard, **options), out)
     made = profile_model(loaded, out, resolved, **options)
@@ -157,9 +155,19 @@ def profile(
     if audit is not None:
         measured, tables = _audited(made, loaded, resolved, audit, out, run)
         data, show = {**data, **measured}, [*show, *tables]
-    if plan is None:
-        show.append(f"Next: moacompress search {shlex.quote(str(out))} --budget 25% -o plan.json")
-    return Output(data, show)
+    return Output(data, show if plan is not None else [*show, _following(out)])
+
+
+def _earlier(run: CommandRun, out: Path, model: str | None) -> Recipe | None:
+    """Returns the recipe of the profile that is in `out` already, which has the settings that no option gives."""
+    from moacompress.calibration.profile.folder import recipe_in
+    from moacompress.models.processes import broadcast
+
+    fresh = run.common.overwrite or run.common.recipe is not None or rank() > 0
+    found: Recipe | None = broadcast(None if fresh else recipe_in(out, model))
+    if found is not None:
+        logger.info("%s holds a profile of this model; settings that no option gives are taken from it", out)
+    return found
 
 
 def _estimated(recipe: Recipe, model: str, around: Plan | None, shard: str | None, run: CommandRun) -> Output:
@@ -169,7 +177,6 @@ def _estimated(recipe: Recipe, model: str, around: Plan | None, shard: str | Non
         UsageError: a shard of a model without weights.
     """
     from moacompress.calibration.profile.estimate import estimate_profile
-    from moacompress.models.skeleton import is_described
     from moacompress.run_checks import check_profiled
     from moacompress.run_counts import count_run, read_counts
     from moacompress.runtime.ready_model import load_for
@@ -191,24 +198,14 @@ def _estimated(recipe: Recipe, model: str, around: Plan | None, shard: str | Non
 
 def _audit_size(count: int, recipe: Recipe) -> tuple[int, int, str]:
     """Returns the numbers of ablations and of plans that an audit measures, and the budget of the plans."""
-    from moacompress.rules.budget import Budget
-
     budgets = (text for text in recipe.budget if not Budget.parse(text).with_weights)
     return count, count // 3, next(budgets, "25%")
-
-
-def _check_audit(loaded: SourceModel, recipe: Recipe, count: int) -> None:
-    """Refuses an audit that cannot be, before anything is profiled."""
-    from moacompress.search.audit.audit import check_audit
-
-    check_audit(loaded.shape, recipe, *_audit_size(count, recipe))
 
 
 def _audited(
     made: Profile, loaded: SourceModel, recipe: Recipe, count: int, out: Path, run: CommandRun
 ) -> tuple[dict[str, Any], list[RenderableType]]:
     """Audits a profile; returns what goes to `--json`, and what people see."""
-    from moacompress.core.artefact_names import AUDIT_FILE
     from moacompress.report.profile_tables import audit_tables, write_scatter
     from moacompress.search.audit.audit import audit
 
@@ -240,7 +237,11 @@ def _merged(folders: list[str], out: Path, run: CommandRun) -> Output:
         return Output({"profile": str(out), **found}, [text])
     made = merge_shards(folders, out, overwrite=run.common.overwrite, progress=run.progress)
     data, show = _profile_output(made, out)
-    return Output(data, [*show, f"Next: moacompress search {shlex.quote(str(out))} --budget 25% -o plan.json"])
+    return Output(data, [*show, _following(out)])
+
+
+def _following(out: Path) -> str:
+    return f"Next: moacompress search {shlex.quote(str(out))} --budget 25% -o plan.json"
 
 
 def _shard_output(part: Manifest, out: Path) -> Output:

@@ -10,9 +10,11 @@ import typer
 
 from moacompress.cli.harness import CommandRun, Output, command, group
 from moacompress.cli.options import ModelArgument
-from moacompress.core.artefact_names import RECIPE_FILE
+from moacompress.core.artefact_names import MANIFEST_FILE, RECIPE_FILE
 from moacompress.core.errors import ArtefactError, RecipeError
+from moacompress.core.files import read_json, write_text
 from moacompress.efforts import Effort, effort_recipe
+from moacompress.recipe import Recipe
 
 SCHEMA_FILE = "recipe.schema.json"
 
@@ -35,7 +37,6 @@ def init(
     ),
 ) -> Output:
     """Write a recipe with every setting and a comment on each, and the JSON schema for editors beside it."""
-    from moacompress.core.files import write_text
     from moacompress.report.recipe_text import SCHEMA_LINE, recipe_yaml, schema_text
 
     if out.exists() and not run.common.overwrite:
@@ -109,7 +110,6 @@ def _check_schema(beside: Path, out: Path) -> None:
     Raises:
         ArtefactError: says what.
     """
-    from moacompress.core.files import read_json
     from moacompress.report.recipe_text import SCHEMA_TITLE
 
     if out == beside:
@@ -122,10 +122,7 @@ def _check_schema(beside: Path, out: Path) -> None:
             raise ArtefactError(f"{beside} exists and is not a schema of recipes; choose another folder")
 
 
-def _recipe_at(path: Path) -> Any:
-    from moacompress.core.artefact_names import MANIFEST_FILE
-    from moacompress.core.files import read_json
-    from moacompress.recipe import Recipe
+def _recipe_at(path: Path) -> Recipe:
 
     if path.is_dir():
         if (path / RECIPE_FILE).is_file():
@@ -142,8 +139,7 @@ def _recipe_at(path: Path) -> Any:
     return Recipe.load(path)
 
 
-def _within(found: Any, keys: tuple[str, ...], path: Path) -> Any:
-    from moacompress.recipe import Recipe
+def _within(found: Any, keys: tuple[str, ...], path: Path) -> Recipe:
 
     for key in keys:
         found = found.get(key) if isinstance(found, dict) else None

@@ -21,23 +21,14 @@ from moacompress.recipe import Recipe
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a key is given on a command line, where the field does not say it.
+    """How a key is given on a command line, where the field does not say it."""
 
-    Attributes:
-        flag: its name, where it is not the field's with dashes.
-        metavar: what stands for the value.
-        more: said behind the field's description.
-        repeatable: whether it may be given several times.
-        read: makes what a recipe takes of what is given.
-        envvar: environment variable that does the same.
-    """
-
-    flag: str = ""
+    flag: str = ""  # its name, where it is not the field's with dashes
     metavar: str | None = None
-    more: str = ""
+    more: str = ""  # said behind the field's description
     repeatable: bool = False
-    read: Callable[[Any], Any] | None = None
-    envvar: str | None = None
+    read: Callable[[Any], Any] | None = None  # makes what a recipe takes of what is given
+    envvar: str | None = None  # environment variable that does the same
 
 
 SPELLINGS = {
@@ -72,9 +63,7 @@ def recipe_field(key: str) -> FieldInfo:
 def recipe_parameter(key: str, *, states_default: bool = True) -> Parameter:
     """Returns the option that sets a field of the recipe, as a parameter of a command that is None where it is not given.
 
-    Args:
-        key: of the field, dotted.
-        states_default: whether the help says the recipe's default; not where a command begins with another recipe.
+    `states_default`: whether the help says the recipe's default; not where a command begins with another recipe.
     """
     field, spelling = recipe_field(key), _spelling(key)
     flag = spelling.flag or f"--{key.rpartition('.')[2].replace('_', '-')}"
@@ -95,12 +84,7 @@ def recipe_parameter(key: str, *, states_default: bool = True) -> Parameter:
 
 
 def read_options(keys: Mapping[str, str], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a recipe is overridden with, as `Recipe.override` takes it.
-
-    Args:
-        keys: of the recipe, by the name of the option's parameter.
-        given: values by the same names; None was not given.
-    """
+    """Returns what a recipe is overridden with, of `keys` and values by the names of options; None was not given."""
     found = {}
     for name, key in keys.items():
         value = given[name]

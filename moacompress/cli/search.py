@@ -14,11 +14,33 @@ from moacompress.cli.harness import CommandRun, Output, command
 from moacompress.core.artefact_names import PLAN_FILE
 from moacompress.core.errors import UsageError
 from moacompress.core.ranks import world_size
+from moacompress.rules.budget import split_budgets
+from moacompress.rules.memory import memory_lines
+from moacompress.rules.worst_share import WorstShare
 
 if TYPE_CHECKING:
     from moacompress.calibration.profile.store import Profile
     from moacompress.recipe import Recipe
     from moacompress.search.result.search_result import SearchResult
+
+
+ProfileFolder = Annotated[
+    Path | None, typer.Argument(metavar="PROFILE", help="Folder written by `profile`.", show_default=False)
+]
+Front = Annotated[
+    bool,
+    typer.Option(
+        "--front", help="Search the Pareto front of KL and bytes between the smallest and the largest budget."
+    ),
+]
+PlanFile = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="File to write the plan to.")]
+Status = Annotated[
+    str | None,
+    typer.Option(
+        metavar="STORAGE",
+        help="Search nothing; show workers, trials and the best result so far of every search in a storage.",
+    ),
+]
 
 
 @command(
@@ -56,25 +78,10 @@ if TYPE_CHECKING:
 )
 def search(
     run: CommandRun,
-    profile: Annotated[
-        Path | None, typer.Argument(metavar="PROFILE", help="Folder written by `profile`.", show_default=False)
-    ] = None,
-    front: Annotated[
-        bool,
-        typer.Option(
-            "--front", help="Search the Pareto front of KL and bytes between the smallest and the largest budget."
-        ),
-    ] = False,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="File to write the plan to.")] = Path(
-        PLAN_FILE
-    ),
-    status: Annotated[
-        str | None,
-        typer.Option(
-            metavar="STORAGE",
-            help="Search nothing; show workers, trials and the best result so far of every search in a storage.",
-        ),
-    ] = None,
+    profile: ProfileFolder = None,
+    front: Front = False,
+    out: PlanFile = Path(PLAN_FILE),
+    status: Status = None,
 ) -> Output:
     """Find the plan with the lowest KL within a budget.
 
@@ -83,11 +90,13 @@ def search(
     """
     started = time.monotonic()
     if status is not None:
-        return _status(status)
+        from moacompress.search.search_status import search_status
+
+        found = search_status(status)
+        return Output({"searches": [one.to_dict() for one in found]}, [line for one in found for line in one.lines()])
     if profile is None:
         raise UsageError("missing argument PROFILE: the folder written by `moacompress profile`")
     from moacompress.calibration.profile.store import Profile
-    from moacompress.rules.budget import split_budgets
 
     loaded = Profile.load(profile)
     given = run.given.get("budget")
@@ -95,10 +104,10 @@ def search(
     several = asked if len(asked) > 1 else []
     resolved = run.recipe(loaded.recipe, budget=[] if several else asked[0] if asked else None)
     _check_ranks(run.common.dry_run, front or bool(several) or resolved.max_loss is not None, resolved)
-    consent = run.common.trust_remote_code
     if run.common.dry_run:
         from moacompress.search.search_estimate import estimate_search
 
+        consent = run.common.trust_remote_code
         expected = estimate_search(loaded, resolved, several, run.progress, trust_remote_code=consent)
         return Output(expected.to_dict(), [*expected.lines()])
 
@@ -110,9 +119,7 @@ def search(
     options: dict[str, Any] = {
         "recipe": resolved,
         "deadline": Deadline(resolved.search.timeout, started),
-        "overwrite": run.common.overwrite,
-        "trust_remote_code": consent,
-        "progress": run.progress,
+        **run.how,
     }
     if front:
         shares = [part for budgets in asked for part in budgets] or list(resolved.budget)
@@ -145,45 +152,32 @@ def _check_ranks(dry_run: bool, several: bool, recipe: Recipe) -> None:
         raise UsageError("the processes of one run would stop at different plans; leave out --timeout or torchrun")
 
 
-def _status(storage: str) -> Output:
-    from moacompress.search.search_status import search_status
-
-    found = search_status(storage)
-    return Output({"searches": [one.to_dict() for one in found]}, [line for one in found for line in one.lines()])
-
-
 def _following(profile: Profile, plan: object) -> str:
     return "Next: " + shlex.join(["moacompress", "export", str(profile.source), str(plan), "-o", "model/"])
 
 
 def _one(profile: Profile, found: SearchResult, out: Path) -> Output:
     from moacompress.report.search_tables import explanation_tables, kl_table, loss_lines
-    from moacompress.rules.memory import memory_lines
-    from moacompress.rules.worst_share import WorstShare
 
+    measured = f"{found.measured_plans} plans measured in {found.trials} trials; the best was trial {found.best_trial}."
+    if found.harm["plan"] is None:
+        measured = (
+            "Not measured: the time ran out first. The plan is the one that the profile predicts to be best; resume with the "
+            "same command and a longer --timeout."
+        )
     return Output(
         {"plan": str(out), **_numbers(found)},
         [
             kl_table(found.harm, found.kv_bytes),
             *memory_lines(found.plan.budget.get("memory", {})),
             *explanation_tables(found.explanation),
-            _measured(found),
+            measured,
             f"KV cache: {WorstShare.of(found.plan)}.",
             *loss_lines(found.plan),
             *_elsewhere([found]),
             _following(profile, out),
         ],
     )
-
-
-def _measured(found: SearchResult) -> str:
-    """Returns what was measured, or that nothing was."""
-    if found.harm["plan"] is None:
-        return (
-            "Not measured: the time ran out first. The plan is the one that the profile predicts to be best; resume with the "
-            "same command and a longer --timeout."
-        )
-    return f"{found.measured_plans} plans measured in {found.trials} trials; the best was trial {found.best_trial}."
 
 
 def _elsewhere(found: list[SearchResult]) -> list[str]:

@@ -25,6 +25,7 @@ from moacompress.core.lock_holders import own_file, release_dead
 MAX_JSON_BYTES = 64 * 2**20
 _RANDOM = "[0-9a-f]{8}"
 """What makes the name of a folder or file aside its own, see `_beside`."""
+_UUID = "[0-9a-f-]{36}"
 
 
 class BrokenJson(ArtefactError):
@@ -258,9 +259,13 @@ def sweep_folders(target: Path) -> None:
 
 
 def sweep_files(path: Path) -> None:
-    """Removes what killed processes left of a file that they were writing; only the lock holder of the file may do that."""
-    name = re.compile(rf"\.{re.escape(path.name)}\.{_RANDOM}{re.escape(TEMPORARY)}")
-    for found in filter(name.fullmatch, _names(path.parent)):
+    """Removes what killed processes left of a file that they were writing; only the lock holder of the file may do that.
+
+    Of a lock of Optuna's that is what it is moved to before it is removed.
+    """
+    name = re.escape(path.name)
+    left = re.compile(rf"\.{name}\.{_RANDOM}{re.escape(TEMPORARY)}|{name}{_UUID}\.rename")
+    for found in filter(left.fullmatch, _names(path.parent)):
         (path.parent / found).unlink(missing_ok=True)
 
 

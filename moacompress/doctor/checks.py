@@ -1,4 +1,4 @@
-"""Is the environment right, can this model be compressed, and is this compressed checkpoint whole: without loading weights."""
+"""Checks of the environment, of a model to compress and of a compressed checkpoint, without loading weights."""
 
 from __future__ import annotations
 
@@ -75,12 +75,13 @@ def check_environment() -> dict[str, Any]:
         problems.append(str(kernel["reason"]))
     names, broken = _private_names()
     problems += broken
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in PACKAGES},
         "transformers": _transformers(),
-        "cpu": {"name": processor_name(), "cores": _cores()},
+        "cpu": {"name": processor_name(), "cores": cores},
         "gpus": gpus,
         "kernel": kernel,
         "gpu_kernel": _gpu_kernel(gpus),
@@ -96,12 +97,8 @@ def check_model(
 ) -> dict[str, Any]:
     """Returns what can be said of MODEL without its weights, and under `problems` what in it is not supported or damaged.
 
-    Of a compressed checkpoint `checkpoint` says what is in it and whether it would load here; of a dense model that is None.
-
-    Args:
-        source: hub id, folder or `.gguf` file; a compressed checkpoint, or the folder of a run that holds one as `model/`.
-        trust_remote_code: run modelling code that comes with the model.
-        environment: as `check_environment` returns it; a compressed checkpoint is checked against it, or a new one.
+    MODEL is a hub id, a folder, a `.gguf` file, or the folder of a run that holds a checkpoint as `model/`. Of a compressed
+    checkpoint `checkpoint` says what is in it and whether it would load in the `environment` (by default this one).
     """
     found_at = find_model_folder(Path(source))
     if found_at is not None and found_at != Path(source):
@@ -133,28 +130,14 @@ def check_model(
 
 
 class _Checkpoint:
-    """What is in a compressed checkpoint, and what is wrong with it.
-
-    Args:
-        config: its config.
-        folder: where it lies; None on the hub, where only its config is looked at.
-        trust_remote_code: run modelling code that comes with the model.
-
-    Attributes:
-        plan: the plan that would run, None if it cannot be read.
-        weights: layers whose weights are in blocks, with the types.
-        files: those of its weights.
-        bytes_by_type: of its weights.
-        stopping: what keeps `from_pretrained` from loading it, one sentence each.
-        problems: that and everything else that is wrong.
-    """
+    """What is in a compressed checkpoint, and what is wrong with it; on the hub (no folder) only its config is looked at."""
 
     def __init__(self, config: PreTrainedConfig, folder: Path | None, trust_remote_code: bool) -> None:
-        self.plan: Plan | None = None
-        self.weights: dict[str, str] = {}
-        self.files: list[Path] = []
+        self.plan: Plan | None = None  # that would run, if it can be read
+        self.weights: dict[str, str] = {}  # layers whose weights are in blocks, with the types
+        self.files: list[Path] = []  # of its weights
         self.bytes_by_type: dict[str, int] = {}
-        self.stopping: list[str] = []
+        self.stopping: list[str] = []  # what keeps `from_pretrained` from loading it, one sentence each
         self._beside: list[str] = []
         with self._noting():
             stored = _stored(config)
@@ -204,11 +187,7 @@ class _Checkpoint:
         return [] if problem is None else [problem]
 
     def facts(self, environment: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns what is in the checkpoint, and whether and how it would run here.
-
-        Args:
-            environment: as `check_environment` returns it.
-        """
+        """Returns what is in the checkpoint, and whether and how it would run in an environment."""
         plan = self.plan
         facts: dict[str, Any] = dict.fromkeys(
             ("made_from", "plan", "dtype", "weights_fingerprint", "budget", "kv_bytes", "kv_share", "kernel")
@@ -240,11 +219,11 @@ def _dense_problems(source: str, config: PreTrainedConfig, trust_remote_code: bo
     if not found:  # what the modules tell is told by the config already, and an unsupported model may not even build
         skeleton = make_skeleton(config, trust_remote_code)
         found = module_problems(skeleton)
-    found = [*stored_problems(config), *found, *_file_problems(source)]
-    folder = _files_of(source)
-    if (
-        found or skeleton is None or folder is None or quantization_method(config) == TORCHAO
-    ):  # it names parts of weights
+    path, folder = Path(source), _files_of(source)
+    in_files = weight_problems(path) if path.is_dir() else gguf_problems(path) if path.is_file() else []
+    found = [*stored_problems(config), *found, *in_files]
+    names_parts = quantization_method(config) == TORCHAO  # of weights
+    if found or skeleton is None or folder is None or names_parts:
         return found
     try:
         files = checkpoint_files(folder)
@@ -284,13 +263,6 @@ def _tokenizer_problems(folder: Path, trust_remote_code: bool) -> list[str]:
     except Exception as error:  # damaged files raise whatever their parsers raise
         return [f"the tokenizer in {folder} cannot be loaded: {one_line(error)}"]
     return []
-
-
-def _file_problems(source: str) -> list[str]:
-    path = Path(source)
-    if path.is_dir():
-        return weight_problems(path)
-    return gguf_problems(path) if path.is_file() else []
 
 
 def _reads_blocks(plan: Plan) -> bool:
@@ -414,10 +386,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus() -> list[str]:

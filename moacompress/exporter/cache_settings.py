@@ -1,4 +1,4 @@
-"""A model's own settings of generation that would leave the plan's cache out of its checkpoint."""
+"""A model's own generation settings that would keep its checkpoint from using the plan's cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def with_its_cache(model: Any) -> Iterator[None]:
-    """Has a model's settings of generation keep the plan's cache for a while; those that would not are said."""
+    """Makes a model's generation settings use the plan's cache for a while, and warns of those that would not."""
     changed: dict[tuple[int, str], Any] = {}
     for place, config in enumerate(_configs(model)):
         for name, wanted in (("use_cache", True), ("cache_implementation", None)):

@@ -30,11 +30,7 @@ WEIGHTS = {
 
 
 def state_measured(folder: Path, sentences: Sequence[str]) -> None:
-    """Puts what was measured of a checkpoint before all other numbers of its card, in the place of what stood there.
-
-    Args:
-        folder: the checkpoint.
-        sentences: of an evaluation of it.
+    """Puts an evaluation's sentences before all other numbers of a checkpoint's card, in the place of what stood there.
 
     Raises:
         ArtefactError: the card cannot be written.
@@ -51,11 +47,7 @@ def state_measured(folder: Path, sentences: Sequence[str]) -> None:
 
 @reading_notes("what was measured and done")
 def model_card(plan: Plan, stored: Mapping[str, int] | None = None) -> str:
-    """Returns the card as Markdown; every number in it is in the plan, but for the bytes of weights.
-
-    Args:
-        plan: the plan of the checkpoint, with its budget, quality and provenance.
-        stored: bytes of the checkpoint's weights by their types; None of one with no weights in blocks.
+    """Returns the card as Markdown; every number in it is in the plan's notes but the bytes of weights by type (`stored`).
 
     Raises:
         PlanError: the plan's notes are not what moacompress writes.
@@ -233,11 +225,7 @@ def _quality(plan: Plan) -> str:
 
 
 def healed_bytes_text(notes: Mapping[str, Any]) -> str:
-    """Returns what the weights take before and after a heal of a checkpoint with weights in blocks; empty of any other.
-
-    Args:
-        notes: `heal` in the provenance of a plan.
-    """
+    """Returns what weights take before and after a heal, from its notes in a plan; empty where none were in blocks."""
     sizes = notes.get("weight_bytes")
     if not isinstance(sizes, dict):
         return ""

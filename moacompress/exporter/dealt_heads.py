@@ -1,7 +1,7 @@
-"""KV heads in another order, so that the ranks of tensor parallelism, which take neighbouring ones, have caches alike in bytes.
+"""Reorders KV heads so that the ranks of tensor parallelism, which take neighbouring ones, have caches of similar size.
 
-The weights of a KV head move with it: its keys and values, the queries that read it, what the output projection makes of
-them. The model computes the same but for the order in which its output projections add up.
+The weights of a KV head move with it: its key and value projections, those of the queries that read it, and its columns of
+the output projection. The model computes the same up to the order in which its output projections add up.
 """
 
 from __future__ import annotations
@@ -29,14 +29,10 @@ MOVED = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def dealt(costs: Sequence[Sequence[int]], ranks: int) -> Orders:
-    """Returns orders in which ranks have much the same, each as many neighbouring KV heads of a layer as the others.
+    """Returns orders in which ranks, which divide the KV heads of a layer, have much the same of the costs `[layer][kv_head]`.
 
     Layer by layer, those with the largest spread first, the costliest head left goes to the rank that has least so far and has
     room.
-
-    Args:
-        costs: `[layer][kv_head]`.
-        ranks: how many; they divide the KV heads of a layer.
     """
     totals = [0] * ranks
     found: dict[int, tuple[int, ...]] = {}
@@ -59,12 +55,7 @@ def bytes_of_ranks(plan: Plan, ranks: int, n: int) -> list[int]:
 
 
 def deal_heads(model: PreTrainedModel, plan: Plan, ranks: int) -> tuple[Plan, dict[str, Tensor]]:
-    """Returns a plan with its KV heads dealt out to ranks, and the weights that have to change with it, by name.
-
-    Args:
-        model: dense, with its own weights.
-        plan: of the model.
-        ranks: how many there will be.
+    """Returns a dense model's plan with its KV heads dealt out to ranks, and the weights that move with them, by name.
 
     Raises:
         UsageError: the KV heads do not divide by them.

@@ -21,16 +21,24 @@ from moacompress.core.place import check_writable, writing_to
 from moacompress.core.progress import Progress
 from moacompress.core.tables import readable_bytes, readable_seconds
 from moacompress.estimate.estimate import Estimate
+from moacompress.estimate.stopwatch import Stopwatch
 from moacompress.exporter.cache_settings import with_its_cache
 from moacompress.exporter.card import CARD, model_card
 from moacompress.exporter.dealt_heads import deal_heads
 from moacompress.exporter.fresh import Continuation, verify_fresh
 from moacompress.exporter.licences import licence_files
+from moacompress.models.block_layers import weight_types
 from moacompress.models.placement import check_in_memory
 from moacompress.models.source import DENSE, KEEP, SourceModel, is_compressed, load_source
 from moacompress.models.stored_plan import checkpoint_weights, stored_plan
+from moacompress.models.weight_bytes import weight_bytes
+from moacompress.repair.projections import with_weights
 from moacompress.rules.budget import Budget, format_length
 from moacompress.rules.plan import Plan
+from moacompress.runtime import attach, detach
+from moacompress.runtime.gate import gates_of
+from moacompress.runtime.hf.attaching import model_inputs
+from moacompress.runtime.ready_model import load_for
 
 if TYPE_CHECKING:
     from moacompress.calibration.profile.store import Profile
@@ -65,7 +73,7 @@ def export(
         out: the folder to make. One that holds an export of this plan, with the same repair and types of weights, is left as
             it is.
         weights: as `load_source` takes it, of a model that is not loaded yet; the plan must be of these weights.
-        head_weights: likewise.
+        head_weights: as `load_source` takes it, of a model that is not loaded yet.
         repair: a finished profile of the model, or its folder: the output projections of attention are refitted with its
             samples, where that lowers measured KL; see `moacompress.repair.plans`. A loaded model has its own weights
             again afterwards.
@@ -88,9 +96,6 @@ def export(
             read.
         MoaCompressError: a fresh process cannot load the written checkpoint, or computes something else with it.
     """
-    from moacompress.repair.projections import with_weights
-    from moacompress.runtime import attach, detach
-
     progress = progress or Progress()
     out = Path(out)
     if ranks is not None and repair is not None:
@@ -112,7 +117,8 @@ def export(
     progress.step("model loaded")
     if profile is not None:
         repaired = _repaired(source, model, plan, profile, trust_remote_code, progress)
-        plan, changed = _with_repair(plan, repaired.report), repaired.weights
+        plan = plan.with_notes(provenance={**plan.provenance, "repair": repaired.report})
+        changed = repaired.weights
         progress.start("export", 2)
     with new_folder(out, overwrite) as aside:
         with with_weights(source.model, changed), with_its_cache(source.model):
@@ -130,23 +136,14 @@ def export(
 
 
 class _Prepared(NamedTuple):
-    """What an export is made of, once nothing is left that can be wrong with the request.
+    """What an export is made of, once nothing is left that can be wrong with the request."""
 
-    Attributes:
-        plan: without notes of a checkpoint's weights; with its KV heads dealt out where that is asked for.
-        changed: weights that move with them, by name.
-        profile: to repair with, or None.
-        source: the model, in the plan's dtype.
-        inputs: what the command reads, where it may replace something.
-        reused: whether this very export is there already.
-    """
-
-    plan: Plan
-    changed: Mapping[str, Any]
-    profile: Profile | None
-    source: SourceModel
-    inputs: Iterable[str | Path]
-    reused: bool
+    plan: Plan  # without notes of a checkpoint's weights; with its KV heads reordered where ranks are asked for
+    changed: Mapping[str, Any]  # weights that move with the KV heads, by name
+    profile: Profile | None  # to repair with
+    source: SourceModel  # in the plan's dtype
+    inputs: Iterable[str | Path]  # what the command reads, where it may replace something
+    reused: bool  # whether this very export is there already
 
 
 def _prepared(
@@ -161,13 +158,13 @@ def _prepared(
     trust_remote_code: bool,
 ) -> _Prepared:
     """Loads and checks what an export is made of; nothing is written. Arguments are those of `export`."""
-    from moacompress.runtime.gate import gates_of
-    from moacompress.runtime.hf.attaching import model_inputs
+    from moacompress.calibration.profile.store import Profile
 
     check_writable(out)
     plan = _unhealed(unrepaired(plan if isinstance(plan, Plan) else Plan.load(plan)))
-    profile = _read_profile(repair)
-    inputs = _read_places(model, profile) if overwrite else ()
+    profile = Profile.load(repair) if isinstance(repair, str | Path) else repair
+    read = (model.source if isinstance(model, SourceModel) else model, profile.path if profile else "")
+    inputs = [name for name in read if name and Path(name).exists()] if overwrite else ()
     check_place(out, inputs)
     reused = not overwrite and holds_something(out)
     if reused and ranks is None and not _is_export_of(out, plan, profile.fingerprint if profile else None):
@@ -175,7 +172,10 @@ def _prepared(
             f"{out} exists already and is not of this plan{_other_repair(out, plan)}; choose another folder or pass --overwrite"
         )
     source = _loaded_in(plan.model.dtype, model, weights, device, trust_remote_code)
-    _check_in_memory(source.model, plan, profile is not None)
+    if profile is not None:
+        check_in_memory(source.model, "a repair")
+    if plan.shares:
+        check_in_memory(source.model, "a plan whose layers share attention")
     plan.check_model(source.shape, weights=True)
     gates_of(plan, model_inputs(source.model))
     if reused and not _has_types(out, source, repaired=profile is not None):
@@ -206,9 +206,6 @@ def estimate_export(
     trust_remote_code: bool = False,
 ) -> Estimate:
     """Returns what an export would do, after all that `export` checks before it writes; arguments and errors are its."""
-    from moacompress.estimate.stopwatch import Stopwatch
-    from moacompress.models.weight_bytes import weight_bytes
-
     out, watch = Path(out), Stopwatch("cpu")
     # an export begins with the same: of a .gguf file most of the time goes into the numbers that its blocks stand for
     loading, found = watch.once(
@@ -239,11 +236,7 @@ def estimate_export(
 
 
 def export_seconds(weight_bytes: int) -> float:
-    """Returns about how long an export of a loaded model without a repair takes, seconds.
-
-    Args:
-        weight_bytes: of its weights, which are written, read and used by this process and by a fresh one.
-    """
+    """Returns about how many seconds an export of a loaded model takes; two processes write, read and use its weights."""
     return 2 * (OPENING_SECONDS + weight_bytes / BYTES_PER_SECOND)
 
 
@@ -280,12 +273,6 @@ def _is_checkpoint(folder: Path) -> bool:
         return False
 
 
-def _read_places(model: str | Path | SourceModel, profile: Profile | None) -> list[str | Path]:
-    """Returns what an export reads, where these are files or folders."""
-    source = model.source if isinstance(model, SourceModel) else model
-    return [name for name in (source, *([profile.path] if profile else ())) if Path(name).exists()]
-
-
 def _repaired(
     source: SourceModel,
     model: str | Path | SourceModel,
@@ -296,7 +283,6 @@ def _repaired(
 ) -> Repaired:
     """Repairs in the dtype that was profiled in, which need not be the checkpoint's, with a loaded model if one has it."""
     from moacompress.repair.plans import repair_by_profile
-    from moacompress.runtime.ready_model import load_for
 
     recipe = profile.recipe
     profile.check_model(source, "repair")
@@ -306,18 +292,6 @@ def _repaired(
         asked = recipe.model_copy(update={"dtype": dtype})
         loaded = load_for(asked, source.source, trust_remote_code=trust_remote_code)
     return repair_by_profile(loaded, plan, profile, progress)
-
-
-def _read_profile(profile: Profile | str | Path | None) -> Profile | None:
-    if isinstance(profile, str | Path):
-        from moacompress.calibration.profile.store import Profile
-
-        return Profile.load(profile)
-    return profile
-
-
-def _with_repair(plan: Plan, report: dict[str, Any]) -> Plan:
-    return plan.with_notes(provenance={**plan.provenance, "repair": report})
 
 
 def unrepaired(plan: Plan) -> Plan:
@@ -335,22 +309,13 @@ def _unhealed(plan: Plan) -> Plan:
 
 
 def write_checkpoint(source: SourceModel, plan: Plan, folder: Path) -> Continuation:
-    """Writes all files of a compressed checkpoint.
+    """Writes all files of a compressed checkpoint into an empty folder, and returns what a fresh process is to compute from it.
 
-    Args:
-        source: the model, under the plan; licence files are those that come with its `source`.
-        plan: the plan.
-        folder: an empty one.
-
-    Returns:
-        What a fresh process is to compute from the folder.
+    The model is under the plan; licence files are those that come with its `source`.
 
     Raises:
         ArtefactError: the folder cannot be written.
     """
-    from moacompress.models.block_layers import weight_types
-    from moacompress.models.weight_bytes import weight_bytes
-
     with writing_to(folder):
         source.model.save_pretrained(folder)
     expected = Continuation.of(source, plan)
@@ -378,18 +343,6 @@ def _loaded_in(
     return load_source(
         model, dtype=dtype, device=device, weights=kind, head_weights=head, trust_remote_code=trust_remote_code
     )
-
-
-def _check_in_memory(model: Any, plan: Plan, repairs: bool) -> None:
-    """Refuses offloaded weights that an export would change.
-
-    Raises:
-        ModelError: there are some.
-    """
-    if repairs:
-        check_in_memory(model, "a repair")
-    if plan.shares:
-        check_in_memory(model, "a plan whose layers share attention")
 
 
 def warn_of_budget(plan: Plan) -> None:
@@ -426,13 +379,9 @@ def exported_plan(folder: Path) -> Plan | None:
 
 
 def save_dense(model: str | Path, out: str | Path, dtype: str = "auto", *, trust_remote_code: bool = False) -> Path:
-    """Writes a dense model as safetensors with its tokenizer and licence files, atomically.
+    """Writes a dense model (hub id, folder or `.gguf` file) as safetensors with its tokenizer and licence files, atomically.
 
-    Args:
-        model: hub id, folder, or `.gguf` file.
-        out: the folder to make.
-        dtype: of the weights that are written; "auto" for the model's own (`load_source`).
-        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
+    `dtype` is that of the weights that are written, "auto" for the model's own.
     """
     source = load_source(model, dtype=dtype, weights=DENSE, trust_remote_code=trust_remote_code)
     with new_folder(Path(out)) as aside:
@@ -465,8 +414,6 @@ def _is_export_of(folder: Path, plan: Plan, repaired_by: str | None = None) -> b
 
 def _has_types(folder: Path, source: SourceModel, repaired: bool) -> bool:
     """Returns whether the weights of an export are in the blocks that a model's are in, but for those that were repaired."""
-    from moacompress.models.block_layers import weight_types
-
     found, own = checkpoint_weights(folder), weight_types(source.model)
     return found == own or (repaired and found.items() <= own.items())
 
@@ -483,8 +430,4 @@ def _other_repair(folder: Path, plan: Plan) -> str:
     if found is None or not _is_export_of(folder, plan, _repaired_by(found)):
         return ""
     by = _repaired_by(found)
-    return (
-        " with this repair (it has none)"
-        if by is None
-        else f" with this repair (it was repaired with the profile {by})"
-    )
+    return f" with this repair ({'it has none' if by is None else f'it was repaired with the profile {by}'})"

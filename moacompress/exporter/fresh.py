@@ -1,9 +1,9 @@
-"""Does a written checkpoint compute what its model computes here: asked of a fresh process that knows nothing but transformers.
+"""Checks in a fresh process, with plain transformers, that a written checkpoint computes what its model computes here.
 
 Two processes, two devices or two kernels never agree to the bit, and where two tokens are nearly tied the last bit decides.
-So tokens are not compared but logits: the fresh process goes through the same prompt and the same tokens, one at a time and
-through the plan's cache, and its logits may differ by a share of their spread that goes with the dtype. A token whose lead
-over the next is more than twice that is then the best one in both.
+So logits are compared, not tokens: the fresh process reads the same prompt and the same tokens, one at a time and through the
+plan's cache, and its logits may differ by a share of their spread that depends on the dtype. A token whose lead over the next
+is more than twice that is then the best one in both.
 """
 
 from __future__ import annotations
@@ -66,14 +66,10 @@ save_file({"logits": torch.cat(out.logits).float().contiguous()}, answer, metada
 
 @dataclass(frozen=True, eq=False)
 class Continuation:
-    """How a model under a plan continues a prompt.
+    """How a model under a plan continues a prompt: the tokens that it generates greedily.
 
-    Attributes:
-        prompt: token ids.
-        tokens: the tokens that it generated, greedily.
-        logits: the logits that each of them was taken from, float32 `[tokens, vocabulary]`.
-        plan: key of the plan.
-        dtype: what the model computes in.
+    `logits` are those that each token was taken from, float32 `[tokens, vocabulary]`; `plan` is the plan's key, `dtype` what
+    the model computes in.
     """
 
     prompt: list[int]
@@ -105,12 +101,7 @@ class Continuation:
 
 
 def verify_fresh(folder: Path, expected: Continuation, *, trust_remote_code: bool = False) -> None:
-    """Loads a checkpoint with plain transformers in a fresh process and compares its logits.
-
-    Args:
-        folder: the compressed checkpoint.
-        expected: what the same model gave in this process.
-        trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
+    """Loads a compressed checkpoint with plain transformers in a fresh process and compares its logits with this process'.
 
     Raises:
         MoaCompressError: it did not load, ran without the plan's cache or under another plan, or gave other logits.
@@ -149,12 +140,7 @@ def verify_fresh(folder: Path, expected: Continuation, *, trust_remote_code: boo
 
 
 def difference(logits: npt.NDArray[np.float32], expected: Continuation) -> str | None:
-    """Returns where logits are further from the expected ones than `TOLERANCE` allows, and by how much; None if nowhere.
-
-    Args:
-        logits: `[tokens, vocabulary]`.
-        expected: with the logits to compare with.
-    """
+    """Returns where logits `[tokens, vocabulary]` are further from the expected ones than `TOLERANCE` allows, or None."""
     ours, allowed = expected.logits, TOLERANCE[expected.dtype]
     if logits.shape != ours.shape:
         return f"logits of shape {list(logits.shape)}, not {list(ours.shape)}"

@@ -104,36 +104,28 @@ def estimate_heal(
 
 def _said(facts: Mapping[str, Any], seconds: float) -> list[str]:
     """Returns what a person is told."""
-    minutes = facts["max_minutes"]
+    minutes, weights = facts["max_minutes"], []
+    if facts["weight_bytes"] is not None:
+        before, after = (readable_bytes(sum(facts["weight_bytes"][name].values())) for name in ("before", "after"))
+        weights = [
+            f"Weights: {before}, in part blocks of codes; {after} once healed: trained layers are stored as numbers."
+        ]
     limit = "" if minutes is None else f", of which {minutes:g} minutes are allowed"
     return [
         "An estimate from one timed step; nothing was trained or written.",
         f"Training: {facts['steps']} steps, {facts['tokens']:,} tokens, {facts['trained_parameters']:,} parameters, about "
         f"{facts['train_seconds']:,.0f} s; {facts['evaluations']} evaluations on {facts['held_out_samples']} samples, about "
         f"{facts['evaluation_seconds']:,.0f} s{limit}.",
-        *([] if facts["weight_bytes"] is None else [_said_of_weights(facts["weight_bytes"])]),
+        *weights,
         f"Data: {facts['new_samples']} new samples, about {facts['answer_seconds']:,.0f} s.",
         f"In all about {seconds:,.0f} s, and about {readable_bytes(facts['peak_bytes'])} of memory.",
     ]
 
 
-def _said_of_weights(sizes: Mapping[str, Mapping[str, int]]) -> str:
-    before, after = (readable_bytes(sum(sizes[name].values())) for name in ("before", "after"))
-    return f"Weights: {before}, in part blocks of codes; {after} once healed: trained layers are stored as numbers."
-
-
 class _TimedHeal:
-    """Times one sample through the teacher, and forward and back through the model.
+    """Times a sample as long as those that will be trained on: through the teacher, and forward and back through the model.
 
-    Args:
-        request: what is asked for.
-        sample: a sample as long as those that will be trained on.
-
-    Attributes:
-        estimator: of the dense model, and of what a heal runs.
-        trained: numbers that are trained.
-        weights: what weights take, of a checkpoint that has some in blocks.
-        peak_bytes: of this process, Python included; on a GPU of its memory.
+    `trained` is how many numbers are trained, `peak_bytes` of this process or, on a GPU, of its memory.
     """
 
     def __init__(self, request: HealRequest, sample: Sample) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 from zipfile import is_zipfile
 
 import numpy as np
@@ -23,53 +22,28 @@ TORCH_FILES = (".pt", ".pth", ".bin")
 
 @dataclass
 class Evaluated:
-    """Held-out KL at one step.
-
-    Attributes:
-        step: optimizer steps before it.
-        mark: number of the evaluation that was due.
-        kls: KL(dense || model) of every held-out sample, nats.
-    """
+    """Held-out KL after some optimizer steps."""
 
     step: int
-    mark: int
-    kls: list[float]
+    mark: int  # number of the evaluation that was due
+    kls: list[float]  # KL(dense || model) of every held-out sample, nats
 
     @property
     def mean(self) -> float:
         """Mean over the samples."""
         return float(np.mean(self.kls))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns it as the file has it, where the KLs are called `harms`."""
-        return {"step": self.step, "mark": self.mark, "harms": self.kls}
-
-    @staticmethod
-    def of(row: dict[str, Any]) -> Evaluated:
-        """Returns what `to_dict` made; a KeyError or TypeError says that it is damaged."""
-        return Evaluated(row["step"], row["mark"], row["harms"])
-
 
 @dataclass
 class HealHistory:
-    """Losses and held-out KL of a heal.
+    """Losses and held-out KL of a heal."""
 
-    Attributes:
-        start: before the first step; None until it is measured.
-        best: the lowest so far, if below the start's.
-        evaluations: those on the way, `start` left out.
-        losses: mean loss of every step.
-        tokens: that were trained on.
-        seconds: of training, evaluations on the way included.
-        finished: whether no step follows.
-    """
-
-    start: Evaluated | None = None
-    best: Evaluated | None = None
-    evaluations: list[Evaluated] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
+    start: Evaluated | None = None  # None until it is measured
+    best: Evaluated | None = None  # the lowest so far, if below the start's
+    evaluations: list[Evaluated] = field(default_factory=list)  # without `start`
+    losses: list[float] = field(default_factory=list)  # mean of every step
     tokens: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of training, evaluations included
     finished: bool = False
 
     def add(self, found: Evaluated) -> bool:
@@ -94,9 +68,7 @@ class HealHistory:
 
     def write(self, folder: Path) -> None:
         """Writes it into the work folder, atomically."""
-        rows = [None if found is None else found.to_dict() for found in (self.start, self.best, *self.evaluations)]
-        data = {**asdict(self), "start": rows[0], "best": rows[1], "evaluations": rows[2:]}
-        write_json(folder / HEAL_HISTORY_FILE, data)
+        write_json(folder / HEAL_HISTORY_FILE, asdict(self))
 
     @staticmethod
     def read(folder: Path) -> HealHistory:
@@ -110,8 +82,8 @@ class HealHistory:
             return HealHistory()
         data = read_json(path, "history")
         try:
-            start, best = (None if data[name] is None else Evaluated.of(data[name]) for name in ("start", "best"))
-            evaluations = [Evaluated.of(found) for found in data["evaluations"]]
+            start, best = (None if data[name] is None else Evaluated(**data[name]) for name in ("start", "best"))
+            evaluations = [Evaluated(**found) for found in data["evaluations"]]
             return HealHistory(**{**data, "start": start, "best": best, "evaluations": evaluations})
         except (KeyError, TypeError) as error:
             raise ArtefactError(f"{path} is damaged: {error}; heal from scratch with --overwrite") from error

@@ -1,4 +1,4 @@
-"""What a heal is asked for: the compressed model, the dense one and the profile, loaded and compared before it begins."""
+"""The request of a heal: the compressed model, the dense one and the profile, loaded and compared before it begins."""
 
 from __future__ import annotations
 
@@ -36,26 +36,15 @@ DENSE_GIVEN = (
 
 @dataclass(frozen=True)
 class HealRequest:
-    """What is asked for, and what it is asked of.
+    """What is asked for, and what it is asked of."""
 
-    Attributes:
-        checkpoint: the compressed model; its weights are frozen and of the dtype that is trained in.
-        teacher: the dense model.
-        profile: of the dense model.
-        recipe: `heal`, `seed`, `device` and `calibration.text` count.
-        compute: dtype that is computed in, "float32" or "bfloat16".
-        key: fingerprint of all that decides the result but for how long it may take.
-        types: layers of the checkpoint whose weights are in blocks, with the names of the types.
-        trust_remote_code: whether modelling code that comes with the models may run.
-    """
-
-    checkpoint: Checkpoint
-    teacher: SourceModel
-    profile: Profile
-    recipe: Recipe
-    compute: str
-    key: str
-    types: Mapping[str, str]
+    checkpoint: Checkpoint  # its weights are frozen and of the dtype that is trained in
+    teacher: SourceModel  # the dense model
+    profile: Profile  # of the dense model
+    recipe: Recipe  # `heal`, `seed`, `device` and `calibration.text` count
+    compute: str  # dtype, "float32" or "bfloat16"
+    key: str  # fingerprint of all that decides the result but for how long it may take
+    types: Mapping[str, str]  # layers whose weights are in blocks, with the names of the types
     trust_remote_code: bool = False
 
     @property
@@ -82,10 +71,7 @@ class HealRequest:
     def weight_bytes(self, model: Any) -> dict[str, dict[str, int]] | None:
         """Returns the bytes of the checkpoint's weights by type, `before` and `after`; None where none are in blocks.
 
-        What is trained is stored as numbers, if a step is better than the start.
-
-        Args:
-            model: the checkpoint's, as `make_trainable` returned it.
+        What is trained is stored as numbers, if a step is better than the start. `model` is as `make_trainable` returned it.
         """
         if not self.types:
             return None

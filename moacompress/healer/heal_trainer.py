@@ -37,12 +37,7 @@ SAVE_SECONDS = 600.0
 
 
 class TrainingProgress:
-    """How far a heal is: by its steps, or by its time where that is nearer to its end.
-
-    Args:
-        heal: `steps` and `max_minutes` count.
-        spent: seconds of earlier runs.
-    """
+    """How far a heal is: by its steps, or by its time where that is nearer to its end; `spent` are seconds of earlier runs."""
 
     def __init__(self, heal: HealRecipe, spent: float) -> None:
         self._steps = heal.steps
@@ -68,27 +63,16 @@ def rate_factor(share: float) -> float:
 
 @dataclass(frozen=True)
 class HealParts:
-    """What trainer and callback share.
-
-    Attributes:
-        heal: the recipe.
-        layers: whose states are distilled.
-        teacher: the dense model.
-        held_out: what it is measured on.
-        dtype: of the checkpoint that will be written.
-        history: what happened so far.
-        training: how far it is.
-        work: the work folder.
-    """
+    """What trainer and callback share."""
 
     heal: HealRecipe
-    layers: tuple[int, ...]
+    layers: tuple[int, ...]  # whose states are distilled
     teacher: Teacher
     held_out: HeldOut
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the checkpoint that will be written
     history: HealHistory
     training: TrainingProgress
-    work: Path
+    work: Path  # the work folder
 
     def measure(self, model: Any, step: int, mark: int) -> Evaluated:
         """Returns the held-out KL of the model as it would be written."""
@@ -109,12 +93,7 @@ def as_batches(samples: list[Sample]) -> list[dict[str, Any]]:
 
 
 class HealTrainer(Trainer):
-    """Lowers a heal's loss: mean over the targets of a sample, then over the samples of a step.
-
-    Args:
-        parts: what it trains with.
-        **arguments: of transformers' Trainer.
-    """
+    """Lowers a heal's loss: mean over the targets of a sample, then over the samples of a step."""
 
     def __init__(self, parts: HealParts, **arguments: Any) -> None:
         self._parts = parts
@@ -181,14 +160,7 @@ class OneGpuArguments(TrainingArguments):
 
 
 class HealCallback(TrainerCallback):
-    """Keeps the history, measures when it is due, keeps the best state, and ends the training.
-
-    Args:
-        parts: what trainer and callback share.
-        trainer: the trainer.
-        stop: set where the user asked to stop.
-        progress: told about every step.
-    """
+    """Keeps the history, measures when it is due, keeps the best state, and ends the training, also where `stop` is set."""
 
     def __init__(self, parts: HealParts, trainer: HealTrainer, stop: threading.Event, progress: Progress) -> None:
         self._parts, self._trainer, self._stop, self._progress = parts, trainer, stop, progress

@@ -63,6 +63,7 @@ from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.plan import Plan
 from moacompress.runtime.checkpoint import load_checkpoint
 from moacompress.runtime.gate import gates_on
+from moacompress.runtime.hf.attaching import attach, detach, give_notes
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +140,11 @@ def heal(
     with own_folder(work) if rank() == 0 else nullcontext():
         if rank() == 0:
             _claim(work, request, overwrite)
-        data = _data(request, work, progress, allow_overlap)
+        source = request.teacher  # all processes make the answers, and the first one keeps them
+        store = AnswerStore(
+            None if rank() else work / ANSWERS_FILE, source.shape.weights_fingerprint, source.computes_in
+        )
+        data = make_heal_data(request.profile, source, request.recipe, progress, store, allow_overlap)
         history, model = _trained(request, data, arguments, work, progress)
         plan = _noted(request, data, history, model)
         if request.heal.train == "gates" and history.best is not None:
@@ -154,18 +159,13 @@ def heal(
     return result
 
 
-def trainer_arguments(request: HealRequest, work: Path | None) -> Any:
-    """Returns the arguments of transformers' Trainer; under `torchrun` they join the process group.
-
-    Args:
-        request: what is asked for.
-        work: the work folder; None where nothing is written.
-    """
+def trainer_arguments(request: HealRequest, work: Path) -> Any:
+    """Returns the arguments of transformers' Trainer; under `torchrun` they join the process group."""
     from moacompress.healer.heal_trainer import OneGpuArguments
 
     heal, longest = request.heal, max(heal_lengths(request.profile, request.recipe))
     arguments = OneGpuArguments(
-        output_dir=str(work / HEAL_CHECKPOINTS_FOLDER) if work is not None else None,
+        output_dir=str(work / HEAL_CHECKPOINTS_FOLDER),
         max_steps=heal.steps,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=accumulation(request),
@@ -194,13 +194,7 @@ def trainer_arguments(request: HealRequest, work: Path | None) -> Any:
 def check_out(out: Path, request: HealRequest, overwrite: bool) -> HealResult | None:
     """Refuses a place where this heal may not write, or whose work folder is another one's; nothing is changed.
 
-    Args:
-        out: where the checkpoint is to go.
-        request: what is asked for.
-        overwrite: whether a checkpoint, and what another heal left, may be replaced.
-
-    Returns:
-        What this very heal made, where it is there already; else None.
+    Returns what this very heal made, where it is there already.
 
     Raises:
         ArtefactError: something else is there.
@@ -260,14 +254,6 @@ def _tidy(work: Path) -> None:
     remove(of_heal(work))
     if not any(work.iterdir()):
         work.rmdir()
-
-
-def _data(request: HealRequest, work: Path, progress: Progress, allow_overlap: bool) -> HealData:
-    """Returns the samples. All processes make the answers, and the first one keeps them in the work folder."""
-    teacher = request.teacher
-    path = None if rank() else work / ANSWERS_FILE
-    store = AnswerStore(path, teacher.shape.weights_fingerprint, teacher.computes_in)
-    return make_heal_data(request.profile, teacher, request.recipe, progress, store, allow_overlap)
 
 
 def _trained(
@@ -396,8 +382,6 @@ def _write(
     result: HealResult, request: HealRequest, history: HealHistory, work: Path, overwrite: bool, progress: Progress
 ) -> None:
     """Writes the checkpoint aside, loads it in a fresh process, and moves it into place."""
-    from moacompress.runtime.hf.attaching import attach, detach, give_notes
-
     folder, plan = request.checkpoint.folder, result.plan
     progress.start("writing the healed checkpoint", 2)
     fresh = load_checkpoint(folder, plan.model.dtype, "cpu", trust_remote_code=request.trust_remote_code)

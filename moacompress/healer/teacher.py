@@ -1,4 +1,4 @@
-"""The dense model as a heal asks it: what it predicts at the targets of samples, and the states of its layers."""
+"""The dense model of a heal: its predictions at the targets of samples, and the states of its layers."""
 
 from __future__ import annotations
 
@@ -28,11 +28,7 @@ MAX_STATE_BYTES = 2 * 2**30
 
 
 class Teacher:
-    """The dense model. What its output layer gets at targets is kept, so that it reads most samples once.
-
-    Args:
-        model: dense, in eval mode, weights frozen.
-    """
+    """The dense model, in eval mode. What its output layer gets at targets is kept, so that it reads most samples once."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -40,13 +36,7 @@ class Teacher:
         self._room = MAX_STATE_BYTES
 
     def target_logits(self, key: Any, ids: Tensor, rows: Tensor) -> Tensor:
-        """Returns logits `[rows, vocabulary]`.
-
-        Args:
-            key: of the sample.
-            ids: int64 `[N]`.
-            rows: int64 positions.
-        """
+        """Returns logits `[rows, vocabulary]` of the sample known by `key`, with token ids int64 `[N]`."""
         states = self._states.get(key)
         if states is None:
             states = target_states(self.model, ids, rows)
@@ -64,21 +54,13 @@ class Teacher:
 
 
 class HeldOut:
-    """The samples that a heal is measured on.
-
-    Args:
-        teacher: the dense model.
-        samples: with targets.
-    """
+    """The samples that a heal is measured on."""
 
     def __init__(self, teacher: Teacher, samples: Sequence[Sample]) -> None:
         self.teacher, self.samples = teacher, list(samples)
 
     def kls(self, model: Any) -> list[float]:
         """Returns KL(dense || model) of every sample, nats, mean over its targets; each process measures its share.
-
-        Args:
-            model: under a plan.
 
         Raises:
             ModelError: logits that are not finite.

@@ -34,9 +34,6 @@ LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "reuse": 5e-5, "gates": 1e-3}
 def check_installed(train: str) -> None:
     """Refuses to train where a package of the extra `heal` is missing.
 
-    Args:
-        train: what is trained, see `HealRecipe`.
-
     Raises:
         UsageError: names the package.
     """
@@ -60,11 +57,7 @@ def distilled_layers(plan: Plan) -> tuple[int, ...]:
 def linear_layers(model: PreTrainedModel, modules: Sequence[str] | None = None) -> list[str]:
     """Returns the full names of the linear layers that LoRA is put around, not the output layer.
 
-    By last names PEFT would find what is no layer too: experts that are one tensor, projections that a plan has no use for.
-
-    Args:
-        model: under a plan.
-        modules: last names of those that are wanted; by default all.
+    By last names (`modules`) alone PEFT would also find experts that are one tensor and projections that a plan has no use for.
     """
     head = model.get_output_embeddings()
     return [
@@ -77,16 +70,10 @@ def linear_layers(model: PreTrainedModel, modules: Sequence[str] | None = None) 
 
 
 def check_trainable(plan: Plan, heal: HealRecipe, model: PreTrainedModel) -> None:
-    """Refuses what there is nothing of.
-
-    Args:
-        plan: the plan.
-        heal: what is trained.
-        model: under the plan.
+    """Refuses to train what the plan or the model does not have.
 
     Raises:
-        UsageError: layers that reuse attention, of a plan without any; gates likewise; linear layers that the model has not,
-            or of something else than LoRA.
+        UsageError: no layers that reuse attention, no gates, or linear layers that are not there or not for LoRA.
     """
     train = heal.train
     if heal.modules is not None:
@@ -109,14 +96,7 @@ def check_trainable(plan: Plan, heal: HealRecipe, model: PreTrainedModel) -> Non
 
 
 def make_trainable(model: PreTrainedModel, plan: Plan, heal: HealRecipe, seed: int) -> Any:
-    """Returns the model with the weights to be trained asking for gradients: itself, or with LoRA around it.
-
-    Args:
-        model: a model under a plan, all weights frozen.
-        plan: the plan.
-        heal: what is trained.
-        seed: of what LoRA begins with.
-    """
+    """Returns a frozen model under a plan with trained weights that ask for gradients: itself, or with LoRA around it."""
     if heal.train == "lora":
         from peft import LoraConfig, get_peft_model
 
@@ -156,19 +136,12 @@ def _train(part: torch.nn.Module) -> None:
 
 @dataclass(frozen=True)
 class TrainedWeight:
-    """A weight of the checkpoint that training changes.
+    """A weight of the checkpoint that training changes."""
 
-    Attributes:
-        name: in the checkpoint.
-        parameter: the weight of the model that stands for it.
-        lora: the LoRA layer around it, or None where it is trained itself.
-        blocks: the layer whose blocks the weight is in, or None where it is of numbers.
-    """
-
-    name: str
-    parameter: torch.nn.Parameter
-    lora: Any = None
-    blocks: BlockLinear | None = None
+    name: str  # in the checkpoint
+    parameter: torch.nn.Parameter  # of the model
+    lora: Any = None  # the LoRA layer around it, where it is not trained itself
+    blocks: BlockLinear | None = None  # the layer whose blocks it is in, where it is not of numbers
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -204,9 +177,7 @@ def trained_weights(model: Any) -> list[TrainedWeight]:
 def as_written(model: Any, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
     """Yields the model as a checkpoint in `dtype` would be, LoRA merged; afterwards it is as it was, to the bit.
 
-    Args:
-        model: as `make_trainable` returned it.
-        dtype: the checkpoint's: small steps are lost where it rounds them away, so it is measured with them rounded.
+    Small steps are lost where the dtype rounds them away, so the model is measured with them rounded.
     """
     adapted = hasattr(model, "get_base_model")
     of_numbers, in_blocks = list[TrainedWeight](), list[TrainedWeight]()
@@ -242,12 +213,7 @@ def written_tensors(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def put_written(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Gives a checkpoint's model what `written_tensors` returned; layers in blocks become plain linear layers of these numbers.
-
-    Args:
-        model: as it was loaded, in the checkpoint's dtype.
-        tensors: by name.
-    """
+    """Gives a checkpoint's model what `written_tensors` returned; layers in blocks become plain linear layers of them."""
     held, kinds = model.state_dict(), block_weights(model)
     for name, tensor in tensors.items():
         layer = model.get_submodule(name.rpartition(".")[0])

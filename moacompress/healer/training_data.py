@@ -32,41 +32,22 @@ TEXT_TARGETS = 256
 
 @dataclass(frozen=True)
 class HealData:
-    """Samples of a heal.
-
-    Attributes:
-        training: what it trains on.
-        held_out: what it is measured on, validation samples of the profile.
-        seen: shingles of the training samples.
-        overlap: share of the held-out samples' shingles that are among them, by kind; see `Shingles.share`.
-    """
+    """Samples of a heal."""
 
     training: list[Sample]
-    held_out: list[Sample]
-    seen: Shingles
-    overlap: dict[str, float | None]
+    held_out: list[Sample]  # validation samples of the profile
+    seen: Shingles  # of the training samples
+    overlap: dict[str, float | None]  # share of the held-out samples' shingles that are among them, by kind
 
     @property
     def fingerprint(self) -> str:
         """Of the training samples, in order."""
         return fingerprint_ordered(self.training)
 
-    @property
-    def longest(self) -> int:
-        """Nominal length of the longest training sample, tokens."""
-        return max(sample.length for sample in self.training)
-
 
 @dataclass(frozen=True)
-class SampleCounts:
-    """How many training samples come from where.
-
-    Attributes:
-        answers: those of the profile with answers.
-        texts: those of the profile of plain text.
-        new_answers: to be made.
-        new_texts: to be made.
-    """
+class HealCounts:
+    """How many training samples with answers and of plain text are the profile's, and how many are made."""
 
     answers: int
     texts: int
@@ -100,14 +81,8 @@ def held_out_samples(profile: Profile, recipe: Recipe) -> list[Sample]:
     return [found[number] for number in sorted(chosen.tolist())]
 
 
-def count_samples(profile: Profile, calibration: Sequence[Sample], recipe: Recipe) -> SampleCounts:
-    """Returns how many training samples are the profile's, and how many are to be made.
-
-    Args:
-        profile: the profile.
-        calibration: its calibration samples.
-        recipe: `heal` counts.
-    """
+def count_samples(profile: Profile, calibration: Sequence[Sample], recipe: Recipe) -> HealCounts:
+    """Returns how many training samples are the profile's, and how many are to be made."""
     heal, lengths = recipe.heal, heal_lengths(profile, recipe)
     here = [sample.kind for sample in calibration if sample.length in lengths]
     wanted = round(heal.samples * heal.text_share)
@@ -116,7 +91,7 @@ def count_samples(profile: Profile, calibration: Sequence[Sample], recipe: Recip
     prose = recipe.calibration.text is not None or (profiled is not None and Path(profiled).exists())
     new_texts = wanted - texts if prose else 0
     answers = min(here.count("answer"), heal.samples - texts - new_texts)
-    return SampleCounts(answers, texts, heal.samples - texts - new_texts - answers, new_texts)
+    return HealCounts(answers, texts, heal.samples - texts - new_texts - answers, new_texts)
 
 
 def make_heal_data(
@@ -129,13 +104,8 @@ def make_heal_data(
 ) -> HealData:
     """Returns the samples of a heal; the same arguments give the same samples.
 
-    Args:
-        profile: of the dense model.
-        teacher: the dense model, which answers.
-        recipe: `heal`, `seed` and `calibration.text`, which wins over the profile's.
-        progress: told about every answer.
-        answers: where answers are kept, if at all.
-        allow_overlap: train also on more than 1% of the held-out text.
+    The recipe's `calibration.text` wins over the profile's. With `allow_overlap` more than 1% of the held-out text may be
+    trained on.
 
     Raises:
         DataError: data that are missing, or that the held-out set uses too; lengths that the model cannot have.
@@ -170,7 +140,7 @@ def make_heal_data(
     return HealData([_with_more_targets(sample, rng) for sample in chosen], held_out, seen, shares)
 
 
-def heal_drafts(profile: Profile, teacher: SourceModel, recipe: Recipe, counts: SampleCounts) -> list[SampleDraft]:
+def heal_drafts(profile: Profile, teacher: SourceModel, recipe: Recipe, counts: HealCounts) -> list[SampleDraft]:
     """Returns what the dense model is still to answer or to read: of the profile's recipe, with a seed that it did not use.
 
     Raises:

@@ -7,15 +7,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
-from moacompress.cli import app
 from moacompress.core.errors import DataError
 from moacompress.demo.chat_session import ChatSession
 from moacompress.exporter.exporting import export
@@ -23,8 +22,9 @@ from moacompress.models.source import load_source
 from moacompress.rules.cost import holds_from
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
+from tests.cli import commands
 
-RUNNER = CliRunner()
+invoke = partial(commands.invoke, "chat")
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +33,6 @@ def folder(tiny_folder: Path, random_plan: Callable[..., Plan], tmp_path_factory
     source = load_source(str(tiny_folder), dtype="float32")
     export(source, random_plan(source.shape, seed=3), out)
     return out
-
-
-def invoke(*arguments: str | Path, **more: Any) -> Any:
-    return RUNNER.invoke(app, ["chat", *map(str, arguments)], **more)
 
 
 def test_turns_on_one_cache_are_those_without(folder: Path) -> None:
@@ -101,9 +97,6 @@ def test_one_object(folder: Path) -> None:
     turns = json.loads(result.stdout)["turns"]
     assert [turn["question"] for turn in turns] == ["hello", "again"]
     assert turns[1]["tokens"] > turns[0]["tokens"]
-    refused = invoke(folder, "--json")
-    assert (refused.exit_code, refused.stdout) == (2, "")
-    assert "--json needs --ask" in refused.stderr
 
 
 def test_too_long_is_said_and_the_conversation_goes_on(folder: Path) -> None:
@@ -114,12 +107,6 @@ def test_too_long_is_said_and_the_conversation_goes_on(folder: Path) -> None:
     assert result.stderr.count("KV cache") == 1
     with pytest.raises(DataError, match="begin a new conversation"):
         ChatSession(folder).ask("hello", max_new_tokens=longest)
-
-
-def test_a_dense_model_is_refused(tiny_folder: Path) -> None:
-    result = invoke(tiny_folder, "--ask", "hello")
-    assert result.exit_code == 2
-    assert result.stderr.count("moacompress: error: ") == 1
 
 
 def test_below_the_length_that_the_budget_holds_from_it_says_so(

@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from moacompress.cli import app
 from moacompress.core.errors import RecipeError
 from moacompress.exporter.exporting import export
 from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
+from tests.cli.commands import answer, invoke
+from tests.cli.conftest import QUICK
 
-RUNNER = CliRunner()
 CODE = """
 from pathlib import Path
 from transformers import LlamaForCausalLM
@@ -31,18 +30,6 @@ class Coded(LlamaForCausalLM):
         super().__init__(*args, **kwargs)
 """
 FLAG = "--trust-remote-code"
-SMALL = [
-    "--samples",
-    "2",
-    "--validation-samples",
-    "2",
-    "--set",
-    "profile.draws=1",
-    "--source",
-    "needle",
-    "--lengths",
-    "768",
-]
 IDS = torch.arange(200)[None] % 150 + 4
 LOAD_MODELS = (
     ("profile",), ("search",), ("export",), ("compress",), ("eval",), ("bench",), ("heal",), ("chat",), ("inspect",),
@@ -73,12 +60,6 @@ def coded(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Coded:
     return found
 
 
-def run(*arguments: str | Path) -> Any:
-    result = RUNNER.invoke(app, [*map(str, arguments), "--json"])
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
-
-
 def says_so(folder: Path) -> list[Path]:
     """Returns the files that speak of consent."""
     return [path for path in folder.rglob("*") if path.is_file() and b"trust_remote_code" in path.read_bytes()]
@@ -107,12 +88,12 @@ def give_consent(folder: Path) -> None:
 def place(coded: Coded, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder with a profile, a plan and a compressed model, all made with the flag."""
     place = tmp_path_factory.mktemp("consent")
-    run("profile", coded.folder, "-o", place / "profile", *SMALL, FLAG)
+    answer("profile", coded.folder, "-o", place / "profile", *QUICK.split(), FLAG)
     assert coded.ran()
     quick = ("--trials", "1", "--rounds", "0", "--moves", "0")
-    run("search", place / "profile", "--budget", "50%", "-o", place / "plan.json", *quick, FLAG)
+    answer("search", place / "profile", "--budget", "50%", "-o", place / "plan.json", *quick, FLAG)
     assert coded.ran()
-    run("export", coded.folder, place / "plan.json", "-o", place / "model", FLAG)
+    answer("export", coded.folder, place / "plan.json", "-o", place / "model", FLAG)
     assert coded.ran()
     return place
 
@@ -143,7 +124,7 @@ def test_what_a_file_says_is_no_consent(place: Path, coded: Coded, tmp_path: Pat
         ("data", "preview", "--recipe", marked / "model" / "recipe.json", coded.folder, "--count", "1"),
     ]
     for command in [*commands, *uses(marked, tmp_path)]:
-        RUNNER.invoke(app, [*map(str, command)])
+        invoke(*command)
         assert not coded.ran(), command
     with pytest.raises(RecipeError, match="unknown key 'trust_remote_code'"):
         Recipe.load(marked / "model" / "recipe.json")
@@ -151,7 +132,7 @@ def test_what_a_file_says_is_no_consent(place: Path, coded: Coded, tmp_path: Pat
 
 def test_the_flag_is_consent(place: Path, coded: Coded, tmp_path: Path) -> None:
     for arguments in uses(place, tmp_path):
-        run(*arguments, FLAG)
+        answer(*arguments, FLAG)
         assert coded.ran(), arguments[0]
 
 
@@ -161,16 +142,16 @@ def test_what_was_made_without_the_flag_is_taken_up_with_it(place: Path, coded: 
     shutil.copytree(place, old)
     before = (old / "profile" / "influence.safetensors").stat().st_mtime_ns
     quick = ("--trials", "1", "--rounds", "0", "--moves", "0")
-    run("profile", coded.folder, "-o", old / "profile", *SMALL)
-    run("search", old / "profile", "--budget", "50%", "-o", old / "plan.json", *quick)
-    run("export", coded.folder, old / "plan.json", "-o", old / "model")
+    answer("profile", coded.folder, "-o", old / "profile", *QUICK.split())
+    answer("search", old / "profile", "--budget", "50%", "-o", old / "plan.json", *quick)
+    answer("export", coded.folder, old / "plan.json", "-o", old / "model")
     assert (old / "profile" / "influence.safetensors").stat().st_mtime_ns == before
     assert not coded.ran()
 
 
 @pytest.mark.parametrize("command", LOAD_MODELS, ids=" ".join)
 def test_every_verb_that_loads_a_model_has_the_flag(command: tuple[str, ...]) -> None:
-    assert FLAG in RUNNER.invoke(app, [*command, "--help"], env={"COLUMNS": "200"}).stdout
+    assert FLAG in invoke(*command, "--help", env={"COLUMNS": "200"}).stdout
 
 
 FAMILY = """
@@ -250,7 +231,7 @@ def test_a_family_of_its_own_is_compressed_and_loaded_with_the_flag_alone(
     assert says_so(out) == []
     with pytest.raises(ValueError, match="trust_remote_code"):
         AutoModelForCausalLM.from_pretrained(out, trust_remote_code=False)
-    refused = RUNNER.invoke(app, ["chat", str(out), "--ask", "one two", "--max-new-tokens", "2", "--json"])
+    refused = invoke("chat", out, "--ask", "one two", "--max-new-tokens", "2", "--json")
     assert (refused.exit_code, own_family.ran()) == (1, False)
     assert FLAG in refused.stderr
     assert type(loaded(out, trusts=True)).__name__ == "OwnModel"

@@ -5,25 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 import moacompress
-from moacompress.cli import app
 from moacompress.cli.convert import write_pattern
 from moacompress.core import files
 from moacompress.core.errors import PlanError
 from moacompress.rules.foreign_plans import DuoPattern
 from moacompress.rules.plan import Plan
+from tests.cli import commands
 
+invoke = partial(commands.invoke, "convert")
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def invoke(*arguments: str | Path) -> Any:
-    return CliRunner().invoke(app, ["convert", *map(str, arguments)])
 
 
 def said(done: Any) -> str:
@@ -144,40 +141,6 @@ def test_the_config_of_a_large_model_is_enough(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     plan = Plan.load(tmp_path / "plan.json")
     assert (plan.model.layers, plan.model.kv_heads, plan.model.dtype) == (36, 8, "bfloat16")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["x.json"], "give one of --from"),
-        (["x.json", "--from", "moa", "--to", "moa"], "give one of --from"),
-        (["x.json", "--from", "moa"], "does not name its model"),
-        (["x.json", "--from", "moa", "--model", "m"], "it needs `alphas` and `betas`"),
-        (["nowhere", "--from", "duo-attention", "--model", "m"], "config.json"),
-        (["d", "--from", "duo-attention", "--model", "m"], "it needs `sink_size` and `recent_size`"),
-        (["e", "--from", "duo-attention", "--model", "m"], "is no table of numbers"),
-        (["nowhere", "--to", "moa"], "does not exist"),
-        (
-            ["d", "--from", "moa", "--model", "m", "--sparsity", "0.5"],
-            "--sparsity has no effect without --from duo-attention",
-        ),
-        (["d", "--from", "duo-attention", "--model", "m", "--at", "4k"], "--at has no effect without --from moa"),
-        (["d", "--to", "moa", "--model", "m"], "--model has no effect without --from"),
-    ],
-)
-def test_what_is_wrong_is_said(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("x.json").write_text("{}")
-    for folder, config in (("d", {}), ("e", {"sink_size": 64, "recent_size": 256})):
-        Path(folder).mkdir()
-        (Path(folder) / "config.json").write_text(json.dumps(config))
-        (Path(folder) / "full_attention_heads.tsv").write_text("a\tb\n")
-    done = invoke(*arguments, "-o", "out.json")
-    assert done.exit_code in (1, 2)
-    assert message in said(done)
-    assert not Path("out.json").exists()
 
 
 def test_what_is_read_is_never_replaced(compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import copy
 import json
-import shlex
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import typer
 from rich.console import Console
-from typer.testing import CliRunner
 
 from moacompress.calibration.data.samples import Sample
-from moacompress.cli import app
-from moacompress.cli.data import preview
 from moacompress.report.shown_samples import CLOSE, OPEN, ShownSample, pieces
+from tests.cli.commands import answer, invoke, problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-RUNNER = CliRunner()
+
+preview = partial(answer, "data", "preview")
 
 
 @pytest.fixture(scope="module")
@@ -44,37 +40,6 @@ def base_folder(
     return folder
 
 
-def run(*arguments: str | Path, exit_code: int = 0) -> Any:
-    result = RUNNER.invoke(app, ["data", "preview", *map(str, arguments), "--json"])
-    assert result.exit_code == exit_code, result.stderr
-    assert result.stdout.count("\n") == (exit_code == 0)
-    return json.loads(result.stdout) if exit_code == 0 else result.stderr
-
-
-def test_help_ends_with_examples_that_parse() -> None:
-    result = RUNNER.invoke(app, ["data", "preview", "--help"])
-    assert result.exit_code == 0
-    for option in ("--json", "--verbose", "--quiet", "--debug", "--seed", "--device", "--dtype"):
-        assert option in result.stdout
-    assert result.stdout.rstrip().endswith(preview.examples[-1])
-    group = typer.main.get_command(app).commands["data"]  # type: ignore[attr-defined]
-    for example in preview.examples:
-        program, command, name, *arguments = shlex.split(example)
-        assert (program, command, name) == ("moacompress", "data", "preview")
-        group.commands[name].make_context(name, arguments)
-    assert "preview" in RUNNER.invoke(app, ["data", "--help"]).stdout
-    assert "data" in RUNNER.invoke(app, ["--help"]).stdout
-
-
-def test_help_imports_nothing_heavy() -> None:
-    code = (
-        "import sys\nfrom moacompress.cli import main\nsys.argv = ['moacompress', 'data', 'preview', '--help']\n"
-        "try:\n    main()\nfinally:\n    print('torch' in sys.modules, 'transformers' in sys.modules, file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr.strip() == "False False"
-
-
 @pytest.mark.parametrize("chat", [True, False])
 def test_samples_are_those_of_the_profile(tiny_folder: Path, base_folder: Path, chat: bool, tmp_path: Path) -> None:
     from moacompress.calibration.data.sample_sources import build_samples
@@ -86,7 +51,7 @@ def test_samples_are_those_of_the_profile(tiny_folder: Path, base_folder: Path, 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("seed: 4\ncalibration: {samples: 6, text_samples: 2, answer_tokens: 8}\n")
     flags = ("--source", "needle", "--source", "recall", "--text", tmp_path / "prose.txt", "--lengths", "700,768")
-    data = run(folder, "--recipe", recipe, *flags, "--count", "3")
+    data = preview(folder, "--recipe", recipe, *flags, "--count", "3")
     sources = [{"generator": "needle"}, {"generator": "recall"}]
     resolved = Recipe.load(recipe).override(
         calibration__sources=sources, calibration__text=str(tmp_path / "prose.txt"), calibration__lengths="700,768"
@@ -106,11 +71,11 @@ def test_samples_are_those_of_the_profile(tiny_folder: Path, base_folder: Path, 
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_people_see_the_head_the_tail_and_the_answer(tiny_folder: Path, base_folder: Path, chat: bool) -> None:
-    folder = str(tiny_folder if chat else base_folder)
+    folder = tiny_folder if chat else base_folder
     arguments = ("--source", "needle", "--lengths", "1k", "--count", "2")
-    shown = RUNNER.invoke(app, ["data", "preview", folder, *arguments])
+    shown = invoke("data", "preview", folder, *arguments)
     assert shown.exit_code == 0, shown.stderr
-    data = run(folder, *arguments)
+    data = preview(folder, *arguments)
     assert shown.stdout.count(OPEN) == shown.stdout.count(CLOSE) == 2
     flat = shown.stdout.replace("\n", "")
     for number, sample in enumerate(data["samples"], 1):
@@ -122,26 +87,6 @@ def test_people_see_the_head_the_tail_and_the_answer(tiny_folder: Path, base_fol
         left_out = sample["tokens"] - 60 - 120
         assert f"… {left_out:,} tokens left out …" in shown.stdout
         assert sample["text"][:60].replace("\n", "").replace(" ", "") in flat.replace(" ", "")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        ((), 2, "no model given"),
-        (("MODEL", "--source", "nedle"), 2, "did you mean 'needle'?"),
-        (("MODEL", "--count", "0"), 2, "Invalid value for '--count'"),
-        (("MODEL", "--lengths", "128"), 1, "takes at least"),
-        (("MODEL", "--source", "needle-prose"), 1, "calibration.text names no file or folder"),
-        (
-            ("MODEL", "--source", "none.jsonl"),
-            1,
-            "error: cannot read none.jsonl: there is no such file or folder; give its",
-        ),
-    ],
-)
-def test_what_is_wrong_is_one_line(arguments: tuple[str, ...], code: int, message: str, tiny_folder: Path) -> None:
-    given = [str(tiny_folder) if argument == "MODEL" else argument for argument in arguments]
-    assert message in run(*given, exit_code=code)
 
 
 ROWS = ("--source", "rows.jsonl")
@@ -162,12 +107,12 @@ def test_what_a_profile_takes_is_shown_and_what_it_refuses_is_refused(
     rows = ({"prompt": f"{number:03d}" + "x" * 170} for number in range(33))
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     if not refused:
-        assert {each["source"] for each in run(tiny_folder, *options)["samples"]} == {"file:rows.jsonl"}
+        assert {each["source"] for each in preview(tiny_folder, *options)["samples"]} == {"file:rows.jsonl"}
         return
-    said = run(tiny_folder, *options, exit_code=1)
+    said = problem("data", "preview", tiny_folder, *options)
     assert refused in said
-    profiled = RUNNER.invoke(app, ["profile", str(tiny_folder), *options, "-o", "profile", "-q"])
-    assert profiled.stderr.splitlines()[-1] == said.splitlines()[-1]
+    profiled = invoke("profile", tiny_folder, *options, "-o", "profile", "-q")
+    assert profiled.stderr.splitlines()[-1] == said
 
 
 @pytest.mark.parametrize(
@@ -189,13 +134,13 @@ def test_rows_too_few_for_a_profile_are_shown_and_counted(
     rows = ({"prompt": f"{number:03d}" + "x" * 170} for number in range(count))
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options = (*ROWS, "--lengths", "256", "--samples", str(samples))
-    data = run(tiny_folder, *options)
+    data = preview(tiny_folder, *options)
     assert len(data["samples"]) == min(3, count)
     assert refused in data["refused"]
     needed = max(2 * samples, 4 * 12)
     wanted = {"calibration": samples, "validation": 12}
     assert data["rows"] == [{"source": "file:rows.jsonl", "rows": count, "wanted": wanted, "needed": needed}]
-    shown = RUNNER.invoke(app, ["data", "preview", str(tiny_folder), *options]).stdout
+    shown = invoke("data", "preview", tiny_folder, *options).stdout
     assert f"file:rows.jsonl has {count} rows; a profile with these settings needs about {needed}: " in shown
     assert f"A profile with these settings is refused: {data['refused']}\n" in shown
 
@@ -203,7 +148,7 @@ def test_rows_too_few_for_a_profile_are_shown_and_counted(
 def test_few_questions_are_shown(tiny_folder: Path, tmp_path: Path) -> None:
     rows = [{"context": f"{number:02d}" * 60, "question": f"What is {number}?"} for number in range(24)]
     (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = run(tiny_folder, "--source", tmp_path / "asked.jsonl", "--lengths", "512", "--samples", "40")
+    data = preview(tiny_folder, "--source", tmp_path / "asked.jsonl", "--lengths", "512", "--samples", "40")
     assert len(data["samples"]) == 3
     assert "of 40 needed" in data["refused"]
     assert data["rows"][0]["rows"] == 24

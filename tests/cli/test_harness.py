@@ -21,16 +21,13 @@ from typer.testing import CliRunner
 import moacompress
 from moacompress.cli import COMMANDS, app
 from moacompress.cli.bars import RichProgress
-from moacompress.cli.harness import Command, CommandRun, Output, command, resumes_with
-from moacompress.cli.options import Common
+from moacompress.cli.harness import Command, CommandRun, Output, resumes_with
 from moacompress.core.errors import BudgetError, ModelError
-from moacompress.core.progress import Progress
 from moacompress.core.tables import facts
 from moacompress.kernels import dispatch
 from moacompress.kernels.capabilities import Status
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.triton.triton_backend import TritonBackend
-from moacompress.recipe import Recipe
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -53,36 +50,28 @@ def test_lengths_are_explained_in_words(name: str) -> None:
     assert "engths in tokens" in RUNNER.invoke(app, [name, "--help"]).stdout
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*COMMANDS, "data preview", "recipe init", "recipe validate", "recipe show"])
 def test_help_ends_with_examples_that_parse(name: str) -> None:
-    result = RUNNER.invoke(app, [name, "--help"])
-    assert result.exit_code == 0
+    shown = RUNNER.invoke(app, [*name.split(), "--help"]).stdout
     for option in ("--json", "--verbose", "--quiet", "--debug", "--log-file"):
-        assert option in result.stdout
-    examples = COMMANDS[name].examples
-    assert result.stdout.rstrip().endswith(examples[-1])
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+        assert option in shown
+    assert "--out" not in shown or shown.index("--out") < shown.index("--json")  # its own come first
+    examples = shown.partition("Examples:\n")[2].splitlines()
+    assert examples
     for example in examples:
-        program, command_name, *arguments = shlex.split(example)
-        assert (program, command_name) == ("moacompress", name)
-        commands[name].make_context(name, arguments)
+        program, *words = shlex.split(example)
+        group, found = typer.main.get_command(app), words[: len(name.split())]
+        assert (program, found) == ("moacompress", name.split())
+        for word in found:
+            group = group.commands[word]  # type: ignore[attr-defined]
+        group.make_context(name, words[len(found) :])
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--help"],
-        ["--version"],
-        ["profile", "--help"],
-        ["compress", "--help"],
-        ["bench", "--help"],
-        ["inspect", "PLAN"],
-    ],
-)
-def test_nothing_heavy_is_imported(arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", ["--help", "--version", "compress --help", "data preview --help", "inspect PLAN"])
+def test_nothing_heavy_is_imported(line: str, tmp_path: Path) -> None:
     shape = ModelShape("llama", 2, 4, 2, 16, "float32", (None, None), "0" * 16)
     Plan.uniform(shape, Rule(4, 0, 256)).save(tmp_path / "plan.json")
-    arguments = [str(tmp_path / "plan.json") if argument == "PLAN" else argument for argument in arguments]
+    arguments = line.replace("PLAN", str(tmp_path / "plan.json")).split()
     code = (
         "import sys\nfrom moacompress.cli import main\nsys.argv = ['moacompress', *sys.argv[1:]]\n"
         f"try:\n    main()\nfinally:\n    print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
@@ -147,20 +136,8 @@ def test_a_stream_may_be_closed(closed: str) -> None:
 def test_quiet_is_quiet_where_a_library_has_a_bar_of_its_own(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     file = write_gguf(tmp_path / "tiny.gguf", types_of("Q8_0"))
-    command = [
-        sys.executable,
-        "-m",
-        "moacompress",
-        "profile",
-        str(file),
-        "--weights",
-        "dense",
-        "--lengths",
-        "128",
-        "-q",
-        "--dry-run",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    options = f"profile {file} --weights dense --lengths 128 -q --dry-run".split()
+    done = subprocess.run([sys.executable, "-m", "moacompress", *options], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -201,34 +178,6 @@ def test_a_result_that_cannot_be_printed_is_said_in_a_line(json_too: tuple[str, 
 def test_version() -> None:
     result = RUNNER.invoke(app, ["--version"])
     assert (result.exit_code, result.stdout) == (0, f"moacompress {moacompress.__version__}\n")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["inspct", "x"], "Did you mean 'inspect'?"),
-        (["inspect", "--lenghts", "1k", "x"], "--lengths"),
-        (["inspect"], "Missing argument"),
-        (["search", "profile", "--trials", "many"], "Invalid value for '--trials'"),
-        (["compress", "--budget", "25%"], "no model given"),
-        (["compress", "m", "--budget", "25"], "did you mean '25%'?"),
-        (["compress", "m", "--budget", "0"], "outside (0%, 100%]"),
-        (["compress", "m", "--budget", "abc"], "is not understood"),
-        (["compress", "m", "--budget", "25%,12%"], "names several plans"),
-        (["compress", "m", "--lengths", "1x"], "length '1x' is not a number of tokens"),
-        (["compress", "m", "--dtype", "int4"], "dtype: "),
-        (["compress", "m", "--formats", "itn8"], "unknown format 'itn8'; did you mean 'int8'?"),
-        (["compress", "m", "--recipe", "none.yaml"], "cannot read recipe none.yaml"),
-        (["profile", "m", "--source", "nedle"], "did you mean 'needle'?"),
-        (["profile", "m", "--set", "profile.draws=0"], "profile.draws: "),
-        (["report", "m", "--device", "cpu"], "No such option: --device"),
-    ],
-)
-def test_wrong_usage_exits_with_2(arguments: list[str], message: str) -> None:
-    result = RUNNER.invoke(app, arguments)
-    assert result.exit_code == 2
-    assert message in result.stderr
-    assert result.stdout == ""
 
 
 def test_an_error_is_one_line_and_its_exit_code() -> None:
@@ -343,10 +292,7 @@ def test_a_log_on_a_full_disk_costs_no_result() -> None:
 
 def test_the_first_line_says_which_kernels_run(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     def call_computing(*arguments: str) -> str:
-        program = typer.Typer(rich_markup_mode=None)
-        program.command("probe")(Command(noisy, settings=("device",), computes=True))
-        program.command("other")(lambda: None)
-        return str(RUNNER.invoke(program, ["probe", *arguments]).stderr)
+        return str(call(noisy, *arguments, settings=("device",), computes=True).stderr)
 
     assert "kernels" not in call(noisy).stderr
     assert "kernels" not in call_computing("-q")
@@ -378,30 +324,6 @@ def test_colours_are_left_out_where_nobody_wants_them(monkeypatch: pytest.Monkey
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert "\x1b[3" not in call(lambda run: Output({}, [facts("Title", {"a": "b"})])).stdout
-
-
-def test_flags_win_over_the_recipe_which_wins_over_the_defaults(tmp_path: Path) -> None:
-    file = tmp_path / "r.yaml"
-    file.write_text("seed: 3\nsearch: {trials: 5, ablations: 1}\n")
-    run = CommandRun(Common(recipe=file), Progress(), given={"seed": 7})
-    recipe = run.recipe(search__trials=9, calibration__samples=None)
-    assert (recipe.seed, recipe.search.trials, recipe.search.ablations) == (7, 9, 1)
-    assert recipe.calibration.samples == Recipe().calibration.samples
-    base = Recipe().override(search__ablations=2)
-    assert CommandRun(Common(), Progress()).recipe(base).search.ablations == 2
-
-
-def test_own_options_come_before_the_common_ones() -> None:
-    @command("moacompress x --own 1")
-    def function(run: CommandRun, own: int = 3) -> Output:
-        """Does it."""
-        return Output({"own": own})
-
-    program = typer.Typer(rich_markup_mode=None)
-    program.command()(function)
-    assert json.loads(RUNNER.invoke(program, ["--own", "4", "--json"]).stdout) == {"own": 4}
-    text = RUNNER.invoke(program, ["--help"]).stdout
-    assert text.index("--own") < text.index("--json")
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from safetensors.numpy import save_file
-from typer.testing import CliRunner
 
-from moacompress.cli import app
 from moacompress.core.errors import ArtefactError
 from moacompress.core.tables import readable_bytes, readable_number
 from moacompress.report.inspection import count_parameters, formats_map, inspect_plan, kept_map
@@ -24,8 +22,7 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import Share, with_shared_rules
 from moacompress.runtime.selected_tokens import token_class
-
-RUNNER = CliRunner()
+from tests.cli.commands import answer, invoke
 
 
 def plan(layers: int = 2, **notes: Any) -> Plan:
@@ -43,9 +40,7 @@ NOTES: dict[str, Any] = {
 def test_a_bare_plan(tmp_path: Path) -> None:
     made = plan(**NOTES)
     made.save(tmp_path / "plan.json")
-    result = RUNNER.invoke(app, ["inspect", str(tmp_path / "plan.json"), "--json"])
-    assert result.exit_code == 0
-    data = json.loads(result.stdout)
+    data = answer("inspect", tmp_path / "plan.json")
     assert data["reference_length"] == 1024
     assert data["density"] == made.density(1024)
     assert data["kv_bytes"] == {
@@ -73,8 +68,7 @@ def test_a_checkpoint_has_parameters(where: str, tmp_path: Path) -> None:
     save_file({"d": np.zeros(99, np.float32)}, folder / "plan.gates.safetensors")  # beside the model's
     named = {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-2.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
-    result = RUNNER.invoke(app, ["inspect", str(tmp_path / where), "--json"])
-    assert json.loads(result.stdout)["parameters"] == {"dense": 23, "plan": 23}
+    assert answer("inspect", tmp_path / where)["parameters"] == {"dense": 23, "plan": 23}
 
 
 @pytest.mark.parametrize(
@@ -101,19 +95,18 @@ def test_layers_that_share_are_listed_and_what_they_do_without_is_counted(tmp_pa
     weights |= {"model.layers.1.attn.q_proj.weight": (0, 8), "model.layers.1.attn.v_proj.weight": (32, 8)}
     arrays = {name: np.zeros(size, np.float32) for name, size in weights.items()}
     save_file(arrays, tmp_path / "model.safetensors", {"format": "pt"})
-    result = RUNNER.invoke(app, ["inspect", str(tmp_path), "--json"])
-    data = json.loads(result.stdout)
+    data = answer("inspect", tmp_path)
     there = sum(array.size for array in arrays.values())
     assert data["parameters"] == {"dense": there + 64 * 8 + 64 + 16, "plan": there}
     assert data["shared_layers"] == [{"layer": 1, "anchor": 0, "kind": "copy", "head_map": [1, 0]}]
-    result = RUNNER.invoke(app, ["inspect", str(tmp_path)])
+    result = invoke("inspect", tmp_path)
     assert "layer 1: copy of layer 0 by heads 1, 0" in result.stdout
     assert f"{there:,} of {there + 592:,}" in result.stdout
 
 
 def test_people_see_tables_within_100_columns(tmp_path: Path) -> None:
     plan(layers=170, **NOTES).save(tmp_path / "plan.json")
-    result = RUNNER.invoke(app, ["inspect", str(tmp_path / "plan.json")])
+    result = invoke("inspect", tmp_path / "plan.json")
     assert result.exit_code == 0
     assert max(map(len, result.stdout.splitlines())) <= 100
     assert "layers 160-169" in result.stdout
@@ -147,7 +140,7 @@ def test_formats_are_shown_where_there_are_codes(tmp_path: Path) -> None:
     assert 4 < data["bits"]["keys"] - 32 / dim < 8
     assert sum(row["kv_bytes"] for row in data["formats"]) == coded.kv_bytes(data["reference_length"])
     coded.save(tmp_path / "plan.json")
-    result = RUNNER.invoke(app, ["inspect", str(tmp_path / "plan.json")])
+    result = invoke("inspect", tmp_path / "plan.json")
     assert result.exit_code == 0
     assert "Bytes by format" in result.stdout
     assert "KV head 1 K 48" in result.stdout
@@ -160,15 +153,6 @@ def test_numbers() -> None:
     assert (readable_number(None), readable_number(0.12345)) == ("-", "0.123")
 
 
-def test_failures(tmp_path: Path) -> None:
-    result = RUNNER.invoke(app, ["inspect", str(tmp_path)])
-    assert (result.exit_code, result.stdout) == (1, "")
-    (tmp_path / "plan.json").write_text("{}")
-    result = RUNNER.invoke(app, ["inspect", str(tmp_path), "--json"])
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert "not a moacompress plan" in result.stderr
-
-
 def test_what_gates_choose_is_shown(tmp_path: Path) -> None:
     made = replace(plan(**NOTES), gates="0" * 16)
     rows = tuple(
@@ -176,7 +160,7 @@ def test_what_gates_choose_is_shown(tmp_path: Path) -> None:
     )
     gated = replace(made, rules=rows, gates="0" * 16)
     gated.save(tmp_path / "plan.json")
-    result = RUNNER.invoke(app, ["inspect", str(tmp_path / "plan.json")])
+    result = invoke("inspect", tmp_path / "plan.json")
     assert result.exit_code == 0
     assert "3 KV heads keep tokens by their score" in result.stdout
     assert "Share of kept tokens that the gate selected" in result.stdout
@@ -186,7 +170,7 @@ def test_what_gates_choose_is_shown(tmp_path: Path) -> None:
     assert chosen == 3 * 40
     assert data == {"kv_heads": 3, "share": chosen / gated.kept(n)}
     assert inspect_plan(made)["gates"] is None
-    refused = RUNNER.invoke(app, ["inspect", str(tmp_path / "plan.json"), "--show-tokens", "x.txt"])
+    refused = invoke("inspect", tmp_path / "plan.json", "--show-tokens", "x.txt")
     assert refused.exit_code != 0
 
 
@@ -210,7 +194,7 @@ def test_classes_of_tokens(token: str, name: str) -> None:
 def test_what_a_terminal_would_obey_is_spelt_out(tmp_path: Path) -> None:
     made = replace(plan(), model=replace(plan().model, model_type="llama\x1b]0;mine\x07"))
     made.save(tmp_path / "plan.json")
-    done = RUNNER.invoke(app, ["inspect", str(tmp_path / "plan.json")])
+    done = invoke("inspect", tmp_path / "plan.json")
     assert done.exit_code == 0, done.stderr
     assert r"llama\x1b]0;mine\x07" in done.stdout
     assert "\x1b" not in done.stdout
@@ -220,7 +204,7 @@ def test_what_a_terminal_would_obey_is_spelt_out(tmp_path: Path) -> None:
     assert "a[\\x1b[2Jb]" in file.getvalue()
     text = (tmp_path / "plan.json").read_text("utf-8").replace('"min_window": 32', '"min_window": "\\u001b[2J"')
     (tmp_path / "plan.json").write_text(text, "utf-8")
-    done = RUNNER.invoke(app, ["inspect", str(tmp_path / "plan.json")])
+    done = invoke("inspect", tmp_path / "plan.json")
     assert done.exit_code == 1
     assert r"min_window is \x1b[2J, not one of" in done.stderr
 
@@ -229,7 +213,7 @@ def test_memory_of_requests_of_a_plan_and_of_a_dense_model(tmp_path: Path, tiny_
     made = plan(**NOTES)
     made.save(tmp_path / "plan.json")
     asked = ["--lengths", "1k", "--batch", "1,8"]
-    data = json.loads(RUNNER.invoke(app, ["inspect", str(tmp_path / "plan.json"), *asked, "--json"]).stdout)
+    data = answer("inspect", tmp_path / "plan.json", *asked)
     (row,) = data["memory"]["rows"]
     assert row["kv_bytes"]["8"] | {"int8": 0, "int4": 0} == {
         "dense": 8 * made.model.dense_kv_bytes(1024),
@@ -238,25 +222,22 @@ def test_memory_of_requests_of_a_plan_and_of_a_dense_model(tmp_path: Path, tiny_
         "int4": 0,
     }
     assert row["requests"]["plan"] is None  # a plan alone has no weights
-    data = json.loads(RUNNER.invoke(app, ["inspect", str(tiny_folder), *asked, "--json"]).stdout)
+    data = answer("inspect", tiny_folder, *asked)
     (row,) = data["memory"]["rows"]
     assert data["dense"]
     assert row["kv_bytes"]["8"]["25%"] == 8 * int(row["kv_bytes"]["1"]["dense"] * 0.25)
     assert row["requests"]["12.5%"] > row["requests"]["dense"] > 0
-    told = RUNNER.invoke(app, ["inspect", str(tiny_folder), *asked]).stdout
+    told = invoke("inspect", tiny_folder, *asked).stdout
     assert "plan at 12.5%" in told
     assert "4-bit cache, all tokens" in told
-    refused = RUNNER.invoke(app, ["inspect", str(tiny_folder), "--batch", "0"])
-    assert refused.exit_code == 2
 
 
 def test_doctor_says_what_requests_take(tiny_folder: Path, environment: dict[str, Any], monkeypatch: Any) -> None:
     from moacompress.doctor import checks
 
     monkeypatch.setattr(checks, "check_environment", lambda: environment)
-    asked = ["--lengths", "32k", "--batch", "8", "--json"]
-    data = json.loads(RUNNER.invoke(app, ["doctor", str(tiny_folder), *asked]).stdout)
+    asked = ["--lengths", "32k", "--batch", "8"]
+    data = answer("doctor", tiny_folder, *asked)
     (row,) = data["model"]["memory"]["rows"]
     assert row["length"] == 32768
     assert set(row["kv_bytes"]["8"]) == {"dense", "int8", "int4", "50%", "25%", "12.5%"}
-    assert RUNNER.invoke(app, ["doctor", "--batch", "8"]).exit_code == 2

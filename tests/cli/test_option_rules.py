@@ -103,25 +103,6 @@ def test_an_option_that_has_no_effect_is_refused(rule: Ignored) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("profile none --scorer keydiff", "--scorer has no effect without --gates; give --gates too"),
-        (
-            "heal none -o out --recipe RECIPE --modules o_proj",
-            "--modules has no effect without --train lora; give --train lora too",
-        ),
-        ("heal none -o out --train gates --modules o_proj", "--modules has no effect without --train lora"),
-    ],
-)
-def test_an_option_that_has_no_effect_under_the_recipe_is_refused(line: str, message: str, tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE)
-    done = RUNNER.invoke(app, line.replace("RECIPE", str(recipe)).replace("-o out", f"-o {tmp_path / 'out'}").split())
-    assert done.exit_code == 2, done.output
-    assert message in " ".join(done.stderr.split())
-
-
-@pytest.mark.parametrize(
     "line",
     [
         "heal none -o out --modules o_proj",  # LoRA is the default

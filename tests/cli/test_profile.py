@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from moacompress.calibration.profile.store import Profile
-from moacompress.cli import app
 from moacompress.core.artefact_names import ROUNDING_FILE, of_profile
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
+from tests.cli import commands
 
-RUNNER = CliRunner()
+invoke = partial(commands.invoke, "profile")
+answer = partial(commands.answer, "profile")
+problem = partial(commands.problem, "profile")
 SMALL = (
     "--lengths", "768", "--samples", "4", "--validation-samples", "2", "--source", "needle", "--seed", "3",
     "--set", "profile.draws=1",
@@ -24,26 +26,11 @@ SMALL = (
 AUDIT = ("--audit", "9", "--set", "budget=50%")
 
 
-def invoke(*arguments: str | Path) -> Any:
-    return RUNNER.invoke(app, ["profile", *map(str, arguments)])
-
-
-def refused(*arguments: str | Path) -> str:
-    result = invoke(*arguments)
-    assert result.exit_code in (1, 2), result.output
-    assert result.stdout == ""
-    assert result.stderr.count("moacompress: ") == 1  # one line, beside the bars of loading
-    return str(result.stderr).partition("moacompress: error: ")[2]
-
-
 @pytest.fixture(scope="module")
 def audited(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> tuple[Path, dict[str, Any]]:
     """Returns the folder of an audited profile, and what `--json` said."""
     out = tmp_path_factory.mktemp("audited") / "profile"
-    result = invoke(tiny_folder, "-o", out, *SMALL, *AUDIT, "--gates", "--json")
-    assert result.exit_code == 0, result.stderr
-    assert result.stdout.count("\n") == 1
-    return out, json.loads(result.stdout)
+    return out, answer(tiny_folder, "-o", out, *SMALL, *AUDIT, "--gates")
 
 
 def test_audit_profiles_the_baselines_and_compares_them(audited: tuple[Path, dict[str, Any]]) -> None:
@@ -90,29 +77,9 @@ def test_another_audit_is_not_touched_without_overwrite(
 ) -> None:
     out, _ = audited
     more = ("--audit", "8", "--gates", "--set", "budget=50%")
-    message = refused(tiny_folder, "-o", out, *SMALL, *more)
+    message = problem(tiny_folder, "-o", out, *SMALL, *more)
     assert "audit.json holds the audit of another request" in message
     assert "--overwrite" in message
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--audit", "0"), "an audit of 0 ablations is not possible"),
-        (("--audit", "100000"), "ask for 1 to "),
-        (("--audit", "4", "--set", "budget=0.1%"), "ask for at least"),
-        (("--audit", "4", "--set", "budget=some"), "is not understood"),
-        (("--audit", "4", "--around", "plan.json"), "--audit has no effect beside --around"),
-        (("--around", "none.json"), "none.json does not exist"),
-        (("--anchors", "-1"), "profile.anchors"),
-        (("--text-samples", "3"), "text"),
-    ],
-)
-def test_what_can_not_be_is_refused_before_the_work(
-    flags: tuple[str, ...], message: str, tiny_folder: Path, tmp_path: Path
-) -> None:
-    assert message in refused(tiny_folder, "-o", tmp_path / "profile", *SMALL, *flags)
-    assert not list((tmp_path / "profile").glob("samples/*"))
 
 
 def test_flags_reach_the_recipe(tiny_folder: Path, tmp_path: Path) -> None:
@@ -160,7 +127,7 @@ def test_more_of_a_profile_needs_no_option_again(
     result = invoke(tiny_folder, "-o", out, "--heads")
     assert result.exit_code == 0, result.stderr
     assert "distance" in Profile.load(out).statistics.arrays
-    assert "holds a profile of another model or recipe" in refused(tiny_folder, "-o", out, "--lengths", "700")
+    assert "holds a profile of another model or recipe" in problem(tiny_folder, "-o", out, "--lengths", "700")
 
 
 def test_what_failed_before_its_first_sample_says_nothing(tiny_folder: Path, tmp_path: Path) -> None:
@@ -168,6 +135,6 @@ def test_what_failed_before_its_first_sample_says_nothing(tiny_folder: Path, tmp
     out, bad = tmp_path / "profile", tmp_path / "bad.jsonl"
     bad.write_text("{}\n")
     options = ("--lengths", "700", "--samples", "4", "--validation-samples", "2", "--set", "profile.draws=1")
-    assert "bad.jsonl" in refused(tiny_folder, "-o", out, "--source", bad, *options)
+    assert "bad.jsonl" in problem(tiny_folder, "-o", out, "--source", bad, *options)
     assert invoke(tiny_folder, "-o", out, *options).exit_code == 0
     assert all(source.generator for source in Profile.load(out).recipe.calibration.sources)

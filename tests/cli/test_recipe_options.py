@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from moacompress.cli import app
 from moacompress.cli.harness import Command, CommandRun
-from moacompress.cli.options import Common
+from moacompress.cli.options import Common, read_sources
 from moacompress.cli.recipe_options import (
     choices,
     read_options,
@@ -22,7 +22,6 @@ from moacompress.cli.recipe_options import (
     recipe_parameter,
     sentence,
 )
-from moacompress.core.errors import UsageError
 from moacompress.core.progress import Progress
 from moacompress.recipe import Recipe
 
@@ -165,23 +164,29 @@ def test_any_key_can_be_set() -> None:
     assert given["budget"] == ["25%"]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("search.moves", "--set 'search.moves' is not KEY=VALUE, such as search.moves=0"),
-        ("=3", "is not KEY=VALUE"),
-        ("search.classes=null", "is not KEY=VALUE, such as search.moves=0: it needs a key and a value"),
-        ("search.moves=[", "is not KEY=VALUE"),
-        ("search.mvoes=3", "options: unknown key 'search.mvoes'; did you mean 'moves'?"),
-        ("serch.moves=3", "options: unknown key 'serch'; did you mean 'search'?"),
-        ("seed.moves=3", "options: seed is a value, not a section; it has no key 'moves'"),
-        ("search.moves=many", "options: search.moves: Input should be a valid integer"),
-    ],
-)
-def test_what_cannot_be_set_is_refused(text: str, message: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        CommandRun(Common(), Progress(), given=read_settings([text])).recipe()
-    assert message in str(caught.value)
-    done = CliRunner().invoke(app, ["data", "preview", "none", "--set", text])
-    assert done.exit_code == 2
-    assert message in " ".join(done.stderr.split())
+def test_sources(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    given = [
+        "needle",
+        "multi-needle-prose",
+        "key-value",
+        "key-value-uuids",
+        "needle-prose-uuids",
+        "records-codes",
+        "qa.jsonl",
+        str(tmp_path / "texts"),
+        "some/set",
+    ]
+    sources = read_sources(given)
+    assert sources == [
+        {"generator": "needle"},
+        {"generator": "multi-needle", "haystack": "prose"},
+        {"generator": "key-value"},
+        {"generator": "key-value", "values": "uuids"},
+        {"generator": "needle", "haystack": "prose", "values": "uuids"},
+        {"generator": "records", "values": "codes"},
+        {"path": "qa.jsonl"},
+        {"path": str(tmp_path / "texts")},
+        {"dataset": "some/set"},
+    ]
+    assert len(Recipe().override(calibration__sources=sources).calibration.sources) == 9

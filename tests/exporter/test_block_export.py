@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from moacompress.report.inspection import inspect_plan, overview
 from moacompress.rules.plan import Plan
 from moacompress.runtime import detach
 from moacompress.runtime.checkpoint import load_checkpoint, with_dense
+from tests.doctor.printed import shown
 from tests.plan_kinds import random_plan
 from tests.weight_blocks import types_of, write_gguf
 
@@ -48,11 +48,6 @@ def exported(file: Path, plan: Plan, tmp_path_factory: pytest.TempPathFactory) -
 def logits(model) -> torch.Tensor:
     with torch.no_grad():  # other kernels compute where there are gradients
         return model(TOKENS).logits
-
-
-@pytest.fixture
-def copied(exported: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(exported, tmp_path / "model"))
 
 
 def edit_weights(folder: Path, **changed) -> None:
@@ -151,18 +146,9 @@ def test_types_and_bytes_are_said(exported: Path, file: Path, plan: Plan, enviro
     )
     for kind, size in sizes.items():
         assert f"| {kind} | {size:,} |" in card
-        assert kind in str_of(overview(plan, inspected))
-        assert kind in str_of(model_table(found))
-    assert "slow" in str_of(model_table(found))
-
-
-def str_of(renderable) -> str:
-    from rich.console import Console
-
-    console = Console(width=300)
-    with console.capture() as capture:
-        console.print(renderable)
-    return capture.get()
+        assert kind in shown(overview(plan, inspected))
+        assert kind in shown(model_table(found))
+    assert "slow" in shown(model_table(found))
 
 
 Q = "model__layers__0__self_attn__q_proj__weight"

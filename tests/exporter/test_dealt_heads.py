@@ -62,7 +62,7 @@ def test_the_model_computes_the_same(kind, family, tiny_model, tiny_tokenizer, t
     assert torch.equal(model.generate(ids, **asked), source.model.generate(ids, **asked))
 
 
-def test_what_is_not_moved(tiny_model, tmp_path):
+def test_what_is_not_moved(tiny_model):
     model = tiny_model("llama", **HEADS)
     plan = plan_kinds.windows(model)
     with pytest.raises(UsageError, match="4 KV heads in a layer, which 3 ranks cannot share evenly"):
@@ -76,8 +76,6 @@ def test_what_is_not_moved(tiny_model, tmp_path):
     sinks = tiny_model("gpt_oss")
     with pytest.raises(ModelError, match="layer 0 has the weight sinks"):
         deal_heads(sinks, Plan.full(model_shape(sinks)), 2)
-    with pytest.raises(UsageError, match="one of --repair and --ranks"):
-        export("nowhere", plan, tmp_path / "model", ranks=2, repair="profile")
     round_weights(model, "int8", None)
     with pytest.raises(ModelError, match="blocks may span KV heads"):
         deal_heads(model, plan, 2)

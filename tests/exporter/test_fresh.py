@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,25 +21,10 @@ from moacompress.runtime import attach
 
 
 @pytest.fixture(scope="module")
-def plan(tiny_folder: Path, random_plan: Callable[..., Plan]) -> Plan:
-    return random_plan(load_source(tiny_folder).shape, 3)
-
-
-@pytest.fixture(scope="module")
 def expected(tiny_folder: Path, plan: Plan) -> Continuation:
     source = load_source(tiny_folder)
     attach(source.model, plan)
     return Continuation.of(source, plan)
-
-
-@pytest.fixture(scope="module")
-def exported(tiny_folder: Path, plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(tiny_folder, plan, tmp_path_factory.mktemp("export") / "model")
-
-
-@pytest.fixture
-def copied(exported: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(exported, tmp_path / "model"))
 
 
 def change_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:

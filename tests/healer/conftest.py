@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from moacompress.calibration.data.samples import Sample
     from moacompress.recipe import Recipe
+    from moacompress.rules.plan import Plan
 
 LENGTHS = (128, 192)
 
@@ -80,6 +82,22 @@ def make_healable(
     plan.save(place / "model" / "plan.json")
     (place / "model" / "LICENSE").write_text("Licence of the tiny model.\n")
     return {"dense": dense, "profile": place / "profile", "model": place / "model"}
+
+
+def make_sharing(source: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Plan:
+    """Writes a compressed model whose second layer attends as the first one does, and returns its plan."""
+    from moacompress.rules.plan import Plan
+    from moacompress.rules.share import Share, with_shared_rules
+    from moacompress.runtime import attach
+
+    shares = (None, Share(0, tuple(range(source.shape.kv_heads))), *[None] * (source.shape.layers - 2))
+    plan = Plan.full(source.shape)
+    plan = replace(plan, rules=with_shared_rules(plan.rules, shares), shares=shares)
+    attach(source.model, plan)
+    source.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    plan.save(folder / "plan.json")
+    return plan
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from moacompress.calibration.data.samples import load_samples
 from moacompress.cli import app
 from moacompress.core.errors import UsageError
 from moacompress.doctor.checks import check_model
@@ -29,9 +29,7 @@ from moacompress.models.weight_bytes import checkpoint_weight_bytes
 from moacompress.models.weight_rounding import rounded
 from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
-from moacompress.rules.share import Share, with_shared_rules
-from moacompress.runtime import attach
-from tests.healer.conftest import make_healable
+from tests.healer.conftest import make_healable, make_sharing
 from tests.healer.test_healing import StopAfter
 from tests.weight_blocks import types_of, write_gguf
 
@@ -85,7 +83,8 @@ def test_adapters_are_merged_into_the_layers_that_they_are_of(
     assert notes["improved"]
     assert after < 0.95 * before
     model = put_to_the_test(done.folder, in_blocks["model"], set(recipe.heal.modules or LINEAR), tmp_path)
-    held_out = HeldOut(Teacher(load_source(in_blocks["dense"], weights="int4").model), _samples(in_blocks))
+    samples = load_samples(in_blocks["profile"] / "validation.safetensors")[:6]
+    held_out = HeldOut(Teacher(load_source(in_blocks["dense"], weights="int4").model), samples)
     for measured, expected in ((AutoModelForCausalLM.from_pretrained(in_blocks["model"]), before), (model, after)):
         kls = held_out.kls(measured)
         assert sum(kls) / len(kls) == pytest.approx(expected, rel=1e-3)
@@ -102,12 +101,6 @@ def test_adapters_are_merged_into_the_layers_that_they_are_of(
         together = model(ids, use_cache=False).logits[0, -1]
         steps = model.generate(ids, max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True)
     assert (steps.logits[0][0] - together).abs().max() < 1e-3
-
-
-def _samples(place: Place) -> Any:
-    from moacompress.calibration.data.samples import load_samples
-
-    return load_samples(place["profile"] / "validation.safetensors")[:6]
 
 
 @pytest.mark.parametrize("compute", [pytest.param("float32", marks=pytest.mark.heavy), "bfloat16"])
@@ -166,14 +159,7 @@ def test_it_is_measured_as_it_is_written(dtype: str, in_blocks: Place, small: Ma
 def test_layers_that_share_attention_are_trained_as_numbers(
     in_blocks: Place, small: Make, tmp_path: Path, quick: None, tiny_tokenizer: Any
 ) -> None:
-    source = load_source(in_blocks["dense"], weights="int4")
-    shares = (None, Share(0, tuple(range(source.shape.kv_heads))), *[None] * (source.shape.layers - 2))
-    plan = Plan.full(source.shape)
-    plan = replace(plan, rules=with_shared_rules(plan.rules, shares), shares=shares)
-    attach(source.model, plan)
-    source.model.save_pretrained(tmp_path / "shared")
-    tiny_tokenizer.save_pretrained(tmp_path / "shared")
-    plan.save(tmp_path / "shared" / "plan.json")
+    make_sharing(load_source(in_blocks["dense"], weights="int4"), tiny_tokenizer, tmp_path / "shared")
     recipe = small(steps=8, batch=1000, train="reuse", lr=3e-3)
     done = heal(tmp_path / "shared", tmp_path / "out", profile=in_blocks["profile"], recipe=recipe)
     assert done.notes["improved"]
@@ -219,20 +205,8 @@ def test_a_stopped_heal_resumes(in_blocks: Place, small: Make, tmp_path: Path, q
 @pytest.mark.fresh_process
 def test_the_command_says_what_the_weights_take(in_blocks: Place, tmp_path: Path) -> None:
     place = [str(in_blocks["model"]), "-o", str(tmp_path / "out"), "--profile", str(in_blocks["profile"])]
-    options = [
-        "--modules",
-        "down_proj",
-        "--steps",
-        "4",
-        "--batch",
-        "576",
-        "--samples",
-        "12",
-        "--lr",
-        "0.02",
-        "--set",
-        "heal.rank=8",
-    ]
+    text = "--modules down_proj --steps 4 --batch 576 --samples 12 --lr 0.02 --set heal.rank=8"
+    options = text.split()
     expected = estimate_heal(
         in_blocks["model"],
         profile=in_blocks["profile"],

@@ -16,20 +16,7 @@ from moacompress.healer.heal_request import HealRequest
 from moacompress.recipe import Recipe
 
 RUNNER = CliRunner()
-OPTIONS = [
-    "--train",
-    "full",
-    "--lr",
-    "1e-3",
-    "--steps",
-    "2",
-    "--batch",
-    "576",
-    "--samples",
-    "12",
-    "--set",
-    "heal.evaluations=1",
-]
+OPTIONS = "--train full --lr 1e-3 --steps 2 --batch 576 --samples 12 --set heal.evaluations=1"
 
 
 @pytest.fixture
@@ -37,7 +24,7 @@ def command(healable: dict[str, Path], tmp_path: Path, quick: None) -> list[str]
     (tmp_path / "run").mkdir()
     for name in ("model", "profile"):
         (tmp_path / "run" / name).symlink_to(healable[name])
-    return ["heal", str(tmp_path / "run"), "-o", str(tmp_path / "out"), *OPTIONS]
+    return ["heal", str(tmp_path / "run"), "-o", str(tmp_path / "out"), *OPTIONS.split()]
 
 
 def test_json_then_a_table_of_the_same(command: list[str]) -> None:
@@ -88,21 +75,6 @@ def test_helpers_of_torchrun_say_nothing(command: list[str], monkeypatch: pytest
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
         assert RUNNER.invoke(app, [*command, "--json"]).stdout.count("\n") == lines
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--objective", "klx"], "heal.objective"),
-        (["--train", "some"], "heal.train"),
-        (["--steps", "0"], "heal.steps"),
-        (["--lr", "-1"], "heal.lr"),
-    ],
-)
-def test_values_out_of_range(options: list[str], message: str, command: list[str]) -> None:
-    done = RUNNER.invoke(app, [*command, *options])
-    assert done.exit_code == 2
-    assert message in done.stderr
 
 
 def test_another_gpu_than_the_first(command: list[str]) -> None:

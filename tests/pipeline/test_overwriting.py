@@ -1,10 +1,8 @@
-"""Runs in a folder that holds something: what `--overwrite` removes, what another process is at, and what a kill costs."""
+"""Runs in a folder that holds something: what `--overwrite` removes, and what another process is at."""
 
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -76,16 +74,22 @@ def test_overwrite_leaves_nothing_of_the_run_before_and_all_of_the_users(finishe
     ]
 
 
-def test_an_overwrite_that_is_interrupted_is_recovered_from(finished, recipe, tmp_path, monkeypatch):
-    """After every removal in turn: the same recipe can go on, and another is refused as before."""
-    steps = []
-    monkeypatch.setattr(pipeline, "load_for", lambda recipe, model, **_: steps.append(model))
+@pytest.fixture
+def begun(monkeypatch):
+    """Has runs only begin, with no model; returns the names of the models that they would load."""
+    models = []
+    monkeypatch.setattr(pipeline, "load_for", lambda recipe, model, **_: models.append(model))
     monkeypatch.setattr(pipeline, "check_with_model", lambda *arguments: None)
     monkeypatch.setattr(
         pipeline,
         "fill",
         lambda recipe, out, progress, from_scratch, **_: pipeline._begin(recipe, out, from_scratch, False),
     )
+    return models
+
+
+def test_an_overwrite_that_is_interrupted_is_recovered_from(finished, recipe, tmp_path, monkeypatch, begun):
+    """After every removal in turn: the same recipe can go on, and another is refused as before."""
     count = len([path for path in of_compress(tmp_path) if path.parent == tmp_path])
     for stop in range(count):
         out = tmp_path / str(stop)
@@ -107,18 +111,12 @@ def test_an_overwrite_that_is_interrupted_is_recovered_from(finished, recipe, tm
         compress(recipe, out)
         compress(recipe.override(seed=1), out, overwrite=True)
         assert [path.name for path in out.iterdir()] == ["recipe.json"]
-    assert len(steps) == 3 * count
+    assert len(begun) == 3 * count
 
 
-def test_a_run_that_failed_at_once_is_no_other_run(recipe, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("begun")
+def test_a_run_that_failed_at_once_is_no_other_run(recipe, tmp_path):
     """What it left (a recipe, a clock, a profile without a sample) is replaced; what somebody else left is not."""
-    monkeypatch.setattr(pipeline, "load_for", lambda recipe, model, **_: None)
-    monkeypatch.setattr(pipeline, "check_with_model", lambda *arguments: None)
-    monkeypatch.setattr(
-        pipeline,
-        "fill",
-        lambda recipe, out, progress, from_scratch, **_: pipeline._begin(recipe, out, from_scratch, False),
-    )
     out, wrong = tmp_path / "out", recipe.override(model="a-typo")
     compress(wrong, out)
     (out / "seconds.json").write_text('{"profile": 3.5}')
@@ -237,34 +235,8 @@ def test_a_second_run_is_refused_while_the_first_lives(finished, recipe, tmp_pat
     assert _comparable(out) == _comparable(finished[0])
 
 
-def _run(recipe_file, out, kill_after=None):
-    """Runs `compress` in a process of its own; kills it without warning after some seconds."""
-    command = [sys.executable, "-m", "moacompress", "compress", "--recipe", str(recipe_file), "-o", str(out), "-q"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        _, errors = process.communicate(timeout=kill_after)
-        assert process.returncode == 0, errors
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-
-
 def _comparable(out):
     plan = json.loads((out / "plan.json").read_text())
     results = json.loads((out / "eval.json").read_text())["results"]
     profile = (out / "profile" / "influence.safetensors").read_bytes()
     return plan, results, profile
-
-
-@pytest.mark.parametrize("kills", [1, pytest.param(12, marks=pytest.mark.heavy)])
-def test_killed_at_random_points_ends_the_same(kills, finished, recipe, tmp_path):
-    whole, _ = finished
-    file, out = tmp_path / "recipe.yaml", tmp_path / "out"
-    file.write_text(yaml.safe_dump(recipe.resolved()))
-    rng = random.Random(kills)
-    for _ in range(kills):
-        _run(file, out, kill_after=rng.uniform(4, 16))
-    _run(file, out)
-    assert _comparable(out) == _comparable(whole)
-    leftovers = [path for path in out.rglob("*") if path.name.endswith((".tmp", ".partial"))]
-    assert leftovers == []
