@@ -61,7 +61,7 @@ PUBLIC = {
     "moacompress.evaluation.runner": "evaluate",
     "moacompress.exporter.exporting": "export",
     "moacompress.pipeline": "compress",
-    "moacompress.rules.plan": "Plan",
+    "moacompress.plan": "Plan",
     "moacompress.recipe": "Recipe",
     "moacompress.runtime": "attach detach",
     "moacompress.search.audit.audit": "audit",
