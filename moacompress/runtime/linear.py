@@ -72,7 +72,7 @@ class KernelLinear(nn.Linear):
     """A linear layer whose products go to what is quickest here; where its weight is trained, they are torch's own."""
 
     stays: bool = False
-    """Whether it was asked for by itself, and is not only part of a plan: `leave` does nothing then."""
+    """Whether it was asked for by itself, and is not only part of a plan: `uninstall_kernel` does nothing then."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Returns `input @ weight.T + bias`, `[..., out_features]`."""

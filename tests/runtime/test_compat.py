@@ -187,7 +187,7 @@ getattr(Mine, "_nine", None); getattr(Mine, "_moacompress"); Mine.__dict__
 
 
 def test_every_listed_name_that_is_taken_is_listed() -> None:
-    """`take` looks names up in the list: each constant that the product takes is one of it."""
+    """`resolve` looks names up in the list: each constant that the product takes is one of it."""
     listed = {entry.name for entry in NAMES}
     for path in product_files():
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):

@@ -50,7 +50,7 @@ class LayerBlocks:
     Attributes:
         left: how many tokens have left the windows and competed to be kept, int64 `[rows, heads]`, where rules select; compiled
             kernels write to it.
-        past: what `chosen` was before chunks of late, oldest first, for rolling back; what it names is counted.
+        past: what `selected` was before the last chunks, oldest first, for rolling back; what it names is counted.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """The selected tokens of a layer's cache: what becomes of them in a chunk, and the blocks that they lie in.
 
 They lie in blocks of the layer's pool, of their KV head's formats, under a table of their own: the token in place p is in
-`chosen.ids[row, head, p // 16]`. Who is in which place follows from scores alone (`rules.selection`); one that takes the place
-of another is written over it, and what is evicted from the window is copied there as it was cached.
+`selected.ids[row, head, p // 16]`. Who is in which place follows from scores alone (`rules.selection`); one that takes the
+place of another is written over it, and what is evicted from the window is copied there as it was cached.
 """
 
 from __future__ import annotations

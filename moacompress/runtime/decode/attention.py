@@ -142,8 +142,8 @@ def _attended(
         chunk, rules = straight_through(context, query, key, value)
         whole = prefill_alone(backend, *chunk, rules=rules, scores=scores).to(query.dtype)
         return whole.transpose(1, 2).contiguous()
-    out = _take_around(context, cache, *tensors, scores, *of_gates)
-    return out
+    between: torch.Tensor = _attend_between_graphs(context, cache, *tensors, scores, *of_gates)
+    return between
 
 
 def _warn_of_clipped(context: LayerContext, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -177,8 +177,8 @@ def _warn_of_clipped(context: LayerContext, key: torch.Tensor, value: torch.Tens
 
 
 @torch.compiler.disable(reason="gradients through a cache or a mask")  # type: ignore[untyped-decorator]
-def _take_around(context: LayerContext, cache: PlanCache | None, *arguments: Any) -> torch.Tensor:
-    """`take` where a compiled model cannot hold it whole: the model around it is compiled."""
+def _attend_between_graphs(context: LayerContext, cache: PlanCache | None, *arguments: Any) -> torch.Tensor:
+    """Attends where a compiled graph cannot hold it: the model around it is compiled."""
     request = AttendRequest(context, cache, *arguments)
     if cache is not None:
         cache.update(request.key, request.value, context.layer)
