@@ -101,6 +101,7 @@ def test_floors_hold_in_groups(profiles: Profiles) -> None:
     rng = np.random.default_rng(0)
     costs = rng.random((6, 2, len(profile.rules)))
     costs[..., 0] = 0
+    costs[1:4] = 0  # nothing but the floor asks for more than the smallest rule
     plan = space.plan(space.knapsack.choose(space.costs(costs)))
     assert all(rule.is_full for rule in plan.rules[3])
     assert plan.rules[1][0].is_full

@@ -14,6 +14,7 @@ import pytest
 
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import ArtefactError
+from moacompress.search.measure.storages import open_storage
 
 Profiles = Callable[..., Profile]
 Search = Callable[..., tuple[Any, Any]]
@@ -72,8 +73,7 @@ def test_a_second_search_is_refused_while_the_first_lives(
         assert process.returncode == 0
     assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
     name = f"moacompress-{whole.plan.provenance['search']}"
-    journal = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
-    states = {trial.state.name for trial in optuna.load_study(storage=journal, study_name=name).trials}
+    states = {trial.state.name for trial in optuna.load_study(storage=open_storage(storage), study_name=name).trials}
     assert states == {"COMPLETE"}
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".owner"] == []
 
