@@ -105,7 +105,7 @@ def test_a_prompt_with_several_answers_is_one_sample_of_one_split(source: Source
         [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for prompt, answer in pairs
     ]
     prompt_rows: list[Any] = [{"prompt": prompt, "answer": answer} for prompt, answer in pairs]
-    splits: tuple[tuple[Split, int], ...] = (("calibration", 8), ("validation", 3))
+    splits: tuple[tuple[Split, int], ...] = (("calibration", 14), ("validation", 6))
     for number, rows in enumerate((prompt_rows, [{"messages": each} for each in turns])):
         path = write_rows(tmp_path / f"{number}.jsonl", rows)
         seen = {}
