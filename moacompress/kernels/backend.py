@@ -15,7 +15,6 @@ from moacompress.kernels.arguments import (
     CacheView,
     Choices,
     LayerWeights,
-    Projections,
     RingState,
     Rotary,
     Scores,
@@ -235,31 +234,6 @@ class Backend(ABC):
             dtype: of the model.
         """
         raise self._cannot("bind_ring")
-
-    def step_hidden(
-        self,
-        hidden: torch.Tensor,
-        *,
-        projections: Projections,
-        rotary: Rotary,
-        cache: CacheState,
-        rules: RuleTable,
-        scores: Scores,
-    ) -> tuple[torch.Tensor, AllocationShortfall | None]:
-        """Puts one more token of every row into its cache and attends to it, from what the attention layer gets.
-
-        Args:
-            hidden: `[rows, 1, inputs]`.
-            projections: of the layer.
-            rotary: of the token.
-            cache: written to.
-            rules: of the KV heads, with tensors on the CPU.
-            scores: how scores are made.
-
-        Returns:
-            `[rows, 1, heads, value_dim]` and None; or something, and what the cache lacks.
-        """
-        raise self._cannot("step_hidden")
 
     def step_layer(
         self,

@@ -17,7 +17,6 @@ class Capabilities:
         decode_selecting: `Backend.decode_selecting`.
         step: `Backend.step`.
         ring: `Backend.bind_ring`.
-        step_hidden: `Backend.step_hidden`.
         step_layer: `Backend.step_layer`.
         stack: `Backend.read_layers`.
         linear: `Backend.linear`.
@@ -33,7 +32,6 @@ class Capabilities:
     decode_selecting: bool = False
     step: bool = False
     ring: bool = False
-    step_hidden: bool = False
     step_layer: bool = False
     stack: bool = False
     linear: bool = False

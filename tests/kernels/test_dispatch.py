@@ -81,7 +81,7 @@ def test_other_dtypes_run_on_the_reference_unless_the_kernel_is_asked_for(from_s
 
 
 @pytest.mark.parametrize(
-    "call", ["decode_selecting", "step", "step_hidden", "step_layer", "read_layers", "linear", "profile_backward"]
+    "call", ["decode_selecting", "step", "step_layer", "read_layers", "linear", "profile_backward"]
 )
 def test_a_call_that_a_backend_lacks_says_so(call):
     assert not any(getattr(REFERENCE.capabilities, name, False) for name in (call, "stack", "profile"))

@@ -95,11 +95,6 @@ class Case:
         """Makes the call until there is room for the token."""
         return self.cache.stepped(lambda state: CPU.step_layer(self.x, layer=self.layer, cache=state, **self.rest))
 
-    def attended(self) -> torch.Tensor:
-        """As `step`, of its attention alone."""
-        made = self.layer.projections
-        return self.cache.stepped(lambda state: CPU.step_hidden(self.x, projections=made, cache=state, **self.rest))
-
     def expected(self) -> torch.Tensor:
         """The same in float64, once the token is in the cache."""
         cache, rows = self.cache, self.x.shape[0]
@@ -220,7 +215,7 @@ def test_threads_and_other_rows_change_no_bit(name, dtype, isa, threads):
 @pytest.mark.parametrize("name", library.ISAS)
 @pytest.mark.parametrize("dtype", library.DTYPES)
 def test_nan_goes_through_and_spoils_no_other_row(name, dtype, isa):
-    """The row that has it, and what that row makes of its cache later on: by a whole layer, by its attention and by layers."""
+    """The row that has it, and what that row makes of its cache later on: by a whole layer and by layers."""
     isa(name)
     for seed in (5, 6, 7):
         results = []
@@ -230,11 +225,10 @@ def test_nan_goes_through_and_spoils_no_other_row(name, dtype, isa):
             case.x[2, 0, 0] = number
             first = case.step()
             case.x = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-            attention = case.attended()
             allocate(case)
             out, *rest = read(case).step(case.x, case.rotary, 0)
             assert rest == [2, None]
-            results.append((first, attention, out))
+            results.append((first, out))
         others = torch.tensor([0, 1, 3])
         for mine, clean in zip(*results, strict=True):
             assert mine[2].isnan().all()
@@ -255,8 +249,17 @@ def test_bad_arguments_are_refused():
     def weights(at, change):
         return [change(w).contiguous() if i == at else w for i, w in enumerate(case.weights)]
 
-    hidden = case.x.shape[2]
+    hidden, dim, heads = case.x.shape[2], case.rotary.cos.shape[-1], len(case.cache.rules)
     refused("6 weights, 0 biases and 2 norms", weights=case.weights[:6])
+    refused("7 weights, 1 biases and 2 norms", biases=[torch.zeros(heads * dim)])
+    refused("bias has the shape", biases=[torch.zeros(1)] * 3)
+    refused("centre of the keys has the shape", centre=torch.zeros(heads, dim + 1))
+    refused("centre of the keys has another dtype", centre=torch.zeros(heads, dim).half())
+    refused("both must have 3 dimensions", cos=case.rotary.cos[0])
+    refused("not an even number", cos=torch.randn(2, 1, dim - 1), sin=torch.randn(2, 1, dim - 1))
+    refused("sin has the shape", sin=torch.randn(1, 1, dim + 2))
+    refused("cos has another dtype", cos=torch.randn(2, 1, dim).half())
+    refused("rotary embeddings of 3 rows for 2", sin=torch.randn(3, 1, dim))
     refused("7 weights, 0 biases and 1 norms", norms=case.norms[:1])
     refused("eps is -1", eps=-1.0)
     refused("6 kinds of 7 weights", kinds=[0] * 6)
@@ -264,7 +267,9 @@ def test_bad_arguments_are_refused():
     refused("a norm has the shape", norms=[case.norms[0], case.norms[1][1:]])
     refused("a norm has another dtype", norms=[case.norms[0].half(), case.norms[1]])
     refused("input has the shape", x=torch.randn(2, 2, hidden))
+    refused("weight 0 has", weights=weights(0, lambda w: w[1:]))
     refused("weight 1 has", weights=weights(1, lambda w: w.repeat(2, 1)))
+    refused("weight 2 has", weights=weights(2, lambda w: w[1:]))
     refused("weight has the shape", weights=weights(3, lambda w: w.repeat(1, 2)))
     for at in (3, 4, 5, 6):
         refused(
@@ -419,13 +424,12 @@ def test_fakes_have_the_shapes_of_the_real_ones():
     case = build(11, torch.float32, rows=2)
     assert case.step() is not None  # there is room for another token
     arguments = case.arguments()
-    layer, state = arguments[:9], arguments[9:]
-    heads, dim, value_dim = len(case.cache.rules), layer[7].shape[-1], state[1][0].shape[-1]
+    state = arguments[9:]
+    heads, dim, value_dim = len(case.cache.rules), case.rotary.cos.shape[-1], state[1][0].shape[-1]
     token = tuple(torch.randn(2, n, 1, d) for n, d in ((heads * 2, dim), (heads, dim), (heads, value_dim)))
     unscored = (*state[:-1], None, [], None)
     calls = {
         "step": (*token, *unscored),
-        "step_hidden": (layer[0], layer[1][:3], *layer[2:5], *layer[7:], *state),
         "step_layer": arguments,
     }
     for name, given in calls.items():

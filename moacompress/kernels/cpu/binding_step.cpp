@@ -85,36 +85,6 @@ void expand_blocks_op(Tensor blocks, int64_t kind, Tensor out) {
   check_status(expand(call, parallel(), isa()), op);
 }
 
-void check_rotary(const Tensor& cos, const Tensor& table, const char* op) {
-  REQUIRE(cos.dim() == 3 && table.dim() == 3, op, ": cos has the shape ", text(cos), " and the table ", text(table),
-          "; both must have 3 dimensions");
-}
-
-std::tuple<Tensor, int64_t> step_hidden_op(Tensor x, Tensors weights, Tensors biases, Shapes kinds, std::optional<Tensor> centre, Tensor cos,
-                                           Tensor sin, Tensors keys, Tensors values, Tensor table, Tensor lengths, Tensor runs, Tensor refs, Tensor rules, int64_t lag,
-                                           double scaling, double softcap, std::optional<Tensor> sink_logits) {
-  const char* op = "step_hidden";
-  const TracedStep traced(REST);
-  REQUIRE(weights.size() == 3 && (biases.empty() || biases.size() == 3), op, ": ", weights.size(), " weights and ",
-          biases.size(), " biases; 3 weights are needed, and 3 biases or none");
-  x = one_token(x, op);
-  check_rotary(cos, table, op);
-  const int64_t rows = x.size(0);
-  const ScalarType type = x.scalar_type();
-  const Rotary rotary(cos, sin, rows, cos.size(2), type, op);
-  Projections projections(weights.data(), biases.empty() ? nullptr : biases.data(), x.size(2), table.size(1), cos.size(2), type,
-                          dtype_of(x, op), op, kinds_of(kinds, 3, op).data());
-  if (centre) projections.take_centre(*centre, op);
-  Shape shape = projections.shape;
-  shape.rows = rows;
-  const State state = {keys, values, table, lengths, runs, refs, rules, lag, scaling, softcap, sink_logits};
-  const LayerCache cache = state.of(shape, type, op);
-  Scratch memory;
-  Tensor out = new_tensor(x, Shapes{rows, 1, shape.kv_heads * shape.group, shape.value_dim});
-  const Token token = projections.make(x.const_data_ptr(), rows, rotary, memory.of(projections.bytes(rows), op), op);
-  return {out, take(cache, token, out.mutable_data_ptr(), op)};
-}
-
 std::tuple<Tensor, int64_t> step_layer_op(Tensor x, Tensors weights, Tensors biases, Shapes kinds, std::optional<Tensor> centre, Tensors norms, double eps, Tensor cos,
                                           Tensor sin, Tensors keys, Tensors values, Tensor table, Tensor lengths, Tensor runs,
                                           Tensor refs, Tensor rules, int64_t lag, double scaling, double softcap,
@@ -124,7 +94,8 @@ std::tuple<Tensor, int64_t> step_layer_op(Tensor x, Tensors weights, Tensors bia
   REQUIRE(weights.size() == 7 && norms.size() == 2 && (biases.empty() || biases.size() == 3), op, ": ", weights.size(),
           " weights, ", biases.size(), " biases and ", norms.size(), " norms; 7, 3 or none, and 2 are needed");
   x = one_token(x, op);
-  check_rotary(cos, table, op);
+  REQUIRE(cos.dim() == 3 && table.dim() == 3, op, ": cos has the shape ", text(cos), " and the table ", text(table),
+          "; both must have 3 dimensions");
   const int64_t rows = x.size(0), inputs = x.size(2);
   const ScalarType type = x.scalar_type();
   const Rotary rotary(cos, sin, rows, cos.size(2), type, op);
@@ -171,8 +142,6 @@ static const moacompress::Operators operators("moacompress_cpu", {
      Boxed<&expand_blocks_op>::call},
     {"step(Tensor query, Tensor key, Tensor value, " CACHE ", Tensor(g!)[] selected, Tensor? scores" DONE,
      Boxed<&step_op>::call},
-    {"step_hidden(Tensor x, Tensor[] weights, Tensor[] biases, int[] kinds, Tensor? centre, Tensor cos, Tensor sin, " CACHE DONE,
-     Boxed<&step_hidden_op>::call},
     {"step_layer(Tensor x, Tensor[] weights, Tensor[] biases, int[] kinds, Tensor? centre, Tensor[] norms, float eps, Tensor cos, Tensor sin, " CACHE DONE,
      Boxed<&step_layer_op>::call},
 });

@@ -18,7 +18,6 @@ from moacompress.kernels.arguments import (
     CacheView,
     Choices,
     LayerWeights,
-    Projections,
     Rotary,
     Scores,
     SelectedView,
@@ -71,7 +70,6 @@ class CpuBackend(Backend):
         traced=True,
         decode_selecting=True,
         step=True,
-        step_hidden=True,
         step_layer=True,
         stack=True,
         linear=True,
@@ -225,22 +223,6 @@ class CpuBackend(Backend):
             [] if gate_scores is None else [cache.selected, cache.left, *_shared_values(cache)],
             None if gate_scores is None else gate_scores.contiguous(),
         )
-        return out, _shortfall(wanted)
-
-    def step_hidden(
-        self,
-        hidden: torch.Tensor,
-        *,
-        projections: Projections,
-        rotary: Rotary,
-        cache: CacheState,
-        rules: RuleTable,
-        scores: Scores,
-    ) -> tuple[torch.Tensor, AllocationShortfall | None]:
-        """As `step`, projections and rotary embeddings included: `[rows, 1, heads * value_dim]`."""
-        *lists, centre = projections
-        made = (hidden, *map(list, lists), centre, dense_rows(rotary.cos), dense_rows(rotary.sin))
-        out, wanted = torch.ops.moacompress_cpu.step_hidden(*made, *_cached(cache, rules, scores))
         return out, _shortfall(wanted)
 
     def step_layer(

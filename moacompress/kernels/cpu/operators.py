@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,21 +52,6 @@ def _fake_linear(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Ten
 def _fake_step(query: torch.Tensor, key: Any, value: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, Any]:
     rows, heads, _, _ = query.shape
     return query.new_empty(rows, 1, heads, value.shape[-1]), torch.library.get_ctx().new_dynamic_size()
-
-
-def _fake_step_hidden(
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Any,
-    kinds: Any,
-    centre: Any,
-    cos: torch.Tensor,
-    *rest: Any,
-) -> tuple[torch.Tensor, Any]:
-    head_dim = cos.shape[-1]
-    queries, keys, values = (weight.shape[0] for weight in weights)
-    out = x.new_empty(x.shape[0], 1, queries // head_dim, values // (keys // head_dim))
-    return out, torch.library.get_ctx().new_dynamic_size()
 
 
 def _fake_step_layer(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, Any]:
@@ -140,7 +125,6 @@ def register() -> None:
         "linear_blocks": _fake_linear,
         "expand_blocks": lambda blocks, kind, out: None,
         "step": _fake_step,
-        "step_hidden": _fake_step_hidden,
         "step_layer": _fake_step_layer,
         "profile_backward": _fake_profile,
     }
