@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from moacompress.evaluation.baselines.compared_models import ComparedModel
 from moacompress.evaluation.scoring.prompts import Score
 from moacompress.evaluation.scoring.result_rows import Measured, TaskCell
 from moacompress.evaluation.scoring.stored_scores import score_rows
@@ -143,7 +144,7 @@ def test_tables_of_ways_to_evict(
     for task, sides in matches.items():
         cells.append(TaskCell(task, 2048, 4, 2000))
         fields.append([
-            Measured(SimpleNamespace(name=name, kv_bytes=taken[name], description=lambda tokens: {}), [
+            Measured(ComparedModel(name, taken[name]), [
                 Score(float(match), float(match), 0.25 + number) for match in said
             ])
             for number, (name, said) in enumerate(sides.items())
