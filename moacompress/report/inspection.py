@@ -15,7 +15,6 @@ from moacompress.core.errors import ArtefactError, UsageError
 from moacompress.core.shown import ShownDict
 from moacompress.core.tables import Columns, Row, Table, facts, readable_bytes, readable_types
 from moacompress.exporter.card import repair_text
-from moacompress.kernels.weight_blocks import WEIGHT_TYPES
 from moacompress.models.source import find_model_folder
 from moacompress.models.stored_plan import checkpoint_weights, find_running_plan, read_plan
 from moacompress.models.weight_bytes import checkpoint_weight_bytes
@@ -152,6 +151,8 @@ def _numbers(tensor: StoredTensor, kind: str | None) -> int:
     """Returns how many numbers a tensor stands for, whatever they are stored as."""
     if kind is None:
         return tensor.numbers
+    from moacompress.kernels.weight_blocks import WEIGHT_TYPES  # imports torch
+
     if kind not in WEIGHT_TYPES or len(tensor.shape) != 2:
         raise ArtefactError(f"the weights of the checkpoint are in blocks of an unknown type, {kind[:40]!r}")
     return tensor.shape[0] * WEIGHT_TYPES[kind].inputs(tensor.shape[1])
