@@ -122,6 +122,7 @@ def perform(command: str, place: Path, tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setenv(*words.pop(0).split("=", 1))
     if words[0] == "python":
         monkeypatch.setattr(sys, "argv", words[1:])
+        monkeypatch.syspath_prepend(Path(words[1]).resolve().parent)  # as Python does for a script
         runpy.run_path(words[1], run_name="__main__")
         return
     if "-o" in words:  # what is written is new
