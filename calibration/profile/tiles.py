@@ -213,7 +213,7 @@ class TileView:
 
     @cached_property
     def _left(self) -> Tensor:
-        """How many tokens have left the window of every row and rule, `[rows, rules]`."""
+        """Number of tokens evicted from the window of every row and rule, `[rows, rules]`."""
         return (self.segments[1] - self.segments[0]).clamp_min(0)
 
     @cached_property

@@ -124,7 +124,8 @@ class CacheState(NamedTuple):
             bytes.
         selected: block ids of the tokens that gates select, by their places, int32 `[rows, kv_heads, width]`; None where no
             rule selects.
-        left: how many tokens have left the window and competed, int64 `[rows, kv_heads]`; None where no rule selects.
+        left: number of tokens evicted from the window, which have competed, int64 `[rows, kv_heads]`; None where no rule
+            selects.
     """
 
     keys: Sequence[torch.Tensor]

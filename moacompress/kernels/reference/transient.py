@@ -109,7 +109,7 @@ def _attend(
     """`attend_transient` of one row and KV head; what is not finite reaches the queries that see it, and no others.
 
     The query is `[group, tokens, head_dim]`, keys and values are `[selected, dim]`; `times` says when each is admitted and
-    evicted, int64 `[selected]`, and `now` how many tokens have left the window when each real query attends, int64
+    evicted, int64 `[selected]`, and `now` the number of tokens evicted from the window when each real query attends, int64
     `[real tokens]`.
     """
     group, tokens, _ = query.shape

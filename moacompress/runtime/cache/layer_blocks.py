@@ -48,8 +48,8 @@ class LayerBlocks:
         selected: which blocks hold the tokens that gates select, from the first place on; None where no rule selects.
 
     Attributes:
-        left: how many tokens have left the windows and competed to be kept, int64 `[rows, heads]`, where rules select; compiled
-            kernels write to it.
+        left: number of tokens evicted from the windows, which have competed to be kept, int64 `[rows, heads]`, where rules
+            select; compiled kernels write to it.
         past: what `selected` was before the last chunks, oldest first, for rolling back; what it names is counted.
     """
 

@@ -93,9 +93,11 @@ class _FusedLayer:
 
 
 def _read(
-    layers: Iterable[Any], hidden: torch.Tensor, kinds: tuple[type[nn.Module], ...] = PLAIN
-) -> Projections | None:
-    """Returns weights and biases of linear layers, and types of blocks; None where the compiled kernels cannot use them.
+    layers: Iterable[Any], hidden: torch.Tensor, kinds: tuple[type[nn.Module], ...]
+) -> tuple[list[Any], list[Any], list[int]] | None:
+    """Returns weights and biases of linear layers, and types of blocks (none where all are native).
+
+    None where the compiled kernels cannot use them.
 
     Every step asks this of every layer, so it goes by the dictionaries of a module, which take half the time.
     """
@@ -114,21 +116,20 @@ def _read(
         codes.append(NATIVE if kind is None else kind.code)
         if bias is not None:
             biases.append(bias)
-    return Projections(weights, biases, codes if any(codes) else ())
+    return weights, biases, codes if any(codes) else []
 
 
 def _fits(
-    module: Any, hidden: torch.Tensor, rotary: Any, call: Any, projections: Projections, among_all: bool = False
+    module: Any, hidden: torch.Tensor, rotary: Any, call: Any, weights: Iterable[torch.Tensor], among_all: bool
 ) -> bool:
-    """Whether attention's forward is one that can be asked for by its projections' weights and biases.
+    """Whether attention's forward is one that can be asked for by the weights of its projections.
 
     `among_all`: whether all layers are asked for together, those too that share attention.
     """
-    weights, biases, *_ = projections
     if not isinstance(call, LayerCall) or call.cache is None or rotary is None or module.training:
         return False
     rows, tokens, _ = hidden.shape
-    if tokens != 1 or not rows or len(biases) not in (0, 3):
+    if tokens != 1 or not rows:
         return False
     head_dim, (cos, sin) = module.head_dim, rotary
     if torch.is_autocast_enabled(hidden.device.type) or cos.dtype != hidden.dtype or sin.dtype != hidden.dtype:
@@ -169,22 +170,18 @@ def _layer(
     if _is_touched(attention, hooked_before=True) or any(map(_is_touched, others)):
         return None
     found = _read(linears, hidden, (*PLAIN, DroppedProjection) if among_all else PLAIN)
-    scales = [norm._parameters["weight"] for norm in norms]
-    if (
-        found is None
-        or len(found[1]) not in (0, 3)
-        or any(part._parameters["bias"] is not None for part in linears[3:])
-    ):
+    if found is None:
         return None
-    eps = norms[0].variance_epsilon
+    weights, biases, kinds = found
+    if len(biases) not in (0, 3) or any(part._parameters["bias"] is not None for part in linears[3:]):
+        return None
+    scales, eps = [norm._parameters["weight"] for norm in norms], norms[0].variance_epsilon
     if type(activation) not in SILU or norms[1].variance_epsilon != eps:
         return None
-    weights, biases, kinds, _ = found
-    projections = Projections(weights[:3], biases, kinds[:3])
     call = _call(attention, kwargs) if all(is_kernel_compatible(scale, hidden) for scale in scales) else None
-    if call is None or not _fits(attention, hidden, rotary, call, projections, among_all):
+    if call is None or not _fits(attention, hidden, rotary, call, weights[:3], among_all):
         return None
-    projections = projections._replace(centre=call.context.centre)
+    projections = Projections(weights[:3], biases, kinds[:3], call.context.centre)
     gate: tuple[torch.Tensor, ...] = ()
     if call.context.selects:
         if _is_touched(own["gate"]):
