@@ -50,7 +50,10 @@ def main() -> None:
     pages = [name for name in files if name.startswith("docs/") and name.endswith(".md")]
     for part, here in (("docs", [name for name in pages if "/lab/" not in name]), ("README", ["README.md"])):
         print(f"{part}: {sum(len((ROOT / name).read_text('utf-8').split()) for name in here)} words")
-    print(f"commands: {command_parameters()} parameters; recipes: {recipe_keys()} keys")
+    print(
+        f"commands: {command_parameters(python)} parameters by hand, {shown_parameters()} with those made from the recipe "
+        f"and the harness; recipes: {recipe_keys()} keys"
+    )
 
 
 def is_link(name: str) -> bool:
@@ -96,7 +99,18 @@ def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return len(function.args.posonlyargs + function.args.args + function.args.kwonlyargs)
 
 
-def command_parameters() -> int:
+def command_parameters(python: dict[str, str]) -> int:
+    """Returns the parameters of the functions that are commands."""
+    return sum(
+        parameters(one)
+        for name, source in python.items()
+        if name.startswith("moacompress/cli/")
+        for one in functions(source)
+        if any(ast.unparse(decorator).startswith("command(") for decorator in one.decorator_list)
+    )
+
+
+def shown_parameters() -> int:
     """Returns the options and arguments of all commands of `moacompress`."""
     import typer
 
