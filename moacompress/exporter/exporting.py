@@ -133,6 +133,8 @@ class _Prepared(NamedTuple):
 def write_export(asked: ExportRequest, progress: Progress) -> Path:
     """Does what `export` says, for a request."""
     out = asked.out
+    if asked.ranks is not None and asked.repair is not None:
+        raise UsageError("a repair fits weights where they are, and ranks move them; give one of --repair and --ranks")
     sweep_folders(out)
     progress.start("export", 3)
     plan, changed, profile, source, inputs, reused = _prepared(asked)
@@ -171,8 +173,6 @@ def _prepared(asked: ExportRequest) -> _Prepared:
     from moacompress.calibration.profile.store import Profile
 
     out, ranks = asked.out, asked.ranks
-    if ranks is not None and asked.repair is not None:
-        raise UsageError("a repair fits weights where they are, and ranks move them; give one of --repair and --ranks")
     check_writable(out)
     plan = _unhealed(unrepaired(asked.plan if isinstance(asked.plan, Plan) else Plan.load(asked.plan)))
     profile = Profile.load(asked.repair) if isinstance(asked.repair, str | Path) else asked.repair
