@@ -41,7 +41,7 @@ def test_numbers_names_and_shapes_count() -> None:
         return made
 
     kinds = [module("a", 2, 6), module("b", 2, 6), module("a", 6, 2), module("a", 12), module("a", 0)]
-    kinds[0].a.data[1, 5] += 0.01
+    kinds[0].get_parameter("a").data[1, 5] += 0.01
     kinds.append(module("a", 2, 6))
     assert len({weights_fingerprint(kind) for kind in kinds}) == len(kinds)
 

@@ -36,6 +36,7 @@ def test_what_is_not_in_the_cache_fails_at_once(cache: Path, offline: bool, monk
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(hub, "can_reach", lambda endpoint: offline)  # offline, nobody asks
     why = "HF_HUB_OFFLINE is set" if offline else "https://.* cannot be reached"
     with pytest.raises(
         ModelError, match=f"there is no folder owner/name, {why}, and the cache in .* does not have it; give"
