@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -52,26 +52,29 @@ def export(
     default is the plan's.
     """
     from moacompress.exporter.card import repair_text
-    from moacompress.exporter.exporting import estimate_export, exported_plan
-    from moacompress.exporter.exporting import export as export_model
+    from moacompress.exporter.exporting import ExportRequest, estimate_export, exported_plan, write_export
     from moacompress.report.inspection import inspect_plan, kv_table
 
     loaded = read_plan(find_plan_file(plan))
     recipe = run.recipe()
     if recipe.dtype != "auto":
         loaded = loaded.in_dtype(recipe.dtype)
-    options: dict[str, Any] = {
-        "repair": repair,
-        "device": recipe.device,
-        "weights": recipe.weights,
-        "head_weights": recipe.head_weights,
-        "overwrite": run.common.overwrite,
-        "trust_remote_code": run.common.trust_remote_code,
-    }
+    asked = ExportRequest(
+        model,
+        loaded,
+        out,
+        weights=recipe.weights,
+        head_weights=recipe.head_weights,
+        repair=repair,
+        ranks=ranks,
+        device=recipe.device,
+        overwrite=run.common.overwrite,
+        trust_remote_code=run.common.trust_remote_code,
+    )
     if run.common.dry_run:
-        expected = estimate_export(model, loaded, out, **options)
+        expected = estimate_export(asked)
         return Output(expected.to_dict(), [expected.line()])
-    folder = export_model(model, loaded, out, ranks=ranks, progress=run.progress, **options)
+    folder = write_export(asked, run.progress)
     written = exported_plan(folder) or loaded
     inspected = inspect_plan(written)
     data = {"model": str(folder), "plan": str(plan), "kv_bytes": inspected["kv_bytes"], "repair": inspected["repair"]}

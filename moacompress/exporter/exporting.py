@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -96,43 +97,26 @@ def export(
             read.
         MoaCompressError: a fresh process cannot load the written checkpoint, or computes something else with it.
     """
-    progress = progress or Progress()
-    out = Path(out)
-    if ranks is not None and repair is not None:
-        raise UsageError("a repair fits weights where they are, and ranks move them; give one of --repair and --ranks")
-    sweep_folders(out)
-    progress.start("export", 3)
-    plan, changed, profile, source, inputs, reused = _prepared(
-        model, plan, out, (weights, head_weights), repair, ranks, device, overwrite, trust_remote_code
+    asked = ExportRequest(
+        model, plan, Path(out), weights, head_weights, repair, ranks, device, overwrite, trust_remote_code
     )
-    if reused:
-        progress.done()
-        return out
-    warn_of_budget(plan)
-    if plan.quality.get("assumed_repaired") and profile is None:
-        logger.warning(
-            "the KL of this plan was measured with repaired weights, which this checkpoint will not have; export with "
-            "--repair PROFILE"
-        )
-    progress.step("model loaded")
-    if profile is not None:
-        repaired = _repaired(source, model, plan, profile, trust_remote_code, progress)
-        plan = plan.with_notes(provenance={**plan.provenance, "repair": repaired.report})
-        changed = repaired.weights
-        progress.start("export", 2)
-    with new_folder(out, overwrite) as aside:
-        with with_weights(source.model, changed), with_its_cache(source.model):
-            attach(source.model, plan)
-            try:
-                expected = write_checkpoint(source, plan, aside)
-            finally:
-                detach(source.model)
-        progress.step("written")
-        verify_fresh(aside, expected, trust_remote_code=trust_remote_code)
-        progress.step("loaded and generated in a fresh process")
-        check_place(out, inputs)  # this took a while
-    progress.done()
-    return out
+    return write_export(asked, progress or Progress())
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What an export is asked for: the arguments of `export`."""
+
+    model: str | Path | SourceModel
+    plan: Plan | str | Path
+    out: Path
+    weights: str = KEEP
+    head_weights: str | None = None
+    repair: Profile | str | Path | None = None
+    ranks: int | None = None
+    device: str = "cpu"
+    overwrite: bool = False
+    trust_remote_code: bool = False
 
 
 class _Prepared(NamedTuple):
@@ -146,32 +130,62 @@ class _Prepared(NamedTuple):
     reused: bool  # whether this very export is there already
 
 
-def _prepared(
-    model: str | Path | SourceModel,
-    plan: Plan | str | Path,
-    out: Path,
-    weights: tuple[str, str | None],
-    repair: Profile | str | Path | None,
-    ranks: int | None,
-    device: str,
-    overwrite: bool,
-    trust_remote_code: bool,
-) -> _Prepared:
-    """Loads and checks what an export is made of; nothing is written. Arguments are those of `export`."""
+def write_export(asked: ExportRequest, progress: Progress) -> Path:
+    """Does what `export` says, for a request."""
+    out = asked.out
+    if asked.ranks is not None and asked.repair is not None:
+        raise UsageError("a repair fits weights where they are, and ranks move them; give one of --repair and --ranks")
+    sweep_folders(out)
+    progress.start("export", 3)
+    plan, changed, profile, source, inputs, reused = _prepared(asked)
+    if reused:
+        progress.done()
+        return out
+    warn_of_budget(plan)
+    if plan.quality.get("assumed_repaired") and profile is None:
+        logger.warning(
+            "the KL of this plan was measured with repaired weights, which this checkpoint will not have; export with "
+            "--repair PROFILE"
+        )
+    progress.step("model loaded")
+    if profile is not None:
+        repaired = _repaired(asked, source, plan, profile, progress)
+        plan = plan.with_notes(provenance={**plan.provenance, "repair": repaired.report})
+        changed = repaired.weights
+        progress.start("export", 2)
+    with new_folder(out, asked.overwrite) as aside:
+        with with_weights(source.model, changed), with_its_cache(source.model):
+            attach(source.model, plan)
+            try:
+                expected = write_checkpoint(source, plan, aside)
+            finally:
+                detach(source.model)
+        progress.step("written")
+        verify_fresh(aside, expected, trust_remote_code=asked.trust_remote_code)
+        progress.step("loaded and generated in a fresh process")
+        check_place(out, inputs)  # this took a while
+    progress.done()
+    return out
+
+
+def _prepared(asked: ExportRequest) -> _Prepared:
+    """Loads and checks what an export is made of; nothing is written."""
     from moacompress.calibration.profile.store import Profile
 
+    out, ranks = asked.out, asked.ranks
     check_writable(out)
-    plan = _unhealed(unrepaired(plan if isinstance(plan, Plan) else Plan.load(plan)))
-    profile = Profile.load(repair) if isinstance(repair, str | Path) else repair
-    read = (model.source if isinstance(model, SourceModel) else model, profile.path if profile else "")
-    inputs = [name for name in read if name and Path(name).exists()] if overwrite else ()
+    plan = _unhealed(unrepaired(asked.plan if isinstance(asked.plan, Plan) else Plan.load(asked.plan)))
+    profile = Profile.load(asked.repair) if isinstance(asked.repair, str | Path) else asked.repair
+    model = asked.model.source if isinstance(asked.model, SourceModel) else asked.model
+    read = (model, profile.path if profile else "")
+    inputs = [name for name in read if name and Path(name).exists()] if asked.overwrite else ()
     check_place(out, inputs)
-    reused = not overwrite and holds_something(out)
+    reused = not asked.overwrite and holds_something(out)
     if reused and ranks is None and not _is_export_of(out, plan, profile.fingerprint if profile else None):
         raise ArtefactError(
             f"{out} exists already and is not of this plan{_other_repair(out, plan)}; choose another folder or pass --overwrite"
         )
-    source = _loaded_in(plan.model.dtype, model, weights, device, trust_remote_code)
+    source = _loaded_in(plan.model.dtype, asked)
     if profile is not None:
         check_in_memory(source.model, "a repair")
     if plan.shares:
@@ -193,24 +207,11 @@ def _prepared(
     return _Prepared(plan, changed, profile, source, inputs, reused)
 
 
-def estimate_export(
-    model: str | Path | SourceModel,
-    plan: Plan | str | Path,
-    out: str | Path,
-    *,
-    weights: str = KEEP,
-    head_weights: str | None = None,
-    repair: Profile | str | Path | None = None,
-    device: str = "cpu",
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-) -> Estimate:
-    """Returns what an export would do, after all that `export` checks before it writes; arguments and errors are its."""
-    out, watch = Path(out), Stopwatch("cpu")
+def estimate_export(asked: ExportRequest) -> Estimate:
+    """Returns what an export would do, after all that `export` checks before it writes; the errors are the same."""
+    out, watch = asked.out, Stopwatch("cpu")
     # an export begins with the same: of a .gguf file most of the time goes into the numbers that its blocks stand for
-    loading, found = watch.once(
-        lambda: _prepared(model, plan, out, (weights, head_weights), repair, None, device, overwrite, trust_remote_code)
-    )
+    loading, found = watch.once(lambda: _prepared(asked))
     warn_of_budget(found.plan)
     size = sum(weight_bytes(found.source.model).values())
     seconds = 0.0 if found.reused else loading + export_seconds(size)
@@ -273,24 +274,17 @@ def _is_checkpoint(folder: Path) -> bool:
         return False
 
 
-def _repaired(
-    source: SourceModel,
-    model: str | Path | SourceModel,
-    plan: Plan,
-    profile: Profile,
-    trust_remote_code: bool,
-    progress: Progress,
-) -> Repaired:
+def _repaired(asked: ExportRequest, source: SourceModel, plan: Plan, profile: Profile, progress: Progress) -> Repaired:
     """Repairs in the dtype that was profiled in, which need not be the checkpoint's, with a loaded model if one has it."""
     from moacompress.repair.plans import repair_by_profile
 
     recipe = profile.recipe
     profile.check_model(source, "repair")
     dtype = source.computes_in if recipe.dtype == "auto" else recipe.dtype
-    loaded = next((one for one in (source, model) if isinstance(one, SourceModel) and one.computes_in == dtype), None)
-    if loaded is None:
-        asked = recipe.model_copy(update={"dtype": dtype})
-        loaded = load_for(asked, source.source, trust_remote_code=trust_remote_code)
+    there = (one for one in (source, asked.model) if isinstance(one, SourceModel) and one.computes_in == dtype)
+    loaded = next(there, None) or load_for(
+        recipe.model_copy(update={"dtype": dtype}), source.source, trust_remote_code=asked.trust_remote_code
+    )
     return repair_by_profile(loaded, plan, profile, progress)
 
 
@@ -331,17 +325,20 @@ def write_checkpoint(source: SourceModel, plan: Plan, folder: Path) -> Continuat
     return expected
 
 
-def _loaded_in(
-    dtype: str, model: str | Path | SourceModel, weights: tuple[str, str | None], device: str, trust_remote_code: bool
-) -> SourceModel:
+def _loaded_in(dtype: str, asked: ExportRequest) -> SourceModel:
     """Returns the dense model in a dtype: a loaded one as it is where it computes in that."""
+    model = asked.model
     if isinstance(model, SourceModel):
         if model.computes_in == dtype:
             return model
         model = model.source
-    kind, head = weights
     return load_source(
-        model, dtype=dtype, device=device, weights=kind, head_weights=head, trust_remote_code=trust_remote_code
+        model,
+        dtype=dtype,
+        device=asked.device,
+        weights=asked.weights,
+        head_weights=asked.head_weights,
+        trust_remote_code=asked.trust_remote_code,
     )
 
 

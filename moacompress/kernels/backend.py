@@ -177,11 +177,11 @@ class Backend(ABC):
         Args:
             kv_parts: how keys and how values are kept, of each KV head.
             keys: segments as of `CacheView`; written to.
-            values: likewise.
+            values: segments of values, as many; written to.
             scores: as of `SelectedView`; written to.
             heads: KV head of each token, int64 `[tokens]` on the CPU.
-            slots: block id * 16 + place in the block where it is, likewise.
-            to: where it goes to, likewise; no token is there that is copied.
+            slots: block id * 16 + place in the block of each token, int64 `[tokens]` on the CPU.
+            to: the slot each goes to; none of them is copied from.
         """
         starts = torch.tensor([0, *(len(segment) * BLOCK for segment in keys)], device="cpu").cumsum(0)
         of, into = (torch.searchsorted(starts, where, right=True) - 1 for where in (slots, to))
@@ -385,11 +385,11 @@ class Backend(ABC):
         Args:
             kv_parts: how keys and how values are kept, by the KV heads of all these tokens; None where only values are written.
             key: of the chunk, `[rows, kv_heads, columns, head_dim]`, or None.
-            value: likewise, of `value_dim`.
+            value: of the chunk, `[rows, kv_heads, columns, value_dim]`.
             keys: segments as of `CacheView`, or none; written to.
-            values: likewise.
+            values: segments of values; written to.
             sources: which each token is, `(row * kv_heads + head) * columns + column`, int64 `[tokens]` on the CPU.
-            slots: where it goes to, block id * 16 + place in the block, likewise.
+            slots: where each goes, block id * 16 + place in the block, int64 `[tokens]` on the CPU.
         """
         _, kv_heads, columns, _ = value.shape
         for few, where in zip(sources.split(TOKENS_AT_ONCE), slots.split(TOKENS_AT_ONCE), strict=True):

@@ -31,7 +31,7 @@ def _weight(outputs: int, inputs: int, kind: WeightType, device: torch.device | 
 
 
 class BlockLinear(nn.Linear):
-    """A linear layer of which the weight is in blocks, or for a while of numbers, see `with_dense_weight`.
+    """A linear layer whose weight is in blocks, or for a while in numbers, see `with_dense_weight`.
 
     Raises:
         UnsupportedError: the inputs are no whole blocks.
@@ -64,7 +64,7 @@ class BlockLinear(nn.Linear):
 
 
 class BlockEmbedding(nn.Embedding):
-    """An embedding of which the weight is in blocks: the rows that are looked up are dequantized and multiplied by `scale`.
+    """An embedding whose weight is in blocks: looked-up rows are dequantized and multiplied by `scale`.
 
     They are returned in the dtype of the scale, which is on the CPU until the layer is moved.
 

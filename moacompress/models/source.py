@@ -68,7 +68,7 @@ class SourceModel:
     @property
     def computes_in(self) -> str:
         """The dtype of the loaded weights; what is measured depends on it, bytes go by that of `shape`."""
-        return _dtype_name(self.model.dtype)
+        return dtype_name(str(self.model.dtype))
 
 
 def load_source(
@@ -180,7 +180,7 @@ def _load_folder(
         raise ModelError(f"{source} cannot be used: {problems[0]}")
     if not folder.is_dir() and (index := index_of(name, arguments)) is not None:
         check_index(index)
-    own = _dtype_name(config.dtype) if config.dtype is not None else stored_dtype(folder)
+    own = dtype_name(str(config.dtype)) if config.dtype is not None else stored_dtype(folder)
     more = {"use_safetensors": True, **arguments, **placed}  # a pickle can run code when it is opened
     return (*_from_pretrained(name, dtype, more), own)
 
@@ -374,12 +374,7 @@ def model_shape(model: PreTrainedModel, dtype: str | None = None) -> ModelShape:
         ModelError: the model's attention is not one that moacompress can replace.
     """
     check_supported(model)
-    dtype = dtype or _dtype_name(model.dtype)
+    dtype = dtype or dtype_name(str(model.dtype))
     if dtype not in DTYPE_BYTES:
         raise ModelError(f"the model's dtype {dtype} is not one of {', '.join(DTYPE_BYTES)}")
     return config_shape(model.config, dtype=dtype, fingerprint=weights_fingerprint(model))
-
-
-def _dtype_name(dtype: Any) -> str:
-    """Returns the name of a dtype of torch, or of what a config has in its place."""
-    return str(dtype).removeprefix("torch.")

@@ -72,11 +72,6 @@ def round_like(model: Any, exact: Any) -> None:
     model.tie_weights()
 
 
-def _half(numbers: torch.Tensor) -> torch.Tensor:
-    """Returns float32 as bytes of float16, `[..., 2]`."""
-    return numbers.half().view(torch.uint8)
-
-
 def _codes(numbers: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:
     inverse = torch.where(scale == 0, 0, 1 / scale)
     return (numbers * inverse).round().clamp(low, high)
@@ -88,47 +83,24 @@ def _q8_0(numbers: torch.Tensor) -> torch.Tensor:
     return torch.cat((scale.view(torch.uint8), codes.view(torch.uint8)), -1)
 
 
-def _packed(codes: torch.Tensor) -> torch.Tensor:
-    """Returns 32 codes of four bits as 16 bytes: the first half are the low ones."""
-    low, high = codes.to(torch.uint8).chunk(2, -1)
-    return low | high << 4
-
-
 def _q4_1(numbers: torch.Tensor) -> torch.Tensor:
     low, high = numbers.amin(-1, keepdim=True), numbers.amax(-1, keepdim=True)
-    best: Any = None
-    error: Any = None
+    best: tuple[torch.Tensor, ...] = ()
     for share in SHARES:
         inset = (1 - share) / 2 * (high - low)
         zero = (low + inset).half().float()
         scale = ((high - inset - zero) / 15).half().float()
         codes = _codes(numbers - zero, scale, 0, 15)
-        best, error = _better(best, error, (scale, zero, codes), codes * scale + zero - numbers)
-    scale, zero, codes = best
-    return torch.cat((_half(scale), _half(zero), _packed(codes)), -1)
+        error = (codes * scale + zero - numbers).square().sum(-1, keepdim=True)
+        found: tuple[torch.Tensor, ...] = (error, scale, zero, codes)
+        if best:
+            less = error < best[0]
+            found = tuple(torch.where(less, new, old) for new, old in zip(found, best, strict=True))
+        best = found
+    _, scale, zero, codes = best
+    low_codes, high_codes = codes.to(torch.uint8).chunk(2, -1)  # of 32 codes the first half are the low four bits
+    packed = low_codes | high_codes << 4
+    return torch.cat((scale.half().view(torch.uint8), zero.half().view(torch.uint8), packed), -1)
 
 
-def _q4_0(numbers: torch.Tensor) -> torch.Tensor:
-    largest = numbers.gather(-1, numbers.abs().argmax(-1, keepdim=True))
-    best: Any = None
-    error: Any = None
-    for share in SHARES:
-        scale = (share * largest / -8).half().float()
-        codes = _codes(numbers, scale, -8, 7)
-        best, error = _better(best, error, (scale, codes), codes * scale - numbers)
-    scale, codes = best
-    return torch.cat((_half(scale), _packed(codes + 8)), -1)
-
-
-def _better(best: Any, error: Any, found: tuple[torch.Tensor, ...], apart: torch.Tensor) -> tuple[Any, torch.Tensor]:
-    """Returns of every block what has the smaller squared error, and that."""
-    squared = apart.square().sum(-1, keepdim=True)
-    if best is None:
-        return found, squared
-    less = squared < error
-    return tuple(torch.where(less, new, old) for new, old in zip(found, best, strict=True)), torch.where(
-        less, squared, error
-    )
-
-
-_BLOCKS = {"Q8_0": _q8_0, "Q4_1": _q4_1, "Q4_0": _q4_0}
+_BLOCKS = {"Q8_0": _q8_0, "Q4_1": _q4_1}

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from moacompress.core.errors import ArtefactError, MoaCompressError, UnsupportedError
 from moacompress.doctor.checks import check_model
-from moacompress.exporter.exporting import estimate_export, export, save_dense
+from moacompress.exporter.exporting import ExportRequest, estimate_export, export, save_dense
 from moacompress.models.block_layers import weight_types
 from moacompress.models.source import load_source
 from moacompress.report.doctor_tables import model_table
@@ -57,9 +57,11 @@ def edit_weights(folder: Path, **changed) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-def edit_types(folder: Path, change) -> None:
+def edit_types(folder: Path, **changed) -> None:
     config = json.loads((folder / "config.json").read_text())
-    change(config["quantization_config"]["weights"])
+    types = config["quantization_config"]["weights"]
+    types |= {name.replace("__", "."): kind for name, kind in changed.items()}
+    config["quantization_config"]["weights"] = {name: kind for name, kind in types.items() if kind is not None}
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -92,19 +94,10 @@ def test_saving_it_again_changes_no_bit(exported: Path, tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == (exported / name).read_bytes()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_dtype_is_what_is_computed_in(dtype: str, exported: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(exported, dtype=dtype)
-    assert model(TOKENS).logits.dtype == getattr(torch, dtype)
-    assert model.model.embed_tokens(TOKENS).dtype == getattr(torch, dtype)
+def test_a_dtype_is_what_is_computed_in(exported: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(exported, dtype="float16")
+    assert model(TOKENS).logits.dtype == model.model.embed_tokens(TOKENS).dtype == torch.float16
     assert model.lm_head.weight.dtype == torch.uint8
-
-
-def test_transformers_alone_fails_on_the_shape(exported: Path) -> None:
-    config = AutoConfig.from_pretrained(exported)
-    del config.quantization_config
-    with pytest.raises(RuntimeError, match="mismatch"):
-        AutoModelForCausalLM.from_pretrained(exported, config=config)
 
 
 def test_an_export_is_reused_with_its_types_alone(exported: Path, file: Path, plan: Plan, tmp_path: Path) -> None:
@@ -115,10 +108,10 @@ def test_an_export_is_reused_with_its_types_alone(exported: Path, file: Path, pl
     model = AutoModelForCausalLM.from_pretrained(dense)
     assert not weight_types(model)
     assert "weights" not in json.loads((dense / "config.json").read_text())["quantization_config"]
-    assert (
-        estimate_export(file, plan, tmp_path / "new").line()
-        != estimate_export(file, plan, tmp_path / "new", weights="dense").line()
+    kept, floats = (
+        estimate_export(ExportRequest(file, plan, tmp_path / "new", weights=each)) for each in ("keep", "dense")
     )
+    assert kept.line() != floats.line()
 
 
 def test_a_checkpoint_is_put_under_other_plans(exported: Path, file: Path, plan: Plan, tmp_path: Path) -> None:
@@ -141,6 +134,7 @@ def test_types_and_bytes_are_said(exported: Path, file: Path, plan: Plan, enviro
     inspected = inspect_plan(plan, None, exported)
     assert inspected["weights"] == sizes
     dense = save_dense(file, tmp_path / "dense")
+    assert load_source(dense).shape == plan.model
     assert inspected["parameters"]["plan"] == sum(
         tensor.numel() for tensor in load_file(dense / "model.safetensors").values()
     )
@@ -151,47 +145,30 @@ def test_types_and_bytes_are_said(exported: Path, file: Path, plan: Plan, enviro
     assert "slow" in shown(model_table(found))
 
 
-Q = "model__layers__0__self_attn__q_proj__weight"
+Q = "model__layers__0__self_attn__q_proj"
+Q_WEIGHT = f"{Q}__weight"
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("edit", "changed", "message"),
     [
-        (lambda folder: edit_types(folder, lambda types: types.update({"model.layers.9.mlp": "Q8_0"})), "is not known"),
-        (lambda folder: edit_types(folder, lambda types: types.update({"lm_head": "Q2_X"})), "'Q2_X' is not known"),
-        (lambda folder: edit_types(folder, lambda types: types.update({"lm_head": 8})), "as text"),
-        (
-            lambda folder: edit_types(folder, lambda types: types.pop("model.layers.0.self_attn.q_proj")),
-            "q_proj.weight of shape",
-        ),
-        (
-            lambda folder: edit_types(folder, lambda types: types.update({"model.layers.0.self_attn.q_proj": "Q4_0"})),
-            "q_proj.weight of shape",
-        ),
-        (
-            lambda folder: edit_weights(folder, **{Q: torch.zeros(256, 159, dtype=torch.uint8)}),
-            "q_proj.weight of shape",
-        ),
-        (lambda folder: edit_weights(folder, **{Q: torch.zeros(256, 160)}), "as F32, the model needs blocks, U8"),
-        (
-            lambda folder: edit_weights(folder, model__norm__weight=torch.zeros(256, dtype=torch.uint8)),
-            "as U8, the model needs numbers",
-        ),
+        (edit_types, {"model__layers__9__mlp": "Q8_0"}, "is not known"),
+        (edit_types, {"lm_head": "Q2_X"}, "'Q2_X' is not known"),
+        (edit_types, {"lm_head": 8}, "as text"),
+        (edit_types, {Q: None}, "q_proj.weight of shape"),
+        (edit_types, {Q: "Q4_0"}, "q_proj.weight of shape"),
+        (edit_weights, {Q_WEIGHT: torch.zeros(256, 159, dtype=torch.uint8)}, "q_proj.weight of shape"),
+        (edit_weights, {Q_WEIGHT: torch.zeros(256, 160)}, "as F32, the model needs blocks, U8"),
+        (edit_weights, {"model__norm__weight": torch.zeros(256, dtype=torch.uint8)}, "as U8, the model needs numbers"),
     ],
 )
-def test_what_does_not_fit_is_refused(damage, message: str, copied: Path, environment) -> None:
-    damage(copied)
+def test_what_does_not_fit_is_refused(edit, changed, message: str, copied: Path, environment) -> None:
+    edit(copied, **changed)
     with pytest.raises((MoaCompressError, ValueError), match=message):
         AutoModelForCausalLM.from_pretrained(copied)
     found = check_model(str(copied), environment=environment)
     assert any(message in problem or "holds U8 tensors" in problem for problem in found["problems"])
     assert not found["checkpoint"]["loads"]
-
-
-def test_a_dense_folder_is_of_floats(file: Path, tmp_path: Path) -> None:
-    source = load_source(save_dense(file, tmp_path / "dense"))
-    assert not weight_types(source.model)
-    assert source.shape == load_source(file).shape
 
 
 def test_vllm_refuses_it_in_one_sentence(exported: Path) -> None:

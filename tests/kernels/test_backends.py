@@ -10,7 +10,7 @@ from moacompress.kernels.dispatch import REFERENCE
 from tests import gpu
 
 
-@pytest.fixture(params=["reference", "counting", "cpu", *gpu.PLACES])
+@pytest.fixture(params=["reference", "cpu", *gpu.PLACES])
 def backend(request, use_backend):
     return use_backend(request.param)
 
@@ -21,7 +21,7 @@ def dtype(backend):
     return torch.float64 if backend.supports("cpu", torch.float64) else torch.float32
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(12))
 def test_by_the_definitions(seed, backend, dtype, random_case, close):
     sizes = {"tokens": [1, 3, 20][seed % 3], "rows": 1 + seed % 2, "value_dim": [8, 5][seed % 2]}
     case = random_case(seed, dtype, group=2, dim=8, **sizes)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moacompress.kernels.kv_parts import KVPart
-from moacompress.kernels.reference.codes import LARGEST, decode, encode, pack, rotated, unpack
+from moacompress.kernels.reference.codes import LARGEST, decode, encode, pack, rotated
 from moacompress.kernels.reference.rounding import BITS as BITS_OF
 from moacompress.kernels.reference.rounding import round_to, rounded
 from moacompress.rules.formats import FORMATS, find_code
@@ -79,33 +79,6 @@ def test_golden_bytes() -> None:
     }
 
 
-@pytest.mark.parametrize("dim", DIMS)
-def test_a_rotation_keeps_lengths_and_undoes_itself(dim: int) -> None:
-    x = torch.randn(30, dim)
-    assert torch.allclose(rotated(rotated(x)), x, atol=1e-5)
-    assert torch.allclose(rotated(x).norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
-
-
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("dim", DIMS)
-def test_what_is_lost(dim: int, bits: int) -> None:
-    """Half a step, and what the rounding of scale and zero point moves the two ends by."""
-    x = torch.randn(200, dim) * 3 + 1
-    kept, y = encode(x, bits), rotated(x)
-    spread = y.amax(-1, keepdim=True) - y.amin(-1, keepdim=True)
-    ends = (spread + y.abs().amax(-1, keepdim=True)) * 2.0**-10
-    assert ((decode(kept) - y).abs() <= kept.scale.float() / 2 + ends).all()
-
-
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("dim", DIMS)
-def test_what_is_packed_comes_back(dim: int, bits: int) -> None:
-    codes = torch.randint(0, 1 << bits, (3, 5, dim), dtype=torch.uint8)
-    packed = pack(codes, bits)
-    assert packed.shape[-1] == -(-dim * bits // 8)
-    assert torch.equal(unpack(packed, bits, dim), codes)
-
-
 @pytest.mark.parametrize("bits", BITS)
 def test_edge_values(bits: int) -> None:
     nan = float("nan")
@@ -135,20 +108,6 @@ def test_zeros_of_both_signs_have_no_sign(dim: int) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_a_token_s_codes_are_its_own(bits: int) -> None:
-    """Whatever is beside it, and however it lies in memory."""
-    x = torch.randn(2, 3, 40, 64).to(torch.bfloat16)
-    whole = encode(x, bits)
-    for part in (
-        x[:, :, 7:8],
-        x.transpose(1, 2).contiguous().transpose(1, 2)[:, :, 7:8],
-        x[..., :, :].clone()[:, :, 7:8],
-    ):
-        alone = encode(part, bits)
-        assert all(torch.equal(a, b[:, :, 7:8]) for a, b in zip(alone, whole, strict=True))
-
-
-@pytest.mark.parametrize("bits", BITS)
 def test_scale_and_zero_point_fold_into_scores_and_outputs(bits: int) -> None:
     query, x = torch.randn(5, 64), torch.randn(30, 64)
     kept = encode(x, bits)
@@ -162,7 +121,7 @@ def test_scale_and_zero_point_fold_into_scores_and_outputs(bits: int) -> None:
 
 @pytest.mark.parametrize("values", [False, True])
 @pytest.mark.parametrize("code", [1, 2])
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dim", [5, 16, 24, 96, 128])
 def test_a_block_lies_as_the_page_says(dim: int, code: int, values: bool) -> None:
     kv_part = KVPart(code, dim, torch.bfloat16, values)
     x = torch.randn(48, dim).to(torch.bfloat16)
@@ -200,17 +159,3 @@ def test_every_head_is_rounded_to_its_own_format(dtype: torch.dtype) -> None:
     assert torch.equal(torch.autograd.grad(found, x, pulled.float())[0], pulled)
     with pytest.raises(ValueError, match="2 formats for 4 KV heads"):
         rounded(x, [INT8, INT4])
-
-
-def test_native_heads_keep_their_infinities_and_others_turn_to_nan() -> None:
-    x = torch.ones(1, 2, 3, 4)
-    x[0, :, 1, 2] = torch.inf
-    found = rounded(x, [NATIVE, INT8])
-    assert torch.equal(found[:, 0], x[:, 0])
-    assert found[0, 1].isnan().any(-1).tolist() == [False, True, False]
-
-
-def test_rounding_again_changes_little() -> None:
-    x = torch.randn(1, 1, 50, 64, generator=torch.Generator().manual_seed(4))
-    once = round_to(x, 4)
-    assert (round_to(once, 4) - once).abs().max() < 0.1 * (once - x).abs().max()

@@ -109,12 +109,13 @@ def test_tokens_are_evicted_as_in_the_definition(seed):
         assert sorted(places.tolist()) == [*range(selected(count, rule.select_alpha, rule.select_beta_q))]
 
 
-@pytest.mark.parametrize("formats", [None, [(1, 2), (2, 0)]])
 @pytest.mark.parametrize("name", library.ISAS)
-@pytest.mark.parametrize("dtype", library.DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "formats"), [*((dtype, None) for dtype in library.DTYPES), (torch.bfloat16, [(1, 2), (2, 0)])]
+)
 def test_threads_and_batch_change_no_bit(name, dtype, formats, random_case, isa, threads):
     isa(name)
-    sizes = {"rows": 3, "kv_heads": 2, "group": 3, "tokens": 200, "past": 700, "native_window": 0, "valid": 190}
+    sizes = {"rows": 3, "kv_heads": 2, "group": 3, "tokens": 100, "past": 350, "native_window": 0, "valid": 90}
     case = random_case(11, dtype, **sizes, formats=formats)
     keeping = case.keeping(random.Random(4))
     results, selected = [], []
@@ -186,7 +187,6 @@ def test_bad_arguments_are_refused(random_case):
             OPS.decode(*replace(case, **changes).decode)
 
     OPS.decode(*good)
-    refused("a block that a query sees has no id", table=torch.full_like(case.table, -1))
     refused("a block that a query sees has no id", table=torch.full_like(case.table, 10_000))
     refused("table has another dtype", table=case.table.long())
     refused(r"lengths has the shape \[2\], not \[1\]", past=torch.tensor([1, 2]))
@@ -195,7 +195,6 @@ def test_bad_arguments_are_refused(random_case):
     refused(r"table of rules has the shape \[9, 1\], not \[9, 2\]", sink=one, alpha=one, beta_q=one)
     refused("KV head 0 has sink 4, alpha -1", sink=torch.tensor([4, 4]), alpha=torch.tensor([-1, 0]))
     refused("scaling is 0, not positive", scaling=0.0)
-    refused("min_window is 0", min_window=0)
     refused("query must be float32, bfloat16 or float16", query=case.query.double())
     refused("keys has another dtype", keys=[t.half() for t in case.keys])
     refused("segments of keys and 0 of values", values=[])

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -92,16 +89,11 @@ def test_a_call_that_a_backend_lacks_says_so(call):
 
 
 def test_why_it_is_not_built(tmp_path: Path):
-    nothing = library.missing({"PATH": str(tmp_path)})
-    assert nothing == (
-        "the extension is not built and no C++ compiler is found (c++, g++, clang++); install one, then reinstall"
-    )
+    assert "no C++ compiler is found (c++, g++, clang++)" in library.missing({"PATH": str(tmp_path)})
     compiler = tmp_path / "g++"
     compiler.write_text("#!/bin/sh\n")
     compiler.chmod(0o755)
-    assert library.missing({"PATH": str(tmp_path)}) == (
-        "the extension is not built; g++ is here, so installing moacompress again builds it (`pip install .`)"
-    )
+    assert "g++ is here" in library.missing({"PATH": str(tmp_path)})
     assert "(my-c++)" in library.missing({"PATH": str(tmp_path), "CXX": "my-c++ -O1"})
     assert library.missing({}, "win32") == "the extension is built on Linux and macOS only, this is win32"
 
@@ -116,25 +108,13 @@ def test_a_library_that_cannot_be_loaded(tmp_path: Path, monkeypatch):
     assert found.reason.startswith("libmoacompress_cpu.so cannot be loaded")
 
 
-def test_instruction_sets(isa):
+def test_the_environment_chooses_the_instruction_set(isa, monkeypatch):
+    for name in ("portable", library.ISAS[0]):
+        monkeypatch.setenv(library.ISA_VARIABLE, name)
+        assert library._load.__wrapped__().isa == name
+    monkeypatch.setenv(library.ISA_VARIABLE, "sse9")
     with pytest.raises(UsageError, match=f"MOACOMPRESS_ISA is 'sse9', not one of {', '.join(library.ISAS)}"):
-        library.set_isa("sse9")
-
-
-@pytest.mark.parametrize(("name", "printed"), [("portable", "portable"), ("sse9", "MOACOMPRESS_ISA is 'sse9'")])
-def test_the_environment_chooses_the_instruction_set(name, printed, isa):
-    code = """
-from moacompress.core.errors import MoaCompressError
-from moacompress.kernels.cpu import library
-try:
-    print(library.load().isa)
-except MoaCompressError as error:
-    print(error)
-"""
-    root = str(Path(library.__file__).parents[3])
-    environment = {**os.environ, library.ISA_VARIABLE: name, "PYTHONPATH": root}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.strip().startswith(printed)
+        library._load.__wrapped__()
 
 
 def test_a_gpu_runs_on_triton_where_it_works(from_scratch, monkeypatch):

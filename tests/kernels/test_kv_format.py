@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moacompress.calibration.profile.precision import rotate_quickly, rounding_errors
-from moacompress.core.errors import PlanError, UnsupportedError
+from moacompress.core.errors import UnsupportedError
 from moacompress.kernels import dispatch
 from moacompress.kernels.kv_format import KVFormat
 from moacompress.kernels.kv_parts import KVPart
@@ -19,7 +18,7 @@ from moacompress.kernels.reference.rounding import rounded
 from moacompress.models.source import model_shape
 from moacompress.recipe import Recipe
 from moacompress.rules import formats
-from moacompress.rules.formats import FORMATS, OUTSIDE_CODE, Outside
+from moacompress.rules.formats import OUTSIDE_CODE, Outside
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
@@ -145,17 +144,6 @@ def test_plans_recipes_and_tables_know_it() -> None:
     assert not formats.at_least_as_exact("coarse", "int4")
 
 
-def test_a_plan_without_the_package_says_so(
-    random_plan: Callable[..., Plan], tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shape = model_shape(tiny_model("llama"))
-    data = Plan.uniform(shape, Rule(4, 40, 0, "coarse", "native"), 32).to_dict()
-    assert Plan.from_dict(data).formats == ("coarse", "native")
-    monkeypatch.setattr(formats, "outside_formats", dict)
-    with pytest.raises(PlanError, match="is coarse, not one of native, int8, int4; install the package that adds it"):
-        Plan.from_dict(data)
-
-
 class Wrong(Coarse):
     """Keeps another number of bytes than it says."""
 
@@ -175,22 +163,3 @@ def test_what_breaks_its_word_is_refused(kind: type[Coarse], message: str, monke
     monkeypatch.setattr(formats, "outside_formats", lambda: {"coarse": Outside(kind(), OUTSIDE_CODE)})
     with pytest.raises(UnsupportedError, match=message):
         rounded(torch.randn(1, 1, 2, 8), [OUTSIDE_CODE])
-
-
-def test_what_is_no_format_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.undo()
-    bad, loud, many = Coarse(), Coarse(), Coarse()
-    bad.name, loud.name, many.name, many.bits = "Bad Name", "int8", "many", 0
-    given = (("a", Coarse()), ("b", Coarse()), ("c", Coarse), ("d", bad), ("e", loud), ("f", many), ("g", 3))
-    monkeypatch.setattr("moacompress.core.plugins.plugins", lambda group: given)
-    formats.outside_formats.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING):
-            assert list(formats.outside_formats()) == ["coarse"]
-    finally:
-        formats.outside_formats.cache_clear()
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 6
-    assert "has the name of another format" in said[0]
-    assert "is no format" in said[1]
-    assert set(FORMATS) == {"native", "int8", "int4"}

@@ -82,10 +82,14 @@ PLANTS = [
 ]
 
 
+def in_dtypes(plants):
+    """Gives every plant a dtype, so that each thing that is planted and each number meets all of them."""
+    return [(*plant, library.DTYPES[(i + i // 3) % 3]) for i, plant in enumerate(plants)]
+
+
 @everywhere
 @pytest.mark.parametrize("op", ["decode", "prefill"])
-@every_dtype
-@pytest.mark.parametrize(("what", "number"), PLANTS)
+@pytest.mark.parametrize(("what", "number", "dtype"), in_dtypes(PLANTS))
 @few_seeds
 def test_numbers_that_are_seen(seeds, name, what, number, dtype, op, random_case, isa, unchanged_or_as):
     isa(name)
@@ -116,13 +120,13 @@ def test_what_nobody_sees_changes_no_bit(dtype, name, random_case, isa):
 def far_below(random_case, dtype, softcap, logits):
     """Returns a case and what each operator must give for it; and with many keys of scores of minus infinity, by how many."""
     case = random_case(
-        3, dtype, rows=2, past=500, tokens=7, valid=7, dim=16, value_dim=16, group=2, rules=[(4, 0, 1024)] * 3
+        3, dtype, rows=2, past=200, tokens=7, valid=7, dim=16, value_dim=16, group=2, rules=[(4, 0, 1024)] * 3
     )
     case.native_window, case.softcap, case.scaling = 0, softcap, 0.25
     case.sink_logits = torch.randn(case.query.shape[1]) if logits else None
     case.query = case.query.abs()
     found = {}
-    for count in (0, 500, 400, 1):
+    for count in (0, 200, 150, 1):
         found[count] = other = copy.deepcopy(case)
         for head, position in itertools.product(range(case.table.shape[1]), range(count)):
             other.vector("key", 1, head, position)[3] = -INF
@@ -134,20 +138,19 @@ def far_below(random_case, dtype, softcap, logits):
 
 @everywhere
 @every_dtype
-@pytest.mark.parametrize("softcap", [0.0, 2.0])
-@pytest.mark.parametrize("logits", [False, True])
+@pytest.mark.parametrize(("softcap", "logits"), [(0.0, False), (2.0, False), (0.0, True)])
 def test_scores_of_minus_infinity(softcap, logits, dtype, name, random_case, isa, unchanged_or_as):
     """All that a query sees, or many in a row: weights are zero, or nothing is left to divide by."""
     isa(name)
     cases = far_below(random_case, dtype, softcap, logits)
     case, before = cases[0]
-    for count in (500, 400, 1):
+    for count in (200, 150, 1):
         other, exact = cases[count]
         for op in ("decode", "prefill"):
             run = getattr(OPS, op)
             results = (run(*getattr(c, op)) for c in (other, case))
             unchanged_or_as(*results, exact[op], before[op], TOLERANCE[dtype])
-            assert bool(exact[op][0].isnan().any()) == (op == "decode" and count == 500 and not softcap and not logits)
+            assert bool(exact[op][0].isnan().any()) == (op == "decode" and count == 200 and not softcap and not logits)
 
 
 @everywhere
@@ -177,9 +180,9 @@ GRADIENT_PLANTS = [
 
 
 def check_gradients(run, dtype, what, number, random_case, unchanged_or_as):
-    for seed in range(4):
+    for seed in range(2):
         rng = random.Random(seed)
-        tokens = rng.choice((1, 20, 70))
+        tokens = rng.choice((20, 70))
         fixed = {"cached": False, "scaling": 0.25, "tokens": tokens, "valid": rng.randint(1, tokens)}
         case = build(random_case, seed, dtype, **fixed)
         other = copy.deepcopy(case)
@@ -202,9 +205,8 @@ def check_gradients(run, dtype, what, number, random_case, unchanged_or_as):
         unchanged_or_as(*found, *exact, GRADIENTS[dtype])
 
 
-@pytest.mark.parametrize(("what", "number"), GRADIENT_PLANTS)
+@pytest.mark.parametrize(("what", "number", "dtype"), in_dtypes(GRADIENT_PLANTS))
 @everywhere
-@every_dtype
 def test_gradients(dtype, name, what, number, random_case, isa, unchanged_or_as):
     isa(name)
     check_gradients(compiled, dtype, what, number, random_case, unchanged_or_as)
@@ -230,14 +232,12 @@ def test_nan_in_padding_reaches_no_gradient(dtype, name, random_case, isa):
 
 
 @pytest.mark.parametrize("op", ["decode", "prefill"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("what", "number"), PLANTS)
-@few_seeds
-def test_the_reference_of_the_kernels(seeds, what, number, dtype, op, random_case, unchanged_or_as):
-    for seed in seeds:
-        other, case, *exact = planted(random_case, seed, dtype, op, what, number)
+def test_the_reference_of_the_kernels(what, number, op, random_case, unchanged_or_as):
+    for seed in range(2):
+        other, case, *exact = planted(random_case, seed, torch.float32, op, what, number)
         results = (c.decoded() if op == "decode" else c.prefilled() for c in (other, case))
-        unchanged_or_as(*results, *exact, 3e-5 if dtype == torch.float32 else 1e-12, bits=False)
+        unchanged_or_as(*results, *exact, 3e-5, bits=False)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_the_reference_of_the_kernels(seeds, what, number, dtype, op, random_cas
     ],
 )
 def test_triton(what, number, op, random_case, unchanged_or_as, triton):
-    for seed in (0, 2, 4) if op == "decode" else (0,):
+    for seed in (0, 2) if op == "decode" else (0,):
         other, case, *exact = planted(random_case, seed, torch.float32, op, what, number)
         results = (c.decoded(triton) if op == "decode" else c.prefilled(triton) for c in (other, case))
         unchanged_or_as(*results, *exact, 3e-5, bits=False)

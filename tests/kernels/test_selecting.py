@@ -115,11 +115,10 @@ def nothing(memory: torch.Tensor) -> torch.Tensor:
     return memory.fill_(0xFF) if memory.dtype == torch.uint8 else memory.fill_(torch.nan)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", range(6))
-def test_steps_select_as_the_definition(seed: int, dtype: torch.dtype, isa: Callable[[str], None]) -> None:
+def test_steps_select_as_the_definition(seed: int, isa: Callable[[str], None]) -> None:
     isa(library.ISAS[seed % len(library.ISAS)])
-    rng = random.Random(seed)
+    rng, dtype = random.Random(seed), (torch.float32, torch.bfloat16)[seed % 2]
     torch.manual_seed(seed)
     rules = drawn(rng, (0, 200), (40, 0))
     kv_heads, heads, pool = len(rules), len(rules) * GROUP, Pool(rules, dtype)
@@ -144,7 +143,7 @@ def test_steps_select_as_the_definition(seed: int, dtype: torch.dtype, isa: Call
 
 
 @pytest.mark.parametrize("name", gpu.PLACES)
-@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.heavy) for seed in range(4, 8))])
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.heavy) for seed in range(2, 8))])
 def test_triton_selects_to_the_bit(
     seed: int, name: str, use_backend: Callable[[str], Backend], kernels_cannot_run: Callable[[str | None], None]
 ) -> None:
@@ -156,7 +155,7 @@ def test_triton_selects_to_the_bit(
     rules, few = drawn(rng, (0, 200), (40, 0), (1, 1000)), rng.choice((2, 20, 30000))
     kv_heads, heads, pool = len(rules), len(rules) * GROUP, Pool(rules, dtype)
     scores = Scores(WIDTH**-0.5, rng.choice((0.0, 5.0)), rng.choice((None, torch.randn(heads))))
-    triton, watched = use_backend(name), {*rng.sample(range(8, TOKENS), 7)}
+    triton, watched = use_backend(name), {*rng.sample(range(8, TOKENS), 4)}
     changed = 0
     for token in range(TOKENS):
         key, value = (torch.randn(ROWS, kv_heads, WIDTH, dtype=dtype) for _ in "kv")

@@ -240,6 +240,7 @@ def test_bad_arguments_are_refused():
     case = build(8, torch.float32, rows=2)
     case.biases = []
     before = [array.copy() for array in case.arrays]
+    hidden, dim, heads = case.x.shape[2], case.rotary.cos.shape[-1], len(case.cache.rules)
 
     def refused(match, **changes):
         with pytest.raises(RuntimeError, match=match):
@@ -249,35 +250,26 @@ def test_bad_arguments_are_refused():
     def weights(at, change):
         return [change(w).contiguous() if i == at else w for i, w in enumerate(case.weights)]
 
-    hidden, dim, heads = case.x.shape[2], case.rotary.cos.shape[-1], len(case.cache.rules)
     refused("6 weights, 0 biases and 2 norms", weights=case.weights[:6])
-    refused("7 weights, 1 biases and 2 norms", biases=[torch.zeros(heads * dim)])
     refused("bias has the shape", biases=[torch.zeros(1)] * 3)
     refused("centre of the keys has the shape", centre=torch.zeros(heads, dim + 1))
-    refused("centre of the keys has another dtype", centre=torch.zeros(heads, dim).half())
     refused("both must have 3 dimensions", cos=case.rotary.cos[0])
     refused("not an even number", cos=torch.randn(2, 1, dim - 1), sin=torch.randn(2, 1, dim - 1))
     refused("sin has the shape", sin=torch.randn(1, 1, dim + 2))
-    refused("cos has another dtype", cos=torch.randn(2, 1, dim).half())
     refused("rotary embeddings of 3 rows for 2", sin=torch.randn(3, 1, dim))
-    refused("7 weights, 0 biases and 1 norms", norms=case.norms[:1])
     refused("eps is -1", eps=-1.0)
     refused("6 kinds of 7 weights", kinds=[0] * 6)
     refused("weight 6 is of the kind -1", kinds=[0] * 6 + [-1])
     refused("a norm has the shape", norms=[case.norms[0], case.norms[1][1:]])
-    refused("a norm has another dtype", norms=[case.norms[0].half(), case.norms[1]])
     refused("input has the shape", x=torch.randn(2, 2, hidden))
     refused("weight 0 has", weights=weights(0, lambda w: w[1:]))
     refused("weight 1 has", weights=weights(1, lambda w: w.repeat(2, 1)))
     refused("weight 2 has", weights=weights(2, lambda w: w[1:]))
     refused("weight has the shape", weights=weights(3, lambda w: w.repeat(1, 2)))
     for at in (3, 4, 5, 6):
-        refused(
-            "outputs; the first and last must be|weight has the shape", weights=weights(at, lambda w: w.repeat(2, 1))
-        )
+        double = weights(at, lambda w: w.repeat(2, 1))
+        refused("outputs; the first and last must be|weight has the shape", weights=double)
         refused("weight has another dtype", weights=weights(at, torch.Tensor.half))
-    strided = torch.randn(hidden, 2 * case.weights[6].shape[1])[:, ::2]
-    refused("weight must be contiguous", weights=[*case.weights[:6], strided])
     assert torch.ops.moacompress_cpu.step_layer(*case.arguments())[1] in (0, 1)
 
 
@@ -304,7 +296,7 @@ def plain(case: Case) -> Case:
 
 
 @of_blocks
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(9))
 def test_layers_one_after_the_other(seed, of_blocks, random_blocks):
     """As one by one; both of them have the same weights and, to make it simple, the same cache."""
     dtype = library.DTYPES[seed % 3]
@@ -336,6 +328,8 @@ def test_what_is_read_is_checked():
     case = plain(build(8, torch.float32, 2))
     case.biases = []
     rules, ops = case.rules.columns, torch.ops.moacompress_cpu
+    heads, gated = rules.shape[1], rules.clone()
+    gated[COLUMNS.index("select_alpha")], gated[COLUMNS.index("native_window")] = 5, 0
     good = {
         "weights": case.weights,
         "biases": [],
@@ -349,35 +343,24 @@ def test_what_is_read_is_checked():
         "shares": torch.zeros(0, 2, dtype=torch.int64),
         "gates": [],
     }
-
-    def refused(match, **changes):
+    for match, changes in (
+        ("2 norms and 0 centres for 1 layers", {"centres": []}),
+        ("3 kinds of 7 weights", {"kinds": [0] * 3}),
+        ("no multiple of the 256 numbers of a block|weight has another dtype", {"kinds": [5] + [0] * 6}),
+        ("layer 0 keeps tokens by their score, and has no gate for that", {"rules": [gated]}),
+        ("1 parts of gates for 1 layers", {"gates": [torch.zeros(1)]}),
+        (
+            r"a gate has the shape \[\d+, \d+\], not",
+            {"rules": [gated], "gates": [torch.zeros(1, 99), torch.zeros(heads)]},
+        ),
+        ("for 2 layers", {"rules": [rules, rules]}),
+        ("KV heads of 0", {"head_dim": 0}),
+        ("scaling is 0", {"scaling": 0.0}),
+        ("shares has the shape", {"shares": torch.zeros(1, 2, dtype=torch.int64)}),
+        ("layer 0 shares with layer 0", {"shares": torch.zeros(1, 1 + 2 * heads, dtype=torch.int64)}),
+    ):
         with pytest.raises(RuntimeError, match=match):
             ops.read_layers(*(good | changes).values())
-
-    refused("6 weights, 0 biases, 2 norms and 1 centres for 1 layers with rules", weights=case.weights[:6])
-    refused("2 norms and 0 centres for 1 layers", centres=[])
-    refused("centre of the keys has the shape", centres=[torch.zeros(1, 1)])
-    refused("3 kinds of 7 weights", kinds=[0] * 3)
-    refused("weight 2 is of the kind 8; known are 0 to 7", kinds=[0, 0, 8, 0, 0, 0, 0])
-    refused("no multiple of the 256 numbers of a block|weight has another dtype", kinds=[5] + [0] * 6)
-    refused("for 0 layers", rules=[])
-    gated, size = rules.clone(), (rules.shape[1], case.x.shape[-1])
-    gated[COLUMNS.index("select_alpha")], gated[COLUMNS.index("native_window")] = 5, 0
-    refused("layer 0 keeps tokens by their score, and has no gate for that", rules=[gated])
-    refused("1 parts of gates for 1 layers", gates=[torch.zeros(size)])
-    refused(r"a gate has the shape \[\d+, \d+\], not", rules=[gated], gates=[torch.zeros(1, 99), torch.zeros(size[0])])
-    refused("for 2 layers", rules=[rules, rules])
-    refused("weight has another dtype", weights=[case.weights[0], case.weights[1].half(), *case.weights[2:]])
-    refused("a norm has the shape", norms=[case.norms[0], case.norms[1][1:]])
-    refused("eps is -1", eps=-1.0)
-    refused("KV heads of 0", head_dim=0)
-    refused("has .* outputs, for", head_dim=case.rotary.cos.shape[-1] + 1)
-    refused("table of rules has the shape", rules=[rules[None]])
-    refused("table of rules has the shape", rules=[rules[:5].contiguous()])
-    refused("scaling is 0", scaling=0.0)
-    heads = rules.shape[1]
-    refused("shares has the shape", shares=torch.zeros(1, 2, dtype=torch.int64))
-    refused("layer 0 shares with layer 0, which is no earlier", shares=torch.zeros(1, 1 + 2 * heads, dtype=torch.int64))
     layers, state = ops.read_layers(*good.values()), case.state()
 
     def read_caches(of, states, lag=0):
@@ -387,26 +370,20 @@ def test_what_is_read_is_checked():
         ]
         return ops.read_caches(of, keys, values, [len(state.keys) for state in states], [], parts, lag)
 
-    def cache_refused(match, states=(state,), lag=0):
-        with pytest.raises(RuntimeError, match=match):
-            read_caches(layers, states, lag)
-
-    cache_refused("2 numbers of segments and 12 parts of caches for 1 layers", [state, state])
-    cache_refused("0 segments of layer 0", [state._replace(keys=[], values=[])])
-    cache_refused("segments of layer 0, of .* of keys and 0 of values", [state._replace(values=[])])
-    cache_refused("lengths has another dtype", [state._replace(lengths=state.lengths.int())])
-    cache_refused("refs counts", [state._replace(refs=state.refs[:-1].clone())])
-    cache_refused("lag is -1", lag=-1)
-    with pytest.raises(RuntimeError, match="no layers of the number 0"):
-        read_caches(0, [state])
-    caches = read_caches(layers, [state])
-    for x, match in (
-        (case.x[:1], "input has the shape"),
-        (case.x.half(), "another dtype"),
-        (case.x[:, 0], "the shape"),
+    for match, of, states, lag in (
+        ("2 numbers of segments and 12 parts of caches for 1 layers", layers, [state, state], 0),
+        ("0 segments of layer 0", layers, [state._replace(keys=[], values=[])], 0),
+        ("segments of layer 0, of .* of keys and 0 of values", layers, [state._replace(values=[])], 0),
+        ("lengths has another dtype", layers, [state._replace(lengths=state.lengths.int())], 0),
+        ("refs counts", layers, [state._replace(refs=state.refs[:-1].clone())], 0),
+        ("lag is -1", layers, [state], -1),
+        ("no layers of the number 0", 0, [state], 0),
     ):
         with pytest.raises(RuntimeError, match=match):
-            ops.step_layers(x, *case.rotary, caches, 0)
+            read_caches(of, states, lag)
+    caches = read_caches(layers, [state])
+    with pytest.raises(RuntimeError, match="input has the shape"):
+        ops.step_layers(case.x[:1], *case.rotary, caches, 0)
     with pytest.raises(RuntimeError, match="first layer is 1 of 1"):
         ops.step_layers(case.x, *case.rotary, caches, 1)
     with pytest.raises(RuntimeError, match="cos has the shape"):
@@ -428,10 +405,6 @@ def test_fakes_have_the_shapes_of_the_real_ones():
     heads, dim, value_dim = len(case.cache.rules), case.rotary.cos.shape[-1], state[1][0].shape[-1]
     token = tuple(torch.randn(2, n, 1, d) for n, d in ((heads * 2, dim), (heads, dim), (heads, value_dim)))
     unscored = (*state[:-1], None, [], None)
-    calls = {
-        "step": (*token, *unscored),
-        "step_layer": arguments,
-    }
-    for name, given in calls.items():
+    for name, given in (("step", (*token, *unscored)), ("step_layer", arguments)):
         operator = getattr(torch.ops.moacompress_cpu, name).default
         torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))

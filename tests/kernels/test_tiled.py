@@ -57,7 +57,7 @@ def test_random_configurations(seed, monkeypatch):
 
 @pytest.mark.parametrize("number", [torch.nan, INF, -INF])
 @pytest.mark.parametrize("what", ["query", "key", "value", "all keys"])
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(5))
 def test_numbers_that_are_not_finite(seed, what, number, unchanged_or_as, monkeypatch):
     """Forward and backward, with and without a past."""
     rng = random.Random(seed)
@@ -85,14 +85,6 @@ def test_numbers_that_are_not_finite(seed, what, number, unchanged_or_as, monkey
     unchanged_or_as(*found, *exact, 3e-5, bits=False)
 
 
-def test_columns_of_pieces():
-    keys = Keys(torch.zeros(1, 1, 42, 2), torch.zeros(1, 1, 42, 2), [(0, 16), (100, 20), (130, 6)])
-    bounds = {(0, 16): (0, 16), (4, 100): (4, 16), (50, 60): (16, 16), (99, 101): (16, 17), (110, 133): (26, 39)}
-    assert {edges: keys.columns(*edges) for edges in bounds} == bounds
-    assert keys.columns(0, 1000) == (0, 42)
-    assert keys.positions().tolist() == [*range(16), *range(100, 120), *range(130, 136)]
-
-
 def test_long_inputs_stay_in_tiles(monkeypatch):
     """At 6,000 tokens no score tensor comes near rows x keys."""
     largest = 0
@@ -109,11 +101,3 @@ def test_long_inputs_stay_in_tiles(monkeypatch):
     for rule in (Rule(4, 64, 0), Rule(64, 0, 512), Rule(4, 0, 1023)):
         in_tiles(query, key, key, n, rule, None, Scores(0.5))
     assert 0 < largest <= tiled.TILE_SCORES * 1.1
-
-
-def test_full_attention_with_a_native_window_does_not_take_the_causal_short_cut():
-    n = 40
-    query, key = torch.randn(1, 1, 1, n, 4), torch.randn(1, 1, n, 4)
-    windowed, whole = (in_tiles(query, key, key, n, Rule.FULL, native, Scores(0.5))[0] for native in (10, None))
-    assert torch.allclose(windowed[:, :, :, :10], whole[:, :, :, :10], atol=1e-6)
-    assert not torch.allclose(windowed[:, :, :, 10:], whole[:, :, :, 10:], atol=1e-3)

@@ -42,15 +42,15 @@ def as_reference(triton, random_case, close):
     return check
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("seed", range(12))
-def test_random_steps(seed, dtype, as_reference):
+@pytest.mark.parametrize("seed", range(15))
+def test_random_steps(seed, as_reference):
+    dtype = [*LSE_ERROR][seed % 3]
     as_reference("decode", 100 + seed, dtype, max(4e-3, LSE_ERROR[dtype]), tokens=1, formats="any")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("seed", range(8))
-def test_random_chunks(seed, dtype, as_reference):
+def test_random_chunks(seed, as_reference):
+    dtype = [*LSE_ERROR][seed % 3]
     sizes = {"tokens": (1, 5, 33, 70)[seed % 4], "rows": 1 + seed % 2, "group": (1, 2, 3, 5)[seed // 2]}
     sizes |= {"dim": (16, 24, 64, 9)[seed // 2], "value_dim": (33, 16, 40, 64)[seed // 2]}
     as_reference("prefill", 200 + seed, dtype, formats="any", **sizes)
@@ -60,7 +60,7 @@ def test_random_chunks(seed, dtype, as_reference):
 @every_pair
 def test_windows_that_begin_anywhere_in_a_block(pair, op, as_reference):
     sizes = {"group": 2, "dim": 16, "value_dim": 16, "tokens": 20, "rules": [(4, 33, 0)], "min_window": 16, **ONE_HEAD}
-    for start in range(16):
+    for start in (0, 1, 7, 15):
         as_reference(op, start, past=70 + start, formats=[pair], **sizes)
 
 
@@ -68,7 +68,7 @@ def test_windows_that_begin_anywhere_in_a_block(pair, op, as_reference):
 def test_sinks_and_windows_that_end_within_the_chunk(pair, as_reference):
     """A prompt without a past that is longer than its windows, and one of sinks alone."""
     sizes = {"kv_heads": 2, "group": 2, "dim": 16, "value_dim": 16, "past": 0, "rules": [(70, 33, 0), (4, 0, 0)]}
-    for tokens in (1, 15, 65, 130):
+    for tokens in (15, 65, 130):
         as_reference("prefill", tokens, **(ONE_HEAD | sizes), tokens=tokens, min_window=16, formats=[pair] * 2)
 
 

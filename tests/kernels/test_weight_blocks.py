@@ -56,8 +56,6 @@ def test_the_reference_multiplies_what_is_dequantized(kind, random_blocks, monke
     along = torch.randn_like(expected)
     for mine, wanted in zip(*(torch.autograd.grad(y, (x, bias), along) for y in (found, expected)), strict=True):
         assert torch.allclose(mine, wanted, rtol=1e-12, atol=1e-12)
-    arguments = (x, blocks, kind.code, bias, False)
-    torch.library.opcheck(torch.ops.moacompress_blocks.linear.default, arguments)
 
 
 def test_gradients_keep_no_dense_weight(random_blocks):
@@ -74,13 +72,9 @@ def test_refusals(random_blocks):
     blocks = random_blocks(kind, 4, inputs=512)
     with pytest.raises(UnsupportedError, match="320 inputs are no multiple of the 256 numbers of a Q4_K block"):
         kind.row_bytes(320)
-    with pytest.raises(UnsupportedError, match="rows of 200 bytes are no multiple of the 144"):
-        kind.inputs(200)
     with pytest.raises(UnsupportedError, match="no type of weight blocks has the code 99; known are 1 to 7"):
         weight_type(99)
     with pytest.raises(UnsupportedError, match="uint8"):
         dequantized(blocks.float(), kind)
     with pytest.raises(UnsupportedError, match=r"a Q4_K weight of 256 inputs has 144 bytes a row, not 288"):
         REFERENCE.linear_blocks(torch.randn(2, 256), blocks, kind, None)
-    with pytest.raises(UnsupportedError, match=r"uint8 \[outputs, bytes\], not torch.uint8 \[4\]"):
-        REFERENCE.linear_blocks(torch.randn(2, 512), blocks[:, 0], kind, None)

@@ -26,9 +26,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
-@pytest.fixture(params=WEIGHT_TYPES)
-def kind(request):
-    return WEIGHT_TYPES[request.param]
+KINDS = [*WEIGHT_TYPES.values()]
+every_kind = pytest.mark.parametrize(
+    ("kind", "dtype"), [(kind, DTYPES[i % 3]) for i, kind in enumerate(KINDS)], ids=WEIGHT_TYPES
+)
+"""A dtype for each type of blocks: products of all pairs are in `tests/kernels/test_linear.py`."""
+Q4_K = WEIGHT_TYPES["Q4_K"]
 
 
 def block_linear(kind, inputs=512, outputs=48, bias=True):
@@ -39,8 +42,8 @@ def block_linear(kind, inputs=512, outputs=48, bias=True):
     return layer
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1,), (2, 5), (3, 40)])
+@every_kind
+@pytest.mark.parametrize("shape", [(1,), (3, 40)])
 def test_products_and_gradients_are_those_of_the_numbers(kind, dtype, shape):
     layer = block_linear(kind).to(dtype)
     weight = dequantized(layer.weight, kind, torch.float64)
@@ -60,10 +63,9 @@ def test_products_and_gradients_are_those_of_the_numbers(kind, dtype, shape):
     assert torch.allclose(mine.float(), along.to(dtype).float().flatten(0, -2).sum(0), rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [2, 200])
-def test_derivatives_of_function_transforms_are_those_of_the_numbers(kind, dtype, rows):
-    layer = block_linear(kind).to(dtype)
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 200), (torch.bfloat16, 2)])
+def test_derivatives_of_function_transforms_are_those_of_the_numbers(dtype, rows):
+    kind, layer = Q4_K, block_linear(Q4_K).to(dtype)
     x, tangent = torch.randn(rows, 512).to(dtype), torch.randn(rows, 512).to(dtype)
     weight = dequantized(layer.weight, kind, torch.float64)
     expected = tangent.double() @ weight.t()
@@ -77,7 +79,7 @@ def test_derivatives_of_function_transforms_are_those_of_the_numbers(kind, dtype
     assert float((found - expected).abs().max()) <= CLOSE[dtype] * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_kind
 def test_rows_are_those_of_the_numbers(kind, dtype):
     layer = BlockEmbedding(20, 256, kind, dtype=dtype, scale=16.1)
     layer.weight.copy_(random_blocks(kind, 20, inputs=256, scale=1e-3))
@@ -89,8 +91,8 @@ def test_rows_are_those_of_the_numbers(kind, dtype):
     assert layer.state_dict().keys() == {"weight"}
 
 
-def test_dtypes_never_touch_the_bytes(kind):
-    layer = block_linear(kind)
+def test_dtypes_never_touch_the_bytes():
+    layer = block_linear(Q4_K)
     before = layer.weight.clone()
     for change in (nn.Module.half, nn.Module.bfloat16, nn.Module.double, nn.Module.float):
         change(layer)
@@ -98,30 +100,26 @@ def test_dtypes_never_touch_the_bytes(kind):
         assert layer(torch.randn(2, 512).to(layer.bias.dtype)).dtype == layer.bias.dtype
     layer.to(torch.bfloat16).train().requires_grad_(False)
     assert torch.equal(layer.weight, before)
-    assert layer.weight.shape == (48, kind.row_bytes(512))
-    assert f"kind={kind.name}" in repr(layer)
+    assert layer.weight.shape == (48, Q4_K.row_bytes(512))
+    assert "kind=Q4_K" in repr(layer)
 
 
-def test_copies_compute_the_same(kind):
-    layer, x = block_linear(kind), torch.randn(3, 512)
+def test_copies_compute_the_same():
+    layer, x = block_linear(Q4_K), torch.randn(3, 512)
     for made in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(made(x), layer(x))
         assert made.weight is not layer.weight
-    other = block_linear(kind)
+    other = block_linear(Q4_K)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), layer(x))
-
-
-def test_autocast_decides_as_of_torch_s_own(kind):
-    layer, x = block_linear(kind), torch.randn(3, 512)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == nn.Linear(512, 2)(x).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("rows", [1, 40])
-def test_a_graph_holds_it_whole(kind, rows):
+def test_a_graph_holds_it_whole(rows):
     torch._dynamo.reset()
-    layer, x = block_linear(kind), torch.randn(rows, 512)
+    layer, x = block_linear(Q4_K), torch.randn(rows, 512)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         assert torch.allclose(compiled(x), layer(x), atol=1e-5)
@@ -138,7 +136,6 @@ def test_what_cannot_be_in_blocks_is_refused():
         ({"none": "Q8_0"}, r"layer 'none' is not known"),
         ({"wide": "Q9_9"}, r"type of weights 'Q9_9' is not known; types are Q8_0"),
         ({"wide": "Q4_K"}, r"rows of 64 numbers are no whole Q4_K blocks of 256"),
-        ({"odd": "Q8_0"}, r"rows of 48 numbers are no whole Q8_0 blocks of 32"),
         ({"norm": "Q8_0"}, r"LayerNorm is no plain linear layer or embedding"),
     ):
         with pytest.raises(ModelError, match=message):

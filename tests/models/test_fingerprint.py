@@ -34,19 +34,15 @@ class Made(nn.Module):
         self.c = self.b
 
 
-def test_every_number_counts(tiny_model: Callable[..., Any]) -> None:
-    first, second = tiny_model("llama"), tiny_model("llama")
-    second.model.layers[1].mlp.up_proj.weight.data[50, 33] += 0.01
-    assert model_shape(first).weights_fingerprint != model_shape(second).weights_fingerprint
-
-
-def test_names_and_shapes_count() -> None:
+def test_numbers_names_and_shapes_count() -> None:
     def module(name: str, *shape: int) -> nn.Module:
         made = nn.Module()
         made.register_parameter(name, nn.Parameter(torch.zeros(shape)))
         return made
 
     kinds = [module("a", 2, 6), module("b", 2, 6), module("a", 6, 2), module("a", 12), module("a", 0)]
+    kinds[0].get_parameter("a").data[1, 5] += 0.01
+    kinds.append(module("a", 2, 6))
     assert len({weights_fingerprint(kind) for kind in kinds}) == len(kinds)
 
 
@@ -85,20 +81,10 @@ def test_what_has_no_one_form_has_one_fingerprint() -> None:
     assert weights_fingerprint(made) == weights_fingerprint(made.to(torch.bfloat16))
 
 
-def test_tied_weights_are_as_equal_ones(tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tied_weights_are_as_equal_ones(tiny_model: Callable[..., Any]) -> None:
     tied, apart = tiny_model("llama", tie_word_embeddings=True), tiny_model("llama", tie_word_embeddings=False)
     apart.load_state_dict(tied.state_dict())
-    hashed: list[int] = []
-    real = fingerprint._flat_array
-
-    def counted(part: torch.Tensor) -> Any:
-        hashed.append(part.numel())
-        return real(part)
-
-    monkeypatch.setattr(fingerprint, "_flat_array", counted)
     assert weights_fingerprint(tied) == weights_fingerprint(apart)
-    count = tied.lm_head.weight.numel()
-    assert hashed.count(count) == 3  # the tied one once
     apart.lm_head.weight.data[3, 3] += 1
     assert weights_fingerprint(tied) != weights_fingerprint(apart)
 

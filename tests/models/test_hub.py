@@ -26,16 +26,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def cached(cache: Path, name: str) -> Path:
-    """Puts a model's config into a cache as the hub's own package lays it out."""
-    folder = cache / f"models--{name.replace('/', '--')}"
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text("abc")
-    (folder / "snapshots" / "abc").mkdir(parents=True)
-    (folder / "snapshots" / "abc" / "config.json").write_text("{}")
-    return folder
-
-
 def test_what_can_be_a_name_on_the_hub() -> None:
     assert all(map(is_hub_name, ("gpt2", "owner/name", "HuggingFaceTB/SmolLM2-135M-Instruct", "a.b/c_d")))
     assert not any(map(is_hub_name, ("", "/x", "./x", "../x/y", "a/b/c", "a b", "models/", "~/x")))
@@ -46,6 +36,7 @@ def test_what_is_not_in_the_cache_fails_at_once(cache: Path, offline: bool, monk
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(hub, "can_reach", lambda endpoint: offline)  # offline, nobody asks
     why = "HF_HUB_OFFLINE is set" if offline else "https://.* cannot be reached"
     with pytest.raises(
         ModelError, match=f"there is no folder owner/name, {why}, and the cache in .* does not have it; give"
@@ -55,14 +46,14 @@ def test_what_is_not_in_the_cache_fails_at_once(cache: Path, offline: bool, monk
         hub_arguments("a--b..c")
 
 
-def test_what_is_in_the_cache_is_loaded_without_asking(cache: Path) -> None:
-    cached(cache, "owner/name")
+def test_what_is_in_the_cache_is_loaded_without_asking(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = cache / "models--owner--name"  # as the hub's own package lays it out
+    for file, text in (("refs/main", "abc"), ("snapshots/abc/config.json", "{}")):
+        (folder / file).parent.mkdir(parents=True)
+        (folder / file).write_text(text)
     assert hub_arguments("owner/name") == {"local_files_only": True}
     with pytest.raises(ModelError, match="transformers can load"):  # its config says nothing
         load_source("owner/name")
-
-
-def test_a_hub_that_can_be_reached_is_asked(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "can_reach", lambda endpoint: True)
     assert hub_arguments("owner/name") == {}
 

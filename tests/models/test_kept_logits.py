@@ -39,8 +39,7 @@ def whole(tiny_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("kept", [1, 3, torch.tensor([2, 5, 19])])
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(("kept", "wrapped"), [(1, True), (3, False), (torch.tensor([2, 5, 19]), True)])
 def test_logits_are_those_of_the_positions(
     tiny_model: Callable[..., PreTrainedModel], whole: PreTrainedModel, kept: int | torch.Tensor, wrapped: bool
 ) -> None:
