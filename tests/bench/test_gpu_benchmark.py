@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 
@@ -69,7 +69,6 @@ def test_what_a_killed_run_left_half_written(load_script, tmp_path, monkeypatch,
     ("arguments", "said"),
     [
         (["--parts", "speed"], "'speed' is none of: correct, ceiling"),
-        (["--parts", "ruler,decode", "--model", "there"], "goes alone"),
         (["--parts", "ceiling"], "there is no CUDA device"),
     ],
 )
@@ -280,35 +279,6 @@ def test_a_trace_says_who_waits():
     assert host_traffic([*before, *step, *after]) == (0, 0)
     waiting = [("cudaMemcpyAsync", 4.1), ("cudaStreamSynchronize", 4.2), ("Memcpy DtoH (Device -> Pageable)", 4.3)]
     assert host_traffic([*before, *step, *waiting, *after]) == (1, 1)
-
-
-def test_ruler_says_first_what_it_takes(compressed, tmp_path, monkeypatch, capsys):
-    import gpu_ruler
-
-    calls = []
-
-    def call(command, **_):
-        calls.append((command[3:], capsys.readouterr().out))
-        return SimpleNamespace(stdout=json.dumps({"seconds": 90.0, "answers": 24}))
-
-    monkeypatch.setattr(gpu_ruler.subprocess, "run", call)
-    out = tmp_path / "gpu.json"
-    gpu_ruler.ruler(compressed, tmp_path / "prose", tmp_path / "squad.json", 2, "cpu", out)
-    (dry, _), (real, said) = calls
-    assert dry[-2:] == ["--dry-run", "--json"]
-    assert real == [*dry[:-2], "-o", str(tmp_path / "gpu.ruler.json")]
-    assert "24 answers in about" in said
-    weights = sum(file.stat().st_size for file in (compressed / "model").glob("*.safetensors"))
-    (row,) = rows(tmp_path)
-    assert row["seconds"] == 90.0
-    assert row["bytes"] > weights
-    import typer.main
-
-    from moacompress.cli import app
-
-    evaluate = typer.main.get_command(app).commands["eval"]  # type: ignore[attr-defined]
-    for arguments in (dry, real):
-        assert evaluate.make_context("eval", [*arguments[1:]]).params["prompts"] == 2
 
 
 @needs_triton
