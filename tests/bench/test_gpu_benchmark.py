@@ -65,23 +65,15 @@ def test_what_a_killed_run_left_half_written(load_script, tmp_path, monkeypatch,
     assert "1 lines cannot be read and are left out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--parts", "speed"], "'speed' is none of: correct, ceiling"),
-        (["--parts", "ceiling"], "there is no CUDA device"),
-    ],
-)
-def test_what_cannot_be_asked(arguments, said, tmp_path):
-    import torch
-
-    if said == "there is no CUDA device" and torch.cuda.is_available():
-        arguments = ["--parts", "speed"]
-        said = "is none of"
-    done = run(tmp_path, *arguments)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert not (tmp_path / "gpu.json").exists()
+def test_what_cannot_be_asked(load_script, tmp_path, monkeypatch, capsys):
+    script, out = load_script(SCRIPT), str(tmp_path / "gpu.json")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for parts, said in (("speed", "'speed' is none of: correct, ceiling"), ("ceiling", "there is no CUDA device")):
+        monkeypatch.setattr("sys.argv", ["gpu.py", "-o", out, "--parts", parts])
+        with pytest.raises(SystemExit, match="2"):
+            script.main()
+        assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 class Clock:

@@ -25,21 +25,6 @@ def base_tokenizer(tiny_tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeniz
     return base
 
 
-def test_lines(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    draft = lookups.render_lines([("calm-otter", 7), ("bold-raven", 41234)], "calm-otter", 7)
-    assert draft.messages == (
-        "Every line of this list has a name and a number.\n\n"
-        "calm-otter has the number 7\nbold-raven has the number 41234\n"
-        "\nWhich number is on the line of calm-otter? Say it in a short sentence.",
-    )
-    assert draft.answer.text == "The line of calm-otter has the number 7."
-    assert draft.references == ("7",)
-    ids = encode_draft(tiny_tokenizer, draft)
-    assert str(tiny_tokenizer.decode(ids.prompt_ids)).endswith("short sentence.<|im_end|>\n<|im_start|>assistant\n")
-    values = [i for i, counts in zip(ids.answer_ids, ids.is_value, strict=True) if counts]
-    assert tiny_tokenizer.decode(values) == "7"
-
-
 def test_drawn_lines(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     case = make_cases("line-lookup", 3000, 1, 0, tiny_tokenizer)[0]
     text = str(tiny_tokenizer.decode(case.prompt_ids))
@@ -51,14 +36,6 @@ def test_drawn_lines(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     assert (case.match, case.new_tokens) == ("last-integer", 40)
     with pytest.raises(DataError, match=r"task line-lookup has 4,\d+ keys, too few for a prompt of 400,000 tokens"):
         make_cases("line-lookup", 400_000, 1, 0, tiny_tokenizer)
-
-
-def test_recall(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    draft = lookups.render_recall([("bold-raven", "harvest"), ("calm-otter", "lake")], "bold-raven", "harvest")
-    ids = encode_draft(tiny_tokenizer, draft)
-    assert tiny_tokenizer.decode(ids.prompt_ids) == "bold-raven: harvest\ncalm-otter: lake\nbold-raven:"
-    assert tiny_tokenizer.decode(ids.answer_ids) == " harvest"
-    assert ids.is_value == [False] + [True] * 7
 
 
 def test_drawn_recall(tiny_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -57,7 +57,7 @@ def random_case(size: int, turn_at: int | None = None) -> Case:
     return Case("t", size, ids[:size], ids[size:], [True] * 5, ("~~",), "all", 0, turn_at)
 
 
-@pytest.mark.parametrize("size", [200, 201])
+@pytest.mark.parametrize("size", [201])
 def test_an_answer_is_scored_over_rounded_keys_and_values(
     kind: QuantizedKind, size: int, model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -103,9 +103,8 @@ def test_text_is_read_as_it_would_be_generated(kind: QuantizedKind, model: PreTr
     assert not torch.allclose(states[RESIDUAL:], read(model, window).states[RESIDUAL:], atol=1e-4)
 
 
-@pytest.mark.parametrize("tokens", [1, 100, 128, 129, 255, 256, 257, 700])
 @pytest.mark.parametrize("counted", ["what is brought", "one"])
-def test_steps_of_text_round_when_tokens_would(tokens: int, counted: str) -> None:
+def test_steps_of_text_round_when_tokens_would(counted: str) -> None:
     """Whether a version of transformers counts what an update brings or one token: 5.17 to 5.19 do the latter."""
 
     def unrounded(steps: list[int]) -> dict[int, int]:
@@ -118,11 +117,12 @@ def test_steps_of_text_round_when_tokens_would(tokens: int, counted: str) -> Non
             read += step
         return {**seen, read: residual}
 
-    first = min(tokens, RESIDUAL)
-    one_by_one = unrounded([first, *[1] * (tokens - first)])
-    steps = text_steps(tokens)
-    assert sum(steps) == tokens
-    assert unrounded(steps).items() <= one_by_one.items()
+    for tokens in (1, 100, 128, 129, 255, 256, 257, 700):
+        first = min(tokens, RESIDUAL)
+        one_by_one = unrounded([first, *[1] * (tokens - first)])
+        steps = text_steps(tokens)
+        assert sum(steps) == tokens
+        assert unrounded(steps).items() <= one_by_one.items()
 
 
 def test_its_bytes_are_those_of_its_tensors(
