@@ -17,7 +17,6 @@ sizes whose times mean nothing.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -26,7 +25,7 @@ from pathlib import Path
 from gpu_rows import said_as, table  # beside this script
 from gpu_targets import TARGETS, targets
 from gpu_worker import WEIGHTS, Asked, run_parts
-from harness import Row, listed, markdown, options
+from harness import Row, listed, markdown, options, read_rows
 
 from moacompress.core.records import end_last_line
 
@@ -69,22 +68,6 @@ def main() -> None:
         for row in targets_of(rows):
             write(row)
     show(rows)
-
-
-def read_rows(out: Path, begin: int = 0) -> list[Row]:
-    """Returns results from a byte of a file on; lines that cannot be read are left out, and it is said."""
-    rows = []
-    lines = out.read_bytes()[begin:].splitlines()
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    if len(rows) < len(lines):
-        print(f"{out}: {len(lines) - len(rows)} lines cannot be read and are left out", file=sys.stderr)
-    return rows
 
 
 def targets_of(rows: Sequence[Row]) -> list[Row]:

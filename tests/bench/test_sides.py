@@ -109,7 +109,7 @@ def test_what_gates_keep_is_there(checkpoint):
     plan, cell = checkpoint.plan, Cell("float32", 300, 2)
     rows = [[replace(rule, select_alpha=20, select_beta_q=64) for rule in row] for row in plan.rules]
     gated = replace(plan, rules=tuple(map(tuple, rows))).in_dtype("float32")
-    filled = FilledPlanCache(gated, gated.model, cell, 310, 0, "cpu")
+    filled = FilledPlanCache(gated, cell, 310, 0, "cpu")
     assert filled.kv_bytes() == gated.kv_bytes(300, 2) > plan.in_dtype("float32").kv_bytes(300, 2)
 
 
@@ -133,7 +133,7 @@ def test_rows_of_overlapping_keys_and_values_share_no_blocks(checkpoint):
     keys = kv[0][0]
     assert keys.shape == (3, plan.model.kv_heads, 512, plan.model.head_dim)
     assert torch.equal(keys[1, :, :-1], keys[0, :, 1:])
-    filled = FilledPlanCache(plan, plan.model, cell, 520, 5, "cpu", kv)
+    filled = FilledPlanCache(plan, cell, 520, 5, "cpu", kv)
     assert filled.kv_bytes() == plan.kv_bytes(512, 3)
 
 

@@ -80,11 +80,13 @@ def test_prompt_and_answer_take_the_plans_bytes(
             assert 0 <= plan.kv_bytes(case.tokens) - taken < 2 * vector
             entries.append(int(mask.sum()))
         assert entries[0] < entries[1] < entries[2]
-    whole = compared("keydiff", SEEN, replace(plan, min_window=256), "int4")  # all of a prompt takes less than the plan
-    assert kept_mask(whole, case, reading).all()
-    taken = whole.on_prompts([case]).kv_bytes
-    assert taken == 299 * LAYERS * KV_HEADS * whole.token_bytes + 5 * LAYERS * KV_HEADS * 128
-    assert taken < whole.plan.kv_bytes(case.tokens)
+    roomy = compared(
+        "keydiff", SEEN, _windows(model_shape(model), window=256), "int4"
+    )  # all of a prompt takes less than the plan
+    assert kept_mask(roomy, case, reading).all()
+    taken = roomy.on_prompts([case]).kv_bytes
+    assert taken == 299 * LAYERS * KV_HEADS * roomy.token_bytes + 5 * LAYERS * KV_HEADS * 128
+    assert taken < roomy.plan.kv_bytes(case.tokens)
 
 
 def test_keys_are_rounded_less_their_mean(model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -159,7 +159,8 @@ def test_expected_attention_is_that_of_a_normal_query_at_the_next_positions(
     for layer, (query, key, value) in enumerate(plain(model, ids[:end])):
         unturned = turned(query, -torch.arange(end))[:, sinks:]
         for head in range(KV_HEADS):
-            keys, total = key[head, sinks:].double(), 0
+            keys = key[head, sinks:].double()
+            total = torch.zeros(len(keys), dtype=torch.float64)
             for queries in group_of(unturned, head):
                 mean = mean_turn @ queries.mean(0)
                 covariance = mean_turn @ torch.cov(queries.T, correction=0) @ mean_turn.T

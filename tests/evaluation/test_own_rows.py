@@ -77,12 +77,6 @@ def test_rows_in_order_that_fit(tmp_path: Path, tiny_tokenizer: Any) -> None:
     ("row", "right", "wrong"),
     [
         ({"prompt": "Who?", "answer": " Ann\n"}, "It is Ann.", "Annabel."),
-        ({"prompt": "Who?", "answer": ["Ann\t", "Bo "]}, "It is Ann.", "Bob."),
-        (
-            {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": " Ann\r\n"}]},
-            "It is Ann.",
-            "",
-        ),
         ({"prompt": "Where?", "answer": "cafe\u0301"}, "In a caf\u00e9.", "In a cafe."),
         ({"prompt": "Is it?", "answer": "no"}, "No, it is not.", "Yes, as is well known."),
     ],

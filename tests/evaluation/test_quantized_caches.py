@@ -52,9 +52,9 @@ def model(tiny_model: Build) -> PreTrainedModel:
     return tiny_model("llama", num_attention_heads=3, num_key_value_heads=3, hidden_size=192, num_hidden_layers=2)
 
 
-def random_case(size: int, turn_at: int | None = None) -> Case:
+def random_case(size: int) -> Case:
     ids = np.random.default_rng(size).integers(4, 100, size + 5).tolist()
-    return Case("t", size, ids[:size], ids[size:], [True] * 5, ("~~",), "all", 0, turn_at)
+    return Case("t", size, ids[:size], ids[size:], [True] * 5, ("~~",), "all", 0)
 
 
 @pytest.mark.parametrize("size", [201])
@@ -76,14 +76,6 @@ def test_an_answer_is_scored_over_rounded_keys_and_values(
     (dense,) = score_batch(model, tiny_tokenizer, [case])
     assert found.nll == pytest.approx(expected, abs=1e-4)
     assert abs(found.nll - dense.nll) > 1e-6
-
-
-def test_a_second_turn_goes_on_over_the_first(
-    kind: QuantizedKind, model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
-) -> None:
-    (turns,) = score_batch(model, tiny_tokenizer, [random_case(301, 101)], kind.new_cache(model), kind.unit)
-    (one,) = score_batch(model, tiny_tokenizer, [random_case(301)], kind.new_cache(model), kind.unit)
-    assert turns.nll != one.nll
 
 
 def test_text_is_read_as_it_would_be_generated(kind: QuantizedKind, model: PreTrainedModel) -> None:
@@ -145,7 +137,8 @@ def test_its_bytes_are_those_of_its_tensors(
         assert found == codes + 4 * tensors * rows + 2 * numbers  # a scale and a zero point of a group, in bfloat16
 
 
-def test_a_row_beside_the_others(kind: QuantizedKind, compressed: Path) -> None:
+def test_a_row_beside_the_others(compressed: Path) -> None:
+    kind = there("quantized:hqq-4")
     options: dict[str, Any] = {"lengths": (700,), "prompts": 3, "against": ("dense", kind.name)}
     report = evaluate(compressed, tasks=("needle-noise",), **options)
     rows = {(row["model"], row["metric"]): row for row in report["results"]}
