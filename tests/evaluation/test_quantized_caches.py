@@ -137,8 +137,7 @@ def test_its_bytes_are_those_of_its_tensors(
         assert found == codes + 4 * tensors * rows + 2 * numbers  # a scale and a zero point of a group, in bfloat16
 
 
-def test_a_row_beside_the_others(compressed: Path) -> None:
-    kind = there("quantized:hqq-4")
+def test_a_row_beside_the_others(kind: QuantizedKind, compressed: Path) -> None:
     options: dict[str, Any] = {"lengths": (700,), "prompts": 3, "against": ("dense", kind.name)}
     report = evaluate(compressed, tasks=("needle-noise",), **options)
     rows = {(row["model"], row["metric"]): row for row in report["results"]}
