@@ -120,7 +120,7 @@ def test_drawn_modules(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
 def test_drawn_code_questions(length: int, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     """Each answer is found again in the code of the prompt alone, by other means, and there is one."""
     depths, asked = [], set()
-    for case in make_cases("code-question", length, 25, 0, tiny_tokenizer):
+    for case in make_cases("code-question", length, 40, 0, tiny_tokenizer):
         text, (answer,) = str(tiny_tokenizer.decode(case.prompt_ids)), case.references
         code, question = re.fullmatch(r".*?```python\n(.*)\n```\n\n(.*?) Answer with .*", text, re.DOTALL).groups()  # type: ignore[union-attr]
         names = re.findall(r"`([^`]*)`", question)
