@@ -332,7 +332,7 @@ def streamed(name: str, room: list[int]) -> Masks:
     return visible
 
 
-@pytest.mark.parametrize("room", [[20, 20], [13, 12], [1, 1]])
+@pytest.mark.parametrize("room", [[20, 20], [13, 12], [3, 2], [1, 1]])
 @pytest.mark.parametrize("name", STREAMED)
 def test_what_evicts_as_it_reads(
     name: str, room: list[int], model: PreTrainedModel, ids: list[int], monkeypatch: pytest.MonkeyPatch
