@@ -6,9 +6,7 @@ Parts, each with its share of `--minutes`, and what one does not use goes to the
 against plain PyTorch on the same card, replayed steps against steps, who waits for whom), `ceiling` (what copying memory and
 a product of matrices reach), `decode` and `prefill` (kernels alone, as a share of that and beside SDPA and FlashInfer),
 `e2e` (a model with random weights under plans, at full span, plain, with a static cache compiled, with transformers' quantized
-cache: tokens a second, each side at its own largest batch, and then steps at the same rows and tokens). `ruler` is asked for
-alone, with `--parts ruler --model DIR`: RULER at 4k on a compressed checkpoint and the dense model through `moacompress eval`,
-which resumes; how long it will take and what memory it needs is said first.
+cache: tokens a second, each side at its own largest batch, and then steps at the same rows and tokens).
 
 Results are lines of JSON; at the end there is one table with the name of the card, and one of the targets. A result that
 cannot be had is a line that says why; if the process that has the device ends, another one goes on behind it. `--show` makes
@@ -19,21 +17,17 @@ sizes whose times mean nothing.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from gpu_rows import said_as, table  # beside this script
-from gpu_ruler import ruler
 from gpu_targets import TARGETS, targets
 from gpu_worker import WEIGHTS, Asked, run_parts
-from harness import Row, listed, markdown, options
+from harness import Row, listed, markdown, options, read_rows
 
 from moacompress.core.records import end_last_line
-
-PARTS = (*WEIGHTS, "ruler")
 
 
 def main() -> None:
@@ -41,28 +35,18 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument(
         "--parts",
-        type=partial(listed, known=PARTS),
+        type=partial(listed, known=WEIGHTS),
         default=[*WEIGHTS],
-        help=f"some of {', '.join(PARTS)}, with commas",
+        help=f"some of {', '.join(WEIGHTS)}, with commas",
     )
     parser.add_argument("--device", default="cuda", help="torch device")
     parser.add_argument("--small", action="store_true", help="sizes that a CPU can do, whose times mean nothing")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of all parts together; ruler takes what it needs")
-    parser.add_argument("--model", type=Path, help="a compressed checkpoint, for ruler")
-    parser.add_argument("--prompts", type=int, default=100, help="of each task of ruler")
-    parser.add_argument("--text", type=Path, help="prose, which most of RULER's tasks hide things in")
-    parser.add_argument("--squad", type=Path, help="SQuAD as JSON, for RULER's question answering")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of all parts together")
     parser.add_argument("--show", action="store_true", help="measure nothing, and show the tables of what is in OUT")
     parser.add_argument("-o", "--out", type=Path, required=True, help="lines of JSON")
     given = parser.parse_args()
     if given.show:
         show(read_rows(given.out))
-        return
-    parts = given.parts
-    if "ruler" in parts:
-        if given.model is None or given.text is None or given.squad is None or len(parts) > 1:
-            parser.error("ruler goes alone, with --model DIR, --text PROSE and --squad FILE")
-        ruler(given.model, given.text, given.squad, given.prompts, given.device, given.out)
         return
     if given.device.startswith("cuda"):
         import torch
@@ -78,28 +62,12 @@ def main() -> None:
             file.write(json.dumps(row).encode() + b"\n")
             file.flush()
 
-        ordered = tuple(part for part in WEIGHTS if part in parts)
+        ordered = tuple(part for part in WEIGHTS if part in given.parts)
         run_parts(Asked(given.device, given.small, ordered, until), write)
         rows = read_rows(given.out, begin)
         for row in targets_of(rows):
             write(row)
     show(rows)
-
-
-def read_rows(out: Path, begin: int = 0) -> list[Row]:
-    """Returns results from a byte of a file on; lines that cannot be read are left out, and it is said."""
-    rows = []
-    lines = out.read_bytes()[begin:].splitlines()
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    if len(rows) < len(lines):
-        print(f"{out}: {len(lines) - len(rows)} lines cannot be read and are left out", file=sys.stderr)
-    return rows
 
 
 def targets_of(rows: Sequence[Row]) -> list[Row]:

@@ -145,7 +145,7 @@ def step_ms(
     model, plan = sides.model(side), sides.plan(side)
     kv = overlapping_kv(plan.model, cell, 0, device)
     if side in UNDER_PLANS:
-        filled = FilledPlanCache(plan, plan.model, cell, tokens + WARM + timed + 1, 0, device, kv)
+        filled = FilledPlanCache(plan, cell, tokens + WARM + timed + 1, 0, device, kv)
         size = filled.kv_bytes() / 2**30
         del kv
         if not captured:

@@ -75,9 +75,19 @@ def append_row(out: Path | None, row: Mapping[str, Any]) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Returns the rows of a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+def read_rows(path: Path, begin: int = 0) -> list[Row]:
+    """Returns the rows of a file of JSON lines, from a byte on; lines that cannot be read are left out, and it is said."""
+    rows, lines = [], path.read_bytes()[begin:].splitlines()
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    if len(rows) < len(lines):
+        print(f"{path}: {len(lines) - len(rows)} lines cannot be read and are left out", file=sys.stderr)
+    return rows
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:

@@ -8,18 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 from moacompress.evaluation.baselines.compared_models import ComparedModel
 from moacompress.evaluation.scoring.prompts import Score
 from moacompress.evaluation.scoring.result_rows import Measured, TaskCell
 from moacompress.evaluation.scoring.stored_scores import score_rows
-from moacompress.prompts.pools import Prose
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -46,86 +42,12 @@ print(json.dumps(said))
 def test_they_start() -> None:
     """All in one process, which does not have the tests' modules; what only scripts import has nothing to start."""
     scripts = sorted(path.name for path in FOLDER.glob("*.py") if "__main__" in path.read_text("utf-8"))
-    assert len(scripts) > 20
+    assert len(scripts) > 10
     command = [sys.executable, "-c", START, str(FOLDER), *scripts]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "120"})
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(done.stdout)
     assert [script for script in scripts if not said[script].startswith("usage: ")] == []
-
-
-def test_a_checkpoint_of_random_blocks_loads(
-    load_script: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    script = load_script(FOLDER / "loading_memory.py")
-    small = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
-    monkeypatch.setattr(script, "SHAPE", {**script.SHAPE, **small, "vocab_size": 640})
-    for name in (*script.SCALES, script.NUMBERS):
-        script.write_checkpoint(tmp_path / name, 2, name)
-        found = script.loaded(tmp_path / name)
-        assert found["finite"]
-        config = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
-        assert set(config.get("weights", {}).values()) == {name} - {script.NUMBERS}
-
-
-@pytest.mark.heavy
-def test_loading_in_the_shape_of_8b_takes_the_memory_of_the_files(tmp_path: Path) -> None:
-    """Two layers with embedding and output layer, 1.07 GB; the script alone has 32."""
-    command = [sys.executable, str(FOLDER / "loading_memory.py"), str(tmp_path / "model"), "--layers", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert float(done.stdout.split("(")[1].split()[0]) <= 1.1
-    assert not (tmp_path / "model").exists()
-
-
-@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 40])
-def test_streaming_heads_see_sinks_and_window(load_script: Callable[[Path], Any], tokens: int) -> None:
-    script, back = load_script(FOLDER / "duo_attention.py"), torch.arange(tokens)[:, None] - torch.arange(tokens)
-    query, key, value = (torch.randn(1, 3, tokens, 16) for _ in range(3))
-    seen = (back >= 0) & ((back < 8) | (torch.arange(tokens) < 5))
-    wanted = torch.softmax((query @ key.mT / 4).masked_fill(~seen, -torch.inf), -1) @ value
-    assert torch.allclose(script.streaming_attention(query, key, value, 5, 8, 0.25), wanted, atol=1e-6)
-
-
-def test_weights_of_heads_are_trained_and_go_on(
-    load_script: Callable[[Path], Any], tiny_model: Callable[..., Any], tmp_path: Path
-) -> None:
-    script, model = load_script(FOLDER / "duo_attention.py"), tiny_model("llama")
-    shape = model.config.num_hidden_layers, model.config.num_key_value_heads
-
-    def prompt(step: int) -> tuple[list[int], int]:
-        return torch.randint(3, 60, (50,), generator=torch.Generator().manual_seed(step)).tolist(), 9
-
-    def trained(out: str, steps: int, price: float, whole: int = 6) -> torch.Tensor:
-        heads = script.Heads(shape, 4, 8)
-        script.train(
-            model, heads, lambda step: prompt(step) if step < steps else 1 / 0, tmp_path / out, whole, price, 1
-        )
-        return heads.weights.detach()
-
-    whole = trained("whole", 6, 0.05)
-    with pytest.raises(ZeroDivisionError):
-        trained("parts", 3, 0.05)
-    assert torch.equal(trained("parts", 6, 0.05), whole)
-    assert 0.8 < whole.min() < 1
-    assert trained("free", 6, 0.0).mean() > whole.mean()
-    pattern = tmp_path / "whole"
-    assert np.allclose(np.loadtxt(pattern / "full_attention_heads.tsv"), whole)
-    assert json.loads((pattern / "config.json").read_text()) == {"sink_size": 4, "recent_size": 8}
-
-
-def test_pass_phrases_stand_in_the_text(
-    load_script: Callable[[Path], Any], tiny_tokenizer: Any, tmp_path: Path
-) -> None:
-    script = load_script(FOLDER / "duo_attention.py")
-    (tmp_path / "text.txt").write_text(" ".join(f"It rained on day {n}. Nobody went out." for n in range(900)))
-    prose, source = Prose.load(tmp_path / "text.txt"), SimpleNamespace(tokenizer=tiny_tokenizer)
-    ids, answer = script.make_prompt(source, prose, np.random.default_rng(0), 600, 3, 2)
-    said = tiny_tokenizer.decode(ids[-answer:])
-    asked = tiny_tokenizer.decode(ids[:-answer])
-    for name in ("first", "second", "third"):
-        (line,) = [part for part in said.split(". ") if f"The {name} pass" in part]
-        assert line.strip().rstrip(".") in asked
-    assert abs(len(ids) - 600) < 60
 
 
 def test_tables_of_ways_to_evict(

@@ -130,7 +130,7 @@ def run_serving(
                         store.begin()  # what can be wrong with the request was found by now
                     load = load_per_core()
                     progress.start(f"serving, {side}, {dtype}", len(mix))
-                    found = _served(side, dtype, models[side], plan, request, mix, progress, clock, sleep)
+                    found = _served(side, models[side], plan, request, progress, clock, sleep)
                     progress.done()
                     found |= {"load_per_core": load}
                     store.add(key, found)
@@ -176,17 +176,15 @@ def _bytes_of(side: str, plan: Plan) -> Callable[[int], int]:
 
 def _served(
     side: str,
-    dtype: str,
     model: PreTrainedModel,
     plan: Plan,
     request: ServeRequest,
-    mix: Sequence[Request],
     progress: Progress,
     clock: Clock,
     sleep: Callable[[float], None],
 ) -> dict[str, Any]:
     """Returns what serving with one model, under the checkpoint's plan, came to."""
-    vocabulary, bytes_of = vocabulary_size(model), _bytes_of(side, plan.in_dtype(dtype))
+    mix, vocabulary = request.requests(), vocabulary_size(model)
 
     def prompt_of(number: int) -> torch.Tensor:
         return random_ids((1, mix[number].prompt_tokens), vocabulary, request.seed + number, request.device)
@@ -198,6 +196,7 @@ def _served(
     for _ in range(WARM_STEPS):
         tokens = warm.step(tokens)
     rows = running_rows(side, model, plan)
+    bytes_of = _bytes_of(side, plan.in_dtype(str(model.dtype).removeprefix("torch.")))
     served = serve(rows, mix, prompt_of, bytes_of, request.kv_memory, clock=clock, sleep=sleep, progress=progress)
     probe = torch.empty(0, dtype=model.dtype, device=request.device)
     return {**served.row(mix), "kernel": None if side == "dense" else dispatch.backend_for(probe).name}

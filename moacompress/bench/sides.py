@@ -105,7 +105,6 @@ class FilledPlanCache(FilledCache):
     def __init__(
         self,
         plan: Plan,
-        shape: ModelShape,
         cell: Cell,
         room: int,
         seed: int,
@@ -113,7 +112,7 @@ class FilledPlanCache(FilledCache):
         kv: Iterable[tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> None:
         self.cache = PlanCache(plan, reserve=room)
-        kv = random_kv(shape, cell, seed, device) if kv is None else kv
+        kv = random_kv(plan.model, cell, seed, device) if kv is None else kv
         for layer, (key, value) in zip(self.cache.layers, kv, strict=True):
             layer.update(key, value)
             scores = None
@@ -210,7 +209,7 @@ def filled_cache(
         return FilledStaticCache(model.config, shape, cell, room, seed, device)
     if side == "dense":
         return FilledDynamicCache(model.config, shape, cell, seed, device)
-    return FilledPlanCache(plan if side == "plan" else Plan.full(shape), shape, cell, room, seed, device)
+    return FilledPlanCache(plan if side == "plan" else Plan.full(shape), cell, room, seed, device)
 
 
 class DecodeTurn:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 
@@ -35,7 +35,7 @@ def rows(folder: Path) -> list[dict[str, object]]:
 
 
 @needs_triton
-def test_results_are_lines_and_tables_that_say_that_nothing_was_measured(tmp_path):
+def test_results_are_lines_and_tables_that_say_that_nothing_was_measured(tmp_path, load_script, monkeypatch, capsys):
     done = run(tmp_path, "--device", "cpu", "--small", "--parts", "prefill,ceiling")
     assert done.returncode == 0, done.stderr[-3000:]
     found = rows(tmp_path)
@@ -48,7 +48,9 @@ def test_results_are_lines_and_tables_that_say_that_nothing_was_measured(tmp_pat
     assert {row["met"] for row in found if row["part"] == "targets"} == {"not measured"}
     assert done.stdout.count("| prefill |") == 3
     assert "| decode, bfloat16: share of copying | >= 0.85 | not measured | not measured |" in done.stdout
-    assert run(tmp_path, "--show").stdout == done.stdout
+    monkeypatch.setattr("sys.argv", ["gpu.py", "-o", str(tmp_path / "gpu.json"), "--show"])
+    load_script(SCRIPT).main()
+    assert capsys.readouterr().out == done.stdout
 
 
 def test_what_a_killed_run_left_half_written(load_script, tmp_path, monkeypatch, capsys):
@@ -65,24 +67,15 @@ def test_what_a_killed_run_left_half_written(load_script, tmp_path, monkeypatch,
     assert "1 lines cannot be read and are left out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--parts", "speed"], "'speed' is none of: correct, ceiling"),
-        (["--parts", "ruler,decode", "--model", "there"], "goes alone"),
-        (["--parts", "ceiling"], "there is no CUDA device"),
-    ],
-)
-def test_what_cannot_be_asked(arguments, said, tmp_path):
-    import torch
-
-    if said == "there is no CUDA device" and torch.cuda.is_available():
-        arguments = ["--parts", "speed"]
-        said = "is none of"
-    done = run(tmp_path, *arguments)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert not (tmp_path / "gpu.json").exists()
+def test_what_cannot_be_asked(load_script, tmp_path, monkeypatch, capsys):
+    script, out = load_script(SCRIPT), str(tmp_path / "gpu.json")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for parts, said in (("speed", "'speed' is none of: correct, ceiling"), ("ceiling", "there is no CUDA device")):
+        monkeypatch.setattr("sys.argv", ["gpu.py", "-o", out, "--parts", parts])
+        with pytest.raises(SystemExit, match="2"):
+            script.main()
+        assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 class Clock:
@@ -280,35 +273,6 @@ def test_a_trace_says_who_waits():
     assert host_traffic([*before, *step, *after]) == (0, 0)
     waiting = [("cudaMemcpyAsync", 4.1), ("cudaStreamSynchronize", 4.2), ("Memcpy DtoH (Device -> Pageable)", 4.3)]
     assert host_traffic([*before, *step, *waiting, *after]) == (1, 1)
-
-
-def test_ruler_says_first_what_it_takes(compressed, tmp_path, monkeypatch, capsys):
-    import gpu_ruler
-
-    calls = []
-
-    def call(command, **_):
-        calls.append((command[3:], capsys.readouterr().out))
-        return SimpleNamespace(stdout=json.dumps({"seconds": 90.0, "answers": 24}))
-
-    monkeypatch.setattr(gpu_ruler.subprocess, "run", call)
-    out = tmp_path / "gpu.json"
-    gpu_ruler.ruler(compressed, tmp_path / "prose", tmp_path / "squad.json", 2, "cpu", out)
-    (dry, _), (real, said) = calls
-    assert dry[-2:] == ["--dry-run", "--json"]
-    assert real == [*dry[:-2], "-o", str(tmp_path / "gpu.ruler.json")]
-    assert "24 answers in about" in said
-    weights = sum(file.stat().st_size for file in (compressed / "model").glob("*.safetensors"))
-    (row,) = rows(tmp_path)
-    assert row["seconds"] == 90.0
-    assert row["bytes"] > weights
-    import typer.main
-
-    from moacompress.cli import app
-
-    evaluate = typer.main.get_command(app).commands["eval"]  # type: ignore[attr-defined]
-    for arguments in (dry, real):
-        assert evaluate.make_context("eval", [*arguments[1:]]).params["prompts"] == 2
 
 
 @needs_triton

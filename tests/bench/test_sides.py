@@ -69,10 +69,9 @@ class Products(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("length", [200, 256])
-def test_dense_sides_say_the_same(length, models, checkpoint):
+def test_dense_sides_say_the_same(models, checkpoint):
     """So the caches hold the same, and all three attend to all of it."""
-    cell = Cell("float32", length, 2)
+    cell = Cell("float32", 200, 2)
     logits = []
     for side in SIDES[1:]:
         model, filled = fill(side, models, checkpoint.plan, cell)
@@ -97,8 +96,7 @@ def test_a_cache_comes_back_as_it_was(side, models, checkpoint):
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("length", "batch"), [(100, 1), (512, 3)])
+@pytest.mark.parametrize(("dtype", "length", "batch"), [("float32", 100, 1), ("bfloat16", 512, 3)])
 def test_bytes_are_the_plans(dtype, length, batch, models, checkpoint):
     cell, plan = Cell(dtype, length, batch), checkpoint.plan
     expected = plan.in_dtype(dtype).kv_bytes(length, batch)
@@ -111,7 +109,7 @@ def test_what_gates_keep_is_there(checkpoint):
     plan, cell = checkpoint.plan, Cell("float32", 300, 2)
     rows = [[replace(rule, select_alpha=20, select_beta_q=64) for rule in row] for row in plan.rules]
     gated = replace(plan, rules=tuple(map(tuple, rows))).in_dtype("float32")
-    filled = FilledPlanCache(gated, gated.model, cell, 310, 0, "cpu")
+    filled = FilledPlanCache(gated, cell, 310, 0, "cpu")
     assert filled.kv_bytes() == gated.kv_bytes(300, 2) > plan.in_dtype("float32").kv_bytes(300, 2)
 
 
@@ -135,7 +133,7 @@ def test_rows_of_overlapping_keys_and_values_share_no_blocks(checkpoint):
     keys = kv[0][0]
     assert keys.shape == (3, plan.model.kv_heads, 512, plan.model.head_dim)
     assert torch.equal(keys[1, :, :-1], keys[0, :, 1:])
-    filled = FilledPlanCache(plan, plan.model, cell, 520, 5, "cpu", kv)
+    filled = FilledPlanCache(plan, cell, 520, 5, "cpu", kv)
     assert filled.kv_bytes() == plan.kv_bytes(512, 3)
 
 
@@ -167,7 +165,7 @@ def test_turns_of_prefilling_begin_with_nothing(side, models):
         assert turn._cache.get_seq_length() == 80
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "gpt_neox", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_neox"])
 def test_other_families(family, tiny_model, random_plan):
     """Sliding windows of their own among them: a step from a filled cache is the same in every dense side."""
     from moacompress.bench.sides import make_models

@@ -107,7 +107,6 @@ def test_sides_that_were_not_asked_for_are_none():
         ([(1024, 5.0), (2048, -1.0), (4096, 1.0)], (3072, "interpolated")),  # what comes before a slower one is chance
         ([(1024, 5.0), (4096, -1.0)], (None, None)),
         ([(1024, 0.0), (4096, 1.0)], (1024, "interpolated")),
-        ([(1024, 1.0)], (1024, "measured")),
     ],
 )
 def test_first_length_at_which_a_plan_is_faster(gaps, expected):

@@ -56,8 +56,7 @@ def test_lengths_are_those_asked_for_or_in_the_plan_or_the_usual() -> None:
     assert inspect_plan(plan(provenance={"lengths": [512, 2048]}))["reference_length"] == 2048
 
 
-@pytest.mark.parametrize("where", ["out", "out/model", "out/model/plan.json"])
-def test_a_checkpoint_has_parameters(where: str, tmp_path: Path) -> None:
+def test_a_checkpoint_has_parameters(tmp_path: Path) -> None:
     folder = tmp_path / "out" / "model"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
@@ -68,16 +67,12 @@ def test_a_checkpoint_has_parameters(where: str, tmp_path: Path) -> None:
     save_file({"d": np.zeros(99, np.float32)}, folder / "plan.gates.safetensors")  # beside the model's
     named = {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-2.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
-    assert answer("inspect", tmp_path / where)["parameters"] == {"dense": 23, "plan": 23}
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"\xff" * 8, b"\x05\x00\x00\x00\x00\x00\x00\x00{}", b"\x02" + b"\x00" * 7 + b"[]"]
-)
-def test_weights_that_are_damaged(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ArtefactError, match="is not a whole safetensors file"):
-        count_parameters(tmp_path, plan())
+    for where in ("out", "out/model", "out/model/plan.json"):
+        assert answer("inspect", tmp_path / where)["parameters"] == {"dense": 23, "plan": 23}
+    for content in (b"", b"\xff" * 8, b"\x05\x00\x00\x00\x00\x00\x00\x00{}", b"\x02" + b"\x00" * 7 + b"[]"):
+        (folder / "model-2.safetensors").write_bytes(content)
+        with pytest.raises(ArtefactError, match="is not a whole safetensors file"):
+            count_parameters(folder, plan())
 
 
 def test_layers_that_share_are_listed_and_what_they_do_without_is_counted(tmp_path: Path) -> None:
@@ -174,21 +169,10 @@ def test_what_gates_choose_is_shown(tmp_path: Path) -> None:
     assert refused.exit_code != 0
 
 
-@pytest.mark.parametrize(
-    ("token", "name"),
-    [
-        (" 1", "digits"),
-        ("x9", "digits"),
-        ("\n\n", "line break"),
-        ("  ", "space"),
-        (".", "punctuation"),
-        (" The", "capitalised"),
-        (" the", "start of a word"),
-        ("ing", "rest of a word"),
-    ],
-)
-def test_classes_of_tokens(token: str, name: str) -> None:
-    assert token_class(token) == name
+def test_classes_of_tokens() -> None:
+    named = {" 1": "digits", "x9": "digits", "\n\n": "line break", "  ": "space", ".": "punctuation"}
+    named |= {" The": "capitalised", " the": "start of a word", "ing": "rest of a word"}
+    assert {token: token_class(token) for token in named} == named
 
 
 def test_what_a_terminal_would_obey_is_spelt_out(tmp_path: Path) -> None:

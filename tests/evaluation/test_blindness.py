@@ -113,35 +113,3 @@ def test_blinding_any_other_head_is_harmless(measured: Measure, layer: int, head
     rows = measured(layer, head)
     assert rows["plan", "exact_match"]["value"] == rows["plan", "retention"]["value"] == 1.0
     assert rows["-", "nll"]["value"] == pytest.approx(0.0, abs=1e-6)
-
-
-@pytest.mark.real
-@pytest.mark.heavy
-def test_the_retrieval_head_of_the_real_model(smollm2: Path) -> None:
-    """The KV head of largest influence is one of 90; blind, it costs a needle, another one of its model not a tenth of that."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from moacompress.core.statistics import paired_difference
-    from moacompress.evaluation.scoring.prompts import score_batch
-    from moacompress.evaluation.tasks.registry import make_cases
-    from moacompress.runtime import attach
-
-    model: Any = AutoModelForCausalLM.from_pretrained(smollm2).eval()
-    tokenizer: Any = AutoTokenizer.from_pretrained(smollm2)
-    shape = model_shape(model)
-    cases = make_cases("needle-noise", 512, 6, 0, tokenizer)
-
-    def losses(blind: tuple[int, int] | None) -> list[float]:
-        rules = [
-            tuple(Rule(4, 32, 0) if (layer, head) == blind else Rule.FULL for head in range(shape.kv_heads))
-            for layer in range(shape.layers)
-        ]
-        attach(model, Plan(shape, 32, tuple(rules)))
-        return [score_batch(model, tokenizer, [case])[0].nll for case in cases]
-
-    dense = losses(None)
-    hurt, harmless = (paired_difference(losses(head), dense)[1] for head in ((18, 2), (3, 0)))
-    assert hurt is not None
-    assert harmless is not None
-    assert hurt[0] > 0.5
-    assert harmless[1] < 0.02

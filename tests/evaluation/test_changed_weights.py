@@ -126,7 +126,9 @@ def test_weights_that_the_plan_was_not_made_for_are_said(
         weights = load_file(folder / "model.safetensors")
         weights["model.norm.weight"] = weights["model.norm.weight"] * 1.5
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    for dtype in ("auto", "float16"):  # which loses bits, so that nothing is known of the weights
+    for dtype in (
+        ("auto", "float16") if tuned else ("auto",)
+    ):  # float16 loses bits: nothing is known of the weights then
         caplog.clear()
         report = run(folder, against=(), prompts=1, dtype=dtype)
         said = tuned and dtype == "auto"

@@ -133,22 +133,13 @@ def test_full_span_is_dense(tiny_model: Any, tiny_tokenizer: Any, random_plan: A
     assert [row["value"] for row in sparse] != pytest.approx([row["value"] for row in dense], rel=1e-3)
 
 
-@pytest.mark.parametrize("quiet", [False, True])
-def test_it_says_nothing_where_nothing_is_to_be_said(
-    tiny_model: Any, tiny_tokenizer: Any, folder: Path, capfd: Any, quiet: bool
-) -> None:
-    tasks = [str(folder / "tiny_text.yaml")]
-    run_lm_eval(tiny_model("llama"), tiny_tokenizer, tasks, limit=1, quiet=quiet)
-    said = capfd.readouterr()
-    assert said.out == ""
-    assert (said.err == "") == quiet
-
-
 def test_loglikelihood_is_the_models_own(
-    tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerBase, folder: Path
+    tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerBase, folder: Path, capfd: Any
 ) -> None:
+    """And where it is to be quiet, nothing is said."""
     model: Any = tiny_model("llama")
-    rows = run_lm_eval(model, tiny_tokenizer, [str(folder / "tiny_text.yaml")], limit=1)
+    rows = run_lm_eval(model, tiny_tokenizer, [str(folder / "tiny_text.yaml")], limit=1, quiet=True)
+    assert tuple(capfd.readouterr()) == ("", "")
     (value,) = (row["value"] for row in rows if row["metric"] == "bits_per_byte")
     story = json.loads((folder / "stories.jsonl").read_text().splitlines()[0])["story"]
     ids = [tiny_tokenizer.bos_token_id, *tiny_tokenizer(story)["input_ids"]]
@@ -177,14 +168,6 @@ def test_bad_requests(
     (tmp_path / "broken.yaml").write_text(json.dumps(task))
     with pytest.raises(DataError, match=r"cannot run .*broken\.yaml: Unable to find .*missing\.jsonl"):
         run_lm_eval(model, tiny_tokenizer, [str(tmp_path / "broken.yaml")])
-
-
-@pytest.mark.heavy  # one of the harness's own tasks is tried by the command's test
-def test_unknown_task(
-    tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> None:
-    with pytest.raises(UsageError, match="lm-evaluation-harness has no task 'tiny_choise'; did you mean 'tiny_choice'"):
-        run_lm_eval(tiny_model("llama"), tiny_tokenizer, ["tiny_choise"], include_path=folder)
 
 
 def test_not_installed(

@@ -77,12 +77,6 @@ def test_rows_in_order_that_fit(tmp_path: Path, tiny_tokenizer: Any) -> None:
     ("row", "right", "wrong"),
     [
         ({"prompt": "Who?", "answer": " Ann\n"}, "It is Ann.", "Annabel."),
-        ({"prompt": "Who?", "answer": ["Ann\t", "Bo "]}, "It is Ann.", "Bob."),
-        (
-            {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": " Ann\r\n"}]},
-            "It is Ann.",
-            "",
-        ),
         ({"prompt": "Where?", "answer": "cafe\u0301"}, "In a caf\u00e9.", "In a cafe."),
         ({"prompt": "Is it?", "answer": "no"}, "No, it is not.", "Yes, as is well known."),
     ],
@@ -123,15 +117,10 @@ def test_other_rows_are_another_wording(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ({"prompt": "What?"}, "row 0 of file:mine.jsonl has no answer to measure against; give every row `answer`"),
-        ({"prompt": "What?", "answer": ""}, "has no answer"),
         ({"prompt": "What?", "answer": ["so", 3]}, "has no answer"),
-        ({"prompt": "", "answer": "so"}, "has no text under 'prompt'"),
         ({"text": "prose"}, "is plain text, which has no answers; give it as --text"),
-        ({"words": "?"}, "has the columns words; rows need"),
         ({"messages": CHAT["messages"][:-1]}, "the assistant's last, .* it has the roles user, assistant, user"),
         ({"prompt": "What?", "answer": "so\ud83d"}, "the answer of row 0 of file:mine.jsonl has half a character"),
-        ({"prompt": "What\ud83d", "answer": "so"}, "row 0 of file:mine.jsonl has half a character"),
-        ({"messages": []}, r"it has the roles \(none\)"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}, "needs turns"),
     ],
 )
@@ -166,17 +155,12 @@ def test_an_evaluation_of_own_rows(compressed: Path, tmp_path: Path, caplog: pyt
         ("dense", "mine", 400, 5),
     }
     assert report["wording"]["mine"]
+    mine = write(tmp_path / "mine.jsonl", [{"prompt": "long " * 900, "answer": "so"}, *short])
+    caplog.clear()
+    evaluate(compressed, tasks=(), sources=[mine], lengths=(400,), prompts=2, against=())
+    assert "1 of the first 3 rows of mine do not fit into 400 tokens" in caplog.text
     with pytest.raises(DataError, match="no row of mine fits into 8 tokens"):
         evaluate(compressed, tasks=(), sources=[mine], lengths=(8,), prompts=20, against=())
-
-
-def test_rows_that_do_not_fit_are_counted_though_enough_do(
-    compressed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    rows = [{"prompt": f"{'long ' * (400 if n < 3 else 1)}number {n} is", "answer": str(n)} for n in range(8)]
-    mine = write(tmp_path / "mine.jsonl", rows)
-    evaluate(compressed, tasks=(), sources=[mine], lengths=(200,), prompts=2, against=())
-    assert "3 of the first 5 rows of mine do not fit into 200 tokens" in caplog.text
 
 
 def test_rows_that_are_held_out_are_those_that_no_calibration_has(tmp_path: Path) -> None:

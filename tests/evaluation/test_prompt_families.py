@@ -1,7 +1,8 @@
-"""Families of prompts against expected strings written out by hand, and what random draws must keep to."""
+"""Families of prompts: what random draws must keep to."""
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import uuid
@@ -14,19 +15,16 @@ import numpy as np
 import pytest
 
 from moacompress.core.errors import DataError
-from moacompress.evaluation.tasks import counting, document_question, needles, tracking
-from moacompress.evaluation.tasks.drafts import PromptDraft
-from moacompress.evaluation.tasks.registry import TASKS
-from moacompress.evaluation.tasks.squad_questions import Question, Questions
+from moacompress.evaluation.tasks import counting, needles, tracking
+from moacompress.evaluation.tasks.drafts import Answer, PromptDraft, draft_ids
+from moacompress.evaluation.tasks.registry import TASKS, make_cases
 from moacompress.evaluation.tasks.task import PromptRequest, Resources
-from moacompress.evaluation.tasks.vocabulary import WORDS
-from moacompress.prompts.pools import ADJECTIVES, NOUNS, SPLITS, Prose, draw_uuids
-from moacompress.prompts.sentences import DOCUMENTS, EVALUATION_NEEDLES, EVALUATION_NOISE, NEEDLES, NOISE
+from moacompress.prompts.pools import SPLITS, Prose, draw_uuids
+from moacompress.prompts.sentences import EVALUATION_NEEDLES, EVALUATION_NOISE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LINE = " ".join(NOISE)
 OURS = " ".join(EVALUATION_NOISE)
 HIDDEN = "Note that "
 
@@ -55,55 +53,8 @@ def prose(tmp_path: Path) -> Resources:
     return Resources(Prose.load(tmp_path))
 
 
-def test_one_needle_in_lines() -> None:
-    text = NEEDLES.hide("number", "bold-raven", "1234567")
-    context = needles.in_lines([LINE] * 4, [text], [0.5])
-    draft = needles.question("number", context, ["bold-raven"], ["1234567"], NEEDLES)
-    assert draft.messages == (
-        "Here and there the text below says which number a name has. Keep that in mind: a question about "
-        "it follows the text.\n"
-        "The bus stops at the corner. A dog barks next door. Someone turns a page. The coffee smells good. After that "
-        "nothing happens for a while.\n"
-        f"{LINE}\n"
-        "Remember that the number of bold-raven is 1234567.\n"
-        f"{LINE}\n{LINE}\n"
-        "What is the number of bold-raven?",
-    )
-    assert draft.prefix == " The number of bold-raven is"
-    assert draft.answer.text == " 1234567"
-    assert draft.references == ("1234567",)
-
-
-def test_several_needles_in_sentences() -> None:
-    words = ["It", "was", "late.", "Was", "it?", "Yes!", "He", "said", '"no."', "And", "left."]
-    texts = [NEEDLES.hide("uuid", key, value) for key, value in (("a-b", "u-1"), ("c-d", "u-2"))]
-    context = needles.in_sentences(words, texts, [20, 100])
-    draft = needles.question("uuid", context, ["c-d", "a-b"], ["u-2", "u-1"], NEEDLES)
-    assert draft.messages == (
-        "Here and there the text below says which uuid a name has. Keep that in mind: a question about it "
-        "follows the text.\n"
-        'It was late. Remember that the uuid of a-b is u-1. Was it? Yes! He said "no." And left. Remember that '
-        "the uuid of c-d is u-2.\n"
-        "What are the uuids of c-d, and a-b?",
-    )
-    assert draft.prefix == " The uuids of c-d, and a-b are"
-    assert draft.answer.text == " u-2, u-1"
-    draft = needles.question("number", "", ["k1", "k2", "k3", "k4"], ["1", "2", "3", "4"], NEEDLES)
-    assert draft.messages[0].endswith("What are the numbers of k1, k2, k3, and k4?")
-
-
 def lines_of(draft: PromptDraft) -> list[str]:
     return draft.messages[0].split("\n")[1:-1]
-
-
-def test_one_among_noise(write: Any) -> None:
-    draft = write("niah-single-1", 2000)
-    lines = Counter(lines_of(draft))
-    ((noise, count), (needle, _)) = lines.most_common()
-    assert draft.references[0] in needle
-    assert count > 10
-    assert noise != LINE  # the published one
-    assert lines[needle] == 1
 
 
 def test_needles_hide_among_their_like(write: Any) -> None:
@@ -161,33 +112,11 @@ def test_needles_are_at_every_depth(write: Any) -> None:
     assert needles.DEPTHS.tolist()[:6] == [0, 3, 5, 8, 10, 13]  # the published ones
     assert (len(needles.DEPTHS), needles.DEPTHS[-1]) == (40, 100)
     shares = []
-    for seed in range(120):
+    for seed in range(60):
         draft = write("niah-single-1", 1500, seed)
         lines = lines_of(draft)
         shares.append(next(i for i, line in enumerate(lines) if draft.references[0] in line) / len(lines))
-    assert np.histogram(shares, bins=4, range=(0, 1))[0].min() > 15
-
-
-def test_long_prompts_of_needles_use_keys_again(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    request = PromptRequest("t", 40_000, 0, 0, np.random.default_rng(0), tiny_tokenizer)
-    lines = needles._distractors(request, needles.Needles("needles"), ["bold-raven"], NEEDLES)
-    assert len(lines) == 10_000
-    assert not any("bold-raven" in line for line in lines)
-
-
-def test_variable_tracking() -> None:
-    user, prefix = tracking.render(["AAAAA", "BBBBB", "CCCCC"], 12345, [0, 0, 2], 3, tracking.TRACKING)
-    assert user == (
-        "The text below gives values to variables, to most of them by way of another one.\n\n"
-        f"Let AAAAA be 12345.  Let BBBBB be AAAAA.  {OURS}\n {OURS}\n Let CCCCC be BBBBB.  {OURS}\n\n"
-        "Which variables end up with 12345?"
-    )
-    assert prefix == "\nThe 3 variables that end up with 12345 are"
-    assert tracking.render_example(["AAA", "BBB"], 77777, [0, 0], 1, tracking.TRACKING) == (
-        "The text below gives values to variables, to most of them by way of another one.\n\n"
-        f"Let AAA be 77777.  Let BBB be AAA.  {OURS}\n\n"
-        "Which variables end up with 77777?\nThe 2 variables that end up with 77777 are AAA BBB\n\n\n\n"
-    )
+    assert np.histogram(shares, bins=4, range=(0, 1))[0].min() > 7
 
 
 def test_drawn_chains(write: Any) -> None:
@@ -203,17 +132,6 @@ def test_drawn_chains(write: Any) -> None:
     assert chain == [f"{names[0]} be {value}", *(f"{name} be {other}" for other, name in pairwise(names))]
     assert 10_000 <= int(value) < 99_999
     assert example.split(" are ")[-1].split() != names
-
-
-def test_common_words() -> None:
-    draft = counting.render_common((["x", "y", "x"], ["x"]), (["b", "c", "a", "b", "a"], ["a", "b"]), counting.COMMON)
-    said = "Ten words of this numbered list come up far more often than all others.\n{}\nWhich ten words are they?"
-    solved = "The ten words are:1. x"
-    assert draft.messages == (said.format("1. x 2. y 3. x"), solved, said.format("1. b 2. c 3. a 4. b 5. a"))
-    assert draft.prefix == "\nThe ten words are:"
-    assert draft.answer.text == "1. b 2. a"
-    assert [draft.answer.text[a:b] for a, b in draft.answer.spans] == ["b", "a"]
-    assert draft.references == ("b", "a")
 
 
 @pytest.mark.parametrize(
@@ -232,31 +150,12 @@ def test_drawn_lists(write: Any, length: int, often: int, seldom: int, example: 
         assert {counts.pop(word) for word in common} == {repeats[0]}
         assert set(counts.values()) == {repeats[1]}
     assert len(Counter(draft.messages[0].split("\n")[1].split(" ")[1::2])) == example[2]
-
-
-def test_the_list_of_words() -> None:
-    assert len(set(WORDS)) == len(WORDS) > 700
-    assert not set(WORDS) & {*NOUNS, *ADJECTIVES}  # no key of any split
-    assert all(word.isalpha() and word.islower() and len(word) > 3 for word in WORDS)
-    many = counting.draw_words(np.random.default_rng(0), len(WORDS) + 50)
-    assert set(many[: len(WORDS)]) == set(WORDS)
-    assert all("-" in word for word in many[len(WORDS) :])
-    assert len(set(many)) == len(many)
-
-
-def test_frequent_words() -> None:
-    codes = ["...", "aaaaaa", "bbbbbb", "cccccc", "dddddd"]
-    assert Counter(counting.spread(codes, 100)) == {"...": 60, "aaaaaa": 15, "bbbbbb": 6, "cccccc": 3, "dddddd": 2}
-    draft = counting.render_frequent(["...", "aaaaaa", "...", "bbbbbb", "cccccc"], codes[1:4], counting.FREQUENT)
-    assert draft.messages == (
-        "This text is made of invented words and of dots.\n... aaaaaa ... bbbbbb cccccc\nLeaving out the dots, which three "
-        "words come up most often? Name them and say nothing else.",
-    )
-    assert draft.prefix == "\nThe three words are:"
-    assert draft.answer.text == " aaaaaa, bbbbbb, cccccc"
+    assert common == sorted(common, key=listed[1::2].index)  # the model can but list them as they come up
 
 
 def test_drawn_codes(write: Any) -> None:
+    codes = ["...", "aaaaaa", "bbbbbb", "cccccc", "dddddd"]
+    assert Counter(counting.spread(codes, 100)) == {"...": 60, "aaaaaa": 15, "bbbbbb": 6, "cccccc": 3, "dddddd": 2}
     for length in (1000, 2000):
         draft = write("frequent-words", length)
         text = draft.messages[0].split("\n")[1].split()
@@ -268,25 +167,6 @@ def test_drawn_codes(write: Any) -> None:
         assert len(counts) <= length // 50
     with pytest.raises(DataError, match="task frequent-words takes at least 200 tokens; 199 were asked for"):
         write("frequent-words", 199)
-
-
-KNOWN = Questions(
-    (Question("Who?", ("Ann", "Ann B."), 1, (0,)), Question("When?", ("1900",), 2, ())),
-    ("Doc zero.", "Doc one.", "Doc two."),
-)
-
-
-def test_question_answering() -> None:
-    draft = document_question.render(KNOWN.questions[0], [2, 1], KNOWN, DOCUMENTS)
-    assert draft.messages == (
-        "Several texts follow, and after them a question that one of the texts answers.\n\n"
-        "[Text 1]\nDoc two.\n\n"
-        "[Text 2]\nDoc one.\n\n"
-        "Question: Who?\nReply with the answer alone, as short as it can be.",
-    )
-    assert draft.prefix == " Answer:"
-    assert draft.answer.text == " Ann"
-    assert draft.references == ("Ann", "Ann B.")
 
 
 def squad(path: Path, articles: int = 12, paragraphs: int = 3, size: int = 100) -> Path:
@@ -321,30 +201,11 @@ def test_documents_of_the_article_come_first(write: Any, tmp_path: Path) -> None
     assert len(set(asked)) == 3 * len(ours)
 
 
-def test_a_question_with_too_long_a_document_makes_way(write: Any, tmp_path: Path) -> None:
-    path = squad(tmp_path / "squad.json", paragraphs=1)
-    data = json.loads(path.read_text())
-    for article in data["data"][3:]:
-        long = {**article["paragraphs"][0], "context": article["paragraphs"][0]["context"] + "y" * 2000}
-        article["paragraphs"] = [long]
-    path.write_text(json.dumps(data))
-    resources = Resources(squad=path)
-    short = {
-        q.answers[0] for q in resources.questions.questions if len(resources.questions.documents[q.document]) < 900
-    }
-    assert 0 < len(short) < len(resources.questions.questions)
-    for index in range(8):
-        assert write("document-question", 900, index=index, resources=resources).references[0] in short
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (None, "cannot read SQuAD file .*No such file"),
-        ("{", "is not valid JSON"),
-        ("[]", "is not a SQuAD file"),
         ('{"data": [{"paragraphs": [{"qas": []}]}]}', "is not a SQuAD file: KeyError 'context'"),
-        ('{"data": []}', "has no answerable question"),
         (
             '{"data": [{"paragraphs": [{"context": "a", "qas": [{"question": "b?", "answers": [{"text": "a"}]}]}]}]}',
             "has too few distinct documents or articles with questions: 1",
@@ -364,3 +225,51 @@ def test_uuids_of_splits_are_disjoint_by_construction() -> None:
         assert {value.version for value in drawn} == {4}
         assert {value.int % 3 for value in drawn} == {index}
         assert len(set(drawn)) == 200
+
+
+def test_drawn_lines(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    case = make_cases("line-lookup", 3000, 1, 0, tiny_tokenizer)[0]
+    text = str(tiny_tokenizer.decode(case.prompt_ids))
+    lines = [line for line in text.split("\n") if " has the number " in line]
+    assert len(lines) > 30
+    assert len({line.split()[0] for line in lines}) == len(lines)
+    asked = text.split("the line of ")[1].split("?")[0]
+    assert f"{asked} has the number {case.references[0]}" in lines
+    assert (case.match, case.new_tokens) == ("last-integer", 40)
+    with pytest.raises(DataError, match=r"task line-lookup has 4,\d+ keys, too few for a prompt of 400,000 tokens"):
+        make_cases("line-lookup", 400_000, 1, 0, tiny_tokenizer)
+
+
+def test_drawn_recall(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    case = make_cases("recall", 1500, 1, 0, tiny_tokenizer)[0]
+    *pairs, asked = str(tiny_tokenizer.decode(case.prompt_ids)).split("\n")
+    assert len(pairs) > 40
+    assert f"{asked} {case.references[0]}" in pairs
+    assert sum(pair.endswith(f" {case.references[0]}") for pair in pairs) == 1
+
+
+def test_drawn_second_question(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    firsts = 0
+    for case in make_cases("second-question", 1200, 40, 0, tiny_tokenizer):
+        text, asked_after = (
+            str(tiny_tokenizer.decode(ids))
+            for ids in (case.prompt_ids[: case.turn_at], case.prompt_ids[case.turn_at :])
+        )
+        assert text.endswith(".<|im_end|>\n")  # the first answer
+        assert asked_after.startswith("<|im_start|>user\nWhich number was ")
+        assert text.count("\nNote that ") == 2
+        hidden = [line for line in text.split("\n") if line.startswith("Note that ")]
+        asked = [f" {case.references[0]}." in needle for needle in hidden]
+        assert sum(asked) == 1
+        firsts += asked[0]
+    assert 10 < firsts < 30
+
+
+def test_base_models_get_the_text_alone(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    base: Any = copy.deepcopy(tiny_tokenizer)
+    base.chat_template = None
+    draft = PromptDraft(("Ask.",), "\n", Answer.of("1"), ("1",))
+    text = str(base.decode(draft_ids(base, draft)))
+    assert text == draft.messages[0] + "\n"
+    request = PromptRequest("second-question", 1500, 0, 0, np.random.default_rng(0), base)
+    assert request.tokens(needles.make_second_question(request)) <= 1500

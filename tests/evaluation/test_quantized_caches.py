@@ -52,12 +52,12 @@ def model(tiny_model: Build) -> PreTrainedModel:
     return tiny_model("llama", num_attention_heads=3, num_key_value_heads=3, hidden_size=192, num_hidden_layers=2)
 
 
-def random_case(size: int, turn_at: int | None = None) -> Case:
+def random_case(size: int) -> Case:
     ids = np.random.default_rng(size).integers(4, 100, size + 5).tolist()
-    return Case("t", size, ids[:size], ids[size:], [True] * 5, ("~~",), "all", 0, turn_at)
+    return Case("t", size, ids[:size], ids[size:], [True] * 5, ("~~",), "all", 0)
 
 
-@pytest.mark.parametrize("size", [200, 201])
+@pytest.mark.parametrize("size", [201])
 def test_an_answer_is_scored_over_rounded_keys_and_values(
     kind: QuantizedKind, size: int, model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -78,14 +78,6 @@ def test_an_answer_is_scored_over_rounded_keys_and_values(
     assert abs(found.nll - dense.nll) > 1e-6
 
 
-def test_a_second_turn_goes_on_over_the_first(
-    kind: QuantizedKind, model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
-) -> None:
-    (turns,) = score_batch(model, tiny_tokenizer, [random_case(301, 101)], kind.new_cache(model), kind.unit)
-    (one,) = score_batch(model, tiny_tokenizer, [random_case(301)], kind.new_cache(model), kind.unit)
-    assert turns.nll != one.nll
-
-
 def test_text_is_read_as_it_would_be_generated(kind: QuantizedKind, model: PreTrainedModel) -> None:
     """In float64: in float32 another order of sums flips a code now and then."""
     model = model.double()
@@ -103,9 +95,8 @@ def test_text_is_read_as_it_would_be_generated(kind: QuantizedKind, model: PreTr
     assert not torch.allclose(states[RESIDUAL:], read(model, window).states[RESIDUAL:], atol=1e-4)
 
 
-@pytest.mark.parametrize("tokens", [1, 100, 128, 129, 255, 256, 257, 700])
 @pytest.mark.parametrize("counted", ["what is brought", "one"])
-def test_steps_of_text_round_when_tokens_would(tokens: int, counted: str) -> None:
+def test_steps_of_text_round_when_tokens_would(counted: str) -> None:
     """Whether a version of transformers counts what an update brings or one token: 5.17 to 5.19 do the latter."""
 
     def unrounded(steps: list[int]) -> dict[int, int]:
@@ -118,11 +109,12 @@ def test_steps_of_text_round_when_tokens_would(tokens: int, counted: str) -> Non
             read += step
         return {**seen, read: residual}
 
-    first = min(tokens, RESIDUAL)
-    one_by_one = unrounded([first, *[1] * (tokens - first)])
-    steps = text_steps(tokens)
-    assert sum(steps) == tokens
-    assert unrounded(steps).items() <= one_by_one.items()
+    for tokens in (1, 100, 128, 129, 255, 256, 257, 700):
+        first = min(tokens, RESIDUAL)
+        one_by_one = unrounded([first, *[1] * (tokens - first)])
+        steps = text_steps(tokens)
+        assert sum(steps) == tokens
+        assert unrounded(steps).items() <= one_by_one.items()
 
 
 def test_its_bytes_are_those_of_its_tensors(

@@ -64,7 +64,7 @@ def test_teacher_forced_numbers_are_those_of_one_uncached_forward(
     assert score.accuracy == pytest.approx(sum(a == b for a, b in zip(said, targets, strict=True)) / 3)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3_text", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
 def test_dense_is_transformers_own_model(
     family: str, tiny_model: Build, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -117,8 +117,9 @@ def test_a_second_turn_is_a_forward_of_its_own(
     assert (score.exact_match, score.accuracy) == (expected.exact_match, expected.accuracy)
 
 
-@pytest.mark.parametrize("match", ["all", "any", "any-words", "last-integer"])
-@pytest.mark.parametrize("references", [(1, 3), (2, 9), (30, 40)])
+@pytest.mark.parametrize(
+    ("match", "references"), [("all", (1, 3)), ("any", (2, 9)), ("any-words", (2, 9)), ("last-integer", (30, 40))]
+)
 def test_stopping_early_changes_no_score(
     model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase, match: Match, references: tuple[int, int]
 ) -> None:
@@ -165,12 +166,9 @@ def test_generation_ends_with_the_last_reference_or_a_closing_token(
         ("all", ("12", "34"), "34, 12", 1.0),
         ("all", ("Abc",), "aBC.", 1.0),
         ("any", ("x", "Denver Broncos"), "the denver broncos", 1.0),
-        ("any", ("x",), "y", 0.0),
         ("any", ("no",), "Yes, as is well known.", 1.0),
         ("any-words", ("no",), "Yes, as is well known.", 0.0),
         ("any-words", ("no",), "Nobody knows, so NO.", 1.0),
-        ("any-words", ("no",), "no", 1.0),
-        ("any-words", ("A",), "a1, Bach", 0.0),
         ("any-words", ("1", "B"), "It is (B).", 1.0),
         ("any-words", ("1",), "12 or 1_000", 0.0),
         ("any-words", (" Denver Broncos ",), "the denver broncos' win", 1.0),
@@ -182,11 +180,9 @@ def test_generation_ends_with_the_last_reference_or_a_closing_token(
         ("last-integer", ("345",), "<345> of line 12", 0.0),
         ("last-integer", ("345",), "none", 0.0),
         ("last-integer", ("345",), "00345", 1.0),
-        ("last-integer", ("345",), "3451", 0.0),
         ("last-integer", ("12345",), "It has the number 12,345.", 1.0),
         ("last-integer", ("12345",), "12,3456", 0.0),
         ("last-integer", ("345",), "1, 2,345", 0.0),
-        ("last-integer", ("34",), "12,34", 1.0),
     ],
 )
 def test_match_rules(match: Match, references: tuple[str, ...], answer: str, share: float) -> None:

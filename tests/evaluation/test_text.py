@@ -23,10 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
     "gemma2": {"final_logit_softcapping": 3.0},
     "gpt_neox": {"num_key_value_heads": 4},
-    "granite": {"logits_scaling": 7.0},
     "cohere2": {"logit_scale": 0.3, "sliding_window": 80},
 }
 

@@ -1,4 +1,4 @@
-"""Unseen tasks against prompts written out by hand, and what they share with calibration: nothing."""
+"""Unseen tasks: what their draws must keep to, and what they share with calibration: nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -16,23 +16,13 @@ import moacompress.evaluation.tasks.unseen as unseen
 from moacompress.core.errors import DataError
 from moacompress.evaluation.scoring.prompts import match_share
 from moacompress.evaluation.tasks.cases import Case
-from moacompress.evaluation.tasks.drafts import encode_draft
 from moacompress.evaluation.tasks.registry import find_task, make_cases
 from moacompress.evaluation.tasks.unseen import (
-    code_completion,
     code_question,
-    dialogue_fact,
-    legal_codes,
-    table_lookup,
     tool_call,
 )
-from moacompress.evaluation.tasks.unseen.dialogue_fact import SaidFact
-from moacompress.evaluation.tasks.unseen.legal_codes import FiledCode
 from moacompress.evaluation.tasks.unseen.names import NAMES, SPEAKERS, draw_names
-from moacompress.evaluation.tasks.unseen.table_lookup import CellTable
-from moacompress.prompts.generators import TASKS, Values, make_prompt
-from moacompress.prompts.pools import Prose, draw_codes
-from moacompress.recipe_sections import Generator
+from moacompress.prompts.pools import draw_codes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,26 +36,8 @@ def drawn(task: str, length: int, count: int, tokenizer: PreTrainedTokenizerBase
     return [(str(tokenizer.decode(case.prompt_ids)), case.references[0]) for case in cases]
 
 
-def values_of(draft: object, tokenizer: PreTrainedTokenizerBase) -> str:
-    ids = encode_draft(tokenizer, draft)  # type: ignore[arg-type]
-    return str(tokenizer.decode([i for i, counts in zip(ids.answer_ids, ids.is_value, strict=True) if counts]))
-
-
 def test_names_differ() -> None:
     assert len(set(draw_names(np.random.default_rng(0), NAMES))) == NAMES > 7000
-
-
-def test_legal_codes(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    filed = FiledCode("deed number", "lease", "Ashford Limited", "Beckham Estates", "KR-4827")
-    draft = legal_codes.render([f"Clause {index}." for index in range(7)], filed)
-    assert draft.messages == (
-        "Read the agreement below and answer the question after it.\n\n"
-        "1.1 Clause 0. 1.2 Clause 1. 1.3 Clause 2. 1.4 Clause 3. 1.5 Clause 4. 1.6 Clause 5.\n\n2.1 Clause 6.\n\n"
-        "What is the deed number of the lease between Ashford Limited and Beckham Estates?",
-    )
-    assert draft.prefix == "\nThe deed number of the lease between Ashford Limited and Beckham Estates is"
-    assert (draft.answer.text, draft.references) == (" KR-4827", ("KR-4827",))
-    assert values_of(draft, tiny_tokenizer) == "KR4827"
 
 
 def test_drawn_legal_codes(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -83,22 +55,6 @@ def test_drawn_legal_codes(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
         depths.append(clauses.index(stated) / len(clauses))
     assert min(depths) < 0.25
     assert max(depths) > 0.75
-
-
-def test_table_lookup(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    table = CellTable("town", ("area", "budget"), (("Ashford", (1111, 2222)), ("Beckham", (3333, 4444))))
-    draft = table_lookup.render("towns", table, "markdown", 1, 0)
-    assert draft.messages == (
-        "Here is a table of towns.\n\n| town | area | budget |\n| --- | --- | --- |\n| Ashford | 1111 | 2222 |\n"
-        "| Beckham | 3333 | 4444 |\n\nIn the table above, what is the area of Beckham? "
-        "Repeat its row up to there.",
-    )
-    assert (draft.prefix, draft.answer.text, draft.references) == ("\n| Beckham |", " 3333", ("3333",))
-    assert values_of(draft, tiny_tokenizer) == "3333"
-    second = table_lookup.render("towns", table, "csv", 0, 1)
-    assert (second.prefix, second.answer.text) == ("\nAshford,1111,", "2222")
-    assert values_of(second, tiny_tokenizer) == "2222"
-    assert table.text("csv") == "town,area,budget\nAshford,1111,2222\nBeckham,3333,4444"
 
 
 def test_drawn_tables(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -131,17 +87,6 @@ def test_tables_where_a_token_has_several_digits() -> None:
             assert length - 30 < case.tokens <= length
 
 
-def test_dialogue_fact(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    draft = dialogue_fact.render(
-        ["Olga", "Hugo", "Mei"], ["Olga: Hello.", "Hugo: Yes."], SaidFact("Mei", "room number", "1234")
-    )
-    assert draft.messages == (
-        "Here is a conversation between Olga, Hugo and Mei.\n\nOlga: Hello.\nHugo: Yes.\n\nWhat is Mei's room number?",
-    )
-    assert (draft.prefix, draft.references) == ("\nMei's room number is", ("1234",))
-    assert values_of(draft, tiny_tokenizer) == "1234"
-
-
 def test_drawn_dialogues(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     firsts = 0
     for text, value in drawn("dialogue-fact", 2000, 30, tiny_tokenizer):
@@ -157,19 +102,6 @@ def test_drawn_dialogues(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
         assert f"my {noun} is {value}." in asked[1]
         firsts += asked == facts[0]
     assert 5 < firsts < 25
-
-
-def test_code_completion(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    functions = [
-        code_completion.Function("flush_ashford", ("depth", "width"), 4821, 2),
-        code_completion.Function("join_beckham", ("zone", "mode"), 1234, 4),
-    ]
-    draft = code_completion.render(functions, 0)
-    (text,) = draft.messages
-    assert text.endswith("    @staticmethod\n    def flush_ashford(depth, width=")
-    assert (draft.prefix, draft.answer.text, draft.references, draft.plain) == ("", "4821):", ("4821",), True)
-    assert values_of(draft, tiny_tokenizer) == "4821"
-    ast.parse(f"{text}{draft.answer.text}\n        ...")
 
 
 def test_drawn_modules(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -223,19 +155,6 @@ def test_code_questions_of_another_python_are_other_questions(monkeypatch: pytes
         _ = find_task("code-question").wording
 
 
-def test_tool_call(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    draft = tool_call.render(["Ashford: Hello?"], "Beckham", tool_call.TOOLS[1], "Ashford", 12345)
-    assert draft.messages == (
-        "These messages came in.\n\nAshford: Hello?\n\nCall Beckham.",
-        '{"name": "call_customer", "arguments": {"customer": "Beckham"}}',
-        "Escalate the ticket of Ashford.",
-    )
-    assert draft.prefix == '{"name": "escalate_ticket", "arguments": {"ticket_number": "'
-    assert draft.answer.text == '12345"}}'
-    assert values_of(draft, tiny_tokenizer) == "12345"
-    assert all(f"{tool.name}(ticket_number): {tool.does}" in draft.system for tool in tool_call.TOOLS)
-
-
 def test_drawn_calls(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     depths = []
     for case in make_cases("tool-call", 1500, 20, 0, tiny_tokenizer):
@@ -245,6 +164,7 @@ def test_drawn_calls(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
         ((name, stated),) = re.findall(r"^(\w+): \1's ticket number is (\d+)\.$", text, re.MULTILINE)
         assert (number, text.count(number)) == (stated, 1)
         assert f"ticket of {name}." in text
+        assert all(f"{tool.name}(ticket_number): {tool.does}" in text for tool in tool_call.TOOLS)
         assert json.loads(case.opening + str(tiny_tokenizer.decode(case.answer_ids))) == said
         depths.append(text.index(number) / len(text))
     assert min(depths) < 0.3
@@ -258,37 +178,6 @@ def test_a_call_is_right_that_parses_and_is_the_one_asked_for() -> None:
         assert match_share(case, answer) == 1.0
     for answer in ('7"}', "7", '8"}}', "7, 7", ""):
         assert match_share(case, answer) == 0.0
-
-
-@pytest.fixture
-def calibrated(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> str:
-    """Returns prompts of every generator, haystack and kind of value that calibration and validation draw."""
-    (tmp_path / "a.txt").write_text(" ".join(f"word{number}" for number in range(9000)))
-    prose, texts = Prose.load(tmp_path), []
-    for task in TASKS:
-        for values in get_args(Values):
-            for split in ("calibration", "validation"):
-                for seed in range(2):
-                    prompt = make_prompt(task, np.random.default_rng(seed), split, tiny_tokenizer, 1500, prose, values)
-                    texts.append(f"{prompt.user}\n{prompt.prefix} {prompt.answer}\n")
-    return "".join(texts)
-
-
-def test_calibration_has_nothing_of_them(calibrated: str, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    """Neither a name, nor a code of their form, nor a number as long as theirs, nor a line of their text."""
-    assert not set(UNSEEN) & {*TASKS, *get_args(Generator)}
-    words = set(re.findall(r"\w+", calibrated))
-    assert len(words) > 1000
-    assert not words & {*SPEAKERS, *draw_names(np.random.default_rng(0), NAMES)}
-    assert not re.search(r"\b[A-Z]{2}-\d{4}\b", calibrated)
-    assert not re.search(r"(?<![\w-])\d{4}(?![\w-])", calibrated)
-    assert not re.search(r"^\||^\w+(,\w+)+$|^\w+: .*[.!?]$", calibrated, re.MULTILINE)
-    for task in UNSEEN:
-        if task == "code-question":
-            continue  # its answers are words and numbers of real code
-        for text, value in drawn(task, 1500, 5, tiny_tokenizer):
-            assert value not in re.findall(r"[\w-]+", calibrated)
-            assert set(text.split("\n")[2:]) & set(calibrated.split("\n")) <= {""}
 
 
 def test_no_code_of_calibration_has_their_form() -> None:

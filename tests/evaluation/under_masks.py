@@ -14,7 +14,7 @@ from moacompress.runtime.compat.alternates import cache_argument
 
 PROMPTED = [name for name, kind in EVICTIONS.items() if issubclass(kind, PromptBaseline)]
 STREAMED = [name for name, kind in EVICTIONS.items() if issubclass(kind, StreamBaseline)]
-LAYERS, HEADS, KV_HEADS, DIM = 3, 4, 2, 16
+LAYERS, KV_HEADS, DIM = 3, 2, 16
 
 
 @torch.no_grad()

@@ -111,12 +111,9 @@ def test_broken_files_of_others_cost_no_page(run_folder: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     "notes",
     [
-        {"quality": {"measured_harm": {"plan": "x"}}},
         {"quality": {"measured_harm": {"plan": 0.1, "uniform": "x"}}},
-        {"quality": {"measured_harm": ["plan"]}},
         {"quality": {"measured_harm": "plan"}},
         {"provenance": {"versions": "x"}},
-        {"provenance": {"heal": {}}},
         {"provenance": {"repair": {"penalty": 1, "tokens": 3}}},
     ],
     ids=str,
@@ -133,16 +130,11 @@ def test_damaged_notes_are_one_sentence(run_folder: Path, tmp_path: Path, notes:
 @pytest.mark.parametrize(
     ("part", "name", "content"),
     [
-        ("evaluation", "eval.json", {}),
         ("evaluation", "eval.json", {"results": [{"model": "plan"}]}),
         ("evaluation", "eval.json", {"results": [], "pooled": [1]}),
-        ("bench", "bench.json", {}),
-        ("bench", "bench.json", {"environment": {}, "runs": []}),
         ("bench", "bench.json", {"environment": {}, "runs": "x"}),
-        ("explanation", "*.explain.json", {"stages": [], "harm": "x"}),
         ("explanation", "*.explain.json", {"stages": [], "heads": [{}]}),
         ("explanation", "*.explain.json", {"stages": [], "predicted": {"pairs": [1, 2]}}),
-        ("explanation", "*.explain.json", {}),
         ("front", FRONTS, {"points": [{"plan": "plan.json"}]}),
         ("audit", "audit.json", {"estimator": "robust"}),
         ("summary", "summary.json", {"seconds": "x"}),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from moacompress.runtime.decode import all_layers, fused, routes
 from moacompress.runtime.decode.step_requests import AttendRequest
 
 LAYERS = 3
-BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "decode_routes.py"
 WITHOUT = {
     "all layers": lambda patch: None,
     "one layer": lambda patch: patch.setattr(all_layers.Stack, "begin", lambda *nothing: None),
@@ -58,22 +56,6 @@ def test_each_is_taken_where_those_before_it_cannot(fed, monkeypatch):
         found, cache = fed()
         assert cache.step_routes == {name: 20 * LAYERS}  # a prompt is no step
         assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
-
-
-@pytest.mark.usefixtures("compiled_kernels")
-def test_the_benchmark_times_every_route_and_gives_all_back(load_script):
-    script = load_script(BENCHMARK)
-    dense = script.dense_model("llama", script.MODELS["tiny"] | {"num_hidden_layers": 2}, "float32")
-    steps = script.Steps(script.SITUATIONS["batch 8"], dense, 64, 1)
-    for _ in range(2):  # what was taken away is there again
-        rows = script.measured(steps, 1)
-        assert [row["route"] for row in rows] == [*WITHOUT, script.REFERENCE]
-    for name, expected in (
-        ("batch 8 with ended rows", ["cache step", "plain"]),
-        ("gates and a hook on one layer", ["cache step", "plain"]),
-    ):
-        taken = script.Steps(script.SITUATIONS[name], dense, 64, 1).routes()
-        assert [*taken] == [*expected, script.REFERENCE]
 
 
 @pytest.mark.parametrize("name", ["reference", "counting"])

@@ -25,7 +25,7 @@ from moacompress.core.files import fingerprint
 from moacompress.evaluation.baselines.compared_models import ComparedModel
 from moacompress.evaluation.eviction.attention import SideBySide, WholeCache, attending
 from moacompress.evaluation.eviction.baseline import Baseline, PromptBaseline, StreamBaseline
-from moacompress.evaluation.eviction.reading import DenseReading, read_prompt
+from moacompress.evaluation.eviction.reading import PromptReading, read_prompt
 from moacompress.evaluation.eviction.registry import SEEN, UNSEEN, eviction_name, read_eviction
 from moacompress.evaluation.eviction.stream_cache import stream_cache
 from moacompress.evaluation.scoring.prompts import Score, read_on, score_answers
@@ -173,7 +173,7 @@ def score_evictions(checkpoint: Checkpoint, case: Case, compared: Sequence[Compa
     return [scores[number] for number in range(len(compared))]
 
 
-def kept_mask(one: ComparedEviction, case: Case, reading: DenseReading) -> torch.Tensor:
+def kept_mask(one: ComparedEviction, case: Case, reading: PromptReading) -> torch.Tensor:
     """Returns what a method that evicts after a prompt keeps of it, bool `[layers, kv_heads, end]`.
 
     The reading is of the prompt without its last token.

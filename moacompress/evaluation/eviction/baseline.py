@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import asdict, is_dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,90 +13,9 @@ from torch import Tensor
 from moacompress.core.errors import UsageError
 from moacompress.core.files import fingerprint
 from moacompress.evaluation.eviction.allocation import best_of_each, even_counts
+from moacompress.evaluation.eviction.reading import LayerReading, PromptReading
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class LayerReading:
-    """What one layer of the dense model attended with as it read a prompt of `n` tokens.
-
-    `query`, `key` and `value` are made float32 as they are asked for, so that those of few layers are in memory at a time.
-
-    Attributes:
-        layer: its index.
-        attended: query, key and value in the model's dtype.
-        scaling: factor on the scores.
-        query_as_at: returns the layer's queries of all tokens as if all stood where the rotary embedding has the given cosines
-            and sines, `[rotated numbers]` each: `[heads, n, head_dim]`. It is linear in the two, so means of cosines and sines
-            give mean queries.
-        cos: of the rotary embedding at every position, `[n, rotated numbers]`.
-        sin: likewise.
-    """
-
-    layer: int
-    attended: tuple[Tensor, Tensor, Tensor]
-    scaling: float
-    query_as_at: Callable[[Tensor, Tensor], Tensor]
-    cos: Tensor
-    sin: Tensor
-
-    @property
-    def query(self) -> Tensor:
-        """After the rotary embedding, `[heads, n, head_dim]`."""
-        return self.attended[0].float()
-
-    @property
-    def key(self) -> Tensor:
-        """As it is cached, `[kv_heads, n, head_dim]`."""
-        return self.attended[1].float()
-
-    @property
-    def value(self) -> Tensor:
-        """As it is cached, `[kv_heads, n, value_dim]`."""
-        return self.attended[2].float()
-
-    @property
-    def grouped_query(self) -> Tensor:
-        """The queries of each KV head's group, `[kv_heads, group, n, head_dim]`."""
-        grouped: Tensor = self.query.unflatten(0, (len(self.attended[1]), -1))
-        return grouped
-
-    def until(self, end: int) -> LayerReading:
-        """Returns the same of the first `end` tokens alone; attention is causal, so these do not know what follows."""
-        own = self.query_as_at
-        query, key, value = (each[:, :end] for each in self.attended)
-        return replace(
-            self,
-            attended=(query, key, value),
-            query_as_at=lambda cos, sin: own(cos, sin)[:, :end],
-            cos=self.cos[:end],
-            sin=self.sin[:end],
-        )
-
-
-@dataclass(frozen=True)
-class PromptReading:
-    """A prompt that the dense model has read.
-
-    Attributes:
-        ids: its `n` tokens.
-        layers: what each layer attended with.
-        read_on: feeds further tokens to the dense model after the first `n` and returns for each layer their queries and keys,
-            `[heads, tokens, head_dim]` and `[kv_heads, tokens, head_dim]`; they are forgotten again.
-        tokenizer: the model's.
-    """
-
-    ids: Sequence[int]
-    layers: Sequence[LayerReading]
-    read_on: Callable[[Sequence[int]], list[tuple[Tensor, Tensor]]]
-    tokenizer: PreTrainedTokenizerBase
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Layers, KV heads and tokens: the shape of scores and masks."""
-        return len(self.layers), len(self.layers[0].key), len(self.ids)
+__all__ = ["Baseline", "LayerReading", "PromptBaseline", "PromptReading", "StreamBaseline", "check_setting"]
 
 
 class Baseline(ABC):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from moacompress.core.errors import ModelError
 from moacompress.evaluation.eviction.attention import KeptCache, WholeCache, attending
-from moacompress.evaluation.eviction.baseline import LayerReading, PromptReading
 from moacompress.kernels.centred_keys import centred
 from moacompress.kernels.reference.rounding import rounded
 from moacompress.models.modules import attention_modules, given_hidden
@@ -25,26 +24,94 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@dataclass
-class DenseReading:
-    """A prompt as the dense model read it, for any number of ways to evict.
+@dataclass(frozen=True)
+class LayerReading:
+    """What one layer of the dense model attended with as it read a prompt of `n` tokens.
+
+    `query`, `key` and `value` are made float32 as they are asked for, so that those of few layers are in memory at a time.
 
     Attributes:
-        model: the dense model.
-        tokenizer: its tokenizer.
-        ids: the prompt.
-        layers: what each layer attended with.
+        layer: its index.
+        attended: query, key and value in the model's dtype.
+        scaling: factor on the scores.
+        query_as_at: returns the layer's queries of all tokens as if all stood where the rotary embedding has the given cosines
+            and sines, `[rotated numbers]` each: `[heads, n, head_dim]`. It is linear in the two, so means of cosines and sines
+            give mean queries.
+        cos: of the rotary embedding at every position, `[n, rotated numbers]`.
+        sin: likewise.
     """
 
+    layer: int
+    attended: tuple[Tensor, Tensor, Tensor]
+    scaling: float
+    query_as_at: Callable[[Tensor, Tensor], Tensor]
+    cos: Tensor
+    sin: Tensor
+
+    @property
+    def query(self) -> Tensor:
+        """After the rotary embedding, `[heads, n, head_dim]`."""
+        return self.attended[0].float()
+
+    @property
+    def key(self) -> Tensor:
+        """As it is cached, `[kv_heads, n, head_dim]`."""
+        return self.attended[1].float()
+
+    @property
+    def value(self) -> Tensor:
+        """As it is cached, `[kv_heads, n, value_dim]`."""
+        return self.attended[2].float()
+
+    @property
+    def grouped_query(self) -> Tensor:
+        """The queries of each KV head's group, `[kv_heads, group, n, head_dim]`."""
+        grouped: Tensor = self.query.unflatten(0, (len(self.attended[1]), -1))
+        return grouped
+
+    def until(self, end: int) -> LayerReading:
+        """Returns the same of the first `end` tokens alone; attention is causal, so these do not know what follows."""
+        own = self.query_as_at
+        query, key, value = (each[:, :end] for each in self.attended)
+        return replace(
+            self,
+            attended=(query, key, value),
+            query_as_at=lambda cos, sin: own(cos, sin)[:, :end],
+            cos=self.cos[:end],
+            sin=self.sin[:end],
+        )
+
+
+@dataclass(frozen=True)
+class PromptReading:
+    """A prompt that the dense model has read, for any number of ways to evict.
+
+    Attributes:
+        ids: its `n` tokens.
+        layers: what each layer attended with.
+        model: the dense model.
+        tokenizer: the model's.
+    """
+
+    ids: Sequence[int]
+    layers: Sequence[LayerReading]
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    ids: Sequence[int]
-    layers: list[LayerReading]
 
     def until(self, end: int) -> PromptReading:
-        """Returns the reading of the first `end` tokens, for scores."""
-        layers = [layer.until(end) for layer in self.layers]
-        return PromptReading(self.ids[:end], layers, partial(self._read_on, end), self.tokenizer)
+        """Returns the reading of the first `end` tokens."""
+        return replace(self, ids=self.ids[:end], layers=[layer.until(end) for layer in self.layers])
+
+    def read_on(self, fed: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Feeds further tokens to the dense model and returns for each layer their queries and keys; forgets them again.
+
+        They are `[heads, tokens, head_dim]` and `[kv_heads, tokens, head_dim]`.
+        """
+        cache = _AskedCache()
+        for layer, pair in enumerate(self._cached(len(self.ids))):
+            cache.update(*pair, layer)
+        _feed(self.model, fed, cache)
+        return [(query[0].float(), key[0, :, len(self.ids) :].float()) for query, key, *_ in cache.asked]
 
     def kept(self, *masks: Tensor, format: str = NATIVE) -> KeptCache:
         """Returns a cache of the first tokens of the prompt that shows only what is kept, a row for each mask.
@@ -60,13 +127,6 @@ class DenseReading:
             keys = [_round_trip(key, format, key[0].float().mean(1)) for key in keys]
             values = [_round_trip(value, format) for value in values]
         return KeptCache(kept, keys, values)
-
-    def _read_on(self, end: int, fed: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        cache = _AskedCache()
-        for layer, pair in enumerate(self._cached(end)):
-            cache.update(*pair, layer)
-        _feed(self.model, fed, cache)
-        return [(query[0].float(), key[0, :, end:].float()) for query, key, *_ in cache.asked]
 
     def _cached(self, end: int) -> list[tuple[Tensor, Tensor]]:
         """Returns keys and values of the first tokens in each layer, `[1, kv_heads, end, dim]`."""
@@ -85,7 +145,7 @@ class _AskedCache(WholeCache):
         return super().attend(layer, query, key, value, scaling)
 
 
-def read_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> DenseReading:
+def read_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> PromptReading:
     """Reads a prompt.
 
     Args:
@@ -104,7 +164,7 @@ def read_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids:
         cos, sin = (each[0].float() for each in call[1]["position_embeddings"])
         as_at = partial(_query_as_at, model, *call)
         layers.append(LayerReading(layer, (query[0], key[0], value[0]), scaling, as_at, cos, sin))
-    return DenseReading(model, tokenizer, ids, layers)
+    return PromptReading(ids, layers, model, tokenizer)
 
 
 def _round_trip(x: Tensor, format: str, centre: Tensor | None = None) -> Tensor:

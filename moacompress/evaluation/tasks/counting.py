@@ -72,27 +72,17 @@ def make_common(request: PromptRequest, sentences: CountingSentences) -> PromptD
     common, others = words[:COMMON_WORDS], words[COMMON_WORDS:]
     shuffled = request.fork()
 
+    def ask(listed: Sequence[str]) -> str:
+        return sentences.prompt.format(context=Answer.numbered(listed, "").text)
+
+    said = ask(shown), sentences.answer.lstrip() + Answer.numbered(example[:COMMON_WORDS], "").text
+
     def write(count: int) -> PromptDraft:
         listed = _mix(common, others[:count], often, seldom, shuffled(count))
-        return render_common((shown, example[:COMMON_WORDS]), (listed, common), sentences)
+        ordered = sorted(common, key=listed.index)  # the model can but list them as they come up
+        return PromptDraft((*said, ask(listed)), sentences.answer, Answer.numbered(ordered, ""), tuple(ordered))
 
     return request.fit(write, len(others))
-
-
-def render_common(
-    example: tuple[Sequence[str], Sequence[str]],
-    asked: tuple[Sequence[str], Sequence[str]],
-    sentences: CountingSentences,
-) -> PromptDraft:
-    """Returns the prompt; `example` and `asked` are the words as listed, and the common ones among them."""
-    first, second = (
-        sentences.prompt.format(context=Answer.numbered(listed, "").text) for listed, _ in (example, asked)
-    )
-    solved = sentences.answer.lstrip() + Answer.numbered(example[1], "").text
-    listed, common = asked
-    # the model can but list them as they come up
-    ordered = sorted(common, key=list(listed).index)
-    return PromptDraft((first, solved, second), sentences.answer, Answer.numbered(ordered, ""), tuple(ordered))
 
 
 def draw_words(rng: np.random.Generator, count: int) -> list[str]:
@@ -113,20 +103,15 @@ def make_frequent(request: PromptRequest, sentences: CountingSentences) -> Promp
             f"task {request.task} takes at least {4 * TOKENS_PER_CODE} tokens; {request.length} were asked for"
         )
     codes = _draw_codes(request.rng, size)
-    shuffled = request.fork()
+    frequent, shuffled = tuple(codes[1:4]), request.fork()
 
     def write(count: int) -> PromptDraft:
         text = spread(codes, FEWEST + count)
         mixed = [text[i] for i in shuffled(count).permutation(len(text)).tolist()]
-        return render_frequent(mixed, codes[1:4], sentences)
+        user = sentences.prompt.format(context=" ".join(mixed))
+        return PromptDraft((user,), sentences.answer, Answer.of(*frequent), frequent)
 
     return request.fit(write, request.length)
-
-
-def render_frequent(text: Sequence[str], frequent: Sequence[str], sentences: CountingSentences) -> PromptDraft:
-    """Returns the prompt of a text and its three most frequent words, the most frequent first."""
-    user = sentences.prompt.format(context=" ".join(text))
-    return PromptDraft((user,), sentences.answer, Answer.of(*frequent), tuple(frequent))
 
 
 def spread(codes: Sequence[str], words: int) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from moacompress.prompts.templates import encode_text, render_messages
 
@@ -95,9 +95,8 @@ class PromptDraft:
         return (*earlier, before) if before.strip() or earlier else None
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A draft as token ids; the fields are those of `Case`."""
+class Encoded(NamedTuple):
+    """A draft as token ids: the fields of `Case` that a tokenizer decides."""
 
     prompt_ids: list[int]
     answer_ids: list[int]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
 from moacompress.evaluation.tasks.task import PromptRequest
 from moacompress.evaluation.tasks.vocabulary import WORDS
@@ -32,24 +30,17 @@ def make_lines(request: PromptRequest) -> PromptDraft:
     (asked, *others) = draw_keys(request.rng, "evaluation", limit + 1)
     (value, *values) = request.rng.integers(1, LARGEST + 1, limit + 1).tolist()
     depth = float(request.rng.random())
+    before, after = ANSWER
+    answer = Answer.of(str(value), before=before.format(key=asked), after=after)
 
     def write(count: int) -> PromptDraft:
         pairs = list(zip(others[:count], values, strict=False))
         pairs.insert(round(depth * count), (asked, value))
-        return render_lines(pairs, asked, value)
+        user = TEMPLATE.format(context="".join(LINE.format(key=key, value=number) for key, number in pairs), key=asked)
+        return PromptDraft((user,), "\n", answer, (str(value),))
 
     short = f"task {request.task} has {KEYS_PER_SPLIT:,} keys, too few for a prompt of {request.length:,} tokens"
     return request.fit(write, limit, short)
-
-
-def render_lines(pairs: Sequence[tuple[str, int]], asked: str, value: int) -> PromptDraft:
-    """Returns the prompt of keys and values in which the value of `asked` is asked for."""
-    context = "".join(LINE.format(key=key, value=number) for key, number in pairs)
-    user = TEMPLATE.format(context=context, key=asked)
-    before, after = ANSWER
-    return PromptDraft(
-        (user,), "\n", Answer.of(str(value), before=before.format(key=asked), after=after), (str(value),)
-    )
 
 
 def make_recall(request: PromptRequest) -> PromptDraft:
@@ -61,9 +52,9 @@ def make_recall(request: PromptRequest) -> PromptDraft:
     limit = most_pairs(request.length)
     recall = Recall.draw(request.rng, "evaluation", limit, WORDS)
     short = f"task {request.task} has {KEYS_PER_SPLIT:,} keys, too few for a prompt of {request.length:,} tokens"
-    return request.fit(lambda count: render_recall(recall.pairs(count), recall.asked, recall.value), limit, short)
 
+    def write(count: int) -> PromptDraft:
+        text = f"{pairs_text(recall.pairs(count))}{question(recall.asked)}"
+        return PromptDraft((text,), "", Answer.of(recall.value), (recall.value,), plain=True)
 
-def render_recall(pairs: Sequence[tuple[str, str]], asked: str, value: str) -> PromptDraft:
-    """Returns the list as text with `asked` at its end."""
-    return PromptDraft((f"{pairs_text(pairs)}{question(asked)}",), "", Answer.of(value), (value,), plain=True)
+    return request.fit(write, limit, short)

@@ -77,16 +77,13 @@ def make_needles(request: PromptRequest, needles: Needles, sentences: NeedleSent
         def context(count: int) -> str:
             return in_lines([lines[i % len(lines)] for i in range(count)], texts, depths)
 
-    return request.fit(lambda count: question(needles.kind, context(count), asked, wanted, sentences), limit, short)
+    said = sentences.ask(needles.kind, asked, len(wanted))  # in the singular where one value is asked for
 
+    def write(count: int) -> PromptDraft:
+        user = f"{said.before}\n{context(count)}\n{said.after}"
+        return PromptDraft((user,), f" {said.answer}", Answer.of(*wanted), tuple(wanted))
 
-def question(
-    kind: NeedleKind, context: str, asked: Sequence[str], wanted: Sequence[str], sentences: NeedleSentences
-) -> PromptDraft:
-    """Returns the prompt about the keys `asked`, whose values are `wanted`; one value is asked for in the singular."""
-    said = sentences.ask(kind, asked, len(wanted))
-    user = f"{said.before}\n{context}\n{said.after}"
-    return PromptDraft((user,), f" {said.answer}", Answer.of(*wanted), tuple(wanted))
+    return request.fit(write, limit, short)
 
 
 def in_lines(lines: Sequence[str], needles: Sequence[str], depths: Sequence[float] | np.ndarray) -> str:
@@ -146,17 +143,15 @@ def make_second_question(request: PromptRequest) -> PromptDraft:
     hidden = rng.permutation(2).tolist()
     needles = [EVALUATION_NEEDLES.hide("number", keys[index], values[index]) for index in hidden]
 
+    first, second = (EVALUATION_NEEDLES.ask("number", [key], 1) for key in keys)
+
     def write(count: int) -> PromptDraft:
-        return render_second_question(
-            in_lines([" ".join(EVALUATION_NEEDLES.noise)] * count, needles, depths), keys, values
+        context = in_lines([" ".join(EVALUATION_NEEDLES.noise)] * count, needles, depths)
+        messages = (
+            f"{first.before}\n{context}\n{first.after}",
+            f"{first.answer} {values[0]}.",
+            second.after,
         )
+        return PromptDraft(messages, f" {second.answer}", Answer.of(values[1]), (values[1],), second_turn=True)
 
     return request.fit(write, request.length)
-
-
-def render_second_question(context: str, keys: Sequence[str], values: Sequence[str]) -> PromptDraft:
-    """Returns the conversation about a context; the first key's question is answered, the second's is asked."""
-    first, second = (EVALUATION_NEEDLES.ask("number", [key], 1) for key in keys)
-    asked = f"{first.before}\n{context}\n{first.after}"
-    messages = (asked, f"{first.answer} {values[0]}.", second.after)
-    return PromptDraft(messages, f" {second.answer}", Answer.of(values[1]), (values[1],), second_turn=True)

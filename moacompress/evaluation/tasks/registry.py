@@ -359,15 +359,11 @@ def _make_case(task: EvaluationTask, request: PromptRequest, draft: PromptDraft)
     return Case(
         task=task.name,
         length=request.length,
-        prompt_ids=ids.prompt_ids,
-        answer_ids=ids.answer_ids,
-        is_value=ids.is_value,
         references=draft.references,
         match=task.match,
         new_tokens=max(task.new_tokens, needed) if task.given is not None else task.new_tokens or needed,
-        turn_at=ids.turn_at,
-        question_at=ids.question_at,
         opening=draft.prefix,
         question=draft.asked[-SHOWN_QUESTION:],
         document=fingerprint(draft.document) if draft.document else "",
+        **ids._asdict(),
     )

@@ -67,7 +67,8 @@ def make_tracking(request: PromptRequest, sentences: TrackingSentences) -> Promp
     rng = request.rng
     names, value = draw_names(rng, LETTERS), _draw_value(rng)
     example = draw_names(rng, EXAMPLE_LETTERS)
-    solved = render_example(example, _draw_value(rng), _places(rng, EXAMPLE_LINES), EXAMPLE_LINES, sentences)
+    shown = render(example, _draw_value(rng), _places(rng, EXAMPLE_LINES), EXAMPLE_LINES, sentences)
+    solved = f"{''.join(shown)} {' '.join(example)}\n\n\n\n"
     at = request.fork()
 
     def write(count: int) -> PromptDraft:
@@ -95,13 +96,6 @@ def render(
         pieces.insert(place, assignment)
     user = sentences.prompt.format(context=" ".join(pieces), value=value)
     return user, sentences.answer.format(count=len(names), value=value)
-
-
-def render_example(
-    names: Sequence[str], value: int, places: Sequence[int], lines: int, sentences: TrackingSentences
-) -> str:
-    """Returns a question with its answer, as it stands before the one to be answered."""
-    return f"{''.join(render(names, value, places, lines, sentences))} {' '.join(names)}\n\n\n\n"
 
 
 def draw_names(rng: np.random.Generator, letters: int) -> list[str]:

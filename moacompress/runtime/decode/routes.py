@@ -4,7 +4,7 @@ A request takes the first route for its kind that can do it. A decoder layer tha
 and plain attention can always. Each route is logged when a process first takes it, and counted by the cache.
 
 How many times longer the next route takes where each is taken, for a step of a model of SmolLM2-135M's shape
-(docs/lab/decode-routes.md, `benchmarks/decode_routes.py`):
+(docs/lab/decode-routes.md):
 
 - all layers: one row, 1.20; eight rows, 1.15; padded on the left, of a tiny model, 1.24; with gates 1.82.
 - one layer: hooks or adapters on other layers, 1.3 to 1.5; compiled, eight rows 1.2 and one row in bfloat16 1.4.

@@ -5,7 +5,6 @@ The module goes to the model as it is, without a chat template, as an editor wou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
@@ -74,18 +73,13 @@ def make_code_completion(request: PromptRequest) -> PromptDraft:
         return Function(f"{pick(rng, VERBS)}_{name.lower()}", (first, second), default, int(rng.integers(len(BODIES))))
 
     asked, *others = map(draw, names, defaults)
-    depth = float(rng.random())
+    depth, value = float(rng.random()), str(asked.default)
 
     def write(count: int) -> PromptDraft:
         before = round(depth * count)
-        return render([*others[:before], asked, *others[before:count]], before)
+        functions = [*others[:before], asked, *others[before:count]]
+        text = MODULE.format(functions="\n\n".join(each.text() for each in functions), head=asked.head)
+        return PromptDraft((text,), "", Answer.of(value, before="", after="):"), (value,), plain=True)
 
     short = f"task {request.task} has {NAMES:,} names, too few for a prompt of {request.length:,} tokens"
     return request.fit(write, limit, short)
-
-
-def render(functions: Sequence[Function], asked: int) -> PromptDraft:
-    """Returns the module of functions, in which the one of index `asked` is begun again at the end."""
-    again, value = functions[asked], str(functions[asked].default)
-    text = MODULE.format(functions="\n\n".join(each.text() for each in functions), head=again.head)
-    return PromptDraft((text,), "", Answer.of(value, before="", after="):"), (value,), plain=True)

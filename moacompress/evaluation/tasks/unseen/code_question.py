@@ -91,7 +91,12 @@ def make_code_question(request: PromptRequest) -> PromptDraft:
     def ask(fact: CodeFact, count: int) -> PromptDraft:
         begin = fact.first - round(depth * count)
         lines = [source.lines[at % len(source.lines)] for at in range(begin, begin + fact.size + count)]
-        return render(lines, fact)
+        user = TEMPLATE.format(code="\n".join(lines), question=fact.question, form=fact.form)
+        asked, answer = (
+            f"\n{fact.question} Answer with {fact.form} alone.",
+            Answer.of(fact.answer, before="", after="`"),
+        )
+        return PromptDraft((user,), PREFIX, answer, (fact.answer,), question=asked)
 
     drawn = [pick(rng, pick(rng, source.facts)) for _ in range(TRIED)]
     fact = next((one for one in drawn if request.tokens(ask(one, 0)) <= request.length), drawn[0])
@@ -101,15 +106,6 @@ def make_code_question(request: PromptRequest) -> PromptDraft:
         return ask(fact, count)
 
     return request.fit(write, limit, f"task {request.task} has no {request.length:,} tokens of source")
-
-
-def render(lines: list[str], fact: CodeFact) -> PromptDraft:
-    """Returns the prompt of lines of code that is asked about a fact."""
-    asked = f"{fact.question} Answer with {fact.form} alone."
-    user = TEMPLATE.format(code="\n".join(lines), question=fact.question, form=fact.form)
-    return PromptDraft(
-        (user,), PREFIX, Answer.of(fact.answer, before="", after="`"), (fact.answer,), question=f"\n{asked}"
-    )
 
 
 def code_sentences() -> tuple[object, ...]:

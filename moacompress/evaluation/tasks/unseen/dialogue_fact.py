@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
 
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
@@ -54,19 +51,6 @@ SENTENCES = (TEMPLATE, PREFIX, NOUNS, STATED, _OPENINGS, _WHO, _DID, _WHEN, _OTH
 """All that prompts say but for what is drawn."""
 
 
-@dataclass(frozen=True)
-class SaidFact:
-    """A number that somebody said, and what it is of."""
-
-    name: str
-    noun: str
-    value: str
-
-    def fill(self, template: str) -> str:
-        """Returns the template with all of this in its place."""
-        return template.format(**vars(self))
-
-
 def make_dialogue_fact(request: PromptRequest) -> PromptDraft:
     """Returns a dialogue in which two speakers say a number of something each; one of them is asked for.
 
@@ -77,25 +61,22 @@ def make_dialogue_fact(request: PromptRequest) -> PromptDraft:
     company = [SPEAKERS[index] for index in rng.permutation(len(SPEAKERS))[:COMPANY]]
     nouns = [NOUNS[index] for index in rng.permutation(len(NOUNS))[:2]]
     values = [str(value) for value in 1000 + rng.choice(9000, 2, replace=False)]
-    asked, other = (SaidFact(*fact) for fact in zip(company, nouns, values, strict=False))
-    said = [(f"{fact.name}: {fact.fill(pick(rng, STATED))}", float(rng.random())) for fact in (asked, other)]
+    facts = [
+        {"name": name, "noun": noun, "value": value} for name, noun, value in zip(company, nouns, values, strict=False)
+    ]
+    said = [(f"{fact['name']}: {pick(rng, STATED).format(**fact)}", float(rng.random())) for fact in facts]
     limit = request.length // LINE_TOKENS
     lines = [f"{pick(rng, company)}: {_remark(rng)}" for _ in range(limit)]
+    speakers, asked = f"{', '.join(company[:-1])} and {company[-1]}", facts[0]
 
     def write(count: int) -> PromptDraft:
         spoken = lines[:count]
         for line, depth in sorted(said, key=lambda pair: -pair[1]):
             spoken.insert(round(depth * count), line)
-        return render(company, spoken, asked)
+        user = TEMPLATE.format(company=speakers, context="\n".join(spoken), **asked)
+        return PromptDraft((user,), f"\n{PREFIX.format(**asked)}", Answer.of(asked["value"]), (asked["value"],))
 
     return request.fit(write, limit)
-
-
-def render(company: Sequence[str], lines: Sequence[str], asked: SaidFact) -> PromptDraft:
-    """Returns the prompt of what the company said, in which a fact is asked for."""
-    speakers = f"{', '.join(company[:-1])} and {company[-1]}"
-    user = TEMPLATE.format(company=speakers, context="\n".join(lines), name=asked.name, noun=asked.noun)
-    return PromptDraft((user,), f"\n{asked.fill(PREFIX)}", Answer.of(asked.value), (asked.value,))
 
 
 def _remark(rng: np.random.Generator) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
 
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
@@ -105,21 +102,6 @@ SENTENCES = (
 """All that prompts say but for what is drawn."""
 
 
-@dataclass(frozen=True)
-class FiledCode:
-    """What is asked for: the code of a document between two firms, and what such a code is called."""
-
-    noun: str
-    document: str
-    first: str
-    second: str
-    code: str
-
-    def fill(self, template: str) -> str:
-        """Returns the template with all of this in its place."""
-        return template.format(**vars(self))
-
-
 def make_legal_codes(request: PromptRequest) -> PromptDraft:
     """Returns an agreement of numbered clauses, one of which states the code.
 
@@ -128,24 +110,21 @@ def make_legal_codes(request: PromptRequest) -> PromptDraft:
     """
     rng = request.rng
     first, second = (f"{name} {pick(rng, FIRMS)}" for name in draw_names(rng, 2))
-    filed = FiledCode(pick(rng, NOUNS), pick(rng, DOCUMENTS), first, second, _code(rng))
-    stated, depth = filed.fill(pick(rng, STATED)), float(rng.random())
+    filed = {"noun": pick(rng, NOUNS), "document": pick(rng, DOCUMENTS), "first": first, "second": second}
+    filed["code"] = _code(rng)
+    stated, depth = pick(rng, STATED).format(**filed), float(rng.random())
     limit = request.length // CLAUSE_TOKENS
     clauses = [_clause(rng) for _ in range(limit)]
 
     def write(count: int) -> PromptDraft:
         before = round(depth * count)
-        return render([*clauses[:before], stated, *clauses[before:count]], filed)
+        texts = [*clauses[:before], stated, *clauses[before:count]]
+        numbered = [f"{index // ARTICLE + 1}.{index % ARTICLE + 1} {clause}" for index, clause in enumerate(texts)]
+        articles = [" ".join(numbered[at : at + ARTICLE]) for at in range(0, len(numbered), ARTICLE)]
+        user = TEMPLATE.format(context="\n\n".join(articles), **filed)
+        return PromptDraft((user,), f"\n{PREFIX.format(**filed)}", Answer.of(filed["code"]), (filed["code"],))
 
     return request.fit(write, limit)
-
-
-def render(clauses: Sequence[str], filed: FiledCode) -> PromptDraft:
-    """Returns the prompt of clauses in which the code is asked for."""
-    numbered = [f"{index // ARTICLE + 1}.{index % ARTICLE + 1} {clause}" for index, clause in enumerate(clauses)]
-    articles = [" ".join(numbered[at : at + ARTICLE]) for at in range(0, len(numbered), ARTICLE)]
-    user = filed.fill(TEMPLATE.replace("{context}", "\n\n".join(articles)))
-    return PromptDraft((user,), f"\n{filed.fill(PREFIX)}", Answer.of(filed.code), (filed.code,))
 
 
 def _code(rng: np.random.Generator) -> str:

@@ -57,28 +57,6 @@ SENTENCES = (TEMPLATE, SUBJECTS)
 """All that prompts say but for what is drawn."""
 
 
-@dataclass(frozen=True)
-class CellTable:
-    """A table: what a row stands for, the columns, and the rows."""
-
-    row: str
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-
-    def text(self, layout: TableLayout) -> str:
-        """Returns the table as it is written in markdown or CSV."""
-        lines: list[list[str]] = [[self.row, *self.columns], *([name, *map(str, cells)] for name, cells in self.rows)]
-        if layout == "markdown":
-            lines.insert(1, ["---"] * len(lines[0]))
-        return "\n".join(_line(cells, layout) for cells in lines)
-
-    def opening(self, layout: TableLayout, row: int, column: int) -> str:
-        """Returns how a row is written up to a cell, both by their index: the cell's text follows without a space."""
-        name, cells = self.rows[row]
-        line = _line([name, *map(str, cells[:column]), "?"], layout)
-        return line[: line.rindex("?")]
-
-
 def _line(cells: Sequence[str], layout: TableLayout) -> str:
     return ",".join(cells) if layout == "csv" else f"| {' | '.join(cells)} |"
 
@@ -98,10 +76,20 @@ def make_table_lookup(request: PromptRequest) -> PromptDraft:
     taken = {name for name, _ in (asked, *others)}
     others += [row for row in _draw_rows(rng, limit + 1) if row[0] not in taken]
 
+    name, cells = asked
+    line = _line([name, *map(str, cells[:column]), "?"], layout)
+    opening, value = line[: line.rindex("?")], str(cells[column])
+    answer = Answer.of(value, before=" " if opening.endswith(" ") else "")
+
     def write(count: int) -> PromptDraft:
         before = round(depth * count)
-        table = CellTable(subject.row, columns, (*others[:before], asked, *others[before:count]))
-        return render(subject.title, table, layout, before, column)
+        rows = (*others[:before], asked, *others[before:count])
+        lines = [[subject.row, *columns], *([name, *map(str, cells)] for name, cells in rows)]
+        if layout == "markdown":
+            lines.insert(1, ["---"] * len(lines[0]))
+        context = "\n".join(_line(cells, layout) for cells in lines)
+        user = TEMPLATE.format(title=subject.title, context=context, column=columns[column], name=name)
+        return PromptDraft((user,), f"\n{opening.rstrip()}", answer, (value,))
 
     short = f"task {request.task} has {NAMES:,} names, too few for a prompt of {request.length:,} tokens"
     return request.fit(write, limit, short if limit == NAMES - 1 else None)
@@ -111,12 +99,3 @@ def _draw_rows(rng: np.random.Generator, count: int) -> list[Row]:
     """Returns rows of different names."""
     names, cells = draw_names(rng, count), rng.integers(*CELLS, (count, COLUMNS)).tolist()
     return [(name, tuple(row)) for name, row in zip(names, cells, strict=True)]
-
-
-def render(title: str, table: CellTable, layout: TableLayout, row: int, column: int) -> PromptDraft:
-    """Returns the prompt of a table in which the cell of `row` and `column`, by their index, is asked for."""
-    name, cells = table.rows[row]
-    user = TEMPLATE.format(title=title, context=table.text(layout), column=table.columns[column], name=name)
-    opening, value = table.opening(layout, row, column), str(cells[column])
-    space = " " if opening.endswith(" ") else ""
-    return PromptDraft((user,), f"\n{opening.rstrip()}", Answer.of(value, before=space), (value,))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
@@ -67,22 +66,17 @@ def make_tool_call(request: PromptRequest) -> PromptDraft:
     name, *others = draw_names(rng, CUSTOMERS)
     number, limit = int(rng.integers(*TICKETS)), request.length // MESSAGE_TOKENS
     said = [f"{pick(rng, (name, *others))}: {pick(rng, WHAT)}" for _ in range(limit)]
-    depth, tool = float(rng.random()), pick(rng, TOOLS)
+    depth, tool, caller = float(rng.random()), pick(rng, TOOLS), others[0]
+    system = SYSTEM.format(tools="\n".join(each.text() for each in TOOLS))
+    called = json.dumps({"name": "call_customer", "arguments": {"customer": caller}})
+    call = json.dumps({"name": tool.name, "arguments": {"ticket_number": str(number)}})
+    opening, value, closing = call.rpartition(str(number))  # digits follow a quotation mark
 
     def write(count: int) -> PromptDraft:
         before = round(depth * count)
         messages = [*said[:before], NUMBER.format(name=name, number=number), *said[before:count]]
-        return render(messages, others[0], tool, name, number)
+        asked = ASKED.format(messages="\n".join(messages), request=f"Call {caller}.")
+        turns = (asked, called, tool.request.format(name=name))
+        return PromptDraft(turns, opening, Answer.of(value, before="", after=closing), (call,), system=system)
 
     return request.fit(write, limit)
-
-
-def render(messages: Sequence[str], caller: str, tool: Tool, name: str, number: int) -> PromptDraft:
-    """Returns the conversation about messages: `caller` was called, and `tool` is to be for the ticket of `name`."""
-    called = json.dumps({"name": "call_customer", "arguments": {"customer": caller}})
-    asked = ASKED.format(messages="\n".join(messages), request=f"Call {caller}.")
-    system = SYSTEM.format(tools="\n".join(each.text() for each in TOOLS))
-    said = json.dumps({"name": tool.name, "arguments": {"ticket_number": str(number)}})
-    opening, value, closing = said.rpartition(str(number))  # digits follow a quotation mark
-    turns = (asked, called, tool.request.format(name=name))
-    return PromptDraft(turns, opening, Answer.of(value, before="", after=closing), (said,), system=system)
