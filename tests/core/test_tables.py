@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from moacompress.core.tables import Columns, Table, estimate_text, facts
+from moacompress.core.tables import Columns, Table, error_text, estimate_text, facts, p_text
 from moacompress.report.bench_tables import bench_tables
 from moacompress.report.evaluation_tables import evaluation_tables
 
@@ -29,6 +29,8 @@ def test_an_interval_has_brackets() -> None:
     assert estimate_text(0.951, (0.87, 1.0)) == "0.95 [0.87, 1.00]"
     assert estimate_text(-0.12, (-0.2, 0.04), "+.2f") == "-0.12 [-0.20, +0.04]"
     assert estimate_text(0.5, None, ".2f", "*") == "0.50*"
+    assert (error_text(0.1, None), error_text(0.1, 0.02)) == ("0.1", "0.1 ± 0.02")  # a single sample has no error
+    assert (p_text(0.0001), p_text(0.25), p_text(1.0)) == ("p < .001", "p .25", "p 1")
 
 
 def test_a_long_path_is_shown_whole() -> None:
