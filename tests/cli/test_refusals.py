@@ -105,6 +105,7 @@ USAGE = [
     (2, f"{EVAL} --tasks ,", "no tasks given"),
     (2, f"{EVAL} --lm-eval ''", "no tasks of lm-evaluation-harness given"),
     (2, f"{EVAL} --against dense,unifrom", "cannot evaluate against 'unifrom'; did you mean 'uniform'"),
+    (1, f"{EVAL} --tasks qa-squad", "qa-squad needs SQuAD's questions"),
     (1, f"{EVAL} --tasks text", "task text needs prose"),
     (1, f"{EVAL} --tasks needle-prose --dry-run", "needs prose"),
     (1, f"{EVAL} --text missing.txt", "cannot read missing.txt"),
