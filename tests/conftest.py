@@ -267,10 +267,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, Any]:
-    """Returns the environment as `doctor` sees it, which does not change; a fresh process is asked for it."""
-    from moacompress.doctor.checks import check_environment
+    """Returns the environment as `doctor` sees it, which does not change; no fresh process is asked whether it registers."""
+    from moacompress.doctor import checks
 
-    return check_environment()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "_check_autoload", lambda: {"registered": True, "switch": None, "reason": None})
+        return checks.check_environment()
 
 
 @pytest.fixture(scope="session")

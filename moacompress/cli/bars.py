@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
+from moacompress.cli.stage_clock import StageClock
 from moacompress.core.progress import Progress
-from moacompress.core.stage_clock import StageClock
 from moacompress.core.tables import readable_seconds
 
 LINE_SECONDS = 15.0

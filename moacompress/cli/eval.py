@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -155,18 +154,34 @@ def evaluate(
         _check_tensor_parallel(others)
     tasks, resources = _asked(run, recipe, source, squad, bool(harness), fail_under is not None)
 
+    from moacompress.evaluation.runner import evaluate as evaluate_model
     from moacompress.evaluation.runner import task_names
     from moacompress.evaluation.scoring.thresholds import failures, parse_thresholds
 
     thresholds = parse_thresholds(fail_under, (*resources.own, *task_names(tasks, resources)))
     if run.common.dry_run:
         return _estimated(run, path, others, tasks, recipe, resources, harness)
-    report = _measured(
-        run,
-        recipe,
+    report = evaluate_model(
         path,
-        {"against": others, "dense": dense, "profile": profile, "allow_overlap": allow_overlap, "out": out},
-        {"tasks": tasks, "squad": squad, "sources": source or (), "lm_eval": harness, "lm_eval_batch": lm_eval_batch},
+        against=others,
+        dense=dense,
+        profile=profile,
+        allow_overlap=allow_overlap,
+        out=out,
+        tasks=tasks,
+        squad=squad,
+        sources=source or (),
+        lm_eval=harness,
+        lm_eval_batch=lm_eval_batch,
+        lm_eval_limit=run.given.get("evaluation__prompts"),
+        lengths=recipe.evaluation.lengths,
+        prompts=recipe.evaluation.prompts,
+        text=recipe.calibration.text,
+        every_candidate=True,
+        seed=recipe.seed,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        **run.how,
     )
     failed = failures(thresholds, report["results"])
     return _shown(report, csv, show_failures, None if fail_under is None else failed)
@@ -189,28 +204,6 @@ def _asked(
         tasks = () if harness or sources else (*tasks, TEXT) if text is not None else tasks
     prose = Prose.load(text) if text is not None and (run.common.dry_run or prose_too) else None
     return tasks, Resources(prose=prose, squad=squad, own=own_tasks(sources or ()))
-
-
-def _measured(
-    run: CommandRun, recipe: Recipe, path: Path, compared: Mapping[str, Any], asked: Mapping[str, Any]
-) -> EvaluationReport:
-    """Evaluates with the numbers of the recipe."""
-    from moacompress.evaluation.runner import evaluate as evaluate_model
-
-    return evaluate_model(
-        path,
-        **compared,
-        **asked,
-        lengths=recipe.evaluation.lengths,
-        prompts=recipe.evaluation.prompts,
-        text=recipe.calibration.text,
-        every_candidate=True,
-        lm_eval_limit=run.given.get("evaluation__prompts"),
-        seed=recipe.seed,
-        dtype=recipe.dtype,
-        device=recipe.device,
-        **run.how,
-    )
 
 
 def _shown(report: EvaluationReport, csv: Path | None, show_failures: bool, failed: list[str] | None) -> Output:

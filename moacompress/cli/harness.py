@@ -182,7 +182,11 @@ class Command:
         options = given_options(context, self.keys)
         common = Common(**{name: arguments.pop(name) for name in self._common})
         settings = {name: arguments.pop(name) for name in self.keys}
-        _check_rank()
+        try:
+            rank()
+        except UsageError as error:  # the environment has a rank, or a number of processes, that is none
+            say(f"error: {error}")
+            raise typer.Exit(error.exit_code) from None
         output = _guarded(
             lambda run: self._checked(replace(run, options=options), settings, arguments),
             common,
@@ -196,9 +200,8 @@ class Command:
             except (OSError, UnicodeError) as error:
                 say(f"error: the result cannot be printed: {one_line(error)}")
                 raise typer.Exit(1) from None
-        if (
-            output.exit_code and not rank()
-        ):  # torchrun ends the others when one fails, even before the first has printed
+        # torchrun ends the others when one fails, even before the first has printed
+        if output.exit_code and not rank():
             raise typer.Exit(output.exit_code)
 
     def _checked(self, run: CommandRun, settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> Output:
@@ -275,11 +278,6 @@ def resumes_with(argv: Sequence[str], overwrite: bool) -> str:
     return f"interrupted; what was written is kept; resume with: {command}"
 
 
-def out_console() -> Console:
-    """Returns the console on stdout: as wide as the terminal, or `WIDTH` columns of plain text."""
-    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False, emoji=False)
-
-
 def error_console() -> Console:
     """Returns the console on stderr."""
     return Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH, highlight=False, emoji=False)
@@ -302,28 +300,18 @@ def _print(output: Output, as_json: bool) -> None:
     if as_json:
         print(json.dumps(finite_json(output.data), allow_nan=False), flush=True)
         return
-    console = out_console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False, emoji=False)
     for part in output.show:
         if isinstance(part, str):
             console.print(printable(part), markup=False, soft_wrap=True)
         else:
             console.print(part, markup=False)
-    if sys.stdout is not None:  # closed
-        sys.stdout.flush()
+    sys.stdout.flush()
 
 
 def _keyword_only(function: Callable[..., Any]) -> list[inspect.Parameter]:
     parameters = inspect.signature(function, eval_str=True).parameters.values()
     return [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
-
-
-def _check_rank() -> None:
-    """Ends with one message where the environment has a rank, or a number of processes, that is none."""
-    try:
-        rank()
-    except UsageError as error:
-        say(f"error: {error}")
-        raise typer.Exit(error.exit_code) from None
 
 
 def _guarded(work: Callable[[CommandRun], Output], common: Common, first_line: Callable[[], str] | None) -> Output:
@@ -387,7 +375,8 @@ def _quiet_libraries(common: Common, console: Console) -> Iterator[None]:
     handlers: list[logging.Handler] = [_ConsoleHandler(console)]
     handlers[0].setLevel(logging.CRITICAL if rank() else logging.ERROR if common.quiet else level)
     if common.log_file is not None:
-        handlers.append(_log_to(_log_of_rank(common.log_file)))
+        path = common.log_file  # the second process of a run logs to `run.1.log` for `run.log`
+        handlers.append(_log_to(path.with_name(f"{path.stem}.{rank()}{path.suffix}") if rank() else path))
     for handler in handlers:
         logger.addHandler(handler)
     before = logger.level, logger.propagate
@@ -406,11 +395,6 @@ def _quiet_libraries(common: Common, console: Console) -> Iterator[None]:
             with contextlib.suppress(OSError):  # a disk that is full costs the log, and no result
                 handler.close()
         logger.level, logger.propagate = before
-
-
-def _log_of_rank(path: Path) -> Path:
-    """Returns where this process of a run logs: `run.1.log` for `run.log` and the second one."""
-    return path.with_name(f"{path.stem}.{rank()}{path.suffix}") if rank() else path
 
 
 def _log_to(path: Path) -> logging.Handler:

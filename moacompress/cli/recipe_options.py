@@ -67,13 +67,15 @@ def recipe_parameter(key: str, *, states_default: bool = True) -> Parameter:
     """
     field, spelling = recipe_field(key), _spelling(key)
     flag = spelling.flag or f"--{key.rpartition('.')[2].replace('_', '-')}"
-    kind = _option_type(field)
+    types = _alternatives(field.annotation)
+    kind: type = next((each for each in (bool, int, float) if each in types), str)
+    is_list = any(get_origin(each) is tuple for each in types)
     default = _shown(field.get_default()) if states_default else ""
     where = f"[recipe: {key}{f' = {default}' if default else ''}]"
     option: Any = typer.Option(
         None,
         f"{flag}/--no-{flag.removeprefix('--')}" if kind is bool else flag,  # a recipe may say either
-        metavar=spelling.metavar or "|".join(choices(field)) or ("LIST" if _is_tuple(field) else None),
+        metavar=spelling.metavar or "|".join(choices(field)) or ("LIST" if is_list else None),
         help=" ".join(part for part in (sentence(field), spelling.more, where) if part),
         show_default=False,
         envvar=spelling.envvar,
@@ -130,15 +132,12 @@ def sentence(field: FieldInfo) -> str:
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
     """Returns the texts that a field may be; none where it is something else than one of a few."""
-    return tuple(str(text) for part in _alternatives(field.annotation) for text in _literals(part))
+    literals = (each for each in _alternatives(field.annotation) if get_origin(each) is Literal)
+    return tuple(str(text) for each in literals for text in get_args(each))
 
 
 def _spelling(key: str) -> Spelling:
     return SPELLINGS.get(key, Spelling())
-
-
-def _literals(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
 def _alternatives(annotation: Any) -> list[Any]:
@@ -148,16 +147,6 @@ def _alternatives(annotation: Any) -> list[Any]:
     if get_origin(annotation) in (Union, UnionType):
         return [found for part in get_args(annotation) for found in _alternatives(part)]
     return [annotation]
-
-
-def _option_type(field: FieldInfo) -> type:
-    """Returns the type of what is given: that of a number or a switch, text for anything else."""
-    found = _alternatives(field.annotation)
-    return next((kind for kind in (bool, int, float) if kind in found), str)
-
-
-def _is_tuple(field: FieldInfo) -> bool:
-    return any(get_origin(part) is tuple for part in _alternatives(field.annotation))
 
 
 def _shown(value: Any) -> str:

@@ -32,8 +32,7 @@ _split = False
 def splitting(model: bool) -> Iterator[None]:
     """Has the processes of the run hold one model together while the block runs, each a part of every layer, or one each.
 
-    Args:
-        model: whether they hold one together: tensor parallelism. Then all do the same work, in the same order.
+    Together (tensor parallelism) all do the same work, in the same order.
     """
     global _split
     before, _split = _split, model

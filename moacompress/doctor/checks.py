@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -170,11 +170,7 @@ class _Checkpoint:
         self.stopping += weight_problems(folder, blocks)
         if not self.stopping:
             self.files, self.bytes_by_type = checkpoint_files(folder), checkpoint_weight_bytes(folder)
-            expected = needed_weights(skeleton)
-            check_weights(self.files, expected, blocks)
-            lost = missing_weights(self.files, expected, getattr(skeleton, "all_tied_weights_keys", None) or {})
-            if lost is not None:
-                self.stopping.append(f"{lost}; export the model again")
+            self.stopping += _lost_weights(skeleton, self.files, "export the model again", blocks)
             self._beside = _tokenizer_problems(folder, trust_remote_code)
 
     def _plan_file_problems(self, folder: Path | None) -> list[str]:
@@ -226,14 +222,23 @@ def _dense_problems(source: str, config: PreTrainedConfig, trust_remote_code: bo
     if found or skeleton is None or folder is None or names_parts:
         return found
     try:
-        files = checkpoint_files(folder)
-        expected = needed_weights(skeleton)
-        check_weights(files, expected)
-        lost = missing_weights(files, expected, getattr(skeleton, "all_tied_weights_keys", None) or {})
-        found += [] if lost is None else [f"{lost}; copy the weights again from where the model is from"]
+        fix = "copy the weights again from where the model is from"
+        found += _lost_weights(skeleton, checkpoint_files(folder), fix)
     except ArtefactError as error:
         found.append(str(error))
     return [*found, *_tokenizer_problems(folder, trust_remote_code)]
+
+
+def _lost_weights(skeleton: Any, files: list[Path], fix: str, blocks: Container[str] = ()) -> list[str]:
+    """Returns which weights of a model its files lack, and what to do about that.
+
+    Raises:
+        ArtefactError: they have a weight of another shape.
+    """
+    expected = needed_weights(skeleton)
+    check_weights(files, expected, blocks)
+    lost = missing_weights(files, expected, getattr(skeleton, "all_tied_weights_keys", None) or {})
+    return [] if lost is None else [f"{lost}; {fix}"]
 
 
 def _files_of(source: str) -> Path | None:

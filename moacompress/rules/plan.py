@@ -21,14 +21,7 @@ from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.key_centres import Centre, Centres, centre_numbers, check_centres, to_text, to_texts
 from moacompress.rules.kv_bytes import head_kv_bytes, kv_bytes
 from moacompress.rules.model_shape import ModelShape
-from moacompress.rules.plan_form import (
-    FORMAT,
-    RULE_FIELDS,
-    SELECT_FIELDS,
-    VERSION,
-    check_rules,
-    plan_fields,
-)
+from moacompress.rules.plan_form import FORMAT, RULE_FIELDS, SELECT_FIELDS, VERSION, check_rules, plan_fields
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import LayerShares, Share, check_shares
 from moacompress.rules.untrusted import short
@@ -41,7 +34,7 @@ _SAID = {
     "head_dim": "heads of {} numbers",
     "native_windows": "the sliding windows {}",
 }
-"""How a difference between two models is said."""
+"""What makes two models of one shape, and how a difference is said."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +74,21 @@ class Plan(Shown):
         if not self.selects:
             object.__setattr__(self, "gates", "")
             object.__setattr__(self, "gate_weights", None)
-        _check(self)
+        if self.centres:
+            check_centres(self.centres, self.model.layers, self.model.kv_heads, self.model.head_dim)
+        check_rules(self.model, self.min_window, self.rules)
+        for layer, (row, native) in enumerate(zip(self.rules, self.model.native_windows, strict=True)):
+            for head, rule in enumerate(row):
+                if rule.selects and native is not None:
+                    raise PlanError(
+                        f"layer {layer} KV head {head} keeps tokens by their score in a layer with a sliding window of its own "
+                        f"({native} tokens), which would hide them"
+                    )
+        if self.selects and self.shares:
+            raise PlanError(
+                "the plan has layers that share attention and KV heads that keep tokens by their score; one of the two"
+            )
+        check_shares(self.model, self.rules, self.shares)
 
     def __str__(self) -> str:
         """Returns the plan in a line: the model, and the share of the bytes at the longest length that it states."""
@@ -123,10 +130,6 @@ class Plan(Shown):
     def kept(self, n: int) -> int:
         """Returns the keys visible to query `n - 1`, summed over layers and KV heads."""
         return sum(rule.kept(n, self.min_window, native) for rule, native in self._heads())
-
-    def slots(self, n: int) -> int:
-        """Returns the tokens that the cache holds memory for at `n` tokens, summed over layers and KV heads."""
-        return sum(rule.slots(n, self.min_window, native) for rule, native in self._heads())
 
     def kv_bytes(self, n: int, batch: int = 1) -> int:
         """Returns the bytes of the cache at `n` tokens."""
@@ -222,9 +225,6 @@ class Plan(Shown):
     def of_heads(self, heads: range) -> Plan:
         """Returns the plan of some neighbouring KV heads of every layer, as a rank has them; its gates are not at hand.
 
-        Args:
-            heads: which.
-
         Raises:
             PlanError: layers share attention, of heads that may be on other ranks.
         """
@@ -247,15 +247,13 @@ class Plan(Shown):
     def check_model(self, model: ModelShape, *, weights: bool) -> None:
         """Refuses a model that the plan was not made for.
 
-        Args:
-            model: the model at hand.
-            weights: whether its weights count too (search and export compare them, loading does not). A plan made of a config
-                alone has no fingerprint, and takes any weights of its shape.
+        `weights` says whether its weights count too: search and export compare them, loading does not. A plan made of a config
+        alone has no fingerprint, and takes any weights of its shape.
 
         Raises:
             PlanError: naming the first difference.
         """
-        for name in ("model_type", "layers", "heads", "kv_heads", "head_dim", "native_windows"):
+        for name in _SAID:
             ours, theirs = getattr(self.model, name), getattr(model, name)
             if ours != theirs:
                 raise PlanError(
@@ -271,7 +269,7 @@ class Plan(Shown):
     def diff(self, other: Plan) -> list[str]:
         """Returns one line for each difference in what the two plans do; empty when they do the same."""
         lines = []
-        for name in ("model_type", "layers", "heads", "kv_heads", "head_dim", "native_windows", "weights_fingerprint"):
+        for name in (*_SAID, "weights_fingerprint"):
             ours, theirs = getattr(self.model, name), getattr(other.model, name)
             if ours != theirs:
                 lines.append(f"model.{name}: {short(ours)} -> {short(theirs)}")
@@ -372,21 +370,3 @@ class Plan(Shown):
 
 def _centres_said(plan: Plan) -> str:
     return f"of {sum(map(bool, sum(plan.used_centres, ())))} KV heads" if plan.used_centres else "none"
-
-
-def _check(plan: Plan) -> None:
-    if plan.centres:
-        check_centres(plan.centres, plan.model.layers, plan.model.kv_heads, plan.model.head_dim)
-    check_rules(plan.model, plan.min_window, plan.rules)
-    for layer, (row, native) in enumerate(zip(plan.rules, plan.model.native_windows, strict=True)):
-        for head, rule in enumerate(row):
-            if rule.selects and native is not None:
-                raise PlanError(
-                    f"layer {layer} KV head {head} keeps tokens by their score in a layer with a sliding window of its own "
-                    f"({native} tokens), which would hide them"
-                )
-    if plan.selects and any(plan.shares):
-        raise PlanError(
-            "the plan has layers that share attention and KV heads that keep tokens by their score; one of the two"
-        )
-    check_shares(plan.model, plan.rules, plan.shares)

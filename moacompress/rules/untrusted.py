@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from moacompress.core.errors import MoaCompressError, PlanError
+from moacompress.core.errors import PlanError
 from moacompress.core.files import finite_json
 from moacompress.core.printable import printable
 
@@ -66,30 +66,25 @@ class Form(BaseModel):
         return data
 
 
-def checked(
-    adapter: TypeAdapter[T],
-    value: Any,
-    name: Callable[[Loc], str],
-    error_type: type[MoaCompressError] = PlanError,
-) -> T:
+def checked(adapter: TypeAdapter[T], value: Any, name: Callable[[Loc], str]) -> T:
     """Returns a value as its type has it; `name` returns what a message calls a part of it.
 
     Raises:
-        PlanError: it is something else, or `error_type` for it; the message begins with the part's name.
+        PlanError: it is something else; the message begins with the part's name.
     """
     try:
         return adapter.validate_python(value)
     except ValidationError as error:
-        raise error_type(_sentence(error.errors(include_url=False)[0], name)) from None
+        raise PlanError(_sentence(error.errors(include_url=False)[0], name)) from None
 
 
-def one_of(values: Iterable[T], otherwise: str = "") -> AfterValidator:
-    """Returns a choice among values of one type; `otherwise` ends the sentence about another one."""
+def one_of(values: Iterable[T]) -> AfterValidator:
+    """Returns a choice among values of one type."""
     known = list(values)
 
     def check(value: T) -> T:
         if type(value) is not type(known[0]) or value not in known:
-            raise ValueError(f"is {short(value)}, not one of {', '.join(map(str, known))}{otherwise}")
+            raise ValueError(f"is {short(value)}, not one of {', '.join(map(str, known))}")
         return value
 
     return AfterValidator(check)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from moacompress.cli.harness import CommandRun
+from moacompress.cli.options import Common
 from moacompress.core.errors import DataError
+from moacompress.core.progress import Progress
 from moacompress.demo.chat_session import ChatSession
 from moacompress.exporter.exporting import export
 from moacompress.models.source import load_source
@@ -75,20 +77,23 @@ def test_the_answer_is_that_of_generate(folder: Path) -> None:
 
 
 def test_a_conversation_is_typed(folder: Path) -> None:
-    result = invoke(folder, "--max-new-tokens", "4", input="hello\n\n/new\nhello\n/exit\nnever asked\n")
+    longest = ChatSession(folder)._model.config.max_position_embeddings
+    typed = f"hello\n\n/new\nhello\n{'word ' * longest}\nhello\n/exit\nnever asked\n"
+    result = invoke(folder, "--max-new-tokens", "4", input=typed)
     assert result.exit_code == 0, result.stderr
-    assert result.stderr.count("KV cache") == 2
-    first, second = (line for line in result.stderr.splitlines() if "KV cache" in line)
+    assert f"the model takes {longest:,}" in result.stderr  # and the conversation goes on
+    first, second, _ = (line for line in result.stderr.splitlines() if "KV cache" in line)
     assert first.split(";")[:2] == second.split(";")[:2]  # /new forgot the first
     assert "never" not in result.stdout
+    with pytest.raises(DataError, match="begin a new conversation"):
+        ChatSession(folder).ask("hello", max_new_tokens=longest)
 
 
-def test_bytes_that_are_no_text_do_not_end_a_conversation(folder: Path) -> None:
-    command = [sys.executable, "-m", "moacompress", "chat", str(folder), "--max-new-tokens", "2"]
-    done = subprocess.run(command, input=b"caf\xe9\nhello\n", capture_output=True, check=True)
-    assert done.stderr.count(b"KV cache") == 2  # of two turns
-    closed = subprocess.run(["/bin/sh", "-c", '"$@" <&-', "sh", *command], capture_output=True, check=True)
-    assert b"KV cache" not in closed.stderr
+def test_bytes_that_are_no_text_do_not_end_a_conversation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = invoke(folder, "--max-new-tokens", "2", input=b"caf\xe9\nhello\n")
+    assert done.stderr.count("KV cache") == 2  # of two turns
+    monkeypatch.setattr(sys, "stdin", None)  # it was closed
+    assert CommandRun(Common(), Progress()).read("> ") is None
 
 
 def test_one_object(folder: Path) -> None:
@@ -97,16 +102,6 @@ def test_one_object(folder: Path) -> None:
     turns = json.loads(result.stdout)["turns"]
     assert [turn["question"] for turn in turns] == ["hello", "again"]
     assert turns[1]["tokens"] > turns[0]["tokens"]
-
-
-def test_too_long_is_said_and_the_conversation_goes_on(folder: Path) -> None:
-    longest = ChatSession(folder)._model.config.max_position_embeddings
-    result = invoke(folder, "--max-new-tokens", "4", input=f"{'word ' * longest}\nhello\n")
-    assert result.exit_code == 0, result.stderr
-    assert f"the model takes {longest:,}" in result.stderr
-    assert result.stderr.count("KV cache") == 1
-    with pytest.raises(DataError, match="begin a new conversation"):
-        ChatSession(folder).ask("hello", max_new_tokens=longest)
 
 
 def test_below_the_length_that_the_budget_holds_from_it_says_so(

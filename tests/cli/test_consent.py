@@ -31,10 +31,6 @@ class Coded(LlamaForCausalLM):
 """
 FLAG = "--trust-remote-code"
 IDS = torch.arange(200)[None] % 150 + 4
-LOAD_MODELS = (
-    ("profile",), ("search",), ("export",), ("compress",), ("eval",), ("bench",), ("heal",), ("chat",), ("inspect",),
-    ("doctor",), ("demo",), ("data", "preview"),
-)  # fmt: skip
 
 
 class Coded:
@@ -98,10 +94,6 @@ def place(coded: Coded, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_consent_is_stored_nowhere(place: Path) -> None:
-    assert says_so(place) == []
-
-
 def uses(folder: Path, out: Path) -> list[tuple[str | Path, ...]]:
     """Returns commands that load the compressed model in a folder."""
     steps = "--quick --lengths 128 --tokens 1 --repeats 1 --sides plan --no-peak"
@@ -131,9 +123,13 @@ def test_what_a_file_says_is_no_consent(place: Path, coded: Coded, tmp_path: Pat
 
 
 def test_the_flag_is_consent(place: Path, coded: Coded, tmp_path: Path) -> None:
+    """It is stored nowhere."""
+    assert says_so(place) == []
     for arguments in uses(place, tmp_path):
         answer(*arguments, FLAG)
         assert coded.ran(), arguments[0]
+    for name in ("compress", "inspect", "doctor", "demo", "data preview"):
+        assert FLAG in invoke(*name.split(), "--help", env={"COLUMNS": "200"}).stdout
 
 
 def test_what_was_made_without_the_flag_is_taken_up_with_it(place: Path, coded: Coded, tmp_path: Path) -> None:
@@ -147,11 +143,6 @@ def test_what_was_made_without_the_flag_is_taken_up_with_it(place: Path, coded: 
     answer("export", coded.folder, old / "plan.json", "-o", old / "model")
     assert (old / "profile" / "influence.safetensors").stat().st_mtime_ns == before
     assert not coded.ran()
-
-
-@pytest.mark.parametrize("command", LOAD_MODELS, ids=" ".join)
-def test_every_verb_that_loads_a_model_has_the_flag(command: tuple[str, ...]) -> None:
-    assert FLAG in invoke(*command, "--help", env={"COLUMNS": "200"}).stdout
 
 
 FAMILY = """

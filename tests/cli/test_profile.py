@@ -28,8 +28,11 @@ AUDIT = ("--audit", "9", "--set", "budget=50%")
 
 @pytest.fixture(scope="module")
 def audited(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Returns the folder of an audited profile, and what `--json` said."""
+    """Returns the folder of a profile that was audited later, which adds the baselines, and what `--json` said."""
     out = tmp_path_factory.mktemp("audited") / "profile"
+    plain = answer(tiny_folder, "-o", out, *SMALL, "--gates")
+    assert "audit" not in plain
+    assert "moa" not in plain["estimators"]
     return out, answer(tiny_folder, "-o", out, *SMALL, *AUDIT, "--gates")
 
 
@@ -50,54 +53,23 @@ def test_audit_profiles_the_baselines_and_compares_them(audited: tuple[Path, dic
     assert left == {path.name for path in of_profile(out)} - {ROUNDING_FILE}  # no weights were rounded
 
 
-def test_what_gates_leave_is_said(audited: tuple[Path, dict[str, Any]], tiny_folder: Path) -> None:
+def test_the_same_command_again_shows_the_tables(audited: tuple[Path, dict[str, Any]], tiny_folder: Path) -> None:
     out, data = audited
     assert data["gates"]["samples"] == 24  # of their own
     assert [row["share"] for row in data["gates"]["left"]] == [0.03, 0.06, 0.12, 0.25]
-    shown = invoke(tiny_folder, "-o", out, *SMALL, "--gates")  # what is there is used again
-    assert shown.exit_code == 0, shown.stderr
-    lines = shown.stdout.splitlines()
-    assert any("Influence of tokens 32 and more behind" in line for line in lines)
-    assert any(line.split()[:2] == ["25%", f"{data['gates']['left'][-1]['gate'][0]:.2f}"] for line in lines)
-
-
-def test_the_same_command_again_shows_the_table(audited: tuple[Path, dict[str, Any]], tiny_folder: Path) -> None:
-    out, data = audited
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
     result = invoke(tiny_folder, "-o", out, *SMALL, *AUDIT, "--gates")
     assert result.exit_code == 0, result.stderr
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()} == before
+    lines = result.stdout.splitlines()
+    assert any("Influence of tokens 32 and more behind" in line for line in lines)
+    assert any(line.split()[:2] == ["25%", f"{data['gates']['left'][-1]['gate'][0]:.2f}"] for line in lines)
     assert "9 ablations of one KV head on 2 held-out samples" in result.stdout
     assert "Spearman of robust minus that of moa" in result.stdout
     assert all(name in result.stdout for name in data["audit"])
-
-
-def test_another_audit_is_not_touched_without_overwrite(
-    audited: tuple[Path, dict[str, Any]], tiny_folder: Path
-) -> None:
-    out, _ = audited
-    more = ("--audit", "8", "--gates", "--set", "budget=50%")
-    message = problem(tiny_folder, "-o", out, *SMALL, *more)
+    message = problem(tiny_folder, "-o", out, *SMALL, "--audit", "8", "--gates", "--set", "budget=50%")
     assert "audit.json holds the audit of another request" in message
     assert "--overwrite" in message
-
-
-def test_flags_reach_the_recipe(tiny_folder: Path, tmp_path: Path) -> None:
-    flags = ("--baselines", "--heads", "--anchors", "1", "--set", "profile.estimator=moa")
-    result = invoke(tiny_folder, "-o", tmp_path / "profile", *SMALL, *flags, "--json")
-    assert result.exit_code == 0, result.stderr
-    recipe = Profile.load(tmp_path / "profile").recipe.profile
-    assert (recipe.baselines, recipe.heads, recipe.anchors, recipe.estimator) == (True, True, 1, "moa")
-    assert "audit" not in json.loads(result.stdout)
-
-
-def test_an_audit_of_a_profile_without_baselines_adds_them(tiny_folder: Path, tmp_path: Path) -> None:
-    plain = invoke(tiny_folder, "-o", tmp_path / "profile", *SMALL, "--json")
-    assert plain.exit_code == 0, plain.stderr
-    assert "moa" not in json.loads(plain.stdout)["estimators"]
-    result = invoke(tiny_folder, "-o", tmp_path / "profile", *SMALL, *AUDIT, "--json")
-    assert result.exit_code == 0, result.stderr
-    assert "moa" in json.loads(result.stdout)["audit"]
 
 
 def test_around_a_plan(audited: tuple[Path, dict[str, Any]], tiny_folder: Path, tmp_path: Path) -> None:
@@ -109,12 +81,7 @@ def test_around_a_plan(audited: tuple[Path, dict[str, Any]], tiny_folder: Path, 
 
 
 def test_a_dry_run_profiles_nothing(tiny_folder: Path, tmp_path: Path) -> None:
-    result = invoke(tiny_folder, "-o", tmp_path / "profile", *SMALL, "--dry-run", "--json")
-    assert result.exit_code == 0, result.stderr
-    assert isinstance(json.loads(result.stdout), dict)
-    shown = invoke(tiny_folder, "-o", tmp_path / "profile", *SMALL, "--dry-run")
-    assert shown.exit_code == 0
-    assert shown.stdout.strip()
+    assert answer(tiny_folder, "-o", tmp_path / "profile", *SMALL, "--dry-run")["seconds"] > 0
     assert not (tmp_path / "profile").exists()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import click
 import pytest
@@ -69,7 +69,6 @@ def is_switch(option: Any) -> bool:
 
 
 FOUND = [*options()]
-IDS = [f"{name} {key}" for name, key, _ in FOUND]
 
 
 def test_there_are_options() -> None:
@@ -87,29 +86,28 @@ def test_there_are_options() -> None:
     assert {"compress", "profile", "search", "heal", "eval", "export", "data preview", "recipe init"} <= names
 
 
-@pytest.mark.parametrize(
-    ("name", "option"),
-    [(name, option) for name, command in commands() for option in command.params if is_switch(option)],
-)
-def test_every_switch_that_may_be_on_otherwise_can_be_given_off_and_says_so(name: str, option: Any) -> None:
+@pytest.mark.parametrize(("name", "command"), [*commands()])
+def test_every_switch_that_may_be_on_otherwise_can_be_given_off_and_says_so(name: str, command: Any) -> None:
     """A recipe or an earlier profile may say yes; a switch that is off by itself has nothing to take back."""
-    fields = [key for command, key, each in FOUND if (command, each.name) == (name, option.name)]
-    if fields or option.default is True:
-        assert option.secondary_opts == [f"--no-{option.opts[0].removeprefix('--')}"]
-        shown = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "100"}).stdout
-        assert f"{option.opts[0]} / {option.secondary_opts[0]}" in shown
-    else:
-        assert not option.secondary_opts
+    fields = {option.name for each, _, option in FOUND if each == name}
+    shown = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "100"}).stdout
+    for option in filter(is_switch, command.params):
+        if option.name in fields or option.default is True:
+            assert option.secondary_opts == [f"--no-{option.opts[0].removeprefix('--')}"]
+            assert f"{option.opts[0]} / {option.secondary_opts[0]}" in shown
+        else:
+            assert not option.secondary_opts
 
 
-@pytest.mark.parametrize(("name", "key", "option"), FOUND, ids=IDS)
-def test_the_help_is_the_fields_description(name: str, key: str, option: Any) -> None:
-    field = recipe_field(key)
-    assert field.description
-    assert option.help.startswith(sentence(field))
-    assert f"[recipe: {key}" in option.help
-    for choice in choices(field):
-        assert choice in option.metavar
+@pytest.mark.parametrize("name", sorted({name for name, *_ in FOUND}))
+def test_the_help_is_the_fields_description(name: str) -> None:
+    for _, key, option in (each for each in FOUND if each[0] == name):
+        field, shown = recipe_field(key), cast(Any, option)
+        assert field.description
+        assert shown.help.startswith(sentence(field))
+        assert f"[recipe: {key}" in shown.help
+        for choice in choices(field):
+            assert choice in shown.metavar
 
 
 @pytest.mark.parametrize("key", sorted({key for _, key, _ in FOUND}))
@@ -166,27 +164,15 @@ def test_any_key_can_be_set() -> None:
 
 def test_sources(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
-    given = [
-        "needle",
-        "multi-needle-prose",
-        "key-value",
-        "key-value-uuids",
-        "needle-prose-uuids",
-        "records-codes",
-        "qa.jsonl",
-        str(tmp_path / "texts"),
-        "some/set",
-    ]
-    sources = read_sources(given)
-    assert sources == [
-        {"generator": "needle"},
-        {"generator": "multi-needle", "haystack": "prose"},
-        {"generator": "key-value"},
-        {"generator": "key-value", "values": "uuids"},
-        {"generator": "needle", "haystack": "prose", "values": "uuids"},
-        {"generator": "records", "values": "codes"},
-        {"path": "qa.jsonl"},
-        {"path": str(tmp_path / "texts")},
-        {"dataset": "some/set"},
-    ]
-    assert len(Recipe().override(calibration__sources=sources).calibration.sources) == 9
+    wanted = {
+        "key-value": {"generator": "key-value"},
+        "multi-needle-prose": {"generator": "multi-needle", "haystack": "prose"},
+        "needle-prose-uuids": {"generator": "needle", "haystack": "prose", "values": "uuids"},
+        "records-codes": {"generator": "records", "values": "codes"},
+        "qa.jsonl": {"path": "qa.jsonl"},
+        str(tmp_path / "texts"): {"path": str(tmp_path / "texts")},
+        "some/set": {"dataset": "some/set"},
+    }
+    sources = read_sources([*wanted])
+    assert sources == [*wanted.values()]
+    assert len(Recipe().override(calibration__sources=sources).calibration.sources) == len(wanted)

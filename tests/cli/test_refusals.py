@@ -6,10 +6,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,8 +58,6 @@ USAGE = [
     (2, "compress --budget 25%", "no model given; name one as MODEL (hub id, folder or .gguf file)"),
     (2, COMPRESS, "no budget given; write --budget 25%"),
     (2, f"{COMPRESS} --budget 25", "did you mean '25%'?"),
-    (2, f"{COMPRESS} --budget 0", "outside (0%, 100%]"),
-    (2, f"{COMPRESS} --budget abc", "is not understood"),
     (2, f"{COMPRESS} --budget 25%,12%", "names several plans"),
     (2, f"{RUN} --lengths 1x", "length '1x' is not a number of tokens"),
     (2, f"{RUN} --dtype int4", "dtype: "),
@@ -80,52 +74,38 @@ USAGE = [
     (2, f"{PROFILE} --set profile.draws=0", "profile.draws: "),
     (2, f"{PROFILE} --anchors -1", "profile.anchors"),
     (1, f"{PROFILE} --around none.json", "none.json does not exist"),
-    (2, f"{PROFILE} --scorer keydiff", "--scorer has no effect without --gates; give --gates too"),
     (2, "profile model other", "2 models given, but only one can be profiled; to combine shards, add --merge"),
     (2, "search --budget 25%", "missing argument PROFILE"),
     (2, "search profile --classes 0 --budget 25%", "search.classes"),
-    (2, "search profile --budget 25", "did you mean '25%'"),
     (2, "data preview", "no model given"),
-    (2, "data preview model --source nedle", "unknown source 'nedle'; did you mean 'needle'?"),
     (2, "data preview model --source zzz", "unknown source 'zzz'; it is a generator"),
     (2, "data preview none --set search.moves", "--set 'search.moves' is not KEY=VALUE, such as search.moves=0"),
-    (2, "data preview none --set =3", "is not KEY=VALUE"),
     (2, "data preview none --set search.classes=null", "such as search.moves=0: it needs a key and a value"),
-    (2, "data preview none --set search.moves=[", "is not KEY=VALUE"),
     (2, "data preview none --set search.mvoes=3", "options: unknown key 'search.mvoes'; did you mean 'moves'?"),
-    (2, "data preview none --set serch.moves=3", "options: unknown key 'serch'; did you mean 'search'?"),
     (2, "data preview none --set seed.moves=3", "options: seed is a value, not a section; it has no key 'moves'"),
     (2, "data preview none --set search.moves=many", "options: search.moves: Input should be a valid integer"),
     (2, "recipe validate typo.yaml", "did you mean 'budget'?"),
     (2, "recipe validate task.yaml", "unknown task 'needle-nose'"),
     (1, "recipe validate text.yaml", "cannot read nowhere.txt"),
-    (2, "recipe validate half.yaml", "is not valid YAML"),
     (1, "recipe show empty", "holds no recipe.json"),
     (2, "recipe show run/model/plan.json", "does not say which recipe it was made with"),
     (2, "heal run -o out --objective klx", "heal.objective"),
-    (2, "heal run -o out --train some", "heal.train"),
-    (2, "heal run -o out --steps 0", "heal.steps"),
-    (2, "heal run -o out --lr -1", "heal.lr"),
     (
         2,
         "heal run -o out --recipe full.yaml --modules o_proj",
         "--modules has no effect without --train lora; give --train",
     ),
-    (2, "heal run -o out --train gates --modules o_proj", "--modules has no effect without --train lora"),
     (2, "heal run -o out", "there is no profile beside"),
     (2, "heal model -o out", "is a dense model: it has lost nothing"),
-    (2, "heal empty -o out", "no config.json was found"),
     (2, "eval", "missing argument DIR"),
     (2, "eval nothing", "nothing does not exist; give a compressed model, or the folder of a run"),
     (2, "eval model", "is a model but not a compressed one; compress it first"),
-    (2, "eval empty", "no compressed checkpoint"),
     (2, f"{EVAL} --against model", "is a model but not a compressed one"),
     (2, f"{EVAL} --tasks needle-nose", "unknown task 'needle-nose'; did you mean 'needle-noise'"),
     (2, f"{EVAL} --tasks ,", "no tasks given"),
     (2, f"{EVAL} --lm-eval ''", "no tasks of lm-evaluation-harness given"),
     (2, f"{EVAL} --against dense,unifrom", "cannot evaluate against 'unifrom'; did you mean 'uniform'"),
     (1, f"{EVAL} --tasks qa-squad", "qa-squad needs SQuAD's questions"),
-    (1, f"{EVAL} --tasks niah-single-2", "niah-single-2 needs prose"),
     (1, f"{EVAL} --tasks text", "task text needs prose"),
     (1, f"{EVAL} --tasks needle-prose --dry-run", "needs prose"),
     (1, f"{EVAL} --text missing.txt", "cannot read missing.txt"),
@@ -141,18 +121,12 @@ USAGE = [
     (2, "bench run --batch one", "batch 'one' is not a number of rows"),
     (2, "bench run --batch ,", "no batch given"),
     (2, "bench run --sides plan,dence", "unknown side 'dence'; did you mean 'dense'?"),
-    (2, "bench run --sides plan,dence --dry-run", "unknown side 'dence'; did you mean 'dense'?"),
     (2, "bench run --dtype float32,int4", "unknown dtype 'int4'"),
-    (2, "bench run --lengths 1x", "length '1x' is not a number of tokens"),
     (2, "bench run --tokens 0", "tokens is 0"),
     (2, "bench run --serve --kv-memory much", "size 'much' is not understood"),
-    (2, "bench model", "model is a model but not a compressed one; compress it first"),
-    (2, "bench empty", "no compressed checkpoint"),
-    (2, "chat nothing --ask hi", "nothing does not exist; give a compressed model, or the folder of a run"),
     (2, "chat model --ask hi", "is a model but not a compressed one"),
     (2, "chat run --json", "--json needs --ask"),
     (2, "convert object.json -o o.json", "give one of --from"),
-    (2, "convert object.json --from moa --to moa -o o.json", "give one of --from"),
     (2, "convert object.json --from moa -o o.json", "does not name its model"),
     (1, "convert object.json --from moa --model m -o o.json", "it needs `alphas` and `betas`"),
     (1, "convert nowhere --from duo-attention --model m -o o.json", "config.json"),
@@ -161,7 +135,6 @@ USAGE = [
     (1, "convert nowhere --to moa -o o.json", "does not exist"),
     (1, "inspect empty", "make a plan with `moacompress search` or `moacompress compress`"),
     (1, "inspect object.json", "not a moacompress plan"),
-    (2, "inspect model --batch 0", "batch is 0"),
     (1, "demo -o out --data empty", "make test-data"),
 ]
 PLACES = [
@@ -180,26 +153,24 @@ DATA = [
     (1, "--tasks needle-prose", "task needle-prose needs prose: give a .txt file or a folder of them as text"),
     (2, "--tasks qa-squad", "moacompress eval OUT --tasks qa-squad --squad FILE"),
     (1, "--text no-such", "cannot read no-such: there is no such file or folder; give its path"),
-    (1, "--source none.jsonl", "cannot read none.jsonl: there is no such file or folder; give its path"),
     (1, "--source empty.jsonl", "file:empty.jsonl has no rows"),
     (1, "--source columns.jsonl", "file:columns.jsonl has the columns a; rows need `messages`"),
     (1, "--source broken.jsonl", "line 1 of broken.jsonl is not valid JSON"),
     (1, "--source needle-prose", "calibration.text names no file or folder of it (--text)"),
 ]
-"""What is wrong with a run's data, and but for tasks with a profile's."""
-WRONG_DATA = [(code, f"{RUN} {wrong}{dry}", said) for code, wrong, said in DATA for dry in ("", " --dry-run")] + [
-    (code, f"{command} {wrong}{dry}", said)
-    for code, wrong, said in DATA
-    if "--tasks" not in wrong
-    for command, dry in ((PROFILE, ""), (PROFILE, " --dry-run"), ("data preview model", ""))
+"""What is wrong with a run's data."""
+MISSING = (1, "--source none.jsonl", "cannot read none.jsonl: there is no such file or folder; give its path")
+WRONG_DATA = [
+    *((code, f"{RUN} {wrong}", said) for code, wrong, said in [*DATA, MISSING]),
+    *((1, f"{command} {MISSING[1]}", MISSING[2]) for command in (f"{RUN} --dry-run", PROFILE, f"{PROFILE} --dry-run")),
+    (1, f"data preview model {MISSING[1]}", MISSING[2]),
 ]
+"""The same of every command that reads it."""
 EARLY = [*USAGE, *PLACES, *WRONG_DATA]
 """What is found before a model is loaded."""
 
 MODELS = [
     (1, "compress ./none --budget 25% -o runs/mine", "does not exist"),
-    (1, "profile ./none --source needle -o out", "does not exist"),
-    (1, "export ./none run/model/plan.json -o out", "does not exist"),
     (1, "compress model/config.json --budget 25%", "is neither a model folder nor a .gguf file; give its folder model"),
     (1, "compress empty --budget 25%", "is a folder without config.json, not a model"),
     (1, "compress pickled --budget 25%", "a pickle"),
@@ -207,11 +178,6 @@ MODELS = [
     (
         1,
         "compress run/model --budget 25%",
-        "is compressed already (quantization_config); give the dense model it was made from",
-    ),
-    (
-        1,
-        "profile run/model -o out",
         "is compressed already (quantization_config); give the dense model it was made from",
     ),
     (1, "compress named --budget 25%", "not a dense model; give the one that it was made from: somewhere/dense"),
@@ -233,12 +199,9 @@ MODELS = [
     (1, f"{RUN} --source rows.jsonl", "file:rows.jsonl has 0 calibration prompts of"),
     (1, f"{RUN} --source prose.txt", "prose.txt"),
     (1, f"{RUN} --tasks line-lookup --lengths 100", "100"),
-    (1, f"{RUN} --tasks line-lookup --lengths 100 --dry-run", "100"),
     (1, f"{COMPRESS} --budget 0.1% --dry-run", "the smallest takes"),
-    (2, f"{PROFILE} --audit 0", "an audit of 0 ablations is not possible"),
     (2, f"{PROFILE} --audit 100000", "ask for 1 to "),
     (1, f"{PROFILE} --audit 4 --set budget=0.1%", "ask for at least"),
-    (2, f"{PROFILE} --audit 4 --set budget=some", "is not understood"),
     (1, f"{PROFILE} --text-samples 3", "text"),
     (1, "profile model -o profile --lengths 800", "holds a profile of another model or recipe"),
     (1, "data preview model --lengths 128", "takes at least"),
@@ -246,12 +209,9 @@ MODELS = [
     (1, "search profile --budget 60% -o run/model/plan.json", "--overwrite"),
     (1, "eval run --against none --lengths 8k", "8,192 tokens were asked for; the model was made for at most 4,096"),
     (2, f"{EVAL} --lm-eval no_such_task", "lm-evaluation-harness has no task 'no_such_task'"),
-    (2, f"{EVAL} --lm-eval no_such_task --dry-run", "no_such_task"),
     (1, f"{EVAL} -o object.json", "object.json exists already and is not an evaluation of this checkpoint"),
     (1, f"{EVAL} --profile profile-of-other --against split", "is of other weights"),
-    (2, f"{EVAL} --against per-layer", "made from a profile and there is none"),
     (1, "bench run --lengths 1k,8k", "a length of 8,192 tokens was asked for; the model was made for at most 4,096"),
-    (1, "bench run --lengths 8k --dry-run", "the model was made for at most 4,096"),
     (1, "bench run --batch 100000000", "would take about"),
     (1, "bench run -o empty", "is a folder; name a file"),
 ]
@@ -358,26 +318,3 @@ def test_a_folder_that_may_not_be_written(command: str, world: Path, monkeypatch
     allowed = os.access
     monkeypatch.setattr("os.access", lambda path, mode: Path(path).resolve() != world and allowed(path, mode))
     assert "may not be written; choose another folder" in refused(1, command, world, monkeypatch)
-
-
-def test_stopped_midway(world: Path, tmp_path: Path) -> None:
-    """Ctrl-C names the command that resumes; what it resumes from is tested with kills in `test_kills`."""
-    out = tmp_path / "out"
-    words = f"{RUN} --prompts 2 --tasks needle-noise --effort quick".replace("-o out", f"-o {out}").split()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moacompress", *words],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        cwd=world,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background are born deaf to it
-    )
-    deadline = time.monotonic() + 120
-    while not (out / "profile" / "profile.json").exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    assert "interrupted; what was written is kept; resume with: moacompress compress " in said
-    assert "Traceback" not in said

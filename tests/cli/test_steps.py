@@ -74,6 +74,3 @@ def test_doctor_knows_both(place: Path, tiny_folder: Path) -> None:
     text = invoke("doctor", place)
     assert text.exit_code == 0
     assert "Everything is in order." in text.stdout
-    result = invoke("doctor", place / "profile", "--json")
-    assert result.exit_code == 1
-    assert "without config.json" in json.loads(result.stdout)["model"]["problems"][0]

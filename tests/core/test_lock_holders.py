@@ -101,20 +101,14 @@ def leave(path: Path, holder: LockHolder | str) -> None:
     holder_of_file(path).write_text(holder if isinstance(holder, str) else json.dumps(holder.to_dict()))
 
 
-def test_a_second_process_is_refused_in_one_sentence(target: Path, start: Start) -> None:
-    process = start(HOLD, "held")
-    with pytest.raises(ArtefactError) as error, own_file(target):
-        pass
-    message = str(error.value)
-    assert message.startswith(
-        f"{target} is in use: process {process.pid} on {os.uname().nodename} has been at work on it"
-    )
-    assert message.endswith("; wait until it is done, stop it, or choose another file")
-
-
 @pytest.mark.parametrize("end", ["normal", "error", "Ctrl-C", "killed"])
 def test_it_is_free_after_any_end(end: str, target: Path, start: Start) -> None:
     process = start(HOLD, "held")
+    with pytest.raises(ArtefactError) as error, own_file(target):
+        pass
+    said = f"{target} is in use: process {process.pid} on {os.uname().nodename} has been at work on it"
+    assert str(error.value).startswith(said)
+    assert str(error.value).endswith("; wait until it is done, stop it, or choose another file")
     if end in ("Ctrl-C", "killed"):
         process.send_signal(signal.SIGINT if end == "Ctrl-C" else signal.SIGKILL)
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, but nobody asked how it ended
@@ -130,10 +124,10 @@ def test_of_many_that_come_at_once_one_is_the_holder(target: Path, start: Start)
     process = start(HOLD, "held")
     process.kill()
     process.wait()
-    many = [start(TRY, "ready") for _ in range(6)]
+    many = [start(TRY, "ready") for _ in range(4)]
     for process in many:
         tell(process, "now")
-    assert sorted(heard(process) for process in many) == ["held", *["refused"] * 5]
+    assert sorted(heard(process) for process in many) == ["held", *["refused"] * 3]
 
 
 def test_a_second_one_in_this_process_is_refused(target: Path) -> None:
@@ -266,21 +260,16 @@ def test_without_locks_on_the_file_system(target: Path, monkeypatch: pytest.Monk
     assert is_free(target)
 
 
-def test_a_folder_is_owned_from_within_and_made(tmp_path: Path) -> None:
+def test_a_folder_may_go_while_it_is_owned(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "out"
     with own_folder(folder):
         assert holder_of_folder(folder).is_file()
         with pytest.raises(ArtefactError, match="is in use: .* or choose another folder"), own_folder(folder):
             pass
-    assert list(folder.iterdir()) == []
-
-
-def test_a_folder_may_go_while_it_is_owned(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    with own_folder(folder):
         shutil.rmtree(folder)
         with own_folder(folder):  # made afresh by somebody else
             pass
+    assert list(folder.iterdir()) == []
     with own_folder(folder):
         folder.rename(tmp_path / "moved")
     assert not folder.exists()
@@ -329,16 +318,5 @@ def test_only_a_dead_holder_is_released(parent: LockHolder, target: Path) -> Non
     assert not file.exists()
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (-3, "0 seconds"),
-        (1, "1 second"),
-        (59.9, "59 seconds"),
-        (60, "1 minute"),
-        (7300, "2 hours"),
-        (200_000, "2 days"),
-    ],
-)
-def test_ages_as_a_person_says_them(seconds: float, text: str) -> None:
-    assert readable_age(seconds) == text
+def test_ages_as_a_person_says_them() -> None:
+    assert [readable_age(each) for each in (-3, 1, 59.9, 60)] == ["0 seconds", "1 second", "59 seconds", "1 minute"]

@@ -82,7 +82,7 @@ KNOWN = {"moacompress-shingles": "1 2"}
     [
         (np.array([2, 4], np.uint64), {}),
         (np.array([2, 4], np.uint64), {"moacompress-shingles": "9 2"}),
-        (np.array([2, 4], np.uint64), {"moacompress-shingles": "1 3"}),
+        (np.array([3, 6], np.uint64), {"moacompress-shingles": "1 3"}),
         (np.array([2, 4], np.uint64), {"moacompress-shingles": "1 0"}),
         (np.array([2, 4], np.uint64), {"moacompress-shingles": f"1 {2**99}"}),
         (np.array([2, 4], np.uint64), {"moacompress-shingles": "1 two"}),

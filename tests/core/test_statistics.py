@@ -33,10 +33,10 @@ from moacompress.core.statistics import (
     verdict,
     wilson,
 )
-from moacompress.core.tables import error_text, estimate_text, p_text, rounded_text
+from moacompress.core.tables import rounded_text
 
-SIZES = (6, 7, 20, 200)
-DRAWS = 2000
+SIZES = (6, 20)
+DRAWS = 1000
 
 
 def known(interval: Interval | None) -> Interval:
@@ -52,13 +52,7 @@ def coverage(draw: Callable[[int], Estimate], truth: float, draws: int = DRAWS) 
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize(
     "pairs",  # probabilities: both right, only the first, only the second, both wrong
-    [
-        (0.25, 0.25, 0.25, 0.25),
-        (0.8, 0.12, 0.03, 0.05),
-        (0.9, 0.04, 0.04, 0.02),
-        (0.3, 0.02, 0.3, 0.38),
-        (0.6, 0.4, 0, 0),
-    ],
+    [(0.25, 0.25, 0.25, 0.25), (0.8, 0.12, 0.03, 0.05), (0.6, 0.4, 0, 0)],
 )
 def test_intervals_of_paired_yes_and_no_cover(n: int, pairs: tuple[float, ...]) -> None:
     counts = np.random.default_rng(n).multinomial(n, pairs, DRAWS)
@@ -77,14 +71,14 @@ def test_intervals_of_means_and_paired_differences_cover(n: int) -> None:
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("sigma", [0.5, 1.0])
 def test_intervals_and_bounds_of_lognormal_means_cover(n: int, sigma: float) -> None:
-    values = np.exp(sigma * np.random.default_rng(n).standard_normal((4 * DRAWS, n)))
+    values = np.exp(sigma * np.random.default_rng(n).standard_normal((2 * DRAWS, n)))
     truth = math.exp(sigma * sigma / 2)
     assert coverage(lambda i: positive_mean(values[i].tolist()), truth, len(values)) >= 0.93
-    few = [upper_bound(row.tolist()) for row in values[:500]]
+    few = [upper_bound(row.tolist()) for row in values[:400]]
     assert np.mean([bound is not None and bound >= truth for bound in few]) >= 0.93
 
 
-@pytest.mark.parametrize("n", [6, 12, 30, 100])
+@pytest.mark.parametrize("n", SIZES)
 def test_intervals_of_positive_numbers_that_are_not_lognormal_stay_near(n: int) -> None:
     rng = np.random.default_rng(n)
     two_kinds = np.where(rng.random((DRAWS, n)) < 0.5, 0.001, 2.0) * np.exp(0.3 * rng.standard_normal((DRAWS, n)))
@@ -92,7 +86,7 @@ def test_intervals_of_positive_numbers_that_are_not_lognormal_stay_near(n: int) 
     assert max(known(positive_mean(row.tolist())[1])[1] for row in two_kinds) < 100  # Cox's alone is above 10^7
 
 
-@pytest.mark.parametrize("n", [6, 12, 30, 100])
+@pytest.mark.parametrize("n", SIZES)
 def test_intervals_of_shares_cover_whatever_their_spread(n: int) -> None:
     rng = np.random.default_rng(n)
     draws: dict[str, tuple[np.ndarray, float]] = {
@@ -115,10 +109,9 @@ def test_intervals_of_perplexity_differences_cover(n: int) -> None:
     assert coverage(lambda i: perplexity_difference(first[i].tolist(), second[i].tolist()), truth) >= 0.92
 
 
-@pytest.mark.parametrize("n", [6, 7, 12, 40, 200])
-def test_verdicts_of_nothing_are_rare(n: int) -> None:
+@pytest.mark.parametrize(("n", "draws"), [(6, 400), (12, 400), (40, 100)])  # all sign flips, and random ones
+def test_verdicts_of_nothing_are_rare(n: int, draws: int) -> None:
     rng = np.random.default_rng(n)
-    draws = 400 if n < 40 else 100
     yes_and_no = (rng.random((2, draws, n)) < 0.6).astype(float)
     shares = rng.binomial(4, 0.8, (2, draws, n)) / 4
     kls = np.exp(rng.standard_normal((2, draws, n)))
@@ -127,10 +120,10 @@ def test_verdicts_of_nothing_are_rare(n: int) -> None:
         assert np.mean(np.abs(told)) <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / draws)
 
 
-@pytest.mark.parametrize("n", [8, 20])
-def test_verdicts_on_the_lowest_of_many_that_are_alike_are_rare(n: int) -> None:
+def test_verdicts_on_the_lowest_of_many_that_are_alike_are_rare() -> None:
     """By `p_value`, which takes no notice of the choice, more than a tenth of them are below .05."""
-    rng, naive, found = np.random.default_rng(n), 0, 0
+    n, naive, found = 8, 0, 0
+    rng = np.random.default_rng(n)
     for _ in range(200):
         reference = rng.lognormal(size=n)
         candidates = (reference * np.exp(rng.normal(0, 0.2, (20, n)))).tolist()
@@ -223,19 +216,13 @@ def test_few_units_have_no_interval() -> None:
     for estimate in (mean, rate, positive_mean, exponential_mean, median):
         assert estimate(few)[1] is None
         assert estimate([*few, 0.5, 0.3])[1] is not None
+    assert estimate_row(*mean(few)) == {"value": mean(few)[0], "ci95": None}
     for paired in (paired_difference, paired_rates, perplexity_difference):
         assert paired(few, few[::-1])[1] is None
     assert (wilson(2, 4), tango(1, 1, 4), upper_bound(few), standard_error([1.0])) == (None, None, None, None)
     ordered = np.arange(12.0)  # of 5 points in order a bootstrap says [1, 1] nearly always
     assert Resampled.of(11, 0, lambda drawn: ordered[drawn].mean(axis=1)).ci95 is None
     assert Resampled.of(12, 0, lambda drawn: ordered[drawn].mean(axis=1)).ci95 is not None
-
-
-def test_what_people_read_has_no_brackets_where_there_is_no_interval() -> None:
-    assert (estimate_text(0.5, None), estimate_text(0.5, (0.25, 0.75))) == ("0.50", "0.50 [0.25, 0.75]")
-    assert (error_text(0.1, None), error_text(0.1, 0.02)) == ("0.1", "0.1 ± 0.02")  # a single sample has no error
-    assert (p_text(0.0001), p_text(0.25), p_text(1.0)) == ("p < .001", "p .25", "p 1")
-    assert estimate_row(0.5, None) == {"value": 0.5, "ci95": None}
 
 
 @pytest.mark.parametrize(
@@ -245,8 +232,6 @@ def test_what_people_read_has_no_brackets_where_there_is_no_interval() -> None:
         (0.9996, ".0%", "99.96%"),
         (0.004, ".0%", "0.4%"),
         (1.0, ".2f", "1.00"),
-        (0.0, ".0%", "0%"),
-        (0.95, ".2f", "0.95"),
         (-0.001, ".2f", "-0.001"),
         (1.0e-9, ".2f", "0.00000"),
     ],
@@ -283,14 +268,6 @@ def test_zeros_and_rounding_below_zero_are_no_logarithms() -> None:
     assert upper_bound([0.0] * 6) == 0.0
 
 
-def test_pairing_removes_what_units_have_in_common() -> None:
-    rng = np.random.default_rng(1)
-    hardness = rng.normal(0, 10, 50)
-    first = hardness + 1 + rng.normal(0, 0.1, 50)
-    value, interval = paired_difference(first.tolist(), hardness.tolist())
-    assert 0.9 < known(interval)[0] < value < known(interval)[1] < 1.1
-
-
 def test_windows_of_a_document_are_one_unit() -> None:
     assert by_document([1.0, 2.0, 3.0, 7.0], ["a", "b", "a", "b"]) == [2.0, 4.5]
     with pytest.raises(ValueError, match="zip"):
@@ -302,27 +279,15 @@ def test_medians_have_the_interval_of_order_statistics() -> None:
     assert median([float(value) for value in range(20)]) == (9.5, (5.0, 14.0))
 
 
-def test_resampled_statistics_are_paired() -> None:
-    points = np.random.default_rng(0).normal(size=40)
-    one = Resampled.of(40, 3, lambda drawn: points[drawn].mean(axis=1))
-    other = Resampled.of(40, 3, lambda drawn: points[drawn].mean(axis=1) - 1)
-    low, high = known((one - other).ci95)
-    assert low == pytest.approx(1.0) == high
-    assert known(one.ci95)[0] < one.value < known(one.ci95)[1]
-
-
-@pytest.mark.parametrize("n", [40, 120])
-def test_intervals_of_resampled_statistics_cover(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a rank correlation, at the numbers of plans and ablations that an audit measures; it is nominal for many alone."""
-    from moacompress.search.audit.statistics import spearman
-
+def test_intervals_of_resampled_statistics_cover(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a mean, whose truth is known; and those of two statistics of the same points are paired."""
     monkeypatch.setattr("moacompress.core.statistics.RESAMPLES", 400)
-    rng, r = np.random.default_rng(n), 0.8
-    truth = 6 / math.pi * math.asin(r / 2)  # of a bivariate normal (Pearson, 1907)
+    points = np.random.default_rng(0).normal(size=(DRAWS, 40))
 
     def draw(number: int) -> Estimate:
-        x = rng.normal(size=n)
-        found = spearman(x, r * x + math.sqrt(1 - r * r) * rng.normal(size=n), number)
+        found = Resampled.of(40, number, lambda drawn: points[number][drawn].mean(axis=1))
         return found.value, found.ci95
 
-    assert coverage(draw, truth, 300) > 0.90
+    assert coverage(draw, 0.0) > 0.90
+    one, other = (Resampled.of(40, 3, lambda drawn, by=by: points[0][drawn].mean(axis=1) - by) for by in (0, 1))  # type: ignore[misc]
+    assert known((one - other).ci95) == pytest.approx((1.0, 1.0))

@@ -29,7 +29,7 @@ def lacking(folder: Path) -> list[str]:
 
 def test_environment(environment: dict[str, Any]) -> None:
     assert environment["problems"] == []
-    assert environment["autoload"] == {"registered": True, "switch": None, "reason": None}
+    assert environment["autoload"] == checks._check_autoload()
     assert environment["versions"]["torch"]
     assert environment["cpu"]["cores"] >= 1
     assert set(environment["extras"]) == set(checks.EXTRAS)
@@ -41,6 +41,9 @@ def test_the_kernel_is_said(environment: dict[str, Any], monkeypatch: pytest.Mon
     from moacompress.kernels.cpu import library
     from moacompress.report.doctor_tables import environment_table
 
+    assert environment["gpus"] or environment["gpu_kernel"] is None
+    found = {**environment, "gpus": ["a card"], "gpu_kernel": "what runs there"}
+    assert "what runs there" in shown(environment_table(found))
     kernel = environment["kernel"]
     assert kernel["name"] == ("reference" if library.load().isa is None else "cpu")
     assert kernel["isa"] == library.load().isa
@@ -54,14 +57,6 @@ def test_the_kernel_is_said(environment: dict[str, Any], monkeypatch: pytest.Mon
     assert wrong["reason"] == "MOACOMPRESS_KERNEL is 'fast', not one of cpu, triton, reference"
     for found, text in ((asked, "reference: MOACOMPRESS_KERNEL asks for it"), (wrong, "none: MOACOMPRESS_KERNEL is")):
         assert text in shown(environment_table({**environment, "kernel": found}))
-
-
-def test_the_kernel_of_a_gpu_is_said(environment: dict[str, Any]) -> None:
-    from moacompress.report.doctor_tables import environment_table
-
-    assert environment["gpus"] or environment["gpu_kernel"] is None
-    found = {**environment, "gpus": ["a card"], "gpu_kernel": "what runs there"}
-    assert "what runs there" in shown(environment_table(found))
 
 
 def test_the_private_names_are_said(environment: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +109,7 @@ main()
 """
 
 
+@pytest.mark.heavy
 def test_doctor_says_what_is_missing_where_the_runtime_cannot_be_imported() -> None:
     done = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
@@ -125,16 +121,9 @@ def test_doctor_says_what_is_missing_where_the_runtime_cannot_be_imported() -> N
 
 
 def test_a_switched_off_autoload_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    for value in ("0", "false"):
-        monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", value)
-        problems = check_environment()["problems"]
-        assert any(f"TORCH_DEVICE_BACKEND_AUTOLOAD={value} turns it off" in problem for problem in problems)
-
-
-def test_an_autoload_that_fails_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_PROBE", "raise SystemExit('nothing is registered')")
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "false")
     problems = check_environment()["problems"]
-    assert problems == ["from_pretrained would not see compressed checkpoints: nothing is registered"]
+    assert any("TORCH_DEVICE_BACKEND_AUTOLOAD=false turns it off" in problem for problem in problems)
 
 
 def test_a_model_is_known_by_its_config(tiny_folder: Path, tmp_path: Path) -> None:
@@ -154,10 +143,8 @@ COMMON = {
     "num_key_value_heads": 2,
 }
 MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
-ENCODER_DECODER = "is an encoder-decoder (is_encoder_decoder)"
 UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "deepseek_v3", **MLA}, "deepseek_v3 caches latent vectors (MLA, kv_lora_rank 8) in all layers"),
-    ({"model_type": "minicpm3", **MLA}, "minicpm3 caches latent vectors (MLA, kv_lora_rank 8)"),
     (
         {"model_type": "jamba", "attn_layer_period": 2, "attn_layer_offset": 1},
         "jamba has layers of type linear_attention that keep a state, not keys and values: layers 0, 2 (layer_types)",
@@ -166,15 +153,7 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
         {"model_type": "bamba", "attn_layer_indices": [2], "mamba_n_heads": 4, "mamba_d_head": 16},
         "bamba has layers of type linear_attention that keep a state, not keys and values: layers 0-1, 3 (layer_types)",
     ),
-    (
-        {"model_type": "qwen3_next"},
-        "qwen3_next has layers of type linear_attention that keep a state, not keys and values: layers 0-2 (layer_types)",
-    ),
     ({"model_type": "falcon_h1"}, "falcon_h1 has layers of type hybrid, a state space beside attention: layers 0-3"),
-    (
-        {"model_type": "mamba"},
-        "mamba has layers of type linear_attention that keep a state, not keys and values: layers 0-3",
-    ),
     (
         {"model_type": "lfm2", "layer_types": ["conv", "full_attention", "conv", "conv"]},
         "lfm2 has layers of type conv that keep a state, not keys and values: layers 0, 2-3",
@@ -184,9 +163,7 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
         "has layers of type chunked_attention that see their own chunk of 128 tokens (attention_chunk_size) only: layers 0-2",
     ),
     ({"model_type": "llama4"}, "llama4_text has layers of type chunked_attention"),
-    ({"model_type": "t5"}, f"t5 {ENCODER_DECODER}"),
-    ({"model_type": "bart"}, f"bart {ENCODER_DECODER}"),
-    ({"model_type": "whisper"}, f"whisper {ENCODER_DECODER}"),
+    ({"model_type": "t5"}, "t5 is an encoder-decoder (is_encoder_decoder)"),
     (
         {"model_type": "mllama_text_model", "cross_attention_layers": [1, 3]},
         "mllama_text_model has cross attention in layers 1, 3 (cross_attention_layers)",
@@ -233,10 +210,6 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     (
         {"model_type": "llama", "quantization_config": {"quant_method": "awq", "bits": 4}},
         "llama has weights quantized by awq (quantization_config); give the model with float weights",
-    ),
-    (
-        {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}},
-        "llama has weights quantized by fp8 (quantization_config)",
     ),
     ({"model_type": "llama", "num_hidden_layers": 10**9}, "llama has num_hidden_layers 1000000000, outside 1..4096"),
     ({"model_type": "nonesuch"}, "is not a model that transformers knows"),
@@ -344,7 +317,7 @@ def test_tensor_types_are_read_from_the_headers(kind: str, tiny_folder: Path, tm
     assert f"holds {name} tensors, such as model.layers.1.mlp.up_proj.weight" in problems[0]
 
 
-def test_tensor_types_of_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import gguf
     import numpy as np
 
@@ -362,16 +335,14 @@ def test_tensor_types_of_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert gguf_problems(path) == []
     monkeypatch.setattr(gguf, "dequantize", lambda data, kind: exec("raise NotImplementedError") if kind == 8 else data)
     assert "holds tensors of type Q8_0, such as blk.0.ffn_down.weight" in gguf_problems(path)[0]
-
-
-def test_not_a_model(tmp_path: Path) -> None:
-    assert "without config.json" in check_model(str(tmp_path))["problems"][0]
-    (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    assert "x.gguf is not a model that transformers knows" in check_model(str(tmp_path / "x.gguf"))["problems"][0]
+    path.write_bytes(b"GGUF")
+    assert "x.gguf is not a model that transformers knows" in check_model(str(path))["problems"][0]
 
 
 def test_nothing_of_the_current_folder_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text("")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checks, "_PROBE", "import mine")
-    assert "No module named 'mine'" in str(checks._check_autoload())
+    (problem,) = check_environment()["problems"]
+    assert problem.startswith("from_pretrained would not see compressed checkpoints: ")
+    assert "No module named 'mine'" in problem

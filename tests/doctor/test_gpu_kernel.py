@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,28 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from moacompress.cli.kernel_line import kernel_line
 from moacompress.doctor import checks
 from moacompress.kernels import dispatch
 from moacompress.kernels.capabilities import Status
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.kernels.triton import toolchain
+from moacompress.models import placement
 
 NOT_MEASURED = "; how much slower that is there was not measured"
-HERE = """
-import json
-import torch
-torch.cuda.is_available, torch.cuda.get_device_name = lambda: True, lambda *_: "a card"
-from moacompress.cli import kernel_line
-from moacompress.doctor import checks
-from moacompress.models import placement
-placement.check_device = lambda name: None
-print(json.dumps({
-    "doctor": checks._gpu_kernel(["a card"]),
-    "first line": kernel_line.kernel_line("cuda:0"),
-    "on the CPU": kernel_line.kernel_line(None),
-}))
-"""
-"""What a process says that has a GPU, as it believes."""
 
 
 @pytest.fixture(autouse=True)
@@ -84,34 +68,29 @@ def test_the_cpus_kernel_is_the_cpus(triton_works: None, monkeypatch: pytest.Mon
     assert checks._kernel() == {"name": "reference", "isa": None, "reason": wanted}
 
 
-def said_in_a_process(**environment: str) -> dict[str, str]:
-    root = str(Path(toolchain.__file__).parents[3])
-    path = os.pathsep.join(filter(None, (environment.pop("PYTHONPATH", ""), root)))
-    given = {**os.environ, dispatch.VARIABLE: "", **environment, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", HERE], capture_output=True, text=True, check=False, env=given)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, str] = json.loads(done.stdout)
-    return found
-
-
-def check_fallback(said: dict[str, str], reason: str) -> None:
-    assert said["doctor"].startswith(f"plain PyTorch: {reason}")
-    assert said["first line"].startswith(f"kernels: plain PyTorch on cuda:0, as {reason}")
-    assert all(said[name].endswith(NOT_MEASURED) for name in ("doctor", "first line"))
-    assert "riton" not in said["on the CPU"]
-
-
-def test_a_triton_that_cannot_be_imported(tmp_path: Path) -> None:
-    (tmp_path / "triton").mkdir()
-    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('a library is missing')")
-    reason = "Triton cannot be imported (ImportError: a library is missing): pip install --force-reinstall triton"
-    check_fallback(said_in_a_process(PYTHONPATH=str(tmp_path)), reason)
-
-
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.skipif(sys.platform != "linux", reason="on other systems Triton may bring a compiler")
-def test_without_a_compiler(tmp_path: Path) -> None:
-    check_fallback(said_in_a_process(PATH=str(tmp_path), CC="a-compiler"), "Triton finds no 'a-compiler', which CC")
+@pytest.mark.parametrize("lacks", ["triton", "a compiler"])
+def test_what_triton_lacks_is_said(lacks: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By `doctor`, and by the first line of a command on the card; the CPU's line has nothing of it."""
+    monkeypatch.setattr(toolchain, "_import_error", toolchain._import_error.__wrapped__)
+    monkeypatch.setattr(placement, "check_device", lambda name: None)
+    if lacks == "triton":
+        monkeypatch.setitem(sys.modules, "triton.language", None)
+        reason = (
+            "Triton cannot be imported (ModuleNotFoundError: import of triton.language halted; None in sys.modules)"
+        )
+    else:
+        monkeypatch.setattr(toolchain, "import_problem", lambda: None)
+        monkeypatch.setattr(sys, "platform", "linux")
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setenv("CC", "a-compiler")
+        reason = "Triton finds no 'a-compiler', which CC names"
+    said, line = str(checks._gpu_kernel(["a card"])), kernel_line("cuda:0")
+    assert said.startswith(f"plain PyTorch: {reason}")
+    assert line.startswith(f"kernels: plain PyTorch on cuda:0, as {reason}")
+    assert said.endswith(NOT_MEASURED)
+    assert line.endswith(NOT_MEASURED)
+    assert "riton" not in kernel_line(None)
 
 
 def test_what_triton_builds_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def test_flops_count_what_is_kept() -> None:
     assert attention_flops(Plan.full(shape), n)["prefill"] == each * shape.layers * n * (n + 1) // 2
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_shares_at_many_lengths_are_those_at_each(seed: int) -> None:
     numbers = np.random.default_rng(seed).integers(len(RULES), size=(6, 2))
     plan = Plan(SHAPE, 32, tuple(tuple(RULES[number] for number in row) for row in numbers))

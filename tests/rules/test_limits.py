@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moacompress.core.errors import BudgetError, InfeasibleBudgetError
-from moacompress.rules.budget import Budget, bytes_at
+from moacompress.rules.budget import Budget
 from moacompress.rules.candidates import candidate_rules, gated_rules, in_formats
 from moacompress.rules.formats import CODED
 from moacompress.rules.kv_bytes import candidate_kv_bytes
@@ -25,7 +25,7 @@ def parsed(*texts: str) -> list[Budget]:
     return [Budget.parse(text) for text in texts]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_table_and_a_plan_say_the_same(seed: int) -> None:
     """To the byte: the solver, the plan's notes and what is checked agree."""
     random = np.random.default_rng(seed)
@@ -55,13 +55,6 @@ def test_shares_of_bytes_and_the_smallest_budget() -> None:
     budget_limits(parsed(f"{need}%@256"), *ARGUMENTS)
     with pytest.raises(BudgetError, match="no budget"):
         budget_limits([], *ARGUMENTS)
-
-
-def test_several_budgets_all_hold_the_shortest_length_first() -> None:
-    found = budget_limits(parsed("512MiB@2k", "60%", "50%@512"), *ARGUMENTS)
-    assert list(found) == [256, 512, 2048]
-    assert found[512] == SHAPE.dense_kv_bytes(512) // 2  # the tightest counts
-    assert bytes_at(found[2048], 2048) == "536,870,912 KV bytes at 2k tokens"
 
 
 def test_the_smallest_plan_is_one_rule() -> None:

@@ -79,12 +79,6 @@ def test_what_is_evicted_is_never_visible_again(n: int, rule: Rule, min_window: 
     assert then - {n} <= now
 
 
-def test_the_native_window_hides_the_sinks_too() -> None:
-    assert visible(100, Rule(4, 16, 0), 16, 24) == list(range(84, 100))
-    assert Rule(64, 0, BETA_ONE).kept(100, 32, 24) == 24
-    assert Rule.FULL.kept(100, 32, 24) == 24
-
-
 def test_numpy_and_torch_agree_with_integers() -> None:
     import torch
 
@@ -113,7 +107,6 @@ def test_bytes_are_slots_times_key_and_value() -> None:
         for row, native in zip(plan.rules, plan.model.native_windows, strict=True)
         for rule in row
     )
-    assert plan.slots(300) == expected
     assert plan.kv_bytes(300) == expected * per_slot
     assert plan.kv_bytes(300, batch=8) == 8 * expected * per_slot
     assert Plan.full(shape()).kv_bytes(300) == shape().dense_kv_bytes(300)
@@ -217,22 +210,16 @@ REFUSED: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (at("format", value="other"), 'not a moacompress plan: "format" is not'),
     (at("version", value=4), "version 4, this moacompress reads up to 1; upgrade"),
     (at("version", value=True), "version must be a whole number, not 'True'"),
-    (at("version", value=0), "version is 0, outside"),
-    (without("version"), "version must be a whole number, not 'None'"),
     (at("extra", value=1), "the plan has the unknown key 'extra'"),
     (without("layers"), "the plan lacks the key 'layers'"),
     (at("model", value=[]), "model must be an object"),
-    (at("model", "extra", value=1), "model has the unknown key 'extra'"),
-    (without("model", "head_dim"), "model lacks the key 'head_dim'"),
     (at("model", "layers", value=4), "model.kv_heads has 3 entries, not 4"),
     (at("model", "layers", value=10**9), "model.layers is 1000000000, outside"),
     (at("model", "heads", 1, value=5), "model.heads of layer 1 is 5, no multiple of model.kv_heads 2"),
-    (at("model", "heads", value=4), "model.heads must be a list"),
     (at("model", "kv_heads", 2, value=0), "model.kv_heads of layer 2 is 0, outside"),
     (at("model", "head_dim", 0, value=-1), "model.head_dim of layer 0 is -1, outside"),
     (at("model", "head_dim", 2, value=32), "model has head_dim 16 in layer 0 and 32 in layer 2; this moacompress runs"),
     (at("model", "kv_owners", 2, value=0), "model.kv_owners of layer 2"),
-    (without("model", "kv_owners"), "model lacks the key 'kv_owners'"),
     (at("model", "dtype", value="int4"), "model.dtype is int4, not one of"),
     (at("model", "dtype", value=["float32"]), "model.dtype must be a text"),
     (at("model", "model_type", value="x" * 300), "model.model_type must be a text of at most 256"),
@@ -240,17 +227,12 @@ REFUSED: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (at("model", "native_windows", 1, value=-24), "native_windows of layer 1 is -24, outside"),
     (at("min_window", value=17), "min_window is 17, not one of 16, 32, 64"),
     (at("min_window", value=True), "min_window is True, not one of"),
-    (at("min_window", value=32.0), "min_window is 32.0, not one of"),
-    (at("min_window", value=[32]), "min_window is [32], not one of"),
-    (at("layers", value={}), "layers must be a list"),
     (without("layers", 2), "layers has 2 entries, not 3"),
     (at("layers", 1, value=7), "layer 1 must be an object"),
-    (at("layers", 1, "width", value=[]), "layer 1 has the unknown key 'width'"),
     (
         at("layers", 1, "layer", value=2),
         "entry 1 of layers is about layer 2; this moacompress runs plans about all layers",
     ),
-    (without("layers", 1, "layer"), "layer 1 lacks the key 'layer'"),
     (at("layers", 1, "key_centre", value=["AAAA"]), "key_centre of layer 1 has 1 entries, not 2"),
     (at("layers", 1, "key_centre", value=[None, 3]), "key_centre of layer 1 KV head 1 must be a text"),
     (at("layers", 1, "key_centre", value=[None, "*"]), "key_centre of layer 1 KV head 1 is no base64"),
@@ -259,20 +241,13 @@ REFUSED: list[tuple[Callable[[dict[str, Any]], None], str]] = [
         at("layers", 1, "key_centre", value=[None, "AHwA" * 10 + "AHw="]),
         "key_centre of layer 1 KV head 1 has numbers that",
     ),
-    (without("layers", 1, "sink"), "layer 1 lacks the key 'sink'"),
     (at("layers", 1, "sink", value=[4]), "sink of layer 1 has 1 entries, not 2"),
     (at("layers", 1, "sink", 1, value=5), "sink of layer 1 KV head 1 is 5, not one of 4, 16, 64"),
-    (at("layers", 1, "sink", 1, value=[4]), "sink of layer 1 KV head 1 is [4], not one of"),
-    (at("layers", 1, "sink", 1, value=4.0), "sink of layer 1 KV head 1"),
     (at("layers", 2, "alpha", 0, value=-1), "alpha of layer 2 KV head 0 is -1, outside"),
     (at("layers", 2, "alpha", 0, value=10**12), "alpha of layer 2 KV head 0 is 1000000000000, outside"),
-    (at("layers", 2, "alpha", 0, value=1.5), "alpha of layer 2 KV head 0 must be a whole number, not '1.5'"),
     (at("layers", 2, "alpha", 0, value=True), "alpha of layer 2 KV head 0 must be a whole number, not 'True'"),
-    (at("layers", 2, "alpha", 0, value=None), "alpha of layer 2 KV head 0 must be a whole number"),
     (at("layers", 0, "beta_q", 1, value=1025), "beta_q of layer 0 KV head 1 is 1025, outside: 1024 is the largest"),
     (at("layers", 0, "beta_q", 1, value=-1), "beta_q of layer 0 KV head 1 is -1, outside: 0 is the smallest"),
-    (at("layers", 0, "beta_q", 1, value="512"), "beta_q of layer 0 KV head 1 must be a whole number"),
-    (at("layers", 0, "kv_dtype", value=[None, None]), "layer 0 has the unknown key 'kv_dtype'"),
     (at("layers", 0, "key_format", 1, value="int2"), "key_format of layer 0 KV head 1 is int2, not one of native"),
     (at("layers", 0, "value_format", 0, value=8), "value_format of layer 0 KV head 0 must be a text"),
     (without("layers", 0, "value_format"), "layer 0 lacks the key 'value_format'"),
@@ -281,7 +256,7 @@ REFUSED: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (at("budget", value={"memory": {"0": {}}}), "pattern '^[1-9]"),
     *(
         (at("budget", value={"bytes": {length: {}}}), "must be an object of lengths")
-        for length in ("999999999", "0", "-5", "abc", "9" * 5000)
+        for length in ("999999999", "0", "abc", "9" * 5000)
     ),
     (at("budget", value={"bytes": ["1024"]}), "bytes must be an object"),
     (at("provenance", value={"lengths": 3}), "lengths must be a list"),
@@ -305,44 +280,41 @@ def test_refusals_name_what_is_wrong(change: Callable[[dict[str, Any]], None], m
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity"])
+@pytest.mark.parametrize("text", ["NaN", "-Infinity"])
 def test_not_a_number_is_refused(text: str, tmp_path: Path) -> None:
     data = json.dumps(some_plan().to_dict()).replace('"plan": 0.1', f'"plan": {text}')
     assert text in data
     (tmp_path / "plan.json").write_text(data)
     with pytest.raises(PlanError, match="quality must be an object of finite numbers"):
         Plan.load(tmp_path / "plan.json")
-    data = json.dumps(some_plan().to_dict()).replace('"min_window": 32', f'"min_window": {text}')
-    (tmp_path / "plan.json").write_text(data)
-    with pytest.raises(PlanError, match="min_window is"):
-        Plan.load(tmp_path / "plan.json")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not valid JSON"),
         (b"{", "not valid JSON"),
-        (b"\xff\xfe", "not valid JSON"),
-        (b"[" * 200_000, "not valid JSON"),
         (b'{"format": ' * 200_000, "not valid JSON"),
         (b"[1, 2]", "not a moacompress plan"),
-        (b"null", "not a moacompress plan"),
-        (b'{"format": "moacompress-plan", "version": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b"[" * 101, "at most 100 are read"),
+        (None, "No such file"),
     ],
-    ids=["empty", "half", "not-utf8", "deep-list", "deep-object", "list", "null", "huge-number"],
+    ids=["half", "deep", "list", "large", "none"],
 )
-def test_damaged_files_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
+def test_damaged_files_are_refused(
+    content: bytes | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "plan.json"
-    path.write_bytes(content)
-    with pytest.raises(PlanError) as error:
+    if message.startswith("at most"):
+        monkeypatch.setattr(plan_module, "MAX_JSON_BYTES", 100)
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(PlanError, match=message) as error:
         Plan.load(path)
-    assert message in str(error.value)
     assert str(path) in str(error.value)
     assert len(str(error.value)) < 500
 
 
-@pytest.mark.parametrize("depth", [70, 400, 900, 5000])
+@pytest.mark.parametrize("depth", [70, 5000])
 def test_deep_nesting_is_refused(depth: int, tmp_path: Path) -> None:
     deep = '{"a":' * depth + "1" + "}" * depth
     path = tmp_path / "plan.json"
@@ -354,20 +326,6 @@ def test_deep_nesting_is_refused(depth: int, tmp_path: Path) -> None:
             Plan.load(path)
         assert "\n" not in str(error.value)
         assert len(str(error.value)) < 500
-
-
-def test_oversized_files_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "MAX_JSON_BYTES", 100)
-    some_plan().save(tmp_path / "plan.json")
-    with pytest.raises(PlanError, match=r"at most 100 are read"):
-        Plan.load(tmp_path / "plan.json")
-
-
-def test_missing_file_is_said(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="No such file"):
-        Plan.load(tmp_path / "none.json")
-    with pytest.raises(PlanError, match="cannot read plan"):
-        Plan.load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moacompress.core.stage_clock import StageClock
+from moacompress.cli.stage_clock import StageClock
 
 
 class Clock:
