@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from moacompress.calibration.profile.folder import clear_profile
-from moacompress.calibration.profile.manifest import is_profile
 from moacompress.core.artefact_names import (
-    BENCH_FILE,
-    DEMO_FILE,
     EVALUATION_FILE,
-    MANIFEST_FILE,
     MODEL_FOLDER,
     PLAN_FILE,
     PROFILE_FOLDER,
-    RECIPE_FILE,
     REPORT_FILE,
     SECONDS_FILE,
     SUMMARY_FILE,
-    of_compress,
-    of_demo,
 )
-from moacompress.core.errors import ArtefactError, MoaCompressError, RecipeError, one_line
-from moacompress.core.files import holds_something, is_within, read_json, remove, sweep_files, sweep_folders, write_json
-from moacompress.core.lock_holders import own_file, own_folder
+from moacompress.core.errors import MoaCompressError, RecipeError, one_line
+from moacompress.core.files import remove, write_json
+from moacompress.core.lock_holders import own_folder
 from moacompress.core.place import check_writable, no_empty_folder
 from moacompress.core.progress import Progress
 from moacompress.core.shown import ShownDict
@@ -41,7 +31,6 @@ from moacompress.exporter.exporting import check_reusable, export, exported_plan
 from moacompress.exporter.fresh import GREEDY
 from moacompress.models.placement import checked_placement, input_device
 from moacompress.models.skeleton import is_described
-from moacompress.models.source import is_compressed
 from moacompress.models.stored_plan import find_running_plan
 from moacompress.models.weight_bytes import checkpoint_weight_bytes
 from moacompress.recipe import Recipe, shared_name
@@ -49,9 +38,9 @@ from moacompress.rules.plan import Plan
 from moacompress.run_checks import check_recipe, check_with_model, check_with_shape
 from moacompress.run_counts import RunCounts, count_run, read_counts
 from moacompress.run_estimate import COMPARED, asked_length, estimate_run, measured_length
+from moacompress.run_folder import StepClock, begin_run, check_place
 from moacompress.runtime.compat.alternates import returned_cache
 from moacompress.runtime.ready_model import load_for
-from moacompress.search.baselines.measured import check_baselines
 from moacompress.search.plan_sets import find_asked
 
 if TYPE_CHECKING:
@@ -62,7 +51,6 @@ logger = logging.getLogger(__name__)
 
 STAGES = ("load", "profile", "search", "export", "eval", "report")
 """Of a run, as the progress numbers them."""
-Result = TypeVar("Result")
 
 
 class Summary(ShownDict):
@@ -130,7 +118,7 @@ def estimate(
     kept = None
     if out is not None:
         check_writable(Path(out))
-        _check_place(Path(out), recipe, overwrite)
+        check_place(Path(out), recipe, overwrite)
         kept = None if overwrite else Path(out) / PROFILE_FOLDER
     check_recipe(recipe)
     if is_described(recipe.model):
@@ -238,24 +226,22 @@ def _begin(recipe: Recipe, out: Path, from_scratch: bool, trust_remote_code: boo
         MoaCompressError: from the checks.
     """
     assert recipe.model is not None
-    _check_place(out, recipe, from_scratch)
+    check_place(out, recipe, from_scratch)
     source = load_for(recipe, recipe.model, trust_remote_code=trust_remote_code)
     check_with_model(recipe, source, None if from_scratch else out / PROFILE_FOLDER)
-    if from_scratch:
-        clear_run(out, inputs_of(recipe))
-    _claim(out, recipe)
+    begin_run(out, recipe, from_scratch)
     return source
 
 
 def _produce(
     recipe: Recipe, out: Path, progress: Progress, from_scratch: bool, trust_remote_code: bool
-) -> tuple[SearchResult, _Clock]:
+) -> tuple[SearchResult, StepClock]:
     """Profiles, searches and exports; the dense model is gone from memory when it returns."""
     from moacompress.calibration.profile.profiler import profile
 
     progress.stage("load")
     source = _begin(recipe, out, from_scratch, trust_remote_code)
-    clock = _Clock(out / SECONDS_FILE, progress)
+    clock = StepClock(out / SECONDS_FILE, progress)
     if not clock.seconds:  # a run that is taken up has said so before
         expected = estimate_run(recipe, source, progress)
         progress.plan({name: expected.facts["seconds"].get(name, 0.0) for name in STAGES}, in_seconds=True)
@@ -346,141 +332,3 @@ def quality_table(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         held = entry if row["metric"] == "exact_match" else entry["nll"]
         held[row["model"]] = row["value"]
     return table
-
-
-def inputs_of(recipe: Recipe) -> list[str]:
-    """Returns what a run reads, where these are files or folders."""
-    calibration = recipe.calibration
-    paths = [source.path for source in calibration.sources]
-    named = [recipe.model, calibration.text, *paths]
-    return [name for name in named if name and Path(name).exists()]
-
-
-def clear_run(out: Path, inputs: Iterable[str | Path]) -> None:
-    """Removes all that a run left in a folder that this process owns, and nothing else; the next run reads the `inputs`.
-
-    Raises:
-        ArtefactError: a folder has the name of one of a run's, and none left it; one of the inputs would go too; or another
-            process is at work on something in `out`.
-    """
-    profile = out / PROFILE_FOLDER
-    going = refuse_foreign(out, inputs)
-    with ExitStack() as owned:
-        for name in (PLAN_FILE, EVALUATION_FILE, BENCH_FILE):
-            owned.enter_context(own_file(out / name))
-        if profile.exists():
-            owned.enter_context(own_folder(profile))
-            clear_profile(profile)
-        for path in going:
-            sweep_files(path)
-            sweep_folders(path)
-        remove([path for path in going if path.parent != profile])
-    with suppress(OSError):  # there are other files in it
-        profile.rmdir()
-
-
-def refuse_foreign(out: Path, inputs: Iterable[str | Path]) -> list[Path]:
-    """Returns all that a run leaves in a folder, where it may be removed; the next run reads the `inputs`.
-
-    Raises:
-        ArtefactError: a folder has the name of one of a run's, and none left it; or one of the inputs would go too.
-    """
-    profile = out / PROFILE_FOLDER
-    going = [*of_compress(out), *(of_demo(out) if (out / DEMO_FILE).exists() else ())]
-    for folder, is_ours in ((profile, is_profile), (out / MODEL_FOLDER, is_compressed)):
-        # not even with --overwrite: a mistyped folder must not cost somebody's files
-        if holds_something(folder) and not is_ours(folder):
-            raise ArtefactError(f"{folder} exists already and no run left it; choose another folder for the run")
-    check_baselines(out / PLAN_FILE)
-    held = [path for path in going if path.exists() and not is_within(path, profile) and path != out / MODEL_FOLDER]
-    if held and not (_is_begun(out / RECIPE_FILE) or (out / DEMO_FILE).exists()):
-        raise ArtefactError(f"{held[0]} exists already and no run left it; choose another folder for the run")
-    for name in inputs:
-        for path in going:
-            if is_within(name, path):
-                raise ArtefactError(f"{name} would be removed with {path}; choose another folder for the run")
-    return going
-
-
-def _claim(out: Path, recipe: Recipe) -> None:
-    """Makes `out` this run's folder, or refuses."""
-    for name in (RECIPE_FILE, SECONDS_FILE, SUMMARY_FILE):
-        sweep_files(out / name)
-    sweep_folders(out / MODEL_FOLDER)
-    if not _is_of(out, recipe):
-        _refuse_other(out, recipe)
-        remove([out / SECONDS_FILE])
-        write_json(out / RECIPE_FILE, recipe.resolved())
-
-
-def _check_place(out: Path, recipe: Recipe, from_scratch: bool) -> None:
-    """Refuses a folder that this run may not fill, or whose files it may not replace; nothing is changed."""
-    if from_scratch:
-        refuse_foreign(out, inputs_of(recipe))
-    else:
-        _refuse_other(out, recipe)
-
-
-def _is_of(out: Path, recipe: Recipe) -> bool:
-    """Whether a folder is that of this very run; a key that the version which wrote its recipe did not know has its default.
-
-    One whose recipe cannot be read is of another.
-    """
-    mark = out / RECIPE_FILE
-    with suppress(RecipeError):
-        # as it was written: without the password of the search's storage
-        return mark.exists() and Recipe.from_dict(read_json(mark, "recipe")).resolved() == recipe.resolved()
-    return False
-
-
-def _refuse_other(out: Path, recipe: Recipe) -> None:
-    """Refuses a folder that holds another run; one that failed before its first step left nothing that is missed.
-
-    Raises:
-        ArtefactError: it does.
-    """
-    if _is_of(out, recipe):
-        return
-    mark = out / RECIPE_FILE
-    empty = (mark, out / SECONDS_FILE) if _is_begun(mark) else ()
-    refuse_held(out, [path for path in of_compress(out) if path not in empty])
-
-
-def _is_begun(mark: Path) -> bool:
-    """Whether a file is the recipe that a run leaves in its folder."""
-    found = read_json(mark, "recipe") if mark.exists() else None
-    return isinstance(found, dict) and {"model", "budget", "calibration"} <= found.keys()
-
-
-def refuse_held(out: Path, paths: Iterable[Path]) -> None:
-    """Refuses a folder that holds something of another run.
-
-    Raises:
-        ArtefactError: one of the paths is there. The manifest alone is no profile yet: `profile` says whether it may make one.
-    """
-    for path in paths:
-        if path.exists() and path.name != MANIFEST_FILE:
-            raise ArtefactError(
-                f"{out} holds another run ({path.relative_to(out)}); choose another folder or pass --overwrite"
-            )
-
-
-class _Clock:
-    """Begins each step's stage, and keeps its seconds on disk, so that a resumed run reports what the work took in all."""
-
-    def __init__(self, path: Path, progress: Progress) -> None:
-        self._path, self._progress = path, progress
-        found = read_json(path, "seconds") if path.exists() else {}
-        if not isinstance(found, dict) or not all(isinstance(spent, int | float) for spent in found.values()):
-            raise ArtefactError(f"{path} does not say what steps took; move it away, and they count from now on")
-        self.seconds: dict[str, float] = found
-
-    def run(self, step: str, work: Callable[[], Result]) -> Result:
-        self._progress.stage(step)
-        begun = time.perf_counter()
-        before = self.seconds.get(step, 0.0)
-        try:
-            return work()
-        finally:
-            self.seconds[step] = round(before + time.perf_counter() - begun, 1)
-            write_json(self._path, self.seconds)

@@ -22,16 +22,16 @@ from moacompress.rules.budget import Budget
 from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.deadline import Deadline, TimeUp
-from moacompress.search.measure.claims import ClaimLost, open_claims
+from moacompress.search.measure.claims import open_claims
 from moacompress.search.measure.objective import Objective
 from moacompress.search.measure.packed_plan import pack, unpack
 from moacompress.search.measure.plan_evaluator import PlanEvaluator
 from moacompress.search.measure.storages import quiet_optuna
-from moacompress.search.measure.study_storage import FinishedTrial, StudyStorage
+from moacompress.search.measure.study_storage import FinishedTrial, StartedTrial, StudyStorage
 from moacompress.search.plan_place import plan_place
 from moacompress.search.plan_sets import write_front
 from moacompress.search.predict.search_parameters import distributions
-from moacompress.search.result.search_result import SearchResult, budget_notes, class_quality, provenance
+from moacompress.search.result.search_result import SearchResult, budget_notes, check_ours, class_quality, provenance
 from moacompress.search.search_request import SearchRequest
 
 SHARE = "log_share"
@@ -75,7 +75,10 @@ def find_front(
         source = model or load_for(recipe, profile.source, trust_remote_code=trust_remote_code)
         profile.check_model(source, "search")
         if place.ours:
-            _claim(out, key, overwrite)
+            if overwrite:
+                remove(of_front(out))
+            for path in plans_of_front(out):
+                check_ours(path, lambda plan: plan.provenance.get("search") == key)
         if alone:
             check_no_link(front_journal(out))
         claims = joined.enter_context(
@@ -120,6 +123,16 @@ def _search_front(request: SearchRequest, evaluator: PlanEvaluator, trials: int,
     """
     profile, study_storage, deadline = request.profile, evaluator.study_storage, evaluator.deadline
     surrogate = evaluator.calibrated(request, progress)
+
+    def run(started: StartedTrial) -> None:
+        budget = Budget(SHARE, float(np.exp(started.parameters[SHARE])), None, None)
+        limits = budget.limits(profile.shape, profile.lengths)
+        parameters = {name: at for name, at in started.parameters.items() if name != SHARE}
+        plan = request.plan(surrogate, parameters, limits)
+        kl = float(np.mean(evaluator.together([evaluator.job("front", plan, evaluator.order)])))
+        kept = max(plan.kv_share(n) for n in profile.lengths)
+        study_storage.tell(started, [kl, kept], plan=pack(plan))
+
     progress.start("searching the front", trials)
     seen = 0
     while True:
@@ -130,22 +143,7 @@ def _search_front(request: SearchRequest, evaluator: PlanEvaluator, trials: int,
         if seen == trials:
             return
         deadline.check()
-        started = study_storage.ask(trials)
-        if started is None:
-            study_storage.pause(trials, deadline.left)
-            continue
-        try:
-            budget = Budget(SHARE, float(np.exp(started.parameters[SHARE])), None, None)
-            limits = budget.limits(profile.shape, profile.lengths)
-            parameters = {name: at for name, at in started.parameters.items() if name != SHARE}
-            plan = request.plan(surrogate, parameters, limits)
-            kl = float(np.mean(evaluator.together([evaluator.job("front", plan, evaluator.order)])))
-            kept = max(plan.kv_share(n) for n in profile.lengths)
-            study_storage.tell(started, [kl, kept], plan=pack(plan))
-        except ClaimLost:
-            continue
-        finally:
-            study_storage.release(started)
+        study_storage.run_next(trials, deadline, run)
 
 
 def _is_there(out: Path, key: str, trials: int) -> bool:
@@ -157,21 +155,6 @@ def _is_there(out: Path, key: str, trials: int) -> bool:
         return False
     ours = made.get("search") == key and made.get("trials", 0) >= trials
     return ours and sorted(listed) == sorted(path.name for path in plans_of_front(out))
-
-
-def _claim(out: Path, key: str, overwrite: bool) -> None:
-    """Refuses plans that are not of an earlier run of the same request; if all is to begin from scratch, they go."""
-    if overwrite:
-        remove(of_front(out))
-    for path in plans_of_front(out):
-        try:
-            ours = Plan.load(path).provenance.get("search") == key
-        except PlanError:
-            ours = False
-        if not ours:
-            raise ArtefactError(
-                f"{path} exists already and is of another search; choose another file or pass --overwrite"
-            )
 
 
 def _front(trials: Sequence[FinishedTrial]) -> list[FinishedTrial]:

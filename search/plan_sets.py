@@ -22,7 +22,7 @@ from moacompress.runtime.ready_model import load_for
 from moacompress.search.baselines.measured import check_baselines
 from moacompress.search.deadline import Deadline, TimeUp
 from moacompress.search.plan_place import PlanPlace, plan_place
-from moacompress.search.result.search_result import SearchResult
+from moacompress.search.result.search_result import SearchResult, check_ours
 from moacompress.search.search_request import ParameterValues, SearchRequest, offered
 from moacompress.search.sharing.share_choice import ShareChoice
 from moacompress.search.study import find_plan
@@ -156,7 +156,12 @@ def find_smallest(
     shared = recipe.search.storage is not None
     with plan_place(out, shared) as place:
         if place.ours:
-            _claim(out, profile, loss, overwrite)
+            if overwrite and not out.is_dir():
+                check_baselines(out)
+                remove(of_search(out))
+            if out.exists():
+                asked = loss.text, profile.fingerprint
+                check_ours(out, lambda plan: (plan.budget.get("max_loss"), plan.provenance.get("profile")) == asked)
         source = model or load_for(recipe, profile.source, trust_remote_code=trust_remote_code)
         found = _smallest(profile, loss, recipe, out, overwrite, source, progress, deadline)
         noted = {"max_loss": loss.text, "max_harm": loss.kl}
@@ -239,22 +244,6 @@ def _smallest(
         if not holding:
             raise deadline.too_short() from None
         return min(holding, key=lambda result: max(result.plan.kv_share(n) for n in profile.lengths))
-
-
-def _claim(out: Path, profile: Profile, loss: Loss, overwrite: bool) -> None:
-    """Refuses a file that is not an earlier result of the same request; if all is to begin from scratch, it goes."""
-    if overwrite and not out.is_dir():
-        check_baselines(out)
-        remove(of_search(out))
-    if not out.exists():
-        return
-    try:
-        plan = Plan.load(out)
-        ours = plan.budget.get("max_loss") == loss.text and plan.provenance.get("profile") == profile.fingerprint
-    except PlanError:
-        ours = False
-    if not ours:
-        raise ArtefactError(f"{out} exists already and is of another search; choose another file or pass --overwrite")
 
 
 def smallest_share(profile: Profile, recipe: Recipe) -> float:

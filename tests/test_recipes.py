@@ -72,10 +72,6 @@ def record() -> dict[str, dict[str, Any]]:
     return on_record(file)
 
 
-def test_there_are_recipes() -> None:
-    assert "smollm2-135m/demo.yaml" in NAMES
-
-
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_recipe(file: Path) -> None:
     from moacompress.evaluation.tasks.registry import find_task
@@ -103,19 +99,6 @@ def test_resolved_recipes_of_every_version_mean_what_they_meant(file: Path) -> N
     for name, then in on_record(file).items():
         now = settings(recipe_of(then))
         assert differences(then, {key: now.get(key) for key in then}) == {}, name
-
-
-def test_one_profile_serves_every_budget() -> None:
-    recipes = [
-        Recipe.load(FOLDER / "smollm2-135m" / f"{name}.yaml")
-        for name in ("quarter", "eighth", "sixteenth", "thirtysecond")
-    ]
-    assert len({recipe.budget for recipe in recipes}) == len(recipes)
-    for recipe in recipes:
-        assert (recipe.calibration, recipe.profile, recipe.dtype, recipe.seed, recipe.model) == (
-            (recipes[0].calibration, recipes[0].profile, recipes[0].dtype, recipes[0].seed, recipes[0].model)
-        )
-        assert (recipe.search.trials, recipe.search.rounds, recipe.search.moves) == (6, 0, 12)
 
 
 LENGTHS, LONGER = [500, 600], 700

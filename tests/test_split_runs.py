@@ -63,21 +63,6 @@ def test_profile_and_search(dense, small_run, tmp_path):
 
 
 @pytest.mark.heavy
-def test_gates_by_another_score(dense, small_run, tmp_path):
-    calibration = {**small_run["calibration"], "lengths": [300], "samples": 2, "validation_samples": 1}
-    profile = {"draws": 1, "gates": True, "gate_samples": 2, "scorer": "expected-attention"}
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({"calibration": calibration, "profile": profile}))
-    command = ["profile", str(dense), "--recipe", str(recipe)]
-    done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "one")])
-    assert done.exit_code == 0, done.output
-    split = torchrun(2, *command, "-o", tmp_path / "two", "--tensor-parallel")
-    assert split.returncode == 0, split.stderr[-3000:]
-    one, two = (Profile.load(tmp_path / name).gate_weights.weight for name in ("one", "two"))
-    assert np.abs(two - one).max() < 1e-3 * np.abs(one).max()
-
-
-@pytest.mark.heavy
 def test_eval(dense, tmp_path):
     source = load_source(dense)
     plan = plan_kinds.formats(source.model)
@@ -120,19 +105,18 @@ def test_what_is_not_split(dense, compressed):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--front", "searches one plan for given budgets"),
+        ("--front --tensor-parallel", "searches one plan for given budgets"),
         ("--storage sqlite:///study.db", "independently started workers"),
-        ("--timeout 60", "would stop at different plans"),
+        ("--timeout 60 --tensor-parallel", "would stop at different plans"),
         ("--dry-run", "--dry-run"),
     ],
 )
-@pytest.mark.parametrize("split", ["--tensor-parallel", ""])
-def test_what_is_not_searched_by_ranks(options, said, split, monkeypatch):
+def test_what_is_not_searched_by_ranks(options, said, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr("moacompress.models.processes.join", lambda: None)
     golden = Path(__file__).parent / "golden" / "profile"
-    done = CliRunner().invoke(app, ["search", str(golden), "--budget", "50%", *split.split(), *options.split()])
+    done = CliRunner().invoke(app, ["search", str(golden), "--budget", "50%", *options.split()])
     assert done.exit_code == 2, done.output
     assert said in done.stderr
 

@@ -16,9 +16,10 @@ from moacompress.core.lock_holders import own_folder
 from moacompress.core.place import no_empty_folder
 from moacompress.core.progress import Progress
 from moacompress.exporter.exporting import save_dense
-from moacompress.pipeline import clear_run, fill, refuse_held
+from moacompress.pipeline import fill
 from moacompress.recipe import Recipe
 from moacompress.rules.formats import dtype_name
+from moacompress.run_folder import clear_run, refuse_held
 
 RECIPE = "smollm2-135m/demo.yaml"
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -33,6 +35,8 @@ PENALTY = 0.1
 """Weight of the ridge; on SmolLM2 0.03 and 0.1 left the same KL."""
 JUDGING = 4
 """Every so many samples one is not fitted to: what is left is measured on it."""
+Rows: TypeAlias = Callable[[Sample], Iterator[tuple[Tensor, Tensor]]]
+"""Of every copy what its output projection gets on a sample, and what its output lacks."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,9 @@ def repaired_copies(
     progress.start("repairing copies", len(groups) * len(samples))
     found: list[CopyRepair] = []
     for group in groups:
-        changes = _changes(model, shape, group, fitting, projections, progress)
-        left = _left(model, shape, group, judging, projections, changes, progress)
+        rows = partial(_rows, model, shape, projections, group)
+        changes = _changes(rows, fitting, progress)
+        left = _left(rows, judging, changes, progress)
         found += [
             CopyRepair(projections[layer].changed(change, dtype), share)
             for (layer, _), change, share in zip(group, changes, left, strict=True)
@@ -80,18 +85,11 @@ def repaired_copies(
     return found
 
 
-def _changes(
-    model: PreTrainedModel,
-    shape: ModelShape,
-    copies: Sequence[tuple[int, Share]],
-    samples: Sequence[Sample],
-    projections: Sequence[OutputProjection],
-    progress: Progress,
-) -> list[Tensor]:
+def _changes(rows: Rows, samples: Sequence[Sample], progress: Progress) -> list[Tensor]:
     """Returns what is added to the output projection of every copy, float64 `[inputs, outputs]`."""
     normals: list[Normal] = []
     for sample in samples:
-        for index, (x, residual) in enumerate(_rows(model, shape, copies, sample, projections)):
+        for index, (x, residual) in enumerate(rows(sample)):
             if index == len(normals):
                 normals.append(Normal(x.shape[1], residual.shape[1], x.device))
             normals[index].add(x, residual, x.new_ones(len(x)))
@@ -99,19 +97,11 @@ def _changes(
     return [normal.solve(PENALTY) for normal in normals]
 
 
-def _left(
-    model: PreTrainedModel,
-    shape: ModelShape,
-    copies: Sequence[tuple[int, Share]],
-    samples: Sequence[Sample],
-    projections: Sequence[OutputProjection],
-    changes: Sequence[Tensor],
-    progress: Progress,
-) -> list[float]:
+def _left(rows: Rows, samples: Sequence[Sample], changes: Sequence[Tensor], progress: Progress) -> list[float]:
     """Returns the share of the squared change of every copy's output that is left."""
-    before, after = np.zeros(len(copies)), np.zeros(len(copies))
+    before, after = np.zeros(len(changes)), np.zeros(len(changes))
     for sample in samples:
-        for index, (x, residual) in enumerate(_rows(model, shape, copies, sample, projections)):
+        for index, (x, residual) in enumerate(rows(sample)):
             before[index] += float(residual.double().square().sum())
             after[index] += float((residual - x @ changes[index].to(x.dtype)).double().square().sum())
         progress.step()
@@ -122,9 +112,9 @@ def _left(
 def _rows(
     model: PreTrainedModel,
     shape: ModelShape,
+    projections: Sequence[OutputProjection],
     copies: Sequence[tuple[int, Share]],
     sample: Sample,
-    projections: Sequence[OutputProjection],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields of every copy what its output projection gets, and what its output lacks.
 

@@ -173,12 +173,19 @@ class Claims:
                     self._keep_numbers(claim)
                 self._fail(claim.trial_id)
 
-    def keep(self, name: str, result: Any) -> None:
-        """Keeps a result that nobody else measures."""
+    def once(self, name: str, measure: Callable[[Claim], Any]) -> Any:
+        """Returns the JSON value that `measure` comes to, which one worker calls once; None where another one is at it."""
         claim = self.acquire(name)
-        if claim is not None:
-            with suppress(ClaimLost):
-                self.finish(claim, result)
+        if claim is None:
+            return self.result(name)
+        try:
+            found = measure(claim)
+            self.finish(claim, found)
+        except ClaimLost:
+            return None
+        finally:
+            self.release(claim)
+        return found
 
     def together(
         self, names: Sequence[str], attempt: Callable[[int], Result | None], deadline: Deadline

@@ -15,7 +15,7 @@ from moacompress.core.progress import SILENT, Progress
 from moacompress.core.ranks import work_shard
 from moacompress.rules.plan import Plan
 from moacompress.search.deadline import Deadline
-from moacompress.search.measure.claims import ClaimLost, Claims
+from moacompress.search.measure.claims import Claim, Claims
 from moacompress.search.measure.objective import Measure
 from moacompress.search.measure.study_storage import StudyStorage
 from moacompress.search.predict.surrogate import Surrogate, fit, pick_ablations
@@ -130,12 +130,9 @@ class PlanEvaluator:
         Raises:
             TimeUp: the time is up, and one of them is not measured yet; those that are will not be measured again.
         """
-        claim = self.claims.acquire(job.name)
-        if claim is None:
-            known = self.claims.result(job.name)
-            return None if known is None else [float(kl) for kl in known]
-        found = claim.numbers
-        try:
+
+        def measured(claim: Claim) -> list[float]:
+            found = claim.numbers
             with closing(job.measured(found)) as kls:
                 while len(found) < job.count:
                     self.deadline.check()
@@ -144,12 +141,10 @@ class PlanEvaluator:
                         break
                     self.claims.add_number(claim, kl)
                     self.progress.beat()
-            self.claims.finish(claim, found)
-        except ClaimLost:
-            return None
-        finally:
-            self.claims.release(claim)
-        return found
+            return found
+
+        kls: list[float] | None = self.claims.once(job.name, measured)
+        return kls
 
     def together(self, jobs: Sequence[Job], done: Callable[[int], None] | None = None) -> list[list[float]]:
         """Returns the KLs of several independent jobs, which workers share: each is done by one of them.
@@ -179,12 +174,12 @@ class PlanEvaluator:
 
     def keep(self, kind: str, plan: Plan, kls: Sequence[float]) -> None:
         """Keeps what was measured elsewhere, as `shown` would have."""
-        self.claims.keep(f"{kind}:{plan.key()}", list(kls))
+        self.claims.once(f"{kind}:{plan.key()}", lambda claim: list(kls))
 
     def known(self, kind: str, plan: Plan) -> list[float] | None:
         """Returns what `shown` measured before, or None."""
-        found = self.claims.result(f"{kind}:{plan.key()}")
-        return None if found is None else [float(value) for value in found]
+        kls: list[float] | None = self.claims.result(f"{kind}:{plan.key()}")
+        return kls
 
     def near(self, kind: str, number: int, plans: Sequence[Plan], base: Plan, measure: Measure | None = None) -> Job:
         """Returns the job of measuring plans near `base` on one sample, be it of another model than the evaluator's.

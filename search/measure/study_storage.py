@@ -9,7 +9,7 @@ no random state is lost and nothing depends on who samples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ import numpy as np
 
 from moacompress.core.errors import ArtefactError
 from moacompress.models.processes import broadcast
+from moacompress.search.deadline import Deadline
 from moacompress.search.measure.claims import Claim, ClaimLost, Claims
 from moacompress.search.measure.storages import guarded
 
@@ -148,13 +149,25 @@ class StudyStorage:
         self.claims.finish(started.claim, {"parameters": started.parameters, "values": values, "notes": notes})
         self._show(started, values, notes)
 
-    def release(self, started: StartedTrial) -> None:
-        """Gives up a trial, unless it is finished: another run, or another worker, begins it again."""
-        self.claims.release(started.claim)
+    def run_next(self, limit: int, deadline: Deadline, run: Callable[[StartedTrial], None]) -> None:
+        """Runs the next of `limit` trials, which `run` tells of; where others are at all that are missing, waits a moment.
 
-    def pause(self, limit: int, longest: float | None = None) -> None:
-        """Waits a moment, at most `longest` seconds, for other workers to finish one of `limit` trials."""
-        self.claims.pause(self._names(limit), longest)
+        A trial that is not told of is given up: another run, or another worker, begins it again.
+
+        Raises:
+            TimeUp: the time is up.
+        """
+        started = self.ask(limit)
+        if started is None:
+            deadline.check()
+            self.claims.pause(self._names(limit), deadline.left)
+            return
+        try:
+            run(started)
+        except ClaimLost:
+            pass
+        finally:
+            self.claims.release(started.claim)
 
     def sampled(self, index: int, pending: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
         """Returns the search parameters that the sampler, which is seeded by the index, chooses for a trial.

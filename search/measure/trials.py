@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,10 @@ import numpy as np
 from moacompress.core.progress import SILENT, Progress
 from moacompress.rules.plan import Plan
 from moacompress.search.deadline import TimeUp
-from moacompress.search.measure.claims import ClaimLost
 from moacompress.search.measure.kl_difference import CAUTION, KlDifference
 from moacompress.search.measure.packed_plan import pack
 from moacompress.search.measure.plan_evaluator import Job, PlanEvaluator
-from moacompress.search.measure.study_storage import FinishedTrial, StudyStorage
+from moacompress.search.measure.study_storage import FinishedTrial, StartedTrial, StudyStorage
 
 EPSILON = 1e-3
 """Nats added to a KL before its logarithm: differences far below it do not matter."""
@@ -99,40 +99,29 @@ class Trials:
             progress.step()
         with suppress(TimeUp):
             while not set(range(limit)) <= {trial.index for trial in tried} and not (tried and deadline.over()):
-                if not self._run_next(limit, tried):
-                    deadline.check()
-                    self.study_storage.pause(limit, deadline.left)
+                self.study_storage.run_next(limit, deadline, partial(self._run, tried))
                 before, tried = len(tried), self.finished()
                 for _ in range(before, min(len(tried), limit)):
                     progress.step(after(tried))
         progress.done()
         return tried
 
-    def _run_next(self, limit: int, tried: Sequence[TrialResult]) -> bool:
-        """Runs the next trial; returns False where there is nothing to do but wait.
+    def _run(self, tried: Sequence[TrialResult], started: StartedTrial) -> None:
+        """Runs a trial.
 
         Raises:
             TimeUp: the time is up before the trial has ended: the next run begins it again, with what is measured of it.
         """
-        started = self.study_storage.ask(limit)
-        if started is None:
-            return False
-        try:
-            plan = self.plan_of(started.parameters)
-            kls = self._kls(plan, tried)
-            self.study_storage.tell(
-                started,
-                [log_ratio(kls, self.first_kls)],
-                key=plan.key(),
-                plan=pack(plan),
-                harms=kls,
-                pruned=len(kls) < len(self.first_kls),
-            )
-        except ClaimLost:
-            pass
-        finally:
-            self.study_storage.release(started)
-        return True
+        plan = self.plan_of(started.parameters)
+        kls = self._kls(plan, tried)
+        self.study_storage.tell(
+            started,
+            [log_ratio(kls, self.first_kls)],
+            key=plan.key(),
+            plan=pack(plan),
+            harms=kls,
+            pruned=len(kls) < len(self.first_kls),
+        )
 
     def _kls(self, plan: Plan, tried: Sequence[TrialResult]) -> list[float]:
         """Returns the KLs of a trial's plan: all of them, or those until it is clearly worse than the best."""

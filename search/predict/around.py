@@ -28,7 +28,7 @@ from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule_table import RuleTable
 from moacompress.search.deadline import Deadline
-from moacompress.search.measure.claims import ClaimLost, Claims
+from moacompress.search.measure.claims import Claims
 from moacompress.search.problem.quadratic import Quadratic
 
 Forms: TypeAlias = Callable[[float], Quadratic]
@@ -76,7 +76,7 @@ class ProfileAround:
         name = f"around:{fingerprint([*marks, *formats])}"
         names = [f"{name}:{index}" for index in range(len(self.samples))]
 
-        def profiled(index: int) -> Statistics:
+        def profiled(index: int) -> str:
             self.deadline.check()
             statistics = sample_statistics(
                 self.source.model,
@@ -95,13 +95,14 @@ class ProfileAround:
                     f"under the plan {statistics.not_finite()} is not finite on calibration sample {index}; try --dtype "
                     "float32"
                 )
-            return statistics
+            return base64.b64encode(save(dict(statistics.arrays))).decode("ascii")
 
         def attempt(index: int) -> Statistics | None:
-            statistics = self._kept(names[index], lambda: profiled(index))
-            if statistics is not None:
-                progress.step()
-            return statistics
+            kept = self.claims.once(names[index], lambda claim: profiled(index))
+            if kept is None:
+                return None
+            progress.step()
+            return Statistics(load(base64.b64decode(kept)))
 
         progress.start("profiling around the plan", len(self.samples))
         found = self.claims.together(names, attempt, self.deadline)
@@ -117,18 +118,3 @@ class ProfileAround:
             around=plan.key(),
         )
         return lambda relative: Quadratic.of(around, relative)
-
-    def _kept(self, name: str, profiled: Callable[[], Statistics]) -> Statistics | None:
-        """Returns the statistics under a name, made where nobody has; None where another worker is at them."""
-        claim = self.claims.acquire(name)
-        if claim is None:
-            text = self.claims.result(name)
-            return None if text is None else Statistics(load(base64.b64decode(text)))
-        try:
-            statistics = profiled()
-            self.claims.finish(claim, base64.b64encode(save(dict(statistics.arrays))).decode("ascii"))
-        except ClaimLost:
-            return None
-        finally:
-            self.claims.release(claim)
-        return statistics

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -95,6 +96,18 @@ def read_explanation(out: Path) -> dict[str, Any]:
     """Returns the explanation beside a plan, see `explain.explain`; empty where there is none."""
     beside = explanation_file(out)
     return dict(read_json(beside, "explanation")) if beside.exists() else {}
+
+
+def check_ours(path: Path, is_ours: Callable[[Plan], bool]) -> None:
+    """Refuses a file that is not a plan of an earlier run of the same request.
+
+    Raises:
+        ArtefactError: it is something else.
+    """
+    with suppress(PlanError):
+        if is_ours(Plan.load(path)):
+            return
+    raise ArtefactError(f"{path} exists already and is of another search; choose another file or pass --overwrite")
 
 
 def found_before(out: Path, search: str, trials: int, overwrite: bool) -> Plan | None:

@@ -66,8 +66,14 @@ def test_overwrite_starts_anew_and_all_that_is_left_is_listed(
     small: None, squad: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    summary = run_demo(out, tiny_folder, squad)
+    summary = run_demo(out, tiny_folder, squad, dtype="bfloat16")
     assert json.loads((out / "summary.json").read_text()) == summary
+    # bytes and checkpoint are of the dense model's dtype; profile and search compute in float32
+    folders = [json.loads((out / name / "config.json").read_text())["dtype"] for name in ("dense", "model")]
+    assert [*folders, summary["dtype"]] == ["bfloat16"] * 3
+    plan = Plan.load(out / "plan.json")
+    assert summary["kv_bytes"]["dense"] == plan.in_dtype("float32").model.dense_kv_bytes(700) // 2
+    assert summary["kv_bytes"]["measured"] <= summary["kv_bytes"]["dense"] // 2
     listed = [*of_compress(out), *of_demo(out)]
     for path in out.rglob("*"):
         inside = path.is_relative_to(out / "profile") and path.is_dir()
@@ -82,19 +88,6 @@ def test_overwrite_starts_anew_and_all_that_is_left_is_listed(
         assert not inodes & {path.stat().st_ino for path in out.rglob("*") if path.is_file()}
     assert (out / "notes.txt").read_text() == "mine"
     assert not (out / "text" / "article-999.txt").exists()
-
-
-def test_bytes_and_checkpoint_are_of_the_dense_model_s_dtype(
-    small: None, squad: Path, tiny_folder: Path, tmp_path: Path
-) -> None:
-    """The recipe computes in float32 for profiling and searching."""
-    out = tmp_path / "out"
-    summary = run_demo(out, tiny_folder, squad, dtype="bfloat16")
-    folders = [json.loads((out / name / "config.json").read_text())["dtype"] for name in ("dense", "model")]
-    assert [*folders, summary["dtype"]] == ["bfloat16"] * 3
-    plan = Plan.load(out / "plan.json")
-    assert summary["kv_bytes"]["dense"] == plan.in_dtype("float32").model.dense_kv_bytes(700) // 2
-    assert summary["kv_bytes"]["measured"] <= summary["kv_bytes"]["dense"] // 2
 
 
 def test_the_same_demo_goes_on_and_another_is_refused(

@@ -176,7 +176,7 @@ class FakeObjective:
         return float(widths.max() * (1 - keeps) ** 2 + self.truth[layer, head, whole])
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """Everything here is tiny: threads that wait for each other only cost."""
     before = torch.get_num_threads()
@@ -265,22 +265,6 @@ def search(pretended: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
             return None, fake
 
     return run
-
-
-@pytest.fixture(scope="session")
-def search_script() -> str:
-    """The beginning of a script that searches; its arguments are this file, the place of the plan, and what follows needs."""
-    return """
-import importlib.util, sys
-from types import SimpleNamespace
-spec = importlib.util.spec_from_file_location("fakes", sys.argv[1])
-fakes = importlib.util.module_from_spec(spec); sys.modules["fakes"] = fakes  # dataclasses look for the module of their class
-spec.loader.exec_module(fakes)
-from moacompress.search import study
-from moacompress.search.study import find_plan
-profile = fakes.make_profile()
-source = SimpleNamespace(model=None, source="model", shape=profile.shape, computes_in=profile.shape.dtype)
-"""
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import optuna
 import pytest
-from safetensors.numpy import load
 
 from moacompress.calibration.profile.sample_statistics import sample_statistics
 from moacompress.calibration.profile.store import Profile
@@ -20,13 +16,12 @@ from moacompress.core.errors import PlanError
 from moacompress.core.progress import SILENT
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
-from moacompress.search.measure.claims import CLAIMS, Claims, open_claims
+from moacompress.search.measure.claims import Claims, open_claims
 from moacompress.search.measure.objective import Objective
-from moacompress.search.measure.storages import open_storage, quiet_optuna
+from moacompress.search.measure.storages import quiet_optuna
 from moacompress.search.predict import around as around_module
 from moacompress.search.predict.around import ProfileAround
 from moacompress.search.problem.knapsack import choice_of, chosen_plan
-from moacompress.search.study import find_plan
 
 Profiles = Callable[..., Profile]
 
@@ -87,17 +82,13 @@ def test_around_is_what_the_profiler_says_around_the_plan(
     assert measured.min() > 0
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_around_a_plan_whose_gates_choose(
-    backend: str,
     source: SourceModel,
     gated: Profile,
     random_profile: Callable[..., Profile],
     claims: Claims,
     tmp_path: Path,
-    use_backend: Callable[[str], Any],
 ) -> None:
-    use_backend(backend)
     choosing = [number for number, rule in enumerate(gated.rules) if rule.selects]
     choice = np.array([[choosing[0], choosing[-1]], [0, choosing[len(choosing) // 2]], [3, choosing[7]]])
     plan = chosen_plan(gated, choice)
@@ -108,7 +99,7 @@ def test_around_a_plan_whose_gates_choose(
     changes = form.changes(choice)
     assert not np.take_along_axis(changes, choice[..., None], -1).any()
     # the plan's gates are there, whatever a recipe trains
-    recipe = gated.recipe.override(profile__gates=backend == "cpu")
+    recipe = gated.recipe.override(profile__gates=True)
     whole = random_profile(source, tmp_path / "around", recipe, around=plan)
     assert whole.rules == gated.rules
     assert whole.gates is not None
@@ -124,9 +115,7 @@ def test_around_a_plan_whose_gates_choose(
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("formats", [("int8", "int4"), ("int4",)])
 def test_around_a_plan_of_formats(
-    formats: tuple[str, ...],
     source: SourceModel,
     profiled: Profile,
     random_profile: Callable[..., Profile],
@@ -134,6 +123,7 @@ def test_around_a_plan_of_formats(
     tmp_path: Path,
 ) -> None:
     """Changes of a span, of the keys' format and of the values' are each as a profile around the plan has them."""
+    formats = ("int8", "int4")
     offered = profiled.offering(formats)
     rules, spans = offered.rules, len(offered.spans)
     choice = np.array([[spans + 3, 3], [len(rules) - 1, 0], [2 * spans + 5, len(rules) - spans]])
@@ -185,19 +175,3 @@ def test_finished_samples_are_kept(
     other = chosen_plan(profiled, np.full((3, 2), 4))
     with pytest.raises(KeyboardInterrupt):  # another plan is another matter
         around(other, SILENT)
-
-
-def test_rounds_of_a_search_with_gates(source: SourceModel, gated: Profile, tmp_path: Path) -> None:
-    recipe = gated.recipe.override(search__trials=1, search__rounds=1, search__round_samples=2, search__moves=0)
-    recipe = recipe.override(search__alternatives=False, search__formats=["int8", "int4"])
-    found = find_plan(gated, "15%", out=tmp_path / "plan.json", recipe=recipe, model=source)
-    stages = [stage["name"] for stage in found.explanation["stages"]]
-    assert any(name.startswith("round 1") for name in stages), stages
-    assert found.plan.selects
-    with quiet_optuna():
-        study = f"moacompress-{found.plan.provenance['search']}{CLAIMS}"
-        trials = optuna.load_study(study_name=study, storage=open_storage(str(tmp_path / "plan.study.journal"))).trials
-    kept = [trial.user_attrs["result"] for trial in trials if trial.user_attrs["name"].startswith("around:")]
-    assert len(kept) == 2
-    spans = {load(base64.b64decode(text))["squares"].shape[-1] for text in kept}
-    assert spans == {len(gated.spans)}  # rules that select too

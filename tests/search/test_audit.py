@@ -19,16 +19,16 @@ from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.profiler import profile as profile_model
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import of_audit
-from moacompress.core.errors import ArtefactError, DataError, InfeasibleBudgetError, ModelError, UsageError
+from moacompress.core.errors import ArtefactError, DataError, ModelError, UsageError
 from moacompress.models.kl import kl_divergence
 from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import Recipe
 from moacompress.report.profile_tables import audit_tables, scatter_html, write_scatter
 from moacompress.rules.rule import Rule
-from moacompress.search.audit.audit import audit, check_audit, predicted_influence
-from moacompress.search.audit.split_half import halves, split_half
+from moacompress.search.audit.audit import audit, predicted_influence
+from moacompress.search.audit.split_half import split_half
 from moacompress.search.audit.statistics import assess, cross_fitted, regret, slope, spearman
-from moacompress.search.audit.subjects import check_counts, choose_ablations, equal_byte_choices, masking_rules
+from moacompress.search.audit.subjects import choose_ablations, equal_byte_choices, masking_rules
 from moacompress.search.measure import objective
 from moacompress.search.measure.objective import Objective
 from moacompress.search.problem.knapsack import ablation, chosen_plan, total_cost
@@ -45,60 +45,27 @@ def masking(profile: Profile) -> list[list[int]]:
 # What is measured
 
 
-def test_ablations_are_spread_over_layers_heads_and_rules(profiles: Profiles) -> None:
+def test_ablations_are_spread_and_always_mask_something(profiles: Profiles) -> None:
     profile = profiles(layers=7, kv_heads=3)
-    masks = masking(profile)
-    for seed in range(5):
-        picks = choose_ablations(profile.shape, masks, 60, seed)
-        assert len(set(picks)) == 60
-        layers = Counter(layer for layer, _, _ in picks)
-        assert set(layers.values()) <= {60 // 7, 60 // 7 + 1}
-        for layer in range(7):
-            heads = Counter(head for at, head, _ in picks if at == layer)
-            assert max(heads.values()) - min(heads.values()) <= 1
-        places = [masks[layer].index(rule) / len(masks[layer]) for layer, _, rule in picks]
-        assert np.histogram(places, 4, (0, 1))[0].min() >= 10
-    assert choose_ablations(profile.shape, masks, 60, 4) == picks != choose_ablations(profile.shape, masks, 60, 3)
-
-
-def test_ablations_always_mask_something(profiles: Profiles) -> None:
-    profile = profiles()
     masks = masking(profile)
     for layer, native in enumerate(profile.shape.native_windows):
         keeps = [sum(profile.rules[rule].kept(n, 32, native) for n in profile.lengths) for rule in masks[layer]]
         assert keeps == sorted(keeps)
-        left_out = set(range(len(profile.rules))) - set(masks[layer])
-        for length in profile.lengths:
-            assert all(
-                profile.rules[rule].kept(length, 32, native) == min(length, native or length) for rule in left_out
-            )
+        for rule in set(range(len(profile.rules))) - set(masks[layer]):
+            assert all(profile.rules[rule].kept(n, 32, native) == min(n, native or n) for n in profile.lengths)
     assert len(masks[4]) < len(masks[0])  # a native window of 64 tokens is narrower than most rules
-    every = choose_ablations(profile.shape, masks, 2 * sum(map(len, masks)), 0)
-    assert len(set(every)) == 2 * sum(map(len, masks))
-
-
-@pytest.mark.parametrize("count", [0, -1, 10**6])
-def test_counts_that_there_cannot_be(profiles: Profiles, count: int) -> None:
-    profile = profiles()
-    there = 2 * sum(map(len, masking(profile)))
-    with pytest.raises(
-        UsageError, match=rf"of {count:,} ablations is not possible: 12 KV heads .* ask for 1 to {there}"
-    ):
-        check_counts(profile.shape, masking(profile), count, 3)
-    with pytest.raises(UsageError, match="audit of -1 plans is not possible"):
-        check_counts(profile.shape, masking(profile), 3, -1)
-    check_counts(profile.shape, masking(profile), there, 0)
-
-
-def test_an_audit_is_refused_before_anything_is_profiled(profiles: Profiles) -> None:
-    profile = profiles()
-    check_audit(profile.shape, profile.recipe, 9, 4, "40%")
-    with pytest.raises(UsageError, match="of 0 ablations"):
-        check_audit(profile.shape, profile.recipe, 0, 4, "40%")
-    with pytest.raises(InfeasibleBudgetError, match="ask for at least"):
-        check_audit(profile.shape, profile.recipe, 9, 4, "0.5%")
-    with pytest.raises(UsageError, match="is not understood"):
-        check_audit(profile.shape, profile.recipe, 9, 4, "much")
+    every = 3 * sum(map(len, masks))
+    assert len(set(choose_ablations(profile.shape, masks, every, 0))) == every
+    picks = choose_ablations(profile.shape, masks, 60, 4)
+    assert len(set(picks)) == 60
+    layers = Counter(layer for layer, _, _ in picks)
+    assert set(layers.values()) <= {60 // 7, 60 // 7 + 1}
+    for layer in range(7):
+        heads = Counter(head for at, head, _ in picks if at == layer)
+        assert max(heads.values()) - min(heads.values()) <= 1
+    places = [masks[layer].index(rule) / len(masks[layer]) for layer, _, rule in picks]
+    assert np.histogram(places, 4, (0, 1))[0].min() >= 10
+    assert choose_ablations(profile.shape, masks, 60, 4) == picks != choose_ablations(profile.shape, masks, 60, 3)
 
 
 def test_plans_have_equal_bytes_and_lie_near_the_optimum(profiles: Profiles) -> None:
@@ -160,31 +127,21 @@ def test_an_estimator_that_is_the_kl_is_perfect_and_noise_is_not(profiles: Profi
     assert point["predicted"]["robust"] == pytest.approx(point["measured"])
 
 
-def test_spearman_is_scipy_s() -> None:
+def test_statistics_by_hand() -> None:
     from scipy.stats import spearmanr
 
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 9, 30).astype(float), rng.integers(0, 9, 30).astype(float)
     assert spearman(x, y, 0).value == pytest.approx(spearmanr(x, y).statistic)
-    related = x + rng.normal(0, 2, 30)
-    found = spearman(x, related, 0)
-    assert found.ci95 is not None
-    assert found.ci95[0] < found.value < found.ci95[1]
-    assert found.ci95 == spearman(x, related, 0).ci95
-
-
-def test_slope_of_a_power() -> None:
-    x = np.logspace(-5, 0, 20)
-    assert slope(x, 7 * x**0.6, 0).value == pytest.approx(0.6)
-    assert slope(x, 7 * x**0.6, 0).ci95 == pytest.approx((0.6, 0.6))
-    with_nothing = np.append(x, 0.0)  # a KL of 0 has no logarithm
-    assert slope(with_nothing, 7 * with_nothing**0.6, 0).value == pytest.approx(0.6)
-
-
-def test_regret_of_a_bad_choice() -> None:
+    powers = np.append(np.logspace(-5, 0, 20), 0.0)  # a KL of 0 has no logarithm
+    found = slope(powers, 7 * powers**0.6, 0)
+    assert (found.value, *(found.ci95 or ())) == pytest.approx((0.6, 0.6, 0.6))
     measured = np.array([0.3, 0.2, 0.5])
     assert regret(np.array([2.0, 1.0, 3.0]), measured) == 0
     assert regret(np.array([2.0, 3.0, 1.0]), measured) == pytest.approx(1.5)
+    same = np.ones(5)
+    assert np.isnan([spearman(same, np.arange(5.0), 0).value, slope(np.zeros(5), same, 0).value]).all()
+    assert slope(np.zeros(5), same, 0).ci95 is None
 
 
 def test_no_point_is_calibrated_by_its_own_half() -> None:
@@ -197,13 +154,6 @@ def test_no_point_is_calibrated_by_its_own_half() -> None:
     after = cross_fitted(x, measured, 0)
     assert after[order[::2]] == pytest.approx(x[order[::2]], rel=1e-6)
     assert after[order[1::2]] == pytest.approx(10 * x[order[1::2]], rel=1e-3)
-
-
-def test_numbers_that_cannot_be_had() -> None:
-    same = np.ones(5)
-    assert np.isnan(spearman(same, np.arange(5.0), 0).value)
-    assert np.isnan(slope(np.zeros(5), same, 0).value)
-    assert slope(np.zeros(5), same, 0).ci95 is None
 
 
 def test_predictions_are_for_the_lengths_and_kinds_of_the_samples(profiles: Profiles) -> None:
@@ -221,18 +171,6 @@ def test_predictions_are_for_the_lengths_and_kinds_of_the_samples(profiles: Prof
 
 
 # Split halves
-
-
-def test_halves_are_disjoint_and_alike(profiles: Profiles) -> None:
-    profile = profiles()
-    for count in (4, 6, 8):
-        for seed in range(5):
-            one, other = halves(profile, count, np.random.default_rng(seed))
-            assert len({*one.tolist(), *other.tolist()}) == len(one) + len(other) == count
-            for half in (one, other):
-                counts = Counter(profile.sample_lengths[half].tolist())
-                assert set(counts) == {256, 512}
-                assert abs(counts[256] - counts[512]) <= 1
 
 
 def test_more_samples_bring_the_halves_together(profiles: Profiles) -> None:
@@ -302,9 +240,17 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return calls
 
 
-def test_an_audit_end_to_end(audited: Profile, source: SourceModel, tmp_path: Path, measured: Calls) -> None:
-    found = run(audited, source, tmp_path)
-    data = json.loads((tmp_path / "audit.json").read_text())
+@pytest.fixture(scope="module")
+def finished(audited: Profile, source: SourceModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an audit."""
+    out = tmp_path_factory.mktemp("finished")
+    run(audited, source, out)
+    return out
+
+
+def test_what_an_audit_says(audited: Profile, source: SourceModel, finished: Path) -> None:
+    data = json.loads((finished / "audit.json").read_text())
+    found = run(audited, source, finished)
     assert {key: data[key] for key in found.data} == found.data
     assert set(data["audit"]) == set(data["audit_plans"]) == set(audited.estimators)
     assert set(data["audit"]) == {"robust", "moa", "mass"}
@@ -318,13 +264,110 @@ def test_an_audit_end_to_end(audited: Profile, source: SourceModel, tmp_path: Pa
     difference = data["chosen_minus_moa"]["value"]
     assert difference == pytest.approx(data["audit"]["robust"]["spearman"] - data["audit"]["moa"]["spearman"])
     assert [row["samples"] for row in data["split_half"]] == [4]
-    assert len(measured) == (2 * COUNT + len(data["plans"])) * 3
     precision = data["audit_precision"]
     assert {"spearman", "ci95", "ratio", "n", "kinds"} <= set(precision)
     assert (precision["n"], len(data["precision_points"])) == (COUNT, COUNT)
     assert precision["spearman"] > 0.8
     assert 0.3 < precision["ratio"] < 3
     assert data["audit"]["robust"]["spearman"] > 0.5  # second order is right about a tiny smooth model
+    objective = Objective(source.model, audited.validation)
+    index = {rule: number for number, rule in enumerate(audited.rules)}
+    for point in data["points"][:4]:
+        rule = index[Rule(**point["rule"])]
+        plan = ablation(audited, (point["layer"], point["kv_head"], rule))
+        assert point["measured"] == pytest.approx(objective.kls(plan).mean(), rel=1e-3, abs=1e-7)
+        influence = predicted_influence(audited, audited.validation)["moa"]
+        assert point["predicted"]["moa"] == influence[point["layer"], point["kv_head"], rule]
+    assert len({plan["key"] for plan in data["plans"]}) == len(data["plans"])
+    for n, limit in SearchRequest.of(audited, BUDGET, audited.recipe).limits.items():
+        assert all(plan["kv_bytes"][str(n)] <= limit for plan in data["plans"])
+
+
+def test_killed_resumed_and_begun_again(
+    audited: Profile, source: SourceModel, finished: Path, tmp_path: Path, measured: Calls
+) -> None:
+    whole = (finished / "audit.json").read_bytes()
+    total = (2 * COUNT + len(json.loads(whole)["plans"])) * 3
+    measured.dies_at = total // 2
+    with pytest.raises(KeyboardInterrupt):
+        run(audited, source, tmp_path)
+    measured.dies_at = None
+    assert not (tmp_path / "audit.json").exists()
+    assert getattr(source.model, "_moacompress", None) is None
+    records = tmp_path / "audit.ledger.jsonl"
+    records.write_bytes(records.read_bytes()[:-20])  # the last line was just being written
+    first = run(audited, source, tmp_path)
+    assert len(measured) == total + 1
+    assert (tmp_path / "audit.json").read_bytes() == whole
+    before = (tmp_path / "audit.json").stat().st_mtime_ns
+    source.model.save_pretrained(tmp_path / "model")
+    source.tokenizer.save_pretrained(tmp_path / "model")
+    for model in (source, tmp_path / "model"):  # loaded, or to be loaded
+        again = run(audited, model, tmp_path)
+        assert (again.request, again.data) == (first.request, first.data)
+    assert len(measured) == total + 1
+    assert (tmp_path / "audit.json").stat().st_mtime_ns == before
+    with pytest.raises(ArtefactError, match="audit of another request .* or pass --overwrite"):
+        run(audited, source, tmp_path, seed=1)
+    (tmp_path / "audit.txt").write_text("mine")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "audit.txt",
+        "model",
+        *(path.name for path in of_audit(tmp_path / "audit.json") if path.suffix != ".html"),
+    }
+    assert run(audited, source, tmp_path, overwrite=True).data == first.data
+    assert len(measured) == 2 * total + 1
+    assert (tmp_path / "audit.txt").exists()
+    (tmp_path / "folder" / "audit.json").mkdir(parents=True)
+    with pytest.raises(ArtefactError, match="cannot read audit"):
+        run(audited, source, tmp_path / "folder", overwrite=True)
+
+
+def test_what_cannot_be_audited(
+    audited: Profile, source: SourceModel, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]
+) -> None:
+    other = tiny_model("llama", seed=1)
+    stranger = replace(source, model=other, shape=model_shape(other))
+    with pytest.raises(ModelError, match="is of other weights .* audit with the model that was profiled"):
+        run(audited, stranger, tmp_path)
+    with pytest.raises(DataError, match="no held-out samples"):
+        run(replace(audited, validation=[]), source, tmp_path)
+    with pytest.raises(UsageError, match="around a plan"):
+        run(replace(audited, around="abc"), source, tmp_path)
+    (tmp_path / "audit.json").write_text('{"format": "something else"}')
+    with pytest.raises(ArtefactError, match="not an audit"):
+        run(audited, source, tmp_path)
+
+
+def test_the_plot_and_the_tables_name_every_estimator(
+    audited: Profile,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from rich.console import Console
+
+    data = json.loads((finished / "audit.json").read_text())
+    write_scatter(tmp_path / "audit.json", data)
+    page = (tmp_path / "audit.html").read_text("utf-8")
+    assert page == scatter_html(data)
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for part in audit_tables(data):
+        console.print(part)
+    text = console.export_text()
+    for name in audited.estimators:
+        assert page.count(f'"name":"{name}"') == 2 + (name == data["audit_precision"]["estimator"])
+        assert text.count(name) >= 2
+    assert f"{COUNT} ablations" in page
+    assert 'src="http' not in page  # nothing is fetched
+    assert all(said in text for said in ("robust*", "Spearman of robust minus that of moa", "int4 keys"))
+    (tmp_path / "audit.html").unlink()
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    with caplog.at_level(logging.WARNING):
+        write_scatter(tmp_path / "audit.json", data)
+    assert [record.message for record in caplog.records if 'pip install "moacompress[report]"' in record.message]
+    assert not (tmp_path / "audit.html").exists()
 
 
 def test_without_gates_on_offer_ablations_are_of_the_spans_that_are(source: SourceModel, tmp_path: Path) -> None:
@@ -349,128 +392,3 @@ def test_without_gates_on_offer_ablations_are_of_the_spans_that_are(source: Sour
     rules = [point["rule"] for point in points]
     assert len(rules) == 30
     assert {(rule["key_format"], rule["value_format"]) for rule in rules} == {("native", "native")}
-
-
-def test_measured_kl_is_that_of_the_objective(audited: Profile, source: SourceModel, tmp_path: Path) -> None:
-    data = run(audited, source, tmp_path).data
-    objective = Objective(source.model, audited.validation)
-    index = {rule: number for number, rule in enumerate(audited.rules)}
-    for point in data["points"][:4]:
-        rule = index[Rule(**point["rule"])]
-        plan = ablation(audited, (point["layer"], point["kv_head"], rule))
-        assert point["measured"] == pytest.approx(objective.kls(plan).mean(), rel=1e-3, abs=1e-7)
-        influence = predicted_influence(audited, audited.validation)["moa"]
-        assert point["predicted"]["moa"] == influence[point["layer"], point["kv_head"], rule]
-    assert len({plan["key"] for plan in data["plans"]}) == len(data["plans"])
-    for n, limit in SearchRequest.of(audited, BUDGET, audited.recipe).limits.items():
-        assert all(plan["kv_bytes"][str(n)] <= limit for plan in data["plans"])
-
-
-def test_killed_and_taken_up_again_is_the_same_to_the_byte(
-    audited: Profile, source: SourceModel, tmp_path: Path, measured: Calls
-) -> None:
-    run(audited, source, tmp_path / "whole")
-    total = len(measured)
-    measured.dies_at = total + total // 2
-    with pytest.raises(KeyboardInterrupt):
-        run(audited, source, tmp_path / "killed")
-    measured.dies_at = None
-    assert not (tmp_path / "killed" / "audit.json").exists()
-    assert getattr(source.model, "_moacompress", None) is None
-    records = tmp_path / "killed" / "audit.ledger.jsonl"
-    records.write_bytes(records.read_bytes()[:-20])  # the last line was just being written
-    run(audited, source, tmp_path / "killed")
-    assert len(measured) == 2 * total + 1
-    assert (tmp_path / "killed/audit.json").read_bytes() == (tmp_path / "whole/audit.json").read_bytes()
-
-
-def test_a_second_run_measures_nothing(audited: Profile, source: SourceModel, tmp_path: Path, measured: Calls) -> None:
-    first = run(audited, source, tmp_path)
-    before = (tmp_path / "audit.json").stat().st_mtime_ns
-    done = len(measured)
-    source.model.save_pretrained(tmp_path / "model")
-    source.tokenizer.save_pretrained(tmp_path / "model")
-    for model in (source, tmp_path / "model"):  # loaded, or to be loaded
-        again = run(audited, model, tmp_path)
-        assert (again.request, again.data) == (first.request, first.data)
-    assert len(measured) == done
-    assert (tmp_path / "audit.json").stat().st_mtime_ns == before
-    with pytest.raises(ArtefactError, match="audit of another request .* or pass --overwrite"):
-        run(audited, source, tmp_path, seed=1)
-    assert run(audited, source, tmp_path, seed=1, overwrite=True).request != first.request
-
-
-def test_overwrite_measures_anew(audited: Profile, source: SourceModel, tmp_path: Path, measured: Calls) -> None:
-    first = run(audited, source, tmp_path)
-    done = len(measured)
-    (tmp_path / "audit.txt").write_text("mine")
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "audit.txt",
-        *(path.name for path in of_audit(tmp_path / "audit.json") if path.suffix != ".html"),
-    }
-    again = run(audited, source, tmp_path, overwrite=True)
-    assert (again.request, again.data) == (first.request, first.data)
-    assert len(measured) == 2 * done
-    assert (tmp_path / "audit.txt").exists()
-    (tmp_path / "folder" / "audit.json").mkdir(parents=True)
-    with pytest.raises(ArtefactError, match="cannot read audit"):
-        run(audited, source, tmp_path / "folder", overwrite=True)
-
-
-def test_what_cannot_be_audited(
-    audited: Profile, source: SourceModel, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]
-) -> None:
-    other = tiny_model("llama", seed=1)
-    stranger = replace(source, model=other, shape=model_shape(other))
-    with pytest.raises(ModelError, match="is of other weights .* audit with the model that was profiled"):
-        run(audited, stranger, tmp_path)
-    with pytest.raises(DataError, match="no held-out samples"):
-        run(replace(audited, validation=[]), source, tmp_path)
-    with pytest.raises(UsageError, match="around a plan"):
-        run(replace(audited, around="abc"), source, tmp_path)
-    (tmp_path / "audit.json").write_text('{"format": "something else"}')
-    with pytest.raises(ArtefactError, match="not an audit"):
-        run(audited, source, tmp_path)
-
-
-def test_the_plot_shows_every_estimator(audited: Profile, source: SourceModel, tmp_path: Path) -> None:
-    found = run(audited, source, tmp_path)
-    write_scatter(tmp_path / "audit.json", found.data)
-    page = (tmp_path / "audit.html").read_text("utf-8")
-    assert page == scatter_html(found.data)
-    for name in audited.estimators:
-        assert page.count(f'"name":"{name}"') == 2 + (name == found.data["audit_precision"]["estimator"])
-    assert f"{COUNT} ablations" in page
-    assert 'src="http' not in page  # nothing is fetched
-
-
-def test_without_plotly_one_line_says_how_to_get_it(
-    audited: Profile,
-    source: SourceModel,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    found = run(audited, source, tmp_path)
-    monkeypatch.setitem(sys.modules, "plotly", None)
-    with caplog.at_level(logging.WARNING):
-        write_scatter(tmp_path / "audit.json", found.data)
-    assert [record.message for record in caplog.records if 'pip install "moacompress[report]"' in record.message]
-    assert not (tmp_path / "audit.html").exists()
-    monkeypatch.undo()
-    write_scatter(tmp_path / "audit.json", found.data)
-    assert (tmp_path / "audit.html").exists()
-
-
-def test_the_tables_name_every_estimator(audited: Profile, source: SourceModel, tmp_path: Path) -> None:
-    from rich.console import Console
-
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    for part in audit_tables(run(audited, source, tmp_path).data):
-        console.print(part)
-    text = console.export_text()
-    for name in audited.estimators:
-        assert text.count(name) >= 2
-    assert "robust*" in text
-    assert "Spearman of robust minus that of moa" in text
-    assert "int4 keys" in text

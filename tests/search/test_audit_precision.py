@@ -34,10 +34,6 @@ def test_picks_are_spread_over_layers_heads_and_kinds(offered: Profile) -> None:
     every = choose_format_picks(offered, 1000, 0)
     assert len(set(every)) == len(every) == 5 * 3 * 4
     assert {pick.kind for pick in every} == {"int8 keys", "int8 values", "int4 keys", "int4 values"}
-
-
-def test_a_plan_rounds_one_side_of_one_head(offered: Profile) -> None:
-    picks = choose_format_picks(offered, 12, 3)
     for pick, plan in zip(picks, format_plans(offered, picks), strict=True):
         changed = [
             (layer, head, rule)

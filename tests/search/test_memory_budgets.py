@@ -11,16 +11,11 @@ import moacompress.runtime.hf.loading  # noqa: F401
 from moacompress.calibration.profile.profiler import profile
 from moacompress.cli import app
 from moacompress.core.errors import BudgetError, InfeasibleBudgetError
-from moacompress.exporter.exporting import export
 from moacompress.models.source import load_source
 from moacompress.models.weight_bytes import most_checkpoint_bytes
-from moacompress.pipeline import measured_kv_bytes
 from moacompress.recipe import Recipe
-from moacompress.report.inspection import inspect_plan, overview
 from moacompress.rules.budget import Budget
-from moacompress.rules.plan import Plan
 from moacompress.search.search_request import SearchRequest
-from moacompress.search.study import find_plan
 
 LENGTH = 700
 
@@ -38,25 +33,6 @@ def profiled(source, small_run, tmp_path_factory):
 
 def memory(size: int) -> str:
     return f"memory={size / 1024:.6f}KiB@{LENGTH}"
-
-
-def test_files_and_cache_take_at_most_what_was_asked_for(source, profiled, tiny_folder, tmp_path):
-    weights, cache = most_checkpoint_bytes(source.model, source.shape.dtype), source.shape.dense_kv_bytes(LENGTH) // 3
-    asked, out = weights + cache, tmp_path / "plan.json"
-    find_plan(profiled, None, recipe=profiled.recipe.override(budget=[memory(asked)]), out=out)
-    plan = Plan.load(out)
-    note = plan.budget["memory"][str(LENGTH)]
-    assert note["limit"] in (asked, asked - 1)
-    assert note["weights"] == weights
-    assert note["kv_bytes"] == plan.kv_bytes(LENGTH) <= cache
-    shown = inspect_plan(plan)
-    assert shown["memory"] == plan.budget["memory"]
-    overview(plan, shown)
-    folder = export(tiny_folder, out, tmp_path / "model")
-    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    assert stored <= weights < stored + 32 * 1024
-    assert stored + measured_kv_bytes(folder, LENGTH) <= asked
-    assert "asked for" in (folder / "README.md").read_text()
 
 
 def test_what_cannot_fit_is_refused_with_the_numbers(source, profiled):

@@ -50,19 +50,6 @@ def test_kl_of_the_full_plan_is_nothing_and_of_a_sparse_one_is_by_hand(tiny_mode
     assert kls[0] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
 
 
-def test_dense_logits_beyond_the_memory_limit_are_computed_again(
-    tiny_model: Any, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny_model("llama")
-    sparse = Plan.uniform(model_shape(model), Rule(4, 32, 0), 32)
-    expected = Objective(model, samples).kls(sparse)
-    monkeypatch.setattr(objective, "MAX_DENSE_BYTES", 3 * 160 * 4)
-    measure = Objective(model, samples)
-    for _ in range(2):
-        np.testing.assert_allclose(measure.kls(sparse), expected, rtol=1e-6)
-    assert len(measure._dense) == 1
-
-
 def test_a_plan_may_have_weights_of_its_own(
     tiny_model: Any, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:

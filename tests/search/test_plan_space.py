@@ -84,16 +84,6 @@ def test_what_is_chosen_is_within_the_budget(profiles: Profiles, budget: str) ->
             assert "sharing" not in parameters
 
 
-def test_keys_that_are_saved_go_to_wider_spans(profiles: Profiles) -> None:
-    """At equal bytes the spans of a plan with a copy that costs nothing cost less."""
-    profile = profiles(anchors=1)
-    costs = []
-    for share in ("off", "layers=3:2"):
-        request = SearchRequest.of(profile, "30%", profile.recipe.override(search__share=share))
-        costs.append(request.surrogate.predicted(request.plan(request.surrogate, request.parameters.neutral)) or 0.0)
-    assert 0 < costs[1] < costs[0]
-
-
 def test_floors_hold_in_groups(profiles: Profiles) -> None:
     profile = profiles()
     space = space_of(profile, "45%", floors={3: 1.0})

@@ -22,7 +22,7 @@ from moacompress.runtime import attach, detach
 from moacompress.search.measure.prefix import first_changed, record, resumed
 
 Factory = Callable[..., PreTrainedModel]
-FAMILIES = ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_neox", "gpt_oss")
+FAMILIES = ("llama", "gemma3_text", "gpt_neox", "gpt_oss")
 
 
 def make_sample(n: int = 160, seed: int = 0) -> Sample:
@@ -59,7 +59,7 @@ def test_resumed_is_the_whole_forward_to_the_bit(tiny_model: Factory, family: st
         assert torch.equal(answer_logits(model, sample), dense)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_layers_that_share_are_computed_from_their_anchor_on(tiny_model: Factory, family: str) -> None:
     model, sample = tiny_model(family, num_hidden_layers=5), make_sample()
     full = Plan.full(model_shape(model))

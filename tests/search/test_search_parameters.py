@@ -35,7 +35,3 @@ def test_formats_have_a_parameter_of_their_own(profiles: Profiles) -> None:
     bent = parameters.bend(surrogate, {**parameters.neutral, "precision": np.log(3)})
     np.testing.assert_allclose(bent, surrogate.costs(precision=3.0))
     assert (bent != surrogate.costs()).any()
-
-
-def test_models_of_few_layers_have_few_knots() -> None:
-    assert list(SearchParameters(1, (512,)).neutral) == ["depth_0", "exponent"]

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from moacompress.calibration.profile.store import TEXT_WEIGHT, Profile
-from moacompress.core.errors import InfeasibleBudgetError, UsageError
+from moacompress.core.errors import UsageError
 from moacompress.models.source import SourceModel
-from moacompress.search.problem.knapsack import chosen_plan
 from moacompress.search.search_request import SearchRequest, offered_formats
 
 if TYPE_CHECKING:
@@ -28,12 +27,6 @@ def test_plain_text_counts_beside_the_answers_by_its_weight(profiles: Callable[.
     found = SearchRequest.of(mixed, "25%", mixed.recipe).surrogate.influence
     assert np.allclose(found, mixed.influence("robust") + TEXT_WEIGHT * mixed.influence("robust", "text"))
     assert not np.allclose(found, mixed.influence("robust"))
-
-
-def test_a_profile_of_plain_text_alone_is_gone_by(profiles: Callable[..., Profile]) -> None:
-    profile = profiles()
-    text = replace(profile, sample_kinds=("text",) * len(profile.sample_kinds))
-    assert np.array_equal(SearchRequest.of(text, "25%", text.recipe).surrogate.influence, profile.influence("robust"))
 
 
 def test_formats_on_offer_are_those_asked_for_or_all_that_are_known(profiles: Callable[..., Profile]) -> None:
@@ -71,16 +64,6 @@ def test_what_is_measured_in_another_dtype_is_another_search(
     assert key("auto") == key(own) == key("auto", own)
     assert key(other) == key(other, other) == key("auto", other)
     assert key("auto") != key(other)
-
-
-def test_with_formats_smaller_budgets_can_be_met(profiles: Callable[..., Profile]) -> None:
-    profile = profiles(formats=True)
-    native = profile.recipe.override(search__formats="native")
-    with pytest.raises(InfeasibleBudgetError):
-        SearchRequest.of(profile, "8%", native)
-    request = SearchRequest.of(profile, "8%", profile.recipe)
-    choice = request.space().knapsack.choose(request.surrogate.costs())
-    assert chosen_plan(request.profile, choice).kv_share(512) <= 0.08
 
 
 def test_an_estimator_of_others_searches_spans_alone(profiles: Callable[..., Profile]) -> None:

@@ -21,7 +21,7 @@ from moacompress.rules.limits import is_within
 from moacompress.rules.plan import Plan
 from moacompress.search import search_request
 from moacompress.search.front import find_front
-from moacompress.search.measure.packed_plan import pack, unpack
+from moacompress.search.measure.packed_plan import unpack
 from moacompress.search.search_request import SearchRequest
 from moacompress.search.sharing.share_choice import PROTECTED, REPAIRED
 
@@ -136,15 +136,6 @@ def test_a_front_has_plans_that_share(pretended: Any, profiles: Profiles, tmp_pa
     for result in results:
         assert Plan.load(result.path).shares == result.plan.shares  # type: ignore[arg-type]
         assert all(row["plan"] <= 0.5 * row["dense"] for row in result.kv_bytes.values())
-
-
-def test_what_is_packed_comes_back(profiles: Profiles) -> None:
-    profile = profiles(anchors=2)
-    request = SearchRequest.of(profile, "50%", profile.recipe.override(search__share="2"))
-    plan = request.plan(request.surrogate, request.parameters.neutral)
-    assert unpack(pack(plan), profile) == plan
-    assert "shares" not in pack(Plan(plan.model, plan.min_window, plan.rules))
-    assert np.isfinite(request.predicted(request.surrogate, plan) or np.nan)
 
 
 def test_copies_are_priced_and_measured_after_a_repair(

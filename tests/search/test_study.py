@@ -108,40 +108,14 @@ def test_baselines_are_each_at_their_best(search: Search, profiles: Profiles) ->
         assert result.harm[family] == pytest.approx(min(np.mean(fake.kls(plan)) for plan in plans))
 
 
-def test_same_seed_same_plan_without_storage(search: Search, profiles: Profiles) -> None:
-    first, second = search()[0], search()[0]
-    assert first.plan == second.plan
-    other = search(recipe=profiles().recipe.override(seed=5))[0]
-    assert other.plan.provenance["search"] != first.plan.provenance["search"]
-
-
 def test_bad_requests_fail_before_anything_is_measured(search: Search, profiles: Profiles, tmp_path: Path) -> None:
     profile = profiles()
-    with pytest.raises(BudgetError, match="no budget"):
-        search(profile, None)
-    with pytest.raises(BudgetError, match="bare number"):
-        search(profile, "25")
-    with pytest.raises(InfeasibleBudgetError, match="at least"):
-        search(profile, "1%")
     shape = replace(profile.shape, weights_fingerprint="other")
     other = SimpleNamespace(model=None, source="other", shape=shape, computes_in=shape.dtype)
     with pytest.raises(ModelError, match="other weights"):
         search(profile, model=other)
     with pytest.raises(ArtefactError, match=r"no profile\.json"):
         find_plan(tmp_path, "25%")
-
-
-def test_several_budgets_all_hold(search: Search, profiles: Profiles) -> None:
-    profile = profiles(trials=2)
-    result, _ = search(profile, ["60%", "40%@512"])
-    assert result.plan.kv_share(512) <= 0.4
-    assert result.plan.kv_share(256) <= 0.6
-
-
-def test_the_recipes_budget_is_the_default(search: Search, profiles: Profiles) -> None:
-    profile = profiles(trials=1)
-    result, _ = search(profile, None, recipe=profile.recipe.override(budget=["55%"]))
-    assert result.plan.budget["asked"] == ["55%"]
 
 
 def test_the_explanation_has_the_gain_of_what_was_not_kept(search: Search, profiles: Profiles) -> None:

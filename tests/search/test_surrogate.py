@@ -79,12 +79,6 @@ def test_costs_are_monotone_and_full_is_free(profiles: Profiles) -> None:
     np.testing.assert_allclose(costs, 2.0 * surrogate.raw([1.0, 3.0]) ** 0.8)
 
 
-def test_monotone_keeps_what_is_monotone() -> None:
-    supersets = np.tril(np.ones((3, 3), bool))
-    np.testing.assert_array_equal(monotone(np.array([0.0, 1.0, 2.0]), supersets), [0, 1, 2])
-    np.testing.assert_array_equal(monotone(np.array([0.0, 3.0, 2.0]), supersets), [0, 3, 3])
-
-
 def test_broken_influence_is_refused(profiles: Profiles) -> None:
     influence = profiles().influence("robust")
     influence[0, 0, 0, 1] = np.nan

@@ -22,10 +22,6 @@ def trials(*changes, samples=20, noise=0.0, seed=0):
     return tried
 
 
-def test_a_clear_winner_wins():
-    assert best_trial(trials(0.1, -0.2, -0.1, noise=0.05)).index == 2
-
-
 @pytest.mark.seeds(40)
 def test_the_best_of_many_that_differ_by_chance_does_not(seed):
     tried = trials(*[0.0] * 6, noise=0.3, seed=seed)
@@ -33,11 +29,6 @@ def test_the_best_of_many_that_differ_by_chance_does_not(seed):
     apart = np.subtract(least.kls, first.kls)
     clear = -apart.mean() > CAUTION * apart.std(ddof=1) / len(apart) ** 0.5
     assert best_trial(tried).index == (least.index if clear else 0)
-
-
-def test_chance_seldom_wins():
-    winners = [best_trial(trials(*[0.0] * 6, noise=0.3, seed=seed)).index for seed in range(200)]
-    assert sum(winner > 0 for winner in winners) < 50  # the least of the seven would be another than the first in 170
 
 
 def test_mean_kl_decides_and_not_its_logarithm():

@@ -197,6 +197,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moacompress.search.measure.claims.KEEP_SECONDS", 0.0)
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # beats of killed workers
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_a_study_of_64_workers_comes_to_its_end_whatever_befalls_them(seed: int, fast: None, tmp_path: Path) -> None:

@@ -16,24 +16,20 @@ import pytest
 
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import ArtefactError, InUseError
-from moacompress.core.lock_holders import LockHolder, own_file
+from moacompress.core.lock_holders import LockHolder, held, own_file
 from moacompress.rules.budget import split_budgets
 from moacompress.rules.loss import Loss
 from moacompress.rules.plan import Plan
-from moacompress.search.deadline import Deadline
 from moacompress.search.front import find_front
 from moacompress.search.measure import claims as claims_module
-from moacompress.search.measure.claims import CLAIMS, WORKER, Claims, open_claims
+from moacompress.search.measure.claims import CLAIMS, WORKER, ClaimLost, Claims, open_claims
 from moacompress.search.measure.storages import guarded, open_storage, quiet_optuna, shown
-from moacompress.search.plan_place import plan_place
 from moacompress.search.plan_sets import find_plans, find_smallest
 from moacompress.search.search_status import search_status
 from tests.search_workers import FORK, SearchRun, check_nothing_is_lost_or_doubled, killed_at_random
 
 Profiles = Callable[..., Profile]
 Search = Callable[..., tuple[Any, Any]]
-
-STORAGES = ("journal", "sqlite")
 
 
 def storage_in(folder: Path, kind: str) -> str:
@@ -49,16 +45,13 @@ def run(profiles: Profiles, tmp_path: Path) -> Callable[..., SearchRun]:
     return make
 
 
-@pytest.mark.parametrize(("kind", "workers"), [("journal", 3), ("sqlite", 2)])
-def test_workers_find_what_one_alone_finds(
-    run: Callable[..., SearchRun], search: Search, kind: str, workers: int, tmp_path: Path
-) -> None:
-    shared = run(kind)
+def test_workers_find_what_one_alone_finds(run: Callable[..., SearchRun], search: Search, tmp_path: Path) -> None:
+    shared = run("journal")
     alone, fake = search(shared.profile, out=tmp_path / "alone.json")
-    shared.barrier = FORK.Barrier(workers)
-    for _ in range(workers):
+    shared.barrier = FORK.Barrier(3)
+    for _ in range(3):
         shared.start()
-    assert shared.wait() == [0] * workers, shared.errors()
+    assert shared.wait() == [0] * 3, shared.errors()
     results = shared.results()
     assert [result["written"] for result in results].count(True) == 1
     assert {result["path"] for result in results} == {str(shared.out)}
@@ -66,20 +59,17 @@ def test_workers_find_what_one_alone_finds(
     assert all(Plan.from_dict(result["plan"]) == alone.plan for result in results)
     check_nothing_is_lost_or_doubled(shared)
     assert shared.measured().total() == shared.kept()[0].total() >= len(fake.calls)
-    assert len({line.split()[0] for line in (tmp_path / "measured.txt").read_text().splitlines()}) == workers
+    assert len({line.split()[0] for line in (tmp_path / "measured.txt").read_text().splitlines()}) == 3
     again, fake = search(shared.profile, recipe=shared.recipe, out=tmp_path / "again.json")
     assert fake.calls == []
     assert again.plan == alone.plan
 
 
-@pytest.mark.parametrize("kind", STORAGES)
-@pytest.mark.parametrize("seed", [0])
-def test_what_killed_workers_had_is_taken_over(
-    run: Callable[..., SearchRun], search: Search, kind: str, seed: int, tmp_path: Path
-) -> None:
-    shared = run(kind)
+def test_what_killed_workers_had_is_taken_over(run: Callable[..., SearchRun], search: Search, tmp_path: Path) -> None:
+    """In SQLite; in a journal `test_kills` does it, and `make test-services` in all of them."""
+    shared = run("sqlite")
     search(shared.profile, out=tmp_path / "alone.json")
-    killed_at_random(shared, seed)
+    killed_at_random(shared, seed=0)
     assert shared.killed
     assert shared.out.read_bytes() == (tmp_path / "alone.json").read_bytes()
     check_nothing_is_lost_or_doubled(shared)
@@ -101,7 +91,7 @@ def the_smallest(profile: Profile, **options: Any) -> Any:
 def test_workers_share_several_searches(
     find: Callable[..., Any], at_once: bool, run: Callable[..., SearchRun], tmp_path: Path
 ) -> None:
-    """A front, several budgets, the smallest budget for a loss: as one worker alone, and nothing measured twice."""
+    """A front, several budgets, the smallest budget for a loss: as one worker alone, and nothing measured or written twice."""
     shared = run("journal", trials=4, samples=5)
     (tmp_path / "alone").mkdir()
     alone = SearchRun(
@@ -121,34 +111,18 @@ def test_workers_share_several_searches(
     assert shared.measured() == alone.measured()
     measured = (tmp_path / "measured.txt").read_text().splitlines()
     assert len({line.split()[0] for line in measured}) == 2 or not at_once
+    before = [path.stat().st_ino for path in written]
+    shared.barrier = None
+    shared.start()  # a worker that comes after all is written
+    assert shared.wait() == [0, 0, 0], shared.errors()
+    assert [path.stat().st_ino for path in written] == before
+    assert sum(result["written"] for result in shared.results()) == len(written)
 
 
-@pytest.mark.parametrize(("find", "stem"), [(the_front, "plan-front-"), (two_budgets, "plan-"), (the_smallest, "plan")])
-def test_what_another_worker_has_written_is_not_written_again(
-    find: Callable[..., Any], stem: str, run: Callable[..., SearchRun], tmp_path: Path
-) -> None:
-    """A worker may come to a plan after the lock holder has written it and gone."""
-    shared = run("journal", trials=4, samples=5)
-    shared.find = find
-    shared.start()
-    assert shared.wait() == [0], shared.errors()
-    files = sorted(path for path in tmp_path.glob("plan*.json") if path.is_file())
-    assert any(path.name.startswith(stem) for path in files)
-    before = [path.stat().st_ino for path in files]
-    shared.start()
-    assert shared.wait() == [0, 0], shared.errors()
-    assert [path.stat().st_ino for path in files] == before
-    written = [result["path"] for result in shared.results() if result["written"]]
-    assert len(written) == len(set(written)) == len(shared.results()) / 2
-
-
-@pytest.mark.parametrize("find", [the_front, two_budgets])
-def test_a_worker_whose_time_is_up_writes_no_front_over_anothers(
-    find: Callable[..., Any], run: Callable[..., SearchRun], tmp_path: Path
-) -> None:
+def test_a_worker_whose_time_is_up_writes_no_front_over_anothers(run: Callable[..., SearchRun], tmp_path: Path) -> None:
     """The lock holder is at work still: this process."""
     shared = run("journal", trials=4, samples=5)
-    shared.find = find
+    shared.find = the_front
     front = tmp_path / "plan.front.json"
     with own_file(front):
         front.write_text("the lock holder's")
@@ -159,13 +133,10 @@ def test_a_worker_whose_time_is_up_writes_no_front_over_anothers(
         assert front.read_text() == "the lock holder's"
 
 
-@pytest.mark.parametrize("kind", STORAGES)
-def test_numbers_are_kept_every_few_seconds_and_where_a_claim_is_given_up(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_numbers_are_kept_every_few_seconds_and_where_a_claim_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(claims_module, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time))
-    with quiet_optuna(), open_claims(storage_in(tmp_path, kind), "s", alone=False) as claims:
+    with quiet_optuna(), open_claims(None, "s", alone=False) as claims:
 
         def kept() -> list[Any]:
             claimed = [trial for trial in claims.trials() if trial.user_attrs["name"] == "x"]
@@ -204,18 +175,8 @@ def elsewhere(storage: str, heard: float) -> tuple[Any, int]:
         return backend, [backend.create_new_trial(study_id, trial) for trial in made][1]
 
 
-def test_a_search_goes_on_after_a_reboot(tmp_path: Path) -> None:
-    """Whoever has the plan's lock knows that the one before has gone: its heartbeat need not be waited for."""
-    storage = storage_in(tmp_path, "journal")
-    backend, claimed = elsewhere(storage, time.time())
-    with quiet_optuna(), open_claims(storage, "s", alone=True) as claims:
-        assert claims.acquire("claimed") is not None
-    assert backend.get_trial(claimed).state.name == "FAIL"
-
-
-@pytest.mark.parametrize("kind", STORAGES)
-def test_a_worker_elsewhere_is_dead_once_its_heartbeat_stops(kind: str, tmp_path: Path) -> None:
-    storage, clock = storage_in(tmp_path, kind), SimpleNamespace(now=0.0)
+def test_a_worker_elsewhere_is_dead_once_its_heartbeat_stops(tmp_path: Path) -> None:
+    storage, clock = storage_in(tmp_path, "journal"), SimpleNamespace(now=0.0)
     backend, claimed = elsewhere(storage, heard=0.0)  # its clock is years behind
     with quiet_optuna():
         study = backend.get_study_id_from_name("s" + CLAIMS)
@@ -230,51 +191,58 @@ def test_a_worker_elsewhere_is_dead_once_its_heartbeat_stops(kind: str, tmp_path
         assert backend.get_trial(claimed).state.name == "FAIL"
 
 
+def test_a_worker_that_was_taken_for_dead_loses_its_claim() -> None:
+    """It stalled for longer than `SILENT_SECONDS`; what it kept until then is not measured again."""
+    with quiet_optuna(), open_claims(None, "s", alone=False) as watching:
+        stalled = LockHolder("elsewhere", "another boot", "", 7, "1", 0.0, "its token")
+        claims = Claims(watching.storage, watching.study_id, "here", holder=stalled)
+        lost = claims.acquire("x")
+        assert lost is not None
+        claims.note(lost, numbers=[1.0])
+        clock = SimpleNamespace(now=0.0)
+        other = Claims(watching.storage, watching.study_id, "here", monotonic=lambda: clock.now)
+        with held(other.holder):
+            assert other.acquire_first(["x"]) is None
+            clock.now = 400.0
+            taken = other.acquire_first(["x"])
+            assert taken is not None
+            assert taken.numbers == [1.0]
+            with pytest.raises(ClaimLost):
+                claims.finish(lost, "late")
+            assert claims.acquire("x") is None
+            other.finish(taken, "once")
+        assert claims.result("x") == "once"
+
+
 def test_what_a_worker_that_has_left_had_claimed_is_free(tmp_path: Path) -> None:
-    """Its process may live on: what it could not release is nobody's."""
+    """Its process may live on; and whoever has the plan's lock knows that the one before has gone."""
+    for way in ("left", "alone"):
+        storage = storage_in(tmp_path / way, "journal")
+        backend, claimed = elsewhere(storage, time.time())
+        with quiet_optuna(), open_claims(storage, "s", alone=way == "alone") as claims:
+            if way == "left":
+                assert claims.acquire("claimed") is None
+                backend.set_trial_state_values(claimed - 1, optuna.trial.TrialState.COMPLETE, [0.0])
+            assert claims.acquire("claimed") is not None
+        assert backend.get_trial(claimed).state.name == "FAIL"
+
+
+def test_a_claim_is_its_living_workers_until_it_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = storage_in(tmp_path, "journal")
-    backend, claimed = elsewhere(storage, time.time())
     with quiet_optuna(), open_claims(storage, "s", alone=False) as claims:
-        assert claims.acquire("claimed") is None
-        backend.set_trial_state_values(claimed - 1, optuna.trial.TrialState.COMPLETE, [0.0])
-        assert claims.acquire("claimed") is not None
-
-
-def test_a_claim_that_could_not_be_released_is_free_for_its_own_worker(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with quiet_optuna(), open_claims(storage_in(tmp_path, "journal"), "s", alone=False) as claims:
         claim = claims.acquire("x")
         assert claim is not None
         assert claims.acquire("x") is None
-        with monkeypatch.context() as broken:
+        with open_claims(storage, "s", alone=True) as beside:
+            assert beside.acquire("x") is None
+        with monkeypatch.context() as broken:  # also where the storage was not told
             broken.setattr(claims.storage, "set_trial_state_values", lambda *arguments: 1 / 0)
             claims.release(claim)
         assert claims.acquire("x") is not None
 
 
-def test_a_lone_search_leaves_living_workers_of_this_machine_their_claims(tmp_path: Path) -> None:
-    storage = storage_in(tmp_path, "journal")
-    with quiet_optuna(), open_claims(storage, "s", alone=False) as beside:
-        claim = beside.acquire("x")
-        assert claim is not None
-        with open_claims(storage, "s", alone=True) as claims:
-            assert claims.acquire("x") is None
-        beside.finish(claim, "done")
-
-
-def test_a_place_that_was_settled_can_be_settled_again(tmp_path: Path) -> None:
-    deadline = Deadline(None)
-    with plan_place(tmp_path / "plan.json", shared=True) as place:
-        place.settle(lambda: True, deadline)
-        assert not place.ours
-        place.settle(lambda: False, deadline)
-        assert place.ours
-
-
-@pytest.mark.parametrize("kind", STORAGES)
-def test_nothing_begins_from_scratch_beside_a_worker_that_is_heard_of(kind: str, tmp_path: Path) -> None:
-    storage = storage_in(tmp_path, kind)
+def test_nothing_begins_from_scratch_beside_a_worker_that_is_heard_of(tmp_path: Path) -> None:
+    storage = storage_in(tmp_path, "sqlite")
     backend, worker = elsewhere(storage, time.time() - 200)
     with (
         quiet_optuna(),
@@ -336,9 +304,8 @@ def test_a_driver_that_lacks_is_named_with_its_fix(monkeypatch: pytest.MonkeyPat
         open_storage("postgresql://me@host/db")
 
 
-@pytest.mark.parametrize("kind", STORAGES)
-def test_status_says_who_is_alive_and_what_is_done(run: Callable[..., SearchRun], kind: str, tmp_path: Path) -> None:
-    shared = run(kind)
+def test_status_says_who_is_alive_and_what_is_done(run: Callable[..., SearchRun], tmp_path: Path) -> None:
+    shared = run("sqlite")
     with pytest.raises(ArtefactError, match="there is no study storage"):
         search_status(shared.storage)
     assert [path.name for path in tmp_path.iterdir()] == []

@@ -45,7 +45,7 @@ def check(costs: np.ndarray, found: tuple[float, object], count: int, best: floa
     assert not set(pairs) & set(pairs.values())
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(8))
 def test_the_best_of_all_choices_is_found(seed: int) -> None:
     costs = drawn(seed)
     free = every_choice(costs)
@@ -56,13 +56,3 @@ def test_the_best_of_all_choices_is_found(seed: int) -> None:
             check(costs, somewhere, count, free[count])
         else:
             assert somewhere is None
-
-
-def test_an_anchor_has_several_reuse_layers() -> None:
-    costs = np.full((5, 3), 1.0)
-    costs[0], costs[1, 1:], costs[2, 2:] = np.inf, np.inf, np.inf
-    costs[3, 2], costs[4, 2] = 0.1, 0.2  # of 0 and of 1
-    found = cheapest_anchors(costs, 2)
-    assert found is not None
-    check(costs, found, 2, 0.3)
-    assert found[1] == {3: 0, 4: 1}

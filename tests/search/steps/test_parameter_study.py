@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 
 from moacompress.calibration.profile.store import Profile
-from moacompress.core.progress import Progress
-from moacompress.search.baselines.families import FAMILIES
 
 Profiles = Callable[..., Profile]
 Search = Callable[..., tuple[Any, Any]]
@@ -32,25 +30,6 @@ def test_hopeless_plans_are_pruned_and_never_win(
     seen = [count for count in counts.values() if count < fake.size]
     assert seen, "a plan 50 times worse is not measured on all samples"
     assert counts[result.plan.key()] == fake.size
-
-
-def test_progress_tells_the_best_so_far(search: Search, profiles: Profiles) -> None:
-    class Record(Progress):
-        def __init__(self) -> None:
-            self.log: list[Any] = []
-
-        def start(self, what: str, total: int) -> None:
-            self.log.append((what, total))
-
-        def step(self, note: str = "") -> None:
-            self.log.append(note)
-
-    record = Record()
-    search(profiles(trials=3), progress=record)
-    assert ("calibrating", 3) in record.log
-    assert ("searching", 3) in record.log
-    last = [note for note in record.log if "best" in note][-1]
-    assert any(family in last for family in FAMILIES)
 
 
 def test_starts_are_tried_first(search: Search, profiles: Profiles) -> None:

@@ -13,7 +13,7 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.search.problem.knapsack import choice_of, chosen_plan
 from moacompress.search.problem.quadratic import Quadratic
 from moacompress.search.search_request import SearchRequest
-from moacompress.search.steps.rounds import NEUTRAL, RANGES, STARTS, moved
+from moacompress.search.steps.rounds import NEUTRAL, STARTS, moved
 
 Profiles = Callable[..., Profile]
 Search = Callable[..., tuple[Any, Any]]
@@ -44,12 +44,6 @@ def test_a_round_moves_no_more_than_its_share(profiles: Profiles) -> None:
     nothing = Quadratic(np.zeros((1, *linear.shape)), np.zeros(linear.shape))
     assert np.array_equal(moved(knapsack, nothing, STARTS[0], choice), choice)
     assert np.array_equal(choice_of(profile, chosen_plan(profile, choice)), choice)
-
-
-def test_what_a_round_starts_with_is_in_reach() -> None:
-    for parameters in (NEUTRAL, *STARTS):
-        assert set(parameters) == set(RANGES)
-        assert all(low <= parameters[name] <= high for name, (low, high) in RANGES.items())
 
 
 def test_a_round_measures_so_many_plans_and_its_own_never(search: Search, profiles: Profiles) -> None:

@@ -19,10 +19,9 @@ from moacompress.search import study
 from moacompress.search.deadline import Deadline
 from moacompress.search.measure.packed_plan import pack
 from moacompress.search.measure.trials import TrialResult
-from moacompress.search.problem.knapsack import Knapsack, chosen_plan
+from moacompress.search.problem.knapsack import Knapsack
 from moacompress.search.search_context import Incumbent, SearchContext
 from moacompress.search.search_request import SearchRequest
-from moacompress.search.steps.leftover import spend_leftover
 from moacompress.search.steps.moves import make_moves
 from moacompress.search.steps.parameter_study import tune_parameters
 from moacompress.search.steps.rounds import make_rounds
@@ -81,25 +80,6 @@ def test_the_study_measures_what_it_is_given(context: SearchContext, monkeypatch
     assert names(context) == ["surrogate", "study"]
 
 
-def test_a_round_runs_alone(context: SearchContext) -> None:
-    incumbent = first(context)
-    assert incumbent.form is None
-    found = make_rounds(incumbent, context)
-    assert found.kl < incumbent.kl  # around the plan the stand-in knows the truth
-    assert found.form is not None
-    assert fits(found.plan, context)
-    assert found.kls == context.evaluator.known("improved", found.plan)
-    assert names(context) == ["round 1"]
-
-
-def test_moves_run_alone(context: SearchContext) -> None:
-    incumbent = first(context)
-    found = make_moves(incumbent, context)
-    assert found.kl <= incumbent.kl
-    assert fits(found.plan, context)
-    assert set(names(context)) == {"moves"}
-
-
 def test_moves_follow_the_form_of_a_round(context: SearchContext) -> None:
     incumbent = make_rounds(first(context), context)
     assert incumbent.form is not None
@@ -108,27 +88,6 @@ def test_moves_follow_the_form_of_a_round(context: SearchContext) -> None:
     found = make_moves(incumbent, context)
     assert found.kl <= incumbent.kl
     assert found.form is incumbent.form
-
-
-def test_the_leftover_is_spent_alone(context: SearchContext) -> None:
-    first(context)
-    profile = context.request.profile
-    narrow = chosen_plan(
-        profile, np.ones((profile.shape.layers, profile.shape.kv_heads), np.int64)
-    )  # the narrowest rule
-    assert fits(narrow, context)
-    found = spend_leftover(context.measured(context.start(), narrow, "narrow"), context)
-    assert found.stage == "rest"
-    assert all(found.plan.kv_bytes(n) > narrow.kv_bytes(n) for n in profile.lengths)
-    assert fits(found.plan, context)
-
-
-@pytest.mark.parametrize("step", study.STEPS[3:], ids=lambda step: step.__name__)
-def test_a_step_does_nothing_once_the_time_is_up(step: Any, context: SearchContext) -> None:
-    incumbent = first(context)
-    context.deadline.timeout = 0.0
-    assert step(incumbent, context) == incumbent
-    assert context.stages == []
 
 
 def test_a_further_step_is_one_line(
