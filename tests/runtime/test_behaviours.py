@@ -357,7 +357,7 @@ TABLE = [
     *((family, plan_kinds.gates, behaviour) for family in TINY if family not in SOME for behaviour in BEHAVIOURS),
     *((family, kind, behaviour) for family in SOME for kind in KINDS for behaviour in BEHAVIOURS),
     *((family, kind, behaviour) for family in SOME for kind in OF_FAMILY[family] for behaviour in OF_SOME),
-    *((SOME[0], kind, behaviour) for kind in OF_FAMILY[SOME[0]] for behaviour in OF_ONE),
+    *((SOME[0], plan_kinds.shares, behaviour) for behaviour in OF_ONE),
 ]
 
 

@@ -174,7 +174,7 @@ def test_what_gates_selected_is_remembered_of_few_lengths(tiny_model, token_ids)
     cache, ids, at = PlanCache(model._moacompress.plan), token_ids(1, 700), 0
     cache.activate_past_recording()
     with torch.no_grad():
-        for size in (90, *[1] * 200, 127, *[1] * 30, 100, 60):
+        for size in (90, *[1] * 20, 127, *[1] * 10, 100, 60):
             model(ids[:, at : at + size], cache=cache, logits_to_keep=1)
             at += size
             assert max(len(layer._held.past) for layer in cache.layers) <= 5

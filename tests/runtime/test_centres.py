@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.models.source import model_shape
@@ -141,19 +138,6 @@ def test_a_centre_makes_codes_of_keys_with_a_bias_exact(
         plan = Plan.uniform(shape, Rule.FULL.in_formats("int4", "native"), 16)
         without, less = under(plan), under(replace(plan, centres=as_centres(torch.stack(keys).numpy())))
     assert (less - expected).abs().mean() < 0.2 * (without - expected).abs().mean()
-
-
-def test_they_are_saved_and_loaded(tiny_model: Any, token_ids: Any, tmp_path: Path) -> None:
-    model, ids = tiny_model("qwen2"), token_ids(1, 70) % 160
-    plan = centres(model)
-    attach(model, plan).save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.config.quantization_config.plan == plan
-    with torch.no_grad():
-        expected = model(ids).logits
-        assert torch.equal(loaded(ids).logits, expected)
-        assert torch.equal(pickle.loads(pickle.dumps(loaded))(ids).logits, expected)
-        assert not torch.equal(attach(tiny_model("qwen2"), replace(plan, centres=()))(ids).logits, expected)
 
 
 def test_bounded_scores_have_none(tiny_model: Any, token_ids: Any) -> None:

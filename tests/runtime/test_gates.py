@@ -58,7 +58,6 @@ class Case:
         self.key, self.value = (torch.randn(shape, generator=generator, dtype=dtype) for _ in range(2))
         few = rng.choice((3, 40, 30000))  # ties, and none
         self.scores = torch.randint(-few, few, shape[:3], generator=generator).to(torch.int16)
-        self.table = RuleTable.of(self.rules, MIN_WINDOW)
 
     def expected(self) -> torch.Tensor:
         found = oracle.attend_under(self.rules, MIN_WINDOW, self.query, self.key, self.value, gate_scores=self.scores)

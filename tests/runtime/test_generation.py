@@ -97,18 +97,6 @@ def test_prompts_that_end_in_padding(kinds, model, rows):
     assert torch.equal(model.generate(ids, attention_mask=mask, **kinds), stock)
 
 
-def test_rows_that_end_early(model, rows):
-    """A row that met its end is padded while the others go on; they are not disturbed."""
-    ids, mask = padded(rows)
-    free = model.generate(ids, attention_mask=mask, **settings(max_new_tokens=20))
-    end = int(free[1, ids.shape[1] + 3])
-    found = model.generate(ids, attention_mask=mask, **settings(max_new_tokens=20, eos_token_id=end))
-    for row in range(len(rows)):
-        new = free[row, ids.shape[1] :].tolist()
-        length = new.index(end) + 1 if end in new else len(new)
-        assert found[row, ids.shape[1] :][:length].tolist() == new[:length]
-
-
 def test_what_is_allowed_is_not_reserved(model, token_ids):
     """A server allows as many tokens as a client asks for, and stops at an end, or when it has enough."""
     ids, caches = token_ids(1, 100), []

@@ -30,7 +30,7 @@ from moacompress.evaluation.tasks.cases import Case
 from moacompress.rules.plan import Plan
 from moacompress.runtime import PlanCache, attach
 from moacompress.runtime.compat import private_names, versions
-from moacompress.runtime.compat.alternates import CACHE, CACHE_NAMES, cache_argument, returned_cache
+from moacompress.runtime.compat.alternates import CACHE_NAMES, cache_argument, returned_cache
 from moacompress.runtime.hf.attaching import attached_plan
 from tests import plan_kinds
 from tests.runtime.test_compat import product_files
@@ -330,16 +330,6 @@ def test_an_untested_version_that_lacks_something_is_refused(
         assert "does not run with transformers 5.99.1" in said
         assert "transformers.a.b is missing; it is for seeing, and 1 more" in said
         assert versions.requirement() in said
-
-
-def test_a_cache_of_another_name_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the checks of an untested version look at first: the name under which a model takes a cache."""
-    from transformers.models.llama.modeling_llama import LlamaForCausalLM
-
-    def forward(self: Any, input_ids: Any = None, state: Any = None, **kwargs: Any) -> None: ...
-
-    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
-    assert f"has no {CACHE}" in {broken.problem for broken in private_names.check()}
 
 
 def test_the_tested_versions_are_one_list() -> None:

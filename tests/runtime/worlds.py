@@ -14,6 +14,8 @@ import torch
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels import dispatch
+from moacompress.kernels.reference.rounding import round_to
+from moacompress.rules.formats import FORMATS
 from moacompress.rules.share import reuse_layers_of
 from moacompress.runtime.cache.block_runs import LAG
 from moacompress.runtime.cache.plan_cache import PlanCache
@@ -135,14 +137,19 @@ def expected(plan, layer, query, key, value, scored, centre):
         if each.selects:
             entered, gone, left = selected(each, plan.min_window, scored[head // group].tolist())
             seen |= (j <= i) & (entered[j] <= left[i]) & (left[i] < gone[j])
-        k, v = key[head // group], oracle.kept(value[head // group], each.value_format)
+        k, v = key[head // group], kept(value[head // group], each.value_format)
         if centre is None:
-            k = oracle.kept(k, each.key_format)
+            k = kept(k, each.key_format)
         else:
             wide, c = torch.promote_types(k.dtype, torch.float32), torch.from_numpy(centre[head // group])
-            k = oracle.kept((k.to(wide) - c).to(k.dtype), each.key_format).to(wide) + c
+            k = kept((k.to(wide) - c).to(k.dtype), each.key_format) + c
         out[head] = oracle.attend_head(query[head : head + 1], k, v, torch.from_numpy(seen))[0][0]
     return out
+
+
+def kept(x, name):
+    """What is attended to of keys or values, `[tokens, dim]`, in a format: float64; `oracle.kept` has the dtype of `x`."""
+    return (round_to(x, FORMATS[name].bits) if FORMATS[name].bits else x).double()
 
 
 class Attention:
