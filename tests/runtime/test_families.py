@@ -108,6 +108,7 @@ def test_a_plan_is_the_stock_model_with_its_masks_and_rounded_keys_and_values(
     expected = oracle.logits(model, native, ids)
     assert difference(expected, logits(model, ids, use_cache=False)) > 0.01, "the plan must change the model"
     attach(model, native)
+    assert difference(logits(model, ids, use_cache=False), expected) < EXACT
     assert difference(in_parts(model, native, ids), expected) < EXACT
     detach(model)
     spans, expected = expected, oracle.logits(model, plan, ids)

@@ -96,6 +96,16 @@ def test_gradients_of_the_input(onednn, graph):
     torch._dynamo.reset()
 
 
+def test_a_weight_that_is_trained_has_its_gradient(onednn):
+    layer = nn.Linear(8, 4)
+    use_kernels(layer)
+    for rows in (1, 130):
+        layer.zero_grad()
+        layer(torch.randn(rows, 8)).sum().backward()
+        assert layer.weight.grad is not None
+        assert layer.bias.grad is not None
+
+
 @pytest.mark.parametrize(
     "change",
     [

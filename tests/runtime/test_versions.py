@@ -113,7 +113,8 @@ def test_generate_runs_with_the_plans_cache(family: str, under: Callable[..., An
     assert cache.get_seq_length() == 150 + NEW - 1
     assert cache.used_bytes() == plan.kv_bytes(150 + NEW - 1)
     assert sum(cache.step_routes.values()) == plan.model.layers * (NEW - 1)
-    for layer, row in zip(cache.layers, plan.rules, strict=True):
+    layers: Any = cache.layers
+    for layer, row in zip(layers, plan.rules, strict=True):
         assert (layer.held.selected is not None) == any(rule.selects for rule in row)
     assert torch.equal(out.sequences, generated(model, ids, use_cache=False).sequences)
 
