@@ -109,10 +109,10 @@ def test_it_answers_as_the_original_does(family, copied, under_plan, plans):
     assert torch.equal(logits(again, plan), expected)
 
 
-@pytest.mark.parametrize("call", CALLS)
-def test_it_answers_as_the_original_does_where_it_is_compiled(call, copied, under_plan, plans):
+@pytest.mark.parametrize(("way", "call"), [("pickle", "function"), ("deepcopy", "method")])
+def test_it_answers_as_the_original_does_where_it_is_compiled(way, call, under_plan, plans):
     """The graph of a copy names its own parts of the plan: it runs when those of the original are gone."""
-    plan, _ = plans()
+    (plan, _), copied = plans(), WAYS[way]
     made = under_plan()
     expected = logits(made, plan)
     first, compiled = copied(made), CALLS[call](made)
