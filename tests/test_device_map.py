@@ -45,7 +45,7 @@ def shared(model: Any) -> Plan:
     return Plan(plan.model, plan.min_window, with_shared_rules(plan.rules, shares), shares=shares)
 
 
-KINDS = {**plan_kinds.KINDS, "centres": plan_kinds.centres, "shared": shared}
+KINDS = {"gates": plan_kinds.gates, "centres": plan_kinds.centres, "shared": shared}
 
 
 def places(*devices: str) -> dict[str, str]:

@@ -19,7 +19,8 @@ CHANGES = {
     "hook on attention": lambda model: attention_modules(model)[1].register_forward_pre_hook(lambda *arguments: None),
     "another class of a layer": lambda model: other_class(model.model.layers[1]),
     "attention in training": lambda model: attention_modules(model)[1].train(),
-    "compiled": lambda model: model.model.layers[1].mlp.compile(backend="eager"),
+    "a compiled part": lambda model: model.model.layers[1].mlp.compile(backend="eager"),
+    "compiled layers": lambda model: [layer.compile(backend="eager", fullgraph=True) for layer in model.model.layers],
     "another kind of tensor": lambda model: setattr(
         model.model.layers[1].mlp.up_proj, "weight", other_tensor(model.model.layers[1].mlp.up_proj.weight)
     ),
@@ -101,15 +102,14 @@ def test_other_numbers_are_read_anew(model, calls, one_by_one, steps):
     assert torch.equal(one_by_one(made, 2, 40), found)
 
 
-@pytest.mark.parametrize("asked", ["prompt", "step"])
-def test_after_hidden_states_all_layers_are_one_call_again(asked, model, calls):
+def test_after_hidden_states_all_layers_are_one_call_again(model, calls):
     """The hooks that capture them stay on the layers, and do nothing in other forwards."""
     made = model()
     ids = torch.randint(3, made.config.vocab_size, (2, 70))
     captured = [*range(53, 55), *range(60, 62)]
     with torch.no_grad():
         expected = model()(ids, use_cache=False, output_hidden_states=True)
-        cache = made(ids[:, :50], output_hidden_states=asked == "prompt").cache
+        cache = made(ids[:, :50], output_hidden_states=True).cache
         for at in range(50, 70):
             before = calls["steps"] - calls["cache"]
             found = made(ids[:, at : at + 1], cache=cache, output_hidden_states=at in captured)
@@ -123,8 +123,9 @@ def test_after_hidden_states_all_layers_are_one_call_again(asked, model, calls):
     assert calls["layers"] == 1  # nothing was read again
 
 
-@pytest.mark.parametrize("place", ["", "self_attn", "mlp", "mlp.up_proj", "input_layernorm"])
-@pytest.mark.parametrize("first", ["hook", "hidden states"])
+@pytest.mark.parametrize(
+    ("first", "place"), [("hook", ""), ("hidden states", "self_attn"), ("hidden states", "mlp.up_proj")]
+)
 def test_other_hooks_are_seen_beside_those_that_capture(first, place, model, calls):
     made, seen = model(), []
     ids = torch.randint(3, made.config.vocab_size, (2, 60))

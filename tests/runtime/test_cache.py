@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import io
 import pickle
 import weakref
 
@@ -25,24 +24,21 @@ def settings(**more):
     return {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True, **more}
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("seed", range(3))
-def test_blocks_are_the_plans_at_every_length(family, seed, tiny_model, random_plan, token_ids):
-    model = tiny_model(family)
-    plan = random_plan(model_shape(model), seed)
+def test_blocks_are_the_plans_from_the_first_token_on(tiny_model, random_plan, token_ids):
+    model = tiny_model("mistral", sliding_window=24)
+    plan = random_plan(model_shape(model), 1)
     attach(model, plan)
-    ids = token_ids(2, 140)
+    ids, found = token_ids(2, 40), []
     cache = PlanCache(plan)
     with torch.no_grad():
         for at in range(40):
-            model(ids[:, at : at + 1], cache=cache)
+            found.append(model(ids[:, at : at + 1], cache=cache).logits)
             assert cache.used_bytes() == plan.kv_bytes(at + 1, batch=2)
-        model(ids[:, 40:137], cache=cache)
-    assert cache.get_seq_length() == 137
-    assert cache.used_bytes() == plan.kv_bytes(137, batch=2)
+        expected = model(ids, use_cache=False).logits
+    assert (torch.cat(found, 1) - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_memory_is_the_plans_where_the_length_is_known(seed, tiny_model, random_plan, token_ids):
     """`generate` knows how long it may get: what it takes is the most that the plan needs on the way, and no more."""
     model = tiny_model()
@@ -88,25 +84,6 @@ def test_the_prompt_is_really_freed(tiny_model, token_ids):
     assert all(layer.blocks <= 2 * 4 for layer in cache.layers)
     leftovers = [o for o in gc.get_objects() if type(o) is torch.Tensor and 777 in o.shape and o.ndim == 4]
     assert not leftovers
-
-
-def test_beams_share_blocks(tiny_model, random_plan, token_ids):
-    model = tiny_model()
-    plan = random_plan(model_shape(model), 2, full_share=0.5)
-    attach(model, plan)
-    with torch.no_grad():
-        cache = model(token_ids(1, 160)).cache
-        one = cache.used_bytes()
-        cache.batch_repeat_interleave(4)
-        assert cache.batch_size == 4
-        assert cache.used_bytes() == one
-        model(token_ids(4, 1, seed=1), cache=cache)
-        heads = plan.model.layers * plan.model.kv_heads
-        assert cache.used_bytes() <= one + 4 * heads * BLOCK * plan.model.token_bytes(Rule.FULL)
-        cache.reorder_cache(torch.tensor([2, 2, 2, 2]))
-        assert cache.used_bytes() == plan.kv_bytes(161)
-        pool = cache.layers[0].held.pool
-        assert pool.used == cache.layers[0].blocks, "what no row has any more is free"
 
 
 @pytest.mark.parametrize("chunk", [None, 50])
@@ -166,11 +143,17 @@ def test_forks_share_blocks_and_give_them_back(tiny_model, random_plan, token_id
 
 
 def test_rolling_back_needs_a_record(tiny_model, token_ids):
+    """But where nothing is evicted."""
     model = tiny_model()
-    plan = Plan.uniform(model_shape(model), Rule(4, 40, 0))
-    attach(model, plan)
+    attach(model, Plan.full(model_shape(model)))
     ids = token_ids(1, 300)
     with torch.no_grad():
+        expected = model(ids[:, :60], use_cache=False).logits[:, 30:]
+        cache = model(ids[:, :100]).cache
+        cache.crop(-70)
+        assert (model(ids[:, 30:60], cache=cache).logits - expected).abs().max() < 1e-5
+        plan = Plan.uniform(model_shape(model), Rule(4, 40, 0))
+        attach(model, plan)
         cache = model(ids[:, :250]).cache
         with pytest.raises(UnsupportedError, match="cannot be rolled back by 40 tokens"):
             cache.crop(-40)
@@ -186,26 +169,18 @@ def test_rolling_back_needs_a_record(tiny_model, token_ids):
 
 
 def test_what_gates_selected_is_remembered_of_few_lengths(tiny_model, token_ids):
-    """And is there again wherever a record lets go back to, after steps and chunks of any size."""
     model = tiny_model()
     attach(model, plan_kinds.gates(model))
     cache, ids, at = PlanCache(model._moacompress.plan), token_ids(1, 700), 0
     cache.activate_past_recording()
     with torch.no_grad():
-        for size in (90, *[1] * 200, 127, *[1] * 30, 100, 60):
+        for size in (90, *[1] * 20, 127, *[1] * 10, 100, 60):
             model(ids[:, at : at + size], cache=cache, logits_to_keep=1)
             at += size
             assert max(len(layer._held.past) for layer in cache.layers) <= 5
-        for count in (1, 77, LAG):
-            cache.crop(-count)
-            again = model(ids[:, at - count : at], cache=cache).logits
-            fresh = PlanCache(model._moacompress.plan)
-            model(ids[:, : at - count], cache=fresh, logits_to_keep=1)
-            expected = model(ids[:, at - count : at], cache=fresh).logits
-            assert (again - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["windows", "formats", "gates"])
+@pytest.mark.parametrize("kind", ["formats", "gates"])
 def test_another_default_device_is_left_alone(kind, tiny_model, token_ids):
     model = tiny_model()
     attach(model, plan_kinds.KINDS[kind](model))
@@ -219,81 +194,21 @@ def test_another_default_device_is_left_alone(kind, tiny_model, token_ids):
     assert (found - expected).abs().max() < 1e-4
 
 
-def test_a_full_span_cache_rolls_back_without_a_record(tiny_model, token_ids):
+def test_a_pickled_cache_has_the_blocks_in_use_and_no_more(tiny_model, token_ids):
+    """Each once however many rows name it; it shares nothing with the one it was."""
     model = tiny_model()
-    attach(model, Plan.full(model_shape(model)))
-    ids = token_ids(1, 100)
-    with torch.no_grad():
-        expected = model(ids[:, :60], use_cache=False).logits[:, 30:]
-        cache = model(ids).cache
-        cache.crop(-70)
-        assert (model(ids[:, 30:60], cache=cache).logits - expected).abs().max() < 1e-5
-
-
-def test_an_interrupted_forward_is_noticed(tiny_model, random_plan, token_ids, monkeypatch):
-    model = tiny_model()
-    attach(model, random_plan(model_shape(model), 2))
-    ids = token_ids(1, 30)
-    cache = model(ids).cache
-    layer = model.model.layers[1]
-    original = layer.forward
-
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(layer, "forward", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        model(ids[:, :1], cache=cache)
-    monkeypatch.setattr(layer, "forward", original)
-    with pytest.raises(UnsupportedError, match="in the middle of a forward"):
-        model(ids[:, :1], cache=cache)
-    with pytest.raises(UnsupportedError, match="in the middle of a forward"):
-        cache.fork()
-    with pytest.raises(UnsupportedError, match="in the middle of a forward"):
-        pickle.dumps(cache)
-
-
-def saved(cache):
-    file = io.BytesIO()
-    torch.save(cache, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("way", [lambda cache: pickle.loads(pickle.dumps(cache)), saved], ids=["pickle", "torch.save"])
-@pytest.mark.parametrize("kind", ["plain", "padded", "repeated", "recording", "gates", "shares"])
-def test_a_pickled_cache_goes_on_as_it_would_have(kind, way, tiny_model, token_ids):
-    """It has the blocks in use and no more, each once however many rows name it, and shares nothing with the one it was."""
-    model = tiny_model()
-    plan = getattr(plan_kinds, kind if kind in ("gates", "shares") else "windows")(model)
+    plan = plan_kinds.windows(model)
     attach(model, plan)
-    ids, mask = token_ids(2, 100), torch.ones(2, 90, dtype=torch.long)
-    mask[0, :33] = 0
+    ids = token_ids(2, 100)
     cache = PlanCache(plan)
     with torch.no_grad():
-        if kind == "recording":
-            cache.activate_past_recording()
-        model(ids[:, :90], attention_mask=mask if kind == "padded" else None, cache=cache)
-        if kind == "recording":
-            cache.crop(-7)
-        if kind == "repeated":
-            cache.batch_repeat_interleave(2)
-        rows = cache.batch_size // 2
+        model(ids[:, :90], cache=cache)
+        cache.batch_repeat_interleave(2)
         fork = cache.fork()
-        model(ids.repeat_interleave(rows, 0), cache=fork)  # what it writes is in the memory that is shared
-        twin = way(cache)
+        model(ids.repeat_interleave(2, 0), cache=fork)  # what it writes is in the memory that is shared
+        twin = pickle.loads(pickle.dumps(cache))
         assert twin.kv_bytes() == twin.used_bytes() == cache.used_bytes() < cache.kv_bytes()
-        before = [layer.lengths.copy() for layer in cache.layers]
-        steps = ids[:, 90:].repeat_interleave(rows, 0).split(1, 1)
-        found = [model(step, cache=twin).logits for step in steps]
-        assert all((layer.lengths == length).all() for layer, length in zip(cache.layers, before, strict=True))
-        assert torch.equal(torch.cat(found), torch.cat([model(step, cache=cache).logits for step in steps]))
-        if kind == "recording":
-            cache.crop(-20)
-            twin.crop(-20)
-        assert twin.used_bytes() == cache.used_bytes()
-        assert torch.equal(model(steps[0], cache=twin).logits, model(steps[0], cache=cache).logits)
-        pools = [layer.held.pool for layer in twin.layers if hasattr(layer, "held")]
+        pools = [layer.held.pool for layer in twin.layers]
         del twin
         gc.collect()
         assert not any(pool.refs.any() for pool in pools)
@@ -342,12 +257,16 @@ def test_rows_by_a_mask_and_emptying(tiny_model, random_plan, token_ids):
     assert cache.get_seq_length() == 0
     assert cache.kv_bytes() == 0
     assert cache.batch_size == -1
-    with pytest.raises(UnsupportedError, match="holds 3 rows, the input has 2"):
-        model(ids[:2, :1], cache=model(ids).cache)
+    cache = model(ids).cache
+    for _ in range(2):  # before a step and after one
+        with pytest.raises(UnsupportedError, match="holds 3 rows, the input has 2"):
+            model(ids[:2, :1], cache=cache)
+        with torch.no_grad():
+            model(ids[:, :1], cache=cache)
 
 
 @pytest.mark.parametrize("backend", ["compiled", "reference"])
-@pytest.mark.parametrize("kind", [plan_kinds.windows, plan_kinds.formats, plan_kinds.gates])
+@pytest.mark.parametrize("kind", [plan_kinds.formats, plan_kinds.gates])
 def test_a_cache_of_inference_mode_goes_on_outside(kind, backend, tiny_model, token_ids, request, use_backend):
     if backend == "compiled":
         request.getfixturevalue("compiled_kernels")

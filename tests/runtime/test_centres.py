@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.models.source import model_shape
@@ -23,7 +20,6 @@ from moacompress.runtime import PlanCache, attach
 from moacompress.runtime.decode import attention
 from tests.conftest import TINY
 from tests.plan_kinds import KINDS, centres, random_centres, random_plan, with_shares
-from tests.runtime.test_routes import WITHOUT
 
 BOUNDED = "gemma2"
 """A family that bounds its scores, which count as they are."""
@@ -78,67 +74,24 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert (found - expected).abs().max() < 2e-3 * expected.abs().max()  # scores of some hundred have an ulp of 3e-5
 
 
-@pytest.mark.parametrize("kind", NATIVE)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "kind"), [(family, NATIVE[number % len(NATIVE)]) for number, family in enumerate(FAMILIES)]
+)
 def test_nothing_changes_at_native_formats(family: str, kind: str, pair: Any, token_ids: Any) -> None:
     plain, moved = pair(family, kind)
     ids = token_ids(2, 75) % plain.config.get_text_config().vocab_size
     with torch.no_grad():
         assert_close(moved(ids, use_cache=False).logits, plain(ids, use_cache=False).logits)
-        assert_close(stepped(moved, ids), stepped(plain, ids))
         mask = torch.ones_like(ids)
         mask[1, :9] = 0
-        assert_close(stepped(moved, ids, mask=mask)[0], stepped(plain, ids, mask=mask)[0])
+        found, expected = stepped(moved, ids, mask=mask), stepped(plain, ids, mask=mask)
+        assert_close(found[0], expected[0])
+        assert_close(found[1, 9:], expected[1, 9:])
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-@pytest.mark.parametrize("kind", NATIVE)
-def test_on_other_backends(backend: str, kind: str, pair: Any, token_ids: Any, use_backend: Any) -> None:
-    plain, moved = pair(kind=kind)
-    ids = token_ids(2, 66) % 160
-    use_backend(backend)
-    with torch.no_grad():
-        assert_close(stepped(moved, ids), stepped(plain, ids))
-
-
-@pytest.mark.usefixtures("compiled_kernels")
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_by_every_route(family: str, pair: Any, token_ids: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, moved = pair(family)
-    ids = token_ids(2, 75) % 160
-    with torch.no_grad():
-        expected = stepped(plain, ids)
-        for name, without in WITHOUT.items():
-            without(monkeypatch)
-            cache = moved(ids[:, :50]).cache
-            moved(ids[:, 50:51], cache=cache)
-            assert set(cache.step_routes) == {name}
-            assert_close(stepped(moved, ids), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_calls_subtract_as_plain_attention_does(
-    dtype: torch.dtype, tiny_model: Any, token_ids: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A plan's own centres, and formats: what is cached by the step through all layers is what plain torch caches."""
-    model = tiny_model("qwen2").to(dtype)
-    attach(model, centres(model))
-    ids = token_ids(2, 80) % 160
-    with torch.no_grad():
-        found = stepped(model, ids)
-        for without in WITHOUT.values():
-            without(monkeypatch)
-        expected = stepped(model, ids)
-    limit = (
-        1e-3 if dtype == torch.float32 else 0.2
-    )  # a code that falls on the other side moves little; of 16 bits many do
-    assert (found - expected).abs().max() < limit * expected.abs().max()
-
-
-@pytest.mark.parametrize("kind", NATIVE)
-def test_compiled_by_torch(kind: str, pair: Any, token_ids: Any) -> None:
+def test_compiled_by_torch(pair: Any, token_ids: Any) -> None:
     torch._dynamo.reset()
-    plain, moved = pair(kind=kind)
+    plain, moved = pair(kind="shares")
     ids = token_ids(2, 64) % 160
     with torch.no_grad():
         expected = stepped(plain, ids)
@@ -146,11 +99,10 @@ def test_compiled_by_torch(kind: str, pair: Any, token_ids: Any) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gpt_oss"])
-def test_gradients_are_those_of_keys_as_they_are(family: str, pair: Any, token_ids: Any) -> None:
+def test_gradients_are_those_of_keys_as_they_are(pair: Any, token_ids: Any) -> None:
     found = []
     ids = token_ids(1, 70) % 160
-    for model in pair(family):
+    for model in pair("gpt_oss"):
         model.requires_grad_(True)
         model(ids, labels=ids, use_cache=False).loss.backward()
         found.append({name: weight.grad for name, weight in model.named_parameters()})
@@ -186,19 +138,6 @@ def test_a_centre_makes_codes_of_keys_with_a_bias_exact(
         plan = Plan.uniform(shape, Rule.FULL.in_formats("int4", "native"), 16)
         without, less = under(plan), under(replace(plan, centres=as_centres(torch.stack(keys).numpy())))
     assert (less - expected).abs().mean() < 0.2 * (without - expected).abs().mean()
-
-
-def test_they_are_saved_and_loaded(tiny_model: Any, token_ids: Any, tmp_path: Path) -> None:
-    model, ids = tiny_model("qwen2"), token_ids(1, 70) % 160
-    plan = centres(model)
-    attach(model, plan).save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.config.quantization_config.plan == plan
-    with torch.no_grad():
-        expected = model(ids).logits
-        assert torch.equal(loaded(ids).logits, expected)
-        assert torch.equal(pickle.loads(pickle.dumps(loaded))(ids).logits, expected)
-        assert not torch.equal(attach(tiny_model("qwen2"), replace(plan, centres=()))(ids).logits, expected)
 
 
 def test_bounded_scores_have_none(tiny_model: Any, token_ids: Any) -> None:

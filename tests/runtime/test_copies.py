@@ -25,17 +25,9 @@ from moacompress.runtime.hf.attaching import attached_plan
 LAYERS, PROMPT, STEPS = 2, 60, 4
 
 
-def saved(model: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 WAYS: dict[str, Callable[[Any], Any]] = {
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
     "deepcopy": copy.deepcopy,
-    "torch.save": saved,
 }
 CALLS: dict[str, Callable[[Any], Any]] = {
     "function": lambda model: torch.compile(model, backend="eager", fullgraph=True),
@@ -44,7 +36,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 """The two ways to compile a model."""
 
 
-@pytest.fixture(params=["pickle", "deepcopy", pytest.param("torch.save", marks=pytest.mark.heavy)])
+@pytest.fixture(params=["pickle", "deepcopy"])
 def copied(request: pytest.FixtureRequest) -> Callable[[Any], Any]:
     """Copies a model, in every way in turn."""
     return WAYS[request.param]
@@ -101,7 +93,7 @@ def hooks(attention: Any) -> list[Any]:
     return list(attention._forward_pre_hooks.values())
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_it_answers_as_the_original_does(family, copied, under_plan, plans):
     plan, other = plans(family)
     made = under_plan(family)
@@ -117,10 +109,10 @@ def test_it_answers_as_the_original_does(family, copied, under_plan, plans):
     assert torch.equal(logits(again, plan), expected)
 
 
-@pytest.mark.parametrize("call", CALLS)
-def test_it_answers_as_the_original_does_where_it_is_compiled(call, copied, under_plan, plans):
+@pytest.mark.parametrize(("way", "call"), [("pickle", "function"), ("deepcopy", "method")])
+def test_it_answers_as_the_original_does_where_it_is_compiled(way, call, under_plan, plans):
     """The graph of a copy names its own parts of the plan: it runs when those of the original are gone."""
-    plan, _ = plans()
+    (plan, _), copied = plans(), WAYS[way]
     made = under_plan()
     expected = logits(made, plan)
     first, compiled = copied(made), CALLS[call](made)
@@ -148,12 +140,10 @@ with open(f"{folder}/dense", "rb") as file:
 if action == "write":
     with open(f"{folder}/pickle", "wb") as file:
         pickle.dump(first, file)
-    torch.save(first, f"{folder}/torch.save")
     models = {"original": first}
 else:
     with open(f"{folder}/pickle", "rb") as file:
         models = {"pickle": pickle.load(file)}
-    models["torch.save"] = torch.load(f"{folder}/torch.save", weights_only=False)
 for name, model in models.items():
     for kind, run in (("eager", model), ("compiled", torch.compile(model, backend="eager", fullgraph=True))):
         cache = PlanCache(own)
@@ -206,17 +196,16 @@ def test_it_answers_as_the_original_does_in_another_process(tiny_model, plans, t
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     expected = torch.load(tmp_path / "eager original")
-    for name in ("pickle", "torch.save"):
-        assert torch.equal(torch.load(tmp_path / f"eager {name}"), expected)
-        assert are_close(torch.load(tmp_path / f"compiled {name}"), expected)
+    assert torch.equal(torch.load(tmp_path / "eager pickle"), expected)
+    assert are_close(torch.load(tmp_path / "compiled pickle"), expected)
 
 
 @pytest.mark.parametrize("detached", ["original", "copy"])
-def test_the_one_is_detached_and_the_other_stays(detached, copied, under_plan, plans, tiny_model):
+def test_the_one_is_detached_and_the_other_stays(detached, under_plan, plans, tiny_model):
     plan, other = plans()
     made, dense = under_plan(), tiny_model(num_hidden_layers=LAYERS)
     ids = torch.randint(3, 160, (1, PROMPT))
-    expected, twin = logits(made, plan), copied(made)
+    expected, twin = logits(made, plan), copy.deepcopy(made)
     left, kept = (made, twin) if detached == "original" else (twin, made)
     with torch.no_grad():
         assert torch.equal(detach(left)(ids).logits, dense(ids).logits)
@@ -229,11 +218,11 @@ def test_the_one_is_detached_and_the_other_stays(detached, copied, under_plan, p
     assert torch.equal(logits(kept, plan), expected)
 
 
-def test_of_a_loaded_model(copied, under_plan, plans, tmp_path):
+def test_of_a_loaded_model(under_plan, plans, tmp_path):
     plan, _ = plans()
     under_plan().save_pretrained(tmp_path / "first")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
-    expected, twin = logits(loaded, plan), copied(loaded)
+    expected, twin = logits(loaded, plan), copy.deepcopy(loaded)
     assert twin.hf_quantizer.quantization_config.plan == plan
     assert twin.hf_quantizer is not loaded.hf_quantizer
     detach(loaded)

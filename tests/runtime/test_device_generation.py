@@ -51,22 +51,13 @@ def prompts(model: Any, *padding: int, length: int = 40) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-@pytest.mark.parametrize("kind", PLANS)
-def test_greedy_is_transformers(kind: str, under_plan: Callable[[str], Any]) -> None:
-    model = under_plan(kind)
-    given = prompts(model, 0, 7)
-    wanted = model.generate(**given, max_new_tokens=24, do_sample=False)
-    assert torch.equal(generate_on_device(model, **given, max_new_tokens=24), wanted)
-
-
-@pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_places_for_tokens_come_as_they_are_needed(
-    backend: str, under_plan: Callable[[str], Any], use_backend: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+    under_plan: Callable[[str], Any], use_backend: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = under_plan("spans")
     given = prompts(model, 0, 7)
     wanted = model.generate(**given, max_new_tokens=50, do_sample=False, eos_token_id=None, pad_token_id=0)
-    use_backend(backend)
+    use_backend("reference")
     monkeypatch.setattr(pool, "AT_ONCE", 10)
     monkeypatch.setattr(ring, "AHEAD", 7)
     assert torch.equal(generate_on_device(model, **given, max_new_tokens=50, eos_token_id=[]), wanted)
@@ -85,7 +76,7 @@ def test_graphs_are_captured_again_where_rings_are_full(
     """What stands in for a graph makes a plain step, and sees to it that there is a place for its token."""
     model = under_plan("spans")
     given = prompts(model, 0, length=20)
-    wanted = model.generate(**given, max_new_tokens=60, do_sample=False, eos_token_id=None, pad_token_id=0)
+    wanted = model.generate(**given, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
     captures = []
 
     def capture(steps: DeviceSteps) -> None:
@@ -100,17 +91,17 @@ def test_graphs_are_captured_again_where_rings_are_full(
     monkeypatch.setattr(DeviceSteps, "_can_capture", True)
     monkeypatch.setattr(DeviceSteps, "_capture", capture)
     monkeypatch.setattr(PlanCache, "count_steps", lambda cache, steps: None)  # the stand-in's step is counted as it is
-    for at_once, ahead, least in ((10, 7, 5), (pool.AT_ONCE, 7, 1), (10, ring.AHEAD, 5)):
+    for at_once, ahead, least in ((8, 7, 3), (pool.AT_ONCE, 7, 1)):
         monkeypatch.setattr(pool, "AT_ONCE", at_once)
         monkeypatch.setattr(ring, "AHEAD", ahead)
         captures.clear()
-        assert torch.equal(generate_on_device(model, **given, max_new_tokens=60, eos_token_id=[]), wanted)
+        assert torch.equal(generate_on_device(model, **given, max_new_tokens=24, eos_token_id=[]), wanted)
         assert (len(captures) >= least) if least > 1 else len(captures) == 1
 
 
-@pytest.mark.parametrize("look_every", [1, 3, 100])
-def test_rows_end_as_they_do_in_transformers(look_every: int, under_plan: Callable[[str], Any]) -> None:
-    model = under_plan("spans")
+@pytest.mark.parametrize(("kind", "look_every"), [("formats", 1), ("gates", 3), ("shares", 100)])
+def test_rows_end_as_they_do_in_transformers(kind: str, look_every: int, under_plan: Callable[[str], Any]) -> None:
+    model = under_plan(kind)
     given = prompts(model, 0, 7, 3)
     free = model.generate(**given, max_new_tokens=20, do_sample=False)[:, 40:]
     ends = sorted({int(free[0, 3]), int(free[1, 9]), int(free[2, 6])})
@@ -123,7 +114,7 @@ def test_rows_end_as_they_do_in_transformers(look_every: int, under_plan: Callab
     assert wanted.shape[1] <= 60
 
 
-@pytest.mark.parametrize("drawn", [{}, {"temperature": 0.7, "top_k": 9}, {"temperature": 1.3, "top_p": 0.8}], ids=str)
+@pytest.mark.parametrize("drawn", [{"temperature": 0.7, "top_k": 9}, {"temperature": 1.3, "top_p": 0.8}], ids=str)
 def test_sampling_is_transformers(drawn: dict[str, Any], under_plan: Callable[[str], Any]) -> None:
     model = under_plan("spans")
     given = prompts(model, 0, 7)
@@ -186,7 +177,7 @@ class _Addresses:
         return launch
 
 
-@pytest.mark.parametrize("kind", ["shares", pytest.param("gates", marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("kind", [pytest.param("shares", marks=pytest.mark.heavy), "gates"])
 def test_a_steps_tensors_stay_where_they_are(
     kind: str,
     under_plan: Callable[[str], Any],
@@ -194,13 +185,13 @@ def test_a_steps_tensors_stay_where_they_are(
     use_backend: Callable[[str], Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Over twenty steps: what the step function reads and writes, and every argument of every kernel but the token's own."""
+    """Over ten steps: what the step function reads and writes, and every argument of every kernel but the token's own."""
     from moacompress.kernels.triton import append_kernels, decode_kernels, select_kernels
 
     model = under_plan(kind)
     given = prompts(model, 0, length=20)
     with torch.no_grad():
-        steps = steps_of(model, given, 22, torch.tensor([], dtype=torch.int64))
+        steps = steps_of(model, given, 12, torch.tensor([], dtype=torch.int64))
     steps.step()
     kernels = []
     for module, name in (
@@ -213,7 +204,7 @@ def test_a_steps_tensors_stay_where_they_are(
         monkeypatch.setattr(module, name, kernels[-1])
     places = [each.data_ptr() for each in steps.held]
     launches = []
-    for _ in range(20):
+    for _ in range(10):
         before = [len(kernel.seen) for kernel in kernels]
         steps.step()
         assert [each.data_ptr() for each in steps.held] == places
@@ -221,14 +212,12 @@ def test_a_steps_tensors_stay_where_they_are(
     assert launches[0][1]
     assert all(each == launches[0] for each in launches)
     use_backend("reference")
-    wanted = model.generate(**given, max_new_tokens=22, do_sample=False)[:, 20:]  # which may end
+    wanted = model.generate(**given, max_new_tokens=12, do_sample=False)[:, 20:]  # which may end
     assert wanted.shape[1] > 5
     assert torch.equal(steps.tokens[:, : wanted.shape[1]], wanted)
 
 
-@pytest.mark.parametrize(
-    "kind", ["formats", *(pytest.param(kind, marks=pytest.mark.heavy) for kind in ("shares", "gates"))]
-)
+@pytest.mark.parametrize("kind", ["shares", "gates", pytest.param("formats", marks=pytest.mark.heavy)])
 def test_a_step_asks_the_host_for_nothing(
     kind: str, triton: Any, launched: Any, under_plan: Callable[[str], Any], pretend_device: Any
 ) -> None:
@@ -250,6 +239,7 @@ def test_a_step_asks_the_host_for_nothing(
             waits = len(device.waits)
             steps.advance()
             assert device.waits[waits:] == []
+            assert not device.doubles
         assert torch.equal(steps.tokens.cpu(), wanted[:, 20:])
 
 

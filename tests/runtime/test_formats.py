@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from moacompress.models.source import model_shape
-from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
-from moacompress.rules.windows import visible_intervals
-from moacompress.runtime import attach
-from moacompress.runtime.cache.layer_cache import PlanCacheLayer
-from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.cache.pool import Layout, Pool
 from moacompress.runtime.decode import attention
 from moacompress.runtime.decode.attention import attention_forward
@@ -34,14 +28,6 @@ def backend(request: pytest.FixtureRequest, use_backend: Callable[[str], Any]) -
     """What the machine has, and the others."""
     if request.param is not None:
         use_backend(request.param)
-
-
-@pytest.fixture
-def coded(tiny_model: Callable[..., Any], random_plan: Callable[..., Plan]) -> tuple[Any, Plan]:
-    """A tiny model under a plan with formats."""
-    model = tiny_model("llama")
-    plan = random_plan(model_shape(model), seed=9, full_share=0.1, formats=True)
-    return attach(model, plan), plan
 
 
 def attended(context: LayerContext, cache: Any, chunk: list[torch.Tensor], mask: Any = None) -> torch.Tensor:
@@ -92,83 +78,6 @@ def test_gradients_pass_straight_through_the_rounding(padded: bool) -> None:
     for one, other in zip(mine, theirs, strict=True):
         assert (one - other).abs().max() < 1e-5 * (1 + other.abs().max())
         assert other.abs().max() > 0
-
-
-def test_the_straight_way_gives_what_a_forward_without_gradients_gives(coded: tuple[Any, Plan], token_ids: Any) -> None:
-    model, _ = coded
-    ids = token_ids(2, 120)
-    with torch.no_grad():
-        without = model(ids, use_cache=False).logits
-    model.requires_grad_()
-    trained = model(ids, use_cache=False).logits
-    assert (trained - without).abs().max() < 2e-3 * without.abs().max()
-    trained.square().mean().backward()
-    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
-
-
-def test_beams_share_blocks_and_are_as_without_a_cache(coded: tuple[Any, Plan], token_ids: Any) -> None:
-    model, _ = coded
-    settings = {"num_beams": 3, "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    ids = token_ids(1, 70)
-    assert torch.equal(model.generate(ids, **settings), model.generate(ids, use_cache=False, **settings))
-
-
-@pytest.mark.usefixtures("compiled_kernels")
-def test_a_compiled_model_gives_the_same(coded: tuple[Any, Plan], token_ids: Any) -> None:
-    model, plan = coded
-    ids = token_ids(2, 60)
-    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
-    caches = [PlanCache(plan) for _ in range(2)]
-    with torch.no_grad():
-        for part in (ids[:, :50], ids[:, 50:51], ids[:, 51:52]):
-            one, other = (run(part, cache=cache).logits for run, cache in zip((model, compiled), caches, strict=True))
-            assert (one - other).abs().max() < 2e-3 * one.abs().max()
-    model.requires_grad_()
-    loss = [run(ids, use_cache=False).logits.square().mean() for run in (model, compiled)]
-    found = [torch.autograd.grad(one, model.get_input_embeddings().weight)[0] for one in loss]
-    assert (found[0] - found[1]).abs().max() < 2e-3 * found[0].abs().max()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_codes_are_the_same_however_the_tokens_come(dtype: torch.dtype) -> None:
-    """In one chunk, in chunks, one by one and in a larger batch: given the same keys and values, byte for byte."""
-    torch.manual_seed(0)
-    rows, tokens, dim = 3, 50, 16
-    chunk = [torch.randn(rows, heads, tokens, dim).to(dtype) for heads in (6, 3, 3)]
-    plan = Plan(_shape(dim), 16, (RULES,))
-    context = LayerContext.of(0, RULES, 16, None)
-
-    def contents(own: list[torch.Tensor], sizes: tuple[int, ...]) -> list[torch.Tensor]:
-        """What is kept of every token of row 0 that is visible: numbers, or codes, scale and zero point."""
-        cache, at = PlanCache(plan), 0
-        found: list[torch.Tensor] = []
-        for size in sizes:
-            part = [tensor[:, :, at : at + size] for tensor in own]
-            cache.update(part[1], part[2], 0)
-            attended(context, cache, part)
-            at += size
-        held = cast(PlanCacheLayer, cache.layers[0]).blocks_held()
-        pool, starts = held.pool, torch.tensor([0, *map(len, held.pool.keys)]).cumsum(0)
-        for head, rule in enumerate(RULES):
-            (first, sink_end), (start, _) = visible_intervals(tokens, rule.span(16))
-            for j in (*range(first, sink_end), *range(start, tokens)):
-                block = int(held.table.ids[0, head, j // 16])
-                number = int((starts <= block).sum()) - 1
-                for half, memory in zip(pool.layout.kinds[pool.kinds[block]], (pool.keys, pool.values), strict=True):
-                    inside = torch.tensor(block - int(starts[number])), torch.tensor(j % 16)
-                    found += half.kept(memory[number], *inside) if half.bits else [memory[number][inside]]
-        return found
-
-    whole = contents(chunk, (50,))
-    assert len(whole) > 200
-    for own, sizes in ((chunk, (17, 1, 1, 30, 1)), (chunk, (1,) * 50), ([t[:1] for t in chunk], (50,))):
-        assert all(torch.equal(one, other) for one, other in zip(whole, contents(own, sizes), strict=True))
-
-
-def _shape(dim: int) -> Any:
-    from moacompress.rules.model_shape import ModelShape
-
-    return ModelShape("llama", 1, 6, 3, dim, "float32", (None,), "")
 
 
 def test_a_block_may_be_of_other_formats_of_as_many_bytes() -> None:

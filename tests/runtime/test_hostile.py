@@ -33,16 +33,9 @@ MiB = 2**20
 
 
 @pytest.fixture
-def folder(
-    tmp_path: Path, tiny_model: Callable[..., Any], tiny_tokenizer: Any, random_plan: Callable[..., Plan]
-) -> Path:
+def folder(tmp_path: Path, compressed: Path) -> Path:
     """A compressed tiny Llama, whole."""
-    model = tiny_model()
-    plan = random_plan(model_shape(model), 2)
-    attach(model, plan).save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
-    plan.save(tmp_path / "model" / "plan.json")
-    return tmp_path / "model"
+    return shutil.copytree(compressed / "model", tmp_path / "model")
 
 
 def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -85,19 +78,12 @@ def deep(levels: int) -> dict[str, Any]:
     return value
 
 
-ALPHAS: list[Any] = [
-    *(10**30, -(10**30), -1, 1.5, 1e300, float("nan"), float("inf"), True, "7", None),
-    [7],
-    {},
-]
+ALPHAS: tuple[Any, ...] = (10**30, -1, 1.5, float("nan"), True, "7", None, [7])
 PLANS: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     *((in_plan("layers", 1, "alpha", 0, value=value), "alpha of layer 1 KV head 0") for value in ALPHAS),
     (in_plan("layers", 1, "beta_q", 1, value=-512), "beta_q of layer 1 KV head 1 is -512"),
-    (in_plan("layers", 1, "sink", 1, value=-4), "sink of layer 1 KV head 1 is -4"),
     (in_plan("min_window", value=-32), "min_window is -32"),
-    (in_plan("min_window", value=10**12), "min_window is 1000000000000"),
     (in_plan("model", "heads", value=[-4] * 3), "model.heads of layer 0 is -4"),
-    (in_plan("model", "kv_heads", value=[-2] * 3), "model.kv_heads of layer 0 is -2"),
     (in_plan("model", "kv_heads", value=[10**9] * 3), "model.kv_heads of layer 0 is 1000000000, outside"),
     (
         in_plan("layers", 1, "key_centre", value=["A" * 10**6, None]),
@@ -106,7 +92,6 @@ PLANS: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (in_plan("model", "native_windows", value=[-1, None, None]), "native_windows of layer 0 is -1"),
     (in_plan("model", "layers", value=10**9), "model.layers is 1000000000, outside"),
     (in_plan("model", "layers", value=4000), "kv_heads has 3 entries, not 4000"),
-    (in_plan("layers", value=[]), "layers has 0 entries, not 3"),
     (in_plan("layers", value=[{}] * 3000), "layers has 3000 entries, not 3"),
     (
         in_plan("layers", 1, value={f"x{i}": 0 for i in range(10**5)}),
@@ -114,12 +99,10 @@ PLANS: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     ),
     (in_plan("quality", value=deep(80)), "quality must be an object of finite numbers and texts, at most 64 deep"),
     (in_plan("provenance", value={"a": "x" * 70_000}), "provenance must be .* and 65,536 numbers and characters"),
-    (in_plan("provenance", value={"a": [0] * 70_000}), "provenance must be .* and 65,536 numbers and characters"),
     (in_plan("budget", value={"asked": 5}), "budget.asked must be a list, not '5'"),
     (in_plan("budget", value={"bytes": {"-1": {}}}), "budget.bytes must be an object of lengths"),
     (in_plan("provenance", value={"lengths": [10**30]}), "a length in provenance.lengths is"),
     (lambda config: config["quantization_config"].update(bits=4), "quantization_config has the unknown key 'bits'"),
-    (lambda config: config["quantization_config"].update(plan=[1]), "not a moacompress plan"),
     (lambda config: config.update(num_hidden_layers=5000), "num_hidden_layers 5000, outside"),
     (lambda config: config.update(num_hidden_layers=2), "it is for 3 layers, and this model has 2 layers"),
     (lambda config: config.update(sliding_window=9, model_type="mistral"), "it is for the model type llama"),
@@ -219,8 +202,9 @@ def test_a_hostile_weights_file(kind: str, folder: Path) -> None:
     refuses(folder, match, lambda path: load_checkpoint(path, "auto", "cpu"))
 
 
-@pytest.mark.parametrize("index", ["model.safetensors.index.json", "model.safetensors.index.fp16.json"])
-@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize(
+    ("index", "absolute"), [("model.safetensors.index.json", True), ("model.safetensors.index.fp16.json", False)]
+)
 def test_an_index_that_names_files_elsewhere(index: str, absolute: bool, folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(tmp_path / "others.safetensors")
     name = str(tmp_path / "others.safetensors") if absolute else "../others.safetensors"
@@ -275,9 +259,7 @@ def test_nothing_is_unpickled(name: str, protocol: str, folder: Path, tmp_path: 
     assert mark.exists(), "the canary must sing where it is let out, or this shows nothing"
 
 
-@pytest.mark.parametrize(
-    "name", [WEIGHT, "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.k_proj.weight"]
-)
+@pytest.mark.parametrize("name", [WEIGHT, "model.embed_tokens.weight", "lm_head.weight"])
 def test_a_missing_tensor_is_never_drawn_at_random(name: str, folder: Path) -> None:
     edit_weights(folder, lambda weights: weights.pop(name))
     refuses(folder, f"lacks 1 of its weights, or holds them in another shape, such as {name}")
@@ -328,9 +310,11 @@ for folder in sys.argv[1:]:
         continue
     resource.setrlimit(resource.RLIMIT_AS, (used + 256 * 2**20, resource.RLIM_INFINITY))
     try:
-        AutoModelForCausalLM.from_pretrained(folder)
+        AutoModelForCausalLM.from_pretrained(folder) if folder else torch.ones(2**30)
     except MoaCompressError as error:
         print("refused", type(error).__name__, error, flush=True)
+    except RuntimeError:
+        print("stopped", flush=True)
     os._exit(0)
 """
 
@@ -354,7 +338,10 @@ def has_layers(folder: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit counts from what is used already")
 def test_refusals_take_no_memory(folder: Path, tmp_path: Path) -> None:
-    """With 256 MiB to spare: a file of 10 GiB of zeros, tensors and layers that would need as much."""
+    """With 256 MiB to spare: a file of 10 GiB of zeros, tensors and layers that would need as much.
+
+    The limit does stop a process that takes more.
+    """
     folders = []
     for change in (claims_a_header, claims_a_tensor, lacks_weights, has_layers):
         folders.append(shutil.copytree(folder, tmp_path / change.__name__))
@@ -363,15 +350,8 @@ def test_refusals_take_no_memory(folder: Path, tmp_path: Path) -> None:
             file = folders[-1] / "model.safetensors"
             with file.open("r+b") as stream:  # the bytes that the file claims are there, as a hole
                 stream.truncate(file.stat().st_size + GiB10)
-    done = subprocess.run([sys.executable, "-c", LIMITED, *folders], capture_output=True, text=True, timeout=300)
-    said = done.stdout.splitlines()
+    done = subprocess.run([sys.executable, "-c", LIMITED, "", *folders], capture_output=True, text=True, timeout=300)
+    control, *said = done.stdout.splitlines()
+    assert control == "stopped"
     assert len(said) == len(folders), done.stderr[-600:]
     assert all(line.startswith("refused") for line in said), said
-
-
-def test_limits_hold(tmp_path: Path) -> None:
-    """The limit of the test above does stop a process that takes more."""
-    code = LIMITED.replace("AutoModelForCausalLM.from_pretrained(folder)", "torch.ones(2**30)")
-    code = code.replace("MoaCompressError as error", "RuntimeError").replace("type(error).__name__, error", "'it'")
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=300)
-    assert done.stdout.strip() == "refused it", done.stderr[-600:]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from moacompress.core.errors import BudgetError, PlanError, UnsupportedError
+from moacompress.core.errors import PlanError, UnsupportedError
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -75,7 +75,7 @@ def pair(tiny_model: Any) -> Callable[..., tuple[Any, Any]]:
     return make
 
 
-@pytest.mark.parametrize("kind", ["full", "windows", "gates", "copies"])
+@pytest.mark.parametrize("kind", ["formats", "gates", "copies"])
 def test_a_turn_reads_what_is_new_and_answers_as_from_scratch(kind: str, pair: Any, token_ids: Any) -> None:
     keeping, plain = pair(kind)
     words = plain.config.vocab_size
@@ -83,7 +83,8 @@ def test_a_turn_reads_what_is_new_and_answers_as_from_scratch(kind: str, pair: A
     for turn in range(1, 4):
         with fed(keeping) as counts:
             answer = generate(keeping, prompt)
-        assert answer == generate(plain, prompt)
+        if kind != "formats":  # codes are of what was read in other chunks
+            assert answer == generate(plain, prompt)
         assert counts[0] == (150 if turn == 1 else 31)  # the last token of an answer was never fed
         prompt = joined(prompt, answer, token_ids(1, 30, seed=turn) % words)
     with fed(
@@ -91,15 +92,6 @@ def test_a_turn_reads_what_is_new_and_answers_as_from_scratch(kind: str, pair: A
     ) as counts:  # as where a template leaves out what was thought: the prompt before the answer is there
         generate(keeping, joined(prompt[:, :-30], token_ids(1, 40, seed=9) % words))
     assert counts[0] == 41
-
-
-def test_codes_are_continued(pair: Any, token_ids: Any) -> None:
-    keeping, _ = pair("formats")
-    prompt = token_ids(1, 150)
-    prompt = joined(prompt, generate(keeping, prompt), token_ids(1, 30, seed=1))
-    with fed(keeping) as counts:
-        generate(keeping, prompt)
-    assert counts[0] == 31
 
 
 def test_a_prompt_that_differs_anywhere_is_read_from_scratch(pair: Any, token_ids: Any) -> None:
@@ -114,9 +106,8 @@ def test_a_prompt_that_differs_anywhere_is_read_from_scratch(pair: Any, token_id
         assert counts[0] == 170
 
 
-@pytest.mark.parametrize("kind", ["windows", "gates"])
-def test_a_text_that_prompts_begin_with(kind: str, pair: Any, token_ids: Any) -> None:
-    keeping, plain = pair(kind)
+def test_a_text_that_prompts_begin_with(pair: Any, token_ids: Any) -> None:
+    keeping, plain = pair("gates")
     beginning = token_ids(1, 160, seed=9)
     read = []
     for seed in range(3):
@@ -217,25 +208,17 @@ def test_other_calls_are_as_before(pair: Any, token_ids: Any) -> None:
     assert len(prefixes(keeping)) == 2
 
 
-def test_weights_that_change_are_noticed(pair: Any, token_ids: Any) -> None:
-    keeping, plain = pair()
-    prompt = token_ids(1, 60)
-    generate(keeping, prompt)
-    prompt = joined(prompt, token_ids(1, 9))
-    for model in (keeping, plain):
-        model.get_decoder().layers[0].mlp.down_proj.weight.mul_(-1.5)
-    assert generate(keeping, prompt) == generate(plain, prompt)
-    assert [len(kept.tokens) for kept in prefixes(keeping)._kept] == [69, 80]
-
-
-def test_autocast_is_told_apart(pair: Any, token_ids: Any) -> None:
+def test_weights_that_change_and_autocast_are_noticed(pair: Any, token_ids: Any) -> None:
     keeping, plain = pair()
     prompt = token_ids(1, 60)
     generate(keeping, prompt)
     prompt = joined(prompt, token_ids(1, 9))
     with torch.autocast("cpu", torch.bfloat16):
         assert generate(keeping, prompt) == generate(plain, prompt)
+    for model in (keeping, plain):
+        model.get_decoder().layers[0].mlp.down_proj.weight.mul_(-1.5)
     assert generate(keeping, prompt) == generate(plain, prompt)
+    assert [len(kept.tokens) for kept in prefixes(keeping)._kept] == [69, 80]
 
 
 def test_keys_that_depend_on_the_length_are_refused(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,12 +286,7 @@ def test_the_prefix_used_longest_ago_goes_first(tiny_model: Any) -> None:
 
 def test_the_environment_asks_for_it(monkeypatch: pytest.MonkeyPatch, tiny_model: Any, token_ids: Any) -> None:
     plan = KINDS["windows"](tiny_model())
-    monkeypatch.setenv("MOACOMPRESS_PREFIXES", "much")
-    model = tiny_model()
-    with pytest.raises(BudgetError, match="MOACOMPRESS_PREFIXES: size 'much' is not understood; write bytes such as"):
-        attach(model, plan)
-    assert getattr(model, "_moacompress", None) is None
     monkeypatch.setenv("MOACOMPRESS_PREFIXES", "1.5MiB")
-    assert prefixes(attach(model, plan)).limit == 3 * 2**19
+    assert prefixes(attach(tiny_model(), plan)).limit == 3 * 2**19
     monkeypatch.delenv("MOACOMPRESS_PREFIXES")
     assert prefixes(attach(tiny_model(), plan)) is None

@@ -1,10 +1,9 @@
-"""The runtime on SmolLM2-135M."""
+"""The runtime on real models: SmolLM2-135M, and Gemma 3 270M, whose windows are 512 tokens in 15 of its 18 layers."""
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from moacompress.models.source import model_shape
+from moacompress.models.source import load_source
 from moacompress.pipeline import measured_kv_bytes
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -13,40 +12,58 @@ from moacompress.runtime import attach, detach
 pytestmark = pytest.mark.real
 
 
-@pytest.fixture(scope="module")
-def model(smollm2):
-    return AutoModelForCausalLM.from_pretrained(smollm2).eval()
+@pytest.fixture(scope="module", params=["smollm2", pytest.param("gemma", marks=pytest.mark.heavy)])
+def source(request):
+    return load_source(request.getfixturevalue(request.param), dtype="float32")
 
 
 @pytest.fixture
-def ids():
-    return torch.randint(100, 40_000, (1, 300), generator=torch.Generator().manual_seed(0))
+def ids(source):
+    """A text longer than Gemma's windows, so that they hide something."""
+    length = 640 if source.shape.model_type.startswith("gemma") else 300
+    numbers = ", ".join(str(n * n) for n in range(1, 400))
+    return source.tokenizer(numbers, return_tensors="pt").input_ids[:, :length]
 
 
-def test_full_span_equals_stock(model, ids):
+def close(found, expected):
+    return (found - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_full_span_equals_stock(source, ids):
+    model = source.model
+    if ids.shape[1] > 512:
+        assert source.shape.native_windows == tuple(None if layer % 6 == 5 else 512 for layer in range(18))
     with torch.no_grad():
         stock = model(ids, use_cache=False, logits_to_keep=32).logits
         tokens = model.generate(ids, max_new_tokens=8, do_sample=False)
-        attach(model, Plan.full(model_shape(model)))
-        assert (model(ids, use_cache=False, logits_to_keep=32).logits - stock).abs().max() < 1e-3 * stock.abs().max()
+        attach(model, Plan.full(source.shape))
+        assert close(model(ids, use_cache=False, logits_to_keep=32).logits, stock)
         assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), tokens)
     detach(model)
 
 
-def test_cached_equals_uncached_under_a_sparse_plan(model, ids, random_plan):
-    attach(model, random_plan(model_shape(model), 1))
+def test_cached_equals_uncached_and_the_cache_obeys_the_plan(source, ids, random_plan):
+    model, end = source.model, ids.shape[1]
+    plan = random_plan(source.shape, 1, full_share=0.2).in_dtype("float32")  # which the cache is in
+    attach(model, plan)
     with torch.no_grad():
         whole = model(ids, use_cache=False, logits_to_keep=8).logits
-        cache = model(ids[:, :200], logits_to_keep=1).cache
-        model(ids[:, 200:292], cache=cache, logits_to_keep=1)
-        steps = [model(ids[:, at : at + 1], cache=cache).logits for at in range(292, 300)]
+        cache = model(ids[:, : end - 100], logits_to_keep=1).cache
+        assert cache.used_bytes() == plan.kv_bytes(end - 100)
+        model(ids[:, end - 100 : end - 8], cache=cache, logits_to_keep=1)
+        steps = []
+        for at in range(end - 8, end):
+            steps.append(model(ids[:, at : at + 1], cache=cache).logits)
+            assert cache.used_bytes() == plan.kv_bytes(at + 1)
     detach(model)
-    assert (torch.cat(steps, 1) - whole).abs().max() < 1e-3 * whole.abs().max()
+    assert close(torch.cat(steps, 1), whole)
 
 
-def test_padded_rows_beams_and_drafts(model, ids, random_plan):
+@pytest.mark.parametrize("source", ["smollm2"], indirect=True)
+def test_padded_rows_beams_and_drafts(source, ids, random_plan):
     """A left-padded batch gives the logits of its rows alone; beams and drafts on it the tokens of runs without a cache."""
-    attach(model, random_plan(model_shape(model), 2))
+    model = source.model
+    attach(model, random_plan(source.shape, 2))
     rows = [ids[0, :200], ids[0, 120:255]]
     batch, mask = torch.zeros(2, 200, dtype=torch.long), torch.zeros(2, 200, dtype=torch.long)
     for number, row in enumerate(rows):
@@ -56,8 +73,7 @@ def test_padded_rows_beams_and_drafts(model, ids, random_plan):
     with torch.no_grad():
         together = model(batch, attention_mask=mask, position_ids=positions, logits_to_keep=8).logits
         for number, row in enumerate(rows):
-            alone = model(row[None], use_cache=False, logits_to_keep=8).logits[0]
-            assert (together[number] - alone).abs().max() < 1e-3 * alone.abs().max()
+            assert close(together[number], model(row[None], use_cache=False, logits_to_keep=8).logits[0])
         beams = model.generate(batch[1:], num_beams=2, **kinds)
         assert torch.equal(beams, model.generate(batch[1:], num_beams=2, use_cache=False, **kinds))
         drafted = model.generate(
@@ -67,12 +83,11 @@ def test_padded_rows_beams_and_drafts(model, ids, random_plan):
     detach(model)
 
 
-def test_bytes_of_the_live_cache_are_the_plans(model, smollm2, tmp_path):
-    shape = model_shape(model)
+def test_bytes_of_the_live_cache_are_the_plans(smollm2, tmp_path):
+    source = load_source(smollm2, dtype="float32")
+    shape = source.shape
     rows = [(Rule(4, 0, 128), Rule(64, 96, 64), Rule(16, 256, 0))] * shape.layers
     plan = Plan(shape, 32, tuple(rows))
-    attach(model, plan)
-    model.save_pretrained(tmp_path)
-    detach(model)
+    attach(source.model, plan).save_pretrained(tmp_path)
     assert measured_kv_bytes(tmp_path, 1024) == plan.kv_bytes(1024)
     assert plan.kv_bytes(1024) < 0.25 * shape.dense_kv_bytes(1024)

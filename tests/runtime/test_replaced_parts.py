@@ -146,25 +146,23 @@ REPLACED: dict[str, Replace] = {
 
 
 @pytest.mark.usefixtures("compiled_kernels")
-@pytest.mark.parametrize("at", ["before the plan", "between two steps"])
 @pytest.mark.parametrize("name", REPLACED)
-def test_steps_run_what_prompts_run(
-    name: str, at: str, model: Any, token_ids: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # one family each, so that all have their turn
-    family = [*FAMILIES][[*REPLACED].index(name) % 3]
+def test_steps_run_what_prompts_run(name: str, model: Any, token_ids: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One family each, and before a plan is put on or between two steps, so that all have their turn."""
+    turn = [*REPLACED].index(name)
+    family, before_plan = [*FAMILIES][turn % 3], turn % 2 == 0
     made, ids = model(family), token_ids(2, 60)
     home = import_module(f"transformers.models.{family}.modeling_{family}")
     plan = made._moacompress.plan
     with torch.no_grad():
         before = made(ids, use_cache=False).logits[:, -1]
-        if at == "before the plan":
+        if before_plan:
             detach(made)
         else:
             cache = made(ids[:, :40]).cache
             made(ids[:, 40:41], cache=cache)
         REPLACED[name](monkeypatch, home, FAMILIES[family], made)
-        if at == "before the plan":
+        if before_plan:
             attach(made, plan)
         expected = made(ids, use_cache=False).logits[:, 50:]
         assert (expected[:, -1] - before).abs().max() > 1e-3 * before.abs().max(), "it must matter"

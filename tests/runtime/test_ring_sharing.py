@@ -25,7 +25,6 @@ from moacompress.runtime.cache.real_tokens import Chunk
 from moacompress.runtime.cache.reuse_layer import ReuseCacheLayer
 from moacompress.runtime.sharing.shared_keys import SharedKeys
 from tests.plan_kinds import with_shares
-from tests.pretend_device import KIND
 
 DIM, GROUP, MIN_WINDOW = 16, 2, 16
 FORMATS = ("native", "int8", "int4")
@@ -177,25 +176,3 @@ def test_a_models_steps(left: bool, triton: Any, tiny_model: Callable[..., Any],
         wanted = model(ids, use_cache=False).logits[:, 40:]
     assert (torch.cat(found, 1) - wanted).abs().max() < 2e-5 * wanted.abs().max()
     assert cache.step_routes == ({"ring step": 6, "cache step": 3} if left else {"ring step": 9})
-
-
-def test_a_step_asks_the_host_for_nothing(triton: Any, launched: Any, pretend_device: Any) -> None:
-    """No copy to the host, and none from it once a layer's first step in rings is made."""
-    rules, shares, scores = drawn(2)
-    layers, heads = Layers(rules, shares, scores, 2), len(rules[0])
-    with pretend_device() as device:
-
-        def tokens(count: int) -> tuple[Any, list[Any]]:
-            key, *values = (torch.randn(2, heads, count, DIM).to(KIND) for _ in range(1 + len(rules)))
-            return key, values
-
-        layers.chunk(*tokens(50), Chunk(50))
-        for number in range(4):
-            (key, values), query = tokens(1), torch.randn(2, heads * GROUP, 1, DIM).to(KIND)
-            waits = len(device.waits)
-            if number == 1:
-                launched.forbid_copies()
-            for out in layers.step(query, key, values, None, triton):
-                assert out.device.type == KIND
-            assert len(device.waits) == waits
-            assert not device.doubles

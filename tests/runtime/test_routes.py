@@ -7,7 +7,6 @@ import logging
 import pytest
 import torch
 
-from moacompress.runtime import PlanCache
 from moacompress.runtime.decode import all_layers, fused, routes
 from moacompress.runtime.decode.step_requests import AttendRequest
 
@@ -42,12 +41,6 @@ def test_all_are_in_the_list():
     assert names.index("ring step") == names.index("cache step") - 1
 
 
-def test_on_a_gpus_kernels_steps_go_into_rings(fed, use_backend):
-    use_backend("triton")
-    _, cache = fed(steps=2)
-    assert cache.step_routes == {"ring step": 2 * LAYERS}
-
-
 @pytest.mark.usefixtures("compiled_kernels")
 def test_each_is_taken_where_those_before_it_cannot(fed, monkeypatch):
     expected, _ = fed()
@@ -58,13 +51,6 @@ def test_each_is_taken_where_those_before_it_cannot(fed, monkeypatch):
         assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("name", ["reference", "counting"])
-def test_a_backend_with_no_calls_of_a_step_goes_by_those_it_has(name, fed, use_backend):
-    use_backend(name)
-    _, cache = fed()
-    assert cache.step_routes == {"cache step": 20 * LAYERS}
-
-
 def test_it_is_said_once(fed, monkeypatch, caplog):
     monkeypatch.setattr(routes, "_said", set())
     with caplog.at_level(logging.INFO, logger=routes.logger.name):
@@ -72,14 +58,6 @@ def test_it_is_said_once(fed, monkeypatch, caplog):
         fed()
     (name,) = cache.step_routes
     assert [record.getMessage() for record in caplog.records] == [f"decode steps go by the route: {name}"]
-
-
-def test_a_fork_goes_on_counting_by_itself(fed):
-    _, cache = fed(steps=3)
-    fork = cache.fork()
-    fork.step_routes["another"] += 1
-    assert "another" not in cache.step_routes
-    assert isinstance(cache, PlanCache)
 
 
 def test_one_more_route_is_one_in_the_list(fed, monkeypatch):

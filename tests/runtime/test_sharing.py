@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -18,7 +17,6 @@ from moacompress.core.errors import UnsupportedError
 from moacompress.models.modules import attention_modules
 from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
-from moacompress.rules.share import Share
 from moacompress.runtime import attach, detach
 from tests import oracle
 from tests.conftest import five_layers
@@ -76,24 +74,6 @@ def test_sharing_is_the_stock_model_with_it(
     attach(model, plan)
     assert difference(logits(model, ids, use_cache=False), expected) < near
     assert difference(in_parts(model, ids, SIZES, plan), expected) < near
-
-
-def test_layers_made_alike_lose_nothing(tiny_model: Callable[..., Any], token_ids: Any) -> None:
-    model = tiny_model("llama", num_hidden_layers=3)
-    first, second = (model.model.layers[layer].self_attn for layer in (1, 2))
-    with torch.no_grad():
-        for name in ("o_proj", "v_proj"):
-            getattr(first, name).weight.zero_()  # what the second reads is what the first read
-        model.model.layers[1].mlp.down_proj.weight.zero_()
-        for name in ("q_proj", "k_proj"):
-            getattr(second, name).weight.copy_(getattr(first, name).weight)
-        model.model.layers[2].input_layernorm.weight.copy_(model.model.layers[1].input_layernorm.weight)
-    ids, plan = token_ids(1, 100), Plan.full(model_shape(model))
-    expected = logits(model, ids)
-    attach(model, replace(plan, shares=(None, None, Share(1, (0, 1)))))
-    assert difference(in_parts(model, ids, [60, 1, 39], plan=None), expected) < EXACT
-    attach(model, replace(plan, shares=(None, None, Share(1, (1, 0)))))
-    assert difference(logits(model, ids), expected) > 0.01
 
 
 def _share_gone(name: str, heads: int, kv_heads: int) -> Fraction:
@@ -201,36 +181,3 @@ def test_a_layer_alone_is_refused(llama: Callable[..., tuple[Any, Plan]]) -> Non
     rotary = model.model.rotary_emb(hidden, torch.arange(5)[None])
     with pytest.raises(UnsupportedError, match=f"layer {layer} shares the attention of layer .* run the decoder whole"):
         model.model.layers[layer](hidden, position_embeddings=rotary)
-
-
-@pytest.mark.usefixtures("compiled_kernels")
-@pytest.mark.parametrize("seed", range(12))
-def test_the_step_through_all_layers(llama: Callable[..., tuple[Any, Plan]], token_ids: Any, seed: int) -> None:
-    """It gives what the layers give one after the other, and leaves such a cache; forks and room included."""
-    model, plan = llama(seed, formats=seed % 2 == 1)
-    attach(model, plan)
-    ids, near = token_ids(3, 120, seed), EXACT if seed % 2 == 0 else FLIPS
-    with torch.no_grad():
-        fast = model(ids[:, :50], use_cache=True).cache
-        slow = pickle.loads(pickle.dumps(fast))
-        for at in range(50, 120):
-            token = ids[:, at : at + 1]
-            if at in (70, 101):  # blocks that others name are copied before they are written to
-                forks = fast.fork(), slow.fork()
-                found = model(token.flip(0), cache=forks[0]).logits
-                assert difference(found, one_by_one(model, token.flip(0), forks[1])) < near
-            expected = one_by_one(model, token, slow)
-            assert difference(model(token, cache=fast).logits, expected) < near, at
-    assert fast.step_routes == {"all layers": 70 * plan.model.layers}
-    del forks
-    assert fast.used_bytes() == plan.kv_bytes(120, batch=3)
-
-
-def one_by_one(model: Any, token: torch.Tensor, cache: Any) -> torch.Tensor:
-    """Returns the logits of a step whose layers each do their part by themselves."""
-    (hook,) = model.get_decoder()._forward_pre_hooks.values()
-    stack, hook.stack = hook.stack, None
-    try:
-        return model(token, cache=cache).logits
-    finally:
-        hook.stack = stack

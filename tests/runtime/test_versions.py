@@ -21,7 +21,6 @@ from transformers.cache_utils import DynamicLayer
 
 from moacompress.calibration.data.answers import generate_greedy
 from moacompress.core.errors import UnsupportedError
-from moacompress.doctor.checks import check_environment
 from moacompress.estimate.estimator import Estimator
 from moacompress.estimate.work import Kind
 from moacompress.evaluation.runner import evaluate
@@ -31,7 +30,7 @@ from moacompress.evaluation.tasks.cases import Case
 from moacompress.rules.plan import Plan
 from moacompress.runtime import PlanCache, attach
 from moacompress.runtime.compat import private_names, versions
-from moacompress.runtime.compat.alternates import CACHE, CACHE_NAMES, cache_argument, returned_cache
+from moacompress.runtime.compat.alternates import CACHE_NAMES, cache_argument, returned_cache
 from moacompress.runtime.hf.attaching import attached_plan
 from tests import plan_kinds
 from tests.runtime.test_compat import product_files
@@ -103,11 +102,8 @@ def generated(model: Any, ids: torch.Tensor, **given: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("kind", ["windows", "gates"])
-def test_generate_runs_with_the_plans_cache(
-    family: str, kind: str, under: Callable[..., Any], forwards: Forwards
-) -> None:
-    model, ids = under(family, kind), ids_of()
+def test_generate_runs_with_the_plans_cache(family: str, under: Callable[..., Any], forwards: Forwards) -> None:
+    model, ids = under(family, "gates"), ids_of()
     out = generated(model, ids)
     cache, plan = returned_cache(out), plan_of(model)
     assert isinstance(cache, PlanCache)
@@ -117,6 +113,9 @@ def test_generate_runs_with_the_plans_cache(
     assert cache.get_seq_length() == 150 + NEW - 1
     assert cache.used_bytes() == plan.kv_bytes(150 + NEW - 1)
     assert sum(cache.step_routes.values()) == plan.model.layers * (NEW - 1)
+    layers: Any = cache.layers
+    for layer, row in zip(layers, plan.rules, strict=True):
+        assert (layer.held.selected is not None) == any(rule.selects for rule in row)
     assert torch.equal(out.sequences, generated(model, ids, use_cache=False).sequences)
 
 
@@ -133,8 +132,7 @@ def test_generate_goes_on_from_a_cache(under: Callable[..., Any], forwards: Forw
     assert torch.equal(again.sequences, generated(model, longer).sequences)
 
 
-@pytest.mark.parametrize("kind", plan_kinds.KINDS)
-@pytest.mark.parametrize("name", CACHE_NAMES[:2])
+@pytest.mark.parametrize(("kind", "name"), [("windows", CACHE_NAMES[0]), ("gates", CACHE_NAMES[1])])
 def test_a_forward_runs_with_the_cache_that_it_is_given(
     kind: str, name: str, under: Callable[..., Any], forwards: Forwards
 ) -> None:
@@ -152,31 +150,7 @@ def test_a_forward_runs_with_the_cache_that_it_is_given(
     assert [held for held, _ in forwards.of(cache)] == [0, 100, 101, 131, 132]
     assert cache.used_bytes() == plan_of(model).kv_bytes(150)
     assert forwards.others == []
-    assert (torch.cat(parts, 1) - plain).abs().max() <= (2e-2 if kind == "formats" else 1e-4) * plain.abs().max()
-
-
-def test_a_forward_makes_the_plans_cache(family: str, under: Callable[..., Any], forwards: Forwards) -> None:
-    model, ids = under(family), ids_of()
-    cache = returned_cache(model(ids))
-    assert isinstance(cache, PlanCache)
-    assert cache.used_bytes() == plan_of(model).kv_bytes(150)
-    assert forwards.others == []
-    assert returned_cache(model(ids, use_cache=False)) is None
-
-
-def test_gates_select_in_the_cache(under: Callable[..., Any], forwards: Forwards) -> None:
-    """They do so while tokens are read and while they are generated: what is selected lies in blocks of its own."""
-    model, ids = under(kind="gates"), ids_of(200)
-    cache = returned_cache(generated(model, ids))
-    plan = plan_of(model)
-    for layer, row in zip(cache.layers, plan.rules, strict=True):
-        selects = sum(rule.select_alpha > 0 or rule.select_beta_q > 0 for rule in row)
-        assert (layer.held.selected is not None) == bool(selects)
-    assert plan.selects
-    assert cache.used_bytes() == plan.kv_bytes(200 + NEW - 1) < Plan.full(plan.model).kv_bytes(200 + NEW - 1)
-    spans = attach(under(), plan_kinds.windows(under()))
-    assert cache.plan_key != plan_of(spans).key()
-    assert forwards.others == []
+    assert (torch.cat(parts, 1) - plain).abs().max() <= 1e-4 * plain.abs().max()
 
 
 def test_an_evaluation_runs_with_the_plans_cache(compressed: Path, tmp_path: Path, forwards: Forwards) -> None:
@@ -281,14 +255,14 @@ def test_the_product_names_no_cache_by_itself() -> None:
         for what, line in calls_that_hand_on_a_cache(ast.parse(path.read_text("utf-8")))
     }
     assert named == set()
-
-
-@pytest.mark.parametrize(
-    "code",
-    ["model(ids, cache=c)", "m.generate(i, past_key_values=c)", "{'cache': c}", "out.cache", "model(ids).cache"],
-)
-def test_a_cache_that_is_named_is_found(code: str) -> None:
-    assert [*calls_that_hand_on_a_cache(ast.parse(code))]
+    for code in (
+        "model(ids, cache=c)",
+        "m.generate(i, past_key_values=c)",
+        "{'cache': c}",
+        "out.cache",
+        "m(ids).cache",
+    ):
+        assert [*calls_that_hand_on_a_cache(ast.parse(code))], "the search finds them"
 
 
 def test_a_checkpoint_of_another_version_computes_the_same() -> None:
@@ -359,16 +333,6 @@ def test_an_untested_version_that_lacks_something_is_refused(
         assert versions.requirement() in said
 
 
-def test_a_cache_of_another_name_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the checks of an untested version look at first: the name under which a model takes a cache."""
-    from transformers.models.llama.modeling_llama import LlamaForCausalLM
-
-    def forward(self: Any, input_ids: Any = None, state: Any = None, **kwargs: Any) -> None: ...
-
-    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
-    assert f"has no {CACHE}" in {broken.problem for broken in private_names.check()}
-
-
 def test_the_tested_versions_are_one_list() -> None:
     minors = [versions.minor(one) for one in versions.TESTED]
     assert minors == [(5, number) for number in range(minors[0][1], minors[-1][1] + 1)]
@@ -378,8 +342,3 @@ def test_the_tested_versions_are_one_list() -> None:
     assert f'"transformers>={versions.TESTED[0]}"' in asked
     readme = (ROOT / "README.md").read_text("utf-8")
     assert versions.tested_range() in " ".join(readme.split())
-
-
-def test_doctor_says_which_version_is_here() -> None:
-    found = check_environment()["transformers"]
-    assert found == {"installed": versions.installed(), "tested": list(versions.TESTED), "is_tested": True}

@@ -29,7 +29,7 @@ def shape(layers: int = 6, kv_heads: int = 3, native: tuple[int | None, ...] | N
     return ModelShape("llama", layers, kv_heads * 2, kv_heads, 32, "bfloat16", native or (None,) * layers, "")
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(4))
 def test_classes_hold_all_heads(seed):
     rng = random.Random(seed)
     native = rng.choice((None, (64, None, None, 64, None, 300)))
@@ -101,7 +101,7 @@ def gated(seed: int, layers: int = 6) -> Plan:
     return Plan(shape(layers), 16, rules, gates="0" * 16)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_selected_tokens_have_classes_of_their_own(seed):
     plan, n = gated(seed), 1500
     found = kv_classes(plan, torch.bfloat16, random.Random(seed).choice((2, 6, 18)), n)
@@ -138,10 +138,10 @@ def test_selected_tokens_need_a_class():
         kv_classes(gated(1), torch.bfloat16, 1)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_places_of_selected_tokens(seed):
     """There are as many as the next query needs, at every length; each unit is one KV head's, and stays so."""
-    plan, per_block, longest = gated(seed, layers=2), 1 + seed, 2500
+    plan, per_block, longest = gated(seed, layers=2), 1 + 2 * seed, 1500
     heads = [head for head in kv_heads(plan, torch.bfloat16) if head.rule.selects]
     blocks = selected_blocks(tuple(head.select for head in heads), per_block)
     units = blocks.units(longest)

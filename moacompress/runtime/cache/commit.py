@@ -53,15 +53,38 @@ def commit(
     tables = [table.ids for table in held.tables]
     given = (key, value) if scores is None else (key, value, scores)
     equals = _equal_rows(held.lengths, tables, given, chunk)
-    if equals is None:
-        _commit(held, key, value, chunk, scores, schedule, lag, to_come)
+    if equals is not None:
+        unique, inverse = np.unique(equals, return_inverse=True)
+        held.select(unique)
+        key, value, *rest = (tensor[torch.from_numpy(unique).to(tensor.device)] for tensor in given)
+        few = None if schedule is None else schedule.of_rows(unique)
+        scores = rest[0] if rest else None
+        commit(held, key, value, chunk.of_rows(unique), scores=scores, schedule=few, lag=lag, to_come=to_come)
+        held.select(inverse)
         return
-    unique, inverse = np.unique(equals, return_inverse=True)
-    held.select(unique)
-    key, value, *rest = (tensor[torch.from_numpy(unique).to(tensor.device)] for tensor in given)
-    few = None if schedule is None else schedule.of_rows(unique)
-    _commit(held, key, value, chunk.of_rows(unique), rest[0] if rest else None, few, lag, to_come)
-    held.select(inverse)
+    before, counts = held.lengths, chunk.counts(len(held.lengths))
+    lengths = before + counts
+    runs = kept_runs(held.rules, lengths, held.runs, lag)
+    if schedule is None and scores is not None:
+        schedule = schedule_of_chunk(held.rules, before, scores, chunk, held)
+    admitted = None if schedule is None else schedule.newly_selected
+    with held.pool.lock:
+        if not held.pool.tensors:
+            held.pool.reserve(_needed(held, lengths, runs, 0 if lag else to_come))
+        if admitted is not None:
+            make_places(held, admitted)
+            move_cached(held, admitted, before)
+        _free(held, runs)
+        _extend(held, before, counts, runs)
+    held.runs = runs
+    held.move_to(lengths)
+    slots, rows, heads, columns, sources = _placed(held, before, chunk)
+    held.pool.write(slots, heads, key.detach(), value.detach(), sources)
+    if admitted is not None and scores is not None:
+        write_new(held, admitted, key, value, scores, before, chunk)
+        scored = np.array(held.pool.layout.scored)[held.pool.layout.of_head][heads]
+        found = take_scores(scores, rows[scored], heads[scored], columns[scored])
+        held.pool.write_scores(slots[scored], found)
 
 
 def _equal_rows(lengths: Ints, tables: Sequence[Ids], given: Sequence[torch.Tensor], chunk: Chunk) -> Ints | None:
@@ -99,38 +122,6 @@ def _equal_rows(lengths: Ints, tables: Sequence[Ids], given: Sequence[torch.Tens
                     equals[row] = other
                     break
     return equals if bool((equals != np.arange(rows)).any()) else None
-
-
-def _commit(
-    held: LayerBlocks,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    chunk: Chunk,
-    scores: torch.Tensor | None,
-    schedule: EvictionSchedule | None,
-    lag: int,
-    to_come: int,
-) -> None:
-    before, counts = held.lengths, chunk.counts(len(held.lengths))
-    lengths = before + counts
-    runs = kept_runs(held.rules, lengths, held.runs, lag)
-    if schedule is None and scores is not None:
-        schedule = schedule_of_chunk(held.rules, before, scores, chunk, held)
-    admitted = None if schedule is None else schedule.newly_selected
-    with held.pool.lock:
-        if not held.pool.tensors:
-            held.pool.reserve(_needed(held, lengths, runs, 0 if lag else to_come))
-        if admitted is not None:
-            make_places(held, admitted)
-            move_cached(held, admitted, before)
-        _free(held, runs)
-        _extend(held, before, counts, runs)
-    held.runs = runs
-    held.move_to(lengths)
-    _write(held, key, value, before, chunk)
-    if admitted is not None and scores is not None:
-        write_new(held, admitted, key, value, scores, before, chunk)
-        _write_scores(held, scores, before, chunk)
 
 
 def _needed(held: LayerBlocks, lengths: Ints, runs: Ints, to_come: int) -> Ints:
@@ -202,19 +193,6 @@ class _Placed(NamedTuple):
     heads: Ints
     columns: Ints
     sources: Ints
-
-
-def _write(held: LayerBlocks, key: torch.Tensor, value: torch.Tensor, before: Ints, chunk: Chunk) -> None:
-    """Copies the real tokens of the chunk that stay into their blocks."""
-    placed = _placed(held, before, chunk)
-    held.pool.write(placed.slots, placed.heads, key.detach(), value.detach(), placed.sources)
-
-
-def _write_scores(held: LayerBlocks, scores: torch.Tensor, before: Ints, chunk: Chunk) -> None:
-    """Writes the scores of the real tokens of the chunk that stay, `[rows, kv_heads, columns]`, where rules select."""
-    slots, rows, heads, columns, _ = _placed(held, before, chunk)
-    there = np.array(held.pool.layout.scored)[held.pool.layout.of_head][heads]
-    held.pool.write_scores(slots[there], take_scores(scores, rows[there], heads[there], columns[there]))
 
 
 def write_shared_values(

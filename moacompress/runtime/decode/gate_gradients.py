@@ -9,7 +9,7 @@ that compete the changes add up to nothing.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,80 +30,52 @@ MUCH = 0.1
 """Least share of the rest in what is seen that a key is weighed against."""
 
 
-class _ToScores(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        out: Tensor,
-        gate_scores: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rules: RuleTable,
-        schedule: EvictionSchedule,
-        scores: Scores,
-    ) -> Tensor:
-        ctx.save_for_backward(out, gate_scores, query, key, value)
-        ctx.attended = rules, schedule, scores
-        return out.view_as(out)
+class Attended(NamedTuple):
+    """What attended in whole sequences without padding.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0], score_gradients(grads[0], *ctx.saved_tensors, *ctx.attended), *[None] * 6
-
-
-def with_gate_gradients(
-    out: Tensor,
-    gate_scores: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rules: RuleTable,
-    schedule: EvictionSchedule,
-    scores: Scores,
-) -> Tensor:
-    """Returns `out`, whose gradient also reaches what gates score.
-
-    Args:
-        out: attention of whole sequences without padding, `[rows, heads, tokens, value_dim]`.
-        gate_scores: of the tokens, not rounded, `[rows, kv_heads, tokens]`.
-        query: what attended, `[rows, heads, tokens, head_dim]`.
+    Attributes:
+        query: `[rows, heads, tokens, head_dim]`.
         key: `[rows, kv_heads, tokens, head_dim]`, as it is cached.
         value: `[rows, kv_heads, tokens, value_dim]`, likewise.
         rules: of the KV heads, in numpy.
         schedule: of the whole sequences.
         scores: how attention makes its scores.
     """
-    held = (query.detach(), key.detach(), value.detach())
-    found = _ToScores.apply(out, gate_scores, *held, rules, schedule, scores)  # type: ignore[no-untyped-call]
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    rules: RuleTable
+    schedule: EvictionSchedule
+    scores: Scores
+
+
+class _ToScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, gate_scores: Tensor, attended: Attended) -> Tensor:
+        query, key, value, *ctx.rest = attended
+        ctx.save_for_backward(out, gate_scores, query.detach(), key.detach(), value.detach())
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        out, gate_scores, *held = ctx.saved_tensors
+        return grads[0], _score_gradients(grads[0], out, gate_scores, Attended(*held, *ctx.rest)), None
+
+
+def with_gate_gradients(out: Tensor, gate_scores: Tensor, attended: Attended) -> Tensor:
+    """Returns `out`, whose gradient also reaches what gates score.
+
+    `out`: attention, `[rows, heads, tokens, value_dim]`. `gate_scores`: of the tokens, not rounded, `[rows, kv_heads, tokens]`.
+    """
+    found = _ToScores.apply(out, gate_scores, attended)  # type: ignore[no-untyped-call]
     assert isinstance(found, Tensor)
     return found
 
 
-def score_gradients(
-    grad: Tensor,
-    out: Tensor,
-    gate_scores: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rules: RuleTable,
-    schedule: EvictionSchedule,
-    scores: Scores,
-) -> Tensor:
-    """Returns the gradient of a loss in what gates score, `[rows, kv_heads, tokens]`.
-
-    Args:
-        grad: of the loss in `out`, `[rows, heads, tokens, value_dim]`.
-        out: `[rows, heads, tokens, value_dim]`.
-        gate_scores: `[rows, kv_heads, tokens]`.
-        query: `[rows, heads, tokens, head_dim]`.
-        key: `[rows, kv_heads, tokens, head_dim]`.
-        value: `[rows, kv_heads, tokens, value_dim]`.
-        rules: of the KV heads, in numpy.
-        schedule: of the whole sequences.
-        scores: how attention makes its scores.
-    """
+def _score_gradients(grad: Tensor, out: Tensor, gate_scores: Tensor, attended: Attended) -> Tensor:
+    """Returns the gradient of a loss in what gates score, `[rows, kv_heads, tokens]`, from that in `out`."""
+    query, key, value, rules, schedule, scores = attended
     rows, kv_heads, tokens, _ = key.shape
     grouped = [each.reshape(rows, kv_heads, -1, tokens, each.shape[-1]) for each in (grad, out, query)]
     found, times = torch.zeros_like(gate_scores), rules.tokens_left(1 + np.arange(tokens))
@@ -138,7 +110,7 @@ def _of_head(
     span: Span,
     scores: Scores,
 ) -> Tensor:
-    """Returns `score_gradients` of one row and KV head, `[tokens]`.
+    """Returns `_score_gradients` of one row and KV head, `[tokens]`.
 
     Args:
         grad: `[group, tokens, value_dim]`.

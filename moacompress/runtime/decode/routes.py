@@ -39,7 +39,7 @@ from moacompress.runtime.cache.reuse_layer import ReuseCacheLayer
 from moacompress.runtime.cache.selected_tokens import schedule_of_chunk, transient_tokens
 from moacompress.runtime.decode.all_layers import can_step_all, step_all
 from moacompress.runtime.decode.context import LayerContext
-from moacompress.runtime.decode.gate_gradients import with_gate_gradients
+from moacompress.runtime.decode.gate_gradients import Attended, with_gate_gradients
 from moacompress.runtime.decode.step_requests import AttendRequest, LayerRequest, Request, StackRequest
 
 logger = logging.getLogger(__name__)
@@ -245,7 +245,7 @@ def _with_gate_gradients(
             "freeze them"
         )
     rules = RuleTable(request.context.rules.columns.numpy())
-    return with_gate_gradients(out, request.trained_scores, *asked, rules, schedule, request.scores)
+    return with_gate_gradients(out, request.trained_scores, Attended(*asked, rules, schedule, request.scores))
 
 
 def straight_through(

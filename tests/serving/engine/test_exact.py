@@ -62,16 +62,15 @@ def check_served(served: Any, model: Any, expected: Callable[..., list[float]], 
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
 
 
-@pytest.mark.parametrize("chunk", [17, 96, 256, 4096])
+@pytest.mark.parametrize("chunk", [17, 4096])
 def test_spans(engine, checkpoints, expected, poisoned, chunk):
     folder, model = checkpoints(spans)
     check_served(engine(folder, max_num_batched_tokens=chunk), model, expected, poisoned)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_keys_less_their_centres(engine, checkpoints, expected, poisoned, family):
+def test_keys_less_their_centres(engine, checkpoints, expected, poisoned):
     """Of norm 100, under codes: what is cached and what is in the chunk lie less the same."""
-    folder, model = checkpoints(centres, family)
+    folder, model = checkpoints(centres, "qwen2")
     found = engine(folder, max_num_batched_tokens=96).ask(prompts())
     assert (
         agree(found, model, expected) < 0.05
@@ -138,7 +137,7 @@ def test_preempted_requests_are_computed_again(engine, checkpoints, expected, pr
     assert agree(found, model, expected) < CLOSE
 
 
-@pytest.mark.parametrize("most", [1, 2, 6])
+@pytest.mark.parametrize("most", [1, 6])
 def test_few_classes(engine, checkpoints, expected, monkeypatch, most):
     folder, model = checkpoints(spans)
     served = engine(folder, additional_config={"moacompress": {"classes": most}})
