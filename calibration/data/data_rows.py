@@ -11,7 +11,7 @@ from typing import Any, Literal
 from moacompress.core.errors import DataError
 from moacompress.core.files import canonical_json
 from moacompress.core.shingles import normalised, text_hash
-from moacompress.prompts.pools import Split, deal, read_documents
+from moacompress.prompts.pools import Split, deal, read_files
 from moacompress.prompts.squad import parse_articles
 from moacompress.recipe_sections import SourceRecipe
 
@@ -168,7 +168,7 @@ def _read_local(path: Path) -> Sequence[DataRow]:
     # `datasets` would give a file one schema: a text that looks like a date becomes a timestamp, what a row lacks a null; it
     # does not say which line is broken, and leaves a cache behind
     if path.suffix == ".txt" or path.is_dir():
-        rows: Sequence[Any] = [{"text": text} for text in read_documents(path)]
+        rows: Sequence[Any] = [{"text": text} for text in read_files(path).values()]
     elif path.suffix == ".parquet":
         rows = _read_parquet(path)
     elif path.suffix in (".jsonl", ".json"):

@@ -158,6 +158,7 @@ def make_drafts(
         part = None
     used = None if beside is None else {tuple(draft.ids) for draft in beside}
     prose = _load_prose(recipe, part)
+    maker = _DraftMaker(recipe, split, tokenizer, part, prose, used, may_lack)
     shares = spread(count, len(calibration.lengths), [part.weight for part in calibration.sources])
     lengths = list(calibration.lengths)
     if split == "validation":
@@ -169,19 +170,19 @@ def make_drafts(
         seed = (recipe.seed, SPLITS.index(split), number)
         if given.generator is not None:
             longer = {length: wanted.pop(length) for length in [*wanted] if length not in calibration.lengths}
-            drafts += _generated(given, wanted, split, seed, tokenizer, prose, calibration.answer_tokens)
+            drafts += maker.generated(given, wanted, seed)
             try:
-                drafts += _generated(given, longer, split, seed, tokenizer, prose, calibration.answer_tokens)
+                drafts += maker.generated(given, longer, seed)
             except DataError as error:
                 logger.warning(
                     "no plan will be measured on %s beyond the lengths that were asked for: %s", given.generator, error
                 )
         elif wanted:
-            drafts += _from_rows(given, wanted, split, seed, tokenizer, calibration.answer_tokens, part, used, may_lack)
+            drafts += maker.from_rows(given, wanted, seed)
     drafts.sort(key=lambda draft: draft.length)
     if prose is not None and calibration.text_samples:
         try:
-            drafts += _text_drafts(recipe, prose, split, tokenizer)
+            drafts += maker.plain_text(prose)
         except DataError as error:
             if split == "calibration":
                 raise
@@ -200,18 +201,6 @@ def _load_prose(recipe: Recipe, part: CalibrationPart | None = None) -> Prose | 
     if calibration.text is None:
         raise DataError(f"{needed}, but calibration.text names no file or folder of it (--text)")
     return Prose.load(calibration.text, part)
-
-
-def _text_drafts(recipe: Recipe, prose: Prose, split: Split, tokenizer: PreTrainedTokenizerBase) -> list[SampleDraft]:
-    calibration = recipe.calibration
-    count = calibration.text_samples
-    if split == "validation":
-        count = max(1, round(count * calibration.validation_samples / calibration.samples))
-    shares = spread(count, len(calibration.lengths), [1.0])
-    wanted = {length: row[0] for length, row in zip(calibration.lengths, shares, strict=True)}
-    rng = np.random.default_rng((recipe.seed, SPLITS.index(split), _TEXT_STREAM))
-    documents = [" ".join(words) for words in prose.pools[split]]
-    return chop(documents, wanted, f"text:{Path(prose.name).name}", rng, tokenizer)
 
 
 def spread(count: int, lengths: int, weights: Sequence[float]) -> list[list[int]]:
@@ -283,57 +272,65 @@ def check_counts(lengths: Sequence[int], count: int, context: int, split: Split)
         raise DataError(f"{count} {split} samples do not cover {len(lengths)} lengths; ask for at least one a length")
 
 
-def _generated(
-    part: SourceRecipe,
-    wanted: dict[int, int],
-    split: Split,
-    seed: tuple[int, ...],
-    tokenizer: PreTrainedTokenizerBase,
-    text: Prose | None,
-    answer_tokens: int,
-) -> list[SampleDraft]:
-    kind = str(part.generator)
-    task = TASKS[kind] if kind in TASKS else TASKS[f"{kind}-{part.haystack}"]
-    drafts = []
-    for length, count in wanted.items():
-        for index in range(count):
-            rng = np.random.default_rng((*seed, length, index))
-            prompt = make_prompt(task, rng, split, tokenizer, length, text, part.values)
-            ids = encode_prompt(tokenizer, prompt.user, prompt.prefix, prompt.plain)
-            needed = len(encode_text(tokenizer, f" {prompt.answer}", special=False)) + ANSWER_ROOM
-            room = min(answer_tokens, needed, length - len(ids))
-            parts = (kind, task.haystack, None if part.values == "numbers" else part.values)
-            name = "/".join(filter(None, parts))
-            drafts.append(SampleDraft(ids, [False] * len(ids), room, name, length))
-    return drafts
+@dataclass(frozen=True)
+class _DraftMaker:
+    """Makes the drafts of one split; see `make_drafts`, and there `beside` for `part` and `used`."""
 
+    recipe: Recipe
+    split: Split
+    tokenizer: PreTrainedTokenizerBase
+    part: CalibrationPart | None
+    prose: Prose | None
+    used: Collection[tuple[int, ...]] | None
+    may_lack: bool
 
-def _from_rows(
-    given: SourceRecipe,
-    wanted: dict[int, int],
-    split: Split,
-    seed: tuple[int, ...],
-    tokenizer: PreTrainedTokenizerBase,
-    answer_tokens: int,
-    part: CalibrationPart | None,
-    used: Collection[tuple[int, ...]] | None,
-    may_lack: bool,
-) -> list[SampleDraft]:
-    rows, name = read_rows(given), source_name(given)
-    kind = row_kind(rows, name)
-    rng = np.random.default_rng(seed)
-    if kind == "text":
-        texts = [field(rows[index], "text", name, index) for index in first_of_each(rows, kind, name)]
-        return chop([*pool_of(texts, split, name, part).values()], wanted, name, rng, tokenizer)
-    if kind == "question":
-        return joined_drafts(rows, name, wanted, split, seed, tokenizer, answer_tokens, part, may_lack)
-    first = first_of_each(rows, kind, name)
-    order: list[int] = rng.permutation(list(first) if may_lack else split_rows(first, split, name)).tolist()
-    picker = _RowPicker(rows, order, name, kind == "messages", tokenizer, used or (), may_lack or used is not None)
-    drafts = [draft for length, n in wanted.items() for draft in picker.pick(n, length, answer_tokens, split)]
-    if used is None:
-        picker.say_left_out(list(wanted), answer_tokens, split)
-    return drafts
+    def generated(self, given: SourceRecipe, wanted: dict[int, int], seed: tuple[int, ...]) -> list[SampleDraft]:
+        """Returns so many prompts of a generator by length."""
+        tokenizer, kind = self.tokenizer, str(given.generator)
+        task = TASKS[kind] if kind in TASKS else TASKS[f"{kind}-{given.haystack}"]
+        parts = (kind, task.haystack, None if given.values == "numbers" else given.values)
+        name, drafts = "/".join(filter(None, parts)), list[SampleDraft]()
+        for length, count in wanted.items():
+            for index in range(count):
+                rng = np.random.default_rng((*seed, length, index))
+                prompt = make_prompt(task, rng, self.split, tokenizer, length, self.prose, given.values)
+                ids = encode_prompt(tokenizer, prompt.user, prompt.prefix, prompt.plain)
+                needed = len(encode_text(tokenizer, f" {prompt.answer}", special=False)) + ANSWER_ROOM
+                room = min(self.recipe.calibration.answer_tokens, needed, length - len(ids))
+                drafts.append(SampleDraft(ids, [False] * len(ids), room, name, length))
+        return drafts
+
+    def from_rows(self, given: SourceRecipe, wanted: dict[int, int], seed: tuple[int, ...]) -> list[SampleDraft]:
+        """Returns so many samples of a file or hub set by length."""
+        rows, name, split, tokenizer = read_rows(given), source_name(given), self.split, self.tokenizer
+        kind, answer_tokens = row_kind(rows, name), self.recipe.calibration.answer_tokens
+        rng = np.random.default_rng(seed)
+        if kind == "text":
+            texts = [field(rows[index], "text", name, index) for index in first_of_each(rows, kind, name)]
+            return chop([*pool_of(texts, split, name, self.part).values()], wanted, name, rng, tokenizer)
+        if kind == "question":
+            return joined_drafts(rows, name, wanted, split, seed, tokenizer, answer_tokens, self.part, self.may_lack)
+        first = first_of_each(rows, kind, name)
+        own = list(first) if self.may_lack else split_rows(first, split, name)
+        order: list[int] = rng.permutation(own).tolist()
+        fewer = self.may_lack or self.used is not None
+        picker = _RowPicker(rows, order, name, kind == "messages", tokenizer, self.used or (), fewer)
+        drafts = [draft for length, n in wanted.items() for draft in picker.pick(n, length, answer_tokens, split)]
+        if self.used is None:
+            picker.say_left_out(list(wanted), answer_tokens, split)
+        return drafts
+
+    def plain_text(self, prose: Prose) -> list[SampleDraft]:
+        """Returns the `text_samples` of calibration, and as large a share of the validation samples."""
+        calibration = self.recipe.calibration
+        count = calibration.text_samples
+        if self.split == "validation":
+            count = max(1, round(count * calibration.validation_samples / calibration.samples))
+        shares = spread(count, len(calibration.lengths), [1.0])
+        wanted = {length: row[0] for length, row in zip(calibration.lengths, shares, strict=True)}
+        rng = np.random.default_rng((self.recipe.seed, SPLITS.index(self.split), _TEXT_STREAM))
+        documents = [" ".join(words) for words in prose.pools[self.split]]
+        return chop(documents, wanted, f"text:{Path(prose.name).name}", rng, self.tokenizer)
 
 
 @cache

@@ -64,6 +64,11 @@ class Sample:
         if self.answer_mask[0] or not self.answer_mask.any():
             raise DataError(f"a sample of {self.source} has no answer tokens, or one without anything before it")
 
+    @property
+    def target_rows(self) -> npt.NDArray[np.int64]:
+        """Positions whose logits predict the targets, `[targets]`."""
+        return np.flatnonzero(self.answer_mask) - 1
+
 
 def fingerprint_sample(sample: Sample) -> str:
     """Returns a short hash (16 hex digits) of the token ids alone: equal texts get equal hashes."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moacompress.calibration.profile.passes import Recording, read_through, recorded
+from moacompress.calibration.profile.passes import Recording, all_attended, recorded
 from moacompress.core.arrays import Floats32
 from moacompress.core.errors import ModelError, UsageError, did_you_mean
 from moacompress.core.plugins import SCORERS as OUTSIDE
@@ -239,17 +240,12 @@ def read_layers(model: PreTrainedModel, shape: ModelShape, sample: Sample) -> li
         given = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
         calls.append((module, {**given, "hidden_states": given_hidden(args, kwargs)}))
 
-    recording = Recording.of(shape, RuleTable.of([Rule.FULL], 1), values=True)
-    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in attention_modules(model)]
-    try:
-        with recorded(model, recording):
-            read_through(model, sample.input_ids)
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert recording.attended is not None
+    with ExitStack() as stack:
+        for module in attention_modules(model):
+            stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+        every = all_attended(model, shape, sample.input_ids)
     found = []
-    for layer, attended in sorted(recording.attended.items()):
+    for layer, attended in sorted(every.items()):
         assert attended.value is not None
         turned = functools.partial(_turned, model, shape, layer, *calls[layer])
         found.append(LayerTokens(attended.key[0].float(), attended.value[0].float(), attended.spec.scaling, turned))

@@ -30,12 +30,9 @@ _NEVER = (1 << 31) - 1
 
 
 def choices_of(table: RuleTable, scores: Tensor, plan: RuleTable | None = None) -> Choices | None:
-    """Returns what rules select in a sample; None where none of them selects.
+    """Returns what rules select in a sample by the scores of its tokens, int16 `[kv_heads, tokens]`; None where none selects.
 
-    Args:
-        table: the rules on offer, in their layer, with a numpy array.
-        scores: of the tokens, int16 `[kv_heads, tokens]`.
-        plan: the rule that each KV head runs under, with a numpy array; None for the dense model.
+    `table` has the rules on offer in a layer, `plan` the rule that each KV head runs under; both are of numpy.
     """
     of_rule = np.full(len(table), -1, np.int64)
     ways: dict[tuple[int, int, int], int] = {}

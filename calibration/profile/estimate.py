@@ -5,7 +5,7 @@ Short samples run as in a profile: their time is extrapolated to longer ones, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -155,7 +155,7 @@ def estimate_profile(
     estimator = estimator or profile_estimator(source, recipe, around)
     hidden = source.model.config.get_text_config(decoder=True).hidden_size
     work = profile_work(recipe, counts, source.shape.layers, hidden, around is not None)
-    lengths = []
+    lengths: list[dict[str, Any]] = []
     for length, numbers in counts.items():
         mine = [part for part in work if part.tokens == length]
         of_stage = {
@@ -178,16 +178,9 @@ def estimate_profile(
         )
         progress.step(f"{length} tokens")
     progress.done()
-    return described(lengths, resident_bytes(source.model), estimator.watch.slowdown)
-
-
-def described(lengths: Sequence[Mapping[str, Any]], weights: int, slowdown: float = 1.0) -> Estimate:
-    """Returns the estimate of a whole profile from facts of every length, ascending.
-
-    `weights`, the bytes of the model's, are part of every `peak_bytes`; for `slowdown` see `Estimate`.
-    """
+    weights, slowdown = resident_bytes(source.model), estimator.watch.slowdown
     seconds, peak = sum(part["seconds"] for part in lengths), max(part["peak_bytes"] for part in lengths)
-    counts = {name: sum(part[name] for part in lengths) for name in (*SampleCounts._fields, "tokens")}
+    totals = {name: sum(part[name] for part in lengths) for name in (*SampleCounts._fields, "tokens")}
     return Estimate(
         seconds=seconds,
         text=(
@@ -197,10 +190,10 @@ def described(lengths: Sequence[Mapping[str, Any]], weights: int, slowdown: floa
                 f"{readable_seconds(part['seconds'])}, {readable_bytes(part['peak_bytes'])}"
                 for part in lengths
             ),
-            f"In all: {_counted(counts)}, {counts['tokens']:,} tokens, about {readable_seconds(seconds)}.",
+            f"In all: {_counted(totals)}, {totals['tokens']:,} tokens, about {readable_seconds(seconds)}.",
             f"Memory: about {readable_bytes(peak)} at most, {readable_bytes(weights)} of it weights, beside Python's own.",
         ),
-        facts={**counts, "peak_bytes": peak, "weight_bytes": weights, "lengths": lengths},
+        facts={**totals, "peak_bytes": peak, "weight_bytes": weights, "lengths": lengths},
         slowdown=slowdown,
     )
 

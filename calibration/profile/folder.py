@@ -26,9 +26,7 @@ from moacompress.recipe import Recipe
 def recipe_in(folder: Path, model: str | None) -> Recipe | None:
     """Returns the recipe of what was profiled in a folder; None where nothing was, another model, or it is damaged.
 
-    Args:
-        folder: of a profile, or to become one.
-        model: that is to be profiled; None for the one in the recipe.
+    Without `model`, which is to be profiled, the one in the recipe is.
 
     Raises:
         ArtefactError: a profile that this version does not accept, or something else of that name.

@@ -39,7 +39,7 @@ from moacompress.calibration.profile.tiles import (
     tiles_of,
 )
 from moacompress.kernels import sdpa
-from moacompress.kernels.arguments import Choices, TransientTokens, as_tensors
+from moacompress.kernels.arguments import Choices, Scores, TransientTokens, as_tensors
 from moacompress.kernels.backend import prefill_alone
 from moacompress.kernels.centred_keys import centred
 from moacompress.kernels.dispatch import backend_for
@@ -49,6 +49,8 @@ from moacompress.rules.rule_table import RuleTable
 
 TILE = 64
 """Query rows worked on at a time."""
+Given = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Query, key, value and cotangent of `attend_backward`."""
 
 
 def _transient(own: Tensor, rules: RuleTable) -> TransientTokens:
@@ -119,13 +121,13 @@ def attend_backward(
         tile: query rows worked on at a time; the compiled kernel has its own.
         choices: see `Choices`.
     """
-    chunk, native = (query, key, value, grad), spec.native_window
+    given, native = (query, key, value, grad), spec.native_window
     table, plan = table.in_layer(native), None if plan is None else plan.native().in_layer(native)
     if backend_for(query).capabilities.profile:
         summing = [collector for collector in collectors if isinstance(collector, SumCollector)]
-        found = _sweep(*chunk, spec, sink_logit, table, summing, plan, choices)
+        found = _sweep(given, spec.scores(sink_logit), table, summing, plan, choices)
         if looking := [collector for collector in collectors if not isinstance(collector, SumCollector)]:
-            for view, _, _, _ in _views(*chunk, spec, sink_logit, table, plan, tile, choices):
+            for view, _, _, _ in _views(given, spec, sink_logit, table, plan, tile, choices):
                 for collector in looking:
                     collector.add(view)
         return found
@@ -134,7 +136,7 @@ def attend_backward(
     (heads, n, size), work = query.shape[1:], _work_dtype(query)
     grad_query = torch.zeros(heads, n, size, dtype=work, device=query.device)
     grad_keys, grad_values = (torch.zeros_like(tensor[0], dtype=work) for tensor in (key, value))  # newest key first
-    for view, attended, grad_logits, slope in _views(*chunk, spec, sink_logit, table, plan, tile, choices):
+    for view, attended, grad_logits, slope in _views(given, spec, sink_logit, table, plan, tile, choices):
         for collector in collectors:
             collector.add(view)
         at = view.tile.columns(n)
@@ -150,18 +152,15 @@ def attend_backward(
 
 
 def _sweep(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad: Tensor,
-    spec: AttentionSpec,
-    sink_logit: Tensor | None,
+    given: Given,
+    scores: Scores,
     table: RuleTable,
     collectors: Sequence[SumCollector],
     plan: RuleTable | None,
     choices: Choices | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of `attend_backward` by a backend's compiled sweep, which also adds up all tiles."""
+    query, key, value, grad = given
     baselines = any(collector.baselines for collector in collectors)
     lag = next((collector.lag for collector in collectors if collector.lag is not None), None)
     *gradients, sums, of_tokens, rows = backend_for(query).profile_backward(
@@ -171,7 +170,7 @@ def _sweep(
         value,
         rules=as_tensors(table),
         plan=None if plan is None else as_tensors(plan),
-        scores=spec.scores(sink_logit),
+        scores=scores,
         baselines=baselines,
         lag=lag,
         choices=choices,
@@ -184,10 +183,7 @@ def _sweep(
 
 
 def _views(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad: Tensor,
+    given: Given,
     spec: AttentionSpec,
     sink_logit: Tensor | None,
     table: RuleTable,
@@ -200,6 +196,7 @@ def _views(
     That is the probabilities that its rows attend with; the gradient of their logits, without the derivative of the soft cap;
     and that derivative, or None.
     """
+    query, key, value, grad = given
     kv_heads, size, work = key.shape[1], query.shape[3], _work_dtype(query)
     table, plan = as_tensors(table, query.device), None if plan is None else as_tensors(plan, query.device)
     if choices is not None:

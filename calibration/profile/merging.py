@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -143,8 +143,8 @@ def _checked(folders: Sequence[str | Path], out: Path) -> tuple[list[_Part], dic
     parts = _parts([Path(folder) for folder in folders], out)
     check_no_link(*(part.folder / ANSWERS_FILE for part in parts))  # their bytes are copied
     _check_alike(parts)
-    _check_whole(parts, lambda shard: shard.calibration, 0, "calibration")
-    _check_whole(parts, lambda shard: shard.validation, 1, "validation")
+    _check_whole(parts, [part.shard.calibration for part in parts], parts[0].shard.totals[0], "calibration")
+    _check_whole(parts, [part.shard.validation for part in parts], parts[0].shard.totals[1], "validation")
     calibration, validation = dict[int, Sample](), dict[int, Sample]()
     for part in parts:
         calibration |= part.samples(CALIBRATION_FILE, part.head.calibration_fingerprint, part.shard.calibration)
@@ -232,24 +232,22 @@ def _flat(values: Any, name: str = "") -> dict[str, Any]:
     }
 
 
-def _check_whole(parts: Sequence[_Part], numbers: Callable[[Shard], Sequence[int]], split: int, name: str) -> None:
-    """Refuses shards that overlap, or that lack samples of a split."""
+def _check_whole(parts: Sequence[_Part], numbers: Sequence[Sequence[int]], total: int, name: str) -> None:
+    """Refuses shards that overlap, or that lack samples of a split: `numbers` of each shard are to be `total` together."""
     holder: dict[int, _Part] = {}
-    for part in parts:
-        for number in numbers(part.shard):
+    for part, own in zip(parts, numbers, strict=True):
+        for number in own:
             if number in holder:
                 raise ArtefactError(
                     f"{part.name} and {holder[number].name} both have {name} sample {number}; give each shard once, and shards "
                     "of one count"
                 )
             holder[number] = part
-    total = parts[0].shard.totals[split]
     missing = total - len(holder)
     if missing:
         first = next(number for number in range(total) if number not in holder)
-        there = {part.shard.number for part in parts}
-        counts = {part.shard.count for part in parts}
-        lacking = [f"{number}/{max(counts)}" for number in range(1, max(counts) + 1) if number not in there]
+        there, count = {part.shard.number for part in parts}, max(part.shard.count for part in parts)
+        lacking = [f"{number}/{count}" for number in range(1, count + 1) if number not in there]
         shards = (
             f"; give shard {', '.join(lacking[:5])}{' and more' if len(lacking) > 5 else ''} too" if lacking else ""
         )

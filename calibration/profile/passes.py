@@ -319,13 +319,18 @@ def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits
 
 
+def tokens_and_rows(model: PreTrainedModel, sample: Sample) -> tuple[Tensor, Tensor]:
+    """Returns a sample's tokens and its target rows, int64 `[N]` and `[targets]`, where the model begins."""
+    device = input_device(model)
+    return torch.from_numpy(sample.input_ids).to(device), torch.from_numpy(sample.target_rows).to(device)
+
+
 def answer_logits(model: Any, sample: Sample) -> torch.Tensor:
     """Returns the logits that predict the answer tokens, float32 [answer tokens, vocabulary].
 
     Only those rows go through the language-model head.
     """
-    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask[1:])).to(input_device(model))
-    ids = torch.from_numpy(np.ascontiguousarray(sample.input_ids, np.int64)).to(input_device(model))
+    ids, rows = tokens_and_rows(model, sample)
     with torch.inference_mode():
         return output_logits(model, target_states(model, ids, rows)).float()
 

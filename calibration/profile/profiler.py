@@ -7,60 +7,44 @@ takes, and the first one does everything else that touches the disk.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from moacompress.calibration.data import sample_sources
-from moacompress.calibration.data.answers import AnswerStore, SampleDraft, answer_drafts
-from moacompress.calibration.data.samples import Sample, save_samples
-from moacompress.calibration.gates import gate_samples
-from moacompress.calibration.gates.scorers import find_scorer, scored_by
-from moacompress.calibration.gates.training import Gates, train_gates
-from moacompress.calibration.profile.centres import centre_texts, mean_keys
+from moacompress.calibration.gates.scorers import find_scorer
 from moacompress.calibration.profile.folder import prepare
 from moacompress.calibration.profile.manifest import Manifest
+from moacompress.calibration.profile.preparation import Preparation, known_gates, profile_drafts
 from moacompress.calibration.profile.request import (
     check_around,
     check_samples,
-    data_recipe,
     file_digests,
     request_fingerprint,
     rules_on_offer,
 )
 from moacompress.calibration.profile.rounding_loss import measure_rounding
 from moacompress.calibration.profile.sample_run import SampleRun
-from moacompress.calibration.profile.sample_statistics import token_influence
 from moacompress.calibration.profile.shard import Shard, parse_shard
-from moacompress.calibration.profile.store import Profile, merge, read_samples
+from moacompress.calibration.profile.store import Profile, merge
 from moacompress.calibration.profile.wording import calibration_wording, check_wording
-from moacompress.core.arrays import Floats32
 from moacompress.core.artefact_names import (
-    ANSWERS_FILE,
-    CALIBRATION_FILE,
     MANIFEST_FILE,
     SAMPLES_FOLDER,
-    SHINGLES_FILE,
-    VALIDATION_FILE,
 )
-from moacompress.core.errors import ArtefactError, DataError
+from moacompress.core.errors import ArtefactError
 from moacompress.core.files import remove
 from moacompress.core.lock_holders import own_folder
 from moacompress.core.place import check_writable, no_empty_folder
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.ranks import rank
-from moacompress.core.shingles import Shingles
 from moacompress.core.version import own_version
-from moacompress.models.modules import attention_modules
 from moacompress.models.processes import broadcast, check_alike, join
 from moacompress.models.source import SourceModel
-from moacompress.prompts.pools import Split
-from moacompress.prompts.templates import decode_text
+from moacompress.prompts.pools import SPLITS
 from moacompress.recipe import Recipe
-from moacompress.rules.key_centres import Centres
 from moacompress.rules.plan import Plan
-from moacompress.runtime.gate import check_room
 from moacompress.runtime.ready_model import load_for
 
 logger = logging.getLogger(__name__)
@@ -146,9 +130,7 @@ def _profiled(
     if around is not None:
         check_around(source, around)
     with _place(out):
-        made: Profile | None
-        found = None if rank() else _begin(out, source, recipe, around, shard, overwrite)
-        manifest, trains, made = broadcast(found)
+        manifest, made = broadcast(None if rank() else _begin(out, source, recipe, around, shard, overwrite))
         if made is not None:
             return made, manifest
         if rank():  # on a machine that does not see the first one's disk
@@ -156,27 +138,18 @@ def _profiled(
                 remove([out / SAMPLES_FOLDER])
             if not (out / MANIFEST_FILE).exists():
                 manifest.write(out)
-        # too little data is found before anything is answered
-        untrained = trains and broadcast(None if rank() else _known_gates(out, manifest)) is None
-        drafts = broadcast(gate_samples.gate_drafts(source, manifest.recipe) if untrained and not rank() else None)
-        manifest, samples, validation = _make_samples(out, source, manifest, progress)
-        chosen = manifest.recipe.profile
-        if chosen.formats and chosen.centres and not manifest.centres:
-            manifest = replace(manifest, centres=_centres(source, manifest, progress))
-            _write(out, manifest)
-        if not rank():
-            _write_shingles(out, source, manifest, [*samples, *validation], around, drafts)
+        begun = Preparation(out, source, manifest, around, progress)
+        drafts = begun.untrained_drafts()
+        samples, validation = begun.make_samples()
+        begun.find_centres()
+        begun.write_shingles([*samples, *validation], drafts)
         if around is None:
             measure_rounding(out, source, recipe, validation, progress, trust_remote_code=trust_remote_code)
-        gates = None
-        if manifest.has_gates:
-            gates = _gates(out, source, manifest, around, drafts, progress).weights
-            manifest = replace(manifest, gates=gates.fingerprint)
-            _write(out, manifest)
-        run = SampleRun(out, source, manifest, manifest.numbered(samples), around, gates, progress)
-        statistics, manifest = run.run()
+        gates = begun.make_gates(drafts)
+        numbered = begun.manifest.numbered(samples)
+        statistics, manifest = SampleRun(out, source, begun.manifest, numbered, around, gates, progress).run()
         if shard is not None:
-            _write(out, manifest)
+            begun.note(manifest)
             return None, broadcast(manifest)
         if not rank():
             merge(out, manifest, samples, statistics)
@@ -197,163 +170,26 @@ def _place(out: Path) -> Iterator[None]:
 
 def _begin(
     out: Path, source: SourceModel, recipe: Recipe, around: Plan | None, shard: str | None, overwrite: bool
-) -> tuple[Manifest, bool, Profile | None]:
+) -> tuple[Manifest, Profile | None]:
     """Checks what is asked for, and makes the folder, or finds what an earlier run left there.
 
-    Returns:
-        The manifest, whether gates are to be known that a profile trains, and the profile where it is finished.
+    Returns the manifest, and the profile where it is finished.
     """
     check_samples(source, recipe, None if overwrite else out, around)
     rules = rules_on_offer(recipe, around)
     key = around.key() if around is not None else ""
     request = request_fingerprint(source.shape, rules, recipe, file_digests(recipe), key, source.computes_in)
-    trains = around is None and any(rule.selects for rule in rules)
     asked = Manifest(source.source, source.shape, rules, recipe, request, key, wording=calibration_wording())
     if shard is not None:
-        drafts = (_drafts(source, asked, split) for split in ("calibration", "validation"))
+        drafts = (profile_drafts(source, asked, split) for split in SPLITS[:2])
         asked = replace(asked, shard=Shard.of(*parse_shard(shard), *drafts))
     if not overwrite:
-        check_wording(out, asked, lambda found: trains and _known_gates(out, found) is None)
+        trains = around is None and asked.has_gates
+        check_wording(out, asked, lambda found: trains and known_gates(out, found) is None)
     manifest = prepare(out, asked, overwrite)
-    if manifest.complete and (not manifest.has_gates or _known_gates(out, manifest) is not None):
+    if manifest.complete and (not manifest.has_gates or known_gates(out, manifest) is not None):
         try:
-            return manifest, trains, Profile.load(out)
+            return manifest, Profile.load(out)
         except ArtefactError as error:
             logger.warning("%s; repairing it", str(error).partition("; run")[0])
-    return manifest, trains, None
-
-
-def _write(out: Path, manifest: Manifest) -> None:
-    if not rank():
-        manifest.write(out)
-
-
-def _known_gates(out: Path, manifest: Manifest) -> Gates | None:
-    """Returns the gates in the folder of a profile; None where they are to be trained, as they are not those it began with."""
-    found = Gates.load(out, manifest.fingerprint)
-    return found if found is not None and manifest.gates in ("", found.weights.fingerprint) else None
-
-
-def _write_shingles(
-    out: Path,
-    source: SourceModel,
-    manifest: Manifest,
-    samples: Sequence[Sample],
-    around: Plan | None,
-    drafts: Sequence[SampleDraft] | None,
-) -> None:
-    """Writes the shingles of all that plans of the profile are fitted to and chosen by; an evaluation compares with them.
-
-    Those are all its samples, and the drafts that gates are trained on; `drafts` is None where the gates were there before.
-    """
-    path = out / SHINGLES_FILE
-    if drafts is None and path.is_file():
-        return
-    if drafts is None and around is None and manifest.has_gates:
-        drafts = gate_samples.gate_drafts(source, manifest.recipe)
-    ids = [*(sample.input_ids.tolist() for sample in samples), *(draft.ids for draft in drafts or ())]
-    found = Shingles.of(decode_text(source.tokenizer, tokens) for tokens in ids)
-    known = around.seen if around is not None else None
-    (found if known is None else Shingles.union([found, known])).save(path)
-
-
-def _centres(source: SourceModel, manifest: Manifest, progress: Progress) -> Centres:
-    """Returns the mean keys of a profile, which are those of all its shards too."""
-    texts = broadcast(None if rank() else centre_texts(_drafts(source, manifest, "calibration")))
-    found: Centres = broadcast(mean_keys(source, texts, progress))
-    return found
-
-
-def _gates(
-    out: Path,
-    source: SourceModel,
-    manifest: Manifest,
-    around: Plan | None,
-    drafts: Sequence[SampleDraft] | None,
-    progress: Progress,
-) -> Gates:
-    """Returns the gates in the folder of a profile, after they were put there, from the plan or by training."""
-    known: Gates | None = broadcast(None if rank() else _known_gates(out, manifest))
-    if known is not None:
-        return known
-    if around is not None:
-        assert around.gate_weights is not None
-        gates = Gates(around.gate_weights, {})
-    else:
-        drafts = drafts or broadcast(None if rank() else gate_samples.gate_drafts(source, manifest.recipe))
-        gates = _train_gates(out, source, manifest, drafts, progress)
-    if not rank():
-        gates.save(out, manifest.fingerprint)
-    return gates
-
-
-def _train_gates(
-    out: Path, source: SourceModel, manifest: Manifest, drafts: Sequence[SampleDraft], progress: Progress
-) -> Gates:
-    """Trains gates on samples of their own."""
-    check_room(attention_modules(source.model))
-    samples = answer_drafts(source.model, drafts, progress, _answers(out, source, manifest))
-
-    def influence(index: int) -> Floats32:
-        draws, seed = manifest.recipe.profile.draws, manifest.recipe.seed + gate_samples.GATE_SEED
-        return token_influence(source.model, source.shape, samples[index], draws, seed, index)
-
-    scorer = find_scorer(manifest.recipe.profile.scorer)
-    if scorer is None:
-        return train_gates(source.model, samples, influence, progress)
-    gates = train_gates(source.model, samples, scored_by(scorer, source.model, source.shape, samples), progress)
-    return replace(gates, report={**gates.report, "scorer": scorer.name})
-
-
-def _answers(out: Path, source: SourceModel, manifest: Manifest) -> AnswerStore:
-    """Returns the answers in the folder of a profile; processes but the first one keep theirs in memory."""
-    path = None if rank() else out / ANSWERS_FILE
-    return AnswerStore(path, manifest.shape.weights_fingerprint, source.computes_in)
-
-
-def _make_samples(
-    out: Path, source: SourceModel, manifest: Manifest, progress: Progress
-) -> tuple[Manifest, list[Sample], list[Sample]]:
-    """Makes the samples of both splits, or reads those that are on disk already, and completes the fingerprints."""
-    expected = manifest.calibration_fingerprint, manifest.validation_fingerprint
-    calibration = _samples(out, source, manifest, "calibration", expected[0], progress)
-    validation = _samples(out, source, manifest, "validation", expected[1], progress)
-    manifest = manifest.of_samples(calibration, validation)
-    _write(out, manifest)
-    missing = sorted(set(manifest.lengths) - {sample.length for sample in calibration})
-    if missing and manifest.shard is None:
-        raise DataError(
-            f"no calibration sample has length {missing[0]:,}: {len(calibration)} samples are too few for "
-            f"{len(manifest.lengths)} lengths; raise calibration.samples"
-        )
-    return manifest, calibration, validation
-
-
-def _samples(
-    out: Path, source: SourceModel, manifest: Manifest, split: Split, expected: str, progress: Progress
-) -> list[Sample]:
-    """Returns a split's samples that are to be here, all or the shard's.
-
-    Those on disk are taken if they have the expected fingerprint, or any if that is empty; else they are made and saved.
-    """
-    path = out / (CALIBRATION_FILE if split == "calibration" else VALIDATION_FILE)
-    samples: list[Sample] | None = broadcast(None if rank() else read_samples(path, expected))
-    if samples is not None:
-        return samples
-    answers = _answers(out, source, manifest)
-    if manifest.shard is None:
-        recipe = data_recipe(manifest.recipe, manifest.rules)
-        samples = sample_sources.build_samples(source, recipe, split, progress, answers)
-    else:
-        numbers = manifest.shard.calibration if split == "calibration" else manifest.shard.validation
-        drafts = None if rank() else _drafts(source, manifest, split)
-        chosen = broadcast(None if drafts is None else [drafts[number] for number in numbers])
-        samples = answer_drafts(source.model, chosen, progress, answers)
-    if not rank():
-        save_samples(path, samples)
-    return samples
-
-
-def _drafts(source: SourceModel, manifest: Manifest, split: Split) -> list[SampleDraft]:
-    """Returns the samples of a whole profile's split before the dense model has answered."""
-    return sample_sources.make_drafts(source, data_recipe(manifest.recipe, manifest.rules), split)
+    return manifest, None

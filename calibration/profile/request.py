@@ -45,14 +45,8 @@ def request_fingerprint(
     """Returns a hash of all that decides a profile's numbers and is known before its samples are made.
 
     Choices that only matter later (estimator, search, evaluation) are not in it, nor is which statistics are recorded.
-
-    Args:
-        shape: the model, with its weights fingerprint.
-        rules: the candidate rules.
-        recipe: the run.
-        files: `file_digests` of the recipe.
-        around: key of the plan that is profiled around; empty for the dense model.
-        computes_in: the dtype that the model computes in; by default its own.
+    `files` are `file_digests` of the recipe, and `around` is the key of the plan that is profiled around. `computes_in` is a
+    dtype, by default the model's own.
     """
     other = computes_in not in (None, shape.dtype)
     trains = not around and any(rule.selects for rule in rules)  # around a plan its own gates select

@@ -30,12 +30,9 @@ MAX_SKIPPED = 0.05
 
 
 def check_skipped(skipped: Collection[int], samples: Mapping[int, Sample], total: int) -> None:
-    """Refuses a profile that too many samples are left out of.
+    """Refuses a profile that too many samples are left out of, by their numbers.
 
-    Args:
-        skipped: their numbers.
-        samples: the samples that are here, by number.
-        total: samples of the profile. Where not all are here, those of a length may all be elsewhere.
+    Where `samples`, those that are here by number, are not all of the profile's `total`, those of a length may be elsewhere.
 
     Raises:
         DataError: says how many.

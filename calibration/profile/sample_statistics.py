@@ -15,7 +15,6 @@ import hashlib
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,14 +22,22 @@ from transformers import PreTrainedModel
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.gates.training import LAG
 from moacompress.calibration.profile.collectors import BaselineSums, HeadSums, InfluenceSums, TokenSums
-from moacompress.calibration.profile.passes import Cotangent, Recording, Tape, output_logits, recorded, target_states
+from moacompress.calibration.profile.passes import (
+    Cotangent,
+    Recording,
+    Tape,
+    output_logits,
+    recorded,
+    target_states,
+    tokens_and_rows,
+)
 from moacompress.calibration.profile.precision import PrecisionSums
 from moacompress.calibration.profile.sharing import CopySums, copyable
 from moacompress.calibration.profile.statistics import DRAWN, Statistics
 from moacompress.calibration.profile.tiles import Collector, GradientCollector
 from moacompress.core.arrays import Floats32
 from moacompress.core.errors import UsageError
-from moacompress.models.placement import input_device, layer_devices
+from moacompress.models.placement import layer_devices
 from moacompress.models.tensor_parallel import heads_here, of_all_ranks
 from moacompress.recipe_sections import ProfileRecipe
 from moacompress.rules.gate_weights import GateWeights
@@ -131,8 +138,7 @@ def sample_statistics(
         UsageError: copies of earlier layers, where a rank does not have all KV heads.
     """
     assert around is None or not around.selects or gates is not None
-    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1).to(input_device(model))
-    ids = torch.from_numpy(sample.input_ids).to(input_device(model))
+    ids, rows = tokens_and_rows(model, sample)
     dense = None
     if around is not None:
         with recorded(model, Recording.of(shape, table)):  # attention as below: around a full plan nothing differs
@@ -193,8 +199,7 @@ def token_influence(
 
     The seed and the sample's index decide the cotangents.
     """
-    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1).to(input_device(model))
-    ids = torch.from_numpy(sample.input_ids).to(input_device(model))
+    ids, rows = tokens_and_rows(model, sample)
     heads = heads_here(model, shape.kv_heads)
     sums = [TokenSums(len(heads), len(ids), LAG, device) for device in layer_devices(model)]
     with Tape(model, Recording.of(shape, RuleTable.of([Rule.FULL], 1)), ids, rows) as tape:

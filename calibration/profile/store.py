@@ -378,25 +378,20 @@ def merge(folder: Path, head: Manifest, samples: Sequence[Sample], statistics: S
     return head
 
 
-def sample_path(folder: Path, index: int) -> Path:
-    """Returns where the statistics of a sample are."""
-    return sample_file(folder, index)
-
-
 def write_sample(folder: Path, index: int, statistics: Statistics, owner: str, seconds: float) -> None:
     """Writes the statistics of one finished sample, atomically, and the seconds that it took.
 
     They may hold numbers that are not finite: then the sample is one to be skipped. `owner` is `Manifest.owner`.
     """
     notes = {"profile": owner, "index": str(index), "digest": statistics.digest(), "seconds": f"{seconds:.3f}"}
-    write_bytes(sample_path(folder, index), save(dict(statistics.arrays), metadata=notes))
+    write_bytes(sample_file(folder, index), save(dict(statistics.arrays), metadata=notes))
 
 
 def read_sample(
     folder: Path, index: int, owner: str, shapes: dict[str, tuple[int, ...]]
 ) -> tuple[Statistics, float] | None:
     """Returns the statistics and the seconds of a finished sample; None if it has to be done (again)."""
-    path = sample_path(folder, index)
+    path = sample_file(folder, index)
     if not path.is_file():
         return None
     try:

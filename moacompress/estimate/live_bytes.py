@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,17 +20,13 @@ def _stored(tree: Any) -> Iterator[Tensor]:
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that come to be in its block, as long as anything keeps them.
 
-    Args:
-        counts: whether a tensor of so many bytes counts; all do by default.
-
     Attributes:
         now: bytes alive.
         peak: the most that were alive at a time, after any operation.
     """
 
-    def __init__(self, counts: Callable[[int], bool] = bool) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._counts = counts
         self.now = self.peak = 0
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -44,7 +40,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
         place, size = storage.data_ptr(), storage.nbytes()
-        if not self._counts(size) or place in self._alive or place in given:
+        if not size or place in self._alive or place in given:
             return
 
         def gone(_: object) -> None:

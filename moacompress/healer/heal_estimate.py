@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.profile.passes import KEEP_TOKENS
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.memory import peak_rss
 from moacompress.core.place import named_folder
@@ -21,9 +22,9 @@ from moacompress.estimate.estimate import Estimate
 from moacompress.estimate.estimator import Estimator
 from moacompress.estimate.work import Kind, Work, answers
 from moacompress.healer.distillation import soft_loss
-from moacompress.healer.heal_request import TWICE_BEYOND, HealRequest, accumulation
+from moacompress.healer.heal_request import HealRequest
 from moacompress.healer.healing import check_out
-from moacompress.healer.teacher import HeldOut, Teacher, target_rows
+from moacompress.healer.teacher import HeldOut, Teacher
 from moacompress.healer.trained_weights import make_trainable
 from moacompress.healer.training_data import count_samples, heal_drafts, heal_lengths, held_out_samples
 from moacompress.models.kept_logits import kept_logits
@@ -59,16 +60,15 @@ def estimate_heal(
     counts = count_samples(known, calibration, request.recipe)
     heal_drafts(known, request.teacher, request.recipe, counts)  # whether they can be made
     lengths = heal_lengths(known, request.recipe)
-    longest = max(lengths)
     held_out = held_out_samples(known, request.recipe)
-    sample = min((*calibration, *known.validation), key=lambda one: abs(len(one.input_ids) - longest))
+    sample = min((*calibration, *known.validation), key=lambda one: abs(len(one.input_ids) - request.longest))
     progress.start("timing one step", 2)
     timed = _TimedHeal(request, sample)
     progress.step("forward and backward")
     estimator, tokens = timed.estimator, len(sample.input_ids)
     new = answers(tokens, counts.new_answers, known.recipe.calibration.answer_tokens) if counts.new_answers else []
     world, evaluations = world_size(), min(heal.evaluations, heal.steps) + 1  # the start is measured too
-    epoch = math.ceil(heal.samples / (accumulation(request) * world))  # steps, of which the last has what is left
+    epoch = math.ceil(heal.samples / (request.accumulation * world))  # steps, of which the last has what is left
     seen = round(heal.steps * heal.samples / epoch)
     asked = seen if heal.objective == "echoatt" else min(seen, heal.samples)  # what the teacher says is kept
     mean = sum(lengths) / len(lengths) / tokens  # of a sample, as a share of the one that was timed
@@ -130,7 +130,7 @@ class _TimedHeal:
 
     def __init__(self, request: HealRequest, sample: Sample) -> None:
         device, dense, model = torch.device(request.recipe.device), request.teacher.model, request.checkpoint.model
-        ids, rows = torch.from_numpy(sample.input_ids).to(device), target_rows(sample).to(device)
+        ids, rows = (torch.from_numpy(part).to(device) for part in (sample.input_ids, sample.target_rows))
         held_out = HeldOut(Teacher(dense), [sample])
 
         def read(tokens: int, targets: int) -> Tensor:
@@ -150,7 +150,7 @@ class _TimedHeal:
         for kind in (Kind.TEACHER, Kind.HELD_OUT):
             self.estimator.one(kind, len(ids))
         model = make_trainable(model, request.plan, request.heal, request.recipe.seed).train()
-        if len(ids) > TWICE_BEYOND:
+        if len(ids) > KEEP_TOKENS:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.estimator.one(Kind.TRAINING, len(ids))
         self.peak_bytes = int(torch.cuda.max_memory_allocated()) if device.type == "cuda" else peak_rss()

@@ -26,8 +26,6 @@ from moacompress.runtime.checkpoint import Checkpoint, compressed_folder, load_c
 
 HEAL_VERSION = 1
 """Part of what a heal is known by; raised where the same request would give other weights."""
-TWICE_BEYOND = 1536
-"""Longest sample whose layers keep all that their backward pass needs; those of longer ones are computed again for it."""
 DENSE_GIVEN = (
     "{folder} is a dense model: it has lost nothing that could be healed; compress it first (`moacompress compress {folder} "
     "--budget 25% -o OUT`) and heal OUT"
@@ -61,6 +59,16 @@ class HealRequest:
     def learning_rate(self) -> float:
         """The largest."""
         return self.heal.lr or LEARNING_RATES[self.heal.train]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest training samples."""
+        return max(heal_lengths(self.profile, self.recipe))
+
+    @property
+    def accumulation(self) -> int:
+        """Samples that each process takes for a step."""
+        return max(1, round(self.heal.batch / self.longest / world_size()))
 
     @property
     def places(self) -> list[str | Path]:
@@ -132,12 +140,6 @@ class HealRequest:
             )
         key = _key(checkpoint, known, recipe, compute)
         return HealRequest(checkpoint, source, known, recipe, compute, key, types, trust_remote_code)
-
-
-def accumulation(request: HealRequest) -> int:
-    """Returns how many samples each process takes for a step."""
-    longest = max(heal_lengths(request.profile, request.recipe))
-    return max(1, round(request.heal.batch / longest / world_size()))
 
 
 def _profile_folder(folder: Path, given: str | Path | None) -> Path:

@@ -22,7 +22,7 @@ from moacompress.core.progress import Progress
 from moacompress.core.ranks import rank
 from moacompress.healer.distillation import hard_loss, hidden_loss, soft_loss
 from moacompress.healer.heal_history import Evaluated, HealHistory, save_best
-from moacompress.healer.teacher import HeldOut, Teacher, target_rows
+from moacompress.healer.teacher import HeldOut, Teacher
 from moacompress.healer.trained_weights import as_written, written_tensors
 from moacompress.models import processes
 from moacompress.models.kept_logits import kept_logits
@@ -85,7 +85,7 @@ def as_batches(samples: list[Sample]) -> list[dict[str, Any]]:
     return [
         {
             "input_ids": torch.from_numpy(sample.input_ids)[None],
-            "rows": target_rows(sample),
+            "rows": torch.from_numpy(sample.target_rows),
             "number": torch.tensor(number),
         }
         for number, sample in enumerate(samples)

@@ -18,6 +18,7 @@ import numpy as np
 
 from moacompress.calibration.data.answers import AnswerStore
 from moacompress.calibration.data.samples import fingerprint_ordered
+from moacompress.calibration.profile.passes import KEEP_TOKENS
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import (
     ANSWERS_FILE,
@@ -51,10 +52,10 @@ from moacompress.exporter.cache_settings import with_its_cache
 from moacompress.exporter.exporting import check_place, exported_plan, write_checkpoint
 from moacompress.exporter.fresh import verify_fresh
 from moacompress.healer.heal_history import Evaluated, HealHistory, last_checkpoint, load_best
-from moacompress.healer.heal_request import TWICE_BEYOND, HealRequest, accumulation
+from moacompress.healer.heal_request import HealRequest
 from moacompress.healer.teacher import HeldOut, Teacher
 from moacompress.healer.trained_weights import distilled_layers, make_trainable, put_written
-from moacompress.healer.training_data import HealData, heal_lengths, make_heal_data
+from moacompress.healer.training_data import HealData, make_heal_data
 from moacompress.models import processes
 from moacompress.models.modules import attention_modules
 from moacompress.models.source import SourceModel, context_length
@@ -163,15 +164,15 @@ def trainer_arguments(request: HealRequest, work: Path) -> Any:
     """Returns the arguments of transformers' Trainer; under `torchrun` they join the process group."""
     from moacompress.healer.heal_trainer import OneGpuArguments
 
-    heal, longest = request.heal, max(heal_lengths(request.profile, request.recipe))
+    heal = request.heal
     arguments = OneGpuArguments(
         output_dir=str(work / HEAL_CHECKPOINTS_FOLDER),
         max_steps=heal.steps,
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=accumulation(request),
+        gradient_accumulation_steps=request.accumulation,
         learning_rate=request.learning_rate,
         weight_decay=0.0,
-        gradient_checkpointing=longest > TWICE_BEYOND,
+        gradient_checkpointing=request.longest > KEEP_TOKENS,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=request.compute == "bfloat16",
         use_cpu=request.recipe.device == "cpu",

@@ -17,12 +17,6 @@ from moacompress.models import processes
 from moacompress.models.kept_logits import kept_logits
 from moacompress.models.kl import kl_divergence
 
-
-def target_rows(sample: Sample) -> Tensor:
-    """Returns the positions whose logits predict the targets of a sample, int64 `[targets]`."""
-    return torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1)
-
-
 MAX_STATE_BYTES = 2 * 2**30
 """Of what is kept of the dense model; samples beyond it are read again."""
 
@@ -70,8 +64,8 @@ class HeldOut:
         found = {}
         for number in range(rank(), len(self.samples), world_size()):
             sample = self.samples[number]
-            ids = torch.from_numpy(sample.input_ids).to(model.device)
-            dense = self.teacher.target_logits(f"held out {number}", ids, target_rows(sample).to(model.device))
+            ids, rows = (torch.from_numpy(part) for part in (sample.input_ids, sample.target_rows))
+            dense = self.teacher.target_logits(f"held out {number}", ids.to(model.device), rows.to(model.device))
             found[number] = kl_divergence(dense.float(), answer_logits(model, sample))
             if not np.isfinite(found[number]):
                 raise ModelError(f"the logits of held-out sample {number} are not finite; heal with --dtype float32")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from moacompress.core.errors import DataError, UsageError, did_you_mean
+from moacompress.core.errors import DataError
 from moacompress.prompts.field_records import (
     EVALUATION_TEMPLATE,
     FIELDS,
@@ -87,18 +87,6 @@ _ENDING = {"numbers": "", "uuids": "-uuids", "codes": "-codes"}
 _DRAW = {"numbers": draw_numbers, "uuids": draw_uuids, "codes": draw_codes}
 
 
-def find_task(name: str) -> SyntheticTask:
-    """Returns the task of that name.
-
-    Raises:
-        UsageError: unknown; names the nearest known one.
-    """
-    if name not in TASKS:
-        hint = did_you_mean(name, TASKS, f"known tasks are {', '.join(TASKS)}")
-        raise UsageError(f"unknown task {name!r}; {hint}")
-    return TASKS[name]
-
-
 def make_prompt(
     task: str | SyntheticTask,
     rng: np.random.Generator,
@@ -120,10 +108,9 @@ def make_prompt(
         values: what is hidden and asked for; `recall` has words of its own.
 
     Raises:
-        UsageError: unknown task.
         DataError: `length` is too short for the task or the prose too short for `length`; a prose task without `text`.
     """
-    task = find_task(task) if isinstance(task, str) else task
+    task = TASKS[task] if isinstance(task, str) else task
     if task.kind == "key-value":
         return make_key_value(rng, split, tokenizer, length, values)
     if task.kind == "records":

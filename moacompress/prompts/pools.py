@@ -270,11 +270,6 @@ def sentence_ends(words: Sequence[str]) -> list[int]:
     return ends if ends and ends[-1] == len(words) else [*ends, len(words)]
 
 
-def read_documents(path: str | Path) -> list[str]:
-    """Returns the texts of `read_files`."""
-    return list(read_files(path).values())
-
-
 def read_files(path: str | Path) -> dict[Path, str]:
     """Returns the texts of a `.txt` file or of the `.txt` files in a folder, by name, without blank ones and repeats.
 

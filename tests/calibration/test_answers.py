@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-from moacompress.calibration.data.answers import SampleDraft, answer_drafts, finish_sample, generate_greedy, stop_tokens
+from moacompress.calibration.data.answers import SampleDraft, answer_drafts, generate_greedy, stop_tokens
 from moacompress.core.errors import DataError
 from moacompress.core.progress import Progress
 from moacompress.prompts.templates import encode_conversation, encode_prompt
@@ -26,32 +26,10 @@ CHAT = [
 ]
 
 
-def marked(tokenizer: Any, ids: list[int], mask: list[bool]) -> str:
-    return str(tokenizer.decode([token for token, flag in zip(ids, mask, strict=True) if flag]))
-
-
 def test_prompts_with_and_without_a_template(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     ids = encode_prompt(tiny_tokenizer, "hi", "It is")
     assert tiny_tokenizer.decode(ids) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nIt is"
     assert tiny_tokenizer.decode(encode_prompt(without_template(tiny_tokenizer), "hi", "It is")) == "hi\nIt is"
-
-
-def test_conversation_mask_by_prefixes(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    ids, mask = encode_conversation(tiny_tokenizer, CHAT)
-    assert str(tiny_tokenizer.decode(ids)).endswith("sure?<|im_end|>\n<|im_start|>assistant\n")
-    assert marked(tiny_tokenizer, ids, mask) == "yes.<|im_end|>"
-
-
-def test_conversation_mask_by_generation_marks(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = (
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == "
-        "'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
-        "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
-    plain = encode_conversation(tiny_tokenizer, CHAT)
-    assert encode_conversation(tokenizer, CHAT) == plain
 
 
 def test_template_that_is_no_prefix(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -120,8 +98,3 @@ def test_drafts_keep_their_order(tiny_model: Build) -> None:
         assert sample.answer_mask.sum() == len(answer)
     assert samples[-1].input_ids.tolist() == [9] * 120
     assert samples[-1].answer_mask.sum() == 20
-
-
-def test_short_sample_is_refused() -> None:
-    with pytest.raises(DataError, match="longer than the largest sink"):
-        finish_sample(SampleDraft([1] * 20, [False] * 20, 5, "file:a.jsonl", 512), [2, 3])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers.models.llama import modeling_llama
 
-from moacompress.calibration.profile import centres, profiler
+from moacompress.calibration.profile import centres, preparation
 from moacompress.calibration.profile.centres import FIRST, mean_keys
 from moacompress.calibration.profile.profiler import profile
 from moacompress.calibration.profile.store import Profile
@@ -74,7 +74,7 @@ def test_a_profile_keeps_them_and_its_plans_have_them(
         read.append(len(texts))
         return means(source, texts, *rest)
 
-    monkeypatch.setattr(profiler, "mean_keys", counted)
+    monkeypatch.setattr(preparation, "mean_keys", counted)
     source = source_of(tiny_model("qwen2"), tiny_tokenizer)
     made = profile(source, tmp_path / "p", RECIPE)
     assert read == [3]

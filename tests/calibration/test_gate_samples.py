@@ -13,7 +13,7 @@ import pytest
 from moacompress.calibration.data.data_rows import first_of_each, split_rows
 from moacompress.calibration.data.samples import Sample, load_samples
 from moacompress.calibration.gates.gate_samples import gate_recipe
-from moacompress.calibration.profile import profiler
+from moacompress.calibration.profile import preparation, profiler
 from moacompress.core.artefact_names import CALIBRATION_FILE
 from moacompress.core.errors import DataError
 from moacompress.models.source import SourceModel, model_shape
@@ -46,7 +46,7 @@ def both(
             found.extend(samples)
             raise Trained
 
-        monkeypatch.setattr(profiler, "train_gates", train)
+        monkeypatch.setattr(preparation, "train_gates", train)
         with pytest.raises(Trained):
             profiler.profile(source, tmp_path / "profile", recipe)
         return load_samples(tmp_path / "profile" / CALIBRATION_FILE), found

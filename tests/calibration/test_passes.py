@@ -163,7 +163,7 @@ def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 def brute_force(model: PreTrainedModel, sample: Sample) -> list[list[Tensor]]:
     """Returns d_i of every draw and layer, `[kv_heads, N, rules]`, of a float64 model: O by masks, dO by autograd."""
-    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1)
+    rows = torch.from_numpy(sample.target_rows)
     ids, n = torch.from_numpy(sample.input_ids)[None], len(sample.input_ids)
     SEEN.clear()
     with attention(model, "test_plain"), Exact():
@@ -204,7 +204,7 @@ class Deltas:
 def every_delta(model: PreTrainedModel, sample: Sample) -> list[list[Tensor]]:
     """Returns what `brute_force` does, from the profiler's passes in the model's own dtype."""
     shape, n = model_shape(model), len(sample.input_ids)
-    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1)
+    rows = torch.from_numpy(sample.target_rows)
     found = []
     with Tape(
         model, Recording.of(shape, RuleTable.of(RULES, MIN_WINDOW)), torch.from_numpy(sample.input_ids), rows
@@ -224,19 +224,16 @@ def worst_error(got: list[list[Tensor]], expected: list[list[Tensor]]) -> float:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_every_delta_is_that_of_float64(build: Factory, name: str) -> None:
-    """The formula and the gradients that are passed on are exact: in float64 nothing but rounding is left."""
-    wide, sample = double(build(name)), random_sample(150)
-    with Exact():
-        got = every_delta(wide, sample)
-    assert worst_error(got, brute_force(wide, sample)) < 1e-10
+def test_statistics_are_those_of_float64(build: Factory, name: str) -> None:
+    """The formula and the gradients that are passed on are exact: in float64 nothing but rounding is left.
 
-
-@pytest.mark.parametrize("name", EVERY)
-def test_statistics_in_float32_are_those_of_float64(build: Factory, name: str) -> None:
-    """A smaller initialisation, so that the model itself does not magnify the rounding of its first layer."""
+    A smaller initialisation, so that the model itself does not magnify the rounding of its first layer in float32.
+    """
     model, sample = build(name, initializer_range=0.1), random_sample(150)
-    expected = brute_force(double(model), sample)
+    wide = double(model)
+    expected = brute_force(wide, sample)
+    with Exact():
+        assert worst_error(every_delta(wide, sample), expected) < 1e-10
     assert worst_error(every_delta(model, sample), expected) < 1e-5
 
     exact = torch.stack([torch.stack(layers) for layers in expected])  # [draws, layers, kv_heads, N, rules]
@@ -265,7 +262,7 @@ class Pulled:
 def gradients(model: PreTrainedModel, sample: Sample) -> list[Tensor]:
     """Returns every cotangent of every layer's attention, and that of the embeddings, of all draws from one tape."""
     shape, ids = model_shape(model), torch.from_numpy(sample.input_ids)
-    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1)
+    rows = torch.from_numpy(sample.target_rows)
     first, found = decoder_layers(model)[0], []
 
     def watch(module: Any, args: Any, kwargs: Any) -> None:
@@ -281,40 +278,32 @@ def gradients(model: PreTrainedModel, sample: Sample) -> list[Tensor]:
     return found
 
 
-def all_equal(got: Statistics, expected: Statistics) -> bool:
-    return got.arrays.keys() == expected.arrays.keys() and all(
-        np.array_equal(got.arrays[key], expected.arrays[key]) for key in expected.arrays
-    )
-
-
 @pytest.mark.parametrize("name", SOME)
-def test_running_layers_twice_changes_no_bit(build: Factory, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_samples_run_every_layer_again_and_no_bit_changes(
+    build: Factory, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, sample = build(name), random_sample(150)
-    kept, pulled = statistics(model, sample), gradients(model, sample)
-    monkeypatch.setattr(passes, "KEEP_TOKENS", 0)
-    assert all_equal(statistics(model, sample), kept)
-    twice = gradients(model, sample)
-    assert len(twice) == len(pulled) > 3 * DRAWS
-    assert all(torch.equal(a, b) for a, b in zip(twice, pulled, strict=True))
-
-
-def test_long_samples_run_every_layer_again(build: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, sample = build("llama"), random_sample(150)
     runs: list[int] = []
     for module in attention_modules(model):
         module.register_forward_pre_hook(lambda *_: runs.append(1))
-    statistics(model, sample)
+    monkeypatch.setattr(passes, "KEEP_TOKENS", 150)
+    kept = statistics(model, sample)
     assert len(runs) == 3
+    pulled = gradients(model, sample)
+    runs.clear()
     monkeypatch.setattr(passes, "KEEP_TOKENS", 149)
-    statistics(model, sample)
-    assert len(runs) == 3 + 3 * (1 + DRAWS)
+    assert statistics(model, sample).digest() == kept.digest()
+    assert len(runs) == 3 * (1 + DRAWS)
+    twice = gradients(model, sample)
+    assert len(twice) == len(pulled) > 3 * DRAWS
+    assert all(torch.equal(a, b) for a, b in zip(twice, pulled, strict=True))
 
 
 def test_the_backward_pass_may_run_in_another_thread(build: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "KEEP_TOKENS", 0)
     model, sample = build("gemma2"), random_sample(150)
     shape, ids = model_shape(model), torch.from_numpy(sample.input_ids)
-    rows = torch.from_numpy(np.flatnonzero(sample.answer_mask) - 1)
+    rows = torch.from_numpy(sample.target_rows)
     sums = [InfluenceSums(shape.kv_heads, len(RULES)) for _ in range(shape.layers)]
     failed: list[BaseException] = []
 
@@ -349,7 +338,7 @@ def test_output_logits_are_the_model_s_own(build: Factory, name: str) -> None:
         assert not torch.allclose(head, output_logits(model, hidden))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "granite"])
+@pytest.mark.parametrize("name", ["gemma2", "granite"])
 def test_logits_in_chunks_are_those_in_one_piece(build: Factory, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, sample, sizes = build(name), random_sample(150, answer=20), list[int]()
     chosen = ProfileRecipe(draws=2, baselines=True)
@@ -395,7 +384,7 @@ def test_a_long_sample_keeps_one_input_a_layer(build: Factory, monkeypatch: pyte
     assert whole[1] - whole[0] > 5 * (kept[1] - kept[0])
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
 def test_peak_memory_is_linear_in_the_tokens(build: Factory, name: str) -> None:
     """Nothing of tokens x tokens, and of a long sample nothing of layers x all that a layer works with."""
     model = build(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from moacompress.calibration.data.plain import chop
-from moacompress.prompts.pools import read_documents
 
 
 def test_plain_text_begins_as_the_tokenizer_begins_any(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -30,17 +28,3 @@ def test_plain_text_begins_as_the_tokenizer_begins_any(tiny_tokenizer: PreTraine
         assert len(draft.ids) == 256
         assert draft.ids[: len(first)] == first
         assert not {*draft.ids[len(first) :]} & {*tokenizer.all_special_ids}
-
-
-def test_texts_that_are_there_twice_are_read_once(tmp_path: Path) -> None:
-    for name, text in (
-        ("a", "One text"),
-        ("b", "another"),
-        ("c", "One text"),
-        ("d", " "),
-        ("e", "one text"),
-        ("f", "One\u00a0\n text "),
-        ("g", "\ufeffOne text"),
-    ):
-        (tmp_path / f"{name}.txt").write_text(text, "utf-8")
-    assert read_documents(tmp_path) == ["One text", "another"]

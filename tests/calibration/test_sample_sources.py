@@ -56,19 +56,6 @@ def test_spread_is_even_over_lengths_and_by_weight() -> None:
             assert sum(map(sum, spread(count, 2, weights))) == count
 
 
-def test_generators(source: SourceModel) -> None:
-    asked = recipe([{"generator": "needle"}, {"generator": "key-value"}], (700, 1024), 4)
-    samples = build_samples(source, asked, "calibration")
-    assert [sample.length for sample in samples] == [700, 700, 1024, 1024]
-    assert {sample.source for sample in samples} == {"needle/noise", "key-value"}
-    for sample in samples:
-        assert sample.length - 40 < len(sample.input_ids) <= sample.length
-        cut = int(sample.answer_mask.argmax())
-        assert sample.answer_mask[cut:].all()
-        (answer,) = generate_greedy(source.model, [sample.input_ids[:cut].tolist()], 8)
-        assert sample.input_ids[cut:].tolist() == answer
-
-
 def test_validation_has_samples_longer_than_any_that_is_profiled(source: SourceModel, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "qa.jsonl", prompts(12, 480))
     sources = [{"generator": "needle"}, {"path": path}, {"generator": "key-value", "weight": 2}]
@@ -129,22 +116,6 @@ class HubRows(UserList[Any]):
         return self
 
 
-@pytest.mark.parametrize("documents", [1, 2, 7])
-def test_a_text_has_the_split_that_evaluation_gives_it(source: SourceModel, tmp_path: Path, documents: int) -> None:
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for number in range(documents):
-        words = (f"d{number}w{word}" for word in range(3000))
-        (folder / f"{number}.txt").write_text(" ".join(words))
-    pools = Prose.load(folder).pools
-    for split in SPLITS[:2]:
-        own = {word for document in pools[split] for word in document}
-        drafts = make_drafts(source, recipe([{"path": str(folder)}], samples=3), split)
-        said = {word for draft in drafts for word in str(source.tokenizer.decode([*draft.ids[1:]])).split()[1:-1]}
-        assert said
-        assert said <= own
-
-
 def test_parquet_rows(source: SourceModel, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -181,7 +152,6 @@ def test_hub_set_without_network(source: SourceModel) -> None:
         ("empty.jsonl", "", r"file:empty.jsonl has no rows"),
         ("bad.jsonl", '{"prompt": "a"}\n{"prompt', r"line 2 of .*bad.jsonl is not valid JSON"),
         ("bad.json", "[", r"bad.json is not valid JSON"),
-        ("bad.jsonl", '{"prompt": ' + "9" * 5000 + "}", r"line 1 of .*bad.jsonl is not valid JSON"),
         ("bad.json", "9" * 5000, r"bad.json is not valid JSON"),
         ("dict.json", "{}", r"dict.json must hold a list of rows, not dict, or be in SQuAD's form"),
         ("deep.json", f'[{{"text": "a", "more": {"[" * 700}{"]" * 700}}}]', r"row 0 of .*deep.json is nested too deep"),
@@ -195,26 +165,6 @@ def test_hub_set_without_network(source: SourceModel) -> None:
         ("squad.json", '{"data": 5}', r"squad.json is not a SQuAD file: TypeError"),
         ("squad.json", '{"data": [{"paragraphs": [{"context": 1, "qas": []}]}]}', r"context is int, not text"),
         ("squad.json", '{"data": []}', r"squad.json has no answerable question"),
-        (
-            "qa.json",
-            '[{"context": "a", "question": "b"}, {"context": "c"}]',
-            r"row 1 of file:qa.json has no text under 'question'",
-        ),
-        (
-            "qa.json",
-            json.dumps([{"context": "a", "question": "b"}]),
-            r"has too few distinct documents or articles with questions: 1",
-        ),
-        (
-            "qa.json",
-            json.dumps([{"context": f"{i} {'long ' * 40}", "question": "b"} for i in range(9)]),
-            r"give more questions or shorter",
-        ),
-        (
-            "rows.json",
-            json.dumps([{"prompt": "a"}, *({"text": str(row)} for row in range(20))]),
-            r"row \d of file:rows.json has no text under 'prompt'",
-        ),
         ("list.json", "[[1]]", r"row 0 of .*list.json is no object but \[1\]"),
         ("x.csv", "a", r"x.csv is no .jsonl, .json, .parquet or .txt file"),
         ("x.parquet", "a", r"cannot read .*x.parquet: "),
@@ -223,7 +173,6 @@ def test_hub_set_without_network(source: SourceModel) -> None:
             '[{"question": 1, "id": 2}]',
             r"has the columns id, question; rows need `messages`, .*`context` with `question`",
         ),
-        ("one.json", '[{"prompt": "a"}]', r"has too few distinct rows: 1; calibration, validation, evaluation need"),
         (
             "null.json",
             '[{"prompt": null}, {"prompt": 2}, {"prompt": 3}]',
@@ -255,6 +204,7 @@ def test_hub_set_without_network(source: SourceModel) -> None:
             r"0 calibration prompts of 121 to 248 .*have 419 to 419 tokens: \d fit 512; choose such lengths \(--lengths\)",
         ),
         ("few.json", json.dumps(prompts(4)), r"has \d calibration prompts of 121 to 248 .*of 4 needed"),
+        ("one.json", '[{"prompt": "a"}]', r"has too few distinct rows: 1; calibration, validation, evaluation need"),
         (
             "short.txt",
             " ".join(str(number) for number in range(900)),
@@ -351,8 +301,9 @@ def part(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
     return make
 
 
-@pytest.mark.parametrize("chat", [True, False])
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize(
+    ("name", "chat"), [*((name, True) for name in SOURCES), *((name, False) for name in ("needle", *SOURCES[5:9]))]
+)
 def test_every_source_with_and_without_a_chat_template(
     source: SourceModel, part: Callable[[str], dict[str, Any]], name: str, chat: bool
 ) -> None:
@@ -367,6 +318,11 @@ def test_every_source_with_and_without_a_chat_template(
     assert len(samples) == 3
     others = build_samples(source, asked, "validation")
     assert not {tuple(s.input_ids) for s in samples} & {tuple(s.input_ids) for s in others}
+    if name == "text":  # a word at either end may be cut
+        ours, theirs = ({word for s in each for word in text_of(source, s).split()[1:-1]} for each in (samples, others))
+        pools = Prose.load(asked.calibration.sources[0].path or "").pools
+        for words, split in zip((ours, theirs), SPLITS[:2], strict=True):
+            assert words <= {word for document in pools[split] for word in document}
     drafts = make_drafts(source, asked, "calibration")
     for sample, draft in zip(samples, drafts, strict=True):
         assert (sample.length, sample.kind) == (length, "text" if name == "text" else "answer")
@@ -391,9 +347,8 @@ def prose(tmp_path: Path, documents: int, words: int = 3000) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("documents", [1, 6])
-def test_text_samples_come_after_the_answers(source: SourceModel, tmp_path: Path, documents: int) -> None:
-    text = prose(tmp_path, documents)
+def test_text_samples_come_after_the_answers(source: SourceModel, tmp_path: Path) -> None:
+    text = prose(tmp_path, 6)
     given = partial(recipe, [{"generator": "needle"}], (700, 768), 4, text=text)
     plain = build_samples(source, given(), "calibration")
     samples = build_samples(source, given(text_samples=5), "calibration")
@@ -413,13 +368,7 @@ def test_text_samples_come_after_the_answers(source: SourceModel, tmp_path: Path
     assert [s.answer_mask.tolist() for s in again] == [s.answer_mask.tolist() for s in samples]
     validation = build_samples(source, given(text_samples=5), "validation")
     texts = [sample for sample in validation if sample.kind == "text"]
-    assert [sample.length for sample in texts] == [
-        700,
-        700,
-        768,
-        768,
-        768,
-    ]  # as many samples of both splits, so as many texts
+    assert [sample.length for sample in texts] == [700, 700, 768, 768, 768]  # as many samples, so as many texts
     held = {word for document in Prose.load(text).pools["validation"] for word in document}
     assert all(set(text_of(source, sample).split()[1:-1]) <= held - words for sample in texts)
     assert len(validation) == 4 + len(texts)
@@ -436,14 +385,13 @@ def test_text_samples_that_cannot_be(source: SourceModel, tmp_path: Path, caplog
     assert "plans will not be measured on plain text: of the validation texts, the longest of 1" in caplog.text
 
 
-def test_a_run_that_was_stopped_while_it_answered_goes_on(
+def test_answered_batches_are_not_answered_again(
     source: SourceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from moacompress.calibration.data import answers
 
     monkeypatch.setattr(answers, "BATCH_TOKENS", 1600)
     asked = recipe([{"generator": "needle"}, {"generator": "recall"}], (700, 800), 8)
-    plain = build_samples(source, asked, "calibration")
     path, calls = tmp_path / "answers.jsonl", []
 
     def counted(*arguments: Any) -> Any:
@@ -459,17 +407,18 @@ def test_a_run_that_was_stopped_while_it_answered_goes_on(
         build_samples(source, asked, "calibration", answers=store())
     stop = 0
     assert path.read_bytes().count(b"\n") == 2
-    with path.open("ab") as file:
-        file.write(b'{"answers": {"ab')
+    calls.clear()
     resumed = build_samples(source, asked, "calibration", answers=store())
-    for before, after in zip(plain, resumed, strict=True):
-        assert before.input_ids.tolist() == after.input_ids.tolist()
-    made, calls[:] = len(calls) - 3, []
+    made = len(calls)
     assert made > 0
-    build_samples(source, asked, "calibration", answers=store())
-    assert not calls
-    build_samples(source, asked, "validation", answers=store())
-    assert calls
+    assert fingerprint_samples(build_samples(source, asked, "calibration", answers=store())) == fingerprint_samples(
+        resumed
+    )
+    assert len(calls) == made
+    calls.clear()
+    plain = build_samples(source, asked, "calibration")
+    assert len(calls) == made + 2
+    assert fingerprint_samples(plain) == fingerprint_samples(resumed)
 
 
 def test_varied_takes_every_source_and_length_first() -> None:

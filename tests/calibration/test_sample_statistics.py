@@ -74,7 +74,7 @@ def test_the_expected_square_is_twice_the_kl(tiny_model: Factory) -> None:
     sample = Sample(ids, np.arange(n) >= n - 24, "random", n)
     found = sample_statistics(model, shape, RuleTable.of((Rule.FULL, rule), 32), sample, MANY, None, 0, 0)
     total = found.arrays["total"][..., 1].astype(np.float64)
-    rows, exact = np.flatnonzero(sample.answer_mask) - 1, model.double()
+    rows, exact = sample.target_rows, model.double()
 
     def log_probabilities() -> torch.Tensor:
         with torch.no_grad():
@@ -129,7 +129,7 @@ def test_the_model_is_restored_after_an_error(source: SourceModel, monkeypatch: 
 
 def divergence(model: PreTrainedModel, sample: Sample, plan: Plan, dense: torch.Tensor | None = None) -> Any:
     """Mean KL(dense || plan) at the answer tokens, in float64; without `dense` the dense log-probabilities."""
-    rows, ids = np.flatnonzero(sample.answer_mask) - 1, torch.from_numpy(sample.input_ids)[None]
+    rows, ids = sample.target_rows, torch.from_numpy(sample.input_ids)[None]
     if dense is not None:
         attach(model, plan)
     with torch.no_grad():

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.gates.scorers import (
+    NEED_LATER,
     SCORERS,
-    LayerTokens,
     find_scorer,
     read_layers,
     scored_by,
@@ -56,9 +56,8 @@ def projected(model: Any, sample: Sample) -> list[tuple[Tensor, Tensor, Tensor]]
     return found  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_value_norm_and_running_keydiff(seed: int, tiny_model: Models) -> None:
-    model, sample = tiny_model("llama", seed=seed), made(seed)
+def test_value_norm_and_running_keydiff(tiny_model: Models) -> None:
+    model, sample = tiny_model("llama"), made(0)
     by_norm, by_key = (
         scored_by(SCORERS[name](), model, model_shape(model), [sample])(0) for name in ("value-norm", "keydiff")
     )
@@ -75,9 +74,8 @@ def test_value_norm_and_running_keydiff(seed: int, tiny_model: Models) -> None:
                 assert by_key[layer, head, at] == pytest.approx(1 - cosine, abs=1e-4)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_expected_attention_of_calibrations_queries(seed: int, tiny_model: Models) -> None:
-    model, samples = tiny_model("llama", seed=seed), [made(seed), made(seed + 10, 70)]
+def test_expected_attention_of_calibrations_queries(tiny_model: Models) -> None:
+    model, samples = tiny_model("llama"), [made(0), made(10, 70)]
     found = scored_by(SCORERS["expected-attention"](), model, model_shape(model), samples)(1)
     both = [projected(model, sample) for sample in samples]
     for layer in range(3):
@@ -112,7 +110,7 @@ def test_what_is_said_of_a_token_does_not_depend_on_later_ones(name: str, tiny_m
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "phi3", "smollm3", "gemma3_text", "gpt_neox"])
+@pytest.mark.parametrize("family", ["phi3", "smollm3", "gemma3_text", "gpt_neox"])
 def test_other_families(family: str, tiny_model: Models) -> None:
     model = tiny_model(family)
     for kind in SCORERS.values():
@@ -121,16 +119,13 @@ def test_other_families(family: str, tiny_model: Models) -> None:
         assert (found >= 0).all()
 
 
-@pytest.mark.parametrize("name", ["streaming-llm", "h2o", "snapkv", "pyramidkv", "adakv", "kvzip"])
-def test_scores_that_need_later_tokens_are_refused_by_name(name: str) -> None:
-    with pytest.raises(
-        UsageError, match=f"^no gate can be fitted to {name}: .*; scorers are influence, value-norm, keydiff"
-    ):
-        find_scorer(name)
-
-
 def test_unknown_scorers_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
     assert find_scorer("influence") is None
+    for name in NEED_LATER:
+        with pytest.raises(
+            UsageError, match=f"^no gate can be fitted to {name}: .*; scorers are influence, value-norm"
+        ):
+            find_scorer(name)
     with pytest.raises(
         UsageError, match="^unknown scorer 'zzzz'; scorers are influence, value-norm, keydiff, expected-att"
     ):
@@ -177,14 +172,3 @@ def test_a_profile_selects_by_gates_that_are_fitted_to_a_score(tiny_folder: Path
         fits += [float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(scores.T, wanted, strict=True)]
     assert len(sample.input_ids) > FIRST + LAG
     assert np.mean(fits) > 0.3
-
-
-def test_what_a_layer_made_of_a_sample(tiny_model: Models) -> None:
-    model, sample = tiny_model("llama"), made(4)
-    (tokens, *_) = read_layers(model, model_shape(model), sample)
-    assert isinstance(tokens, LayerTokens)
-    query, key, value = projected(model, sample)[0]
-    torch.testing.assert_close(tokens.key_before.double(), key, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(tokens.value.double(), value, rtol=1e-4, atol=1e-5)
-    assert tokens.later_query.shape == query.shape
-    assert not torch.allclose(tokens.later_query.double(), query, atol=1e-2)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,18 @@ from typer.testing import CliRunner
 
 from moacompress.calibration.data.answers import SampleDraft, answer_batches
 from moacompress.calibration.gates.gate_samples import gate_drafts
-from moacompress.calibration.profile import sample_run
+from moacompress.calibration.profile import estimate, sample_run
 from moacompress.calibration.profile.merging import merge_shards
 from moacompress.calibration.profile.profiler import profile, profile_shard
 from moacompress.calibration.profile.sample_run import check_skipped
 from moacompress.calibration.profile.sample_statistics import sample_statistics
-from moacompress.calibration.profile.shard import Shard, parted
-from moacompress.calibration.profile.store import Profile, sample_path
+from moacompress.calibration.profile.shard import Shard, parse_shard, parted
+from moacompress.calibration.profile.store import Profile
 from moacompress.cli import app
+from moacompress.core.artefact_names import sample_file
 from moacompress.core.errors import ArtefactError, DataError, UsageError
-from moacompress.exporter.exporting import export
+from moacompress.estimate.estimator import Estimator
 from moacompress.models.source import load_source
-from moacompress.models.stored_plan import stored_plan
 from moacompress.recipe import Recipe
 from moacompress.search.study import find_plan
 
@@ -56,26 +57,35 @@ def shards(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Folde
     return {number: place / str(number) for number in (1, 2, 3)}
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations((1, 2, 3))), ids=str)
 def test_shards_in_any_order_are_one_profile(
-    order: tuple[int, ...], shards: Folders, whole: Profile, tmp_path: Path
+    tiny_folder: Path, shards: Folders, whole: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = merge_shards([shards[number] for number in order], tmp_path / "profile")
-    assert made.fingerprint == whole.fingerprint
-    assert made.gates_fingerprint == whole.gates_fingerprint
-    assert made.statistics.shapes == whole.statistics.shapes
-    for name, array in made.statistics.arrays.items():
-        assert np.array_equal(array, whole.statistics.arrays[name]), name
-    for ours, theirs in zip(made.calibration_samples(), whole.calibration_samples(), strict=True):
-        assert np.array_equal(ours.input_ids, theirs.input_ids)
-        assert (ours.source, ours.kind, ours.length) == (theirs.source, theirs.kind, theirs.length)
-    heads = [json.loads((folder / "profile.json").read_text()) for folder in (made.path, whole.path)]
-    assert [head.pop("seconds") > 0 for head in heads] == [True, True]
-    assert heads[0] == heads[1]
-    rounding = [json.loads((folder / "weights.json").read_text()) for folder in (made.path, whole.path)]
-    assert rounding[0] == rounding[1]
-    shingles = [(folder / "calibration.shingles").read_bytes() for folder in (made.path, whole.path)]
-    assert shingles[0] == shingles[1]
+    for order in ((1, 2, 3), (3, 1, 2)):
+        made = merge_shards([shards[number] for number in order], tmp_path / str(order[0]))
+        assert made.statistics.shapes == whole.statistics.shapes
+        for name, array in made.statistics.arrays.items():
+            assert np.array_equal(array, whole.statistics.arrays[name]), name
+        for ours, theirs in zip(made.calibration_samples(), whole.calibration_samples(), strict=True):
+            assert np.array_equal(ours.input_ids, theirs.input_ids)
+            assert (ours.source, ours.kind, ours.length) == (theirs.source, theirs.kind, theirs.length)
+        heads = [json.loads((folder / "profile.json").read_text()) for folder in (made.path, whole.path)]
+        assert [head.pop("seconds") > 0 for head in heads] == [True, True]
+        assert heads[0] == heads[1]
+        for file in ("weights.json", "calibration.shingles"):
+            assert (made.path / file).read_bytes() == (whole.path / file).read_bytes()
+    # the samples that it has need not be profiled again
+    sample_file(made.path, 4).unlink()
+    (made.path / "influence.safetensors").unlink()
+    run: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        run.append(arguments[7])
+        return sample_statistics(*arguments)
+
+    monkeypatch.setattr(sample_run, "sample_statistics", counted)
+    again = profile(tiny_folder, made.path, RECIPE)
+    assert run == [4]
+    assert again.statistics.digest() == whole.statistics.digest()
 
 
 def test_a_profile_and_its_plans_know_all_that_they_saw(tiny_folder: Path, whole: Profile, tmp_path: Path) -> None:
@@ -85,62 +95,8 @@ def test_a_profile_and_its_plans_know_all_that_they_saw(tiny_folder: Path, whole
     ids = [*(sample.input_ids.tolist() for sample in samples), *(draft.ids for draft in gate_drafts(source, RECIPE))]
     assert seen.share(str(source.tokenizer.decode(list(each), skip_special_tokens=True)) for each in ids) == 1.0
     assert len(seen.hashes) < sum(map(len, ids))
-    found = find_plan(whole, "50%", out=tmp_path / "plan.json")
+    find_plan(whole, "50%", out=tmp_path / "plan.json")
     assert (tmp_path / "plan.shingles").read_bytes() == (whole.path / "calibration.shingles").read_bytes()
-    export(tiny_folder, found.plan, tmp_path / "model", weights="int8")
-    assert (tmp_path / "model" / "plan.shingles").read_bytes() == (tmp_path / "plan.shingles").read_bytes()
-    assert stored_plan(tmp_path / "model").seen is not None
-
-
-def test_a_plan_is_that_of_one_run(shards: Folders, whole: Profile, tmp_path: Path) -> None:
-    made = merge_shards(list(shards.values()), tmp_path / "profile")
-    ours, theirs = (find_plan(one, "50%").plan for one in (made, whole))
-    assert ours.key() == theirs.key()
-
-
-def test_a_merged_profile_is_resumed_by_a_run_of_all(
-    tiny_folder: Path, shards: Folders, whole: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = merge_shards(list(shards.values()), tmp_path / "profile").path
-    assert merge_shards(list(shards.values()), out).path == out
-    sample_path(out, 4).unlink()
-    (out / "influence.safetensors").unlink()
-    run: list[int] = []
-    monkeypatch.setattr(sample_run, "sample_statistics", counted(run))
-    made = profile(tiny_folder, out, RECIPE)
-    assert run == [4]
-    assert np.array_equal(made.influence("robust"), whole.influence("robust"))
-
-
-def test_a_stopped_shard_resumes(
-    tiny_folder: Path, shards: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "shard"
-    shutil.copytree(shards[2], folder)
-    numbers = json.loads((folder / "profile.json").read_text())["shard"]["calibration"]
-    sample_path(folder, numbers[-1]).unlink()
-    with pytest.raises(ArtefactError, match=rf"shard 2/3\) is not finished: {len(numbers) - 1} of its {len(numbers)}"):
-        merge_shards([shards[1], folder, shards[3]], tmp_path / "out")
-    assert not (tmp_path / "out" / "influence.safetensors").exists()
-    run: list[int] = []
-    monkeypatch.setattr(sample_run, "sample_statistics", counted(run))
-    again = profile_shard(tiny_folder, folder, RECIPE, "2/3")
-    assert run == numbers[-1:]
-    assert again.shard is not None
-    assert list(again.shard.calibration) == numbers
-    merge_shards([shards[1], folder, shards[3]], tmp_path / "out")
-    with pytest.raises(ArtefactError, match="holds shard 2/3 of this profile, not shard 1/3"):
-        profile_shard(tiny_folder, folder, RECIPE, "1/3")
-    with pytest.raises(ArtefactError, match="holds shard 2/3 of this profile, not all samples"):
-        profile(tiny_folder, folder, RECIPE)
-
-
-def counted(run: list[int]) -> Callable[..., Any]:
-    def count(*arguments: Any) -> Any:
-        run.append(arguments[7])
-        return sample_statistics(*arguments)
-
-    return count
 
 
 def changed(folder: Path, to: Path, change: Callable[[dict[str, Any]], None]) -> Path:
@@ -152,7 +108,11 @@ def changed(folder: Path, to: Path, change: Callable[[dict[str, Any]], None]) ->
     return to
 
 
-def test_what_cannot_be_merged_is_named(shards: Folders, whole: Profile, tmp_path: Path) -> None:
+def with_samples(numbers: Any, head: dict[str, Any]) -> None:
+    head["shard"]["calibration"] = numbers
+
+
+def test_what_cannot_be_merged_is_named(shards: Folders, whole: Profile, tiny_folder: Path, tmp_path: Path) -> None:
     one, two, three = shards.values()
 
     def refused(*folders: Path) -> str:
@@ -184,8 +144,22 @@ def test_what_cannot_be_merged_is_named(shards: Folders, whole: Profile, tmp_pat
     assert "has another request: seed is 5, not 0" in refused(one, two, seed)
     gates = changed(three, tmp_path / "gates", lambda head: head.update(gates="0" * 16))
     assert "has another gates (fingerprint 0000000000000000" in refused(one, two, gates)
+    for number, wrong in enumerate(([0, 99], [1, 0], [-1], "all")):
+        strange = changed(one, tmp_path / f"strange{number}", partial(with_samples, wrong))
+        assert "cannot read it" in refused(strange)
+    lacking = tmp_path / "lacking"
+    shutil.copytree(two, lacking)
+    numbers = json.loads((lacking / "profile.json").read_text())["shard"]["calibration"]
+    sample_file(lacking, numbers[-1]).unlink()
+    with pytest.raises(ArtefactError, match=rf"shard 2/3\) is not finished: {len(numbers) - 1} of its {len(numbers)}"):
+        merge_shards([one, lacking, three], tmp_path / "out")
+    assert not (tmp_path / "out" / "influence.safetensors").exists()
     with pytest.raises(ArtefactError, match="is shard 2/3 of a profile; .*--merge"):
         Profile.load(two)
+    with pytest.raises(ArtefactError, match="holds shard 2/3 of this profile, not shard 1/3"):
+        profile_shard(tiny_folder, lacking, RECIPE, "1/3")
+    with pytest.raises(ArtefactError, match="holds shard 2/3 of this profile, not all samples"):
+        profile(tiny_folder, lacking, RECIPE)
 
 
 def test_a_profile_with_more_statistics_is_not_merged_into(shards: Folders, tmp_path: Path) -> None:
@@ -204,19 +178,7 @@ def test_a_profile_with_more_statistics_is_not_merged_into(shards: Folders, tmp_
         assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
 
-def test_a_head_with_samples_that_there_are_not_is_refused(shards: Folders, tmp_path: Path) -> None:
-    wrong: list[Any] = [[0, 99], [1, 0], [-1], "all"]
-    for number in range(len(wrong)):
-
-        def change(head: dict[str, Any], number: int = number) -> None:
-            head["shard"]["calibration"] = wrong[number]
-
-        folder = changed(shards[1], tmp_path / str(number), change)
-        with pytest.raises(ArtefactError, match="cannot read it"):
-            merge_shards([folder], tmp_path / "out")
-
-
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(5))
 def test_every_sample_is_in_one_shard_and_batches_stay_whole(seed: int) -> None:
     rng = np.random.default_rng(seed)
     drafts = [
@@ -243,12 +205,9 @@ def test_more_shards_than_batches_are_refused() -> None:
     with pytest.raises(UsageError, match="shard 4/4 has no samples: .* in 3 batches; make 3 shards or fewer"):
         Shard.of(4, 4, drafts, [])
 
-
-@pytest.mark.parametrize("text", ["0/3", "4/3", "3", "a/b", "1/0", "-1/3", "1/3/5", ""])
-def test_what_is_no_shard_is_refused(text: str, tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="the third of eight shards is 3/8"):
-        profile_shard(tiny_folder, tmp_path / "p", RECIPE, text)
-    assert not (tmp_path / "p").exists()
+    for text in ("0/3", "4/3", "3", "a/b", "1/0", "-1/3", "1/3/5", ""):
+        with pytest.raises(UsageError, match="the third of eight shards is 3/8"):
+            parse_shard(text)
 
 
 def test_a_broken_model_is_found_in_a_shard(whole: Profile) -> None:
@@ -259,22 +218,8 @@ def test_a_broken_model_is_found_in_a_shard(whole: Profile) -> None:
     check_skipped([0], samples, 600)
 
 
-def test_commands(shards: Folders, tiny_folder: Path, tmp_path: Path) -> None:
-    def run(*arguments: str | Path) -> Any:
-        return CliRunner().invoke(app, ["profile", *map(str, arguments)])
-
-    done = run("--merge", *shards.values(), "-o", tmp_path / "profile", "--json")
-    assert done.exit_code == 0, done.stderr
-    assert json.loads(done.stdout)["samples"] == 6
-    again = run(tiny_folder, "-o", shards[1], "--shard", "1/3", "--json")
-    assert again.exit_code == 0, again.stderr
-    assert json.loads(again.stdout)["shard"] == "1/3"
-    assert "--merge" in run(tiny_folder, tmp_path, "-o", tmp_path / "p").stderr
-    assert "--shard" in run(tiny_folder, "-o", tmp_path / "p", "--shard", "1/2", "--audit", "2").stderr
-
-
 def test_dry_runs_of_shards_write_nothing_and_are_of_the_shard(
-    shards: Folders, tiny_folder: Path, tmp_path: Path
+    shards: Folders, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(*arguments: str | Path, exit_code: int = 0) -> Any:
         done = CliRunner().invoke(app, ["profile", *map(str, arguments), "--dry-run", "--json"])
@@ -284,6 +229,8 @@ def test_dry_runs_of_shards_write_nothing_and_are_of_the_shard(
 
     out, recipe = tmp_path / "profile", tmp_path / "recipe.yaml"
     found = run("--merge", *shards.values(), "-o", out)
+    assert "--merge" in run(tiny_folder, tmp_path, "-o", out, exit_code=2)
+    assert "--shard" in run(tiny_folder, "-o", out, "--shard", "1/2", "--audit", "2", exit_code=2)
     held_out = RECIPE.calibration.validation_samples + RECIPE.calibration.longer_samples
     assert (found["shards"], found["samples"], found["validation_samples"]) == (3, 6, held_out)
     assert "calibration samples are in no shard" in run("--merge", shards[1], shards[2], "-o", out, exit_code=1)
@@ -297,6 +244,8 @@ def test_dry_runs_of_shards_write_nothing_and_are_of_the_shard(
     manifest["shard"]["totals"] = [10**12, 10**12]
     (alone / "profile.json").write_text(json.dumps(manifest))
     assert "of 1000000000000 calibration samples are in no" in run("--merge", alone, "-o", out, exit_code=1)
+    monkeypatch.setattr(Estimator, "one", lambda *arguments: 1.0)
+    monkeypatch.setattr(estimate, "profile_bytes", lambda *arguments: defaultdict(int))
     recipe.write_text(json.dumps(RECIPE.resolved()))
     whole = run(tiny_folder, "-o", out, "--recipe", recipe)
     parts = [run(tiny_folder, "-o", out, "--recipe", recipe, "--shard", f"{number}/3") for number in (1, 2, 3)]

@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from moacompress.calibration.data.samples import Sample, fingerprint_samples, save_samples
 from moacompress.calibration.profile.folder import clear_profile, prepare, recipe_in
 from moacompress.calibration.profile.manifest import Manifest, is_profile
-from moacompress.calibration.profile.request import request_fingerprint
+from moacompress.calibration.profile.request import file_digests, request_fingerprint
 from moacompress.calibration.profile.statistics import Statistics
-from moacompress.calibration.profile.store import Profile, merge, read_sample, read_samples, sample_path, write_sample
+from moacompress.calibration.profile.store import Profile, merge, read_sample, read_samples, write_sample
+from moacompress.core.artefact_names import sample_file
 from moacompress.core.errors import ArtefactError, UsageError
 from moacompress.core.version import own_version
 from moacompress.recipe import Recipe
@@ -94,6 +95,10 @@ def test_influence_is_a_power_mean_of_half_the_squares(folder: Path) -> None:
         profile.influence("best")
     with pytest.raises(UsageError, match="no samples of kind 'text' but answer"):
         profile.influence("robust", "text")
+    offered = profile.offering(["int8"])
+    assert offered.estimators == ("robust",)
+    with pytest.raises(UsageError, match="'moa' says nothing of formats"):
+        offered.influence("moa")
 
 
 def test_kinds_are_apart_and_a_subset_keeps_them(folder: Path) -> None:
@@ -105,8 +110,6 @@ def test_kinds_are_apart_and_a_subset_keeps_them(folder: Path) -> None:
     part = profile.subset([2, 0])
     assert (part.sample_lengths.tolist(), part.sample_kinds) == ([256, 128], ("answer", "answer"))
     assert np.array_equal(part.influence("robust"), profile.influence("robust"))
-    with pytest.raises(UsageError, match="no samples of kind 'text'"):
-        part.influence("robust", "text")
 
 
 def test_a_skipped_sample_is_not_merged(tmp_path: Path) -> None:
@@ -137,19 +140,22 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize("name", ["influence.safetensors", "validation.safetensors", "profile.json"])
-@pytest.mark.parametrize("damage", [cut, Path.unlink, lambda path: path.write_bytes(b"")], ids=["cut", "gone", "empty"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("influence.safetensors", cut),
+        ("influence.safetensors", flip),
+        ("validation.safetensors", Path.unlink),
+        ("validation.safetensors", lambda path: path.write_bytes(b"")),
+        ("profile.json", cut),
+        ("profile.json", Path.unlink),
+    ],
+)
 def test_damage_is_one_error_that_names_the_file(folder: Path, name: str, damage: Any) -> None:
     damage(folder / name)
     with pytest.raises(ArtefactError, match=name) as error:
         Profile.load(folder)
     assert "run the same profile command again" in str(error.value) or "moacompress profile" in str(error.value)
-
-
-def test_a_flipped_bit_is_noticed(folder: Path) -> None:
-    flip(folder / "influence.safetensors")
-    with pytest.raises(ArtefactError, match="not those that were written"):
-        Profile.load(folder)
 
 
 def test_an_unfinished_profile_says_what_to_do(tmp_path: Path) -> None:
@@ -160,51 +166,12 @@ def test_an_unfinished_profile_says_what_to_do(tmp_path: Path) -> None:
         Profile.load(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["rules", "shape", "recipe", "skipped", "digest"])
-@pytest.mark.parametrize("value", [None, 3, ["a"], {"a": 1}, "delete"])
-def test_a_nonsense_head_is_refused(folder: Path, key: str, value: Any) -> None:
-    path = folder / "profile.json"
-    data = json.loads(path.read_text())
-    if value == "delete":
-        del data[key]
-    else:
-        data[key] = value
-    path.write_text(json.dumps(data))
-    with pytest.raises(ArtefactError):
-        Profile.load(folder)
-
-
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"rules": [[4, 0, 1024], [4, 2**70, 0]]}, "alpha of layer 0 KV head 0 is 1180591620717411303424"),
-        ({"shape": {**SHAPE.to_dict(), "native_windows": [None, 2.5, None]}}, "native_windows of layer 1"),
-        ({"shape": {**SHAPE.to_dict(), "layers": 10**9}}, "model.layers is 1000000000"),
-        ({"skipped": [float("inf")]}, "cannot convert float infinity"),
-        (
-            {"recipe": {"search": {"wings": 2}}},
-            r"made by moacompress \S+ and .* its recipe: unknown key 'search.wings'",
-        ),
-    ],
-)
-def test_numbers_that_no_profile_has_are_refused(folder: Path, fields: dict[str, Any], said: str) -> None:
-    change(folder, **fields)
-    with pytest.raises(ArtefactError, match=said):
-        Profile.load(folder)
-
-
-def in_float64(array: np.ndarray) -> np.ndarray:
-    return array.astype(np.float64)
-
-
 OTHER_ARRAYS: dict[str, tuple[str, str, Any]] = {
-    "kinds": ("influence", "kinds", in_float64),
+    "kinds": ("influence", "kinds", lambda array: array.astype(np.float64)),
     "column": ("influence", "lengths", lambda array: array[:, None]),
-    "scalar": ("influence", "lengths", lambda array: array.sum()),
-    "offsets": ("validation", "offsets", in_float64),
+    "offsets": ("validation", "offsets", lambda array: array.astype(np.float64)),
     "infinite": ("validation", "lengths", lambda array: array * np.inf),
     "bfloat16": ("influence", "lengths", None),
-    "bfloat16 ids": ("validation", "input_ids", None),
 }
 """Files and their arrays, with what is put in the array's place; None for a type that numpy has not."""
 
@@ -217,16 +184,6 @@ def test_arrays_of_other_types_are_one_error(folder: Path, file: str, name: str,
     arrays[name] = arrays[name].bfloat16() if other is None else torch.as_tensor(other(arrays[name].numpy()))
     save_file(arrays, path, notes)
     with pytest.raises(ArtefactError, match=f"{file}.safetensors"):
-        Profile.load(folder)
-
-
-@pytest.mark.parametrize("sources", ["3", '{"a": 1}', "[" * 100_000])
-def test_notes_of_samples_may_be_anything(folder: Path, sources: str) -> None:
-    path = folder / "validation.safetensors"
-    with safe_open(path, "pt") as opened:
-        arrays, notes = {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata()  # noqa: SIM118
-    save_file(arrays, path, {**notes, "sources": sources})
-    with pytest.raises(ArtefactError, match="validation.safetensors"):
         Profile.load(folder)
 
 
@@ -243,56 +200,60 @@ def test_samples_are_not_written_through_a_link(folder: Path, tmp_path: Path) ->
     assert [path.name for path in mine.iterdir()] == [".notes.safetensors.12345678.tmp"]
 
 
-def test_a_newer_version_is_refused_and_kept(folder: Path) -> None:
-    path = folder / "profile.json"
-    path.write_text(path.read_text().replace('"version": 2', '"version": 3'))
-    for use in (lambda: Profile.load(folder), lambda: prepare(folder, head(), False)):
-        with pytest.raises(ArtefactError, match="version 3, this moacompress reads up to 2"):
-            use()
-    assert (folder / "influence.safetensors").exists()
+DELETED = object()
+"""Takes a field away."""
 
 
 def change(folder: Path, **fields: Any) -> None:
     """Changes fields of the head, as another version might have written them."""
     path = folder / "profile.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    data = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({name: value for name, value in data.items() if value is not DELETED}))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def of_another_version() -> list[dict[str, Any]]:
-    recipe = RECIPE.resolved()
-    return [
-        {"recipe": {**recipe, "wings": 2}},
-        {"recipe": {**recipe, "profile": {**recipe["profile"], "estimator": "oracle"}}},
-        {"rules": [[4, 32, 0, "int3", "int3"]]},
-        {"shape": {**SHAPE.to_dict(), "wings": 2}},
-        {"version": 3},
-        {"version": "2b"},
-        {"skipped": None},
-    ]
+OTHER_HEADS: list[tuple[dict[str, Any], str]] = [
+    ({"version": 3}, "version 3, this moacompress reads up to 2"),
+    ({"version": "2b"}, "version 2b"),
+    ({"moacompress_version": None, "recipe": {"search": {"wings": 2}}}, "its recipe: unknown key 'search.wings'"),
+    ({"recipe": {"profile": {"estimator": "oracle"}}}, "its recipe"),
+    ({"recipe": ["a"]}, "its recipe"),
+    ({"rules": [[4, 32, 0, "int3", "int3"]]}, "int3"),
+    ({"rules": [[4, 0, 1024], [4, 2**70, 0]]}, "alpha of layer 0 KV head 0 is 1180591620717411303424"),
+    ({"rules": {"a": 1}}, "cannot read it"),
+    ({"shape": {**SHAPE.to_dict(), "wings": 2}}, "wings"),
+    ({"shape": {**SHAPE.to_dict(), "native_windows": [None, 2.5, None]}}, "native_windows of layer 1"),
+    ({"shape": {**SHAPE.to_dict(), "layers": 10**9}}, "model.layers is 1000000000"),
+    ({"shape": 3}, "cannot read it"),
+    ({"skipped": None}, "cannot read it"),
+    ({"skipped": [float("inf")]}, "cannot convert float infinity"),
+    ({"digest": 3}, "cannot read it"),
+    ({"digest": DELETED}, "no 'digest'"),
+]
 
 
-@pytest.mark.parametrize("made_by", ["9.9.9", None])
-@pytest.mark.parametrize("fields", of_another_version(), ids=lambda fields: next(iter(fields)))
+@pytest.mark.parametrize(
+    ("fields", "said"), OTHER_HEADS, ids=[f"{next(iter(fields))}-{said}" for fields, said in OTHER_HEADS]
+)
 def test_a_profile_of_another_version_is_refused_and_not_touched(
-    folder: Path, fields: dict[str, Any], made_by: str | None
+    folder: Path, fields: dict[str, Any], said: str
 ) -> None:
-    change(folder, moacompress_version=made_by, **fields)
+    fields = {"moacompress_version": "9.9.9", **fields}
+    change(folder, **fields)
     (folder / ".profile.json.89abcdef.tmp").write_text("half a fi")
     before = contents(folder)
-    by = f"moacompress {made_by}" if made_by else "an unnamed version of moacompress"
+    by = "moacompress 9.9.9" if fields["moacompress_version"] else "an unnamed version of moacompress"
     for use in (
         lambda: Profile.load(folder),
         lambda: recipe_in(folder, "some/model"),
         lambda: prepare(folder, head(), False),
         lambda: prepare(folder, head(request="another"), False),
     ):
-        with pytest.raises(ArtefactError, match=f"profile.json was made by {by} and ") as error:
+        with pytest.raises(ArtefactError, match=f"profile.json was made by {by} and .*{said}"):
             use()
-        assert "\n" not in str(error.value)
         assert contents(folder) == before
     assert prepare(folder, head(), True) == head()
     assert list(contents(folder)) == ["profile.json"]
@@ -309,15 +270,6 @@ def test_what_cannot_be_opened_is_not_taken_for_damaged(folder: Path, monkeypatc
         with pytest.raises(ArtefactError, match="cannot read profile .*: Permission denied"):
             prepare(folder, head(), False)
     assert contents(folder) == before
-
-
-def test_the_version_is_recorded_and_in_no_fingerprint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = json.loads((folder / "profile.json").read_text())
-    assert found["moacompress_version"] == own_version()
-    monkeypatch.setattr("moacompress.calibration.profile.manifest.own_version", lambda: "9.9.9")
-    assert head() == prepare(folder.parent / "later", head(), False)
-    assert json.loads((folder.parent / "later" / "profile.json").read_text())["moacompress_version"] == "9.9.9"
-    assert prepare(folder, head(), False).complete
 
 
 @pytest.mark.parametrize("damage", [cut, lambda path: change(path.parent, version=3)], ids=["cut", "another version"])
@@ -348,15 +300,20 @@ def forget_formats(folder: Path) -> None:
 def test_a_profile_without_formats_is_read_and_completed(folder: Path) -> None:
     forget_formats(folder)
     older = Profile.load(folder)
-    assert older.recipe.profile.formats == ()
+    assert older.recipe.profile.formats == older.profiled_formats == ()
     assert set(older.statistics.arrays) == {"squares", "total"}
+    assert older.offering(()).rules == older.rules
+    with pytest.raises(UsageError, match="nothing of the format int4; run the same profile command again"):
+        older.offering(["int4"])
     again = prepare(folder, head(), False)
     assert not again.complete  # its samples are to be profiled again
     assert again.recipe.profile.formats == ("int8", "int4")
 
 
-def test_prepare_goes_on_with_the_same_request_only(folder: Path) -> None:
+def test_prepare_resumes_the_same_request_only(folder: Path) -> None:
     later = RECIPE.override(search__trials=3)
+    assert json.loads((folder / "profile.json").read_text())["moacompress_version"] == own_version()
+    change(folder, moacompress_version="0.0.1")  # which decides nothing
     found = prepare(folder, head(recipe=later, source="moved/model"), False)
     assert found.complete
     assert Profile.load(folder).recipe == later
@@ -366,8 +323,12 @@ def test_prepare_goes_on_with_the_same_request_only(folder: Path) -> None:
     with pytest.raises(ArtefactError, match="another model or recipe"):
         prepare(folder, other, False)
     assert Profile.load(folder)
+    cut(folder / "profile.json")
+    assert prepare(folder, head(), False) == head()
+    assert sorted(path.name for path in folder.iterdir()) == ["influence.safetensors", "profile.json", "samples"]
     assert prepare(folder, other, True) == other
     assert sorted(path.name for path in folder.iterdir()) == ["profile.json"]
+    assert prepare(folder, head(), False) == head()  # nothing was saved of the other one
 
 
 def test_prepare_refuses_what_is_not_a_profile(tmp_path: Path) -> None:
@@ -391,28 +352,18 @@ def test_prepare_refuses_what_is_not_a_profile(tmp_path: Path) -> None:
     assert (foreign / "profile.json").read_text() == '{"format": "something else"}'
 
 
-def test_a_request_that_failed_before_anything_was_saved_is_in_nobodys_way(tmp_path: Path) -> None:
-    prepare(tmp_path / "p", head(request="first"), False)
-    assert prepare(tmp_path / "p", head(request="second"), False) == head(request="second")
-
-
-def test_a_cut_head_is_repaired_without_trusting_the_samples(folder: Path) -> None:
-    cut(folder / "profile.json")
-    assert prepare(folder, head(), False) == head()
-    assert read_samples(folder / "calibration.safetensors", "") is None
-    assert read_sample(folder, 0, "f00d", head().array_shapes) is not None
-
-
 def test_only_a_sample_file_as_it_was_written_is_taken(folder: Path) -> None:
-    shape, path = head().array_shapes, sample_path(folder, 1)
+    shape, path = head().array_shapes, sample_file(folder, 1)
     found = read_sample(folder, 1, "f00d", shape)
     assert found is not None
     assert found[0].digest() == statistics(1).digest()
+    assert read_samples(folder / "calibration.safetensors", "") is not None
+    assert read_samples(folder / "calibration.safetensors", "other") is None
     assert found[1] == 1.0
     assert read_sample(folder, 1, "other", shape) is None
     assert read_sample(folder, 1, "f00d", {**shape, "total": (2, 3, 2, 4)}) is None
     assert read_sample(folder, 9, "f00d", shape) is None
-    path.write_bytes(sample_path(folder, 0).read_bytes())
+    path.write_bytes(sample_file(folder, 0).read_bytes())
     assert read_sample(folder, 1, "f00d", shape) is None
     for damage in (flip, cut):
         write_sample(folder, 1, statistics(1), "f00d", 1.0)
@@ -420,7 +371,7 @@ def test_only_a_sample_file_as_it_was_written_is_taken(folder: Path) -> None:
         assert read_sample(folder, 1, "f00d", shape) is None
 
 
-def test_the_request_depends_on_what_decides_the_numbers() -> None:
+def test_the_request_depends_on_what_decides_the_numbers(tmp_path: Path) -> None:
     base = request_fingerprint(SHAPE, RULES, RECIPE, {})
     same = [
         RECIPE.override(profile__estimator="mass"),
@@ -439,6 +390,14 @@ def test_the_request_depends_on_what_decides_the_numbers() -> None:
     assert base == request_fingerprint(SHAPE, RULES, RECIPE, {}, computes_in=SHAPE.dtype)
     assert base not in hashes
     assert len(hashes) == 8
+    rows = tmp_path / "qa.jsonl"
+    named = RECIPE.override(calibration__sources=[{"path": str(rows)}])
+    digests = []
+    for row in ("a", "b"):
+        rows.write_text(row)
+        digests.append(file_digests(named))
+    assert digests[0].keys() == digests[1].keys() == {"qa.jsonl"}
+    assert digests[0] != digests[1]
 
 
 def test_rules_in_formats_cost_their_span_and_their_formats(folder: Path) -> None:
@@ -472,19 +431,3 @@ def test_rules_in_formats_cost_their_span_and_their_formats(folder: Path) -> Non
             for side, column in zip(("key", "value"), columns, strict=True):
                 moved = moved + arrays[f"{side}_total"][..., column]
             np.testing.assert_allclose(totals[..., parts[number]].sum(-1), moved, rtol=1e-6)
-
-
-def test_formats_that_a_profile_says_nothing_of_are_one_clear_error(folder: Path) -> None:
-    forget_formats(folder)
-    older = Profile.load(folder)
-    assert older.profiled_formats == ()
-    assert older.offering(()).rules == older.rules
-    with pytest.raises(UsageError, match="nothing of the format int4; run the same profile command again"):
-        older.offering(["int4"])
-
-
-def test_other_estimators_say_nothing_of_formats(folder: Path) -> None:
-    offered = Profile.load(folder).offering(["int8"])
-    assert offered.estimators == ("robust",)
-    with pytest.raises(UsageError, match="'moa' says nothing of formats"):
-        offered.influence("moa")

@@ -50,33 +50,6 @@ def test_after_ctrl_c_the_command_is_said(command: list[str], monkeypatch: pytes
     assert f"resume with: moacompress heal {command[1]} -o" in done.stderr
 
 
-def test_helpers_of_torchrun_say_nothing(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from moacompress.healer.healing import HealResult
-    from moacompress.rules.model_shape import ModelShape
-    from moacompress.rules.plan import Plan
-
-    plan = Plan.full(ModelShape("llama", 1, 1, 1, 16, "float32", (None,), "0" * 16))
-    statistics = {"mean": 1.0, "standard_error": None, "ci95": None, "p": 1.0}
-    notes = {
-        "held_out_kl": {
-            **dict.fromkeys(("before", "after", "difference"), statistics),
-            "samples": 2,
-            "evaluations": 1,
-        },
-        **dict.fromkeys(("steps", "tokens", "seconds", "best_step", "training_samples"), 1),
-        "train": "full",
-        "objective": "kl",
-        "improved": False,
-    }
-    result = HealResult(Path("out"), plan.with_notes(provenance={"heal": notes}))
-    monkeypatch.setattr("moacompress.healer.healing.heal", lambda *args, **kwargs: result)
-    monkeypatch.setattr("moacompress.models.processes.join", lambda: None)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, lines in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("RANK", rank)
-        assert RUNNER.invoke(app, [*command, "--json"]).stdout.count("\n") == lines
-
-
 def test_another_gpu_than_the_first(command: list[str]) -> None:
     with pytest.raises(UsageError, match="cannot train on cuda:1: .* set CUDA_VISIBLE_DEVICES=1 and give cuda"):
         HealRequest.of(command[1], None, None, Recipe().override(device="cuda:1"))

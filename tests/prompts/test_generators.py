@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from moacompress.core.errors import DataError, UsageError
+from moacompress.core.errors import DataError
 from moacompress.evaluation.tasks import registry as tasks
 from moacompress.evaluation.tasks import vocabulary
-from moacompress.prompts.field_records import FIELDS, LAYOUTS, FieldRecord, record_opening
+from moacompress.prompts.field_records import FIELDS, LAYOUTS, record_opening
 from moacompress.prompts.generators import (
     ANSWER_ROOM,
     TASKS,
-    find_task,
     make_key_value,
     make_needle,
     make_prompt,
@@ -38,7 +36,6 @@ from moacompress.prompts.pools import (
     draw_numbers,
 )
 from moacompress.prompts.recall import WORDS
-from moacompress.prompts.sentences import EVALUATION_NOISE, NOISE
 from moacompress.prompts.templates import encode_prompt
 from tests.templates import without_template
 
@@ -68,6 +65,11 @@ def test_keys_and_values_of_splits_are_disjoint_by_construction() -> None:
         assert {key.partition("-")[2] for key in draw_keys(rng(), split, 2000)} <= set(NOUNS[index::3])
         assert {int(number) % 3 for number in draw_numbers(rng(), split, 2000)} == {index}
         assert {len(number) for number in draw_numbers(rng(), split, 2000)} == {7}
+        codes = draw_codes(rng(), split, 1000)
+        assert {re.sub(r"\d", "9", re.sub("[a-z]", "a", re.sub("[A-Z]", "A", code))) for code in codes} == {*CODE_FORMS}
+        assert {sum(code.encode()) % 3 for code in codes} == {index}
+    fields = [name for split in SPLITS for name in FIELDS[split]]
+    assert len(set(fields)) == len(fields) > 40
 
 
 def test_prose_of_splits_is_disjoint(prose: Prose, tmp_path: Path) -> None:
@@ -83,16 +85,17 @@ def test_prose_begins_at_a_sentence_and_wraps(prose: Prose) -> None:
         assert int(first[1:].rstrip(".")) % 7 == 0
 
 
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(
-    ("task", "split"), [pair for pair in product(TASKS, SPLITS) if pair != ("recall", "evaluation")]
+    ("split", "length", "chat"), [("calibration", 1024, True), ("validation", 1500, False), ("evaluation", 1500, True)]
 )
-@pytest.mark.parametrize("length", [1024, 1500])
-@pytest.mark.parametrize("chat", [True, False])
 def test_prompts_fit_closely(
     task: str, split: Split, length: int, chat: bool, tiny_tokenizer: PreTrainedTokenizerBase, prose: Prose
 ) -> None:
+    if (task, split) == ("recall", "evaluation"):
+        pytest.skip("evaluation has a task of its own")
     tokenizer = tiny_tokenizer if chat else without_template(tiny_tokenizer)
-    for seed in range(3):
+    for seed in range(2):
         prompt = make_prompt(task, rng(seed), split, tokenizer, length, prose)
         ids = encode_prompt(tokenizer, prompt.user, prompt.prefix, prompt.plain)
         # one token a character; the space before the answer counts
@@ -102,37 +105,6 @@ def test_prompts_fit_closely(
         assert (prompt.task, prompt.kind) == (task, TASKS[task].kind)
         assert ("<|im_start|>" in str(tokenizer.decode(ids))) == (chat and not prompt.plain)
         assert prompt == make_prompt(task, rng(seed), split, tokenizer, length, prose)
-
-
-@pytest.mark.parametrize(
-    ("split", "first", "needle", "asked", "prefix"),
-    [
-        (
-            "validation",
-            "Here and there the text below says which number a name has.",
-            "Remember that the number of {key} is {value}.",
-            "What is the number of {key}?",
-            "The number of {key} is",
-        ),
-        (
-            "evaluation",
-            "In the following lines some names are each given a number.",
-            "Note that {key} was given the number {value}.",
-            "Which number was {key} given?",
-            "{key} was given the number",
-        ),
-    ],
-)
-def test_needle_format(
-    tiny_tokenizer: PreTrainedTokenizerBase, split: Split, first: str, needle: str, asked: str, prefix: str
-) -> None:
-    prompt = make_needle(rng(1), split, tiny_tokenizer, 700)
-    key = next(word for word in prompt.prefix.split() if "-" in word)
-    lines = prompt.user.split("\n")
-    assert lines[0].startswith(first)
-    assert needle.format(key=key, value=prompt.answer) in lines
-    assert (lines[-1], prompt.prefix) == (asked.format(key=key), prefix.format(key=key))
-    assert " ".join(EVALUATION_NOISE if split == "evaluation" else NOISE) in lines
 
 
 def test_needles_and_pairs_of_uuids(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -159,12 +131,12 @@ def test_four_needles_one_asked_for(tiny_tokenizer: PreTrainedTokenizerBase) -> 
 
 def test_depth_is_uniform(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     depths = []
-    for seed in range(150):
-        prompt = make_needle(rng(seed), "calibration", tiny_tokenizer, 2600)
+    for seed in range(100):
+        prompt = make_needle(rng(seed), "calibration", tiny_tokenizer, 1600)
         lines = prompt.user.split("\n")[1:-1]
         depths.append(next(i for i, line in enumerate(lines) if line.startswith("Remember that")) / (len(lines) - 1))
     counts, _ = np.histogram(depths, bins=4, range=(0, 1))
-    assert counts.min() >= 20
+    assert counts.min() >= 12
 
 
 def test_prose_needle_follows_a_sentence(tiny_tokenizer: PreTrainedTokenizerBase, prose: Prose) -> None:
@@ -183,13 +155,12 @@ def test_key_value_is_json(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     assert len(set(pairs.values())) == len(pairs)
 
 
-@pytest.mark.parametrize("chat", [True, False])
-def test_recall_is_pairs_and_one_key(tiny_tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
-    tokenizer = tiny_tokenizer if chat else without_template(tiny_tokenizer)
+def test_recall_is_pairs_and_one_key(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Whatever the chat template says."""
     places = []
     for seed in range(30):
-        prompt = make_recall(rng(seed), "calibration", tokenizer, 900)
-        text = str(tokenizer.decode(encode_prompt(tokenizer, prompt.user, prompt.prefix, prompt.plain)))
+        prompt = make_recall(rng(seed), "calibration", tiny_tokenizer, 900)
+        text = str(tiny_tokenizer.decode(encode_prompt(tiny_tokenizer, prompt.user, prompt.prefix, prompt.plain)))
         *lines, asked = text.split("\n")
         pairs = dict(line.split(": ") for line in lines)
         assert len(pairs) == len(lines) > 20
@@ -204,41 +175,18 @@ def test_words_of_recall_are_those_of_no_other_split(tiny_tokenizer: PreTrainedT
     everything = [*WORDS["calibration"], *WORDS["validation"], *vocabulary.WORDS, *NOUNS, *ADJECTIVES]
     assert len(set(everything)) == len(everything)
     seen: dict[str, set[str]] = {"keys": set(), "values": set()}
-    for case in tasks.make_cases("recall", 1500, 20, 0, tiny_tokenizer):
+    for case in tasks.make_cases("recall", 1500, 12, 0, tiny_tokenizer):
         pairs = [line.split(": ") for line in str(tiny_tokenizer.decode(case.prompt_ids)).split("\n")[:-1]]
         seen["keys"] |= {key for key, _ in pairs}
         seen["values"] |= {value for _, value in pairs}
     assert len(seen["values"]) > 300
     for split in ("calibration", "validation"):
-        for seed in range(20):
+        for seed in range(5):
             prompt = make_recall(rng(seed), split, tiny_tokenizer, 1500)
             pairs = [line.split(": ") for line in prompt.user.split("\n")[:-1]]
             assert {value for _, value in pairs} <= set(WORDS[split])
             assert not seen["keys"] & {key for key, _ in pairs}
             assert not seen["values"] & {value for _, value in pairs}
-
-
-def test_codes_have_many_forms() -> None:
-    def form(code: str) -> str:
-        return re.sub(r"\d", "9", re.sub("[a-z]", "a", re.sub("[A-Z]", "A", code)))
-
-    for index, split in enumerate(SPLITS):
-        codes = draw_codes(rng(), split, 1000)
-        assert {form(code) for code in codes} == set(CODE_FORMS)
-        assert {sum(code.encode()) % 3 for code in codes} == {index}
-        assert all(any(map(str.isalpha, code)) and any(map(str.isdigit, code)) for code in codes)
-
-
-def test_record_layouts() -> None:
-    record = FieldRecord("bold-raven", (("port", "12"), ("token_id", '"k7"')))
-    assert record.text("json-lines") == '{"record": "bold-raven", "port": 12, "token_id": "k7"}'
-    assert record.text("assignments") == '[bold-raven]\nport = 12\ntoken_id = "k7"'
-    assert record.text("bullets") == 'bold-raven\n* port: 12\n* token_id: "k7"'
-    assert [record_opening(layout, "bold-raven", "port") for layout in LAYOUTS] == [
-        '{"record": "bold-raven", "port":',
-        "[bold-raven]\nport =",
-        "bold-raven\n* port:",
-    ]
 
 
 @pytest.mark.parametrize("values", ["numbers", "uuids", "codes"])
@@ -271,11 +219,6 @@ def test_records(tiny_tokenizer: PreTrainedTokenizerBase, values: Any) -> None:
     assert max(places) > 0.75
 
 
-def test_fields_of_splits_are_disjoint() -> None:
-    fields = [name for split in SPLITS for name in FIELDS[split]]
-    assert len(set(fields)) == len(fields) > 40
-
-
 def test_recall_has_an_end(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(DataError, match="recall has no words for evaluation; use the evaluation task recall"):
         make_recall(rng(), "evaluation", tiny_tokenizer, 900)
@@ -290,18 +233,8 @@ def test_too_short(tiny_tokenizer: PreTrainedTokenizerBase, prose: Prose) -> Non
         make_needle(rng(), "calibration", tiny_tokenizer, 300, keys=4)
     with pytest.raises(DataError, match=r"[\d,]+ words, too few for a prompt of 20,000 tokens"):
         make_needle(rng(), "calibration", tiny_tokenizer, 20_000, "prose", prose)
-
-
-def test_prose_without_text(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(DataError, match=r"needle-prose needs prose"):
         make_prompt("needle-prose", rng(), "calibration", tiny_tokenizer, 900)
-
-
-def test_unknown_task() -> None:
-    with pytest.raises(UsageError, match="unknown task 'needle-noize'; did you mean 'needle-noise'"):
-        find_task("needle-noize")
-    with pytest.raises(UsageError, match="known tasks are needle-noise, "):
-        find_task("xyz")
 
 
 def test_bad_text(tmp_path: Path) -> None:

@@ -31,11 +31,15 @@ def test_a_greeting_answers_nobody(tiny_tokenizer: PreTrainedTokenizerBase) -> N
         "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    for tokenizer in (tiny_tokenizer, without_template(tiny_tokenizer), marked):
+    for tokenizer, answer in (
+        (tiny_tokenizer, "so<|im_end|>"),
+        (without_template(tiny_tokenizer), "so"),
+        (marked, "so<|im_end|>"),
+    ):
         ids, mask = encode_conversation(tokenizer, messages)
-        answered = tokenizer.decode([token for token, answer in zip(ids, mask, strict=True) if answer])
-        assert "so" in answered
-        assert "hello" not in answered
+        assert tokenizer.decode([token for token, flag in zip(ids, mask, strict=True) if flag]) == answer
+    text = str(tiny_tokenizer.decode(encode_conversation(tiny_tokenizer, messages)[0]))
+    assert text.endswith("and?<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_marks_of_a_template_need_no_beginnings_that_are_alike(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
