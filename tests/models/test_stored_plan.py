@@ -83,7 +83,8 @@ def test_gates_are_those_of_the_weights(
     """Which are rounded with them."""
     import torch
 
-    model: Any = tiny_model("llama").to(torch.bfloat16)
+    model: Any = tiny_model("llama")
+    model.to(torch.bfloat16)
     shape, draw = model_shape(model), np.random.default_rng(0)
     numbers = draw.standard_normal((shape.layers, shape.kv_heads, 64), np.float32)
     gates = GateWeights(numbers, numbers[:, :, 0].copy())
