@@ -111,3 +111,9 @@ def test_a_plan_that_is_not_trusted(share: object, words: str) -> None:
     data["layers"][2]["share"] = share
     with pytest.raises(PlanError, match=words):
         Plan.from_dict(data)
+
+
+def test_a_plan_does_not_share_and_select() -> None:
+    selecting, other = (replace(LONG, select_alpha=16),) * 2, (SHORT, SHORT)
+    with pytest.raises(PlanError, match="layers that share attention and KV heads that keep tokens by their score"):
+        Plan(SHAPE, 32, (selecting, other, selecting, other), shares=(None, None, Share(0, (0, 1)), None))
