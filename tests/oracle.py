@@ -6,7 +6,7 @@ product but its data, and the rounding of formats, which `tests/kernels/test_cod
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -174,10 +174,23 @@ def attend_under(
 
 
 @contextmanager
-def attending(model: Any, plan: Plan) -> Iterator[None]:
-    """Has a dense model attend as a plan says, sharing and formats included, in forwards without a cache."""
+def attends_by(model: Any, attention: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+    """Has every layer of a dense model attend by a function, as transformers calls one, without a mask."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+    before = model.config._attn_implementation_internal
+    model.config._attn_implementation_internal = NAME
+    try:
+        yield
+    finally:
+        model.config._attn_implementation_internal = before
+
+
+@contextmanager
+def attending(model: Any, plan: Plan) -> Iterator[None]:
+    """Has a dense model attend as a plan says, sharing and formats included, in forwards without a cache."""
     seen: dict[int, tuple[Any, Any, Any]] = {}
 
     def attention(
@@ -194,14 +207,8 @@ def attending(model: Any, plan: Plan) -> Iterator[None]:
         out = attend_under(rules, plan.min_window, query, key, value, scaling, softcap, sinks, native=native)
         return out.transpose(1, 2).to(value.dtype).contiguous(), None
 
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
-    before = model.config._attn_implementation_internal
-    model.config._attn_implementation_internal = NAME
-    try:
+    with attends_by(model, attention):
         yield
-    finally:
-        model.config._attn_implementation_internal = before
 
 
 def logits(model: Any, plan: Plan, ids: Tensor) -> Tensor:

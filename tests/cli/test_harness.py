@@ -201,8 +201,8 @@ def test_an_interrupt_says_that_the_same_command_goes_on(monkeypatch: pytest.Mon
         result.stderr == "moacompress: interrupted; what was written is kept, and the same command resumes from there\n"
     )
 
-    anew = call(interrupted, "--overwrite", takes=("overwrite",)).stderr
-    assert "resumes from there without --overwrite, with which it starts from scratch\n" in anew
+    again = call(interrupted, "--overwrite", takes=("overwrite",)).stderr
+    assert "resumes from there without --overwrite, with which it starts from scratch\n" in again
     argv = ["/usr/bin/moacompress", "compress", "my model", "--overwrite", "-o", "out"]
     wanted = "interrupted; what was written is kept; resume with: moacompress compress 'my model' -o out"
     assert resumes_with(argv, overwrite=True) == wanted

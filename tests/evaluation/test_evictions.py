@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from moacompress.core.errors import ModelError
 from moacompress.evaluation.eviction import stream_cache as stream_cache_module
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 Build = Callable[..., "PreTrainedModel"]
 Attended = list[tuple[Tensor, Tensor, Tensor]]
 Masks = Callable[[int, Tensor, Tensor], Tensor]
-NAME = "eviction_by_definition"
 
 
 @pytest.fixture
@@ -66,15 +64,8 @@ def by_definition(model: Any, masks: Masks) -> Iterator[Attended]:
         out = oracle.attend(query, key, value, visible, scaling)
         return out.transpose(1, 2).to(value.dtype).contiguous(), None
 
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
-    before = model.config._attn_implementation
-    model.config._attn_implementation = NAME
-    try:
-        with torch.no_grad():
-            yield found
-    finally:
-        model.config._attn_implementation = before
+    with oracle.attends_by(model, attention), torch.no_grad():
+        yield found
 
 
 def all_before(layer: int, query: Tensor, key: Tensor) -> Tensor:

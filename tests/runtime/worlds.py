@@ -94,7 +94,7 @@ class World:
 
 
 def selected(rule, min_window, scores):
-    """How many tokens have left when a gate begins to keep each, and when it ends; which have left at each query.
+    """Number of evicted tokens when a gate begins to keep each token, and when it ends; and at each query.
 
     `(entered, gone, left)`, int64 `[tokens]` each: token j is kept while `entered <= left < gone`.
     """

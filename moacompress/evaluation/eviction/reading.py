@@ -38,7 +38,7 @@ class LayerReading:
             and sines, `[rotated numbers]` each: `[heads, n, head_dim]`. It is linear in the two, so means of cosines and sines
             give mean queries.
         cos: of the rotary embedding at every position, `[n, rotated numbers]`.
-        sin: likewise.
+        sin: of the rotary embedding, `[n, rotated numbers]`.
     """
 
     layer: int

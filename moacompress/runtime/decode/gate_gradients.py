@@ -36,7 +36,7 @@ class Attended(NamedTuple):
     Attributes:
         query: `[rows, heads, tokens, head_dim]`.
         key: `[rows, kv_heads, tokens, head_dim]`, as it is cached.
-        value: `[rows, kv_heads, tokens, value_dim]`, likewise.
+        value: `[rows, kv_heads, tokens, value_dim]`, as it is cached.
         rules: of the KV heads, in numpy.
         schedule: of the whole sequences.
         scores: how attention makes its scores.
