@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("profile", type=Path, nargs="?")
     parser.add_argument("--budget", default="12.5%")
     parser.add_argument("--trials", type=int, default=16)
+    parser.add_argument("--samplers", default=",".join(SAMPLERS), help="which, with commas between")
     parser.add_argument("--seeds", default="0", help="of the searches, with commas between")
     parser.add_argument("--samples", type=int, default=40, help="held-out samples that the plans are measured on")
     parser.add_argument("--dtype", default="auto")
@@ -59,7 +60,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     minutes = {"surrogate": searched(given, folder / "surrogate.json", "gp", 1, 0)}
     for seed in map(int, given.seeds.split(",")):
-        for sampler in SAMPLERS:
+        for sampler in given.samplers.split(","):
             name = f"surrogate/{sampler}-{seed}"
             minutes[name] = searched(given, folder / f"{sampler}-{seed}.json", sampler, given.trials, seed)
     plans = [f"{name}={folder / name.rpartition('/')[2]}.json" for name in minutes]

@@ -14,7 +14,7 @@ from tests.preloaded import Preloaded
 PROFILE = "profile {model} --lengths 700,800 --samples 4 --validation-samples 2 --set profile.draws=1 --source needle -o {out}/"
 SHARDS = tuple(f"{PROFILE}{part} --shard {part}/2" for part in (1, 2))
 SEARCH = "search {run}/profile -o {out}/plan.json --budget 50% --trials 3"
-HEAL = "heal {run} -o {out}/healed --samples 4 --steps 3 --batch 800 --set heal.evaluations=2"
+HEAL = "heal {run} -o {out}/healed --samples 2 --steps 2 --batch 800 --set heal.evaluations=2"
 COMMANDS = {
     "compress": Command("compress --recipe {out}.yaml -o {out}"),
     "profile": Command(f"{PROFILE}profile"),
@@ -40,8 +40,16 @@ def harness(
     return made
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(15, marks=pytest.mark.heavy)])
-@pytest.mark.parametrize("name", COMMANDS)
+COMPOSED = ("compress", "shard", "merge", "workers", "heal all weights")
+"""Those that are made of others here, or take the same way."""
+CASES = [
+    pytest.param(name, times, marks=[pytest.mark.heavy] if times > 1 or name in COMPOSED else [])
+    for name in COMMANDS
+    for times in (1, 15)
+]
+
+
+@pytest.mark.parametrize(("name", "times"), CASES)
 def test_it_ends_as_one_that_was_never_killed(name: str, times: int, harness: Harness, tmp_path: Path) -> None:
     command, rng = COMMANDS[name], random.Random(f"{name} {times}")
     undisturbed, changes = harness.whole(name, command)

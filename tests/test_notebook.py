@@ -59,6 +59,7 @@ def test_the_notebook_is_clean() -> None:
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
 
 
+@pytest.mark.heavy
 def test_the_notebook_runs(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(run(tiny_folder, "600,700", tmp_path, monkeypatch))
 

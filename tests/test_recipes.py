@@ -193,7 +193,10 @@ def check_plan(recipe: Recipe, out: Path) -> None:
         assert sum(share is not None for share in shared.plan.shares) == 1
 
 
-@pytest.mark.parametrize("name", first_of_their_shape())
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.heavy] if n else []) for n, name in enumerate(first_of_their_shape())],
+)
 def test_a_recipe_makes_a_checkpoint(name: str, tiny_of: Callable[[str], Path], prose: Path, tmp_path: Path) -> None:
     """Profile, search and export; and of every task of the evaluation a prompt."""
     from moacompress.calibration.profile.profiler import profile

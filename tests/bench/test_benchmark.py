@@ -134,6 +134,7 @@ def test_all_sides_compiled(compressed):
         assert graphs["graph_calls"] == graphs["steps"]
 
 
+@pytest.mark.heavy
 def test_peaks_come_from_processes_of_their_own(compressed, tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text("raise SystemExit('a file of the current folder was run')")
     monkeypatch.chdir(tmp_path)

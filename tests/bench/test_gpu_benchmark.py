@@ -34,6 +34,7 @@ def rows(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "gpu.json").read_text("utf-8").splitlines()]
 
 
+@pytest.mark.heavy
 @needs_triton
 def test_results_are_lines_and_tables_that_say_that_nothing_was_measured(tmp_path, load_script, monkeypatch, capsys):
     done = run(tmp_path, "--device", "cpu", "--small", "--parts", "prefill,ceiling")

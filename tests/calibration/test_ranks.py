@@ -13,13 +13,12 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.cli import app
 from moacompress.core.artefact_names import GATES_FILE, SAMPLES_FOLDER
 from tests.preloaded import Preloaded
-from tests.torchrun import torchrun
 
 OPTIONS = (
     "--lengths",
     "700,800",
     "--samples",
-    "6",
+    "5",
     "--validation-samples",
     "2",
     "--set",
@@ -73,8 +72,8 @@ def test_a_killed_run_of_two_processes_is_finished_by_three(
     resumed = preloaded.run("profile", tiny_folder, "-o", out, *OPTIONS, "--log-file", tmp_path / "run.log", ranks=3)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert resumed.stdout.count("\n") == 1
-    assert json.loads(resumed.stdout)["samples"] == 6
-    assert resumed.stderr.count("profiling: 6/6") == 1
+    assert json.loads(resumed.stdout)["samples"] == 5
+    assert resumed.stderr.count("profiling: 5/5") == 1
     assert all(path.stat().st_mtime_ns == written for path, written in samples.items())
     assert (out / GATES_FILE).stat().st_mtime_ns == gates
     assert {path.name for path in tmp_path.glob("run*.log")} == {"run.log", "run.1.log", "run.2.log"}
@@ -91,11 +90,10 @@ def test_a_killed_run_of_two_processes_is_finished_by_three(
     assert [list(sample.input_ids) for sample in made.validation] == [list(s.input_ids) for s in alone.validation]
 
 
-def test_one_process_says_what_is_wrong_and_all_fail(tiny_folder: Path, tmp_path: Path) -> None:
+def test_one_process_says_what_is_wrong_and_all_fail(tiny_folder: Path, tmp_path: Path, preloaded: Preloaded) -> None:
     log = tmp_path / "run.log"
-    failed = torchrun(
-        2, "profile", tiny_folder, "-o", tmp_path / "profile", "--lengths", "9k", "--log-file", log, "--json"
-    )
+    options = ("-o", tmp_path / "profile", "--lengths", "9k", "--log-file", log, "--json")
+    failed = preloaded.run("profile", tiny_folder, *options, ranks=2)
     assert failed.returncode != 0
     assert failed.stdout == ""
     errors = [line for line in failed.stderr.splitlines() if line.startswith("moacompress: error")]

@@ -208,7 +208,6 @@ MODELS = [
     (1, "search profile --budget 0.5% -o small.json", "ask for at least"),
     (1, "search profile --budget 60% -o run/model/plan.json", "--overwrite"),
     (1, "eval run --against none --lengths 8k", "8,192 tokens were asked for; the model was made for at most 4,096"),
-    (2, f"{EVAL} --lm-eval no_such_task", "lm-evaluation-harness has no task 'no_such_task'"),
     (1, f"{EVAL} -o object.json", "object.json exists already and is not an evaluation of this checkpoint"),
     (1, f"{EVAL} --profile profile-of-other --against split", "is of other weights"),
     (1, "bench run --lengths 1k,8k", "a length of 8,192 tokens was asked for; the model was made for at most 4,096"),
@@ -283,8 +282,6 @@ def test_what_is_found_before_a_model_is_loaded(
 def test_what_a_model_is_read_for(
     code: int, command: str, said: str, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "--lm-eval" in command:
-        pytest.importorskip("lm_eval")
     for module in (pipeline, run_estimate):
         monkeypatch.setattr(module, "estimate_run", lambda *arguments: pytest.fail("something was timed"))
     assert said in refused(code, command, world, monkeypatch)

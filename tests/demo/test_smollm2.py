@@ -62,6 +62,7 @@ def filled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return folders
 
 
+@pytest.mark.heavy
 def test_overwrite_starts_anew_and_all_that_is_left_is_listed(
     small: None, squad: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -170,6 +170,12 @@ def test_bad_requests(
         run_lm_eval(model, tiny_tokenizer, [str(tmp_path / "broken.yaml")])
 
 
+@pytest.mark.heavy
+def test_all_tasks_are_looked_through_before_one_is_called_unknown() -> None:
+    with pytest.raises(UsageError, match="lm-evaluation-harness has no task 'no_such_task'"):
+        check_lm_eval(["no_such_task"])
+
+
 def test_not_installed(
     tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ def model(smollm2: Path) -> Any:
     return model
 
 
+@pytest.mark.heavy
 def test_dense_finds_needles(model: Any, tokenizer: Any) -> None:
     from moacompress.evaluation.scoring.prompts import score_batch
     from moacompress.evaluation.tasks.registry import make_cases

@@ -36,6 +36,7 @@ def trainer_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return choose
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kernel", ["reference", pytest.param("triton", marks=pytest.mark.heavy)])
 def test_healing_is_that_of_the_cpu(
     kernel: str,

@@ -140,6 +140,7 @@ class Heard(Progress):
         self.said.append(text)
 
 
+@pytest.mark.heavy
 def test_a_budget_far_beyond_what_a_run_reads_is_measured_where_it_reads(recipe, tmp_path, monkeypatch):
     longest = []
     forward = LlamaForCausalLM.forward
@@ -163,6 +164,7 @@ def test_a_budget_far_beyond_what_a_run_reads_is_measured_where_it_reads(recipe,
     assert any("Measured at 800 tokens" in str(part) for part in summary_tables(summary))
 
 
+@pytest.mark.heavy
 def test_a_loss_finds_the_budget_of_a_run(recipe, tmp_path):
     out = tmp_path / "out"
     asked = recipe.override(budget=[], max_loss="30%", calibration__validation_samples=5)
@@ -367,6 +369,7 @@ def test_a_run_on_rounded_weights_says_what_they_cost(recipe, tmp_path):
     export(rounded.model, tmp_path / "out" / "plan.json", tmp_path / "same", weights="int8", head_weights="int4")
 
 
+@pytest.mark.heavy
 def test_a_run_keeps_weights_and_cache_within_a_total_of_memory(recipe, tmp_path):
     source = load_source(recipe.model, weights="int8")
     weights, cache = most_checkpoint_bytes(source.model, source.shape.dtype), source.shape.dense_kv_bytes(800) // 2

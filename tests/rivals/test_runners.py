@@ -218,6 +218,7 @@ def test_what_a_library_prints_is_no_answer(rivals: SimpleNamespace, tmp_path: P
             process.do("kept", prompt=[1])
 
 
+@pytest.mark.heavy
 def test_a_runner_starts_by_its_name(tiny_folder: Path) -> None:
     """The script that is really started, with a setting that needs nothing but transformers."""
     task = json.dumps({"dense": str(tiny_folder), "threads": 1})

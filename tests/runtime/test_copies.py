@@ -185,6 +185,7 @@ def test_a_layer_whose_class_was_given_another_forward_keeps_that(under_plan, pl
     assert len(seen) == (1 + STEPS) * len(attention_modules(twin))
 
 
+@pytest.mark.heavy
 def test_it_answers_as_the_original_does_in_another_process(tiny_model, plans, tmp_path):
     for name, plan in zip(("own", "other"), plans(), strict=True):
         plan.save(tmp_path / f"{name}.json")

@@ -105,6 +105,7 @@ def save(folder, **sizes):
     return (folder / "model.safetensors").stat().st_size
 
 
+@pytest.mark.heavy
 @needs_huge_pages
 def test_loading_takes_no_second_copy(tmp_path):
     """At its peak loading takes no more anonymous memory than the files and a tenth."""

@@ -66,6 +66,7 @@ def continuation(model: Any, tokenizer: Any, text: str, tokens: int) -> str:
     return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
+@pytest.mark.heavy
 def test_lm_eval(checkpoint: Any, tmp_path: Path) -> None:
     folder, model, dense = checkpoint
     (tmp_path / "stories.jsonl").write_text(json.dumps({"story": STORY}) + "\n")
@@ -168,6 +169,7 @@ needs_a_server = pytest.mark.skipif(
 )
 
 
+@pytest.mark.heavy
 @needs_a_server
 def test_the_client_of_a_server_reads_what_is_refused(checkpoint: Any) -> None:
     import openai

@@ -244,6 +244,7 @@ def test_overwrite_starts_a_front_anew(fake: Any, profiles: Profiles, tmp_path: 
     assert {path.name for path in plans_of_front(out)} == {result.path.name for result in other if result.path}
 
 
+@pytest.mark.heavy
 def test_overwrite_starts_the_smallest_budget_anew(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
     profile, out = profiles(trials=2), tmp_path / "plan.json"
     given = options(profile, out)
