@@ -2,8 +2,10 @@
 
 What is predicted is the KL divergence to the dense model. Its gradient there is zero: its curvature is what counts.
 So each backward pass starts at the logits of the answer tokens from a random cotangent z with covariance
-diag(p) - p p^T, the Fisher matrix of the next-token distribution. Then the expected square of `sum_i d_i(r)` (see
-`influence`) is twice the KL of rule r to second order. A few draws of z serve a sample.
+diag(p) - p p^T, the Fisher matrix of the next-token distribution, or of one that is less sure of itself (see
+`secant_probabilities`): a rule that hides what an answer rests on changes logits by more than the curvature at the dense model
+knows of. Then the expected square of `sum_i d_i(r)` (see `influence`) is twice the KL of rule r, to second order where the
+model is unsure, and about a bound of it elsewhere. A few draws of z serve a sample.
 
 Around a plan the gradient is not zero: one more pass starts at it, and its signed `sum_i d_i(r)` is the first-order
 term of what a change of rule does, beside half the curvature at the plan's own distribution.
@@ -48,8 +50,32 @@ from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 
 
+def secant_probabilities(logits: Tensor) -> Tensor:
+    """Returns next-token probabilities whose variance bounds the KL of changes of any size, not of small ones alone.
+
+    KL of two outcomes of probability 1 - q and q, whose logits move apart by d, is at most `v d^2 / 2` with the variance
+    `v = (1 - 2q) / (2 log((1 - q) / q))`; none smaller will do (Kearns and Saul, 1998). Its curvature at d = 0, `q (1 - q)`,
+    is nearly 0 where the model is sure of a token, whose loss then seems to be free. So where the likeliest token has more
+    than half, all others have `w` in place of q, with `w (1 - w) = v`, in proportion to what they had.
+
+    Args:
+        logits: `[tokens, vocabulary]`.
+
+    Returns:
+        float32 `[tokens, vocabulary]`; each row sums to 1.
+    """
+    p = torch.softmax(logits.float(), -1)
+    at = p.argmax(-1, keepdim=True)
+    others = p.scatter(-1, at, 0)
+    q = others.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    below = q.clamp_max(0.4999)  # at a half the two are one
+    variance = (1 - 2 * below) / (2 * (torch.log1p(-below) - below.log()))
+    w = torch.where(q > below, q, (1 - (1 - 4 * variance).clamp_min(0).sqrt()) / 2)
+    return (others * (w / q)).scatter(-1, at, 1 - w)
+
+
 def logit_cotangent(logits: Tensor, generator: torch.Generator, tokens: int | None = None) -> Tensor:
-    """Draws a cotangent whose covariance is the Fisher matrix of the next-token distributions, averaged over tokens.
+    """Draws a cotangent whose covariance is the Fisher matrix of `secant_probabilities`, averaged over tokens.
 
     `z = sqrt(p) eps - p (sqrt(p) . eps)` with eps ~ N(0, I), over the square root of the number of tokens.
 
@@ -58,7 +84,7 @@ def logit_cotangent(logits: Tensor, generator: torch.Generator, tokens: int | No
         generator: on the CPU, so that every device draws the same numbers.
         tokens: tokens that the mean is over, where `logits` is a part of them; all by default.
     """
-    p = torch.softmax(logits.float(), -1)
+    p = secant_probabilities(logits)
     noise = p.sqrt() * torch.randn(p.shape, generator=generator).to(p.device)
     z = noise - p * noise.sum(-1, keepdim=True)
     return z.div((tokens or len(logits)) ** 0.5).to(logits.dtype)
@@ -71,7 +97,7 @@ def cotangent_generator(seed: int, sample: int, draw: int) -> torch.Generator:
 
 
 def fisher_cotangent(tokens: int, generator: torch.Generator) -> Cotangent:
-    """Returns a random cotangent whose covariance is the Fisher matrix, mean over `tokens`."""
+    """Returns a random cotangent, see `logit_cotangent`, whose covariance is a mean over `tokens`."""
     return lambda logits, part: logit_cotangent(logits, generator, tokens)
 
 

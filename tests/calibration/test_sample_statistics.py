@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile import passes
-from moacompress.calibration.profile.sample_statistics import logit_cotangent, sample_statistics
+from moacompress.calibration.profile.sample_statistics import logit_cotangent, sample_statistics, secant_probabilities
 from moacompress.models.modules import decoder_layers
 from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe_sections import ProfileRecipe
@@ -55,11 +55,32 @@ def test_statistics_of_every_family_are_finite_and_full_is_free(tiny_model: Fact
                 assert array[..., layer, :, 1].all() == masks, family
 
 
+@pytest.mark.parametrize("q", [1e-9, 1e-3, 0.1, 0.4])
+def test_secant_probabilities_have_the_least_variance_that_bounds_kl(q: float) -> None:
+    """Of two outcomes whose logits move apart by any amount: KL is never more than half its square times the variance."""
+    logits = torch.tensor([[1 - q, q]], dtype=torch.float64).log()
+    w = float(secant_probabilities(logits)[0, 1])
+    moved = torch.linspace(-60, 60, 24_001, dtype=torch.float64)[:, None]
+    other = (logits + torch.cat((torch.zeros_like(moved), moved), 1)).log_softmax(-1)
+    kl = (logits.exp() * (logits - other)).sum(-1)
+    share = kl / (w * (1 - w) * moved[:, 0].square() / 2)
+    assert 0.995 < float(share[moved[:, 0].abs() > 0.1].max()) < 1.001
+
+
+def test_secant_probabilities_leave_doubt_as_it_is() -> None:
+    logits = torch.tensor([[0.1, 0.0, -1.0, 0.5], [8.0, 0.0, -1.0, 0.5]])
+    p, found = logits.softmax(-1), secant_probabilities(logits)
+    assert torch.allclose(found[0], p[0])
+    assert torch.allclose(found.sum(-1), torch.ones(2))
+    assert torch.allclose(found[1, 1:] / found[1, 1:].sum(), p[1, 1:] / p[1, 1:].sum())
+    assert found[1, 0] < 0.95 < 0.99 < p[1, 0]
+
+
 def test_the_cotangent_s_covariance_is_the_fisher_matrix() -> None:
     logits = torch.tensor([[2.0, 0.0, -1.0, 0.5]])
     generator = torch.Generator().manual_seed(0)
     draws = torch.cat([logit_cotangent(logits, generator) for _ in range(20_000)]).double()
-    p = logits.double().softmax(-1)[0]
+    p = secant_probabilities(logits)[0].double()
     assert torch.allclose(draws.T @ draws / len(draws), p.diag() - p[:, None] * p, atol=0.01)
     assert float(draws.sum(-1).abs().max()) < 1e-6
     eight = logit_cotangent(logits.expand(8, 4), torch.Generator().manual_seed(0))
