@@ -34,7 +34,7 @@ from moacompress.rules.rule import Rule
 from moacompress.rules.untrusted import WRONG_FORM
 
 FORMAT = "moacompress-profile"
-VERSION = 2
+VERSION = 3
 MADE_BY = "moacompress_version"
 """Key of the version of moacompress that wrote a manifest; no fingerprint has it."""
 

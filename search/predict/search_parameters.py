@@ -19,8 +19,10 @@ DEPTH_RANGE = 0.5
 LENGTH_RANGE = 0.5
 EXPONENT_RANGE = 0.25
 COHERENCE_RANGE = 0.8
-PRECISION_RANGE = 1.0
-START_COHERENCE = 0.3
+PRECISION_RANGE = (-2.5, 1.0)
+"""Formats lose what is predicted of them, at low budgets, where spans lose many times as much: several spans that each
+spare a token lose it together."""
+START_COHERENCE, START_PRECISION = 0.3, -1.0
 """Tried right after the surrogate's own plan."""
 
 
@@ -58,7 +60,7 @@ class SearchParameters:
             **{f"depth_{knot}": (-DEPTH_RANGE, DEPTH_RANGE) for knot in range(min(DEPTH_KNOTS, self.layers))},
             **{f"length_{length}": (-LENGTH_RANGE, LENGTH_RANGE) for length in self.lengths[:-1]},
             "exponent": (-EXPONENT_RANGE, EXPONENT_RANGE),
-            **({"precision": (-PRECISION_RANGE, PRECISION_RANGE)} if self.formats else {}),
+            **({"precision": PRECISION_RANGE} if self.formats else {}),
             **({"coherence": (0.0, COHERENCE_RANGE)} if self.coherent else {}),
             **({"sharing": (0.0, float(self.shared))} if self.shared else {}),
         }
@@ -71,7 +73,8 @@ class SearchParameters:
     @property
     def starts(self) -> list[dict[str, float]]:
         """What is tried right after the neutral values."""
-        found = [{**self.neutral, "coherence": START_COHERENCE}] if self.coherent else []
+        found = [{**self.neutral, "precision": START_PRECISION}] if self.formats else []
+        found += [{**self.neutral, "coherence": START_COHERENCE}] if self.coherent else []
         return [*found, {**self.neutral, "sharing": 1.0}] if self.shared else found
 
     def within(self, values: Mapping[str, float]) -> dict[str, float]:

@@ -22,8 +22,9 @@ from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import selected, window
 
-GAMMA_RANGE = (0.5, 1.5)
-"""The second-order expansion says 1; a fit to a dozen ablations is not believed beyond this."""
+GAMMA_RANGE = (1.0, 1.5)
+"""The second-order expansion says 1; a fit to a dozen ablations is not believed beyond this. Below 1 many small costs
+weigh more than one large one, and what loses an answer at once seems cheap."""
 FLOOR = 1e-12
 """Nats below which a KL or an influence is numerical noise."""
 MIN_POINTS = 3

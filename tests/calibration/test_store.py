@@ -216,7 +216,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 OTHER_HEADS: list[tuple[dict[str, Any], str]] = [
-    ({"version": 3}, "version 3, this moacompress reads up to 2"),
+    ({"version": 4}, "version 4, this moacompress reads up to 3"),
     ({"version": "2b"}, "version 2b"),
     ({"moacompress_version": None, "recipe": {"search": {"wings": 2}}}, "its recipe: unknown key 'search.wings'"),
     ({"recipe": {"profile": {"estimator": "oracle"}}}, "its recipe"),

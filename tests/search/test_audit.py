@@ -104,7 +104,7 @@ def test_an_estimator_that_is_the_kl_is_perfect_and_noise_is_not(profiles: Profi
     profile = profiles(layers=12)
     truth = predicted_influence(profile, profile.validation)["robust"]
     noise = np.exp(np.random.default_rng(0).normal(-4, 2, truth.shape))
-    found = assessed(profile, {"robust": truth, "scaled": (3 * truth) ** 1.25, "noise": noise}, truth)
+    found = assessed(profile, {"robust": truth, "scaled": (3 * truth) ** 0.8, "noise": noise}, truth)
     for name in ("robust", "scaled"):
         one, plans = found.ablations[name], found.plans[name]
         assert one["spearman"] == pytest.approx(1)
@@ -114,7 +114,7 @@ def test_an_estimator_that_is_the_kl_is_perfect_and_noise_is_not(profiles: Profi
         assert plans["slope"] == pytest.approx(1, abs=1e-3)
         assert plans["regret"] == pytest.approx(0, abs=1e-9)
         assert (one["n"], plans["n"]) == (40, 15)
-    assert (found.ablations["scaled"]["gamma"], found.ablations["scaled"]["c"]) == pytest.approx((0.8, 1 / 3), rel=1e-3)
+    assert (found.ablations["scaled"]["gamma"], found.ablations["scaled"]["c"]) == pytest.approx((1.25, 1 / 3), rel=1e-3)
     noisy = found.ablations["noise"]
     assert abs(noisy["spearman"]) < 0.5
     assert noisy["ci95"][0] < noisy["spearman"] < noisy["ci95"][1]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from moacompress.calibration.profile.store import Profile
+from moacompress.search.predict.search_parameters import START_PRECISION, SearchParameters
 
 Profiles = Callable[..., Profile]
 Search = Callable[..., tuple[Any, Any]]
@@ -32,11 +33,21 @@ def test_hopeless_plans_are_pruned_and_never_win(
     assert counts[result.plan.key()] == fake.size
 
 
-def test_starts_are_tried_first(search: Search, profiles: Profiles) -> None:
-    parameters = dict.fromkeys(search(profiles(trials=1))[0].plan.provenance["knobs"], 0.5)
-    found = search(profiles(trials=2), starts=[parameters])[0]
-    other = search(profiles(trials=2))[0]
-    assert found.plan.provenance["search"] == other.plan.provenance["search"]
-    bent, sampled = (result.explanation["predicted"]["pairs"] for result in (found, other))
-    assert bent[0] == sampled[0]
-    assert bent[1:] != sampled[1:]
+def test_starts_are_tried_first(search: Search, profiles: Profiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, bend = [], SearchParameters.bend
+    monkeypatch.setattr(
+        SearchParameters, "bend", lambda self, surrogate, values: given.append(values) or bend(self, surrogate, values)
+    )
+    neutral = dict.fromkeys(search(profiles(trials=1))[0].plan.provenance["knobs"], 0.0)
+    start = dict.fromkeys(neutral, 0.2)
+    for starts, first in (([start], True), ([], False)):
+        given.clear()
+        search(profiles(trials=2), starts=starts)
+        assert (next(values for values in given if values != neutral) == start) == first
+
+
+def test_where_formats_are_on_offer_cheaper_ones_are_tried_early() -> None:
+    parameters = SearchParameters(layers=4, lengths=(512,), coherent=True, formats=True)
+    assert parameters.starts[0] == {**parameters.neutral, "precision": START_PRECISION}
+    assert parameters.within({"precision": -9.0})["precision"] == parameters.ranges["precision"][0]
+    assert "precision" not in SearchParameters(layers=4, lengths=(512,), coherent=True).starts[0]
