@@ -114,7 +114,9 @@ def test_an_estimator_that_is_the_kl_is_perfect_and_noise_is_not(profiles: Profi
         assert plans["slope"] == pytest.approx(1, abs=1e-3)
         assert plans["regret"] == pytest.approx(0, abs=1e-9)
         assert (one["n"], plans["n"]) == (40, 15)
-    assert (found.ablations["scaled"]["gamma"], found.ablations["scaled"]["c"]) == pytest.approx((1.25, 1 / 3), rel=1e-3)
+    assert (found.ablations["scaled"]["gamma"], found.ablations["scaled"]["c"]) == pytest.approx(
+        (1.25, 1 / 3), rel=1e-3
+    )
     noisy = found.ablations["noise"]
     assert abs(noisy["spearman"]) < 0.5
     assert noisy["ci95"][0] < noisy["spearman"] < noisy["ci95"][1]

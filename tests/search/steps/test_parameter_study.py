@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 
 from moacompress.calibration.profile.store import Profile
 from moacompress.search.predict.search_parameters import START_PRECISION, SearchParameters
+from moacompress.search.predict.surrogate import Surrogate
 
 Profiles = Callable[..., Profile]
 Search = Callable[..., tuple[Any, Any]]
@@ -34,10 +35,14 @@ def test_hopeless_plans_are_pruned_and_never_win(
 
 
 def test_starts_are_tried_first(search: Search, profiles: Profiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    given, bend = [], SearchParameters.bend
-    monkeypatch.setattr(
-        SearchParameters, "bend", lambda self, surrogate, values: given.append(values) or bend(self, surrogate, values)
-    )
+    given: list[Mapping[str, float]] = []
+    bend = SearchParameters.bend
+
+    def noted(self: SearchParameters, surrogate: Surrogate, values: Mapping[str, float]) -> Any:
+        given.append(values)
+        return bend(self, surrogate, values)
+
+    monkeypatch.setattr(SearchParameters, "bend", noted)
     neutral = dict.fromkeys(search(profiles(trials=1))[0].plan.provenance["knobs"], 0.0)
     start = dict.fromkeys(neutral, 0.2)
     for starts, first in (([start], True), ([], False)):
