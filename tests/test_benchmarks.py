@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from moacompress.evaluation.baselines.compared_models import ComparedModel
 from moacompress.evaluation.scoring.prompts import Score
@@ -48,7 +47,7 @@ def test_they_start() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "120"})
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(done.stdout)
-    assert [script for script in scripts if not said[script].strip().lower().startswith("usage: ")] == []
+    assert [script for script in scripts if not said[script].startswith("usage: ")] == []
 
 
 def test_tables_of_ways_to_evict(
@@ -101,16 +100,3 @@ def test_tables_of_ways_to_evict(
     (tmp_path / "one.json").write_text(json.dumps({"scores": [row for row in rows if row["task"] == "easy"]}))
     with pytest.raises(SystemExit, match=r"one\.json: an evaluation of two tasks or more"):
         script.Evaluation(tmp_path / "one.json")
-
-
-def test_rungs_round_as_their_bits_say(load_script: Callable[[Path], Any]) -> None:
-    """Relative squared errors of normal vectors; a vector with a NaN comes back with one."""
-    vectors = torch.randn(500, 80, generator=torch.Generator().manual_seed(0))
-    errors = {"int6": 6e-4, "int5": 2.4e-3, "gauss3": 0.034, "int3": 0.047, "gauss2": 0.117}
-    for rung in load_script(FOLDER / "rungs.py").RUNGS:
-        kept = rung.encode(vectors)
-        assert kept.shape == (500, rung.vector_bytes(80, "float32"))
-        error = float((rung.decode(kept, 80) - vectors).square().sum() / vectors.square().sum())
-        assert 0.7 * errors[rung.name] < error < errors[rung.name]
-        broken = torch.zeros(2, 16).index_fill(0, torch.tensor(1), torch.nan)
-        assert rung.decode(rung.encode(broken), 16).isnan().any(-1).tolist() == [False, True]

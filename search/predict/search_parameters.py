@@ -20,8 +20,7 @@ LENGTH_RANGE = 0.5
 EXPONENT_RANGE = 0.25
 COHERENCE_RANGE = 0.8
 PRECISION_RANGE = (-2.5, 1.0)
-"""Formats lose what is predicted of them, at low budgets, where spans lose many times as much: several spans that each
-spare a token lose it together."""
+"""Far below 0 too: spans may lose many times what is predicted of them, where formats do not."""
 START_COHERENCE, START_PRECISION = 0.3, -1.0
 """Tried right after the surrogate's own plan."""
 

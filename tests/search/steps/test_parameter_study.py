@@ -45,10 +45,12 @@ def test_starts_are_tried_first(search: Search, profiles: Profiles, monkeypatch:
     monkeypatch.setattr(SearchParameters, "bend", noted)
     neutral = dict.fromkeys(search(profiles(trials=1))[0].plan.provenance["knobs"], 0.0)
     start = dict.fromkeys(neutral, 0.2)
+    keys = set()
     for starts, first in (([start], True), ([], False)):
         given.clear()
-        search(profiles(trials=2), starts=starts)
+        keys.add(search(profiles(trials=2), starts=starts)[0].plan.provenance["search"])
         assert (next(values for values in given if values != neutral) == start) == first
+    assert len(keys) == 1
 
 
 def test_where_formats_are_on_offer_cheaper_ones_are_tried_early() -> None:
