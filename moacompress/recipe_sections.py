@@ -262,9 +262,6 @@ class SearchRecipe(Section):
         description="maximum number of different rules in a plan; KV heads with the same rule form a class. For servers that"
         " free memory per class, such as vLLM with 18; by default unlimited",
     )
-    ablations: int = Field(
-        12, ge=0, le=10_000, description="number of single-head ablations measured to calibrate the surrogate"
-    )
     alternatives: bool = Field(True, description="also measure baselines, and the cost of a limit on classes")
     rounds: int = Field(
         3,

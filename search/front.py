@@ -122,13 +122,12 @@ def _search_front(request: SearchRequest, evaluator: PlanEvaluator, trials: int,
         TimeUp: the time is up before all have run.
     """
     profile, study_storage, deadline = request.profile, evaluator.study_storage, evaluator.deadline
-    surrogate = evaluator.calibrated(request, progress)
 
     def run(started: StartedTrial) -> None:
         budget = Budget(SHARE, float(np.exp(started.parameters[SHARE])), None, None)
         limits = budget.limits(profile.shape, profile.lengths)
         parameters = {name: at for name, at in started.parameters.items() if name != SHARE}
-        plan = request.plan(surrogate, parameters, limits)
+        plan = request.plan(parameters, limits)
         kl = float(np.mean(evaluator.together([evaluator.job("front", plan, evaluator.order)])))
         kept = max(plan.kv_share(n) for n in profile.lengths)
         study_storage.tell(started, [kl, kept], plan=pack(plan))

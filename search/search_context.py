@@ -21,7 +21,6 @@ from moacompress.search.measure.study_storage import StudyStorage
 from moacompress.search.measure.trials import TrialResult
 from moacompress.search.predict.around import Around
 from moacompress.search.predict.search_parameters import distributions
-from moacompress.search.predict.surrogate import Surrogate
 from moacompress.search.result.explain import Stage
 from moacompress.search.search_request import ParameterValues, SearchRequest
 
@@ -56,7 +55,6 @@ class SearchContext:
     Attributes:
         request: what is asked for.
         evaluator: measures plans on validation samples, at most once each.
-        surrogate: not yet calibrated where no step has run.
         around: profiles around a plan; None where neither rounds nor moves are wanted.
         trainer: the model on calibration samples, for choosing moves; None where no moves are wanted either.
         out: where this worker writes the best plan; None for nowhere, or where another worker does.
@@ -71,7 +69,6 @@ class SearchContext:
 
     request: SearchRequest
     evaluator: PlanEvaluator
-    surrogate: Surrogate
     around: Around | None
     trainer: Measure | None
     out: Path | None
@@ -85,7 +82,7 @@ class SearchContext:
 
     def start(self) -> Incumbent:
         """Returns the surrogate's own plan: what a search begins with. It is not measured yet."""
-        return Incumbent(self.request.plan(self.surrogate, self.request.parameters.neutral), [], "trial 0")
+        return Incumbent(self.request.plan(self.request.parameters.neutral), [], "trial 0")
 
     def measured(self, incumbent: Incumbent, plan: Plan, stage: str) -> Incumbent:
         """Returns a plan that was made from the incumbent, measured on all validation samples."""
@@ -128,7 +125,7 @@ class SearchContext:
         choice = space.choice(incumbent.plan)
         if incumbent.form is not None:
             return space.form(incumbent.form).changes(choice)
-        costs, form = space.costs(self.surrogate.costs()), self.request.quadratic
+        costs, form = space.costs(self.request.surrogate.costs()), self.request.quadratic
         if form is None:
             return costs
         return costs - np.take_along_axis(costs, choice[..., None], axis=-1) + space.form(form).changes(choice)

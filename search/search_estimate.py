@@ -22,8 +22,6 @@ from moacompress.search.search_request import SearchRequest
 
 PRUNED = 0.8
 """Share of a trial's samples that is measured, mean: one that is hopeless is pruned."""
-ABLATION = 0.15
-"""What one KV head's ablation takes of a measurement, mean: few samples, and only the layers from its own on."""
 MOVE = 0.5
 """What a move of one KV head takes of a measurement, mean."""
 PASSES = 4.0
@@ -44,7 +42,6 @@ def measurements(recipe: Recipe, samples: int) -> dict[str, float]:
     finals = 1 + (FINALISTS - 1) / CLOSE / 2
     around = search.round_samples * PASSES / samples
     stages = {
-        "calibration": ABLATION * search.ablations,
         "baselines": families * (screened + finals),
         "trials": 1 + PRUNED * search.trials,  # and the dense model's own passes
         "rounds": search.rounds * (PRUNED * search.round_trials + around),

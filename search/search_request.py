@@ -101,7 +101,7 @@ class SearchRequest:
         recipe: the resolved recipe.
         asked: the budgets as given.
         limits: of the budgets.
-        surrogate: not yet calibrated.
+        surrogate: what rules are predicted to cost.
         starts: parameters that are tried right after the neutral ones.
         computes_in: the dtype that the model computes in, on which what it measures depends.
         sharing: which layers may share attention, and what that is predicted to cost; None where none is to.
@@ -198,7 +198,6 @@ class SearchRequest:
                 "validation": fingerprint_samples(self.profile.validation),
                 "limits": [list(limit) for limit in self.limits.items()],
                 "estimator": self.recipe.profile.estimator,
-                "ablations": search.ablations,
                 "rounds": [search.rounds, *([search.round_samples, search.round_trials] if search.rounds else [])],
                 "moves": search.moves,
                 "floors": search.floors,
@@ -232,7 +231,7 @@ class SearchRequest:
         """Most layers that a trial may let share; 0 where trials do not choose."""
         if self.sharing is None or not self.sharing.asked.auto:
             return 0
-        single = self.surrogate.raw()
+        single = self.surrogate.costs()
 
         def kl(shares: LayerShares) -> float:
             space = self.space(shares)
@@ -261,12 +260,12 @@ class SearchRequest:
         search = self.recipe.search.model_copy(update={"classes": None})
         return replace(self, recipe=self.recipe.model_copy(update={"search": search}))
 
-    def predicted(self, surrogate: Surrogate, plan: Plan) -> float | None:
+    def predicted(self, plan: Plan) -> float | None:
         """Returns the predicted KL of a plan with its copies, nats; None where a rule of it is no candidate."""
-        found = surrogate.predicted(plan)
+        found = self.surrogate.predicted(plan)
         if found is None or self.sharing is None:
             return found
-        return found + self.sharing.costs.cost(plan.shares, surrogate.calibration)
+        return found + self.sharing.costs.cost(plan.shares)
 
     def repaired(self, source: SourceModel, progress: Progress) -> SearchRequest:
         """Returns the request with copies repaired, and so priced, where that is asked for."""
@@ -288,21 +287,18 @@ class SearchRequest:
         samples, draws = self.profile.statistics.arrays["total"].shape[:2]
         return Quadratic.of(self.profile) if samples * draws >= MIN_ROWS else None
 
-    def choice(self, surrogate: Surrogate, space: PlanSpace, parameters: ParameterValues) -> Ints:
-        """Returns the rule of every row of the knapsack that the solver chooses under some search parameters, int64.
-
-        The surrogate is calibrated.
-        """
-        bent = space.costs(self.parameters.bend(surrogate, parameters))
+    def choice(self, space: PlanSpace, parameters: ParameterValues) -> Ints:
+        """Returns the rule of every row of the knapsack that the solver chooses under some search parameters, int64."""
+        bent = space.costs(self.parameters.bend(self.surrogate, parameters))
         choice = space.knapsack.choose(bent)
         share = parameters.get("coherence", 0.0)
         if self.quadratic is None or not share:
             return choice
         # of bending only ratios count, so the costs are scaled to be nats again
-        nats = bent * (total_cost(space.costs(surrogate.raw()), choice) / max(total_cost(bent, choice), 1e-300))
+        nats = bent * (total_cost(space.costs(self.surrogate.costs()), choice) / max(total_cost(bent, choice), 1e-300))
         return space.form(self.quadratic).refined(choice, nats, share, space.knapsack)
 
-    def plan(self, surrogate: Surrogate, parameters: ParameterValues, limits: Limits | None = None) -> Plan:
-        """Returns the plan that the solver makes of the bent, calibrated surrogate, within the request's limits or others."""
+    def plan(self, parameters: ParameterValues, limits: Limits | None = None) -> Plan:
+        """Returns the plan that the solver makes of the bent surrogate, within the request's limits or others."""
         space = self.space(self.shares(parameters), limits)
-        return space.plan(self.choice(surrogate, space, parameters))
+        return space.plan(self.choice(space, parameters))

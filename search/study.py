@@ -39,17 +39,16 @@ from moacompress.search.result.search_result import SearchResult, found_before
 from moacompress.search.search_context import SearchContext, Step
 from moacompress.search.search_estimate import measurements
 from moacompress.search.search_request import ParameterValues, SearchRequest
+from moacompress.search.steps.baselines import complete_baselines, measure_baselines
 from moacompress.search.steps.class_cost import measure_class_cost
 from moacompress.search.steps.leftover import spend_leftover
 from moacompress.search.steps.moves import make_moves
 from moacompress.search.steps.parameter_study import tune_parameters
 from moacompress.search.steps.rounds import make_rounds
-from moacompress.search.steps.start import calibrate, complete_baselines, measure_baselines
 
 __all__ = ["SearchResult", "find_plan"]
 
 STEPS: tuple[Step, ...] = (
-    calibrate,
     measure_baselines,
     tune_parameters,
     complete_baselines,
@@ -58,9 +57,8 @@ STEPS: tuple[Step, ...] = (
     spend_leftover,
     measure_class_cost,
 )
-"""Each is given what the one before it returned; the first one the surrogate's own plan, which the third one measures."""
+"""Each is given what the one before it returned; the first one the surrogate's own plan, which the second one measures."""
 STAGES: dict[Step, str] = {
-    calibrate: "calibration",
     measure_baselines: "baselines",
     tune_parameters: "trials",
     make_rounds: "rounds",
@@ -215,7 +213,6 @@ def opened(
         yield SearchContext(
             request=request,
             evaluator=evaluator,
-            surrogate=request.surrogate,
             around=around,
             trainer=trainer,
             out=out,

@@ -130,7 +130,6 @@ def cut(recipe: Recipe) -> Recipe:
         calibration__lengths=LENGTHS[: len(recipe.calibration.lengths)],
         profile__gate_samples=2,
         search__trials=1,
-        search__ablations=min(search.ablations, 1),
         search__moves=min(search.moves, 1),
         search__rounds=min(search.rounds, 1),
         budget=[re.sub("@.*", f"@{LONGER}", text) for text in recipe.budget],

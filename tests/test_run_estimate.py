@@ -40,9 +40,7 @@ def test_a_search_takes_what_its_steps_do() -> None:
     recipe = Recipe()
     more = recipe.override(search__trials=32)
     assert sum(measurements(more, 12).values()) > sum(measurements(recipe, 12).values())
-    bare = recipe.override(
-        search__trials=1, search__ablations=0, search__rounds=0, search__moves=0, search__alternatives=False
-    )
+    bare = recipe.override(search__trials=1, search__rounds=0, search__moves=0, search__alternatives=False)
     # the dense model's own, a trial, and the plan that spends what is left of the budget
     assert measurements(bare, 12) == pytest.approx({"trials": 1.8, "leftover": 1.0})
     assert measured(bare, {100: 10, 500: 2, 900: 0}) == pytest.approx(2.8 * 2000)

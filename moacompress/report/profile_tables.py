@@ -26,7 +26,6 @@ SCORES = ("gate", "recency", "oracle")
 """By what tokens are selected: gates, how recent they are, and the influence itself."""
 RANK: Columns = {"": lambda row: row["name"], "Spearman": lambda row: estimate_text(row["spearman"], row["ci95"])}
 COUNT: Columns = {"n": lambda row: str(row["n"])}
-SLOPE: Columns = {"slope": lambda row: estimate_text(row["slope"], row["slope_ci95"])}
 REGRET: Columns = {"regret": lambda row: readable_number(row["regret"], ".1%")}
 RATIO: Columns = {"measured / predicted [10% 90%]": lambda row: estimate_text(row["ratio"], row["ratio_range"])}
 HALVES: Columns = {
@@ -78,12 +77,12 @@ def audit_tables(audit: Data) -> list[RenderableType]:
         return [{**row, "name": f"{name}*" if name == chosen else name} for name, row in rows.items()]
 
     title = f"{len(audit['points'])} ablations of one KV head on {audit['samples']} held-out samples, 95% intervals"
-    shown: list[RenderableType] = [Table.of(title, RANK | SLOPE | COUNT, estimators(audit["audit"]))]
+    shown: list[RenderableType] = [Table.of(title, RANK | RATIO | COUNT, estimators(audit["audit"]))]
     if audit["audit_plans"]:
         title = (
             f"{len(audit['plans'])} plans at {audit['budget']}; regret: KL of the one predicted best, above the best"
         )
-        shown.append(Table.of(title, RANK | SLOPE | REGRET | COUNT, estimators(audit["audit_plans"])))
+        shown.append(Table.of(title, RANK | RATIO | REGRET | COUNT, estimators(audit["audit_plans"])))
     if "audit_precision" in audit:
         found = audit["audit_precision"]
         title = f"{found['n']} KV heads with keys or values in another format, as {found['estimator']} predicts it"
@@ -137,8 +136,8 @@ def _head(at: Data) -> str:
 def scatter_html(audit: Data) -> str:
     """Returns a page of its own: measured against predicted KL on logarithmic axes, a trace for each estimator.
 
-    One panel for the ablations, one for the plans, one for single formats and two for copies (these not calibrated), each
-    with the line where both are equal.
+    One panel for the ablations, one for the plans, one for single formats and two for copies, each with the line where both
+    are equal.
 
     Raises:
         ImportError: plotly is not installed.
@@ -152,7 +151,8 @@ def scatter_html(audit: Data) -> str:
     palette = colors.qualitative.Plotly
     for column, (part, held, _, note) in enumerate(panels, start=1):
         points, place = audit[held], {"row": 1, "col": column}
-        predicted = [point.get("calibrated") or {audit[part]["estimator"]: point["predicted"]} for point in points]
+        one = audit[part].get("estimator")  # of formats and copies only one estimator says anything
+        predicted = [{one: point["predicted"]} if one else point["predicted"] for point in points]
         for index, name in enumerate(audit["audit"]):
             if not all(name in values for values in predicted):
                 continue
@@ -171,7 +171,7 @@ def scatter_html(audit: Data) -> str:
         if kls := [point["measured"] for point in points if point["measured"]]:
             ends, line = [min(kls), max(kls)], {"color": "gray", "dash": "dot"}
             figure.add_scatter(x=ends, y=ends, mode="lines", line=line, hoverinfo="skip", showlegend=False, **place)
-    figure.update_xaxes(type="log", title="predicted, calibrated (nats per answer token)", exponentformat="power")
+    figure.update_xaxes(type="log", title="predicted (nats per answer token)", exponentformat="power")
     figure.update_yaxes(type="log", title="measured (nats per answer token)", exponentformat="power")
     figure.update_layout(title=f"Predicted and measured KL: {audit['model']}", template="plotly_white")
     page: str = figure.to_html(include_plotlyjs=True, full_html=True, div_id="audit")

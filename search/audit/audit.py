@@ -59,18 +59,16 @@ class Audit(Shown):
     Attributes:
         request: fingerprint of what was asked for.
         data: `model`, `profile` (fingerprint), `samples`, `budget`, `estimator` (the recipe's), and the results:
-            `audit`: for each estimator `spearman, ci95, slope, slope_ci95, n`, of the ablations, and the calibration
-            `c, gamma` to all of them;
-            `audit_plans`: for each estimator `spearman, ci95, slope, slope_ci95, regret, n`;
+            `audit`: for each estimator `spearman, ci95, ratio, ratio_range, n`, of the ablations;
+            `audit_plans`: the same of the plans, and `regret`;
             `audit_precision`, `precision_points`: of single KV heads in other formats, see `audit_precision`; where the search
             offers formats;
             `audit_sharing`, `sharing_points`: of single layers that copy an earlier one's attention, see `audit_sharing`, and
             `audit_repair`, `repair_points` of some of them once repaired; where the profile has copies;
             `chosen_minus_moa`: difference of Spearman's, `value, ci95`, where the profile has moa;
             `split_half`: see `split_half`;
-            `points`: each ablation, `layer, kv_head, rule, measured`, and for each estimator the influence `predicted`
-            and the cross-fitted KL `calibrated`;
-            `plans`: each plan, `key, noise, kv_bytes, measured`, and for each estimator the KL `calibrated`.
+            `points`: each ablation, `layer, kv_head, rule, measured`, and for each estimator the KL `predicted`;
+            `plans`: each plan, `key, noise, kv_bytes, measured`, and for each estimator the KL `predicted`.
             KLs are in nats per answer token.
     """
 
@@ -220,7 +218,7 @@ def _run(
 ) -> dict[str, Any]:
     profile = request.profile
     picks = choose_ablations(profile.shape, masking, count, seed)
-    chosen = equal_byte_choices(request.surrogate.raw(), PlanSpace.of(request).knapsack, plans, seed)
+    chosen = equal_byte_choices(request.surrogate.costs(), PlanSpace.of(request).knapsack, plans, seed)
     if len(chosen) < plans:
         logger.warning("only %d different plans of %d were found at %s", len(chosen), plans, request.asked[0])
     whole_plans = [chosen_plan(profile, choice) for _, choice in chosen]
@@ -292,5 +290,5 @@ def predicted_influence(profile: Profile, samples: Sequence[Sample]) -> dict[str
         }
         influence = np.stack([of_kind[kind][length] for kind, length in groups])
         surrogate = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
-        found[estimator] = surrogate.raw(list(groups.values()))
+        found[estimator] = surrogate.costs(list(groups.values()))
     return found

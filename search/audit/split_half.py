@@ -9,7 +9,7 @@ import numpy as np
 
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats, Ints
-from moacompress.search.predict.surrogate import FLOOR
+from moacompress.search.audit.statistics import FLOOR
 from moacompress.search.problem.knapsack import Knapsack, total_cost
 from moacompress.search.problem.plan_space import PlanSpace
 from moacompress.search.search_request import SearchRequest
@@ -63,7 +63,7 @@ def _ratios(request: SearchRequest, knapsack: Knapsack, *two: Ints) -> list[floa
     costs: list[Floats] = []
     for half in two:
         part = SearchRequest.of(request.profile.subset(half.tolist()), request.asked, request.recipe)
-        costs.append(part.surrogate.raw())
+        costs.append(part.surrogate.costs())
     choices = [knapsack.choose(cost) for cost in costs]
     own = [total_cost(cost, choice) for cost, choice in zip(costs, choices, strict=True)]
     other = [total_cost(cost, choice) for cost, choice in zip(costs, choices[::-1], strict=True)]

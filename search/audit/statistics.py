@@ -1,4 +1,4 @@
-"""What an audit says in numbers: rank correlation, slope and regret of predicted against measured KL.
+"""What an audit says in numbers: rank correlation, ratio and regret of predicted against measured KL.
 
 Ablations and plans are drawn at random and are the points that intervals resample, every estimator's alike, so that
 differences are paired. A number that cannot be had (too few points, all equal) is NaN; an interval that cannot be had is None.
@@ -15,9 +15,10 @@ from scipy.stats import rankdata
 
 from moacompress.core.arrays import Floats, Ints
 from moacompress.core.statistics import Resampled
-from moacompress.search.predict.surrogate import FLOOR, fit
 from moacompress.search.problem.knapsack import Pick, total_cost
 
+FLOOR = 1e-12
+"""Nats below which a KL or a prediction is numerical noise."""
 RATIOS = (0.1, 0.9)
 """Quantiles between which most ratios of measured to predicted KL are."""
 
@@ -31,15 +32,6 @@ def spearman(predicted: Floats, measured: Floats, seed: int) -> Resampled:
     return Resampled.of(len(predicted), seed, of)
 
 
-def slope(predicted: Floats, measured: Floats, seed: int) -> Resampled:
-    """Returns the least-squares slope of log measured on log predicted KL, over the points above the noise."""
-    usable = (predicted > FLOOR) & (measured > FLOOR)
-    if not usable.any():
-        return Resampled(float("nan"), np.zeros(0), 0)
-    x, y = np.log(predicted[usable]), np.log(measured[usable])
-    return Resampled.of(len(x), seed, lambda drawn: _slopes(x[drawn], y[drawn]))
-
-
 def regret(predicted: Floats, measured: Floats) -> float:
     """Returns how much higher the KL of the plan of lowest predicted KL is than that of the best, as a share of the best's.
 
@@ -50,7 +42,7 @@ def regret(predicted: Floats, measured: Floats) -> float:
 
 
 def rank_and_ratio(predicted: Floats, measured: Floats, seed: int) -> dict[str, Any]:
-    """Returns how close predictions are, nats, that are not calibrated.
+    """Returns how close predictions are, nats.
 
     `spearman, ci95`, the median `ratio` of measured to predicted KL, `ratio_range` that four fifths of them are in, `n`.
     """
@@ -67,24 +59,9 @@ def rank_and_ratio(predicted: Floats, measured: Floats, seed: int) -> dict[str, 
     }
 
 
-def cross_fitted(influence: Floats, measured: Floats, seed: int) -> Floats:
-    """Returns calibrated KL of every ablation, by the calibration that was fitted to the half it is not in, nats."""
-    order = np.random.default_rng(seed).permutation(len(influence))
-    halves = order[::2], order[1::2]
-    found = np.zeros(len(influence))
-    for ours, theirs in (halves, halves[::-1]):
-        found[ours] = fit(influence[theirs], measured[theirs])(influence[ours])
-    return found
-
-
 def _correlation(x: Floats, y: Floats) -> Floats:
     x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
     return _ratio((x * y).sum(axis=1), np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1)))
-
-
-def _slopes(x: Floats, y: Floats) -> Floats:
-    x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
-    return _ratio((x * y).sum(axis=1), (x * x).sum(axis=1))
 
 
 def _ratio(over: Floats, under: Floats) -> Floats:
@@ -126,40 +103,25 @@ def assess(
         influence: by estimator, [layers, kv_heads, rules].
         picks: the ablations.
         measured: their KL, nats, [ablations].
-        choices: the plans, int64 [layers, kv_heads] each. Their KL is predicted by the calibration to all ablations.
+        choices: the plans, int64 [layers, kv_heads] each.
         measured_plans: their KL, nats, [plans].
-        seed: of the halves and the bootstrap.
+        seed: of the bootstrap.
     """
     found = Assessment({}, {}, {}, [], [])
     for (layer, head, rule), kl in zip(picks, measured.tolist(), strict=True):
         place = {"layer": layer, "kv_head": head, "rule": rule, "measured": kl}
-        found.points.append({**place, "predicted": {}, "calibrated": {}})
-    found.plan_points.extend({"measured": kl, "calibrated": {}} for kl in measured_plans.tolist())
+        found.points.append({**place, "predicted": {}})
+    found.plan_points.extend({"measured": kl, "predicted": {}} for kl in measured_plans.tolist())
     for name, table in influence.items():
         predicted = np.array([table[pick] for pick in picks])
-        calibrated = cross_fitted(predicted, measured, seed)
-        calibration = fit(predicted, measured)
         found.correlations[name] = spearman(predicted, measured, seed)
-        found.ablations[name] = {
-            **_rank_and_slope(found.correlations[name], slope(calibrated, measured, seed)),
-            "n": len(picks),
-            "c": calibration.c,
-            "gamma": calibration.gamma,
-        }
-        for point, raw, kl in zip(found.points, predicted.tolist(), calibrated.tolist(), strict=True):
-            point["predicted"][name], point["calibrated"][name] = raw, kl
+        found.ablations[name] = rank_and_ratio(predicted, measured, seed)
+        for point, kl in zip(found.points, predicted.tolist(), strict=True):
+            point["predicted"][name] = kl
         if not len(choices):
             continue
-        totals = np.array([total_cost(calibration(table), choice) for choice in choices])
-        found.plans[name] = {
-            **_rank_and_slope(spearman(totals, measured_plans, seed), slope(totals, measured_plans, seed)),
-            "regret": regret(totals, measured_plans),
-            "n": len(choices),
-        }
+        totals = np.array([total_cost(table, choice) for choice in choices])
+        found.plans[name] = {**rank_and_ratio(totals, measured_plans, seed), "regret": regret(totals, measured_plans)}
         for point, kl in zip(found.plan_points, totals.tolist(), strict=True):
-            point["calibrated"][name] = kl
+            point["predicted"][name] = kl
     return found
-
-
-def _rank_and_slope(rank: Resampled, line: Resampled) -> dict[str, Any]:
-    return {"spearman": rank.value, "ci95": rank.ci95, "slope": line.value, "slope_ci95": line.ci95}

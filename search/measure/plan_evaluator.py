@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moacompress.calibration.data.samples import Sample
 from moacompress.core.files import fingerprint
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.ranks import work_shard
@@ -18,14 +17,9 @@ from moacompress.search.deadline import Deadline
 from moacompress.search.measure.claims import Claim, Claims
 from moacompress.search.measure.objective import Measure
 from moacompress.search.measure.study_storage import StudyStorage
-from moacompress.search.predict.surrogate import Surrogate, fit, pick_ablations
-from moacompress.search.problem.knapsack import ablation
-from moacompress.search.search_request import SearchRequest
 
 PART = 4
 """Samples of a plan that a worker measures before another one may take the next."""
-ABLATION_SAMPLES = 3
-"""Samples on which the ablations are measured that the surrogate is calibrated with."""
 
 
 @dataclass(frozen=True)
@@ -189,33 +183,3 @@ class PlanEvaluator:
         name = f"{kind}:{fingerprint([base.key(), *(plan.key() for plan in plans)])}:{number}"
         model = measure or self.measure
         return Job(name, len(plans), lambda known: model.many(number, plans[len(known) :], base))
-
-    def calibrated(self, request: SearchRequest, progress: Progress) -> Surrogate:
-        """Returns the surrogate fitted to measured ablations of single KV heads, at the shortest length (the cheapest).
-
-        A KV head gets another span or other formats, never both: what the two cost is told apart.
-
-        Raises:
-            TimeUp: the time is up, and an ablation is not measured yet.
-        """
-        recipe, profile, surrogate = request.recipe, request.profile, request.surrogate
-        shortest = Surrogate(surrogate.rules, surrogate.influence[:1], surrogate.supersets)
-        influence = shortest.raw()
-        pure = np.array([rule.is_native or rule.sees_all for rule in surrogate.rules])
-        picks = pick_ablations(np.where(pure, influence, 0.0), recipe.search.ablations, recipe.seed)
-        nearest = sorted(self.order, key=lambda number: _rank(profile.validation[number]))
-        numbers = nearest[: ABLATION_SAMPLES if picks else 0]
-        plans, full = [ablation(profile, pick) for pick in picks], Plan.full(profile.shape)
-        progress.start("calibrating", len(numbers))
-        kls = self.together(
-            [self.near("ablations", number, plans, full) for number in numbers],
-            lambda done: progress.step(f"{len(plans)} KV heads on sample {numbers[done]}"),
-        )
-        progress.done()
-        measured = np.mean(kls, axis=0) if kls else np.zeros(0)
-        return surrogate.calibrated(fit([influence[pick] for pick in picks], measured))
-
-
-def _rank(sample: Sample) -> tuple[bool, int]:
-    """Sorts answers before plain text, and the shortest first."""
-    return sample.kind == "text", sample.length

@@ -1,6 +1,6 @@
 """The study storage of a search: an Optuna study that holds everything measured, so that nothing is measured twice.
 
-A search that was killed and started again finds its finished trials, ablations and baselines here and resumes as if it
+A search that was killed and started again finds its finished trials and baselines here and resumes as if it
 had never stopped, and many processes may work on one study: each trial has an index, and who works on it has its claim, in
 which all of it is kept; the finished ones are put into the study as trials of Optuna's, for its own tools. The sampler is made
 again for every trial, from the seed and the index, of the trials that are finished and of those that others are at, so that

@@ -1,14 +1,12 @@
 """The surrogate: what a plan is predicted to do to the model, as a sum over its KV heads.
 
-The profile's influence is made monotone over nested rules (a rule that keeps less is never cheaper) and calibrated to
-measured KL as `c * influence ** gamma`: a knapsack needs magnitudes, not ranks.
+The profile's influence, made monotone over nested rules: a rule that keeps less is never cheaper.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -22,33 +20,6 @@ from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import selected, window
 
-GAMMA_RANGE = (1.0, 1.5)
-"""The second-order expansion says 1; a fit to a dozen ablations is not believed beyond this. Below 1 many small costs
-weigh more than one large one, and what loses an answer at once seems cheap."""
-FLOOR = 1e-12
-"""Nats below which a KL or an influence is numerical noise."""
-MIN_POINTS = 3
-"""Ablations below which nothing is fitted."""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """`kl = c * influence ** gamma`, in nats, as fitted to measured ablations.
-
-    Attributes:
-        c: scale, positive.
-        gamma: exponent, within `GAMMA_RANGE`.
-        points: ablations it was fitted to; 0 for the identity.
-    """
-
-    c: float = 1.0
-    gamma: float = 1.0
-    points: int = 0
-
-    def __call__(self, influence: Floats) -> Floats:
-        """Returns predicted KL in nats."""
-        return self.c * np.power(influence, self.gamma)
-
 
 @dataclass(frozen=True)
 class Surrogate:
@@ -58,17 +29,15 @@ class Surrogate:
         rules: candidate rules, the full one first.
         influence: float64 [lengths, layers, kv_heads, rules], nats; 0 for the full rule.
         supersets: bool [rules, rules]; `[a, b]` is whether b keeps everything that a keeps, at every length, and as exactly.
-        calibration: from influence to measured KL.
     """
 
     rules: tuple[Rule, ...]
     influence: Floats
     supersets: npt.NDArray[np.bool_]
-    calibration: Calibration = Calibration()
 
     @staticmethod
     def build(influence: Floats, rules: Sequence[Rule], min_window: int, max_length: int) -> Surrogate:
-        """Returns the uncalibrated surrogate of a profile's influence, `[lengths, layers, kv_heads, rules]`, nats.
+        """Returns the surrogate of a profile's influence, `[lengths, layers, kv_heads, rules]`, nats.
 
         `rules[0]` is the full one. Nesting of rules is judged up to the longest profiled length.
 
@@ -81,8 +50,8 @@ class Surrogate:
         influence[..., [rule.is_full for rule in rules]] = 0.0
         return Surrogate(tuple(rules), influence, nested(rules, min_window, max_length))
 
-    def raw(self, length_weights: npt.ArrayLike | None = None, precision: float = 1.0) -> Floats:
-        """Returns monotone influence averaged over lengths, [layers, kv_heads, rules].
+    def costs(self, length_weights: npt.ArrayLike | None = None, precision: float = 1.0) -> Floats:
+        """Returns predicted KL in nats, a mean over lengths, [layers, kv_heads, rules].
 
         Lengths weigh the same by default. What formats cost counts `precision` times as much, beside what spans cost.
         """
@@ -92,19 +61,11 @@ class Surrogate:
             found = found + (precision - 1) * found[..., self._at_full_span]
         return monotone(found, self.supersets)
 
-    def costs(self, length_weights: npt.ArrayLike | None = None, precision: float = 1.0) -> Floats:
-        """Returns predicted KL in nats, [layers, kv_heads, rules]; see `raw`."""
-        return self.calibration(self.raw(length_weights, precision))
-
     @cached_property
     def _at_full_span(self) -> Ints:
         """The rule with every rule's formats that sees everything, [rules]: what it costs, the formats cost alone."""
         number = {(rule.key_format, rule.value_format): at for at, rule in enumerate(self.rules) if rule.sees_all}
         return np.array([number[rule.key_format, rule.value_format] for rule in self.rules], np.int64)
-
-    def calibrated(self, calibration: Calibration) -> Surrogate:
-        """Returns the same influence under another calibration."""
-        return replace(self, calibration=calibration)
 
     def predicted(self, plan: Plan) -> float | None:
         """Returns the predicted KL of a plan in nats, or None where a rule of it is no candidate."""
@@ -150,54 +111,3 @@ def monotone(influence: Floats, supersets: npt.NDArray[np.bool_]) -> Floats:
     Influence is `[..., rules]`; every rule is a superset of itself.
     """
     return np.stack([influence[..., row].max(axis=-1) for row in supersets], axis=-1)
-
-
-def fit(influence: npt.ArrayLike, measured: npt.ArrayLike) -> Calibration:
-    """Fits `log kl = log c + gamma * log influence` to ablations, nats, by robust least squares.
-
-    It is the identity when fewer than `MIN_POINTS` ablations are above the noise.
-    """
-    from scipy.optimize import least_squares
-
-    x, y = np.asarray(influence, np.float64), np.asarray(measured, np.float64)
-    usable = (x > FLOOR) & (y > FLOOR)
-    x, y = np.log(x[usable]), np.log(y[usable])
-    if len(x) < MIN_POINTS:
-        return Calibration()
-
-    def residual(parameters: Floats) -> Floats:
-        residuals: Floats = parameters[0] + parameters[1] * x - y
-        return residuals
-
-    low, high = GAMMA_RANGE
-    start = [float(np.median(y - x)), 1.0]
-    found = least_squares(residual, start, loss="soft_l1", bounds=([-np.inf, low], [np.inf, high]))
-    return Calibration(c=math.exp(found.x[0]), gamma=float(found.x[1]), points=len(x))
-
-
-def pick_ablations(influence: Floats, count: int, seed: int, decades: float = 5.0) -> list[tuple[int, int, int]]:
-    """Chooses single-KV-head ablations that span the predicted influence and the layers.
-
-    The influence is monotone, `[layers, kv_heads, rules]`; `decades` below the largest it is not worth measuring. The seed
-    breaks ties. Returns distinct `(layer, kv_head, rule)`, largest influence first; fewer than `count` when there are not as
-    many.
-    """
-    where = np.argwhere(influence > max(FLOOR, influence.max() * 10.0**-decades))
-    if not count or not len(where):
-        return []
-    logs = np.log(influence[tuple(where.T)])
-    noise = np.random.default_rng(seed).random(len(where))
-    used = np.zeros(influence.shape[0], int)
-    taken = np.zeros(len(where), bool)
-    picks = []
-    targets = np.linspace(logs.max(), logs.min(), count)
-    width = max(float(logs.max() - logs.min()) / count, 1e-9)
-    for target in targets[: len(where)]:
-        distance = np.abs(logs - target) / width
-        score = distance + used[where[:, 0]] + 1e-3 * noise + np.where(taken, np.inf, 0.0)
-        best = int(np.argmin(score))
-        taken[best] = True
-        layer, head, rule = (int(part) for part in where[best])
-        used[layer] += 1
-        picks.append((layer, head, rule))
-    return picks

@@ -57,7 +57,6 @@ class Stage:
 
 def explain(
     request: SearchRequest,
-    surrogate: Surrogate,
     plan: Plan,
     tried: Sequence[TrialResult],
     importances: Mapping[str, float],
@@ -95,13 +94,13 @@ def explain(
         "refused": refused(plan, kls, tried, stages),
         "stages": [stage.to_dict() for stage in stages],
         "knobs": dict(sorted(importances.items(), key=lambda item: -item[1])),
-        "predicted": _predicted(request, surrogate, tried),
-        "kinds": _by_kind(request, surrogate, plan),
+        "predicted": _predicted(request, tried),
+        "kinds": _by_kind(request, plan),
         "formats": {
             "bits": kept_bits(plan, n),
             "pairs": format_rows(plan, n),
         },
-        "heads": head_rows(request, surrogate, plan),
+        "heads": head_rows(request, plan),
         "trials": [
             {
                 "trial": trial.index,
@@ -113,7 +112,7 @@ def explain(
             for trial in tried
         ],
         **({"classes": plan.quality["classes"]} if "classes" in plan.quality else {}),
-        **({"sharing": sharing_notes(request, surrogate, plan, tried)} if request.sharing else {}),
+        **({"sharing": sharing_notes(request, plan, tried)} if request.sharing else {}),
     }
 
 
@@ -135,14 +134,14 @@ def refused(
     return {"name": name, "harm": float(np.mean(least)), "difference": difference.to_dict()}
 
 
-def head_rows(request: SearchRequest, surrogate: Surrogate, plan: Plan) -> list[dict[str, Any]]:
+def head_rows(request: SearchRequest, plan: Plan) -> list[dict[str, Any]]:
     """Returns a row of every KV head, those first whose bytes are worth most; see `explain`."""
     profile, shape = request.profile, request.profile.shape
     n = max(request.limits)
     average = request.limits[n] // (shape.layers * shape.kv_heads)
-    (sizes_of,) = candidate_kv_bytes(shape, surrogate.rules, profile.min_window, [n])
-    costs = surrogate.costs()
-    number = {rule: index for index, rule in enumerate(surrogate.rules)}
+    (sizes_of,) = candidate_kv_bytes(shape, request.surrogate.rules, profile.min_window, [n])
+    costs = request.surrogate.costs()
+    number = {rule: index for index, rule in enumerate(request.surrogate.rules)}
     rows = []
     for layer, rules in enumerate(plan.rules):
         native = shape.native_windows[layer]
@@ -165,21 +164,20 @@ def head_rows(request: SearchRequest, surrogate: Surrogate, plan: Plan) -> list[
     return sorted(rows, key=lambda row: -(row["saves"] or 0.0))
 
 
-def _by_kind(request: SearchRequest, surrogate: Surrogate, plan: Plan) -> dict[str, float | None]:
+def _by_kind(request: SearchRequest, plan: Plan) -> dict[str, float | None]:
     """Returns the predicted KL of a plan on each kind of samples, nats."""
     profile, found = request.profile, {}
     for kind in sorted(set(profile.sample_kinds)):
         influence = profile.influence(request.recipe.profile.estimator, kind)
         alone = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
-        kl = alone.calibrated(surrogate.calibration).predicted(plan)
+        kl = alone.predicted(plan)
         if kl is not None and plan.shares:
-            copies = CopyCosts.of_kind(profile, kind)
-            kl += copies.cost(plan.shares, surrogate.calibration)
+            kl += CopyCosts.of_kind(profile, kind).cost(plan.shares)
         found[kind] = kl
     return found
 
 
-def _predicted(request: SearchRequest, surrogate: Surrogate, tried: Sequence[TrialResult]) -> dict[str, Any]:
+def _predicted(request: SearchRequest, tried: Sequence[TrialResult]) -> dict[str, Any]:
     """Returns predicted and measured KL of the distinct plans that were measured on all samples."""
     from scipy.stats import spearmanr
 
@@ -188,18 +186,14 @@ def _predicted(request: SearchRequest, surrogate: Surrogate, tried: Sequence[Tri
     for trial in tried:
         distinct.setdefault(trial.key, trial)
     pairs = [
-        [request.predicted(surrogate, unpack(trial.plan, profile)), trial.kl]
-        for trial in distinct.values()
-        if not trial.pruned
+        [request.predicted(unpack(trial.plan, profile)), trial.kl] for trial in distinct.values() if not trial.pruned
     ]
     predicted, measured = zip(*pairs, strict=True) if pairs else ((), ())
     varied = min(len(set(predicted)), len(set(measured))) > 2
     return {"pairs": pairs, "spearman": float(spearmanr(predicted, measured).statistic) if varied else None}
 
 
-def sharing_notes(
-    request: SearchRequest, surrogate: Surrogate, plan: Plan, tried: Sequence[TrialResult]
-) -> dict[str, Any]:
+def sharing_notes(request: SearchRequest, plan: Plan, tried: Sequence[TrialResult]) -> dict[str, Any]:
     """Returns what is known of sharing, as JSON values.
 
     Returns:
@@ -227,7 +221,7 @@ def sharing_notes(
     for count, shares in sorted(known.items()):
         space = request.space(shares)
         try:
-            made = space.plan(space.knapsack.choose(space.costs(surrogate.costs())))
+            made = space.plan(space.knapsack.choose(space.costs(request.surrogate.costs())))
         except InfeasibleBudgetError:  # only what shares more fits
             made = None
         found = best.get(count)
@@ -238,8 +232,8 @@ def sharing_notes(
             {
                 "layers": count,
                 "pairs": [[layer, share.anchor] for layer, share in enumerate(shares) if share is not None],
-                "copies": choice.costs.cost(shares, surrogate.calibration),
-                "predicted": None if made is None else request.predicted(surrogate, made),
+                "copies": choice.costs.cost(shares),
+                "predicted": None if made is None else request.predicted(made),
                 **measured,
             }
         )

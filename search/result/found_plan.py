@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from moacompress.search.baselines.families import FAMILIES
 from moacompress.search.baselines.measured import write_baselines
 from moacompress.search.measure.plan_evaluator import MeasuredPlan
 from moacompress.search.measure.trials import TrialResult, best_trial
-from moacompress.search.predict.surrogate import Surrogate
 from moacompress.search.result.beside_baselines import BesideBaseline
 from moacompress.search.result.explain import explain
 from moacompress.search.result.search_result import (
@@ -48,9 +47,9 @@ def write_first(request: SearchRequest, out: Path) -> None:
 
 def first_plan(request: SearchRequest) -> Plan:
     """Returns the surrogate's own plan before anything is measured; its notes say that of it."""
-    plan = request.plan(request.surrogate, request.parameters.neutral)
+    plan = request.plan(request.parameters.neutral)
     measured = {"samples": 0, **class_quality(request.recipe.search.classes, plan)}
-    return _with_notes(request, request.surrogate, plan, _unmeasured({}), measured, _made([], UNMEASURED, False))
+    return _with_notes(request, plan, _unmeasured({}), measured, _made([], UNMEASURED, False))
 
 
 def write_so_far(incumbent: Incumbent, context: SearchContext) -> None:
@@ -75,7 +74,6 @@ def write_found(incumbent: Incumbent, context: SearchContext) -> tuple[Plan, dic
     plan, kls = _noted(incumbent, context, finished=True)
     explanation = explain(
         context.request,
-        context.surrogate,
         plan,
         context.tried,
         context.evaluator.study_storage.importances(),
@@ -139,7 +137,7 @@ def _noted(incumbent: Incumbent, context: SearchContext, *, finished: bool) -> t
     }
     stage = incumbent.stage if incumbent.kls else UNMEASURED
     made = _made(context.tried, stage, finished and not context.deadline.stopped)
-    return _with_notes(request, context.surrogate, best.plan, kl, measured, made), best.kls
+    return _with_notes(request, best.plan, kl, measured, made), best.kls
 
 
 def _made(tried: Sequence[TrialResult], stage: str, finished: bool) -> dict[str, Any]:
@@ -157,7 +155,6 @@ def _made(tried: Sequence[TrialResult], stage: str, finished: bool) -> dict[str,
 
 def _with_notes(
     request: SearchRequest,
-    surrogate: Surrogate,
     plan: Plan,
     kl: Mapping[str, float | None],
     measured: Mapping[str, Any],
@@ -167,13 +164,13 @@ def _with_notes(
     profile = request.profile
     rounding = rounding_of(profile.path, profile.shape.weights_fingerprint) or {}
     rounded = {name: number for name, number in rounding.items() if name != "weights_fingerprint"}
-    notes = provenance(request, request.key, {**made, "surrogate": asdict(surrogate.calibration)})
+    notes = provenance(request, request.key, made)
     notes["recipe"]["budget"] = list(request.asked)
     noted = plan.with_notes(
         budget={**budget_notes(request, plan, request.asked), **memory_note(request, plan)},
         quality={
             **({"rounded_weights": rounded} if rounded else {}),
-            "predicted_harm": request.predicted(surrogate, plan),
+            "predicted_harm": request.predicted(plan),
             "measured_harm": dict(kl),
             **measured,
             **({"assumed_repaired": True} if any(plan.shares) and request.recipe.search.assume_repaired else {}),

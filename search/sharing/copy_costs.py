@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,14 +83,11 @@ class CopyCosts:
             )
         return Share(anchor, best_head_map(self.influence[layer, index])[0])
 
-    def cost(self, shares: LayerShares, kl: Callable[[Floats], Floats] = np.asarray) -> float:
-        """Returns the predicted KL of all copies, nats.
-
-        `kl` turns influence into KL of single KV heads, as a surrogate's calibration does.
-        """
+    def cost(self, shares: LayerShares) -> float:
+        """Returns the predicted KL of all copies, nats."""
         total = 0.0
         for layer, share in enumerate(shares):
             if share is not None:
                 of_heads = self.influence[layer, layer - 1 - share.anchor]
-                total += float(kl(of_heads[np.arange(len(of_heads)), list(share.head_map)]).sum())
+                total += float(of_heads[np.arange(len(of_heads)), list(share.head_map)].sum())
         return total

@@ -23,18 +23,18 @@ def measure_class_cost(incumbent: Incumbent, context: SearchContext) -> Incumben
     Raises:
         TimeUp: the time was up before all samples were measured.
     """
-    request, surrogate = context.request, context.surrogate
+    request = context.request
     search = request.recipe.search
     if search.classes is None or not search.alternatives:
         return incumbent
     best = best_trial(context.tried)
     limited = unpack(best.plan, request.profile)
-    unlimited, kls = request.of_any_classes().plan(surrogate, best.parameters), best.kls
+    unlimited, kls = request.of_any_classes().plan(best.parameters), best.kls
     if unlimited.key() != limited.key():
         kls = context.evaluator.shown("unlimited", unlimited, "measuring the plan without a class limit")
 
     def noted(plan: Plan, kls: Sequence[float]) -> dict[str, Any]:
-        predicted = request.predicted(surrogate, plan)
+        predicted = request.predicted(plan)
         return {"classes": len(classes_of(plan)), "predicted_harm": predicted, "harm": float(np.mean(kls))}
 
     context.class_cost = {

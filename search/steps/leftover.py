@@ -16,7 +16,7 @@ def spend_leftover(incumbent: Incumbent, context: SearchContext) -> Incumbent:
     for may need it, so it stays unless they say that it is worse, by more than the standard error of the paired difference.
     """
     space = context.request.space(incumbent.plan.shares)
-    filled = space.knapsack.filled(space.costs(context.surrogate.costs()), space.choice(incumbent.plan))
+    filled = space.knapsack.filled(space.costs(context.request.surrogate.costs()), space.choice(incumbent.plan))
     plan = space.plan(filled)
     if plan.key() == incumbent.plan.key() or context.deadline.over():
         return incumbent

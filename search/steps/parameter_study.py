@@ -25,7 +25,7 @@ def tune_parameters(incumbent: Incumbent, context: SearchContext) -> Incumbent:
     neutral = request.parameters.neutral
 
     def plan_of(parameters: ParameterValues) -> Plan:
-        return incumbent.plan if parameters == neutral else request.plan(context.surrogate, parameters)
+        return incumbent.plan if parameters == neutral else request.plan(parameters)
 
     def after(tried: Sequence[TrialResult]) -> str:
         context.tried = list(tried)

@@ -35,7 +35,7 @@ RECIPE = Recipe.from_dict(
     {
         "calibration": {"lengths": [700, 800], "samples": 6, "validation_samples": 3, "answer_tokens": 4},
         "profile": {"draws": 1, "gates": True, "gate_samples": 3},
-        "search": {"trials": 1, "ablations": 0, "rounds": 0, "moves": 0, "alternatives": False, "formats": ["native"]},
+        "search": {"trials": 1, "rounds": 0, "moves": 0, "alternatives": False, "formats": ["native"]},
         "weights": "int8",
     }
 )

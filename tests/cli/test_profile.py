@@ -42,8 +42,8 @@ def test_audit_profiles_the_baselines_and_compares_them(audited: tuple[Path, dic
     assert data["audit_samples"] == 2
     assert {"robust", "moa", "mass"} == set(data["audit"]) == set(data["audit_plans"]) == set(data["estimators"])
     assert set(data["audit"]) == set(Profile.load(out).estimators)
-    assert {"spearman", "ci95", "slope", "n"} <= set(data["audit"]["robust"])
-    assert {"spearman", "ci95", "slope", "regret", "n"} <= set(data["audit_plans"]["robust"])
+    assert {"spearman", "ci95", "ratio", "n"} <= set(data["audit"]["robust"])
+    assert {"spearman", "ci95", "ratio", "regret", "n"} <= set(data["audit_plans"]["robust"])
     assert set(data["chosen_minus_moa"]) == {"value", "ci95"}
     assert (len(data["points"]), data["audit"]["moa"]["n"]) == (9, 9)
     stored = json.loads((out / "audit.json").read_text())

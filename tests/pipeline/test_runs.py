@@ -374,7 +374,7 @@ def test_a_run_keeps_weights_and_cache_within_a_total_of_memory(recipe, tmp_path
     source = load_source(recipe.model, weights="int8")
     weights, cache = most_checkpoint_bytes(source.model, source.shape.dtype), source.shape.dense_kv_bytes(800) // 2
     size = f"{(weights + cache) / 1024:.6f}KiB"
-    asked = recipe.override(weights="int8", budget=[f"memory={size}@800", "90%"], search__ablations=0)
+    asked = recipe.override(weights="int8", budget=[f"memory={size}@800", "90%"])
     summary = compress(asked, tmp_path / "out")
     row = summary["memory"]["800"]
     assert summary["reference_length"] == 800

@@ -16,9 +16,9 @@ from moacompress.recipe import Recipe
 AUDIT = {
     "estimator": "robust",
     "samples": 7,
-    "points": [{"calibrated": {"robust": 0.5}, "measured": 0.4}, {"calibrated": {"robust": 0.02}, "measured": 0.03}],
+    "points": [{"predicted": {"robust": 0.5}, "measured": 0.4}, {"predicted": {"robust": 0.02}, "measured": 0.03}],
     "precision_points": [{"predicted": 1e-5, "measured": 2e-5}],
-    "plans": [{"calibrated": {"robust": 0.1}, "measured": 0.0}],
+    "plans": [{"predicted": {"robust": 0.1}, "measured": 0.0}],
 }
 
 

@@ -30,7 +30,7 @@ SUMMARY = {
     "quality": {NAME: {"dense": 1.0, "uniform": 0.5, "plan": 0.75, "prompts": 4, "nll": {"dense": 0.1}}},
     "seconds": {"profile": 2.0},
 }
-ESTIMATOR = {"spearman": 0.9, "ci95": [0.8, 1.0], "slope": 1.0, "slope_ci95": [0.9, 1.1], "n": 7}
+ESTIMATOR = {"spearman": 0.9, "ci95": [0.8, 1.0], "ratio": 1.0, "ratio_range": [0.9, 1.1], "n": 7}
 AUDIT = {
     "estimator": NAME, "samples": 2, "points": [], "audit": {NAME: ESTIMATOR}, "audit_plans": {}, "split_half": [],
 }  # fmt: skip

@@ -83,7 +83,7 @@ def make_profile(
     recipe = Recipe.from_dict(
         {
             "calibration": {"lengths": list(LENGTHS)},
-            "search": {"trials": 8, "ablations": 5, "rounds": 0, "moves": 0, **search},
+            "search": {"trials": 8, "rounds": 0, "moves": 0, **search},
             "profile": {"min_window": MIN_WINDOW, "anchors": anchors},
         }
     )

@@ -27,7 +27,7 @@ from moacompress.report.profile_tables import audit_tables, scatter_html, write_
 from moacompress.rules.rule import Rule
 from moacompress.search.audit.audit import audit, predicted_influence
 from moacompress.search.audit.split_half import split_half
-from moacompress.search.audit.statistics import assess, cross_fitted, regret, slope, spearman
+from moacompress.search.audit.statistics import assess, rank_and_ratio, regret, spearman
 from moacompress.search.audit.subjects import choose_ablations, equal_byte_choices, masking_rules
 from moacompress.search.measure import objective
 from moacompress.search.measure.objective import Objective
@@ -71,7 +71,7 @@ def test_ablations_are_spread_and_always_mask_something(profiles: Profiles) -> N
 def test_plans_have_equal_bytes_and_lie_near_the_optimum(profiles: Profiles) -> None:
     profile = profiles(layers=12)
     request = SearchRequest.of(profile, "30%", profile.recipe)
-    costs = request.surrogate.raw()
+    costs = request.surrogate.costs()
     chosen = equal_byte_choices(costs, request.space().knapsack, 12, seed=3)
     plans = [chosen_plan(profile, choice) for _, choice in chosen]
     assert len({plan.key() for plan in plans}) == len(plans) == 12
@@ -104,28 +104,24 @@ def test_an_estimator_that_is_the_kl_is_perfect_and_noise_is_not(profiles: Profi
     profile = profiles(layers=12)
     truth = predicted_influence(profile, profile.validation)["robust"]
     noise = np.exp(np.random.default_rng(0).normal(-4, 2, truth.shape))
-    found = assessed(profile, {"robust": truth, "scaled": (3 * truth) ** 0.8, "noise": noise}, truth)
-    for name in ("robust", "scaled"):
+    found = assessed(profile, {"robust": truth, "scaled": truth / 3, "noise": noise}, truth)
+    for name, ratio in (("robust", 1), ("scaled", 3)):
         one, plans = found.ablations[name], found.plans[name]
         assert one["spearman"] == pytest.approx(1)
         assert one["ci95"] == pytest.approx((1, 1))
-        assert one["slope"] == pytest.approx(1, abs=1e-4)
+        assert (one["ratio"], *one["ratio_range"], plans["ratio"]) == pytest.approx((ratio,) * 4)
         assert plans["spearman"] == pytest.approx(1)
-        assert plans["slope"] == pytest.approx(1, abs=1e-3)
         assert plans["regret"] == pytest.approx(0, abs=1e-9)
         assert (one["n"], plans["n"]) == (40, 15)
-    assert (found.ablations["scaled"]["gamma"], found.ablations["scaled"]["c"]) == pytest.approx(
-        (1.25, 1 / 3), rel=1e-3
-    )
     noisy = found.ablations["noise"]
     assert abs(noisy["spearman"]) < 0.5
     assert noisy["ci95"][0] < noisy["spearman"] < noisy["ci95"][1]
-    assert abs(noisy["slope"] - 1) > 0.3
+    assert noisy["ratio_range"][1] > 10 * noisy["ratio_range"][0]
     difference = found.correlations["robust"] - found.correlations["noise"]
     assert difference.value == pytest.approx(1 - noisy["spearman"])
     assert 0 < difference.ci95[0] < difference.value < difference.ci95[1]
     point = found.points[0]
-    assert set(point["predicted"]) == set(point["calibrated"]) == {"robust", "scaled", "noise"}
+    assert set(point["predicted"]) == {"robust", "scaled", "noise"}
     assert point["predicted"]["robust"] == pytest.approx(point["measured"])
 
 
@@ -135,27 +131,14 @@ def test_statistics_by_hand() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 9, 30).astype(float), rng.integers(0, 9, 30).astype(float)
     assert spearman(x, y, 0).value == pytest.approx(spearmanr(x, y).statistic)
-    powers = np.append(np.logspace(-5, 0, 20), 0.0)  # a KL of 0 has no logarithm
-    found = slope(powers, 7 * powers**0.6, 0)
-    assert (found.value, *(found.ci95 or ())) == pytest.approx((0.6, 0.6, 0.6))
+    ratios = rank_and_ratio(np.array([1.0, 2.0, 1.0, 0.0]), np.array([7.0, 2.0, 3.0, 9.0]), 0)
+    assert ratios["ratio"] == pytest.approx(3)  # a prediction of 0 has none
+    assert ratios["n"] == 4
     measured = np.array([0.3, 0.2, 0.5])
     assert regret(np.array([2.0, 1.0, 3.0]), measured) == 0
     assert regret(np.array([2.0, 3.0, 1.0]), measured) == pytest.approx(1.5)
     same = np.ones(5)
-    assert np.isnan([spearman(same, np.arange(5.0), 0).value, slope(np.zeros(5), same, 0).value]).all()
-    assert slope(np.zeros(5), same, 0).ci95 is None
-
-
-def test_no_point_is_calibrated_by_its_own_half() -> None:
-    x = np.logspace(-4, 0, 40)
-    measured = x.copy()
-    before = cross_fitted(x, measured, 0)
-    assert before == pytest.approx(x, rel=1e-6)
-    order = np.random.default_rng(0).permutation(40)
-    measured[order[::2]] *= 10  # the first half is ten times as harmful as predicted
-    after = cross_fitted(x, measured, 0)
-    assert after[order[::2]] == pytest.approx(x[order[::2]], rel=1e-6)
-    assert after[order[1::2]] == pytest.approx(10 * x[order[1::2]], rel=1e-3)
+    assert np.isnan([spearman(same, np.arange(5.0), 0).value, rank_and_ratio(np.zeros(5), same, 0)["ratio"]]).all()
 
 
 def test_predictions_are_for_the_lengths_and_kinds_of_the_samples(profiles: Profiles) -> None:
@@ -257,11 +240,11 @@ def test_what_an_audit_says(audited: Profile, source: SourceModel, finished: Pat
     assert set(data["audit"]) == set(data["audit_plans"]) == set(audited.estimators)
     assert set(data["audit"]) == {"robust", "moa", "mass"}
     for row in data["audit"].values():
-        assert {"spearman", "ci95", "slope", "n"} <= set(row)
+        assert {"spearman", "ci95", "ratio", "n"} <= set(row)
         assert row["n"] == COUNT
         assert -1 <= row["ci95"][0] <= row["spearman"] <= row["ci95"][1] <= 1
     for row in data["audit_plans"].values():
-        assert {"spearman", "ci95", "slope", "regret", "n"} <= set(row)
+        assert {"spearman", "ci95", "ratio", "regret", "n"} <= set(row)
         assert row["regret"] >= 0
     difference = data["chosen_minus_moa"]["value"]
     assert difference == pytest.approx(data["audit"]["robust"]["spearman"] - data["audit"]["moa"]["spearman"])

@@ -215,7 +215,7 @@ def test_a_baseline_of_more_classes_is_not_taken(
     """However good it measures: what is handed back has the classes that were asked for."""
     profile = profiles(layers=6, trials=2, classes=2)
     unlimited = SearchRequest.of(profile, "50%", profile.recipe).of_any_classes()
-    other = unlimited.plan(unlimited.surrogate, unlimited.parameters.neutral)
+    other = unlimited.plan(unlimited.parameters.neutral)
     assert len(classes_of(other)) > 2
     monkeypatch.setattr(measured, "_candidates", lambda family, request: [other] if family == "per_layer" else [])
     found, _ = search(profile, "50%")

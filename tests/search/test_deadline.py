@@ -17,7 +17,7 @@ Search = Callable[..., tuple[Any, Any]]
 
 
 def test_the_time_bounds_every_step(search: Search, profiles: Profiles, clock: Any, tmp_path: Path) -> None:
-    """Whatever the search is at when its time is over: ablations, baselines, trials, rounds or moves."""
+    """Whatever the search is at when its time is over: baselines, trials, rounds or moves."""
     whole, all_of_it = search(profiles(trials=2, rounds=1, moves=3), out=tmp_path / "whole.json")
     for number, share in enumerate((0.03, 0.2, 0.45, 0.6, 0.97)):
         clock.now, timeout = 0.0, share * len(all_of_it.calls)

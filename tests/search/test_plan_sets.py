@@ -111,9 +111,9 @@ def test_the_ends_of_a_front_are_the_budgets_that_were_asked_for(
     """To the byte, though a logarithm and back make another float of a share."""
     profile, seen = profiles(trials=4), list[dict[int, int]]()
 
-    def plan(request: SearchRequest, surrogate: Any, parameters: Any, limits: dict[int, int]) -> Any:
+    def plan(request: SearchRequest, parameters: Any, limits: dict[int, int]) -> Any:
         seen.append(limits)
-        return made(request, surrogate, parameters, limits)
+        return made(request, parameters, limits)
 
     made = SearchRequest.plan
     monkeypatch.setattr(SearchRequest, "plan", plan)
@@ -182,7 +182,7 @@ def test_the_smallest_budget_for_a_loss(fake: Any, profiles: Profiles, tmp_path:
     # somewhat less does not hold, by the surrogate's own plan
     kept = int(found.plan.budget["asked"][0][:-1])
     if kept * 0.8 / 100 > smallest_share(profile, profile.recipe):
-        quick = profile.recipe.override(search__trials=1, search__ablations=0, search__alternatives=False)
+        quick = profile.recipe.override(search__trials=1, search__alternatives=False)
         less = find_plan(profile, f"{int(kept * 0.8)}%", recipe=quick, model=model(profile))
         assert less.plan.quality["harm_upper95"] > loss.kl
     calls = len(fake.calls)

@@ -78,7 +78,7 @@ def test_what_is_chosen_is_within_the_budget(profiles: Profiles, budget: str) ->
         for coherence in (0.0, 0.5):
             request = SearchRequest.of(profile, budget, profile.recipe.override(search__share=share))
             parameters = {**request.parameters.neutral, "coherence": coherence}
-            plan = request.plan(request.surrogate, parameters)
+            plan = request.plan(parameters)
             assert sum(one is not None for one in plan.shares) == (1 if share == "1" else 2)
             assert is_within(plan, request.limits)
             assert "sharing" not in parameters
@@ -111,6 +111,6 @@ def test_floors_hold_where_influences_cancel(profiles: Profiles, seed: int) -> N
     profile = replace(profile, statistics=Statistics(arrays), sample_lengths=lengths, sample_kinds=kinds)
     request = SearchRequest.of(profile, "60%", profile.recipe)
     for coherence in (0.0, 0.3, 0.8):
-        plan = request.plan(request.surrogate, {**request.parameters.neutral, "coherence": coherence})
+        plan = request.plan({**request.parameters.neutral, "coherence": coherence})
         assert meets(plan, layer_floors(floors, profile.shape), profile.lengths)
         assert plan.rules[0] == (Rule.FULL, Rule.FULL)

@@ -104,9 +104,9 @@ def test_the_study_has_a_parameter_for_it(profiles: Profiles) -> None:
     request = SearchRequest.of(profile, "50%", profile.recipe)
     assert request.parameters.starts == [{**request.parameters.neutral, "coherence": START_COHERENCE}]
     space = request.space()
-    neutral = request.choice(request.surrogate, space, request.parameters.neutral)
+    neutral = request.choice(space, request.parameters.neutral)
     assert np.array_equal(neutral, space.knapsack.choose(request.surrogate.costs()))
-    bent = request.choice(request.surrogate, space, request.parameters.starts[0])
+    bent = request.choice(space, request.parameters.starts[0])
     assert request.quadratic is not None
     assert request.quadratic.kl(bent) < request.quadratic.kl(neutral)
     few = SearchRequest.of(coherent(profiles, samples=8), "50%", profile.recipe)

@@ -6,16 +6,14 @@ import numpy as np
 
 from moacompress.calibration.profile.store import Profile
 from moacompress.search.predict.search_parameters import SearchParameters
-from moacompress.search.predict.surrogate import Calibration, Surrogate
+from moacompress.search.predict.surrogate import Surrogate
 
 Profiles = Callable[..., Profile]
 
 
 def test_neutral_parameters_leave_the_surrogate_alone(profiles: Profiles) -> None:
     profile = profiles()
-    surrogate = Surrogate.build(profile.influence("robust"), profile.rules, 32, 512).calibrated(
-        Calibration(3.0, 0.9, 4)
-    )
+    surrogate = Surrogate.build(profile.influence("robust"), profile.rules, 32, 512)
     parameters = SearchParameters(6, profile.lengths)
     assert list(parameters.neutral) == ["depth_0", "depth_1", "depth_2", "depth_3", "depth_4", "length_256", "exponent"]
     np.testing.assert_array_equal(parameters.bend(surrogate, parameters.neutral), surrogate.costs())

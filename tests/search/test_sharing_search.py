@@ -126,7 +126,7 @@ def test_parameters_of_another_budget_stay_in_range(search: Search, profiles: Pr
 def test_a_front_has_plans_that_share(pretended: Any, profiles: Profiles, tmp_path: Path) -> None:
     from moacompress.search import front
 
-    profile = profiles(anchors=2, copying=1e-6, share="auto", trials=5, ablations=0)
+    profile = profiles(anchors=2, copying=1e-6, share="auto", trials=5)
     fake, model = pretended(profile)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(front, "Objective", lambda model, samples, *weights: fake)

@@ -329,11 +329,11 @@ def audit_picture(audit: Finding) -> Picture:
     """Returns predicted against measured KL of an audit's ablations, formats and plans."""
     name = audit["estimator"]
     groups = {
-        "one KV head's span": [(point["calibrated"].get(name), point["measured"]) for point in audit["points"]],
+        "one KV head's span": [(point["predicted"].get(name), point["measured"]) for point in audit["points"]],
         "one KV head's format": [
             (point["predicted"], point["measured"]) for point in audit.get("precision_points", ())
         ],
-        "whole plans": [(point["calibrated"].get(name), point["measured"]) for point in audit["plans"]],
+        "whole plans": [(point["predicted"].get(name), point["measured"]) for point in audit["plans"]],
     }
     note = f"{audit['samples']} held-out samples, estimator {name}. On the line, predicted and measured KL are equal."
     return _scatter("audit", "Predicted and measured KL: the audit", groups, note)

@@ -51,9 +51,6 @@ def test_copies_cost_what_the_estimator_says(profiles: Profiles) -> None:
     of_heads = found.influence[3, 1]
     assert share.head_map == tuple(of_heads.argmin(1).tolist())
     assert found.cost((None, None, None, share, None, None)) == pytest.approx(table[3, 1])
-    assert found.cost((None, None, None, share, None, None), lambda x: 2 * x**0.5) == pytest.approx(
-        2 * (of_heads.min(1) ** 0.5).sum()
-    )
 
 
 def choice_of(profile: Profile, **search: Any) -> ShareChoice | None:

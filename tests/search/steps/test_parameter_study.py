@@ -26,7 +26,7 @@ def test_hopeless_plans_are_pruned_and_never_win(
         fake_objective, "_cost", lambda self, *where: honest(self, *where) * (1 if len(set(_keys(self))) < 10 else 50)
     )
 
-    profile = profiles(trials=8, ablations=0)
+    profile = profiles(trials=8)
     result, fake = search(profile)
     counts = {key: _keys(fake).count(key) for key in _keys(fake)}
     seen = [count for count in counts.values() if count < fake.size]

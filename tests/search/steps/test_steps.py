@@ -98,7 +98,7 @@ def test_a_further_step_is_one_line(
     def share(incumbent: Incumbent, context: SearchContext) -> Incumbent:
         given.append(incumbent)
         parameters = {**context.request.parameters.neutral, "depth_0": 0.5, "exponent": -0.2}
-        bent = context.request.plan(context.surrogate, parameters)
+        bent = context.request.plan(parameters)
         assert bent.key() != incumbent.plan.key()
         found = context.measured(incumbent, bent, "share")
         context.add_stage("share", found, True)

@@ -1,19 +1,9 @@
-"""The start: the surrogate is calibrated by measured ablations, and plans that need no search are measured."""
+"""The baselines: plans that need no search are measured."""
 
 from __future__ import annotations
 
 from moacompress.search.baselines.measured import families_of, measure_baseline_families
 from moacompress.search.search_context import Incumbent, SearchContext
-
-
-def calibrate(incumbent: Incumbent, context: SearchContext) -> Incumbent:
-    """Calibrates the context's surrogate and returns its plan, which is not measured yet.
-
-    Raises:
-        TimeUp: the time was up before all ablations were measured.
-    """
-    context.surrogate = context.evaluator.calibrated(context.request, context.progress)
-    return context.start()
 
 
 def measure_baselines(incumbent: Incumbent, context: SearchContext) -> Incumbent:
