@@ -71,6 +71,7 @@ except Exception as error:
     assert (done.stdout, done.stderr) == ("PlanError\n", "")
 
 
+@pytest.mark.heavy
 def test_a_failure_is_said_once_and_breaks_nothing() -> None:
     done = run(
         """

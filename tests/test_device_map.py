@@ -130,6 +130,7 @@ def spread(tiny_model) -> Callable[[], PreTrainedModel]:
     return make
 
 
+@pytest.mark.heavy
 def test_statistics_on_two_devices(spread, pretend_device, tiny_model):
     with pretend_device():
         wanted = all_statistics(tiny_model("llama").to(f"{KIND}:0"))

@@ -126,6 +126,7 @@ def test_without_a_compiler_the_best_is_plain_dense(compressed, monkeypatch):
     assert row["dense_best_refused"].startswith("it cannot be compiled: ")
 
 
+@pytest.mark.heavy
 def test_all_sides_compiled(compressed):
     (row,) = run_bench(compressed, replace(ONE, prefill_repeats=0, compile=True))["runs"]
     assert row["compiled"] == ["dense_static", "full_span", "plan"]

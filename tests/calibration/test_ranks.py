@@ -55,6 +55,7 @@ def alone(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Profil
     return Profile.load(out)
 
 
+@pytest.mark.heavy
 def test_a_killed_run_of_two_processes_is_finished_by_three(
     alone: Profile, tiny_folder: Path, tmp_path: Path, preloaded: Preloaded
 ) -> None:

@@ -87,6 +87,7 @@ def test_the_cotangent_s_covariance_is_the_fisher_matrix() -> None:
     assert eight.shape == (8, 4)
 
 
+@pytest.mark.heavy
 def test_the_expected_square_is_twice_the_kl(tiny_model: Factory) -> None:
     """Single KV heads and the whole plan, for a window so wide that the second order is all there is."""
     model = tiny_model("llama", num_hidden_layers=2, initializer_range=0.08)

@@ -131,6 +131,7 @@ def test_fail_under(place: Path) -> None:
     assert lines[0].startswith("moacompress: below the threshold: needle-noise@768:exact_match is 0.000")
 
 
+@pytest.mark.heavy
 def test_lm_eval(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

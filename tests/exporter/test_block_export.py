@@ -179,6 +179,7 @@ def test_vllm_refuses_it_in_one_sentence(exported: Path) -> None:
         PlanConfig.from_config(json.loads((exported / "config.json").read_text())["quantization_config"])
 
 
+@pytest.mark.heavy
 @pytest.mark.real
 @pytest.mark.fresh_process
 def test_smollm2_is_as_small_as_its_file(tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ def test_the_names_of_all_are_in_the_refusal(run: Run, compressed: Path) -> None
     assert "keydiff, kvzip, newest-half, " in " ".join(done.stderr.split())
 
 
+@pytest.mark.heavy
 def test_gates_are_fitted_to_a_score_from_outside(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

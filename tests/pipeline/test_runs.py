@@ -262,6 +262,7 @@ def test_nothing_that_is_shared_names_a_place(recipe, tiny_folder, tmp_path, mon
     assert places_in(shared, [tmp_path, work.name + "/", "models/", "texts/", Path.cwd(), Path.home()]) == []
 
 
+@pytest.mark.heavy
 def test_shared_attention_is_repaired_where_the_search_assumed_it(recipe, tmp_path, caplog):
     shared = {
         "profile__anchors": 2,
@@ -346,6 +347,7 @@ def test_clock_adds_up_over_runs(tmp_path):
             StepClock(tmp_path / "seconds.json", SILENT)
 
 
+@pytest.mark.heavy
 def test_a_run_on_rounded_weights_says_what_they_cost(recipe, tmp_path):
     """They are stored in the model's own dtype, whatever the run computes in."""
     source = load_source(recipe.model)

@@ -283,6 +283,7 @@ def test_kl_and_history_are_those_of_the_search(run_folder: Path, page: str) -> 
     assert "whole plans" not in audit  # a KL of 0 has no place on a logarithmic axis
 
 
+@pytest.mark.heavy
 def test_a_browser_draws_it(page: str, run_folder: Path, tmp_path: Path) -> None:
     browser = needs_browser()
     (tmp_path / "page.html").write_text(page.replace("</body>", SPY + "</body>"), "utf-8")

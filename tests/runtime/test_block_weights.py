@@ -101,6 +101,7 @@ def test_prompts_and_steps_under_every_kind_of_plan(family, kind, dtype, twins, 
     assert apart(detach(blocks)(ids).logits, detach(dense)(ids).logits) < near
 
 
+@pytest.mark.heavy
 def test_a_compiled_model(twins, token_ids):
     blocks, dense = twins()
     plan = plan_kinds.windows(dense)

@@ -214,6 +214,7 @@ def test_a_pickled_cache_has_the_blocks_in_use_and_no_more(tiny_model, token_ids
         assert not any(pool.refs.any() for pool in pools)
 
 
+@pytest.mark.heavy
 def test_a_pickled_cache_is_not_the_one_that_it_was_for_a_compiled_model(tiny_model, random_plan, token_ids):
     model = tiny_model()
     plan = random_plan(model_shape(model), 3)

@@ -111,6 +111,7 @@ def test_gates_learn_with_an_empty_cache(tiny_model: Any, token_ids: Any) -> Non
         model(ids[:, 40:], cache=cache)
 
 
+@pytest.mark.heavy
 def test_compiled(tiny_model: Any, random_plan: Any, token_ids: Any) -> None:
     """The attention runs between graphs."""
     model, ids = tiny_model("llama", num_hidden_layers=1), token_ids(2, N)

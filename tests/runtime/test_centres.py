@@ -89,6 +89,7 @@ def test_nothing_changes_at_native_formats(family: str, kind: str, pair: Any, to
         assert_close(found[1, 9:], expected[1, 9:])
 
 
+@pytest.mark.heavy
 def test_compiled_by_torch(pair: Any, token_ids: Any) -> None:
     torch._dynamo.reset()
     plain, moved = pair(kind="shares")

@@ -59,6 +59,7 @@ def test_cached_equals_uncached_and_the_cache_obeys_the_plan(source, ids, random
     assert close(torch.cat(steps, 1), whole)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("source", ["smollm2"], indirect=True)
 def test_padded_rows_beams_and_drafts(source, ids, random_plan):
     """A left-padded batch gives the logits of its rows alone; beams and drafts on it the tokens of runs without a cache."""

@@ -185,6 +185,7 @@ def test_own_parts_are_one_call_again(model: Any, calls: dict[str, int], token_i
     assert calls["steps"] > 0
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("compiled_kernels")
 def test_compiled_steps_see_another_rotary(model: Any, token_ids: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made, ids = model(), token_ids(2, 60)

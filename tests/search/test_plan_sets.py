@@ -131,6 +131,7 @@ def test_several_budgets_share_the_time(fake: Any, profiles: Profiles, clock: An
     assert all(result.path and Plan.load(result.path) == result.plan for result in found)
 
 
+@pytest.mark.heavy
 def test_a_front_and_a_smallest_budget_end_with_what_is_measured(
     fake: Any, profiles: Profiles, clock: Any, tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ main()
 """
 
 
+@pytest.mark.heavy
 def test_processes_share_what_is_measured(
     tiny_folder: Path, small_run: dict[str, Any], tmp_path: Path, preloaded: Preloaded
 ) -> None:
