@@ -56,9 +56,6 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import LayerShares
 
-TEXT_WEIGHT = 0.25
-"""Weight of plain text beside answers."""
-
 if TYPE_CHECKING:
     from moacompress.calibration.gates.training import Gates
     from moacompress.models.source import SourceModel
@@ -288,14 +285,14 @@ class Profile(Shown):
             )
 
     def blended(self, estimator: str) -> npt.NDArray[np.float64]:
-        """Returns the influence on answers and, by `TEXT_WEIGHT`, on plain text; where only one was profiled, that alone.
+        """Returns the mean of the influence on answers and on plain text; where only one was profiled, that alone.
 
         Arguments, shape and errors are those of `influence`.
         """
-        kinds = sorted(set(self.sample_kinds))
-        if kinds != ["answer", "text"]:
-            return self.influence(estimator, kinds[0])
-        return self.influence(estimator) + TEXT_WEIGHT * self.influence(estimator, "text")
+        found: npt.NDArray[np.float64] = np.mean(
+            [self.influence(estimator, kind) for kind in sorted(set(self.sample_kinds))], axis=0
+        )
+        return found
 
     def samples_of(self, length: int, kind: str) -> npt.NDArray[np.int64]:
         """Returns the indices of the samples of a kind at a length; all of the kind where none has this length."""

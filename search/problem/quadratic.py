@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from moacompress.calibration.profile.store import TEXT_WEIGHT, Profile
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats, Ints
 from moacompress.search.problem.knapsack import Knapsack
 from moacompress.search.problem.solver import best_prices
@@ -46,7 +46,7 @@ class Quadratic:
 
     @staticmethod
     def of(profile: Profile, relative: float = 0.0) -> Quadratic:
-        """Returns the form of a profile, be it around a plan, lengths weighing the same.
+        """Returns the form of a profile, be it around a plan, lengths and kinds of samples weighing the same.
 
         Around a plan, `relative` is how much less a sample weighs that the plan degrades more: at 0 what is predicted is the
         change of the mean KL, at 1 nearly that of the mean logarithm.
@@ -61,8 +61,7 @@ class Quadratic:
                 here = (kinds == kind) & (profile.sample_lengths == length)
                 lengths = len(set(profile.sample_lengths[kinds == kind].tolist()))
                 weights[here] = 1 / (lengths * max(1, here.sum()))
-        if {"answer", "text"} == set(profile.sample_kinds):
-            weights[kinds == "text"] *= TEXT_WEIGHT
+        weights /= len(set(profile.sample_kinds))
         if relative and "harm" in arrays:
             kl = arrays["harm"][:, 0].astype(np.float64)
             weighed = weights * (kl + KNEE) ** -relative

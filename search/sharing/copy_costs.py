@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moacompress.calibration.profile.sharing import best_head_map, copy_influence, copyable
-from moacompress.calibration.profile.store import TEXT_WEIGHT, Profile
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats
 from moacompress.core.errors import UsageError
 from moacompress.rules.share import LayerShares, Share
@@ -32,16 +32,13 @@ class CopyCosts:
 
     @staticmethod
     def of(profile: Profile) -> CopyCosts:
-        """Reads a profile, lengths weighing the same and plain text by `TEXT_WEIGHT`.
+        """Reads a profile, lengths and kinds of samples weighing the same.
 
         Raises:
             UsageError: a profile without copies.
         """
-        kinds = sorted(set(profile.sample_kinds))
-        if kinds != ["answer", "text"]:
-            return CopyCosts.of_kind(profile, kinds[0])
-        answer, text = (CopyCosts.of_kind(profile, kind) for kind in kinds)
-        return CopyCosts(answer.influence + TEXT_WEIGHT * text.influence, answer.may)
+        of_kinds = [CopyCosts.of_kind(profile, kind) for kind in sorted(set(profile.sample_kinds))]
+        return CopyCosts(np.mean([costs.influence for costs in of_kinds], axis=0), of_kinds[0].may)
 
     @staticmethod
     def of_kind(profile: Profile, kind: str) -> CopyCosts:

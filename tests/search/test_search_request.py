@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from moacompress.calibration.profile.store import TEXT_WEIGHT, Profile
+from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import UsageError
 from moacompress.models.source import SourceModel
 from moacompress.search.search_request import SearchRequest, offered_formats
@@ -25,7 +25,7 @@ def test_plain_text_counts_beside_the_answers_by_its_weight(profiles: Callable[.
     mixed = replace(profile, sample_kinds=kinds)
     assert set(kinds) == {"answer", "text"}
     found = SearchRequest.of(mixed, "25%", mixed.recipe).surrogate.influence
-    assert np.allclose(found, mixed.influence("robust") + TEXT_WEIGHT * mixed.influence("robust", "text"))
+    assert np.allclose(found, (mixed.influence("robust") + mixed.influence("robust", "text")) / 2)
     assert not np.allclose(found, mixed.influence("robust"))
 
 
