@@ -22,7 +22,7 @@ from moacompress.calibration.profile import passes
 from moacompress.calibration.profile.centres import SAMPLES
 from moacompress.calibration.profile.passes import checkpointed, chunks, output_logits
 from moacompress.calibration.profile.request import check_around, check_lengths, data_recipe, rules_on_offer
-from moacompress.calibration.profile.sample_statistics import fisher_cotangent, sample_statistics, token_influence
+from moacompress.calibration.profile.sample_statistics import FisherCotangent, sample_statistics, token_influence
 from moacompress.calibration.profile.shard import Shard, parse_shard
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.tables import readable_bytes, readable_seconds
@@ -277,6 +277,6 @@ def _output_bytes(source: SourceModel, targets: int) -> int:
         device = input_device(model)
         hidden = torch.zeros(rows, text.hidden_size, dtype=model.dtype, device=device, requires_grad=True)
         logits = output_logits(model, hidden)
-        cotangent = fisher_cotangent(rows, torch.Generator().manual_seed(0))
+        cotangent = FisherCotangent(rows, torch.Generator().manual_seed(0))
         torch.autograd.grad(logits, hidden, cotangent(logits.detach(), slice(0, rows)))
     return int(live.peak)

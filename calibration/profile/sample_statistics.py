@@ -5,7 +5,8 @@ So each backward pass starts at the logits of the answer tokens from a random co
 diag(p) - p p^T, the Fisher matrix of the next-token distribution, or of one that is less sure of itself (see
 `secant_probabilities`): a rule that hides what an answer rests on changes logits by more than the curvature at the dense model
 knows of. Then the expected square of `sum_i d_i(r)` (see `influence`) is twice the KL of rule r, to second order where the
-model is unsure, and about a bound of it elsewhere. A few draws of z serve a sample.
+model is unsure, and about a bound of it elsewhere. A few draws of z serve a sample. What formats change is small, so theirs is
+scaled back to the curvature at the dense model.
 
 Around a plan the gradient is not zero: one more pass starts at it, and its signed `sum_i d_i(r)` is the first-order
 term of what a change of rule does, beside half the curvature at the plan's own distribution.
@@ -96,9 +97,24 @@ def cotangent_generator(seed: int, sample: int, draw: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def fisher_cotangent(tokens: int, generator: torch.Generator) -> Cotangent:
-    """Returns a random cotangent, see `logit_cotangent`, whose covariance is a mean over `tokens`."""
-    return lambda logits, part: logit_cotangent(logits, generator, tokens)
+class FisherCotangent:
+    """A random cotangent, see `logit_cotangent`, whose covariance is a mean over `tokens`; a `Cotangent`."""
+
+    def __init__(self, tokens: int, generator: torch.Generator) -> None:
+        self.tokens, self.generator = tokens, generator
+        self._traces = torch.zeros(2)
+
+    def __call__(self, logits: Tensor, part: slice) -> Tensor:
+        """Returns the cotangent of a chunk of rows, `[rows, vocabulary]`."""
+        for number, p in enumerate((torch.softmax(logits.float(), -1), secant_probabilities(logits))):
+            self._traces[number] += float((1 - p.square().sum(-1)).sum())
+        return logit_cotangent(logits, self.generator, self.tokens)
+
+    @property
+    def curvature(self) -> float:
+        """Trace of the model's own Fisher matrix as a share of the cotangent's, over the rows that it was called for."""
+        own, drawn = self._traces.tolist()
+        return own / drawn if drawn else 1.0
 
 
 def label_cotangent(labels: Tensor) -> Cotangent:
@@ -205,12 +221,15 @@ def sample_statistics(
         drawn = []
         for draw in range(chosen.draws):
             _reset([*influence, *rounding])
-            cotangent = fisher_cotangent(len(rows), cotangent_generator(seed, index, draw))
+            cotangent = FisherCotangent(len(rows), cotangent_generator(seed, index, draw))
             wanted = _by_layer(influence, rounding, copies, heads if draw == 0 else [])
             tape.backward(cotangent, wanted, last=draw + 1 == chosen.draws)
             for copied in copies:
                 copied.end()
-            drawn.append(stacked(influence) | (stacked(rounding) if rounding else {}))
+            rounded = stacked(rounding) if rounding else {}
+            for name, sums in rounded.items():
+                sums *= cotangent.curvature ** (1 if name.endswith("squares") else 0.5)
+            drawn.append(stacked(influence) | rounded)
     for name in drawn[0]:
         every = torch.stack([one[name] for one in drawn])
         found[name] = every if name in DRAWN else every.mean(0)
@@ -230,7 +249,7 @@ def token_influence(
     sums = [TokenSums(len(heads), len(ids), LAG, device) for device in layer_devices(model)]
     with Tape(model, Recording.of(shape, RuleTable.of([Rule.FULL], 1)), ids, rows) as tape:
         for draw in range(draws):
-            cotangent = fisher_cotangent(len(rows), cotangent_generator(seed, index, draw))
+            cotangent = FisherCotangent(len(rows), cotangent_generator(seed, index, draw))
             tape.backward(cotangent, _by_layer(sums), last=draw + 1 == draws)
     found: Floats32 = (_stacked(sums, heads, shape.kv_heads)["of_tokens"] / draws).float().cpu().numpy()
     return found

@@ -22,8 +22,8 @@ from moacompress.calibration.profile import passes
 from moacompress.calibration.profile.collectors import InfluenceSums
 from moacompress.calibration.profile.passes import Recording, Tape, hidden_states, output_logits
 from moacompress.calibration.profile.sample_statistics import (
+    FisherCotangent,
     cotangent_generator,
-    fisher_cotangent,
     label_cotangent,
     sample_statistics,
 )
@@ -170,7 +170,7 @@ def brute_force(model: PreTrainedModel, sample: Sample) -> list[list[Tensor]]:
         embeddings = model.get_input_embeddings()(ids).requires_grad_()
         logits = model(inputs_embeds=embeddings, use_cache=False).logits[0, rows]
         cotangents = [
-            fisher_cotangent(len(rows), cotangent_generator(0, 0, draw))(logits.detach(), slice(0, len(rows)))
+            FisherCotangent(len(rows), cotangent_generator(0, 0, draw))(logits.detach(), slice(0, len(rows)))
             for draw in range(DRAWS)
         ]
         outs = [seen.out for seen in SEEN]
@@ -211,7 +211,7 @@ def every_delta(model: PreTrainedModel, sample: Sample) -> list[list[Tensor]]:
     ) as tape:
         for draw in range(DRAWS):
             layers = [Deltas(shape.kv_heads, n) for _ in range(shape.layers)]
-            cotangent = fisher_cotangent(len(rows), cotangent_generator(0, 0, draw))
+            cotangent = FisherCotangent(len(rows), cotangent_generator(0, 0, draw))
             tape.backward(cotangent, [[layer] for layer in layers], last=draw + 1 == DRAWS)
             found.append([layer.values for layer in layers])
     return found
@@ -309,7 +309,7 @@ def test_the_backward_pass_may_run_in_another_thread(build: Factory, monkeypatch
 
     def backward(tape: Tape) -> None:
         try:
-            tape.backward(fisher_cotangent(len(rows), cotangent_generator(0, 0, 0)), [[one] for one in sums], last=True)
+            tape.backward(FisherCotangent(len(rows), cotangent_generator(0, 0, 0)), [[one] for one in sums], last=True)
         except BaseException as error:
             failed.append(error)
 

@@ -12,7 +12,12 @@ from transformers import PreTrainedModel
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile import passes
-from moacompress.calibration.profile.sample_statistics import logit_cotangent, sample_statistics, secant_probabilities
+from moacompress.calibration.profile.sample_statistics import (
+    FisherCotangent,
+    logit_cotangent,
+    sample_statistics,
+    secant_probabilities,
+)
 from moacompress.models.modules import decoder_layers
 from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe_sections import ProfileRecipe
@@ -85,6 +90,27 @@ def test_the_cotangent_s_covariance_is_the_fisher_matrix() -> None:
     assert float(draws.sum(-1).abs().max()) < 1e-6
     eight = logit_cotangent(logits.expand(8, 4), torch.Generator().manual_seed(0))
     assert eight.shape == (8, 4)
+
+
+def test_formats_count_by_the_models_own_curvature(tiny_model: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.tensor([[0.1, 0.0, -1.0, 0.5], [8.0, 0.0, -1.0, 0.5]])
+    cotangent = FisherCotangent(2, torch.Generator().manual_seed(0))
+    for row in range(2):
+        cotangent(logits[row : row + 1], slice(row, row + 1))
+    own, drawn = (1 - p.square().sum(-1) for p in (logits.softmax(-1), secant_probabilities(logits)))
+    assert cotangent.curvature == pytest.approx(float(own.sum() / drawn.sum()))
+    assert float(own[1] / drawn[1]) < 0.1 < cotangent.curvature < 1
+
+    model = tiny_model("llama", initializer_range=1.0)  # sure of its tokens
+    given = (model, model_shape(model), RuleTable.of((Rule.FULL, Rule(4, 32, 0)), 32), sample_of(100), ALL, None, 0, 0)
+    found, shares = sample_statistics(*given).arrays, list[float]()
+    curvature = FisherCotangent.curvature
+    monkeypatch.setattr(FisherCotangent, "curvature", property(lambda self: shares.append(curvature.fget(self)) or 1.0))  # type: ignore[attr-defined,func-returns-value]
+    unscaled = sample_statistics(*given).arrays
+    assert shares[0] < 0.95
+    for name, array in found.items():
+        power = {"squares": 1.0, "total": 0.5}.get(name.rpartition("_")[2], 0.0) if "_" in name else 0.0
+        np.testing.assert_allclose(array, unscaled[name] * shares[0] ** power, rtol=1e-5)
 
 
 @pytest.mark.heavy

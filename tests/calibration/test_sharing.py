@@ -22,7 +22,7 @@ from moacompress.calibration.profile.choices import choices_of
 from moacompress.calibration.profile.influence import attend, attend_backward
 from moacompress.calibration.profile.profiler import profile
 from moacompress.calibration.profile.request import check_around
-from moacompress.calibration.profile.sample_statistics import cotangent_generator, fisher_cotangent, sample_statistics
+from moacompress.calibration.profile.sample_statistics import FisherCotangent, cotangent_generator, sample_statistics
 from moacompress.calibration.profile.sharing import Attended, CopySums, best_head_map, copy_influence, copyable
 from moacompress.calibration.profile.statistics import Statistics
 from moacompress.calibration.profile.tiles import AttentionSpec, Tile
@@ -241,7 +241,7 @@ def defined(model: PreTrainedModel, sample: Sample, chosen: ProfileRecipe, plan:
     with attending(model, reference):
         logits = model(torch.from_numpy(sample.input_ids)[None], use_cache=False).logits[0, rows]
     for draw in range(chosen.draws):
-        cotangent = fisher_cotangent(len(rows), cotangent_generator(7, 0, draw))(logits.detach(), slice(None))
+        cotangent = FisherCotangent(len(rows), cotangent_generator(7, 0, draw))(logits.detach(), slice(None))
         pairs = list(reference.weights)
         deltas = torch.autograd.grad(logits, [reference.weights[pair] for pair in pairs], cotangent, retain_graph=True)
         for pair, delta in zip(pairs, deltas, strict=True):
