@@ -56,6 +56,9 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import LayerShares
 
+TEXT_WEIGHT = 0.5
+"""Weight of plain text beside answers; see `kind_weights`."""
+
 if TYPE_CHECKING:
     from moacompress.calibration.gates.training import Gates
     from moacompress.models.source import SourceModel
@@ -285,14 +288,21 @@ class Profile(Shown):
             )
 
     def blended(self, estimator: str) -> npt.NDArray[np.float64]:
-        """Returns the mean of the influence on answers and on plain text; where only one was profiled, that alone.
+        """Returns the influence on the kinds of samples, by `kind_weights`.
 
         Arguments, shape and errors are those of `influence`.
         """
-        found: npt.NDArray[np.float64] = np.mean(
-            [self.influence(estimator, kind) for kind in sorted(set(self.sample_kinds))], axis=0
+        kinds = self.kind_weights
+        found: npt.NDArray[np.float64] = np.average(
+            [self.influence(estimator, kind) for kind in kinds], axis=0, weights=list(kinds.values())
         )
         return found
+
+    @property
+    def kind_weights(self) -> dict[str, float]:
+        """What each kind of samples weighs, together 1: plain text `TEXT_WEIGHT` times as much as answers."""
+        kinds = {kind: TEXT_WEIGHT if kind == "text" else 1.0 for kind in sorted(set(self.sample_kinds))}
+        return {kind: weight / sum(kinds.values()) for kind, weight in kinds.items()}
 
     def samples_of(self, length: int, kind: str) -> npt.NDArray[np.int64]:
         """Returns the indices of the samples of a kind at a length; all of the kind where none has this length."""

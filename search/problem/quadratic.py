@@ -46,7 +46,7 @@ class Quadratic:
 
     @staticmethod
     def of(profile: Profile, relative: float = 0.0) -> Quadratic:
-        """Returns the form of a profile, be it around a plan, lengths and kinds of samples weighing the same.
+        """Returns the form of a profile, be it around a plan, lengths weighing the same.
 
         Around a plan, `relative` is how much less a sample weighs that the plan degrades more: at 0 what is predicted is the
         change of the mean KL, at 1 nearly that of the mean logarithm.
@@ -56,12 +56,11 @@ class Quadratic:
         samples, draws = totals.shape[:2]
         kinds = np.array(profile.sample_kinds)
         weights = np.zeros(samples)
-        for kind in set(profile.sample_kinds):
+        for kind, weight in profile.kind_weights.items():
             for length in profile.lengths:
                 here = (kinds == kind) & (profile.sample_lengths == length)
                 lengths = len(set(profile.sample_lengths[kinds == kind].tolist()))
-                weights[here] = 1 / (lengths * max(1, here.sum()))
-        weights /= len(set(profile.sample_kinds))
+                weights[here] = weight / (lengths * max(1, here.sum()))
         if relative and "harm" in arrays:
             kl = arrays["harm"][:, 0].astype(np.float64)
             weighed = weights * (kl + KNEE) ** -relative

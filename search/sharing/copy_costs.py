@@ -32,13 +32,15 @@ class CopyCosts:
 
     @staticmethod
     def of(profile: Profile) -> CopyCosts:
-        """Reads a profile, lengths and kinds of samples weighing the same.
+        """Reads a profile, lengths weighing the same.
 
         Raises:
             UsageError: a profile without copies.
         """
-        of_kinds = [CopyCosts.of_kind(profile, kind) for kind in sorted(set(profile.sample_kinds))]
-        return CopyCosts(np.mean([costs.influence for costs in of_kinds], axis=0), of_kinds[0].may)
+        kinds = profile.kind_weights
+        of_kinds = [CopyCosts.of_kind(profile, kind) for kind in kinds]
+        influence = np.average([costs.influence for costs in of_kinds], axis=0, weights=list(kinds.values()))
+        return CopyCosts(influence, of_kinds[0].may)
 
     @staticmethod
     def of_kind(profile: Profile, kind: str) -> CopyCosts:

@@ -43,7 +43,7 @@ def test_it_is_half_the_mean_square_of_the_sum(profiles: Profiles) -> None:
     picked = np.take_along_axis(profile.statistics.arrays["total"], choice[None, None, ..., None], -1)[..., 0]
     squares = (picked.astype(np.float64).sum((2, 3)) ** 2).mean(1) / 2
     kinds, wanted = np.array(profile.sample_kinds), 0.0
-    for kind, weight in (("answer", 0.5), ("text", 0.5)):
+    for kind, weight in (("answer", 2 / 3), ("text", 1 / 3)):
         means = [squares[(kinds == kind) & (profile.sample_lengths == n)].mean() for n in profile.lengths]
         wanted += weight * float(np.mean(means))
     assert form.kl(choice) == pytest.approx(wanted)

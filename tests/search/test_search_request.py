@@ -25,7 +25,7 @@ def test_plain_text_counts_beside_the_answers_by_its_weight(profiles: Callable[.
     mixed = replace(profile, sample_kinds=kinds)
     assert set(kinds) == {"answer", "text"}
     found = SearchRequest.of(mixed, "25%", mixed.recipe).surrogate.influence
-    assert np.allclose(found, (mixed.influence("robust") + mixed.influence("robust", "text")) / 2)
+    assert np.allclose(found, (mixed.influence("robust") + 0.5 * mixed.influence("robust", "text")) / 1.5)
     assert not np.allclose(found, mixed.influence("robust"))
 
 

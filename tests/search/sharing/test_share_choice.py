@@ -41,7 +41,7 @@ def test_copies_cost_what_the_estimator_says(profiles: Profiles) -> None:
     once = squares[4] / 2
     found = CopyCosts.of(profile)
     mean = np.mean(np.array([1, 2, 3]) ** 0.75) ** (4 / 3)
-    np.testing.assert_allclose(found.influence, once * ((mean + 1) / 2 + 10) / 2, rtol=1e-6)
+    np.testing.assert_allclose(found.influence, once * ((mean + 1) / 2 + 0.5 * 10) / 1.5, rtol=1e-6)
     np.testing.assert_allclose(CopyCosts.of_kind(profile, "answer").influence, once * (mean + 1) / 2, rtol=1e-6)
     table = found.table()
     assert np.isinf(table[0]).all()
