@@ -227,8 +227,8 @@ def sample_statistics(
             for copied in copies:
                 copied.end()
             rounded = stacked(rounding) if rounding else {}
-            for name, sums in rounded.items():
-                sums *= cotangent.curvature ** (1 if name.endswith("squares") else 0.5)
+            for name, of_formats in rounded.items():
+                of_formats *= cotangent.curvature ** (1 if name.endswith("squares") else 0.5)
             drawn.append(stacked(influence) | rounded)
     for name in drawn[0]:
         every = torch.stack([one[name] for one in drawn])
