@@ -75,22 +75,6 @@ def secant_probabilities(logits: Tensor) -> Tensor:
     return (others * (w / q)).scatter(-1, at, 1 - w)
 
 
-def logit_cotangent(logits: Tensor, generator: torch.Generator, tokens: int | None = None) -> Tensor:
-    """Draws a cotangent whose covariance is the Fisher matrix of `secant_probabilities`, averaged over tokens.
-
-    `z = sqrt(p) eps - p (sqrt(p) . eps)` with eps ~ N(0, I), over the square root of the number of tokens.
-
-    Args:
-        logits: `[tokens, vocabulary]`; the cotangent has their shape and dtype.
-        generator: on the CPU, so that every device draws the same numbers.
-        tokens: tokens that the mean is over, where `logits` is a part of them; all by default.
-    """
-    p = secant_probabilities(logits)
-    noise = p.sqrt() * torch.randn(p.shape, generator=generator).to(p.device)
-    z = noise - p * noise.sum(-1, keepdim=True)
-    return z.div((tokens or len(logits)) ** 0.5).to(logits.dtype)
-
-
 def cotangent_generator(seed: int, sample: int, draw: int) -> torch.Generator:
     """Returns what a draw of a sample's cotangent comes from: the same one in whichever process and order samples are run."""
     digest = hashlib.sha256(f"{seed} {sample} {draw}".encode()).digest()
@@ -98,23 +82,37 @@ def cotangent_generator(seed: int, sample: int, draw: int) -> torch.Generator:
 
 
 class FisherCotangent:
-    """A random cotangent, see `logit_cotangent`, whose covariance is a mean over `tokens`; a `Cotangent`."""
+    """A random cotangent whose covariance is the Fisher matrix of `secant_probabilities`, a mean over tokens; a `Cotangent`.
+
+    `z = sqrt(p) eps - p (sqrt(p) . eps)` with eps ~ N(0, I), over the square root of the number of tokens.
+
+    Attributes:
+        tokens: tokens that the mean is over, those of all chunks.
+        generator: on the CPU, so that every device draws the same numbers.
+    """
 
     def __init__(self, tokens: int, generator: torch.Generator) -> None:
         self.tokens, self.generator = tokens, generator
-        self._traces = torch.zeros(2)
+        self._own = self._drawn = 0.0
 
     def __call__(self, logits: Tensor, part: slice) -> Tensor:
-        """Returns the cotangent of a chunk of rows, `[rows, vocabulary]`."""
-        for number, p in enumerate((torch.softmax(logits.float(), -1), secant_probabilities(logits))):
-            self._traces[number] += float((1 - p.square().sum(-1)).sum())
-        return logit_cotangent(logits, self.generator, self.tokens)
+        """Returns the cotangent of a chunk of rows, `[rows, vocabulary]`, in the dtype of the logits."""
+        p = secant_probabilities(logits)
+        self._own += _trace(torch.softmax(logits.float(), -1))
+        self._drawn += _trace(p)
+        noise = p.sqrt() * torch.randn(p.shape, generator=self.generator).to(p.device)
+        z = noise - p * noise.sum(-1, keepdim=True)
+        return z.div(self.tokens**0.5).to(logits.dtype)
 
     @property
     def curvature(self) -> float:
         """Trace of the model's own Fisher matrix as a share of the cotangent's, over the rows that it was called for."""
-        own, drawn = self._traces.tolist()
-        return own / drawn if drawn else 1.0
+        return self._own / self._drawn if self._drawn else 1.0
+
+
+def _trace(p: Tensor) -> float:
+    """Returns the trace of the Fisher matrices of probabilities, summed over tokens."""
+    return float((1 - p.square().sum(-1)).sum())
 
 
 def label_cotangent(labels: Tensor) -> Cotangent:

@@ -46,7 +46,10 @@ def rank_and_ratio(predicted: Floats, measured: Floats, seed: int) -> dict[str, 
 
     `spearman, ci95`, the median `ratio` of measured to predicted KL, `ratio_range` that four fifths of them are in, `n`.
     """
-    rank = spearman(predicted, measured, seed)
+    return _row(spearman(predicted, measured, seed), predicted, measured)
+
+
+def _row(rank: Resampled, predicted: Floats, measured: Floats) -> dict[str, Any]:
     usable = (predicted > FLOOR) & (measured > FLOOR)
     ratios = measured[usable] / predicted[usable]
     middle, low, high = np.quantile(ratios, (0.5, *RATIOS)).tolist() if len(ratios) else (float("nan"),) * 3
@@ -61,12 +64,9 @@ def rank_and_ratio(predicted: Floats, measured: Floats, seed: int) -> dict[str, 
 
 def _correlation(x: Floats, y: Floats) -> Floats:
     x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
-    return _ratio((x * y).sum(axis=1), np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1)))
-
-
-def _ratio(over: Floats, under: Floats) -> Floats:
-    found = np.full(len(over), np.nan)
-    np.divide(over, under, out=found, where=under > 1e-20)
+    under = np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
+    found = np.full(len(under), np.nan)
+    np.divide((x * y).sum(axis=1), under, out=found, where=under > 1e-20)
     return found
 
 
@@ -115,7 +115,7 @@ def assess(
     for name, table in influence.items():
         predicted = np.array([table[pick] for pick in picks])
         found.correlations[name] = spearman(predicted, measured, seed)
-        found.ablations[name] = rank_and_ratio(predicted, measured, seed)
+        found.ablations[name] = _row(found.correlations[name], predicted, measured)
         for point, kl in zip(found.points, predicted.tolist(), strict=True):
             point["predicted"][name] = kl
         if not len(choices):

@@ -14,7 +14,6 @@ from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile import passes
 from moacompress.calibration.profile.sample_statistics import (
     FisherCotangent,
-    logit_cotangent,
     sample_statistics,
     secant_probabilities,
 )
@@ -84,11 +83,11 @@ def test_secant_probabilities_leave_doubt_as_it_is() -> None:
 def test_the_cotangent_s_covariance_is_the_fisher_matrix() -> None:
     logits = torch.tensor([[2.0, 0.0, -1.0, 0.5]])
     generator = torch.Generator().manual_seed(0)
-    draws = torch.cat([logit_cotangent(logits, generator) for _ in range(20_000)]).double()
+    draws = torch.cat([FisherCotangent(1, generator)(logits, slice(0, 1)) for _ in range(20_000)]).double()
     p = secant_probabilities(logits)[0].double()
     assert torch.allclose(draws.T @ draws / len(draws), p.diag() - p[:, None] * p, atol=0.01)
     assert float(draws.sum(-1).abs().max()) < 1e-6
-    eight = logit_cotangent(logits.expand(8, 4), torch.Generator().manual_seed(0))
+    eight = FisherCotangent(8, torch.Generator().manual_seed(0))(logits.expand(8, 4), slice(0, 8))
     assert eight.shape == (8, 4)
 
 
