@@ -292,9 +292,12 @@ void profile_selected(const ProfileTile& t, const ProfileScratch& s, int64_t pan
         for (int64_t head = 0; head < t.group; head++)
           for (int64_t lane = head * t.rows + first; lane < head * t.rows + last;) {
             const int64_t stop = smaller(head * t.rows + last, (lane / LANES + 1) * LANES);
-            const float* cells = of[stream] + (lane / LANES * TILE + *key - begin) * LANES;
-            float* to = t.selected_sums + stream * panels * LANES;
-            for (; lane < stop; lane++) to[lane] += cells[lane % LANES];
+            const float* cells = of[stream] + (lane / LANES * TILE + *key - begin) * LANES + lane % LANES;
+            float* to = t.selected_sums + stream * panels * LANES + lane;
+            for (; lane + W <= stop; lane += W, cells += W, to += W) store(to, load(to) + load(cells));
+            const int rest = int(stop - lane);
+            if (rest) store_part(to, load_part(to, rest) + load_part(cells, rest), rest);
+            lane = stop;
           }
     }
     for (int64_t stream = 0; any && stream < t.streams; stream++)
