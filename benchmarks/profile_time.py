@@ -65,7 +65,7 @@ def measure(model: str, dtype: str, length: int, times: int, cpu_time: bool, gat
     rows = torch.arange(length - TARGETS - 1, length - 1)
 
     def profiled() -> None:
-        sample_statistics(network, source.shape, table, sample, chosen, None, 0, 0, gates)
+        sample_statistics(network, source.shape, table, sample, chosen, 0, 0, gates)
 
     def plain() -> None:
         before = network.config._attn_implementation

@@ -3,7 +3,7 @@
     python benchmarks/samplers.py PROFILE --budget 12.5% --trials 16 --seeds 0,1 -o rows.json
     python benchmarks/samplers.py --table rows.json
 
-Every sampler searches the same profile with as many trials, without rounds, moves or baselines; the plan that each search
+Every sampler searches the same profile with as many trials, without baselines; the plan that each search
 returns is then measured on samples that neither the profile nor the searches saw. `surrogate` is trial 0 alone. A search
 here returns the trial of lowest KL, where a user's asks it to be lower than trial 0 by two standard errors. Plans lie beside
 the output: the same command resumes.
@@ -81,7 +81,7 @@ def searched(given: argparse.Namespace, plan: Path, sampler: str, trials: int, s
     """Searches a plan, unless it is there, and returns the minutes that it took."""
     notes = plan.with_suffix(".minutes")
     if not notes.exists():
-        asked = ["--budget", given.budget, "--trials", str(trials), "--rounds", "0", "--moves", "0"]
+        asked = ["--budget", given.budget, "--trials", str(trials)]
         recipe = plan.with_suffix(".yaml")
         recipe.write_text("search: {alternatives: false}\n", "utf-8")
         begin = time.monotonic()

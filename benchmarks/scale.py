@@ -69,7 +69,7 @@ def table(rules: int, tflops: float | None = None) -> str:
 
 def rules_of(recipe: Recipe) -> int:
     """Returns how many rules a profile offers."""
-    return len(rules_on_offer(recipe, None))
+    return len(rules_on_offer(recipe))
 
 
 def main() -> None:

@@ -263,15 +263,6 @@ class SearchRecipe(Section):
         " free memory per class, such as vLLM with 18; by default unlimited",
     )
     alternatives: bool = Field(True, description="also measure baselines, and the cost of a limit on classes")
-    rounds: int = Field(
-        3,
-        ge=0,
-        le=100,
-        description="rounds in which the neighbourhood of the best plan is profiled and the plan improved",
-    )
-    round_samples: int = Field(16, ge=1, le=100_000, description="calibration samples per round")
-    round_trials: int = Field(4, ge=1, le=1_000, description="plans measured per round")
-    moves: int = Field(10, ge=0, le=10_000, description="number of KV heads tried with more and with less at the end")
     floors: dict[int, float] = Field({}, description="minimum share of its KV bytes that a layer keeps, per layer")
     storage: str | None = Field(
         None,

@@ -113,10 +113,10 @@ def _check_budgets(recipe: Recipe, shape: ModelShape, source: SourceModel | None
     """Where layers share, what that saves is known only by a profile."""
     floors = layer_floors(recipe.search.floors, shape)
     budgets = [Budget.parse(text) for text in recipe.budget]
-    weights = counted_weight_bytes(budgets, rules_on_offer(recipe, None), shape, source)
+    weights = counted_weight_bytes(budgets, rules_on_offer(recipe), shape, source)
     if not budgets or not AskedShares.parse(recipe.search.share).off:
         return
-    spans = [rule for rule in rules_on_offer(recipe, None) if not rule.selects]
+    spans = [rule for rule in rules_on_offer(recipe) if not rule.selects]
     rules = in_formats(spans, offered_formats(recipe.profile.formats, recipe))
     lengths, min_window = recipe.calibration.lengths, recipe.profile.min_window
     budget_limits(budgets, shape, lengths, rules, min_window, floors, weights=weights)

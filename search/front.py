@@ -54,10 +54,10 @@ def find_front(
 ) -> list[SearchResult]:
     """Finds plans between two budgets of which none is beaten in both bytes and measured KL; returns the smallest first.
 
-    Of the budgets, shares of the dense bytes, the smallest and the largest count. `search.trials` trials are measured; rounds
-    and moves are not made. With `out` as `plan.json` plans go to `plan-front-1.json` and so on, and the list of all to
-    `plan.front.json`. `overwrite` removes the plans of a front that are there, and what was measured for them. The deadline is
-    by default `recipe.search.timeout` seconds from now.
+    Of the budgets, shares of the dense bytes, the smallest and the largest count. `search.trials` trials are measured. With
+    `out` as `plan.json` plans go to `plan-front-1.json` and so on, the list of all to `plan.front.json`. `overwrite` removes
+    the plans of a front that are there, and what was measured for them. The deadline is by default `recipe.search.timeout`
+    seconds from now.
 
     Raises:
         BudgetError: not two different shares.

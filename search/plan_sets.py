@@ -220,7 +220,7 @@ def _smallest(
 
     def scout_holds(share: int) -> bool:
         """Tries the surrogate's own plan."""
-        quick = {"trials": 1, "rounds": 0, "moves": 0, "alternatives": False}
+        quick = {"trials": 1, "alternatives": False}
         return holds(share, f"{share}", **{f"search__{name}": value for name, value in quick.items()})
 
     smallest = math.ceil(100 * smallest_share(offered(profile, recipe), recipe))

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-
-from moacompress.core.arrays import Floats
 from moacompress.core.progress import Progress
 from moacompress.rules.plan import Plan
 from moacompress.search.deadline import Deadline
 from moacompress.search.measure.kl_difference import KlDifference
-from moacompress.search.measure.objective import Measure
 from moacompress.search.measure.packed_plan import pack, unpack
 from moacompress.search.measure.plan_evaluator import MeasuredPlan, PlanEvaluator
-from moacompress.search.measure.study_storage import StudyStorage
 from moacompress.search.measure.trials import TrialResult
-from moacompress.search.predict.around import Around
-from moacompress.search.predict.search_parameters import distributions
 from moacompress.search.result.explain import Stage
-from moacompress.search.search_request import ParameterValues, SearchRequest
+from moacompress.search.search_request import SearchRequest
 
 if TYPE_CHECKING:
     from moacompress.calibration.profile.store import Profile
-    from moacompress.search.problem.quadratic import Quadratic
 
 
 @dataclass(frozen=True)
@@ -35,12 +27,9 @@ class Incumbent(MeasuredPlan):
 
     Attributes:
         stage: what it comes from.
-        form: predicts changes of KL around the plan, or around the one that it was made from; None where no step has
-            profiled the model under it.
     """
 
     stage: str
-    form: Quadratic | None = None
 
     @staticmethod
     def of(trial: TrialResult, profile: Profile) -> Incumbent:
@@ -55,8 +44,6 @@ class SearchContext:
     Attributes:
         request: what is asked for.
         evaluator: measures plans on validation samples, at most once each.
-        around: profiles around a plan; None where neither rounds nor moves are wanted.
-        trainer: the model on calibration samples, for choosing moves; None where no moves are wanted either.
         out: where this worker writes the best plan; None for nowhere, or where another worker does.
         deadline: when to stop.
         progress: told of every measurement.
@@ -69,8 +56,6 @@ class SearchContext:
 
     request: SearchRequest
     evaluator: PlanEvaluator
-    around: Around | None
-    trainer: Measure | None
     out: Path | None
     deadline: Deadline
     progress: Progress
@@ -114,32 +99,6 @@ class SearchContext:
     def candidates(self) -> list[list[float]]:
         """KLs of the plans that were measured on all samples, in their order: the best plan is chosen among them."""
         return [trial.kls for trial in self.tried if not trial.pruned] + [stage.kls for stage in self.stages]
-
-    def changes(self, incumbent: Incumbent) -> Floats:
-        """Returns the predicted change of KL by every change of one row of the plan's knapsack, nats, the rules last.
-
-        It is that of the form around the plan, or else that of the surrogate with what the profile says of KV heads together;
-        then only differences between the rules of a row count.
-        """
-        space = self.request.space(incumbent.plan.shares)
-        choice = space.choice(incumbent.plan)
-        if incumbent.form is not None:
-            return space.form(incumbent.form).changes(choice)
-        costs, form = space.costs(self.request.surrogate.costs()), self.request.quadratic
-        if form is None:
-            return costs
-        return costs - np.take_along_axis(costs, choice[..., None], axis=-1) + space.form(form).changes(choice)
-
-    def study_storage_of(
-        self, suffix: str, ranges: Mapping[str, tuple[float, float]], starts: Sequence[ParameterValues]
-    ) -> StudyStorage:
-        """Returns the storage of a small study within a step, beside the search's own; its name ends with the suffix.
-
-        Its search parameters have the ranges, and trial 0 and those right after it begin with the starts.
-        """
-        study = self.evaluator.study_storage
-        name, seed = f"{study.name}-{suffix}", self.request.recipe.seed
-        return StudyStorage(study.claims, name, distributions(ranges), seed, starts)
 
 
 Step: TypeAlias = Callable[[Incumbent, SearchContext], Incumbent]

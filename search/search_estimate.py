@@ -1,7 +1,7 @@
 """What a search will take, from what a forward pass takes: an estimate, for a person who wonders whether to wait.
 
 Its unit is one measurement of a plan: a forward pass of every validation sample. How many each step takes follows from the
-recipe; what pruned trials save, and what changes that begin late in the model save, is a mean over searches.
+recipe; what pruned trials save is a mean over searches.
 """
 
 from __future__ import annotations
@@ -22,10 +22,6 @@ from moacompress.search.search_request import SearchRequest
 
 PRUNED = 0.8
 """Share of a trial's samples that is measured, mean: one that is hopeless is pruned."""
-MOVE = 0.5
-"""What a move of one KV head takes of a measurement, mean."""
-PASSES = 4.0
-"""What profiling a sample around a plan takes of a forward pass."""
 FAMILIES = 3
 """Families of plans that need no search, without the one of gates."""
 SCOUTS = 8
@@ -35,17 +31,14 @@ SEARCHES = 2
 
 
 def measurements(recipe: Recipe, samples: int) -> dict[str, float]:
-    """Returns how many measurements each stage of a search takes, in their order; a profile around a plan counts as several."""
+    """Returns how many measurements each stage of a search takes, in their order."""
     search = recipe.search
     families = (FAMILIES + (recipe.profile.gates and search.gates)) if search.alternatives else 0
     screened = CANDIDATES * min(SCREENED, samples) / samples
     finals = 1 + (FINALISTS - 1) / CLOSE / 2
-    around = search.round_samples * PASSES / samples
     stages = {
         "baselines": families * (screened + finals),
         "trials": 1 + PRUNED * search.trials,  # and the dense model's own passes
-        "rounds": search.rounds * (PRUNED * search.round_trials + around),
-        "moves": MOVE * search.moves,
         "leftover": 1.0,
         "class limit": float(search.classes is not None and search.alternatives),
     }

@@ -133,7 +133,7 @@ class SearchRequest:
         Raises:
             BudgetError: as `find_plan`; or a budget of memory, and no model.
             InfeasibleBudgetError: as `find_plan`.
-            UsageError: a profile around a plan, or formats or copies that it says nothing of, or fewer classes than the model
+            UsageError: formats or copies that the profile says nothing of, or fewer classes than the model
                 has kinds of sliding windows.
             PlanError: layers that cannot share.
             UnsupportedError: a format of an installed package that the kernel does not keep.
@@ -156,10 +156,6 @@ class SearchRequest:
             shares,
             weight_bytes,
         )
-        if profile.around:
-            raise UsageError(
-                f"the profile in {profile.path} is of changes around a plan; search in one of the dense model"
-            )
         influence = profile.blended(recipe.profile.estimator)
         surrogate = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
         loaded_in = profile.shape.dtype if recipe.dtype == "auto" else recipe.dtype
@@ -198,8 +194,6 @@ class SearchRequest:
                 "validation": fingerprint_samples(self.profile.validation),
                 "limits": [list(limit) for limit in self.limits.items()],
                 "estimator": self.recipe.profile.estimator,
-                "rounds": [search.rounds, *([search.round_samples, search.round_trials] if search.rounds else [])],
-                "moves": search.moves,
                 "floors": search.floors,
                 "alternatives": search.alternatives,
                 "starts": [],  # what is tried first decides which trials there are, and a search that goes on has some already
@@ -214,7 +208,6 @@ class SearchRequest:
                 ),
                 **({"classes": search.classes} if search.classes is not None else {}),
                 **({"gates": self.profile.gates_fingerprint} if self.profile.gates_fingerprint else {}),
-                **({"rounds_of_gates": True} if self.profile.gates_fingerprint and search.rounds else {}),
             }
         )
 

@@ -55,7 +55,6 @@ class SearchStatus:
         best_kl: lowest mean KL of a trial that was measured on all samples, nats; None where there is none.
         best_trial: its index.
         seconds_left: about how long the trials that are left will take the workers that are alive; None where nothing is known.
-            Rounds and moves come after them.
     """
 
     study: str

@@ -1,10 +1,10 @@
-"""Finding a plan: a solver inside every trial, Optuna around it, the real model as the judge; then rounds and moves.
+"""Finding a plan: a solver inside every trial, Optuna around it, and the real model as the judge.
 
 A trial's search parameters bend the surrogate, the solver turns it into a plan within the budget, and the plan's KL is measured
 on validation samples. What the sampler is told is the mean log-ratio to trial 0, the plan of the unbent surrogate, sample by
 sample, so that a pruned trial has a value on the same scale. A trial is better where its mean KL is lower beyond doubt (see
-`kl_difference`): the best of many noisy numbers looks better than it is. The best plan is then improved by profiling around
-it, and by measuring single KV heads near the threshold. Plans of the same bytes that need no search are measured beside.
+`kl_difference`): the best of many noisy numbers looks better than it is. Plans of the same bytes that need no search are
+measured beside.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moacompress.calibration.profile.store import Profile
-from moacompress.core.arrays import spread_over
 from moacompress.core.artefact_names import of_search, study_journal
 from moacompress.core.files import check_no_link, remove, sweep_files, sweep_folders
 from moacompress.core.progress import SILENT, Progress
@@ -26,13 +25,12 @@ from moacompress.rules.budget import any_memory
 from moacompress.runtime.ready_model import load_for
 from moacompress.search.baselines.measured import check_baselines
 from moacompress.search.deadline import Deadline, TimeUp
-from moacompress.search.measure.claims import Claims, open_claims
-from moacompress.search.measure.objective import Measure, Objective
+from moacompress.search.measure.claims import open_claims
+from moacompress.search.measure.objective import Objective
 from moacompress.search.measure.plan_evaluator import PlanEvaluator
 from moacompress.search.measure.storages import is_journal, quiet_optuna
 from moacompress.search.measure.study_storage import StudyStorage
 from moacompress.search.plan_place import plan_place
-from moacompress.search.predict.around import Around, ProfileAround
 from moacompress.search.predict.search_parameters import distributions
 from moacompress.search.result.found_plan import stopped_at_once, write_first, write_found
 from moacompress.search.result.search_result import SearchResult, found_before
@@ -42,9 +40,7 @@ from moacompress.search.search_request import ParameterValues, SearchRequest
 from moacompress.search.steps.baselines import complete_baselines, measure_baselines
 from moacompress.search.steps.class_cost import measure_class_cost
 from moacompress.search.steps.leftover import spend_leftover
-from moacompress.search.steps.moves import make_moves
 from moacompress.search.steps.parameter_study import tune_parameters
-from moacompress.search.steps.rounds import make_rounds
 
 __all__ = ["SearchResult", "find_plan"]
 
@@ -52,8 +48,6 @@ STEPS: tuple[Step, ...] = (
     measure_baselines,
     tune_parameters,
     complete_baselines,
-    make_rounds,
-    make_moves,
     spend_leftover,
     measure_class_cost,
 )
@@ -61,14 +55,10 @@ STEPS: tuple[Step, ...] = (
 STAGES: dict[Step, str] = {
     measure_baselines: "baselines",
     tune_parameters: "trials",
-    make_rounds: "rounds",
-    make_moves: "moves",
     spend_leftover: "leftover",
     measure_class_cost: "class limit",
 }
 """Names of steps that take time, as `measurements` has them."""
-MOVE_SAMPLES = 12
-"""Calibration samples on which single moves are measured."""
 
 
 def find_plan(
@@ -209,28 +199,10 @@ def opened(
         objective = Objective(source.model, profile.validation, request.weights_of)
         evaluator = PlanEvaluator.of(study_storage, objective, request.recipe.seed, deadline, progress)
         objective.order = evaluator.order
-        around, trainer = _improvers(request, source, claims, deadline)
         yield SearchContext(
             request=request,
             evaluator=evaluator,
-            around=around,
-            trainer=trainer,
             out=out,
             deadline=deadline,
             progress=progress,
         )
-
-
-def _improvers(
-    request: SearchRequest, source: SourceModel, claims: Claims, deadline: Deadline
-) -> tuple[Around, Measure] | tuple[None, None]:
-    """Returns what profiles around plans and what measures moves, both on calibration samples, where either is wanted."""
-    settings = request.recipe.search
-    if not settings.rounds and not settings.moves:
-        return None, None
-    samples = request.profile.calibration_samples()
-    chosen = spread_over(samples, settings.round_samples)
-    around = ProfileAround(request.profile, request.recipe, source, chosen, claims, deadline)
-    answers = [sample for sample in samples if sample.kind == "answer"] or samples
-    trained = Objective(source.model, spread_over(answers, MOVE_SAMPLES), request.weights_of)
-    return around, trained

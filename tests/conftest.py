@@ -321,7 +321,7 @@ def small_run() -> dict[str, Any]:
             "answer_tokens": 4,
         },
         "profile": {"draws": 1},
-        "search": {"trials": 3, "moves": 1},
+        "search": {"trials": 3},
         "evaluation": {"tasks": ["code-question", "needle-noise"], "lengths": [700], "prompts": 2},
     }
 

@@ -79,7 +79,7 @@ QUICK = {
 
 SMALLER = {
     "profile": "--samples 2 --validation-samples 5 --set profile.draws=1",
-    "search": "--trials 1 --rounds 0 --moves 0",
+    "search": "--trials 1",
     "eval": "--prompts 2",
     "compress": "--samples 2 --set calibration.text_samples=0 --validation-samples 5 --trials 1 --prompts 1 --lengths 1k",
     "heal": "--steps 2 --samples 2 --batch 1024 --set heal.evaluations=1",

@@ -151,8 +151,6 @@ class SearchRun:
             (claims, "KEEP_SECONDS", 0.0),  # each number as it is measured
             (study, "Objective", lambda *arguments: objective),
             (front, "Objective", lambda *arguments: objective),
-            (study, "ProfileAround", lambda *arguments: objective.around),
-            (Profile, "calibration_samples", lambda profile: profile.validation),
         ]
         for place, name, fake in fakes:  # this process is forked for nothing else
             setattr(place, name, fake)

@@ -68,12 +68,9 @@ def all_statistics(model: PreTrainedModel) -> dict[str, np.ndarray]:
     """Returns everything that a profile may gather of a sample."""
     ids = np.random.default_rng(0).integers(3, 150, 70)
     sample = Sample(ids, np.arange(70) >= 60, "random", 70)
-    plan = plan_kinds.gated_plan(model, 1)
-    arguments = model, model_shape(model), RuleTable.of(RULES, 16), sample, CHOSEN
-    found = sample_statistics(*arguments, None, 0, 0, plan.gate_weights).arrays
-    around = sample_statistics(*arguments, plan, 0, 0, plan.gate_weights).arrays
-    found = dict(found) | {f"around {name}": each for name, each in around.items()}
-    return {**found, "tokens": token_influence(model, model_shape(model), sample, 1, 0, 0)}
+    shape, gates = model_shape(model), plan_kinds.gated_plan(model, 1).gate_weights
+    found = sample_statistics(model, shape, RuleTable.of(RULES, 16), sample, CHOSEN, 0, 0, gates).arrays
+    return {**found, "tokens": token_influence(model, shape, sample, 1, 0, 0)}
 
 
 def same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:

@@ -168,7 +168,7 @@ def test_a_plan_is_found_by_a_cards_kernels(tiny_folder, tmp_path, pretend_devic
             "budget": "50%",
             "calibration": {**calibration, "answer_tokens": 4},
             "profile": {"draws": 1, "heads": True, "gates": True},
-            "search": {"trials": 2, "rounds": 0},
+            "search": {"trials": 2},
         }
     )
     torch.set_num_threads(1)

@@ -137,9 +137,9 @@ def test_a_missing_file_is_said(tmp_path: Path) -> None:
 
 
 def test_flags_win_and_none_is_unset() -> None:
-    recipe = Recipe.from_dict({"seed": 3, "search": {"trials": 5, "moves": 2}})
+    recipe = Recipe.from_dict({"seed": 3, "search": {"trials": 5, "classes": 2}})
     changed = recipe.override(search__trials=9, calibration__lengths="2k", budget=["10%"], seed=None)
-    assert (changed.search.trials, changed.search.moves, changed.seed) == (9, 2, 3)
+    assert (changed.search.trials, changed.search.classes, changed.seed) == (9, 2, 3)
     assert changed.calibration.lengths == (2048,)
     assert changed.budget == ("10%",)
     assert recipe.search.trials == 5

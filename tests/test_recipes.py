@@ -122,7 +122,6 @@ SMALL = ("gemma3-270m", "smollm2-135m")
 
 def cut(recipe: Recipe) -> Recipe:
     """Returns a recipe of the same settings with few and short samples, one trial, and one prompt of each task."""
-    search = recipe.search
     smaller = {name: min(value, getattr(recipe.calibration, name)) for name, value in COUNTS.items()}
     return recipe.override(
         **{f"calibration__{name}": value for name, value in smaller.items()},
@@ -130,8 +129,6 @@ def cut(recipe: Recipe) -> Recipe:
         calibration__lengths=LENGTHS[: len(recipe.calibration.lengths)],
         profile__gate_samples=2,
         search__trials=1,
-        search__moves=min(search.moves, 1),
-        search__rounds=min(search.rounds, 1),
         budget=[re.sub("@.*", f"@{LONGER}", text) for text in recipe.budget],
         evaluation__lengths=[LONGER],
         evaluation__prompts=1,

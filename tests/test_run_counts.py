@@ -95,7 +95,7 @@ def test_sample(
     ids = np.random.default_rng(0).integers(3, 150, LENGTH)
     sample = Sample(ids, np.arange(LENGTH) >= LENGTH - TARGETS, "random", LENGTH)
     with Products() as counter:
-        found = sample_statistics(model, model_shape(model), table, sample, recipe.profile, None, 0, 0)
+        found = sample_statistics(model, model_shape(model), table, sample, recipe.profile, 0, 0)
     attention = (2 + draws * (5 + 2 * twice)) * counts.attended(LENGTH)
     expected = counts.sample(LENGTH, TARGETS, draws, len(recipe.profile.formats)) - attention
     expected += twice * draws * counts.rerun(LENGTH)

@@ -40,12 +40,10 @@ def test_a_search_takes_what_its_steps_do() -> None:
     recipe = Recipe()
     more = recipe.override(search__trials=32)
     assert sum(measurements(more, 12).values()) > sum(measurements(recipe, 12).values())
-    bare = recipe.override(search__trials=1, search__rounds=0, search__moves=0, search__alternatives=False)
+    bare = recipe.override(search__trials=1, search__alternatives=False)
     # the dense model's own, a trial, and the plan that spends what is left of the budget
     assert measurements(bare, 12) == pytest.approx({"trials": 1.8, "leftover": 1.0})
     assert measured(bare, {100: 10, 500: 2, 900: 0}) == pytest.approx(2.8 * 2000)
-    rounds = bare.override(search__rounds=2, search__round_trials=1, search__round_samples=6)
-    assert measured(rounds, {100: 10}) == pytest.approx((2.8 + 1.6) * 1000 + 2 * 6 * 4 * 100)
     by_loss = bare.override(max_loss="1%")
     assert measured(by_loss, {100: 10}) == pytest.approx((8 * 1.8 + 2 * 2.8) * 1000)
 
@@ -111,7 +109,7 @@ def test_search_and_eval_say_what_they_would_take(tiny_folder: Path, tmp_path: P
     )
     assert not plan.exists()
     assert (one["plans"], two["plans"]) == (1, 2)
-    small_search = ("--trials", "1", "--rounds", "0", "--moves", "0")
+    small_search = ("--trials", "1")
     assert invoke("search", profile, "--budget", "50%", "-o", plan, *small_search).exit_code == 0
     assert invoke("export", tiny_folder, plan, "-o", model).exit_code == 0
     ask = ("--tasks", "needle-noise,key-value", "--lengths", "700", "--prompts", "3", "--dry-run", "--json")

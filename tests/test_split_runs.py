@@ -34,7 +34,7 @@ def test_profile_and_search(dense, small_run, tmp_path):
     calibration = {**small_run["calibration"], "lengths": [300], "samples": 2}
     profile = {"draws": 1, "gates": True, "gate_samples": 2, "heads": True, "baselines": True}
     recipe = tmp_path / "recipe.yaml"
-    search = {"trials": 1, "rounds": 1, "round_samples": 2, "round_trials": 1, "moves": 0}
+    search = {"trials": 1}
     recipe.write_text(yaml.safe_dump({"calibration": calibration, "profile": profile, "search": search}))
     command = ["profile", str(dense), "--recipe", str(recipe)]
     done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "one")])

@@ -1,11 +1,11 @@
 """What rules select in a sample: for every rule that selects, when each token outside the window is evicted.
 
-Of rules on offer that is asked of every KV head, and of the rules that a layer runs under of the KV head of each.
+It is asked of every KV head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,26 +29,24 @@ if TYPE_CHECKING:
 _NEVER = (1 << 31) - 1
 
 
-def choices_of(table: RuleTable, scores: Tensor, plan: RuleTable | None = None) -> Choices | None:
+def choices_of(table: RuleTable, scores: Tensor) -> Choices | None:
     """Returns what rules select in a sample by the scores of its tokens, int16 `[kv_heads, tokens]`; None where none selects.
 
-    `table` has the rules on offer in a layer, `plan` the rule that each KV head runs under; both are of numpy.
+    `table` has the rules on offer in a layer, of numpy.
     """
     of_rule = np.full(len(table), -1, np.int64)
     ways: dict[tuple[int, int, int], int] = {}
     for number, rule in enumerate(table.rules):
         if rule.selects and not table.span.native_window[number]:
             of_rule[number] = ways.setdefault((rule.sink, rule.select_alpha, rule.select_beta_q), len(ways))
-    runs_under = plan if plan is not None and plan.selects and not plan.span.native_window.any() else None
-    if not ways and runs_under is None:
+    if not ways:
         return None
     there = scores.cpu().numpy().astype(np.int64)
     evicted = np.zeros((len(there), len(ways), there.shape[1]), np.int32)
     for way in range(len(ways)):
         first = int(np.flatnonzero(of_rule == way)[0])
         evicted[:, way] = _evicted(RuleTable(np.repeat(table.columns[:, [first]], len(there), axis=1)), there)
-    own = None if runs_under is None else torch.from_numpy(_evicted(runs_under, there))
-    return Choices(torch.from_numpy(evicted), torch.from_numpy(of_rule), None if own is None or not own.any() else own)
+    return Choices(torch.from_numpy(evicted), torch.from_numpy(of_rule))
 
 
 def _evicted(rules: RuleTable, scores: Ints) -> Any:
@@ -67,13 +65,12 @@ def choosing(
     model: PreTrainedModel,
     gates: GateWeights | None,
     table_of: Callable[[int], RuleTable],
-    plans: Sequence[RuleTable | None],
     found: dict[int, Choices | None],
 ) -> Iterator[None]:
     """Notes in `found`, by layer and before the layer attends, what rules select as a sample goes through the dense model.
 
-    Where layers run again for a backward pass nothing is done. `table_of` gives the rules on offer in a layer, `plans` the
-    rules that each KV head of every layer runs under. Without gates nothing is selected.
+    Where layers run again for a backward pass nothing is done. `table_of` gives the rules on offer in a layer. Without gates
+    nothing is selected.
     """
 
     def keep(layer: int, gates: GateWeights) -> Callable[..., None]:
@@ -84,7 +81,7 @@ def choosing(
                 return
             hidden = given_hidden(args, kwargs)[0]
             scores = gate_scores(hidden, weight.to(hidden), bias.to(hidden))  # in the dtype that a cache keeps them in
-            found[layer] = choices_of(table_of(layer), rounded_scores(scores).T, plans[layer])
+            found[layer] = choices_of(table_of(layer), rounded_scores(scores).T)
 
         return hook
 

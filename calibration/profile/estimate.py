@@ -21,7 +21,7 @@ from moacompress.calibration.gates.training import JUDGED
 from moacompress.calibration.profile import passes
 from moacompress.calibration.profile.centres import SAMPLES
 from moacompress.calibration.profile.passes import checkpointed, chunks, output_logits
-from moacompress.calibration.profile.request import check_around, check_lengths, data_recipe, rules_on_offer
+from moacompress.calibration.profile.request import check_lengths, data_recipe, rules_on_offer
 from moacompress.calibration.profile.sample_statistics import FisherCotangent, sample_statistics, token_influence
 from moacompress.calibration.profile.shard import Shard, parse_shard
 from moacompress.core.progress import SILENT, Progress
@@ -38,7 +38,6 @@ from moacompress.prompts.pools import SPLITS
 from moacompress.recipe import Recipe
 from moacompress.recipe_sections import ProfileRecipe
 from moacompress.rules.gate_weights import GateWeights
-from moacompress.rules.plan import Plan
 from moacompress.rules.rule_table import RuleTable
 from moacompress.runtime.ready_model import load_for
 
@@ -69,9 +68,9 @@ def sample_counts(recipe: Recipe, context: int) -> dict[int, SampleCounts]:
     return dict(sorted(found.items()))
 
 
-def _shard_counts(source: SourceModel, recipe: Recipe, around: Plan | None, shard: str) -> dict[int, SampleCounts]:
+def _shard_counts(source: SourceModel, recipe: Recipe, shard: str) -> dict[int, SampleCounts]:
     """Returns the numbers of one shard, from the very samples that it would have."""
-    chosen = data_recipe(recipe, rules_on_offer(recipe, around))
+    chosen = data_recipe(recipe, rules_on_offer(recipe))
     drafts = [make_drafts(source, chosen, split) for split in SPLITS[:2]]
     part = Shard.of(*parse_shard(shard), *drafts)
     found = {length: [0, 0, 0] for length in recipe.calibration.lengths}
@@ -83,15 +82,13 @@ def _shard_counts(source: SourceModel, recipe: Recipe, around: Plan | None, shar
     return {length: SampleCounts(*numbers) for length, numbers in sorted(found.items())}
 
 
-def backward_passes(chosen: ProfileRecipe, around: bool = False) -> int:
+def backward_passes(chosen: ProfileRecipe) -> int:
     """Returns how many backward passes a sample takes."""
-    return chosen.draws + chosen.baselines + around
+    return chosen.draws + chosen.baselines
 
 
-def profile_work(
-    recipe: Recipe, counts: Mapping[int, SampleCounts], layers: int, hidden: int, around: bool = False
-) -> list[Work]:
-    """Returns what a profile runs, around a plan with its gates, or not; `hidden` numbers a token has between layers."""
+def profile_work(recipe: Recipe, counts: Mapping[int, SampleCounts], layers: int, hidden: int) -> list[Work]:
+    """Returns what a profile runs; `hidden` numbers a token has between layers."""
     chosen, answer, found = recipe.profile, recipe.calibration.answer_tokens, list[Work]()
     profiled = sum(samples + texts for samples, texts, _ in counts.values())
     centred = min(SAMPLES, profiled) / max(profiled, 1) if chosen.formats and chosen.centres else 0.0
@@ -99,10 +96,10 @@ def profile_work(
         if answered := samples + validation:
             found += answers(length, answered, answer, ANSWERS)
         for count, targets in ((samples, answer), (texts, TARGETS)):
-            found += _sample_work(Kind.SAMPLE, length, count, targets, backward_passes(chosen, around))
+            found += _sample_work(Kind.SAMPLE, length, count, targets, backward_passes(chosen))
         if read := centred * (samples + texts):
             found.append(Work(Kind.FORWARD, length, read, 0, PASSES))
-    if chosen.gates and not around:
+    if chosen.gates:
         length, trained = min(recipe.calibration.lengths), chosen.gate_samples
         groups = len(in_memory(range(layers), hidden + 1))
         found += answers(length, trained, answer, ANSWERS)
@@ -124,7 +121,6 @@ def estimate_profile(
     recipe: Recipe,
     progress: Progress | None = None,
     *,
-    around: Plan | None = None,
     shard: str | None = None,
     trust_remote_code: bool = False,
     estimator: Estimator | None = None,
@@ -137,7 +133,6 @@ def estimate_profile(
     Raises:
         ModelError: the model cannot be loaded or profiled.
         DataError: lengths that the model or the rules do not allow, or fewer samples than lengths.
-        PlanError: a plan that the model cannot be profiled around.
         UsageError: no shard, or one without samples.
     """
     source = load_for(recipe, model, trust_remote_code=trust_remote_code)
@@ -145,16 +140,14 @@ def estimate_profile(
     asked = recipe.calibration
     check_counts(asked.lengths, asked.samples, source.context, "calibration")
     check_counts(asked.lengths, asked.validation_samples, source.context, "validation")
-    if around is not None:
-        check_around(source, around)
     progress = progress or SILENT
-    counts = sample_counts(recipe, source.context) if shard is None else _shard_counts(source, recipe, around, shard)
+    counts = sample_counts(recipe, source.context) if shard is None else _shard_counts(source, recipe, shard)
     progress.start("timing short passes", 1 + len(counts))
-    held = profile_bytes(source, recipe, counts, around)
+    held = profile_bytes(source, recipe, counts)
     progress.step("memory")
-    estimator = estimator or profile_estimator(source, recipe, around)
+    estimator = estimator or profile_estimator(source, recipe)
     hidden = source.model.config.get_text_config(decoder=True).hidden_size
-    work = profile_work(recipe, counts, source.shape.layers, hidden, around is not None)
+    work = profile_work(recipe, counts, source.shape.layers, hidden)
     lengths: list[dict[str, Any]] = []
     for length, numbers in counts.items():
         mine = [part for part in work if part.tokens == length]
@@ -203,10 +196,10 @@ def _counted(counts: Mapping[str, Any]) -> str:
     return f"{counts['samples']}{text} calibration and {counts['validation_samples']} validation samples"
 
 
-def profile_estimator(source: SourceModel, recipe: Recipe, around: Plan | None = None) -> Estimator:
-    """Returns the estimator of a model that is profiled, around a plan or not."""
+def profile_estimator(source: SourceModel, recipe: Recipe) -> Estimator:
+    """Returns the estimator of a model that is profiled."""
     runs: dict[Kind, Pass] = {
-        Kind.SAMPLE: partial(_run_sample, source, recipe, around),
+        Kind.SAMPLE: partial(_run_sample, source, recipe),
         Kind.GATE_SAMPLE: lambda tokens, targets: token_influence(
             source.model, source.shape, _sample(tokens, targets), recipe.profile.draws, recipe.seed, 0
         ),
@@ -215,17 +208,17 @@ def profile_estimator(source: SourceModel, recipe: Recipe, around: Plan | None =
     return Estimator(source.model, device, runs, windows=windows, longest=passes.KEEP_TOKENS)
 
 
-def _run_sample(source: SourceModel, recipe: Recipe, around: Plan | None, tokens: int, targets: int) -> None:
+def _run_sample(source: SourceModel, recipe: Recipe, tokens: int, targets: int) -> None:
     """Profiles one sample."""
-    rules, shape = rules_on_offer(recipe, around), source.shape
-    table, gates = RuleTable.of(rules, recipe.profile.min_window), None if around is None else around.gate_weights
-    if gates is None and table.selects:
+    rules, shape = rules_on_offer(recipe), source.shape
+    table, gates = RuleTable.of(rules, recipe.profile.min_window), None
+    if table.selects:
         size = shape.layers, shape.kv_heads, source.model.config.get_text_config(decoder=True).hidden_size
         gates = GateWeights(
             np.random.default_rng(0).normal(size=size).astype(np.float32), np.zeros(size[:2], np.float32)
         )
     sample = _sample(tokens, targets)
-    sample_statistics(source.model, shape, table, sample, recipe.profile, around, recipe.seed, 0, gates)
+    sample_statistics(source.model, shape, table, sample, recipe.profile, recipe.seed, 0, gates)
 
 
 def _sample(tokens: int, targets: int) -> Sample:
@@ -233,9 +226,7 @@ def _sample(tokens: int, targets: int) -> Sample:
     return Sample(example_ids(tokens).numpy(), mask, "an estimate", tokens)
 
 
-def profile_bytes(
-    source: SourceModel, recipe: Recipe, counts: Mapping[int, SampleCounts], around: Plan | None = None
-) -> dict[int, int]:
+def profile_bytes(source: SourceModel, recipe: Recipe, counts: Mapping[int, SampleCounts]) -> dict[int, int]:
     """Returns the most bytes of tensors that are alive at a time, weights included, by length of the samples."""
     model, found = source.model, dict[int, int]()
     lines: dict[bool, Mapping[int, int]] = {}
@@ -247,9 +238,7 @@ def profile_bytes(
         if samples or texts:
             twice = length > passes.KEEP_TOKENS
             if twice not in lines:
-                lines[twice] = {
-                    tokens: _sample_bytes(source, recipe, around, tokens, twice) for tokens in SAMPLE_TOKENS
-                }
+                lines[twice] = {tokens: _sample_bytes(source, recipe, tokens, twice) for tokens in SAMPLE_TOKENS}
             found[length] = max(found[length], output + extrapolated_bytes(lines[twice], length))
     return {length: resident_bytes(model) + size for length, size in found.items()}
 
@@ -262,10 +251,10 @@ def _prompt_bytes(source: SourceModel, tokens: int) -> int:
     return int(live.peak)
 
 
-def _sample_bytes(source: SourceModel, recipe: Recipe, around: Plan | None, tokens: int, twice: bool) -> int:
+def _sample_bytes(source: SourceModel, recipe: Recipe, tokens: int, twice: bool) -> int:
     """Returns the most bytes that are alive while a sample with one target is profiled; `twice` as of long samples."""
     with LiveBytes() as live, checkpointed(source.model) if twice else nullcontext():
-        _run_sample(source, recipe, around, tokens, 1)
+        _run_sample(source, recipe, tokens, 1)
     return int(live.peak)
 
 

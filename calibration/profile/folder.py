@@ -138,7 +138,7 @@ def clear_profile(folder: Path) -> None:
     except ArtefactError:  # damaged, or of another version
         write_text(manifest, "")  # which is repaired when a profile is made
         return
-    Manifest(found.source, found.shape, found.rules, found.recipe, found.request, found.around).write(folder)
+    Manifest(found.source, found.shape, found.rules, found.recipe, found.request).write(folder)
 
 
 def _remove_all_but_the_manifest(folder: Path) -> None:

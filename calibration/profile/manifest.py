@@ -78,7 +78,6 @@ class Manifest:
         rules: the candidate rules.
         recipe: the resolved recipe.
         request: fingerprint of what was asked for, known before any sample is made.
-        around: key of the plan that is profiled around; empty for the dense model.
         fingerprint: fingerprint of the request and the calibration samples; empty until they are made.
         calibration_fingerprint: of the calibration samples' token ids; empty until they are made.
         validation_fingerprint: of the validation samples' token ids; empty until they are made.
@@ -99,7 +98,6 @@ class Manifest:
         Recipe, _read_by(lambda data: Recipe.from_dict(data, "its recipe"), Recipe), PlainSerializer(Recipe.resolved)
     ]
     request: str
-    around: str = ""
     fingerprint: str = ""
     calibration_fingerprint: str = ""
     validation_fingerprint: str = ""
@@ -120,7 +118,7 @@ class Manifest:
     @property
     def array_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of every array of a sample by its name, of those that are alike at all lengths."""
-        return array_shapes(self.recipe.profile, self.shape, len(self.rules), around=bool(self.around))
+        return array_shapes(self.recipe.profile, self.shape, len(self.rules))
 
     @property
     def has_gates(self) -> bool:

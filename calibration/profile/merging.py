@@ -218,7 +218,7 @@ def _difference(ours: Manifest, theirs: Manifest) -> str:
     one, other = (_flat(head.recipe.resolved()) for head in (ours, theirs))
     names = [name for name in sorted(one | other) if one.get(name) != other.get(name)]
     if not names:
-        return "its data files, the plan it is around, or the dtype it was computed in differ"
+        return "its data files or the dtype it was computed in differ"
     shown = (f"{name} is {other.get(name)!r}, not {one.get(name)!r}" for name in names[:3])
     return "; ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.choices import choosing
-from moacompress.calibration.profile.influence import ProfiledAttention, as_attended
+from moacompress.calibration.profile.influence import ProfiledAttention
 from moacompress.calibration.profile.sharing import Attended
 from moacompress.calibration.profile.tiles import AttentionSpec, Collector, GradientCollector
 from moacompress.core.errors import ModelError
@@ -35,7 +35,6 @@ from moacompress.models.placement import input_device, is_offloaded
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.key_centres import Centres, centre_numbers
 from moacompress.rules.model_shape import ModelShape
-from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 
@@ -60,7 +59,6 @@ class Recording:
     Attributes:
         table: the rules.
         native_windows: the model's own window of every layer.
-        plans: the rule of each KV head of every layer, None where all are full.
         collectors: of every layer; each backward pass may put others into these very lists.
         attended: what every layer attended with, kept until the tape ends; None to keep nothing.
         values: whether that has the values too.
@@ -72,7 +70,6 @@ class Recording:
 
     table: RuleTable
     native_windows: tuple[int | None, ...]
-    plans: tuple[RuleTable | None, ...]
     collectors: tuple[list[Collector | GradientCollector], ...]
     attended: dict[int, Attended] | None = None
     values: bool = False
@@ -85,7 +82,6 @@ class Recording:
     def of(
         shape: ModelShape,
         table: RuleTable,
-        plan: Plan | None = None,
         keep: bool = False,
         values: bool = False,
         gates: GateWeights | None = None,
@@ -95,22 +91,16 @@ class Recording:
     ) -> Recording:
         """Returns a recording without collectors; with `keep` it keeps queries and keys, with `values` the values too.
 
-        It is of the KV heads `heads` where a rank has no others; plan, gates and centres are of all.
+        It is of the KV heads `heads` where a rank has no others; gates and centres are of all.
         """
         own = slice(None) if heads is None else slice(heads.start, heads.stop)
         rows = [centre_numbers(row[own], shape.head_dim) for row in centres]
-        plans: list[RuleTable | None] = [None] * shape.layers
-        if heads is not None and len(heads) < shape.kv_heads:
-            plan = None if plan is None else plan.of_heads(heads)
-            gates = None if gates is None else gates.of_heads(heads)
-        for layer, rules in enumerate(plan.rules if plan is not None else ()):
-            if plan is not None and not all(rule.is_full for rule in rules):
-                plans[layer] = RuleTable.of(rules, plan.min_window, shape.native_windows[layer])
+        if heads is not None and gates is not None and len(heads) < shape.kv_heads:
+            gates = gates.of_heads(heads)
         collectors: tuple[list[Collector | GradientCollector], ...] = tuple([] for _ in range(shape.layers))
         return Recording(
             table,
             shape.native_windows,
-            tuple(plans),
             collectors,
             {} if keep or values else None,
             values,
@@ -149,21 +139,9 @@ def _attention(
         recording.means.add(layer, key)
     centre = recording.centres[layer] if recording.centres else None
     centre = None if centre is None else centre.to(key.device)
-    choices = recording.choices.get(layer)
     if recording.attended is not None:
-        plan = recording.plans[layer]
-        asking, keys, values = as_attended(
-            query.detach(), key.detach(), value.detach(), None if plan is None else plan.formats, centre
-        )
-        recording.attended[layer] = Attended(
-            asking,
-            keys,
-            s_aux,
-            spec,
-            plan,
-            values if recording.values else None,
-            None if choices is None else choices.own,
-        )
+        kept = value.detach() if recording.values else None
+        recording.attended[layer] = Attended(query.detach(), key.detach(), s_aux, spec, kept)
     out: Tensor = ProfiledAttention.apply(  # type: ignore[no-untyped-call]
         query,
         key,
@@ -172,8 +150,7 @@ def _attention(
         spec,
         recording.table,
         recording.collectors[layer],
-        recording.plans[layer],
-        choices,
+        recording.choices.get(layer),
         centre,
     )
     return out.transpose(1, 2).contiguous(), None
@@ -209,10 +186,9 @@ def recorded(model: PreTrainedModel, recording: Recording) -> Iterator[None]:
     token = _recording.set(recording)
     try:
         tables, windows = recording.table.in_layer, recording.native_windows
-        chosen = recording.plans, recording.choices
         with (
             attending_as(model, ATTENTION),
-            choosing(model, recording.gates, lambda layer: tables(windows[layer]), *chosen),
+            choosing(model, recording.gates, lambda layer: tables(windows[layer]), recording.choices),
         ):
             yield
     finally:

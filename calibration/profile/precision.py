@@ -2,8 +2,7 @@
 
 With the gradient dK of keys as they are cached, after their rotary embedding, and the change dk_j that a format makes to the
 key of token j, the logits move along the cotangent by `dK_j . dk_j` to first order. Rounding errors of tokens are independent,
-so the predicted KL of a format is half of the expected `sum_j (dK_j . dk_j)^2`, and the same for values. Around a plan dk_j is
-the change from the key that the KV head attends to now, which may be rounded itself, and nothing where the format stays.
+so the predicted KL of a format is half of the expected `sum_j (dK_j . dk_j)^2`, and the same for values.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from moacompress.kernels.kv_format import KVFormat, outside_of, rounded_by
 from moacompress.kernels.reference.codes import rotated, stored
 from moacompress.kernels.reference.rounding import BITS
 from moacompress.rules.formats import NATIVE, find_format
-from moacompress.rules.rule_table import RuleTable
 
 TOKENS = 256
 """Tokens worked on at a time, so that everything stays in the processor's caches."""
@@ -44,15 +42,10 @@ class PrecisionSums:
         self,
         kv_heads: int,
         formats: Sequence[str],
-        plan: RuleTable | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         codes = [find_format(name).code for name in columns(formats)]
         self._kinds = [outside_of(code) or BITS[code] for code in codes[1:]]
-        formats_now = None if plan is None else plan.formats
-        now = torch.zeros(len(SIDES), kv_heads, dtype=torch.int64) if formats_now is None else torch.tensor(formats_now)
-        self._rounded = now.any(1).tolist()
-        self._stays = (now[..., None] == torch.tensor(codes)).to(device)
         self._sums = torch.zeros(len(SIDES), 2, kv_heads, len(codes), dtype=torch.float64, device=device)
 
     def reset(self) -> None:
@@ -63,18 +56,14 @@ class PrecisionSums:
         """Adds what a backward pass says of the layer's keys and values."""
         for side, kept in enumerate((keys, values)):
             for part in range(0, kept.given.shape[2], TOKENS):
-                moved = self._moved(side, *(tensor[0, :, part : part + TOKENS] for tensor in kept)).double()
+                moved = self._moved(*(tensor[0, :, part : part + TOKENS] for tensor in kept)).double()
                 self._sums[side, 0] += moved.square().sum(1)
                 self._sums[side, 1] += moved.sum(1)
 
-    def _moved(self, side: int, given: Tensor, seen: Tensor, grad: Tensor) -> Tensor:
+    def _moved(self, given: Tensor, grad: Tensor) -> Tensor:
         """Returns `dK_j . dk_j` of every token, `[kv_heads, tokens, 1 + formats]`; arguments `[kv_heads, tokens, dim]`."""
-        pulled = rotate_quickly(grad)
-        found = torch.linalg.vecdot(rounding_errors(given, self._kinds), pulled)
-        found = torch.nn.functional.pad(found.movedim(0, -1), (1, 0))
-        if self._rounded[side]:
-            found += torch.linalg.vecdot(rotate_quickly(given.float() - seen.float()), pulled)[..., None]
-        return found.masked_fill_(self._stays[side][:, None], 0)
+        found = torch.linalg.vecdot(rounding_errors(given, self._kinds), rotate_quickly(grad))
+        return torch.nn.functional.pad(found.movedim(0, -1), (1, 0))
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the sums by name, `[kv_heads, 1 + formats]` each."""

@@ -32,7 +32,6 @@ from moacompress.models.source import SourceModel
 from moacompress.prompts.pools import Split
 from moacompress.prompts.templates import decode_text
 from moacompress.rules.gate_weights import GateWeights
-from moacompress.rules.plan import Plan
 from moacompress.runtime.gate import check_room
 
 
@@ -55,14 +54,12 @@ class Preparation:
         out: the folder of the profile.
         source: the model.
         manifest: of the profile; replaced as its parts are made.
-        around: the plan that is profiled around, or None.
         progress: told of what is made.
     """
 
     out: Path
     source: SourceModel
     manifest: Manifest
-    around: Plan | None
     progress: Progress
 
     def untrained_drafts(self) -> list[SampleDraft] | None:
@@ -71,7 +68,7 @@ class Preparation:
         Raises:
             DataError: there is too little data for gates, which is found before anything is answered.
         """
-        if self.around is not None or not self.manifest.has_gates:
+        if not self.manifest.has_gates:
             return None
         if broadcast(None if rank() else known_gates(self.out, self.manifest)) is not None:
             return None
@@ -112,15 +109,13 @@ class Preparation:
         path = self.out / SHINGLES_FILE
         if rank() or (drafts is None and path.is_file()):
             return
-        if drafts is None and self.around is None and self.manifest.has_gates:
+        if drafts is None and self.manifest.has_gates:
             drafts = self._gate_drafts()
         ids = [*(sample.input_ids.tolist() for sample in samples), *(draft.ids for draft in drafts or ())]
-        found = Shingles.of(decode_text(self.source.tokenizer, tokens) for tokens in ids)
-        known = self.around.seen if self.around is not None else None
-        (found if known is None else Shingles.union([found, known])).save(path)
+        Shingles.of(decode_text(self.source.tokenizer, tokens) for tokens in ids).save(path)
 
     def make_gates(self, drafts: Sequence[SampleDraft] | None) -> GateWeights | None:
-        """Returns the gates in the folder, after they were put there from the plan or by training; None where no rule selects.
+        """Returns the gates in the folder, after they were trained; None where no rule selects.
 
         `drafts` are those of `untrained_drafts`.
         """
@@ -128,11 +123,7 @@ class Preparation:
             return None
         gates: Gates | None = broadcast(None if rank() else known_gates(self.out, self.manifest))
         if gates is None:
-            if self.around is not None:
-                assert self.around.gate_weights is not None
-                gates = Gates(self.around.gate_weights, {})
-            else:
-                gates = self._train(drafts or broadcast(None if rank() else self._gate_drafts()))
+            gates = self._train(drafts or broadcast(None if rank() else self._gate_drafts()))
             if not rank():
                 gates.save(self.out, self.manifest.fingerprint)
         self.note(replace(self.manifest, gates=gates.weights.fingerprint))

@@ -18,7 +18,6 @@ from moacompress.calibration.profile.folder import prepare
 from moacompress.calibration.profile.manifest import Manifest
 from moacompress.calibration.profile.preparation import Preparation, known_gates, profile_drafts
 from moacompress.calibration.profile.request import (
-    check_around,
     check_samples,
     file_digests,
     request_fingerprint,
@@ -44,7 +43,6 @@ from moacompress.models.processes import broadcast, check_alike, join
 from moacompress.models.source import SourceModel
 from moacompress.prompts.pools import SPLITS
 from moacompress.recipe import Recipe
-from moacompress.rules.plan import Plan
 from moacompress.runtime.ready_model import load_for
 
 logger = logging.getLogger(__name__)
@@ -55,7 +53,6 @@ def profile(
     out: str | Path,
     recipe: Recipe,
     *,
-    around: Plan | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -69,7 +66,6 @@ def profile(
         model: MODEL (hub id, folder, `.gguf` file), or a loaded model.
         out: the folder. With the same request in it, finished samples are kept and a finished profile is returned.
         recipe: the run; `calibration`, `profile`, `seed` count, and for MODEL `dtype` and `device`.
-        around: a plan of this model: profile what every change of a rule would do to the model under it.
         overwrite: start from scratch, whatever profile is in the folder; other files in it stay.
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
         progress: receives the progress.
@@ -77,10 +73,9 @@ def profile(
     Raises:
         ModelError: the model cannot be loaded or profiled.
         DataError: lengths that the model or the rules do not allow, no samples, or too many without finite numbers.
-        PlanError: `around` is a plan of another model, one whose layers share attention, or one whose gates are not at hand.
         ArtefactError: the folder holds something else, cannot be written, or another process is filling it.
     """
-    made, _ = _profiled(model, out, recipe, around, None, overwrite, trust_remote_code, progress or SILENT)
+    made, _ = _profiled(model, out, recipe, None, overwrite, trust_remote_code, progress or SILENT)
     assert made is not None
     return made
 
@@ -91,7 +86,6 @@ def profile_shard(
     recipe: Recipe,
     shard: str,
     *,
-    around: Plan | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -104,14 +98,13 @@ def profile_shard(
         UsageError: no shard, or one without samples. Other errors are those of `profile`.
     """
     parse_shard(shard)
-    return _profiled(model, out, recipe, around, shard, overwrite, trust_remote_code, progress or SILENT)[1]
+    return _profiled(model, out, recipe, shard, overwrite, trust_remote_code, progress or SILENT)[1]
 
 
 def _profiled(
     model: str | Path | SourceModel,
     out: str | Path,
     recipe: Recipe,
-    around: Plan | None,
     shard: str | None,
     overwrite: bool,
     trust_remote_code: bool,
@@ -127,10 +120,8 @@ def _profiled(
     source = load_for(recipe, model, trust_remote_code=trust_remote_code)
     weights = source.shape.weights_fingerprint
     check_alike({"moacompress": own_version(), "weights": weights, "dtype": source.computes_in})
-    if around is not None:
-        check_around(source, around)
     with _place(out):
-        manifest, made = broadcast(None if rank() else _begin(out, source, recipe, around, shard, overwrite))
+        manifest, made = broadcast(None if rank() else _begin(out, source, recipe, shard, overwrite))
         if made is not None:
             return made, manifest
         if rank():  # on a machine that does not see the first one's disk
@@ -138,16 +129,15 @@ def _profiled(
                 remove([out / SAMPLES_FOLDER])
             if not (out / MANIFEST_FILE).exists():
                 manifest.write(out)
-        begun = Preparation(out, source, manifest, around, progress)
+        begun = Preparation(out, source, manifest, progress)
         drafts = begun.untrained_drafts()
         samples, validation = begun.make_samples()
         begun.find_centres()
         begun.write_shingles([*samples, *validation], drafts)
-        if around is None:
-            measure_rounding(out, source, recipe, validation, progress, trust_remote_code=trust_remote_code)
+        measure_rounding(out, source, recipe, validation, progress, trust_remote_code=trust_remote_code)
         gates = begun.make_gates(drafts)
         numbered = begun.manifest.numbered(samples)
-        statistics, manifest = SampleRun(out, source, begun.manifest, numbered, around, gates, progress).run()
+        statistics, manifest = SampleRun(out, source, begun.manifest, numbered, gates, progress).run()
         if shard is not None:
             begun.note(manifest)
             return None, broadcast(manifest)
@@ -169,23 +159,21 @@ def _place(out: Path) -> Iterator[None]:
 
 
 def _begin(
-    out: Path, source: SourceModel, recipe: Recipe, around: Plan | None, shard: str | None, overwrite: bool
+    out: Path, source: SourceModel, recipe: Recipe, shard: str | None, overwrite: bool
 ) -> tuple[Manifest, Profile | None]:
     """Checks what is asked for, and makes the folder, or finds what an earlier run left there.
 
     Returns the manifest, and the profile where it is finished.
     """
-    check_samples(source, recipe, None if overwrite else out, around)
-    rules = rules_on_offer(recipe, around)
-    key = around.key() if around is not None else ""
-    request = request_fingerprint(source.shape, rules, recipe, file_digests(recipe), key, source.computes_in)
-    asked = Manifest(source.source, source.shape, rules, recipe, request, key, wording=calibration_wording())
+    check_samples(source, recipe, None if overwrite else out)
+    rules = rules_on_offer(recipe)
+    request = request_fingerprint(source.shape, rules, recipe, file_digests(recipe), source.computes_in)
+    asked = Manifest(source.source, source.shape, rules, recipe, request, wording=calibration_wording())
     if shard is not None:
         drafts = (profile_drafts(source, asked, split) for split in SPLITS[:2])
         asked = replace(asked, shard=Shard.of(*parse_shard(shard), *drafts))
     if not overwrite:
-        trains = around is None and asked.has_gates
-        check_wording(out, asked, lambda found: trains and known_gates(out, found) is None)
+        check_wording(out, asked, lambda found: asked.has_gates and known_gates(out, found) is None)
     manifest = prepare(out, asked, overwrite)
     if manifest.complete and (not manifest.has_gates or known_gates(out, manifest) is not None):
         try:

@@ -9,23 +9,20 @@ from moacompress.calibration.data import sample_sources
 from moacompress.calibration.gates import gate_samples
 from moacompress.calibration.profile.manifest import VERSION
 from moacompress.core.artefact_names import CALIBRATION_FILE, GATES_FILE, VALIDATION_FILE
-from moacompress.core.errors import DataError, PlanError
+from moacompress.core.errors import DataError
 from moacompress.core.files import digest_files, fingerprint
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.recipe_sections import INFLUENCE, file_name
 from moacompress.rules.candidates import candidate_rules, gated_rules
 from moacompress.rules.model_shape import ModelShape
-from moacompress.rules.plan import Plan
 from moacompress.rules.rule import SINKS, Rule
-from moacompress.runtime.gate import gates_of
 
 
-def rules_on_offer(recipe: Recipe, around: Plan | None) -> tuple[Rule, ...]:
-    """Returns the rules that a profile is of; some select where gates are trained, or the plan around which it is has them."""
+def rules_on_offer(recipe: Recipe) -> tuple[Rule, ...]:
+    """Returns the rules that a profile is of; some select where gates are trained."""
     bounds = max(recipe.calibration.lengths), SINKS, recipe.profile.min_window
-    selects = recipe.profile.gates if around is None else around.selects
-    return candidate_rules(*bounds) + (gated_rules(*bounds) if selects else ())
+    return candidate_rules(*bounds) + (gated_rules(*bounds) if recipe.profile.gates else ())
 
 
 def data_recipe(recipe: Recipe, rules: Sequence[Rule]) -> Recipe:
@@ -39,20 +36,17 @@ def request_fingerprint(
     rules: Sequence[Rule],
     recipe: Recipe,
     files: dict[str, str],
-    around: str = "",
     computes_in: str | None = None,
 ) -> str:
     """Returns a hash of all that decides a profile's numbers and is known before its samples are made.
 
     Choices that only matter later (estimator, search, evaluation) are not in it, nor is which statistics are recorded.
-    `files` are `file_digests` of the recipe, and `around` is the key of the plan that is profiled around. `computes_in` is a
-    dtype, by default the model's own.
+    `files` are `file_digests` of the recipe. `computes_in` is a dtype, by default the model's own.
     """
     other = computes_in not in (None, shape.dtype)
-    trains = not around and any(rule.selects for rule in rules)  # around a plan its own gates select
+    trains = any(rule.selects for rule in rules)
     return fingerprint(
         {
-            "around": around,
             "version": VERSION,
             "model": shape.to_dict(),
             "rules": [rule.to_list() for rule in rules],
@@ -79,20 +73,6 @@ def file_digests(recipe: Recipe) -> dict[str, str]:
     return {name: " ".join(digests) for name, digests in found.items()}
 
 
-def check_around(source: SourceModel, plan: Plan) -> None:
-    """Refuses a plan that a model cannot be profiled around.
-
-    Raises:
-        PlanError: a plan of another model, one whose layers share attention, or one whose gates are not at hand.
-    """
-    plan.check_model(source.shape, weights=True)
-    if plan.shares:
-        raise PlanError(
-            "layers of the plan share attention, and profiling around such a plan is not possible; give a plan without sharing"
-        )
-    gates_of(plan, source.model.config.get_text_config(decoder=True).hidden_size)
-
-
 def check_lengths(context: int, recipe: Recipe) -> None:
     """Refuses lengths that cannot be profiled by a model with a context of so many tokens, 0 if it has no limit.
 
@@ -112,7 +92,7 @@ def check_lengths(context: int, recipe: Recipe) -> None:
         )
 
 
-def check_samples(source: SourceModel, recipe: Recipe, out: Path | None = None, around: Plan | None = None) -> None:
+def check_samples(source: SourceModel, recipe: Recipe, out: Path | None = None) -> None:
     """Refuses samples that cannot be made, before anything is written: drafts are made of all that are not in `out` yet.
 
     The model does not run.
@@ -121,7 +101,7 @@ def check_samples(source: SourceModel, recipe: Recipe, out: Path | None = None, 
         DataError: data that no samples can be made of, or lengths that cannot be profiled.
     """
     check_lengths(source.context, recipe)
-    if recipe.profile.gates and around is None and (out is None or not (out / GATES_FILE).exists()):
+    if recipe.profile.gates and (out is None or not (out / GATES_FILE).exists()):
         gate_samples.gate_drafts(source, recipe)
     if out is None or not (out / CALIBRATION_FILE).exists():
         sample_sources.make_drafts(source, recipe, "calibration")

@@ -20,7 +20,6 @@ from moacompress.core.ranks import rank, work_shard, world_size
 from moacompress.models.processes import broadcast, gathered, shared
 from moacompress.models.source import SourceModel
 from moacompress.rules.gate_weights import GateWeights
-from moacompress.rules.plan import Plan
 from moacompress.rules.rule_table import RuleTable
 
 logger = logging.getLogger(__name__)
@@ -56,7 +55,6 @@ class SampleRun:
         source: the model.
         manifest: of the profile.
         samples: those that are here, by their number in the profile.
-        around: the plan that is profiled around, or None.
         gates: what rules that select choose by, or None.
         progress: told of every sample.
         finished: statistics and seconds of the samples that are done, by number; in the first process alone.
@@ -67,7 +65,6 @@ class SampleRun:
     source: SourceModel
     manifest: Manifest
     samples: Mapping[int, Sample]
-    around: Plan | None
     gates: GateWeights | None
     progress: Progress
     finished: dict[int, tuple[Statistics, float]] = field(default_factory=dict)
@@ -134,7 +131,6 @@ class SampleRun:
             self._table,
             self.samples[index],
             recipe.profile,
-            self.around,
             recipe.seed,
             index,
             self.gates,

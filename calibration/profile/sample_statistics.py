@@ -7,9 +7,6 @@ diag(p) - p p^T, the Fisher matrix of the next-token distribution, or of one tha
 knows of. Then the expected square of `sum_i d_i(r)` (see `influence`) is twice the KL of rule r, to second order where the
 model is unsure, and about a bound of it elsewhere. A few draws of z serve a sample. What formats change is small, so theirs is
 scaled back to the curvature at the dense model.
-
-Around a plan the gradient is not zero: one more pass starts at it, and its signed `sum_i d_i(r)` is the first-order
-term of what a change of rule does, beside half the curvature at the plan's own distribution.
 """
 
 from __future__ import annotations
@@ -29,9 +26,6 @@ from moacompress.calibration.profile.passes import (
     Cotangent,
     Recording,
     Tape,
-    output_logits,
-    recorded,
-    target_states,
     tokens_and_rows,
 )
 from moacompress.calibration.profile.precision import PrecisionSums
@@ -46,7 +40,6 @@ from moacompress.recipe_sections import ProfileRecipe
 from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.key_centres import Centres
 from moacompress.rules.model_shape import ModelShape
-from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 
@@ -126,32 +119,12 @@ def label_cotangent(labels: Tensor) -> Cotangent:
     return gradient
 
 
-class Divergence:
-    """The gradient of the mean KL(dense || model) at the model's logits; a `Cotangent`.
-
-    Attributes:
-        dense: what the dense model's output layer gets, `[tokens, hidden]`.
-        kl: the mean KL of the rows that it was called for, nats.
-    """
-
-    def __init__(self, model: PreTrainedModel, dense: Tensor) -> None:
-        self.model, self.dense, self.kl = model, dense, 0.0
-
-    def __call__(self, logits: Tensor, part: slice) -> Tensor:
-        """Returns the gradient at a chunk of rows, `[rows, vocabulary]`."""
-        with torch.no_grad():
-            p, q = (torch.log_softmax(of.float(), -1) for of in (output_logits(self.model, self.dense[part]), logits))
-            self.kl += float((p.exp() * (p - q)).sum()) / len(self.dense)
-            return q.exp_().sub_(p.exp_()).div_(len(self.dense)).to(logits.dtype)
-
-
 def sample_statistics(
     model: PreTrainedModel,
     shape: ModelShape,
     table: RuleTable,
     sample: Sample,
     chosen: ProfileRecipe,
-    around: Plan | None,
     seed: int,
     index: int,
     gates: GateWeights | None = None,
@@ -165,11 +138,10 @@ def sample_statistics(
         table: the rules.
         sample: the sample.
         chosen: how many cotangents, and which statistics beside the influence.
-        around: the plan to profile around, or None for the dense model.
         seed: the run's; with `index` it decides the cotangents.
         index: number of the sample.
-        gates: what rules that select choose by, those of the plan too.
-        centres: what keys in codes lie less, those of the plan too.
+        gates: what rules that select choose by.
+        centres: what keys in codes lie less.
 
     Returns:
         Of all KV heads, also where ranks have some of them each; the numbers may be not finite.
@@ -177,12 +149,7 @@ def sample_statistics(
     Raises:
         UsageError: copies of earlier layers, where a rank does not have all KV heads.
     """
-    assert around is None or not around.selects or gates is not None
     ids, rows = tokens_and_rows(model, sample)
-    dense = None
-    if around is not None:
-        with recorded(model, Recording.of(shape, table)):  # attention as below: around a full plan nothing differs
-            dense = target_states(model, ids, rows)
     own = heads_here(model, shape.kv_heads)
     if chosen.anchors and len(own) < shape.kv_heads:
         raise UsageError(
@@ -191,13 +158,9 @@ def sample_statistics(
         )
     here, size, devices = len(own), (len(own), len(table)), layer_devices(model)
     stacked = partial(_stacked, heads=own, kv_heads=shape.kv_heads)
-    recording = Recording.of(shape, table, around, keep=chosen.anchors > 0, gates=gates, heads=own, centres=centres)
+    recording = Recording.of(shape, table, keep=chosen.anchors > 0, gates=gates, heads=own, centres=centres)
     influence = [InfluenceSums(*size, device) for device in devices]
-    rounding = [
-        PrecisionSums(here, chosen.formats, plan, device)
-        for plan, device in zip(recording.plans, devices, strict=True)
-        if chosen.formats
-    ]
+    rounding = [PrecisionSums(here, chosen.formats, device) for device in devices if chosen.formats]
     found: dict[str, Tensor] = {}
     heads = [HeadSums(here, device) for device in (devices if chosen.heads else ())]
     copies = [
@@ -206,12 +169,6 @@ def sample_statistics(
         if recording.attended is not None
     ]
     with Tape(model, recording, ids, rows) as tape:
-        if dense is not None:
-            divergence = Divergence(model, dense)
-            tape.backward(divergence, _by_layer(influence, rounding), last=False)
-            sums = stacked(influence) | (stacked(rounding) if rounding else {})
-            found |= {name.replace("total", "first"): sums[name] for name in DRAWN if name in sums}
-            found["harm"] = torch.tensor([max(divergence.kl, 0.0)])
         if chosen.baselines:
             baselines = [BaselineSums(*size, device) for device in devices]
             tape.backward(label_cotangent(ids[rows + 1]), _by_layer(baselines), last=False)

@@ -7,7 +7,7 @@ notation of `influence` and the anchor's probabilities P', its output moves alon
 
 where e' is the probability of the anchor's learned sink logit, if it has one. This is exact, as for rules, and half of
 its expected square is the predicted KL. Every pair of an own and an anchor KV head is tried: what a head map costs is
-the sum over own heads. Under a plan, O is the layer's output and P' the anchor's probabilities under it.
+the sum over own heads.
 
 A layer may copy an earlier layer with the same native window only; `copyable` says which. Statistics of other pairs of
 layers are 0, so that all arrays are finite and of one shape: they mean nothing.
@@ -26,8 +26,6 @@ from torch import Tensor
 from moacompress.calibration.profile.statistics import Statistics, kl_of_squares
 from moacompress.calibration.profile.tiles import AttentionSpec, Tile, TileView, tile_probabilities
 from moacompress.core.errors import UsageError
-from moacompress.kernels.arguments import as_tensors
-from moacompress.rules.rule_table import RuleTable
 
 
 @dataclass(frozen=True)
@@ -42,18 +40,14 @@ class Attended:
         key: `[1, kv_heads, N, head_dim]`, detached.
         sink_logit: learned sink logit of each query head, `[heads]`, or None.
         spec: how the layer attends.
-        plan: the rule of each KV head, or None for the dense model.
         value: `[1, kv_heads, N, value_dim]`, detached, where the recording keeps values.
-        own: see `Choices`, where rules of the plan select.
     """
 
     query: Tensor
     key: Tensor
     sink_logit: Tensor | None
     spec: AttentionSpec
-    plan: RuleTable | None = None
     value: Tensor | None = None
-    own: Tensor | None = None
 
     def probabilities(self, tile: Tile, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Returns how a tile of rows attends.
@@ -66,8 +60,7 @@ class Attended:
         query = self.query[0, :, tile.rows].to(dtype).reshape(kv_heads, -1, size) * self.spec.scaling
         keys = self.key[0, :, tile.low : tile.high].to(dtype).flip(1)
         sink = None if self.sink_logit is None else self.sink_logit.to(dtype).view(kv_heads, -1, 1, 1)
-        plan = None if self.plan is None else as_tensors(self.plan.in_layer(self.spec.native_window), query.device)
-        probabilities, escape, _ = tile_probabilities(query, keys, tile, self.spec, sink, plan, self.own)
+        probabilities, escape, _ = tile_probabilities(query, keys, tile, self.spec, sink)
         return probabilities, escape
 
 
@@ -109,8 +102,7 @@ class CopySums:
         """Adds a tile."""
         if not self._anchors:
             return
-        # around a plan the view's probabilities are the dense model's, not those that O is made of
-        own = view.probabilities if view.plan is None else self._of_layer(self._layer, view)[0]
+        own = view.probabilities
         pulled = torch.bmm(view.cotangent, view.values.transpose(1, 2)).view_as(own)
         delta = (own * pulled).sum(-1, keepdim=True)
         pulled.sub_(delta)
@@ -157,7 +149,7 @@ def _directions(probabilities: Tensor) -> Tensor:
 def copy_influence(statistics: Statistics) -> npt.NDArray[np.float64]:
     """Returns the predicted KL of one KV head that copies, in nats per answer token, a mean over samples as for rules.
 
-    Around a plan it is the curvature's part alone. It means nothing (and is 0) where `copyable` is False.
+    It means nothing (and is 0) where `copyable` is False.
 
     Returns:
         `[layers, anchors, kv_heads, anchor's kv_heads]`; the anchor of `[l, k]` is layer `l - 1 - k`.

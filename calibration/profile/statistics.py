@@ -23,7 +23,7 @@ SIDES = ("key", "value")
 """What has a format, as names of arrays begin."""
 DRAWN = ("total", *(f"{side}_total" for side in SIDES))
 """Arrays with an axis for the draw in front."""
-OF_RULES = ("squares", "total", "first", "moa", "mass")
+OF_RULES = ("squares", "total", "moa", "mass")
 """Arrays with an axis for the rules, the last."""
 DISTANCE_BINS = 18
 """Bins of the distance histograms: 0, 1, 2-3, 4-7, ... tokens; the last begins at 65,536."""
@@ -42,10 +42,8 @@ class Statistics:
         arrays: by name, float32, `[layers, kv_heads, rules]` each:
             `squares`: `sum_i d_i^2` over the sample's rows, mean over the draws of the cotangent;
             `total`: `sum_i d_i` of each draw, so with an axis for the draw in front;
-            `first`: around a plan, `sum_i d_i` from the gradient of KL(dense || plan), signed;
-            `harm`: around a plan, KL(dense || plan) itself, nats per answer token, `[1]`;
-            `key_squares`, `key_total`, `key_first`, `value_squares`, `value_total`, `value_first`: of formats instead of
-                rules, `1 + formats` on the last axis, the native one first; see `precision.PrecisionSums`;
+            `key_squares`, `key_total`, `value_squares`, `value_total`: of formats instead of rules, `1 + formats` on the last
+                axis, the native one first; see `precision.PrecisionSums`;
             `moa`, `mass`: from the gold label; see `collectors.BaselineSums`;
             `distance`, `sink_mass`, `entropy`: of other shapes, see `heads.HeadSums`;
             `copy_squares`, `copy_cosine`: of other shapes, see `sharing.CopySums`.
@@ -115,22 +113,19 @@ def _array(estimator: str) -> str:
     return "squares" if estimator == ROBUST else estimator
 
 
-def array_shapes(chosen: ProfileRecipe, shape: ModelShape, rules: int, around: bool) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every array of a sample's statistics, for so many rules, around a plan or not."""
+def array_shapes(chosen: ProfileRecipe, shape: ModelShape, rules: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every array of a sample's statistics, for so many rules."""
     size = (shape.layers, shape.kv_heads, rules)
     names = ["squares"]
-    names += ["first"] if around else []
     names += ["moa", "mass"] if chosen.baselines else []
     heads = {"distance": (*size[:2], DISTANCE_BINS), "sink_mass": (*size[:2], len(SINKS)), "entropy": size[:2]}
     pairs = size[0], chosen.anchors, size[1], size[1]
     formats = (*size[:2], 1 + len(chosen.formats))
-    parts = ("squares", "first") if around else ("squares",)
     return {
         "total": (chosen.draws, *size),
         **dict.fromkeys(names, size),
-        **{f"{side}_{part}": formats for side in (SIDES if chosen.formats else ()) for part in parts},
+        **{f"{side}_squares": formats for side in (SIDES if chosen.formats else ())},
         **{f"{side}_total": (chosen.draws, *formats) for side in (SIDES if chosen.formats else ())},
-        **({"harm": (1,)} if around else {}),
         **(heads if chosen.heads else {}),
         **dict.fromkeys(("copy_squares", "copy_cosine") if chosen.anchors else (), pairs),
     }

@@ -87,7 +87,6 @@ class Profile(Shown):
         sample_lengths: nominal length of every profiled sample, int64 `[samples]`.
         sample_kinds: kind of every profiled sample, "answer" or "text".
         statistics: of every profiled sample.
-        around: key of the plan that was profiled around; empty for the dense model.
         formats: of keys and values that `rules` has beside the native one; see `offering`.
         gates_fingerprint: of the gates that rules which select choose by; empty where no rule does.
         centres: mean keys that the keys of plans in codes lie less; empty where no formats were profiled.
@@ -108,7 +107,6 @@ class Profile(Shown):
     sample_lengths: npt.NDArray[np.int64]
     sample_kinds: tuple[str, ...]
     statistics: Statistics
-    around: str = ""
     formats: tuple[str, ...] = ()
     gates_fingerprint: str = ""
     centres: Centres = ()
@@ -160,7 +158,7 @@ class Profile(Shown):
         """Returns a statistic of all parts of the rules, `[samples, ..., layers, kv_heads, parts]`.
 
         Args:
-            name: "squares", "total" or "first".
+            name: "squares" or "total".
         """
         arrays = [self.statistics.arrays[name]]
         if self.formats:
@@ -175,15 +173,14 @@ class Profile(Shown):
     def influence(self, estimator: str, kind: str = "answer") -> npt.NDArray[np.float64]:
         """Returns the predicted KL of one rule on one KV head, in nats per answer token.
 
-        Around a plan it is the predicted change of KL: the signed first-order term plus half the curvature. What keys and
-        values lose by their formats is predicted for the span that the KV head has there, and added to what the span costs.
+        What keys and values lose by their formats is predicted for the full span, and added to what the span costs.
 
         Args:
             estimator: one of `estimators`.
             kind: of the samples: "answer", or "text" for those of plain text.
 
         Returns:
-            float64 `[lengths, layers, kv_heads, rules]`; 0 for `rules[0]`, around a plan for the rule that a KV head has.
+            float64 `[lengths, layers, kv_heads, rules]`; 0 for `rules[0]`.
 
         Raises:
             UsageError: an estimator or a kind of samples that the profile does not hold.
@@ -313,10 +310,7 @@ class Profile(Shown):
 
     def _at(self, length: int, estimator: str, kind: str, side: str = "") -> npt.NDArray[np.float64]:
         chosen = self.samples_of(length, kind)
-        found, first = estimate(self.statistics, estimator, chosen, side), f"{side}_first" if side else "first"
-        if first in self.statistics.arrays:
-            found = found + self.statistics.arrays[first][chosen].astype(np.float64).mean(0)
-        return found
+        return estimate(self.statistics, estimator, chosen, side)
 
     def subset(self, samples: Sequence[int]) -> Profile:
         """Returns the same profile with only some of its samples, by index; every length must stay."""
@@ -363,7 +357,6 @@ class Profile(Shown):
             sample_lengths=lengths,
             sample_kinds=kinds,
             statistics=statistics,
-            around=head.around,
             gates_fingerprint=head.gates,
             centres=head.centres,
             skipped=head.skipped,

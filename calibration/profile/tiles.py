@@ -88,8 +88,6 @@ def tile_probabilities(
     tile: Tile,
     spec: AttentionSpec,
     sink_logit: Tensor | None,
-    plan: RuleTable | None = None,
-    own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns the attention probabilities of a tile.
 
@@ -99,8 +97,6 @@ def tile_probabilities(
         tile: which rows and keys.
         spec: how the layer attends.
         sink_logit: learned sink logit of each query head, `[kv_heads, group, 1, 1]`, or None.
-        plan: the rule of each KV head of this layer, on the query's device, or None for the dense model.
-        own: see `Choices`, where rules of the plan select.
 
     Returns:
         Probabilities `[kv_heads, group, rows, keys]`; that of the learned sink `[kv_heads, group, rows, 1]` or None;
@@ -113,8 +109,6 @@ def tile_probabilities(
         slope = 1 - logits.square()
         logits.mul_(spec.softcap)
     _mask_logits(logits, tile, spec.native_window)
-    if plan is not None:
-        mask_plan(logits, tile, plan, own, -torch.inf)
     if sink_logit is None:
         return torch.softmax(logits, -1), None, slope
     total = torch.logaddexp(torch.logsumexp(logits, -1, keepdim=True), sink_logit)
@@ -130,9 +124,8 @@ class TileView:
         table: the rules, for this layer and on its device.
         probabilities: P, of all that the dense model sees, `[kv_heads, group, rows, keys of the tile]`, newest key first,
             zero where nothing is seen.
-        centred: `P * (G - D)`, of the same shape; D is that of the output as the layer computes it.
+        centred: `P * (G - D)`, of the same shape.
         escaped: with a learned sink logit, its probability e and `e * D`, both `[kv_heads, group, rows, 1]`.
-        plan: the rule that each KV head runs under, or None for the dense model.
         query: scaled queries of the rows, `[kv_heads, group * rows, head_dim]`.
         cotangent: dO of the rows, `[kv_heads, group * rows, head_dim]`.
         keys: keys of the tile, newest first, `[kv_heads, keys, head_dim]`.
@@ -145,7 +138,6 @@ class TileView:
     probabilities: Tensor
     centred: Tensor
     escaped: tuple[Tensor, Tensor] | None
-    plan: RuleTable | None
     query: Tensor
     cotangent: Tensor
     keys: Tensor
@@ -166,14 +158,14 @@ class TileView:
     def deltas(self) -> Tensor:
         """`d_i(r)`, summed over the query heads of each KV group: `[kv_heads, rows, rules]`.
 
-        Exactly 0 where a rule hides nothing else than the rule that the layer runs under, whatever gates select.
+        Exactly 0 where a rule hides nothing.
         """
         mass, pull = self.visible(self.probabilities), self.visible(self.centred)
         if self.escaped is not None:
             mass += self.escaped[0]
             pull -= self.escaped[1]
         deltas = pull.div_(mass.clamp_min_(torch.finfo(mass.dtype).tiny)).sum(1)
-        return deltas.masked_fill_(self._unchanged(), 0)
+        return deltas.masked_fill_(self.full, 0)
 
     def visible(self, values: Tensor) -> Tensor:
         """Returns sums over the keys that each rule sees, `[kv_heads, group, rows, rules]`.
@@ -242,27 +234,6 @@ class TileView:
     def _sink_at(self) -> Tensor:
         return (self.segments[0] - self.tile.low).clamp(0, self._oldest)
 
-    def _unchanged(self) -> Tensor:
-        """Returns which rules see what the layer sees now, broadcastable to `[kv_heads, rows, rules]`."""
-        sink_end, start = self.segments
-        if self.plan is None:
-            return self.full
-        now_end, now_start = (edge.T[..., None] for edge in hidden_spans(self.plan, self.rows))
-        now_left = (now_start - now_end).clamp_min(0)
-        own = self.choices is not None and self.choices.own is not None
-        now_kept = selected(now_left, *(part[:, None, None] for part in self.plan.select)) if own else 0 * now_left
-        selected_alike = (self._kept == now_kept) & ((self._kept == 0) | self._alike)
-        same = (sink_end == now_end) & (start == now_start) & selected_alike
-        return same | (self.full & (now_kept >= now_left))
-
-    @cached_property
-    def _alike(self) -> Tensor:
-        """Whether each KV head's own rule chooses as each of the rules does, `[kv_heads, 1, rules]`."""
-        assert self.plan is not None
-        sides = (torch.stack([table.span.sink, *table.select]) for table in (self.plan, self.table))
-        own, asked = (numbers.to(self.rows.device) for numbers in sides)
-        return (own[:, :, None] == asked[:, None]).all(0)[:, None]
-
 
 class Collector(Protocol):
     """What receives every tile of rows of a layer's backward pass."""
@@ -276,12 +247,10 @@ class CachedPart(NamedTuple):
 
     Attributes:
         given: as the model makes them, keys after their rotary embedding, less their centre.
-        seen: as the layer attends to them, keys less their centre too: rounded where its plan says so.
-        grad: gradient of `seen`.
+        grad: gradient of them.
     """
 
     given: Tensor
-    seen: Tensor
     grad: Tensor
 
 
@@ -297,13 +266,3 @@ def hidden_spans(table: RuleTable, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Returns where what each rule hides begins and ends, `[rows, rules]` each; the native window hides more."""
     (_, sink_end), (start, _) = table.visible_intervals(rows + 1)
     return sink_end, start
-
-
-def mask_plan(logits: Tensor, tile: Tile, plan: RuleTable, own: Tensor | None, fill: float) -> Tensor:
-    """Fills what each KV head's own rule hides, in place; `logits` is `[kv_heads, group, rows, keys of the tile]`."""
-    sink_end, start = (edge.T[..., None] for edge in hidden_spans(plan, tile.rows))
-    keys = torch.arange(tile.high - 1, tile.low - 1, -1, device=logits.device)
-    hidden = (keys >= sink_end) & (keys < start)
-    if own is not None:
-        hidden &= start - sink_end >= own.to(keys.device)[:, None, keys]
-    return logits.masked_fill_(hidden[:, None], fill)

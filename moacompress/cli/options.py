@@ -37,7 +37,7 @@ class Common:
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Set any key of the recipe, such as search.moves=0. Repeatable; `moacompress recipe init` writes all keys.",
+            help="Set any key of the recipe, such as search.trials=1. Repeatable; `moacompress recipe init` writes all keys.",
         ),
     ] = None
     dry_run: Annotated[

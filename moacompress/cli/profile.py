@@ -17,7 +17,6 @@ from moacompress.core.errors import UsageError
 from moacompress.core.place import check_writable
 from moacompress.core.ranks import rank, world_size
 from moacompress.models.skeleton import is_described
-from moacompress.models.stored_plan import find_plan_file, read_plan
 from moacompress.rules.budget import Budget
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from moacompress.calibration.profile.store import Profile
     from moacompress.models.source import SourceModel
     from moacompress.recipe import Recipe
-    from moacompress.rules.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +49,6 @@ Shards = Annotated[
     typer.Argument(metavar="DIR...", help="With --merge: the folders of all shards.", show_default=False),
 ]
 OutFolder = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write the profile to.")]
-Around = Annotated[
-    Path | None, typer.Option(metavar="PLAN", help="Profile the changes to this plan instead of to the dense model.")
-]
 Audit = Annotated[
     int | None,
     typer.Option(
@@ -77,7 +72,6 @@ Merge = Annotated[bool, typer.Option("--merge", help="Combine the shards in the 
     "moacompress profile path/to/model.gguf -o profile/ --lengths 1k,2k --samples 48 --dry-run",
     "moacompress profile path/to/model -o profile/ --source needle --source qa.jsonl --json",
     "moacompress profile path/to/model -o audited/ --audit 120",
-    "moacompress profile path/to/model -o around/ --around plan.json",
     "moacompress profile path/to/model -o profile-3/ --shard 3/8",
     "moacompress profile --merge profile-1/ profile-2/ -o profile/",
     settings=(
@@ -107,7 +101,6 @@ def profile(
     model: ModelArgument = None,
     others: Shards = None,
     out: OutFolder = Path(PROFILE_FOLDER),
-    around: Around = None,
     audit: Audit = None,
     shard: Shard = None,
     merge: Merge = False,
@@ -137,17 +130,16 @@ def profile(
 
     resolved = run.recipe(_earlier(run, out, model), model=model, profile__baselines=None if audit is None else True)
     name = required_model(resolved)
-    plan = None if around is None else read_plan(find_plan_file(around))
     if run.common.dry_run:
         check_data(resolved)
-        return _estimated(resolved, name, plan, shard, run)
+        return _estimated(resolved, name, shard, run)
     if not rank():
         check_writable(out)
         check_data(resolved)
     loaded = load_for(resolved, name, trust_remote_code=run.common.trust_remote_code)
     if audit is not None:  # before anything is profiled
         check_audit(loaded.shape, resolved, *_audit_size(audit, resolved))
-    options: dict[str, Any] = {"around": plan, "overwrite": run.common.overwrite, "progress": run.progress}
+    options: dict[str, Any] = {"overwrite": run.common.overwrite, "progress": run.progress}
     if shard is not None:
         return _shard_output(profile_shard(loaded, out, resolved, shard, **options), out)
     made = profile_model(loaded, out, resolved, **options)
@@ -155,7 +147,7 @@ def profile(
     if audit is not None:
         measured, tables = _audited(made, loaded, resolved, audit, out, run)
         data, show = {**data, **measured}, [*show, *tables]
-    return Output(data, show if plan is not None else [*show, _following(out)])
+    return Output(data, [*show, _following(out)])
 
 
 def _earlier(run: CommandRun, out: Path, model: str | None) -> Recipe | None:
@@ -170,7 +162,7 @@ def _earlier(run: CommandRun, out: Path, model: str | None) -> Recipe | None:
     return found
 
 
-def _estimated(recipe: Recipe, model: str, around: Plan | None, shard: str | None, run: CommandRun) -> Output:
+def _estimated(recipe: Recipe, model: str, shard: str | None, run: CommandRun) -> Output:
     """Times what a profile takes; counts it where the model has no weights.
 
     Raises:
@@ -182,7 +174,7 @@ def _estimated(recipe: Recipe, model: str, around: Plan | None, shard: str | Non
     from moacompress.runtime.ready_model import load_for
 
     consent = run.common.trust_remote_code
-    if around is None and is_described(model):
+    if is_described(model):
         if shard is not None:
             raise UsageError(
                 f"{model} has no weights, so the operations of the whole profile are counted; leave --shard out"
@@ -192,7 +184,7 @@ def _estimated(recipe: Recipe, model: str, around: Plan | None, shard: str | Non
         found = count_run(recipe, counts, steps=("profile",))
         return Output(found.to_dict(), [f"It would take {found.line()} Nothing was profiled."])
     loaded = load_for(recipe, model, trust_remote_code=consent)
-    expected = estimate_profile(loaded, recipe, run.progress, around=around, shard=shard)
+    expected = estimate_profile(loaded, recipe, run.progress, shard=shard)
     return Output(expected.to_dict(), list(expected.lines()))
 
 
@@ -274,7 +266,6 @@ def _profile_output(made: Profile, out: Path) -> tuple[dict[str, Any], list[Rend
         "kv_heads": made.shape.kv_heads,
         "rules": len(made.rules),
         "estimators": list(made.estimators),
-        "around": made.around,
         "seconds": made.seconds,
     }
     found = made.gates if made.recipe.profile.gates else None

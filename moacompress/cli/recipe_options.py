@@ -114,7 +114,7 @@ def read_settings(texts: Sequence[str]) -> dict[str, Any]:
                 raise ValueError("it needs a key and a value")
         except (ValueError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
-            raise UsageError(f"--set {text!r} is not KEY=VALUE, such as search.moves=0: {reason}") from error
+            raise UsageError(f"--set {text!r} is not KEY=VALUE, such as search.trials=1: {reason}") from error
         spelling = _spelling(key)
         if spelling.repeatable and not isinstance(read, list):
             read = [read]

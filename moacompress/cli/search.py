@@ -59,8 +59,6 @@ Status = Annotated[
         "budget",
         "max_loss",
         "search.trials",
-        "search.rounds",
-        "search.moves",
         "search.timeout",
         "search.formats",
         "search.gates",

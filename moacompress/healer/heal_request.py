@@ -134,10 +134,6 @@ class HealRequest:
         source = _load_teacher(teacher, known, compute, recipe, trust_remote_code)
         plan.check_model(source.shape, weights=True)
         known.check_model(source, "heal")
-        if known.around:
-            raise UsageError(
-                f"the profile in {known.path} is of changes around a plan; heal with one of the dense model"
-            )
         key = _key(checkpoint, known, recipe, compute)
         return HealRequest(checkpoint, source, known, recipe, compute, key, types, trust_remote_code)
 

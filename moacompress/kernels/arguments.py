@@ -46,12 +46,10 @@ class Choices(NamedTuple):
         evicted: in each way to select, int32 `[kv_heads, ways, tokens]`; of a token that is never selected no more than have
             left the window when it does.
         of_rule: the way of each rule, -1 of one that does not select, int64 `[rules]`. Rules of one way have one sink.
-        own: `evicted` of the rule that each KV head runs under, int32 `[kv_heads, tokens]`; None where no such rule selects.
     """
 
     evicted: torch.Tensor
     of_rule: torch.Tensor
-    own: torch.Tensor | None = None
 
 
 class TransientTokens(NamedTuple):

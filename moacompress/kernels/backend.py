@@ -326,7 +326,6 @@ class Backend(ABC):
         value: torch.Tensor,
         *,
         rules: RuleTable,
-        plan: RuleTable | None,
         scores: Scores,
         baselines: bool = False,
         lag: int | None = None,
@@ -342,7 +341,6 @@ class Backend(ABC):
             key: `[1, kv_heads, tokens, head_dim]`.
             value: `[1, kv_heads, tokens, value_dim]`.
             rules: every KV head is asked what each of them would do; one native window.
-            plan: the rule that each KV head runs under, or None for the dense model.
             scores: how scores are made.
             baselines: whether to sum MoA's |E| and the masked probability too.
             lag: tokens from a key on before which queries do not count in the influence of single tokens; None for none of it.

@@ -144,7 +144,7 @@ def audit(
         trust_remote_code: run modelling code that comes with the model; recipes and other files have no say in it.
 
     Raises:
-        UsageError: counts that there cannot be, a budget that does not parse, or a profile around a plan.
+        UsageError: counts that there cannot be, or a budget that does not parse.
         InfeasibleBudgetError: no plan fits the budget.
         DataError: no samples.
         ModelError: another model than the profile's, or logits that are not finite.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -14,7 +14,6 @@ import torch
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.passes import answer_logits
 from moacompress.core.errors import DataError, ModelError
-from moacompress.core.files import fingerprint
 from moacompress.core.ranks import rank, splits_model, work_shard
 from moacompress.models.kl import MAX_DENSE_BYTES, kl_divergence
 from moacompress.models.processes import broadcast, gathered
@@ -36,13 +35,6 @@ class Measure(Protocol):
 
     def under(self, plan: Plan) -> Any:
         """Returns a context manager that yields the `SampleKl` of `plan`; the model is dense again when it ends."""
-        ...
-
-    def many(self, number: int, plans: Sequence[Plan], base: Plan) -> Generator[float, None, None]:
-        """Yields the KLs of many plans on one sample; it is quick for those that differ from `base` in late layers.
-
-        The model is dense again once it is closed or has yielded all.
-        """
         ...
 
 
@@ -127,23 +119,6 @@ class Objective:
                 yield
             finally:
                 runtime.detach(self.model)
-
-    def many(self, number: int, plans: Sequence[Plan], base: Plan) -> Generator[float, None, None]:
-        """Yields the KL of every plan on one sample; a plan is run from the first layer in which it differs from `base`."""
-        from moacompress import runtime
-
-        turn, ranks = work_shard()
-        numbered = {at: plan for at, plan in enumerate(plans) if at % ranks == turn}
-        dense = self._dense_logits(number)
-        try:
-            found = kls_of_sample(self.model, self.samples[number], numbered, dense, base, self._weights_of)
-            if ranks > 1:
-                name = fingerprint([plan.key() for plan in (base, *plans)])
-                found = iter(sorted(_gathered(dict(found), name).items()))
-            for _, kl in found:
-                yield _finite(kl, number)
-        finally:
-            runtime.detach(self.model)
 
     def kls(self, plan: Plan, numbers: Sequence[int] | None = None) -> npt.NDArray[np.float64]:
         """Returns the KL of every sample (or of those numbered), float64 [samples], nats."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moacompress.core.files import fingerprint
 from moacompress.core.progress import SILENT, Progress
 from moacompress.core.ranks import work_shard
 from moacompress.rules.plan import Plan
@@ -174,12 +173,3 @@ class PlanEvaluator:
         """Returns what `shown` measured before, or None."""
         kls: list[float] | None = self.claims.result(f"{kind}:{plan.key()}")
         return kls
-
-    def near(self, kind: str, number: int, plans: Sequence[Plan], base: Plan, measure: Measure | None = None) -> Job:
-        """Returns the job of measuring plans near `base` on one sample, be it of another model than the evaluator's.
-
-        Quick are those that differ from `base` in late layers only.
-        """
-        name = f"{kind}:{fingerprint([base.key(), *(plan.key() for plan in plans)])}:{number}"
-        model = measure or self.measure
-        return Job(name, len(plans), lambda known: model.many(number, plans[len(known) :], base))

@@ -1,1 +1,1 @@
-"""Predicted KL: the surrogate of a profile, and profiles made around a plan."""
+"""Predicted KL: the surrogate of a profile."""

@@ -23,8 +23,6 @@ CANDIDATES = 300
 MAX_STEPS = 300
 MAX_TURNS = 10
 """Times that single KV heads, and all KV heads of one rule, are changed in turn."""
-KNEE = 0.05
-"""Nats below which a sample's KL is as good as none: half a nat over an answer of ten tokens, which is then still given."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +33,16 @@ class Quadratic:
 
     Attributes:
         rows: what a part on a KV head moves along each cotangent, `[rows, heads, parts]`, heads of all layers in one axis.
-        linear: first-order change of KL, nats, `[heads, parts]`; 0 around the dense model. Predicted KL is its sum over
-            heads, and half the sum over rows of the squared sum over heads. Around a plan it is the change against that plan.
+            Predicted KL is half the sum over rows of the squared sum over heads.
         parts: the parts of every rule, int64 `[rules, parts of a rule]`; None where every rule is a part of its own.
     """
 
     rows: Floats
-    linear: Floats
     parts: Ints | None = None
 
     @staticmethod
-    def of(profile: Profile, relative: float = 0.0) -> Quadratic:
-        """Returns the form of a profile, be it around a plan, lengths weighing the same.
-
-        Around a plan, `relative` is how much less a sample weighs that the plan degrades more: at 0 what is predicted is the
-        change of the mean KL, at 1 nearly that of the mean logarithm.
-        """
-        arrays = profile.statistics.arrays
+    def of(profile: Profile) -> Quadratic:
+        """Returns the form of a profile, lengths weighing the same."""
         totals = profile.of_parts("total")  # [samples, draws, layers, kv_heads, parts]
         samples, draws = totals.shape[:2]
         kinds = np.array(profile.sample_kinds)
@@ -61,29 +52,15 @@ class Quadratic:
                 here = (kinds == kind) & (profile.sample_lengths == length)
                 lengths = len(set(profile.sample_lengths[kinds == kind].tolist()))
                 weights[here] = weight / (lengths * max(1, here.sum()))
-        if relative and "harm" in arrays:
-            kl = arrays["harm"][:, 0].astype(np.float64)
-            weighed = weights * (kl + KNEE) ** -relative
-            weights = weighed * (weights @ (kl + KNEE)) / (weighed @ (kl + KNEE))
         scale = np.sqrt(weights / draws)[:, None, None, None, None]
         rows = (totals * scale).reshape(samples * draws, -1, totals.shape[-1])
-        if "first" not in arrays:
-            return Quadratic(rows, np.zeros(rows.shape[1:]), profile.parts)
-        linear = np.tensordot(weights, profile.of_parts("first"), axes=1).reshape(rows.shape[1:])
-        return Quadratic(rows, linear, profile.parts)
-
-    def joined(self, other: Quadratic) -> Quadratic:
-        """Returns the mean of two forms, each weighing as much as it has rows."""
-        ours, theirs = (len(form.rows) / (len(self.rows) + len(other.rows)) for form in (self, other))
-        rows = np.concatenate([self.rows * ours**0.5, other.rows * theirs**0.5])
-        return Quadratic(rows, ours * self.linear + theirs * other.linear, self.parts)
+        return Quadratic(rows, profile.parts)
 
     def kl(self, choice: Ints) -> float:
         """Returns the predicted KL of a choice of rules, `[layers, kv_heads]`, in nats."""
         chosen = choice.reshape(-1)
         heads = np.arange(len(chosen))
-        first = self.linear[heads[:, None], self._parts_of(chosen)].sum()
-        return float(first + (self._moved(heads, chosen).sum(axis=1) ** 2).sum() / 2)
+        return float((self._moved(heads, chosen).sum(axis=1) ** 2).sum() / 2)
 
     def _parts_of(self, rules: Ints) -> Ints:
         """Returns the parts of rules, `[..., parts of a rule]`."""
@@ -115,7 +92,7 @@ class Quadratic:
 
     def merged(self, groups: HeadGroups) -> Quadratic:
         """Returns the form over groups of KV heads that have one rule: what they move adds up before it is squared."""
-        return replace(self, rows=groups.summed(self.rows), linear=groups.summed(self.linear))
+        return replace(self, rows=groups.summed(self.rows))
 
     def changes(self, choice: Ints) -> Floats:
         """Returns the predicted change of KL by every change of one KV head, nats, `[layers, kv_heads, rules]`."""
@@ -130,7 +107,7 @@ class Quadratic:
         heads = np.arange(len(now))
         total = self._moved(heads, now).sum(axis=1)
         own = self._products[heads[:, None], self._parts_of(now)].sum(axis=1)
-        found: Floats = self._of_rules(np.tensordot(total, self.rows, axes=1) - own + self.linear) + self._squares / 2
+        found: Floats = self._of_rules(np.tensordot(total, self.rows, axes=1) - own) + self._squares / 2
         return found - found[heads, now][:, None]
 
     def refined(self, choice: Ints, costs: Floats, share: float, knapsack: Knapsack) -> Ints:

@@ -10,7 +10,7 @@ REST_CAUTION = 1.0
 
 
 def spend_leftover(incumbent: Incumbent, context: SearchContext) -> Incumbent:
-    """Spends what interactions and moves gave back, and what another length left over, where the surrogate says.
+    """Spends what interactions gave back, and what another length left over, where the surrogate says.
 
     No KV head then takes fewer bytes at any length of the budget, and some take more. What the validation samples do not ask
     for may need it, so it stays unless they say that it is worse, by more than the standard error of the paired difference.

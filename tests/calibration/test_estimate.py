@@ -28,7 +28,7 @@ from moacompress.calibration.profile.estimate import (
     sample_counts,
 )
 from moacompress.calibration.profile.sample_statistics import sample_statistics
-from moacompress.core.errors import DataError, ModelError, PlanError
+from moacompress.core.errors import DataError, ModelError
 from moacompress.core.progress import Progress
 from moacompress.estimate import stopwatch
 from moacompress.estimate.live_bytes import LiveBytes
@@ -37,7 +37,6 @@ from moacompress.models.source import SourceModel, model_shape
 from moacompress.models.weight_bytes import resident_bytes
 from moacompress.recipe import Recipe
 from moacompress.rules.candidates import candidate_rules
-from moacompress.rules.plan import Plan
 from moacompress.rules.rule import SINKS
 from moacompress.rules.rule_table import RuleTable
 
@@ -127,7 +126,7 @@ def test_the_work_of_a_profile() -> None:
     assert gated.pop((Kind.FORWARD, 256, 0, "gates")) == 2 * (100 + JUDGED)  # sums of two layers do not fit together
     assert gated == plain | {(Kind.FORWARD, 256, 1, "answers"): 103, (Kind.STEP, 256, 1, "answers"): 103 * 8}
     everything = recipe(512, profile={"draws": 3, "baselines": True})
-    assert (backward_passes(everything.profile), backward_passes(everything.profile, around=True)) == (4, 5)
+    assert backward_passes(everything.profile) == 4
     longer = recipe(128, 256, longer_samples=3)
     counts = sample_counts(longer, 4096)
     assert counts[512] == SampleCounts(0, 0, 3)
@@ -149,7 +148,7 @@ def test_memory_is_that_of_a_real_sample(
     rules = candidate_rules(n, SINKS, chosen.profile.min_window)
     table = RuleTable.of(rules, chosen.profile.min_window)
     with LiveBytes() as live:
-        sample_statistics(source.model, source.shape, table, random_sample(n), chosen.profile, None, 0, 0)
+        sample_statistics(source.model, source.shape, table, random_sample(n), chosen.profile, 0, 0)
     ids = torch.from_numpy(random_sample(n).input_ids).expand(2, -1)
     with torch.no_grad(), LiveBytes() as reading:
         source.model.base_model(input_ids=ids, use_cache=True)
@@ -165,36 +164,25 @@ def test_the_time_is_that_of_a_real_sample(load: Callable[..., SourceModel]) -> 
     table, seconds = RuleTable.of(rules, chosen.profile.min_window), []
     for _ in range(4):
         begin = time.thread_time()
-        sample_statistics(source.model, source.shape, table, random_sample(n), chosen.profile, None, 0, 0)
+        sample_statistics(source.model, source.shape, table, random_sample(n), chosen.profile, 0, 0)
         seconds.append(time.thread_time() - begin)
     ratio = profile_estimator(source, chosen).one(Kind.SAMPLE, n, 8) / float(np.median(seconds[1:]))
     assert 1 / 3 < ratio < 3
 
 
 def test_what_cannot_be_profiled_is_refused_before_anything_runs(
-    load: Callable[..., SourceModel],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    random_plan: Callable[..., Plan],
-    tiny_model: Factory,
+    load: Callable[..., SourceModel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("moacompress.calibration.profile.estimate.profile_bytes", None)
     with pytest.raises(DataError, match="length 8,192 is beyond the model's context of 4,096 tokens"):
         estimate_profile(load(), recipe(256, 8192))
-    other = random_plan(model_shape(tiny_model("llama", seed=5)), seed=1)
-    with pytest.raises(PlanError):
-        estimate_profile(load(), recipe(256), around=other)
     with pytest.raises(ModelError):
         estimate_profile(str(tmp_path / "nothing.gguf"), recipe(256))
 
 
 @pytest.mark.usefixtures("quick")
 def test_nothing_is_written_and_the_model_is_as_before(
-    tiny_folder: Path,
-    load: Callable[..., SourceModel],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    random_plan: Callable[..., Plan],
+    tiny_folder: Path, load: Callable[..., SourceModel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     told: list[str] = []
@@ -213,7 +201,7 @@ def test_nothing_is_written_and_the_model_is_as_before(
     assert not list(tmp_path.iterdir())
     source = load()
     attention, weights = source.model.config._attn_implementation, source.shape.weights_fingerprint
-    assert estimate_profile(source, recipe(128), around=random_plan(source.shape, seed=1)).seconds > 0
+    assert estimate_profile(source, recipe(128)).seconds > 0
     assert source.model.config._attn_implementation == attention
     assert model_shape(source.model).weights_fingerprint == weights
     assert all(parameter.grad is None for parameter in source.model.parameters())

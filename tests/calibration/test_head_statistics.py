@@ -112,8 +112,8 @@ def test_a_model_s_own_probabilities(tiny_model: Callable[..., PreTrainedModel])
     with torch.no_grad():
         attentions = model(torch.from_numpy(sample.input_ids)[None], output_attentions=True).attentions
     chosen = ProfileRecipe(draws=2, heads=True)
-    found = sample_statistics(model, shape, TABLE, sample, chosen, None, 0, 0)
-    plain = sample_statistics(model, shape, TABLE, sample, ProfileRecipe(draws=2), None, 0, 0)
+    found = sample_statistics(model, shape, TABLE, sample, chosen, 0, 0)
+    plain = sample_statistics(model, shape, TABLE, sample, ProfileRecipe(draws=2), 0, 0)
     assert set(found.arrays) == {*plain.arrays, "distance", "sink_mass", "entropy"}
     for name, array in plain.arrays.items():
         assert np.array_equal(found.arrays[name], array)

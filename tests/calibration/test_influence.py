@@ -76,17 +76,12 @@ class Keep:
         self.deltas[:, view.rows] = view.deltas.double()
 
 
-@pytest.mark.parametrize("planned", [False, True], ids=["dense", "around a plan"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_deltas_and_gradients_match_the_definition(case: Case, planned: bool) -> None:
-    """From the dense model, and from a plan: then every change is exact, up or down."""
+def test_deltas_and_gradients_match_the_definition(case: Case) -> None:
     (query, key, value, grad), sink, spec = case.draw()
-    rules = [Rule(4, 32, 0), Rule.FULL, Rule(16, 9, 700), Rule(64, 16, 0)][: case.kv_heads]
-    rules = rules if planned else [Rule.FULL] * case.kv_heads
-    plan = RuleTable.of(rules, MIN_WINDOW) if planned else None
-    masks = torch.stack([oracle.visible(rule, case.n, MIN_WINDOW, case.native) for rule in rules])
     theirs = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
-    now = dense(theirs[0], theirs[1], theirs[2], sink, spec, masks)
+    full = oracle.visible(Rule.FULL, case.n, MIN_WINDOW, case.native)
+    now = dense(theirs[0], theirs[1], theirs[2], sink, spec, full)
     now.backward(grad)
     wanted = []
     for rule in RULES:
@@ -97,7 +92,7 @@ def test_deltas_and_gradients_match_the_definition(case: Case, planned: bool) ->
     table = RuleTable.of(RULES, MIN_WINDOW)
     ours = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
     sums = [InfluenceSums(case.kv_heads, len(RULES))]
-    out = ProfiledAttention.apply(*ours, sink, spec, table, sums, plan)  # type: ignore[no-untyped-call]
+    out = ProfiledAttention.apply(*ours, sink, spec, table, sums)  # type: ignore[no-untyped-call]
     assert torch.allclose(out, now, atol=1e-12)
     out.backward(grad)
     for mine, other in zip(ours, theirs, strict=True):
@@ -106,15 +101,12 @@ def test_deltas_and_gradients_match_the_definition(case: Case, planned: bool) ->
         assert float((mine.grad - other.grad).abs().max()) < 1e-10
     q, k, v, g = (tensor.float() for tensor in (query, key, value, grad))
     s = None if sink is None else sink.float()
-    assert torch.allclose(attend(q, k, v, spec, s, plan).double(), now, atol=2e-6)
+    assert torch.allclose(attend(q, k, v, spec, s).double(), now, atol=2e-6)
     keep = Keep(case.n, case.kv_heads, len(RULES))
-    attend_backward(q, k, v, g, spec, s, table, [keep], plan)
+    attend_backward(q, k, v, g, spec, s, table, [keep])
     assert float((keep.deltas - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
-    for head, rule in enumerate(rules):
-        if rule in RULES:
-            assert (keep.deltas[head, :, RULES.index(rule)] == 0).all()
-    if not planned:
-        assert (keep.deltas[expected == 0] == 0).all()  # exactly zero where the rule masks nothing
+    assert (keep.deltas[..., RULES.index(Rule.FULL)] == 0).all()
+    assert (keep.deltas[expected == 0] == 0).all()  # exactly zero where the rule masks nothing
 
 
 @pytest.mark.parametrize("tile", [1, 13, 500])

@@ -85,7 +85,7 @@ def random_sample(n: int, answer: int = 12, seed: int = 0) -> Sample:
 
 
 def statistics(model: PreTrainedModel, sample: Sample, chosen: ProfileRecipe = CHOSEN) -> Statistics:
-    return sample_statistics(model, model_shape(model), RuleTable.of(RULES, MIN_WINDOW), sample, chosen, None, 0, 0)
+    return sample_statistics(model, model_shape(model), RuleTable.of(RULES, MIN_WINDOW), sample, chosen, 0, 0)
 
 
 # --- against float64 -------------------------------------------------------------------------------------------------

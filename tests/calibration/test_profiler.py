@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,11 @@ from moacompress.calibration.profile.sample_statistics import sample_statistics
 from moacompress.calibration.profile.statistics import ESTIMATORS, Statistics
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import MANIFEST_FILE, SHINGLES_FILE, holder_of_folder, of_profile, sample_file
-from moacompress.core.errors import ArtefactError, DataError, PlanError, UsageError
+from moacompress.core.errors import ArtefactError, DataError, UsageError
 from moacompress.core.files import remove
 from moacompress.core.progress import Progress
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
-from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 
 Factory = Callable[..., PreTrainedModel]
@@ -65,7 +63,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     indices: list[int] = []
 
     def counted(*args: Any) -> Statistics:
-        indices.append(args[7])
+        indices.append(args[6])
         return sample_statistics(*args)
 
     monkeypatch.setattr(sample_run, "sample_statistics", counted)
@@ -198,7 +196,7 @@ def test_stopped_and_damaged_profiles_are_finished(
 
 def poison(monkeypatch: pytest.MonkeyPatch, indices: set[int]) -> None:
     def statistics(
-        model: Any, shape: Any, table: Any, sample: Any, chosen: Any, around: Any, seed: int, index: int, *rest: Any
+        model: Any, shape: Any, table: Any, sample: Any, chosen: Any, seed: int, index: int, *rest: Any
     ) -> Statistics:
         values = np.full((chosen.draws, shape.layers, shape.kv_heads, len(table)), index, np.float32)
         values[..., 0] = 0
@@ -234,26 +232,6 @@ def test_lengths_that_cannot_be_profiled(source: SourceModel, tmp_path: Path, da
             profile(source, tmp_path / "p", RECIPE.override(calibration__lengths=lengths))
     assert not (tmp_path / "p").exists()
     assert data == []
-
-
-def test_profile_around_a_plan(source: SourceModel, tmp_path: Path, data: list[str]) -> None:
-    dense = profile(source, tmp_path / "dense", RECIPE)
-    rule = next(number for number, rule in enumerate(dense.rules) if (rule.sink, rule.alpha, rule.beta_q) == (4, 64, 0))
-    plan = Plan(source.shape, 32, tuple((dense.rules[rule], Rule.FULL) for _ in range(source.shape.layers)))
-    made = profile(source, tmp_path / "around", RECIPE, around=plan)
-    assert made.around == plan.key()
-    assert made.calibration_fingerprint == dense.calibration_fingerprint
-    assert made.fingerprint != dense.fingerprint
-    influence = made.influence("robust")
-    assert not influence[:, :, 0, rule].any()
-    assert not influence[:, :, 1, 0].any()
-    assert (influence < 0).any()
-    assert np.array_equal(Profile.load(tmp_path / "around").influence("robust"), made.influence("robust"))
-    other = replace(plan.model, layers=plan.model.layers, weights_fingerprint="0" * 16)
-    with pytest.raises(PlanError, match="fingerprint"):
-        profile(source, tmp_path / "other", RECIPE, around=replace(plan, model=other))
-    with pytest.raises(ArtefactError, match="another model or recipe"):
-        profile(source, tmp_path / "dense", RECIPE, around=plan)
 
 
 def test_statistics_asked_for_later_are_added(

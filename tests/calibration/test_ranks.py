@@ -38,7 +38,7 @@ def once(*arguments):
     if numbers:  # it has written its first one
         time.sleep(1000 if rank() == 0 else 1)
         os.kill(os.getpid(), signal.SIGKILL)
-    numbers.append(arguments[7])
+    numbers.append(arguments[6])
     return run(*arguments)
 
 sample_run.sample_statistics = once

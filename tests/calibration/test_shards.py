@@ -35,7 +35,7 @@ RECIPE = Recipe.from_dict(
     {
         "calibration": {"lengths": [700, 800], "samples": 6, "validation_samples": 3, "answer_tokens": 4},
         "profile": {"draws": 1, "gates": True, "gate_samples": 3},
-        "search": {"trials": 1, "rounds": 0, "moves": 0, "alternatives": False, "formats": ["native"]},
+        "search": {"trials": 1, "alternatives": False, "formats": ["native"]},
         "weights": "int8",
     }
 )
@@ -79,7 +79,7 @@ def test_shards_in_any_order_are_one_profile(
     run: list[int] = []
 
     def counted(*arguments: Any) -> Any:
-        run.append(arguments[7])
+        run.append(arguments[6])
         return sample_statistics(*arguments)
 
     monkeypatch.setattr(sample_run, "sample_statistics", counted)

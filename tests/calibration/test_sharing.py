@@ -6,7 +6,6 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,19 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile import passes
-from moacompress.calibration.profile.choices import choices_of
 from moacompress.calibration.profile.influence import attend, attend_backward
 from moacompress.calibration.profile.profiler import profile
-from moacompress.calibration.profile.request import check_around
 from moacompress.calibration.profile.sample_statistics import FisherCotangent, cotangent_generator, sample_statistics
 from moacompress.calibration.profile.sharing import Attended, CopySums, best_head_map, copy_influence, copyable
 from moacompress.calibration.profile.statistics import Statistics
-from moacompress.calibration.profile.tiles import AttentionSpec, Tile
-from moacompress.core.errors import PlanError, UsageError
+from moacompress.calibration.profile.tiles import AttentionSpec
+from moacompress.core.errors import UsageError
 from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe import Recipe
 from moacompress.recipe_sections import ProfileRecipe
 from moacompress.rules.model_shape import ModelShape
-from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
-from moacompress.rules.share import Share
 from tests import oracle
 
 Factory = Callable[..., PreTrainedModel]
@@ -45,14 +40,12 @@ NAMES = ("copy_squares", "copy_cosine")
 ONE = [True]
 
 
-def probabilities_of(
-    query: Tensor, key: Tensor, spec: AttentionSpec, sink: Tensor | None, rules: tuple[Rule, ...]
-) -> Tensor:
+def probabilities_of(query: Tensor, key: Tensor, spec: AttentionSpec, sink: Tensor | None) -> Tensor:
     """Whole matrices by the book, `[kv_heads, group, n, n]`."""
-    found = []
-    for head, rule in enumerate(rules):
-        mask = oracle.visible(rule, key.shape[2], MIN_WINDOW, spec.native_window)
-        own = slice(head * query.shape[1] // len(rules), (head + 1) * query.shape[1] // len(rules))
+    (kv_heads, n), found = key.shape[1:3], []
+    mask = oracle.visible(Rule.FULL, n, MIN_WINDOW, spec.native_window)
+    for head in range(kv_heads):
+        own = slice(head * query.shape[1] // kv_heads, (head + 1) * query.shape[1] // kv_heads)
         logits = None if sink is None else sink[own]
         found.append(oracle.weigh(query[0, own], key[0, head], mask, spec.scaling, spec.softcap, logits)[0])
     return torch.stack(found)
@@ -70,19 +63,14 @@ def cosines(own: Tensor, other: Tensor, rows: Tensor) -> Tensor:
     return pair.mean((2, 3))
 
 
-def around(kv_heads: int) -> tuple[Rule, ...]:
-    return (Rule(4, 32, 0), Rule.FULL, Rule(16, 9, 700), Rule(64, 16, 0))[:kv_heads]
-
-
 CASES: dict[str, dict[str, Any]] = {
     "mha": {"kv_heads": 4, "float32": True},
     "gqa": {},
     "native window": {"native": 40},
     "softcap": {"softcap": 2.0},
     "learned sink": {"learned": True},
-    "around a plan": {"planned": True},
-    "everything": {"native": 70, "softcap": 3.0, "learned": True, "planned": True},
-    "everything in float32": {"native": 70, "softcap": 3.0, "learned": True, "planned": True, "float32": True},
+    "everything": {"native": 70, "softcap": 3.0, "learned": True},
+    "everything in float32": {"native": 70, "softcap": 3.0, "learned": True, "float32": True},
 }
 
 
@@ -91,17 +79,15 @@ def test_sums_match_the_definition(case: dict[str, Any]) -> None:
     torch.manual_seed(3)
     dtype = torch.float32 if case.get("float32") else torch.float64
     n, heads, kv_heads, size = 170, 4, case.get("kv_heads", 2), 8
-    native, planned = case.get("native"), case.get("planned", False)
     # values away from zero: what all keys have in common must cancel
     queries, keys = torch.randn(2, 1, heads, n, size).double() * 2, torch.randn(2, 1, kv_heads, n, size).double()
     value, grads = torch.randn(1, kv_heads, n, size).double() + 3, torch.randn(2, 1, heads, n, size).double()
     sinks = [torch.randn(heads).double() + 1 if case.get("learned") else None for _ in range(2)]
-    rules = (around(kv_heads)[::-1], around(kv_heads)) if planned else ((Rule.FULL,) * kv_heads,) * 2
-    spec = AttentionSpec(size**-0.5, native, case.get("softcap"))
+    spec = AttentionSpec(size**-0.5, case.get("native"), case.get("softcap"))
     alive = torch.arange(5, n)
     grads[:, :, :, :5] = 0
 
-    other, own = (probabilities_of(queries[k], keys[k], spec, sinks[k], rules[k]) for k in range(2))
+    other, own = (probabilities_of(queries[k], keys[k], spec, sinks[k]) for k in range(2))
     out = own @ value[0][:, None]
     copied = torch.einsum("mgij,hjd->hmgid", other, value[0])
     deltas = [((copied - out[:, None]) * grouped(grad[0], kv_heads)[:, None]).sum((2, 4)) for grad in grads]
@@ -110,52 +96,30 @@ def test_sums_match_the_definition(case: dict[str, Any]) -> None:
         "copy_cosine": cosines(own, other, alive),
     }
 
-    plans = [RuleTable.of(rule, MIN_WINDOW) if planned else None for rule in rules]
     attended = {
         layer: Attended(
             queries[layer].to(dtype),
             keys[layer].to(dtype),
             None if sink is None else sink.to(dtype),
             spec,
-            plans[layer],
         )
         for layer, sink in enumerate(sinks)
     }
     sums = CopySums(attended, 1, ONE, kv_heads)
     mine = attended[1]
     assert torch.allclose(
-        attend(mine.query, mine.key, value.to(dtype), spec, mine.sink_logit, mine.plan).double(),
+        attend(mine.query, mine.key, value.to(dtype), spec, mine.sink_logit).double(),
         out.reshape(1, heads, n, size),
         atol=1e-4,
     )
     for grad in grads:
-        attend_backward(
-            mine.query, mine.key, value.to(dtype), grad.to(dtype), spec, mine.sink_logit, TABLE, [sums], mine.plan
-        )
+        attend_backward(mine.query, mine.key, value.to(dtype), grad.to(dtype), spec, mine.sink_logit, TABLE, [sums])
         sums.end()
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
     for name, found in sums.tensors().items():
         assert found.shape == (1, kv_heads, kv_heads)
         largest = float(expected[name].max())
         assert float((found[0] - expected[name]).abs().max()) < tolerance * largest, name
-
-
-def test_how_a_layer_attends_whose_gates_choose() -> None:
-    torch.manual_seed(0)
-    n, spec = 150, AttentionSpec(8**-0.5)
-    query, (key, value) = torch.randn(1, 4, n, 8), torch.randn(2, 1, 2, n, 8)
-    plan = RuleTable.of([Rule(4, 16, 0, select_alpha=9), Rule(4, 16, 0)], 16)
-    choices = choices_of(TABLE, torch.randint(-99, 99, (2, n)).to(torch.int16), plan)
-    assert choices is not None
-    tile = Tile(torch.arange(n), 0, n - 1, 0)
-    found = []
-    for own in (choices.own, None):
-        probabilities, _ = Attended(query, key, None, spec, plan, own=own).probabilities(tile, torch.float32)
-        out = probabilities.flip(-1) @ value[0][:, None]
-        assert torch.allclose(out.flatten(0, 1)[None], attend(query, key, value, spec, None, plan, own), atol=1e-5)
-        found.append(out)
-    assert (found[0][0] - found[1][0]).abs().max() > 0.1
-    assert torch.equal(found[0][1], found[1][1])  # the other head's rule selects nothing
 
 
 def test_which_layers_may_be_copied() -> None:
@@ -182,15 +146,14 @@ class Reference:
 
     current: Reference
 
-    def __init__(self, shape: ModelShape, anchors: int, plan: Plan | None) -> None:
-        self.shape, self.anchors, self.plan = shape, anchors, plan
+    def __init__(self, shape: ModelShape, anchors: int) -> None:
+        self.shape, self.anchors = shape, anchors
         self.probabilities: list[Tensor] = []
         self.weights: dict[tuple[int, int], Tensor] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, sink: Any) -> Tensor:
         n, kv_heads = query.shape[2], key.shape[1]
-        rules = self.plan.rules[layer] if self.plan is not None else (Rule.FULL,) * kv_heads
-        own = probabilities_of(query, key, spec, sink, rules)
+        own = probabilities_of(query, key, spec, sink)
         self.probabilities.append(own)
         out = own @ value[0][:, None]
         for index in range(min(self.anchors, layer)):
@@ -231,13 +194,13 @@ def random_sample(n: int, answer: int = 9) -> Sample:
     return Sample(np.random.default_rng(n).integers(3, 150, n), np.arange(n) >= n - answer, "random", n)
 
 
-def defined(model: PreTrainedModel, sample: Sample, chosen: ProfileRecipe, plan: Plan | None) -> dict[str, Tensor]:
+def defined(model: PreTrainedModel, sample: Sample, chosen: ProfileRecipe) -> dict[str, Tensor]:
     """Statistics of copies by autograd through the whole model, in its own dtype."""
     shape, n = model_shape(model), len(sample.input_ids)
     rows = torch.from_numpy(sample.target_rows)
     size = shape.layers, chosen.anchors, shape.kv_heads, shape.kv_heads
     found = {name: torch.zeros(size, dtype=torch.float64) for name in NAMES}
-    reference = Reference(shape, chosen.anchors, plan)
+    reference = Reference(shape, chosen.anchors)
     with attending(model, reference):
         logits = model(torch.from_numpy(sample.input_ids)[None], use_cache=False).logits[0, rows]
     for draw in range(chosen.draws):
@@ -253,17 +216,13 @@ def defined(model: PreTrainedModel, sample: Sample, chosen: ProfileRecipe, plan:
     return found
 
 
-@pytest.mark.parametrize(
-    ("family", "planned"),
-    [("llama", False), ("qwen3", True), ("gemma2", True), ("gemma3_text", False), ("gpt_oss", True)],
-)
-def test_statistics_of_a_model_match_autograd(tiny_model: Factory, family: str, planned: bool) -> None:
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3_text", "gpt_oss"])
+def test_statistics_of_a_model_match_autograd(tiny_model: Factory, family: str) -> None:
     model = tiny_model(family, num_hidden_layers=3).double()
     model.set_experts_implementation("eager")  # grouped products of experts know no float64
     shape, sample = model_shape(model), random_sample(130)
-    plan = Plan(shape, MIN_WINDOW, (around(2), (Rule.FULL,) * 2, around(2)[::-1])) if planned else None
-    expected = defined(model, sample, CHOSEN, plan)
-    found = sample_statistics(model, shape, TABLE, sample, CHOSEN, plan, 7, 0)
+    expected = defined(model, sample, CHOSEN)
+    found = sample_statistics(model, shape, TABLE, sample, CHOSEN, 7, 0)
     may = copyable(shape.native_windows, 2)
     assert may.any()
     for name in NAMES:
@@ -280,13 +239,13 @@ def test_copies_change_nothing_else_and_long_samples_agree(
 ) -> None:
     model, sample = tiny_model("llama", num_hidden_layers=4), random_sample(150)
     shape = model_shape(model)
-    plain = sample_statistics(model, shape, TABLE, sample, ProfileRecipe(draws=2), None, 0, 0)
-    found = sample_statistics(model, shape, TABLE, sample, CHOSEN, None, 0, 0)
+    plain = sample_statistics(model, shape, TABLE, sample, ProfileRecipe(draws=2), 0, 0)
+    found = sample_statistics(model, shape, TABLE, sample, CHOSEN, 0, 0)
     assert set(found.arrays) == {*plain.arrays, *NAMES}
     for name, array in plain.arrays.items():
         assert np.array_equal(found.arrays[name], array)
     monkeypatch.setattr(passes, "KEEP_TOKENS", 10)
-    twice = sample_statistics(model, shape, TABLE, sample, CHOSEN, None, 0, 0)
+    twice = sample_statistics(model, shape, TABLE, sample, CHOSEN, 0, 0)
     for name in NAMES:
         assert np.array_equal(twice.arrays[name], found.arrays[name])
 
@@ -335,14 +294,7 @@ def test_a_profile_records_heads_and_copies(
     made = profile(source, tmp_path / "p", recipe)
     table = RuleTable.of(made.rules, made.min_window)
     for index, sample in enumerate(samples):
-        alone = sample_statistics(source.model, source.shape, table, sample, recipe.profile, None, 0, index)
+        alone = sample_statistics(source.model, source.shape, table, sample, recipe.profile, 0, index)
         assert {"distance", "sink_mass", "entropy", *NAMES} <= alone.arrays.keys()
         for name, array in alone.arrays.items():
             assert np.array_equal(made.statistics.arrays[name][index], array), name
-
-
-def test_a_plan_whose_layers_share_cannot_be_profiled_around(source: SourceModel) -> None:
-    full = Plan.full(source.shape)
-    check_around(source, full)
-    with pytest.raises(PlanError, match="profiling around such a plan is not possible"):
-        check_around(source, replace(full, shares=(None, None, Share(1, (0, 1)))))

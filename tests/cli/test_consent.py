@@ -86,7 +86,7 @@ def place(coded: Coded, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("consent")
     answer("profile", coded.folder, "-o", place / "profile", *QUICK.split(), FLAG)
     assert coded.ran()
-    quick = ("--trials", "1", "--rounds", "0", "--moves", "0")
+    quick = ("--trials", "1")
     answer("search", place / "profile", "--budget", "50%", "-o", place / "plan.json", *quick, FLAG)
     assert coded.ran()
     answer("export", coded.folder, place / "plan.json", "-o", place / "model", FLAG)
@@ -137,7 +137,7 @@ def test_what_was_made_without_the_flag_is_taken_up_with_it(place: Path, coded: 
     old = tmp_path / "old"
     shutil.copytree(place, old)
     before = (old / "profile" / "influence.safetensors").stat().st_mtime_ns
-    quick = ("--trials", "1", "--rounds", "0", "--moves", "0")
+    quick = ("--trials", "1")
     answer("profile", coded.folder, "-o", old / "profile", *QUICK.split())
     answer("search", old / "profile", "--budget", "50%", "-o", old / "plan.json", *quick)
     answer("export", coded.folder, old / "plan.json", "-o", old / "model")

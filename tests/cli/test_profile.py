@@ -1,4 +1,4 @@
-"""`moacompress profile` and its flags: the audit, profiling around a plan, and what a dry run says."""
+"""`moacompress profile` and its flags: the audit, and what a dry run says."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import pytest
 
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import ROUNDING_FILE, of_profile
-from moacompress.rules.plan import Plan
-from moacompress.rules.rule import Rule
 from tests.cli import commands
 
 invoke = partial(commands.invoke, "profile")
@@ -70,14 +68,6 @@ def test_the_same_command_again_shows_the_tables(audited: tuple[Path, dict[str, 
     message = problem(tiny_folder, "-o", out, *SMALL, "--audit", "8", "--gates", "--set", "budget=50%")
     assert "audit.json holds the audit of another request" in message
     assert "--overwrite" in message
-
-
-def test_around_a_plan(audited: tuple[Path, dict[str, Any]], tiny_folder: Path, tmp_path: Path) -> None:
-    plan = Plan.uniform(Profile.load(audited[0]).shape, Rule(4, 0, 512))
-    plan.save(tmp_path / "plan.json")
-    result = invoke(tiny_folder, "-o", tmp_path / "around", *SMALL, "--around", tmp_path, "--json")
-    assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout)["around"] == plan.key() == Profile.load(tmp_path / "around").around
 
 
 def test_a_dry_run_profiles_nothing(tiny_folder: Path, tmp_path: Path) -> None:

@@ -144,20 +144,20 @@ def sample(key: str) -> Any:
 
 def test_an_option_wins_over_a_recipe_and_what_the_command_says_over_both(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
-    file.write_text("search: {trials: 3, rounds: 5}\n")
+    file.write_text("search: {trials: 3, classes: 5}\n")
     run = CommandRun(Common(recipe=file), Progress(), given={"search__trials": 4, "seed": 7})
-    recipe = run.recipe(search__moves=2)
-    assert (recipe.search.trials, recipe.search.rounds, recipe.search.moves, recipe.seed) == (4, 5, 2, 7)
+    recipe = run.recipe(search__timeout=2)
+    assert (recipe.search.trials, recipe.search.classes, recipe.search.timeout, recipe.seed) == (4, 5, 2, 7)
     assert run.recipe(search__trials=6).search.trials == 6
     assert run.recipe(search__trials=None).search.trials == 4
 
 
 def test_any_key_can_be_set() -> None:
     given = read_settings(
-        ["search.moves=0", " heal.lr =2e-5", "search.share=layers=12:11", "search.floors={3: 0.5}", "budget=25%"]
+        ["search.trials=3", " heal.lr =2e-5", "search.share=layers=12:11", "search.floors={3: 0.5}", "budget=25%"]
     )
     recipe = CommandRun(Common(), Progress(), given=given).recipe()
-    assert (recipe.search.moves, recipe.heal.lr, recipe.search.share) == (0, 2e-5, "layers=12:11")
+    assert (recipe.search.trials, recipe.heal.lr, recipe.search.share) == (3, 2e-5, "layers=12:11")
     assert (recipe.search.floors, recipe.budget) == ({3: 0.5}, ("25%",))
     assert given["budget"] == ["25%"]
 

@@ -28,7 +28,7 @@ def test_inspect_agrees_with_the_search(place: Path) -> None:
 
 
 def test_few_classes(place: Path, tmp_path: Path) -> None:
-    out, quick = tmp_path / "two.json", ("--trials", "1", "--rounds", "0", "--moves", "0")
+    out, quick = tmp_path / "two.json", ("--trials", "1")
     found = answer("search", place / "profile", "--budget", "50%", "--classes", "2", *quick, "-o", out)
     assert found["classes"]["most"] == 2
     assert found["classes"]["plan"] == answer("inspect", out)["classes"] <= 2

@@ -31,7 +31,7 @@ RECIPE = {
         "answer_tokens": 4,
     },
     "profile": {"draws": 1},
-    "search": {"trials": 1, "rounds": 0, "moves": 0},
+    "search": {"trials": 1},
     "evaluation": {"tasks": ["needle-noise"], "lengths": [700], "prompts": 2},
 }
 Demo = Callable[..., Any]

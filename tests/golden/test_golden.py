@@ -29,13 +29,13 @@ RECIPE = {
         "answer_tokens": 8,
     },
     "profile": {"draws": 2},
-    "search": {"trials": 8, "rounds": 2, "round_samples": 4, "round_trials": 3, "moves": 4},
+    "search": {"trials": 8},
 }
 """Of the profile here: every step of a search is taken, each with little work."""
 RUN = {
     **RECIPE,
     "budget": "50%",
-    "search": {"trials": 2, "rounds": 1, "round_samples": 2, "round_trials": 1, "moves": 1},
+    "search": {"trials": 2},
     "evaluation": {"tasks": ["needle-noise"], "lengths": [700], "prompts": 2},
 }
 TOLERANCE = 1e-5

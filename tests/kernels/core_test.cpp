@@ -290,15 +290,11 @@ void test_profile(Isa isa, DType dtype) {
   const int64_t dim = pick_of({16, 24, 40, 64, 80, 13}), value_dim = pick_of({16, 24, 64, 9, 72}), rules = pick(1, 9);
   const int64_t native = pick_of({0, 0, 5, 50}), min_window = pick_of({1, 16, 32});
   const std::vector<int64_t> columns = random_rules(rules, min_window, native);
-  std::vector<int64_t> own = random_rules(kv_heads, pick_of({1, 16}), native);
-  const RuleTable asked = {columns.data(), rules}, plan = {own.data(), kv_heads};
+  const RuleTable asked = {columns.data(), rules};
   std::vector<float> logits;
   for (int64_t h = 0; h < heads; h++) logits.push_back(float(number()));
   const Scores scores = {0.25f, float(pick_of({0, 0, 3})), pick(0, 1) ? logits.data() : nullptr};
-  const bool planned = pick(0, 1), baselines = pick(0, 1), asks_gates = planned && pick(0, 1);
-  // gates that select none of what has left are asked of every key; Python's tests have those that keep some
-  const std::vector<int32_t> evicted(size_t(kv_heads * tokens), 0);
-  for (size_t i = size_t(7 * kv_heads); asks_gates && i < own.size(); i++) own[i] = 0;
+  const bool baselines = pick(0, 1);
   Data query(dtype, heads * tokens * dim), key(dtype, kv_heads * tokens * dim), value(dtype, kv_heads * tokens * value_dim);
   Data dout(dtype, heads * tokens * value_dim), dquery(dtype, query.count), dkey(dtype, key.count), dvalue(dtype, value.count);
   for (Data* data : {&query, &key, &value, &dout})
@@ -318,13 +314,12 @@ void test_profile(Isa isa, DType dtype) {
   std::unique_ptr<int64_t> alive(new int64_t(-1));
   const auto strides = [&](int64_t count, int64_t size) { return Strides{count * tokens * size, tokens * size, size}; };
   const Shape shape = {dtype, 1, kv_heads, group, dim, value_dim};
-  const ProfileCall call = {shape, asked, planned ? &plan : nullptr,
-                            scores, tokens, query.bytes.get(), key.bytes.get(), value.bytes.get(), dout.bytes.get(),
+  const ProfileCall call = {shape, asked, scores, tokens, query.bytes.get(), key.bytes.get(), value.bytes.get(), dout.bytes.get(),
                             strides(heads, dim), strides(kv_heads, dim), strides(kv_heads, value_dim), strides(heads, value_dim),
                             dquery.bytes.get(), dkey.bytes.get(), dvalue.bytes.get(), strides(heads, dim), strides(kv_heads, dim),
                             strides(kv_heads, value_dim), baselines, sums.get(), pick(0, 40),
                             pick(0, 1) ? of_tokens.get() : nullptr, alive.get(),
-                            {0, nullptr, nullptr, asks_gates ? evicted.data() : nullptr}};
+                            {0, nullptr, nullptr}};
   const Parallel parallel = {int(pick(1, 5)), run_threads, nullptr};
   if (profile(call, parallel, isa) != OK) failures++, std::printf("profile failed\n");
   for (const Data* data : {&dquery, &dkey, &dvalue})
@@ -339,9 +334,8 @@ void test_profile(Isa isa, DType dtype) {
     rows += !silent[size_t(t)];
     for (int64_t h = 0; h < kv_heads && !silent[size_t(t)]; h++)
       for (int64_t r = 0; r < rules; r++) {
-        const Visible now = visible(t + 1, planned ? plan.of(h) : full), then = visible(t + 1, asked.of(r));
-        const bool same = now.sink_end == then.sink_end && now.start == then.start;
-        if (same || (now.sink_end >= now.start && then.sink_end >= then.start)) continue;
+        const Visible then = visible(t + 1, asked.of(r));
+        if (then.sink_end >= then.start) continue;
         double delta = 0;
         for (int64_t g = h * group; g < (h + 1) * group; g++) {
           for (int64_t d = 0; d < dim; d++) q[size_t(d)] = query.get((g * tokens + t) * dim + d);
@@ -354,7 +348,7 @@ void test_profile(Isa isa, DType dtype) {
             for (int64_t d = 0; d < value_dim; d++) along += out[size_t(d)] * dout.get((g * tokens + t) * value_dim + d);
             return along;
           };
-          delta += moved(asked.of(r)) - moved(planned ? plan.of(h) : full);
+          delta += moved(asked.of(r)) - moved(full);
         }
         squares[size_t(h * rules + r)] += delta * delta;
         total[size_t(h * rules + r)] += delta;

@@ -50,7 +50,7 @@ def test_dense_passes_are_pytorchs(
 ) -> None:
     """Forward and backward; one mask for a sliding window, and groups of heads where FlashAttention takes them."""
     use_backend("reference")
-    case = build(1, dtype, planned=False, kv_heads=2, group=3, dim=16, n=40, native=native, softcap=None, logits=False)
+    case = build(1, dtype, kv_heads=2, group=3, dim=16, n=40, native=native, softcap=None, logits=False)
     chunk, wanted = (case.query, case.key, case.value), case.exact().backward([])
     out = attend(case.query.double(), case.key.double(), case.value.double(), case.spec)
     monkeypatch.setattr(sdpa, "DEVICES", ("cpu",))
@@ -91,7 +91,7 @@ def test_passes_with_collectors(
     """Forward by PyTorch's attention or a kernel; gradients are made from the tiles that collectors are given."""
     sizes: dict[str, Any] = {"n": 90, "dim": 16, "native": None, "silent": False}
     sizes |= {"softcap": 30.0 if bounded else None, "logits": bounded}
-    case = with_gates(build(4, torch.float32, planned=False, **sizes), 4)
+    case = with_gates(build(4, torch.float32, **sizes), 4)
     monkeypatch.setattr(sdpa, "DEVICES", ("cpu",))
     monkeypatch.setattr(sdpa, "dense_gradients", None)
     found, exact = InfluenceSums(*case.sizes), case.exact()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,7 +83,7 @@ def make_profile(
     recipe = Recipe.from_dict(
         {
             "calibration": {"lengths": list(LENGTHS)},
-            "search": {"trials": 8, "rounds": 0, "moves": 0, **search},
+            "search": {"trials": 8, **search},
             "profile": {"min_window": MIN_WINDOW, "anchors": anchors},
         }
     )
@@ -110,7 +110,6 @@ class FakeObjective:
 
     Attributes:
         calls: (plan key, sample) measured, in order.
-        on_offer: rules of the search, the first of the profile's.
         dies_at: number of the measurement at which it fails; None for never.
     """
 
@@ -126,7 +125,6 @@ class FakeObjective:
         self.truth = truth / self.scale
         self.sample_scale = np.exp(rng.normal(0, 0.7, self.size))
         self.index = {rule: number for number, rule in enumerate(profile.rules)}
-        self.on_offer = len(self.index)
 
     @contextmanager
     def under(self, plan: Plan) -> Iterator[Callable[[int], float]]:
@@ -143,29 +141,10 @@ class FakeObjective:
 
         yield kl
 
-    def many(self, number: int, plans: Sequence[Plan], base: Plan) -> Generator[float, None, None]:
-        """The KLs of many plans on one sample."""
-        for plan in plans:
-            with self.under(plan) as kl:
-                yield kl(number)
-
     def kls(self, plan: Plan) -> list[float]:
         """The KL of a plan on every sample."""
         with self.under(plan) as kl:
             return [kl(number) for number in range(self.size)]
-
-    def around(self, plan: Plan, progress: Any) -> Any:
-        """The true change of KL of every rule, far surer than what the profile says."""
-        from moacompress.search.problem.quadratic import Quadratic
-
-        here = [
-            [self._cost(layer, head, rule) for head, rule in enumerate(row)] for layer, row in enumerate(plan.rules)
-        ]
-        change = 20 * (self.truth - np.array(here)[..., None])[..., : self.on_offer]
-        form = Quadratic(
-            np.zeros((1, change.shape[0] * change.shape[1], change.shape[2])), change.reshape(-1, change.shape[2])
-        )
-        return lambda relative: form
 
     def _cost(self, layer: int, head: int, rule: Rule) -> float:
         if rule in self.index:
@@ -237,12 +216,6 @@ def pretended(monkeypatch: pytest.MonkeyPatch, fake_objective: type[FakeObjectiv
         fake = fake_objective(profile, dies_at)
         monkeypatch.setattr(study, "Objective", lambda model, samples, *weights: fake)
 
-        def around(offering: Profile, *others: Any) -> Any:
-            fake.on_offer = len(offering.rules)
-            return fake.around
-
-        monkeypatch.setattr(study, "ProfileAround", around)
-        monkeypatch.setattr(Profile, "calibration_samples", lambda self: self.validation)
         return fake, SimpleNamespace(model=None, source="model", shape=profile.shape, computes_in=profile.shape.dtype)
 
     return pretend

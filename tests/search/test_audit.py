@@ -317,8 +317,6 @@ def test_what_cannot_be_audited(
         run(audited, stranger, tmp_path)
     with pytest.raises(DataError, match="no held-out samples"):
         run(replace(audited, validation=[]), source, tmp_path)
-    with pytest.raises(UsageError, match="around a plan"):
-        run(replace(audited, around="abc"), source, tmp_path)
     (tmp_path / "audit.json").write_text('{"format": "something else"}')
     with pytest.raises(ArtefactError, match="not an audit"):
         run(audited, source, tmp_path)

@@ -85,7 +85,7 @@ def profiled(
         {
             "calibration": {"lengths": [160], "samples": 4, "validation_samples": 3},
             "profile": {"draws": 2, "anchors": anchors, "formats": "native"},
-            "search": {"trials": 1, "rounds": 0, "moves": 0, "alternatives": False},
+            "search": {"trials": 1, "alternatives": False},
         }
     )
     return random_profile(source, out, recipe), source

@@ -126,7 +126,7 @@ def test_rules_that_rows_may_not_have_against_brute_force(seed: int) -> None:
 def test_every_plan_of_a_search_keeps_the_limit(
     search: Search, profiles: Profiles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Trials, rounds, moves and what is left over: no step makes a plan of more classes, nor one beyond the budget."""
+    """Trials and what is left over: no step makes a plan of more classes, nor one beyond the budget."""
     made: list[tuple[int | None, int]] = []
     plan_of = PlanSpace.plan
 
@@ -137,13 +137,13 @@ def test_every_plan_of_a_search_keeps_the_limit(
         return plan
 
     monkeypatch.setattr(PlanSpace, "plan", counted)
-    settings: dict[str, Any] = {"layers": 12, "formats": True, "trials": 4, "rounds": 1, "moves": 4, "classes": 5}
+    settings: dict[str, Any] = {"layers": 12, "formats": True, "trials": 4, "classes": 5}
     profile, out = profiles(**settings), tmp_path / "plan.json"
     found, fake = search(profile, "25%", out=out)
     assert {most for most, _ in made} == {5, None}  # None: what the limit is compared with
     assert max(classes for most, classes in made if most == 5) == 5
     names = [stage["name"].split(",")[0] for stage in found.explanation["stages"]]
-    assert {"surrogate", "study", "round 1"} <= set(names)
+    assert {"surrogate", "study"} <= set(names)
     plan = Plan.load(out)
     for n in profile.lengths:
         assert plan.kv_bytes(n) <= profile.shape.dense_kv_bytes(n) // 4
@@ -171,9 +171,9 @@ def test_every_plan_of_a_search_keeps_the_limit(
 
 
 def test_a_limit_that_does_not_bind_changes_nothing(search: Search, profiles: Profiles) -> None:
-    whole, _ = search(profiles(layers=6, trials=4, rounds=1, moves=2))
+    whole, _ = search(profiles(layers=6, trials=4))
     count = len(classes_of(whole.plan))
-    loose, _ = search(profiles(layers=6, trials=4, rounds=1, moves=2, classes=12))
+    loose, _ = search(profiles(layers=6, trials=4, classes=12))
     assert loose.plan.rules == whole.plan.rules
     assert loose.classes == {
         "most": 12,
@@ -200,7 +200,7 @@ def test_layers_that_share_are_of_one_class(search: Search, profiles: Profiles) 
 
 
 def test_floors_hold_within_few_classes(search: Search, profiles: Profiles) -> None:
-    profile = profiles(layers=6, trials=3, rounds=1, moves=2, floors={1: 0.5}, classes=3, alternatives=False)
+    profile = profiles(layers=6, trials=3, floors={1: 0.5}, classes=3, alternatives=False)
     found, _ = search(profile, "40%")
     assert found.classes == {"most": 3, "plan": len(classes_of(found.plan))}  # without alternatives nothing is compared
     assert len(classes_of(found.plan)) <= 3

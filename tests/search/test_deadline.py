@@ -17,17 +17,17 @@ Search = Callable[..., tuple[Any, Any]]
 
 
 def test_the_time_bounds_every_step(search: Search, profiles: Profiles, clock: Any, tmp_path: Path) -> None:
-    """Whatever the search is at when its time is over: baselines, trials, rounds or moves."""
-    whole, all_of_it = search(profiles(trials=2, rounds=1, moves=3), out=tmp_path / "whole.json")
+    """Whatever the search is at when its time is over: baselines, trials or the rest."""
+    whole, all_of_it = search(profiles(trials=2), out=tmp_path / "whole.json")
     for number, share in enumerate((0.03, 0.2, 0.45, 0.6, 0.97)):
         clock.now, timeout = 0.0, share * len(all_of_it.calls)
         out = tmp_path / f"{number}.json"
-        result, fake = search(profiles(trials=2, rounds=1, moves=3, timeout=timeout), out=out)
+        result, fake = search(profiles(trials=2, timeout=timeout), out=out)
         assert len(fake.calls) <= timeout + 1
         assert result.plan == Plan.load(out)
         assert result.plan.provenance["finished"] is False
         assert result.plan.kv_share(512) <= 0.5
-        resumed, _ = search(profiles(trials=2, rounds=1, moves=3), out=out)
+        resumed, _ = search(profiles(trials=2), out=out)
         assert resumed.plan.rules == whole.plan.rules
         assert resumed.harm == whole.harm
 

@@ -27,7 +27,7 @@ def source(tiny_folder):
 
 @pytest.fixture(scope="module")
 def profiled(source, small_run, tmp_path_factory):
-    recipe = Recipe.from_dict({**small_run, "budget": []}).override(search__trials=2, search__rounds=0, search__moves=0)
+    recipe = Recipe.from_dict({**small_run, "budget": []}).override(search__trials=2)
     return profile(source, tmp_path_factory.mktemp("profile") / "profile", recipe)
 
 
@@ -56,7 +56,7 @@ def test_a_memory_that_is_none_is_refused(text):
 
 def test_commands(source, profiled, tmp_path):
     weights, plan = most_checkpoint_bytes(source.model, source.shape.dtype), tmp_path / "plan.json"
-    small = ("--trials", "1", "--rounds", "0", "--moves", "0", "--formats", "native")
+    small = ("--trials", "1", "--formats", "native")
 
     def command(cache: int, *more: str) -> str:
         size = f"{(weights + cache) / 1024:.3f}KiB@{LENGTH}"

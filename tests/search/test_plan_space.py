@@ -59,7 +59,7 @@ def test_costs_and_forms_of_groups_are_sums(profiles: Profiles) -> None:
     rules = len(profile.rules)
     costs = rng.random((6, 2, rules))
     of_rows = space.costs(costs)
-    form = Quadratic(rng.normal(size=(5, 12, rules)), rng.normal(size=(12, rules)))
+    form = Quadratic(rng.normal(size=(5, 12, rules)))
     merged = space.form(form)
     for _ in range(5):
         choice = rng.integers(rules, size=(6, 1))

@@ -13,7 +13,7 @@ from moacompress.calibration.profile.statistics import Statistics
 from moacompress.calibration.profile.store import Profile
 from moacompress.search.predict.search_parameters import START_COHERENCE
 from moacompress.search.problem.knapsack import total_cost
-from moacompress.search.problem.quadratic import KNEE, Quadratic
+from moacompress.search.problem.quadratic import Quadratic
 from moacompress.search.search_request import MIN_ROWS, SearchRequest
 
 Profiles = Callable[..., Profile]
@@ -85,7 +85,7 @@ def test_rules_of_parts_are_as_rules_of_their_own(profiles: Profiles) -> None:
     form = Quadratic.of(profile)
     assert form.parts is not None
     assert form.rows.shape[2] == len(profile.spans) + 6
-    whole = Quadratic(form.rows[..., form.parts].sum(-1), form.linear[..., form.parts].sum(-1))
+    whole = Quadratic(form.rows[..., form.parts].sum(-1))
     request = SearchRequest.of(profile, "25%", profile.recipe)
     knapsack, costs = request.space().knapsack, request.surrogate.costs()
     rng = np.random.default_rng(0)
@@ -95,8 +95,6 @@ def test_rules_of_parts_are_as_rules_of_their_own(profiles: Profiles) -> None:
     start = knapsack.choose(costs)
     end = form.refined(start, costs, 0.6, knapsack)
     assert np.array_equal(end, whole.refined(start, costs, 0.6, knapsack))
-    joined = form.joined(form)
-    assert joined.kl(end) == pytest.approx(form.kl(end))
 
 
 def test_the_study_has_a_parameter_for_it(profiles: Profiles) -> None:
@@ -114,37 +112,12 @@ def test_the_study_has_a_parameter_for_it(profiles: Profiles) -> None:
     assert "coherence" not in few.parameters.ranges
 
 
-def test_a_relative_form_is_of_the_logarithm(profiles: Profiles) -> None:
-    """The gradient of the mean logarithm is that of the KL, each sample's over its own KL."""
-    profile = profiles()
+def test_changes_are_those_of_the_kl() -> None:
     rng = np.random.default_rng(0)
-    count, *size = profile.statistics.arrays["squares"].shape
-    kl, first = np.exp(rng.normal(-2, 2, (count, 1))), rng.normal(size=(count, *size))
-    arrays = {"total": rng.normal(size=(count, 1, *size)), "first": first, "harm": kl}
-    around = replace(
-        profile, around="plan", statistics=Statistics({k: v.astype(np.float32) for k, v in arrays.items()})
-    )
-
-    def weighted(weights: np.ndarray) -> np.ndarray:
-        return np.tensordot(weights / weights.sum(), first, axes=1).reshape(-1, size[-1])
-
-    mean, relative = (Quadratic.of(around, share).linear for share in (0.0, 1.0))
-    assert np.allclose(mean, weighted(np.ones(count)), atol=1e-5)
-    scale = (kl + KNEE).mean()
-    assert np.allclose(
-        relative, scale * np.tensordot(1 / (kl[:, 0] + KNEE), first, axes=1).reshape(mean.shape) / count, rtol=1e-4
-    )
-    dense = replace(profile, statistics=Statistics({"total": arrays["total"].astype(np.float32)}))
-    assert np.array_equal(Quadratic.of(dense, 1.0).rows, Quadratic.of(dense).rows)
-
-
-def test_forms_are_joined_by_their_rows() -> None:
-    rng = np.random.default_rng(0)
-    one, other = (Quadratic(rng.normal(size=(rows, 4, 5)), rng.normal(size=(4, 5))) for rows in (30, 10))
+    form = Quadratic(rng.normal(size=(30, 4, 5)))
     choice = rng.integers(0, 5, (2, 2))
-    assert one.joined(other).kl(choice) == pytest.approx(0.75 * one.kl(choice) + 0.25 * other.kl(choice))
-    base = one.kl(choice)
+    base = form.kl(choice)
     for layer, head, rule in ((0, 0, 1), (1, 1, 4)):
         changed = choice.copy()
         changed[layer, head] = rule
-        assert one.changes(choice)[layer, head, rule] == pytest.approx(one.kl(changed) - base)
+        assert form.changes(choice)[layer, head, rule] == pytest.approx(form.kl(changed) - base)

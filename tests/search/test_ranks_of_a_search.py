@@ -36,8 +36,8 @@ main()
 def test_processes_share_what_is_measured(
     tiny_folder: Path, small_run: dict[str, Any], tmp_path: Path, preloaded: Preloaded
 ) -> None:
-    """Trials, a round and moves; also where ranks are more than samples are left."""
-    search = {"trials": 3, "rounds": 1, "round_samples": 2, "round_trials": 1, "moves": 2}
+    """Trials; also where ranks are more than samples are left."""
+    search = {"trials": 3}
     calibration = {**small_run["calibration"], "lengths": [300], "samples": 2, "validation_samples": 3}
     recipe, script = tmp_path / "recipe.yaml", tmp_path / "counted.py"
     recipe.write_text(yaml.safe_dump({"calibration": calibration, "profile": {"draws": 1}, "search": search}))

@@ -46,19 +46,19 @@ def test_killed_at_any_point_the_same_call_ends_the_same(search: Search, profile
 
 def test_a_run_that_stops_sooner_takes_nothing_back(search: Search, profiles: Profiles, tmp_path: Path) -> None:
     out, kls, stage = tmp_path / "plan.json", list[float](), ""
-    while not stage.startswith("round"):
-        result, _ = search(profiles(trials=1, rounds=3, moves=2), out=out, dies_at=13)
+    while not stage.startswith("trial") or stage == "trial 0":
+        result, _ = search(profiles(trials=14), out=out, dies_at=9)
         assert result is None
         found = Plan.load(out)
         stage = found.provenance["stage"]
         kl = found.quality["measured_harm"]["plan"]
         assert kls == [] or kl is not None
         kls += [kl] if kl is not None else []
-    stopped, _ = search(profiles(trials=1, rounds=3, moves=2, timeout=1e-6), out=out)
+    stopped, _ = search(profiles(trials=14, timeout=1e-6), out=out)
     assert stopped.harm["plan"] == kls[-1] < kls[0]
     assert stopped.plan.provenance["stage"] == stage
     assert stopped.plan.provenance["finished"] is False
-    more, _ = search(profiles(trials=3, rounds=3, moves=2, timeout=1e-6), out=out)
+    more, _ = search(profiles(trials=16, timeout=1e-6), out=out)
     assert more.harm["plan"] <= kls[-1]
 
 
@@ -154,7 +154,7 @@ def test_a_folder_that_no_search_left_is_not_removed(
 def test_overwrite_forgets_the_study_in_a_storage_and_no_other(
     search: Search, profiles: Profiles, tmp_path: Path
 ) -> None:
-    profile = profiles(trials=2, rounds=1, storage=str(tmp_path / "s.log"))
+    profile = profiles(trials=2, storage=str(tmp_path / "s.log"))
     _, first = search(profile, out=tmp_path / "plan.json")
     _, other = search(profile, "60%", out=tmp_path / "other.json")
     _, again = search(profile, out=tmp_path / "plan.json", overwrite=True)

@@ -1,4 +1,4 @@
-"""What a search takes from a profile: answers, plain text beside them, and never changes around a plan."""
+"""What a search takes from a profile: answers, and plain text beside them."""
 
 from __future__ import annotations
 

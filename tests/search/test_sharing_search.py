@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +33,7 @@ def fits(plan: Plan, profile: Profile, budget: str) -> bool:
 
 
 def test_copies_that_cost_nothing_are_found(search: Search, profiles: Profiles) -> None:
-    settings = {"layers": 10, "anchors": 2, "copying": 1e-6, "trials": 5, "rounds": 0, "moves": 0}
+    settings = {"layers": 10, "anchors": 2, "copying": 1e-6, "trials": 5}
     alone = search(profiles(**settings), "25%")[0]
     profile = profiles(**settings, share="auto")
     found = search(profile, "25%")[0]
@@ -87,31 +86,17 @@ def test_without_sharing_nothing_changes(search: Search, profiles: Profiles) -> 
     assert "sharing" not in other.explanation
 
 
-def test_fixed_shares_go_through_all_steps(
-    search: Search, profiles: Profiles, caplog: pytest.LogCaptureFixture
-) -> None:
-    profile = profiles(
-        anchors=2, copying=1e-3, share="layers=2:1,3:1", trials=3, rounds=2, moves=4, alternatives=False, formats=True
-    )
-    with caplog.at_level(logging.WARNING):
-        found = search(profile, "40%")[0]
+def test_fixed_shares_go_through_all_steps(search: Search, profiles: Profiles) -> None:
+    profile = profiles(anchors=2, copying=1e-3, share="layers=2:1,3:1", trials=3, alternatives=False, formats=True)
+    found = search(profile, "40%")[0]
     assert [share and share.anchor for share in found.plan.shares] == [None, None, 1, 1, None, None]
     assert fits(found.plan, profile, "40%")
-    assert "rounds know nothing of layers that share attention" in caplog.text
     names = {stage["name"].partition(",")[0] for stage in found.explanation["stages"]}
-    assert {"surrogate", "study", "moves"} <= names
+    assert {"surrogate", "study"} <= names
     for stage in found.explanation["stages"]:
         assert any(unpack(stage["plan"], profile).shares)
     assert [row["layers"] for row in found.explanation["sharing"]["counts"]] == [0, 2]
     assert found.explanation["sharing"]["counts"][1]["harm"] is not None
-
-
-def test_rounds_improve_the_plan_without_sharing_beside(search: Search, profiles: Profiles) -> None:
-    settings = {"layers": 12, "anchors": 2, "trials": 4, "moves": 0, "alternatives": False}
-    alone = search(profiles(**settings, rounds=2), "30%")[0]
-    joint = search(profiles(**settings, rounds=2, copying=1e-6, share="auto"), "30%")[0]
-    assert joint.harm["plan"] <= alone.harm["plan"] * 1.001
-    assert any(stage["name"].startswith("round") for stage in joint.explanation["stages"])
 
 
 def test_parameters_of_another_budget_stay_in_range(search: Search, profiles: Profiles) -> None:

@@ -61,16 +61,16 @@ def test_search_finds_a_plan_within_the_budget(search: Search, profiles: Profile
 
 def test_the_recipe_of_a_plan_says_what_was_profiled(search: Search, profiles: Profiles, tmp_path: Path) -> None:
     profile = profiles(trials=1)
-    other = profile.recipe.override(calibration__samples=99, profile__draws=7, search__moves=0)
+    other = profile.recipe.override(calibration__samples=99, profile__draws=7, search__classes=3)
     found, _ = search(profile, out=tmp_path / "plan.json", recipe=other)
     recipe = found.plan.provenance["recipe"]
     assert recipe["calibration"]["samples"] == profile.recipe.calibration.samples != 99
     assert recipe["profile"]["draws"] == profile.recipe.profile.draws != 7
-    assert recipe["search"]["moves"] == 0
+    assert recipe["search"]["classes"] == 3
 
 
 def test_bits_are_spent_where_they_are_worth_it(search: Search, profiles: Profiles, tmp_path: Path) -> None:
-    profile = profiles(layers=12, formats=True, trials=4, rounds=1, moves=3)
+    profile = profiles(layers=12, formats=True, trials=4)
     spans, _ = search(profile, "25%", recipe=profile.recipe.override(search__formats="native"))
     found, fake = search(profile, "25%", out=tmp_path / "plan.json")
     assert found.harm["plan"] < spans.harm["plan"] / 3
@@ -119,7 +119,7 @@ def test_bad_requests_fail_before_anything_is_measured(search: Search, profiles:
 
 
 def test_the_explanation_has_the_gain_of_what_was_not_kept(search: Search, profiles: Profiles) -> None:
-    result, _ = search(profiles(trials=6, rounds=1, moves=2))
+    result, _ = search(profiles(trials=6))
     told = result.explanation
     assert [trial["trial"] for trial in told["trials"] if trial["kept"]] == [result.best_trial]
     for trial in told["trials"][1:]:
@@ -131,22 +131,22 @@ def test_the_explanation_has_the_gain_of_what_was_not_kept(search: Search, profi
     assert all(stage["difference"]["value"] < 0 or not stage["kept"] or stage["name"] == "rest" for stage in others)
 
 
-def test_rounds_and_moves_only_ever_help(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+def test_steps_only_ever_help(search: Search, profiles: Profiles, tmp_path: Path) -> None:
     one_shot = search(profiles(trials=1))[0]
     out = tmp_path / "plan.json"
-    improved, fake = search(profiles(trials=1, rounds=3, moves=4), out=out)
+    improved, fake = search(profiles(trials=14), out=out)
     assert improved.harm["trial0"] == one_shot.harm["plan"]
-    assert improved.harm["plan"] < one_shot.harm["plan"]  # around the plan the stand-in knows the truth
+    assert improved.harm["plan"] < one_shot.harm["plan"]
     assert improved.harm["plan"] == pytest.approx(np.mean(fake.kls(improved.plan)))
     for n in fake.profile.lengths:
         assert improved.plan.kv_bytes(n) <= fake.profile.shape.dense_kv_bytes(n) // 2
     stages = improved.explanation["stages"]
-    assert [stage["name"].partition(",")[0] for stage in stages][:3] == ["surrogate", "study", "round 1"]
+    assert [stage["name"].partition(",")[0] for stage in stages][:2] == ["surrogate", "study"]
     kept = [stage for stage in stages if stage["kept"]]
     kls = [stage["harm"] for stage in kept]
     assert kls == sorted(kls, reverse=True)
-    assert improved.plan.provenance["stage"].startswith(("round", "moves", "rest"))
-    again, fake = search(profiles(trials=1, rounds=3, moves=4), out=out)
+    assert improved.plan.provenance["stage"].startswith(("trial", "rest"))
+    again, fake = search(profiles(trials=14), out=out)
     assert fake.calls == []
     assert again.explanation == improved.explanation == json.loads((tmp_path / "plan.explain.json").read_text())
 
@@ -193,8 +193,8 @@ class Told(Progress):
 
 def test_every_stage_is_told_and_nothing_is_measured_in_silence(search: Search, profiles: Profiles) -> None:
     told = Told()
-    _, fake = search(profiles(trials=3, rounds=1, moves=2, classes=4), progress=told)
-    assert list(told.planned) == ["baselines", "trials", "rounds", "moves", "leftover", "class limit"]
+    _, fake = search(profiles(trials=3, classes=4), progress=told)
+    assert list(told.planned) == ["baselines", "trials", "leftover", "class limit"]
     assert [name for name in told.stages if name] == list(told.planned)
     rest = told.tasks["measuring the plan without a class limit"]
     assert rest[:2] == [8, 8]  # samples

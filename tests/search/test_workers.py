@@ -39,7 +39,7 @@ def storage_in(folder: Path, kind: str) -> str:
 @pytest.fixture
 def run(profiles: Profiles, tmp_path: Path) -> Callable[..., SearchRun]:
     def make(kind: str, **settings: Any) -> SearchRun:
-        profile = profiles(**{"samples": 4, "trials": 5, "moves": 1, **settings})
+        profile = profiles(**{"samples": 4, "trials": 5, **settings})
         return SearchRun(profile, storage_in(tmp_path, kind), tmp_path, tmp_path / "plan.json")
 
     return make

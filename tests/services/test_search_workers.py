@@ -23,7 +23,7 @@ SEEDS = int(os.environ.get("MOACOMPRESS_TEST_SEEDS", "3"))
 def alone(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """What one worker writes that nobody disturbs."""
     folder = tmp_path_factory.mktemp("alone")
-    run = SearchRun(make_profile(samples=4, trials=5, moves=1), str(folder / "s.journal"), folder, folder / "plan.json")
+    run = SearchRun(make_profile(samples=4, trials=5), str(folder / "s.journal"), folder, folder / "plan.json")
     run.start()
     assert run.wait() == [0], run.errors()
     return run.out.read_bytes()
@@ -36,7 +36,7 @@ def test_what_killed_workers_had_is_taken_over(
 ) -> None:
     storage = {"journal": str(tmp_path / "s.journal"), "sqlite": f"sqlite:///{tmp_path}/s.db"}.get(kind)
     # each seed is a search of its own in the one database
-    profile = make_profile(samples=4, trials=5, moves=1)
+    profile = make_profile(samples=4, trials=5)
     run = SearchRun(profile, storage or of_its_own(request, seed), tmp_path, tmp_path / "plan.json")
     killed_at_random(run, seed)
     assert run.out.read_bytes() == alone

@@ -241,9 +241,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor dout, Tensor query, Tensor
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
-    Tensor dout, Tensor query, Tensor key, Tensor value, Tensor rules, std::optional<Tensor> plan, double scaling, double softcap,
-    std::optional<Tensor> sink_logits, bool baselines, std::optional<int64_t> lag, std::optional<Tensor> evicted,
-    std::optional<Tensor> of_rule, std::optional<Tensor> own_evicted) {
+    Tensor dout, Tensor query, Tensor key, Tensor value, Tensor rules, double scaling, double softcap, std::optional<Tensor> sink_logits,
+    bool baselines, std::optional<int64_t> lag, std::optional<Tensor> evicted, std::optional<Tensor> of_rule) {
   const char* op = "profile_backward";
   REQUIRE(query.dim() < 1 || query.size(0) == 1, op, ": the batch has ", query.size(0), " rows; samples come one by one");
   const Shape shape = chunk_shape(query, key, value, op);
@@ -254,14 +253,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
   const RuleTable asked = rules_of(rules, -1, op, "rule");
   REQUIRE(asked.count > 0, op, ": there are no rules to ask for");
   const int64_t native_window = asked.of(0).native_window;
-  RuleTable own = {};
-  if (plan) own = rules_of(*plan, shape.kv_heads, op, "the plan's KV head");
-  for (const RuleTable& table : {asked, own}) {
-    check_native(table, op);
-    for (int64_t i = 0; i < table.count; i++)
-      REQUIRE(table.of(i).native_window == native_window, op, ": native windows of ", native_window, " and of ",
-              table.of(i).native_window, " in one layer");
-  }
+  check_native(asked, op);
+  for (int64_t i = 0; i < asked.count; i++)
+    REQUIRE(asked.of(i).native_window == native_window, op, ": native windows of ", native_window, " and of ",
+            asked.of(i).native_window, " in one layer");
   const Scores scores = scores_of(scaling, softcap, sink_logits, shape, op);
   Tensor dquery = new_rows(query, 1, heads, tokens, shape.head_dim);
   Tensor dkey = new_rows(key, 1, shape.kv_heads, tokens, shape.head_dim);
@@ -271,20 +266,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> profile_op(
   Tensor of_tokens = new_tensor(query, Shapes{shape.kv_heads, lag ? tokens : 0}, ScalarType::Double);
   int64_t alive = 0;
   REQUIRE(evicted.has_value() == of_rule.has_value(), op, ": evicted and of_rule go together");
-  REQUIRE(!own_evicted || plan, op, ": own_evicted goes with a plan");
   Choices choices = {};
-  const auto times = [&](const Tensor& t, const Shapes& sizes, const char* name) {
-    return static_cast<const int32_t*>(dense(t, sizes, ScalarType::Int, op, name));
-  };
   if (evicted) {
     choices.ways = evicted->dim() == 3 ? evicted->size(1) : 0;
-    choices.evicted = times(*evicted, {shape.kv_heads, choices.ways, tokens}, "evicted");
+    const Shapes sizes = {shape.kv_heads, choices.ways, tokens};
+    choices.evicted = static_cast<const int32_t*>(dense(*evicted, sizes, ScalarType::Int, op, "evicted"));
     choices.of_rule = numbers(*of_rule, asked.count, op, "of_rule");
     for (int64_t i = 0; i < asked.count; i++)
       REQUIRE(choices.of_rule[i] < choices.ways, op, ": rule ", i, " selects in way ", choices.of_rule[i], " of ", choices.ways);
   }
-  if (own_evicted) choices.own = times(*own_evicted, {shape.kv_heads, tokens}, "own_evicted");
-  const ProfileCall call = {shape, asked, plan ? &own : nullptr, scores, tokens, query.const_data_ptr(), key.const_data_ptr(),
+  const ProfileCall call = {shape, asked, scores, tokens, query.const_data_ptr(), key.const_data_ptr(),
                             value.const_data_ptr(), dout.const_data_ptr(), strides(query), strides(key), strides(value),
                             strides(dout), dquery.mutable_data_ptr(), dkey.mutable_data_ptr(), dvalue.mutable_data_ptr(),
                             strides(dquery), strides(dkey), strides(dvalue), baselines,
@@ -345,9 +336,8 @@ static const moacompress::Operators operators("moacompress_cpu", {
     {"prefill_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor lse, Tensor delta, Tensor valid, "
      "Tensor rules, float scaling, float softcap) -> (Tensor, Tensor, Tensor)",
      Boxed<&backward_op>::call},
-    {"profile_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor rules, Tensor? plan, float scaling, "
-     "float softcap, Tensor? sink_logits, bool baselines, int? lag=None, Tensor? evicted=None, Tensor? of_rule=None, "
-     "Tensor? own_evicted=None) "
+    {"profile_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor rules, float scaling, "
+     "float softcap, Tensor? sink_logits, bool baselines, int? lag=None, Tensor? evicted=None, Tensor? of_rule=None) "
      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, SymInt)",
      Boxed<&profile_op>::call},
 });

@@ -232,15 +232,13 @@ struct Choices {
   int64_t ways;            // to select
   const int32_t* evicted;  // [kv_heads, ways, tokens]
   const int64_t* of_rule;  // [rules] the way of each, -1 of one that does not select; null where none does
-  const int32_t* own;      // [kv_heads, tokens] as `evicted`, of the plan's own rules; null where none of them selects
 };
 
 // What an attention layer's backward gives and what every rule would move, of one sample; see `calibration/influence.py`, whose
 // definitions and names these are.
 struct ProfileCall {
   Shape shape;  // one row
-  RuleTable rules;        // every KV head is asked what each of them would do; all have the same native window
-  const RuleTable* plan;  // the rule that each KV head runs under, or null
+  RuleTable rules;  // every KV head is asked what each of them would do; all have the same native window
   Scores scores;
   int64_t tokens;
   const void *query, *key, *value, *dout;
@@ -412,8 +410,6 @@ struct ProfileTile {
   const int64_t* positions;  // [rows], ascending
   int64_t low, high;         // keys that any of the rows sees; low is a multiple of TILE
   int64_t native_window;
-  const Rule* plan;          // or null
-  const int32_t* evicted;    // [tokens] when the plan's rule evicts each, as in ProfileChoice; or null where it selects nothing
   float scaling, softcap;
   const float* sink_logits;  // [group] or null
   const char *query, *key, *value, *dout;  // of the KV head, first token

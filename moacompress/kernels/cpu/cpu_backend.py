@@ -313,7 +313,6 @@ class CpuBackend(Backend):
         value: torch.Tensor,
         *,
         rules: RuleTable,
-        plan: RuleTable | None,
         scores: Scores,
         baselines: bool = False,
         lag: int | None = None,
@@ -321,10 +320,9 @@ class CpuBackend(Backend):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
         """Returns the gradients and the sums over all pairs of tokens, in one sweep over tiles."""
         tensors = (dense_rows(dout), dense_rows(query), dense_rows(key), dense_rows(value))
-        under = None if plan is None else plan.columns
         found: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]
         found = torch.ops.moacompress_cpu.profile_backward(
-            *tensors, rules.columns, under, *_numbers(scores), baselines, lag, *(choices or (None, None, None))
+            *tensors, rules.columns, *_numbers(scores), baselines, lag, *(choices or (None, None))
         )
         return found
 

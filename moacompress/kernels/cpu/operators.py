@@ -64,7 +64,6 @@ def _fake_profile(
     key: torch.Tensor,
     value: torch.Tensor,
     rules: torch.Tensor,
-    plan: torch.Tensor | None,
     scaling: float,
     softcap: float,
     sink_logits: torch.Tensor | None,
@@ -72,7 +71,6 @@ def _fake_profile(
     lag: int | None = None,
     evicted: torch.Tensor | None = None,
     of_rule: torch.Tensor | None = None,
-    own_evicted: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Any]:
     sums = query.new_empty(4 if baselines else 2, key.shape[1], rules.shape[1], dtype=torch.float64)
     of_tokens = query.new_empty(key.shape[1], 0 if lag is None else key.shape[2], dtype=torch.float64)

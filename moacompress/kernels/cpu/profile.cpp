@@ -37,7 +37,6 @@ struct Seen {
   int32_t sink_end, start;
   bool first_only;  // nothing of the sinks: they are hidden by the native window or before the tile's keys
   bool full;        // all that the dense model sees
-  bool unchanged;   // what the layer sees now
 };
 
 // Memory of one task beside the kernel's own, laid out in a thread's scratch memory.
@@ -107,32 +106,21 @@ struct ProfileJob {
   }
 
   // Sorts what is read of the windows newest key first, and of the sinks oldest key first.
-  void events(const Workspace& space, ProfileTile& work, const Rule* plan) const {
+  void events(const Workspace& space, ProfileTile& work) const {
     const int64_t keys = work.high - work.low;
     for (int64_t row = 0; row < work.rows; row++) {
       const int64_t n = work.positions[row] + 1;
-      const Visible now = plan ? visible(n, *plan) : Visible{};
-      const int64_t now_left = larger(now.start - now.sink_end, 0), now_kept = work.evicted ? selected_count(now_left, *plan) : 0;
       for (int64_t rule = 0; rule < call.rules.count; rule++) {
-        const Rule asked = call.rules.of(rule);
-        const Visible see = visible(n, asked);
-        const int64_t left = larger(see.start - see.sink_end, 0), kept = kept_of(rule, left);
-        const bool full = kept >= left;
-        const auto selected_alike = [&] {  // the same tokens are kept: none, or those of the same choice
-          return kept == now_kept && (!kept || (asked.sink == plan->sink && asked.select_alpha == plan->select_alpha &&
-                                                asked.select_beta_q == plan->select_beta_q));
-        };
-        const bool same = !plan || (see.sink_end == now.sink_end && see.start == now.start && selected_alike());
-        const bool unchanged = plan ? same || (full && now_kept >= now_left) : full;
+        const Visible see = visible(n, call.rules.of(rule));
+        const int64_t left = larger(see.start - see.sink_end, 0);
         space.cells[row * call.rules.count + rule] = {int32_t(see.sink_end), int32_t(see.start),
-                                                see.sink_end <= larger(see.first, work.low), full, unchanged};
+                                                see.sink_end <= larger(see.first, work.low), kept_of(rule, left) >= left};
       }
     }
-    const auto wanted = [&](const Seen& seen) { return !seen.unchanged || (call.baselines && !seen.full); };
     for (const bool sinks : {false, true}) {
       std::memset(space.counts, 0, size_t(keys + 1) * sizeof(int32_t));
       const auto place = [&](const Seen& seen) {
-        if (!wanted(seen) || (sinks && seen.first_only)) return int64_t(-1);
+        if (seen.full || (sinks && seen.first_only)) return int64_t(-1);
         return sinks ? seen.sink_end - 1 - work.low : work.high - 1 - seen.start;
       };
       for (int64_t cell = 0; cell < work.cells; cell++) {
@@ -198,7 +186,7 @@ struct ProfileJob {
         effect += positive(lane.effect - at[2 * size]);
         mass += positive(lane.mass - at[0]) / all;
       }
-      if (!seen.unchanged) {
+      if (!seen.full) {
         sums[0] += delta * delta;
         sums[rules] += delta;
       }
@@ -215,7 +203,6 @@ struct ProfileJob {
     const int64_t tile = index / shape.kv_heads, head = index % shape.kv_heads, group = shape.group;
     const Workspace space = workspace(reinterpret_cast<char*>(scratch));
     Order order = {turns + head * (blocks + 1), tile};
-    const Rule plan = call.plan ? call.plan->of(head) : Rule{};
     ProfileTile work = {};
     work.group = group;
     work.rows = smaller(rows, count - tile * rows);
@@ -224,8 +211,6 @@ struct ProfileJob {
     work.positions = alive + tile * rows;
     keys_of(tile, work.low, work.high);
     work.native_window = native_window;
-    work.plan = call.plan ? &plan : nullptr;
-    work.evicted = call.choices.own ? call.choices.own + head * call.tokens : nullptr;
     work.scaling = call.scores.scaling;
     work.softcap = call.scores.softcap;
     work.sink_logits = call.scores.sink_logits ? call.scores.sink_logits + head * group : nullptr;
@@ -255,7 +240,7 @@ struct ProfileJob {
     work.done = Order::done;
     std::memset(space.seen, 0, size_t(streams() * work.cells * group) * sizeof(double));
     std::memset(space.sums, 0, size_t(4 * call.rules.count) * sizeof(double));
-    events(space, work, work.plan);
+    events(space, work);
     choices(space, work, head);
     kernels.profile[shape.dtype](work, space.kernel);
     sum_up(space, work);

@@ -56,10 +56,8 @@ constexpr int STREAMS = 3;  // what is summed over keys: p, p (G - D), and MoA's
 struct ProfileScratch {
   float *query, *dout, *dquery;   // [panels, dim, LANES]
   float *query_rows, *dout_rows;  // [lanes, padded dim]
-  float *peak, *inverse, *delta, *first, *end, *sink_end, *start;  // [lanes]
-  float *now;                     // [lanes] tokens that have left the window of the plan's rule
-  float *total, *pulled;          // [2, lanes] sum and rest: of the weights that are attended with, and of them times G
-  float *mass;                    // [2, lanes] of all weights, under a plan
+  float *peak, *inverse, *delta, *first, *end;  // [lanes]
+  float *total, *pulled;          // [2, lanes] sum and rest: of the weights, and of them times G
   float *running;                 // [STREAMS, 2, lanes]
   float *logits, *pulls;          // [panels, keys, LANES]
   float *weights, *grads, *effects;  // [panels, TILE, LANES]
@@ -77,8 +75,8 @@ struct ProfileScratch {
     query = take(all * head_dim), dout = take(all * value_dim), dquery = take(all * head_dim);
     query_rows = take(all * padded_dim(head_dim)), dout_rows = take(all * padded_dim(value_dim));
     peak = take(all), inverse = take(all), delta = take(all);
-    first = take(all), end = take(all), sink_end = take(all), start = take(all), now = take(all);
-    total = take(2 * all), pulled = take(2 * all), mass = take(2 * all), running = take(2 * STREAMS * all);
+    first = take(all), end = take(all);
+    total = take(2 * all), pulled = take(2 * all), running = take(2 * STREAMS * all);
     logits = take(all * keys), pulls = take(all * keys);
     weights = take(all * TILE), grads = take(all * TILE), effects = take(all * TILE);
     key_store = take(TILE * head_dim), value_store = take(TILE * value_dim), zeroed_store = take(TILE * head_dim);
@@ -108,16 +106,6 @@ inline bool all_dense(const ProfileTile& t, int64_t begin, int64_t count) {
 // Whether the dense model lets each lane see a key.
 inline Mask in_dense(const ProfileScratch& s, int64_t lane, V column) {
   return both(at_least(column, load(s.first + lane)), at_least(load(s.end + lane) - set1(1.f), column));
-}
-// Whether each lane's own rule lets it see a key.
-inline Mask in_plan(const ProfileTile& t, const ProfileScratch& s, int64_t lane, int64_t key) {
-  const Mask shown =
-      seen(set1(float(key)), load(s.first + lane), load(s.sink_end + lane), load(s.start + lane), load(s.end + lane));
-  if (!t.evicted) return shown;
-  const V now = load(s.now + lane);
-  // a key of the window has not left it, and a sink is shown anyway
-  const Mask selected = both(at_least(now, set1(float(key - t.plan->sink + 1))), not_below(set1(float(t.evicted[key]) - 1.f), now));
-  return either(shown, selected);
 }
 
 // Logits as the softmax takes them, G beside them (zero where the dense model sees nothing), and the largest logit of every lane.
@@ -156,7 +144,7 @@ template <class T> void profile_scores(const ProfileTile& t, const ProfileScratc
 
 inline V weight_of(V logit, V peak) { return exp2((logit - peak) * set1(LOG2_E)); }
 
-// Sums of the weights and of weights times G, under the plan and of all.
+// Sums of the weights and of weights times G.
 void profile_totals(const ProfileTile& t, const ProfileScratch& s, int64_t panels, int64_t keys) {
   const int64_t all_lanes = panels * LANES;
   memset(s.total, 0, size_t(s.running - s.total) * sizeof(float));
@@ -169,24 +157,15 @@ void profile_totals(const ProfileTile& t, const ProfileScratch& s, int64_t panel
         const V peak = load(s.peak + lane);
         V total = load(s.total + lane), total_rest = load(s.total + all_lanes + lane);
         V pulled = load(s.pulled + lane), pulled_rest = load(s.pulled + all_lanes + lane);
-        V mass = load(s.mass + lane), mass_rest = load(s.mass + all_lanes + lane);
         for (int64_t j = 0; j < count; j++) {
-          V p = weight_of(load(s.logits + at + j * LANES), peak), pull = p * load(s.pulls + at + j * LANES);
-          if (t.plan) {
-            add_exactly(mass, mass_rest, p);
-            const Mask mask = in_plan(t, s, lane, begin + j);
-            p = select(mask, p, zero());
-            pull = select(mask, pull, zero());
-          }
+          const V p = weight_of(load(s.logits + at + j * LANES), peak);
           add_exactly(total, total_rest, p);
-          add_exactly(pulled, pulled_rest, pull);
+          add_exactly(pulled, pulled_rest, p * load(s.pulls + at + j * LANES));
         }
         store(s.total + lane, total);
         store(s.total + all_lanes + lane, total_rest);
         store(s.pulled + lane, pulled);
         store(s.pulled + all_lanes + lane, pulled_rest);
-        store(s.mass + lane, t.plan ? mass : total);
-        store(s.mass + all_lanes + lane, t.plan ? mass_rest : total_rest);
       }
 }
 
@@ -308,27 +287,17 @@ void profile_selected(const ProfileTile& t, const ProfileScratch& s, int64_t pan
   }
 }
 
-// Weights -> probabilities under the plan, and p (G - D) -> gradients of the logits, in place.
+// p (G - D) -> gradients of the logits before their soft cap, in place.
 void profile_gradients(const ProfileTile& t, const ProfileScratch& s, int64_t panels, int64_t keys, int64_t begin, int64_t count) {
   for (int64_t panel = 0; panel < panels; panel++)
     for (int v = 0; v < PANEL; v++) {
-      const int64_t lane = panel * LANES + v * W, at = (panel * keys + begin - t.low) * LANES + v * W;
-      float *weights = s.weights + panel * TILE * LANES + v * W, *grads = s.grads + panel * TILE * LANES + v * W;
-      const V total = load(s.total + lane);
+      const int64_t at = (panel * keys + begin - t.low) * LANES + v * W;
+      float* grads = s.grads + panel * TILE * LANES + v * W;
       for (int64_t j = 0; j < count; j++) {
-        V p = load(weights + j * LANES), c = load(grads + j * LANES);
-        if (t.plan) {
-          const Mask mask = in_plan(t, s, lane, begin + j);
-          p = select(mask, p / total, zero());
-          c = select(mask, c / total, zero());
-        }
-        if (t.softcap > 0) {
-          const V share = load(s.logits + at + j * LANES) * set1(1.f / t.softcap);
-          // what is not seen has a weight of zero and a logit of minus infinity
-          c = select(not_below(share, set1(-2.f)), c * (set1(1.f) - share * share), zero());
-        }
-        store(weights + j * LANES, p);
-        store(grads + j * LANES, c);
+        const V share = load(s.logits + at + j * LANES) * set1(1.f / t.softcap);
+        // what is not seen has a weight of zero and a logit of minus infinity
+        const V c = load(grads + j * LANES) * (set1(1.f) - share * share);
+        store(grads + j * LANES, select(not_below(share, set1(-2.f)), c, zero()));
       }
     }
 }
@@ -339,12 +308,11 @@ void add_nonfinite_products(const ProfileTile& t, const ProfileScratch& s, const
                        int64_t count, int64_t dim, int64_t stride, float* to) {
   for (int64_t lane = 0; lane < t.group * t.rows; lane++)
     for (int64_t d = 0; d < dim; d++) {
-      const float x = panels[(lane / LANES * dim + d) * LANES + lane % LANES] * (t.plan ? 1.f : s.inverse[lane]);
+      const float x = panels[(lane / LANES * dim + d) * LANES + lane % LANES] * s.inverse[lane];
       if (x - x == 0) continue;
       for (int64_t j = 0; j < count; j++) {
         const float key = float(begin + j);
-        const bool selected = t.evicted && s.now[lane] >= key - float(t.plan->sink) + 1.f && s.now[lane] < float(t.evicted[begin + j]);
-        if (selected || (key >= s.first[lane] && key < s.sink_end[lane]) || (key >= s.start[lane] && key < s.end[lane]))
+        if (key >= s.first[lane] && key < s.end[lane])
           to[j * stride + d] += from[(lane / LANES * TILE + j) * LANES + lane % LANES] * x;
       }
     }
@@ -366,11 +334,8 @@ template <class T> void profile_tile(const ProfileTile& t, float* scratch) {
   for (int64_t lane = 0; lane < all_lanes; lane++) {
     const bool real = lane < lanes;
     const int64_t n = real ? t.positions[lane % t.rows] + 1 : 0;
-    const Visible see = visible(n, t.plan ? *t.plan : Rule{0, 0, 1024, 1, t.native_window, NATIVE, NATIVE});
     s.peak[lane] = real && t.sink_logits ? t.sink_logits[lane / t.rows] : NOTHING;
-    s.first[lane] = float(see.first), s.end[lane] = float(n);
-    s.sink_end[lane] = float(see.sink_end), s.start[lane] = float(see.start);
-    s.now[lane] = float(larger(see.start - see.sink_end, 0));
+    s.first[lane] = float(t.native_window ? larger(n - t.native_window, 0) : 0), s.end[lane] = float(n);
   }
 
   profile_scores<T>(t, s, panels, keys);
@@ -378,12 +343,10 @@ template <class T> void profile_tile(const ProfileTile& t, float* scratch) {
   for (int64_t lane = 0; lane < all_lanes; lane++) {
     const bool real = lane < lanes;
     const double escape = real && t.sink_logits ? double(__builtin_expf(t.sink_logits[lane / t.rows] - s.peak[lane])) : 0;
-    const double mass = double(s.mass[lane]) + double(s.mass[all_lanes + lane]);
-    const double total = double(s.total[lane]) + double(s.total[all_lanes + lane]) + escape;
+    const double mass = double(s.total[lane]) + double(s.total[all_lanes + lane]);
     const double pulled = double(s.pulled[lane]) + double(s.pulled[all_lanes + lane]);
     s.inverse[lane] = real ? float(1 / (mass + escape)) : 0.f;
-    s.delta[lane] = real ? float(pulled / total) : 0.f;
-    s.total[lane] = real ? float(total) : 1.f;
+    s.delta[lane] = real ? float(pulled / (mass + escape)) : 0.f;
     if (!real) continue;
     LaneSums& sums = t.lane_sums[lane];
     sums.escape = escape;
@@ -393,7 +356,7 @@ template <class T> void profile_tile(const ProfileTile& t, float* scratch) {
   memset(s.query_rows, 0, size_t(s.peak - s.query_rows) * sizeof(float));
   for (int64_t lane = 0; lane < lanes; lane++) {
     const int64_t head = lane / t.rows, position = t.positions[lane % t.rows];
-    const float share = t.plan ? 1.f : s.inverse[lane];
+    const float share = s.inverse[lane];
     float *query = s.query_rows + lane * query_stride, *dout = s.dout_rows + lane * dout_stride;
     widen_row((const T*)(t.query + head * t.query_head_bytes + position * t.query_row_bytes), t.head_dim, query);
     widen_row((const T*)(t.dout + head * t.dout_head_bytes + position * t.dout_row_bytes), t.value_dim, dout);
@@ -424,7 +387,7 @@ template <class T> void profile_tile(const ProfileTile& t, float* scratch) {
     }
     double of_tokens[TILE];
     if (t.of_tokens) profile_tokens(t, s, panels, begin, count, of_tokens);  // `effects` are done with
-    if (t.plan || t.softcap > 0) profile_gradients(t, s, panels, keys, begin, count);
+    if (t.softcap > 0) profile_gradients(t, s, panels, keys, begin, count);
     float_rows<T>(t.key, t.key_bytes, begin, count, t.head_dim, s.key_store, key_rows);
     const bool nonfinite_keys = !all_finite<float>(key_rows, count, t.head_dim);
     if (nonfinite_keys) zero_nonfinite<float>(key_rows, count, t.head_dim, s.zeroed_store, zeroed_rows);
@@ -435,7 +398,7 @@ template <class T> void profile_tile(const ProfileTile& t, float* scratch) {
       if (nonfinite_keys)
         add_nonfinite<float, PANEL>(
             key_rows, count, t.head_dim, [&](int64_t k, int v) { return load(grads + k * LANES + v * W); },
-            [&](int64_t k, int v) { return in_plan(t, s, panel * LANES + v * W, begin + k); }, s.buffer, dquery);
+            [&](int64_t k, int v) { return in_dense(s, panel * LANES + v * W, set1(float(begin + k))); }, s.buffer, dquery);
     }
     float *dkey = t.dkey + begin * query_stride, *dvalue = t.dvalue + begin * dout_stride;
     t.wait(t.order, begin / TILE);
@@ -464,7 +427,7 @@ template <class T> void profile_tile(const ProfileTile& t, float* scratch) {
 
   for (int64_t lane = 0; lane < lanes; lane++) {
     T* to = (T*)(t.dquery + lane / t.rows * t.dquery_head_bytes + t.positions[lane % t.rows] * t.dquery_row_bytes);
-    out_of_lane(s.dquery, t.head_dim, lane, t.scaling * (t.plan ? 1.f : s.inverse[lane]), s.buffer, to);
+    out_of_lane(s.dquery, t.head_dim, lane, t.scaling * s.inverse[lane], s.buffer, to);
   }
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,7 @@ from moacompress.search.measure.trials import TrialResult
 from moacompress.search.problem.knapsack import Knapsack
 from moacompress.search.search_context import Incumbent, SearchContext
 from moacompress.search.search_request import SearchRequest
-from moacompress.search.steps.moves import make_moves
 from moacompress.search.steps.parameter_study import tune_parameters
-from moacompress.search.steps.rounds import make_rounds
 from moacompress.search.study import opened
 
 Profiles = Callable[..., Profile]
@@ -34,7 +31,7 @@ Search = Callable[..., tuple[Any, Any]]
 @pytest.fixture
 def context(pretended: Callable[..., Any], profiles: Profiles) -> Iterator[SearchContext]:
     """What steps work with, in which no step has run."""
-    with made(pretended, profiles(trials=2, rounds=1, moves=4, alternatives=False)) as context:
+    with made(pretended, profiles(trials=2, alternatives=False)) as context:
         yield context
 
 
@@ -80,16 +77,6 @@ def test_the_study_measures_what_it_is_given(context: SearchContext, monkeypatch
     assert names(context) == ["surrogate", "study"]
 
 
-def test_moves_follow_the_form_of_a_round(context: SearchContext) -> None:
-    incumbent = make_rounds(first(context), context)
-    assert incumbent.form is not None
-    backwards = replace(incumbent, form=replace(incumbent.form, linear=-incumbent.form.linear))
-    assert np.array_equal(context.changes(backwards), -context.changes(incumbent))
-    found = make_moves(incumbent, context)
-    assert found.kl <= incumbent.kl
-    assert found.form is incumbent.form
-
-
 def test_a_further_step_is_one_line(
     search: Search, profiles: Profiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,9 +91,9 @@ def test_a_further_step_is_one_line(
         context.add_stage("share", found, True)
         return found
 
-    plain, _ = search(profiles(trials=1, rounds=1, alternatives=False), out=tmp_path / "plain.json")
+    plain, _ = search(profiles(trials=1, alternatives=False), out=tmp_path / "plain.json")
     monkeypatch.setattr(study, "STEPS", (*study.STEPS, share))
-    found, fake = search(profiles(trials=1, rounds=1, alternatives=False), out=tmp_path / "plan.json")
+    found, fake = search(profiles(trials=1, alternatives=False), out=tmp_path / "plan.json")
     assert given[0].plan.rules == plain.plan.rules
     written = Plan.load(tmp_path / "plan.json")
     assert written == found.plan
