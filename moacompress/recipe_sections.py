@@ -16,7 +16,7 @@ from moacompress.rules.rule import MIN_WINDOWS
 Estimator = Literal["robust", "moa", "mass"]
 ROBUST: Estimator = "robust"
 """The estimator that also knows what formats and copies cost; the others are baselines."""
-Generator = Literal["needle", "multi-needle", "key-value", "records", "recall"]
+Generator = Literal["needle", "multi-needle", "key-value", "records", "recall", "source-code"]
 HealObjective = Literal["kl", "echoatt"]
 INFLUENCE = "influence"
 """What gates are fitted to by default."""
@@ -109,7 +109,9 @@ class SourceRecipe(Section):
     ALWAYS_HASHED = frozenset(
         {"generator", "path", "dataset", "config", "split", "haystack", "values", "weight"},
     )
-    generator: Generator | None = Field(None, description="synthetic task with a known long-range dependency")
+    generator: Generator | None = Field(
+        None, description="synthetic task with a known long-range dependency, or source-code: text of Python's library"
+    )
     path: str | None = Field(None, description="local .jsonl, .json, .parquet or .txt file")
     dataset: str | None = Field(None, description="hub id of a dataset")
     config: str | None = Field(None, description="configuration name of the hub dataset")

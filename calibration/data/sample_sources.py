@@ -36,6 +36,7 @@ from moacompress.core.errors import DataError
 from moacompress.core.ranks import rank
 from moacompress.models.processes import broadcast
 from moacompress.prompts.generators import ANSWER_ROOM, TASKS, make_prompt
+from moacompress.prompts.library_source import calibration_modules
 from moacompress.prompts.pools import SPLITS, CalibrationPart, Prose, Split, pool_of
 from moacompress.prompts.templates import encode_conversation, encode_prompt, encode_text
 
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SOURCE_CODE = "source-code"
+"""The generator that gives plain text."""
 SAMPLES_OPTION = {"calibration": "--samples", "validation": "--validation-samples"}
 """Options that say how many samples a split has."""
 _TEXT_STREAM = 2**31
@@ -287,6 +290,9 @@ class _DraftMaker:
     def generated(self, given: SourceRecipe, wanted: dict[int, int], seed: tuple[int, ...]) -> list[SampleDraft]:
         """Returns so many prompts of a generator by length."""
         tokenizer, kind = self.tokenizer, str(given.generator)
+        if kind == SOURCE_CODE:
+            texts = pool_of(calibration_modules(), self.split, "Python's standard library", self.part)
+            return chop([*texts.values()], wanted, kind, np.random.default_rng(seed), tokenizer)
         task = TASKS[kind] if kind in TASKS else TASKS[f"{kind}-{given.haystack}"]
         parts = (kind, task.haystack, None if given.values == "numbers" else given.values)
         name, drafts = "/".join(filter(None, parts)), list[SampleDraft]()

@@ -28,7 +28,7 @@ FINALISTS = 2
 """Candidates of a family that are measured on all samples: the best of the screening."""
 CLOSE = 1.25
 """KL of a second finalist in the screening, relative to the first's, above which it is left out."""
-CANDIDATES = 6
+CANDIDATES = 3
 """Candidates of a family, those predicted to be best first."""
 
 

@@ -16,6 +16,7 @@ from moacompress.calibration.data.data_rows import first_of_each
 from moacompress.calibration.data.sample_sources import build_samples, longer_counts, make_drafts, spread, varied
 from moacompress.calibration.data.samples import Sample, fingerprint_samples
 from moacompress.core.errors import DataError
+from moacompress.prompts.library_source import ASKED, calibration_modules, read_modules
 from moacompress.prompts.pools import SPLITS, Prose, Split
 from moacompress.recipe import Recipe
 from moacompress.recipe_sections import Generator
@@ -426,3 +427,19 @@ def test_varied_takes_every_source_and_length_first() -> None:
     assert [(draft.source, draft.length) for draft in varied(drafts, 3)] == [("a", 1), ("c", 1), ("b", 2)]
     assert {(draft.source, draft.length) for draft in varied(drafts, 6)} == {(n, i) for n in "abc" for i in (1, 2)}
     assert varied(drafts, 99) == drafts
+
+
+def test_source_code_is_of_modules_that_evaluation_does_not_ask_about(source: SourceModel) -> None:
+    texts = calibration_modules()
+    assert not {text for _, text in read_modules(ASKED)} & {*texts}
+    asked = recipe([{"generator": "source-code"}, {"generator": "needle"}], [400])
+    drafts = {split: make_drafts(source, asked, split) for split in SPLITS[:2]}
+    for split, found in drafts.items():
+        code = [draft for draft in found if draft.source == "source-code"]
+        assert [draft.kind for draft in code] == ["text"] * 2, split
+        assert [len(draft.ids) for draft in code] == [400] * 2
+        for draft in code:  # stretches of single modules, their indentation included
+            assert any(str(source.tokenizer.decode([*draft.ids[1:]])) in text for text in texts)
+    assert not {tuple(draft.ids) for draft in drafts["calibration"]} & {
+        tuple(draft.ids) for draft in drafts["validation"]
+    }

@@ -22,6 +22,7 @@ from moacompress.evaluation.tasks.unseen import (
     tool_call,
 )
 from moacompress.evaluation.tasks.unseen.names import NAMES, SPEAKERS, draw_names
+from moacompress.prompts.library_source import read_modules
 from moacompress.prompts.pools import draw_codes
 
 if TYPE_CHECKING:
@@ -146,12 +147,14 @@ def test_drawn_code_questions(length: int, tiny_tokenizer: PreTrainedTokenizerBa
 
 def test_code_questions_of_another_python_are_other_questions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before = find_task("code-question").wording
-    monkeypatch.setattr(code_question, "_texts", lambda: (("csv", "def f(a=7):\n    pass\n"),))
+    monkeypatch.setattr(code_question, "read_modules", lambda names: (("csv", "def f(a=7):\n    pass\n"),))
     assert find_task("code-question").wording != before
     monkeypatch.undo()
-    code_question._texts.cache_clear()
+    read_modules.cache_clear()
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    with pytest.raises(DataError, match=r"source of Python's standard library, which .* lacks .*; give other --tasks"):
+    with pytest.raises(
+        DataError, match=r"source of Python's standard library .*, which .* lacks .*; ask for other tasks"
+    ):
         _ = find_task("code-question").wording
 
 

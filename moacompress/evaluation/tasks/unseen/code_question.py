@@ -10,23 +10,15 @@ import ast
 import functools
 import hashlib
 import re
-import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from moacompress.core.errors import DataError
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
 from moacompress.evaluation.tasks.task import PromptRequest
 from moacompress.evaluation.tasks.unseen.names import pick
+from moacompress.prompts.library_source import ASKED, read_modules
 
-_MODULES = """
-asyncio/base_events bdb calendar configparser difflib fileinput ftplib gettext http/client imaplib logging/handlers mailbox
-optparse poplib pstats shutil smtplib statistics tarfile tempfile urllib/request wave xml/dom/minidom
-"""
-MODULES = tuple(_MODULES.split())
-"""Files that every supported Python has, without their ending."""
 TEMPLATE = "Here is a part of a program.\n\n```python\n{code}\n```\n\n{question} Answer with {form} alone."
 PREFIX = "\nThe answer is `"
 DEFAULT = "What is the default value of the parameter `{parameter}` of the function `{function}`?"
@@ -110,8 +102,8 @@ def make_code_question(request: PromptRequest) -> PromptDraft:
 
 def code_sentences() -> tuple[object, ...]:
     """Returns all that prompts say; of the source a digest: another Python has other prompts."""
-    digest = hashlib.sha256("\n".join(text for _, text in _texts()).encode()).hexdigest()
-    return (*SENTENCES, MODULES, digest)
+    digest = hashlib.sha256("\n".join(text for _, text in read_modules(ASKED)).encode()).hexdigest()
+    return (*SENTENCES, ASKED, digest)
 
 
 @functools.cache
@@ -123,7 +115,7 @@ def code_source() -> CodeSource:
     """
     lines: list[str] = []
     trees: list[tuple[int, ast.Module]] = []
-    for module, text in _texts():
+    for module, text in read_modules(ASKED):
         lines.append(HEADER.format(module=module))
         trees.append((len(lines) - 1, ast.parse(text)))  # line 1 of a tree is one below its header
         lines += text.splitlines()
@@ -152,19 +144,6 @@ def code_source() -> CodeSource:
         ],
     )
     return CodeSource(tuple(lines), tuple(tuple(f for f in facts if f.size <= SPAN) for facts in kinds))
-
-
-@functools.cache
-def _texts() -> tuple[tuple[str, str], ...]:
-    """Returns the modules, each with its source."""
-    folder = Path(sysconfig.get_path("stdlib"))
-    try:
-        return tuple((name, (folder / f"{name}.py").read_text("utf-8")) for name in MODULES)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"code-question asks about the source of Python's standard library, which {folder} lacks ({error}); give other "
-            "--tasks, or run a Python that has its source"
-        ) from error
 
 
 def _plain_functions(tree: ast.Module) -> Iterator[_Function]:
