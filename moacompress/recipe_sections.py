@@ -233,7 +233,7 @@ class SearchRecipe(Section):
     """How the plan is found."""
 
     trials: int = Field(
-        16, ge=1, le=100_000, description="number of measured trials, including trial 0, the surrogate's own plan"
+        4, ge=1, le=100_000, description="number of measured trials, including trial 0, the surrogate's own plan"
     )
     timeout: float | None = Field(
         None,

@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 PROFILE = HERE / "profile"
 """A finished profile of `tiny_source`."""
-BUDGET = "30%"
+BUDGET = "10%"
 PUBLISHED = "docs/plans/smollm2-135m-quarter.json"
 """In a checkout: each reads its own, which may be of an older version."""
 DENSE = ROOT / ".cache/smollm2-135m-dense"
