@@ -22,14 +22,12 @@ EPSILON = 1e-3
 """Nats added to a KL before its logarithm: differences far below it do not matter."""
 
 
-def log_ratios(kls: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """Returns `log((kl + eps) / (reference + eps))` for each sample; the shorter list decides how many."""
-    return [float(np.log((kl + EPSILON) / (base + EPSILON))) for kl, base in zip(kls, reference, strict=False)]
-
-
 def log_ratio(kls: Sequence[float], reference: Sequence[float]) -> float:
-    """Returns the mean of `log_ratios`: what Optuna's sampler is told of a trial."""
-    return float(np.mean(log_ratios(kls, reference)))
+    """Returns the mean over samples of `log((kl + eps) / (reference + eps))`: what Optuna's sampler is told of a trial.
+
+    The shorter list decides how many there are.
+    """
+    return float(np.mean([np.log((kl + EPSILON) / (base + EPSILON)) for kl, base in zip(kls, reference, strict=False)]))
 
 
 @dataclass(frozen=True)
