@@ -26,8 +26,8 @@ from harness import markdown, options  # beside this script
 
 from moacompress.cli import app
 from moacompress.report.search_tables import difference_text
+from moacompress.search.measure import trials as trials_module
 from moacompress.search.measure.kl_difference import KlDifference
-from moacompress.search.measure.trials import best_trial
 
 SAMPLERS = {
     "gp": optuna.samplers.GPSampler,
@@ -88,7 +88,7 @@ def searched(given: argparse.Namespace, plan: Path, sampler: str, trials: int, s
         arguments = ["search", str(given.profile), *asked, "--seed", str(seed), "--recipe", str(recipe)]
         with (
             mock.patch.object(optuna.samplers, "GPSampler", SAMPLERS[sampler]),
-            mock.patch.object(best_trial, "__defaults__", (0.0,)),
+            mock.patch.object(trials_module, "CAUTION", 0.0),
         ):
             app([*arguments, "--dtype", given.dtype, "-o", str(plan)], standalone_mode=False)
         notes.write_text(f"{(time.monotonic() - begin) / 60:.2f}\n", "utf-8")

@@ -211,7 +211,8 @@ def profile_estimator(source: SourceModel, recipe: Recipe) -> Estimator:
 def _run_sample(source: SourceModel, recipe: Recipe, tokens: int, targets: int) -> None:
     """Profiles one sample."""
     rules, shape = rules_on_offer(recipe), source.shape
-    table, gates = RuleTable.of(rules, recipe.profile.min_window), None
+    table = RuleTable.of(rules, recipe.profile.min_window)
+    gates: GateWeights | None = None
     if table.selects:
         size = shape.layers, shape.kv_heads, source.model.config.get_text_config(decoder=True).hidden_size
         gates = GateWeights(

@@ -51,8 +51,8 @@ def compress(
         Effort | None,
         typer.Option(
             "--effort",
-            help="How much to measure without a recipe: quick, standard or thorough, designed to take at most 10, 45 and 150 "
-            "minutes for SmolLM2-135M on two CPU cores; --dry-run estimates it for your model. Options override it. "
+            help="How much to measure without a recipe: quick, standard or thorough; --dry-run "
+            "estimates the minutes for your model. Options override it. "
             "[default: standard]",
         ),
     ] = None,

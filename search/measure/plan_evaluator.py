@@ -104,7 +104,7 @@ class PlanEvaluator:
         jobs = [self.job(f"{kind}:{size}:{number}", plan, part) for number, part in enumerate(parts)]
         kls = [kl for part in self.together(jobs, measured) for kl in part]
         self.progress.done()
-        self.keep(kind, plan, kls)
+        self.claims.once(f"{kind}:{plan.key()}", lambda claim: kls)
         return kls
 
     def job(self, kind: str, plan: Plan, numbers: Sequence[int]) -> Job:
@@ -164,10 +164,6 @@ class PlanEvaluator:
         """
         self.deadline.check()
         self.claims.pause(names, self.deadline.left)
-
-    def keep(self, kind: str, plan: Plan, kls: Sequence[float]) -> None:
-        """Keeps what was measured elsewhere, as `shown` would have."""
-        self.claims.once(f"{kind}:{plan.key()}", lambda claim: list(kls))
 
     def known(self, kind: str, plan: Plan) -> list[float] | None:
         """Returns what `shown` measured before, or None."""

@@ -160,7 +160,7 @@ def least_trial(tried: Sequence[TrialResult]) -> TrialResult:
     return min((trial for trial in tried if not trial.pruned), key=lambda trial: (trial.kl, trial.index))
 
 
-def best_trial(tried: Sequence[TrialResult], caution: float = CAUTION) -> TrialResult:
-    """Returns the trial of lowest mean KL among those that beat trial 0 by `caution` standard errors; trial 0 if none does."""
+def best_trial(tried: Sequence[TrialResult]) -> TrialResult:
+    """Returns the trial of lowest mean KL among those that beat trial 0 by `CAUTION` standard errors; trial 0 if none does."""
     first, *others = tried
-    return least_trial([first, *(trial for trial in others if KlDifference.of(trial.kls, first.kls).is_lower(caution))])
+    return least_trial([first, *(trial for trial in others if KlDifference.of(trial.kls, first.kls).is_lower(CAUTION))])
