@@ -112,7 +112,7 @@ class SourceRecipe(Section):
     generator: Generator | None = Field(
         None, description="synthetic task with a known long-range dependency, or source-code: text of Python's library"
     )
-    path: str | None = Field(None, description="local .jsonl, .json, .parquet or .txt file")
+    path: str | None = Field(None, description="local .jsonl, .json, .csv, .parquet or .txt file")
     dataset: str | None = Field(None, description="hub id of a dataset")
     config: str | None = Field(None, description="configuration name of the hub dataset")
     split: str = Field("train", description="split of the hub dataset")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 from moacompress.core.errors import DataError
 from moacompress.core.files import canonical_json
+from moacompress.core.loaded_rows import LOADERS, file_rows, hub_rows
 from moacompress.core.shingles import normalised, text_hash
 from moacompress.prompts.pools import Split, deal, read_files
 from moacompress.prompts.squad import parse_articles
@@ -26,14 +26,13 @@ COLUMNS: dict[RowKind, tuple[str, ...]] = {
 """The columns that each kind of row has, the first kind that fits counts."""
 ARTICLE = "article"
 """Column with the number of a question's article, of rows from a file in SQuAD's form."""
-SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 _SHARES: dict[Split, int] = {"calibration": 2, "validation": 1, "evaluation": 1}
 """One row in four is for validation, and one is held out: a plan is evaluated on it."""
 
 
 def rows_named(name: str) -> SourceRecipe | None:
     """Returns the source that a name stands for: a file or folder, or a hub set; None where it is neither."""
-    if Path(name).suffix in SUFFIXES or Path(name).exists():
+    if Path(name).suffix in LOADERS or Path(name).exists():
         return SourceRecipe(path=name)
     return SourceRecipe(dataset=name) if "/" in name else None
 
@@ -44,7 +43,10 @@ def read_rows(source: SourceRecipe) -> Sequence[DataRow]:
     Raises:
         DataError: missing, unreadable, malformed (with the line), or empty.
     """
-    rows = _read_hub(source) if source.dataset is not None else _read_local(Path(str(source.path)))
+    if source.dataset is not None:
+        rows: Sequence[DataRow] = hub_rows(source.dataset, source.config, source.split)
+    else:
+        rows = _read_local(Path(str(source.path)))
     if not len(rows):
         raise DataError(f"{source_name(source)} has no rows")
     return rows
@@ -122,23 +124,7 @@ def field(row: DataRow, column: str, name: str, index: int) -> str:
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"row {index} of {name} has no text under {column!r} but {_short(value)}")
-    check_whole(value, f"row {index} of {name}")
     return value
-
-
-def check_whole(text: str, where: str) -> None:
-    """Refuses a text with half a character, a lone surrogate, which no tokenizer takes.
-
-    Raises:
-        DataError: says where.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where} has half a character (U+{ord(text[error.start]):04X} alone, as where JSON was cut off) behind "
-            f"{text[max(error.start - 20, 0) : error.start]!r}; remove it"
-        ) from error
 
 
 def conversation(row: DataRow, name: str, index: int) -> list[dict[str, str]]:
@@ -155,7 +141,6 @@ def conversation(row: DataRow, name: str, index: int) -> list[dict[str, str]]:
         role, content = turn.get("role"), turn.get("content")
         if not isinstance(role, str) or not isinstance(content, str):
             raise DataError(f"turn {number} of row {index} of {name} needs a role and a content, both texts")
-        check_whole(content, f"turn {number} of row {index} of {name}")
         messages.append({"role": role, "content": content})
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
@@ -165,25 +150,16 @@ def conversation(row: DataRow, name: str, index: int) -> list[dict[str, str]]:
 
 
 def _read_local(path: Path) -> Sequence[DataRow]:
-    # `datasets` would give a file one schema: a text that looks like a date becomes a timestamp, what a row lacks a null; it
-    # does not say which line is broken, and leaves a cache behind
     if path.suffix == ".txt" or path.is_dir():
-        rows: Sequence[Any] = [{"text": text} for text in read_files(path).values()]
-    elif path.suffix == ".parquet":
-        rows = _read_parquet(path)
-    elif path.suffix in (".jsonl", ".json"):
-        rows = _read_json(path)
-    else:
-        raise DataError(f"{path} is no .jsonl, .json, .parquet or .txt file and no folder of .txt files")
-    for index, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise DataError(f"row {index} of {path} is no object but {_short(row)}")
+        return [{"text": text} for text in read_files(path).values()]
+    if path.suffix not in LOADERS:
+        raise DataError(f"{path} is no {', '.join(LOADERS)} file and no folder of .txt files")
+    rows = file_rows(LOADERS[path.suffix], path)
+    if len(rows) == 1 and COLUMNS["text"][0] not in rows[0] and "data" in rows[0]:
+        rows = _squad_rows(rows[0], path)
     first: dict[str, DataRow] = {}
-    for index, row in enumerate(rows):
-        try:
-            first.setdefault(canonical_json(_comparable(row)) if _is_json(row) else repr(row), row)
-        except RecursionError as error:
-            raise DataError(f"row {index} of {path} is nested too deep") from error
+    for row in rows:
+        first.setdefault(repr(_comparable(row)), row)
     return list(first.values())
 
 
@@ -196,34 +172,6 @@ def _comparable(value: Any) -> Any:
     return normalised(value) if isinstance(value, str) else value
 
 
-def _is_json(row: DataRow) -> bool:
-    try:
-        canonical_json(row)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-def _read_json(path: Path) -> list[Any]:
-    try:
-        text = path.read_text("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is invalid; convert it first") from error
-    try:
-        if path.suffix == ".json":
-            rows = json.loads(text)
-            if isinstance(rows, dict) and "data" in rows:
-                return _squad_rows(rows, path)
-            if not isinstance(rows, list):
-                raise DataError(f"{path} must hold a list of rows, not {type(rows).__name__}, or be in SQuAD's form")
-            return rows
-        return [_parse_line(line, path, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits too
-        raise DataError(f"{path} is not valid JSON: {error}") from error
-
-
 def _squad_rows(data: Any, path: Path) -> list[Any]:
     return [
         {"context": paragraph.context, "question": asked.text, "answer": list(asked.answers), ARTICLE: number}
@@ -231,45 +179,6 @@ def _squad_rows(data: Any, path: Path) -> list[Any]:
         for paragraph in article
         for asked in paragraph.questions
     ]
-
-
-def _parse_line(line: str, path: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:  # a number of thousands of digits too
-        raise DataError(f"line {number} of {path} is not valid JSON: {error}") from error
-
-
-def _read_parquet(path: Path) -> list[DataRow]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        rows: list[DataRow] = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot read {path}: {_first_line(error)}") from error
-    return rows
-
-
-def _read_hub(source: SourceRecipe) -> Sequence[DataRow]:
-    """Returns the hub set; whatever `datasets` fails with (no network, no such set or split, damage) is one message."""
-    import datasets
-
-    bars = datasets.utils.logging.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        rows: Sequence[DataRow] = datasets.load_dataset(str(source.dataset), name=source.config, split=source.split)
-    except Exception as error:
-        raise DataError(f"cannot load hub set {source.dataset}: {_first_line(error)}") from error
-    finally:
-        if bars:
-            datasets.enable_progress_bars()
-    return rows
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _short(value: Any) -> str:

@@ -51,7 +51,7 @@ Sources = Annotated[
     typer.Option(
         "--source",
         metavar="FILE",
-        help="Your own rows with answers (.jsonl, .json, .parquet) or a hub dataset; each becomes a task. Repeatable.",
+        help="Your own rows with answers (.jsonl, .json, .csv, .parquet) or a hub dataset; each becomes a task. Repeatable.",
     ),
 ]
 ProfileFolder = Annotated[

@@ -24,6 +24,7 @@ from typing import Literal, TypeVar, get_args
 import numpy as np
 
 from moacompress.core.errors import DataError
+from moacompress.core.loaded_rows import file_rows
 from moacompress.core.shingles import SHINGLE_WORDS, WORD, normalised, text_hash
 
 Split = Literal["calibration", "validation", "evaluation"]
@@ -286,13 +287,8 @@ def read_files(path: str | Path) -> dict[Path, str]:
     for file in files:
         if file != path and not file.is_file():  # a pipe would be waited for, and a device has no end
             raise DataError(f"cannot read {file}: it is no file")
-        try:
-            text = file.read_text("utf-8-sig")
-        except OSError as error:
-            raise DataError(f"cannot read {file}: {error.strerror or error}") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file} is not UTF-8 text: byte {error.start} is invalid; convert it first") from error
-        texts.setdefault(normalised(text), (file, text))
+        for row in file_rows("text", file):
+            texts.setdefault(normalised(row["text"]), (file, row["text"]))
     texts.pop("", None)
     if not texts:
         raise DataError(f"{path} has no text in its {len(files)} .txt file(s)")

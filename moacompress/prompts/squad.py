@@ -45,7 +45,7 @@ def _paragraph(entry: Any) -> Paragraph:
     if not isinstance(context, str):
         raise TypeError(f"context is {type(context).__name__}, not text")
     for asked in entry["qas"]:
-        answers = tuple(dict.fromkeys(answer["text"] for answer in asked["answers"] if answer["text"].strip()))
+        answers = tuple(dict.fromkeys(answer["text"] for answer in asked["answers"] or () if answer["text"].strip()))
         if answers and not asked.get("is_impossible", False):
             questions.append(Asked(asked["question"].strip(), answers))
     return Paragraph(context, tuple(questions))

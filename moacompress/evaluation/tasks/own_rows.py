@@ -14,10 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from moacompress.calibration.data.data_rows import (
-    SUFFIXES,
     DataRow,
     RowKind,
-    check_whole,
     field,
     read_rows,
     row_kind,
@@ -26,6 +24,7 @@ from moacompress.calibration.data.data_rows import (
 )
 from moacompress.calibration.data.held_out import held_out_rows
 from moacompress.core.errors import DataError, UsageError
+from moacompress.core.loaded_rows import LOADERS
 from moacompress.evaluation.tasks.drafts import Answer, PromptDraft
 from moacompress.evaluation.tasks.registry import GROUPS, EvaluationTask, known_tasks
 from moacompress.evaluation.tasks.task import TEXT, PromptRequest
@@ -86,7 +85,7 @@ def _own_task(place: str, held_out: bool) -> EvaluationTask:
     source = rows_named(place)
     if source is None:
         raise UsageError(
-            f"source {place!r} is no file ({', '.join(SUFFIXES)}) and no hub id; of what is a task give --tasks"
+            f"source {place!r} is no file ({', '.join(LOADERS)}) and no hub id; of what is a task give --tasks"
         )
     where = source_name(source)
     rows = read_rows(source)
@@ -137,8 +136,6 @@ def _references(row: DataRow, where: str, index: int) -> tuple[str, ...]:
     value = row.get("answer")
     texts: Sequence[object] = value if isinstance(value, list | tuple) else [value]
     given = tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
-    for text in given:
-        check_whole(text, f"the answer of row {index} of {where}")
     if not given or len(given) != len(texts):
         raise DataError(
             f"row {index} of {where} has no answer to measure against; give every row `answer`, a text or a list of texts "
@@ -159,6 +156,4 @@ def _conversation(row: DataRow, where: str, index: int) -> PromptDraft:
             f"before them at most one of the system; it has the roles {', '.join(map(str, roles)) or '(none)'}"
         )
     *messages, answer = (str(text) for _, text in said)
-    for text in (system, *messages, answer):
-        check_whole(text, f"row {index} of {where}")
     return _answered(tuple(messages), "", (answer.strip(),), system)
