@@ -48,7 +48,6 @@ class SearchContext:
         deadline: when to stop.
         progress: told of every measurement.
         measured_baselines: the best plan of every family of baselines that is measured, by family.
-        baselines_complete: whether no other worker is still measuring one.
         tried: finished trials of the study, which keeps them here; the others are compared with the first, trial 0.
         stages: what was tried so far, for the explanation.
         class_cost: what the limit of classes costs, see `class_quality`; None where there is none, or it is not measured yet.
@@ -60,7 +59,6 @@ class SearchContext:
     deadline: Deadline
     progress: Progress
     measured_baselines: dict[str, MeasuredPlan] = field(default_factory=dict)
-    baselines_complete: bool = True
     tried: list[TrialResult] = field(default_factory=list)
     stages: list[Stage] = field(default_factory=list)
     class_cost: dict[str, Any] | None = None

@@ -22,6 +22,8 @@ from moacompress.search.search_request import SearchRequest
 
 PRUNED = 0.8
 """Share of a trial's samples that is measured, mean: one that is hopeless is pruned."""
+LOST = 0.5
+"""Share of the other samples that a finalist among baselines is measured on, mean: most have lost after a few."""
 FAMILIES = 3
 """Families of plans that need no search, without the one of gates."""
 SCOUTS = 8
@@ -35,11 +37,11 @@ def measurements(recipe: Recipe, samples: int) -> dict[str, float]:
     search = recipe.search
     families = (FAMILIES + (recipe.profile.gates and search.gates)) if search.alternatives else 0
     screened = CANDIDATES * min(SCREENED, samples) / samples
-    finals = 1 + (FINALISTS - 1) / CLOSE / 2
+    finals = LOST * (1 + (FINALISTS - 1) / CLOSE / 2)
     stages = {
-        "baselines": families * (screened + finals),
         "trials": 1 + PRUNED * search.trials,  # and the dense model's own passes
         "leftover": 1.0,
+        "baselines": families * (screened + finals),
         "class limit": float(search.classes is not None and search.alternatives),
     }
     return {name: count for name, count in stages.items() if count}

@@ -37,7 +37,7 @@ from moacompress.search.result.search_result import SearchResult, found_before
 from moacompress.search.search_context import SearchContext, Step
 from moacompress.search.search_estimate import measurements
 from moacompress.search.search_request import ParameterValues, SearchRequest
-from moacompress.search.steps.baselines import complete_baselines, measure_baselines
+from moacompress.search.steps.baselines import measure_baselines
 from moacompress.search.steps.class_cost import measure_class_cost
 from moacompress.search.steps.leftover import spend_leftover
 from moacompress.search.steps.parameter_study import tune_parameters
@@ -45,17 +45,16 @@ from moacompress.search.steps.parameter_study import tune_parameters
 __all__ = ["SearchResult", "find_plan"]
 
 STEPS: tuple[Step, ...] = (
-    measure_baselines,
     tune_parameters,
-    complete_baselines,
     spend_leftover,
+    measure_baselines,
     measure_class_cost,
 )
-"""Each is given what the one before it returned; the first one the surrogate's own plan, which the second one measures."""
+"""Each is given what the one before it returned; the first one the surrogate's own plan, which it measures."""
 STAGES: dict[Step, str] = {
-    measure_baselines: "baselines",
     tune_parameters: "trials",
     spend_leftover: "leftover",
+    measure_baselines: "baselines",
     measure_class_cost: "class limit",
 }
 """Names of steps that take time, as `measurements` has them."""

@@ -1,8 +1,13 @@
-"""Plans that need no search, measured beside the found one on the same samples, each family at its best."""
+"""Plans that need no search, measured beside the found one on the same samples, each family at its best.
+
+Losers are measured only as far as it takes to know: KL is never negative, so a plan whose sum over some samples exceeds the
+found plan's over all of them is worse, whatever the others would add.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +21,7 @@ from moacompress.rules.limits import layer_floors, meets
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.search.baselines.families import FAMILIES, MOA, family_plans
+from moacompress.search.measure.kl_difference import KlDifference
 from moacompress.search.measure.plan_evaluator import Job, MeasuredPlan, PlanEvaluator
 from moacompress.search.predict.surrogate import Surrogate
 from moacompress.search.problem.knapsack import total_cost
@@ -25,7 +31,7 @@ from moacompress.search.search_request import SearchRequest
 SCREENED = 3
 """Samples on which all candidates of a family are measured."""
 FINALISTS = 2
-"""Candidates of a family that are measured on all samples: the best of the screening."""
+"""Candidates of a family that are measured further: the best of the screening."""
 CLOSE = 1.25
 """KL of a second finalist in the screening, relative to the first's, above which it is left out."""
 CANDIDATES = 3
@@ -90,12 +96,12 @@ def _is_baseline(path: Path) -> bool:
 
 
 def measure_baseline_families(
-    request: SearchRequest, evaluator: PlanEvaluator, progress: Progress, *, wait: bool = True
+    request: SearchRequest, evaluator: PlanEvaluator, found_kls: Sequence[float], progress: Progress
 ) -> Iterator[tuple[str, MeasuredPlan | None]]:
     """Yields every family with its best candidate within the request's limits, None where it has none.
 
-    It waits for what other workers measure, or else leaves out families that are not done. The progress is told of every
-    candidate that is screened, and of every family whose best is known.
+    One that is worse than the found plan, whose KLs are `found_kls`, is measured only until that is known. What other workers
+    measure is waited for. The progress is told of every candidate that is screened, and of every family whose best is known.
 
     Raises:
         TimeUp: the time is up before all of them are measured.
@@ -114,7 +120,7 @@ def measure_baseline_families(
     while field:
         waiting = []
         for family, plans in list(field.items()):
-            found = _best(plans, evaluator, screen)
+            found = _best(plans, evaluator, found_kls, screen)
             if isinstance(found, str):
                 waiting.append(found)
                 continue
@@ -122,8 +128,6 @@ def measure_baseline_families(
             progress.step("nothing fits" if found is None else f"{family}: {found.kl:.3g} nats")
             yield family, found
         if len(waiting) == len(field) > 0:
-            if not wait:
-                break
             evaluator.pause(waiting)
     progress.done()
 
@@ -134,7 +138,10 @@ def families_of(request: SearchRequest) -> list[str]:
 
 
 def _best(
-    plans: Sequence[Plan], evaluator: PlanEvaluator, screen: Callable[[Job], list[float] | None]
+    plans: Sequence[Plan],
+    evaluator: PlanEvaluator,
+    found_kls: Sequence[float],
+    screen: Callable[[Job], list[float] | None],
 ) -> MeasuredPlan | str | None:
     """Returns the best candidate of a family, None where there is none, or the name of what another worker measures of it."""
     jobs = [evaluator.job("screening", plan, evaluator.order[:SCREENED]) for plan in plans]
@@ -145,7 +152,10 @@ def _best(
     means = [float(np.mean(kls)) for kls in screened if kls is not None]
     ranked = np.argsort(means, kind="stable")[:FINALISTS].tolist()
     finalists = [index for index in ranked if means[index] <= CLOSE * means[ranked[0]]]
-    jobs = [evaluator.job("finalist", plans[index], evaluator.order[SCREENED:]) for index in finalists]
+    jobs = []
+    for index in finalists:
+        lost = partial(_is_worse, screened[index] or [], found_kls)
+        jobs.append(evaluator.job("finalist", plans[index], evaluator.order[SCREENED:], lost))
     rest = list(map(evaluator.attempt, jobs))
     best: MeasuredPlan | None = None
     for index, job, kls in zip(finalists, jobs, rest, strict=True):
@@ -155,6 +165,12 @@ def _best(
         if best is None or found.kl < best.kl:
             best = found
     return best
+
+
+def _is_worse(screened: list[float], found_kls: Sequence[float], kls: list[float]) -> bool:
+    """Returns whether a plan is worse than the found one on all samples, by a bound and by a test of those measured so far."""
+    measured = screened + kls
+    return sum(measured) > sum(found_kls) and KlDifference.of(measured, found_kls).verdict == "worse"
 
 
 def _candidates(family: str, request: SearchRequest) -> list[Plan]:

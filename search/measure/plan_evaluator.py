@@ -23,7 +23,7 @@ PART = 4
 
 @dataclass(frozen=True)
 class MeasuredPlan:
-    """A plan and its KL on every validation sample, nats, in the order of the shuffled samples."""
+    """A plan and its KLs on the validation samples, nats, in the shuffled order; of a baseline that lost on the first ones."""
 
     plan: Plan
     kls: list[float]
@@ -107,12 +107,19 @@ class PlanEvaluator:
         self.claims.once(f"{kind}:{plan.key()}", lambda claim: kls)
         return kls
 
-    def job(self, kind: str, plan: Plan, numbers: Sequence[int]) -> Job:
-        """Returns the job of measuring a plan on numbered samples, filed under the kind and the plan."""
+    def job(
+        self, kind: str, plan: Plan, numbers: Sequence[int], lost: Callable[[list[float]], bool] = lambda kls: False
+    ) -> Job:
+        """Returns the job of measuring a plan on numbered samples, filed under the kind and the plan.
+
+        It ends early where `lost`, which is given the KLs so far, says that more of them decide nothing.
+        """
 
         def measured(known: list[float]) -> Generator[float, None, None]:
             with self.measure.under(plan) as kl:
                 for number in numbers[len(known) :]:
+                    if known and lost(known):
+                        return
                     yield kl(number)
 
         return Job(f"{kind}:{plan.key()}", len(numbers), measured)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from moacompress.rules.plan import Plan
 from moacompress.search.deadline import TimeUp
 from moacompress.search.measure.kl_difference import CAUTION, KlDifference
 from moacompress.search.measure.packed_plan import pack
-from moacompress.search.measure.plan_evaluator import Job, PlanEvaluator
+from moacompress.search.measure.plan_evaluator import PlanEvaluator
 from moacompress.search.measure.study_storage import FinishedTrial, StartedTrial, StudyStorage
 
 EPSILON = 1e-3
@@ -123,19 +123,11 @@ class Trials:
 
     def _kls(self, plan: Plan, tried: Sequence[TrialResult]) -> list[float]:
         """Returns the KLs of a trial's plan: all of them, or those until it is clearly worse than the best."""
-        key, order = plan.key(), self.evaluator.order
-        if key == self.first.key():
+        if plan.key() == self.first.key():
             return self.first_kls
-        best = least_trial(tried).kls if tried else self.first_kls
-
-        def measured(known: list[float]) -> Generator[float, None, None]:
-            with self.evaluator.measure.under(plan) as kl:
-                for number in order[len(known) :]:
-                    if known and is_hopeless(known, best):
-                        return
-                    yield kl(number)
-
-        return self.evaluator.together([Job(f"{self.study_storage.name}:{key}", len(order), measured)])[0]
+        hopeless = partial(is_hopeless, best=least_trial(tried).kls if tried else self.first_kls)
+        job = self.evaluator.job(self.study_storage.name, plan, self.evaluator.order, hopeless)
+        return self.evaluator.together([job])[0]
 
 
 def is_hopeless(kls: Sequence[float], best: Sequence[float]) -> bool:

@@ -129,7 +129,7 @@ def _noted(incumbent: Incumbent, context: SearchContext, *, finished: bool) -> t
         kl |= {"plan": best.kl, "trial0": float(np.mean(context.tried[0].kls))}
     lengths = {*request.profile.lengths, *request.lengths}
     measured = {
-        "baselines": {family: baseline_note(other.plan, other.kl, lengths) for family, other in baselines.items()},
+        "baselines": {family: baseline_note(other, lengths) for family, other in baselines.items()},
         "best_baseline": None if beside is None else beside.to_dict(),
         "samples": len(best.kls),
         "harm_upper95": upper_bound(best.kls) if best.kls else None,

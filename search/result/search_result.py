@@ -22,6 +22,7 @@ from moacompress.rules.rule_classes import classes_of
 from moacompress.rules.worst_share import WorstShare
 
 if TYPE_CHECKING:
+    from moacompress.search.measure.plan_evaluator import MeasuredPlan
     from moacompress.search.search_request import SearchRequest
 
 PACKAGES = ("moacompress", "torch", "transformers", "optuna", "numpy", "scipy")
@@ -173,18 +174,22 @@ def memory_note(request: SearchRequest, plan: Plan) -> dict[str, Any]:
     return {"memory": found}
 
 
-def baseline_note(plan: Plan, kl: float, lengths: Iterable[int]) -> dict[str, Any]:
-    """Returns what a plan says about a baseline that it was measured beside: its KL, nats, and its bytes at some lengths.
+def baseline_note(measured: MeasuredPlan, lengths: Iterable[int]) -> dict[str, Any]:
+    """Returns what a plan says about a baseline that it was measured beside.
+
+    That is its KL, nats, on how many samples, and its bytes at some lengths.
 
     `sink` is there where all KV heads share one that do not keep everything, `formats`, of keys and values, where all share a
     pair that is not native.
     """
+    plan = measured.plan
     rules = {rule for row in plan.rules for rule in row if not rule.sees_all}
     pairs = {(rule.key_format, rule.value_format) for row in plan.rules for rule in row}
     sinks = {rule.sink for rule in rules}
     note: dict[str, Any] = {
         "key": plan.key(),
-        "harm": kl,
+        "harm": measured.kl,
+        "samples": len(measured.kls),
         "kv_bytes": {str(n): plan.kv_bytes(n) for n in sorted(set(lengths))},
     }
     if len(pairs) == 1 and pairs != {(NATIVE, NATIVE)}:

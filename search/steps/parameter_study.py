@@ -33,11 +33,7 @@ def tune_parameters(incumbent: Incumbent, context: SearchContext) -> Incumbent:
         best = Incumbent.of(trial, request.profile)
         if trial.index == len(tried) - 1:
             write_so_far(best, context)
-        note = f"best {best.kl:.3g} nats ({best.stage})"
-        if not context.measured_baselines:
-            return note
-        family, other = min(context.measured_baselines.items(), key=lambda item: item[1].kl)
-        return f"{note}, {family} {other.kl:.3g}"
+        return f"best {best.kl:.3g} nats ({best.stage})"
 
     kls = evaluator.shown("trial0", incumbent.plan, "measuring trial 0")
     trials = Trials(evaluator.study_storage, evaluator, plan_of, incumbent.plan, kls, context.progress)

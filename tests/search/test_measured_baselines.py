@@ -59,7 +59,7 @@ def test_progress_counts_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
 
     evaluator: Any = SimpleNamespace(
         order=range(5),
-        job=lambda kind, plan, numbers: SimpleNamespace(name=f"{kind}:{plan}", count=len(numbers)),
+        job=lambda kind, plan, numbers, lost=None: SimpleNamespace(name=f"{kind}:{plan}", count=len(numbers)),
         attempt=lambda job: None if job.name in taken else [float("abcd".index(job.name[-1]))] * job.count,
         pause=pause,
     )
@@ -72,7 +72,8 @@ def test_progress_counts_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
         def step(self, note: str = "") -> None:
             told.append(note)
 
-    found = dict(measure_baseline_families(SimpleNamespace(), evaluator, Told()))  # type: ignore[arg-type]
+    request: Any = SimpleNamespace()
+    found = dict(measure_baseline_families(request, evaluator, [9.0] * 5, Told()))
     assert {family: best and best.kl for family, best in found.items()} == {"duo": 3.0, "moa": None, "uniform": 0.0}
     assert told == ["7", "", "", "", "duo: 3 nats", "nothing fits", "", "uniform: 0 nats"]
     assert waited == ["screening:b"]

@@ -29,7 +29,7 @@ def test_killed_at_any_point_the_same_call_ends_the_same(search: Search, profile
     result = None
     while result is None:
         runs += 1
-        result, fake = search(out=out, dies_at=17)
+        result, fake = search(out=out, dies_at=13)
         measured += fake.calls
         if runs == 4:  # what a kill in the middle of a write leaves
             with (tmp_path / "plan.study.journal").open("ab") as file:

@@ -46,7 +46,7 @@ def run(profiles: Profiles, tmp_path: Path) -> Callable[..., SearchRun]:
 
 
 def test_workers_find_what_one_alone_finds(run: Callable[..., SearchRun], search: Search, tmp_path: Path) -> None:
-    shared = run("journal")
+    shared = run("journal", samples=12)  # of trial 0 there is a part for each
     alone, fake = search(shared.profile, out=tmp_path / "alone.json")
     shared.barrier = FORK.Barrier(3)
     for _ in range(3):
@@ -305,7 +305,7 @@ def test_a_driver_that_lacks_is_named_with_its_fix(monkeypatch: pytest.MonkeyPat
 
 
 def test_status_says_who_is_alive_and_what_is_done(run: Callable[..., SearchRun], tmp_path: Path) -> None:
-    shared = run("sqlite")
+    shared = run("sqlite", samples=8)  # of trial 0 there is a part for each
     with pytest.raises(ArtefactError, match="there is no study storage"):
         search_status(shared.storage)
     assert [path.name for path in tmp_path.iterdir()] == []

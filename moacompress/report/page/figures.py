@@ -26,7 +26,7 @@ from moacompress.report.page.picture import (
     lines,
     roles_of,
 )
-from moacompress.report.search_tables import MOA_NOTE, NAMES, trial_remark
+from moacompress.report.search_tables import MOA_NOTE, NAMES, RACED_NOTE, trial_remark
 from moacompress.rules.budget import format_length
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
@@ -316,9 +316,8 @@ def _baselines(kl: dict[str, float | None], samples: int | None) -> Picture | No
         "height": 130 + 26 * len(there),
         "showlegend": False,
     }
-    note = (
-        f"Each baseline at its best sink, window and formats{f', on {samples} validation samples' if samples else ''}."
-    )
+    on = f", on {samples} validation samples" if samples else ""
+    note = f"Each baseline at its best sink, window and formats{on}. {RACED_NOTE}"
     note += f" {MOA_NOTE}" if NAMES["moa"] in names else ""
     rows = [(name, readable_number(value)) for value, name in zip(values, names, strict=True)]
     return Picture("baselines", "KL at the same bytes", [trace], layout, note, ("plan", "nats per token"), rows)
