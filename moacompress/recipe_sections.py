@@ -13,9 +13,6 @@ from moacompress.rules.budget import parse_length
 from moacompress.rules.formats import CODED, NATIVE, all_formats, find_format, is_format
 from moacompress.rules.rule import MIN_WINDOWS
 
-Estimator = Literal["robust", "moa", "mass"]
-ROBUST: Estimator = "robust"
-"""The estimator that also knows what formats and copies cost; the others are baselines."""
 Generator = Literal["needle", "multi-needle", "key-value", "records", "recall", "source-code"]
 HealObjective = Literal["kl", "echoatt"]
 INFLUENCE = "influence"
@@ -186,11 +183,7 @@ class ProfileRecipe(Section):
     """How influence is estimated."""
 
     draws: int = Field(2, ge=1, le=64, description="random logit cotangents per sample")
-    estimator: Estimator = Field(
-        ROBUST,
-        description="influence statistic that the search uses; moa and mass are baselines",
-    )
-    baselines: bool = Field(False, description="also record the statistics of moa and mass")
+    baselines: bool = Field(False, description="also record the statistics of moa and mass, estimators of others")
     heads: bool = Field(False, description="also record attention distance, sink mass and entropy of every KV head")
     anchors: int = Field(
         0, ge=0, le=64, description="number of earlier layers whose attention each layer is tried with"
@@ -214,12 +207,6 @@ class ProfileRecipe(Section):
     formats: Formats = Field(CODED, description="formats of keys and values to profile")
     centres: bool = Field(True, description="keep the keys of each KV head in codes less their mean")
     min_window: int = Field(32, description="smallest window of a KV head, tokens")
-
-    @model_validator(mode="after")
-    def _recorded(self) -> ProfileRecipe:
-        if self.estimator != ROBUST:
-            object.__setattr__(self, "baselines", True)  # what the search goes by must be there
-        return self
 
     @field_validator("min_window")
     @classmethod

@@ -1,4 +1,4 @@
-"""Several plans of one profile: one for each budget, or the front of KL and bytes, or the smallest that is good enough."""
+"""Several plans of one profile: one for each budget, or the smallest that is good enough."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from typing import TypeAlias
 import torch
 
 from moacompress.calibration.data.samples import fingerprint_samples
+from moacompress.calibration.profile.statistics import ROBUST
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Ints
 from moacompress.core.errors import UsageError
@@ -19,7 +20,6 @@ from moacompress.kernels.dispatch import check_formats
 from moacompress.models.source import SourceModel
 from moacompress.models.weight_bytes import most_checkpoint_bytes
 from moacompress.recipe import Recipe
-from moacompress.recipe_sections import ROBUST
 from moacompress.repair.copies import repaired_copies
 from moacompress.repair.plans import repair_samples
 from moacompress.repair.projections import Weights
@@ -47,12 +47,9 @@ SEARCH_VERSION = 5
 def offered_formats(profiled: tuple[str, ...], recipe: Recipe) -> tuple[str, ...]:
     """Returns the formats of keys and values that a search offers beside the native one.
 
-    They are those of the recipe, or else all that were profiled and that the estimator knows of.
+    They are those of the recipe, or else all that were profiled.
     """
-    asked = recipe.search.formats
-    if asked is not None:
-        return asked
-    return profiled if recipe.profile.estimator == ROBUST else ()
+    return profiled if recipe.search.formats is None else recipe.search.formats
 
 
 def offered(profile: Profile, recipe: Recipe) -> Profile:
@@ -156,7 +153,7 @@ class SearchRequest:
             shares,
             weight_bytes,
         )
-        influence = profile.blended(recipe.profile.estimator)
+        influence = profile.blended(ROBUST)
         surrogate = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
         loaded_in = profile.shape.dtype if recipe.dtype == "auto" else recipe.dtype
         computes_in = loaded_in if model is None else model.computes_in
@@ -193,7 +190,6 @@ class SearchRequest:
                 "profile": self.profile.fingerprint,
                 "validation": fingerprint_samples(self.profile.validation),
                 "limits": [list(limit) for limit in self.limits.items()],
-                "estimator": self.recipe.profile.estimator,
                 "floors": search.floors,
                 "alternatives": search.alternatives,
                 "starts": [],  # what is tried first decides which trials there are, and a search that goes on has some already
@@ -244,9 +240,9 @@ class SearchRequest:
             else self.sharing.fixed
         )
 
-    def space(self, shares: LayerShares = (), limits: Limits | None = None) -> PlanSpace:
-        """Returns the plans whose layers share so, within the limits or others."""
-        return PlanSpace.of(self, shares, limits, self.recipe.search.classes)
+    def space(self, shares: LayerShares = ()) -> PlanSpace:
+        """Returns the plans whose layers share so, within the limits."""
+        return PlanSpace.of(self, shares, self.recipe.search.classes)
 
     def of_any_classes(self) -> SearchRequest:
         """Returns the request without its limit of different rules."""
@@ -291,7 +287,7 @@ class SearchRequest:
         nats = bent * (total_cost(space.costs(self.surrogate.costs()), choice) / max(total_cost(bent, choice), 1e-300))
         return space.form(self.quadratic).refined(choice, nats, share, space.knapsack)
 
-    def plan(self, parameters: ParameterValues, limits: Limits | None = None) -> Plan:
-        """Returns the plan that the solver makes of the bent surrogate, within the request's limits or others."""
-        space = self.space(self.shares(parameters), limits)
+    def plan(self, parameters: ParameterValues) -> Plan:
+        """Returns the plan that the solver makes of the bent surrogate, within the request's limits."""
+        space = self.space(self.shares(parameters))
         return space.plan(self.choice(space, parameters))

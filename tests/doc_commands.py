@@ -94,8 +94,6 @@ def smaller(command: str) -> str:
         return "--samples 16 --validation-samples 8 --set profile.draws=1"  # or a shard has no samples
     if verb == "search" and "--status" in command:
         return ""
-    if verb == "search" and "--front" in command:
-        return "--trials 1"
     return "" if verb == "eval" and "--dry-run" in command else SMALLER.get(verb, "")
 
 

@@ -142,7 +142,7 @@ class SearchRun:
         return numbers, done
 
     def _work(self, number: int, out: Path) -> None:
-        from moacompress.search import front, study
+        from moacompress.search import study
         from moacompress.search.measure import claims
 
         profile = self.profile
@@ -150,7 +150,6 @@ class SearchRun:
         fakes: list[tuple[Any, str, Any]] = [
             (claims, "KEEP_SECONDS", 0.0),  # each number as it is measured
             (study, "Objective", lambda *arguments: objective),
-            (front, "Objective", lambda *arguments: objective),
         ]
         for place, name, fake in fakes:  # this process is forked for nothing else
             setattr(place, name, fake)

@@ -41,12 +41,11 @@ def test_an_empty_recipe_is_the_defaults() -> None:
         ({"calibration": {"sources": [{"generatr": "needle"}]}}, "did you mean 'generator'?"),
         (
             {"profile": {"qqq": 3}},
-            "known keys are draws, estimator, baselines, heads, anchors, gates, scorer, gate_samples, formats, centres, "
+            "known keys are draws, baselines, heads, anchors, gates, scorer, gate_samples, formats, centres, "
             "min_window",
         ),
         ({"search": {"trials": 0}}, "search.trials: "),
         ({"profile": {"min_window": 17}}, "profile.min_window: min_window is one of 16, 32, 64"),
-        ({"profile": {"estimator": "best"}}, "profile.estimator: "),
         ({"calibration": {"sources": []}}, "calibration.sources: "),
         ({"calibration": {"sources": [{}]}}, "exactly one of generator, path, dataset"),
         (
@@ -145,12 +144,6 @@ def test_flags_win_and_none_is_unset() -> None:
     assert recipe.search.trials == 5
     with pytest.raises(RecipeError, match=r"options: search\.trials: "):
         recipe.override(search__trials=0)
-
-
-def test_an_estimator_of_others_is_recorded() -> None:
-    assert not Recipe().profile.baselines
-    assert Recipe.from_dict({"profile": {"estimator": "moa"}}).profile.baselines
-    assert Recipe().override(profile__estimator="mass").profile.baselines
 
 
 PLACES = {

@@ -105,7 +105,7 @@ def test_what_is_not_split(dense, compressed):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--front --tensor-parallel", "searches one plan for given budgets"),
+        ("--budget 25%,10% --tensor-parallel", "searches one plan for given budgets"),
         ("--storage sqlite:///study.db", "independently started workers"),
         ("--timeout 60 --tensor-parallel", "would stop at different plans"),
         ("--dry-run", "--dry-run"),

@@ -5,20 +5,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, get_args
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from moacompress.core.arrays import Floats32
-from moacompress.recipe_sections import ROBUST, Estimator, ProfileRecipe
+from moacompress.recipe_sections import ProfileRecipe
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.rule import SINKS
 
 Doubles: TypeAlias = npt.NDArray[np.float64]
 
-ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
-"""Ways to predict KL; those after `ROBUST` are baselines and need a profile with `profile.baselines`."""
+ROBUST = "robust"
+"""The estimator that a search goes by, which also knows what formats and copies cost."""
+ESTIMATORS = (ROBUST, "moa", "mass")
+"""Ways to predict KL; those of others need a profile with `profile.baselines`."""
 SIDES = ("key", "value")
 """What has a format, as names of arrays begin."""
 DRAWN = ("total", *(f"{side}_total" for side in SIDES))

@@ -30,6 +30,7 @@ from moacompress.calibration.profile.manifest import Manifest, damaged
 from moacompress.calibration.profile.statistics import (
     ESTIMATORS,
     OF_RULES,
+    ROBUST,
     SIDES,
     Statistics,
     available,
@@ -48,7 +49,6 @@ from moacompress.core.files import write_bytes
 from moacompress.core.shingles import Shingles
 from moacompress.core.shown import Shown
 from moacompress.recipe import Recipe
-from moacompress.recipe_sections import ROBUST
 from moacompress.rules.candidates import in_formats
 from moacompress.rules.key_centres import Centres
 from moacompress.rules.model_shape import ModelShape

@@ -27,12 +27,6 @@ if TYPE_CHECKING:
 ProfileFolder = Annotated[
     Path | None, typer.Argument(metavar="PROFILE", help="Folder written by `profile`.", show_default=False)
 ]
-Front = Annotated[
-    bool,
-    typer.Option(
-        "--front", help="Search the Pareto front of KL and bytes between the smallest and the largest budget."
-    ),
-]
 PlanFile = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="File to write the plan to.")]
 Status = Annotated[
     str | None,
@@ -47,7 +41,6 @@ Status = Annotated[
     "moacompress search profile/ --budget 25% -o plan.json",
     "moacompress search profile/ --budget 25% --budget 512MiB@32k -o plan.json --trials 40",
     "moacompress search profile/ --budget 50%,25%,12.5% -o plans/plan.json",
-    "moacompress search profile/ --budget 50%,12.5% --front -o plans/plan.json --trials 40",
     "moacompress search profile/ --max-loss 1% -o plan.json",
     "moacompress search profile/ --budget 25% --formats native -o spans.json",
     "moacompress search profile/ --budget 25% --share auto -o shared.json",
@@ -77,7 +70,6 @@ Status = Annotated[
 def search(
     run: CommandRun,
     profile: ProfileFolder = None,
-    front: Front = False,
     out: PlanFile = Path(PLAN_FILE),
     status: Status = None,
 ) -> Output:
@@ -101,7 +93,7 @@ def search(
     asked = split_budgets(given) if given else []
     several = asked if len(asked) > 1 else []
     resolved = run.recipe(loaded.recipe, budget=[] if several else asked[0] if asked else None)
-    _check_ranks(run.common.dry_run, front or bool(several) or resolved.max_loss is not None, resolved)
+    _check_ranks(run.common.dry_run, bool(several) or resolved.max_loss is not None, resolved)
     if run.common.dry_run:
         from moacompress.search.search_estimate import estimate_search
 
@@ -111,7 +103,6 @@ def search(
 
     from moacompress.models.processes import own_files
     from moacompress.search.deadline import Deadline
-    from moacompress.search.front import find_front
     from moacompress.search.plan_sets import find_asked, find_plans
 
     options: dict[str, Any] = {
@@ -119,9 +110,6 @@ def search(
         "deadline": Deadline(resolved.search.timeout, started),
         **run.how,
     }
-    if front:
-        shares = [part for budgets in asked for part in budgets] or list(resolved.budget)
-        return _several(loaded, find_front(loaded, shares, out=out, **options))
     if several:
         return _several(loaded, find_plans(loaded, several, out=out, **options))
     with own_files(out) if world_size() > 1 else nullcontext(out) as place:
@@ -139,9 +127,7 @@ def _check_ranks(dry_run: bool, several: bool, recipe: Recipe) -> None:
     if dry_run:
         raise UsageError("--dry-run times one process; start it without torchrun, or run it")
     if several:
-        raise UsageError(
-            "torchrun searches one plan for given budgets; leave out --front, --max-loss and several budgets"
-        )
+        raise UsageError("torchrun searches one plan for given budgets; leave out --max-loss and several budgets")
     if recipe.search.storage is not None:
         raise UsageError(
             "--storage shares a search between independently started workers; leave out --storage or torchrun"

@@ -20,7 +20,6 @@ the reverse order of its making: what is half removed looks as if it had stopped
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 RECIPE_FILE = "recipe.json"
@@ -120,17 +119,6 @@ def front_file(plan: Path) -> Path:
     return plan.with_name(f"{plan.stem}.front.json")
 
 
-def front_journal(plan: Path) -> Path:
-    """Returns where the study of a front is that has no storage of its own."""
-    return plan.with_suffix(".front.journal")
-
-
-def plans_of_front(plan: Path) -> list[Path]:
-    """Returns the plans of a front that are there, `plan-front-1.json` and so on, in no order."""
-    name = re.compile(re.escape(plan_named(plan, "front-#").name).replace(re.escape("#"), r"\d+"))
-    return [path for path in plan.parent.glob("*") if name.fullmatch(path.name)]
-
-
 def scouts_folder(plan: Path) -> Path:
     """Returns where the plans are that find the smallest budget for a loss."""
     return plan.with_suffix(".scouts")
@@ -174,14 +162,6 @@ def of_search(plan: Path) -> list[Path]:
         journal,
         journal_lock(journal),
     ]
-
-
-def of_front(plan: Path) -> list[Path]:
-    """Returns all that the search of a front leaves beside `plan`."""
-    journal = front_journal(plan)
-    plans = plans_of_front(plan)
-    beside = [path for name in (gates_file, shingles_file) for path in map(name, plans) if path.exists()]
-    return [front_file(plan), *plans, *beside, journal, journal_lock(journal)]
 
 
 def of_audit(audit: Path) -> list[Path]:

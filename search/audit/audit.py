@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from moacompress.calibration.data.samples import Sample, fingerprint_ordered
+from moacompress.calibration.profile.statistics import ROBUST
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats
 from moacompress.core.artefact_names import AUDIT_FILE, audit_records_file, of_audit
@@ -28,7 +29,6 @@ from moacompress.core.progress import SILENT, Progress
 from moacompress.core.shown import Shown
 from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe, shared_name
-from moacompress.recipe_sections import ROBUST
 from moacompress.rules.budget import Budget
 from moacompress.rules.candidates import candidate_rules, in_formats
 from moacompress.rules.limits import budget_limits
@@ -58,7 +58,7 @@ class Audit(Shown):
 
     Attributes:
         request: fingerprint of what was asked for.
-        data: `model`, `profile` (fingerprint), `samples`, `budget`, `estimator` (the recipe's), and the results:
+        data: `model`, `profile` (fingerprint), `samples`, `budget`, `estimator` (the search's), and the results:
             `audit`: for each estimator `spearman, ci95, ratio, ratio_range, n`, of the ablations;
             `audit_plans`: the same of the plans, and `regret`;
             `audit_precision`, `precision_points`: of single KV heads in other formats, see `audit_precision`; where the search
@@ -243,11 +243,10 @@ def _run(
     )
     influence = predicted_influence(profile, samples)
     results = assess(influence, picks, of_picks, [choice for _, choice in chosen], of_plans, seed)
-    estimator = request.recipe.profile.estimator
     correlations = results.correlations
     differences = {}
     if "moa" in correlations:
-        difference = correlations[estimator] - correlations["moa"]
+        difference = correlations[ROBUST] - correlations["moa"]
         differences["chosen_minus_moa"] = {"value": difference.value, "ci95": difference.ci95}
     for point in results.points:
         rule = profile.rules[point["rule"]]
@@ -259,7 +258,7 @@ def _run(
         "profile": profile.fingerprint,
         "samples": len(samples),
         "budget": request.asked[0],
-        "estimator": estimator,
+        "estimator": ROBUST,
         "audit": results.ablations,
         "audit_plans": results.plans,
         **differences,

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moacompress.calibration.profile.statistics import SIDES
+from moacompress.calibration.profile.statistics import ROBUST, SIDES
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats
-from moacompress.recipe_sections import ROBUST
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.search.audit.statistics import rank_and_ratio

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from moacompress.calibration.data.samples import Sample
+from moacompress.calibration.profile.statistics import ROBUST
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats
 from moacompress.core.progress import Progress
 from moacompress.models.source import SourceModel
-from moacompress.recipe_sections import ROBUST
 from moacompress.repair.copies import repaired_copies
 from moacompress.repair.plans import repair_samples
 from moacompress.rules.plan import Plan

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from moacompress.calibration.profile.statistics import ROBUST
 from moacompress.core.arrays import Floats
 from moacompress.core.errors import InfeasibleBudgetError, UsageError, did_you_mean
 from moacompress.rules.budget import bytes_at
@@ -206,8 +207,7 @@ class _Costs:
                 f"{profile.path} is of weights {profile.shape.weights_fingerprint}"
             )
         profile = profile.without_gates()
-        estimator = MOA if name == MOA else profile.recipe.profile.estimator
-        influence = profile.blended(estimator)
+        influence = profile.blended(MOA if name == MOA else ROBUST)
         surrogate = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
         return _Costs(shape, min_window, profile.rules, surrogate.costs())
 

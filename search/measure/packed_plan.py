@@ -1,4 +1,4 @@
-"""A plan in few bytes, as trials, stages and points of a front keep theirs."""
+"""A plan in few bytes, as trials and stages keep theirs."""
 
 from __future__ import annotations
 

@@ -44,13 +44,13 @@ class FinishedTrial:
     Attributes:
         index: 0 is the trial of the neutral search parameters.
         parameters: its search parameters.
-        values: what was measured, one number for every objective.
+        value: what was measured; less is better.
         notes: JSON values that it was finished with.
     """
 
     index: int
     parameters: dict[str, float]
-    values: list[float]
+    value: float
     notes: dict[str, Any]
 
 
@@ -73,7 +73,6 @@ class StudyStorage:
         distributions: the search parameters.
         seed: of the sampler.
         starts: search parameters of trial 0, and those that are tried right after, such as what won at another budget.
-        objectives: numbers that a trial has, all to be small.
 
     Raises:
         ArtefactError: the storage cannot be used.
@@ -86,12 +85,11 @@ class StudyStorage:
         distributions: Mapping[str, BaseDistribution],
         seed: int,
         starts: Sequence[Mapping[str, float]],
-        objectives: int = 1,
     ) -> None:
         import optuna
 
         self.claims, self.name = claims, name
-        self._distributions, self._seed, self._objectives = dict(distributions), seed, objectives
+        self._distributions, self._seed = dict(distributions), seed
         self._starts: list[dict[str, float]] = []
         for start in map(self._ordered, starts):
             if start not in self._starts:
@@ -100,7 +98,6 @@ class StudyStorage:
             self._study = optuna.create_study(
                 storage=claims.storage,
                 study_name=name,
-                directions=["minimize"] * objectives,
                 load_if_exists=True,
             )
 
@@ -117,7 +114,7 @@ class StudyStorage:
         from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
         finished = self.finished()
-        if len({tuple(trial.values) for trial in finished}) < STARTUP_TRIALS:
+        if len({trial.value for trial in finished}) < STARTUP_TRIALS:
             return {}
         try:
             with guarded(self.claims.where):
@@ -140,14 +137,14 @@ class StudyStorage:
             self.claims.release(claim)
             raise
 
-    def tell(self, started: StartedTrial, values: list[float], **notes: Any) -> None:
-        """Finishes a trial with a value for every objective; from then on it is never repeated.
+    def tell(self, started: StartedTrial, value: float, **notes: Any) -> None:
+        """Finishes a trial with its value; from then on it is never repeated.
 
         Raises:
             ClaimLost: another worker has the trial.
         """
-        self.claims.finish(started.claim, {"parameters": started.parameters, "values": values, "notes": notes})
-        self._show(started, values, notes)
+        self.claims.finish(started.claim, {"parameters": started.parameters, "value": value, "notes": notes})
+        self._show(started, value, notes)
 
     def run_next(self, limit: int, deadline: Deadline, run: Callable[[StartedTrial], None]) -> None:
         """Runs the next of `limit` trials, which `run` tells of; where others are at all that are missing, waits a moment.
@@ -195,7 +192,7 @@ class StudyStorage:
             if trial.state.name in states and trial.user_attrs["name"].startswith(self.name + TRIAL)
         ]
 
-    def _show(self, started: StartedTrial, values: Sequence[float], notes: Mapping[str, Any]) -> None:
+    def _show(self, started: StartedTrial, value: float, notes: Mapping[str, Any]) -> None:
         """Puts a finished trial into the study, where Optuna's own tools look."""
         from optuna.trial import create_trial
 
@@ -203,7 +200,7 @@ class StudyStorage:
         trial = create_trial(
             params=started.parameters,
             distributions=self._distributions,
-            values=list(values),
+            value=value,
             user_attrs={SHOWN: started.index, **short},
         )
         trial.datetime_start = started.begun
@@ -237,11 +234,9 @@ class StudyStorage:
         import optuna
         from optuna.trial import TrialState, create_trial
 
-        study = optuna.create_study(directions=["minimize"] * self._objectives)
+        study = optuna.create_study()
         for trial in finished:
-            study.add_trial(
-                create_trial(params=trial.parameters, distributions=self._distributions, values=trial.values)
-            )
+            study.add_trial(create_trial(params=trial.parameters, distributions=self._distributions, value=trial.value))
         for parameters in pending:
             study.add_trial(
                 create_trial(state=TrialState.RUNNING, params=dict(parameters), distributions=self._distributions)

@@ -114,7 +114,7 @@ class Trials:
         kls = self._kls(plan, tried)
         self.study_storage.tell(
             started,
-            [log_ratio(kls, self.first_kls)],
+            log_ratio(kls, self.first_kls),
             key=plan.key(),
             plan=pack(plan),
             harms=kls,
@@ -144,7 +144,7 @@ def is_hopeless(kls: Sequence[float], best: Sequence[float]) -> bool:
 def _tried(trial: FinishedTrial) -> TrialResult:
     """Returns a finished trial of a study, whose note `harms` is what was measured."""
     kept = dict(trial.notes)
-    return TrialResult(trial.index, value=trial.values[0], parameters=trial.parameters, kls=kept.pop("harms"), **kept)
+    return TrialResult(trial.index, value=trial.value, parameters=trial.parameters, kls=kept.pop("harms"), **kept)
 
 
 def least_trial(tried: Sequence[TrialResult]) -> TrialResult:

@@ -10,7 +10,7 @@ import numpy as np
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats, Ints
 from moacompress.rules.kv_bytes import candidate_kv_bytes
-from moacompress.rules.limits import Limits, below_floors, layer_floors, limit_array
+from moacompress.rules.limits import below_floors, layer_floors, limit_array
 from moacompress.rules.plan import Plan
 from moacompress.rules.share import LayerShares
 from moacompress.search.problem.classes import ClassLimit
@@ -46,12 +46,11 @@ class PlanSpace:
     def of(
         request: SearchRequest,
         shares: LayerShares = (),
-        limits: Limits | None = None,
         classes: int | None = None,
     ) -> PlanSpace:
-        """Returns a request's plans whose layers share so, with at most so many classes, by default within its limits."""
+        """Returns a request's plans whose layers share so, with at most so many classes, within its limits."""
         profile, search = request.profile, request.recipe.search
-        limits = request.limits if limits is None else limits
+        limits = request.limits
         sizes = candidate_kv_bytes(profile.shape, profile.rules, profile.min_window, list(limits), shares)
         below = below_floors(sizes, layer_floors(search.floors, profile.shape))
         groups = HeadGroups.of(profile.shape, shares) if shares else None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moacompress.calibration.profile.statistics import ROBUST
 from moacompress.core.errors import InfeasibleBudgetError
 from moacompress.rules.cost import format_rows, kept_bits
 from moacompress.rules.kv_bytes import candidate_kv_bytes
@@ -168,7 +169,7 @@ def _by_kind(request: SearchRequest, plan: Plan) -> dict[str, float | None]:
     """Returns the predicted KL of a plan on each kind of samples, nats."""
     profile, found = request.profile, {}
     for kind in sorted(set(profile.sample_kinds)):
-        influence = profile.influence(request.recipe.profile.estimator, kind)
+        influence = profile.influence(ROBUST, kind)
         alone = Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths))
         kl = alone.predicted(plan)
         if kl is not None and plan.shares:

@@ -13,7 +13,6 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats
 from moacompress.core.errors import UsageError
 from moacompress.recipe import Recipe
-from moacompress.recipe_sections import ROBUST
 from moacompress.repair.copies import CopyRepair
 from moacompress.repair.projections import Weights
 from moacompress.rules.asked_shares import AskedShares
@@ -65,10 +64,6 @@ class ShareChoice:
         asked = AskedShares.parse(recipe.search.share)
         if asked.off:
             return None
-        if recipe.profile.estimator != ROBUST:
-            raise UsageError(
-                f"estimator {recipe.profile.estimator!r} does not predict what a copy costs; choose {ROBUST}"
-            )
         found = ShareChoice(CopyCosts.of(profile), asked, profile.shape)
         found.shares(1 if asked.auto else 0)
         return found if asked.auto or found.fixed else None

@@ -219,7 +219,7 @@ OTHER_HEADS: list[tuple[dict[str, Any], str]] = [
     ({"version": 4}, "version 4, this moacompress reads up to 3"),
     ({"version": "2b"}, "version 2b"),
     ({"moacompress_version": None, "recipe": {"search": {"wings": 2}}}, "its recipe: unknown key 'search.wings'"),
-    ({"recipe": {"profile": {"estimator": "oracle"}}}, "its recipe"),
+    ({"recipe": {"profile": {"draws": 0}}}, "its recipe"),
     ({"recipe": ["a"]}, "its recipe"),
     ({"rules": [[4, 32, 0, "int3", "int3"]]}, "int3"),
     ({"rules": [[4, 0, 1024], [4, 2**70, 0]]}, "alpha of layer 0 KV head 0 is 1180591620717411303424"),
@@ -374,7 +374,6 @@ def test_only_a_sample_file_as_it_was_written_is_taken(folder: Path) -> None:
 def test_the_request_depends_on_what_decides_the_numbers(tmp_path: Path) -> None:
     base = request_fingerprint(SHAPE, RULES, RECIPE, {})
     same = [
-        RECIPE.override(profile__estimator="mass"),
         RECIPE.override(search__trials=2, evaluation__prompts=3, budget="25%"),
     ]
     assert {request_fingerprint(SHAPE, RULES, recipe, {}) for recipe in same} == {base}

@@ -24,7 +24,7 @@ search: {share: "off"}
 """
 """Under which the options of all rows with a case of the recipe have no effect."""
 NO_MODE = {
-    *("compile_ours", "front", "peak", "quick", "trace"),  # what is computed
+    *("compile_ours", "peak", "quick", "trace"),  # what is computed
     *("baselines", "heads", "gates", "card", "everything"),  # what is written or shown besides
     *("allow_overlap", "show_failures"),
     *("overwrite", "trust_remote_code", "tensor_parallel"),

@@ -10,24 +10,23 @@ import pytest
 
 from moacompress.core import artefact_names
 from moacompress.core.artefact_names import (
+    front_file,
     of_audit,
     of_bench,
     of_compress,
     of_demo,
     of_evaluation,
-    of_front,
     of_profile,
     of_search,
     plan_named,
-    plans_of_front,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {value for name, value in vars(artefact_names).items() if name.isupper()}
 DERIVED = {
     "".join(path.suffixes)
-    for listed in (of_search, of_front, of_audit, of_evaluation, of_bench)
-    for path in listed(Path("x"))
+    for listed in (of_search, of_audit, of_evaluation, of_bench)
+    for path in (*listed(Path("x")), front_file(Path("x")))
 }
 PRODUCT = sorted(
     {path.resolve() for top in ("moacompress", "search", "calibration") for path in (ROOT / top).rglob("*.py")}
@@ -60,18 +59,10 @@ def test_nothing_else_spells_them() -> None:
 @pytest.mark.parametrize("out", ["plan.json", "plan-12.5.json", "deep/a[1].json", "*.json", "plan"])
 def test_names_beside_a_plan_are_its_own(out: str, tmp_path: Path) -> None:
     plan = tmp_path / out
-    listed = [*of_search(plan), *of_front(plan)]
+    listed = [*of_search(plan), front_file(plan)]
     assert len(set(listed)) == len(listed)
     assert all(path.parent == plan.parent and path.name.startswith(plan.stem) for path in listed)
-    assert not set(listed) & {*of_search(plan_named(plan, "25")), *of_front(plan_named(plan, "25"))}
-
-
-def test_the_plans_of_a_front_are_those_that_are_numbered(tmp_path: Path) -> None:
-    for plan in ("a[1].json", "a1.json"):
-        for name in ("front-1", "front-12", "front-x", "front-1-2", "25"):
-            plan_named(tmp_path / plan, name).write_text("")
-    found = {path.name for path in plans_of_front(tmp_path / "a[1].json")}
-    assert found == {"a[1]-front-1.json", "a[1]-front-12.json"}
+    assert not set(listed) & set(of_search(plan_named(plan, "25")))
 
 
 def test_everything_is_listed_once_and_within(tmp_path: Path) -> None:

@@ -247,7 +247,7 @@ def test_a_click_shows_the_profile(run_folder: Path, page: str) -> None:
     heads, found = page_data(page)["heads"], Findings.load(run_folder / "plan.json")
     profile = found.profile
     assert profile is not None
-    influence = profile.influence(profile.recipe.profile.estimator)[1, 1, 0]
+    influence = profile.influence("robust")[1, 1, 0]
     (curve,) = heads["curves"]
     assert sorted(curve["harm"][1][0]) == pytest.approx(sorted(influence), rel=1e-3)
     assert curve["kept"][1] == sorted(rule.kept(800, profile.min_window, None) for rule in profile.rules)
@@ -259,7 +259,7 @@ def test_a_click_shows_the_profile(run_folder: Path, page: str) -> None:
     plan = found.plan
     assert heads["chosen"][1][0]["kept"] == plan.rules[1][0].kept(800, plan.min_window, None)
     whole = profile.offering(profile.profiled_formats)  # the star is on the scale of the curve, with its formats
-    costs = whole.influence(profile.recipe.profile.estimator)[1]
+    costs = whole.influence("robust")[1]
     for layer, row in enumerate(plan.rules):
         for head, rule in enumerate(row):
             assert heads["chosen"][layer][head]["harm"] == pytest.approx(

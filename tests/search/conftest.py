@@ -199,10 +199,10 @@ def clock(monkeypatch: pytest.MonkeyPatch, fake_objective: Any) -> Clock:
 
             yield timed
 
-    from moacompress.search import deadline, front, study
+    from moacompress.search import deadline, study
 
     monkeypatch.setattr(fake_objective, "under", under)
-    for module in (deadline, front, study):
+    for module in (deadline, study):
         monkeypatch.setattr(module, "time", clock)
     return clock
 

@@ -78,7 +78,7 @@ def profile(profiles: Callable[..., Profile]) -> Profile:
 
 def predicted(profile: Profile) -> np.ndarray:
     """[layers, kv_heads, rules], nats."""
-    influence = profile.influence(profile.recipe.profile.estimator)
+    influence = profile.influence("robust")
     return Surrogate.build(influence, profile.rules, profile.min_window, max(profile.lengths)).costs()
 
 

@@ -1,4 +1,4 @@
-"""Several plans of one profile: budgets with commas, the front, the smallest budget for a loss."""
+"""Several plans of one profile: budgets with commas, the smallest budget for a loss."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ from typing import Any
 import pytest
 
 from moacompress.calibration.profile.store import Profile
-from moacompress.core.artefact_names import front_file, of_front, plans_of_front
+from moacompress.core.artefact_names import front_file
 from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, OutOfTimeError, UsageError
 from moacompress.core.lock_holders import own_file
 from moacompress.report.search_tables import loss_lines
-from moacompress.rules.budget import Budget, label, split_budgets
+from moacompress.rules.budget import label, split_budgets
 from moacompress.rules.limits import layer_floors, meets
 from moacompress.rules.loss import Loss
 from moacompress.rules.plan import Plan
 from moacompress.run_checks import check_recipe
-from moacompress.search import front, study
-from moacompress.search.front import find_front
+from moacompress.search import study
 from moacompress.search.plan_sets import find_plans, find_smallest, smallest_share
-from moacompress.search.search_request import SearchRequest
 from moacompress.search.study import find_plan
 
 Profiles = Callable[..., Profile]
@@ -34,8 +32,7 @@ Profiles = Callable[..., Profile]
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, profiles: Profiles, fake_objective: Any) -> Any:
     found = fake_objective(profiles())
-    for module in (study, front):
-        monkeypatch.setattr(module, "Objective", lambda model, samples, *weights: found)
+    monkeypatch.setattr(study, "Objective", lambda model, samples, *weights: found)
     return found
 
 
@@ -82,47 +79,6 @@ def test_a_plan_for_each_budget_and_the_front(fake: Any, profiles: Profiles, tmp
     assert set(tmp_path.iterdir()) == before
 
 
-def test_the_front_of_kl_and_bytes(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
-    profile = replace(profiles(trials=12), source="/home/me/models/dense")
-    out = tmp_path / "plan.json"
-    found = find_front(profile, ["60%", "22%"], **options(profile, out))
-    shares = [max(result.plan.kv_share(n) for n in profile.lengths) for result in found]
-    kls = [result.harm["plan"] or 0.0 for result in found]
-    assert len(found) > 3
-    assert shares == sorted(shares)
-    assert kls == sorted(kls, reverse=True)
-    assert 0.1 < shares[0] <= 0.22
-    assert 0.4 < shares[-1] <= 0.6
-    assert [Plan.load(tmp_path / f"plan-front-{i + 1}.json") for i in range(len(found))] == [r.plan for r in found]
-    assert {(r.plan.provenance["source"], r.plan.provenance["recipe"]["model"]) for r in found} == {("dense", "dense")}
-    assert len(json.loads((tmp_path / "plan.front.json").read_text())["points"]) == len(found)
-    calls = len(fake.calls)
-    again = find_front(profile, ["22%", "60%"], **options(profile, out))
-    assert [result.plan for result in again] == [result.plan for result in found]
-    assert len(fake.calls) == calls
-    for budgets in (["25%"], ["25%", "25%"], ["25%@8k", "50%"], ["25%", "1MiB@8k"], []):
-        with pytest.raises(BudgetError, match="a front lies between two shares"):
-            find_front(profile, budgets, **options(profile, out))
-
-
-def test_the_ends_of_a_front_are_the_budgets_that_were_asked_for(
-    fake: Any, profiles: Profiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To the byte, though a logarithm and back make another float of a share."""
-    profile, seen = profiles(trials=4), list[dict[int, int]]()
-
-    def plan(request: SearchRequest, parameters: Any, limits: dict[int, int]) -> Any:
-        seen.append(limits)
-        return made(request, parameters, limits)
-
-    made = SearchRequest.plan
-    monkeypatch.setattr(SearchRequest, "plan", plan)
-    budgets = ["60%", "34.375%"]
-    find_front(profile, budgets, **options(profile, tmp_path / "plan.json"))
-    seen.sort(key=lambda limits: list(limits.values()))
-    assert [seen[-1], seen[0]] == [Budget.parse(share).limits(profile.shape, profile.lengths) for share in budgets]
-
-
 def test_several_budgets_share_the_time(fake: Any, profiles: Profiles, clock: Any, tmp_path: Path) -> None:
     profile = profiles(trials=3, timeout=90)
     found = find_plans(profile, split_budgets(["60%,40%,25%"]), **options(profile, tmp_path / "plan.json"))
@@ -135,7 +91,7 @@ def test_several_budgets_share_the_time(fake: Any, profiles: Profiles, clock: An
 
 
 @pytest.mark.heavy
-def test_a_front_and_a_smallest_budget_end_with_what_is_measured(
+def test_a_smallest_budget_ends_with_what_is_measured(
     fake: Any, profiles: Profiles, clock: Any, tmp_path: Path
 ) -> None:
     profile = profiles(trials=12)
@@ -145,15 +101,10 @@ def test_a_front_and_a_smallest_budget_end_with_what_is_measured(
         fake.calls.clear()
         return options(profile, tmp_path / out, recipe=profile.recipe.override(search__timeout=timeout))
 
-    searches: list[tuple[Any, Any]] = [(find_front, ["60%", "22%"]), (find_smallest, Loss.parse("5%"))]
-    for find, asked in searches:
-        with pytest.raises(OutOfTimeError, match=r"5 seconds of --timeout were over before .* a longer one resumes"):
-            find(profile, asked, **within("plan.json", 5))
-        assert len(fake.calls) <= 6
-    front = find_front(profile, ["60%", "22%"], **within("plan.json", 30))
-    assert len(fake.calls) <= 31
-    assert 1 <= front[0].trials < 12
     loss = Loss.parse("5%")
+    with pytest.raises(OutOfTimeError, match=r"5 seconds of --timeout were over before .* a longer one resumes"):
+        find_smallest(profile, loss, **within("plan.json", 5))
+    assert len(fake.calls) <= 6
     smallest = find_smallest(profile, loss, **within("least.json", 20))
     assert len(fake.calls) <= 21
     assert (smallest.harm["plan"] or 9.9) <= loss.kl
@@ -224,30 +175,6 @@ def test_the_smallest_budget_keeps_floors_and_counts_layers_that_share(
     assert smallest_share(shared, with_copies) < smallest_share(shared, shared.recipe)
 
 
-def test_overwrite_starts_a_front_anew(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
-    profile, out = profiles(trials=6), tmp_path / "plan.json"
-    given = options(profile, out)
-    first = find_front(profile, ["60%", "22%"], **given)
-    calls = fake.calls[:]
-    with pytest.raises(
-        ArtefactError, match=r"plan-front-\d.json exists already and is of another search; .*--overwrite"
-    ):
-        find_front(profile, ["50%", "22%"], **given)
-    (tmp_path / "plan-front-99.json").write_text("of before")
-    (tmp_path / "plan-front-mine.json").write_text("mine")
-    fake.calls.clear()
-    again = find_front(profile, ["60%", "22%"], overwrite=True, **given)
-    assert fake.calls == calls
-    assert [result.plan for result in again] == [result.plan for result in first]
-    made = {*(result.path.name for result in again if result.path), "plan.front.json", "plan.front.journal"}
-    assert {path.name for path in tmp_path.iterdir()} == {*made, "plan-front-mine.json"}
-    assert {path.name for path in of_front(out)} == {*made, "plan.front.journal.lock"}
-    fake.calls.clear()
-    other = find_front(profile, ["50%", "22%"], overwrite=True, **given)
-    assert fake.calls
-    assert {path.name for path in plans_of_front(out)} == {result.path.name for result in other if result.path}
-
-
 @pytest.mark.heavy
 def test_overwrite_starts_the_smallest_budget_anew(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
     profile, out = profiles(trials=2), tmp_path / "plan.json"
@@ -270,8 +197,6 @@ def test_a_second_run_beside_the_first_is_refused(fake: Any, profiles: Profiles,
     with own_file(out), own_file(front_file(out)):
         with pytest.raises(ArtefactError, match="plan.json is in use: process .* another file"):
             find_plan(profile, "50%", **options(profile, out))
-        with pytest.raises(ArtefactError, match="plan.front.json is in use"):
-            find_front(profile, ["60%", "22%"], **options(profile, out))
         with pytest.raises(ArtefactError, match="plan.front.json is in use"):
             find_plans(profile, split_budgets(["60%,22%"]), **options(profile, out))
         with pytest.raises(ArtefactError, match="plan.json is in use"):

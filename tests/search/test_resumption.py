@@ -186,24 +186,17 @@ def test_an_overwrite_that_is_interrupted_is_recovered_from(
             assert not overwrite or fake.calls == fresh.calls
 
 
-@pytest.mark.parametrize("front", [False, True])
 def test_overwrite_removes_nothing_for_a_search_that_cannot_begin(
-    search: Search, profiles: Profiles, tmp_path: Path, front: bool
+    search: Search, profiles: Profiles, tmp_path: Path
 ) -> None:
     """The model has moved since it was profiled: the earlier plan, its study and what lies beside it stay."""
-    from moacompress.search.front import find_front
     from moacompress.search.study import find_plan
 
     out = tmp_path / "plan.json"
     profile = profiles(trials=2)
-    if front:
-        (tmp_path / "plan.front.json").write_text('{"request": "earlier"}')
-    else:
-        search(profile, out=out)
+    search(profile, out=out)
     before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
     profile = replace(profile, source=str(tmp_path / "moved"))
-    searching: Any = find_front if front else find_plan
-    budget = ["50%", "25%"] if front else "50%"
     with pytest.raises(ModelError, match="moved does not exist"):
-        searching(profile, budget, recipe=profile.recipe, out=out, overwrite=True)
+        find_plan(profile, "50%", recipe=profile.recipe, out=out, overwrite=True)
     assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before

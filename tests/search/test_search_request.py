@@ -13,7 +13,7 @@ import torch
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import UsageError
 from moacompress.models.source import SourceModel
-from moacompress.search.search_request import SearchRequest, offered_formats
+from moacompress.search.search_request import SearchRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,10 +64,3 @@ def test_what_is_measured_in_another_dtype_is_another_search(
     assert key("auto") == key(own) == key("auto", own)
     assert key(other) == key(other, other) == key("auto", other)
     assert key("auto") != key(other)
-
-
-def test_an_estimator_of_others_searches_spans_alone(profiles: Callable[..., Profile]) -> None:
-    profile = profiles(formats=True)
-    recipe = profile.recipe.override(profile__estimator="moa")
-    assert offered_formats(profile.profiled_formats, recipe) == ()
-    assert offered_formats(profile.profiled_formats, recipe.override(search__formats="int8")) == ("int8",)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +18,6 @@ from moacompress.report.search_tables import explanation_tables
 from moacompress.rules.limits import is_within
 from moacompress.rules.plan import Plan
 from moacompress.search import search_request
-from moacompress.search.front import find_front
 from moacompress.search.measure.packed_plan import unpack
 from moacompress.search.search_request import SearchRequest
 from moacompress.search.sharing.share_choice import PROTECTED, REPAIRED
@@ -106,21 +104,6 @@ def test_parameters_of_another_budget_stay_in_range(search: Search, profiles: Pr
     assert request.parameters.within(start)["sharing"] == request.parameters.shared == 1
     result = search(profile, "50%", starts=[start])[0]
     assert result.trials == 4
-
-
-def test_a_front_has_plans_that_share(pretended: Any, profiles: Profiles, tmp_path: Path) -> None:
-    from moacompress.search import front
-
-    profile = profiles(anchors=2, copying=1e-6, share="auto", trials=5)
-    fake, model = pretended(profile)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(front, "Objective", lambda model, samples, *weights: fake)
-        patch.setattr(front, "STARTS", 1)  # these share nothing
-        results = find_front(profile, ["22%", "50%"], recipe=profile.recipe, out=tmp_path / "plan.json", model=model)
-    assert any(any(result.plan.shares) for result in results)
-    for result in results:
-        assert Plan.load(result.path).shares == result.plan.shares  # type: ignore[arg-type]
-        assert all(row["plan"] <= 0.5 * row["dense"] for row in result.kv_bytes.values())
 
 
 def test_copies_are_priced_and_measured_after_a_repair(

@@ -222,14 +222,14 @@ def test_a_study_of_64_workers_comes_to_its_end_whatever_befalls_them(seed: int,
         notes, plan = trial["notes"], plan_of(trial["parameters"])
         assert notes["key"] == plan.key()
         assert notes["harms"] == [true_kl(plan, sample) for sample in range(len(notes["harms"]))]
-        assert trial["values"] == [pytest.approx(log_ratio(notes["harms"], reference))]
+        assert trial["value"] == pytest.approx(log_ratio(notes["harms"], reference))
     # what Optuna's own tools see; a worker may have been killed before it showed a trial
     indices = [trial.user_attrs["index"] for trial in shown]
     assert TRIALS - run.killed - run.stalled <= len(indices) == len(set(indices))
     for trial in shown:
         assert trial.state.name == "COMPLETE"
         assert trial.params == found[trial.user_attrs["index"]]["parameters"]
-        assert trial.values == found[trial.user_attrs["index"]]["values"]
+        assert trial.value == found[trial.user_attrs["index"]]["value"]
     keys = {trial["notes"]["key"] for trial in found.values()}
     assert len(keys) < TRIALS  # some came to the same plan, measured once
     for name, count in Counter(trial.user_attrs["name"] for trial in claims if trial.state.name == "COMPLETE").items():

@@ -20,7 +20,6 @@ from moacompress.core.lock_holders import LockHolder, held, own_file
 from moacompress.rules.budget import split_budgets
 from moacompress.rules.loss import Loss
 from moacompress.rules.plan import Plan
-from moacompress.search.front import find_front
 from moacompress.search.measure import claims as claims_module
 from moacompress.search.measure.claims import CLAIMS, WORKER, ClaimLost, Claims, open_claims
 from moacompress.search.measure.storages import guarded, open_storage, quiet_optuna, shown
@@ -75,10 +74,6 @@ def test_what_killed_workers_had_is_taken_over(run: Callable[..., SearchRun], se
     check_nothing_is_lost_or_doubled(shared)
 
 
-def the_front(profile: Profile, **options: Any) -> Any:
-    return find_front(profile, ["60%", "25%"], **options)
-
-
 def two_budgets(profile: Profile, **options: Any) -> Any:
     return find_plans(profile, split_budgets(["50%,25%"]), **options)
 
@@ -87,11 +82,11 @@ def the_smallest(profile: Profile, **options: Any) -> Any:
     return find_smallest(profile, Loss.parse("20%"), **options)
 
 
-@pytest.mark.parametrize(("find", "at_once"), [(the_front, True), (two_budgets, True), (the_smallest, False)])
+@pytest.mark.parametrize(("find", "at_once"), [(two_budgets, True), (the_smallest, False)])
 def test_workers_share_several_searches(
     find: Callable[..., Any], at_once: bool, run: Callable[..., SearchRun], tmp_path: Path
 ) -> None:
-    """A front, several budgets, the smallest budget for a loss: as one worker alone, and nothing measured or written twice."""
+    """Several budgets, the smallest budget for a loss: as one worker alone, and nothing measured or written twice."""
     shared = run("journal", trials=4, samples=5)
     (tmp_path / "alone").mkdir()
     alone = SearchRun(
@@ -122,7 +117,7 @@ def test_workers_share_several_searches(
 def test_a_worker_whose_time_is_up_writes_no_front_over_anothers(run: Callable[..., SearchRun], tmp_path: Path) -> None:
     """The lock holder is at work still: this process."""
     shared = run("journal", trials=4, samples=5)
-    shared.find = the_front
+    shared.find = two_budgets
     front = tmp_path / "plan.front.json"
     with own_file(front):
         front.write_text("the lock holder's")

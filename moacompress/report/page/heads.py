@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from moacompress.calibration.profile.statistics import DISTANCE_BINS
+from moacompress.calibration.profile.statistics import DISTANCE_BINS, ROBUST
 from moacompress.calibration.profile.store import Profile
-from moacompress.recipe_sections import ROBUST
 from moacompress.report.page.findings import EXPLANATIONS, Findings, reading_file
 from moacompress.report.page.picture import Picture, axis
 from moacompress.rules.budget import format_length
@@ -141,14 +140,13 @@ def head_details(found: Findings) -> dict[str, Any]:
     if profile is None:
         return {"length": n, "text": text, "curves": []}
     at = min(profile.lengths, key=lambda length: (abs(length - n), length))
-    estimator = profile.recipe.profile.estimator
-    influence = profile.influence(estimator)[profile.lengths.index(at)]
+    influence = profile.influence(ROBUST)[profile.lengths.index(at)]
     kinds = {
         name: [number for number, rule in enumerate(profile.rules) if rule.selects == selects]
         for name, selects in (("windows", False), ("windows and a gate", True))
     }
-    whole = profile.offering(profile.profiled_formats if estimator == ROBUST else ())
-    costs, places = whole.influence(estimator)[whole.lengths.index(at)], {rule: i for i, rule in enumerate(whole.rules)}
+    whole = profile.offering(profile.profiled_formats)
+    costs, places = whole.influence(ROBUST)[whole.lengths.index(at)], {rule: i for i, rule in enumerate(whole.rules)}
     data: dict[str, Any] = {
         "length": n,
         "text": text,

@@ -143,13 +143,3 @@ def test_what_a_profile_or_a_model_does_not_have(
     profile = profiles(anchors=anchors)
     with pytest.raises(error, match=says):
         SearchRequest.of(profile, "50%", profile.recipe.override(search__share=share))
-
-
-def test_estimators_that_know_no_copies_are_refused(profiles: Profiles) -> None:
-    profile = profiles(anchors=1)
-    recipe = profile.recipe.override(search__share="auto")
-    assert SearchRequest.of(profile, "50%", recipe).sharing is not None
-    arrays = {**profile.statistics.arrays, "moa": profile.statistics.arrays["squares"]}
-    other = replace(profile, statistics=Statistics(arrays))
-    with pytest.raises(UsageError, match="'moa' does not predict what a copy costs"):
-        SearchRequest.of(other, "50%", recipe.override(profile__estimator="moa"))
