@@ -77,22 +77,26 @@ def _texts(row: dict[str, Any]) -> Features:
 
 @contextmanager
 def _loading(what: str) -> Iterator[None]:
-    """Keeps `datasets` off the screen, and turns whatever it fails with into one error.
+    """Keeps `datasets` and the hub's client off the screen, and turns whatever it fails with into one error.
 
     Raises:
         DataError: says what could not be done.
     """
     import datasets
+    from huggingface_hub.utils import logging as hub_logging
 
-    bars, level = datasets.utils.logging.is_progress_bar_enabled(), datasets.utils.logging.get_verbosity()
+    bars = datasets.utils.logging.is_progress_bar_enabled()
+    levels = [(log, log.get_verbosity()) for log in (datasets.utils.logging, hub_logging)]
     datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)
+    for log, _ in levels:
+        log.set_verbosity(logging.CRITICAL)
     try:
         yield
     except Exception as error:
         raise DataError(f"cannot {what}: {_cause(error)}") from error
     finally:
-        datasets.utils.logging.set_verbosity(level)
+        for log, level in levels:
+            log.set_verbosity(level)
         if bars:
             datasets.enable_progress_bars()
 
