@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,7 +124,7 @@ def field(row: DataRow, column: str, name: str, index: int) -> str:
     """
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"row {index} of {name} has no text under {column!r} but {_short(value)}")
+        raise DataError(f"row {index} of {name} has no text under {column!r} but {shown_value(value)}")
     return value
 
 
@@ -135,7 +136,7 @@ def conversation(row: DataRow, name: str, index: int) -> list[dict[str, str]]:
     """
     turns = row.get("messages")
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise DataError(f"row {index} of {name} has no list of turns under 'messages' but {_short(turns)}")
+        raise DataError(f"row {index} of {name} has no list of turns under 'messages' but {shown_value(turns)}")
     messages = []
     for number, turn in enumerate(turns):
         role, content = turn.get("role"), turn.get("content")
@@ -181,6 +182,9 @@ def _squad_rows(data: Any, path: Path) -> list[Any]:
     ]
 
 
-def _short(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """Returns what stands where a text was looked for, in few characters."""
+    if isinstance(value, datetime):
+        return f"the date {value:%Y-%m-%d}; of JSON dates are not kept as they are written, so give the rows as .csv"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -6,7 +6,6 @@ import glob
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,8 @@ STREAMED_ROWS = 50_000
 def file_rows(loader: str, path: Path) -> list[Any]:
     """Returns the rows of a file, by one of `LOADERS`: of a text file one, its whole `text`.
 
-    What JSON and Parquet rows lack of the others' columns is None. All cells of CSV are texts. Nothing is left in a cache.
+    What JSON and Parquet rows lack of the others' columns is None; a column of JSON that holds dates alone has datetimes. All
+    cells of CSV are texts. Nothing is left in a cache.
 
     Raises:
         DataError: missing, unreadable or damaged.
@@ -36,16 +36,12 @@ def file_rows(loader: str, path: Path) -> list[Any]:
         path.open("rb").close()
         if not path.stat().st_size:
             return []
-        text = {"sample_by": "document", "encoding": "utf-8-sig"} if loader == "text" else {}
-        rows = list(_streamed(loader, path, **text))
-        if loader == "csv" and rows:
-            rows = list(_streamed(loader, path, features=_texts(rows[0]), keep_default_na=False))
-    for column, value in rows[0].items() if rows else ():
-        if loader == "json" and isinstance(value, datetime):
-            raise DataError(
-                f"{path} has nothing but dates under {column!r}, which are not kept as they are written; give it as .csv"
-            )
-    return rows
+        settings: dict[str, Any] = {}
+        if loader == "text":
+            settings = {"sample_by": "document", "encoding": "utf-8-sig"}
+        elif loader == "csv":
+            settings = {"features": _texts(next(iter(_streamed(loader, path)), {})), "keep_default_na": False}
+        return list(_streamed(loader, path, **settings))
 
 
 def hub_rows(name: str, config: str | None, split: str) -> Sequence[Any]:
@@ -69,10 +65,11 @@ def _streamed(loader: str, path: Path, **settings: Any) -> Any:
     return datasets.load_dataset(loader, data_files=glob.escape(str(path)), split="train", streaming=True, **settings)
 
 
-def _texts(row: dict[str, Any]) -> Features:
+def _texts(row: dict[str, Any]) -> Features | None:
+    """Returns that all columns are texts; None of no columns."""
     from datasets import Features, Value
 
-    return Features({column: Value("string") for column in row})
+    return Features({column: Value("string") for column in row}) if row else None
 
 
 @contextmanager

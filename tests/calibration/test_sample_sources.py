@@ -151,8 +151,8 @@ def test_hub_set_without_network(source: SourceModel) -> None:
         ("dict.json", "{}", r"file:dict.json has no rows"),
         (
             "days.json",
-            '[{"prompt": "2021-05-03"}]',
-            r"days.json has nothing but dates under 'prompt'.* give it as .csv",
+            '[{"prompt": "2021-05-03"}, {"prompt": "2021-05-04"}, {"prompt": "2021-05-05"}]',
+            r"row \d of file:days.json has no text under 'prompt' but the date 2021-05-0\d; .* give the rows as .csv",
         ),
         ("empty.json", "[]", r"file:empty.json has no rows"),
         ("blank.txt", " ", r"blank.txt has no text"),

@@ -20,6 +20,7 @@ from moacompress.calibration.data.data_rows import (
     read_rows,
     row_kind,
     rows_named,
+    shown_value,
     source_name,
 )
 from moacompress.calibration.data.held_out import held_out_rows
@@ -138,8 +139,8 @@ def _references(row: DataRow, where: str, index: int) -> tuple[str, ...]:
     given = tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
     if not given or len(given) != len(texts):
         raise DataError(
-            f"row {index} of {where} has no answer to measure against; give every row `answer`, a text or a list of texts "
-            "any of which is right"
+            f"row {index} of {where} has no answer to measure against but {shown_value(value)}; give every row `answer`, a "
+            "text or a list of texts any of which is right"
         )
     return given
 
