@@ -40,7 +40,7 @@ ParameterValues: TypeAlias = Mapping[str, float]
 
 MIN_ROWS = 32
 """Draws of all samples below which the quadratic form says nothing."""
-SEARCH_VERSION = 5
+SEARCH_VERSION = 6
 """Part of a study's name: raised when the same request would be searched in another way."""
 
 

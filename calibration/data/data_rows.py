@@ -156,7 +156,7 @@ def _read_local(path: Path) -> Sequence[DataRow]:
     if path.suffix not in LOADERS:
         raise DataError(f"{path} is no {', '.join(LOADERS)} file and no folder of .txt files")
     rows = file_rows(LOADERS[path.suffix], path)
-    if len(rows) == 1 and COLUMNS["text"][0] not in rows[0] and "data" in rows[0]:
+    if len(rows) == 1 and "data" in rows[0] and not any(set(columns) <= set(rows[0]) for columns in COLUMNS.values()):
         rows = _squad_rows(rows[0], path)
     first: dict[str, DataRow] = {}
     for row in rows:

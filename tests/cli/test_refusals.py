@@ -154,7 +154,7 @@ DATA = [
     (1, "--text no-such", "cannot read no-such: there is no such file or folder; give its path"),
     (1, "--source empty.jsonl", "file:empty.jsonl has no rows"),
     (1, "--source columns.jsonl", "file:columns.jsonl has the columns a; rows need `messages`"),
-    (1, "--source broken.jsonl", "line 1 of broken.jsonl is not valid JSON"),
+    (1, "--source broken.jsonl", "cannot read broken.jsonl: ArrowInvalid: JSON parse error"),
     (1, "--source needle-prose", "calibration.text names no file or folder of it (--text)"),
 ]
 """What is wrong with a run's data."""

@@ -116,7 +116,10 @@ def test_other_rows_are_another_wording(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "What?"}, "row 0 of file:mine.jsonl has no answer to measure against but None; give every row `answer`"),
+        (
+            {"prompt": "What?"},
+            "row 0 of file:mine.jsonl has no answer to measure against but None; give every row `answer`",
+        ),
         ({"prompt": "What?", "answer": ["so", 3]}, "has no answer"),
         ({"text": "prose"}, "is plain text, which has no answers; give it as --text"),
         ({"messages": CHAT["messages"][:-1]}, "the assistant's last, .* it has the roles user, assistant, user"),
