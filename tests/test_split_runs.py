@@ -57,7 +57,10 @@ def test_profile_and_search(dense, small_run, tmp_path):
     split = torchrun(2, "search", tmp_path / "two", *options, "-o", tmp_path / "two.json", "--tensor-parallel")
     assert split.returncode == 0, split.stderr[-3000:]
     plans = [Plan.load(tmp_path / name) for name in ("one.json", "two.json")]
-    kept = [[rule.kept(300, plan.min_window) for row in plan.rules for rule in row] for plan in plans]
+    kept = [
+        [(rule.kept(300, plan.min_window), rule.key_format, rule.value_format) for row in plan.rules for rule in row]
+        for plan in plans
+    ]
     assert kept[0] == kept[1]  # of two rules that keep the same tokens the last bit of a price decides
     harms = [plan.quality["measured_harm"]["plan"] for plan in plans]
     assert harms[1] == pytest.approx(harms[0], rel=1e-3)

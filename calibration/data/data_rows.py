@@ -42,7 +42,7 @@ def read_rows(source: SourceRecipe) -> Sequence[DataRow]:
     """Returns the rows of a source that names a file or a hub set; a local row that repeats an earlier one is left out.
 
     Raises:
-        DataError: missing, unreadable, malformed (with the line), or empty.
+        DataError: missing, unreadable, malformed, or empty.
     """
     if source.dataset is not None:
         rows: Sequence[DataRow] = hub_rows(source.dataset, source.config, source.split)
