@@ -153,21 +153,16 @@ def bits_of(pair: tuple[int, int], *, reused: bool) -> str:
     return f"{REUSED if reused else key}/{value}"
 
 
-def split_compiled(
+def decode_resources(
     card: str, model: Model, bits: tuple[int, int], *, ring: bool = False, keep: bool = False, reuse: bool = False
-) -> tuple[TileSizes, Any]:
-    """Compiles the decode kernel for a card; returns its tiles too."""
+) -> dict[str, Any]:
+    """Compiles the decode kernel for a card; returns what it takes."""
     bits = (0, bits[1]) if reuse else bits
     tiles, constants = split_constants(
         *model.sides, bits, **model.products, card=named(card), ring=ring, keep=keep, reuse=reuse
     )
     types = pool_types(model, bits) | (IN_RING if ring else {})
-    return tiles, compiled(card, decode_kernels.split, constants, types, tiles.options)
-
-
-def decode_resources(card: str, model: Model, bits: tuple[int, int], **of_ring: bool) -> dict[str, Any]:
-    """Compiles the decode kernel for a card; returns what it takes."""
-    tiles, found = split_compiled(card, model, bits, **of_ring)
+    found = compiled(card, decode_kernels.split, constants, types, tiles.options)
     return {"tile": tiles.TILE, **_taken(card, found, tiles.num_warps)}
 
 

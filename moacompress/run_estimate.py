@@ -19,8 +19,8 @@ from moacompress.rules.budget import Budget, format_length, reference_length
 from moacompress.rules.model_shape import ModelShape
 from moacompress.search.search_estimate import search_work
 
-COMPARED = ("dense", "uniform", "best")
-"""What `compress` evaluates beside the plan: dense, a uniform window, and the baseline that its search measured best."""
+COMPARED = ("dense", "best")
+"""What `compress` evaluates beside the plan: dense, and the baseline that its search measured best."""
 
 
 def asked_length(recipe: Recipe) -> int:

@@ -64,10 +64,8 @@ def triton_files() -> Iterator[Path]:
     yield from (package / "kernels" / "triton").glob("*.py")
     for name in ("kernels/kv_parts.py", "kernels/reference/codes.py", "rules/formats.py", "rules/windows.py"):
         yield package / name
-    for name in ("triton_resources", "gpu_roofline"):
-        yield ROOT / "benchmarks" / f"{name}.py"
-    for name in ("triton_resources", "gpu_roofline"):
-        yield ROOT / "tests" / "kernels" / f"test_{name}.py"
+    yield ROOT / "benchmarks" / "triton_resources.py"
+    yield ROOT / "tests" / "kernels" / "test_triton_resources.py"
 
 
 def arm_files() -> Iterator[Path]:

@@ -48,7 +48,7 @@ def test_summary_and_artefacts(finished):
     assert summary["kv_bytes"]["planned"] <= 0.5 * summary["kv_bytes"]["dense"]
     assert plan.kv_bytes(700) <= 0.5 * plan.model.dense_kv_bytes(700)
     assert summary["kv_bytes"]["measured_at"]["length"] == 800
-    assert set(summary["quality"]["needle-noise@700"]) >= {"dense", "uniform", "plan", "prompts", "nll", "kind"}
+    assert set(summary["quality"]["needle-noise@700"]) >= {"dense", "plan", "prompts", "nll", "kind"}
     assert set(summary["seconds"]) == {"profile", "search", "export", "eval"}
     assert plan.provenance["recipe"]["calibration"]["samples"] == 4
 
