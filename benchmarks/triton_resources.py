@@ -36,7 +36,6 @@ from moacompress.kernels.triton.tile_sizes import (
     APPEND_WARPS,
     MERGE_WARPS,
     SELECT_WARPS,
-    TileSizes,
     append_constants,
     append_next_constants,
     merge_constants,
