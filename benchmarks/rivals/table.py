@@ -30,10 +30,10 @@ class Answers:
 
     Attributes:
         rival: its name.
-        setting: likewise.
+        setting: name of its setting.
         question: whether a rival that evicts once had seen the question; empty for others.
         share: bytes of keys and values that are attended to at the end of an answer, of the dense model's there.
-        in_memory: likewise, of those that are there.
+        in_memory: bytes of keys and values that are there at the end of an answer, of the dense model's.
         match: exact match by prompt.
         note: for a reader.
     """

@@ -71,7 +71,7 @@ def requests(
         seed: of lengths and times.
         count: requests.
         prompt: lengths of prompts in tokens, or one for all.
-        new: lengths of answers, likewise.
+        new: lengths of answers in tokens, or one for all.
         rate: mean requests a second; None for all at once.
 
     Raises:

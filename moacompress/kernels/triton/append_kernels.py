@@ -131,7 +131,7 @@ def append(
 ):
     """Writes tokens of KV heads of one pair of formats into their blocks, keys and values, or values alone without WITH_KEYS.
 
-    Key is `[rows, kv_heads, columns, HEAD_DIM]` and Value likewise, with the strides that follow; the numbers of a vector lie
+    Key is `[rows, kv_heads, columns, HEAD_DIM]` and Value as large, with the strides that follow; the numbers of a vector lie
     side by side. Work has `(row * kv_heads + head) * columns + column` of each token, then its block id * 16 + place, int64
     `[2, count]`.
     """
@@ -194,7 +194,7 @@ def append_next(
 ):
     """Writes one more token of every row that is given one, for KV heads of one pair of formats, behind those of its cache.
 
-    Key is `[rows, kv_heads, HEAD_DIM]` and Value likewise, with the strides that follow; the numbers of a vector lie side by
+    Key is `[rows, kv_heads, HEAD_DIM]` and Value is as large, with the strides that follow; the numbers of a vector lie side by
     side. GateScores are those of the tokens, int16 `[rows, kv_heads]`; with SCORED they are written for the KV heads that are
     Selecting, int64 `[kv_heads]`. Heads has the KV heads, and those in whose blocks they are, int64 `[2, heads]`. With COUNTED
     the lengths count these tokens already; without WITH_KEYS values alone are written.

@@ -30,7 +30,7 @@ def halves(pairs):
 
 @triton.jit
 def code_halves(words, NIBBLES: tl.constexpr):
-    """Returns the four codes of words, or their low nibbles, `[..., words, 2, 2]` as of `halves`; and high nibbles likewise."""
+    """Returns the four codes of words, or their low nibbles, `[..., words, 2, 2]` as of `halves`, then the high nibbles."""
     if NIBBLES:
         low = tl.join(halves(words & 0x000F000F), halves((words >> 8) & 0x000F000F))
         high = tl.join(halves((words >> 4) & 0x000F000F), halves((words >> 12) & 0x000F000F))
@@ -42,7 +42,7 @@ def code_halves(words, NIBBLES: tl.constexpr):
 
 @triton.jit
 def key_halves(words, offset, place, there, BYTES: tl.constexpr, WORDS: tl.constexpr, NIBBLES: tl.constexpr):
-    """Returns keys' codes, or their low nibbles, as float16, 1024 more, `[tokens, 4 * WORDS]`; and high nibbles likewise."""
+    """Returns keys' codes, or their low nibbles, as float16, 1024 more, `[tokens, 4 * WORDS]`, then the high nibbles."""
     w = tl.arange(0, WORDS)
     at = words + (offset * (UNIT // 4) + place)[:, None] + (w * BLOCK)[None, :]
     found = tl.load(at, mask=there[:, None] & (w * 4 < BYTES)[None, :], other=0)
@@ -52,7 +52,7 @@ def key_halves(words, offset, place, there, BYTES: tl.constexpr, WORDS: tl.const
 
 @triton.jit
 def value_halves(words, offset, quad, there, BYTES: tl.constexpr, WIDTH: tl.constexpr, NIBBLES: tl.constexpr):
-    """Returns values' codes, or their low nibbles, as float16, 1024 more, `[4 * quads, WIDTH]`; and high nibbles likewise."""
+    """Returns values' codes, or their low nibbles, as float16, 1024 more, `[4 * quads, WIDTH]`, then the high nibbles."""
     b = tl.arange(0, WIDTH)
     at = words + (offset * (UNIT // 4) + quad * BYTES)[:, None] + b[None, :]
     found = tl.load(at, mask=there[:, None] & (b < BYTES)[None, :], other=0)

@@ -80,7 +80,7 @@ def transient_numbers(
     VALUES: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Reads keys, or VALUES, of selected tokens, which lie anywhere: `[tokens, WIDTH]`, and of 4 bits second halves likewise.
+    """Reads keys, or VALUES, of selected tokens, which lie anywhere: `[tokens, WIDTH]`, and the second halves of 4 bits.
 
     Those that are `cached` lie in blocks of Pool, at `offset` and `place` as in `cached_scores`; `fresh` ones are tokens `t` of
     the chunk, whose numbers begin at `start`. Of all others the numbers are 0.

@@ -183,8 +183,8 @@ class _Placed(NamedTuple):
     Attributes:
         slots: where each goes to, block id * 16 + place in the block, `[tokens]`.
         rows: of the batch, `[tokens]`.
-        heads: that the chunk has, likewise.
-        columns: of the chunk, likewise.
+        heads: of the chunk's KV heads, `[tokens]`.
+        columns: of the chunk, `[tokens]`.
         sources: the three as one number, see `Pool.write`.
     """
 

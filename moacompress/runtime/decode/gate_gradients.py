@@ -114,7 +114,7 @@ def _of_head(
 
     Args:
         grad: `[group, tokens, value_dim]`.
-        out: likewise.
+        out: `[group, tokens, value_dim]`.
         query: `[group, tokens, head_dim]`.
         key: `[tokens, head_dim]`.
         value: `[tokens, value_dim]`.

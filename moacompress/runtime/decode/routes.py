@@ -277,7 +277,7 @@ def _with_padded_ends(
     Args:
         request: its chunk is in the cache already, if there is one.
         key: of the chunk, each row's real tokens first, `[batch, kv_heads, tokens, head_dim]`.
-        value: likewise, `[batch, kv_heads, tokens, value_dim]`.
+        value: of the same tokens, `[batch, kv_heads, tokens, value_dim]`.
         out: `[batch, heads, tokens, value_dim]`.
         transient: the selected tokens that the chunk attends to; None where no rule selects.
         alone: whether the chunk is all that there is, and is attended to as it is: what is cached has no gradients.

@@ -91,7 +91,7 @@ class DeviceSteps:
     Attributes:
         cache: see above.
         tokens: new tokens, int64 `[rows, any]`; written to by steps.
-        ended: which rows have ended, bool `[rows]`; likewise.
+        ended: which rows have ended, bool `[rows]`; written to by steps.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ class DroppedProjection(nn.Module):
 
     Attributes:
         in_features: of the linear layer.
-        out_features: likewise.
+        out_features: of the linear layer.
         kind: of its blocks, or None.
     """
 
