@@ -124,11 +124,11 @@ class SourceRecipe(Section):
         if sum(kind is not None for kind in (self.generator, self.path, self.dataset)) != 1:
             raise ValueError("a source names exactly one of generator, path, dataset")
         if self.values != "numbers" and self.generator not in ("needle", "multi-needle", "key-value", "records"):
-            raise ValueError(f"only needles, key-value pairs and records have values; {self._name} has none to choose")
+            raise ValueError(f"only needles, key-value pairs and records have values; {self} has none to choose")
         return self
 
-    @property
-    def _name(self) -> str:
+    def __str__(self) -> str:
+        """Returns what it is read from, without its settings."""
         return str(self.generator or self.path or self.dataset)
 
 
