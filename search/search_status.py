@@ -13,7 +13,7 @@ import numpy as np
 from moacompress.core.errors import ArtefactError
 from moacompress.core.lock_holders import LockHolder, readable_age
 from moacompress.core.tables import readable_seconds
-from moacompress.search.measure.claims import CLAIMS, WORKER, holder_of, is_heard_of
+from moacompress.search.measure.claims import CLAIMS, WORKER, holder_of, is_alive
 from moacompress.search.measure.storages import guarded, journal_file, open_storage, quiet_optuna, shown
 from moacompress.search.measure.study_storage import TRIAL
 
@@ -29,16 +29,16 @@ class WorkerStatus:
     Attributes:
         host: its machine.
         pid: its process.
-        state: `alive`, `dead` or `ended`. One of another machine is dead once it was not heard of for five minutes, by the
+        state: `alive`, `dead` or `ended`. One of another machine is dead after five minutes without a heartbeat, by the
             clocks of both; workers themselves compare no clocks.
-        heard: seconds since it was heard of.
+        silence: seconds since its last heartbeat.
         measures: names of what it has claimed.
     """
 
     host: str
     pid: int
     state: str
-    heard: float
+    silence: float
     measures: tuple[str, ...]
 
 
@@ -84,8 +84,8 @@ class SearchStatus:
             found.append(f"  trials that are left: about {readable_seconds(self.seconds_left)}")
         for worker in self.workers:
             at = f", at {len(worker.measures)} measurements" if worker.measures else ""
-            heard = f", heard of {readable_age(worker.heard)} ago" if worker.state != "ended" else ""
-            found.append(f"  process {worker.pid} on {worker.host}: {worker.state}{heard}{at}")
+            heartbeat = f", heartbeat {readable_age(worker.silence)} ago" if worker.state != "ended" else ""
+            found.append(f"  process {worker.pid} on {worker.host}: {worker.state}{heartbeat}{at}")
         return found
 
 
@@ -124,7 +124,7 @@ def _status(storage: BaseStorage, name: str) -> SearchStatus:
     workers = [trial for trial in found if trial.user_attrs["name"].startswith(WORKER)]
     trials = [trial for trial in found if trial.user_attrs["name"].startswith(name + TRIAL)]
     beside = [trial for trial in found if not trial.user_attrs["name"].startswith((WORKER, name + TRIAL))]
-    alive = [holder_of(worker) for worker in workers if is_heard_of(worker)]
+    alive = [holder_of(worker) for worker in workers if is_alive(worker)]
     wanted = max((worker.user_attrs["trials"] or 0 for worker in workers), default=0) or None
     done = [trial for trial in trials if trial.state.name == "COMPLETE"]
     measured = [(trial.user_attrs["result"]["notes"], trial.user_attrs["name"]) for trial in done]

@@ -5,7 +5,7 @@ it is done. The operating system gives the lock up when the process dies, howeve
 nobody's way. The file says who holds it, for whoever is refused.
 
 Machines that share a disk need not share its locks. So a lock holder file from elsewhere counts for as long as its lock
-holder is heard of, lock or not: a lock holder touches its file as long as it works. Elsewhere is whatever is not this boot
+holder sends heartbeats, lock or not: it touches its file as long as it works. Elsewhere is whatever is not this boot
 of this machine, as two machines may have one name. The lock holder of what is not in a file, such as a study in a database,
 is kept there (`LockHolder.to_dict`).
 """
@@ -33,9 +33,9 @@ from moacompress.core.artefact_names import holder_of_file, holder_of_folder
 from moacompress.core.errors import ArtefactError, InUseError
 
 BEAT_SECONDS = 30.0
-"""A lock holder is heard of this often."""
+"""Between the heartbeats of a lock holder."""
 SILENT_SECONDS = 300.0
-"""A lock holder of which nothing is known but that it was not heard of for so long is dead."""
+"""A lock holder that has sent no heartbeat for so long is dead, where nothing else is known of it."""
 PATIENCE = 0.3
 """Seconds for which a lock may be held by nobody who works: by one that looks, comes or goes."""
 MAX_BYTES = 4096
@@ -45,7 +45,7 @@ MAX_PID = 1 << 31
 NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST}
 """Errors of a place where nothing can be written: who is refused there does nobody any harm, and needs not own it."""
 NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
-"""Errors of a file system without locks: there a lock holder counts for as long as it is heard of, or its process runs."""
+"""Errors of a file system without locks: there a lock holder counts for as long as it sends heartbeats, or its process runs."""
 
 _held: set[str] = set()
 """Tokens of what this process owns."""
@@ -112,7 +112,7 @@ class LockHolder:
     def is_alive(self, silent: Callable[[], float]) -> bool:
         """Returns whether the process still works on it, where no lock says so.
 
-        `silent` returns how many seconds ago it was last heard of; it is asked only where nothing else is known.
+        `silent` returns the seconds since its last heartbeat; it is asked only where nothing else is known.
         """
         if not self.is_here:
             return abs(silent()) < SILENT_SECONDS
@@ -306,7 +306,7 @@ def _touch(file: Path, holder: LockHolder) -> None:
 
 
 def _silence(file: Path) -> float:
-    """Returns the seconds since a lock holder was heard of, by the clock of the file system, maybe another machine's."""
+    """Returns the seconds since a lock holder's last heartbeat, by the clock of the file system, maybe another machine's."""
     try:
         with tempfile.TemporaryFile(dir=file.parent) as now:
             return os.fstat(now.fileno()).st_mtime - file.stat().st_mtime

@@ -185,7 +185,7 @@ def shared(tasks: Sequence[Task], work: Callable[[Task], Any], done: Callable[[T
 
 
 class _Others:
-    """Which processes of the run are heard of; a launcher knows of those of its own machine alone."""
+    """Heartbeats of the processes of a run; a launcher knows only the processes of its own machine."""
 
     def __init__(self, store: Store) -> None:
         self._store, self._beats = store, HeartbeatMonitor()
@@ -195,7 +195,7 @@ class _Others:
         """Looks from time to time.
 
         Raises:
-            MoaCompressError: one was not heard of for too long.
+            MoaCompressError: one has sent no heartbeat for too long.
         """
         now = time.monotonic()
         if now - self._looked < BEAT_SECONDS:
@@ -205,7 +205,7 @@ class _Others:
             silence = self._beats.silence(number, self._store.add(f"{_BEAT} {number}", 0))
             if silence > SILENT_SECONDS:
                 raise MoaCompressError(
-                    f"rank {number} of the run was not heard of for {readable_age(silence)}: it was killed, or its machine "
+                    f"rank {number} of the run has sent no heartbeat for {readable_age(silence)}: it was killed or its machine "
                     "is gone; start the run again, and it resumes"
                 )
 

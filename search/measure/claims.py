@@ -355,10 +355,10 @@ def holder_of(trial: FrozenTrial) -> LockHolder:
     return LockHolder(**trial.user_attrs["holder"])
 
 
-def is_heard_of(worker: FrozenTrial) -> bool:
+def is_alive(worker: FrozenTrial) -> bool:
     """Returns whether the worker of a trial of its own lives; of another machine's, the clocks of both decide."""
-    heard = worker.user_attrs["heard"]
-    return worker.state.name == "RUNNING" and holder_of(worker).is_alive(lambda: time.time() - heard)
+    heartbeat = worker.user_attrs["heard"]
+    return worker.state.name == "RUNNING" and holder_of(worker).is_alive(lambda: time.time() - heartbeat)
 
 
 @contextmanager
@@ -396,9 +396,7 @@ def open_claims(
     if alone:
         found.fail_running()
     if from_scratch:
-        others = [
-            trial for trial in found.trials() if trial.user_attrs["name"].startswith(WORKER) and is_heard_of(trial)
-        ]
+        others = [trial for trial in found.trials() if trial.user_attrs["name"].startswith(WORKER) and is_alive(trial)]
         if others:
             raise InUseError(holder_of(others[0]).refusal(f"the study {name} in {where}", "leave out --overwrite"))
         with guarded(where):

@@ -125,7 +125,7 @@ class Trials:
         """Returns the KLs of a trial's plan: all of them, or those until it is clearly worse than the best."""
         if plan.key() == self.first.key():
             return self.first_kls
-        hopeless = partial(is_hopeless, best=least_trial(tried).kls if tried else self.first_kls)
+        hopeless = partial(is_hopeless, best=lowest_trial(tried).kls if tried else self.first_kls)
         job = self.evaluator.job(self.study_storage.name, plan, self.evaluator.order, hopeless)
         return self.evaluator.together([job])[0]
 
@@ -147,7 +147,7 @@ def _tried(trial: FinishedTrial) -> TrialResult:
     return TrialResult(trial.index, value=trial.value, parameters=trial.parameters, kls=kept.pop("harms"), **kept)
 
 
-def least_trial(tried: Sequence[TrialResult]) -> TrialResult:
+def lowest_trial(tried: Sequence[TrialResult]) -> TrialResult:
     """Returns the trial of lowest mean KL among those measured on all samples; trial 0 always is."""
     return min((trial for trial in tried if not trial.pruned), key=lambda trial: (trial.kl, trial.index))
 
@@ -155,4 +155,6 @@ def least_trial(tried: Sequence[TrialResult]) -> TrialResult:
 def best_trial(tried: Sequence[TrialResult]) -> TrialResult:
     """Returns the trial of lowest mean KL among those that beat trial 0 by `CAUTION` standard errors; trial 0 if none does."""
     first, *others = tried
-    return least_trial([first, *(trial for trial in others if KlDifference.of(trial.kls, first.kls).is_lower(CAUTION))])
+    return lowest_trial(
+        [first, *(trial for trial in others if KlDifference.of(trial.kls, first.kls).is_lower(CAUTION))]
+    )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from moacompress.rules.plan import Plan
 from moacompress.search.deadline import TimeUp
-from moacompress.search.measure.trials import TrialResult, Trials, best_trial, least_trial
+from moacompress.search.measure.trials import TrialResult, Trials, best_trial, lowest_trial
 from moacompress.search.result.explain import STUDY
 from moacompress.search.result.found_plan import write_so_far
 from moacompress.search.search_context import Incumbent, SearchContext
@@ -42,6 +42,6 @@ def tune_parameters(incumbent: Incumbent, context: SearchContext) -> Incumbent:
         raise TimeUp
     best, first = best_trial(tried), Incumbent.of(tried[0], request.profile)
     context.add_stage("surrogate", first, True)
-    shown = Incumbent.of(best if best.index else least_trial(tried), request.profile)
+    shown = Incumbent.of(best if best.index else lowest_trial(tried), request.profile)
     context.add_stage(STUDY, shown, best.index > 0, first.kls, tried)
     return Incumbent.of(best, request.profile)

@@ -131,7 +131,7 @@ def test_who_waits_for_a_process_on_a_machine_that_is_gone_ends(monkeypatch: pyt
         return done
 
     slow, gone = in_processes(2, work, monkeypatch)
-    assert slow.startswith("MoaCompressError: rank 1 of the run was not heard of for")
+    assert slow.startswith("MoaCompressError: rank 1 of the run has sent no heartbeat for")
     assert sorted(gone) == [0, 1]
 
 

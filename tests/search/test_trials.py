@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moacompress.search.measure.kl_difference import CAUTION, KlDifference
-from moacompress.search.measure.trials import TrialResult, best_trial, is_hopeless, least_trial, log_ratio
+from moacompress.search.measure.trials import TrialResult, best_trial, is_hopeless, log_ratio, lowest_trial
 
 
 def trial(index, kls, first, pruned=False):
@@ -25,7 +25,7 @@ def trials(*changes, samples=20, noise=0.0, seed=0):
 @pytest.mark.seeds(40)
 def test_the_best_of_many_that_differ_by_chance_does_not(seed):
     tried = trials(*[0.0] * 6, noise=0.3, seed=seed)
-    least, first = least_trial(tried), tried[0]
+    least, first = lowest_trial(tried), tried[0]
     apart = np.subtract(least.kls, first.kls)
     clear = -apart.mean() > CAUTION * apart.std(ddof=1) / len(apart) ** 0.5
     assert best_trial(tried).index == (least.index if clear else 0)
@@ -37,7 +37,7 @@ def test_mean_kl_decides_and_not_its_logarithm():
     halves = first * np.array([0.5] * 11 + [1.1])
     tried = [trial(0, first, first), trial(1, halves, first), trial(2, first * 0.9, first)]
     assert tried[1].value < tried[2].value < 0  # so says the mean log-ratio
-    assert least_trial(tried).index == 2
+    assert lowest_trial(tried).index == 2
     assert not KlDifference.of(halves, first).value < 0
 
 
@@ -46,14 +46,14 @@ def test_a_noisy_winner_gives_way_to_a_clear_one():
     noisy = first + [-0.099, 0.059] * 5
     clear = first * 0.9
     tried = [trial(0, first, first), trial(1, noisy, first), trial(2, clear, first)]
-    assert least_trial(tried).index == 1
+    assert lowest_trial(tried).index == 1
     assert best_trial(tried).index == 2
 
 
 def test_pruned_trials_never_win():
     first = [0.1] * 4
     tried = [trial(0, first, first), trial(1, [0.001], first, pruned=True)]
-    assert best_trial(tried).index == least_trial(tried).index == 0
+    assert best_trial(tried).index == lowest_trial(tried).index == 0
 
 
 def test_a_plan_that_is_clearly_worse_is_hopeless():
@@ -65,7 +65,7 @@ def test_a_plan_that_is_clearly_worse_is_hopeless():
 def test_a_single_sample_says_nothing_of_noise():
     tried = [trial(0, [0.1], [0.1]), trial(1, [0.09], [0.1])]
     assert best_trial(tried).index == 0
-    assert least_trial(tried).index == 1
+    assert lowest_trial(tried).index == 1
     assert KlDifference.of([0.09], [0.1]).to_dict() == {
         "value": pytest.approx(-0.01),
         "standard_error": None,
