@@ -193,35 +193,35 @@ def load_script() -> Callable[[Path], Any]:
     return load
 
 
-@pytest.fixture(scope="session")
-def tiny_model() -> Callable[..., PreTrainedModel]:
-    """Returns a function that builds a tiny random dense model: `tiny_model("qwen3", num_hidden_layers=2, seed=1)`."""
+def tiny_model(family: str = "llama", seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Returns a tiny random dense model: `tiny_model("qwen3", num_hidden_layers=2, seed=1)`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    def build(family: str = "llama", seed: int = 0, **overrides: Any) -> PreTrainedModel:
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+    settings: dict[str, Any] = {
+        "vocab_size": 160,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        # random weights of the usual size give near-uniform attention, under which every mask looks alike
+        "initializer_range": 0.2,
+        **TINY.get(family, {}),
+        **overrides,
+    }
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{k: v for k, v in settings.items() if v is not None})
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
-        settings: dict[str, Any] = {
-            "vocab_size": 160,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 4096,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-            # random weights of the usual size give near-uniform attention, under which every mask looks alike
-            "initializer_range": 0.2,
-            **TINY.get(family, {}),
-            **overrides,
-        }
-        torch.manual_seed(seed)
-        config = AutoConfig.for_model(family, **{k: v for k, v in settings.items() if v is not None})
-        return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
-    return build
+@pytest.fixture(scope="session", name="tiny_model")
+def _tiny_model() -> Callable[..., PreTrainedModel]:
+    return tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -276,11 +276,7 @@ def environment() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_model: Callable[..., PreTrainedModel],
-    tiny_tokenizer: PreTrainedTokenizerBase,
-) -> Path:
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerBase) -> Path:
     """Returns a folder with a tiny dense Llama, its tokenizer and a licence file; do not write into it."""
     folder = tmp_path_factory.mktemp("tiny") / "dense"
     tiny_model("llama").save_pretrained(folder)
@@ -300,7 +296,7 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def source(tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerBase) -> SourceModel:
+def source(tiny_tokenizer: PreTrainedTokenizerBase) -> SourceModel:
     """Returns a tiny Llama as `load_source` gives a real model."""
     from moacompress.models.source import SourceModel, model_shape
 
@@ -335,15 +331,11 @@ def random_plan() -> Callable[..., Plan]:
 
 
 @pytest.fixture(scope="session")
-def compressed(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_model: Callable[..., PreTrainedModel],
-    tiny_tokenizer: PreTrainedTokenizerBase,
-    random_plan: Callable[..., Plan],
-) -> Path:
+def compressed(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerBase) -> Path:
     """Returns a run's folder with a tiny compressed checkpoint under `model/`; do not write into it."""
     from moacompress.models.source import model_shape
     from moacompress.runtime import attach
+    from tests.plan_kinds import random_plan
 
     folder = tmp_path_factory.mktemp("compressed") / "OUT"
     model = tiny_model("llama")

@@ -19,7 +19,6 @@ from functools import cache, partial
 from multiprocessing.context import ForkProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -28,7 +27,7 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.recipe import Recipe
 from moacompress.search.measure.claims import CLAIMS, WORKER
 from moacompress.search.measure.storages import open_storage, quiet_optuna
-from tests.search.conftest import FakeObjective
+from tests.search.conftest import FakeObjective, model_of
 
 Make = Callable[..., Profile]
 FORK = multiprocessing.get_context("fork")
@@ -153,10 +152,9 @@ class SearchRun:
         ]
         for place, name, fake in fakes:  # this process is forked for nothing else
             setattr(place, name, fake)
-        source: Any = SimpleNamespace(model=None, source="model", shape=profile.shape, computes_in=profile.shape.dtype)
         try:
             find = self.find or partial(study.find_plan, budget="50%")
-            results = find(profile, recipe=self.recipe, out=out, model=source)
+            results = find(profile, recipe=self.recipe, out=out, model=model_of(profile))
         except BaseException as error:
             (self.folder / f"error-{number}.txt").write_text(f"{type(error).__name__}: {error}")
             raise

@@ -1,6 +1,7 @@
 """Turns of timing: who is timed when, and what the clock sees."""
 
 from moacompress.bench.measure import interleave
+from tests.clock import Clock
 
 
 class Spy:
@@ -16,15 +17,8 @@ class Spy:
         self.clock.now += self.takes
 
 
-class FakeClock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
 def test_sides_take_turns_and_only_what_runs_is_timed():
-    clock, log, turns = FakeClock(), [], []
+    clock, log, turns = Clock(), [], []
     spies = {name: Spy(name, log, clock, takes) for name, takes in (("plan", 1.0), ("dense", 2.5))}
     found = interleave(spies, 3, clock, lambda: turns.append(len(log)))
     there, back = ([f"{do} {name}" for name in names for do in ("prepare", "run")] for names in (spies, [*spies][::-1]))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
+import typer
 from typer.testing import CliRunner, Result
 
 from moacompress.cli import app
@@ -21,6 +23,16 @@ def answer(*arguments: Any) -> Any:
     assert done.exit_code == 0, done.stderr
     assert done.stdout.count("\n") == 1
     return json.loads(done.stdout)
+
+
+def all_commands(group: Any = None, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields every command with its name, those of groups too."""
+    group = group or typer.main.get_command(app)
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from all_commands(command, f"{before}{name} ")
+        else:
+            yield f"{before}{name}", command
 
 
 def problem(*arguments: Any, exit_code: int = 1) -> str:

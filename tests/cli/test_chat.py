@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,13 @@ from moacompress.rules.cost import holds_from
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from tests.cli import commands
+from tests.plan_kinds import random_plan
 
 invoke = partial(commands.invoke, "chat")
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_folder: Path, random_plan: Callable[..., Plan], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out: Path = tmp_path_factory.mktemp("chat") / "model"
     source = load_source(str(tiny_folder), dtype="float32")
     export(source, random_plan(source.shape, seed=3), out)
@@ -104,9 +104,7 @@ def test_one_object(folder: Path) -> None:
     assert turns[1]["tokens"] > turns[0]["tokens"]
 
 
-def test_below_the_length_that_the_budget_holds_from_it_says_so(
-    tiny_folder: Path, random_plan: Callable[..., Plan], tmp_path: Path
-) -> None:
+def test_below_the_length_that_the_budget_holds_from_it_says_so(tiny_folder: Path, tmp_path: Path) -> None:
     """A short conversation is all within windows: its share says nothing of the plan."""
     source = load_source(str(tiny_folder), dtype="float32")
     plan = Plan.uniform(source.shape, Rule(4, 64, 0), 32)
@@ -120,10 +118,8 @@ def test_below_the_length_that_the_budget_holds_from_it_says_so(
     assert plan.kv_share(start) <= 0.25 < plan.kv_share(start - 16)
     assert f"25% from {start} tokens on" in short
     assert "from" not in long
-    notes = {
-        "asked": ["25%", "100%@256"],
-        "bytes": {"256": {}, "512": {}, "1024": {}},
-    }  # searched at 512 and 1,024 tokens
+    # searched at 512 and 1,024 tokens
+    notes = {"asked": ["25%", "100%@256"], "bytes": {"256": {}, "512": {}, "1024": {}}}
     assert holds_from(plan.with_notes(budget=notes, provenance={"lengths": [512, 1024]})) == start
     assert holds_from(plan) is None  # nobody asked for a budget
     assert holds_from(plan.with_notes(budget={"asked": ["1MiB@1k"]})) is None
@@ -133,8 +129,6 @@ def test_a_model_with_settings_of_its_own(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "model")
     settings = {"num_beams": 3, "num_return_sequences": 2, "stop_strings": ["no such end"]}
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
-    turns = [
-        ChatSession(each, dtype="float32").ask("one two three", max_new_tokens=4)
-        for each in (folder, tmp_path / "model")
-    ]
-    assert turns[0].answer == turns[1].answer
+    sessions = [ChatSession(each, dtype="float32") for each in (folder, tmp_path / "model")]
+    first, second = (session.ask("one two three", max_new_tokens=4).answer for session in sessions)
+    assert first == second

@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable
 from functools import partial
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.report.shown_samples import CLOSE, OPEN, ShownSample, pieces
 from tests.cli.commands import answer, invoke, problem
+from tests.conftest import tiny_model
+from tests.printed import printed
+from tests.templates import without_template
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 preview = partial(answer, "data", "preview")
 
 
 @pytest.fixture(scope="module")
-def base_folder(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_model: Callable[..., PreTrainedModel],
-    tiny_tokenizer: PreTrainedTokenizerBase,
-) -> Path:
+def base_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerBase) -> Path:
     """Returns the folder of a tiny model without a chat template."""
     folder = tmp_path_factory.mktemp("base") / "dense"
-    base: Any = copy.deepcopy(tiny_tokenizer)
-    base.chat_template = None
     tiny_model("llama").save_pretrained(folder)
-    base.save_pretrained(folder)
+    without_template(tiny_tokenizer).save_pretrained(folder)
     return folder
 
 
@@ -88,6 +81,11 @@ def test_people_see_the_head_the_tail_and_the_answer(tiny_folder: Path) -> None:
 ROWS = ("--source", "rows.jsonl")
 
 
+def write_rows(count: int) -> None:
+    rows = ({"prompt": f"{number:03d}" + "x" * 170} for number in range(count))
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
 @pytest.mark.parametrize(
     ("options", "refused"),
     [
@@ -100,8 +98,7 @@ def test_what_a_profile_takes_is_shown_and_what_it_refuses_is_refused(
     options: tuple[str, ...], refused: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    rows = ({"prompt": f"{number:03d}" + "x" * 170} for number in range(33))
-    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_rows(33)
     if not refused:
         assert {each["source"] for each in preview(tiny_folder, *options)["samples"]} == {"file:rows.jsonl"}
         return
@@ -126,8 +123,7 @@ def test_rows_too_few_for_a_profile_are_shown_and_counted(
     count: int, samples: int, refused: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    rows = ({"prompt": f"{number:03d}" + "x" * 170} for number in range(count))
-    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_rows(count)
     options = (*ROWS, "--lengths", "256", "--samples", str(samples))
     data = preview(tiny_folder, *options)
     assert len(data["samples"]) == min(3, count)
@@ -162,9 +158,7 @@ def test_pieces_cover_all_tokens(tiny_tokenizer: PreTrainedTokenizerBase) -> Non
 
 
 def shown(given: Sample, tokenizer: Any, **console: Any) -> str:
-    file = StringIO()
-    Console(file=file, width=100, highlight=False, **console).print(ShownSample(given, tokenizer, "1/1"))
-    return file.getvalue()
+    return printed(ShownSample(given, tokenizer, "1/1"), **console)
 
 
 def test_answers_are_marked_by_colour_on_a_terminal(tiny_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 from safetensors.numpy import save_file
 
 from moacompress.core.errors import ArtefactError
@@ -23,6 +21,7 @@ from moacompress.rules.rule import Rule
 from moacompress.rules.share import Share, with_shared_rules
 from moacompress.runtime.selected_tokens import token_class
 from tests.cli.commands import answer, invoke
+from tests.printed import printed
 
 
 def plan(layers: int = 2, **notes: Any) -> Plan:
@@ -182,10 +181,8 @@ def test_what_a_terminal_would_obey_is_spelt_out(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     assert r"llama\x1b]0;mine\x07" in done.stdout
     assert "\x1b" not in done.stdout
-    file = StringIO()
-    console = Console(file=file, width=200, no_color=True)
-    console.print(token_tables({"kv_heads": 1, "classes": [], "tokens": ["a", "\x1b[2Jb"], "kept": [None, 0.9]}))
-    assert "a[\\x1b[2Jb]" in file.getvalue()
+    tables = token_tables({"kv_heads": 1, "classes": [], "tokens": ["a", "\x1b[2Jb"], "kept": [None, 0.9]})
+    assert "a[\\x1b[2Jb]" in printed(tables, width=200, no_color=True)
     text = (tmp_path / "plan.json").read_text("utf-8").replace('"min_window": 32', '"min_window": "\\u001b[2J"')
     (tmp_path / "plan.json").write_text(text, "utf-8")
     done = invoke("inspect", tmp_path / "plan.json")

@@ -6,17 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 import yaml
-from typer.testing import CliRunner
 
-from moacompress.cli import app
 from moacompress.cli.option_rules import TABLE, GivenOptions, Ignored
 from moacompress.cli.options import COMMON_ALWAYS
 from moacompress.core.errors import UsageError
 from moacompress.recipe import Recipe
+from tests.cli.commands import all_commands, invoke
 
-RUNNER = CliRunner()
 RECIPE = """model: none
 profile: {gates: false}
 heal: {train: full, objective: kl}
@@ -36,22 +33,7 @@ VALUES = {"shard": "1/3", "effort": "quick", "source": "moa", "target": "moa", "
 """What options take that do not take a number."""
 
 
-def commands() -> dict[str, Any]:
-    """Returns all commands by name, those of groups too."""
-    found: dict[str, Any] = {}
-
-    def add(group: Any, words: tuple[str, ...]) -> None:
-        for name, each in group.commands.items():
-            if hasattr(each, "commands"):
-                add(each, (*words, name))
-            else:
-                found[" ".join((*words, name))] = each
-
-    add(typer.main.get_command(app), ())
-    return found
-
-
-COMMANDS = commands()
+COMMANDS = dict(all_commands())
 
 
 def parameters(command: str) -> dict[str, Any]:
@@ -96,7 +78,7 @@ def test_an_option_that_has_no_effect_is_refused(rule: Ignored) -> None:
     if not rule.of_recipe:
         beside = given(command, case, value) if case else []
         line = [*command.split(), *given(command, option), *beside, *needed(command, (option, case))]
-        done = RUNNER.invoke(app, line)
+        done = invoke(*line)
         assert done.exit_code == 2, (line, done.output)
         where = f"beside {parameters(command)[case].opts[0]}" if case else ""
         assert f"{parameters(command)[option].opts[0]} has no effect {where}" in " ".join(done.stderr.split())
@@ -115,13 +97,13 @@ def test_an_option_that_has_no_effect_is_refused(rule: Ignored) -> None:
 )
 def test_options_that_count_are_taken(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    done = RUNNER.invoke(app, line.split())
+    done = invoke(*line.split())
     assert done.exit_code
     assert "has no effect" not in done.stderr
 
 
 def test_what_the_environment_says_is_not_given(tmp_path: Path) -> None:
-    done = RUNNER.invoke(app, ["search", "--status", str(tmp_path / "none.journal")], env={"MOACOMPRESS_STORAGE": "x"})
+    done = invoke("search", "--status", tmp_path / "none.journal", env={"MOACOMPRESS_STORAGE": "x"})
     assert "has no effect" not in done.stderr
 
 

@@ -8,10 +8,7 @@ from typing import Any, cast, get_args
 
 import click
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from moacompress.cli import app
 from moacompress.cli.harness import Command, CommandRun
 from moacompress.cli.options import Common, read_sources
 from moacompress.cli.recipe_options import (
@@ -24,6 +21,7 @@ from moacompress.cli.recipe_options import (
 )
 from moacompress.core.progress import Progress
 from moacompress.recipe import Recipe
+from tests.cli.commands import all_commands, invoke
 
 SAMPLES: dict[str, Any] = {
     "budget": ["25%"],
@@ -42,19 +40,9 @@ SAMPLES: dict[str, Any] = {
 """What is given, where it is no number, no choice and no text of any kind."""
 
 
-def commands(group: Any = None, before: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields every command with its name."""
-    group = group or typer.main.get_command(app)
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from commands(command, f"{before}{name} ")
-        else:
-            yield f"{before}{name}", command
-
-
 def options() -> Iterator[tuple[str, str, click.Parameter]]:
     """Yields every option of a field: command, key, and the option as it was made."""
-    for name, command in commands():
+    for name, command in all_commands():
         function: Any = next(cell for cell in (command.callback, command.callback.__wrapped__) if cell)
         while not isinstance(function, Command):
             function = function.__wrapped__
@@ -73,24 +61,16 @@ FOUND = [*options()]
 
 def test_there_are_options() -> None:
     keys = {key for _, key, _ in FOUND}
-    assert {
-        "search.trials",
-        "profile.gates",
-        "search.gates",
-        "heal.lr",
-        "evaluation.prompts",
-        "budget",
-        "seed",
-    } <= keys
+    assert {"search.trials", "profile.gates", "search.gates", "heal.lr", "evaluation.prompts", "budget", "seed"} <= keys
     names = {name for name, *_ in FOUND}
     assert {"compress", "profile", "search", "heal", "eval", "export", "data preview", "recipe init"} <= names
 
 
-@pytest.mark.parametrize(("name", "command"), [*commands()])
+@pytest.mark.parametrize(("name", "command"), [*all_commands()])
 def test_every_switch_that_may_be_on_otherwise_can_be_given_off_and_says_so(name: str, command: Any) -> None:
     """A recipe or an earlier profile may say yes; a switch that is off by itself has nothing to take back."""
     fields = {option.name for each, _, option in FOUND if each == name}
-    shown = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "100"}).stdout
+    shown = invoke(*name.split(), "--help", env={"COLUMNS": "100"}).stdout
     for option in filter(is_switch, command.params):
         if option.name in fields or option.default is True:
             assert option.secondary_opts == [f"--no-{option.opts[0].removeprefix('--')}"]

@@ -6,18 +6,19 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moacompress import pipeline, run_estimate
+from moacompress.bench import benchmark, serve_benchmark
 from moacompress.evaluation import runner
 from moacompress.models import source
 from moacompress.runtime import ready_model
 from tests.cli.commands import answer, invoke
 from tests.cli.conftest import QUICK
+from tests.conftest import tiny_model
 
 COMPRESS = "compress model -o out --lengths 700 --samples 4 --validation-samples 2 --source needle --trials 1"
 RUN = f"{COMPRESS} --budget 50%"
@@ -31,6 +32,7 @@ FILES = {
     "prose.txt": "Not many words.",
     "zero.json": "",
     "object.json": "{}",
+    "garbage.journal": "not json\nnor this\n",
     "half.yaml": "a: [",
     "typo.yaml": "buget: 25%",
     "task.yaml": "evaluation: {tasks: [needle-nose]}",
@@ -68,6 +70,11 @@ USAGE = [
         "search.formats offers int4, which profile.formats leaves out",
     ),
     (2, f"{RUN} --set search.share=auto", "search.share needs to know what copies cost; add profile.anchors"),
+    (
+        2,
+        f"{RUN} --recipe text.yaml --effort quick",
+        "--effort has no effect beside --recipe: the recipe says how much is",
+    ),
     (2, f"{RUN} --recipe none.yaml", "cannot read recipe none.yaml"),
     (2, f"{RUN} --recipe half.yaml", "recipe half.yaml is not valid YAML"),
     (2, f"{PROFILE} --source nedle", "did you mean 'needle'?"),
@@ -96,6 +103,8 @@ USAGE = [
     ),
     (2, "heal run -o out", "there is no profile beside"),
     (2, "heal model -o out", "is a dense model: it has lost nothing"),
+    (2, f"{PROFILE} --tensor-parallel", "splits a model over the processes of torchrun, and there is one"),
+    (2, "eval run --tensor-parallel", "splits a model over the processes of torchrun, and there is one"),
     (2, "eval", "missing argument DIR"),
     (2, "eval nothing", "nothing does not exist; give a compressed model, or the folder of a run"),
     (2, "eval model", "is a model but not a compressed one; compress it first"),
@@ -121,8 +130,22 @@ USAGE = [
     (2, "bench run --batch ,", "no batch given"),
     (2, "bench run --sides plan,dence", "unknown side 'dence'; did you mean 'dense'?"),
     (2, "bench run --dtype float32,int4", "unknown dtype 'int4'"),
-    (2, "bench run --tokens 0", "tokens is 0"),
+    (2, "bench run --dtype float64", "unknown dtype 'float64'"),
+    (2, "bench run --sides ,", "no side given"),
+    (2, "bench run --tokens 0", "tokens is 0; it must be 1 to 4,096"),
+    (2, "bench run --tokens 5000", "tokens is 5000"),
+    (2, "bench run --repeats 0", "repeats is 0"),
+    (2, "bench run --prefill-repeats -1", "prefill-repeats is -1; it must be at least 0"),
+    (2, "bench run --device abacus", "'abacus' is not the name of a torch device"),
+    (2, "bench model", "is a model but not a compressed one"),
+    (2, "bench nothing", "nothing does not exist; give a compressed model"),
+    (2, "bench run --serve --sides dense_best", "unknown side 'dense_best'"),
+    (1, "bench run --lengths 1k,8k", "a length of 8,192 tokens was asked for; the model was made for at most 4,096"),
+    (1, "bench run --batch 100000000", "would take about"),
+    (1, "bench run -o empty", "is a folder; name a file"),
     (2, "bench run --serve --kv-memory much", "size 'much' is not understood"),
+    (2, "bench run --serve --kv-memory 10k", "of KV cache under dense, and --kv-memory is 10.0 KiB"),
+    (1, "bench run --serve --prompt 100000 --new 8", "the longest request has 100,008 tokens; "),
     (2, "chat model --ask hi", "is a model but not a compressed one"),
     (2, "chat run --json", "--json needs --ask"),
     (2, "convert object.json -o o.json", "give one of --from"),
@@ -206,24 +229,26 @@ MODELS = [
     (1, "data preview model --lengths 128", "takes at least"),
     (1, "search profile --budget 0.5% -o small.json", "ask for at least"),
     (1, "search profile --budget 60% -o run/model/plan.json", "--overwrite"),
+    *(
+        (code, f"search profile --budget 60% -o new.json --storage {storage}", said)
+        for code, storage, said in (
+            (2, "nowhere", "neither a journal file"),
+            (1, "sqlite:////nonexistent/folder/s.db", "cannot use the study storage"),
+            (2, "nosuchdb://user:secret@host/x", "nosuchdb://host/x is of no database that searches are shared over"),
+            (1, "/proc/nothing/s.journal", "cannot use the study storage"),
+            (1, "garbage.journal", "cannot use the study storage"),
+        )
+    ),
     (1, "eval run --against none --lengths 8k", "8,192 tokens were asked for; the model was made for at most 4,096"),
     (1, f"{EVAL} -o object.json", "object.json exists already and is not an evaluation of this checkpoint"),
     (1, f"{EVAL} --profile profile-of-other --against split", "is of other weights"),
-    (1, "bench run --lengths 1k,8k", "a length of 8,192 tokens was asked for; the model was made for at most 4,096"),
-    (1, "bench run --batch 100000000", "would take about"),
-    (1, "bench run -o empty", "is a folder; name a file"),
 ]
 """What a model has to be read for; nothing is timed before it is said."""
 
 
 @pytest.fixture(scope="module")
 def world(
-    tiny_folder: Path,
-    place: Path,
-    compressed: Path,
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    tmp_path_factory: pytest.TempPathFactory,
+    tiny_folder: Path, place: Path, compressed: Path, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """Returns a folder with all that the commands name."""
     world = tmp_path_factory.mktemp("refusals")
@@ -257,6 +282,7 @@ def refused(code: int, command: str, world: Path, monkeypatch: pytest.MonkeyPatc
     done = invoke(*shlex.split(command))
     assert (done.exit_code, done.stdout) == (code, ""), done.output
     assert "Traceback" not in done.stderr
+    assert "secret" not in done.output
     said = [line for line in done.stderr.splitlines() if line.startswith("moacompress: error: ")]
     assert len(said) == (not done.stderr.startswith("Usage: ")), done.stderr
     assert contents(world) == before
@@ -272,8 +298,10 @@ def no_model(*arguments: Any, **options: Any) -> Any:
 def test_what_is_found_before_a_model_is_loaded(
     code: int, command: str, said: str, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module, name in ((source, "load_source"), (ready_model, "load_source"), (runner, "load_checkpoint")):
-        monkeypatch.setattr(module, name, no_model)
+    for module in (source, ready_model):
+        monkeypatch.setattr(module, "load_source", no_model)
+    for module in (runner, benchmark, serve_benchmark):
+        monkeypatch.setattr(module, "load_checkpoint", no_model)
     assert said in refused(code, command, world, monkeypatch)
 
 

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 from moacompress.cli.stage_clock import StageClock
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.clock import Clock
 
 
 def made(**stages: float | None) -> tuple[StageClock, Clock]:

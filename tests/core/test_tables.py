@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import io
-
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
 from moacompress.core.tables import Columns, Table, error_text, estimate_text, facts, p_text
+from tests.printed import printed
 
 
 def lines(shown: list[RenderableType], width: int) -> list[str]:
-    console = Console(width=width, file=io.StringIO(), highlight=False)
-    for part in shown:
-        if not isinstance(part, str):
-            console.print(part)
-    found = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    found = printed(*(part for part in shown if not isinstance(part, str)), width=width).splitlines()
     assert all(len(line) <= width for line in found)
     return [line.rstrip() for line in found]
 

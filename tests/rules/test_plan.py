@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,7 @@ from moacompress.rules.windows import BETA_ONE, BLOCK, kept, slots, visible_inte
 
 
 def shape(**changes: Any) -> ModelShape:
-    values: dict[str, Any] = {
-        "model_type": "llama",
-        "layers": 3,
-        "heads": 4,
-        "kv_heads": 2,
-        "head_dim": 16,
-        "dtype": "float32",
-        "native_windows": (None, 24, None),
-        "weights_fingerprint": "0123456789abcdef",
-    }
-    return ModelShape(**{**values, **changes})
+    return replace(ModelShape("llama", 3, 4, 2, 16, "float32", (None, 24, None), "0123456789abcdef"), **changes)
 
 
 def some_plan() -> Plan:
@@ -186,24 +177,18 @@ def test_diff_names_layer_and_head() -> None:
     assert plan.diff(other) == ["min_window: 32 -> 64", "layer 1 KV head 0: 16|0+0.25n -> 16|0+0.5n"]
 
 
-def at(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
-    def change(data: dict[str, Any]) -> None:
-        target: Any = data
-        for key in path[:-1]:
-            target = target[key]
-        target[path[-1]] = value
+def part(data: Any, path: tuple[str | int, ...]) -> Any:
+    for key in path:
+        data = data[key]
+    return data
 
-    return change
+
+def at(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda data: part(data, path[:-1]).__setitem__(path[-1], value)
 
 
 def without(*path: str | int) -> Callable[[dict[str, Any]], None]:
-    def change(data: dict[str, Any]) -> None:
-        target: Any = data
-        for key in path[:-1]:
-            target = target[key]
-        del target[path[-1]]
-
-    return change
+    return lambda data: part(data, path[:-1]).__delitem__(path[-1])
 
 
 REFUSED: list[tuple[Callable[[dict[str, Any]], None], str]] = [

@@ -23,7 +23,10 @@ from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.search.sharing.copy_costs import CopyCosts
+from tests.conftest import tiny_model
 
+Search = Callable[..., tuple[Any, Any]]
+"""What the fixture `search` is."""
 LENGTHS = (256, 512)
 MIN_WINDOW = 32
 
@@ -164,16 +167,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def profiles() -> Callable[..., Profile]:
-    return make_profile
-
-
-@pytest.fixture
-def fake_objective() -> type[FakeObjective]:
-    return FakeObjective
-
-
 @dataclass
 class Clock:
     """A clock that only measurements move: each takes a second."""
@@ -185,9 +178,11 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch, fake_objective: Any) -> Clock:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    from moacompress.search import deadline, study
+
     clock = Clock()
-    honest = fake_objective.under
+    honest = FakeObjective.under
 
     @contextmanager
     def under(self: Any, plan: Plan) -> Iterator[Callable[[int], float]]:
@@ -199,30 +194,32 @@ def clock(monkeypatch: pytest.MonkeyPatch, fake_objective: Any) -> Clock:
 
             yield timed
 
-    from moacompress.search import deadline, study
-
-    monkeypatch.setattr(fake_objective, "under", under)
+    monkeypatch.setattr(FakeObjective, "under", under)
     for module in (deadline, study):
         monkeypatch.setattr(module, "time", clock)
     return clock
 
 
+def model_of(profile: Profile) -> Any:
+    """What searches take for a profile's model, where none runs."""
+    return SimpleNamespace(model=None, source="model", shape=profile.shape, computes_in=profile.shape.dtype)
+
+
 @pytest.fixture
-def pretended(monkeypatch: pytest.MonkeyPatch, fake_objective: type[FakeObjective]) -> Callable[..., Any]:
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Lets searches run without a model; gives the stand-in that counts, and what `find_plan` takes for the model."""
     from moacompress.search import study
 
     def pretend(profile: Profile, dies_at: int | None = None) -> tuple[FakeObjective, Any]:
-        fake = fake_objective(profile, dies_at)
+        fake = FakeObjective(profile, dies_at)
         monkeypatch.setattr(study, "Objective", lambda model, samples, *weights: fake)
-
-        return fake, SimpleNamespace(model=None, source="model", shape=profile.shape, computes_in=profile.shape.dtype)
+        return fake, model_of(profile)
 
     return pretend
 
 
 @pytest.fixture
-def search(pretended: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+def search(pretended: Callable[..., Any]) -> Search:
     """Runs `find_plan` without a model; returns the result, None where it died, and the stand-in that counted."""
     from moacompress.search.study import find_plan
 
@@ -241,7 +238,7 @@ def search(pretended: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
 
 
 @pytest.fixture(scope="module")
-def source(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> Any:
+def source(tiny_tokenizer: Any) -> Any:
     """A tiny model, as `load_source` gives a real one."""
     from moacompress.models.source import SourceModel, model_shape
 
@@ -249,33 +246,19 @@ def source(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> Any:
     return SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)
 
 
-@pytest.fixture(scope="session")
-def random_samples() -> Callable[..., list[Sample]]:
+def random_samples(source: Any, recipe: Recipe, split: str, progress: Any = None, answers: Any = None) -> list[Sample]:
     """Stands in for the data, `build_samples`: random ids."""
-
-    def build(source: Any, recipe: Recipe, split: str, progress: Any = None, answers: Any = None) -> list[Sample]:
-        rng = np.random.default_rng([recipe.seed, split == "calibration"])
-        count = recipe.calibration.samples if split == "calibration" else recipe.calibration.validation_samples
-        lengths = np.sort(np.resize(recipe.calibration.lengths, count)).tolist()
-        return [Sample(rng.integers(3, 150, n - 1), np.arange(n - 1) > n - 8, "random", n) for n in lengths]
-
-    return build
+    rng = np.random.default_rng([recipe.seed, split == "calibration"])
+    count = recipe.calibration.samples if split == "calibration" else recipe.calibration.validation_samples
+    lengths = np.sort(np.resize(recipe.calibration.lengths, count)).tolist()
+    return [Sample(rng.integers(3, 150, n - 1), np.arange(n - 1) > n - 8, "random", n) for n in lengths]
 
 
-@pytest.fixture(scope="session")
-def random_profile(random_samples: Callable[..., list[Sample]]) -> Callable[..., Profile]:
-    """Profiles a model on random ids, and trains gates on others where a recipe asks for them."""
-    from moacompress.calibration.data.answers import SampleDraft
+def random_profile(source: Any, out: Path, recipe: Recipe) -> Profile:
+    """Profiles a model on random ids."""
     from moacompress.calibration.profile.profiler import profile
 
-    ids = np.random.default_rng(3).integers(3, 150, (2, 184)).tolist()
-    drafts = [SampleDraft(row, [False] * 184, 8, "random", 192) for row in ids]
-
-    def made(source: Any, out: Path, recipe: Recipe, **options: Any) -> Profile:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("moacompress.calibration.data.sample_sources.build_samples", random_samples)
-            patch.setattr("moacompress.calibration.data.sample_sources.make_drafts", lambda *arguments: [])
-            patch.setattr("moacompress.calibration.gates.gate_samples.gate_drafts", lambda *arguments: drafts)
-            return profile(source, out, recipe, **options)
-
-    return made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moacompress.calibration.data.sample_sources.build_samples", random_samples)
+        patch.setattr("moacompress.calibration.data.sample_sources.make_drafts", lambda *arguments: [])
+        return profile(source, out, recipe)

@@ -6,14 +6,12 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from transformers import PreTrainedModel
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.profiler import profile as profile_model
@@ -33,8 +31,10 @@ from moacompress.search.measure import objective
 from moacompress.search.measure.objective import Objective
 from moacompress.search.problem.knapsack import ablation, chosen_plan, total_cost
 from moacompress.search.search_request import SearchRequest
+from tests.conftest import tiny_model
+from tests.printed import printed
+from tests.search.conftest import make_profile, random_profile
 
-Profiles = Callable[..., Profile]
 COUNT, PLANS, BUDGET = 12, 5, "50%"
 
 
@@ -45,8 +45,8 @@ def masking(profile: Profile) -> list[list[int]]:
 # What is measured
 
 
-def test_ablations_are_spread_and_always_mask_something(profiles: Profiles) -> None:
-    profile = profiles(layers=7, kv_heads=3)
+def test_ablations_are_spread_and_always_mask_something() -> None:
+    profile = make_profile(layers=7, kv_heads=3)
     masks = masking(profile)
     for layer, native in enumerate(profile.shape.native_windows):
         keeps = [sum(profile.rules[rule].kept(n, 32, native) for n in profile.lengths) for rule in masks[layer]]
@@ -68,8 +68,8 @@ def test_ablations_are_spread_and_always_mask_something(profiles: Profiles) -> N
     assert choose_ablations(profile.shape, masks, 60, 4) == picks != choose_ablations(profile.shape, masks, 60, 3)
 
 
-def test_plans_have_equal_bytes_and_lie_near_the_optimum(profiles: Profiles) -> None:
-    profile = profiles(layers=12)
+def test_plans_have_equal_bytes_and_lie_near_the_optimum() -> None:
+    profile = make_profile(layers=12)
     request = SearchRequest.of(profile, "30%", profile.recipe)
     costs = request.surrogate.costs()
     chosen = equal_byte_choices(costs, request.space().knapsack, 12, seed=3)
@@ -100,8 +100,8 @@ def assessed(profile: Profile, tables: dict[str, np.ndarray], truth: np.ndarray)
     return assess(tables, picks, measured, choices, plans, 0)
 
 
-def test_an_estimator_that_is_the_kl_is_perfect_and_noise_is_not(profiles: Profiles) -> None:
-    profile = profiles(layers=12)
+def test_an_estimator_that_is_the_kl_is_perfect_and_noise_is_not() -> None:
+    profile = make_profile(layers=12)
     truth = predicted_influence(profile, profile.validation)["robust"]
     noise = np.exp(np.random.default_rng(0).normal(-4, 2, truth.shape))
     found = assessed(profile, {"robust": truth, "scaled": truth / 3, "noise": noise}, truth)
@@ -141,8 +141,8 @@ def test_statistics_by_hand() -> None:
     assert np.isnan([spearman(same, np.arange(5.0), 0).value, rank_and_ratio(np.zeros(5), same, 0)["ratio"]]).all()
 
 
-def test_predictions_are_for_the_lengths_and_kinds_of_the_samples(profiles: Profiles) -> None:
-    profile = profiles()
+def test_predictions_are_for_the_lengths_and_kinds_of_the_samples() -> None:
+    profile = make_profile()
     long = [sample for sample in profile.validation if sample.length == 512]
     short = [sample for sample in profile.validation if sample.length == 256]
     at_long, at_short = (predicted_influence(profile, samples)["robust"] for samples in (long, short))
@@ -158,8 +158,8 @@ def test_predictions_are_for_the_lengths_and_kinds_of_the_samples(profiles: Prof
 # Split halves
 
 
-def test_more_samples_bring_the_halves_together(profiles: Profiles) -> None:
-    profile = profiles(layers=10)
+def test_more_samples_bring_the_halves_together() -> None:
+    profile = make_profile(layers=10)
     rng = np.random.default_rng(0)
     base = profile.statistics.arrays["squares"][[0, 4]]  # one of each length
     squares = np.concatenate([base] * 16) * np.exp(rng.normal(0, 1.5, (32, *base.shape[1:3], 1))).astype(np.float32)
@@ -185,9 +185,7 @@ def test_more_samples_bring_the_halves_together(profiles: Profiles) -> None:
 
 
 @pytest.fixture(scope="module")
-def audited(
-    source: SourceModel, random_profile: Callable[..., Profile], tmp_path_factory: pytest.TempPathFactory
-) -> Profile:
+def audited(source: SourceModel, tmp_path_factory: pytest.TempPathFactory) -> Profile:
     recipe = Recipe.from_dict(
         {
             "calibration": {"lengths": [192, 256], "samples": 4, "validation_samples": 3},
@@ -308,9 +306,7 @@ def test_killed_resumed_and_begun_again(
         run(audited, source, tmp_path / "folder", overwrite=True)
 
 
-def test_what_cannot_be_audited(
-    audited: Profile, source: SourceModel, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]
-) -> None:
+def test_what_cannot_be_audited(audited: Profile, source: SourceModel, tmp_path: Path) -> None:
     other = tiny_model("llama", seed=1)
     stranger = replace(source, model=other, shape=model_shape(other))
     with pytest.raises(ModelError, match="is of other weights .* audit with the model that was profiled"):
@@ -323,22 +319,13 @@ def test_what_cannot_be_audited(
 
 
 def test_the_plot_and_the_tables_name_every_estimator(
-    audited: Profile,
-    finished: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    audited: Profile, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from rich.console import Console
-
     data = json.loads((finished / "audit.json").read_text())
     write_scatter(tmp_path / "audit.json", data)
     page = (tmp_path / "audit.html").read_text("utf-8")
     assert page == scatter_html(data)
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    for part in audit_tables(data):
-        console.print(part)
-    text = console.export_text()
+    text = printed(*audit_tables(data))
     for name in audited.estimators:
         assert page.count(f'"name":"{name}"') == 2 + (name == data["audit_precision"]["estimator"])
         assert text.count(name) >= 2

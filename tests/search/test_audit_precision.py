@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -14,13 +13,12 @@ from moacompress.calibration.profile.store import Profile
 from moacompress.rules.rule import Rule
 from moacompress.search.audit.audit import predicted_influence
 from moacompress.search.audit.precision import assess_formats, choose_format_picks, format_plans
-
-Profiles = Callable[..., Profile]
+from tests.search.conftest import make_profile
 
 
 @pytest.fixture
-def offered(profiles: Profiles) -> Profile:
-    return profiles(layers=5, kv_heads=3, formats=True).offering(("int8", "int4"))
+def offered() -> Profile:
+    return make_profile(layers=5, kv_heads=3, formats=True).offering(("int8", "int4"))
 
 
 def test_picks_are_spread_over_layers_heads_and_kinds(offered: Profile) -> None:

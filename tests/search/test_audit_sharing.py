@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,12 @@ from moacompress.search.audit.sharing import assess_copies, choose_copy_picks, c
 from moacompress.search.measure.measuring import measured_kls
 from moacompress.search.measure.objective import Objective
 from moacompress.search.study import find_plan
+from tests.conftest import tiny_model
+from tests.search.conftest import make_profile, random_profile
 
-Profiles = Callable[..., Profile]
 
-
-def test_picks_are_spread_over_layers(profiles: Profiles) -> None:
-    profile = profiles(layers=9, anchors=3)
+def test_picks_are_spread_over_layers() -> None:
+    profile = make_profile(layers=9, anchors=3)
     costs = copy_costs(profile, profile.validation)
     assert costs is not None
     picks = choose_copy_picks(costs, 12, 0)
@@ -43,11 +42,11 @@ def test_picks_are_spread_over_layers(profiles: Profiles) -> None:
     for (layer, share), plan in zip(picks, copy_plans(profile, picks), strict=True):
         assert plan.shares == tuple(share if at == layer else None for at in range(9))
         assert all(rule.is_full for row in plan.rules for rule in row)
-    assert copy_costs(profiles(), profile.validation) is None
+    assert copy_costs(make_profile(), profile.validation) is None
 
 
-def test_what_is_said_of_predictions_that_are_half_too_small(profiles: Profiles) -> None:
-    profile = profiles(layers=9, anchors=3)
+def test_what_is_said_of_predictions_that_are_half_too_small() -> None:
+    profile = make_profile(layers=9, anchors=3)
     costs = copy_costs(profile, profile.validation)
     assert costs is not None
     picks = choose_copy_picks(costs, 15, 0)
@@ -60,8 +59,8 @@ def test_what_is_said_of_predictions_that_are_half_too_small(profiles: Profiles)
     assert found["sharing_points"][0]["layer"] == picks[0][0]
 
 
-def test_samples_count_by_length_and_kind(profiles: Profiles) -> None:
-    profile = profiles(anchors=1)
+def test_samples_count_by_length_and_kind() -> None:
+    profile = make_profile(anchors=1)
     arrays = dict(profile.statistics.arrays)
     arrays["copy_squares"] = arrays["copy_squares"] * np.repeat([1, 5], 4)[:, None, None, None, None].astype(np.float32)
     profile = replace(profile, statistics=replace(profile.statistics, arrays=arrays))
@@ -77,9 +76,7 @@ def test_samples_count_by_length_and_kind(profiles: Profiles) -> None:
 # On tiny models
 
 
-def profiled(
-    model: Any, tokenizer: Any, random_profile: Callable[..., Profile], out: Path, anchors: int
-) -> tuple[Profile, SourceModel]:
+def profiled(model: Any, tokenizer: Any, out: Path, anchors: int) -> tuple[Profile, SourceModel]:
     source = SourceModel(model, tokenizer, "tiny", model_shape(model), 4096)
     recipe = Recipe.from_dict(
         {
@@ -91,13 +88,11 @@ def profiled(
     return random_profile(source, out, recipe), source
 
 
-def test_small_copies_cost_what_is_predicted(
-    tiny_model: Any, tiny_tokenizer: Any, random_profile: Callable[..., Profile], tmp_path: Path
-) -> None:
+def test_small_copies_cost_what_is_predicted(tiny_tokenizer: Any, tmp_path: Path) -> None:
     model = tiny_model("llama", num_hidden_layers=5)
     for layer, block in enumerate(model.model.layers):  # attention then adds little, and that is second order
         block.self_attn.o_proj.weight.mul_(0.02 * 2**layer)
-    profile, source = profiled(model, tiny_tokenizer, random_profile, tmp_path / "profile", 2)
+    profile, source = profiled(model, tiny_tokenizer, tmp_path / "profile", 2)
     found = audit(profile, source, 6, 0, "50%", out=tmp_path / "audit.json").data
     row = found["audit_sharing"]
     assert row["n"] == len(found["sharing_points"]) == 6
@@ -131,12 +126,10 @@ def alike(model: Any) -> None:
         assert len(theirs) == heads * 16
 
 
-def test_a_layer_that_is_as_another_shares_at_no_loss(
-    tiny_model: Any, tiny_tokenizer: Any, random_profile: Callable[..., Profile], tmp_path: Path
-) -> None:
+def test_a_layer_that_is_as_another_shares_at_no_loss(tiny_tokenizer: Any, tmp_path: Path) -> None:
     model = tiny_model("llama", num_hidden_layers=5)
     alike(model)
-    profile, source = profiled(model, tiny_tokenizer, random_profile, tmp_path / "profile", 2)
+    profile, source = profiled(model, tiny_tokenizer, tmp_path / "profile", 2)
     copy = (None, None, Share(1, (1, 0)), None, None)
     free = replace(Plan.full(profile.shape), shares=copy)
     assert Objective(source.model, profile.validation).kls(free).max() < 1e-9

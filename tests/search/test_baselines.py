@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import types
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +27,7 @@ from moacompress.search.baselines.families import (
     uniform_plan,
 )
 from moacompress.search.predict.surrogate import Surrogate
+from tests.search.conftest import make_profile
 
 DENSE = ModelShape("llama", 3, 4, 2, 16, "float32", (None,) * 3, "w")
 SLIDING = ModelShape("gemma3_text", 3, 4, 2, 16, "bfloat16", (64, None, 64), "w")
@@ -64,9 +64,9 @@ def test_too_small_a_budget_says_the_smallest() -> None:
 
 
 @pytest.fixture
-def profile(profiles: Callable[..., Profile]) -> Profile:
+def profile() -> Profile:
     """Of three layers, of which one slides over 64 tokens, with two KV heads each."""
-    made = profiles(layers=3)
+    made = make_profile(layers=3)
     squares = made.statistics.arrays["squares"]
     moa = squares**0.5 * np.random.default_rng(3).uniform(0.5, 2, squares.shape).astype(np.float32)
     return replace(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 from scipy import optimize, sparse
 
-from moacompress.calibration.profile.store import Profile
 from moacompress.core.arrays import Floats, Ints
 from moacompress.core.errors import InfeasibleBudgetError, UsageError
 from moacompress.report.search_tables import class_lines
@@ -27,9 +25,8 @@ from moacompress.search.problem.classes import ClassLimit
 from moacompress.search.problem.plan_space import PlanSpace
 from moacompress.search.problem.solver import solve
 from moacompress.search.search_request import SearchRequest
+from tests.search.conftest import Search, make_profile
 
-Profiles = Callable[..., Profile]
-Search = Callable[..., tuple[Any, Any]]
 Instance = tuple[Floats, Ints, Ints]
 
 
@@ -124,7 +121,7 @@ def test_rules_that_rows_may_not_have_against_brute_force(seed: int) -> None:
 
 
 def test_every_plan_of_a_search_keeps_the_limit(
-    search: Search, profiles: Profiles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    search: Search, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Trials and what is left over: no step makes a plan of more classes, nor one beyond the budget."""
     made: list[tuple[int | None, int]] = []
@@ -138,7 +135,7 @@ def test_every_plan_of_a_search_keeps_the_limit(
 
     monkeypatch.setattr(PlanSpace, "plan", counted)
     settings: dict[str, Any] = {"layers": 12, "formats": True, "trials": 4, "classes": 5}
-    profile, out = profiles(**settings), tmp_path / "plan.json"
+    profile, out = make_profile(**settings), tmp_path / "plan.json"
     found, fake = search(profile, "25%", out=out)
     assert {most for most, _ in made} == {5, None}  # None: what the limit is compared with
     assert max(classes for most, classes in made if most == 5) == 5
@@ -163,17 +160,17 @@ def test_every_plan_of_a_search_keeps_the_limit(
     again, fake = search(profile, "25%", out=out)
     assert (again.plan, len(fake.calls)) == (plan, 0)
     assert before > 0
-    other, _ = search(profiles(**{**settings, "classes": None}), "25%")
+    other, _ = search(make_profile(**{**settings, "classes": None}), "25%")
     assert other.classes is None
     assert other.plan.provenance["search"] != plan.provenance["search"]
     assert other.harm["plan"] < found.harm["plan"]
     assert class_lines(other.explanation) == []
 
 
-def test_a_limit_that_does_not_bind_changes_nothing(search: Search, profiles: Profiles) -> None:
-    whole, _ = search(profiles(layers=6, trials=4))
+def test_a_limit_that_does_not_bind_changes_nothing(search: Search) -> None:
+    whole, _ = search(make_profile(layers=6, trials=4))
     count = len(classes_of(whole.plan))
-    loose, _ = search(profiles(layers=6, trials=4, classes=12))
+    loose, _ = search(make_profile(layers=6, trials=4, classes=12))
     assert loose.plan.rules == whole.plan.rules
     assert loose.classes == {
         "most": 12,
@@ -192,15 +189,15 @@ def test_a_limit_that_does_not_bind_changes_nothing(search: Search, profiles: Pr
     }
 
 
-def test_layers_that_share_are_of_one_class(search: Search, profiles: Profiles) -> None:
-    profile = profiles(layers=8, anchors=2, copying=0.01, trials=3, share="2", classes=3)
+def test_layers_that_share_are_of_one_class(search: Search) -> None:
+    profile = make_profile(layers=8, anchors=2, copying=0.01, trials=3, share="2", classes=3)
     found, _ = search(profile, "30%")
     assert sum(share is not None for share in found.plan.shares) == 2
     assert len(classes_of(found.plan)) <= 3
 
 
-def test_floors_hold_within_few_classes(search: Search, profiles: Profiles) -> None:
-    profile = profiles(layers=6, trials=3, floors={1: 0.5}, classes=3, alternatives=False)
+def test_floors_hold_within_few_classes(search: Search) -> None:
+    profile = make_profile(layers=6, trials=3, floors={1: 0.5}, classes=3, alternatives=False)
     found, _ = search(profile, "40%")
     assert found.classes == {"most": 3, "plan": len(classes_of(found.plan))}  # without alternatives nothing is compared
     assert len(classes_of(found.plan)) <= 3
@@ -209,11 +206,9 @@ def test_floors_hold_within_few_classes(search: Search, profiles: Profiles) -> N
         assert all(rule.slots(n, profile.min_window) >= full / 2 for rule in found.plan.rules[1])
 
 
-def test_a_baseline_of_more_classes_is_not_taken(
-    search: Search, profiles: Profiles, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_baseline_of_more_classes_is_not_taken(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
     """However good it measures: what is handed back has the classes that were asked for."""
-    profile = profiles(layers=6, trials=2, classes=2)
+    profile = make_profile(layers=6, trials=2, classes=2)
     unlimited = SearchRequest.of(profile, "50%", profile.recipe).of_any_classes()
     other = unlimited.plan(unlimited.parameters.neutral)
     assert len(classes_of(other)) > 2
@@ -223,8 +218,8 @@ def test_a_baseline_of_more_classes_is_not_taken(
     assert len(classes_of(found.plan)) <= 2
 
 
-def test_sliding_windows_are_classes_of_their_own(profiles: Profiles) -> None:
-    profile = profiles(layers=6)  # layer 4 has a sliding window of 64
+def test_sliding_windows_are_classes_of_their_own() -> None:
+    profile = make_profile(layers=6)  # layer 4 has a sliding window of 64
     recipe = profile.recipe.override(search__classes=1)
     with pytest.raises(UsageError, match=r"at least 2 classes .* \(none, 64\); ask for --classes 2"):
         SearchRequest.of(profile, "50%", recipe)

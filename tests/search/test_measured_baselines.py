@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from moacompress.calibration.profile.store import Profile
 from moacompress.core.progress import Progress
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.search.baselines.measured import measure_baseline_families, nearly_predicted
 from moacompress.search.problem.knapsack import chosen_plan
 from moacompress.search.search_request import SearchRequest
+from tests.search.conftest import make_profile
 
 
-def test_a_plan_of_candidates_is_predicted_as_it_is(profiles: Callable[..., Profile]) -> None:
-    profile = profiles(formats=True)
+def test_a_plan_of_candidates_is_predicted_as_it_is() -> None:
+    profile = make_profile(formats=True)
     request = SearchRequest.of(profile, "50%", profile.recipe)
     kept = [rule.kept(512, 32) for rule in request.profile.rules]
     alone = [at for at, count in enumerate(kept) if kept.count(count) == 9]  # of its width there is but one span
@@ -28,8 +27,8 @@ def test_a_plan_of_candidates_is_predicted_as_it_is(profiles: Callable[..., Prof
     assert nearly_predicted(request.surrogate, plan, 512) == pytest.approx(request.surrogate.predicted(plan))
 
 
-def test_others_are_as_the_widest_candidate_within(profiles: Callable[..., Profile]) -> None:
-    profile = profiles(formats=True)
+def test_others_are_as_the_widest_candidate_within() -> None:
+    profile = make_profile(formats=True)
     request = SearchRequest.of(profile, "50%", profile.recipe)
     kls = []
     for rule in (Rule(4, 120, 0, "int8", "int4"), Rule(4, 500, 0, "int8", "int4"), Rule(4, 512, 0, "int8", "int4")):

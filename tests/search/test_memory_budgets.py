@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-from typer.testing import CliRunner
 
 import moacompress.runtime.hf.loading  # noqa: F401
 from moacompress.calibration.profile.profiler import profile
-from moacompress.cli import app
 from moacompress.core.errors import BudgetError, InfeasibleBudgetError
 from moacompress.models.source import load_source
 from moacompress.models.weight_bytes import most_checkpoint_bytes
 from moacompress.recipe import Recipe
 from moacompress.rules.budget import Budget
 from moacompress.search.search_request import SearchRequest
+from tests.cli.commands import answer, invoke, problem
 
 LENGTH = 700
 
@@ -56,25 +53,20 @@ def test_a_memory_that_is_none_is_refused(text):
 
 def test_commands(source, profiled, tmp_path):
     weights, plan = most_checkpoint_bytes(source.model, source.shape.dtype), tmp_path / "plan.json"
-    small = ("--trials", "1", "--formats", "native")
 
-    def command(cache: int, *more: str) -> str:
-        size = f"{(weights + cache) / 1024:.3f}KiB@{LENGTH}"
-        return run(
-            "search", profiled.path, "--budget", f"memory={size}", "-o", plan, *small, *more, code=int(cache < 0)
-        )
+    def command(cache: int) -> list[str]:
+        size = f"memory={(weights + cache) / 1024:.3f}KiB@{LENGTH}"
+        return f"search {profiled.path} --budget {size} -o {plan} --trials 1 --formats native".split()
 
-    fits = source.shape.dense_kv_bytes(LENGTH) // 2
-    assert f"Weights take {weights:,} bytes as they are, which leaves" in command(fits, "--dry-run")
+    def shown(*arguments: str) -> str:
+        done = invoke(*arguments)
+        assert done.exit_code == 0, done.output
+        return " ".join(done.stdout.split())
+
+    fits = command(source.shape.dense_kv_bytes(LENGTH) // 2)
+    assert f"Weights take {weights:,} bytes as they are, which leaves" in shown(*fits, "--dry-run")
     assert not plan.exists()
-    assert f"Memory at {LENGTH} tokens: weights" in command(fits)
-    again = json.loads(command(fits, "--json"))
-    assert again["memory"][str(LENGTH)]["weights"] == weights
-    assert f"Memory at {LENGTH} tokens: weights" in run("inspect", plan)
-    assert "as they are" in command(-1024)
-
-
-def run(*arguments, code=0) -> str:
-    done = CliRunner().invoke(app, [*map(str, arguments)])
-    assert done.exit_code == code, done.output
-    return " ".join((done.stdout if code == 0 else done.stderr).split()) if "--json" not in arguments else done.stdout
+    assert f"Memory at {LENGTH} tokens: weights" in shown(*fits)
+    assert answer(*fits)["memory"][str(LENGTH)]["weights"] == weights
+    assert f"Memory at {LENGTH} tokens: weights" in shown("inspect", str(plan))
+    assert "as they are" in problem(*command(-1024))

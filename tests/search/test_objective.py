@@ -17,6 +17,7 @@ from moacompress.rules.rule import Rule
 from moacompress.runtime import attach, detach
 from moacompress.search.measure import objective
 from moacompress.search.measure.objective import Objective
+from tests.conftest import tiny_model
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def samples() -> list[Sample]:
     ]
 
 
-def test_kl_of_the_full_plan_is_nothing_and_of_a_sparse_one_is_by_hand(tiny_model: Any, samples: list[Sample]) -> None:
+def test_kl_of_the_full_plan_is_nothing_and_of_a_sparse_one_is_by_hand(samples: list[Sample]) -> None:
     model = tiny_model("llama")
     shape = model_shape(model)
     ids = torch.from_numpy(samples[0].input_ids)[None]
@@ -50,9 +51,7 @@ def test_kl_of_the_full_plan_is_nothing_and_of_a_sparse_one_is_by_hand(tiny_mode
     assert kls[0] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
 
 
-def test_a_plan_may_have_weights_of_its_own(
-    tiny_model: Any, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plan_may_have_weights_of_its_own(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
     """The dense model never has them, not even where it is asked for again between samples under the plan."""
     model = tiny_model("llama")
     shape = model_shape(model)
@@ -79,7 +78,7 @@ def test_a_plan_may_have_weights_of_its_own(
     assert Objective(model, samples).kls(sparse)[0] != pytest.approx(expected[sparse.key()][0], rel=0.01)
 
 
-def test_the_model_is_dense_again_after_an_error(tiny_model: Any, samples: list[Sample]) -> None:
+def test_the_model_is_dense_again_after_an_error(samples: list[Sample]) -> None:
     model = tiny_model("llama")
     ids = torch.from_numpy(samples[0].input_ids)[None]
     before = model(ids).logits
@@ -95,7 +94,7 @@ def test_the_model_is_dense_again_after_an_error(tiny_model: Any, samples: list[
     torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
 
 
-def test_bad_input(tiny_model: Any, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="no validation samples"):
         Objective(None, [])
     model = tiny_model("llama")

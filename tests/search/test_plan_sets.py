@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,27 +21,19 @@ from moacompress.rules.limits import layer_floors, meets
 from moacompress.rules.loss import Loss
 from moacompress.rules.plan import Plan
 from moacompress.run_checks import check_recipe
-from moacompress.search import study
 from moacompress.search.plan_sets import find_plans, find_smallest, smallest_share
 from moacompress.search.study import find_plan
-
-Profiles = Callable[..., Profile]
+from tests.search.conftest import make_profile, model_of
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, profiles: Profiles, fake_objective: Any) -> Any:
-    found = fake_objective(profiles())
-    monkeypatch.setattr(study, "Objective", lambda model, samples, *weights: found)
-    return found
-
-
-def model(profile: Profile) -> Any:
-    return SimpleNamespace(model=None, source="model", shape=profile.shape, computes_in=profile.shape.dtype)
+def fake(pretended: Callable[..., Any]) -> Any:
+    return pretended(make_profile())[0]
 
 
 def options(profile: Profile, out: Path, **more: Any) -> dict[str, Any]:
     """What searches take beside the profile and what is asked for."""
-    return {"recipe": profile.recipe, "out": out, "model": model(profile), **more}
+    return {"recipe": profile.recipe, "out": out, "model": model_of(profile), **more}
 
 
 def test_commas_ask_for_several_plans() -> None:
@@ -56,8 +47,8 @@ def test_commas_ask_for_several_plans() -> None:
     assert [label(budgets) for budgets in (["12.5%"], ["25%@8k", "1MiB@32k"])] == ["12.5", "25-8k_1MiB-32k"]
 
 
-def test_a_plan_for_each_budget_and_the_front(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
-    profile = profiles(trials=4)
+def test_a_plan_for_each_budget_and_the_front(fake: Any, tmp_path: Path) -> None:
+    profile = make_profile(trials=4)
     asked = split_budgets(["60%,40%,25%"])
     found = find_plans(profile, asked, **options(profile, tmp_path / "plan.json"))
     for result, share in zip(found, (0.6, 0.4, 0.25), strict=True):
@@ -79,8 +70,8 @@ def test_a_plan_for_each_budget_and_the_front(fake: Any, profiles: Profiles, tmp
     assert set(tmp_path.iterdir()) == before
 
 
-def test_several_budgets_share_the_time(fake: Any, profiles: Profiles, clock: Any, tmp_path: Path) -> None:
-    profile = profiles(trials=3, timeout=90)
+def test_several_budgets_share_the_time(fake: Any, clock: Any, tmp_path: Path) -> None:
+    profile = make_profile(trials=3, timeout=90)
     found = find_plans(profile, split_budgets(["60%,40%,25%"]), **options(profile, tmp_path / "plan.json"))
     assert len(fake.calls) <= 90 + 1
     for result in found:  # 30 measurements end the trials, and not the baselines
@@ -91,10 +82,8 @@ def test_several_budgets_share_the_time(fake: Any, profiles: Profiles, clock: An
 
 
 @pytest.mark.heavy
-def test_a_smallest_budget_ends_with_what_is_measured(
-    fake: Any, profiles: Profiles, clock: Any, tmp_path: Path
-) -> None:
-    profile = profiles(trials=12)
+def test_a_smallest_budget_ends_with_what_is_measured(fake: Any, clock: Any, tmp_path: Path) -> None:
+    profile = make_profile(trials=12)
 
     def within(out: str, timeout: float) -> dict[str, Any]:
         clock.now = 0.0
@@ -112,8 +101,8 @@ def test_a_smallest_budget_ends_with_what_is_measured(
     assert rest.plan.kv_share(512) <= smallest.plan.kv_share(512)
 
 
-def test_scouts_are_not_written_through_a_link(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
-    profile = profiles(trials=4)
+def test_scouts_are_not_written_through_a_link(fake: Any, tmp_path: Path) -> None:
+    profile = make_profile(trials=4)
     (tmp_path / "mine").mkdir()
     (tmp_path / "plan.scouts").symlink_to(tmp_path / "mine")
     with pytest.raises(ArtefactError, match=r"plan.scouts is a link, which is not followed"):
@@ -122,8 +111,8 @@ def test_scouts_are_not_written_through_a_link(fake: Any, profiles: Profiles, tm
 
 
 @pytest.mark.parametrize("share", ["1%", "20%"])
-def test_the_smallest_budget_for_a_loss(fake: Any, profiles: Profiles, tmp_path: Path, share: str) -> None:
-    profile = profiles(trials=4)
+def test_the_smallest_budget_for_a_loss(fake: Any, tmp_path: Path, share: str) -> None:
+    profile = make_profile(trials=4)
     out, loss = tmp_path / "plan.json", Loss.parse(share)
     assert loss.kl == pytest.approx(math.log1p(float(share[:-1]) / 100))
     found = find_smallest(profile, loss, **options(profile, out))
@@ -138,7 +127,7 @@ def test_the_smallest_budget_for_a_loss(fake: Any, profiles: Profiles, tmp_path:
     kept = int(found.plan.budget["asked"][0][:-1])
     if kept * 0.8 / 100 > smallest_share(profile, profile.recipe):
         quick = profile.recipe.override(search__trials=1, search__alternatives=False)
-        less = find_plan(profile, f"{int(kept * 0.8)}%", recipe=quick, model=model(profile))
+        less = find_plan(profile, f"{int(kept * 0.8)}%", recipe=quick, model=model_of(profile))
         assert less.plan.quality["harm_upper95"] > loss.kl
     calls = len(fake.calls)
     assert find_smallest(profile, loss, **options(profile, out)).plan == found.plan
@@ -147,8 +136,8 @@ def test_the_smallest_budget_for_a_loss(fake: Any, profiles: Profiles, tmp_path:
         find_smallest(profile, Loss.parse("3%"), **options(profile, out))
 
 
-def test_a_loss_takes_five_validation_samples(profiles: Profiles, tmp_path: Path) -> None:
-    profile = profiles()
+def test_a_loss_takes_five_validation_samples(tmp_path: Path) -> None:
+    profile = make_profile()
     few = replace(profile, validation=profile.validation[:4])
     with pytest.raises(
         UsageError, match=r"at least 5 validation samples, and there are 4; profile with --validation-samples"
@@ -159,10 +148,8 @@ def test_a_loss_takes_five_validation_samples(profiles: Profiles, tmp_path: Path
         check_recipe(asked)
 
 
-def test_the_smallest_budget_keeps_floors_and_counts_layers_that_share(
-    fake: Any, profiles: Profiles, tmp_path: Path
-) -> None:
-    profile = profiles(trials=1, floors={0: 1.0, 1: 0.8})
+def test_the_smallest_budget_keeps_floors_and_counts_layers_that_share(fake: Any, tmp_path: Path) -> None:
+    profile = make_profile(trials=1, floors={0: 1.0, 1: 0.8})
     assert smallest_share(profile, profile.recipe) > smallest_share(profile, profile.recipe.override(search__floors={}))
     kept = []
     for loss in ("50%", "100%"):
@@ -170,14 +157,14 @@ def test_the_smallest_budget_keeps_floors_and_counts_layers_that_share(
         assert meets(found.plan, layer_floors({0: 1.0, 1: 0.8}, profile.shape), profile.lengths)
         kept.append(found.plan.kv_bytes(512))
     assert kept[1] <= kept[0]
-    shared = profiles(layers=9, anchors=2, copying=1e-6)
+    shared = make_profile(layers=9, anchors=2, copying=1e-6)
     with_copies = shared.recipe.override(search__share="3")
     assert smallest_share(shared, with_copies) < smallest_share(shared, shared.recipe)
 
 
 @pytest.mark.heavy
-def test_overwrite_starts_the_smallest_budget_anew(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
-    profile, out = profiles(trials=2), tmp_path / "plan.json"
+def test_overwrite_starts_the_smallest_budget_anew(fake: Any, tmp_path: Path) -> None:
+    profile, out = make_profile(trials=2), tmp_path / "plan.json"
     given = options(profile, out)
     first = find_smallest(profile, Loss.parse("5%"), **given)
     calls = fake.calls[:]
@@ -192,8 +179,8 @@ def test_overwrite_starts_the_smallest_budget_anew(fake: Any, profiles: Profiles
     assert find_smallest(profile, Loss.parse("20%"), overwrite=True, **given).plan.budget["max_loss"] == "20%"
 
 
-def test_a_second_run_beside_the_first_is_refused(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
-    profile, out = profiles(trials=2), tmp_path / "plan.json"
+def test_a_second_run_beside_the_first_is_refused(fake: Any, tmp_path: Path) -> None:
+    profile, out = make_profile(trials=2), tmp_path / "plan.json"
     with own_file(out), own_file(front_file(out)):
         with pytest.raises(ArtefactError, match="plan.json is in use: process .* another file"):
             find_plan(profile, "50%", **options(profile, out))
@@ -204,8 +191,8 @@ def test_a_second_run_beside_the_first_is_refused(fake: Any, profiles: Profiles,
     assert fake.calls == []
 
 
-def test_a_loss_that_nothing_holds(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
-    profile = profiles(trials=1)
+def test_a_loss_that_nothing_holds(fake: Any, tmp_path: Path) -> None:
+    profile = make_profile(trials=1)
     with pytest.raises(
         InfeasibleBudgetError, match=r"with 95% confidence on 8 samples: even 99% of the bytes may cost more"
     ):
@@ -218,11 +205,11 @@ def test_losses_that_are_none(text: str) -> None:
         Loss.parse(text)
 
 
-def test_several_budgets_resume_with_more_trials(fake: Any, profiles: Profiles, tmp_path: Path) -> None:
+def test_several_budgets_resume_with_more_trials(fake: Any, tmp_path: Path) -> None:
     """What won at the first budget is tried first at the second, which is no other search for that."""
     knobs = []
     for trials in (1, 6):
-        profile = profiles(trials=trials)
+        profile = make_profile(trials=trials)
         given = options(profile, tmp_path / "plan.json")
         found = find_plans(profile, split_budgets(["60%,40%"]), **given)
         assert [result.trials for result in found] == [trials, trials]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +16,8 @@ from moacompress.rules.share import LayerShares, Share
 from moacompress.search.problem.plan_space import PlanSpace
 from moacompress.search.problem.quadratic import Quadratic
 from moacompress.search.search_request import SearchRequest
+from tests.search.conftest import make_profile
 
-Profiles = Callable[..., Profile]
 SHARES: LayerShares = (None, None, Share(1, (1, 0)), Share(1, (0, 0)), None, Share(0, (1, 1)))
 """KV head 0 of layer 1 serves three, KV head 0 of layer 0 none."""
 
@@ -34,8 +33,8 @@ def used(space: PlanSpace, choice: np.ndarray) -> list[int]:
 
 
 @pytest.mark.parametrize("formats", [False, True])
-def test_bytes_of_groups_are_those_of_the_plan(profiles: Profiles, formats: bool) -> None:
-    space = space_of(profiles(formats=formats))
+def test_bytes_of_groups_are_those_of_the_plan(formats: bool) -> None:
+    space = space_of(make_profile(formats=formats))
     assert space.groups is not None
     rng = np.random.default_rng(0)
     rows, rules = space.knapsack.sizes.shape[1], space.knapsack.sizes.shape[3]
@@ -51,8 +50,8 @@ def test_bytes_of_groups_are_those_of_the_plan(profiles: Profiles, formats: bool
                 assert plan.rules[layer] == tuple(plan.rules[share.anchor][of] for of in share.head_map)
 
 
-def test_costs_and_forms_of_groups_are_sums(profiles: Profiles) -> None:
-    profile = profiles(formats=True)
+def test_costs_and_forms_of_groups_are_sums() -> None:
+    profile = make_profile(formats=True)
     profile = profile.offering(("int8", "int4"))
     space = space_of(profile)
     rng = np.random.default_rng(1)
@@ -72,8 +71,8 @@ def test_costs_and_forms_of_groups_are_sums(profiles: Profiles) -> None:
 
 
 @pytest.mark.parametrize("budget", ["12%", "40%", "75%"])
-def test_what_is_chosen_is_within_the_budget(profiles: Profiles, budget: str) -> None:
-    profile = profiles(formats=True, anchors=2)
+def test_what_is_chosen_is_within_the_budget(budget: str) -> None:
+    profile = make_profile(formats=True, anchors=2)
     for share in ("1", "2", "layers=2:1,3:1"):
         for coherence in (0.0, 0.5):
             request = SearchRequest.of(profile, budget, profile.recipe.override(search__share=share))
@@ -84,8 +83,8 @@ def test_what_is_chosen_is_within_the_budget(profiles: Profiles, budget: str) ->
             assert "sharing" not in parameters
 
 
-def test_floors_hold_in_groups(profiles: Profiles) -> None:
-    profile = profiles()
+def test_floors_hold_in_groups() -> None:
+    profile = make_profile()
     space = space_of(profile, "45%", floors={3: 1.0})
     assert space.groups is not None
     rng = np.random.default_rng(0)
@@ -100,10 +99,10 @@ def test_floors_hold_in_groups(profiles: Profiles) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_floors_hold_where_influences_cancel(profiles: Profiles, seed: int) -> None:
+def test_floors_hold_where_influences_cancel(seed: int) -> None:
     """Layers that move the logits apart make a smaller rule look better than the whole: no form may take that below a floor."""
     floors = {0: 1.0, 3: 0.6}
-    profile = profiles(seed=seed, floors=floors)
+    profile = make_profile(seed=seed, floors=floors)
     signs = np.random.default_rng(seed).choice([-1, 1], profile.statistics.arrays["total"].shape[:4])[..., None]
     arrays = {name: np.concatenate([array] * 4) for name, array in profile.statistics.arrays.items()}
     arrays["total"] = np.concatenate([profile.statistics.arrays["total"] * signs] * 4).astype(np.float32)

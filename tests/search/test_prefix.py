@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.passes import answer_logits
@@ -20,8 +18,8 @@ from moacompress.rules.rule import Rule
 from moacompress.rules.share import Share
 from moacompress.runtime import attach, detach
 from moacompress.search.measure.prefix import first_changed, record, resumed
+from tests.conftest import tiny_model
 
-Factory = Callable[..., PreTrainedModel]
 FAMILIES = ("llama", "gemma3_text", "gpt_neox", "gpt_oss")
 
 
@@ -38,7 +36,7 @@ def ablated(plan: Plan, layer: int) -> Plan:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_resumed_is_the_whole_forward_to_the_bit(tiny_model: Factory, family: str) -> None:
+def test_resumed_is_the_whole_forward_to_the_bit(family: str) -> None:
     model, sample = tiny_model(family), make_sample()
     full = Plan.full(model_shape(model))
     attach(model, full)
@@ -60,7 +58,7 @@ def test_resumed_is_the_whole_forward_to_the_bit(tiny_model: Factory, family: st
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_layers_that_share_are_computed_from_their_anchor_on(tiny_model: Factory, family: str) -> None:
+def test_layers_that_share_are_computed_from_their_anchor_on(family: str) -> None:
     model, sample = tiny_model(family, num_hidden_layers=5), make_sample()
     full = Plan.full(model_shape(model))
     heads = tuple(range(full.model.kv_heads))
@@ -82,7 +80,7 @@ def test_layers_that_share_are_computed_from_their_anchor_on(tiny_model: Factory
             assert not torch.equal(whole, before)
 
 
-def test_layers_before_are_not_computed_and_those_after_are(tiny_model: Factory) -> None:
+def test_layers_before_are_not_computed_and_those_after_are() -> None:
     model, sample = tiny_model("llama"), make_sample()
     prefix, _ = record(model, lambda: answer_logits(model, sample))
     ran: list[int] = []
@@ -95,7 +93,7 @@ def test_layers_before_are_not_computed_and_those_after_are(tiny_model: Factory)
     assert ran == [2, 0, 1, 2]
 
 
-def test_layers_that_return_tuples(tiny_model: Factory) -> None:
+def test_layers_that_return_tuples() -> None:
     class Wrapped(torch.nn.Module):
         def __init__(self, inner: Any) -> None:
             super().__init__()
@@ -118,7 +116,7 @@ def test_layers_that_return_tuples(tiny_model: Factory) -> None:
         assert torch.equal(answer_logits(model, sample), whole)
 
 
-def test_the_model_is_as_before_after_an_error(tiny_model: Factory) -> None:
+def test_the_model_is_as_before_after_an_error() -> None:
     model, sample = tiny_model("gemma2"), make_sample()
     before = answer_logits(model, sample)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -15,13 +14,12 @@ from moacompress.search.predict.search_parameters import START_COHERENCE
 from moacompress.search.problem.knapsack import total_cost
 from moacompress.search.problem.quadratic import Quadratic
 from moacompress.search.search_request import MIN_ROWS, SearchRequest
+from tests.search.conftest import make_profile
 
-Profiles = Callable[..., Profile]
 
-
-def coherent(profiles: Profiles, samples: int = 40, text: int = 0, seed: int = 0) -> Profile:
+def coherent(samples: int = 40, text: int = 0, seed: int = 0) -> Profile:
     """A small profile in which KV heads act together: what one moves another moves too, or moves back."""
-    profile = profiles(layers=2)
+    profile = make_profile(layers=2)
     rng = np.random.default_rng(seed)
     size = np.sqrt(profile.statistics.arrays["squares"][0]).astype(np.float64)  # [layers, kv_heads, rules]
     common = rng.normal(size=(samples + text, 2, 1, 1, 1)) * rng.choice([-1, 1], (1, 1, *size.shape[:2], 1))
@@ -35,8 +33,8 @@ def coherent(profiles: Profiles, samples: int = 40, text: int = 0, seed: int = 0
     )
 
 
-def test_it_is_half_the_mean_square_of_the_sum(profiles: Profiles) -> None:
-    profile = coherent(profiles, samples=21, text=5)
+def test_it_is_half_the_mean_square_of_the_sum() -> None:
+    profile = coherent(samples=21, text=5)
     form = Quadratic.of(profile)
     rng = np.random.default_rng(1)
     choice = rng.integers(0, len(profile.rules), (2, 2))
@@ -47,13 +45,13 @@ def test_it_is_half_the_mean_square_of_the_sum(profiles: Profiles) -> None:
         means = [squares[(kinds == kind) & (profile.sample_lengths == n)].mean() for n in profile.lengths]
         wanted += weight * float(np.mean(means))
     assert form.kl(choice) == pytest.approx(wanted)
-    few = coherent(profiles, samples=MIN_ROWS // 2 - 1)
+    few = coherent(samples=MIN_ROWS // 2 - 1)
     assert SearchRequest.of(few, "50%", few.recipe).quadratic is None
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_no_change_of_one_or_two_heads_improves_the_end(profiles: Profiles, seed: int) -> None:
-    profile = coherent(profiles, seed=seed)
+def test_no_change_of_one_or_two_heads_improves_the_end(seed: int) -> None:
+    profile = coherent(seed=seed)
     request = SearchRequest.of(profile, "50%", profile.recipe)
     knapsack = request.space().knapsack
     form, costs, share = request.quadratic, request.surrogate.costs(), 0.6
@@ -80,8 +78,8 @@ def test_no_change_of_one_or_two_heads_improves_the_end(profiles: Profiles, seed
     assert np.array_equal(form.refined(start, costs, 0.0, knapsack), start)
 
 
-def test_rules_of_parts_are_as_rules_of_their_own(profiles: Profiles) -> None:
-    profile = profiles(layers=2, formats=True).offering(("int8", "int4"))
+def test_rules_of_parts_are_as_rules_of_their_own() -> None:
+    profile = make_profile(layers=2, formats=True).offering(("int8", "int4"))
     form = Quadratic.of(profile)
     assert form.parts is not None
     assert form.rows.shape[2] == len(profile.spans) + 6
@@ -97,8 +95,8 @@ def test_rules_of_parts_are_as_rules_of_their_own(profiles: Profiles) -> None:
     assert np.array_equal(end, whole.refined(start, costs, 0.6, knapsack))
 
 
-def test_the_study_has_a_parameter_for_it(profiles: Profiles) -> None:
-    profile = coherent(profiles)
+def test_the_study_has_a_parameter_for_it() -> None:
+    profile = coherent()
     request = SearchRequest.of(profile, "50%", profile.recipe)
     assert request.parameters.starts == [{**request.parameters.neutral, "coherence": START_COHERENCE}]
     space = request.space()
@@ -107,7 +105,7 @@ def test_the_study_has_a_parameter_for_it(profiles: Profiles) -> None:
     bent = request.choice(space, request.parameters.starts[0])
     assert request.quadratic is not None
     assert request.quadratic.kl(bent) < request.quadratic.kl(neutral)
-    few = SearchRequest.of(coherent(profiles, samples=8), "50%", profile.recipe)
+    few = SearchRequest.of(coherent(samples=8), "50%", profile.recipe)
     assert few.parameters.starts == []
     assert "coherence" not in few.parameters.ranges
 

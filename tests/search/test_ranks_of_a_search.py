@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from moacompress.cli import app
 from moacompress.rules.plan import Plan
+from tests.cli.commands import answer
 from tests.preloaded import Preloaded
 
 COUNTED = """
@@ -37,14 +36,11 @@ def test_processes_share_what_is_measured(
     tiny_folder: Path, small_run: dict[str, Any], tmp_path: Path, preloaded: Preloaded
 ) -> None:
     """Trials; also where ranks are more than samples are left."""
-    search = {"trials": 3}
     calibration = {**small_run["calibration"], "lengths": [300], "samples": 2, "validation_samples": 3}
     recipe, script = tmp_path / "recipe.yaml", tmp_path / "counted.py"
-    recipe.write_text(yaml.safe_dump({"calibration": calibration, "profile": {"draws": 1}, "search": search}))
+    recipe.write_text(yaml.safe_dump({"calibration": calibration, "profile": {"draws": 1}, "search": {"trials": 3}}))
     script.write_text(COUNTED)
-    made = ["profile", str(tiny_folder), "--recipe", str(recipe), "-o", str(tmp_path / "profile")]
-    done = CliRunner().invoke(app, made)
-    assert done.exit_code == 0, done.output
+    answer("profile", tiny_folder, "--recipe", recipe, "-o", tmp_path / "profile")
     plans, calls = [], []
     for ranks in (1, 2):
         out = tmp_path / f"{ranks}" / "plan.json"

@@ -19,6 +19,7 @@ from moacompress.repair.projections import with_weights
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.search.measure.objective import Objective
+from tests.search.conftest import make_profile
 
 
 def made(seed: int, count: int, n: int = 120) -> list[Sample]:
@@ -117,8 +118,8 @@ def test_too_few_samples(source: SourceModel, narrow: Plan) -> None:
         repair(source, narrow, made(1, 1), made(2, 1))
 
 
-def test_a_profile_of_another_model(source: SourceModel, narrow: Plan, profiles: Any) -> None:
-    profile = profiles()
+def test_a_profile_of_another_model(source: SourceModel, narrow: Plan) -> None:
+    profile = make_profile()
     assert profile.shape.weights_fingerprint != source.shape.weights_fingerprint
     with pytest.raises(ModelError, match="or repair with the model that was profiled"):
         repair_by_profile(source, narrow, profile)

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import of_search
-from moacompress.core.errors import ArtefactError, MoaCompressError, ModelError
+from moacompress.core.errors import ArtefactError, ModelError
 from moacompress.core.files import remove
 from moacompress.rules.plan import Plan
 from moacompress.search import study
-
-Profiles = Callable[..., Profile]
-Search = Callable[..., tuple[Any, Any]]
+from tests.search.conftest import Search, make_profile
 
 
-def test_killed_at_any_point_the_same_call_ends_the_same(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+def test_killed_at_any_point_the_same_call_ends_the_same(search: Search, tmp_path: Path) -> None:
     whole, fake = search(out=tmp_path / "whole.json")
     total = len(fake.calls)
     out, measured, runs = tmp_path / "plan.json", [], 0
@@ -44,74 +39,52 @@ def test_killed_at_any_point_the_same_call_ends_the_same(search: Search, profile
     assert finished.plan == whole.plan
 
 
-def test_a_run_that_stops_sooner_takes_nothing_back(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+def test_a_run_that_stops_sooner_takes_nothing_back(search: Search, tmp_path: Path) -> None:
     out, kls, stage = tmp_path / "plan.json", list[float](), ""
     while not stage.startswith("trial") or stage == "trial 0":
-        result, _ = search(profiles(trials=14), out=out, dies_at=9)
+        result, _ = search(make_profile(trials=14), out=out, dies_at=9)
         assert result is None
         found = Plan.load(out)
         stage = found.provenance["stage"]
         kl = found.quality["measured_harm"]["plan"]
         assert kls == [] or kl is not None
         kls += [kl] if kl is not None else []
-    stopped, _ = search(profiles(trials=14, timeout=1e-6), out=out)
+    stopped, _ = search(make_profile(trials=14, timeout=1e-6), out=out)
     assert stopped.harm["plan"] == kls[-1] < kls[0]
     assert stopped.plan.provenance["stage"] == stage
     assert stopped.plan.provenance["finished"] is False
-    more, _ = search(profiles(trials=16, timeout=1e-6), out=out)
+    more, _ = search(make_profile(trials=16, timeout=1e-6), out=out)
     assert more.harm["plan"] <= kls[-1]
 
 
-def test_more_trials_go_on_with_the_same_study(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+def test_more_trials_go_on_with_the_same_study(search: Search, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    search(profiles(trials=4), out=out)
-    result, fake = search(profiles(trials=7), out=out)
+    search(make_profile(trials=4), out=out)
+    result, fake = search(make_profile(trials=7), out=out)
     assert result.trials == 7
     assert len(fake.calls) <= 3 * 8
-    again, fake = search(profiles(trials=5), out=out)
+    again, fake = search(make_profile(trials=5), out=out)
     assert again.trials == 7
     assert fake.calls == []
 
 
-@pytest.mark.parametrize(
-    ("storage", "message"),
-    [
-        ("nowhere", "neither a journal file"),
-        ("sqlite:////nonexistent/folder/s.db", "cannot use the study storage"),
-        ("nosuchdb://user:secret@host/x", "nosuchdb://host/x is of no database that searches are shared over"),
-        ("/proc/nothing/s.journal", "cannot use the study storage"),
-        ("garbage.journal", "cannot use the study storage"),
-    ],
-)
-def test_storage_that_is_not_there_or_damaged(
-    search: Search, profiles: Profiles, storage: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("garbage.journal").write_text("not json\nnor this\n")
-    with pytest.raises(MoaCompressError, match=message) as error:
-        search(profiles(storage=storage))
-    assert "secret" not in str(error.value)
-
-
-def test_what_is_at_the_output_already(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+def test_what_is_at_the_output_already(search: Search, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     out.write_text("{}")
     with pytest.raises(ArtefactError, match="is not a plan"):
-        search(profiles(trials=2), out=out)
-    search(profiles(trials=2), out=out, overwrite=True)
+        search(make_profile(trials=2), out=out)
+    search(make_profile(trials=2), out=out, overwrite=True)
     with pytest.raises(ArtefactError, match="another search"):
-        search(profiles(trials=2), "60%", out=out)
+        search(make_profile(trials=2), "60%", out=out)
     assert Plan.load(out).budget["asked"] == ["50%"]
-    search(profiles(trials=2), "60%", out=out, overwrite=True)
+    search(make_profile(trials=2), "60%", out=out, overwrite=True)
     assert Plan.load(out).budget["asked"] == ["60%"]
     with pytest.raises(ArtefactError, match="exists already"):
-        search(profiles(trials=2), out=tmp_path, overwrite=True)
+        search(make_profile(trials=2), out=tmp_path, overwrite=True)
 
 
-def test_overwrite_starts_from_scratch_and_leaves_what_is_not_of_the_search(
-    search: Search, profiles: Profiles, tmp_path: Path
-) -> None:
-    out, profile = tmp_path / "plan.json", profiles(trials=2)
+def test_overwrite_starts_from_scratch_and_leaves_what_is_not_of_the_search(search: Search, tmp_path: Path) -> None:
+    out, profile = tmp_path / "plan.json", make_profile(trials=2)
     _, fresh = search(profile, out=tmp_path / "whole" / "plan.json")
     search(profile, out=out)
     for name in ("plan.baselines/old.json", "plan.scouts/99.json"):
@@ -140,21 +113,19 @@ def test_overwrite_starts_from_scratch_and_leaves_what_is_not_of_the_search(
     ("theirs", "overwrite"), [("notes.txt", False), ("results.json", True), ("deep/notes.txt", True), (None, False)]
 )
 def test_a_folder_that_no_search_left_is_not_removed(
-    search: Search, profiles: Profiles, tmp_path: Path, theirs: str | None, overwrite: bool
+    search: Search, tmp_path: Path, theirs: str | None, overwrite: bool
 ) -> None:
     folder = tmp_path / "plan.baselines"
     file = folder if theirs is None else folder / theirs
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("{}")
     with pytest.raises(ArtefactError, match=r"plan.baselines.* was not left by a search; move it, or choose another"):
-        search(profiles(trials=1), out=tmp_path / "plan.json", overwrite=overwrite)
+        search(make_profile(trials=1), out=tmp_path / "plan.json", overwrite=overwrite)
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == {file}
 
 
-def test_overwrite_forgets_the_study_in_a_storage_and_no_other(
-    search: Search, profiles: Profiles, tmp_path: Path
-) -> None:
-    profile = profiles(trials=2, storage=str(tmp_path / "s.log"))
+def test_overwrite_forgets_the_study_in_a_storage_and_no_other(search: Search, tmp_path: Path) -> None:
+    profile = make_profile(trials=2, storage=str(tmp_path / "s.log"))
     _, first = search(profile, out=tmp_path / "plan.json")
     _, other = search(profile, "60%", out=tmp_path / "other.json")
     _, again = search(profile, out=tmp_path / "plan.json", overwrite=True)
@@ -165,10 +136,10 @@ def test_overwrite_forgets_the_study_in_a_storage_and_no_other(
 
 
 def test_an_overwrite_that_is_interrupted_is_recovered_from(
-    search: Search, profiles: Profiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    search: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after every removal in turn, the same command starts from scratch; without the flag the search resumes."""
-    profile = profiles(trials=1)
+    profile = make_profile(trials=1)
     whole, fresh = search(profile, out=tmp_path / "plan.json")
 
     for stop in range(len(of_search(tmp_path))):
@@ -186,14 +157,12 @@ def test_an_overwrite_that_is_interrupted_is_recovered_from(
             assert not overwrite or fake.calls == fresh.calls
 
 
-def test_overwrite_removes_nothing_for_a_search_that_cannot_begin(
-    search: Search, profiles: Profiles, tmp_path: Path
-) -> None:
+def test_overwrite_removes_nothing_for_a_search_that_cannot_begin(search: Search, tmp_path: Path) -> None:
     """The model has moved since it was profiled: the earlier plan, its study and what lies beside it stay."""
     from moacompress.search.study import find_plan
 
     out = tmp_path / "plan.json"
-    profile = profiles(trials=2)
+    profile = make_profile(trials=2)
     search(profile, out=out)
     before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
     profile = replace(profile, source=str(tmp_path / "moved"))

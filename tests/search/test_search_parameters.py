@@ -1,18 +1,14 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
-from moacompress.calibration.profile.store import Profile
 from moacompress.search.predict.search_parameters import SearchParameters
 from moacompress.search.predict.surrogate import Surrogate
+from tests.search.conftest import make_profile
 
-Profiles = Callable[..., Profile]
 
-
-def test_neutral_parameters_leave_the_surrogate_alone(profiles: Profiles) -> None:
-    profile = profiles()
+def test_neutral_parameters_leave_the_surrogate_alone() -> None:
+    profile = make_profile()
     surrogate = Surrogate.build(profile.influence("robust"), profile.rules, 32, 512)
     parameters = SearchParameters(6, profile.lengths)
     assert list(parameters.neutral) == ["depth_0", "depth_1", "depth_2", "depth_3", "depth_4", "length_256", "exponent"]
@@ -24,8 +20,8 @@ def test_neutral_parameters_leave_the_surrogate_alone(profiles: Profiles) -> Non
     np.testing.assert_allclose(bent, surrogate.costs([3, 1]) ** 2)
 
 
-def test_formats_have_a_parameter_of_their_own(profiles: Profiles) -> None:
-    profile = profiles(formats=True).offering(("int8",))
+def test_formats_have_a_parameter_of_their_own() -> None:
+    profile = make_profile(formats=True).offering(("int8",))
     surrogate = Surrogate.build(profile.influence("robust"), profile.rules, 32, 512)
     parameters = SearchParameters(6, profile.lengths, formats=True)
     assert set(parameters.neutral) - set(SearchParameters(6, profile.lengths).neutral) == {"precision"}

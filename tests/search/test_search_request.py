@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import UsageError
 from moacompress.models.source import SourceModel
 from moacompress.search.search_request import SearchRequest
+from tests.conftest import tiny_model
+from tests.search.conftest import make_profile
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
-def test_plain_text_counts_beside_the_answers_by_its_weight(profiles: Callable[..., Profile]) -> None:
-    profile = profiles()
+def test_plain_text_counts_beside_the_answers_by_its_weight() -> None:
+    profile = make_profile()
     kinds = tuple("text" if index % 4 > 1 else "answer" for index in range(len(profile.sample_lengths)))
     mixed = replace(profile, sample_kinds=kinds)
     assert set(kinds) == {"answer", "text"}
@@ -29,8 +29,8 @@ def test_plain_text_counts_beside_the_answers_by_its_weight(profiles: Callable[.
     assert not np.allclose(found, mixed.influence("robust"))
 
 
-def test_formats_on_offer_are_those_asked_for_or_all_that_are_known(profiles: Callable[..., Profile]) -> None:
-    profile = profiles(formats=True)
+def test_formats_on_offer_are_those_asked_for_or_all_that_are_known() -> None:
+    profile = make_profile(formats=True)
     keys = set()
     for asked, formats in ((None, ("int8", "int4")), (["int8"], ("int8",)), ([], ())):
         request = SearchRequest.of(profile, "25%", profile.recipe.override(search__formats=asked))
@@ -39,19 +39,15 @@ def test_formats_on_offer_are_those_asked_for_or_all_that_are_known(profiles: Ca
         assert ("precision" in request.parameters.ranges) == bool(formats)
         keys.add(request.key)
     assert len(keys) == 3
-    plain = profiles()
+    plain = make_profile()
     assert SearchRequest.of(plain, "25%", plain.recipe).profile.formats == ()
     assert SearchRequest.of(plain, "25%", plain.recipe).key in keys  # searched as ever
     with pytest.raises(UsageError, match="says nothing of the format int4"):
         SearchRequest.of(plain, "25%", plain.recipe.override(search__formats="int4"))
 
 
-def test_what_is_measured_in_another_dtype_is_another_search(
-    profiles: Callable[..., Profile],
-    tiny_model: Callable[..., PreTrainedModel],
-    tiny_tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    profile = profiles()
+def test_what_is_measured_in_another_dtype_is_another_search(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    profile = make_profile()
     own = profile.shape.dtype
     other = "bfloat16" if own == "float32" else "float32"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,19 +20,17 @@ from moacompress.search import search_request
 from moacompress.search.measure.packed_plan import unpack
 from moacompress.search.search_request import SearchRequest
 from moacompress.search.sharing.share_choice import PROTECTED, REPAIRED
-
-Profiles = Callable[..., Profile]
-Search = Callable[..., tuple[Any, Any]]
+from tests.search.conftest import Search, make_profile
 
 
 def fits(plan: Plan, profile: Profile, budget: str) -> bool:
     return is_within(plan, SearchRequest.of(profile, budget, profile.recipe).limits)
 
 
-def test_copies_that_cost_nothing_are_found(search: Search, profiles: Profiles) -> None:
-    settings = {"layers": 10, "anchors": 2, "copying": 1e-6, "trials": 5}
-    alone = search(profiles(**settings), "25%")[0]
-    profile = profiles(**settings, share="auto")
+def test_copies_that_cost_nothing_are_found(search: Search) -> None:
+    settings: dict[str, Any] = {"layers": 10, "anchors": 2, "copying": 1e-6, "trials": 5}
+    alone = search(make_profile(**settings), "25%")[0]
+    profile = make_profile(**settings, share="auto")
     found = search(profile, "25%")[0]
     assert any(found.plan.shares)
     assert found.harm["trial0"] == pytest.approx(alone.harm["trial0"])  # it does not share
@@ -52,8 +49,8 @@ def test_copies_that_cost_nothing_are_found(search: Search, profiles: Profiles) 
     assert found.plan.quality["predicted_harm"] is not None
 
 
-def test_a_budget_that_only_sharing_makes_possible(search: Search, profiles: Profiles) -> None:
-    profile = profiles(layers=9, anchors=2, copying=1e-6, trials=2, share="3")
+def test_a_budget_that_only_sharing_makes_possible(search: Search) -> None:
+    profile = make_profile(layers=9, anchors=2, copying=1e-6, trials=2, share="3")
     with pytest.raises(InfeasibleBudgetError):
         SearchRequest.of(profile, "18%", profile.recipe.override(search__share="off"))
     found = search(profile, "18%")[0]
@@ -64,8 +61,8 @@ def test_a_budget_that_only_sharing_makes_possible(search: Search, profiles: Pro
     assert [*explanation_tables(found.explanation)]
 
 
-def test_copies_that_cost_much_are_left_and_that_is_said(search: Search, profiles: Profiles) -> None:
-    profile = profiles(anchors=2, copying=1e6, share="auto", trials=4)
+def test_copies_that_cost_much_are_left_and_that_is_said(search: Search) -> None:
+    profile = make_profile(anchors=2, copying=1e6, share="auto", trials=4)
     found = search(profile, "50%")[0]
     assert found.plan.shares == ()
     notes = found.explanation["sharing"]
@@ -77,15 +74,15 @@ def test_copies_that_cost_much_are_left_and_that_is_said(search: Search, profile
     assert any("Sharing buys nothing at this budget" in text for text in said)
 
 
-def test_without_sharing_nothing_changes(search: Search, profiles: Profiles) -> None:
-    plain, other = (search(profiles(anchors=anchors, trials=3))[0] for anchors in (0, 2))
+def test_without_sharing_nothing_changes(search: Search) -> None:
+    plain, other = (search(make_profile(anchors=anchors, trials=3))[0] for anchors in (0, 2))
     assert plain.plan.key() == other.plan.key()
     assert plain.plan.provenance["search"] == other.plan.provenance["search"]
     assert "sharing" not in other.explanation
 
 
-def test_fixed_shares_go_through_all_steps(search: Search, profiles: Profiles) -> None:
-    profile = profiles(anchors=2, copying=1e-3, share="layers=2:1,3:1", trials=3, alternatives=False, formats=True)
+def test_fixed_shares_go_through_all_steps(search: Search) -> None:
+    profile = make_profile(anchors=2, copying=1e-3, share="layers=2:1,3:1", trials=3, alternatives=False, formats=True)
     found = search(profile, "40%")[0]
     assert [share and share.anchor for share in found.plan.shares] == [None, None, 1, 1, None, None]
     assert fits(found.plan, profile, "40%")
@@ -97,8 +94,8 @@ def test_fixed_shares_go_through_all_steps(search: Search, profiles: Profiles) -
     assert found.explanation["sharing"]["counts"][1]["harm"] is not None
 
 
-def test_parameters_of_another_budget_stay_in_range(search: Search, profiles: Profiles) -> None:
-    profile = profiles(anchors=2, copying=1e6, share="auto", trials=4)
+def test_parameters_of_another_budget_stay_in_range(search: Search) -> None:
+    profile = make_profile(anchors=2, copying=1e6, share="auto", trials=4)
     request = SearchRequest.of(profile, "50%", profile.recipe)
     start = {**request.parameters.neutral, "sharing": 7.0, "exponent": 0.1}
     assert request.parameters.within(start)["sharing"] == request.parameters.shared == 1
@@ -106,10 +103,8 @@ def test_parameters_of_another_budget_stay_in_range(search: Search, profiles: Pr
     assert result.trials == 4
 
 
-def test_copies_are_priced_and_measured_after_a_repair(
-    search: Search, profiles: Profiles, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = {"layers": 10, "anchors": 3, "copying": 100.0, "share": "auto", "trials": 4}
+def test_copies_are_priced_and_measured_after_a_repair(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"layers": 10, "anchors": 3, "copying": 100.0, "share": "auto", "trials": 4}
     given: list[Any] = []
 
     def repaired(model: Any, shape: Any, copies: Any, *rest: Any) -> list[CopyRepair]:
@@ -117,8 +112,8 @@ def test_copies_are_priced_and_measured_after_a_repair(
         return [CopyRepair({f"layer {layer} of {share.anchor}": torch.ones(1)}, 1e-4) for layer, share in copies]
 
     monkeypatch.setattr(search_request, "repaired_copies", repaired)
-    plain = profiles(**settings)
-    profile = profiles(**settings, assume_repaired=True)
+    plain = make_profile(**settings)
+    profile = make_profile(**settings, assume_repaired=True)
     request = SearchRequest.of(profile, "25%", profile.recipe)
     source = SimpleNamespace(model=None)
     monkeypatch.setattr(Profile, "calibration_samples", lambda self: self.validation)
@@ -135,7 +130,7 @@ def test_copies_are_priced_and_measured_after_a_repair(
         assert repaired_costs[place] == pytest.approx(1e-4 * before[place])
     assert min(layer for layer, _ in given) == PROTECTED
     asked = {**settings, "share": "2", "alternatives": False}
-    found = search(profiles(**asked, assume_repaired=True), "25%")[0]
+    found = search(make_profile(**asked, assume_repaired=True), "25%")[0]
     assert sum(share is not None for share in found.plan.shares) == 2
     assert found.plan.quality["assumed_repaired"] is True
     weights = after.weights_of(found.plan)
@@ -148,8 +143,8 @@ def test_copies_are_priced_and_measured_after_a_repair(
     assert after.weights_of(Plan.full(profile.shape)) == {}
 
 
-def test_named_copies_are_the_ones_that_are_repaired(profiles: Profiles) -> None:
-    profile = profiles(anchors=2, share="layers=2:1,3:1")
+def test_named_copies_are_the_ones_that_are_repaired() -> None:
+    profile = make_profile(anchors=2, share="layers=2:1,3:1")
     sharing = SearchRequest.of(profile, "40%", profile.recipe).sharing
     assert sharing is not None
     assert [(layer, share.anchor) for layer, share in sharing.copies()] == [(2, 1), (3, 1)]

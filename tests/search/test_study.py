@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import optuna
 import pytest
 
-from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, ModelError
 from moacompress.core.progress import Progress
 from moacompress.rules.plan import Plan
 from moacompress.search.baselines.families import FAMILIES, family_plans
 from moacompress.search.baselines.measured import CANDIDATES
 from moacompress.search.study import find_plan
-
-Profiles = Callable[..., Profile]
-Search = Callable[..., tuple[Any, Any]]
+from tests.search.conftest import Search, make_profile, model_of
 
 
-def test_search_finds_a_plan_within_the_budget(search: Search, profiles: Profiles, tmp_path: Path) -> None:
+def test_search_finds_a_plan_within_the_budget(search: Search, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    profile = profiles(trials=12)
+    profile = make_profile(trials=12)
     result, fake = search(profile, out=out)
     plan = Plan.load(out)
     assert plan == result.plan
@@ -59,8 +54,8 @@ def test_search_finds_a_plan_within_the_budget(search: Search, profiles: Profile
     assert optuna.logging.get_verbosity() == optuna.logging.INFO
 
 
-def test_the_recipe_of_a_plan_says_what_was_profiled(search: Search, profiles: Profiles, tmp_path: Path) -> None:
-    profile = profiles(trials=1)
+def test_the_recipe_of_a_plan_says_what_was_profiled(search: Search, tmp_path: Path) -> None:
+    profile = make_profile(trials=1)
     other = profile.recipe.override(calibration__samples=99, profile__draws=7, search__classes=3)
     found, _ = search(profile, out=tmp_path / "plan.json", recipe=other)
     recipe = found.plan.provenance["recipe"]
@@ -69,8 +64,8 @@ def test_the_recipe_of_a_plan_says_what_was_profiled(search: Search, profiles: P
     assert recipe["search"]["classes"] == 3
 
 
-def test_bits_are_spent_where_they_are_worth_it(search: Search, profiles: Profiles, tmp_path: Path) -> None:
-    profile = profiles(layers=12, formats=True, trials=4)
+def test_bits_are_spent_where_they_are_worth_it(search: Search, tmp_path: Path) -> None:
+    profile = make_profile(layers=12, formats=True, trials=4)
     spans, _ = search(profile, "25%", recipe=profile.recipe.override(search__formats="native"))
     found, fake = search(profile, "25%", out=tmp_path / "plan.json")
     assert found.harm["plan"] < spans.harm["plan"] / 3
@@ -98,8 +93,8 @@ def test_bits_are_spent_where_they_are_worth_it(search: Search, profiles: Profil
     assert (again.plan, fake.calls) == (found.plan, [])
 
 
-def test_baselines_are_each_at_their_best(search: Search, profiles: Profiles) -> None:
-    result, fake = search(profiles(trials=1, samples=24))
+def test_baselines_are_each_at_their_best(search: Search) -> None:
+    result, fake = search(make_profile(trials=1, samples=24))
     profile, notes = fake.profile, result.plan.quality["baselines"]
     limits = {n: profile.shape.dense_kv_bytes(n) // 2 for n in profile.lengths}
     for family in ("uniform", "per_layer", "duo"):
@@ -113,18 +108,17 @@ def test_baselines_are_each_at_their_best(search: Search, profiles: Profiles) ->
         assert 6 <= measured < 24  # it has lost: fewer samples tell no two plans apart, and more decide nothing
 
 
-def test_bad_requests_fail_before_anything_is_measured(search: Search, profiles: Profiles, tmp_path: Path) -> None:
-    profile = profiles()
-    shape = replace(profile.shape, weights_fingerprint="other")
-    other = SimpleNamespace(model=None, source="other", shape=shape, computes_in=shape.dtype)
+def test_bad_requests_fail_before_anything_is_measured(search: Search, tmp_path: Path) -> None:
+    profile = make_profile()
+    other = replace(profile, shape=replace(profile.shape, weights_fingerprint="other"))
     with pytest.raises(ModelError, match="other weights"):
-        search(profile, model=other)
+        search(profile, model=model_of(other))
     with pytest.raises(ArtefactError, match=r"no profile\.json"):
         find_plan(tmp_path, "25%")
 
 
-def test_the_explanation_has_the_gain_of_what_was_not_kept(search: Search, profiles: Profiles) -> None:
-    result, _ = search(profiles(trials=6))
+def test_the_explanation_has_the_gain_of_what_was_not_kept(search: Search) -> None:
+    result, _ = search(make_profile(trials=6))
     told = result.explanation
     assert [trial["trial"] for trial in told["trials"] if trial["kept"]] == [result.best_trial]
     for trial in told["trials"][1:]:
@@ -136,10 +130,10 @@ def test_the_explanation_has_the_gain_of_what_was_not_kept(search: Search, profi
     assert all(stage["difference"]["value"] < 0 or not stage["kept"] or stage["name"] == "rest" for stage in others)
 
 
-def test_steps_only_ever_help(search: Search, profiles: Profiles, tmp_path: Path) -> None:
-    one_shot = search(profiles(trials=1))[0]
+def test_steps_only_ever_help(search: Search, tmp_path: Path) -> None:
+    one_shot = search(make_profile(trials=1))[0]
     out = tmp_path / "plan.json"
-    improved, fake = search(profiles(trials=14), out=out)
+    improved, fake = search(make_profile(trials=14), out=out)
     assert improved.harm["trial0"] == one_shot.harm["plan"]
     assert improved.harm["plan"] < one_shot.harm["plan"]
     assert improved.harm["plan"] == pytest.approx(np.mean(fake.kls(improved.plan)))
@@ -151,20 +145,20 @@ def test_steps_only_ever_help(search: Search, profiles: Profiles, tmp_path: Path
     kls = [stage["harm"] for stage in kept]
     assert kls == sorted(kls, reverse=True)
     assert improved.plan.provenance["stage"].startswith(("trial", "rest"))
-    again, fake = search(profiles(trials=14), out=out)
+    again, fake = search(make_profile(trials=14), out=out)
     assert fake.calls == []
     assert again.explanation == improved.explanation == json.loads((tmp_path / "plan.explain.json").read_text())
 
 
-def test_a_floor_keeps_a_layer(search: Search, profiles: Profiles) -> None:
-    found = search(profiles(trials=1, floors={0: 1.0, 2: 0.5}), "60%")[0]
+def test_a_floor_keeps_a_layer(search: Search) -> None:
+    found = search(make_profile(trials=1, floors={0: 1.0, 2: 0.5}), "60%")[0]
     assert all(rule.is_full for rule in found.plan.rules[0])
     for n in (256, 512):
         assert all(rule.slots(n, 32) >= n // 2 for rule in found.plan.rules[2])
     with pytest.raises(InfeasibleBudgetError, match="at least"):
-        search(profiles(trials=1, floors={0: 1.0, 1: 1.0, 2: 1.0}), "20%")
+        search(make_profile(trials=1, floors={0: 1.0, 1: 1.0, 2: 1.0}), "20%")
     with pytest.raises(BudgetError, match="a floor is asked for in layer 9"):
-        search(profiles(trials=1, floors={9: 0.5}))
+        search(make_profile(trials=1, floors={9: 0.5}))
 
 
 class Told(Progress):
@@ -196,9 +190,9 @@ class Told(Progress):
         self.task = ""
 
 
-def test_every_stage_is_told_and_nothing_is_measured_in_silence(search: Search, profiles: Profiles) -> None:
+def test_every_stage_is_told_and_nothing_is_measured_in_silence(search: Search) -> None:
     told = Told()
-    _, fake = search(profiles(trials=3, classes=4), progress=told)
+    _, fake = search(make_profile(trials=3, classes=4), progress=told)
     assert list(told.planned) == ["trials", "leftover", "baselines", "class limit"]
     assert [name for name in told.stages if name] == list(told.planned)
     rest = told.tasks["measuring the plan without a class limit"]

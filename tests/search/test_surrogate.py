@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 
@@ -11,16 +9,15 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.windows import visible_intervals
 from moacompress.search.predict.surrogate import Surrogate, monotone, nested
-
-Profiles = Callable[..., Profile]
+from tests.search.conftest import make_profile
 
 
 def build(profile: Profile) -> Surrogate:
     return Surrogate.build(profile.influence("robust"), profile.rules, profile.min_window, max(profile.lengths))
 
 
-def test_nested_means_that_every_visible_key_stays_visible(profiles: Profiles) -> None:
-    rules = profiles().rules
+def test_nested_means_that_every_visible_key_stays_visible() -> None:
+    rules = make_profile().rules
     supersets = nested(rules, 32, 512)
     assert supersets.diagonal().all()
     assert supersets[:, 0].all()
@@ -36,8 +33,8 @@ def test_nested_means_that_every_visible_key_stays_visible(profiles: Profiles) -
                 assert small.kept(512, 32) <= large.kept(512, 32)
 
 
-def test_a_superset_keeps_as_exactly(profiles: Profiles) -> None:
-    profile = profiles(formats=True).offering(("int8", "int4"))
+def test_a_superset_keeps_as_exactly() -> None:
+    profile = make_profile(formats=True).offering(("int8", "int4"))
     rules, spans = profile.rules, len(profile.spans)
     supersets, alone = nested(rules, 32, 512), nested(profile.spans, 32, 512)
     order = ("native", "int8", "int4")
@@ -49,8 +46,8 @@ def test_a_superset_keeps_as_exactly(profiles: Profiles) -> None:
     assert supersets[:, 0].all()
 
 
-def test_precision_multiplies_what_formats_cost(profiles: Profiles) -> None:
-    profile = profiles(formats=True).offering(("int8", "int4"))
+def test_precision_multiplies_what_formats_cost() -> None:
+    profile = make_profile(formats=True).offering(("int8", "int4"))
     surrogate, spans = build(profile), len(profile.spans)
     raw, twice = surrogate.costs(), surrogate.costs(precision=2.0)
     np.testing.assert_array_equal(twice[..., :spans], raw[..., :spans])
@@ -59,8 +56,8 @@ def test_precision_multiplies_what_formats_cost(profiles: Profiles) -> None:
     np.testing.assert_allclose(surrogate.costs(precision=1e-9)[..., -spans:], pure, atol=1e-7)
 
 
-def test_costs_are_monotone_and_full_is_free(profiles: Profiles) -> None:
-    profile = profiles()
+def test_costs_are_monotone_and_full_is_free() -> None:
+    profile = make_profile()
     noisy = profile.influence("robust") * np.exp(np.random.default_rng(0).normal(0, 2, (2, 6, 2, len(profile.rules))))
     surrogate = Surrogate.build(noisy, profile.rules, 32, 512)
     costs = surrogate.costs([1.0, 3.0])
@@ -70,15 +67,15 @@ def test_costs_are_monotone_and_full_is_free(profiles: Profiles) -> None:
     assert (surrogate.costs() >= surrogate.influence.mean(0) * (1 - 1e-12)).all()
 
 
-def test_broken_influence_is_refused(profiles: Profiles) -> None:
-    influence = profiles().influence("robust")
+def test_broken_influence_is_refused() -> None:
+    influence = make_profile().influence("robust")
     influence[0, 0, 0, 1] = np.nan
     with pytest.raises(ArtefactError, match="not finite"):
-        Surrogate.build(influence, profiles().rules, 32, 512)
+        Surrogate.build(influence, make_profile().rules, 32, 512)
 
 
-def test_predicted_kl_adds_up(profiles: Profiles) -> None:
-    profile = profiles()
+def test_predicted_kl_adds_up() -> None:
+    profile = make_profile()
     surrogate = build(profile)
     assert surrogate.predicted(Plan.full(profile.shape)) == 0
     plan = Plan.uniform(profile.shape, profile.rules[3], 32)

@@ -25,10 +25,8 @@ from moacompress.search.measure.claims import CLAIMS, WORKER, ClaimLost, Claims,
 from moacompress.search.measure.storages import guarded, open_storage, quiet_optuna, shown
 from moacompress.search.plan_sets import find_plans, find_smallest
 from moacompress.search.search_status import search_status
+from tests.search.conftest import Search, make_profile
 from tests.search_workers import FORK, SearchRun, check_nothing_is_lost_or_doubled, killed_at_random
-
-Profiles = Callable[..., Profile]
-Search = Callable[..., tuple[Any, Any]]
 
 
 def storage_in(folder: Path, kind: str) -> str:
@@ -36,9 +34,9 @@ def storage_in(folder: Path, kind: str) -> str:
 
 
 @pytest.fixture
-def run(profiles: Profiles, tmp_path: Path) -> Callable[..., SearchRun]:
+def run(tmp_path: Path) -> Callable[..., SearchRun]:
     def make(kind: str, **settings: Any) -> SearchRun:
-        profile = profiles(**{"samples": 4, "trials": 5, **settings})
+        profile = make_profile(**{"samples": 4, "trials": 5, **settings})
         return SearchRun(profile, storage_in(tmp_path, kind), tmp_path, tmp_path / "plan.json")
 
     return make
@@ -253,8 +251,8 @@ def test_nothing_begins_from_scratch_beside_a_worker_that_is_heard_of(tmp_path: 
             assert [trial.user_attrs["name"] for trial in claims.trials()] == [WORKER + claims.holder.token]
 
 
-def test_optunas_own_tools_see_the_finished_trials(search: Search, profiles: Profiles, tmp_path: Path) -> None:
-    result, _ = search(profiles(), out=tmp_path / "plan.json")
+def test_optunas_own_tools_see_the_finished_trials(search: Search, tmp_path: Path) -> None:
+    result, _ = search(make_profile(), out=tmp_path / "plan.json")
     name = f"moacompress-{result.plan.provenance['search']}"
     with quiet_optuna():
         study = optuna.load_study(study_name=name, storage=open_storage(str(tmp_path / "plan.study.journal")))
@@ -273,10 +271,10 @@ def test_optunas_own_tools_see_the_finished_trials(search: Search, profiles: Pro
         "mysql://me:s3/cr@db.example",
     ],
 )
-def test_a_password_is_neither_shown_nor_kept(url: str, profiles: Profiles) -> None:
+def test_a_password_is_neither_shown_nor_kept(url: str) -> None:
     from moacompress.cli.harness import resumes_with
 
-    recipe = profiles().recipe.override(search__storage=url)
+    recipe = make_profile().recipe.override(search__storage=url)
     assert recipe.search.storage == url
     texts = [
         json.dumps(recipe.resolved()),

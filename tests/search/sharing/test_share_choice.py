@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,8 +18,7 @@ from moacompress.rules.share import LayerShares, Share
 from moacompress.search.search_request import SearchRequest
 from moacompress.search.sharing.copy_costs import CopyCosts
 from moacompress.search.sharing.share_choice import HOPE, ShareChoice
-
-Profiles = Callable[..., Profile]
+from tests.search.conftest import make_profile
 
 
 def copying(profile: Profile, **costs: Any) -> Profile:
@@ -30,8 +28,8 @@ def copying(profile: Profile, **costs: Any) -> Profile:
     return replace(profile, statistics=Statistics({**profile.statistics.arrays, **arrays}))
 
 
-def test_copies_cost_what_the_estimator_says(profiles: Profiles) -> None:
-    profile = profiles(anchors=2)
+def test_copies_cost_what_the_estimator_says() -> None:
+    profile = make_profile(anchors=2)
     squares = profile.statistics.arrays["copy_squares"].copy()
     squares[:4] *= np.array([1, 2, 3, 10])[:, None, None, None, None]  # the samples of the shorter length
     kinds = ("answer", "answer", "answer", "text", *("answer",) * 4)
@@ -59,12 +57,12 @@ def choice_of(profile: Profile, **search: Any) -> ShareChoice | None:
     )
 
 
-def test_layers_that_are_alike_share_and_the_first_do_not(profiles: Profiles) -> None:
+def test_layers_that_are_alike_share_and_the_first_do_not() -> None:
     squares = np.ones((6, 2, 2, 2))
     squares[3, 0] = [[0, 1], [1, 0]]  # just as the layer before
     squares[1, 0] = 0  # so is the second, but it is left alone
     squares[5, 1] = [[1, 0.1], [0.1, 1]]
-    profile = copying(profiles(anchors=2), copy_squares=squares)
+    profile = copying(make_profile(anchors=2), copy_squares=squares)
     found = choice_of(profile, share="1")
     assert found is not None
     assert found.fixed == (None, None, None, Share(2, (0, 1)), None, None)
@@ -80,8 +78,8 @@ def test_layers_that_are_alike_share_and_the_first_do_not(profiles: Profiles) ->
     assert choice_of(profile, share=0) is None
 
 
-def test_more_layers_share_as_long_as_that_may_pay(profiles: Profiles) -> None:
-    profile = copying(profiles(layers=12, anchors=3), copy_squares=np.full((12, 3, 2, 2), 0.5))
+def test_more_layers_share_as_long_as_that_may_pay() -> None:
+    profile = copying(make_profile(layers=12, anchors=3), copy_squares=np.full((12, 3, 2, 2), 0.5))
     found = choice_of(profile, share="auto")
     assert found is not None
     asked = []
@@ -138,8 +136,8 @@ def test_what_is_asked_for_is_kept_in_its_shortest_form() -> None:
     ],
 )
 def test_what_a_profile_or_a_model_does_not_have(
-    profiles: Profiles, anchors: int, share: str, error: type[MoaCompressError], says: str
+    anchors: int, share: str, error: type[MoaCompressError], says: str
 ) -> None:
-    profile = profiles(anchors=anchors)
+    profile = make_profile(anchors=anchors)
     with pytest.raises(error, match=says):
         SearchRequest.of(profile, "50%", profile.recipe.override(search__share=share))

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 
-from moacompress.calibration.profile.store import Profile
 from moacompress.rules.plan import Plan
 from moacompress.search.problem.knapsack import Knapsack
 from moacompress.search.search_context import Incumbent, SearchContext
-
-Profiles = Callable[..., Profile]
-Search = Callable[..., tuple[Any, Any]]
+from tests.search.conftest import Search, make_profile
 
 
-def test_what_is_left_is_spent_unless_that_measures_worse(
-    search: Search, profiles: Profiles, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_left_is_spent_unless_that_measures_worse(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here the solver is held to the narrowest rule of all KV heads."""
 
     def shares(plan: Plan) -> list[float]:
         return [plan.kv_share(n) for n in (256, 512)]
 
     monkeypatch.setattr(Knapsack, "choose", lambda self, costs: np.ones(costs.shape[:2], np.int64))
-    spent = search(profiles(trials=1, alternatives=False))[0]
+    spent = search(make_profile(trials=1, alternatives=False))[0]
     stages = spent.explanation["stages"]
     assert [stage["name"] for stage in stages] == ["surrogate", "study", "rest"]
     assert stages[-1]["kept"]
@@ -39,6 +32,6 @@ def test_what_is_left_is_spent_unless_that_measures_worse(
         return replace(found, kls=[100 * kl for kl in found.kls]) if stage == "rest" else found
 
     monkeypatch.setattr(SearchContext, "measured", worse)
-    left = search(profiles(trials=1, alternatives=False))[0]
+    left = search(make_profile(trials=1, alternatives=False))[0]
     assert not left.explanation["stages"][-1]["kept"]
     assert max(shares(left.plan)) < max(shares(spent.plan))

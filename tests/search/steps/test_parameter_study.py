@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
-from moacompress.calibration.profile.store import Profile
 from moacompress.search.predict.search_parameters import START_PRECISION, SearchParameters
 from moacompress.search.predict.surrogate import Surrogate
-
-Profiles = Callable[..., Profile]
-Search = Callable[..., tuple[Any, Any]]
+from tests.search.conftest import FakeObjective, Search, make_profile
 
 
-def test_hopeless_plans_are_pruned_and_never_win(
-    search: Search, profiles: Profiles, fake_objective: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hopeless_plans_are_pruned_and_never_win(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
     def _keys(fake: Any) -> list[str]:
         return [key for key, _ in fake.calls]
 
-    honest = fake_objective._cost
+    honest = FakeObjective._cost
     monkeypatch.setattr(
-        fake_objective, "_cost", lambda self, *where: honest(self, *where) * (1 if len(set(_keys(self))) < 10 else 50)
+        FakeObjective, "_cost", lambda self, *where: honest(self, *where) * (1 if len(set(_keys(self))) < 10 else 50)
     )
-
-    profile = profiles(trials=8)
-    result, fake = search(profile)
+    result, fake = search(make_profile(trials=8))
     counts = {key: _keys(fake).count(key) for key in _keys(fake)}
     seen = [count for count in counts.values() if count < fake.size]
     assert seen, "a plan 50 times worse is not measured on all samples"
     assert counts[result.plan.key()] == fake.size
 
 
-def test_starts_are_tried_first(search: Search, profiles: Profiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_starts_are_tried_first(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Mapping[str, float]] = []
     bend = SearchParameters.bend
 
@@ -43,12 +36,12 @@ def test_starts_are_tried_first(search: Search, profiles: Profiles, monkeypatch:
         return bend(self, surrogate, values)
 
     monkeypatch.setattr(SearchParameters, "bend", noted)
-    neutral = dict.fromkeys(search(profiles(trials=1))[0].plan.provenance["knobs"], 0.0)
+    neutral = dict.fromkeys(search(make_profile(trials=1))[0].plan.provenance["knobs"], 0.0)
     start = dict.fromkeys(neutral, 0.2)
     keys = set()
     for starts, first in (([start], True), ([], False)):
         given.clear()
-        keys.add(search(profiles(trials=2), starts=starts)[0].plan.provenance["search"])
+        keys.add(search(make_profile(trials=2), starts=starts)[0].plan.provenance["search"])
         assert (next(values for values in given if values != neutral) == start) == first
     assert len(keys) == 1
 

@@ -3,60 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from moacompress.calibration.profile.store import Profile
 from moacompress.core.progress import SILENT
-from moacompress.rules.limits import is_within
 from moacompress.rules.plan import Plan
 from moacompress.search import study
 from moacompress.search.deadline import Deadline
-from moacompress.search.measure.packed_plan import pack
-from moacompress.search.measure.trials import TrialResult
 from moacompress.search.problem.knapsack import Knapsack
 from moacompress.search.search_context import Incumbent, SearchContext
 from moacompress.search.search_request import SearchRequest
 from moacompress.search.steps.parameter_study import tune_parameters
 from moacompress.search.study import opened
-
-Profiles = Callable[..., Profile]
-Search = Callable[..., tuple[Any, Any]]
+from tests.search.conftest import Search, make_profile
 
 
 @pytest.fixture
-def context(pretended: Callable[..., Any], profiles: Profiles) -> Iterator[SearchContext]:
+def context(pretended: Callable[..., Any]) -> Iterator[SearchContext]:
     """What steps work with, in which no step has run."""
-    with made(pretended, profiles(trials=2, alternatives=False)) as context:
-        yield context
-
-
-@contextmanager
-def made(pretended: Callable[..., Any], profile: Profile) -> Iterator[SearchContext]:
+    profile = make_profile(trials=2, alternatives=False)
     _, model = pretended(profile)
     request = SearchRequest.of(profile, "50%", profile.recipe)
     with opened(request, None, False, model, SILENT, Deadline()) as context:
         yield context
-
-
-def first(context: SearchContext) -> Incumbent:
-    """The surrogate's own plan, as a study of one trial leaves it."""
-    plan = context.start().plan
-    kls = context.evaluator.shown("test", plan, "")
-    context.tried = [TrialResult(0, plan.key(), pack(plan), kls, 0.0, False, context.request.parameters.neutral)]
-    return Incumbent(plan, kls, "trial 0")
-
-
-def fits(plan: Plan, context: SearchContext) -> bool:
-    return is_within(plan, context.request.limits)
-
-
-def names(context: SearchContext) -> list[str]:
-    return [stage.name.partition(",")[0] for stage in context.stages]
 
 
 def test_the_study_measures_what_it_is_given(context: SearchContext, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,12 +46,10 @@ def test_the_study_measures_what_it_is_given(context: SearchContext, monkeypatch
     assert len(solved) == 1  # the plan of trial 0 was there
     assert context.tried[0].key == start.plan.key()
     assert len(best.kls) == context.evaluator.measure.size
-    assert names(context) == ["surrogate", "study"]
+    assert [stage.name.partition(",")[0] for stage in context.stages] == ["surrogate", "study"]
 
 
-def test_a_further_step_is_one_line(
-    search: Search, profiles: Profiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_further_step_is_one_line(search: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Incumbent] = []
 
     def share(incumbent: Incumbent, context: SearchContext) -> Incumbent:
@@ -91,9 +61,9 @@ def test_a_further_step_is_one_line(
         context.add_stage("share", found, True)
         return found
 
-    plain, _ = search(profiles(trials=1, alternatives=False), out=tmp_path / "plain.json")
+    plain, _ = search(make_profile(trials=1, alternatives=False), out=tmp_path / "plain.json")
     monkeypatch.setattr(study, "STEPS", (*study.STEPS, share))
-    found, fake = search(profiles(trials=1, alternatives=False), out=tmp_path / "plan.json")
+    found, fake = search(make_profile(trials=1, alternatives=False), out=tmp_path / "plan.json")
     assert given[0].plan.rules == plain.plan.rules
     written = Plan.load(tmp_path / "plan.json")
     assert written == found.plan
