@@ -40,17 +40,8 @@ class Run:
         builds.digest.cache_clear()
         sys.modules.pop("test_it", None)
         plugins = [self, *([builds.Recorder()] if recorded else [])]
-        options = [
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-            "--import-mode=importlib",
-            "--rootdir",
-            str(folder),
-        ]
-        pytest.main([*options, str(folder)], plugins)
+        options = f"-q -p no:cacheprovider -p no:xdist --import-mode=importlib --rootdir {folder} {folder}"
+        pytest.main(options.split(), plugins)
         builds.digest.cache_clear()
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:

@@ -22,32 +22,13 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 SCRIPTS = [block for language, block in BLOCKS if language == "sh"]
 JOBS = [block for language, block in BLOCKS if language == "yaml"]
 SBATCH = {
-    "job-name",
-    "array",
-    "gpus-per-task",
-    "gpus-per-node",
-    "cpus-per-task",
-    "time",
-    "requeue",
-    "nodes",
-    "ntasks-per-node",
+    *("job-name", "array", "time", "requeue", "nodes"),
+    *("gpus-per-task", "gpus-per-node", "cpus-per-task", "ntasks-per-node"),
 }
 """Options of `sbatch` that are used, as its manual spells them."""
 PROGRAMS = {
-    "cd",
-    "moacompress",
-    "torchrun",
-    "head",
-    "srun",
-    "scontrol",
-    "ray",
-    "ssh",
-    "export",
-    "set",
-    "for",
-    "do",
-    "done",
-    "wait",
+    *("moacompress", "torchrun", "srun", "scontrol", "ray", "ssh"),
+    *("cd", "head", "export", "set", "for", "do", "done", "wait"),
 }
 
 

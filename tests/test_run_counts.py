@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from transformers import PreTrainedModel
-from typer.testing import CliRunner
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile import passes
 from moacompress.calibration.profile.sample_statistics import sample_statistics
-from moacompress.cli import app
 from moacompress.core.errors import DataError, ModelError
 from moacompress.models.source import model_shape
 from moacompress.models.weight_bytes import resident_bytes
@@ -31,6 +27,8 @@ from moacompress.rules.rule import SINKS
 from moacompress.rules.rule_table import RuleTable
 from moacompress.run_counts import ModelCounts, RunCounts, count_run, read_counts
 from moacompress.runtime.compat.alternates import returned_cache
+from tests.cli.commands import answer, invoke
+from tests.conftest import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "tests" / "configs"
@@ -56,7 +54,7 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "phi3", "gpt_neox", "qwen3_moe"])
-def test_weights_and_cache(family: str, tiny_model: Callable[..., PreTrainedModel]) -> None:
+def test_weights_and_cache(family: str) -> None:
     model: Any = tiny_model(family)
     counts = ModelCounts.of(model.config)
     assert counts.parameters == model.num_parameters()
@@ -69,7 +67,7 @@ def test_weights_and_cache(family: str, tiny_model: Callable[..., PreTrainedMode
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "qwen3_moe"])
-def test_forward(family: str, tiny_model: Callable[..., PreTrainedModel]) -> None:
+def test_forward(family: str) -> None:
     model: Any = tiny_model(family, attn_implementation="eager")
     if family == "qwen3_moe":
         model.set_experts_implementation("eager")
@@ -83,9 +81,7 @@ def test_forward(family: str, tiny_model: Callable[..., PreTrainedModel]) -> Non
 
 @pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize("draws", [1, 3])
-def test_sample(
-    tiny_model: Callable[..., PreTrainedModel], draws: int, twice: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sample(draws: int, twice: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     counts = ModelCounts.of(model.config)
     if twice:
@@ -103,7 +99,7 @@ def test_sample(
     assert sum(array.nbytes for array in found.arrays.values()) == counts.statistics_bytes(len(table), recipe)
 
 
-def test_windows_of_the_model_attend_less(tiny_model: Callable[..., PreTrainedModel]) -> None:
+def test_windows_of_the_model_attend_less() -> None:
     model: Any = tiny_model("gemma3_text")
     counts = ModelCounts.of(model.config)
     seen = [min(n + 1, window or LENGTH) for window in counts.shape.native_windows for n in range(LENGTH)]
@@ -145,19 +141,13 @@ def test_a_recipe_of_a_large_model_runs_dry(name: str, billions: float) -> None:
 def test_the_command_says_that_it_was_counted(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(CONFIGS / "qwen3-8b", folder)
-    recipe = [
-        "--recipe",
-        str(ROOT / "recipes" / "qwen3-8b" / "quarter.yaml"),
-        "--text",
-        str(ROOT / "docs" / "comparison.md"),
-    ]
-    done = CliRunner().invoke(app, ["compress", str(folder), *recipe, "--dry-run", "-o", str(tmp_path / "out")])
+    recipe = ("--recipe", ROOT / "recipes/qwen3-8b/quarter.yaml", "--text", ROOT / "docs/comparison.md")
+    asked = (folder, *recipe, "--dry-run", "-o", tmp_path / "out")
+    done = invoke("compress", *asked)
     assert done.exit_code == 0, done.output
     said = " ".join(done.stdout.split())
     assert re.search(r"at least \S+ x 10\^15 operations \(profile .* and nothing was timed\. Nothing was done\.", said)
-    asked = ["profile", str(folder), *recipe, "--dry-run", "--json", "-o", str(tmp_path / "out")]
-    done = CliRunner().invoke(app, asked)
-    found = json.loads(done.stdout)
+    found = answer("profile", *asked)
     assert found["counted"]
     assert found["operations"] == {"profile": counted("qwen3-8b").operations["profile"]}
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
@@ -170,9 +160,10 @@ def test_what_a_config_tells_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="prompts of 65,536 tokens"):
         estimate(asked.override(evaluation__lengths="64k"))
     config = json.loads((CONFIGS / "qwen3-8b" / "config.json").read_text("utf-8"))
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 5000}))
-    with pytest.raises(ModelError, match="num_key_value_heads 5000"):
-        estimate(asked.override(model=str(tmp_path)))
-    (tmp_path / "config.json").write_text(json.dumps(config | {"is_causal": False}))
-    with pytest.raises(ModelError, match="both directions"):
-        estimate(asked.override(model=str(tmp_path)))
+    for change, said in (
+        ({"num_key_value_heads": 5000}, "num_key_value_heads 5000"),
+        ({"is_causal": False}, "both directions"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ModelError, match=said):
+            estimate(asked.override(model=str(tmp_path)))

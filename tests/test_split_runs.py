@@ -8,21 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 from moacompress.calibration.profile.store import Profile
-from moacompress.cli import app
 from moacompress.exporter.exporting import export
 from moacompress.models.source import load_source
 from moacompress.rules.plan import Plan
 from tests import plan_kinds
+from tests.cli.commands import answer, invoke
+from tests.conftest import tiny_model
 from tests.torchrun import torchrun
 
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
 
 
 @pytest.fixture(scope="module")
-def dense(tiny_model, tiny_tokenizer, tmp_path_factory) -> Path:
+def dense(tiny_tokenizer, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("split") / "dense"
     tiny_model("llama", **HEADS).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
@@ -34,11 +34,9 @@ def test_profile_and_search(dense, small_run, tmp_path):
     calibration = {**small_run["calibration"], "lengths": [300], "samples": 2}
     profile = {"draws": 1, "gates": True, "gate_samples": 2, "heads": True, "baselines": True}
     recipe = tmp_path / "recipe.yaml"
-    search = {"trials": 1}
-    recipe.write_text(yaml.safe_dump({"calibration": calibration, "profile": profile, "search": search}))
+    recipe.write_text(yaml.safe_dump({"calibration": calibration, "profile": profile, "search": {"trials": 1}}))
     command = ["profile", str(dense), "--recipe", str(recipe)]
-    done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "one")])
-    assert done.exit_code == 0, done.output
+    answer(*command, "-o", tmp_path / "one")
     split = torchrun(2, *command, "-o", tmp_path / "two", "--tensor-parallel")
     assert split.returncode == 0, split.stderr[-3000:]
     one, two = (Profile.load(tmp_path / name) for name in ("one", "two"))
@@ -52,8 +50,7 @@ def test_profile_and_search(dense, small_run, tmp_path):
     gates = one.gate_weights.weight
     assert np.abs(two.gate_weights.weight - gates).max() < 1e-3 * np.abs(gates).max()
     options = ["--budget", "50%", "--recipe", str(recipe)]
-    done = CliRunner().invoke(app, ["search", str(tmp_path / "one"), *options, "-o", str(tmp_path / "one.json")])
-    assert done.exit_code == 0, done.output
+    answer("search", tmp_path / "one", *options, "-o", tmp_path / "one.json")
     split = torchrun(2, "search", tmp_path / "two", *options, "-o", tmp_path / "two.json", "--tensor-parallel")
     assert split.returncode == 0, split.stderr[-3000:]
     plans = [Plan.load(tmp_path / name) for name in ("one.json", "two.json")]
@@ -71,20 +68,9 @@ def test_eval(dense, tmp_path):
     source = load_source(dense)
     plan = plan_kinds.formats(source.model)
     folder = export(source, plan, tmp_path / "model")
-    command = [
-        "eval",
-        str(folder),
-        "--tasks",
-        "needle-noise",
-        "--lengths",
-        "300",
-        "--prompts",
-        "1",
-        "--against",
-        "dense",
-    ]
+    command = f"eval {folder} --tasks needle-noise --lengths 300 --prompts 1 --against dense".split()
     one, two = tmp_path / "one.json", tmp_path / "two.json"
-    assert CliRunner().invoke(app, [*command, "-o", str(one)]).exit_code == 0
+    assert invoke(*command, "-o", one).exit_code == 0
     split = torchrun(2, *command, "-o", two, "--tensor-parallel")
     assert split.returncode == 0, split.stderr[-3000:]
     wanted, found = (json.loads(file.read_text())["results"] for file in (one, two))
@@ -94,18 +80,14 @@ def test_eval(dense, tmp_path):
         assert {**ours, "value": 0, "ci95": 0} == {**theirs, "value": 0, "ci95": 0}
 
 
-def test_what_is_not_split(dense, compressed):
-    """What is said before anything runs."""
-    runs = {
-        ("profile", dense, "-o", "nowhere"): "splits a model over the processes of torchrun, and there is one",
-        ("eval", compressed): "splits a model over the processes of torchrun, and there is one",
-    }
-    for command, said in runs.items():
-        done = CliRunner().invoke(app, [*map(str, command), "--tensor-parallel"])
-        assert done.exit_code == 2
-        assert said in done.stderr
+@pytest.fixture
+def two_ranks(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("moacompress.models.processes.join", lambda: None)
 
 
+@pytest.mark.usefixtures("two_ranks")
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -115,16 +97,14 @@ def test_what_is_not_split(dense, compressed):
         ("--dry-run", "--dry-run"),
     ],
 )
-def test_what_is_not_searched_by_ranks(options, said, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr("moacompress.models.processes.join", lambda: None)
+def test_what_is_not_searched_by_ranks(options, said):
     golden = Path(__file__).parent / "golden" / "profile"
-    done = CliRunner().invoke(app, ["search", str(golden), "--budget", "50%", *options.split()])
+    done = invoke("search", golden, "--budget", "50%", *options.split())
     assert done.exit_code == 2, done.output
     assert said in done.stderr
 
 
+@pytest.mark.usefixtures("two_ranks")
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -136,10 +116,7 @@ def test_what_is_not_searched_by_ranks(options, said, monkeypatch):
         ("--against dense,snapkv", "snapkv has its own cache or weights"),
     ],
 )
-def test_what_is_not_measured_of_a_split_model(options, said, compressed, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr("moacompress.models.processes.join", lambda: None)
-    done = CliRunner().invoke(app, ["eval", str(compressed), "--tensor-parallel", *options.split()])
+def test_what_is_not_measured_of_a_split_model(options, said, compressed):
+    done = invoke("eval", compressed, "--tensor-parallel", *options.split())
     assert done.exit_code == 2
     assert said in done.stderr

@@ -11,7 +11,7 @@ import torch
 from moacompress.bench import benchmark, peak
 from moacompress.bench.bench_request import SIDES, BenchRequest, Cell
 from moacompress.bench.benchmark import run_bench
-from moacompress.core.errors import ArtefactError, DataError, MoaCompressError, UsageError
+from moacompress.core.errors import ArtefactError, MoaCompressError
 from moacompress.rules.plan import Plan
 
 SMALL = BenchRequest((96, 160), (1, 2), ("float32",), tokens=2, repeats=2, prefill_repeats=1, peak=False)
@@ -75,23 +75,6 @@ def test_it_goes_on_where_it_was_stopped(compressed, tmp_path, monkeypatch):
     monkeypatch.undo()
     other = replace(small, tokens=3, batches=(1,), lengths=(96,))
     assert len(run_bench(compressed, other, out=out, overwrite=True)["runs"]) == 2
-
-
-def test_what_is_refused_leaves_nothing_behind(compressed, tmp_path, tiny_folder, monkeypatch):
-    out = tmp_path / "bench.json"
-    with pytest.raises(DataError, match="at most 4,096"):
-        run_bench(compressed, replace(ONE, lengths=(5000,)), out=out)
-    with pytest.raises(UsageError, match="is a model but not a compressed one"):
-        run_bench(tiny_folder, ONE, out=out)
-    with pytest.raises(UsageError, match="missing does not exist; give a compressed model"):
-        run_bench(tmp_path / "missing", ONE, out=out)
-    monkeypatch.setattr(benchmark, "available_memory", lambda device: 2**20)
-    with pytest.raises(MoaCompressError, match=r"1.0 MiB is available"):
-        run_bench(compressed, ONE, out=out)
-    monkeypatch.undo()
-    with pytest.raises(UsageError, match="'abacus' is not the name of a torch device"):
-        run_bench(compressed, replace(ONE, device="abacus"), out=out)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.heavy

@@ -14,6 +14,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.clock import Clock
+
 FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 SCRIPT = FOLDER / "gpu.py"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -77,15 +79,6 @@ def test_what_cannot_be_asked(load_script, tmp_path, monkeypatch, capsys):
             script.main()
         assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-
-
-class Clock:
-    """Seconds that pass when they are told to."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_what_a_part_does_not_use_goes_to_the_next_ones():

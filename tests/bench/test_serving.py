@@ -19,10 +19,11 @@ from moacompress.bench.request_mix import ANSWERS, PROMPTS, Lengths, Request, re
 from moacompress.bench.running_rows import running_rows
 from moacompress.bench.serve_benchmark import ServeRequest, run_serving
 from moacompress.bench.serving import RunningRows, serve
-from moacompress.core.errors import ArtefactError, DataError, UsageError
+from moacompress.core.errors import ArtefactError, UsageError
 from moacompress.models.source import model_shape
 from moacompress.models.stored_plan import stored_plan
 from moacompress.rules.plan import Plan
+from tests.conftest import tiny_model
 
 SMALL = ServeRequest(
     count=6, kv_memory=400_000, prompt=Lengths(200, 0.3, 100, 300), new=Lengths(8, 0.5, 1, 20), dtypes=("float32",)
@@ -167,7 +168,7 @@ def test_rows_get_the_tokens_that_they_would_get_alone(side: str, models: Any, c
     assert answers(running_rows(side, models[side], checkpoint.plan), given, 3) == alone
 
 
-def test_dense_rows_keep_no_more_than_the_windows_of_the_model(tiny_model: Any) -> None:
+def test_dense_rows_keep_no_more_than_the_windows_of_the_model() -> None:
     """Rows below the window of 80, beyond it, and that come beyond it join and leave."""
     model = tiny_model("gemma3_text")
     plan = Plan.full(model_shape(model))
@@ -216,12 +217,3 @@ def test_serving_in_another_dtype_than_the_checkpoint_s(compressed: Path) -> Non
     asked = replace(SMALL, dtypes=("bfloat16",), sides=sides)
     rows = run_serving(compressed, asked)["serve"]
     assert [(row["side"], row["dtype"], row["requests"]) for row in rows] == [(side, "bfloat16", 6) for side in sides]
-
-
-def test_what_cannot_be_served_is_refused(compressed: Path) -> None:
-    with pytest.raises(UsageError, match=r"tokens takes .* of KV cache under dense, and --kv-memory is 9\.8 KiB"):
-        run_serving(compressed, replace(SMALL, kv_memory=10_000))
-    with pytest.raises(DataError, match=r"the longest request has 100,008 tokens; .* give --prompt and --new"):
-        run_serving(compressed, replace(SMALL, prompt=100_000, new=8))
-    with pytest.raises(UsageError, match="unknown side 'dense_best'"):
-        ServeRequest(sides=("dense_best",))

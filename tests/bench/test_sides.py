@@ -20,6 +20,8 @@ from moacompress.bench.sides import (
 )
 from moacompress.runtime.compat.alternates import CACHE, cache_argument
 from moacompress.runtime.hf.attaching import attached_plan
+from tests.conftest import tiny_model
+from tests.plan_kinds import random_plan
 
 SIDES = ("plan", "full_span", "dense", STATIC)
 
@@ -166,7 +168,7 @@ def test_turns_of_prefilling_begin_with_nothing(side, models):
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt_neox"])
-def test_other_families(family, tiny_model, random_plan):
+def test_other_families(family):
     """Sliding windows of their own among them: a step from a filled cache is the same in every dense side."""
     from moacompress.bench.sides import make_models
     from moacompress.models.source import model_shape

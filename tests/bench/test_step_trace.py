@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rich.console import Console
 
 from moacompress.bench.bench_request import BenchRequest, Cell
 from moacompress.bench.benchmark import run_bench
@@ -21,6 +20,8 @@ from moacompress.report.page.figures import speed_pictures
 from moacompress.runtime import attach
 from moacompress.runtime.compat.alternates import cache_argument
 from tests import plan_kinds
+from tests.conftest import tiny_model
+from tests.printed import printed
 
 CPU = CpuBackend()
 STEPS, LENGTH, ROWS = 3, 160, 2
@@ -33,7 +34,7 @@ built = pytest.mark.skipif(not CPU.status().works, reason="the kernels are not b
 
 
 @pytest.fixture
-def turn(tiny_model):
+def turn():
     """Steps under a plan with gates, large enough that an operator's call is small beside its work."""
     model = tiny_model(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, head_dim=64)
     plan = plan_kinds.gates(model)
@@ -129,11 +130,7 @@ def test_bench_shows_it_in_json_tables_and_a_picture(compressed):
     report = run_bench(compressed, TRACED)
     (row,) = report["runs"]
     assert [found["phase"] for found in row["trace"]["phases"]] == [*PHASES, FRAMEWORK]
-    console = Console(width=200)
-    with console.capture() as captured:
-        for table in bench_tables(report):
-            console.print(table)
-    shown = captured.get()
+    shown = printed(*bench_tables(report), width=200)
     assert "Where a step's time goes under this plan, 2 x 96 fp32" in shown
     assert all(name in shown for name in (*PHASES, FRAMEWORK))
     picture = speed_pictures(report)[-1]
@@ -145,7 +142,7 @@ def test_bench_shows_it_in_json_tables_and_a_picture(compressed):
     assert "trace" not in [picture.name for picture in speed_pictures(untraced)]
 
 
-def test_what_cannot_be_traced_is_refused(monkeypatch):
+def test_what_cannot_be_traced_is_refused():
     for changes in ({"sides": ("dense",)}, {"compile": True}):
         with pytest.raises(UsageError, match="goes with plan among --sides, and without --compile"):
             replace(TRACED, **changes)

@@ -14,6 +14,7 @@ import typer
 from moacompress.cli import app
 from moacompress.estimate.stopwatch import Stopwatch
 from tests.cli.commands import answer, invoke, problem
+from tests.conftest import tiny_model
 from tests.plan_kinds import gated_plan
 
 
@@ -66,7 +67,7 @@ def test_export(compressed: Path, tiny_folder: Path, tmp_path: Path, monkeypatch
     assert "is not a folder" in problem(*command[:-1], plan / "model", "--dry-run")
 
 
-def test_what_export_refuses(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_what_export_refuses(tiny_tokenizer: Any, tmp_path: Path) -> None:
     """Gates that are not at hand; and a tied weight is counted once."""
     model = tiny_model(tie_word_embeddings=True)
     for part in (model, tiny_tokenizer):

@@ -197,10 +197,8 @@ def test_an_interrupt_says_that_the_same_command_goes_on(monkeypatch: pytest.Mon
 
     result = call(interrupted)
     assert (result.exit_code, result.stdout) == (130, "")
-    assert (
-        result.stderr == "moacompress: interrupted; what was written is kept, and the same command resumes from there\n"
-    )
-
+    said = "moacompress: interrupted; what was written is kept, and the same command resumes from there\n"
+    assert result.stderr == said
     again = call(interrupted, "--overwrite", takes=("overwrite",)).stderr
     assert "resumes from there without --overwrite, with which it starts from scratch\n" in again
     argv = ["/usr/bin/moacompress", "compress", "my model", "--overwrite", "-o", "out"]
@@ -285,7 +283,7 @@ def test_the_first_line_says_which_kernels_run(monkeypatch: pytest.MonkeyPatch, 
     for status in (
         Status(False, "there is no compiler"),
         Status(True, "compiled"),
-    ):  # kernels of the CPU run nothing there
+    ):  # the CPU's kernels run nothing there
         monkeypatch.setattr(CpuBackend, "status", lambda self, status=status: status)
         monkeypatch.setattr(TritonBackend, "status", lambda self: Status(True, "there is a card"))
         monkeypatch.setattr(TritonBackend, "supports", lambda self, device, dtype: device == "cuda")

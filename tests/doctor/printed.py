@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
+from tests.printed import printed
 
 
 def shown(table: Any) -> str:
     """Returns a table as text."""
-    console = Console(width=300)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get()
+    return printed(table, width=300)

@@ -16,7 +16,9 @@ from moacompress.models.weight_bytes import checkpoint_weight_bytes
 from moacompress.report.doctor_tables import model_table
 from moacompress.rules.plan import Plan
 from moacompress.runtime.hf.attaching import attach
+from tests.conftest import tiny_model
 from tests.doctor.printed import shown
+from tests.plan_kinds import random_plan
 
 
 @pytest.fixture
@@ -189,14 +191,7 @@ def test_what_is_damaged_is_said(name: str, checkpoint: Path, environment: dict[
             AutoModelForCausalLM.from_pretrained(checkpoint)
 
 
-def test_every_family_is_whole(
-    family: str,
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    random_plan: Callable[..., Plan],
-    tmp_path: Path,
-    environment: dict[str, Any],
-) -> None:
+def test_every_family_is_whole(family: str, tiny_tokenizer: Any, tmp_path: Path, environment: dict[str, Any]) -> None:
     """Tied weights are stored once, and some families store weights under other names than they have."""
     model = tiny_model(family)
     plan = random_plan(model_shape(model))
@@ -210,13 +205,7 @@ def test_every_family_is_whole(
     assert "lacks 1 of its weights, such as " in problem or "numbers, the model needs" in problem
 
 
-def test_weights_in_several_files(
-    tiny_model: Callable[..., Any],
-    tiny_tokenizer: Any,
-    random_plan: Callable[..., Plan],
-    tmp_path: Path,
-    environment: dict[str, Any],
-) -> None:
+def test_weights_in_several_files(tiny_tokenizer: Any, tmp_path: Path, environment: dict[str, Any]) -> None:
     model = tiny_model("llama", tie_word_embeddings=True)
     plan = random_plan(model_shape(model))
     attach(model, plan).save_pretrained(tmp_path, max_shard_size="100KB")

@@ -15,6 +15,7 @@ from moacompress.doctor import checks
 from moacompress.doctor.checks import check_environment, check_model
 from moacompress.report.doctor_tables import model_table
 from moacompress.runtime.compat import private_names
+from tests.cli.commands import invoke
 from tests.doctor.printed import shown
 
 
@@ -86,13 +87,10 @@ def test_the_private_names_are_said(environment: dict[str, Any], monkeypatch: py
 
 def test_broken_private_names_are_problems(monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers
-    from typer.testing import CliRunner
-
-    from moacompress.cli import app
 
     monkeypatch.setattr(checks, "_check_autoload", lambda: {"registered": True, "switch": None, "reason": None})
     monkeypatch.delattr(transformers.PreTrainedModel, "_supports_sdpa")
-    done = CliRunner().invoke(app, ["doctor", "--json"])
+    done = invoke("doctor", "--json")
     assert done.exit_code == 1
     found = json.loads(done.stdout)
     assert [broken["name"].rpartition(".")[2] for broken in found["private_names"]["broken"]] == ["_supports_sdpa"]
@@ -143,6 +141,7 @@ COMMON = {
     "num_key_value_heads": 2,
 }
 MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+BAMBA = {"model_type": "bamba", "attn_layer_indices": [2], "mamba_n_heads": 4, "mamba_d_head": 16}
 UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "deepseek_v3", **MLA}, "deepseek_v3 caches latent vectors (MLA, kv_lora_rank 8) in all layers"),
     (
@@ -150,7 +149,7 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
         "jamba has layers of type linear_attention that keep a state, not keys and values: layers 0, 2 (layer_types)",
     ),
     (
-        {"model_type": "bamba", "attn_layer_indices": [2], "mamba_n_heads": 4, "mamba_d_head": 16},
+        BAMBA,
         "bamba has layers of type linear_attention that keep a state, not keys and values: layers 0-1, 3 (layer_types)",
     ),
     ({"model_type": "falcon_h1"}, "falcon_h1 has layers of type hybrid, a state space beside attention: layers 0-3"),
@@ -235,13 +234,7 @@ def test_what_is_not_supported_is_said(config: dict[str, Any], problem: str, tmp
 
 
 def test_every_problem_is_said(tmp_path: Path) -> None:
-    config = {
-        "model_type": "bamba",
-        "attn_layer_indices": [2],
-        "mamba_n_heads": 4,
-        "mamba_d_head": 16,
-        "quantization_config": {"quant_method": "gptq", "bits": 4},
-    }
+    config = {**BAMBA, "quantization_config": {"quant_method": "gptq", "bits": 4}}
     (tmp_path / "config.json").write_text(json.dumps(COMMON | config))
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
     problems = check_model(str(tmp_path))["problems"]

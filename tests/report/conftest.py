@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from moacompress.cli import app
 from moacompress.pipeline import compress
 from moacompress.recipe import Recipe
+from tests.cli.commands import answer
 
 AUDIT = {
     "estimator": "robust",
@@ -31,8 +30,8 @@ def recipe(tiny_folder: Path, small_run: dict[str, Any]) -> Recipe:
 def run_folder(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out: Path = tmp_path_factory.mktemp("page") / "out"
     compress(recipe, out)
-    options = ["--lengths", "64,128", "--repeats", "7", "--tokens", "2", "--no-peak", "--sides", "plan,dense"]
-    assert CliRunner().invoke(app, ["bench", str(out), *options, "-o", str(out / "bench.json")]).exit_code == 0
+    options = "--lengths 64,128 --repeats 7 --tokens 2 --no-peak --sides plan,dense"
+    answer("bench", out, *options.split(), "-o", out / "bench.json")
     fingerprint = json.loads((out / "profile" / "profile.json").read_text())["fingerprint"]
     (out / "profile" / "audit.json").write_text(json.dumps({**AUDIT, "profile": fingerprint}))
     return out

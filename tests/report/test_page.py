@@ -14,9 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from moacompress.cli import app
 from moacompress.core.tables import readable_bytes
 from moacompress.recipe import Recipe
 from moacompress.report.page.figures import answer_table, peak_picture, quality_pictures, side_names
@@ -38,8 +36,8 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import Share, with_shared_rules
 from tests.browser import needs_browser
+from tests.cli.commands import answer, invoke, problem
 
-RUNNER = CliRunner()
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--virtual-time-budget=15000", "--dump-dom",
@@ -78,10 +76,8 @@ SPY = """
 
 @pytest.fixture(scope="module")
 def page(run_folder: Path) -> str:
-    result = RUNNER.invoke(app, ["report", str(run_folder), "--json"])
-    assert result.exit_code == 0, result.output
+    data = answer("report", run_folder)
     assert (run_folder / "report.html").stat().st_size > 1e6  # plotly is in it
-    data = json.loads(result.stdout)
     assert data["missing"] == []
     assert data["sections"] == ["heads", "quality", "costs", "harm", "search"]
     return (run_folder / "report.html").read_text("utf-8")
@@ -144,7 +140,7 @@ def test_the_first_sentence_is_what_it_saves_and_what_it_costs(run_folder: Path)
     )
 
 
-def test_a_missing_search_can_be_pasted(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_search_can_be_pasted(run_folder: Path, tmp_path: Path) -> None:
     """Once it ran, the page finds the search's notes; the plan is left as it is."""
     folder = tmp_path / "my run"
     shutil.copytree(run_folder, folder)
@@ -156,7 +152,7 @@ def test_a_missing_search_can_be_pasted(run_folder: Path, tmp_path: Path, monkey
     assert missing.command == f"moacompress search {place[:-1]}/profile' {asked} -o {place[:-1]}/plan-again.json'"
     program, *arguments = shlex.split(missing.command)
     assert program == "moacompress"
-    result = RUNNER.invoke(app, [*arguments, "-q"])
+    result = invoke(*arguments, "-q")
     assert result.exit_code == 0, result.output
     assert (folder / "plan.json").read_bytes() == before
     assert (folder / "plan-again.json").is_file()
@@ -173,7 +169,7 @@ def test_a_search_with_settings_of_its_own_is_repeated_with_them(run_folder: Pat
     (command,) = [part.command for part in missing_parts(found) if part.section == "search"]
     shown, search = command.split(" && ")
     first, file = shown.split(" > ")
-    text = RUNNER.invoke(app, shlex.split(first)[1:]).stdout
+    text = invoke(*shlex.split(first)[1:]).stdout
     Path(shlex.split(file)[0]).write_text(text)
     profile, yaml, again = (
         shlex.quote(f"{folder}/{name}") for name in ("profile", "half-again.yaml", "half-again.json")
@@ -183,7 +179,7 @@ def test_a_search_with_settings_of_its_own_is_repeated_with_them(run_folder: Pat
     assert Recipe.load(folder / "half-again.yaml").search == recipe.search
 
 
-def test_sample_answers_are_those_of_the_evaluation(run_folder: Path, page: str) -> None:
+def test_sample_answers_are_those_of_the_evaluation(run_folder: Path) -> None:
     evaluation = json.loads((run_folder / "eval.json").read_text())
     assert len(evaluation["answers"]) == 4
     for row in evaluation["answers"]:
@@ -192,15 +188,14 @@ def test_sample_answers_are_those_of_the_evaluation(run_folder: Path, page: str)
         assert row.keys() >= {"dense", "plan", "dense_match", "plan_match"}
     first = evaluation["answers"][0]
     assert re.fullmatch(r"(What|Which) .*\? Answer with .* alone\.", first["question"])
-    scored = [
-        {**first, "dense_match": a, "plan_match": b, "plan": f"{a}{b}"} for a, b in ((0, 0), (1, 1), (1, 1), (1, 0))
-    ]
+    pairs = ((0, 0), (1, 1), (1, 1), (1, 0))
+    scored = [{**first, "dense_match": a, "plan_match": b, "plan": f"{a}{b}"} for a, b in pairs]
     found = answer_table({"answers": scored})
     assert found is not None
     assert [row[-1] for row in found.rows] == ["10", "11", "00"]
 
 
-def test_what_dense_cannot_do_is_marked(run_folder: Path, tmp_path: Path) -> None:
+def test_what_dense_cannot_do_is_marked(run_folder: Path) -> None:
     evaluation = json.loads((run_folder / "eval.json").read_text())
     assert all("*" not in picture.note for picture in quality_pictures({**evaluation, "at_floor": []}))
     floor = [{"task": "needle-noise", "length": 700}]
@@ -312,7 +307,7 @@ def test_a_browser_draws_it(page: str, run_folder: Path, tmp_path: Path) -> None
 
 def test_what_is_missing_names_its_command(run_folder: Path, tmp_path: Path) -> None:
     shutil.copy(run_folder / "plan.json", tmp_path / "plan.json")
-    result = RUNNER.invoke(app, ["report", str(tmp_path / "plan.json"), "-o", str(tmp_path / "page.html")])
+    result = invoke("report", tmp_path / "plan.json", "-o", tmp_path / "page.html")
     assert result.exit_code == 0
     for command in ("eval", "bench", "search", "report", "profile"):
         assert f"moacompress {command} " in result.stdout
@@ -351,12 +346,10 @@ def test_commands_have_whole_places_on_the_terminal_and_names_on_the_page(run_fo
     out = tmp_path / "my run"
     shutil.copytree(run_folder, out)
     (out / "bench.json").unlink()
-    result = RUNNER.invoke(app, ["report", str(out), "--json"])
-    (missing,) = json.loads(result.stdout)["missing"]
+    (missing,) = answer("report", out)["missing"]
     assert missing["command"] == f"moacompress bench '{out}' -o '{out}'/bench.json"
-    assert "moacompress bench &#39;my run&#39; -o &#39;my run&#39;/bench.json" in (out / "report.html").read_text(
-        "utf-8"
-    )
+    page = (out / "report.html").read_text("utf-8")
+    assert "moacompress bench &#39;my run&#39; -o &#39;my run&#39;/bench.json" in page
 
 
 def test_a_checkpoint_alone_has_a_page(run_folder: Path, tmp_path: Path) -> None:
@@ -369,9 +362,8 @@ def test_a_checkpoint_alone_has_a_page(run_folder: Path, tmp_path: Path) -> None
 
 def test_no_plotly_is_one_sentence(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moacompress.report.page.report_page.find_spec", lambda name: None)
-    result = RUNNER.invoke(app, ["report", str(run_folder), "-o", str(tmp_path / "page.html")])
-    assert result.exit_code == 2
-    assert 'pip install "moacompress[report]"' in result.output
+    said = problem("report", run_folder, "-o", tmp_path / "page.html", exit_code=2)
+    assert 'pip install "moacompress[report]"' in said
     assert not (tmp_path / "page.html").exists()
 
 
@@ -427,10 +419,8 @@ def test_pictures_for_a_card(run_folder: Path, tmp_path: Path, monkeypatch: pyte
         return b"\x89PNG"
 
     monkeypatch.setattr("plotly.graph_objects.Figure.to_image", to_image)
-    result = RUNNER.invoke(
-        app, ["report", str(run_folder), "-o", str(tmp_path / "p.html"), "--pictures", str(tmp_path / "png")]
-    )
-    assert result.exit_code == 0, result.output
+    asked = ("report", run_folder, "-o", tmp_path / "p.html", "--pictures", tmp_path / "png")
+    answer(*asked)
     wanted = [p.title for s in page_sections(Findings.load(run_folder / "plan.json")) for p in (*s.pictures, *s.tabs)]
     assert drawn == wanted
     assert len(list((tmp_path / "png").glob("*.png"))) == len(wanted)
@@ -439,25 +429,20 @@ def test_pictures_for_a_card(run_folder: Path, tmp_path: Path, monkeypatch: pyte
     shutil.copytree(run_folder / "model", model)
     texts = []
     for _ in range(2):
-        assert RUNNER.invoke(app, ["report", str(model), "-o", str(tmp_path / "p.html"), "--card"]).exit_code == 0
+        answer("report", model, "-o", tmp_path / "p.html", "--card")
         texts.append((model / "README.md").read_text("utf-8"))
     assert texts[0] == texts[1]
     assert texts[0].count("## Pictures") == 1
     links = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", texts[0])
     assert "pictures/heads.png" in links
     assert all((model / link).is_file() for link in links)
-    alone = RUNNER.invoke(app, ["report", str(run_folder / "plan.explain.json"), "--card"])
-    assert alone.exit_code != 0
+    assert invoke("report", run_folder / "plan.explain.json", "--card").exit_code != 0
 
     def refuse(self: Any, form: str, scale: float) -> bytes:
         raise RuntimeError("Kaleido requires Google Chrome to be installed.")
 
     monkeypatch.setattr("plotly.graph_objects.Figure.to_image", refuse)
-    result = RUNNER.invoke(
-        app, ["report", str(run_folder), "-o", str(tmp_path / "p.html"), "--pictures", str(tmp_path / "png")]
-    )
-    assert result.exit_code == 2
-    assert "PNG files need kaleido and a Chrome" in result.output
+    assert "PNG files need kaleido and a Chrome" in problem(*asked, exit_code=2)
 
 
 def test_pictures_stay_in_their_folder(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -477,13 +462,11 @@ def test_a_page_replaces_pages_alone(run_folder: Path, tmp_path: Path) -> None:
     shutil.copyfile(run_folder / "plan.json", plan)
     other.write_text("<!DOCTYPE html><title>mine</title>")
     for file, match in ((plan, "is not a page"), (other, "is not a page"), (tmp_path, "cannot be replaced")):
-        done = RUNNER.invoke(app, ["report", str(run_folder), "-o", str(file)])
-        assert done.exit_code == 1
-        assert match in " ".join(done.output.split())
+        assert match in problem("report", run_folder, "-o", file)
     assert plan.read_bytes() == (run_folder / "plan.json").read_bytes()
     page.write_text("")
     for _ in range(2):
-        assert RUNNER.invoke(app, ["report", str(run_folder), "-o", str(page)]).exit_code == 0
+        answer("report", run_folder, "-o", page)
 
 
 def test_a_benchmark_of_a_server_alone_has_no_peaks(run_folder: Path) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
 from moacompress.report.evaluation_tables import csv_text, evaluation_tables, failure_lines, headline
 from moacompress.report.page.figures import baselines_picture, history_picture
@@ -20,6 +19,7 @@ from moacompress.report.search_tables import (
     steps_table,
 )
 from moacompress.report.summary_tables import summary_tables
+from tests.printed import printed
 
 SUMMARY: dict[str, Any] = {
     "model": "some/model",
@@ -42,12 +42,9 @@ SUMMARY: dict[str, Any] = {
 
 
 def shown(*parts: RenderableType) -> str:
-    console = Console(file=io.StringIO(), width=100, highlight=False)
-    for part in parts:
-        console.print(part, markup=False)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = printed(*parts)
     assert max(map(len, text.splitlines())) <= 100
-    return str(text)
+    return text
 
 
 def test_a_summary_has_the_models_that_were_measured() -> None:
