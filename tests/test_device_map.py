@@ -32,6 +32,7 @@ from moacompress.rules.share import Share, with_shared_rules
 from moacompress.runtime import attach, detach
 from moacompress.runtime.hf.attaching import attached_plan
 from tests import plan_kinds
+from tests.conftest import tiny_model
 from tests.pretend_device import KIND
 
 RULES = (Rule.FULL, Rule(4, 16, 0), Rule(16, 40, 0), Rule(4, 20, 0, "native", "native", 9, 0))
@@ -79,6 +80,14 @@ def same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
         np.testing.assert_allclose(found[name], each, rtol=1e-5, atol=1e-5 * np.abs(each).max(), err_msg=name)
 
 
+def padded_ids() -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns two rows, of which the first begins with padding, and their mask."""
+    ids = torch.randint(3, 150, (2, 50))
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    return ids, mask
+
+
 def test_statistics_from_disk(tiny_folder, map_file):
     model = load_source(tiny_folder, device=map_file).model
     assert is_offloaded(model)
@@ -95,9 +104,7 @@ def test_checkpoints_from_disk(kind, tiny_folder, map_file, tmp_path):
     dense = load_source(tiny_folder).model
     plan = KINDS[kind](dense)
     model = attach(dense, plan)
-    ids = torch.randint(3, 150, (2, 50))
-    mask = torch.ones_like(ids)
-    mask[0, :9] = 0
+    ids, mask = padded_ids()
     asked: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     wanted = model.generate(ids, **asked)
     model.save_pretrained(tmp_path / "model")
@@ -117,7 +124,7 @@ def test_checkpoints_from_disk(kind, tiny_folder, map_file, tmp_path):
 
 
 @pytest.fixture
-def spread(tiny_model) -> Callable[[], PreTrainedModel]:
+def spread() -> Callable[[], PreTrainedModel]:
     """Returns a function that spreads a tiny model over two devices that are not there."""
 
     def make() -> PreTrainedModel:
@@ -128,7 +135,7 @@ def spread(tiny_model) -> Callable[[], PreTrainedModel]:
 
 
 @pytest.mark.heavy
-def test_statistics_on_two_devices(spread, pretend_device, tiny_model):
+def test_statistics_on_two_devices(spread, pretend_device):
     with pretend_device():
         wanted = all_statistics(tiny_model("llama").to(f"{KIND}:0"))
         model = spread()
@@ -137,12 +144,10 @@ def test_statistics_on_two_devices(spread, pretend_device, tiny_model):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_generation_on_two_devices(kind, spread, pretend_device, tiny_model):
+def test_generation_on_two_devices(kind, spread, pretend_device):
     dense = tiny_model("llama")
     plan = KINDS[kind](dense)
-    ids = torch.randint(3, 150, (2, 50))
-    mask = torch.ones_like(ids)
-    mask[0, :9] = 0
+    ids, mask = padded_ids()
     asked: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     wanted = attach(dense, plan).generate(ids, attention_mask=mask, **asked)
     with pretend_device():

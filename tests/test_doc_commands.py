@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from moacompress.cli import app
 from moacompress.doctor import checks
 from moacompress.recipe import Recipe
 from moacompress.report.recipe_text import recipe_yaml
 from moacompress.rules.plan import Plan
 from tests.browser import needs_browser
+from tests.cli.commands import answer, invoke
 from tests.doc_commands import (
     CANNOT,
     COMMANDS,
@@ -52,10 +51,7 @@ def place(tiny_folder: Path, compressed: Path, tmp_path_factory: pytest.TempPath
     """A folder with what the commands of the pages name."""
     place = tmp_path_factory.mktemp("place")
     shutil.copytree(tiny_folder, place / "path" / "to" / "model")
-    done = CliRunner().invoke(
-        app, ["export", str(tiny_folder), str(compressed / "model" / "plan.json"), "-o", str(place / "model")]
-    )
-    assert done.exit_code == 0, done.output
+    answer("export", tiny_folder, compressed / "model" / "plan.json", "-o", place / "model")
     for run in ("mine", "quarter"):
         shutil.copytree(place / "model", place / "runs" / run / "model")
         shutil.copy(compressed / "model" / "plan.json", place / "runs" / run / "plan.json")
@@ -83,8 +79,7 @@ def place(tiny_folder: Path, compressed: Path, tmp_path_factory: pytest.TempPath
     np.savetxt(pattern / "full_attention_heads.tsv", heads, delimiter="\t")
     spans = {name: [[value] * shape.heads] * shape.layers for name, value in (("alphas", 64), ("betas", 0.25))}
     (place / "moa_alpha_beta.json").write_text(json.dumps(spans))
-    quantized = {"quantization": {"kv_cache_quant_algo": "FP8"}}
-    (checkpoint / "hf_quant_config.json").write_text(json.dumps(quantized))
+    (checkpoint / "hf_quant_config.json").write_text('{"quantization": {"kv_cache_quant_algo": "FP8"}}')
     return place
 
 
@@ -130,7 +125,7 @@ def perform(command: str, place: Path, tmp_path: Path, monkeypatch: pytest.Monke
         shutil.rmtree(out, ignore_errors=True)
         out.unlink(missing_ok=True)
         os.makedirs(out.parent, exist_ok=True)
-    done = CliRunner().invoke(app, words[1:], input="What is it?\n")
+    done = invoke(*words[1:], input="What is it?\n")
     assert done.exit_code == 0 or ("--fail-under" in words and done.exit_code == 1), done.output
 
 
@@ -139,31 +134,18 @@ def worked(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with what earlier commands of the pages leave: a profile of everything, and a whole run."""
     folder = tmp_path_factory.mktemp("worked") / "place"
     shutil.copytree(place, folder)
-    few = SMALLER["profile"].split()
-    lines = [
-        ["profile", folder / "path" / "to" / "model", "-o", folder / "profile", "--lengths", "512,1k", "--gates", *few],
-        [
-            "compress",
-            folder / "path" / "to" / "model",
-            "--budget",
-            "25%",
-            "-o",
-            folder / "runs" / "mine",
-            "--overwrite",
-        ],
-        ["search", folder / "profile", "--budget", "50%", "-o", folder / "found.json", *SMALLER["search"].split()],
-        ["search", folder / "profile", "--budget", "50%", "--share", "1", "-o", folder / "shared.json"],
-        ["export", folder / "path" / "to" / "model", folder / "shared.json", "-o", folder / "sharing"],
-    ]
-    lines[0] += ["--anchors", "2", "--source", "needle"]
-    lines[1] += SMALLER["compress"].split()
-    lines[2] += ["--storage", folder / "shared" / "study.journal"]
-    lines[3] += SMALLER["search"].split()
     shutil.rmtree(folder / "runs" / "mine")
     (folder / "shared").mkdir()
-    for line in lines:
-        done = CliRunner().invoke(app, list(map(str, line)))
-        assert done.exit_code == 0, done.output
+    search = f"search {folder}/profile --budget 50% {SMALLER['search']}"
+    for line in (
+        f"profile {folder}/path/to/model -o {folder}/profile --lengths 512,1k --gates {SMALLER['profile']} --anchors 2 "
+        "--source needle",
+        f"compress {folder}/path/to/model --budget 25% -o {folder}/runs/mine --overwrite {SMALLER['compress']}",
+        f"{search} -o {folder}/found.json --storage {folder}/shared/study.journal",
+        f"{search} --share 1 -o {folder}/shared.json",
+        f"export {folder}/path/to/model {folder}/shared.json -o {folder}/sharing",
+    ):
+        answer(*line.split())
     for name in ("repaired", "healed"):
         shutil.copytree(folder / "model", folder / name)
     shutil.copytree(folder / "runs" / "mine" / "model", folder / "runs" / "quarter" / "model", dirs_exist_ok=True)

@@ -17,6 +17,7 @@ from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
 from moacompress.runtime.hf.attaching import attached_plan
 from moacompress.runtime.hf.prefixes import keep_prefixes, kept_limit
+from tests.conftest import tiny_model
 from tests.plan_kinds import gates
 
 
@@ -166,7 +167,7 @@ def test_inspect_takes_whatever_holds_a_plan(compressed: Path) -> None:
         effort_recipe("fast", prose=False)  # type: ignore[arg-type]
 
 
-def test_parameters_of_gates_are_counted_once(tiny_model: Any, tmp_path: Path) -> None:
+def test_parameters_of_gates_are_counted_once(tmp_path: Path) -> None:
     """They are in the checkpoint's weights, and in a file beside the plan."""
     model = tiny_model("llama")
     dense = sum(parameter.numel() for parameter in model.parameters())

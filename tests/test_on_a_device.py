@@ -27,6 +27,7 @@ from moacompress.runtime.cache.real_tokens import Chunk
 from moacompress.runtime.compat.alternates import cache_argument
 from moacompress.search.study import find_plan
 from tests import plan_kinds
+from tests.conftest import tiny_model
 from tests.pretend_device import KIND, as_a_card
 
 PLANS = {
@@ -53,7 +54,7 @@ def test_a_cache_waits_once_for_scores(pretend_device):
 
 
 @pytest.mark.parametrize("kernel", ["reference", "triton"])
-def test_gradients(kernel, pretend_device, tiny_model, use_backend, monkeypatch):
+def test_gradients(kernel, pretend_device, use_backend, monkeypatch):
     """Training under a plan with formats; no kernel of Triton has gradients, and without them it runs."""
     model = tiny_model("llama").requires_grad_()
     plan = PLANS["formats"](model)
@@ -101,7 +102,7 @@ def test_what_fails_on_a_device_fails(pretend_device):
 
 
 @pytest.mark.parametrize("kind", [pytest.param("formats", marks=pytest.mark.heavy), "gates"])
-def test_bench(kind, tiny_model, tiny_tokenizer, tmp_path, pretend_device):
+def test_bench(kind, tiny_tokenizer, tmp_path, pretend_device):
     """Steps and prompts of all sides that are not compiled."""
     model = tiny_model("llama")
     plan = PLANS[kind](model)
@@ -118,7 +119,7 @@ def test_bench(kind, tiny_model, tiny_tokenizer, tmp_path, pretend_device):
     assert decode["kernel"] == "reference"
 
 
-def test_known_ways_to_evict(tiny_model, tiny_tokenizer, pretend_device):
+def test_known_ways_to_evict(tiny_tokenizer, pretend_device):
     """What they keep of a prompt is what they keep on the CPU."""
     ids = torch.arange(100).remainder(37).add(5).tolist()
     kept = []

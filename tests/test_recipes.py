@@ -17,9 +17,10 @@ import pytest
 import moacompress
 from moacompress.recipe import Recipe
 from moacompress.rules.budget import Budget
+from tests.conftest import tiny_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 FILES = sorted(FOLDER.rglob("*.yaml"))
@@ -154,11 +155,7 @@ def first_of_their_shape() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def tiny_of(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_model: Callable[..., PreTrainedModel],
-    tiny_tokenizer: PreTrainedTokenizerBase,
-) -> Callable[[str], Path]:
+def tiny_of(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerBase) -> Callable[[str], Path]:
     """Returns a function that makes the folder of a tiny model of a family."""
     made: dict[str, Path] = {}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from moacompress.recipe import Recipe
 from moacompress.rules.plan import Plan
 from tests.cli.commands import answer, invoke
 from tests.cli.conftest import QUICK
+from tests.plan_kinds import random_plan
 
 CODE = """
 from pathlib import Path
@@ -63,15 +63,8 @@ def says_so(folder: Path) -> list[Path]:
 
 def give_consent(folder: Path) -> None:
     """Makes files what somebody may put there: their recipes say that code may run."""
-    names = (
-        "profile/profile.json",
-        "plan.json",
-        "model/plan.json",
-        "model/config.json",
-        "model/recipe.json",
-        "recipe.json",
-    )
-    for name in names:
+    of_model = ("model/plan.json", "model/config.json", "model/recipe.json")
+    for name in ("profile/profile.json", "plan.json", *of_model, "recipe.json"):
         if (path := folder / name).exists():
             data = json.loads(path.read_text())
             plan = data.get("quantization_config", {}).get("plan", data)
@@ -202,9 +195,7 @@ def test_from_pretrained_runs_code_only_where_the_call_says_so(place: Path, code
     assert says_so(folders[1]) == []
 
 
-def test_a_family_of_its_own_is_compressed_and_loaded_with_the_flag_alone(
-    own_family: Coded, random_plan: Callable[..., Plan], tmp_path: Path
-) -> None:
+def test_a_family_of_its_own_is_compressed_and_loaded_with_the_flag_alone(own_family: Coded, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from moacompress.core.errors import ModelError

@@ -96,14 +96,8 @@ def test_own_rows_that_are_held_out_are_evaluated_and_come_first(recipe, tmp_pat
     assert len(asked) == 2
     assert {*asked} <= held
     shutil.copy(mine, tmp_path / "out")
-    again = evaluate(
-        tmp_path / "out",
-        sources=[str(tmp_path / "out" / "mine.jsonl")],
-        tasks=(),
-        lengths=(700,),
-        prompts=99,
-        against=(),
-    )
+    mine = str(tmp_path / "out" / "mine.jsonl")
+    again = evaluate(tmp_path / "out", sources=[mine], tasks=(), lengths=(700,), prompts=99, against=())
     assert len(again["answers"]) == len(held) < len(rows)
 
 
@@ -264,13 +258,8 @@ def test_nothing_that_is_shared_names_a_place(recipe, tiny_folder, tmp_path, mon
 
 @pytest.mark.heavy
 def test_shared_attention_is_repaired_where_the_search_assumed_it(recipe, tmp_path, caplog):
-    shared = {
-        "profile__anchors": 2,
-        "search__share": "1",
-        "search__alternatives": False,
-        "search__assume_repaired": True,
-    }
-    recipe = recipe.override(**shared)
+    of_search = {"search__share": "1", "search__alternatives": False, "search__assume_repaired": True}
+    recipe = recipe.override(profile__anchors=2, **of_search)
     summary = compress(recipe, tmp_path / "out")
     plan = Plan.load(tmp_path / "out" / "model" / "plan.json")
     assert sum(share is not None for share in plan.shares) == 1
