@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -16,12 +17,15 @@ from moacompress.calibration.profile import centres, preparation
 from moacompress.calibration.profile.centres import FIRST, mean_keys
 from moacompress.calibration.profile.profiler import profile
 from moacompress.calibration.profile.store import Profile
-from moacompress.models.source import SourceModel, model_shape
+from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
 from moacompress.rules.key_centres import centre_numbers
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.runtime import attach
+
+if TYPE_CHECKING:
+    from tests.calibration.conftest import Sources
 
 RECIPE = Recipe.from_dict(
     {
@@ -32,12 +36,8 @@ RECIPE = Recipe.from_dict(
 )
 
 
-def source_of(model: Any, tokenizer: Any) -> SourceModel:
-    return SourceModel(model, tokenizer, "tiny", model_shape(model), 4096)
-
-
-def test_they_are_means_of_rotated_keys(tiny_model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama")
+def test_they_are_means_of_rotated_keys(load: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = load()
     texts = [torch.randint(3, 160, (count,), generator=torch.Generator().manual_seed(count)) for count in (60, 31)]
     keys: list[Any] = []
     rotate = modeling_llama.apply_rotary_pos_emb
@@ -48,7 +48,7 @@ def test_they_are_means_of_rotated_keys(tiny_model: Any, tiny_tokenizer: Any, mo
         return found
 
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", noted)
-    found = mean_keys(source_of(model, tiny_tokenizer), [text.tolist() for text in texts])
+    found = mean_keys(source, [text.tolist() for text in texts])
     assert len(keys) == 2 * 3
     for layer in range(3):
         wanted = torch.cat([keys[layer], keys[3 + layer]], 1).mean(1).numpy()
@@ -56,16 +56,16 @@ def test_they_are_means_of_rotated_keys(tiny_model: Any, tiny_tokenizer: Any, mo
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
-def test_bounded_scores_have_none_and_plans_of_all_run(family: str, tiny_model: Any, tiny_tokenizer: Any) -> None:
-    found = mean_keys(source_of(tiny_model(family), tiny_tokenizer), [list(range(3, 60))])
+def test_bounded_scores_have_none_and_plans_of_all_run(family: str, load: Sources) -> None:
+    source = load(family)
+    found = mean_keys(source, [list(range(3, 60))])
     assert any(np.frombuffer(head, "<f2").any() for layer in found for head in layer) == (family == "gpt_oss")
-    model = tiny_model(family)
-    plan = Plan.uniform(model_shape(model), Rule.FULL.in_formats("int4", "int4"))
-    attach(model, replace(plan, centres=found))(torch.tensor([[*range(3, 40)]]))  # a plan of such a profile runs
+    plan = Plan.uniform(source.shape, Rule.FULL.in_formats("int4", "int4"))
+    attach(source.model, replace(plan, centres=found))(torch.tensor([[*range(3, 40)]]))  # a plan of such a profile runs
 
 
 def test_a_profile_keeps_them_and_its_plans_have_them(
-    tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    load: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
     means = centres.mean_keys
@@ -75,7 +75,7 @@ def test_a_profile_keeps_them_and_its_plans_have_them(
         return means(source, texts, *rest)
 
     monkeypatch.setattr(preparation, "mean_keys", counted)
-    source = source_of(tiny_model("qwen2"), tiny_tokenizer)
+    source = load("qwen2")
     made = profile(source, tmp_path / "p", RECIPE)
     assert read == [3]
     assert len(made.centres) == 3
@@ -95,25 +95,21 @@ def test_a_profile_keeps_them_and_its_plans_have_them(
     assert (native.centres, read) == ((), [3])
 
 
-def test_formats_cost_what_is_left(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_formats_cost_what_is_left(load: Sources, tmp_path: Path) -> None:
     """Keys with a large constant: less it, codes of 4 bits are predicted to lose a small part."""
-    model = tiny_model("llama", attention_bias=True)
-    for layer in model.model.layers:
+    source = load(attention_bias=True)
+    for layer in source.model.model.layers:
         layer.self_attn.k_proj.bias.data.zero_().view(2, -1)[:, 7] = 100.0
     lost = []
     for name, recipe in (("less", RECIPE), ("whole", RECIPE.override(profile__centres=False))):
-        made = profile(source_of(model, tiny_tokenizer), tmp_path / name, recipe)
+        made = profile(source, tmp_path / name, recipe)
         sums = made.statistics.arrays["key_squares"].astype(np.float64).sum((0, 1, 2))
         lost.append(sums[1 + made.profiled_formats.index("int4")])
     assert lost[0] < 0.2 * lost[1]
 
 
 def test_prompts_are_from_all_over_the_drafts() -> None:
-    class Draft:
-        def __init__(self, number: int) -> None:
-            self.ids = np.array([number])
-
-    drafts: Any = [Draft(number) for number in range(100)]
+    drafts: Any = [SimpleNamespace(ids=np.array([number])) for number in range(100)]
     found = [ids[0] for ids in centres.centre_texts(drafts)]
     assert (len(found), found[0], found[-1]) == (centres.SAMPLES, 0, 99)
     assert centres.centre_texts(drafts[:2]) == [[0], [1]]

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moacompress.calibration.data.plain import TARGETS
-from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.gates.training import JUDGED
 from moacompress.calibration.profile import passes
 from moacompress.calibration.profile.centres import SAMPLES
@@ -33,14 +30,16 @@ from moacompress.core.progress import Progress
 from moacompress.estimate import stopwatch
 from moacompress.estimate.live_bytes import LiveBytes
 from moacompress.estimate.work import Kind, Work
-from moacompress.models.source import SourceModel, model_shape
+from moacompress.models.source import model_shape
 from moacompress.models.weight_bytes import resident_bytes
 from moacompress.recipe import Recipe
 from moacompress.rules.candidates import candidate_rules
 from moacompress.rules.rule import SINKS
 from moacompress.rules.rule_table import RuleTable
+from tests.calibration.conftest import random_sample
 
-Factory = Callable[..., PreTrainedModel]
+if TYPE_CHECKING:
+    from tests.calibration.conftest import Sources
 
 
 @pytest.fixture
@@ -49,28 +48,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopwatch, "REPEATS", 1)
 
 
-@pytest.fixture(scope="module")
-def load(tiny_model: Factory, tiny_tokenizer: PreTrainedTokenizerBase) -> Callable[..., SourceModel]:
-    """Returns a function that loads a tiny model: `load("mistral", num_hidden_layers=2)`."""
-
-    def build(family: str = "llama", **overrides: Any) -> SourceModel:
-        model = tiny_model(family, **overrides)
-        return SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)
-
-    return build
-
-
 def recipe(*lengths: int, profile: dict[str, Any] | None = None, **calibration: Any) -> Recipe:
     numbers = {"samples": 5, "validation_samples": 3, "longer_samples": 0, "answer_tokens": 8, **calibration}
     return Recipe.from_dict({"calibration": {"lengths": lengths, **numbers}, "profile": profile or {}})
 
 
-def random_sample(n: int, targets: int = 8) -> Sample:
-    return Sample(np.random.default_rng(0).integers(3, 150, n), np.arange(n) >= n - targets, "random", n)
-
-
 @pytest.mark.usefixtures("quick")
-def test_numbers_add_up_to_the_recipe_s(load: Callable[..., SourceModel]) -> None:
+def test_numbers_add_up_to_the_recipe_s(load: Sources) -> None:
     asked = recipe(128, 256, text="book.txt", text_samples=3, profile={"gates": True, "gate_samples": 4})
     found = estimate_profile(load(), asked)
     assert "In all: 5 + 3 plain-text calibration and 3 validation samples, 2,816 tokens, about" in found.line()
@@ -139,7 +123,7 @@ def test_the_work_of_a_profile() -> None:
     ("family", "twice"), [("llama", False), ("llama", True), ("mistral", True), ("gemma2", False), ("gpt_oss", True)]
 )
 def test_memory_is_that_of_a_real_sample(
-    load: Callable[..., SourceModel], monkeypatch: pytest.MonkeyPatch, family: str, twice: bool
+    load: Sources, monkeypatch: pytest.MonkeyPatch, family: str, twice: bool
 ) -> None:
     """Extrapolated from short passes, it is what a sample of eight times their length really takes."""
     n, source = 1024, load(family, sliding_window=2048 if family != "llama" else None)
@@ -148,15 +132,15 @@ def test_memory_is_that_of_a_real_sample(
     rules = candidate_rules(n, SINKS, chosen.profile.min_window)
     table = RuleTable.of(rules, chosen.profile.min_window)
     with LiveBytes() as live:
-        sample_statistics(source.model, source.shape, table, random_sample(n), chosen.profile, 0, 0)
-    ids = torch.from_numpy(random_sample(n).input_ids).expand(2, -1)
+        sample_statistics(source.model, source.shape, table, random_sample(n, 8), chosen.profile, 0, 0)
+    ids = torch.from_numpy(random_sample(n, 8).input_ids).expand(2, -1)
     with torch.no_grad(), LiveBytes() as reading:
         source.model.base_model(input_ids=ids, use_cache=True)
     found = profile_bytes(source, chosen, sample_counts(chosen, 4096))[n] - resident_bytes(source.model)
     assert found == pytest.approx(max(live.peak, reading.peak), rel=0.1)
 
 
-def test_the_time_is_that_of_a_real_sample(load: Callable[..., SourceModel]) -> None:
+def test_the_time_is_that_of_a_real_sample(load: Sources) -> None:
     """Within a factor of three: tiny models take milliseconds, which are hard to time on a busy machine."""
     n, source = 768, load(hidden_size=128, intermediate_size=512)
     chosen = recipe(n, samples=1, validation_samples=1)
@@ -164,14 +148,14 @@ def test_the_time_is_that_of_a_real_sample(load: Callable[..., SourceModel]) -> 
     table, seconds = RuleTable.of(rules, chosen.profile.min_window), []
     for _ in range(4):
         begin = time.thread_time()
-        sample_statistics(source.model, source.shape, table, random_sample(n), chosen.profile, 0, 0)
+        sample_statistics(source.model, source.shape, table, random_sample(n, 8), chosen.profile, 0, 0)
         seconds.append(time.thread_time() - begin)
     ratio = profile_estimator(source, chosen).one(Kind.SAMPLE, n, 8) / float(np.median(seconds[1:]))
     assert 1 / 3 < ratio < 3
 
 
 def test_what_cannot_be_profiled_is_refused_before_anything_runs(
-    load: Callable[..., SourceModel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    load: Sources, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("moacompress.calibration.profile.estimate.profile_bytes", None)
     with pytest.raises(DataError, match="length 8,192 is beyond the model's context of 4,096 tokens"):
@@ -182,7 +166,7 @@ def test_what_cannot_be_profiled_is_refused_before_anything_runs(
 
 @pytest.mark.usefixtures("quick")
 def test_nothing_is_written_and_the_model_is_as_before(
-    tiny_folder: Path, load: Callable[..., SourceModel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny_folder: Path, load: Sources, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     told: list[str] = []

@@ -16,17 +16,17 @@ from moacompress.calibration.gates.gate_samples import gate_recipe
 from moacompress.calibration.profile import preparation, profiler
 from moacompress.core.artefact_names import CALIBRATION_FILE
 from moacompress.core.errors import DataError
-from moacompress.models.source import SourceModel, model_shape
+from moacompress.models.source import SourceModel
 from moacompress.recipe import Recipe
+from tests.calibration.conftest import GATES
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from tests.calibration.conftest import Sources
 
 
 @pytest.fixture
-def source(tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerBase) -> SourceModel:
-    model = tiny_model("llama", num_hidden_layers=1)
-    return SourceModel(model, tiny_tokenizer, "tiny", model_shape(model), 4096)
+def source(load: Sources) -> SourceModel:
+    return load(num_hidden_layers=1)
 
 
 class Trained(Exception):
@@ -57,16 +57,14 @@ def both(
 def recipe(sources: list[dict[str, Any]], **changes: Any) -> Recipe:
     calibration = {"lengths": [300], "samples": 6, "validation_samples": 2, "longer_samples": 0, "answer_tokens": 4}
     return Recipe.from_dict(
-        {
-            "calibration": {"sources": sources, **calibration, **changes},
-            "profile": {"draws": 1, "gates": True, "gate_samples": 3},
-        }
+        {"calibration": {"sources": sources, **calibration, **changes}, "profile": GATES["profile"]}
     )
 
 
-def rows_file(folder: Path, rows: list[dict[str, Any]]) -> str:
+def of_rows(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    """Writes a file of rows, and returns what `recipe` takes for it."""
     (folder / "rows.json").write_text(json.dumps(rows))
-    return str(folder / "rows.json")
+    return {"sources": [{"path": str(folder / "rows.json")}], **changes}
 
 
 def document(name: int, words: int) -> str:
@@ -77,16 +75,16 @@ def document(name: int, words: int) -> str:
 def prompts(folder: Path) -> dict[str, Any]:
     rows = [{"prompt": f"D{row:02d}w0000. " + "x" * 200} for row in range(30)]
     # the same prompt with two answers is one row
-    return {"sources": [{"path": rows_file(folder, [*rows, *({**row, "answer": "other"} for row in rows)])}]}
+    return of_rows(folder, [*rows, *({**row, "answer": "other"} for row in rows)])
 
 
 def conversations(folder: Path) -> dict[str, Any]:
     turns = [[{"role": "user", "content": f"D{row:02d}w0000. " + "x" * 170}] for row in range(30)]
-    return {"sources": [{"path": rows_file(folder, [{"messages": messages} for messages in turns])}]}
+    return of_rows(folder, [{"messages": messages} for messages in turns])
 
 
 def texts(folder: Path) -> dict[str, Any]:
-    return {"sources": [{"path": rows_file(folder, [{"text": document(row, 60)} for row in range(24)])}]}
+    return of_rows(folder, [{"text": document(row, 60)} for row in range(24)])
 
 
 def one_text(folder: Path) -> dict[str, Any]:
@@ -98,7 +96,7 @@ def questions(folder: Path) -> dict[str, Any]:
     rows = [
         {"title": f"T{row // 4}", "context": document(row, 4), "question": f"D{row:02d}w0009. ?"} for row in range(240)
     ]
-    return {"sources": [{"path": rows_file(folder, rows)}], "lengths": [360]}
+    return of_rows(folder, rows, lengths=[360])
 
 
 def haystack(folder: Path) -> dict[str, Any]:
@@ -143,8 +141,7 @@ def prompts_of_calibration(count: int) -> list[dict[str, Any]]:
 def test_few_rows_give_gates_what_is_left_of_them(
     both: Callable[[Recipe], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rows = prompts_of_calibration(8)
-    profiled, trained = both(recipe([{"path": rows_file(tmp_path, rows)}]))
+    profiled, trained = both(recipe(**of_rows(tmp_path, prompts_of_calibration(8))))
     assert (len(profiled), len(trained)) == (6, 2)
     assert "2 of the 3 samples that gates are trained on can be had" in caplog.text
     assert not {tuple(s.input_ids[:202]) for s in profiled} & {tuple(s.input_ids[:202]) for s in trained}
@@ -173,7 +170,7 @@ def test_too_little_for_gates_is_said_before_the_model_answers(
 ) -> None:
     monkeypatch.setattr("moacompress.calibration.data.answers.generate_greedy", lambda *_: pytest.fail("it answers"))
     with pytest.raises(DataError, match=says):
-        profiler.profile(source, tmp_path / "profile", recipe([{"path": rows_file(tmp_path, rows)}]))
+        profiler.profile(source, tmp_path / "profile", recipe(**of_rows(tmp_path, rows)))
 
 
 @pytest.mark.parametrize(("samples", "texts", "count"), [(1, 100_000, 2), (96, 0, 24), (48, 48, 24), (4, 900, 24)])

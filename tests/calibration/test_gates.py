@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.gates.training import (
@@ -41,14 +40,14 @@ from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from tests import oracle
+from tests.calibration.conftest import GATES, random_sample, random_samples
 
-Models = Callable[..., PreTrainedModel]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tests.calibration.conftest import Models
+
 TABLE = RuleTable.of([Rule.FULL, Rule(4, 32, 0)], 32)
-
-
-def made(seed: int, count: int = 6, n: int = 150) -> list[Sample]:
-    rng = np.random.default_rng(seed)
-    return [Sample(rng.integers(3, 150, n + 7 * i), np.arange(n + 7 * i) >= n - 10, "test", 600) for i in range(count)]
 
 
 def known(model: PreTrainedModel, samples: list[Sample], of_tokens: Sequence[Any]) -> Callable[[int], Any]:
@@ -84,7 +83,7 @@ def test_what_hiding_single_tokens_moves_is_that_of_the_definition() -> None:
 
 def test_a_sample_has_it_as_a_mean_over_draws(tiny_model: Models) -> None:
     model = tiny_model("llama")
-    shape, sample = model_shape(model), made(0)[0]
+    shape, sample = model_shape(model), random_sample(150)
     found = [token_influence(model, shape, sample, draws, 0, 0) for draws in (1, 2)]
     n = len(sample.input_ids)
     assert found[0].shape == (shape.layers, shape.kv_heads, n)
@@ -128,7 +127,7 @@ def test_what_is_left_out_is_counted_by_hand() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_a_gate_finds_what_is_linear_in_what_enters_the_layer(family: str, tiny_model: Models) -> None:
     model = tiny_model(family)
-    shape, samples = model_shape(model), made(1, 8, 400)
+    shape, samples = model_shape(model), random_samples(1, 8, 400, more=7)
     rng = torch.Generator().manual_seed(0)
     entering = [dict(attention_inputs(model, sample, range(shape.layers))) for sample in samples]
     width = entering[0][0].shape[1]
@@ -158,7 +157,7 @@ def test_a_gate_finds_what_is_linear_in_what_enters_the_layer(family: str, tiny_
 def test_what_has_nothing_to_do_with_it_is_not_found(tiny_model: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     """Judged on samples that a gate was not fitted to, noise is as good as chance."""
     model = tiny_model("llama")
-    shape, samples = model_shape(model), made(2, 8, 400)
+    shape, samples = model_shape(model), random_samples(2, 8, 400, more=7)
     rng = np.random.default_rng(0)
     size = shape.layers, shape.kv_heads
     noise = [rng.lognormal(0, 2, (*size, len(sample.input_ids))).astype(np.float32) for sample in samples]
@@ -172,24 +171,11 @@ def test_what_has_nothing_to_do_with_it_is_not_found(tiny_model: Models, monkeyp
     assert whole.report == parts.report
 
 
-RECIPE = {
-    "calibration": {
-        "lengths": [700],
-        "samples": 4,
-        "validation_samples": 2,
-        "sources": [{"generator": "needle"}],
-        "text_samples": 0,
-        "answer_tokens": 4,
-    },
-    "profile": {"draws": 1, "gates": True, "gate_samples": 3},
-}
-
-
 def test_a_profile_keeps_its_gates(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from moacompress.calibration.profile import preparation, sample_run
 
     source = load_source(tiny_folder)
-    recipe = Recipe.model_validate({"model": str(tiny_folder), **RECIPE})
+    recipe = Recipe.model_validate({"model": str(tiny_folder), **GATES})
     made = profile(source, tmp_path / "profile", recipe)
     gates = made.gates
     assert gates is not None
@@ -202,12 +188,9 @@ def test_a_profile_keeps_its_gates(tiny_folder: Path, tmp_path: Path, monkeypatc
         raise AssertionError("it was done already")
 
     with monkeypatch.context() as patch:
-        for module, name in (
-            (preparation, "train_gates"),
-            (sample_run, "sample_statistics"),
-            (preparation, "token_influence"),
-        ):
-            patch.setattr(module, name, never)
+        patch.setattr(sample_run, "sample_statistics", never)
+        for name in ("train_gates", "token_influence"):
+            patch.setattr(preparation, name, never)
         assert profile(source, tmp_path / "profile", recipe).gates is not None
         (made.path / GATES_FILE).write_bytes(before[:100])
         with pytest.raises(ArtefactError, match="it is missing, damaged, or has other gates"):
@@ -273,7 +256,7 @@ def test_a_rule_that_selects_costs_what_its_mask_moves(compiled: bool, use_backe
 
 def test_what_enters_is_what_the_attention_is_given(tiny_model: Models) -> None:
     model = tiny_model("llama")
-    sample, seen = made(4)[0], []
+    sample, seen = random_sample(150), []
     handle = attention_modules(model)[1].register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
     )

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile.collectors import HeadSums
 from moacompress.calibration.profile.influence import attend_backward
 from moacompress.calibration.profile.sample_statistics import sample_statistics
@@ -20,6 +19,8 @@ from moacompress.models.source import model_shape
 from moacompress.recipe_sections import ProfileRecipe
 from moacompress.rules.rule import SINKS, Rule
 from moacompress.rules.rule_table import RuleTable
+from tests import oracle
+from tests.calibration.conftest import random_sample
 
 TABLE = RuleTable.of((Rule.FULL, Rule(4, 16, 0)), 16)
 
@@ -67,16 +68,14 @@ def test_sums_match_whole_matrices(
     keep = torch.zeros(n, 1, dtype=torch.float64)
     keep[alive] = 1
     spec = AttentionSpec(size**-0.5, native)
-    logits = query[0] @ key[0].repeat_interleave(heads // kv_heads, 0).mT * spec.scaling
-    distance = torch.arange(n)[:, None] - torch.arange(n)
-    logits = logits.masked_fill((distance < 0) | (distance >= (native or n)), -torch.inf)
-    extra = (
-        torch.full((heads, n, 1), -torch.inf, dtype=torch.float64)
-        if sink is None
-        else sink[:, None, None].expand(-1, n, 1)
-    )
-    p = torch.cat([logits, extra], -1).softmax(-1).view(kv_heads, -1, n, n + 1)
-    expected = whole(p[..., :n], p[..., n] if learned else None, alive)
+    mask, p, escape = oracle.visible(Rule.FULL, n, 16, native), [], []
+    for head in range(kv_heads):
+        own = slice(head * 3, head * 3 + 3)
+        logits = None if sink is None else sink[own]
+        weights, lse = oracle.weigh(query[0, own], key[0, head], mask, spec.scaling, None, logits)
+        p.append(weights)
+        escape.append(weights[..., 0] if logits is None else (logits[:, None] - lse).exp())
+    expected = whole(torch.stack(p), torch.stack(escape) if learned else None, alive)
 
     sums = HeadSums(kv_heads)
     q, k, v, g = (tensor.to(dtype) for tensor in (query, key, value, grad * keep))
@@ -108,7 +107,7 @@ def test_a_model_s_own_probabilities(tiny_model: Callable[..., PreTrainedModel])
     model = tiny_model("qwen3")
     model.config._attn_implementation = "eager"
     shape, n = model_shape(model), 150
-    sample = Sample(np.random.default_rng(0).integers(3, 150, n), np.arange(n) >= n - 9, "random", n)
+    sample = random_sample(n)
     with torch.no_grad():
         attentions = model(torch.from_numpy(sample.input_ids)[None], output_attentions=True).attentions
     chosen = ProfileRecipe(draws=2, heads=True)

@@ -25,6 +25,7 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from tests import oracle
+from tests.calibration.conftest import random_sample
 
 Factory = Callable[..., PreTrainedModel]
 BITS = {"native": 0, "int8": 8, "int4": 4}
@@ -102,13 +103,9 @@ def test_half_the_square_is_what_the_output_moves_along_the_cotangent() -> None:
 def test_statistics_of_a_bfloat16_model_are_finite(tiny_model: Factory) -> None:
     model = tiny_model("gpt_oss").bfloat16()
     table = RuleTable.of(SPANS, 32)
-    found = sample_statistics(model, model_shape(model), table, sample_of(100), ProfileRecipe(draws=1), 0, 0)
+    found = sample_statistics(model, model_shape(model), table, random_sample(100, 24), ProfileRecipe(draws=1), 0, 0)
     assert found.finite
     assert all(found.arrays[f"{side}_squares"].any() for side in ("key", "value"))
-
-
-def sample_of(n: int, seed: int = 1) -> Sample:
-    return Sample(np.random.default_rng(seed).integers(3, 150, n), np.arange(n) >= n - 24, "random", n)
 
 
 def log_probabilities(model: PreTrainedModel, sample: Sample, plan: Plan) -> torch.Tensor:
@@ -125,7 +122,7 @@ def changed(plan: Plan, layer: int, head: int, rule: Rule) -> Plan:
 
 def test_predicted_kl_ranks_as_measured_kl(tiny_model: Factory) -> None:
     model = tiny_model("llama", num_hidden_layers=3, head_dim=32, initializer_range=0.15)
-    shape, samples = model_shape(model), [sample_of(160, seed) for seed in (1, 2)]
+    shape, samples = model_shape(model), [random_sample(160, 24, seed) for seed in (1, 2)]
     chosen = ProfileRecipe.model_construct(draws=8, baselines=False)
     found = [
         sample_statistics(model, shape, RuleTable.of(SPANS, 32), sample, chosen, 0, index).arrays

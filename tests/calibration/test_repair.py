@@ -1,38 +1,37 @@
-"""Repair on tiny models of many families: against least squares of stacked equations, and against the residual it lowers."""
+"""Repair of plans and of single copies on tiny models of many families.
+
+Of plans against least squares of stacked equations and the residual that it lowers; of copies against the attention of the
+runtime and the repair of a plan in which one layer copies.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from moacompress.calibration.data.samples import Sample
-from moacompress.calibration.profile.passes import hidden_states
+from moacompress.calibration.profile.passes import all_attended, hidden_states
+from moacompress.models import least_squares
 from moacompress.models.least_squares import Normal
 from moacompress.models.source import model_shape
-from moacompress.repair.projections import (
-    OutputProjection,
-    output_projections,
-    repaired_weights,
-    with_weights,
-)
+from moacompress.repair.copies import JUDGING, PENALTY, copied, repaired_copies
+from moacompress.repair.projections import OutputProjection, output_projections, repaired_weights, with_weights
+from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
+from moacompress.rules.rule import Rule
 from moacompress.rules.share import Share, with_shared_rules
 from moacompress.runtime import attach, detach
+from tests.calibration.conftest import random_samples
 
-Models = Callable[..., PreTrainedModel]
+if TYPE_CHECKING:
+    from tests.calibration.conftest import Models
 
-
-def made(seed: int, count: int = 3, n: int = 150) -> list[Sample]:
-    rng = np.random.default_rng(seed)
-    mask = np.arange(n) >= n - 10
-    return [Sample(rng.integers(3, 150, n), mask, "test", n) for _ in range(count)]
+FAMILIES = ("llama", "phi3", "gpt_neox", "gpt_oss", "qwen3")
 
 
 def outputs(model: PreTrainedModel, samples: list[Sample], projection: OutputProjection) -> tuple[Any, Any]:
@@ -74,7 +73,7 @@ def test_projections_the_other_way_round_and_shared_attention(tiny_model: Models
     model = tiny_model("llama", num_hidden_layers=4)
     plan, shares = random_plan(model_shape(model), 5), (None, None, Share(1, (1, 0)), Share(0, (0, 0)))
     check_layers(model, replace(plan, rules=with_shared_rules(plan.rules, shares), shares=shares))
-    (found,) = repaired_weights(model, Plan.full(model_shape(model)), made(2), [0.01], torch.float32)
+    (found,) = repaired_weights(model, Plan.full(model_shape(model)), random_samples(2), [0.01], torch.float32)
     for name, tensor in found.items():  # nothing is to be repaired
         assert torch.allclose(tensor, model.state_dict()[name], atol=1e-5), name
 
@@ -82,7 +81,7 @@ def test_projections_the_other_way_round_and_shared_attention(tiny_model: Models
 def check_layers(model: PreTrainedModel, plan: Plan) -> None:
     """Layer by layer, whole forwards and plain least squares give the same, and the residual falls."""
     own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    samples, penalty = made(1), 0.01
+    samples, penalty = random_samples(1), 0.01
     (found,) = repaired_weights(model, plan, samples, [penalty], torch.float32)
     assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
     projections = output_projections(model)
@@ -115,7 +114,7 @@ def check_layers(model: PreTrainedModel, plan: Plan) -> None:
 
 def test_penalties_do_not_touch_each_other(tiny_model: Models, random_plan: Any) -> None:
     model = tiny_model("gpt_neox")
-    plan, samples = random_plan(model_shape(model), 5), made(3)
+    plan, samples = random_plan(model_shape(model), 5), random_samples(3)
     penalties = [0.01, 1.0]
     together = repaired_weights(model, plan, samples, penalties, torch.bfloat16)
     for penalty, weights in zip(penalties, together, strict=True):
@@ -138,3 +137,79 @@ def test_the_models_own_weights_come_back_after_an_error(tiny_model: Models) -> 
     with pytest.raises(KeyboardInterrupt):
         stop()
     assert torch.equal(model.state_dict()[name], own)
+
+
+def one_copy(shape: ModelShape) -> tuple[int, Share]:
+    """Returns the last layer that can copy an earlier one, with its KV heads turned around."""
+    natives = shape.native_windows
+    layer, anchor = max(
+        (layer, anchor) for layer in range(shape.layers) for anchor in range(layer) if natives[layer] == natives[anchor]
+    )
+    return layer, Share(anchor, tuple(reversed(range(shape.kv_heads))))
+
+
+def with_copy(shape: ModelShape, layer: int, share: Share) -> Plan:
+    shares = tuple(share if index == layer else None for index in range(shape.layers))
+    return Plan(shape, 32, ((Rule.FULL,) * shape.kv_heads,) * shape.layers, shares=shares)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_copy_attends_to_is_what_the_runtime_computes(family: str, tiny_model: Models) -> None:
+    model = tiny_model(family)
+    shape = model_shape(model)
+    layer, share = one_copy(shape)
+    (sample,) = random_samples(0, 1)
+    attended = all_attended(model, shape, torch.from_numpy(sample.input_ids))
+    found = copied(attended[layer], attended[share.anchor], share)
+    attach(model, with_copy(shape, layer, share))
+    x, _ = outputs(model, [sample], output_projections(model)[layer])
+    detach(model)
+    assert torch.allclose(found, x.float().reshape(found.shape), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_the_repair_of_a_plan_in_which_one_layer_copies(family: str, tiny_model: Models) -> None:
+    model = tiny_model(family)
+    shape = model_shape(model)
+    layer, share = one_copy(shape)
+    samples = random_samples(1, 5)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = repaired_copies(model, shape, [(layer, share)], samples, torch.float32)[0]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    fitted = [sample for number, sample in enumerate(samples) if (number + 1) % JUDGING]
+    plan = with_copy(shape, layer, share)
+    whole = repaired_weights(model, plan, fitted, [PENALTY], torch.float32)[0]
+    assert 0 < found.left < 1
+    assert found.weights
+    for name, tensor in found.weights.items():
+        assert torch.allclose(tensor, whole[name], atol=1e-4)
+        assert not torch.allclose(tensor, before[name], atol=1e-4)
+
+
+@pytest.mark.parametrize("memory", [2**31, 1])
+def test_copies_do_not_mix(memory: int, tiny_model: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(least_squares, "MAX_BYTES", memory)  # with little of it there is a pass for each
+    model = tiny_model("llama")
+    shape = model_shape(model)
+    copies = [(2, Share(1, (0, 1))), (1, Share(0, (1, 0))), (2, Share(0, (1, 1)))]
+    together = repaired_copies(model, shape, copies, random_samples(2, 5), torch.float32)
+    for copy, found in zip(copies, together, strict=True):
+        alone = repaired_copies(model, shape, [copy], random_samples(2, 5), torch.float32)[0]
+        assert found.left == pytest.approx(alone.left)
+        for name, tensor in alone.weights.items():
+            assert torch.equal(found.weights[name], tensor)
+
+
+def test_layers_alike_need_no_repair(tiny_model: Models) -> None:
+    """A layer whose attention is its anchor's already changes nothing, and nothing is left."""
+    model = tiny_model("llama")
+    layers = model.model.layers  # type: ignore[attr-defined]
+    layers[2].load_state_dict(layers[1].state_dict())
+    for name in ("self_attn.o_proj", "mlp.down_proj"):  # layer 1 then adds nothing, and layer 2 reads what it read
+        layers[1].get_submodule(name).weight.data.zero_()
+    shape = model_shape(model)
+    found = repaired_copies(model, shape, [(2, Share(1, (0, 1)))], random_samples(3, 5), torch.float32)[0]
+    assert torch.allclose(
+        found.weights["model.layers.2.self_attn.o_proj.weight"], layers[2].self_attn.o_proj.weight, atol=1e-6
+    )
+    assert found.left <= 1

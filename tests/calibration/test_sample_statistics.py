@@ -9,13 +9,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile import passes
-from moacompress.calibration.profile.sample_statistics import (
-    FisherCotangent,
-    sample_statistics,
-    secant_probabilities,
-)
+from moacompress.calibration.profile.sample_statistics import FisherCotangent, sample_statistics, secant_probabilities
 from moacompress.models.modules import decoder_layers
 from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe_sections import ProfileRecipe
@@ -23,15 +18,11 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.runtime import attach, detach
+from tests.calibration.conftest import random_sample
 
 Factory = Callable[..., PreTrainedModel]
 ALL = ProfileRecipe(draws=1, baselines=True)
 MANY = ProfileRecipe.model_construct(draws=400, baselines=False)
-
-
-def sample_of(n: int) -> Sample:
-    """Random ids, the last few of which are the answer."""
-    return Sample(np.random.default_rng(0).integers(3, 150, n), np.arange(n) >= n - 6, "random", n)
 
 
 def test_statistics_of_every_family_are_finite_and_full_is_free(tiny_model: Factory) -> None:
@@ -39,8 +30,7 @@ def test_statistics_of_every_family_are_finite_and_full_is_free(tiny_model: Fact
     for family in ("qwen3", "gemma2", "gemma3_text", "gpt_neox", "gpt_oss"):
         model = tiny_model(family)
         shape = model_shape(model)
-        sample = sample_of(128)
-        found = sample_statistics(model, shape, RuleTable.of(rules, 32), sample, ALL, 0, 0)
+        found = sample_statistics(model, shape, RuleTable.of(rules, 32), random_sample(128), ALL, 0, 0)
         size, formats = (shape.layers, shape.kv_heads, 4), (shape.layers, shape.kv_heads, 3)
         assert found.shapes == {
             "total": (1, *size),
@@ -99,7 +89,7 @@ def test_formats_count_by_the_models_own_curvature(tiny_model: Factory, monkeypa
     assert float(own[1] / drawn[1]) < 0.1 < cotangent.curvature < 1
 
     model = tiny_model("llama", initializer_range=1.0)  # sure of its tokens
-    given = (model, model_shape(model), RuleTable.of((Rule.FULL, Rule(4, 32, 0)), 32), sample_of(100), ALL, 0, 0)
+    given = (model, model_shape(model), RuleTable.of((Rule.FULL, Rule(4, 32, 0)), 32), random_sample(100), ALL, 0, 0)
     found, shares = sample_statistics(*given).arrays, list[float]()
     curvature = FisherCotangent.curvature
     monkeypatch.setattr(FisherCotangent, "curvature", property(lambda self: shares.append(curvature.fget(self)) or 1.0))  # type: ignore[attr-defined,func-returns-value]
@@ -115,15 +105,14 @@ def test_the_expected_square_is_twice_the_kl(tiny_model: Factory) -> None:
     """Single KV heads and the whole plan, for a window so wide that the second order is all there is."""
     model = tiny_model("llama", num_hidden_layers=2, initializer_range=0.08)
     shape, n, rule = model_shape(model), 160, Rule(4, 140, 0)
-    ids = np.random.default_rng(1).integers(3, 150, n)
-    sample = Sample(ids, np.arange(n) >= n - 24, "random", n)
+    sample = random_sample(n, 24, seed=1)
     found = sample_statistics(model, shape, RuleTable.of((Rule.FULL, rule), 32), sample, MANY, 0, 0)
     total = found.arrays["total"][..., 1].astype(np.float64)
     rows, exact = sample.target_rows, model.double()
 
     def log_probabilities() -> torch.Tensor:
         with torch.no_grad():
-            logits: torch.Tensor = exact(torch.from_numpy(ids)[None], use_cache=False).logits
+            logits: torch.Tensor = exact(torch.from_numpy(sample.input_ids)[None], use_cache=False).logits
             return logits[0, rows].log_softmax(-1)
 
     def kl(heads: list[tuple[int, int]]) -> float:
@@ -143,7 +132,7 @@ def test_the_expected_square_is_twice_the_kl(tiny_model: Factory) -> None:
 
 
 def test_weights_are_frozen_meanwhile(source: SourceModel) -> None:
-    sample, table = sample_of(128), RuleTable.of((Rule.FULL, Rule(4, 32, 0)), 32)
+    sample, table = random_sample(128), RuleTable.of((Rule.FULL, Rule(4, 32, 0)), 32)
     one, two = source.model.model.layers[0].mlp.up_proj, source.model.lm_head
     expected = sample_statistics(source.model, source.shape, table, sample, ALL, 0, 0)
     for module in (one, two):

@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from moacompress.calibration.data.samples import Sample
-from moacompress.calibration.gates.scorers import (
-    NEED_LATER,
-    SCORERS,
-    find_scorer,
-    read_layers,
-    scored_by,
-)
+from moacompress.calibration.gates.scorers import NEED_LATER, SCORERS, find_scorer, read_layers, scored_by
 from moacompress.calibration.gates.training import FIRST, LAG, attention_inputs, target
 from moacompress.calibration.profile.profiler import profile
 from moacompress.core.errors import UsageError
 from moacompress.models.source import load_source, model_shape
 from moacompress.recipe import Recipe
+from tests.calibration.conftest import GATES, random_sample, random_samples
 
-Models = Callable[..., PreTrainedModel]
+if TYPE_CHECKING:
+    from tests.calibration.conftest import Models
+
 DIM = 16
-
-
-def made(seed: int, n: int = 90) -> Sample:
-    rng = np.random.default_rng(seed)
-    return Sample(rng.integers(3, 150, n), np.arange(n) >= n - 10, "test", 600)
 
 
 def turned(vectors: Tensor, positions: Tensor) -> Tensor:
@@ -57,7 +47,7 @@ def projected(model: Any, sample: Sample) -> list[tuple[Tensor, Tensor, Tensor]]
 
 
 def test_value_norm_and_running_keydiff(tiny_model: Models) -> None:
-    model, sample = tiny_model("llama"), made(0)
+    model, sample = tiny_model("llama"), random_sample(90)
     by_norm, by_key = (
         scored_by(SCORERS[name](), model, model_shape(model), [sample])(0) for name in ("value-norm", "keydiff")
     )
@@ -75,7 +65,7 @@ def test_value_norm_and_running_keydiff(tiny_model: Models) -> None:
 
 
 def test_expected_attention_of_calibrations_queries(tiny_model: Models) -> None:
-    model, samples = tiny_model("llama"), [made(0), made(10, 70)]
+    model, samples = tiny_model("llama"), [random_sample(90), random_sample(70, seed=10)]
     found = scored_by(SCORERS["expected-attention"](), model, model_shape(model), samples)(1)
     both = [projected(model, sample) for sample in samples]
     for layer in range(3):
@@ -99,9 +89,9 @@ def test_expected_attention_of_calibrations_queries(tiny_model: Models) -> None:
 
 @pytest.mark.parametrize("name", SCORERS)
 def test_what_is_said_of_a_token_does_not_depend_on_later_ones(name: str, tiny_model: Models) -> None:
-    model, sample, scorer = tiny_model("llama"), made(1), SCORERS[name]()
+    model, sample, scorer = tiny_model("llama"), random_sample(90, seed=1), SCORERS[name]()
     shape = model_shape(model)
-    prepared = scorer.prepare(iter([read_layers(model, shape, made(2))]))
+    prepared = scorer.prepare(iter([read_layers(model, shape, random_sample(90, seed=2))]))
     whole = read_layers(model, shape, sample)
     first = Sample(sample.input_ids[:80], np.arange(80) > 70, "test", 600)
     for layer, (one, other) in enumerate(zip(whole, read_layers(model, shape, first), strict=True)):
@@ -114,7 +104,7 @@ def test_what_is_said_of_a_token_does_not_depend_on_later_ones(name: str, tiny_m
 def test_other_families(family: str, tiny_model: Models) -> None:
     model = tiny_model(family)
     for kind in SCORERS.values():
-        found = scored_by(kind(), model, model_shape(model), [made(0), made(1)])(0)
+        found = scored_by(kind(), model, model_shape(model), random_samples(0, 2, 90))(0)
         assert np.isfinite(found).all()
         assert (found >= 0).all()
 
@@ -130,28 +120,15 @@ def test_unknown_scorers_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
         UsageError, match="^unknown scorer 'zzzz'; scorers are influence, value-norm, keydiff, expected-att"
     ):
         find_scorer("zzzz")
-    recipe = Recipe.model_validate({"model": str(tiny_folder), **RECIPE}).override(profile__scorer="keydif")
+    recipe = Recipe.model_validate({"model": str(tiny_folder), **GATES}).override(profile__scorer="keydif")
     with pytest.raises(UsageError, match="^unknown scorer 'keydif'; did you mean 'keydiff'"):
         profile(str(tiny_folder), tmp_path / "profile", recipe)
     assert not (tmp_path / "profile").exists()
 
 
-RECIPE: dict[str, Any] = {
-    "calibration": {
-        "lengths": [700],
-        "samples": 4,
-        "validation_samples": 2,
-        "sources": [{"generator": "needle"}],
-        "text_samples": 0,
-        "answer_tokens": 4,
-    },
-    "profile": {"draws": 1, "gates": True, "gate_samples": 3, "scorer": "value-norm"},
-}
-
-
 def test_a_profile_selects_by_gates_that_are_fitted_to_a_score(tiny_folder: Path, tmp_path: Path) -> None:
     source = load_source(tiny_folder)
-    recipe = Recipe.model_validate({"model": str(tiny_folder), **RECIPE})
+    recipe = Recipe.model_validate({"model": str(tiny_folder), **GATES}).override(profile__scorer="value-norm")
     made_by = profile(source, tmp_path / "norm", recipe)
     gates = made_by.gates
     assert gates is not None

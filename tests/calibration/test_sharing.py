@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile import passes
@@ -31,6 +30,7 @@ from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from tests import oracle
+from tests.calibration.conftest import random_sample
 
 Factory = Callable[..., PreTrainedModel]
 MIN_WINDOW = 16
@@ -97,23 +97,14 @@ def test_sums_match_the_definition(case: dict[str, Any]) -> None:
     }
 
     attended = {
-        layer: Attended(
-            queries[layer].to(dtype),
-            keys[layer].to(dtype),
-            None if sink is None else sink.to(dtype),
-            spec,
-        )
+        layer: Attended(queries[layer].to(dtype), keys[layer].to(dtype), None if sink is None else sink.to(dtype), spec)
         for layer, sink in enumerate(sinks)
     }
-    sums = CopySums(attended, 1, ONE, kv_heads)
-    mine = attended[1]
-    assert torch.allclose(
-        attend(mine.query, mine.key, value.to(dtype), spec, mine.sink_logit).double(),
-        out.reshape(1, heads, n, size),
-        atol=1e-4,
-    )
+    sums, mine, value = CopySums(attended, 1, ONE, kv_heads), attended[1], value.to(dtype)
+    found_out = attend(mine.query, mine.key, value, spec, mine.sink_logit).double()
+    assert torch.allclose(found_out, out.reshape(1, heads, n, size), atol=1e-4)
     for grad in grads:
-        attend_backward(mine.query, mine.key, value.to(dtype), grad.to(dtype), spec, mine.sink_logit, TABLE, [sums])
+        attend_backward(mine.query, mine.key, value, grad.to(dtype), spec, mine.sink_logit, TABLE, [sums])
         sums.end()
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
     for name, found in sums.tensors().items():
@@ -135,25 +126,24 @@ def test_which_layers_may_be_copied() -> None:
     assert copyable((None, 8), 5).shape == (2, 5)
 
 
-REFERENCE = "moacompress_test_copies"
-
-
 class Reference:
     """Dense attention by the book that moves towards every copy by weights, which are 0: `[own, anchor, n]` each.
 
     The derivative of the loss by such a weight is `d_i` by definition.
     """
 
-    current: Reference
-
     def __init__(self, shape: ModelShape, anchors: int) -> None:
         self.shape, self.anchors = shape, anchors
         self.probabilities: list[Tensor] = []
         self.weights: dict[tuple[int, int], Tensor] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, sink: Any) -> Tensor:
-        n, kv_heads = query.shape[2], key.shape[1]
-        own = probabilities_of(query, key, spec, sink)
+    def attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float = 0.25, **extra: Any
+    ) -> tuple[Tensor, None]:
+        """As transformers calls it."""
+        layer, n, kv_heads = int(module.layer_idx), query.shape[2], key.shape[1]
+        spec = AttentionSpec(scaling, self.shape.native_windows[layer], extra.get("softcap"))
+        own = probabilities_of(query, key, spec, extra.get("s_aux"))
         self.probabilities.append(own)
         out = own @ value[0][:, None]
         for index in range(min(self.anchors, layer)):
@@ -163,35 +153,7 @@ class Reference:
                 copied = torch.einsum("mgij,hjd->hmgid", self.probabilities[layer - 1 - index], value[0])
                 moved = torch.einsum("hmi,hmgid->hgid", weights, copied - out[:, None])
                 out = out + moved - moved.detach()
-        return out.flatten(0, 1)[None].transpose(1, 2)
-
-
-def _reference(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: Any = None, **extra: Any
-) -> tuple[Tensor, None]:
-    layer, reference = int(module.layer_idx), Reference.current
-    spec = AttentionSpec(
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        reference.shape.native_windows[layer],
-        extra.get("softcap"),
-    )
-    return reference.attend(layer, query, key, value, spec, extra.get("s_aux")), None
-
-
-AttentionInterface.register(REFERENCE, _reference)
-AttentionMaskInterface.register(REFERENCE, lambda *args, **kwargs: None)
-
-
-@contextmanager
-def attending(model: PreTrainedModel, reference: Reference) -> Iterator[None]:
-    before = model.config._attn_implementation
-    Reference.current, model.config._attn_implementation = reference, REFERENCE
-    yield
-    model.config._attn_implementation = before
-
-
-def random_sample(n: int, answer: int = 9) -> Sample:
-    return Sample(np.random.default_rng(n).integers(3, 150, n), np.arange(n) >= n - answer, "random", n)
+        return out.flatten(0, 1)[None].transpose(1, 2), None
 
 
 def defined(model: PreTrainedModel, sample: Sample, chosen: ProfileRecipe) -> dict[str, Tensor]:
@@ -201,7 +163,7 @@ def defined(model: PreTrainedModel, sample: Sample, chosen: ProfileRecipe) -> di
     size = shape.layers, chosen.anchors, shape.kv_heads, shape.kv_heads
     found = {name: torch.zeros(size, dtype=torch.float64) for name in NAMES}
     reference = Reference(shape, chosen.anchors)
-    with attending(model, reference):
+    with oracle.attends_by(model, reference.attend):
         logits = model(torch.from_numpy(sample.input_ids)[None], use_cache=False).logits[0, rows]
     for draw in range(chosen.draws):
         cotangent = FisherCotangent(len(rows), cotangent_generator(7, 0, draw))(logits.detach(), slice(None))

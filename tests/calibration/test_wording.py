@@ -7,19 +7,21 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moacompress.calibration.profile.profiler import profile
 from moacompress.calibration.profile.store import Profile
 from moacompress.calibration.profile.wording import calibration_wording
 from moacompress.core.artefact_names import CALIBRATION_FILE, INFLUENCE_FILE, MANIFEST_FILE, VALIDATION_FILE
 from moacompress.core.errors import ArtefactError
-from moacompress.models.source import SourceModel, model_shape
+from moacompress.models.source import SourceModel
 from moacompress.prompts import sentences
 from moacompress.recipe import Recipe
+
+if TYPE_CHECKING:
+    from tests.calibration.conftest import Sources
 
 SIZE = {"lengths": [700], "samples": 2, "validation_samples": 1, "longer_samples": 0, "answer_tokens": 8}
 
@@ -32,15 +34,9 @@ RECIPE = recipe_of({"generator": "needle"})
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerBase) -> SourceModel:
-    made = tiny_model("llama")
-    return SourceModel(made, tiny_tokenizer, "tiny", model_shape(made), 4096)
-
-
-@pytest.fixture(scope="module")
-def made(model: SourceModel, tmp_path_factory: pytest.TempPathFactory) -> Profile:
+def made(load: Sources, tmp_path_factory: pytest.TempPathFactory) -> Profile:
     """Returns a finished profile; do not write into it."""
-    return profile(model, tmp_path_factory.mktemp("made") / "p", RECIPE)
+    return profile(load(), tmp_path_factory.mktemp("made") / "p", RECIPE)
 
 
 @pytest.fixture
@@ -73,7 +69,7 @@ def wording(folder: Path) -> str:
 
 
 def test_wording_is_part_of_the_fingerprint(
-    model: SourceModel, made: Profile, tmp_path: Path, reword: Callable[[], None], caplog: pytest.LogCaptureFixture
+    source: SourceModel, made: Profile, tmp_path: Path, reword: Callable[[], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     before = calibration_wording()
     assert wording(made.path) == before
@@ -84,35 +80,35 @@ def test_wording_is_part_of_the_fingerprint(
     reword()
     assert calibration_wording() != before
     for folder in (whole, out):  # their samples are there
-        assert profile(model, folder, RECIPE).fingerprint == made.fingerprint
+        assert profile(source, folder, RECIPE).fingerprint == made.fingerprint
         assert "are worded in another way than this moacompress does it; its samples are kept" in caplog.text
         caplog.clear()
-    assert profile(model, begun, RECIPE).fingerprint != made.fingerprint  # nothing but the request was
+    assert profile(source, begun, RECIPE).fingerprint != made.fingerprint  # nothing but the request was
     assert wording(begun) == calibration_wording()
 
 
 @pytest.mark.parametrize("lost", [CALIBRATION_FILE, VALIDATION_FILE])
 def test_samples_of_two_wordings_are_not_mixed(
-    model: SourceModel, made: Profile, tmp_path: Path, reword: Callable[[], None], lost: str
+    source: SourceModel, made: Profile, tmp_path: Path, reword: Callable[[], None], lost: str
 ) -> None:
     out = stopped(made.path, tmp_path / "p", lost)
     reword()
     before = content(out)
     with pytest.raises(ArtefactError, match=r"not finished and whose prompts are worded in another way.*--overwrite$"):
-        profile(model, out, RECIPE)
+        profile(source, out, RECIPE)
     assert content(out) == before
-    assert profile(model, out, RECIPE, overwrite=True).fingerprint != made.fingerprint
+    assert profile(source, out, RECIPE, overwrite=True).fingerprint != made.fingerprint
 
 
 def test_rows_of_a_file_say_what_they_say(
-    model: SourceModel, tmp_path: Path, reword: Callable[[], None], caplog: pytest.LogCaptureFixture
+    source: SourceModel, tmp_path: Path, reword: Callable[[], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     text = [{"prompt": f"{index} " + "word " * 130, "answer": "no"} for index in range(12)]
     rows.write_text("".join(json.dumps(row) + "\n" for row in text))
     given = recipe_of({"path": str(rows)})
-    whole = profile(model, tmp_path / "whole", given)
+    whole = profile(source, tmp_path / "whole", given)
     out = stopped(whole.path, tmp_path / "p", VALIDATION_FILE)
     reword()
-    assert profile(model, out, given).fingerprint == whole.fingerprint
+    assert profile(source, out, given).fingerprint == whole.fingerprint
     assert caplog.text == ""
