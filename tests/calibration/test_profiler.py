@@ -35,22 +35,17 @@ RECIPE = Recipe.from_dict(
 SETS = ("calibration", "validation", "influence")
 
 
-def make_samples(source: Any, recipe: Recipe, split: str, progress: Any = None, answers: Any = None) -> list[Sample]:
-    """Stands in for the data: random ids, which is all that the profiler needs."""
-    rng = np.random.default_rng([recipe.seed, split == "calibration"])
-    count = recipe.calibration.samples if split == "calibration" else recipe.calibration.validation_samples
-    lengths = np.sort(np.resize(recipe.calibration.lengths, count)).tolist()
-    return [Sample(rng.integers(3, 150, n - 1), np.arange(n - 1) > n - 8, "random", n) for n in lengths]
-
-
 @pytest.fixture
 def data(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replaces the data; returns the splits made."""
+    """Replaces the data by random ids, which is all that the profiler needs; returns the splits made."""
     made: list[str] = []
 
     def build(source: Any, recipe: Recipe, split: str, progress: Any = None, answers: Any = None) -> list[Sample]:
         made.append(split)
-        return make_samples(source, recipe, split)
+        rng = np.random.default_rng([recipe.seed, split == "calibration"])
+        count = recipe.calibration.samples if split == "calibration" else recipe.calibration.validation_samples
+        lengths = np.sort(np.resize(recipe.calibration.lengths, count)).tolist()
+        return [Sample(rng.integers(3, 150, n - 1), np.arange(n - 1) > n - 8, "random", n) for n in lengths]
 
     monkeypatch.setattr("moacompress.calibration.data.sample_sources.build_samples", build)
     monkeypatch.setattr("moacompress.calibration.data.sample_sources.make_drafts", lambda *arguments: [])
@@ -70,16 +65,20 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return indices
 
 
+def check_influence(made: Profile, estimator: str) -> None:
+    influence = made.influence(estimator)
+    assert influence.shape == (2, 3, 2, len(made.rules))
+    assert not influence[..., 0].any()
+    assert (influence[..., 1:] > 0).any()
+
+
 def test_profile_of_a_folder(tiny_folder: Path, tmp_path: Path, data: list[str], done: list[int]) -> None:
     made = profile(str(tiny_folder), tmp_path / "p", RECIPE)
     assert data == ["calibration", "validation"]
     assert done == [0, 1, 2, 3]
     assert made.source == str(tiny_folder)
     assert (made.lengths, made.rules[0], len(made.validation)) == ((128, 192), Rule.FULL, 2)
-    influence = made.influence("robust")
-    assert influence.shape == (2, 3, 2, len(made.rules))
-    assert not influence[..., 0].any()
-    assert (influence[..., 1:] > 0).any()
+    check_influence(made, "robust")
     assert json.loads((tmp_path / "p" / "profile.json").read_text())["complete"] is True
 
     again = profile(tiny_folder, tmp_path / "p", RECIPE.override(search__trials=3))
@@ -247,10 +246,7 @@ def test_statistics_asked_for_later_are_added(
     assert again.estimators == ESTIMATORS
     assert len(done) == 8
     for name in ESTIMATORS:
-        influence = again.influence(name)
-        assert influence.shape == (2, 3, 2, len(again.rules))
-        assert not influence[..., 0].any()
-        assert (influence[..., 1:] > 0).any()
+        check_influence(again, name)
 
 
 def test_a_full_disk_leaves_a_sound_profile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import UserList
 from collections.abc import Callable, Sequence
@@ -9,10 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
+from moacompress.calibration.data import answers
 from moacompress.calibration.data.answers import AnswerStore, SampleDraft, generate_greedy
 from moacompress.calibration.data.data_rows import first_of_each
+from moacompress.calibration.data.plain import chop
 from moacompress.calibration.data.sample_sources import build_samples, longer_counts, make_drafts, spread, varied
 from moacompress.calibration.data.samples import Sample, fingerprint_samples
 from moacompress.core.errors import DataError
@@ -23,6 +28,8 @@ from moacompress.recipe_sections import Generator
 from tests.templates import without_template
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from moacompress.models.source import SourceModel
 
 
@@ -42,6 +49,15 @@ def text_of(source: SourceModel, sample: Sample) -> str:
 
 def prompts(count: int, size: int = 190) -> list[dict[str, str]]:
     return [{"prompt": f"{i:03d}" + "x" * (size - 3), "answer": "unused"} for i in range(count)]
+
+
+def turns_of(*said: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(said)]
+
+
+def conversations(count: int) -> list[dict[str, Any]]:
+    said = ("first.", "z" * 30, "human answer")
+    return [{"messages": turns_of(f"{i:02d}" + "q" * 100, *said)} for i in range(count)]
 
 
 def test_spread_is_even_over_lengths_and_by_weight() -> None:
@@ -89,19 +105,17 @@ def test_a_prompt_with_several_answers_is_one_sample_of_one_split(source: Source
     """Answers of rows are not used, so rows that differ in them alone are the same prompt."""
     asked = [row["prompt"] for row in prompts(40)]
     pairs = [(prompt, answer) for prompt in asked for answer in "abc"]
-    turns = [
-        [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for prompt, answer in pairs
-    ]
     prompt_rows: list[Any] = [{"prompt": prompt, "answer": answer} for prompt, answer in pairs]
+    turns = [{"messages": turns_of(prompt, answer)} for prompt, answer in pairs]
     splits: tuple[tuple[Split, int], ...] = (("calibration", 14), ("validation", 6))
-    for number, rows in enumerate((prompt_rows, [{"messages": each} for each in turns])):
+    for number, rows in enumerate((prompt_rows, turns)):
         path = write_rows(tmp_path / f"{number}.jsonl", rows)
-        seen = {}
+        seen = []
         for split, count in splits:
             drafts = make_drafts(source, recipe([{"path": path}], samples=count), split)
-            seen[split] = {tuple(draft.ids) for draft in drafts}
-            assert len(seen[split]) == count
-        assert not seen["calibration"] & seen["validation"]
+            seen.append({tuple(draft.ids) for draft in drafts})
+            assert len(seen[-1]) == count
+        assert not seen[0] & seen[1]
     rows_of_hub = HubRows(rows)
     assert list(first_of_each(rows_of_hub, "messages", "hub")) == list(range(0, 120, 3))
     assert rows_of_hub.columns == ["messages"]
@@ -139,8 +153,6 @@ def test_hub_set_without_network(source: SourceModel) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.jsonl", None, r"cannot read .*none.jsonl: No such file"),
-        ("empty.jsonl", "", r"file:empty.jsonl has no rows"),
         (
             "bad.jsonl",
             '{"prompt": "a"}\n{"prompt',
@@ -213,9 +225,9 @@ def test_hub_set_without_network(source: SourceModel) -> None:
         ),
     ],
 )
-def test_bad_data(source: SourceModel, tmp_path: Path, name: str, content: str | None, message: str) -> None:
-    if content is not None:
-        (tmp_path / name).write_text(content)
+def test_bad_data(source: SourceModel, tmp_path: Path, name: str, content: str, message: str) -> None:
+    """Beside what is in tests/cli/test_refusals.py."""
+    (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         build_samples(source, recipe([{"path": str(tmp_path / name)}]), "calibration")
 
@@ -237,30 +249,17 @@ def test_prompts_that_no_length_has_room_for_are_counted(
     assert "the longest has 6" in longer[0]
 
 
-def test_lengths_that_cannot_be(source: SourceModel) -> None:
+def test_samples_that_cannot_be(source: SourceModel) -> None:
     needle = [{"generator": "needle"}]
-    with pytest.raises(DataError, match=r"samples of 64 tokens .*longer than the largest sink, 64 tokens"):
-        build_samples(source, recipe(needle, (64,)), "calibration")
-    with pytest.raises(DataError, match="8,192 tokens were asked for; the model was made for at most 4,096"):
-        build_samples(source, recipe(needle, (8192,)), "calibration")
-    with pytest.raises(DataError, match="1 calibration samples do not cover 2 lengths"):
-        build_samples(source, recipe(needle, (512, 1024), 1), "calibration")
-    with pytest.raises(DataError, match=r"calibration.text names no file"):
-        build_samples(source, recipe([{"generator": "needle", "haystack": "prose"}]), "calibration")
-
-
-def conversations(count: int) -> list[dict[str, Any]]:
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": f"{i:02d}" + "q" * 100},
-                {"role": "assistant", "content": "first."},
-                {"role": "user", "content": "z" * 30},
-                {"role": "assistant", "content": "human answer"},
-            ]
-        }
-        for i in range(count)
-    ]
+    for asked, message in (
+        (recipe(needle, (64,)), r"samples of 64 tokens .*longer than the largest sink, 64 tokens"),
+        (recipe(needle, (8192,)), "8,192 tokens were asked for; the model was made for at most 4,096"),
+        (recipe(needle, (512, 1024), 1), "1 calibration samples do not cover 2 lengths"),
+        (recipe([{"generator": "needle", "haystack": "prose"}]), r"calibration.text names no file"),
+        (recipe(needle, (700,), text_samples=2), r"2 samples of plain text were asked for, but calibration.text names"),
+    ):
+        with pytest.raises(DataError, match=message):
+            build_samples(source, asked, "calibration")
 
 
 def questions(count: int, size: int = 60) -> list[dict[str, str]]:
@@ -268,16 +267,8 @@ def questions(count: int, size: int = 60) -> list[dict[str, str]]:
 
 
 SOURCES = (
-    "needle",
-    "multi-needle",
-    "key-value",
-    "records",
-    "recall",
-    "prompts",
-    "conversations",
-    "questions",
-    "squad",
-    "text",
+    *("needle", "multi-needle", "key-value", "records", "recall"),
+    *("prompts", "conversations", "questions", "squad", "text"),
 )
 
 
@@ -312,10 +303,8 @@ def test_every_source_with_and_without_a_chat_template(
     length = 256 if name == "conversations" else 800
     asked = recipe([part(name)], (length,), 3)
     samples = build_samples(source, asked, "calibration")
-    assert fingerprint_samples(samples) == fingerprint_samples(build_samples(source, asked, "calibration"))
-    assert fingerprint_samples(samples) != fingerprint_samples(
-        build_samples(source, asked.override(seed=1), "calibration")
-    )
+    again, other = (build_samples(source, each, "calibration") for each in (asked, asked.override(seed=1)))
+    assert fingerprint_samples(samples) == fingerprint_samples(again) != fingerprint_samples(other)
     assert len(samples) == 3
     others = build_samples(source, asked, "validation")
     assert not {tuple(s.input_ids) for s in samples} & {tuple(s.input_ids) for s in others}
@@ -375,11 +364,8 @@ def test_text_samples_come_after_the_answers(source: SourceModel, tmp_path: Path
     assert len(validation) == 4 + len(texts)
 
 
-def test_text_samples_that_cannot_be(source: SourceModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    needle = [{"generator": "needle"}]
-    with pytest.raises(DataError, match=r"2 samples of plain text were asked for, but calibration.text names no file"):
-        build_samples(source, recipe(needle, (700,), text_samples=2), "calibration")
-    short = recipe(needle, (700,), text_samples=2, text=prose(tmp_path, 3, 50))
+def test_text_that_is_too_short(source: SourceModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    short = recipe([{"generator": "needle"}], (700,), text_samples=2, text=prose(tmp_path, 3, 50))
     with pytest.raises(DataError, match=r"the longest of 1 texts of text:prose has 349 tokens; stretches of 700 were"):
         build_samples(source, short, "calibration")
     assert len(build_samples(source, short, "validation")) == 4
@@ -389,8 +375,6 @@ def test_text_samples_that_cannot_be(source: SourceModel, tmp_path: Path, caplog
 def test_answered_batches_are_not_answered_again(
     source: SourceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moacompress.calibration.data import answers
-
     monkeypatch.setattr(answers, "BATCH_TOKENS", 1600)
     asked = recipe([{"generator": "needle"}, {"generator": "recall"}], (700, 800), 8)
     path, calls = tmp_path / "answers.jsonl", []
@@ -412,9 +396,8 @@ def test_answered_batches_are_not_answered_again(
     resumed = build_samples(source, asked, "calibration", answers=store())
     made = len(calls)
     assert made > 0
-    assert fingerprint_samples(build_samples(source, asked, "calibration", answers=store())) == fingerprint_samples(
-        resumed
-    )
+    again = build_samples(source, asked, "calibration", answers=store())
+    assert fingerprint_samples(again) == fingerprint_samples(resumed)
     assert len(calls) == made
     calls.clear()
     plain = build_samples(source, asked, "calibration")
@@ -440,6 +423,23 @@ def test_source_code_is_of_modules_that_evaluation_does_not_ask_about(source: So
         assert [len(draft.ids) for draft in code] == [400] * 2
         for draft in code:  # stretches of single modules, their indentation included
             assert any(str(source.tokenizer.decode([*draft.ids[1:]])) in text for text in texts)
-    assert not {tuple(draft.ids) for draft in drafts["calibration"]} & {
-        tuple(draft.ids) for draft in drafts["validation"]
-    }
+    ours, theirs = ({tuple(draft.ids) for draft in found} for found in drafts.values())
+    assert not ours & theirs
+
+
+def test_plain_text_begins_as_the_tokenizer_begins_any(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer: Any = copy.deepcopy(tiny_tokenizer)
+    begin, end = tokenizer.bos_token, tokenizer.eos_token
+    ids = [(begin, tokenizer.bos_token_id), (end, tokenizer.eos_token_id)]
+    assert begin != end
+    text = " ".join(f"w{i:04d}" for i in range(300))
+    for template, first in (
+        (f"{begin} $A", [tokenizer.bos_token_id]),
+        (f"{begin} $A {end}", [tokenizer.bos_token_id]),
+        ("$A", []),
+    ):
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=ids)
+        (draft,) = chop([text], {256: 1}, "text", np.random.default_rng(0), tokenizer)
+        assert len(draft.ids) == 256
+        assert draft.ids[: len(first)] == first
+        assert not {*draft.ids[len(first) :]} & {*tokenizer.all_special_ids}

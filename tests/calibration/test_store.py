@@ -284,17 +284,12 @@ def test_a_cleared_folder_with_other_files_is_free_again(folder: Path, damage: A
 
 def forget_formats(folder: Path) -> None:
     """Makes a profile one that was asked for no formats."""
-    path = folder / "profile.json"
-    data = json.loads(path.read_text())
-    data["recipe"]["profile"]["formats"] = []
+    recipe = json.loads((folder / "profile.json").read_text())["recipe"]
+    recipe["profile"]["formats"] = []
     plain = [Statistics({k: v for k, v in statistics(i).arrays.items() if k in ("squares", "total")}) for i in range(3)]
-    data["digest"] = Statistics.stack(plain).digest()
-    path.write_text(json.dumps(data))
-    begun = Manifest.read(folder)
-    merge(folder, replace(begun, complete=False), PROFILED, plain)
-    data = json.loads(path.read_text())
-    data["recipe"]["profile"]["formats"] = []
-    path.write_text(json.dumps(data))
+    change(folder, recipe=recipe, digest=Statistics.stack(plain).digest())
+    merge(folder, replace(Manifest.read(folder), complete=False), PROFILED, plain)
+    change(folder, recipe=recipe)
 
 
 def test_a_profile_without_formats_is_read_and_completed(folder: Path) -> None:
@@ -373,10 +368,8 @@ def test_only_a_sample_file_as_it_was_written_is_taken(folder: Path) -> None:
 
 def test_the_request_depends_on_what_decides_the_numbers(tmp_path: Path) -> None:
     base = request_fingerprint(SHAPE, RULES, RECIPE, {})
-    same = [
-        RECIPE.override(search__trials=2, evaluation__prompts=3, budget="25%"),
-    ]
-    assert {request_fingerprint(SHAPE, RULES, recipe, {}) for recipe in same} == {base}
+    same = RECIPE.override(search__trials=2, evaluation__prompts=3, budget="25%")
+    assert request_fingerprint(SHAPE, RULES, same, {}) == base
     others = [RECIPE.override(seed=1), RECIPE.override(profile__draws=3), RECIPE.override(calibration__samples=3)]
     hashes = {request_fingerprint(SHAPE, RULES, recipe, {}) for recipe in others}
     hashes |= {
@@ -411,22 +404,17 @@ def test_rules_in_formats_cost_their_span_and_their_formats(folder: Path) -> Non
         assert offered.offering(wanted).rules == offered.rules
         assert offered.offering(()).rules == RULES
         assert offered.subset([0, 2]).rules == offered.rules
-        alone, found = profile.influence("robust"), offered.influence("robust")
-        for number, rule in enumerate(offered.rules):
-            expected = alone[..., RULES.index(Rule(rule.sink, rule.alpha, rule.beta_q))].copy()
-            for side, name in (("key", rule.key_format), ("value", rule.value_format)):
-                halves = offered.statistics.arrays[f"{side}_squares"].astype(np.float64) / 2
-                of_format = halves[..., ("native", "int8", "int4").index(name)]
-                for place, length in enumerate((128, 256)):
-                    expected[place] += (of_format[profile.sample_lengths == length] ** 0.75).mean(0) ** (4 / 3)
-            np.testing.assert_allclose(found[..., number], expected, rtol=1e-6)
+        alone, found, arrays = profile.influence("robust"), offered.influence("robust"), profile.statistics.arrays
         parts, totals = offered.parts, offered.of_parts("total")
         assert parts is not None
         for number, rule in enumerate(offered.rules):
             span = RULES.index(Rule(rule.sink, rule.alpha, rule.beta_q))
-            columns = [("native", "int8", "int4").index(name) for name in (rule.key_format, rule.value_format)]
-            arrays = profile.statistics.arrays
-            moved = arrays["total"][..., span].astype(np.float64)
-            for side, column in zip(("key", "value"), columns, strict=True):
+            expected, moved = alone[..., span].copy(), arrays["total"][..., span].astype(np.float64)
+            for side, name in (("key", rule.key_format), ("value", rule.value_format)):
+                column = ("native", "int8", "int4").index(name)
+                of_format = arrays[f"{side}_squares"][..., column].astype(np.float64) / 2
+                for place, length in enumerate((128, 256)):
+                    expected[place] += (of_format[profile.sample_lengths == length] ** 0.75).mean(0) ** (4 / 3)
                 moved = moved + arrays[f"{side}_total"][..., column]
+            np.testing.assert_allclose(found[..., number], expected, rtol=1e-6)
             np.testing.assert_allclose(totals[..., parts[number]].sum(-1), moved, rtol=1e-6)
