@@ -1,4 +1,4 @@
-"""Rendering, masks, the dense model's greedy answers, and answers on disk: found again, told apart, and what is no answer left out."""
+"""Rendering, masks, the dense model's greedy answers, and answers on disk: found again, told apart, or left out."""
 
 from __future__ import annotations
 
@@ -9,13 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from moacompress.calibration.data.answers import (
-    AnswerStore,
-    SampleDraft,
-    answer_drafts,
-    generate_greedy,
-    stop_tokens,
-)
+from moacompress.calibration.data.answers import AnswerStore, SampleDraft, answer_drafts, generate_greedy, stop_tokens
 from moacompress.core.errors import DataError
 from moacompress.core.progress import Progress
 from moacompress.prompts.templates import encode_conversation, encode_prompt

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from moacompress.bench.sides import make_models
 from moacompress.core.errors import PlanError, UsageError
@@ -17,8 +17,9 @@ from moacompress.evaluation.runner import evaluate
 from moacompress.models.source import find_model_folder, model_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.rules.share import Share, with_shared_rules
+from moacompress.rules.share import Share
 from moacompress.runtime import attach, detach
+from tests.plan_kinds import with_shares
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +32,7 @@ def folders(
     for name, model in made.items():
         model.save_pretrained(place / name)
         tiny_tokenizer.save_pretrained(place / name)
-    from moacompress.models.source import load_source
-
-    shape = load_source(str(place / "dense")).shape
-    shares = (None, None, Share(1, (1, 0)))
-    plan = replace(random_plan(shape, 2), shares=())
-    plan = Plan(shape, plan.min_window, with_shared_rules(plan.rules, shares), shares=shares)
+    plan = with_shares(random_plan(model_shape(made["dense"]), 2), (None, None, Share(1, (1, 0))))
     attach(made["dense"], plan).save_pretrained(place / "model")
     tiny_tokenizer.save_pretrained(place / "model")
     plan.save(place / "model" / "plan.json")
@@ -62,8 +58,6 @@ def test_shared_attention_is_measured_beside_the_dense_model(folders: dict[str, 
 
 def test_checkpoints_with_weights_of_their_own_are_compared(folders: dict[str, Path], tmp_path: Path) -> None:
     """One plan, on the dense model's weights and on healed ones, beside a checkpoint whose layers share attention."""
-    from transformers import AutoModelForCausalLM
-
     dense = folders["dense"]
     raw = Plan.uniform(Plan.load(folders["model"] / "plan.json").model, Rule(4, 0, 200))
     names = {"raw": raw, "healed": raw.with_notes(provenance={"heal": {"tokens": 1}})}
@@ -93,21 +87,15 @@ def nlls(report: dict[str, Any]) -> dict[str, float]:
     return {row["model"]: row["value"] for row in report["results"] if row["metric"] == "nll"}
 
 
-def test_without_it_there_is_no_dense_model(folders: dict[str, Path]) -> None:
-    with pytest.raises(
-        UsageError, match="layers that share attention and no queries and keys of their own.*--dense MODEL"
-    ):
+def test_another_dense_model_or_none_is_refused(folders: dict[str, Path]) -> None:
+    said = "layers that share attention and no queries and keys of their own.*--dense MODEL"
+    with pytest.raises(UsageError, match=said):
         run(folders["model"])
-
-
-def test_another_dense_model_is_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(PlanError, match="the plan is for other weights"):
         run(folders["model"], dense=folders["other"])
 
 
 def test_benchmarks_have_a_dense_model_of_the_same_sizes(folders: dict[str, Path]) -> None:
-    from transformers import AutoModelForCausalLM
-
     plan = Plan.load(folders["model"] / "plan.json")
     models = make_models(AutoModelForCausalLM.from_pretrained(folders["model"]), plan)
     dense = AutoModelForCausalLM.from_pretrained(folders["dense"]).num_parameters()
@@ -126,9 +114,7 @@ def test_weights_that_the_plan_was_not_made_for_are_said(
         weights = load_file(folder / "model.safetensors")
         weights["model.norm.weight"] = weights["model.norm.weight"] * 1.5
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    for dtype in (
-        ("auto", "float16") if tuned else ("auto",)
-    ):  # float16 loses bits: nothing is known of the weights then
+    for dtype in ("auto", *["float16"] * tuned):  # it loses bits: nothing is known of the weights then
         caplog.clear()
         report = run(folder, against=(), prompts=1, dtype=dtype)
         said = tuned and dtype == "auto"

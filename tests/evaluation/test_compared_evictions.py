@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ import torch
 from moacompress.core.errors import DataError, InfeasibleBudgetError, UsageError
 from moacompress.evaluation.baselines import evictions
 from moacompress.evaluation.baselines.compared_models import STOCK
-from moacompress.evaluation.baselines.comparison import check_names, make_comparison
+from moacompress.evaluation.baselines.comparison import check_names
 from moacompress.evaluation.baselines.evictions import ComparedEviction, compared_eviction, kept_mask, score_evictions
 from moacompress.evaluation.eviction.key_scores import ExpectedAttention
 from moacompress.evaluation.eviction.kvzip import KVzip
@@ -33,18 +32,10 @@ from moacompress.rules.formats import CODED, FORMATS, NATIVE, find_format
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.runtime.checkpoint import load_checkpoint
-from tests.evaluation.under_masks import DIM, KV_HEADS, LAYERS, PROMPTED, STREAMED, logits_after
+from tests.evaluation.conftest import DIM, KV_HEADS, LAYERS, PROMPTED, STREAMED, logits_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Build = Callable[..., "PreTrainedModel"]
-
-
-@pytest.fixture
-def model(tiny_model: Build) -> PreTrainedModel:
-    """Groups of two query heads."""
-    return tiny_model("llama")
 
 
 def a_case(size: int = 150, question_at: int | None = 130) -> Case:
@@ -80,9 +71,8 @@ def test_prompt_and_answer_take_the_plans_bytes(
             assert 0 <= plan.kv_bytes(case.tokens) - taken < 2 * vector
             entries.append(int(mask.sum()))
         assert entries[0] < entries[1] < entries[2]
-    roomy = compared(
-        "keydiff", SEEN, _windows(model_shape(model), window=256), "int4"
-    )  # all of a prompt takes less than the plan
+    # all of a prompt takes less than the plan
+    roomy = compared("keydiff", SEEN, _windows(model_shape(model), window=256), "int4")
     assert kept_mask(roomy, case, reading).all()
     taken = roomy.on_prompts([case]).kv_bytes
     assert taken == 299 * LAYERS * KV_HEADS * roomy.token_bytes + 5 * LAYERS * KV_HEADS * 128
@@ -178,9 +168,8 @@ def test_rows_beside_the_others(compressed: Path, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(evictions, "read_prompt", refuse)
     again = evaluate(compressed, against=("dense", "snapkv:seen", "h2o"), out=tmp_path / "eval.json", **ASKED)
-    assert [row for row in again["results"] if row["model"] != "snapkv:unseen"] == [
-        row for row in report["results"] if row["model"] != "snapkv:unseen"
-    ]
+    ours, theirs = ([row for row in of["results"] if row["model"] != "snapkv:unseen"] for of in (again, report))
+    assert ours == theirs
     with pytest.raises(AssertionError, match="not scored again"):
         evaluate(compressed, against=("keydiff",), out=tmp_path / "eval.json", **ASKED)
 
@@ -246,9 +235,8 @@ def test_a_prompt_of_one_line_has_no_question_to_leave_out(compressed: Path, tmp
     rows = tmp_path / "mine.jsonl"
     rows.write_text('{"prompt": "What is the capital of the country in the story above?", "answer": "A"}\n')
     asked: dict[str, Any] = {"tasks": (), "sources": (str(rows),), "lengths": (700,), "prompts": 1}
-    with pytest.raises(
-        DataError, match="^keydiff:unseen evicts before the question is read, and a prompt of mine does not"
-    ):
+    said = "^keydiff:unseen evicts before the question is read, and a prompt of mine does not"
+    with pytest.raises(DataError, match=said):
         evaluate(compressed, against=("keydiff",), **asked)
 
 
@@ -257,16 +245,3 @@ def test_bytes_that_leave_nothing(model: PreTrainedModel) -> None:
     one.check(a_case(150, 80))
     with pytest.raises(InfeasibleBudgetError, match="^snapkv:unseen keeps the 134 tokens of a prompt of t that follow"):
         one.check(a_case(150, 20))
-
-
-def test_layers_with_windows_of_their_own(
-    tiny_model: Build, tiny_tokenizer: Any, random_plan: Callable[..., Any], tmp_path: Path
-) -> None:
-    from moacompress.runtime import attach
-
-    model = tiny_model("gemma3_text")
-    attach(model, random_plan(model_shape(model), seed=1)).save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
-    comparison = make_comparison(load_checkpoint(tmp_path, "auto", "cpu"), ("h2o",), None, True)
-    with pytest.raises(UsageError, match="^h2o cannot be measured on this model: its layers have sliding windows"):
-        comparison.at(700, 8)

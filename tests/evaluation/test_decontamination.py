@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from moacompress.core.errors import DataError, PlanError
 from moacompress.core.shingles import WORD, Shingles, normalised
@@ -21,11 +20,12 @@ from moacompress.evaluation.tasks.registry import TASKS, Resources, make_cases
 from moacompress.prompts import generators
 from moacompress.prompts.generators import Values, make_prompt
 from moacompress.prompts.pools import Prose
-from moacompress.report.evaluation_tables import OVERLAP_UNKNOWN, csv_text, evaluation_tables
+from moacompress.report.evaluation_tables import OVERLAP_UNKNOWN, csv_text
 from moacompress.report.page.figures import quality_pictures
 from moacompress.report.page.report_page import quality_text
 from moacompress.rules.plan import Plan
 from moacompress.runtime.checkpoint import load_checkpoint
+from tests.evaluation.conftest import tables_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,14 +110,6 @@ def checkpoint(compressed: Path, tmp_path: Path) -> Callable[[Shingles | None], 
     return of
 
 
-def shown(report: dict[str, Any]) -> str:
-    console = Console(width=200)
-    with console.capture() as capture:
-        for part in evaluation_tables(report):
-            console.print(part)
-    return " ".join(capture.get().split())
-
-
 def run(target: Path, text: Path, tasks: tuple[str, ...] = ("text",), **options: Any) -> dict[str, Any]:
     return evaluate(target, text=text, tasks=tasks, lengths=(LENGTH,), prompts=2, against=(), **options)
 
@@ -140,11 +132,10 @@ def test_text_that_calibration_saw_is_refused_and_marked(
     shares = {row["task"]: row["overlap"] for row in report["results"]}
     assert shares == {"text": marked["overlap"], "needle-noise": 0.0}
     assert 0.01 < marked["overlap"] <= 1.0
-    text = shown(report)
+    text = tables_of(report)
     assert "text@700†" in text
-    assert (
-        f"Overlap with calibration (runs of 13 words): text@700 {marked['overlap']:.1%}†; 0.0% in all others." in text
-    )
+    overlap = f"text@700 {marked['overlap']:.1%}†; 0.0% in all others."
+    assert f"Overlap with calibration (runs of 13 words): {overlap}" in text
     assert "its numbers flatter the plan" in text
     assert str(marked["overlap"]) in csv_text(report)
     assert "its numbers flatter the plan" in quality_text(report)
@@ -161,13 +152,13 @@ def test_other_text_is_measured_and_its_overlap_stated(
         report = run(target, place)
         assert {row["overlap"] for row in report["results"]} == {0.0}
         assert report["seen_in_calibration"] == []
-        assert "Overlap with calibration (runs of 13 words): 0.0%." in shown(report)
+        assert "Overlap with calibration (runs of 13 words): 0.0%." in tables_of(report)
 
 
 def test_what_is_not_known_is_not_called_zero(checkpoint: Callable[[Shingles | None], Path], prose: Path) -> None:
     report = run(checkpoint(None), prose)
     assert {row["overlap"] for row in report["results"]} == {None}
-    assert OVERLAP_UNKNOWN in shown(report)
+    assert OVERLAP_UNKNOWN in tables_of(report)
     assert OVERLAP_UNKNOWN in quality_text(report)
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from rich.console import Console, Group
 from torch.nn import functional
 
 import moacompress.evaluation.measurement as measurement
@@ -20,10 +19,11 @@ from moacompress.evaluation.runner import evaluate
 from moacompress.evaluation.scoring.prompts import read_on
 from moacompress.evaluation.tasks.cases import Case
 from moacompress.models.source import model_shape
-from moacompress.report.evaluation_tables import ANSWERED, ANSWERED_TWICE, evaluation_tables
+from moacompress.report.evaluation_tables import ANSWERED, ANSWERED_TWICE
 from moacompress.rules.plan import Plan
 from moacompress.runtime import attach, detach
 from moacompress.runtime.compat.alternates import cache_argument
+from tests.evaluation.conftest import tables_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,10 +70,8 @@ def tied(
             states.append(run.model(last, use_cache=True, **cache_argument(cache)).last_hidden_state[:, -1])
     wanted = torch.ones(2, PROMPTS)
     wanted[:, 0] = torch.tensor([0.01, -0.01])
-    at = torch.cat(states).double()
-    rows = torch.linalg.lstsq(
-        at, torch.stack([wanted.flatten(), torch.full((2 * PROMPTS,), -1.0)], 1).double()
-    ).solution
+    logits = torch.stack([wanted.flatten(), torch.full((2 * PROMPTS,), -1.0)], 1)
+    rows = torch.linalg.lstsq(torch.cat(states).double(), logits.double()).solution
     with torch.no_grad():
         model.lm_head.weight[:] = rows[:, 1].float()
         model.lm_head.weight[answer[0]] = rows[:, 0].float()
@@ -87,13 +85,6 @@ def tied(
 
 def measured(folder: Path, *against: str) -> dict[str, Any]:
     return evaluate(folder, against=against, tasks=("needle-noise", "key-value"), lengths=(320,), prompts=PROMPTS)
-
-
-def said(report: dict[str, Any]) -> str:
-    console = Console(width=200)
-    with console.capture() as capture:
-        console.print(Group(*evaluation_tables(report)))
-    return " ".join(capture.get().split())
 
 
 def test_a_prompt_that_rounding_decides_is_left_out_for_all_sides(tied: Path) -> None:
@@ -113,7 +104,7 @@ def test_a_prompt_that_rounding_decides_is_left_out_for_all_sides(tied: Path) ->
     for row in report["pooled"]["differences"]:
         if row["metric"] == "retention":
             assert (row["prompts"], row["value"]) == (2 * (PROMPTS - 1), 0.0)
-    assert said(report).count(ANSWERED_TWICE) == 1
+    assert tables_of(report).count(ANSWERED_TWICE) == 1
 
 
 def test_one_attention_where_all_sides_run_our_kernels(tied: Path) -> None:
@@ -121,8 +112,8 @@ def test_one_attention_where_all_sides_run_our_kernels(tied: Path) -> None:
     kept = [row for row in report["results"] if row["metric"] == "retention"]
     assert [row["prompts"] for row in kept] == [PROMPTS] * 4
     assert STOCK not in {row["model"] for row in report["results"]}
-    assert ANSWERED in said(report)
-    assert ANSWERED_TWICE not in said(report)
+    assert ANSWERED in tables_of(report)
+    assert ANSWERED_TWICE not in tables_of(report)
 
 
 def test_which_sides_bring_the_other_attention() -> None:

@@ -25,20 +25,15 @@ from moacompress.evaluation.eviction.stream_cache import stream_cache
 from moacompress.evaluation.eviction.window_scores import AdaKV, PyramidKV, SnapKV
 from moacompress.runtime.compat.alternates import cache_argument
 from tests import oracle
-from tests.evaluation.under_masks import DIM, KV_HEADS, LAYERS, PROMPTED, STREAMED, logits_after
+from tests.evaluation.conftest import DIM, KV_HEADS, LAYERS, PROMPTED, STREAMED, logits_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Build = Callable[..., "PreTrainedModel"]
+    from tests.evaluation.conftest import Models
+
 Attended = list[tuple[Tensor, Tensor, Tensor]]
 Masks = Callable[[int, Tensor, Tensor], Tensor]
-
-
-@pytest.fixture
-def model(tiny_model: Build) -> PreTrainedModel:
-    """Groups of two query heads."""
-    return tiny_model("llama")
 
 
 @pytest.fixture
@@ -144,9 +139,8 @@ def test_expected_attention_is_that_of_a_normal_query_at_the_next_positions(
     end, future, sinks = 90, 200, 4
     found = scores_of(ExpectedAttention(future), reading, end)
     basis = torch.eye(DIM, dtype=torch.float64)
-    mean_turn = torch.stack([turned(basis[None], torch.full((DIM,), end + step))[0].T for step in range(future)]).mean(
-        0
-    )
+    turns = [turned(basis[None], torch.full((DIM,), end + step))[0].T for step in range(future)]
+    mean_turn = torch.stack(turns).mean(0)
     for layer, (query, key, value) in enumerate(plain(model, ids[:end])):
         unturned = turned(query, -torch.arange(end))[:, sinks:]
         for head in range(KV_HEADS):
@@ -376,7 +370,7 @@ def test_streams_take_turns_with_equal_room() -> None:
         assert baseline.allocate(103, 5, 3, 2).tolist() == [[4, 4], [3, 3], [3, 3]]
 
 
-def test_other_families(tiny_model: Build, tiny_tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
+def test_other_families(tiny_model: Models, tiny_tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
     """Every family either scores and answers, or is refused by its attention."""
     for family in ("qwen3", "granite", "phi3", "smollm3", "gpt_neox"):
         model = tiny_model(family)

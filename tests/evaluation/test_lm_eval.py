@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from moacompress.rules.plan import Plan
 from moacompress.runtime import attach
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from tests.evaluation.conftest import Forwards
 
 TASKS: dict[str, dict[str, Any]] = {
     "tiny_choice": {
@@ -79,18 +78,8 @@ def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
 
 
-def test_rows(
-    tiny_model: Any, tiny_tokenizer: Any, random_plan: Any, folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model: Any = tiny_model("llama")
-    seen = []
-    original = type(model).forward
-
-    def recorded(self: Any, input_ids: Any = None, **kwargs: Any) -> Any:
-        seen.append((len(input_ids), kwargs.get("attention_mask")))
-        return original(self, input_ids, **kwargs)
-
-    monkeypatch.setattr(type(model), "forward", recorded)
+def test_rows(model: Any, tiny_tokenizer: Any, random_plan: Any, folder: Path, capsys: Any, forwards: Forwards) -> None:
+    seen = forwards(model)
     attach(model, random_plan(model_shape(model), seed=1))
     tasks = ["tiny_choice", "tiny_answer", "tiny_text"]
     rows = run_lm_eval(model, tiny_tokenizer, tasks, limit=4, include_path=folder, batch_size=1)
@@ -100,11 +89,11 @@ def test_rows(
         assert list(row) == ["model", "task", "length", "metric", "value", "ci95", "prompts", "overlap"]
         assert (row["model"], row["length"], row["prompts"]) == ("plan", None, 4)
         assert row["ci95"] is None  # four documents have no interval
-    assert all(count == 1 and (mask is None or bool(mask.all())) for count, mask in seen)
+    assert all(count == 1 and (mask is None or bool(mask.all())) for count, _, mask in seen)
     assert capsys.readouterr().out == ""
     seen.clear()
     together = run_lm_eval(model, tiny_tokenizer, tasks, limit=4, include_path=folder)
-    assert max(count for count, _ in seen) >= 4
+    assert max(count for count, *_ in seen) >= 4
     for one, other in zip(rows, together, strict=True):
         assert {**one, "value": 0, "ci95": 0} == {**other, "value": 0, "ci95": 0}
         assert other["value"] == pytest.approx(one["value"], rel=1e-4)
@@ -115,8 +104,7 @@ def test_rows_of_a_batch_that_fit_the_memory() -> None:
     assert [lm_harness._rows_that_fit(1000, 125, free) for free in (1, 4_000_000, 31_000_000, 10**12)] == [1, 1, 4, 64]
 
 
-def test_full_span_is_dense(tiny_model: Any, tiny_tokenizer: Any, random_plan: Any, folder: Path) -> None:
-    model: Any = tiny_model("llama")
+def test_full_span_is_dense(model: Any, tiny_tokenizer: Any, random_plan: Any, folder: Path) -> None:
     shape = model_shape(model)
     tasks = ["tiny", "tiny_answer"]
     dense = run_lm_eval(model, tiny_tokenizer, tasks, include_path=folder, name="dense")
@@ -125,19 +113,16 @@ def test_full_span_is_dense(tiny_model: Any, tiny_tokenizer: Any, random_plan: A
     for row in dense:
         if row["task"] != "tiny" and row["metric"] in ("acc", "exact_match"):
             assert row["ci95"] == pytest.approx(wilson(row["value"] * row["prompts"], row["prompts"]))
-    full = run_lm_eval(attach(model, Plan.full(shape)), tiny_tokenizer, tasks, include_path=folder, name="dense")
-    sparse = run_lm_eval(
-        attach(model, random_plan(shape, seed=1)), tiny_tokenizer, tasks, include_path=folder, name="dense"
+    full, sparse = (
+        run_lm_eval(attach(model, plan), tiny_tokenizer, tasks, include_path=folder, name="dense")
+        for plan in (Plan.full(shape), random_plan(shape, seed=1))
     )
     assert [row["value"] for row in full] == pytest.approx([row["value"] for row in dense], rel=1e-5)
     assert [row["value"] for row in sparse] != pytest.approx([row["value"] for row in dense], rel=1e-3)
 
 
-def test_loglikelihood_is_the_models_own(
-    tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerBase, folder: Path, capfd: Any
-) -> None:
+def test_loglikelihood_is_the_models_own(model: Any, tiny_tokenizer: Any, folder: Path, capfd: Any) -> None:
     """And where it is to be quiet, nothing is said."""
-    model: Any = tiny_model("llama")
     rows = run_lm_eval(model, tiny_tokenizer, [str(folder / "tiny_text.yaml")], limit=1, quiet=True)
     assert tuple(capfd.readouterr()) == ("", "")
     (value,) = (row["value"] for row in rows if row["metric"] == "bits_per_byte")
@@ -148,10 +133,7 @@ def test_loglikelihood_is_the_models_own(
     assert value == pytest.approx(nll / len(story) / 0.6931471805599453, rel=1e-4)
 
 
-def test_bad_requests(
-    tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerBase, folder: Path, tmp_path: Path
-) -> None:
-    model: Any = tiny_model("llama")
+def test_bad_requests(model: Any, tiny_tokenizer: Any, folder: Path, tmp_path: Path) -> None:
     sizes = "the batch size of lm-evaluation-harness is .*not a positive number, auto or"
     asked: list[tuple[list[str], dict[str, Any], str]] = [
         ([], {}, "nothing to evaluate: 0 tasks"),
@@ -176,23 +158,20 @@ def test_all_tasks_are_looked_through_before_one_is_called_unknown() -> None:
         check_lm_eval(["no_such_task"])
 
 
-def test_not_installed(
-    tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_not_installed(model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
         raise ImportError(f"No module named {name!r}")
 
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(UsageError, match=r"No module named 'lm_eval.*pip install 'moacompress\[eval\]'"):
-        run_lm_eval(tiny_model("llama"), tiny_tokenizer, ["tiny_text"])
+        run_lm_eval(model, tiny_tokenizer, ["tiny_text"])
 
 
 @pytest.mark.heavy
 def test_a_checkpoint_in_lm_eval_itself(
-    tiny_model: Any, tiny_tokenizer: Any, random_plan: Any, folder: Path, tmp_path: Path
+    model: Any, tiny_tokenizer: Any, random_plan: Any, folder: Path, tmp_path: Path
 ) -> None:
     """Its own command loads a checkpoint, also where accelerate has two processes share the documents."""
-    model: Any = tiny_model("llama")
     attach(model, random_plan(model_shape(model), seed=1))
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")

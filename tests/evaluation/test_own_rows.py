@@ -16,24 +16,20 @@ from moacompress.calibration.data.held_out import held_out_rows
 from moacompress.calibration.data.joined import Library
 from moacompress.cli import app
 from moacompress.core.errors import DataError, PlanError, UsageError
+from moacompress.evaluation import runner
 from moacompress.evaluation.runner import evaluate
 from moacompress.evaluation.scoring.prompts import match_share
 from moacompress.evaluation.tasks.own_rows import answered_sources, own_tasks
 from moacompress.evaluation.tasks.registry import Resources, find_task, make_cases
 from moacompress.prompts.pools import SPLITS
 from moacompress.recipe_sections import SourceRecipe
+from moacompress.rules.plan import Plan
 
 PROMPT = {"prompt": "The capital of France is", "answer": ["Paris", "the city of Paris"]}
 QUESTION = {"context": "Ada was born in 1815.", "question": "When was Ada born?", "answer": "1815"}
-CHAT = {
-    "messages": [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hello"},
-        {"role": "assistant", "content": "Hello."},
-        {"role": "user", "content": "Name a colour."},
-        {"role": "assistant", "content": "Blue"},
-    ]
-}
+ROLES = ("system", "user", "assistant", "user", "assistant")
+SAID = ("Be brief.", "Hello", "Hello.", "Name a colour.", "Blue")
+CHAT = {"messages": [{"role": role, "content": said} for role, said in zip(ROLES, SAID, strict=True)]}
 
 
 def write(path: Path, rows: Sequence[Any]) -> str:
@@ -153,10 +149,8 @@ def test_an_evaluation_of_own_rows(compressed: Path, tmp_path: Path, caplog: pyt
         report = evaluate(compressed, tasks=(), sources=[mine], lengths=(300, 400), prompts=20, against=("dense",))
     assert "1 of 6 rows of mine do not fit into 400 tokens" in caplog.text
     rows = [row for row in report["results"] if row["metric"] == "nll"]
-    assert {(row["model"], row["task"], row["length"], row["prompts"]) for row in rows} == {
-        ("plan", "mine", 400, 5),
-        ("dense", "mine", 400, 5),
-    }
+    found = {(row["model"], row["task"], row["length"], row["prompts"]) for row in rows}
+    assert found == {(model, "mine", 400, 5) for model in ("plan", "dense")}
     assert report["wording"]["mine"]
     mine = write(tmp_path / "mine.jsonl", [{"prompt": "long " * 900, "answer": "so"}, *short])
     caplog.clear()
@@ -181,9 +175,8 @@ def test_rows_that_are_held_out_are_those_that_no_calibration_has(tmp_path: Path
         given = own_tasks([mine], known)["mine"].given
         assert given is not None
         assert [draft.references for draft in given] == [(str(index),) for index in held]
-    asked = [
-        {"context": f"Text {n} is about {n}.", "question": f"What {q}?", "answer": "x"} for n in range(20) for q in "ab"
-    ]
+    texts = [f"Text {n} is about {n}." for n in range(20)]
+    asked = [{"context": text, "question": f"What {q}?", "answer": "x"} for text in texts for q in "ab"]
     kept = {asked[index]["context"] for index in held_out_rows(asked, "question", "asked")}
     for split in ("calibration", "validation"):
         assert not kept & {*Library.of(asked, "asked", split).documents}
@@ -200,9 +193,6 @@ def test_a_source_without_answers_is_not_evaluated(tmp_path: Path, caplog: pytes
 
 
 def test_what_a_plan_was_calibrated_on(compressed: Path) -> None:
-    import moacompress.evaluation.runner as runner
-    from moacompress.rules.plan import Plan
-
     plan = Plan.load(compressed / "model" / "plan.json")
     sources = [{"path": "some/mine.jsonl", "dataset": None}, {"path": None, "dataset": "who/set"}]
     seen = plan.with_notes(provenance={**plan.provenance, "recipe": {"calibration": {"sources": sources}}})
@@ -214,9 +204,8 @@ def test_what_a_plan_was_calibrated_on(compressed: Path) -> None:
 
 
 def test_the_command(compressed: Path, tmp_path: Path) -> None:
-    mine = write(
-        tmp_path / "mine.jsonl", [QUESTION, {**QUESTION, "question": "Who was born in 1815?", "answer": "Ada"}]
-    )
+    other = {**QUESTION, "question": "Who was born in 1815?", "answer": "Ada"}
+    mine = write(tmp_path / "mine.jsonl", [QUESTION, other])
     ask = ["eval", str(compressed), "--source", mine, "--lengths", "400", "--against", "none", "--json"]
     done = CliRunner().invoke(app, [*ask, "--fail-under", "mine:exact_match=1"])
     found = json.loads(done.stdout)

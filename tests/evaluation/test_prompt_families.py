@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import uuid
@@ -21,6 +20,7 @@ from moacompress.evaluation.tasks.registry import TASKS, make_cases
 from moacompress.evaluation.tasks.task import PromptRequest, Resources
 from moacompress.prompts.pools import SPLITS, Prose, draw_uuids
 from moacompress.prompts.sentences import EVALUATION_NEEDLES, EVALUATION_NOISE
+from tests.templates import without_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,11 +35,8 @@ def write(tiny_tokenizer: PreTrainedTokenizerBase) -> Any:
 
     def draft(name: str, length: int, seed: int = 0, index: int = 0, resources: Resources | None = None) -> PromptDraft:
         task = TASKS[name]
-        rng = np.random.default_rng((seed, index))
-        request = PromptRequest(
-            name, length, index, seed, rng, tiny_tokenizer, task.new_tokens, resources or Resources()
-        )
-        return task.write(request)
+        rng, given = np.random.default_rng((seed, index)), resources or Resources()
+        return task.write(PromptRequest(name, length, index, seed, rng, tiny_tokenizer, task.new_tokens, given))
 
     return draft
 
@@ -47,9 +44,8 @@ def write(tiny_tokenizer: PreTrainedTokenizerBase) -> Any:
 @pytest.fixture
 def prose(tmp_path: Path) -> Resources:
     for name in "abcdef":
-        (tmp_path / f"{name}.txt").write_text(
-            " ".join(f"{name}{i}." if i % 7 == 6 else f"{name}{i}" for i in range(900))
-        )
+        words = (f"{name}{i}." if i % 7 == 6 else f"{name}{i}" for i in range(900))
+        (tmp_path / f"{name}.txt").write_text(" ".join(words))
     return Resources(Prose.load(tmp_path))
 
 
@@ -69,9 +65,8 @@ def test_needles_hide_among_their_like(write: Any) -> None:
         for line in lines:
             assert re.fullmatch(rf"Note that {key} was given the {kind} {value}\.", line)
         asked = draft.prefix.split()[0]
-        assert [line for line in lines if f" {asked} " in line] == [
-            EVALUATION_NEEDLES.hide(kind, asked, draft.references[0])
-        ]
+        found = [line for line in lines if f" {asked} " in line]
+        assert found == [EVALUATION_NEEDLES.hide(kind, asked, draft.references[0])]
 
 
 @pytest.mark.parametrize(
@@ -102,10 +97,8 @@ def test_prose_tasks(write: Any, prose: Resources, name: str, hidden: int, answe
             assert places == sorted(places)
         if name == "multi-query-prose":
             keys = draft.prefix.split(" given to ")[1].removesuffix(":").replace("and ", "").split(", ")
-            assert [
-                f"{key} was given the number {value}." in text
-                for key, value in zip(keys, draft.references, strict=True)
-            ] == [True] * 4
+            for key, value in zip(keys, draft.references, strict=True):
+                assert f"{key} was given the number {value}." in text
 
 
 def test_needles_are_at_every_depth(write: Any) -> None:
@@ -194,11 +187,8 @@ def test_documents_of_the_article_come_first(write: Any, tmp_path: Path) -> None
     assert {document.split(".")[0] for document in shown} == {article}
     shown = [line.split()[1] for line in all_.messages[0].split("\n") if line.endswith("x")]
     assert len(set(shown)) == len(shown) == 3 * len(ours)
-    asked = [
-        write("document-question", 620, index=index, resources=resources).references[0]
-        for index in range(3 * len(ours))
-    ]
-    assert len(set(asked)) == 3 * len(ours)
+    drafts = [write("document-question", 620, index=index, resources=resources) for index in range(3 * len(ours))]
+    assert len({draft.references[0] for draft in drafts}) == 3 * len(ours)
 
 
 @pytest.mark.parametrize(
@@ -251,10 +241,8 @@ def test_drawn_recall(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
 def test_drawn_second_question(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     firsts = 0
     for case in make_cases("second-question", 1200, 40, 0, tiny_tokenizer):
-        text, asked_after = (
-            str(tiny_tokenizer.decode(ids))
-            for ids in (case.prompt_ids[: case.turn_at], case.prompt_ids[case.turn_at :])
-        )
+        turns = case.prompt_ids[: case.turn_at], case.prompt_ids[case.turn_at :]
+        text, asked_after = (str(tiny_tokenizer.decode(ids)) for ids in turns)
         assert text.endswith(".<|im_end|>\n")  # the first answer
         assert asked_after.startswith("<|im_start|>user\nWhich number was ")
         assert text.count("\nNote that ") == 2
@@ -266,8 +254,7 @@ def test_drawn_second_question(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def test_base_models_get_the_text_alone(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    base: Any = copy.deepcopy(tiny_tokenizer)
-    base.chat_template = None
+    base = without_template(tiny_tokenizer)
     draft = PromptDraft(("Ask.",), "\n", Answer.of("1"), ("1",))
     text = str(base.decode(draft_ids(base, draft)))
     assert text == draft.messages[0] + "\n"

@@ -21,6 +21,7 @@ from moacompress.evaluation.scoring.prompts import score_batch
 from moacompress.evaluation.scoring.text import read
 from moacompress.evaluation.tasks.cases import Case
 from moacompress.models.source import model_shape
+from moacompress.runtime import attach
 from moacompress.runtime.checkpoint import load_checkpoint
 from moacompress.runtime.compat import versions
 from moacompress.runtime.compat.alternates import cache_argument
@@ -28,7 +29,7 @@ from moacompress.runtime.compat.alternates import cache_argument
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Build = Callable[..., "PreTrainedModel"]
+    from tests.evaluation.conftest import Models
 
 
 @pytest.fixture(params=QUANTIZED)
@@ -47,22 +48,18 @@ def there(name: str) -> QuantizedKind:
 
 
 @pytest.fixture
-def model(tiny_model: Build) -> PreTrainedModel:
+def model(tiny_model: Models) -> PreTrainedModel:
     """Of three KV heads, so that an odd number of tokens has an odd number of groups."""
     return tiny_model("llama", num_attention_heads=3, num_key_value_heads=3, hidden_size=192, num_hidden_layers=2)
 
 
-def random_case(size: int) -> Case:
-    ids = np.random.default_rng(size).integers(4, 100, size + 5).tolist()
-    return Case("t", size, ids[:size], ids[size:], [True] * 5, ("~~",), "all", 0)
-
-
-@pytest.mark.parametrize("size", [201])
 def test_an_answer_is_scored_over_rounded_keys_and_values(
-    kind: QuantizedKind, size: int, model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+    kind: QuantizedKind, model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """As where the prompt is read and the answer comes token by token."""
-    case = random_case(size)
+    size = 201
+    drawn = np.random.default_rng(size).integers(4, 100, size + 5).tolist()
+    case = Case("t", size, drawn[:size], drawn[size:], [True] * 5, ("~~",), "all", 0)
     cut = (size - 1) // kind.unit * kind.unit
     ids, cache = torch.tensor([[*case.prompt_ids, *case.answer_ids]]), kind.new_cache(model)
     model(input_ids=ids[:, :cut], use_cache=True, **cache_argument(cache))
@@ -83,15 +80,10 @@ def test_text_is_read_as_it_would_be_generated(kind: QuantizedKind, model: PreTr
     model = model.double()
     window = np.random.default_rng(0).integers(4, 100, 300).tolist()
     states = read(model, window, kind.new_cache(model), text_steps(300)).states
-    cache, ids = kind.new_cache(model), torch.tensor([window])
-    first = model.get_decoder()(input_ids=ids[:, :RESIDUAL], use_cache=True, **cache_argument(cache)).last_hidden_state[
-        0
-    ]
-    rest = [
-        model.get_decoder()(input_ids=ids[:, at : at + 1], use_cache=True, **cache_argument(cache)).last_hidden_state[0]
-        for at in range(RESIDUAL, 300)
-    ]
-    torch.testing.assert_close(states, torch.cat([first, *rest]), atol=1e-6, rtol=1e-6)
+    cache, decoder, parts = kind.new_cache(model), model.get_decoder(), []
+    for ids in torch.tensor([window]).split([RESIDUAL, *[1] * (300 - RESIDUAL)], 1):
+        parts.append(decoder(input_ids=ids, use_cache=True, **cache_argument(cache)).last_hidden_state[0])
+    torch.testing.assert_close(states, torch.cat(parts), atol=1e-6, rtol=1e-6)
     assert not torch.allclose(states[RESIDUAL:], read(model, window).states[RESIDUAL:], atol=1e-4)
 
 
@@ -161,17 +153,24 @@ def test_one_that_this_transformers_does_not_have(compressed: Path, monkeypatch:
         evaluate(compressed, against=("quantized:fp8",))
 
 
-def test_layers_that_such_a_cache_cannot_hold(
-    tiny_model: Build, tiny_tokenizer: Any, random_plan: Callable[..., Any], tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("quantized:fp8", "quantized:fp8 cannot be measured on this model: .*sliding_attention"),
+        ("h2o", "^h2o cannot be measured on this model: its layers have sliding windows"),
+    ],
+)
+def test_layers_with_windows_of_their_own(
+    name: str, said: str, tiny_model: Models, tiny_tokenizer: Any, random_plan: Callable[..., Any], tmp_path: Path
 ) -> None:
-    from moacompress.runtime import attach
-
-    there("quantized:fp8")
+    """Neither such a cache nor one that tokens are evicted from can hold them."""
+    if name in QUANTIZED:
+        there(name)
     model = tiny_model("gemma3_text")
     plan = random_plan(model_shape(model), seed=1)
     attach(model, plan).save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
     plan.save(tmp_path / "plan.json")
-    comparison = make_comparison(load_checkpoint(tmp_path, "auto", "cpu"), ("quantized:fp8",), None, True)
-    with pytest.raises(UsageError, match="quantized:fp8 cannot be measured on this model: .*sliding_attention"):
+    comparison = make_comparison(load_checkpoint(tmp_path, "auto", "cpu"), (name,), None, True)
+    with pytest.raises(UsageError, match=said):
         comparison.at(700, 8)

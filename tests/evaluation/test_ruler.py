@@ -76,9 +76,8 @@ def test_sentences_are_those_of_the_package(shipped: Path, tiny_tokenizer: PreTr
 def test_another_version_fails_by_name(shipped: Path) -> None:
     (shipped / "niah_utils.py").write_text("PROMPT = 'x'\n")
     version = importlib.metadata.version("lm_eval")
-    with pytest.raises(
-        UsageError, match=rf"lm-evaluation-harness, {version}, has no TEMPLATE in lm_eval/tasks/ruler/niah"
-    ):
+    said = rf"lm-evaluation-harness, {version}, has no TEMPLATE in lm_eval/tasks/ruler/niah"
+    with pytest.raises(UsageError, match=said):
         _ = TASKS["niah-single-1"].wording
     (shipped / "niah_utils.py").unlink()
     with pytest.raises(UsageError, match="has no source that can be read in lm_eval/tasks/ruler/niah_utils.py"):
@@ -98,9 +97,8 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wording_is_that_of_the_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
     wordings = {name: task.wording for name, task in TASKS.items()}
     assert all(re.fullmatch(r"[\da-f]{16}", wording) for wording in wordings.values())
-    monkeypatch.setattr(
-        tasks, "EVALUATION_NEEDLES", NeedleSentences("Now {key} has {value}.", NEEDLES.one, NEEDLES.several, ("A.",))
-    )
+    said = NeedleSentences("Now {key} has {value}.", NEEDLES.one, NEEDLES.several, ("A.",))
+    monkeypatch.setattr(tasks, "EVALUATION_NEEDLES", said)
     changed = {name for name, task in TASKS.items() if task.wording != wordings[name]}
     assert {"needle-noise", "needle-prose-uuids", "multi-value-prose", "second-question"} <= changed
     assert not changed & {"niah-single-1", "recall", "legal-codes", "document-question", "variable-chain"}

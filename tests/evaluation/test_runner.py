@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 import moacompress.evaluation.baselines.comparison as comparison
 import moacompress.evaluation.runner as runner
@@ -21,21 +22,21 @@ from moacompress.evaluation.baselines.compared_models import ComparedModel
 from moacompress.evaluation.baselines.comparison import Comparison
 from moacompress.evaluation.runner import evaluate
 from moacompress.evaluation.tasks.registry import Resources, find_task
+from moacompress.models.source import model_shape
 from moacompress.prompts import sentences
 from moacompress.prompts.pools import Prose
 from moacompress.prompts.sentences import EVALUATION_NEEDLES
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
+from moacompress.runtime import attach, detach
 from moacompress.runtime.checkpoint import load_checkpoint
 
 LENGTH = 700
 
 
 def run(target: Path, **options: Any) -> dict[str, Any]:
-    return evaluate(
-        target,
-        **{"tasks": ("needle-noise",), "lengths": (LENGTH,), "prompts": 3, "against": ("dense", "uniform"), **options},
-    )
+    asked = {"tasks": ("needle-noise",), "lengths": (LENGTH,), "prompts": 3, "against": ("dense", "uniform"), **options}
+    return evaluate(target, **asked)
 
 
 def count_batches(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[str]:
@@ -57,10 +58,6 @@ def values(report: dict[str, Any], *columns: str) -> dict[tuple[Any, ...], float
 
 def full_span(place: Path) -> Path:
     """Makes a run's folder whose plan keeps everything, in other words than `Plan.full`."""
-    from transformers import AutoModelForCausalLM
-
-    from moacompress.runtime import attach, detach
-
     shutil.copytree(place, place.parent / "full")
     folder = place.parent / "full" / "model"
     plan = Plan.load(folder / "plan.json")
@@ -108,16 +105,15 @@ class Recorder(Progress):
 
 def test_rows(compressed: Path) -> None:
     said = Recorder()
-    report = run(
-        compressed, tasks=("needle-noise", "key-value"), against=("dense", "uniform", "uniform:4"), progress=said
-    )
+    sides = ("dense", "uniform", "uniform:4")
+    report = run(compressed, tasks=("needle-noise", "key-value"), against=sides, progress=said)
     assert said.totals == [len(said.steps)]
     assert said.steps.count("plan needle-noise 700") == 3
     rows = report["results"]
     assert [(row["task"], row["model"], row["metric"]) for row in rows] == [
         (task, model, metric)
         for task in ("needle-noise", "key-value")
-        for model in ("plan", "dense", "uniform", "uniform:4")
+        for model in ("plan", *sides)
         for metric in ("exact_match", "accuracy", "nll")
     ]
     plan = Plan.load(compressed / "model" / "plan.json")
@@ -195,9 +191,9 @@ def test_prompts_in_another_wording_are_scored_again(
         monkeypatch.setattr(module, "EVALUATION_NEEDLES", said)
     after = run(compressed, **options)
     assert set(seen) == {"needle-noise"}
-    assert {name for name, wording in after["wording"].items() if wording != before["wording"][name]} == {
+    assert [name for name, wording in after["wording"].items() if wording != before["wording"][name]] == [
         "needle-noise"
-    }
+    ]
     assert "has numbers of other prompts of the same name (needle-noise, in another wording); they are" in caplog.text
 
 
@@ -244,31 +240,26 @@ def test_at_floor(compressed: Path) -> None:
 def test_folders_of_other_weights_are_refused(
     compressed: Path, tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    from moacompress.models.source import model_shape
-    from moacompress.runtime import attach
-
-    for name, changes in (("weights", {"seed": 5}), ("shape", {"num_hidden_layers": 2})):
+    for changes, said in (
+        ({"seed": 5}, "was made from other weights than those that .* is measured beside.*--dense MODEL"),
+        ({"num_hidden_layers": 2}, "another model: it is for"),
+    ):
         model = tiny_model("llama", **changes)
         plan = Plan.full(model_shape(model))
-        attach(model, plan).save_pretrained(tmp_path / name)
-        tiny_tokenizer.save_pretrained(tmp_path / name)
-        plan.save(tmp_path / name / "plan.json")
-    with pytest.raises(
-        PlanError, match="was made from other weights than those that .* is measured beside.*--dense MODEL"
-    ):
-        run(compressed, against=("dense", str(tmp_path / "weights")))
-    with pytest.raises(PlanError, match="another model: it is for"):
-        run(compressed, against=(str(tmp_path / "shape"),))
+        attach(model, plan).save_pretrained(tmp_path)
+        tiny_tokenizer.save_pretrained(tmp_path)
+        plan.save(tmp_path / "plan.json")
+        with pytest.raises(PlanError, match=said):
+            run(compressed, against=("dense", str(tmp_path)))
 
 
 def test_best_candidate_is_measured(compressed: Path, tmp_path: Path) -> None:
     shutil.copytree(compressed, tmp_path / "OUT")
     note(tmp_path / "OUT" / "model", quality={"baselines": {"uniform": {"harm": 1.0}}})  # best with native formats
-    one = {
-        name: run(tmp_path / "OUT", against=(name,)) for name in ("uniform", "uniform:4", "uniform:16", "uniform:64")
-    }
+    names = ("uniform:4", "uniform:16", "uniform:64")
+    one = {name: run(tmp_path / "OUT", against=(name,)) for name in ("uniform", *names)}
     nll = {name: values(report, "model", "metric")[name, "nll"] for name, report in one.items()}
-    best = min(("uniform:4", "uniform:16", "uniform:64"), key=lambda name: nll[name])
+    best = min(names, key=lambda name: nll[name])
     assert nll["uniform"] == nll[best]
     row = next(row for row in one["uniform"]["results"] if row["model"] == "uniform")
     assert row["sink"] == int(best.partition(":")[2])

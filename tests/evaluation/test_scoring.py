@@ -17,12 +17,15 @@ from moacompress.core.errors import ModelError, UsageError
 from moacompress.evaluation.scoring import prompts as scoring
 from moacompress.evaluation.scoring.prompts import batches, match_share, score_batch
 from moacompress.evaluation.tasks.cases import Case, Match
+from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
+from moacompress.runtime import attach
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Build = Callable[..., "PreTrainedModel"]
+    from tests.evaluation.conftest import Forwards, Models
+
 CASE = Case("t", 600, [4] * 600, [5, 6], [True, True], ("ab",), "all", 8)
 
 
@@ -38,10 +41,7 @@ def random_cases(count: int, turn_at: int | None = None, size: int = 600) -> lis
 
 
 @pytest.fixture(params=["dense", "plan"])
-def model(request: pytest.FixtureRequest, tiny_model: Build, random_plan: Callable[..., Plan]) -> PreTrainedModel:
-    from moacompress.models.source import model_shape
-    from moacompress.runtime import attach
-
+def model(request: pytest.FixtureRequest, tiny_model: Models, random_plan: Callable[..., Plan]) -> PreTrainedModel:
     built = tiny_model("llama")
     return built if request.param == "dense" else attach(built, random_plan(model_shape(built)))
 
@@ -66,17 +66,13 @@ def test_teacher_forced_numbers_are_those_of_one_uncached_forward(
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
 def test_dense_is_transformers_own_model(
-    family: str, tiny_model: Build, tiny_tokenizer: PreTrainedTokenizerBase
+    family: str, tiny_model: Models, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """The dense model is scored under a plan that keeps everything, so that rounding is the same for all."""
-    from moacompress.models.source import model_shape
-    from moacompress.runtime import attach
-
     model, cases = tiny_model(family), random_cases(3, turn_at=400)
     if family == "gemma2":
-        model.set_attn_implementation(
-            "eager"
-        )  # before 5.21 transformers runs it by SDPA, which leaves the soft cap out
+        # before 5.21 transformers runs it by SDPA, which leaves the soft cap out
+        model.set_attn_implementation("eager")
     stock = score_batch(model, tiny_tokenizer, cases)
     dense = score_batch(attach(model, Plan.full(model_shape(model))), tiny_tokenizer, cases)
     assert [score.nll for score in dense] == pytest.approx([score.nll for score in stock], abs=1e-4)
@@ -99,20 +95,13 @@ def test_batched_and_single_agree(
 
 
 def test_a_second_turn_is_a_forward_of_its_own(
-    model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+    model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase, forwards: Forwards
 ) -> None:
     whole, turns = random_cases(1)[0], random_cases(1, turn_at=400)[0]
     expected = score_batch(model, tiny_tokenizer, [whole])[0]
-    sizes = []
-    original = type(model).forward
-
-    def recorded(self: Any, input_ids: Any = None, **kwargs: Any) -> Any:
-        sizes.append(input_ids.shape[1])
-        return original(self, input_ids, **kwargs)
-
-    monkeypatch.setattr(type(model), "forward", recorded)
+    seen = forwards(model)
     score = score_batch(model, tiny_tokenizer, [turns])[0]
-    assert sizes[:3] == [400, 199, len(turns.answer_ids)]
+    assert [tokens for _, tokens, _ in seen[:3]] == [400, 199, len(turns.answer_ids)]
     assert score.nll == pytest.approx(expected.nll, abs=1e-4)
     assert (score.exact_match, score.accuracy) == (expected.exact_match, expected.accuracy)
 
@@ -132,24 +121,17 @@ def test_stopping_early_changes_no_score(
 
 
 def test_generation_ends_with_the_last_reference_or_a_closing_token(
-    tiny_model: Build, tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Models, tiny_tokenizer: PreTrainedTokenizerBase, forwards: Forwards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama")
     (case,) = random_cases(1)
     (said,) = generate_greedy(model, [case.prompt_ids], 12)
-    forwards = []
-    original = type(model).forward
-
-    def recorded(self: Any, input_ids: Any = None, **kwargs: Any) -> Any:
-        forwards.append(input_ids.shape[1])
-        return original(self, input_ids, **kwargs)
-
-    monkeypatch.setattr(type(model), "forward", recorded)
+    seen = forwards(model)
 
     def generated(case: Case) -> int:
-        forwards.clear()
+        seen.clear()
         score_batch(model, tiny_tokenizer, [case])[0]
-        return len(forwards) - 2  # the prompt, and the teacher-forced pass
+        return len(seen) - 2  # the prompt, and the teacher-forced pass
 
     third = str(tiny_tokenizer.decode(said[:3]))
     assert generated(replace(case, references=(third,))) == 3
@@ -219,12 +201,12 @@ def test_batches_are_of_one_length_and_bounded(monkeypatch: pytest.MonkeyPatch) 
     assert [len(batch) for batch in batches(cases, 10**9)] == [1] * 11
 
 
-def test_prompts_of_different_lengths_are_refused(tiny_model: Build, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_prompts_of_different_lengths_are_refused(tiny_model: Models, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UsageError, match="cannot be scored together"):
         score_batch(tiny_model("llama"), tiny_tokenizer, [*random_cases(1), *random_cases(1, size=500)])
 
 
-def test_logits_that_are_not_finite(tiny_model: Build, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_logits_that_are_not_finite(tiny_model: Models, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     model: Any = tiny_model("llama")
     model.lm_head.weight[3] = float("inf")
     with pytest.raises(ModelError, match="logits are not finite on a prompt of t with 600 tokens in float32"):

@@ -15,6 +15,7 @@ from moacompress.evaluation.tasks.registry import TASKS, Resources, check_resour
 from moacompress.evaluation.tasks.vocabulary import WORDS
 from moacompress.prompts.pools import NOUNS, Prose
 from moacompress.prompts.sentences import EVALUATION_NEEDLES
+from tests.conftest import CHAT_TEMPLATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,10 +78,6 @@ BEGINS = {
     "dialogue-fact": "What is ",
 }
 """How a question begins, of tasks for which it is the same for all prompts."""
-CHAT = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
@@ -118,16 +115,10 @@ def bpe() -> PreTrainedTokenizerBase:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(
-        [
-            " ".join(WORDS),
-            *[" ".join([*EVALUATION_NEEDLES.noise, *ruler.needles().noise])] * 20,
-            EVALUATION_NEEDLES.needle,
-        ],
-        trainer,
-    )
+    noise = " ".join([*EVALUATION_NEEDLES.noise, *ruler.needles().noise])
+    tokenizer.train_from_iterator([" ".join(WORDS), *[noise] * 20, EVALUATION_NEEDLES.needle], trainer)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
-    wrapped.chat_template = CHAT
+    wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
 
 
@@ -141,17 +132,13 @@ def test_questions_of_long_documents_make_way_for_others(bpe: PreTrainedTokenize
 
     (tmp_path / "squad.json").write_text(json.dumps({"data": [article(number) for number in range(180)]}))
     texts = Resources(squad=tmp_path / "squad.json")
-    asked = [
-        re.findall(r"What is \d+", str(bpe.decode(case.prompt_ids)))
-        for case in make_cases("document-question", 512, 12, 0, bpe, texts)
-    ]
+    cases, long = (make_cases("document-question", n, 12, 0, bpe, texts) for n in (512, 1024))
+    asked = [re.findall(r"What is \d+", str(bpe.decode(case.prompt_ids))) for case in cases]
     assert all(len(each) == 1 for each in asked)
     assert len({each[0] for each in asked}) == 12
-    short, long = (
-        [case.document for case in make_cases("document-question", n, 12, 0, bpe, texts)] for n in (512, 1024)
-    )
-    assert len({*short}) == 12
-    assert {*short} & {*long}  # the same questions come again at another length
+    short = {case.document for case in cases}
+    assert len(short) == 12
+    assert short & {case.document for case in long}  # the same questions come again at another length
 
 
 @pytest.mark.parametrize(
@@ -190,10 +177,10 @@ def test_every_task(task: str, length: int, bpe: PreTrainedTokenizerBase, resour
         assert whole.startswith(text)
         assert bpe(whole, add_special_tokens=False)["input_ids"] == [*case.prompt_ids, *case.answer_ids]
     assert cases == make_cases(task, length, 5, 0, bpe, resources)[:4]
-    assert len({tuple(case.prompt_ids) for case in cases}) == 4
-    assert not {tuple(c.prompt_ids) for c in cases} & {
-        tuple(c.prompt_ids) for c in make_cases(task, length, 4, 1, bpe, resources)
-    }
+    others = make_cases(task, length, 4, 1, bpe, resources)
+    ours, theirs = ({tuple(case.prompt_ids) for case in drawn} for drawn in (cases, others))
+    assert len(ours) == 4
+    assert not ours & theirs
 
 
 def test_values_are_of_the_evaluation_pool(bpe: PreTrainedTokenizerBase, resources: Resources) -> None:
@@ -218,16 +205,20 @@ def test_all_has_what_there_are_texts_for(resources: Resources) -> None:
 
 def test_needs(resources: Resources, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     check_resources(TASKS, resources)
-    with pytest.raises(DataError, match=r"task niah-single-2 needs prose: give a \.txt file or a folder"):
-        check_resources(RULER, Resources())
-    with pytest.raises(DataError, match="task document-question needs SQuAD's questions: give a SQuAD file"):
-        make_cases("document-question", 1024, 1, 0, tiny_tokenizer)
-    with pytest.raises(DataError, match="cannot read SQuAD file"):
-        check_resources(("document-question",), Resources(squad=tmp_path / "none.json"))
+    for names, squad, said in (
+        (RULER, None, r"task niah-single-2 needs prose: give a \.txt file or a folder"),
+        (("document-question",), tmp_path / "none.json", "cannot read SQuAD file"),
+    ):
+        with pytest.raises(DataError, match=said):
+            check_resources(names, Resources(squad=squad))
     (tmp_path / "short.txt").write_text(" ".join(f"word{number}" for number in range(3000)))
     short = Resources(Prose.load(tmp_path / "short.txt"))
-    with pytest.raises(DataError, match=r"has [\d,]+ words, too few for a prompt of 60,000 tokens; give longer text"):
-        make_cases("needle-prose-uuids", 60_000, 1, 0, tiny_tokenizer, short)
+    for name, length, said in (
+        ("document-question", 1024, "task document-question needs SQuAD's questions: give a SQuAD file"),
+        ("needle-prose-uuids", 60_000, r"has [\d,]+ words, too few for a prompt of 60,000 tokens; give longer text"),
+    ):
+        with pytest.raises(DataError, match=said):
+            make_cases(name, length, 1, 0, tiny_tokenizer, short)
 
 
 def test_too_short(tiny_tokenizer: PreTrainedTokenizerBase, resources: Resources) -> None:
@@ -238,11 +229,10 @@ def test_too_short(tiny_tokenizer: PreTrainedTokenizerBase, resources: Resources
 
 
 def test_unknown() -> None:
+    for name, said in (("rular", "did you mean 'ruler'"), ("xyzzy", "known tasks are needle-noise, ")):
+        with pytest.raises(UsageError, match=f"unknown task '{name}'; {said}"):
+            expand_tasks(["vt", name])
     with pytest.raises(UsageError, match="unknown task 'niah-single-4'; did you mean 'niah-single-"):
         find_task("niah-single-4")
-    with pytest.raises(UsageError, match="unknown task 'rular'; did you mean 'ruler'"):
-        expand_tasks(["vt", "rular"])
-    with pytest.raises(UsageError, match="unknown task 'xyzzy'; known tasks are needle-noise, "):
-        expand_tasks(["xyzzy"])
     assert set(ANSWERS) == set(TASKS)
     assert {name for name, task in TASKS.items() if task.needs == "prose"} == PROSE

@@ -20,12 +20,14 @@ from moacompress.rules.plan import Plan
 from moacompress.runtime import attach
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from tests.evaluation.conftest import Models
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"final_logit_softcapping": 3.0},
     "gpt_neox": {"num_key_value_heads": 4},
-    "cohere2": {"logit_scale": 0.3, "sliding_window": 80},
+    "cohere2": {"logit_scale": 0.3},
 }
 
 
@@ -44,40 +46,23 @@ def window() -> list[int]:
     return np.random.default_rng(0).integers(3, 160, 301).tolist()
 
 
-def build(tiny_model: Callable[..., PreTrainedModel], family: str) -> PreTrainedModel:
-    """A tiny model, of a family that the fixture does not know too."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    llama: Any = tiny_model("llama").config
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    settings = {name: getattr(llama, name) for name in names}
-    torch.manual_seed(0)
-    rest = {"initializer_range": 0.2, "pad_token_id": 0, "num_key_value_heads": 2, "head_dim": 16, **FAMILIES[family]}
-    config = AutoConfig.for_model(family, **settings, **rest)
-    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-
-
 def plain_scores(logits: torch.Tensor, dense: torch.Tensor, window: list[int]) -> list[float]:
     """[early nll, and of the late half nll, kl, agreement], by the definition."""
     n = len(window)
     q, p = logits.double().log_softmax(-1), dense.double().log_softmax(-1)
     early = [float(-q[t - 1, window[t]]) for t in range(1, n // 2)]
-    late = [
-        [
-            float(-q[t - 1, window[t]]),
-            float((p[t - 1].exp() * (p[t - 1] - q[t - 1])).sum()),
-            float(q[t - 1].argmax() == p[t - 1].argmax()),
-        ]
-        for t in range(n // 2, n)
-    ]
+    late, after = [], slice(n // 2 - 1, n - 1)
+    for of, dense_of, token in zip(q[after], p[after], window[n // 2 :], strict=True):
+        kl = (dense_of.exp() * (dense_of - of)).sum()
+        late.append([float(-of[token]), float(kl), float(of.argmax() == dense_of.argmax())])
     return [float(np.mean(early)), *np.mean(late, axis=0).tolist()]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_as_from_plain_logits(
-    tiny_model: Callable[..., PreTrainedModel], random_plan: Callable[..., Plan], window: list[int], family: str
+    tiny_model: Models, random_plan: Callable[..., Plan], window: list[int], family: str
 ) -> None:
-    model: Any = build(tiny_model, family)
+    model: Any = tiny_model(family, **FAMILIES[family])
     plan = random_plan(model_shape(model), seed=2)
     ids = torch.tensor([window])
     dense_logits = model(ids, use_cache=False).logits[0]
@@ -91,8 +76,7 @@ def test_as_from_plain_logits(
     assert score.top1_agreement < 1
 
 
-def test_dense_against_itself(tiny_model: Callable[..., PreTrainedModel], window: list[int]) -> None:
-    model: Any = tiny_model("llama")
+def test_dense_against_itself(model: Any, window: list[int]) -> None:
     dense = read(model, window)
     for score in (score_window(dense, dense, window), score_window(read(model, window), dense, window)):
         assert (score.kl, score.top1_agreement) == (0, 1)
@@ -102,12 +86,8 @@ def test_dense_against_itself(tiny_model: Callable[..., PreTrainedModel], window
 
 
 def test_few_rows_at_a_time(
-    tiny_model: Callable[..., PreTrainedModel],
-    random_plan: Callable[..., Plan],
-    window: list[int],
-    monkeypatch: pytest.MonkeyPatch,
+    model: Any, random_plan: Callable[..., Plan], window: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model: Any = tiny_model("llama")
     dense = read(model, window)
     attach(model, random_plan(model_shape(model), seed=2))
     whole = score_window(read(model, window), dense, window)
@@ -127,14 +107,13 @@ def test_few_rows_at_a_time(
     assert model.model._forward_hooks == {}
 
 
-def test_other_vocabulary(tiny_model: Callable[..., PreTrainedModel], window: list[int]) -> None:
+def test_other_vocabulary(tiny_model: Models, window: list[int]) -> None:
     states, dense = (read(tiny_model("llama", vocab_size=size), window) for size in (160, 200))
     with pytest.raises(ModelError, match="160 tokens in its vocabulary, the dense one 200"):
         score_window(states, dense, window)
 
 
-def test_logits_that_are_not_finite(tiny_model: Callable[..., PreTrainedModel], window: list[int]) -> None:
-    model: Any = tiny_model("llama")
+def test_logits_that_are_not_finite(model: Any, window: list[int]) -> None:
     model.lm_head.weight.data[5] = float("nan")
     states = read(model, window)
     with pytest.raises(ModelError, match="not finite"):
@@ -162,14 +141,13 @@ def test_windows(prose: Prose, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
 def test_all_windows_of_a_text_can_be_had(prose: Prose, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     fit = sum(len(" ".join(document)) // 200 for document in prose.pools["evaluation"])
     assert len(text_windows(prose, tiny_tokenizer, 200, fit)) == fit
-    with pytest.raises(
-        DataError, match=rf"has {fit} windows of 200 tokens for evaluation .*, {fit + 1} were asked for"
+    for length, count, said in (
+        (200, fit + 1, rf"has {fit} windows of 200 tokens for evaluation .*, {fit + 1} were asked for"),
+        (9000, 1, "has 0 windows of 9,000 tokens"),
+        (3, 1, "at least 4 tokens; 3 were asked for"),
     ):
-        text_windows(prose, tiny_tokenizer, 200, fit + 1)
-    with pytest.raises(DataError, match=r"has 0 windows of 9,000 tokens"):
-        text_windows(prose, tiny_tokenizer, 9000, 1)
-    with pytest.raises(DataError, match="at least 4 tokens; 3 were asked for"):
-        text_windows(prose, tiny_tokenizer, 3, 1)
+        with pytest.raises(DataError, match=said):
+            text_windows(prose, tiny_tokenizer, length, count)
 
 
 def test_a_beginning_token_counts(prose: Prose, tiny_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -17,10 +17,7 @@ from moacompress.core.errors import DataError
 from moacompress.evaluation.scoring.prompts import match_share
 from moacompress.evaluation.tasks.cases import Case
 from moacompress.evaluation.tasks.registry import find_task, make_cases
-from moacompress.evaluation.tasks.unseen import (
-    code_question,
-    tool_call,
-)
+from moacompress.evaluation.tasks.unseen import code_question, tool_call
 from moacompress.evaluation.tasks.unseen.names import NAMES, SPEAKERS, draw_names
 from moacompress.prompts.library_source import read_modules
 from moacompress.prompts.pools import draw_codes
@@ -136,9 +133,8 @@ def test_drawn_code_questions(length: int, tiny_tokenizer: PreTrainedTokenizerBa
             assert value.strip("'\"") == answer
         else:
             said = rf"\b{names[0]}\(" if "calls" in question else re.escape(names[0])
-            (place,) = (
-                found.start() for found in re.finditer(said, re.sub(r"def \w+\(", lambda m: "#" * len(m[0]), code))
-            )
+            called = re.sub(r"def \w+\(", lambda m: "#" * len(m[0]), code)
+            (place,) = (found.start() for found in re.finditer(said, called))
             assert re.findall(r"def (\w+)\(", code[:place])[-1] == answer
             depths.append(place / len(code))
     assert len(asked) >= 4
@@ -152,9 +148,8 @@ def test_code_questions_of_another_python_are_other_questions(monkeypatch: pytes
     monkeypatch.undo()
     read_modules.cache_clear()
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    with pytest.raises(
-        DataError, match=r"source of Python's standard library .*, which .* lacks .*; ask for other tasks"
-    ):
+    said = r"source of Python's standard library .*, which .* lacks .*; ask for other tasks"
+    with pytest.raises(DataError, match=said):
         _ = find_task("code-question").wording
 
 

@@ -1,0 +1,70 @@
+"""What the tests of evaluation share: a tiny model, what it is called with, and known ways to evict tokens from its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from rich.console import Group
+from torch import Tensor
+
+from moacompress.evaluation.eviction.attention import attending
+from moacompress.evaluation.eviction.baseline import PromptBaseline, StreamBaseline
+from moacompress.evaluation.eviction.registry import EVICTIONS
+from moacompress.report.evaluation_tables import evaluation_tables
+from moacompress.runtime.compat.alternates import cache_argument
+from tests.doctor.printed import shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    Models = Callable[..., PreTrainedModel]
+    Forwards = Callable[[Any], list[tuple[int, int, Any]]]
+
+PROMPTED = [name for name, kind in EVICTIONS.items() if issubclass(kind, PromptBaseline)]
+STREAMED = [name for name, kind in EVICTIONS.items() if issubclass(kind, StreamBaseline)]
+LAYERS, KV_HEADS, DIM = 3, 2, 16
+
+
+def tables_of(report: dict[str, Any]) -> str:
+    """Returns the words of an evaluation's tables."""
+    return " ".join(shown(Group(*evaluation_tables(report))).split())
+
+
+@torch.no_grad()
+def logits_after(model: Any, ids: list[int], end: int, store: Any, steps: tuple[int, ...] = (7, 1, 1, 4)) -> Tensor:
+    """Returns the logits of what is fed after `end`, a few tokens at a time."""
+    found = []
+    with attending(model):
+        for size in (*steps, len(ids)):
+            part = torch.tensor([ids[end : end + size]])
+            if part.numel():
+                found.append(model(input_ids=part, use_cache=True, **cache_argument(store)).logits[0])
+            end += size
+    return torch.cat(found)
+
+
+@pytest.fixture
+def model(tiny_model: Models) -> PreTrainedModel:
+    """Groups of two query heads."""
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> Forwards:
+    """Returns a function that notes the forwards of a kind of model from there on: rows, tokens and mask of each."""
+
+    def noted(model: Any) -> list[tuple[int, int, Any]]:
+        seen: list[tuple[int, int, Any]] = []
+        original = type(model).forward
+
+        def forward(self: Any, input_ids: Any = None, **kwargs: Any) -> Any:
+            seen.append((*input_ids.shape, kwargs.get("attention_mask")))
+            return original(self, input_ids, **kwargs)
+
+        monkeypatch.setattr(type(model), "forward", forward)
+        return seen
+
+    return noted
