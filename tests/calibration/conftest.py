@@ -55,3 +55,19 @@ def source_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> SourceModel:
 def load(tiny_model: Models, tiny_tokenizer: PreTrainedTokenizerBase) -> Sources:
     """Returns a function that makes a tiny source: `load("mistral", num_hidden_layers=2)`."""
     return lambda family="llama", **overrides: source_of(tiny_model(family, **overrides), tiny_tokenizer)
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns the indices of the samples that are really profiled from there on."""
+    from moacompress.calibration.profile import sample_run
+    from moacompress.calibration.profile.sample_statistics import sample_statistics
+
+    indices: list[int] = []
+
+    def counted(*args: Any) -> Any:
+        indices.append(args[6])
+        return sample_statistics(*args)
+
+    monkeypatch.setattr(sample_run, "sample_statistics", counted)
+    return indices

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from moacompress.calibration.data.samples import Sample
 from moacompress.calibration.profile import sample_run
 from moacompress.calibration.profile.profiler import profile
-from moacompress.calibration.profile.sample_statistics import sample_statistics
 from moacompress.calibration.profile.statistics import ESTIMATORS, Statistics
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.artefact_names import MANIFEST_FILE, SHINGLES_FILE, holder_of_folder, of_profile, sample_file
@@ -50,19 +49,6 @@ def data(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr("moacompress.calibration.data.sample_sources.build_samples", build)
     monkeypatch.setattr("moacompress.calibration.data.sample_sources.make_drafts", lambda *arguments: [])
     return made
-
-
-@pytest.fixture
-def done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Returns the indices of the samples that were really profiled."""
-    indices: list[int] = []
-
-    def counted(*args: Any) -> Statistics:
-        indices.append(args[6])
-        return sample_statistics(*args)
-
-    monkeypatch.setattr(sample_run, "sample_statistics", counted)
-    return indices
 
 
 def check_influence(made: Profile, estimator: str) -> None:

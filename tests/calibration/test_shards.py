@@ -16,11 +16,10 @@ from typer.testing import CliRunner
 
 from moacompress.calibration.data.answers import SampleDraft, answer_batches
 from moacompress.calibration.gates.gate_samples import gate_drafts
-from moacompress.calibration.profile import estimate, sample_run
+from moacompress.calibration.profile import estimate
 from moacompress.calibration.profile.merging import merge_shards
 from moacompress.calibration.profile.profiler import profile, profile_shard
 from moacompress.calibration.profile.sample_run import check_skipped
-from moacompress.calibration.profile.sample_statistics import sample_statistics
 from moacompress.calibration.profile.shard import Shard, parse_shard, parted
 from moacompress.calibration.profile.store import Profile
 from moacompress.cli import app
@@ -58,7 +57,7 @@ def shards(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Folde
 
 
 def test_shards_in_any_order_are_one_profile(
-    tiny_folder: Path, shards: Folders, whole: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, shards: Folders, whole: Profile, tmp_path: Path, done: list[int]
 ) -> None:
     for order in ((1, 2, 3), (3, 1, 2)):
         made = merge_shards([shards[number] for number in order], tmp_path / str(order[0]))
@@ -76,15 +75,8 @@ def test_shards_in_any_order_are_one_profile(
     # the samples that it has need not be profiled again
     sample_file(made.path, 4).unlink()
     (made.path / "influence.safetensors").unlink()
-    run: list[int] = []
-
-    def counted(*arguments: Any) -> Any:
-        run.append(arguments[6])
-        return sample_statistics(*arguments)
-
-    monkeypatch.setattr(sample_run, "sample_statistics", counted)
     again = profile(tiny_folder, made.path, RECIPE)
-    assert run == [4]
+    assert done == [4]
     assert again.statistics.digest() == whole.statistics.digest()
 
 
@@ -136,11 +128,8 @@ def test_what_cannot_be_merged_is_named(shards: Folders, whole: Profile, tiny_fo
     weights = changed(three, tmp_path / "weights", lambda head: head["shape"].update(weights_fingerprint="f" * 16))
     assert f"{weights} (shard 3/3) has another weights (fingerprint {'f' * 16}" in refused(one, two, weights)
 
-    def reseed(head: dict[str, Any]) -> None:
-        head["request"] = "0" * 16
-        head["recipe"]["seed"] = 5
-
-    seed = changed(three, tmp_path / "seed", reseed)
+    reseeded = {**json.loads((three / "profile.json").read_text())["recipe"], "seed": 5}
+    seed = changed(three, tmp_path / "seed", lambda head: head.update(request="0" * 16, recipe=reseeded))
     assert "has another request: seed is 5, not 0" in refused(one, two, seed)
     gates = changed(three, tmp_path / "gates", lambda head: head.update(gates="0" * 16))
     assert "has another gates (fingerprint 0000000000000000" in refused(one, two, gates)
@@ -239,10 +228,7 @@ def test_dry_runs_of_shards_write_nothing_and_are_of_the_shard(
     (stolen / "answers.jsonl").unlink(missing_ok=True)
     (stolen / "answers.jsonl").symlink_to(shards[2] / "profile.json")
     assert "answers.jsonl is a link" in run("--merge", stolen, shards[2], shards[3], "-o", out, exit_code=1)
-    shutil.copytree(shards[1], alone)
-    manifest = json.loads((alone / "profile.json").read_text())
-    manifest["shard"]["totals"] = [10**12, 10**12]
-    (alone / "profile.json").write_text(json.dumps(manifest))
+    changed(shards[1], alone, lambda head: head["shard"].update(totals=[10**12, 10**12]))
     assert "of 1000000000000 calibration samples are in no" in run("--merge", alone, "-o", out, exit_code=1)
     monkeypatch.setattr(Estimator, "one", lambda *arguments: 1.0)
     monkeypatch.setattr(estimate, "profile_bytes", lambda *arguments: defaultdict(int))

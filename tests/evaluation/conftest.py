@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,6 +28,34 @@ if TYPE_CHECKING:
 PROMPTED = [name for name, kind in EVICTIONS.items() if issubclass(kind, PromptBaseline)]
 STREAMED = [name for name, kind in EVICTIONS.items() if issubclass(kind, StreamBaseline)]
 LAYERS, KV_HEADS, DIM = 3, 2, 16
+LM_TASKS: dict[str, dict[str, Any]] = {
+    "tiny_choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{story}}\nThe colour is",
+        "doc_to_target": "label",
+        "doc_to_choice": ["red", "green", "blue"],
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "num_fewshot": 1,
+        "fewshot_split": "test",
+    },
+    "tiny_answer": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{story}}\nThe colour is",
+        "doc_to_target": "{{['red', 'green', 'blue'][label]}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6, "do_sample": False},
+        "metric_list": [
+            {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True},
+            {"metric": "chrf", "aggregation": "chrf", "higher_is_better": True},
+        ],
+    },
+    "tiny_text": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{story}}",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    },
+}
+"""Of lm-evaluation-harness, by name."""
 
 
 def tables_of(report: dict[str, Any]) -> str:
@@ -68,3 +98,20 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> Forwards:
         return seen
 
     return noted
+
+
+@pytest.fixture(scope="session")
+def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder of three task files, a group of two of them, and their ten documents."""
+    folder = tmp_path_factory.mktemp("tasks")
+    stories = [
+        {"story": f"{n} balls roll over the hill and {n + 1} come back. " * 3, "label": n % 3} for n in range(10)
+    ]
+    data = folder / "stories.jsonl"
+    data.write_text("".join(json.dumps(story) + "\n" for story in stories))
+    common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
+    for name, task in LM_TASKS.items():
+        (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **common, **task}))  # JSON is YAML
+    group = {"group": "tiny", "task": ["tiny_choice", "tiny_text"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (folder / "tiny.yaml").write_text(json.dumps(group))
+    return folder

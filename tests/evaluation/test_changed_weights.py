@@ -77,9 +77,8 @@ def test_checkpoints_with_weights_of_their_own_are_compared(folders: dict[str, P
         assert nlls(run(Path(other), against=(), dense=dense)) == {"plan": found[other]}
     turned = nlls(run(tmp_path / "healed", against=("dense", str(tmp_path / "raw")), dense=dense))
     assert list(turned.values()) == [found[healed], found["dense"], found["plan"]]
-    with pytest.raises(
-        PlanError, match="was made from other weights.*--dense MODEL"
-    ):  # dense has the healed ones there
+    # dense has the healed ones there
+    with pytest.raises(PlanError, match="was made from other weights.*--dense MODEL"):
         run(tmp_path / "healed", against=("dense", str(tmp_path / "raw")))
 
 

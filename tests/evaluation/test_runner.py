@@ -1,4 +1,4 @@
-"""Evaluation of a tiny compressed checkpoint: rows, resuming, and refusals."""
+"""Evaluation of a tiny compressed checkpoint: rows, resuming, several processes, and refusals."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import moacompress.evaluation.baselines.comparison as comparison
 import moacompress.evaluation.runner as runner
 import moacompress.evaluation.scoring.prompts as scoring
 import moacompress.evaluation.scoring.scores as scores
 import moacompress.evaluation.tasks.registry as tasks
+from moacompress.cli import app
 from moacompress.core.errors import ArtefactError, DataError, InfeasibleBudgetError, PlanError, UsageError
 from moacompress.core.progress import Progress
 from moacompress.evaluation.baselines.compared_models import ComparedModel
@@ -30,6 +32,7 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.runtime import attach, detach
 from moacompress.runtime.checkpoint import load_checkpoint
+from tests.preloaded import Preloaded
 
 LENGTH = 700
 
@@ -191,9 +194,8 @@ def test_prompts_in_another_wording_are_scored_again(
         monkeypatch.setattr(module, "EVALUATION_NEEDLES", said)
     after = run(compressed, **options)
     assert set(seen) == {"needle-noise"}
-    assert [name for name, wording in after["wording"].items() if wording != before["wording"][name]] == [
-        "needle-noise"
-    ]
+    changed = [name for name, wording in after["wording"].items() if wording != before["wording"][name]]
+    assert changed == ["needle-noise"]
     assert "has numbers of other prompts of the same name (needle-noise, in another wording); they are" in caplog.text
 
 
@@ -321,3 +323,43 @@ def test_no_uniform_window_is_small_enough(compressed: Path) -> None:
     assert all(found["window"] >= 32 for found in candidates)
     widest = {found["formats"]: found["window"] for found in candidates if found["sink"] == 4}
     assert widest["native/native"] < widest["int8/int8"] < widest["int8/int4"] < widest["int4/int4"]
+
+
+def test_two_processes_measure_what_one_does(
+    compressed: Path,
+    prose: Path,
+    task_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    preloaded: Preloaded,
+) -> None:
+    """And take up what one left; of an odd number of documents one process has one more than the other."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    options = f"--tasks needle-noise,text --text {prose} --lengths 700 --prompts 3 --against dense".split()
+    options += ["--lm-eval", str(task_folder / "tiny_choice.yaml"), "--json"]
+
+    out, scores = tmp_path / "one.json", tmp_path / "one.scores.jsonl"
+    alone = CliRunner().invoke(app, ["eval", str(compressed), *options, "-o", str(out)])
+    assert alone.exit_code == 0, alone.stderr
+    expected: dict[str, Any] = json.loads(alone.stdout)
+
+    begun, kept = tmp_path / "two.json", tmp_path / "two.scores.jsonl"
+    lines = scores.read_text().splitlines(keepends=True)
+    kept.write_text("".join(lines[::2]))  # every batch of several prompts lacks some
+    csv, low = tmp_path / "rows.csv", ("--fail-under", "exact_match=0.99")
+    ran = preloaded.run("eval", compressed, *options, "-o", begun, "--csv", csv, *low, ranks=2)
+    assert ran.returncode != 0  # the plan of a random model is below the threshold
+    found = json.loads(ran.stdout)
+    assert len(found.pop("failures")) == 1
+    assert ran.stderr.count("below the threshold") == 1
+    assert json.loads(begun.read_text()) == found
+    assert csv.read_text().count("\n") > 5
+    written = kept.read_text().splitlines()
+    assert sorted(json.loads(line)["key"] for line in written) == sorted(json.loads(line)["key"] for line in lines)
+    assert found.keys() == expected.keys()
+    assert found["checkpoint"] == expected["checkpoint"]
+    for name in ("results", "differences", "lm_eval"):
+        assert len(found[name]) == len(expected[name])
+        for ours, theirs in zip(found[name], expected[name], strict=True):
+            assert {**ours, "value": 0, "ci95": 0} == {**theirs, "value": 0, "ci95": 0}
+            assert ours["value"] == pytest.approx(theirs["value"], abs=1e-9), (name, ours)

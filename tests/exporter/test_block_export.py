@@ -108,10 +108,8 @@ def test_an_export_is_reused_with_its_types_alone(exported: Path, file: Path, pl
     model = AutoModelForCausalLM.from_pretrained(dense)
     assert not weight_types(model)
     assert "weights" not in json.loads((dense / "config.json").read_text())["quantization_config"]
-    kept, floats = (
-        estimate_export(ExportRequest(file, plan, tmp_path / "new", weights=each)) for each in ("keep", "dense")
-    )
-    assert kept.line() != floats.line()
+    asked = [ExportRequest(file, plan, tmp_path / "new", weights=each) for each in ("keep", "dense")]
+    assert estimate_export(asked[0]).line() != estimate_export(asked[1]).line()
 
 
 def test_a_checkpoint_is_put_under_other_plans(exported: Path, file: Path, plan: Plan, tmp_path: Path) -> None:
@@ -135,9 +133,8 @@ def test_types_and_bytes_are_said(exported: Path, file: Path, plan: Plan, enviro
     assert inspected["weights"] == sizes
     dense = save_dense(file, tmp_path / "dense")
     assert load_source(dense).shape == plan.model
-    assert inspected["parameters"]["plan"] == sum(
-        tensor.numel() for tensor in load_file(dense / "model.safetensors").values()
-    )
+    numbers = load_file(dense / "model.safetensors").values()
+    assert inspected["parameters"]["plan"] == sum(tensor.numel() for tensor in numbers)
     for kind, size in sizes.items():
         assert f"| {kind} | {size:,} |" in card
         assert kind in shown(overview(plan, inspected))

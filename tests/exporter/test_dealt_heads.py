@@ -14,7 +14,7 @@ from moacompress.models.source import load_source, model_shape
 from moacompress.models.weight_rounding import round_weights
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
-from moacompress.rules.share import Share, with_shared_rules
+from moacompress.rules.share import Share
 from moacompress.runtime import attach
 from moacompress.runtime.checkpoint import load_checkpoint
 from tests import plan_kinds
@@ -68,9 +68,8 @@ def test_what_is_not_moved(tiny_model):
     plan = plan_kinds.windows(model)
     with pytest.raises(UsageError, match="4 KV heads in a layer, which 3 ranks cannot share evenly"):
         deal_heads(model, plan, 3)
-    shares = (None, None, Share(0, (0, 1, 2, 3)))
     with pytest.raises(PlanError, match="share attention"):
-        deal_heads(model, Plan(plan.model, plan.min_window, with_shared_rules(plan.rules, shares), shares=shares), 2)
+        deal_heads(model, plan_kinds.with_shares(plan, (None, None, Share(0, (0, 1, 2, 3)))), 2)
     fused = tiny_model("phi3")
     with pytest.raises(ModelError, match="layer 0 has the weight qkv_proj.weight"):
         deal_heads(fused, Plan.uniform(model_shape(fused), Rule(4, 20, 0)), 2)

@@ -25,16 +25,8 @@ from moacompress.rules.rule import Rule
 from moacompress.runtime import attach, detach
 from moacompress.runtime.checkpoint import load_checkpoint
 
-RECIPE = {
-    "calibration": {
-        "lengths": [768],
-        "samples": 4,
-        "validation_samples": 4,
-        "sources": [{"generator": "needle"}],
-        "text_samples": 0,
-    },
-    "profile": {"draws": 1},
-}
+SAMPLES = {"lengths": [768], "samples": 4, "validation_samples": 4, "text_samples": 0}
+RECIPE = {"calibration": {"sources": [{"generator": "needle"}], **SAMPLES}, "profile": {"draws": 1}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -117,10 +109,8 @@ def test_the_same_repair_is_reused_and_another_refused(
     plain = export(tiny_folder, repaired / "plan.json", tmp_path / "plain")
     assert exported_plan(plain) == plan
     assert check_reusable(plain, plan)
-    assert [load_checkpoint(folder, "auto", "cpu").plan.changed_weights for folder in (repaired, plain)] == [
-        "repaired",
-        None,
-    ]
+    changed = [load_checkpoint(folder, "auto", "cpu").plan.changed_weights for folder in (repaired, plain)]
+    assert changed == ["repaired", None]
     with pytest.raises(ArtefactError, match="with this repair .it has none."):
         export(tiny_folder, plan, plain, repair=profiled)
 
@@ -164,11 +154,8 @@ def test_nothing_is_left_of_one_that_is_stopped(
 
     source = load_source(profiled.source)
     own = {name: tensor.clone() for name, tensor in source.model.state_dict().items()}
-    for name in (
-        "repair.projections.OutputProjection.changed",
-        "repair.plans.kl_divergence",
-        "exporter.exporting.verify_fresh",
-    ):
+    stages = ("repair.projections.OutputProjection.changed", "repair.plans.kl_divergence")
+    for name in (*stages, "exporter.exporting.verify_fresh"):
         with monkeypatch.context() as patch:
             patch.setattr(f"moacompress.{name}", stop)
             with pytest.raises(KeyboardInterrupt):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,12 +86,12 @@ def make_healable(
 def make_sharing(source: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Plan:
     """Writes a compressed model whose second layer attends as the first one does, and returns its plan."""
     from moacompress.rules.plan import Plan
-    from moacompress.rules.share import Share, with_shared_rules
+    from moacompress.rules.share import Share
     from moacompress.runtime import attach
+    from tests.plan_kinds import with_shares
 
     shares = (None, Share(0, tuple(range(source.shape.kv_heads))), *[None] * (source.shape.layers - 2))
-    plan = Plan.full(source.shape)
-    plan = replace(plan, rules=with_shared_rules(plan.rules, shares), shares=shares)
+    plan = with_shares(Plan.full(source.shape), shares)
     attach(source.model, plan)
     source.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

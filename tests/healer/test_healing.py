@@ -1,4 +1,4 @@
-"""A heal lowers held-out KL or leaves the weights, can be stopped at any step, and refuses what it should."""
+"""A heal lowers held-out KL or leaves the weights, can be stopped at any step, and refuses what it should; its command."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import moacompress
 from moacompress.calibration.data.samples import load_samples
 from moacompress.calibration.profile.store import Profile
+from moacompress.cli import app
 from moacompress.core.artefact_names import heal_folder
 from moacompress.core.errors import ArtefactError, DataError, ModelError, PlanError, UsageError
 from moacompress.core.progress import Progress
@@ -29,6 +31,8 @@ from moacompress.core.statistics import p_value, p_value_of_chosen
 from moacompress.estimate.stopwatch import Stopwatch
 from moacompress.healer.heal_estimate import estimate_heal
 from moacompress.healer.heal_history import HealHistory, last_checkpoint
+from moacompress.healer.heal_request import HealRequest
+from moacompress.healer.heal_trainer import OneGpuArguments
 from moacompress.healer.healing import heal
 from moacompress.healer.teacher import HeldOut, Teacher
 from moacompress.healer.trained_weights import as_written, check_installed, make_trainable, written_tensors
@@ -40,6 +44,7 @@ from tests.healer.conftest import make_sharing
 
 Place = dict[str, Path]
 Make = Callable[..., Recipe]
+RUNNER = CliRunner()
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -49,9 +54,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def measured(place: Place, folder: Path) -> list[float]:
     """Returns the held-out KL of a checkpoint as plain transformers loads it."""
     samples = load_samples(place["profile"] / "validation.safetensors")
-    return HeldOut(Teacher(load_source(place["dense"]).model), samples[:6]).kls(
-        AutoModelForCausalLM.from_pretrained(folder)
-    )
+    held_out = HeldOut(Teacher(load_source(place["dense"]).model), samples[:6])
+    return held_out.kls(AutoModelForCausalLM.from_pretrained(folder))
 
 
 @pytest.mark.parametrize(
@@ -97,25 +101,19 @@ def test_layers_that_share_attention_are_healed(
     plan = make_sharing(load_source(healable["dense"]), tiny_tokenizer, tmp_path / "shared")
     steps, rate = (16, 1e-2) if train == "lora" else (8, 3e-3)
     flags = {"steps": steps, "batch": 1000, "train": train, "lr": rate, "modules": modules}
-    done = heal(
-        tmp_path / "shared",
-        tmp_path / "out",
-        profile=healable["profile"],
-        teacher=str(healable["dense"]),
-        recipe=small(**flags),
-    )
+    teacher: dict[str, Any] = {"profile": healable["profile"], "teacher": str(healable["dense"])}
+    done = heal(tmp_path / "shared", tmp_path / "out", **teacher, recipe=small(**flags))
     assert done.notes["improved"]
     before, after = (done.notes["held_out_kl"][name]["mean"] for name in ("before", "after"))
     assert after < before
     found = measured(healable, done.folder)
     assert sum(found) / len(found) == pytest.approx(after, rel=1e-3)
-    healed, shared = weights(done.folder), weights(tmp_path / "shared")
-    assert {name: tensor.shape for name, tensor in healed.items()} == {
-        name: tensor.shape for name, tensor in shared.items()
-    }
-    assert sum(tensor.numel() for tensor in healed.values()) < sum(
-        t.numel() for t in weights(healable["dense"]).values()
+    healed, shared, dense = (
+        {name: tensor.shape for name, tensor in weights(folder).items()}
+        for folder in (done.folder, tmp_path / "shared", healable["dense"])
     )
+    assert healed == shared
+    assert sum(shape.numel() for shape in healed.values()) < sum(shape.numel() for shape in dense.values())
     assert Plan.load(done.folder / "plan.json").shares == plan.shares
 
 
@@ -123,10 +121,6 @@ def test_layers_that_share_attention_are_healed(
 def test_what_is_written_loads_in_a_fresh_process_and_says_what_was_done(
     healable: Place, small: Make, tmp_path: Path
 ) -> None:
-    from typer.testing import CliRunner
-
-    from moacompress.cli import app
-
     done = heal(healable["model"], tmp_path / "out", profile=healable["profile"], recipe=small(steps=3))
     names = {"config.json", "model.safetensors", "tokenizer.json", "plan.json", "README.md", "LICENSE"}
     assert {path.name for path in done.folder.iterdir()} >= names
@@ -140,9 +134,9 @@ def test_what_is_written_loads_in_a_fresh_process_and_says_what_was_done(
     assert "## Healed" in card
     assert "distilled" in card
     assert f"{notes['held_out_kl']['after']['mean']:.4g}" in card
-    shown = CliRunner().invoke(app, ["inspect", str(done.folder), "--json"])
+    shown = RUNNER.invoke(app, ["inspect", str(done.folder), "--json"])
     assert json.loads(shown.stdout)["healed"]["data"] == notes["data"]
-    assert "held-out KL from" in CliRunner().invoke(app, ["inspect", str(done.folder)]).stdout
+    assert "held-out KL from" in RUNNER.invoke(app, ["inspect", str(done.folder)]).stdout
 
 
 def test_the_same_heal_again_is_left_as_it_is(healable: Place, small: Make, tmp_path: Path, quick: None) -> None:
@@ -157,10 +151,8 @@ def test_the_same_heal_again_is_left_as_it_is(healable: Place, small: Make, tmp_
     for asked in (heal, estimate_heal):
         with pytest.raises(ArtefactError, match="is not of this heal; choose another folder or pass --overwrite"):
             asked(healable["model"], tmp_path / "out", profile=healable["profile"], recipe=small(steps=2))
-    from_scratch = heal(
-        healable["model"], tmp_path / "out", profile=healable["profile"], recipe=small(steps=2), overwrite=True
-    )
-    assert from_scratch.notes["steps"] == 2
+    arguments["recipe"] = small(steps=2)
+    assert heal(healable["model"], tmp_path / "out", **arguments, overwrite=True).notes["steps"] == 2
 
 
 class StopAfter(Progress):
@@ -265,9 +257,8 @@ def test_as_written_is_what_is_written_and_leaves_the_model(
     assert (merged - loaded).abs().max() < 1e-4
     assert (merged - beside).abs().max() < (1e-3 if dtype == "float32" else 0.5) * beside.abs().max()
     if train == "lora":
-        assert {name.rpartition(".")[0].rpartition(".")[2] for name in tensors} == {
-            *(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
-        }
+        layers = {name.rpartition(".")[0].rpartition(".")[2] for name in tensors}
+        assert layers == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
     assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
 
 
@@ -280,12 +271,7 @@ def refused(error: type[Exception], match: str, healable: Place, out: Path, reci
 
 
 def test_bad_requests_are_refused_and_leave_nothing(
-    healable: Place,
-    small: Make,
-    tmp_path: Path,
-    tiny_model: Any,
-    tiny_tokenizer: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    healable: Place, small: Make, tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     refused(UsageError, "shares no attention", healable, out, small(train="reuse"))
@@ -332,14 +318,9 @@ def test_a_mistyped_folder_costs_nobody_s_files(healable: Place, small: Make, tm
         heal(healable["model"], healable["model"], profile=healable["profile"], recipe=small(), overwrite=True)
     shutil.copytree(healable["model"], tmp_path / "around")
     shutil.copytree(healable["profile"], tmp_path / "around" / "profile")
+    profile = tmp_path / "around" / "profile"
     with pytest.raises(ArtefactError, match=r"profile is read by this command; choose another folder"):
-        heal(
-            healable["model"],
-            tmp_path / "around",
-            profile=tmp_path / "around" / "profile",
-            recipe=small(),
-            overwrite=True,
-        )
+        heal(healable["model"], tmp_path / "around", profile=profile, recipe=small(), overwrite=True)
 
 
 def test_a_request_that_failed_before_it_trained_is_in_nobody_s_way(
@@ -357,26 +338,22 @@ def test_a_request_that_failed_before_it_trained_is_in_nobody_s_way(
 def test_a_dry_run_says_the_cost_and_writes_nothing(
     healable: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from typer.testing import CliRunner
-
-    from moacompress.cli import app
-
     options = f"--profile {healable['profile']} --train full --steps 7 --batch 576 --samples 12".split()
     command = ["heal", str(healable["model"]), "-o", str(tmp_path / "out"), *options, "--dry-run"]
     monkeypatch.setattr(Stopwatch, "slowdown", 10.0)
-    said = CliRunner().invoke(app, [*command, "--json"])
+    said = RUNNER.invoke(app, [*command, "--json"])
     assert said.exit_code == 0, said.stderr
     data = json.loads(said.stdout)
     assert (data["steps"], data["tokens"], data["held_out_samples"], data["new_samples"]) == (7, 7 * 3 * 160, 6, 0)
     assert data["slowdown"] == 10
     fewer = "--steps 2 --samples 4 --batch 5760 --set heal.evaluations=8"  # a step takes each sample once at most
-    few = json.loads(CliRunner().invoke(app, [*command, *fewer.split(), "--json"]).stdout)
+    few = json.loads(RUNNER.invoke(app, [*command, *fewer.split(), "--json"]).stdout)
     assert (few["tokens"], few["evaluations"]) == (2 * 4 * 160, 3)
     assert data["train_seconds"] > 0
     assert data["evaluation_seconds"] > 0
     assert data["peak_bytes"] > 4 * data["trained_parameters"]
     assert list(tmp_path.iterdir()) == []
-    assert "nothing was trained or written" in CliRunner().invoke(app, command).stdout
+    assert "nothing was trained or written" in RUNNER.invoke(app, command).stdout
 
 
 def test_adapters_are_for_linear_layers_alone(tiny_model: Any, small: Make) -> None:
@@ -386,27 +363,19 @@ def test_adapters_are_for_linear_layers_alone(tiny_model: Any, small: Make) -> N
     moacompress.attach(model, plan)
     trained = make_trainable(model, plan, small(train="lora").heal, 0)
     found = written_tensors(trained, torch.float32)
-    assert {name.rpartition(".weight")[0].rpartition(".")[2] for name in found} == {
-        *("q_proj", "k_proj", "v_proj", "o_proj"),
-    }
+    layers = {name.rpartition(".weight")[0].rpartition(".")[2] for name in found}
+    assert layers == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def test_a_batch_is_one_sample_where_a_process_sees_several_gpus(tmp_path: Path) -> None:
-    from moacompress.healer.heal_trainer import OneGpuArguments
-
     arguments = OneGpuArguments(output_dir=str(tmp_path), per_device_train_batch_size=1, use_cpu=True, report_to=[])
     arguments._n_gpu = 4
     assert (arguments.n_gpu, arguments.train_batch_size) == (1, 1)
 
 
 def test_a_checkpoint_that_was_cut_is_not_the_last(tmp_path: Path) -> None:
-    for step, state in (
-        (2, '{"global_step": 2}'),
-        (4, '{"global_step": 4}'),
-        (6, ""),
-        (8, '{"global_step": 2}'),
-        (10, None),
-    ):
+    states = {2: '{"global_step": 2}', 4: '{"global_step": 4}', 6: "", 8: '{"global_step": 2}', 10: None}
+    for step, state in states.items():
         (tmp_path / f"checkpoint-{step}").mkdir()
         if state is not None:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
@@ -430,14 +399,8 @@ def test_two_processes_train_one_model(healable: Place, tmp_path: Path) -> None:
     place = ["--profile", str(healable["profile"]), "-o", str(tmp_path / "out")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(
-        [*command, "moacompress", "heal", str(healable["model"]), *place, *options.split(), "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        timeout=240,
-    )
+    command += ["moacompress", "heal", str(healable["model"]), *place, *options.split(), "--json"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=240)
     assert ran.returncode == 0, ran.stderr[-2000:]
     data = json.loads(ran.stdout)
     assert data["processes"] == 2
@@ -445,3 +408,40 @@ def test_two_processes_train_one_model(healable: Place, tmp_path: Path) -> None:
     after = measured(healable, tmp_path / "out")
     assert sum(after) / len(after) == pytest.approx(data["held_out_kl"]["after"]["mean"], rel=1e-3)
     assert data["held_out_kl"]["after"]["mean"] < data["held_out_kl"]["before"]["mean"]
+
+
+@pytest.fixture
+def command(healable: dict[str, Path], tmp_path: Path, quick: None) -> list[str]:
+    (tmp_path / "run").mkdir()
+    for name in ("model", "profile"):
+        (tmp_path / "run" / name).symlink_to(healable[name])
+    options = "--train full --lr 1e-3 --steps 2 --batch 576 --samples 12 --set heal.evaluations=1"
+    return ["heal", str(tmp_path / "run"), "-o", str(tmp_path / "out"), *options.split()]
+
+
+def test_json_then_a_table_of_the_same(command: list[str]) -> None:
+    done = RUNNER.invoke(app, [*command, "--json"])
+    assert done.exit_code == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1
+    assert (data["steps"], len(data["losses"]), data["improved"]) == (2, 2, True)
+    shown = RUNNER.invoke(app, command)  # the checkpoint is there already
+    assert shown.exit_code == 0, shown.stderr
+    assert f"{data['held_out_kl']['after']['mean']:.4g}" in shown.stdout
+    assert "of the KL" in shown.stdout
+
+
+def test_after_ctrl_c_the_command_is_said(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moacompress.healer.healing.heal", stopped)
+    monkeypatch.setattr(sys, "argv", ["moacompress", *command])
+    done = RUNNER.invoke(app, command)
+    assert done.exit_code == 130
+    assert f"resume with: moacompress heal {command[1]} -o" in done.stderr
+
+
+def test_another_gpu_than_the_first(command: list[str]) -> None:
+    with pytest.raises(UsageError, match="cannot train on cuda:1: .* set CUDA_VISIBLE_DEVICES=1 and give cuda"):
+        HealRequest.of(command[1], None, None, Recipe().override(device="cuda:1"))

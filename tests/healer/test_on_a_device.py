@@ -56,10 +56,7 @@ def test_healing_is_that_of_the_cpu(
             kernels = as_a_card(monkeypatch, use_backend("triton"), cpu_too=True)
         with pretend_device():
             done = heal(
-                healable["model"],
-                tmp_path / name,
-                profile=healable["profile"],
-                recipe=recipe.override(device=name),
+                healable["model"], tmp_path / name, profile=healable["profile"], recipe=recipe.override(device=name)
             )
         kl = done.plan.provenance["heal"]["held_out_kl"]
         found.append((kl["before"]["mean"], kl["after"]["mean"], *done.losses))

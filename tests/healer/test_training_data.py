@@ -13,12 +13,7 @@ from moacompress.calibration.data.samples import SHORTEST, fingerprint_sample
 from moacompress.calibration.profile.store import Profile
 from moacompress.core.errors import DataError
 from moacompress.healer.distillation import hard_loss, hidden_loss, soft_loss
-from moacompress.healer.training_data import (
-    HealData,
-    count_samples,
-    held_out_samples,
-    make_heal_data,
-)
+from moacompress.healer.training_data import HealData, count_samples, held_out_samples, make_heal_data
 from moacompress.models.kl import kl_divergence
 from moacompress.models.source import load_source
 from moacompress.prompts.pools import pool_of

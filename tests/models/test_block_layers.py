@@ -13,13 +13,7 @@ from torch.nn.functional import embedding, linear
 
 from moacompress.core.errors import ModelError, UnsupportedError
 from moacompress.kernels.weight_blocks import WEIGHT_TYPES, dequantized
-from moacompress.models.block_layers import (
-    BlockEmbedding,
-    BlockLinear,
-    put_block_layer,
-    put_block_layers,
-    weight_types,
-)
+from moacompress.models.block_layers import BlockEmbedding, BlockLinear, put_block_layer, put_block_layers, weight_types
 from tests.weight_blocks import random_blocks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

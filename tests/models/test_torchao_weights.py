@@ -34,7 +34,7 @@ def test_a_method_that_cannot_be_read_is_refused_with_the_fix(method, said, tiny
     marked, found = Path(shutil.copytree(tiny_folder, tmp_path / "marked")), importlib.util.find_spec
     write_json(marked / "config.json", {**read_json(marked / "config.json", "config"), "quantization_config": method})
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == TORCHAO else found(name, *rest)
+        importlib.util, "find_spec", lambda name, *more: None if name == TORCHAO else found(name, *more)
     )
     with pytest.raises(ModelError, match=f"quantized by {said}"):
         load_source(marked)
@@ -85,7 +85,6 @@ def test_it_is_exported_as_floats_or_rounded_again(quantized, random_plan, tmp_p
 
 
 def test_a_type_without_numbers_is_named():
-    with pytest.raises(
-        ModelError, match=r"model.a.weight is a object of torchao, which gives no numbers back; .* --weights int4"
-    ):
+    said = r"model.a.weight is a object of torchao, which gives no numbers back; .* --weights int4"
+    with pytest.raises(ModelError, match=said):
         _numbers("model.a.weight", object())

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.runtime import attach
@@ -32,15 +33,11 @@ def prompts(seed: int = 0, lengths: tuple[int, ...] = (17, 100, 431, 700, 1500))
 
 def spans(model: Any) -> Plan:
     """Returns a plan of many different spans, in the model's own dtype."""
-    from moacompress.models.source import model_shape
-
     return random_plan(model_shape(model), seed=2, full_share=0.1)
 
 
 def everything(model: Any) -> Plan:
     """Returns the plan that frees nothing."""
-    from moacompress.models.source import model_shape
-
     return Plan.full(model_shape(model))
 
 
@@ -72,9 +69,8 @@ def test_keys_less_their_centres(engine, checkpoints, expected, poisoned):
     """Of norm 100, under codes: what is cached and what is in the chunk lie less the same."""
     folder, model = checkpoints(centres, "qwen2")
     found = engine(folder, max_num_batched_tokens=96).ask(prompts())
-    assert (
-        agree(found, model, expected) < 0.05
-    )  # a code may fall on the other side, and the centre is in scores of some hundred
+    # a code may fall on the other side, and the centre is in scores of some hundred
+    assert agree(found, model, expected) < 0.05
     wrong = attach(model, replace(centres(model), centres=()))
     assert agree(found, wrong, expected) > 0.5
 
@@ -149,8 +145,6 @@ def test_a_window_of_few_tokens(engine, checkpoints, expected):
     """No sinks, and windows that grow by none: most of a prompt is freed while it is computed."""
 
     def narrow(model: Any) -> Plan:
-        from moacompress.models.source import model_shape
-
         return Plan.uniform(model_shape(model), Rule(4, 0, 0), 16)
 
     folder, model = checkpoints(narrow)

