@@ -153,6 +153,7 @@ def test_hub_set_without_network(source: SourceModel) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("none.jsonl", None, r"cannot read .*none.jsonl: No such file"),
         (
             "bad.jsonl",
             '{"prompt": "a"}\n{"prompt',
@@ -225,9 +226,10 @@ def test_hub_set_without_network(source: SourceModel) -> None:
         ),
     ],
 )
-def test_bad_data(source: SourceModel, tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_bad_data(source: SourceModel, tmp_path: Path, name: str, content: str | None, message: str) -> None:
     """Beside what is in tests/cli/test_refusals.py."""
-    (tmp_path / name).write_text(content)
+    if content is not None:
+        (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         build_samples(source, recipe([{"path": str(tmp_path / name)}]), "calibration")
 
