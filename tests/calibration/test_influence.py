@@ -16,14 +16,11 @@ from moacompress.rules.rule_table import RuleTable
 from tests import oracle
 
 MIN_WINDOW = 16
-RULES = (
-    Rule.FULL,
-    *(
-        Rule(sink, alpha, beta)
-        for sink in (4, 16, 64)
-        for alpha, beta in ((16, 0), (32, 0), (0, 256), (9, 700), (90, 0))
-    ),
-)
+SPANS = ((16, 0), (32, 0), (0, 256), (9, 700), (90, 0))
+RULES = (Rule.FULL, *(Rule(sink, alpha, beta) for sink in (4, 16, 64) for alpha, beta in SPANS))
+
+
+TABLE = RuleTable.of(RULES, MIN_WINDOW)
 
 
 @dataclass(frozen=True)
@@ -89,10 +86,9 @@ def test_deltas_and_gradients_match_the_definition(case: Case) -> None:
         wanted.append((grad * (under - now.detach())).sum(-1)[0].view(case.kv_heads, -1, case.n).sum(1))
     expected = torch.stack(wanted, -1)
 
-    table = RuleTable.of(RULES, MIN_WINDOW)
     ours = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
     sums = [InfluenceSums(case.kv_heads, len(RULES))]
-    out = ProfiledAttention.apply(*ours, sink, spec, table, sums)  # type: ignore[no-untyped-call]
+    out = ProfiledAttention.apply(*ours, sink, spec, TABLE, sums)  # type: ignore[no-untyped-call]
     assert torch.allclose(out, now, atol=1e-12)
     out.backward(grad)
     for mine, other in zip(ours, theirs, strict=True):
@@ -103,7 +99,7 @@ def test_deltas_and_gradients_match_the_definition(case: Case) -> None:
     s = None if sink is None else sink.float()
     assert torch.allclose(attend(q, k, v, spec, s).double(), now, atol=2e-6)
     keep = Keep(case.n, case.kv_heads, len(RULES))
-    attend_backward(q, k, v, g, spec, s, table, [keep])
+    attend_backward(q, k, v, g, spec, s, TABLE, [keep])
     assert float((keep.deltas - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
     assert (keep.deltas[..., RULES.index(Rule.FULL)] == 0).all()
     assert (keep.deltas[expected == 0] == 0).all()  # exactly zero where the rule masks nothing
@@ -113,10 +109,9 @@ def test_deltas_and_gradients_match_the_definition(case: Case) -> None:
 def test_tile_size_does_not_matter(tile: int) -> None:
     case = CASES["everything"]
     (query, key, value, grad), sink, spec = case.draw()
-    table = RuleTable.of(RULES, MIN_WINDOW)
     whole, tiled = Keep(case.n, 3, len(RULES)), Keep(case.n, 3, len(RULES))
-    first = attend_backward(query, key, value, grad, spec, sink, table, [whole])
-    second = attend_backward(query, key, value, grad, spec, sink, table, [tiled], tile=tile)
+    first = attend_backward(query, key, value, grad, spec, sink, TABLE, [whole])
+    second = attend_backward(query, key, value, grad, spec, sink, TABLE, [tiled], tile=tile)
     assert torch.allclose(whole.deltas, tiled.deltas, atol=1e-11)
     for a, b in zip(first, second, strict=True):
         assert torch.allclose(a, b, atol=1e-11)
@@ -124,7 +119,7 @@ def test_tile_size_does_not_matter(tile: int) -> None:
 
 def test_rows_without_cotangent_take_no_part() -> None:
     (query, key, value, grad), sink, spec = CASES["gqa"].draw()
-    table, rows = RuleTable.of(RULES, MIN_WINDOW), torch.tensor([3, 70, 71, 150])
+    rows = torch.tensor([3, 70, 71, 150])
     sparse = torch.zeros_like(grad)
     sparse[:, :, rows] = grad[:, :, rows]
     seen: list[Tensor] = []
@@ -135,11 +130,11 @@ def test_rows_without_cotangent_take_no_part() -> None:
             super().add(view)
 
     some, full = Rows(200, 2, len(RULES)), Keep(200, 2, len(RULES))
-    attend_backward(query, key, value, sparse, spec, sink, table, [some])
-    attend_backward(query, key, value, grad, spec, sink, table, [full])
+    attend_backward(query, key, value, sparse, spec, sink, TABLE, [some])
+    attend_backward(query, key, value, grad, spec, sink, TABLE, [full])
     assert torch.cat(seen).tolist() == rows.tolist()
     assert torch.allclose(some.deltas[:, rows], full.deltas[:, rows], atol=1e-12)
-    none = attend_backward(query, key, value, torch.zeros_like(grad), spec, sink, table, [Keep(200, 2, len(RULES))])
+    none = attend_backward(query, key, value, torch.zeros_like(grad), spec, sink, TABLE, [Keep(200, 2, len(RULES))])
     assert all(not gradient.any() for gradient in none)
 
 
@@ -161,10 +156,10 @@ def test_a_window_that_holds_almost_nothing_is_exact() -> None:
 def test_bfloat16_computes_in_float32() -> None:
     (query, key, value, grad), sink, spec = CASES["gqa"].draw()
     low = [tensor.bfloat16() for tensor in (query, key, value, grad)]
-    table, deltas = RuleTable.of(RULES, MIN_WINDOW), []
+    deltas = []
     for q, k, v, g in (low, [tensor.float() for tensor in low]):
         keep = Keep(200, 2, len(RULES))
-        gradients = attend_backward(q, k, v, g, spec, sink, table, [keep])
+        gradients = attend_backward(q, k, v, g, spec, sink, TABLE, [keep])
         assert [gradient.dtype for gradient in gradients] == [q.dtype] * 3
         deltas.append(keep.deltas)
     assert torch.allclose(deltas[0], deltas[1], atol=1e-12)
@@ -175,7 +170,7 @@ def test_the_estimators_of_others_match_their_definition(case: Case) -> None:
     """MoA's |E| and the masked probability from whole float64 matrices."""
     (query, key, value, grad), sink, spec = case.draw()
     sums = BaselineSums(case.kv_heads, len(RULES))
-    attend_backward(query, key, value, grad, spec, sink, RuleTable.of(RULES, MIN_WINDOW), [sums])
+    attend_backward(query, key, value, grad, spec, sink, TABLE, [sums])
     group = case.heads // case.kv_heads
     eye = torch.eye(case.n, dtype=torch.float64).expand(1, case.kv_heads, -1, -1)
     full = oracle.visible(Rule.FULL, case.n, MIN_WINDOW, case.native)

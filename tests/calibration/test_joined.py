@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from moacompress.calibration.data.answers import SampleDraft
@@ -170,8 +171,6 @@ def test_articles_stay_together() -> None:
     shared = [*rows(6), {"context": rows(1)[0]["context"], "question": "What else?", "title": "elsewhere"}]
     asked = [Library.of(shared, "qa", split).questions for split in SPLITS]
     assert sum(("What else?", 0) in questions and ("What of D0?", 0) in questions for questions in asked) == 1
-    import numpy as np
-
     library = Library.of(titled, "qa", "calibration")
     near = library.distractors(0, np.random.default_rng(0))
     assert {library.articles[index] for index in near[:3]} == {library.articles[0]}

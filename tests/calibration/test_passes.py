@@ -39,6 +39,7 @@ from tests import oracle
 
 MIN_WINDOW = 16
 RULES = (Rule.FULL, Rule(4, 16, 0), Rule(16, 40, 0), Rule(64, 0, 300), Rule(4, 20, 200), Rule(16, 110, 0))
+TABLE = RuleTable.of(RULES, MIN_WINDOW)
 DRAWS = 3
 CHOSEN = ProfileRecipe(draws=DRAWS)
 
@@ -85,7 +86,12 @@ def random_sample(n: int, answer: int = 12, seed: int = 0) -> Sample:
 
 
 def statistics(model: PreTrainedModel, sample: Sample, chosen: ProfileRecipe = CHOSEN) -> Statistics:
-    return sample_statistics(model, model_shape(model), RuleTable.of(RULES, MIN_WINDOW), sample, chosen, 0, 0)
+    return sample_statistics(model, model_shape(model), TABLE, sample, chosen, 0, 0)
+
+
+def tape_of(model: PreTrainedModel, sample: Sample) -> Tape:
+    recording = Recording.of(model_shape(model), TABLE)
+    return Tape(model, recording, torch.from_numpy(sample.input_ids), torch.from_numpy(sample.target_rows))
 
 
 # --- against float64 -------------------------------------------------------------------------------------------------
@@ -204,14 +210,11 @@ class Deltas:
 def every_delta(model: PreTrainedModel, sample: Sample) -> list[list[Tensor]]:
     """Returns what `brute_force` does, from the profiler's passes in the model's own dtype."""
     shape, n = model_shape(model), len(sample.input_ids)
-    rows = torch.from_numpy(sample.target_rows)
     found = []
-    with Tape(
-        model, Recording.of(shape, RuleTable.of(RULES, MIN_WINDOW)), torch.from_numpy(sample.input_ids), rows
-    ) as tape:
+    with tape_of(model, sample) as tape:
         for draw in range(DRAWS):
             layers = [Deltas(shape.kv_heads, n) for _ in range(shape.layers)]
-            cotangent = FisherCotangent(len(rows), cotangent_generator(0, 0, draw))
+            cotangent = FisherCotangent(len(sample.target_rows), cotangent_generator(0, 0, draw))
             tape.backward(cotangent, [[layer] for layer in layers], last=draw + 1 == DRAWS)
             found.append([layer.values for layer in layers])
     return found
@@ -269,7 +272,7 @@ def gradients(model: PreTrainedModel, sample: Sample) -> list[Tensor]:
         (args[0] if args else kwargs["hidden_states"]).register_hook(lambda grad: found.append(grad.clone()))
 
     handle = first.register_forward_pre_hook(watch, with_kwargs=True)
-    with Tape(model, Recording.of(shape, RuleTable.of(RULES, MIN_WINDOW)), ids, rows) as tape:
+    with tape_of(model, sample) as tape:
         for draw in range(DRAWS):
             layers = [Pulled() for _ in range(shape.layers)]
             tape.backward(label_cotangent(ids[rows + 1] + draw), [[layer] for layer in layers], last=draw + 1 == DRAWS)
@@ -302,18 +305,18 @@ def test_long_samples_run_every_layer_again_and_no_bit_changes(
 def test_the_backward_pass_may_run_in_another_thread(build: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "KEEP_TOKENS", 0)
     model, sample = build("gemma2"), random_sample(150)
-    shape, ids = model_shape(model), torch.from_numpy(sample.input_ids)
-    rows = torch.from_numpy(sample.target_rows)
+    shape = model_shape(model)
     sums = [InfluenceSums(shape.kv_heads, len(RULES)) for _ in range(shape.layers)]
     failed: list[BaseException] = []
 
     def backward(tape: Tape) -> None:
         try:
-            tape.backward(FisherCotangent(len(rows), cotangent_generator(0, 0, 0)), [[one] for one in sums], last=True)
+            cotangent = FisherCotangent(len(sample.target_rows), cotangent_generator(0, 0, 0))
+            tape.backward(cotangent, [[one] for one in sums], last=True)
         except BaseException as error:
             failed.append(error)
 
-    with Tape(model, Recording.of(shape, RuleTable.of(RULES, MIN_WINDOW)), ids, rows) as tape:
+    with tape_of(model, sample) as tape:
         thread = threading.Thread(target=backward, args=(tape,))
         thread.start()
         thread.join()
@@ -365,9 +368,9 @@ def test_logits_in_chunks_are_those_in_one_piece(build: Factory, name: str, monk
 def live_bytes(model: PreTrainedModel, n: int) -> tuple[int, int]:
     """Returns the bytes that a tape of `n` tokens keeps, and the most that are alive in two passes from it."""
     shape, ids = model_shape(model), torch.from_numpy(random_sample(n).input_ids)
-    table, rows = RuleTable.of(RULES, MIN_WINDOW), torch.tensor([n - 2])
+    rows = torch.tensor([n - 2])
     sums: list[list[Collector]] = [[InfluenceSums(shape.kv_heads, len(RULES))] for _ in range(shape.layers)]
-    with LiveBytes() as live, Tape(model, Recording.of(shape, table), ids, rows) as tape:
+    with LiveBytes() as live, Tape(model, Recording.of(shape, TABLE), ids, rows) as tape:
         kept = live.now
         for last in (False, True):
             tape.backward(label_cotangent(ids[rows + 1]), sums, last)

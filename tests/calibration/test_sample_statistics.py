@@ -22,6 +22,7 @@ from tests.calibration.conftest import random_sample
 
 Factory = Callable[..., PreTrainedModel]
 ALL = ProfileRecipe(draws=1, baselines=True)
+TABLE = RuleTable.of((Rule.FULL, Rule(4, 32, 0)), 32)
 MANY = ProfileRecipe.model_construct(draws=400, baselines=False)
 
 
@@ -89,7 +90,7 @@ def test_formats_count_by_the_models_own_curvature(tiny_model: Factory, monkeypa
     assert float(own[1] / drawn[1]) < 0.1 < cotangent.curvature < 1
 
     model = tiny_model("llama", initializer_range=1.0)  # sure of its tokens
-    given = (model, model_shape(model), RuleTable.of((Rule.FULL, Rule(4, 32, 0)), 32), random_sample(100), ALL, 0, 0)
+    given = (model, model_shape(model), TABLE, random_sample(100), ALL, 0, 0)
     found, shares = sample_statistics(*given).arrays, list[float]()
     curvature = FisherCotangent.curvature
     monkeypatch.setattr(FisherCotangent, "curvature", property(lambda self: shares.append(curvature.fget(self)) or 1.0))  # type: ignore[attr-defined,func-returns-value]
@@ -132,17 +133,14 @@ def test_the_expected_square_is_twice_the_kl(tiny_model: Factory) -> None:
 
 
 def test_weights_are_frozen_meanwhile(source: SourceModel) -> None:
-    sample, table = random_sample(128), RuleTable.of((Rule.FULL, Rule(4, 32, 0)), 32)
+    given = source.model, source.shape, TABLE, random_sample(128), ALL, 0, 0
     one, two = source.model.model.layers[0].mlp.up_proj, source.model.lm_head
-    expected = sample_statistics(source.model, source.shape, table, sample, ALL, 0, 0)
+    expected = sample_statistics(*given)
     for module in (one, two):
         module.weight.requires_grad_(True)
-    got = sample_statistics(source.model, source.shape, table, sample, ALL, 0, 0)
-    assert got.digest() == expected.digest()
-    assert [name for name, weight in source.model.named_parameters() if weight.requires_grad] == [
-        "model.layers.0.mlp.up_proj.weight",
-        "lm_head.weight",
-    ]
+    assert sample_statistics(*given).digest() == expected.digest()
+    free = [name for name, weight in source.model.named_parameters() if weight.requires_grad]
+    assert free == ["model.layers.0.mlp.up_proj.weight", "lm_head.weight"]
     assert one.weight.grad is None
 
 
