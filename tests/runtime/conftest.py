@@ -13,9 +13,11 @@ from moacompress.kernels import dispatch
 from moacompress.kernels.cpu import cpu_backend
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
 from moacompress.models.source import model_shape
+from moacompress.rules.plan import Plan
 from moacompress.runtime import attach
 from moacompress.runtime.decode import all_layers
 from tests.pretend_device import launch_there
+from tests.runtime.forwards import in_parts
 
 
 @pytest.fixture
@@ -43,11 +45,16 @@ def compiled_kernels(kernels_cannot_run: Callable[[str | None], None]) -> None:
 
 @pytest.fixture
 def model(tiny_model: Any, random_plan: Any) -> Callable[..., PreTrainedModel]:
-    """Makes a tiny model of a family under a random plan, with nothing trained."""
+    """Makes a tiny model of a family under a plan, a random one of a seed or what makes one for it, with nothing trained."""
 
-    def make(family: str = "llama", dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
-        made = tiny_model(family, **config).to(dtype).eval().requires_grad_(False)
-        return attach(made, random_plan(model_shape(made), 3))
+    def make(
+        family: str = "llama",
+        dtype: torch.dtype = torch.float32,
+        plan: int | Callable[[Any], Plan] = 3,
+        **config: Any,
+    ) -> PreTrainedModel:
+        made = tiny_model(family, **config).to(dtype)
+        return attach(made, random_plan(model_shape(made), plan) if isinstance(plan, int) else plan(made))
 
     return make
 
@@ -59,9 +66,7 @@ def steps() -> Callable[..., torch.Tensor]:
     def run(model: PreTrainedModel, rows: int, count: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(rows)
         ids = torch.randint(3, model.config.vocab_size, (rows, 50 + count), generator=generator)
-        with torch.no_grad():
-            cache = model(ids[:, :50]).cache
-            return torch.cat([model(ids[:, 50 + i : 51 + i], cache=cache).logits for i in range(count)], 1)
+        return in_parts(model, ids, [50])[:, 50:]
 
     return run
 

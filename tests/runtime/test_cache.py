@@ -1,5 +1,7 @@
 """The cache holds what the plan says, to the block, at every length; memory is freed, shared, and never moved."""
 
+from __future__ import annotations
+
 import copy
 import gc
 import pickle
@@ -18,33 +20,36 @@ from moacompress.runtime.cache.block_runs import LAG
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.cache.pool import LEAST_GROWTH, SLACK
 from tests import plan_kinds
+from tests.runtime.forwards import GREEDY, difference, in_parts, logits, plan_of
 
 
-def settings(**more):
-    return {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True, **more}
+@pytest.fixture
+def under(model, random_plan):
+    """Makes a tiny Llama under a random plan, and returns the plan too."""
+
+    def make(seed=3, **options):
+        made = model(plan=lambda made: random_plan(model_shape(made), seed, **options))
+        return made, plan_of(made)
+
+    return make
 
 
-def test_blocks_are_the_plans_from_the_first_token_on(tiny_model, random_plan, token_ids):
-    model = tiny_model("mistral", sliding_window=24)
-    plan = random_plan(model_shape(model), 1)
-    attach(model, plan)
-    ids, found = token_ids(2, 40), []
-    cache = PlanCache(plan)
-    with torch.no_grad():
-        for at in range(40):
-            found.append(model(ids[:, at : at + 1], cache=cache).logits)
-            assert cache.used_bytes() == plan.kv_bytes(at + 1, batch=2)
-        expected = model(ids, use_cache=False).logits
-    assert (torch.cat(found, 1) - expected).abs().max() < 2e-5 * expected.abs().max()
+def generated(model, ids, **given):
+    """What `generate` returns, and the cache with it."""
+    return model.generate(ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **GREEDY | given)
+
+
+def test_blocks_are_the_plans_from_the_first_token_on(model, token_ids):
+    made, ids = model("mistral", plan=1, sliding_window=24), token_ids(2, 40)
+    found = in_parts(made, ids, [], PlanCache(plan_of(made)), plan=plan_of(made))
+    assert difference(found, logits(made, ids, use_cache=False)) < 2e-5
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_memory_is_the_plans_where_the_length_is_known(seed, tiny_model, random_plan, token_ids):
+def test_memory_is_the_plans_where_the_length_is_known(seed, under, token_ids):
     """`generate` knows how long it may get: what it takes is the most that the plan needs on the way, and no more."""
-    model = tiny_model()
-    plan = random_plan(model_shape(model), seed)
-    attach(model, plan)
-    out = model.generate(token_ids(1, 100, seed), **settings(max_new_tokens=41))
+    model, plan = under(seed)
+    out = generated(model, token_ids(1, 100, seed), max_new_tokens=41)
     shape = plan.model
     most = sum(
         max(sum(rule.slots(n, plan.min_window) for rule in rules) for n in range(100, 141)) for rules in plan.rules
@@ -56,10 +61,8 @@ def test_memory_is_the_plans_where_the_length_is_known(seed, tiny_model, random_
     assert all(len(layer.held.pool.keys) == 1 for layer in out.cache.layers)
 
 
-def test_memory_stays_within_the_stated_slack_where_it_is_not(tiny_model, random_plan, token_ids):
-    model = tiny_model()
-    plan = random_plan(model_shape(model), 2, full_share=0.3)
-    attach(model, plan)
+def test_memory_stays_within_the_stated_slack_where_it_is_not(under, token_ids):
+    model, plan = under(2, full_share=0.3)
     cache, ids = PlanCache(plan), token_ids(1, 700)
     most = 0
     with torch.no_grad():
@@ -74,12 +77,11 @@ def test_memory_stays_within_the_stated_slack_where_it_is_not(tiny_model, random
                 assert len(layer.held.pool.refs) <= max(most * (1 + 1 / SLACK), most + LEAST_GROWTH)
 
 
-def test_the_prompt_is_really_freed(tiny_model, token_ids):
+def test_the_prompt_is_really_freed(model, token_ids):
     """No tensor anywhere in the process is as long as the prompt once a narrow plan has prefilled it."""
-    model = tiny_model()
-    attach(model, Plan.uniform(model_shape(model), Rule(4, 32, 0)))
+    made = model(plan=lambda made: Plan.uniform(model_shape(made), Rule(4, 32, 0)))
     with torch.no_grad():
-        cache = model(token_ids(1, 777)).cache
+        cache = made(token_ids(1, 777)).cache
     gc.collect()
     assert all(layer.blocks <= 2 * 4 for layer in cache.layers)
     leftovers = [o for o in gc.get_objects() if type(o) is torch.Tensor and 777 in o.shape and o.ndim == 4]
@@ -87,17 +89,11 @@ def test_the_prompt_is_really_freed(tiny_model, token_ids):
 
 
 @pytest.mark.parametrize("chunk", [None, 50])
-def test_repeated_prompts_are_held_once(chunk, tiny_model, random_plan, token_ids):
+def test_repeated_prompts_are_held_once(chunk, under, token_ids):
     """The rows that `generate` makes of one prompt share its blocks from the first forward on; other rows have their own."""
-    model = tiny_model()
-    plan = random_plan(model_shape(model), 2, full_share=0.5)
-    attach(model, plan)
-    ids = token_ids(2, 150)
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        **settings(max_new_tokens=1, num_return_sequences=3, do_sample=True, prefill_chunk_size=chunk),
-    )
+    model, plan = under(2, full_share=0.5)
+    drawn = {"do_sample": True, "num_return_sequences": 3, "prefill_chunk_size": chunk}
+    out = generated(model, token_ids(2, 150), max_new_tokens=1, **drawn)
     assert out.cache.batch_size == 6
     assert out.cache.used_bytes() == plan.kv_bytes(150, batch=2)
     tables = out.cache.layers[0].held.table.ids
@@ -105,11 +101,9 @@ def test_repeated_prompts_are_held_once(chunk, tiny_model, random_plan, token_id
     assert not (tables[0] == tables[3]).all()
 
 
-def test_rows_that_look_the_same_are_not_joined_unless_they_are(tiny_model, random_plan, token_ids):
+def test_rows_that_look_the_same_are_not_joined_unless_they_are(under, token_ids):
     """Rows with the last token, or all tokens, of another row but other keys have blocks of their own."""
-    model = tiny_model()
-    plan = random_plan(model_shape(model), 2)
-    attach(model, plan)
+    model, plan = under(2)
     ids = token_ids(1, 60).repeat(3, 1)
     ids[1, 5] += 1
     positions = torch.arange(60).repeat(3, 1)
@@ -119,11 +113,8 @@ def test_rows_that_look_the_same_are_not_joined_unless_they_are(tiny_model, rand
         assert cache.used_bytes() == plan.kv_bytes(60, batch=3)
 
 
-def test_forks_share_blocks_and_give_them_back(tiny_model, random_plan, token_ids):
-    model = tiny_model()
-    plan = random_plan(model_shape(model), 3)
-    attach(model, plan)
-    ids = token_ids(1, 220)
+def test_forks_share_blocks_and_give_them_back(under, token_ids):
+    (model, _), ids = under(), token_ids(1, 220)
     with torch.no_grad():
         cache = model(ids[:, :150]).cache
         pools = [layer.held.pool for layer in cache.layers]
@@ -168,38 +159,29 @@ def test_rolling_back_needs_a_record(tiny_model, token_ids):
             recorded.crop(-500)
 
 
-def test_what_gates_selected_is_remembered_of_few_lengths(tiny_model, token_ids):
-    model = tiny_model()
-    attach(model, plan_kinds.gates(model))
-    cache, ids, at = PlanCache(model._moacompress.plan), token_ids(1, 700), 0
+def test_what_gates_selected_is_remembered_of_few_lengths(model, token_ids):
+    made, ids = model(plan=plan_kinds.gates), token_ids(1, 407)
+    cache, at = PlanCache(plan_of(made)), 0
     cache.activate_past_recording()
-    with torch.no_grad():
-        for size in (90, *[1] * 20, 127, *[1] * 10, 100, 60):
-            model(ids[:, at : at + size], cache=cache, logits_to_keep=1)
-            at += size
-            assert max(len(layer._held.past) for layer in cache.layers) <= 5
+    for size in (90, *[1] * 20, 127, *[1] * 10, 100, 60):
+        in_parts(made, ids[:, at : at + size], [size], cache)
+        at += size
+        assert max(len(layer._held.past) for layer in cache.layers) <= 5
 
 
 @pytest.mark.parametrize("kind", ["formats", "gates"])
-def test_another_default_device_is_left_alone(kind, tiny_model, token_ids):
-    model = tiny_model()
-    attach(model, plan_kinds.KINDS[kind](model))
-    ids, places = token_ids(1, 40), torch.arange(40)[None]
-    with torch.no_grad():
-        expected = model(ids, use_cache=False).logits[:, 39:]
-        with torch.device("meta"):
-            cache = PlanCache(model._moacompress.plan)
-            model(ids[:, :39], cache=cache, position_ids=places[:, :39])
-            found = model(ids[:, 39:], cache=cache, position_ids=places[:, 39:]).logits
-    assert (found - expected).abs().max() < 1e-4
+def test_another_default_device_is_left_alone(kind, model, token_ids):
+    made, ids, places = model(plan=plan_kinds.KINDS[kind]), token_ids(1, 40), torch.arange(40)[None]
+    with torch.device("meta"):
+        cache = PlanCache(plan_of(made))
+        logits(made, ids[:, :39], cache=cache, position_ids=places[:, :39])
+        found = logits(made, ids[:, 39:], cache=cache, position_ids=places[:, 39:])
+    assert (found - logits(made, ids, use_cache=False)[:, 39:]).abs().max() < 1e-4
 
 
-def test_a_pickled_cache_has_the_blocks_in_use_and_no_more(tiny_model, token_ids):
+def test_a_pickled_cache_has_the_blocks_in_use_and_no_more(under, token_ids):
     """Each once however many rows name it; it shares nothing with the one it was."""
-    model = tiny_model()
-    plan = plan_kinds.windows(model)
-    attach(model, plan)
-    ids = token_ids(2, 100)
+    (model, plan), ids = under(), token_ids(2, 100)
     cache = PlanCache(plan)
     with torch.no_grad():
         model(ids[:, :90], cache=cache)
@@ -215,11 +197,9 @@ def test_a_pickled_cache_has_the_blocks_in_use_and_no_more(tiny_model, token_ids
 
 
 @pytest.mark.heavy
-def test_a_pickled_cache_is_not_the_one_that_it_was_for_a_compiled_model(tiny_model, random_plan, token_ids):
-    model = tiny_model()
-    plan = random_plan(model_shape(model), 3)
-    compiled = torch.compile(attach(model, plan), backend="eager", fullgraph=True)
-    ids = token_ids(1, 62)
+def test_a_pickled_cache_is_not_the_one_that_it_was_for_a_compiled_model(under, token_ids):
+    (model, plan), ids = under(), token_ids(1, 62)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits[:, -1:]
         cache = PlanCache(plan)
@@ -232,11 +212,8 @@ def test_a_pickled_cache_is_not_the_one_that_it_was_for_a_compiled_model(tiny_mo
     torch._dynamo.reset()
 
 
-def test_an_empty_cache_is_pickled_too(tiny_model, random_plan, token_ids):
-    model = tiny_model()
-    plan = random_plan(model_shape(model), 3)
-    attach(model, plan)
-    ids = token_ids(1, 60)
+def test_an_empty_cache_is_pickled_too(under, token_ids):
+    (model, plan), ids = under(), token_ids(1, 60)
     emptied = model(ids).cache
     emptied.reset()
     for cache in (PlanCache(plan, reserve=200), emptied):
@@ -246,10 +223,8 @@ def test_an_empty_cache_is_pickled_too(tiny_model, random_plan, token_ids):
         assert twin.kv_bytes() == cache.kv_bytes()
 
 
-def test_rows_by_a_mask_and_emptying(tiny_model, random_plan, token_ids):
-    model = tiny_model()
-    attach(model, random_plan(model_shape(model), 2))
-    ids = token_ids(3, 60)
+def test_rows_by_a_mask_and_emptying(under, token_ids):
+    (model, _), ids = under(2), token_ids(3, 60)
     with torch.no_grad():
         cache = model(ids).cache
         cache.batch_select_indices(torch.tensor([True, False, True]))
@@ -268,18 +243,14 @@ def test_rows_by_a_mask_and_emptying(tiny_model, random_plan, token_ids):
 
 @pytest.mark.parametrize("backend", ["compiled", "reference"])
 @pytest.mark.parametrize("kind", [plan_kinds.formats, plan_kinds.gates])
-def test_a_cache_of_inference_mode_goes_on_outside(kind, backend, tiny_model, token_ids, request, use_backend):
+def test_a_cache_of_inference_mode_goes_on_outside(kind, backend, model, token_ids, request, use_backend):
     if backend == "compiled":
         request.getfixturevalue("compiled_kernels")
     else:
         use_backend("reference")
-    model, ids = tiny_model(), token_ids(1, 140)
-    attach(model, kind(model))
-    with torch.no_grad():
-        cache = model(ids[:, :110]).cache
-        expected = [model(ids[:, 110:130], cache=cache).logits, model(ids[:, 130:131], cache=cache).logits]
-    with torch.inference_mode():
-        cache = model(ids[:, :110]).cache
-    with torch.no_grad():
-        found = [model(ids[:, 110:130], cache=cache).logits, model(ids[:, 130:131], cache=cache).logits]
-    assert all(map(torch.equal, found, expected))
+    made, ids, found = model(plan=kind), token_ids(1, 131), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            cache = made(ids[:, :110]).cache
+        found.append(in_parts(made, ids[:, 110:], [20], cache))
+    assert torch.equal(*found)
