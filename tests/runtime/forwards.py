@@ -23,11 +23,18 @@ def plan_of(model: Any) -> Plan:
     return plan
 
 
-def logits(model: Any, ids: Tensor, **given: Any) -> Tensor:
+def logits(model: Any, *ids: Tensor, **given: Any) -> Tensor:
     """Returns logits without gradients, `[rows, tokens, vocabulary]`."""
     with torch.no_grad():
-        found: Tensor = model(ids, **given).logits
+        found: Tensor = model(*ids, **given).logits
     return found
+
+
+def after_prompt(model: Any, more: int = 1) -> tuple[Tensor, Any]:
+    """Returns two rows of 50 tokens and so many more, and a cache that holds the 50 of each."""
+    ids = torch.randint(3, model.config.vocab_size, (2, 50 + more), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return ids, returned_cache(model(ids[:, :50], use_cache=True))
 
 
 def in_parts(

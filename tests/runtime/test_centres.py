@@ -20,6 +20,7 @@ from moacompress.runtime import PlanCache, attach
 from moacompress.runtime.decode import attention
 from tests.conftest import TINY
 from tests.plan_kinds import KINDS, centres, random_centres, random_plan, with_shares
+from tests.runtime.forwards import difference, in_parts, logits, plan_of
 
 BOUNDED = "gemma2"
 """A family that bounds its scores, which count as they are."""
@@ -28,7 +29,7 @@ NORM = 100.0
 NATIVE = ("windows", "gates", "shares")
 
 
-def plan_of(model: Any, kind: str) -> Plan:
+def plan_for(model: Any, kind: str) -> Plan:
     if kind != "shares":
         return KINDS[kind](model)
     plan = random_plan(model_shape(model), seed=5)
@@ -55,23 +56,14 @@ def pair(tiny_model: Any) -> Callable[..., tuple[Any, Any]]:
 
     def make(family: str = "llama", kind: str = "windows", **more: Any) -> tuple[Any, Any]:
         plain, moved = (tiny_model(family, **more) for _ in range(2))
-        plan = plan_of(plain, kind)
+        plan = plan_for(plain, kind)
         return attach(plain, plan), give_centres(attach(moved, plan))
 
     return make
 
 
-def stepped(model: Any, ids: torch.Tensor, prompt: int = 60, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Returns the logits of chunks and of single tokens, `[rows, tokens, vocabulary]`."""
-    cache, found = PlanCache(model.config.quantization_config.plan), []
-    for begin, end in ((0, 40), (40, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))):
-        given = {} if mask is None else {"attention_mask": mask[:, :end]}
-        found.append(model(ids[:, begin:end], cache=cache, **given).logits)
-    return torch.cat(found, 1)
-
-
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    assert (found - expected).abs().max() < 2e-3 * expected.abs().max()  # scores of some hundred have an ulp of 3e-5
+    assert difference(found, expected) < 2e-3  # scores of some hundred have an ulp of 3e-5
 
 
 @pytest.mark.parametrize(
@@ -80,13 +72,12 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 def test_nothing_changes_at_native_formats(family: str, kind: str, pair: Any, token_ids: Any) -> None:
     plain, moved = pair(family, kind)
     ids = token_ids(2, 75) % plain.config.get_text_config().vocab_size
-    with torch.no_grad():
-        assert_close(moved(ids, use_cache=False).logits, plain(ids, use_cache=False).logits)
-        mask = torch.ones_like(ids)
-        mask[1, :9] = 0
-        found, expected = stepped(moved, ids, mask=mask), stepped(plain, ids, mask=mask)
-        assert_close(found[0], expected[0])
-        assert_close(found[1, 9:], expected[1, 9:])
+    assert_close(logits(moved, ids, use_cache=False), logits(plain, ids, use_cache=False))
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    found, expected = (in_parts(model, ids, (40, 20), mask=mask) for model in (moved, plain))
+    assert_close(found[0], expected[0])
+    assert_close(found[1, 9:], expected[1, 9:])
 
 
 @pytest.mark.heavy
@@ -94,9 +85,8 @@ def test_compiled_by_torch(pair: Any, token_ids: Any) -> None:
     torch._dynamo.reset()
     plain, moved = pair(kind="shares")
     ids = token_ids(2, 64) % 160
-    with torch.no_grad():
-        expected = stepped(plain, ids)
-        assert_close(stepped(torch.compile(moved, backend="eager"), ids), expected)
+    compiled = torch.compile(moved, backend="eager")
+    assert_close(in_parts(compiled, ids, (40, 20), PlanCache(plan_of(moved))), in_parts(plain, ids, (40, 20)))
     torch._dynamo.reset()
 
 
@@ -141,8 +131,6 @@ def test_a_centre_makes_codes_of_keys_with_a_bias_exact(
     assert (less - expected).abs().mean() < 0.2 * (without - expected).abs().mean()
 
 
-def test_bounded_scores_have_none(tiny_model: Any, token_ids: Any) -> None:
-    model = tiny_model(BOUNDED)
-    attach(model, centres(model))
+def test_bounded_scores_have_none(model: Any, token_ids: Any) -> None:
     with pytest.raises(UnsupportedError, match="centres of its keys"):
-        model(token_ids(1, 20) % 160)
+        model(BOUNDED, plan=centres)(token_ids(1, 20) % 160)

@@ -8,11 +8,10 @@ from torch._dynamo.utils import counters
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels.dispatch import backend_for
-from moacompress.models.source import model_shape
-from moacompress.runtime import attach
 from moacompress.runtime.cache.plan_cache import PlanCache
 from tests.conftest import TINY
-from tests.plan_kinds import gated_plan
+from tests.plan_kinds import gates
+from tests.runtime.forwards import GREEDY, difference, in_parts, logits, plan_of
 
 TOLERANCE = 1e-4
 DIFFERENT = ("phi3", "gpt_neox", "gpt_oss")
@@ -27,89 +26,64 @@ def _fresh():
 
 
 @pytest.fixture
-def model(tiny_model, random_plan):
-    model = tiny_model()
-    return attach(model, random_plan(model_shape(model), 3))
+def llama(model):
+    return model()
 
 
 def cache_of(model):
-    return PlanCache(model.config.quantization_config.plan)
+    return PlanCache(plan_of(model))
 
 
-def logits_in_steps(forward, cache, ids, prompt, mask=None):
-    """Feeds a prompt, then single tokens; returns the logits of all, `[rows, tokens, vocabulary]`."""
-    found, begin = [], 0
-    for end in (prompt, *range(prompt + 1, ids.shape[1] + 1)):
-        given = {}
-        if mask is not None:
-            positions = (mask.cumsum(1) - 1).clamp_min(0)
-            given = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
-        found.append(forward(ids[:, begin:end], cache=cache, **given).logits)
-        begin = end
-    return torch.cat(found, 1)
-
-
-def assert_no_breaks(model, ids, prompt, mask=None):
-    """A prompt and single tokens, compiled and not, are the same and take three graphs at most."""
-    counter = CompileCounter()
-    with torch.no_grad():
-        expected = logits_in_steps(model, cache_of(model), ids, prompt, mask)
-        compiled = torch.compile(model, backend=counter, fullgraph=True)
-        found = logits_in_steps(compiled, cache_of(model), ids, prompt, mask)
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    assert (found - expected)[real].abs().max() < TOLERANCE
-    assert counter.frame_count <= 3  # a prompt; one token; one token after any number of tokens
+OF_FAMILIES = [
+    pytest.param(family, 5, 0, marks=[] if family in DIFFERENT else [pytest.mark.heavy], id=family) for family in TINY
+]
 
 
 @pytest.mark.parametrize(
-    "family", [family if family in DIFFERENT else pytest.param(family, marks=pytest.mark.heavy) for family in TINY]
+    ("family", "plan", "pads"),
+    [
+        *OF_FAMILIES,
+        pytest.param("gemma3_text", gates, 0, id="gates"),
+        pytest.param("gemma3_text", 5, 21, id="padding"),
+    ],
 )
-def test_every_family_has_no_breaks(family, tiny_model, random_plan, token_ids):
-    model = tiny_model(family)
-    attach(model, random_plan(model_shape(model), 5))
-    assert_no_breaks(model, token_ids(2, 96), 90)
-
-
-def test_nor_have_gates(tiny_model, token_ids):
-    model = tiny_model("gemma3_text")
-    attach(model, gated_plan(model, 5))
-    assert_no_breaks(model, token_ids(2, 96), 90)
-
-
-def test_nor_has_padding(tiny_model, random_plan, token_ids):
-    model = tiny_model("gemma3_text")
-    attach(model, random_plan(model_shape(model), 5))
-    ids = token_ids(2, 96)
-    mask = torch.ones_like(ids)
-    mask[0, :21] = 0
-    assert_no_breaks(model, ids, 90, mask)
+def test_there_are_no_breaks(family, plan, pads, model, token_ids):
+    """A prompt and single tokens, compiled and not, are the same and take three graphs at most."""
+    made, ids, counter = model(family, plan=plan), token_ids(2, 96), CompileCounter()
+    mask = None
+    if pads:
+        mask = torch.ones_like(ids)
+        mask[0, :pads] = 0
+    expected = in_parts(made, ids, [90], cache_of(made), mask)
+    found = in_parts(torch.compile(made, backend=counter, fullgraph=True), ids, [90], cache_of(made), mask)
+    assert (found - expected)[0, pads:].abs().max() < TOLERANCE
+    assert (found - expected)[1].abs().max() < TOLERANCE
+    assert counter.frame_count <= 3  # a prompt; one token; one token after any number of tokens
 
 
 @pytest.mark.heavy
-def test_compiled_code_says_the_same(model, token_ids):
+def test_compiled_code_says_the_same(llama, token_ids):
     """By torch's own code generator, with caches of several lengths and batches: none needs graphs of its own."""
     counters.clear()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True)
-    with torch.no_grad():
-        for rows, tokens, prompt in ((2, 100, 96), (3, 40, 36)):
-            ids = token_ids(rows, tokens, seed=tokens)
-            expected = logits_in_steps(model, cache_of(model), ids, prompt)
-            assert (logits_in_steps(compiled, cache_of(model), ids, prompt) - expected).abs().max() < TOLERANCE
+    compiled = torch.compile(llama, fullgraph=True, dynamic=True)
+    for rows, tokens, prompt in ((2, 100, 96), (3, 40, 36)):
+        ids = token_ids(rows, tokens, seed=tokens)
+        found, expected = (in_parts(run, ids, [prompt], cache_of(llama)) for run in (compiled, llama))
+        assert (found - expected).abs().max() < TOLERANCE
     assert counters["stats"]["unique_graphs"] == 2  # prompts; single tokens
 
 
-def test_a_compiled_model_generates(model, token_ids):
+def test_a_compiled_model_generates(llama, token_ids):
     """With beams: the cache is reordered between the compiled steps."""
-    ids = token_ids(1, 60)
-    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 12, "num_beams": 3}
-    expected = model.generate(ids, **settings)
-    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
-    assert torch.equal(model.generate(ids, **settings), expected)
+    ids, settings = token_ids(1, 60), {**GREEDY, "max_new_tokens": 12, "num_beams": 3}
+    expected = llama.generate(ids, **settings)
+    llama.forward = torch.compile(llama.forward, backend="eager", fullgraph=True)
+    assert torch.equal(llama.generate(ids, **settings), expected)
 
 
-def test_gradients_through_a_compiled_model(model, token_ids):
+def test_gradients_through_a_compiled_model(llama, token_ids):
     """Training without a cache and without padding is one graph too; with padding the attention stands between graphs."""
-    ids, embedding = token_ids(2, 70), model.get_input_embeddings()
+    ids, embedding = token_ids(2, 70), llama.get_input_embeddings()
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
 
@@ -121,14 +95,13 @@ def test_gradients_through_a_compiled_model(model, token_ids):
     traced = backend_for(embedding.weight).capabilities.traced
     for given, whole in ((None, traced), (mask, False)):
         torch._dynamo.reset()
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=whole)
-        expected = gradient(model, given)
-        assert (gradient(compiled, given) - expected).abs().max() < 1e-4 * expected.abs().max()
+        compiled = torch.compile(llama, backend="aot_eager", fullgraph=whole)
+        assert difference(gradient(compiled, given), gradient(llama, given)) < 1e-4
 
 
-def test_what_is_refused_is_refused_in_a_graph_too(model, token_ids):
-    ids, cache = token_ids(2, 40), cache_of(model)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+def test_what_is_refused_is_refused_in_a_graph_too(llama, token_ids):
+    ids, cache = token_ids(2, 40), cache_of(llama)
+    compiled = torch.compile(llama, backend="eager", fullgraph=True)
     with torch.no_grad():
         compiled(ids, cache=cache, position_ids=torch.arange(40)[None])
         with pytest.raises(UnsupportedError, match="position_ids that do not count on"):
@@ -141,17 +114,17 @@ def test_what_is_refused_is_refused_in_a_graph_too(model, token_ids):
         with pytest.raises(UnsupportedError, match="position_ids that do not count on"):
             compiled(ids, position_ids=packed, use_cache=False)
         found = compiled(ids[:, :1], cache=cache).logits  # nothing that was refused has touched the cache
-        whole = model(torch.cat((ids, ids[:, :1]), 1), use_cache=False).logits
+        whole = logits(llama, torch.cat((ids, ids[:, :1]), 1), use_cache=False)
     assert (found[:, 0] - whole[:, -1]).abs().max() < TOLERANCE
     assert np.array_equal(cache.layers[0].lengths, [41, 41])
 
 
-def test_a_cache_is_not_made_in_a_graph(model, token_ids):
+def test_a_cache_is_not_made_in_a_graph(llama, token_ids):
     """Without one, and without asking for none, a compiled forward makes it between two graphs."""
     ids = token_ids(1, 30)
     with torch.no_grad():
-        out = torch.compile(model, backend="eager")(ids)
+        out = torch.compile(llama, backend="eager")(ids)
         assert isinstance(out.cache, PlanCache)
-        assert (out.logits - model(ids, use_cache=False).logits).abs().max() < TOLERANCE
+        assert (out.logits - logits(llama, ids, use_cache=False)).abs().max() < TOLERANCE
         with pytest.raises(torch._dynamo.exc.Unsupported, match=r"cache=PlanCache\(plan\)"):
-            torch.compile(model, backend="eager", fullgraph=True)(token_ids(1, 31))
+            torch.compile(llama, backend="eager", fullgraph=True)(token_ids(1, 31))

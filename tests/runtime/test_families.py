@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from moacompress.kernels import dispatch
 from moacompress.models.source import model_shape
@@ -23,6 +22,7 @@ from moacompress.runtime import attach, detach
 from tests import oracle
 from tests.conftest import TINY
 from tests.plan_kinds import random_plan
+from tests.runtime.forwards import difference, in_parts, logits
 
 SEVERAL = ("llama", "gemma2", "gpt_oss")
 BACKENDS = (None, "reference", "counting", "triton")
@@ -33,29 +33,6 @@ FLIPS = 2e-3
 """The same with formats: what differs in the last bits is now and then rounded to the next code."""
 PARTS, FEW_PARTS = (60, 1, 1, 40, 1, 33, 1, 1, 12), (60, 1, 24, 1, 1, 3)
 """Tokens of chunks and steps; the few are for kernels that are interpreted, where each takes seconds."""
-
-
-def logits(model: PreTrainedModel, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids, **kwargs).logits
-
-
-def in_parts(model: PreTrainedModel, plan: Plan, ids: torch.Tensor) -> torch.Tensor:
-    """Returns the logits of rows that are fed in chunks and one by one; the cache takes the plan's bytes."""
-    cache, parts, at = None, [], 0
-    for size in PARTS if ids.shape[1] == sum(PARTS) else FEW_PARTS:
-        with torch.no_grad():
-            out = model(ids[:, at : at + size], cache=cache, use_cache=True)
-        cache, at = out.cache, at + size
-        parts.append(out.logits)
-        assert cache.used_bytes() == plan.kv_bytes(at, batch=len(ids))
-    assert at == ids.shape[1]
-    return torch.cat(parts, 1)
-
-
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Returns the largest difference as a share of the largest expected number."""
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def mean_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -102,49 +79,45 @@ def test_full_span_is_the_stock_model(family: str, tiny_model: Callable[..., Any
 def test_a_plan_is_the_stock_model_with_its_masks_and_rounded_keys_and_values(
     family: str, tiny_model: Callable[..., Any], ids: torch.Tensor
 ) -> None:
-    model = tiny_model(family)
+    model, parts = tiny_model(family), PARTS if ids.shape[1] == sum(PARTS) else FEW_PARTS
     plan = random_plan(model_shape(model), seed=4, full_share=0.1, formats=True)
     native = replace(plan, rules=tuple(tuple(Rule(*rule.to_list()[:3]) for rule in row) for row in plan.rules))
     expected = oracle.logits(model, native, ids)
     assert difference(expected, logits(model, ids, use_cache=False)) > 0.01, "the plan must change the model"
     attach(model, native)
     assert difference(logits(model, ids, use_cache=False), expected) < EXACT
-    assert difference(in_parts(model, native, ids), expected) < EXACT
+    assert difference(in_parts(model, ids, parts, plan=native), expected) < EXACT
     detach(model)
     spans, expected = expected, oracle.logits(model, plan, ids)
     assert mean_difference(expected, spans) > 10 * FLIPS, "the formats must change the model"
     attach(model, plan)
     assert mean_difference(logits(model, ids, use_cache=False), expected) < FLIPS
-    assert mean_difference(in_parts(model, plan, ids), expected) < FLIPS
+    assert mean_difference(in_parts(model, ids, parts, plan=plan), expected) < FLIPS
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_a_first_chunk_of_padding_alone(
-    tokens: int, tiny_model: Callable[..., Any], token_ids: Callable[..., torch.Tensor]
+    tokens: int, model: Callable[..., Any], token_ids: Callable[..., torch.Tensor]
 ) -> None:
     """Left-padded input that is fed in pieces: the rows have no token yet, and the next piece is as without the padding."""
-    model, ids = tiny_model("llama"), token_ids(2, 60)
-    attach(model, random_plan(model_shape(model), 3))
+    made, ids = model(), token_ids(2, 60)
     mask = torch.ones(2, 60, dtype=torch.long)
     mask[:, :tokens] = 0
-    with torch.no_grad():
-        cache = model(ids[:, :tokens], attention_mask=mask[:, :tokens], use_cache=True).cache
-        found = model(ids[:, tokens:], attention_mask=mask, cache=cache).logits
-        assert difference(found, model(ids[:, tokens:]).logits) < EXACT
+    found = in_parts(made, ids, [tokens, 60 - tokens], mask=mask)[:, tokens:]
+    assert difference(found, logits(made, ids[:, tokens:])) < EXACT
 
 
 @pytest.mark.parametrize("trained", ["q_proj", "k_proj", "v_proj"])
 def test_gradients_of_one_projection_alone(
-    trained: str, tiny_model: Callable[..., Any], token_ids: Callable[..., torch.Tensor]
+    trained: str, model: Callable[..., Any], token_ids: Callable[..., torch.Tensor]
 ) -> None:
     """Rows that end in padding, no cache: as in float64, which plain PyTorch computes."""
     ids, mask, found = token_ids(2, 40), torch.ones(2, 40, dtype=torch.long), []
     mask[0, 30:] = 0
     for dtype in (torch.float32, torch.float64):
-        model = tiny_model("llama").to(dtype)
-        attach(model, random_plan(model_shape(model), 3))
-        weights = [getattr(layer.self_attn, trained).weight.requires_grad_() for layer in model.model.layers]
-        model(ids, attention_mask=mask, use_cache=False).logits.square().sum().backward()
+        made = model(dtype=dtype)
+        weights = [getattr(layer.self_attn, trained).weight.requires_grad_() for layer in made.model.layers]
+        made(ids, attention_mask=mask, use_cache=False).logits.square().sum().backward()
         found.append([weight.grad.double() for weight in weights])
     for mine, exact in zip(*found, strict=True):
         assert exact.abs().max() > 0

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from moacompress.core.errors import UnsupportedError
 from moacompress.models.modules import attention_modules
@@ -21,20 +21,7 @@ from moacompress.runtime import attach, detach
 from tests import oracle
 from tests.conftest import five_layers
 from tests.plan_kinds import shares_of, with_shares
-from tests.runtime.test_families import difference, logits
-
-
-def in_parts(model: PreTrainedModel, ids: torch.Tensor, sizes: list[int], plan: Plan | None = None) -> torch.Tensor:
-    """Returns the logits of forwards over a cache that take so many tokens each; under a plan the cache takes its bytes."""
-    parts, cache, done = [], None, 0
-    for size in sizes:
-        with torch.no_grad():
-            out = model(ids[:, done : done + size], cache=cache, use_cache=True)
-        parts.append(out.logits)
-        cache, done = out.cache, done + size
-        assert plan is None or cache.used_bytes() == plan.kv_bytes(done, batch=len(ids))
-    return torch.cat(parts, 1)
-
+from tests.runtime.forwards import difference, in_parts, logits
 
 SIZES = [70, 1, 45, 1, 1, 30, 1, 1, 1]
 EXACT, FLIPS = 2e-5, 2e-2
@@ -50,13 +37,13 @@ def shared(family: str, tiny_model: Callable[..., Any], random_plan: Callable[..
 
 
 @pytest.fixture
-def llama(tiny_model: Callable[..., Any], random_plan: Callable[..., Plan]) -> Callable[..., tuple[Any, Plan]]:
+def llama(tiny_model: Callable[..., Any], random_plan: Callable[..., Plan]) -> Callable[[int], tuple[Any, Plan]]:
     """Returns a function that makes a tiny model of six layers and a plan under which some share attention."""
 
-    def make(seed: int = 0, formats: bool = False) -> tuple[Any, Plan]:
+    def make(seed: int) -> tuple[Any, Plan]:
         model = tiny_model("llama", num_hidden_layers=6)
         shape = model_shape(model)
-        return model, with_shares(random_plan(shape, seed, formats=formats), shares_of(shape, seed))
+        return model, with_shares(random_plan(shape, seed), shares_of(shape, seed))
 
     return make
 
@@ -73,7 +60,7 @@ def test_sharing_is_the_stock_model_with_it(
     assert difference(oracle.logits(model, replace(plan, shares=()), ids), expected) > 0.01, "sharing must matter"
     attach(model, plan)
     assert difference(logits(model, ids, use_cache=False), expected) < near
-    assert difference(in_parts(model, ids, SIZES, plan), expected) < near
+    assert difference(in_parts(model, ids, SIZES, plan=plan), expected) < near
 
 
 def _share_gone(name: str, heads: int, kv_heads: int) -> Fraction:
@@ -131,7 +118,7 @@ def test_what_was_trained_and_moved_stays_so_without_a_plan(shared: tuple[Any, P
     assert logits(model, ids).isfinite().all()
 
 
-def test_without_moacompress_it_fails(llama: Callable[..., tuple[Any, Plan]], tmp_path: Path) -> None:
+def test_without_moacompress_it_fails(llama: Callable[[int], tuple[Any, Plan]], tmp_path: Path) -> None:
     model, plan = llama(0)
     attach(model, plan).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -143,7 +130,7 @@ def test_without_moacompress_it_fails(llama: Callable[..., tuple[Any, Plan]], tm
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_those_of_the_definition(
-    llama: Callable[..., tuple[Any, Plan]], token_ids: Any, checkpointing: bool
+    llama: Callable[[int], tuple[Any, Plan]], token_ids: Any, checkpointing: bool
 ) -> None:
     model, plan = llama(3)
     ids = token_ids(2, 90)
@@ -163,7 +150,7 @@ def test_gradients_are_those_of_the_definition(
             assert difference(weight.grad, expected[name]) < 1e-4, name
 
 
-def test_reentrant_checkpointing_is_refused(llama: Callable[..., tuple[Any, Plan]], token_ids: Any) -> None:
+def test_reentrant_checkpointing_is_refused(llama: Callable[[int], tuple[Any, Plan]], token_ids: Any) -> None:
     model, plan = llama(3)
     attach(model, plan).requires_grad_(True).train()
     model.gradient_checkpointing_enable({"use_reentrant": True})
@@ -173,7 +160,7 @@ def test_reentrant_checkpointing_is_refused(llama: Callable[..., tuple[Any, Plan
     model(token_ids(2, 40), use_cache=False)
 
 
-def test_a_layer_alone_is_refused(llama: Callable[..., tuple[Any, Plan]]) -> None:
+def test_a_layer_alone_is_refused(llama: Callable[[int], tuple[Any, Plan]]) -> None:
     model, plan = llama(0)
     attach(model, plan)
     layer = next(layer for layer, share in enumerate(plan.shares) if share is not None)
