@@ -20,6 +20,7 @@ from moacompress.kernels.dispatch import few_rows
 from moacompress.runtime.compat.private_names import NORMS
 from moacompress.runtime.decode import all_layers, fused
 from moacompress.runtime.decode.routes import first_route
+from tests.runtime.forwards import after_prompt, logits
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
@@ -65,10 +66,8 @@ def test_what_comes_between_layers_is_refused(model):
         def forward(self, hidden, **rest):
             return own(hidden * 2, **rest)
 
-    ids = torch.randint(3, made.config.vocab_size, (2, 51))
-    layers = made.model.layers
+    (ids, cache), layers = after_prompt(made), made.model.layers
     with torch.no_grad():
-        cache = made(ids[:, :50]).cache
         run = all_layers.StackStep(all_layers.Stack(fused.read_layers), tuple(layers), cache)
         hidden, rotary = torch.randn(2, 1, made.config.hidden_size), made.model.rotary_emb(torch.zeros(1), ids[:, 50:])
         out = run.step(layers[0], hidden, None, rotary, first_route)
@@ -79,9 +78,7 @@ def test_what_comes_between_layers_is_refused(model):
 
 def test_gradients_are_not_lost(model, calls):
     made = model()
-    ids = torch.randint(3, made.config.vocab_size, (2, 51))
-    with torch.no_grad():
-        cache = made(ids[:, :50]).cache
+    ids, cache = after_prompt(made)
     made.model.layers[1].mlp.up_proj.weight.requires_grad_()
     made(ids[:, 50:], cache=cache).logits.sum().backward()
     assert calls["steps"] == 0
@@ -95,7 +92,7 @@ def test_gradients_are_not_lost(model, calls):
 def test_an_interrupted_call_leaves_a_cache_that_is_refused(name, error, layers, model, monkeypatch):
     """A signal is delivered when the call returns: the token is in the cache, and nothing has counted it."""
     made = model(num_hidden_layers=layers)
-    ids = torch.randint(3, made.config.vocab_size, (2, 53))
+    ids, cache = after_prompt(made, 3)
     kind, name = (cpu_backend._CpuCaches, "step") if name == "step_layers" else (CpuBackend, name)
     own = getattr(kind, name)
 
@@ -104,7 +101,6 @@ def test_an_interrupted_call_leaves_a_cache_that_is_refused(name, error, layers,
         raise error
 
     with torch.no_grad():
-        cache = made(ids[:, :50]).cache
         with monkeypatch.context() as patch:
             if kind is CpuBackend:
                 patch.setattr(all_layers.Stack, "begin", lambda *nothing: None)
@@ -121,9 +117,7 @@ def test_an_interrupted_call_leaves_a_cache_that_is_refused(name, error, layers,
 
 
 def test_an_interrupt_between_two_locks_holds_none(model):
-    made = model()
-    with torch.no_grad():
-        cache = made(torch.randint(3, made.config.vocab_size, (2, 50))).cache
+    _, cache = after_prompt(model())
 
     class Interrupting:
         def __enter__(self):
@@ -148,10 +142,8 @@ def test_an_interrupt_between_two_locks_holds_none(model):
 
 def test_a_cache_that_is_kept_does_not_keep_the_weights(model):
     made = model()
-    ids = torch.randint(3, made.config.vocab_size, (2, 51))
-    with torch.no_grad():
-        cache = made(ids[:, :50]).cache
-        made(ids[:, 50:], cache=cache)
+    ids, cache = after_prompt(made)
+    logits(made, ids[:, 50:], cache=cache)
     assert cache.sealed_layers is not None
     weight = weakref.ref(made.model.layers[1].mlp.up_proj.weight)
     bound = cache.sealed_layers.bound
@@ -173,17 +165,15 @@ def test_what_was_read_is_let_go(model, monkeypatch):
 
         monkeypatch.setattr(library, f"forget_{kind}", forget)
     made = model()
-    ids = torch.randint(3, made.config.vocab_size, (2, 51))
-    with torch.no_grad():
-        cache = made(ids[:, :50]).cache
-        made(ids[:, 50:], cache=cache)
-        number = cache.sealed_layers.bound.number
-        assert forgotten == []
-        cache.reset()
-        gc.collect()
-        assert forgotten == ["caches"]
-        with pytest.raises(RuntimeError, match=f"no caches of the number {number}"):
-            torch.ops.moacompress_cpu.step_layers(torch.zeros(2, 1, 8), *(torch.zeros(1, 1, 2),) * 2, number, 0)
+    ids, cache = after_prompt(made)
+    logits(made, ids[:, 50:], cache=cache)
+    number = cache.sealed_layers.bound.number
+    assert forgotten == []
+    cache.reset()
+    gc.collect()
+    assert forgotten == ["caches"]
+    with pytest.raises(RuntimeError, match=f"no caches of the number {number}"):
+        torch.ops.moacompress_cpu.step_layers(torch.zeros(2, 1, 8), *(torch.zeros(1, 1, 2),) * 2, number, 0)
     del made, cache
     gc.collect()
     assert forgotten == ["caches", "layers"]

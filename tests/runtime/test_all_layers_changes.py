@@ -11,6 +11,7 @@ from torch import nn
 
 from moacompress.models.modules import attention_modules
 from moacompress.runtime.linear import use_kernels
+from tests.runtime.forwards import after_prompt, difference, in_parts, logits
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
@@ -53,24 +54,21 @@ def other_tensor(weight):
 def test_what_changes_between_two_steps_is_seen(change, model, calls):
     """In the midst of a generation, with the same cache."""
     made = model()
-    ids = torch.randint(3, made.config.vocab_size, (2, 60))
-    with torch.no_grad():
-        expected = made(ids, use_cache=False).logits[:, 50:]
-        cache = made(ids[:, :50]).cache
-        found = [made(ids[:, 50 + i : 51 + i], cache=cache).logits for i in range(3)]
-        assert calls["steps"] - calls["cache"] == 3
-        calls.update(steps=0, cache=0)
-        change(made)
-        found += [made(ids[:, 50 + i : 51 + i], cache=cache).logits for i in range(3, 10)]
+    ids, cache = after_prompt(made, 10)
+    expected = logits(made, ids, use_cache=False)[:, 50:]
+    found = [in_parts(made, ids[:, 50:53], [], cache)]
+    assert calls["steps"] - calls["cache"] == 3
+    calls.update(steps=0, cache=0)
+    change(made)
+    found.append(in_parts(made, ids[:, 53:], [], cache))
     assert calls["steps"] == (change is CHANGES["a weight that is not as it was"])  # that only the call itself sees
-    assert (torch.cat(found, 1) - expected).abs().max() < 2e-5 * expected.abs().max()
+    assert difference(torch.cat(found, 1), expected) < 2e-5
 
 
 def test_hooks_on_all_modules_are_seen(model, calls):
     made, seen = model(), []
-    ids = torch.randint(3, made.config.vocab_size, (2, 53))
+    ids, cache = after_prompt(made, 3)
     with torch.no_grad():
-        cache = made(ids[:, :50]).cache
         made(ids[:, 50:51], cache=cache)
         calls.update(steps=0)
         with nn.modules.module.register_module_forward_hook(lambda module, *rest: seen.append(module)):
@@ -128,34 +126,30 @@ def test_after_hidden_states_all_layers_are_one_call_again(model, calls):
 )
 def test_other_hooks_are_seen_beside_those_that_capture(first, place, model, calls):
     made, seen = model(), []
-    ids = torch.randint(3, made.config.vocab_size, (2, 60))
     part = made.model.layers[1].get_submodule(place)
-    with torch.no_grad():
-        expected = made(ids, use_cache=False).logits[:, 50:]
-        cache = made(ids[:, :50]).cache
-        found = [made(ids[:, 50:51], cache=cache).logits]
-        actions = [
-            lambda: part.register_forward_hook(lambda module, *rest: seen.append(module)),
-            lambda: made(ids, use_cache=False, output_hidden_states=True),
-        ]
-        handles = [action() for action in (actions if first == "hook" else reversed(actions))]
-        seen.clear()
-        calls.update(steps=0)
-        found += [made(ids[:, at : at + 1], cache=cache).logits for at in range(51, 54)]
-        assert calls["steps"] == 0
-        assert seen == [part] * 3
-        handles[0 if first == "hook" else 1].remove()
-        found += [made(ids[:, at : at + 1], cache=cache).logits for at in range(54, 60)]
+    ids, cache = after_prompt(made, 10)
+    expected = logits(made, ids, use_cache=False)[:, 50:]
+    found = [in_parts(made, ids[:, 50:51], [], cache)]
+    actions = [
+        lambda: part.register_forward_hook(lambda module, *rest: seen.append(module)),
+        lambda: logits(made, ids, use_cache=False, output_hidden_states=True),
+    ]
+    handles = [action() for action in (actions if first == "hook" else reversed(actions))]
+    seen.clear()
+    calls.update(steps=0)
+    found.append(in_parts(made, ids[:, 51:54], [], cache))
+    assert calls["steps"] == 0
+    assert seen == [part] * 3
+    handles[0 if first == "hook" else 1].remove()
+    found.append(in_parts(made, ids[:, 54:], [], cache))
     assert calls["steps"] - calls["cache"] == 6
     assert len(seen) == 3
-    assert (torch.cat(found, 1) - expected).abs().max() < 2e-5 * expected.abs().max()
+    assert difference(torch.cat(found, 1), expected) < 2e-5
 
 
 def test_hidden_states_in_one_thread_and_none_in_another(model, calls):
     made = model()
-    ids = torch.randint(3, made.config.vocab_size, (2, 50))
-    with torch.no_grad():
-        prefix = made(ids).cache
+    ids, prefix = after_prompt(made, 0)
 
     def go_on(captured):
         with torch.no_grad():

@@ -105,49 +105,44 @@ def test_a_config_that_is_shared_in_one_place(place, tiny_model, random_plan, to
         assert torch.equal(second(ids).logits, expected)
 
 
-def test_a_refused_plan_leaves_the_one_before_on_the_model(tiny_model, random_plan, token_ids):
-    model, ids = tiny_model(), token_ids(1, 60)
-    attach(model, random_plan(model_shape(model), 3))
-    expected, config = model(ids).logits, model.config
-    lacking = replace(plan_kinds.gates(tiny_model()), gate_weights=None)
-    for plan, match in ((random_plan(model_shape(tiny_model(num_hidden_layers=2)), 3), "2 layers"), (lacking, "gates")):
-        with pytest.raises(PlanError, match=match):
-            attach(model, plan)
-        assert model.config is config
-        assert torch.equal(model(ids).logits, expected)
-
-
-@pytest.mark.parametrize("earlier", [False, True])
-def test_bytes_of_prefixes_that_are_none_change_nothing(earlier, tiny_model, random_plan, token_ids, monkeypatch):
-    model, ids = tiny_model(num_hidden_layers=3), token_ids(2, 70)
-    own, other = random_plan(model_shape(model), 1), random_plan(model_shape(model), 2)
+@pytest.mark.parametrize(
+    ("earlier", "kind", "error", "match"),
+    [
+        (True, "too few layers", PlanError, "2 layers"),
+        (True, "without its gates", PlanError, "gates"),
+        (False, "prefixes", BudgetError, "MOACOMPRESS_PREFIXES: size 'lots'"),
+        (True, "prefixes", BudgetError, "MOACOMPRESS_PREFIXES: size 'lots'"),
+        (True, "later", ModelError, "no"),
+    ],
+)
+def test_a_plan_that_fails_leaves_the_one_before(
+    earlier, kind, error, match, tiny_model, random_plan, token_ids, monkeypatch
+):
+    model, ids = tiny_model(), token_ids(2, 70)
+    own, plan = random_plan(model_shape(model), 1), random_plan(model_shape(model), 2)
     if earlier:
         attach(model, own)
-    expected = model(ids).logits
-    monkeypatch.setenv("MOACOMPRESS_PREFIXES", "lots")
-    shared = plan_kinds.with_shares(other, (None, Share(0, (1, 0)), None))
-    with pytest.raises(BudgetError, match="MOACOMPRESS_PREFIXES: size 'lots'"):
-        attach(model, shared)
-    monkeypatch.delenv("MOACOMPRESS_PREFIXES")
-    assert attached_plan(model) == (own if earlier else None)
-    assert torch.equal(model(ids).logits, expected)
-
-
-def test_a_plan_that_fails_later_leaves_the_one_before(tiny_model, random_plan, token_ids, monkeypatch):
-    model, ids = tiny_model(), token_ids(2, 70)
-    own, other = random_plan(model_shape(model), 1), random_plan(model_shape(model), 2)
-    expected = attach(model, own)(ids).logits
-    heads = attaching.shard_to_local_heads
+    expected, config, heads = model(ids).logits, model.config, attaching.shard_to_local_heads
 
     def fails(model):
-        if attached_plan(model) == other:
+        if attached_plan(model) == plan:
             raise ModelError("no")
         heads(model)
 
-    monkeypatch.setattr(attaching, "shard_to_local_heads", fails)
-    with pytest.raises(ModelError, match="no"):
-        attach(model, other)
-    assert attached_plan(model) == own
+    with monkeypatch.context() as patch:
+        if kind == "too few layers":
+            plan = random_plan(model_shape(tiny_model(num_hidden_layers=2)), 3)
+        elif kind == "without its gates":
+            plan = replace(plan_kinds.gates(tiny_model()), gate_weights=None)
+        elif kind == "prefixes":
+            plan = plan_kinds.with_shares(plan, (None, Share(0, (1, 0)), None))
+            patch.setenv("MOACOMPRESS_PREFIXES", "lots")
+        else:
+            patch.setattr(attaching, "shard_to_local_heads", fails)
+        with pytest.raises(error, match=match):
+            attach(model, plan)
+    assert model.config is config or kind == "later"
+    assert attached_plan(model) == (own if earlier else None)
     assert torch.equal(model(ids).logits, expected)
 
 

@@ -26,6 +26,7 @@ from moacompress.runtime.hf.attaching import attached_plan
 from tests import plan_kinds
 from tests.conftest import TINY, five_layers
 from tests.refusals import SENTENCES, sentence
+from tests.runtime.forwards import GREEDY, in_parts, logits
 
 NEW = 8
 """Tokens that are generated."""
@@ -62,7 +63,7 @@ class Case:
 
     def generate(self, ids: torch.Tensor, model: Any = None, **given: Any) -> Any:
         """What `generate` gives, with one seed; where samples or beams have to end nowhere."""
-        settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": NEW, **given}
+        settings = {**GREEDY, "max_new_tokens": NEW, **given}
         settings.setdefault("attention_mask", torch.ones_like(ids))
         torch.manual_seed(0)
         return (model or self.model).generate(ids, **settings)
@@ -77,24 +78,13 @@ class Case:
             if torch.equal(row, wanted):
                 continue
             at = int((row != wanted).nonzero()[0, 0])
-            logits = forward(self.model, wanted[None, :at], use_cache=False)[0, -1]
-            assert logits[row[at]] >= logits[wanted[at]] - 2 * self.tolerance * logits.abs().max()
-
-
-def forward(model: Any, ids: torch.Tensor, **given: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids, **given).logits  # type: ignore[no-any-return]
+            best = logits(self.model, wanted[None, :at], use_cache=False)[0, -1]
+            assert best[row[at]] >= best[wanted[at]] - 2 * self.tolerance * best.abs().max()
 
 
 def cached_is_uncached(case: Case) -> None:
-    ids, cache, parts = case.ids(2, 90), None, list[torch.Tensor]()
-    for size in (50, 1, 1, 30, 1, 7):
-        done = sum(part.shape[1] for part in parts)
-        with torch.no_grad():
-            out = case.model(ids[:, done : done + size], use_cache=True, **cache_argument(cache))
-        cache = returned_cache(out)
-        parts.append(out.logits)
-    case.assert_logits(torch.cat(parts, 1), forward(case.model, ids, use_cache=False))
+    ids = case.ids(2, 90)
+    case.assert_logits(in_parts(case.model, ids, (50, 1, 1, 30, 1, 7)), logits(case.model, ids, use_cache=False))
 
 
 def it_generates_as_without_a_cache(case: Case) -> None:
@@ -118,10 +108,10 @@ def dictionaries_have_all(case: Case) -> None:
     assert torch.equal(out.sequences, case.generate(ids))
     assert len(out.scores) == len(out.logits) == len(out.hidden_states) == NEW
     assert [len(step) for step in out.hidden_states] == [case.model.config.num_hidden_layers + 1] * NEW
-    for at, (scores, logits) in enumerate(zip(out.scores, out.logits, strict=True)):
+    for at, (scores, raw) in enumerate(zip(out.scores, out.logits, strict=True)):
         assert torch.equal(scores.argmax(-1), out.sequences[:, ids.shape[1] + at])
-        assert scores.shape == logits.shape == (2, 160)
-    plain = forward(case.model, out.sequences[:, :-1], use_cache=False)[:, ids.shape[1] - 1 :]
+        assert scores.shape == raw.shape == (2, 160)
+    plain = logits(case.model, out.sequences[:, :-1], use_cache=False)[:, ids.shape[1] - 1 :]
     case.assert_logits(torch.stack(out.logits, 1), plain)
 
 
@@ -159,7 +149,7 @@ def padding_changes_nothing(case: Case) -> None:
     """On the left, on the right, and as holes."""
     lengths = (60, 23)
     rows = [case.ids(1, length, seed=length)[0] for length in lengths]
-    alone = [forward(case.model, row[None], use_cache=False)[0] for row in rows]
+    alone = [logits(case.model, row[None], use_cache=False)[0] for row in rows]
     for start, hole in ((37, 0), (0, 0), (20, 6)):  # of the shorter row, and in the middle of both
         mask, ids = torch.zeros(2, 66, dtype=torch.long), torch.zeros(2, 66, dtype=torch.long)
         for number, row in enumerate(rows):
@@ -168,7 +158,7 @@ def padding_changes_nothing(case: Case) -> None:
             ids[number, at], mask[number, at] = row, 1
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         for cached in (True, False):
-            found = forward(case.model, ids, attention_mask=mask, position_ids=positions, use_cache=cached)
+            found = logits(case.model, ids, attention_mask=mask, position_ids=positions, use_cache=cached)
             for number, expected in enumerate(alone):
                 case.assert_logits(found[number, mask[number].bool()], expected)
 
@@ -176,9 +166,7 @@ def padding_changes_nothing(case: Case) -> None:
 def embeddings_are_taken_for_ids(case: Case) -> None:
     ids = case.ids(2)
     embedded = case.model.get_input_embeddings()(ids)
-    with torch.no_grad():
-        found = case.model(inputs_embeds=embedded).logits
-    case.assert_logits(found, forward(case.model, ids))
+    case.assert_logits(logits(case.model, inputs_embeds=embedded), logits(case.model, ids))
     assert torch.equal(case.generate(ids, inputs_embeds=embedded), case.generate(ids))
 
 
@@ -203,15 +191,15 @@ def copies_go_their_own_way(case: Case) -> None:
 
 def embeddings_are_resized(case: Case) -> None:
     model, ids = case.fresh(), case.ids()
-    before = forward(model, ids)
+    before = logits(model, ids)
     model.resize_token_embeddings(176)
-    assert forward(model, ids).shape[-1] == 176
-    case.assert_logits(forward(model, ids)[..., :160], before)
+    assert logits(model, ids).shape[-1] == 176
+    case.assert_logits(logits(model, ids)[..., :160], before)
     model.resize_token_embeddings(150)
     assert case.generate(ids.clamp(max=149), model).max() < 150
     model.save_pretrained(case.folder / "resized")
     loaded = AutoModelForCausalLM.from_pretrained(case.folder / "resized")
-    case.assert_logits(forward(loaded, ids.clamp(max=149)), forward(model, ids.clamp(max=149)))
+    case.assert_logits(logits(loaded, ids.clamp(max=149)), logits(model, ids.clamp(max=149)))
 
 
 def it_trains(case: Case) -> None:
@@ -249,7 +237,7 @@ def it_is_compiled(case: Case) -> None:
     torch._dynamo.reset()
     ids = case.ids(2)
     compiled = torch.compile(case.model, backend="eager", fullgraph=True)
-    case.assert_logits(forward(compiled, ids, use_cache=False), forward(case.model, ids, use_cache=False))
+    case.assert_logits(logits(compiled, ids, use_cache=False), logits(case.model, ids, use_cache=False))
     torch._dynamo.reset()
 
 
@@ -258,13 +246,13 @@ def it_is_exported(case: Case) -> None:
     ids = case.ids(2)
     with torch.no_grad():
         program = torch.export.export(case.model, (ids,), {"use_cache": False}, strict=False)
-    case.assert_logits(program.module()(ids, use_cache=False).logits, forward(case.model, ids, use_cache=False))
+    case.assert_logits(program.module()(ids, use_cache=False).logits, logits(case.model, ids, use_cache=False))
 
 
 def what_cannot_be_is_refused(case: Case) -> None:
     """In the exact words of the one list, and the model answers as before."""
     model, ids = case.model, case.ids(2)
-    expected = forward(model, ids)
+    expected = logits(model, ids)
 
     def refused(of: str, kind: str, call: Callable[[], Any]) -> str:
         with pytest.raises(UnsupportedError) as caught:
@@ -293,7 +281,7 @@ def what_cannot_be_is_refused(case: Case) -> None:
     met.add(refused("another attention when loading", "sdpa", lambda: load(case.folder, attn_implementation="sdpa")))
     elsewhere = {"a way of generating", "another mask", "missing weights"}  # test_refusals.py, test_hostile.py
     assert met == set(SENTENCES) - elsewhere
-    case.assert_logits(forward(model, ids), expected)
+    case.assert_logits(logits(model, ids), expected)
 
 
 BEHAVIOURS: tuple[Callable[[Case], None], ...] = (

@@ -14,6 +14,7 @@ from moacompress.models.fingerprint import weights_fingerprint
 from moacompress.rules.share import Share
 from moacompress.runtime import PlanCache, attach, detach
 from tests import plan_kinds
+from tests.runtime.forwards import difference, in_parts, logits
 from tests.runtime.test_routes import WITHOUT
 from tests.weight_blocks import put_random_blocks
 
@@ -42,10 +43,6 @@ def twins(tiny_model):
     return make
 
 
-def apart(found, expected):
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
 @pytest.mark.usefixtures("compiled_kernels")
 def test_every_route(twins, steps, monkeypatch):
     blocks, dense = twins("qwen2")
@@ -54,11 +51,9 @@ def test_every_route(twins, steps, monkeypatch):
     expected = steps(attach(dense, plan), 2, 12)
     for name, without in WITHOUT.items():
         without(monkeypatch)
-        ids = torch.zeros(2, 1, dtype=torch.long)
-        assert apart(steps(blocks, 2, 12), expected) < 3e-5
-        with torch.no_grad():
-            cache = blocks(ids.expand(2, 40)).cache
-            blocks(ids, cache=cache)
+        assert difference(steps(blocks, 2, 12), expected) < 3e-5
+        cache = PlanCache(plan)
+        in_parts(blocks, torch.zeros(2, 41, dtype=torch.long), [40], cache)
         assert cache.step_routes == {name: LAYERS}
 
 
@@ -70,7 +65,7 @@ def test_a_layer_of_plain_numbers_among_others_in_blocks(plain, twins, steps):
         if isinstance(module, torch.nn.Linear):
             blocks.model.layers[plain].set_submodule(name, copy.deepcopy(module))
     plan = plan_kinds.windows(dense)
-    assert apart(steps(attach(blocks, plan), 2, 6), steps(attach(dense, plan), 2, 6)) < 3e-5
+    assert difference(steps(attach(blocks, plan), 2, 6), steps(attach(dense, plan), 2, 6)) < 3e-5
 
 
 def shares(model):
@@ -94,11 +89,11 @@ def test_prompts_and_steps_under_every_kind_of_plan(family, kind, dtype, twins, 
     assert dtype != torch.float32 or weights_fingerprint(blocks) == weights_fingerprint(dense)
     found, expected = steps(attach(blocks, plan), 3, 6), steps(attach(dense, plan), 3, 6)
     assert found.dtype == dtype
-    assert apart(found, expected) < near
+    assert difference(found, expected) < near
     if kind is shares:
         assert blocks.model.layers[1].self_attn.q_proj.weight.shape == (0, 40)
     ids = torch.arange(90)[None] % 150
-    assert apart(detach(blocks)(ids).logits, detach(dense)(ids).logits) < near
+    assert difference(detach(blocks)(ids).logits, detach(dense)(ids).logits) < near
 
 
 @pytest.mark.heavy
@@ -107,13 +102,11 @@ def test_a_compiled_model(twins, token_ids):
     plan = plan_kinds.windows(dense)
     attach(blocks, plan)
     ids = token_ids(2, 60)
-    expected = attach(dense, plan)(ids).logits
     torch._dynamo.reset()
-    compiled, cache = torch.compile(blocks, backend="eager", fullgraph=True, dynamic=True), PlanCache(plan)
-    with torch.no_grad():
-        parts = [compiled(ids[:, a:b], cache=cache).logits for a, b in ((0, 50), (50, 51), (51, 52), (52, 60))]
+    compiled = torch.compile(blocks, backend="eager", fullgraph=True, dynamic=True)
+    found = in_parts(compiled, ids, (50, 1, 1, 8), PlanCache(plan))
     torch._dynamo.reset()
-    assert apart(torch.cat(parts, 1), expected) < 5e-5
+    assert difference(found, logits(attach(dense, plan), ids)) < 5e-5
 
 
 def test_gradients_of_inputs(twins):
@@ -126,7 +119,7 @@ def test_gradients_of_inputs(twins):
         x = embedded.clone().requires_grad_()
         model(inputs_embeds=x, use_cache=False).logits.square().sum().backward()
         found.append(x.grad)
-    assert apart(*found) < 1e-4
+    assert difference(*found) < 1e-4
 
 
 def test_gradients_of_gradients_of_a_layer(twins):
@@ -138,7 +131,7 @@ def test_gradients_of_gradients_of_a_layer(twins):
         (first,) = torch.autograd.grad(made, given, create_graph=True)
         found.append(torch.autograd.grad(first.square().sum(), given)[0])
     assert found[0].abs().max() > 1e-3
-    assert apart(*found) < 1e-3
+    assert difference(*found) < 1e-3
 
 
 def test_what_would_change_constants_is_refused(twins, token_ids, tmp_path):
@@ -188,4 +181,4 @@ def test_adapters_train_on_blocks_as_on_numbers_and_are_not_merged(twins, token_
                 copy.deepcopy(adapted).merge_and_unload()
             own = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
             assert all(torch.equal(own[name], tensor) for name, tensor in before.items())
-    assert apart(*(logits.detach() for logits in found)) < 1e-4
+    assert difference(*(each.detach() for each in found)) < 1e-4

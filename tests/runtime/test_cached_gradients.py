@@ -36,18 +36,21 @@ KINDS = (plan_kinds.windows, gates_and_formats, copies_and_formats)
 
 
 @pytest.fixture(params=KINDS)
-def trained(request: Any, tiny_model: Any) -> Any:
+def trained(request: Any, model: Any) -> Any:
     """A model in training, gates aside, under every kind of plan."""
-    model = tiny_model("llama")
-    attach(model, request.param(model))
-    for name, parameter in model.named_parameters():
+    made = model(plan=request.param)
+    for name, parameter in made.named_parameters():
         parameter.requires_grad_("gate" not in name.split("."))
-    return model.train()
+    return made.train()
 
 
 def gradients(model: Any, ids: torch.Tensor, labels: torch.Tensor | None = None, **given: Any) -> dict[str, Any]:
     model.zero_grad()
     model(ids, labels=ids if labels is None else labels, **given).loss.backward()
+    return gradients_in(model)
+
+
+def gradients_in(model: Any) -> dict[str, Any]:
     return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
 
 
@@ -68,12 +71,8 @@ def test_gradients_are_those_without_a_cache(trained: Any, token_ids: Any) -> No
     assert same(gradients(trained, ids, attention_mask=mask), expected)
     ids = ids[:2]
     expected = gradients(trained, ids, use_cache=False)
-    one = {
-        name: grad.clone()
-        for name, grad in gradients(trained, ids[:, :1], token_ids(2, 2)[:, 1:], use_cache=False).items()
-    }
-    found = gradients(trained, ids[:, :1], token_ids(2, 2)[:, 1:])
-    assert same(found, one)
+    one = ids[:, :1], token_ids(2, 2)[:, 1:]
+    assert same(gradients(trained, *one), gradients(trained, *one, use_cache=False))
     trained.gradient_checkpointing_enable()
     assert same(gradients(trained, ids), expected)
 
@@ -89,26 +88,25 @@ def test_a_step_after_a_prefix_is_a_chunk_after_it(trained: Any, token_ids: Any)
     for fed, given in ((ids[:, -1:], {}), (ids[:, [-1, -1]], {"attention_mask": mask})):
         trained.zero_grad()
         trained(fed, cache=prefix.fork(), **given).logits[:, 0].square().mean().backward()
-        found.append({name: each.grad for name, each in trained.named_parameters() if each.grad is not None})
+        found.append(gradients_in(trained))
     assert same(*found)
 
 
-def test_gates_learn_with_an_empty_cache(tiny_model: Any, token_ids: Any) -> None:
-    model, ids = tiny_model("llama"), token_ids(2, N)
-    attach(model, gates_and_formats(model))
-    for name, parameter in model.named_parameters():
+def test_gates_learn_with_an_empty_cache(model: Any, token_ids: Any) -> None:
+    made, ids = model(plan=gates_and_formats), token_ids(2, N)
+    for name, parameter in made.named_parameters():
         parameter.requires_grad_(name.endswith("gate.weight"))
-    gates: list[Any] = [module.gate for module in attention_modules(model)]
+    gates: list[Any] = [module.gate for module in attention_modules(made)]
     for gate in gates:
         gate.trained = True
-    expected = gradients(model, ids, use_cache=False)
+    expected = gradients(made, ids, use_cache=False)
     assert len(expected) == 3
     assert all(grad.any() for grad in expected.values())
-    assert same(gradients(model, ids), expected)
+    assert same(gradients(made, ids), expected)
     with torch.no_grad():
-        cache = model(ids[:, :40]).cache
+        cache = made(ids[:, :40]).cache
     with pytest.raises(UnsupportedError, match="an empty cache"):
-        model(ids[:, 40:], cache=cache)
+        made(ids[:, 40:], cache=cache)
 
 
 @pytest.mark.heavy

@@ -21,10 +21,9 @@ from moacompress.rules.plan import Plan
 from moacompress.runtime import PlanCache, attach, detach
 from moacompress.runtime.decode import fused
 from moacompress.runtime.hf.attaching import attached_plan
+from tests.runtime.forwards import difference, in_parts
 
 LAYERS, PROMPT, STEPS = 2, 60, 4
-
-
 WAYS: dict[str, Callable[[Any], Any]] = {
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
     "deepcopy": copy.deepcopy,
@@ -34,12 +33,6 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "method": lambda model: model.compile(backend="eager", fullgraph=True) or model,
 }
 """The two ways to compile a model."""
-
-
-@pytest.fixture(params=["pickle", "deepcopy"])
-def copied(request: pytest.FixtureRequest) -> Callable[[Any], Any]:
-    """Copies a model, in every way in turn."""
-    return WAYS[request.param]
 
 
 @pytest.fixture(autouse=True)
@@ -75,18 +68,16 @@ def under_plan(tiny_model, plans):
     return make
 
 
+IDS = torch.randint(3, 160, (1, PROMPT + STEPS), generator=torch.Generator().manual_seed(1))
+
+
 def logits(model: Any, plan: Plan) -> torch.Tensor:
     """Returns logits of a prompt and of some steps after it, `[1, tokens, vocabulary]`."""
-    ids = torch.randint(3, 160, (1, PROMPT + STEPS), generator=torch.Generator().manual_seed(1))
-    cache = PlanCache(plan)
-    with torch.no_grad():
-        found = [model(ids[:, :PROMPT], cache=cache).logits]
-        found += [model(ids[:, at : at + 1], cache=cache).logits for at in range(PROMPT, PROMPT + STEPS)]
-    return torch.cat(found, 1)
+    return in_parts(model, IDS, [PROMPT], PlanCache(plan))
 
 
 def are_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return bool((found - expected).abs().max() < 2e-5 * expected.abs().max())
+    return difference(found, expected) < 2e-5
 
 
 def hooks(attention: Any) -> list[Any]:
@@ -94,6 +85,7 @@ def hooks(attention: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("copied", WAYS.values(), ids=WAYS)
 def test_it_answers_as_the_original_does(family, copied, under_plan, plans):
     plan, other = plans(family)
     made = under_plan(family)
@@ -190,8 +182,7 @@ def test_it_answers_as_the_original_does_in_another_process(tiny_model, plans, t
     for name, plan in zip(("own", "other"), plans(), strict=True):
         plan.save(tmp_path / f"{name}.json")
     (tmp_path / "dense").write_bytes(pickle.dumps(tiny_model(num_hidden_layers=LAYERS)))
-    ids = torch.randint(3, 160, (1, PROMPT + STEPS), generator=torch.Generator().manual_seed(1))
-    torch.save(ids.split([PROMPT, *[1] * STEPS], 1), tmp_path / "ids")
+    torch.save(IDS.split([PROMPT, *[1] * STEPS], 1), tmp_path / "ids")
     for action in ("write", "read"):
         command = [sys.executable, "-c", PROCESS, action, str(tmp_path)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)

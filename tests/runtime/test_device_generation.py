@@ -18,28 +18,23 @@ from moacompress.rules.share import Share
 from moacompress.runtime import PlanCache, generate_on_device
 from moacompress.runtime.cache import pool, ring
 from moacompress.runtime.hf import ops
-from moacompress.runtime.hf.attaching import attached_plan
 from moacompress.runtime.hf.device_generation import DeviceSteps, Sampling, greedy
 from tests import plan_kinds
 from tests.pretend_device import KIND
+from tests.runtime.forwards import GREEDY, plan_of
 
 PLANS: dict[str, Callable[[Any], Any]] = {
     "spans": lambda model: plan_kinds.random_plan(model_shape(model), 1),
     "formats": lambda model: plan_kinds.random_plan(model_shape(model), 1, formats=True),
     "gates": lambda model: plan_kinds.gated_plan(model, 1),
-    "shares": lambda model: plan_kinds.with_shares(
-        plan_kinds.random_plan(model_shape(model), 3), (None, Share(0, (1, 0)))
-    ),
+    "shares": lambda model: plan_kinds.with_shares(plan_kinds.windows(model), (None, Share(0, (1, 0)))),
 }
+NO_ENDS = torch.tensor([], dtype=torch.int64)
 
 
 @pytest.fixture
-def under_plan(tiny_model: Callable[..., Any]) -> Callable[[str], Any]:
-    def make(kind: str) -> Any:
-        model = tiny_model("llama", num_hidden_layers=2)
-        return moacompress.attach(model, PLANS[kind](model))
-
-    return make
+def under_plan(model: Callable[..., Any]) -> Callable[[str], Any]:
+    return lambda kind: model(plan=PLANS[kind], num_hidden_layers=2)
 
 
 def prompts(model: Any, *padding: int, length: int = 40) -> dict[str, Any]:
@@ -56,16 +51,15 @@ def test_places_for_tokens_come_as_they_are_needed(
 ) -> None:
     model = under_plan("spans")
     given = prompts(model, 0, 7)
-    wanted = model.generate(**given, max_new_tokens=50, do_sample=False, eos_token_id=None, pad_token_id=0)
+    wanted = model.generate(**given, **GREEDY, max_new_tokens=50)
     use_backend("reference")
     monkeypatch.setattr(pool, "AT_ONCE", 10)
     monkeypatch.setattr(ring, "AHEAD", 7)
     assert torch.equal(generate_on_device(model, **given, max_new_tokens=50, eos_token_id=[]), wanted)
     end = int(wanted[0, 65])
-    wanted = model.generate(**given, max_new_tokens=50, do_sample=False, eos_token_id=end, pad_token_id=0)
-    found = generate_on_device(
-        model, **given, max_new_tokens=10**9, eos_token_id=[end, int(wanted[1, 70])], pad_token_id=0
-    )
+    wanted = model.generate(**given, **{**GREEDY, "eos_token_id": end}, max_new_tokens=50)
+    ends = [end, int(wanted[1, 70])]
+    found = generate_on_device(model, **given, max_new_tokens=10**9, eos_token_id=ends, pad_token_id=0)
     assert torch.equal(found[0, :66], wanted[0, :66])
     assert 66 <= found.shape[1] <= 90
 
@@ -76,7 +70,7 @@ def test_graphs_are_captured_again_where_rings_are_full(
     """What stands in for a graph makes a plain step, and sees to it that there is a place for its token."""
     model = under_plan("spans")
     given = prompts(model, 0, length=20)
-    wanted = model.generate(**given, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+    wanted = model.generate(**given, **GREEDY, max_new_tokens=24)
     captures = []
 
     def capture(steps: DeviceSteps) -> None:
@@ -106,11 +100,9 @@ def test_rows_end_as_they_do_in_transformers(kind: str, look_every: int, under_p
     free = model.generate(**given, max_new_tokens=20, do_sample=False)[:, 40:]
     ends = sorted({int(free[0, 3]), int(free[1, 9]), int(free[2, 6])})
     for eos in (ends, ends[:1]):
-        wanted = model.generate(**given, max_new_tokens=20, do_sample=False, eos_token_id=eos, pad_token_id=0)
-        found = generate_on_device(
-            model, **given, max_new_tokens=20, eos_token_id=eos, pad_token_id=0, look_every=look_every
-        )
-        assert torch.equal(found, wanted)
+        asked = {**given, "max_new_tokens": 20, "eos_token_id": eos, "pad_token_id": 0}
+        wanted = model.generate(**asked, do_sample=False)
+        assert torch.equal(generate_on_device(model, **asked, look_every=look_every), wanted)
     assert wanted.shape[1] <= 60
 
 
@@ -123,12 +115,8 @@ def test_sampling_is_transformers(drawn: dict[str, Any], under_plan: Callable[[s
     wanted = model.generate(**given, max_new_tokens=20, do_sample=True, **kept)
     torch.manual_seed(1)
     assert torch.equal(generate_on_device(model, **given, max_new_tokens=20, choose=Sampling(**drawn)), wanted)
-    choices = [
-        generate_on_device(
-            model, **given, max_new_tokens=20, choose=Sampling(generator=torch.Generator().manual_seed(seed))
-        )
-        for seed in (3, 3, 4)
-    ]
+    seeded = [Sampling(generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
+    choices = [generate_on_device(model, **given, max_new_tokens=20, choose=choose) for choose in seeded]
     assert torch.equal(choices[0], choices[1])
     assert not torch.equal(choices[0], choices[2])
 
@@ -144,14 +132,12 @@ def test_what_cannot_be_is_refused(under_plan: Callable[[str], Any], tiny_model:
         generate_on_device(tiny_model("llama"), **given, max_new_tokens=3)
 
 
-def steps_of(model: Any, given: dict[str, torch.Tensor], tokens: int, ends: torch.Tensor) -> DeviceSteps:
+def steps_of(model: Any, given: dict[str, torch.Tensor], tokens: int) -> DeviceSteps:
     """Returns steps after prompts without padding."""
-    plan = attached_plan(model)
-    assert plan is not None
-    cache = PlanCache(plan, reserve=20 + tokens)
+    cache = PlanCache(plan_of(model), reserve=20 + tokens)
     first = model(given["input_ids"], cache=cache).logits[:, -1].argmax(-1)
     lengths = torch.full_like(first, given["input_ids"].shape[1])
-    return DeviceSteps(model, cache, first, lengths, tokens, greedy, ends, 0)
+    return DeviceSteps(model, cache, first, lengths, tokens, greedy, NO_ENDS.to(first.device), 0)
 
 
 class _Addresses:
@@ -191,7 +177,7 @@ def test_a_steps_tensors_stay_where_they_are(
     model = under_plan(kind)
     given = prompts(model, 0, length=20)
     with torch.no_grad():
-        steps = steps_of(model, given, 12, torch.tensor([], dtype=torch.int64))
+        steps = steps_of(model, given, 12)
     steps.step()
     kernels = []
     for module, name in (
@@ -223,16 +209,14 @@ def test_a_step_asks_the_host_for_nothing(
 ) -> None:
     """Through a whole model: no copy to the host, and none from it of what rings need, once they are made."""
     model = under_plan(kind)
-    plan = attached_plan(model)
-    assert plan is not None
-    given = prompts(model, 0, length=20)
+    plan, given = plan_of(model), prompts(model, 0, length=20)
     wanted = model.generate(**given, max_new_tokens=4, do_sample=False)
     moacompress.detach(model)
     with pretend_device() as device, torch.no_grad():
         model.to(KIND)
         moacompress.attach(model, plan)
         there = {name: each.to(KIND) for name, each in given.items()}
-        steps = steps_of(model, there, 4, torch.tensor([], dtype=torch.int64).to(KIND))
+        steps = steps_of(model, there, 4)
         steps.advance()
         launched.forbid_copies()
         for _ in range(2):
@@ -245,10 +229,7 @@ def test_a_step_asks_the_host_for_nothing(
 
 def test_nothing_else_captures_a_step(under_plan: Callable[[str], Any]) -> None:
     """What the host does in a step would be left out: `generate` is told so of caches, and compilers of every operator."""
-    model = under_plan("shares")
-    plan = attached_plan(model)
-    assert plan is not None
-    cache = PlanCache(plan)
+    cache = PlanCache(plan_of(under_plan("shares")))
     assert not cache.is_compileable
     assert not any(layer.is_compileable for layer in cache.layers)
     names = re.findall(r"define\(\s*\"(\w+)\(", inspect.getsource(ops))
@@ -262,7 +243,7 @@ def test_steps_that_the_device_made_are_counted(under_plan: Callable[[str], Any]
     model = under_plan("shares")
     given = prompts(model, 0, length=20)
     with torch.no_grad():
-        steps, fed = (steps_of(model, given, 9, torch.tensor([], dtype=torch.int64)) for _ in range(2))
+        steps, fed = (steps_of(model, given, 9) for _ in range(2))
         for each in (steps, fed):
             each.step()
         steps.cache.count_steps(2)

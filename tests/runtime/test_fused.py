@@ -14,6 +14,7 @@ from moacompress.runtime import attach, detach
 from moacompress.runtime.compat.private_names import NORMS
 from moacompress.runtime.decode import fused
 from moacompress.runtime.decode.all_layers import Stack
+from tests.runtime.forwards import after_prompt, difference
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
@@ -59,7 +60,7 @@ def test_steps_are_those_of_the_layer_s_own_parts(family, dtype, rows, model, ca
     calls[0] = 0
     expected = steps(made, rows, 20)
     assert calls == [0]
-    assert (found - expected).abs().max() < tolerance * expected.abs().max()
+    assert difference(found, expected) < tolerance
 
 
 def train_biases(layer):
@@ -90,15 +91,14 @@ def test_a_layer_that_something_else_has_a_hand_in_is_left_to_itself(change, mod
     change(first)
     trained = any(part.requires_grad for part in first.parameters())
     with torch.set_grad_enabled(trained):
-        ids = torch.randint(3, made.config.vocab_size, (2, 51))
-        cache = made(ids[:, :50]).cache
+        ids, cache = after_prompt(made)
         calls[0] = 0
         made(ids[:, 50:], cache=cache)
     # where it is trained, what comes after the first layer may have gradients too
     assert calls in ([[0], [layers - 1]] if trained else [[layers - 1]])
     made.eval()
     found = steps(made, 2, 20)
-    assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+    assert difference(found, expected) < 2e-5
 
 
 def turn(weight):
@@ -144,7 +144,7 @@ def test_other_families_and_dense_models_keep_their_classes(tiny_model, random_p
 
 def test_a_graph_that_is_made_after_hidden_states_has_fused_layers(model, steps):
     made, graphs = model(), []
-    ids = torch.randint(3, made.config.vocab_size, (2, 52))
+    ids, cache = after_prompt(made, 2)
 
     def backend(graph, examples):
         graphs.append([str(node.target) for node in graph.graph.nodes])
@@ -152,7 +152,6 @@ def test_a_graph_that_is_made_after_hidden_states_has_fused_layers(model, steps)
 
     with torch.no_grad():
         expected = made(ids, use_cache=False, output_hidden_states=True).hidden_states
-        cache = made(ids[:, :50]).cache
         compiled = torch.compile(made, backend=backend, fullgraph=True)
         compiled(ids[:, 50:51], cache=cache)
         found = compiled(ids[:, 51:], cache=cache, output_hidden_states=True).hidden_states

@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
+import random
+import types
 from typing import Any
 
 import pytest
 import torch
 
 from moacompress.core.errors import UnsupportedError
+from moacompress.rules.formats import FORMATS
 from moacompress.rules.rule import Rule
 from moacompress.runtime.decode.attention import attention_forward
 from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
 from moacompress.runtime.decode.gate_gradients import MUCH, WIDTH
 from tests import oracle
-from tests.runtime.test_gates import DIM, GROUP, MIN_WINDOW, MODULE, Case
+
+MODULE: Any = types.SimpleNamespace(is_causal=True)
+MIN_WINDOW = 16
+DIM, GROUP = 8, 2
+
+
+class Case:
+    """Random rules, tokens and scores of one layer."""
+
+    def __init__(self, seed: int, formats: bool = False, dtype: torch.dtype = torch.float64) -> None:
+        rng = random.Random(seed)
+        generator = torch.Generator().manual_seed(seed)
+        self.rows, self.n = rng.choice((1, 1, 2, 3)), rng.randint(30, 160)
+        names = ("native", *[name for name in FORMATS if name != "native"]) if formats else ("native",)
+
+        def rule() -> Rule:
+            span = rng.choice(((0, 0), (20, 0), (40, 0), (0, 150), (10, 400), (0, 1024)))
+            select = rng.choice(((0, 0), (1, 0), (7, 0), (20, 0), (40, 0), (0, 100), (5, 300), (0, 1024)))
+            return Rule(rng.choice((4, 16)), *span, rng.choice(names), rng.choice(names), *select)
+
+        self.rules = [rule() for _ in range(rng.choice((1, 2, 3)))]
+        if not any(each.selects for each in self.rules):
+            self.rules[0] = Rule(4, 20, 0, select_alpha=9)
+        heads = len(self.rules)
+        shape = (self.rows, heads, self.n, DIM)
+        self.query = torch.randn(self.rows, heads * GROUP, self.n, DIM, generator=generator, dtype=dtype)
+        self.key, self.value = (torch.randn(shape, generator=generator, dtype=dtype) for _ in range(2))
+        few = rng.choice((3, 40, 30000))  # ties, and none
+        self.scores = torch.randint(-few, few, shape[:3], generator=generator).to(torch.int16)
 
 
 def attended(case: Case, trained: torch.Tensor | None, mask: torch.Tensor | None = None, **given: Any) -> torch.Tensor:

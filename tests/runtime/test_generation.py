@@ -9,49 +9,23 @@ from moacompress.rules.plan import Plan
 from moacompress.runtime import attach, detach
 from moacompress.runtime.cache import pool
 from moacompress.runtime.compat.alternates import returned_cache
+from tests.runtime.forwards import GREEDY, difference, plan_of
 
 TOLERANCE = 1e-4
-CLEAR = 1e-3
-"""Difference of the two best logits beyond which tokens must agree: GEMMs of other shapes round differently."""
 
 
 @pytest.fixture
-def model(tiny_model, random_plan):
-    model = tiny_model()
-    return attach(model, random_plan(model_shape(model), 3))
+def model(model):
+    return model()
 
 
-def settings(**more):
-    return {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, **more}
-
-
-def padded(rows, side="left", holes=0):
-    """Joins rows of unequal length to ids and mask; `holes` pads are put into the middle of every row."""
-    width = max(map(len, rows)) + holes
-    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
-    for number, row in enumerate(rows):
-        at = torch.arange(len(row))
-        at[len(row) // 2 :] += holes
-        at += width - len(row) - holes if side == "left" else 0
-        ids[number, at], mask[number, at] = row, 1
-    return ids, mask
-
-
-def positions_of(mask):
-    return (mask.cumsum(1) - 1).clamp(min=0)
-
-
-def assert_same_tokens(model, prompt, found, expected):
-    """Tokens agree up to the first place where the two best logits of the reference are too near to tell."""
-    if torch.equal(found, expected):
-        return
-    with torch.no_grad():
-        logits = model(expected[None], use_cache=False).logits[0]
-    for at in range(len(prompt), len(expected)):
-        best = logits[at - 1].topk(2).values
-        if best[0] - best[1] <= CLEAR:
-            return
-        assert found[at] == expected[at], f"token {at}"
+def padded(rows, side="left"):
+    """Joins rows of unequal length to ids and mask."""
+    joined = [
+        torch.nn.utils.rnn.pad_sequence(each, batch_first=True, padding_side=side)
+        for each in (rows, [torch.ones_like(row) for row in rows])
+    ]
+    return joined[0], joined[1]
 
 
 @pytest.fixture
@@ -73,28 +47,18 @@ def test_a_forward_that_failed_early_leaves_the_cache_as_it_was(model, token_ids
     assert (found - expected).abs().max() < TOLERANCE
 
 
-def test_left_padded_greedy(model, rows):
-    ids, mask = padded(rows)
-    together = model.generate(ids, attention_mask=mask, prefill_chunk_size=13, **settings(max_new_tokens=25))
-    for number, row in enumerate(rows):
-        alone = model.generate(row[None], attention_mask=torch.ones(1, len(row)), **settings(max_new_tokens=25))[0]
-        found = together[number][ids.shape[1] - len(row) :]
-        assert_same_tokens(model, row, found, alone)
-
-
-@pytest.mark.parametrize("kinds", [{"num_beams": 3}, {"prefill_chunk_size": 7}])
-def test_prompts_that_end_in_padding(kinds, model, rows):
-    """Generating continues from a padded token then, in a dense model too; with and without a cache the same."""
-    ids, mask = padded(rows, "right")
-    plan = model.config.quantization_config.plan
-    kinds = settings(max_new_tokens=10, **kinds)
-    if "prefill_chunk_size" not in kinds:
-        uncached = model.generate(ids, attention_mask=mask, use_cache=False, **kinds)
-        assert torch.equal(model.generate(ids, attention_mask=mask, **kinds), uncached)
-    detach(model)
-    stock = model.generate(ids, attention_mask=mask, **kinds)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("beams", "chunk"), [(3, None), (1, 13)])
+def test_padded_prompts(beams, chunk, side, model, rows):
+    """With and without a cache the same; from a padded token generating continues, in a dense model too."""
+    ids, mask = padded(rows, side)
+    plan = plan_of(model)
+    asked = {**GREEDY, "attention_mask": mask, "max_new_tokens": 25, "num_beams": beams}
+    uncached = model.generate(ids, use_cache=False, **asked)
+    assert torch.equal(model.generate(ids, prefill_chunk_size=chunk, **asked), uncached)
+    stock = detach(model).generate(ids, prefill_chunk_size=chunk, **asked)
     attach(model, Plan.full(plan.model))
-    assert torch.equal(model.generate(ids, attention_mask=mask, **kinds), stock)
+    assert torch.equal(model.generate(ids, prefill_chunk_size=chunk, **asked), stock)
 
 
 def test_what_is_allowed_is_not_reserved(model, token_ids):
@@ -105,14 +69,8 @@ def test_what_is_allowed_is_not_reserved(model, token_ids):
         return torch.full((len(ids),), ids.shape[1] >= 160, dtype=torch.bool)
 
     for most in (60, 10**9):
-        criteria = StoppingCriteriaList([stop])
-        out = model.generate(
-            ids,
-            max_new_tokens=most,
-            stopping_criteria=criteria,
-            return_dict_in_generate=True,
-            **settings(),
-        )
+        asked = {**GREEDY, "max_new_tokens": most, "stopping_criteria": StoppingCriteriaList([stop])}
+        out = model.generate(ids, return_dict_in_generate=True, **asked)
         caches.append((out.sequences, returned_cache(out)))
     assert torch.equal(caches[0][0], caches[1][0])
     few, many = (cache.kv_bytes() for _, cache in caches)
@@ -127,7 +85,8 @@ def test_training_on_padded_rows(tiny_model, random_plan, rows):
     weights = list(model.parameters())
 
     def loss(ids, mask):
-        logits = model(ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False).logits
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
         return (logits.logsumexp(-1) * mask).sum()
 
     expected = [torch.zeros_like(weight) for weight in weights]
@@ -139,5 +98,4 @@ def test_training_on_padded_rows(tiny_model, random_plan, rows):
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
         found = torch.autograd.grad(loss(*padded(rows)), weights)
-        for ours, theirs in zip(found, expected, strict=True):
-            assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+        assert all(difference(ours, theirs) < 1e-4 for ours, theirs in zip(found, expected, strict=True))

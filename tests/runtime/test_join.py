@@ -6,15 +6,17 @@ import torch
 from moacompress.core.errors import UnsupportedError
 from moacompress.kernels import dispatch as kernels
 from moacompress.rules.plan import Plan
-from moacompress.runtime import attach
 from moacompress.runtime.cache.plan_cache import PlanCache
-from tests import plan_kinds
+from tests.runtime.forwards import plan_of
 
 
-def test_blocks_of_rows_that_left_are_used_again(tiny_model, token_ids):
-    model = tiny_model()
-    plan = plan_kinds.windows(model)
-    attach(model, plan)
+@pytest.fixture
+def model(model):
+    return model()
+
+
+def test_blocks_of_rows_that_left_are_used_again(model, token_ids):
+    plan = plan_of(model)
     running, ids = PlanCache(plan), token_ids(1, 60)
     with torch.no_grad():
         model(ids, cache=running)
@@ -38,10 +40,8 @@ def test_blocks_of_rows_that_left_are_used_again(tiny_model, token_ids):
         assert running.step_routes == {"all layers": plan.model.layers}  # padding costs no step its route
 
 
-def test_only_rows_in_the_same_memory_join(tiny_model, token_ids):
-    model = tiny_model()
-    plan = plan_kinds.windows(model)
-    attach(model, plan)
+def test_only_rows_in_the_same_memory_join(model, token_ids):
+    plan = plan_of(model)
     running, other, ids = PlanCache(plan), PlanCache(plan), token_ids(2, 30)
     with torch.no_grad():
         model(ids, cache=running)

@@ -27,18 +27,17 @@ from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.compat.alternates import returned_cache
 from moacompress.runtime.hf import loading
 from moacompress.runtime.hf.attaching import attached_plan
+from tests.runtime.forwards import plan_of
 
 
 @pytest.fixture
-def compressed(tmp_path, tiny_model, random_plan):
+def compressed(tmp_path, model):
     """Returns a function that saves a compressed tiny model and returns (folder, model, plan)."""
 
     def make(family="llama"):
-        model = tiny_model(family)
-        plan = random_plan(model_shape(model), 2)
-        attach(model, plan)
-        model.save_pretrained(tmp_path / family)
-        return tmp_path / family, model, plan
+        made = model(family, plan=2)
+        made.save_pretrained(tmp_path / family)
+        return tmp_path / family, made, plan_of(made)
 
     return make
 
@@ -124,13 +123,9 @@ def test_dtype_and_device_map(compressed, token_ids, tmp_path):
     with torch.no_grad():
         expected = model(ids).logits
         assert torch.equal(AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")(ids).logits, expected)
-        places = {
-            "model.embed_tokens": "cpu",
-            "model.layers.0": "cpu",
-            "model.layers.1": "disk",
-            "model.layers.2": "disk",
-        }
-        places |= {"model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu"}
+        layers = {f"model.layers.{layer}": place for layer, place in enumerate(("cpu", "disk", "disk"))}
+        others = dict.fromkeys(("model.embed_tokens", "model.norm", "lm_head", "model.rotary_emb"), "cpu")
+        places = layers | others
         offloaded = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "offload")
         assert torch.equal(offloaded(ids).logits, expected)
         out = offloaded.generate(ids, max_new_tokens=5, do_sample=False)
@@ -164,12 +159,8 @@ def test_a_reload_of_transformers_loses_no_attention(compressed, tmp_path):
     """As `autoreload` of a notebook does; a family whose module is imported after it attends by the new one."""
     folder, model, _ = compressed("llama")
     ids = torch.arange(300)[None] % 50
-    done = subprocess.run(
-        [sys.executable, "-c", RELOADED, str(folder), str(tmp_path / "logits")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-c", RELOADED, str(folder), str(tmp_path / "logits")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert torch.equal(torch.load(tmp_path / "logits"), model(ids).logits)
 

@@ -23,7 +23,7 @@ from moacompress.models.source import model_shape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.runtime import attach, detach
-from moacompress.runtime.hf.attaching import attached_plan
+from tests.runtime.forwards import GREEDY, in_parts, plan_of
 
 TEXT: dict[str, Any] = {
     "vocab_size": 160,
@@ -51,12 +51,8 @@ IMAGE, PATCHES = 150, 16
 
 
 def llava() -> Any:
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**VISION),
-        text_config=LlamaConfig(**TEXT),
-        image_token_index=IMAGE,
-        vision_feature_layer=-1,
-    )
+    parts = {"vision_config": CLIPVisionConfig(**VISION), "text_config": LlamaConfig(**TEXT)}
+    config = LlavaConfig(**parts, image_token_index=IMAGE, vision_feature_layer=-1)
     torch.manual_seed(0)
     return LlavaForConditionalGeneration(config).eval().requires_grad_(False)
 
@@ -99,17 +95,10 @@ def test_llava_steps_are_its_prompt(token_ids: Callable[..., torch.Tensor]) -> N
     with_plan(model)
     whole = model(**given, use_cache=False).logits
     assert (whole - dense).abs().max() > 0.1
-    first = {**given, "input_ids": given["input_ids"][:, :140]}
-    out = model(**first)
-    found = [out.logits]
-    for at in range(140, 150):
-        out = model(input_ids=given["input_ids"][:, at : at + 1], cache=out.cache)
-        found.append(out.logits)
-    torch.testing.assert_close(torch.cat(found, dim=1), whole, atol=1e-4, rtol=1e-4)
-    cached, uncached = (
-        model.generate(**given, max_new_tokens=6, do_sample=False, eos_token_id=None, use_cache=use)
-        for use in (True, False)
-    )
+    out = model(**{**given, "input_ids": given["input_ids"][:, :140]})
+    found = torch.cat((out.logits, in_parts(model, given["input_ids"][:, 140:], [], out.cache)), dim=1)
+    torch.testing.assert_close(found, whole, atol=1e-4, rtol=1e-4)
+    cached, uncached = (model.generate(**given, **GREEDY, max_new_tokens=6, use_cache=use) for use in (True, False))
     assert torch.equal(cached, uncached)
     torch.testing.assert_close(detach(model)(**given).logits, dense)
 
@@ -122,8 +111,7 @@ def test_llava_is_saved_and_loaded(token_ids: Callable[..., torch.Tensor], tmp_p
     model.save_pretrained(tmp_path / "model")
     loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
     assert attention_of(loaded) == attention_of(model)
-    plan = attached_plan(loaded)
-    assert plan is not None
+    plan = plan_of(loaded)
     assert plan.key() == Plan.uniform(plan.model, Rule(4, 20, 0), min_window=16).key()
     given = read(token_ids(1, 150).clamp(3, 140))
     torch.testing.assert_close(loaded(**given).logits, model(**given).logits)
@@ -145,11 +133,8 @@ def test_gemma_reads_text_and_refuses_images(token_ids: Callable[..., torch.Tens
     assert (whole - dense)[:, 30:].abs().max() > 0.1
     alone = model(input_ids=ids[1:, 30:]).logits
     torch.testing.assert_close(whole[1:, 30:], alone, atol=1e-4, rtol=1e-4)
-    told, untold = (
-        model.generate(**given, max_new_tokens=6, do_sample=False, eos_token_id=None)
-        for given in (text, {"input_ids": ids, "attention_mask": mask})
-    )
-    assert torch.equal(told, untold)
+    told = model.generate(**text, **GREEDY, max_new_tokens=6)
+    assert torch.equal(told, model.generate(ids, attention_mask=mask, **GREEDY, max_new_tokens=6))
     longer = {"input_ids": told[:, :-1], "attention_mask": torch.nn.functional.pad(mask, (0, 5), value=1)}
     steps = model(**longer).logits[:, 149:].argmax(-1)
     assert torch.equal(steps, told[:, 150:])
@@ -157,8 +142,6 @@ def test_gemma_reads_text_and_refuses_images(token_ids: Callable[..., torch.Tens
     given = read(ids)
     seen = {**given, "token_type_ids": (given["input_ids"] == IMAGE).long()}
     for call in (model, lambda **given: model.generate(**given, max_new_tokens=2)):
-        with pytest.raises(
-            UnsupportedError, match="tokens of an image see each other in both directions, which a plan"
-        ):
+        with pytest.raises(UnsupportedError, match="tokens of an image see each other in both directions, which a"):
             call(**seen)
     torch.testing.assert_close(model(**text, use_cache=False).logits, whole)

@@ -21,7 +21,7 @@ from moacompress.runtime import PlanCache, attach, detach, keep_prefixes
 from moacompress.runtime.cache.kept_prefixes import KeptPrefixes
 from moacompress.runtime.compat.alternates import CHUNKS_CONTINUE, cache_argument, returned_cache
 from moacompress.runtime.hf.prefixes import LEAST_SHARED
-from tests.plan_kinds import KINDS, with_shares
+from tests.plan_kinds import KINDS, windows, with_shares
 
 MUCH = 2**30
 
@@ -59,18 +59,12 @@ def joined(*parts: Any) -> torch.Tensor:
 
 
 @pytest.fixture
-def pair(tiny_model: Any) -> Callable[..., tuple[Any, Any]]:
+def pair(model: Any) -> Callable[..., tuple[Any, Any]]:
     """Makes two models under the same plan: one that keeps prefixes, and one that does not."""
-
-    def made(kind: str) -> Any:
-        model = tiny_model()
-        plan = KINDS["windows" if kind == "copies" else kind](model)
-        if kind == "copies":
-            plan = with_shares(plan, (None, None, Share(0, (1, 0))))
-        return attach(model, plan)
+    plans = {**KINDS, "copies": lambda made: with_shares(windows(made), (None, None, Share(0, (1, 0))))}
 
     def make(kind: str = "windows") -> tuple[Any, Any]:
-        return keep_prefixes(made(kind), MUCH), made(kind)
+        return keep_prefixes(model(plan=plans[kind]), MUCH), model(plan=plans[kind])
 
     return make
 
@@ -78,19 +72,16 @@ def pair(tiny_model: Any) -> Callable[..., tuple[Any, Any]]:
 @pytest.mark.parametrize("kind", ["formats", "gates", "copies"])
 def test_a_turn_reads_what_is_new_and_answers_as_from_scratch(kind: str, pair: Any, token_ids: Any) -> None:
     keeping, plain = pair(kind)
-    words = plain.config.vocab_size
-    prompt = token_ids(1, 150) % words
+    prompt = token_ids(1, 150)
     for turn in range(1, 4):
         with fed(keeping) as counts:
             answer = generate(keeping, prompt)
         if kind != "formats":  # codes are of what was read in other chunks
             assert answer == generate(plain, prompt)
         assert counts[0] == (150 if turn == 1 else 31)  # the last token of an answer was never fed
-        prompt = joined(prompt, answer, token_ids(1, 30, seed=turn) % words)
-    with fed(
-        keeping
-    ) as counts:  # as where a template leaves out what was thought: the prompt before the answer is there
-        generate(keeping, joined(prompt[:, :-30], token_ids(1, 40, seed=9) % words))
+        prompt = joined(prompt, answer, token_ids(1, 30, seed=turn))
+    with fed(keeping) as counts:  # as where a template leaves out thoughts: the prompt before the answer is there
+        generate(keeping, joined(prompt[:, :-30], token_ids(1, 40, seed=9)))
     assert counts[0] == 41
 
 
@@ -284,9 +275,8 @@ def test_the_prefix_used_longest_ago_goes_first(tiny_model: Any) -> None:
     assert len(kept) == 0
 
 
-def test_the_environment_asks_for_it(monkeypatch: pytest.MonkeyPatch, tiny_model: Any, token_ids: Any) -> None:
-    plan = KINDS["windows"](tiny_model())
+def test_the_environment_asks_for_it(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
     monkeypatch.setenv("MOACOMPRESS_PREFIXES", "1.5MiB")
-    assert prefixes(attach(tiny_model(), plan)).limit == 3 * 2**19
+    assert prefixes(model()).limit == 3 * 2**19
     monkeypatch.delenv("MOACOMPRESS_PREFIXES")
-    assert prefixes(attach(tiny_model(), plan)) is None
+    assert prefixes(model()) is None

@@ -15,9 +15,8 @@ from moacompress.runtime.compat.alternates import CACHE, returned_cache
 
 
 @pytest.fixture
-def model(tiny_model, random_plan):
-    model = tiny_model()
-    return attach(model, random_plan(model_shape(model), 1))
+def model(model):
+    return model(plan=1)
 
 
 @pytest.fixture

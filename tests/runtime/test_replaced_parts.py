@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from moacompress.runtime import attach, detach
+from tests.runtime.forwards import difference, in_parts, logits
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 Replace = Callable[[pytest.MonkeyPatch, Any, str, Any], None]
@@ -159,16 +160,13 @@ def test_steps_run_what_prompts_run(name: str, model: Any, token_ids: Any, monke
         if before_plan:
             detach(made)
         else:
-            cache = made(ids[:, :40]).cache
-            made(ids[:, 40:41], cache=cache)
+            in_parts(made, ids[:, :41], [40])
         REPLACED[name](monkeypatch, home, FAMILIES[family], made)
         if before_plan:
             attach(made, plan)
         expected = made(ids, use_cache=False).logits[:, 50:]
-        assert (expected[:, -1] - before).abs().max() > 1e-3 * before.abs().max(), "it must matter"
-        cache = made(ids[:, :50]).cache
-        found = torch.cat([made(ids[:, i : i + 1], cache=cache).logits for i in range(50, 60)], 1)
-    assert (found - expected).abs().max() < 5e-5 * expected.abs().max()
+    assert difference(expected[:, -1], before) > 1e-3, "it must matter"
+    assert difference(in_parts(made, ids, [50])[:, 50:], expected) < 5e-5
     detach(made)
 
 
@@ -192,9 +190,7 @@ def test_compiled_steps_see_another_rotary(model: Any, token_ids: Any, monkeypat
     torch._dynamo.reset()
     step = torch.compile(made, backend="eager", fullgraph=True, dynamic=True)
     with torch.no_grad():
-        cache = made(ids[:, :50]).cache
-        step(ids[:, 50:51], cache=cache)
+        step(ids[:, 50:51], cache=made(ids[:, :50]).cache)
         doubled_rotary(monkeypatch, import_module("transformers.models.llama.modeling_llama"), "Llama", made)
-        expected, cache = made(ids, use_cache=False).logits[:, 50:], made(ids[:, :50]).cache
-        found = torch.cat([step(ids[:, i : i + 1], cache=cache).logits for i in range(50, 60)], 1)
-    assert (found - expected).abs().max() < 5e-5 * expected.abs().max()
+        found = in_parts(step, ids[:, 50:], [], made(ids[:, :50]).cache)
+    assert difference(found, logits(made, ids, use_cache=False)[:, 50:]) < 5e-5

@@ -13,18 +13,18 @@ import torch
 from moacompress.kernels.arguments import Scores, as_tensors
 from moacompress.kernels.dispatch import REFERENCE
 from moacompress.kernels.kv_parts import read_tokens
-from moacompress.models.source import model_shape
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.share import Share, served, value_sets_of, with_shared_rules
 from moacompress.rules.windows import BLOCK
-from moacompress.runtime import PlanCache, attach
+from moacompress.runtime import PlanCache
 from moacompress.runtime.cache import ring
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.real_tokens import Chunk
 from moacompress.runtime.cache.reuse_layer import ReuseCacheLayer
 from moacompress.runtime.sharing.shared_keys import SharedKeys
-from tests.plan_kinds import with_shares
+from tests.plan_kinds import windows, with_shares
+from tests.runtime.forwards import difference, in_parts, logits, plan_of
 
 DIM, GROUP, MIN_WINDOW = 16, 2, 16
 FORMATS = ("native", "int8", "int4")
@@ -161,18 +161,12 @@ def test_rings_do_as_tables_do(seed: int, device: str, triton: Any, monkeypatch:
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["", "left in between"])
-def test_a_models_steps(left: bool, triton: Any, tiny_model: Callable[..., Any], random_plan: Any) -> None:
+def test_a_models_steps(left: bool, triton: Any, model: Callable[..., Any], token_ids: Any) -> None:
     """All layers go into rings; where somebody asks what an anchor holds in the midst of a step, the others use tables."""
-    model = tiny_model("llama", num_hidden_layers=3)
-    plan = with_shares(random_plan(model_shape(model), 3), (None, Share(0, (1, 0)), None))
-    attach(model, plan)
-    ids = torch.randint(3, model.config.vocab_size, (1, 43), generator=torch.Generator().manual_seed(0))
-    cache = PlanCache(plan)
+    made, ids = model(plan=lambda made: with_shares(windows(made), (None, Share(0, (1, 0)), None))), token_ids(1, 43)
+    cache = PlanCache(plan_of(made))
     if left:
-        model.model.layers[1].register_forward_pre_hook(lambda *given: cache.layers[0].used_bytes and None)
-    with torch.no_grad():
-        model(ids[:, :40], cache=cache)
-        found = [model(ids[:, at : at + 1], cache=cache).logits for at in (40, 41, 42)]
-        wanted = model(ids, use_cache=False).logits[:, 40:]
-    assert (torch.cat(found, 1) - wanted).abs().max() < 2e-5 * wanted.abs().max()
+        made.model.layers[1].register_forward_pre_hook(lambda *given: cache.layers[0].used_bytes and None)
+    found = in_parts(made, ids, [40], cache)[:, 40:]
+    assert difference(found, logits(made, ids, use_cache=False)[:, 40:]) < 2e-5
     assert cache.step_routes == ({"ring step": 6, "cache step": 3} if left else {"ring step": 9})

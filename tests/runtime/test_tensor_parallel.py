@@ -16,8 +16,8 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.share import Share
 from moacompress.runtime import attach, detach
-from moacompress.runtime.hf.attaching import attached_plan
 from tests import plan_kinds
+from tests.runtime.forwards import plan_of
 from tests.torchrun import torchrun
 
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
@@ -59,7 +59,7 @@ def test_two_ranks_are_one_process(kind, folder, ranks):
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
     wanted = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    plan = attached_plan(model)
+    plan = plan_of(model)
     for rank in ranks:
         found = rank[kind]
         assert found["apart"] < 1e-5

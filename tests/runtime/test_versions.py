@@ -27,12 +27,11 @@ from moacompress.evaluation.runner import evaluate
 from moacompress.evaluation.scoring.prompts import score_batch
 from moacompress.evaluation.scoring.text import read
 from moacompress.evaluation.tasks.cases import Case
-from moacompress.rules.plan import Plan
 from moacompress.runtime import PlanCache, attach
 from moacompress.runtime.compat import private_names, versions
 from moacompress.runtime.compat.alternates import CACHE_NAMES, cache_argument, returned_cache
-from moacompress.runtime.hf.attaching import attached_plan
 from tests import plan_kinds
+from tests.runtime.forwards import GREEDY, difference, in_parts, logits, plan_of
 from tests.runtime.test_compat import product_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,37 +74,22 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> Forwards:
 
 
 @pytest.fixture
-def under(tiny_model: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a tiny model of a family under a plan of a kind."""
-
-    def make(family: str = "llama", kind: str = "windows") -> Any:
-        model = tiny_model(family)
-        return attach(model, plan_kinds.KINDS[kind](model))
-
-    return make
-
-
-def plan_of(model: Any) -> Plan:
-    plan = attached_plan(model)
-    assert plan is not None
-    return plan
-
-
-def ids_of(length: int = 150, rows: int = 1, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 160, (rows, length), generator=torch.Generator().manual_seed(seed))
+def ids(token_ids: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """A prompt of 150 tokens."""
+    return token_ids(1, 150)
 
 
 def generated(model: Any, ids: torch.Tensor, **given: Any) -> Any:
-    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    return model.generate(
-        ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **{**settings, **given}
-    )
+    asked = {**GREEDY, "max_new_tokens": NEW, "attention_mask": torch.ones_like(ids), **given}
+    return model.generate(ids, return_dict_in_generate=True, **asked)
 
 
-def test_generate_runs_with_the_plans_cache(family: str, under: Callable[..., Any], forwards: Forwards) -> None:
-    model, ids = under(family, "gates"), ids_of()
-    out = generated(model, ids)
-    cache, plan = returned_cache(out), plan_of(model)
+def test_generate_runs_with_the_plans_cache(
+    family: str, model: Callable[..., Any], ids: torch.Tensor, forwards: Forwards
+) -> None:
+    made = model(family, plan=plan_kinds.gates)
+    out = generated(made, ids)
+    cache, plan = returned_cache(out), plan_of(made)
     assert isinstance(cache, PlanCache)
     assert forwards.of(cache) == [(0, 150), *((150 + step, 1) for step in range(NEW - 1))]
     assert len(forwards.seen) == NEW
@@ -116,41 +100,43 @@ def test_generate_runs_with_the_plans_cache(family: str, under: Callable[..., An
     layers: Any = cache.layers
     for layer, row in zip(layers, plan.rules, strict=True):
         assert (layer.held.selected is not None) == any(rule.selects for rule in row)
-    assert torch.equal(out.sequences, generated(model, ids, use_cache=False).sequences)
+    assert torch.equal(out.sequences, generated(made, ids, use_cache=False).sequences)
 
 
-def test_generate_goes_on_from_a_cache(under: Callable[..., Any], forwards: Forwards) -> None:
-    model, ids = under(), ids_of()
-    first = generated(model, ids)
-    longer = torch.cat((first.sequences, ids_of(9, seed=1)), 1)
+def test_generate_goes_on_from_a_cache(
+    model: Callable[..., Any], ids: torch.Tensor, token_ids: Any, forwards: Forwards
+) -> None:
+    made = model()
+    first = generated(made, ids)
+    longer = torch.cat((first.sequences, token_ids(1, 9, seed=1)), 1)
     forwards.seen.clear()
     cache = returned_cache(first)
-    again = generated(model, longer, **cache_argument(cache))
+    again = generated(made, longer, **cache_argument(cache))
     assert returned_cache(again) is cache
     assert forwards.of(cache)[0] == (150 + NEW - 1, 10), "only what the cache does not hold is read"
     assert forwards.others == []
-    assert torch.equal(again.sequences, generated(model, longer).sequences)
+    assert torch.equal(again.sequences, generated(made, longer).sequences)
 
 
 @pytest.mark.parametrize(("kind", "name"), [("windows", CACHE_NAMES[0]), ("gates", CACHE_NAMES[1])])
 def test_a_forward_runs_with_the_cache_that_it_is_given(
-    kind: str, name: str, under: Callable[..., Any], forwards: Forwards
+    kind: str, name: str, model: Callable[..., Any], ids: torch.Tensor, forwards: Forwards
 ) -> None:
     """Under its name of every version: one that is not this version's would be swallowed."""
-    model, ids, cache = under(kind=kind), ids_of(), PlanCache(plan_of(under(kind=kind)))
-    parts, at, sizes = [], 0, (100, 1, 30, 1, 18)
-    with torch.no_grad():
-        for size in sizes:
-            out = model(ids[:, at : at + size], use_cache=True, **{name: cache})
-            assert returned_cache(out) is cache
-            parts.append(out.logits)
-            at += size
-        plain = model(ids, use_cache=False).logits
+    made = model(plan=plan_kinds.KINDS[kind])
+    cache, sizes = PlanCache(plan_of(made)), (100, 1, 30, 1, 18)
+
+    def run(part: torch.Tensor, **given: Any) -> Any:
+        out = made(part, use_cache=True, **{name: cache})
+        assert returned_cache(out) is cache
+        return out
+
+    found = in_parts(run, ids, sizes)
     assert [fed for _, fed in forwards.of(cache)] == list(sizes)
     assert [held for held, _ in forwards.of(cache)] == [0, 100, 101, 131, 132]
-    assert cache.used_bytes() == plan_of(model).kv_bytes(150)
+    assert cache.used_bytes() == plan_of(made).kv_bytes(150)
     assert forwards.others == []
-    assert (torch.cat(parts, 1) - plain).abs().max() <= 1e-4 * plain.abs().max()
+    assert difference(found, logits(made, ids, use_cache=False)) <= 1e-4
 
 
 def test_an_evaluation_runs_with_the_plans_cache(compressed: Path, tmp_path: Path, forwards: Forwards) -> None:
@@ -169,14 +155,15 @@ def test_an_evaluation_runs_with_the_plans_cache(compressed: Path, tmp_path: Pat
     assert forwards.others == []
 
 
-def test_text_is_scored_with_the_cache_that_it_is_given(under: Callable[..., Any], forwards: Forwards) -> None:
-    model, window = under(), ids_of()[0].tolist()
-    cache = PlanCache(plan_of(model))
-    found = read(model, window, cache, (50, 50, 50))
+def test_text_is_scored_with_the_cache_that_it_is_given(
+    model: Callable[..., Any], ids: torch.Tensor, forwards: Forwards
+) -> None:
+    made, window = model(), ids[0].tolist()
+    cache = PlanCache(plan_of(made))
+    found = read(made, window, cache, (50, 50, 50))
     assert forwards.of(cache) == [(0, 50), (50, 50), (100, 50)]
-    assert cache.used_bytes() == plan_of(model).kv_bytes(150)
-    expected = read(model, window).states
-    assert (found.states - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert cache.used_bytes() == plan_of(made).kv_bytes(150)
+    assert difference(found.states, read(made, window).states) <= 1e-4
 
 
 @pytest.fixture
@@ -194,10 +181,10 @@ def stock_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_stock_model_is_scored_with_its_cache(
-    tiny_model: Callable[..., Any], tiny_tokenizer: Any, stock_steps: list[int]
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, token_ids: Any, stock_steps: list[int]
 ) -> None:
     """As those with quantized caches are: no plan is there to see to it."""
-    model, ids = tiny_model(), ids_of(300)[0].tolist()
+    model, ids = tiny_model(), token_ids(1, 300)[0].tolist()
     case = Case("t", 300, ids, [5, 6], [True, True], ("~~",), "all", 4)
     score_batch(model, tiny_tokenizer, [case])
     assert len(stock_steps) >= 3 * model.config.num_hidden_layers
@@ -207,8 +194,8 @@ def test_a_stock_model_is_scored_with_its_cache(
     assert cache.get_seq_length() == 150
 
 
-def test_answers_of_a_dense_model_go_on_from_what_it_has_read(tiny_model: Callable[..., Any]) -> None:
-    model, ids = tiny_model(), ids_of(60)
+def test_answers_of_a_dense_model_go_on_from_what_it_has_read(tiny_model: Callable[..., Any], token_ids: Any) -> None:
+    model, ids = tiny_model(), token_ids(1, 60)
     with torch.inference_mode():
         cache = returned_cache(model(ids[:, :40], use_cache=True))
     assert isinstance(cache, DynamicCache)
