@@ -107,18 +107,6 @@ def test_zeros_of_both_signs_have_no_sign(dim: int) -> None:
     assert not kept.zero.view(torch.int16).any()
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_scale_and_zero_point_fold_into_scores_and_outputs(bits: int) -> None:
-    query, x = torch.randn(5, 64), torch.randn(30, 64)
-    kept = encode(x, bits)
-    turned = rotated(query)
-    scores = (turned @ kept.codes.float().T) * kept.scale.float().T + turned.sum(-1, keepdim=True) * kept.zero.float().T
-    assert torch.allclose(scores, query @ rotated(decode(kept)).T, atol=1e-3)
-    weights = torch.randn(5, 30).softmax(-1)
-    out = (weights * kept.scale.float().T) @ kept.codes.float() + weights @ kept.zero.float()
-    assert torch.allclose(rotated(out), weights @ rotated(decode(kept)), atol=1e-4)
-
-
 @pytest.mark.parametrize("values", [False, True])
 @pytest.mark.parametrize("code", [1, 2])
 @pytest.mark.parametrize("dim", [5, 16, 24, 96, 128])
