@@ -23,9 +23,9 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
 from moacompress.run_checks import check_recipe
-from moacompress.runtime import attach, detach
-from moacompress.runtime.compat.alternates import cache_argument, returned_cache
+from moacompress.runtime import attach
 from moacompress.serving.vllm.classes import kv_heads
+from tests.runtime.forwards import in_parts, logits
 
 
 class Coarse(KVFormat):
@@ -51,12 +51,6 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Coarse]:
     given = Coarse()
     monkeypatch.setattr(formats, "outside_formats", lambda: {"coarse": Outside(given, OUTSIDE_CODE)})
     yield given
-    dispatch.forget()
-
-
-@pytest.fixture
-def reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(dispatch.VARIABLE, "reference")
     dispatch.forget()
 
 
@@ -98,23 +92,18 @@ def test_a_profile_prices_its_errors(coarse: Coarse) -> None:
     assert torch.equal(found[0], rounding_errors(x, (8,))[0])
 
 
-@pytest.mark.usefixtures("reference")
-def test_a_model_attends_to_what_is_kept(tiny_model: Callable[..., PreTrainedModel]) -> None:
+def test_a_model_attends_to_what_is_kept(tiny_model: Callable[..., PreTrainedModel], use_backend: Any) -> None:
+    use_backend("reference")
     model: Any = tiny_model("llama").double()  # so that no number is rounded to another code in another order of sums
     shape = model_shape(model)
     plan = Plan.uniform(shape, Rule(4, 40, 0, "coarse", "int8"), 32)
     ids = torch.randint(3, 150, (2, 120), generator=torch.Generator().manual_seed(0))
     attach(model, plan)
     assert shape.token_bytes(plan.rules[0][0]) == 16 + 1 + 16 + 4
-    with torch.no_grad():
-        whole = model(input_ids=ids).logits
-        first = model(input_ids=ids[:, :77], use_cache=True)
-        second = model(input_ids=ids[:, 77:], **cache_argument(returned_cache(first)))
-        last = torch.cat((first.logits, second.logits), 1)
-        assert torch.allclose(whole, last, atol=1e-3)
-        attach(model, Plan.uniform(shape, Rule(4, 40, 0, "native", "int8"), 32))
-        assert not torch.allclose(whole, model(input_ids=ids).logits, atol=1e-3)
-    detach(model)
+    whole = logits(model, ids)
+    assert torch.allclose(whole, in_parts(model, ids, (77, 43)), atol=1e-3)
+    attach(model, Plan.uniform(shape, Rule(4, 40, 0, "native", "int8"), 32))
+    assert not torch.allclose(whole, logits(model, ids), atol=1e-3)
 
 
 def test_compiled_kernels_refuse_it_by_name(tiny_model: Callable[..., PreTrainedModel]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -41,6 +41,14 @@ def compiled_kernels(kernels_cannot_run: Callable[[str | None], None]) -> None:
     """Skips a test where the compiled kernels do not run; see `kernels_cannot_run`."""
     if dispatch.chosen().name != "cpu":
         kernels_cannot_run(dispatch.chosen().reason)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Has `torch.compile` know no graphs of other tests, nor other tests those of this one."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

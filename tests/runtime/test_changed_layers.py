@@ -72,9 +72,9 @@ def test_changed_layers_are_refused_in_every_route(
     assert all(text.count(". ") == 0 for text in refusals)
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_changed_layers_are_refused_compiled(model: Any, token_ids: Any) -> None:
     made, ids = model(), token_ids(2, 60)
-    torch._dynamo.reset()
     step = torch.compile(made, backend="eager")
     with torch.no_grad():
         expected = made(ids, use_cache=False).logits

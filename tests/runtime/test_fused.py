@@ -142,6 +142,7 @@ def test_other_families_and_dense_models_keep_their_classes(tiny_model, random_p
     assert [type(layer) for layer in layers] == own
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_a_graph_that_is_made_after_hidden_states_has_fused_layers(model, steps):
     made, graphs = model(), []
     ids, cache = after_prompt(made, 2)
@@ -160,4 +161,3 @@ def test_a_graph_that_is_made_after_hidden_states_has_fused_layers(model, steps)
     assert fused_layers[-1] == 0
     for mine, other in zip(found, expected, strict=True):
         assert (mine[:, 0] - other[:, 51]).abs().max() < 2e-5 * other.abs().max()
-    torch._dynamo.reset()

@@ -79,9 +79,9 @@ def test_products_are_those_of_the_plain_layer(dtype, bias, size, onednn):
         torch.testing.assert_close(layer(x), expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("graph", [False, True])
 def test_gradients_of_the_input(onednn, graph):
-    torch._dynamo.reset()
     layer = linear()
     x = torch.randn(2, 65, 24, requires_grad=True)
     cotangent = torch.randn(2, 65, 40)
@@ -93,7 +93,6 @@ def test_gradients_of_the_input(onednn, graph):
     few = torch.randn(3, 24)
     torch.testing.assert_close(run(few), nn.functional.linear(few, layer.weight, layer.bias), atol=1e-5, rtol=1e-5)
     assert ("moacompress::float32_linear" in called(layer, x)) == onednn
-    torch._dynamo.reset()
 
 
 def test_a_weight_that_is_trained_has_its_gradient(onednn):
