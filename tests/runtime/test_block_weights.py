@@ -97,15 +97,14 @@ def test_prompts_and_steps_under_every_kind_of_plan(family, kind, dtype, twins, 
 
 
 @pytest.mark.heavy
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_a_compiled_model(twins, token_ids):
     blocks, dense = twins()
     plan = plan_kinds.windows(dense)
     attach(blocks, plan)
     ids = token_ids(2, 60)
-    torch._dynamo.reset()
     compiled = torch.compile(blocks, backend="eager", fullgraph=True, dynamic=True)
     found = in_parts(compiled, ids, (50, 1, 1, 8), PlanCache(plan))
-    torch._dynamo.reset()
     assert difference(found, logits(attach(dense, plan), ids)) < 5e-5
 
 

@@ -197,6 +197,7 @@ def test_a_pickled_cache_has_the_blocks_in_use_and_no_more(under, token_ids):
 
 
 @pytest.mark.heavy
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_a_pickled_cache_is_not_the_one_that_it_was_for_a_compiled_model(under, token_ids):
     (model, plan), ids = under(), token_ids(1, 62)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -209,7 +210,6 @@ def test_a_pickled_cache_is_not_the_one_that_it_was_for_a_compiled_model(under, 
             compiled(ids[:, 60:61], cache=one)
         for one in (twin, cache):
             assert (compiled(ids[:, 61:], cache=one).logits - expected).abs().max() < 1e-4
-    torch._dynamo.reset()
 
 
 def test_an_empty_cache_is_pickled_too(under, token_ids):

@@ -110,12 +110,12 @@ def test_gates_learn_with_an_empty_cache(model: Any, token_ids: Any) -> None:
 
 
 @pytest.mark.heavy
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled(tiny_model: Any, random_plan: Any, token_ids: Any) -> None:
     """The attention runs between graphs."""
     model, ids = tiny_model("llama", num_hidden_layers=1), token_ids(2, N)
     attach(model, random_plan(model_shape(model), 3, formats=True))
     model.train().requires_grad_(True)
     expected = gradients(model, ids, use_cache=False)
-    torch._dynamo.reset()
     model.compile(backend="eager")
     assert same(gradients(model, ids, cache=PlanCache(model.config.quantization_config.plan)), expected)

@@ -81,13 +81,12 @@ def test_nothing_changes_at_native_formats(family: str, kind: str, pair: Any, to
 
 
 @pytest.mark.heavy
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled_by_torch(pair: Any, token_ids: Any) -> None:
-    torch._dynamo.reset()
     plain, moved = pair(kind="shares")
     ids = token_ids(2, 64) % 160
     compiled = torch.compile(moved, backend="eager")
     assert_close(in_parts(compiled, ids, (40, 20), PlanCache(plan_of(moved))), in_parts(plain, ids, (40, 20)))
-    torch._dynamo.reset()
 
 
 def test_gradients_are_those_of_keys_as_they_are(pair: Any, token_ids: Any) -> None:

@@ -13,16 +13,10 @@ from tests.conftest import TINY
 from tests.plan_kinds import gates
 from tests.runtime.forwards import GREEDY, difference, in_parts, logits, plan_of
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 TOLERANCE = 1e-4
 DIFFERENT = ("phi3", "gpt_neox", "gpt_oss")
 """Families whose layers are put together in ways of their own; the others are for `make test-all`."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture

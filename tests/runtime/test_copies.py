@@ -23,6 +23,7 @@ from moacompress.runtime.decode import fused
 from moacompress.runtime.hf.attaching import attached_plan
 from tests.runtime.forwards import difference, in_parts
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 LAYERS, PROMPT, STEPS = 2, 60, 4
 WAYS: dict[str, Callable[[Any], Any]] = {
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
@@ -33,13 +34,6 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "method": lambda model: model.compile(backend="eager", fullgraph=True) or model,
 }
 """The two ways to compile a model."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture

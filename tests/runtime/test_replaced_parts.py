@@ -184,10 +184,9 @@ def test_own_parts_are_one_call_again(model: Any, calls: dict[str, int], token_i
 
 
 @pytest.mark.heavy
-@pytest.mark.usefixtures("compiled_kernels")
+@pytest.mark.usefixtures("compiled_kernels", "fresh_dynamo")
 def test_compiled_steps_see_another_rotary(model: Any, token_ids: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made, ids = model(), token_ids(2, 60)
-    torch._dynamo.reset()
     step = torch.compile(made, backend="eager", fullgraph=True, dynamic=True)
     with torch.no_grad():
         step(ids[:, 50:51], cache=made(ids[:, :50]).cache)
