@@ -71,10 +71,7 @@ def test_bytes_are_those_of_the_definition(seed: int, backend: Any, monkeypatch:
     expected = [[segment.clone() for segment in side] for side in memory]
     free = [slot for slot in range(BLOCKS * 16) if not cuts[0] <= slot // 16 < cuts[1]]
     count = rng.randint(1, min(rows * heads * columns, len(free)))
-    sources, slots = (
-        torch.tensor(rng.sample(range(rows * heads * columns), count)),
-        torch.tensor(rng.sample(free, count)),
-    )
+    sources, slots = (torch.tensor(rng.sample(of, count)) for of in (range(rows * heads * columns), free))
     for part, vectors, side in [*zip(parts, chunk, expected, strict=True)][values_alone:]:
         first = 0
         for segment in side:
@@ -83,15 +80,9 @@ def test_bytes_are_those_of_the_definition(seed: int, backend: Any, monkeypatch:
             if len(column):
                 part.write(segment, slots[at] - first, vectors[pairs // heads, pairs % heads, column])
             first += 16 * len(segment)
-    backend.append(
-        (None if values_alone else parts[0], parts[1]),
-        None if values_alone else chunk[0],
-        chunk[1],
-        keys=[] if values_alone else memory[0],
-        values=memory[1],
-        sources=sources,
-        slots=slots,
-    )
+    key_part, key, keys = (None, None, []) if values_alone else (parts[0], chunk[0], memory[0])
+    where = {"sources": sources, "slots": slots}
+    backend.append((key_part, parts[1]), key, chunk[1], keys=keys, values=memory[1], **where)
     for side, wanted in zip(memory, expected, strict=True):
         for segment, other in zip(side, wanted, strict=True):
             assert torch.equal(segment.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
@@ -109,13 +100,6 @@ def test_blocks_of_other_formats_are_refused(use_backend: Callable[[str], Backen
     parts = KVPart(1, 16, torch.float32), KVPart(1, 16, torch.float32, values=True)
     memory, chunk = [part.new(4, CPU) for part in parts], torch.ones(1, 1, 1, 16)
     for slot, values in ((64, [memory[1]]), (-1, [memory[1]]), (0, [torch.zeros(4, 16, 16)])):
+        where = {"sources": torch.tensor([0]), "slots": torch.tensor([slot])}
         with pytest.raises(UnsupportedError, match="or is of other formats"):
-            use_backend("triton").append(
-                parts,
-                chunk,
-                chunk,
-                keys=[memory[0]],
-                values=values,
-                sources=torch.tensor([0]),
-                slots=torch.tensor([slot]),
-            )
+            use_backend("triton").append(parts, chunk, chunk, keys=memory[:1], values=values, **where)

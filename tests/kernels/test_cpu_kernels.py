@@ -35,9 +35,8 @@ def test_random_configurations(seed, kind, random_case, close, isa, poisoned_mem
     """Prefill and decode; where gates keep tokens of the past or of the chunk, prefill in both kinds of formats."""
     isa(library.ISAS[seed % len(library.ISAS)])
     dtype, coded = library.DTYPES[seed // 5 % 3], kind == "formats" or (kind == "gates" and seed // 15 % 2)
-    case = random_case(
-        seed, dtype, formats="any" if coded else None, **({"native_window": 0} if kind == "gates" else {})
-    )
+    native = {"native_window": 0} if kind == "gates" else {}
+    case = random_case(seed, dtype, formats="any" if coded else None, **native)
     if kind == "gates":
         case = case.keeping(random.Random(seed))
     exact, lse_error = case.to(torch.float64), 1e-4 if kind == "native" else LSE_ERROR[dtype]
@@ -58,13 +57,12 @@ def test_tokens_are_put_where_they_belong(seed, isa):
     gap = rng.choice((0, 64))
     spacious = [torch.zeros(60, kv_part.nbytes + gap, dtype=torch.uint8) for kv_part in kv_parts]
 
+    def view(kv_part, blocks):
+        used = blocks[:, : kv_part.nbytes]
+        return used if kv_part.bits else used.view(dtype).unflatten(1, (16, dim))
+
     def views(memory):
-        return [
-            blocks[:, : kv_part.nbytes]
-            if kv_part.bits
-            else blocks[:, : kv_part.nbytes].view(dtype).unflatten(1, (16, dim))
-            for kv_part, blocks in zip(kv_parts, memory, strict=True)
-        ]
+        return [view(kv_part, blocks) for kv_part, blocks in zip(kv_parts, memory, strict=True)]
 
     slots = torch.stack([torch.randperm(60 * 16)[:count] for _ in kv_parts], 1)
     vectors = torch.randn(count, parts + 1, dim + 3, dtype=dtype)[:, 1:, 2:-1]
@@ -154,11 +152,8 @@ def test_a_row_of_40_000_tokens(dtype, close):
 def test_large_scores_do_not_overflow(close):
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 1, 90, 32) * 40 for _ in range(3))
-    rules, counts = (
-        as_tensors(RuleTable.of([Rule(4, 30, 0)], 16)),
-        {"past": torch.tensor([0]), "valid": torch.tensor([90])},
-    )
-    rest = {"cache": CacheView.empty(key), "rules": rules, "scores": Scores(1.0), "with_lse": True, **counts}
+    rest = {"past": torch.tensor([0]), "valid": torch.tensor([90]), "scores": Scores(1.0), "with_lse": True}
+    rest |= {"cache": CacheView.empty(key), "rules": as_tensors(RuleTable.of([Rule(4, 30, 0)], 16))}
     found = CPU.prefill(query, key, value, **rest)
     wanted, wanted_lse = REFERENCE.prefill(query.double(), key.double(), value.double(), **rest)
     assert ((found[0] - wanted).abs() / (1 + wanted.abs())).max() < 1e-2  # scores of thousands have an ulp of 2e-4
@@ -177,16 +172,14 @@ def test_intervals_and_blocks_are_as_in_the_plan():
 
 
 def test_bad_arguments_are_refused(random_case):
-    case = random_case(
-        1, torch.float32, rows=1, past=100, kv_heads=2, group=2, dim=64, native_window=0, tokens=2, valid=2
-    )
-    good = case.decode
+    sizes = {"rows": 1, "past": 100, "kv_heads": 2, "group": 2, "dim": 64, "tokens": 2, "valid": 2}
+    case = random_case(1, torch.float32, native_window=0, **sizes)
 
     def refused(match, **changes):
         with pytest.raises(RuntimeError, match=match):
             OPS.decode(*replace(case, **changes).decode)
 
-    OPS.decode(*good)
+    OPS.decode(*case.decode)
     refused("a block that a query sees has no id", table=torch.full_like(case.table, 10_000))
     refused("table has another dtype", table=case.table.long())
     refused(r"lengths has the shape \[2\], not \[1\]", past=torch.tensor([1, 2]))

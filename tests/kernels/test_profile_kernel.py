@@ -20,7 +20,6 @@ from moacompress.calibration.profile.collectors import BaselineSums, InfluenceSu
 from moacompress.calibration.profile.influence import ProfiledAttention, attend, attend_backward
 from moacompress.calibration.profile.sample_statistics import sample_statistics
 from moacompress.calibration.profile.tiles import AttentionSpec, Collector, TileView
-from moacompress.kernels import dispatch
 from moacompress.kernels.arguments import Choices, as_tensors
 from moacompress.kernels.cpu import library
 from moacompress.kernels.dispatch import REFERENCE
@@ -132,10 +131,8 @@ def with_gates(case: Case, seed: int) -> Case:
     drawn = ((rule, *rng.choice(selects)) for rule in case.table.rules)
     rules = [replace(rule, select_alpha=alpha, select_beta_q=beta_q) for rule, alpha, beta_q in drawn]
     table = RuleTable.of([Rule.FULL, *rules[1:]], int(case.table.span.min_window[0]))
-    few = rng.choice((3, 30000))
-    scores = torch.randint(-few, few, case.key.shape[1:3], generator=torch.Generator().manual_seed(seed)).to(
-        torch.int16
-    )
+    few, generator = rng.choice((3, 30000)), torch.Generator().manual_seed(seed)
+    scores = torch.randint(-few, few, case.key.shape[1:3], generator=generator).to(torch.int16)
     return replace(case, table=table, choices=choices_of(table.in_layer(case.spec.native_window), scores))
 
 
@@ -378,7 +375,7 @@ def test_bad_arguments_are_refused() -> None:
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
-def test_statistics_of_a_model(family: str, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_of_a_model(family: str, tiny_model: Callable[..., Any], use_backend: Callable[[str], Any]) -> None:
     """A whole sample, through the choice that the environment makes."""
     model = tiny_model(family)
     shape, selected = model_shape(model), ProfileRecipe(draws=2, baselines=True)
@@ -387,13 +384,8 @@ def test_statistics_of_a_model(family: str, tiny_model: Callable[..., Any], monk
     rules = (Rule.FULL, Rule(4, 16, 0), Rule(16, 40, 0), Rule(64, 0, 300), Rule(4, 20, 200))
     found = []
     for kernel in ("reference", "cpu"):
-        monkeypatch.setenv(dispatch.VARIABLE, kernel)
-        dispatch.forget()
-        try:
-            found.append(sample_statistics(model, shape, RuleTable.of(rules, 16), sample, selected, 0, 0))
-        finally:
-            monkeypatch.delenv(dispatch.VARIABLE)
-            dispatch.forget()
+        use_backend(kernel)
+        found.append(sample_statistics(model, shape, RuleTable.of(rules, 16), sample, selected, 0, 0))
     reference, compiled = found
     assert reference.arrays.keys() == compiled.arrays.keys()
     for name, wanted in reference.arrays.items():

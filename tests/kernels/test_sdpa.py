@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moacompress.calibration.profile.collectors import InfluenceSums
 from moacompress.calibration.profile.influence import attend
@@ -16,31 +14,7 @@ from moacompress.calibration.profile.tiles import AttentionSpec
 from moacompress.kernels import sdpa
 from moacompress.kernels.arguments import Scores
 from tests.kernels.test_profile_kernel import SUMS, Sizes, build, close, with_gates
-
-
-class _Called(TorchDispatchMode):
-    """Notes operators by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
-class _Given(TorchFunctionMode):
-    """Notes what `scaled_dot_product_attention` is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[Any] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            self.calls.append((args, kwargs))
-        return func(*args, **(kwargs or {}))
+from tests.runtime.test_linear import Operators
 
 
 @pytest.mark.parametrize("native", [None, 9], ids=["", "sliding"])
@@ -54,7 +28,14 @@ def test_dense_passes_are_pytorchs(
     chunk, wanted = (case.query, case.key, case.value), case.exact().backward([])
     out = attend(case.query.double(), case.key.double(), case.value.double(), case.spec)
     monkeypatch.setattr(sdpa, "DEVICES", ("cpu",))
-    with _Called() as called, _Given() as given:
+    given, own = list[Any](), sdpa.scaled_dot_product_attention
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        given.append((args, kwargs))
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", noted)
+    with Operators() as called:
         found = attend(*chunk, case.spec)
         gradients = case.backward([])
     error = 2e-5 if dtype == torch.float32 else 4e-2
@@ -63,12 +44,12 @@ def test_dense_passes_are_pytorchs(
         assert mine.dtype == dtype
         close(mine, other, error)
     groups = native is None and dtype == torch.bfloat16
-    for args, kwargs in given.calls:
+    for args, kwargs in given:
         assert kwargs["is_causal"] == (native is None)
         assert kwargs["enable_gqa"] == groups
         assert args[1].shape[1] == (2 if groups else 6)
         assert (args[3] is None) == (native is None)
-    assert len(given.calls) == 2
+    assert len(given) == 2
     fused = [name for name in called.names if "flash_attention" in name]
     assert any(name.endswith("backward") for name in fused)
     assert "aten::_softmax" not in called.names

@@ -118,6 +118,20 @@ def normalized(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tenso
     return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
 
+def random_rules(rng: random.Random, heads: int, formats: bool) -> RuleTable:
+    """Rules of a layer's KV heads, with any formats or native ones."""
+    rules = [
+        Rule(
+            rng.choice((4, 16, 64)),
+            rng.choice((0, 7, 40, 128)),
+            rng.choice((0, 100, 700, 1024)),
+            *((rng.choice([*FORMATS]), rng.choice([*FORMATS])) if formats else ()),
+        )
+        for _ in range(heads)
+    ]
+    return RuleTable.of(rules, rng.choice((16, 48)), rng.choice((None, None, 9, 60)))
+
+
 def build(
     seed: int, dtype: torch.dtype, rows: int | None = None, formats: bool = False, in_strips: bool = False
 ) -> Case:
@@ -133,16 +147,7 @@ def build(
     )
     if in_strips:
         group, value_dim, hidden, inner = 2, 16, rng.choice((64, 256)), rng.choice((96, 512))
-    rules = [
-        Rule(
-            rng.choice((4, 16, 64)),
-            rng.choice((0, 7, 40, 128)),
-            rng.choice((0, 100, 700, 1024)),
-            *((rng.choice([*FORMATS]), rng.choice([*FORMATS])) if formats else ()),
-        )
-        for _ in range(heads)
-    ]
-    cache = PlanCacheLayer(RuleTable.of(rules, rng.choice((16, 48)), rng.choice((None, None, 9, 60))))
+    cache = PlanCacheLayer(random_rules(rng, heads, formats))
     tokens = rng.choice((1, 20, 150))
     cache.update(torch.randn(rows, heads, tokens, dim).to(dtype), torch.randn(rows, heads, tokens, value_dim).to(dtype))
     cache.commit(Chunk.of(None, tokens))

@@ -35,12 +35,8 @@ def draw(rng, dtype):
     rule = rng.choice((Rule.FULL, Rule(rng.choice(SINKS), rng.choice((0, 7, 30, 80)), rng.choice((0, 100, 500, 1000)))))
     logits = torch.randn(kv_heads, group, dtype=torch.float64) if rng.random() < 0.3 else None
     scores = Scores(0.3, rng.choice((0.0, 0.0, 2.0)), logits)
-    return [torch.randn(shape, dtype=dtype) for shape in shapes], (
-        n,
-        rule,
-        rng.choice((None, None, 1, 5, 40, 100)),
-        scores,
-    )
+    native = rng.choice((None, None, 1, 5, 40, 100))
+    return [torch.randn(shape, dtype=dtype) for shape in shapes], (n, rule, native, scores)
 
 
 @pytest.mark.seeds(60)

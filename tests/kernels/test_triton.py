@@ -21,6 +21,8 @@ from moacompress.rules.windows import BLOCK
 
 PAIRS = [(0, 0), (1, 1), (1, 2), (2, 2)]
 ONE_HEAD = {"rows": 1, "kv_heads": 1, "native_window": 0}
+SMALL = {"group": 2, "dim": 16, "value_dim": 16, "min_window": 16, **ONE_HEAD}
+ALL_SEEN = {"dim": 64, "value_dim": 64, "tokens": 1, "logits": False, **ONE_HEAD, "rules": [(4, 0, 1024)]}
 LSE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 GRADIENTS = ("query", "key", "value", "sink_logits")
 every_pair = pytest.mark.parametrize("pair", PAIRS, ids=str)
@@ -59,17 +61,16 @@ def test_random_chunks(seed, as_reference):
 @both
 @every_pair
 def test_windows_that_begin_anywhere_in_a_block(pair, op, as_reference):
-    sizes = {"group": 2, "dim": 16, "value_dim": 16, "tokens": 20, "rules": [(4, 33, 0)], "min_window": 16, **ONE_HEAD}
     for start in (0, 1, 7, 15):
-        as_reference(op, start, past=70 + start, formats=[pair], **sizes)
+        as_reference(op, start, past=70 + start, tokens=20, rules=[(4, 33, 0)], formats=[pair], **SMALL)
 
 
 @every_pair
 def test_sinks_and_windows_that_end_within_the_chunk(pair, as_reference):
     """A prompt without a past that is longer than its windows, and one of sinks alone."""
-    sizes = {"kv_heads": 2, "group": 2, "dim": 16, "value_dim": 16, "past": 0, "rules": [(70, 33, 0), (4, 0, 0)]}
+    sizes = {**SMALL, "kv_heads": 2, "past": 0, "rules": [(70, 33, 0), (4, 0, 0)], "formats": [pair] * 2}
     for tokens in (15, 65, 130):
-        as_reference("prefill", tokens, **(ONE_HEAD | sizes), tokens=tokens, min_window=16, formats=[pair] * 2)
+        as_reference("prefill", tokens, tokens=tokens, **sizes)
 
 
 @both
@@ -86,8 +87,7 @@ def test_sizes(group, dim, value_dim, op, as_reference):
 @pytest.mark.parametrize("pair", PAIRS[1:], ids=str)
 def test_codes_of_small_and_of_large_numbers(pair, factor, triton, random_case):
     """In float16 codes are multiplied as they lie: what is small is not lost, and what is large does not overflow."""
-    sizes = {"group": 2, "dim": 64, "value_dim": 64, "tokens": 1, "logits": False, **ONE_HEAD}
-    case = random_case(7, torch.float16, past=300, rules=[(4, 0, 1024)], formats=[pair], **sizes)
+    case = random_case(7, torch.float16, past=300, group=2, formats=[pair], **ALL_SEEN)
     bits = KVPart(pair[1], 64, torch.float16, values=True).bits
     for segment in case.values:
         segment.view(torch.float16)[:, 64 * bits // 8 * BLOCK // 2 :].mul_(factor)
@@ -100,17 +100,7 @@ def test_codes_of_small_and_of_large_numbers(pair, factor, triton, random_case):
 @pytest.mark.parametrize("pair", PAIRS[1:], ids=str)
 def test_codes_behind_a_token_that_outweighs_the_others(pair, triton, random_case):
     """Products of weights and scales alone would be too small for float16."""
-    sizes = {
-        "group": 1,
-        "dim": 64,
-        "value_dim": 64,
-        "tokens": 1,
-        "logits": False,
-        "cuts": 0,
-        "softcap": 0.0,
-        **ONE_HEAD,
-    }
-    case = random_case(7, torch.float16, past=600, rules=[(4, 0, 1024)], formats=[pair], **sizes)
+    case = random_case(7, torch.float16, past=600, group=1, cuts=0, softcap=0.0, formats=[pair], **ALL_SEEN)
     t = torch.arange(600)
     slots = case.table[0, 0][t // BLOCK].long() * BLOCK + t % BLOCK
     keys, values = torch.zeros(600, 64), torch.randn(600, 64) * 0.05 + 0.1
@@ -169,8 +159,8 @@ def test_blocks_between_units_are_refused(triton, random_case):
 @every_pair
 def test_selected_tokens_that_are_not_finite_reach_those_who_see_them(pair, number, triton, random_case):
     """They may be seen by some queries of a tile and not by others."""
-    sizes = {"group": 2, "dim": 16, "value_dim": 16, "tokens": 60, "valid": 60, "min_window": 16, **ONE_HEAD}
-    case = random_case(3, torch.float32, past=100, rules=[(4, 20, 0)], formats=[pair], **sizes)
+    sizes = {**SMALL, "tokens": 60, "valid": 60, "rules": [(4, 20, 0)], "formats": [pair]}
+    case = random_case(3, torch.float32, past=100, **sizes)
     case.value[0, 0, 7, 3] = number
     case.key[0, 0, 11, 5] = number
     case = case.keeping(random.Random(8))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,16 +58,32 @@ def in_parts(
     """
     parts, begin, sizes = [], 0, [*sizes]
     for size in [*sizes, *[1] * (ids.shape[1] - sum(sizes))]:
-        end, given = begin + size, cache_argument(cache)
+        end = begin + size
+        given: dict[str, Any] = {"use_cache": True} if cache is None else cache_argument(cache)
         if mask is not None:
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             given |= {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
         with torch.no_grad():
-            out = model(ids[:, begin:end], use_cache=True, **given)
+            out = model(ids[:, begin:end], **given)
         cache, begin = returned_cache(out), end
         parts.append(out.logits)
         assert plan is None or cache.used_bytes() == plan.kv_bytes(end, batch=len(ids))
     return torch.cat(parts, 1)
+
+
+@contextmanager
+def fed(model: Any) -> Iterator[list[int]]:
+    """Yields a list that gets the number of tokens of every forward."""
+    counts: list[int] = []
+
+    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        counts.append(kwargs["input_ids"].shape[1])
+
+    handle = model.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield counts
+    finally:
+        handle.remove()
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

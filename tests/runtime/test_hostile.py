@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,11 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from moacompress.core.errors import MoaCompressError
 from moacompress.doctor.checks import check_model
-from moacompress.models.source import load_source, model_shape
+from moacompress.models.source import load_source
 from moacompress.models.weight_files import checkpoint_files
 from moacompress.report.inspection import inspect_plan
 from moacompress.rules import plan_form
 from moacompress.rules.plan import Plan
-from moacompress.runtime import attach
 from moacompress.runtime.checkpoint import load_checkpoint
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
@@ -50,8 +50,9 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any])
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def load_with_dtype(dtype: Any) -> Callable[[Path], Any]:
-    return lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+def loaded(folder: Path) -> Any:
+    """As our own commands load it."""
+    return load_checkpoint(folder, "auto", "cpu")
 
 
 def refuses(folder: Path, match: str, load: Callable[[Path], Any] = AutoModelForCausalLM.from_pretrained) -> None:
@@ -122,16 +123,14 @@ def test_a_hostile_plan_or_config(change: Any, match: str, folder: Path, monkeyp
         raise AssertionError("the model was built")
 
     monkeypatch.setattr(LlamaForCausalLM, "__init__", build)
-    monkeypatch.setattr(
-        plan_form, "MAX_NOTES", 1 << 16
-    )  # transformers copies a config a few times before a plan is read
+    monkeypatch.setattr(plan_form, "MAX_NOTES", 1 << 16)  # a config is copied a few times before a plan is read
     refuses(folder, re.escape(match) if ".*" not in match else match)
 
 
 def test_a_plan_file_of_100_megabytes(folder: Path) -> None:
     with (folder / "plan.json").open("r+b") as file:
         file.truncate(100 * MiB)
-    for load in (Plan.load, lambda path: load_checkpoint(path.parent, "auto", "cpu")):
+    for load in (Plan.load, lambda path: loaded(path.parent)):
         refuses(folder / "plan.json", "has 104,857,600 bytes; at most 67,108,864 are read", load)
 
 
@@ -199,7 +198,7 @@ def test_a_hostile_weights_file(kind: str, folder: Path) -> None:
     content, match = FILES[kind]
     (folder / "model.safetensors").write_bytes(content)
     refuses(folder, match)
-    refuses(folder, match, lambda path: load_checkpoint(path, "auto", "cpu"))
+    refuses(folder, match, loaded)
 
 
 @pytest.mark.parametrize(
@@ -210,10 +209,8 @@ def test_an_index_that_names_files_elsewhere(index: str, absolute: bool, folder:
     name = str(tmp_path / "others.safetensors") if absolute else "../others.safetensors"
     named = dict.fromkeys(load_file(tmp_path / "others.safetensors"), name)
     (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": named}))
-    variant = "fp16" if "fp16" in index else None
-    refuses(
-        folder, "is not a plain file name", lambda place: AutoModelForCausalLM.from_pretrained(place, variant=variant)
-    )
+    load = partial(AutoModelForCausalLM.from_pretrained, variant="fp16" if "fp16" in index else None)
+    refuses(folder, "is not a plain file name", load)
     refuses(folder, "is not a plain file name", checkpoint_files)
 
 
@@ -221,16 +218,13 @@ def test_an_adapter_beside_a_checkpoint(folder: Path, tiny_model: Callable[..., 
     """transformers would put it on the weights in silence, for the dense model of an evaluation too."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    adapter = get_peft_model(
-        tiny_model(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    )
-    adapter.save_pretrained(str(tmp_path / "adapter"))
-    assert (
-        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(tmp_path / "adapter")) is not None
-    )
+    lora = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(tiny_model(), lora).save_pretrained(str(tmp_path / "adapter"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert PeftModel.from_pretrained(model, str(tmp_path / "adapter")) is not None
     for file in (tmp_path / "adapter").glob("adapter_*"):
         file.rename(folder / file.name)
-    for load in (AutoModelForCausalLM.from_pretrained, lambda place: load_checkpoint(place, "auto", "cpu")):
+    for load in (AutoModelForCausalLM.from_pretrained, loaded):
         refuses(folder, "has an adapter beside its weights", load)
 
 
@@ -245,12 +239,15 @@ def test_nothing_is_unpickled(name: str, protocol: str, folder: Path, tmp_path: 
         else:
             pickle.dump({WEIGHT: Canary(mark)}, file)
     match = "pickle" if name.endswith("bin") or protocol == "zip" else "is not a whole safetensors file"
-    for dtype in ("auto", torch.float32):
-        refuses(folder, match, load_with_dtype(dtype))
+    as_stored, as_float32 = (
+        partial(AutoModelForCausalLM.from_pretrained, dtype=each) for each in ("auto", torch.float32)
+    )
+    refuses(folder, match, as_stored)
+    refuses(folder, match, as_float32)
     # without a dtype in the config transformers would open the first file to find it out
     edit_config(folder, lambda config: config.pop("dtype", None))
-    refuses(folder, match, load_with_dtype("auto"))
-    refuses(folder, match, lambda path: load_checkpoint(path, "auto", "cpu"))
+    refuses(folder, match, as_stored)
+    refuses(folder, match, loaded)
     edit_config(folder, lambda config: config.pop("quantization_config"))  # and as the dense source of an export
     refuses(folder, match, load_source)
     assert match in check_model(str(folder))["problems"][0]
@@ -277,9 +274,7 @@ def test_a_missing_tensor_of_an_absurd_size_takes_no_memory(folder: Path) -> Non
     refuses(folder, "lacks 2 of its weights")
 
 
-def test_what_is_whole_still_loads(
-    folder: Path, tiny_model: Callable[..., Any], random_plan: Callable[..., Plan], tmp_path: Path
-) -> None:
+def test_what_is_whole_still_loads(folder: Path, model: Callable[..., Any], tmp_path: Path) -> None:
     """The base model without its head, a new head on it, and tied weights that are stored once."""
     assert AutoModelForCausalLM.from_pretrained(folder) is not None
     assert AutoModel.from_pretrained(folder) is not None
@@ -288,11 +283,10 @@ def test_what_is_whole_still_loads(
     edit_weights(folder, lambda weights: weights.pop(WEIGHT))
     refuses(folder, "lacks 1 of its weights", AutoModel.from_pretrained)
     refuses(folder, "lacks 1 of its weights", AutoModelForSequenceClassification.from_pretrained)
-    tied = tiny_model(tie_word_embeddings=True)
-    attach(tied, random_plan(model_shape(tied), 1)).save_pretrained(tmp_path / "tied")
+    model(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
-    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    tied = AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
     edit_weights(tmp_path / "tied", lambda weights: weights.pop("model.embed_tokens.weight"))
     refuses(tmp_path / "tied", "lacks 2 of its weights")
 

@@ -24,6 +24,11 @@ def linear(inputs=24, outputs=40, bias=True, dtype=torch.float32):
     return nn.Linear(inputs, outputs, bias=bias, dtype=dtype).eval().requires_grad_(False)
 
 
+def assert_plain(layer, x, atol=1e-5, rtol=1e-5):
+    """A layer gives what the plain product with its weight does."""
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=atol, rtol=rtol)
+
+
 @pytest.fixture(params=[False, True], ids=["MKL", "oneDNN"])
 def onednn(request, monkeypatch):
     """Whether this processor is one whose products in float32 are oneDNN's."""
@@ -71,10 +76,7 @@ def test_products_are_those_of_the_plain_layer(dtype, bias, size, onednn):
     assert type(layer) is KernelLinear
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(layer(x), expected, atol=tolerance, rtol=tolerance)
-    strided = torch.randn(24, 130).to(dtype).t()
-    torch.testing.assert_close(
-        layer(strided), nn.functional.linear(strided, layer.weight, layer.bias), atol=1e-2, rtol=2e-2
-    )
+    assert_plain(layer, torch.randn(24, 130).to(dtype).t(), 1e-2, 2e-2)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected, atol=tolerance, rtol=tolerance)
 
@@ -122,10 +124,8 @@ def test_a_changed_weight_is_the_one_that_is_multiplied(change, onednn):
     layer(torch.randn(130, 24))
     change(layer)
     x = torch.randn(130, 24).to(layer.bias.dtype)
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(
-        layer(x[:3]), nn.functional.linear(x[:3], layer.weight, layer.bias), atol=1e-2, rtol=1e-2
-    )
+    assert_plain(layer, x)
+    assert_plain(layer, x[:3], 1e-2, 2e-2)
 
 
 def test_copies_and_pickles_have_weights_of_their_own():

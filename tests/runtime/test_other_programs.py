@@ -23,6 +23,7 @@ from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.runtime import attach
 from tests.refusals import sentence
+from tests.runtime.forwards import fed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -135,14 +136,8 @@ def served(*options: str) -> Iterator[str]:
     port = free_port()
     command = [program("transformers"), "serve", *options, "--host", "127.0.0.1", "--port", str(port)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(
-        [*command, "--device", "cpu"],
-        cwd="/",
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as server:
+    streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, "--device", "cpu"], cwd="/", env=environment, **streams) as server:
         try:
             address, end = f"http://127.0.0.1:{port}", time.monotonic() + SECONDS
             while not _is_up(address):
@@ -178,11 +173,8 @@ def test_the_client_of_a_server_reads_what_is_refused(checkpoint: Any) -> None:
     why = sentence("continuous batching")
     with served(str(folder), "--continuous-batching") as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
-        asked: dict[str, Any] = {
-            "model": str(folder),
-            "messages": [{"role": "user", "content": STORY}],
-            "max_tokens": 4,
-        }
+        messages = [{"role": "user", "content": STORY}]
+        asked: dict[str, Any] = {"model": str(folder), "messages": messages, "max_tokens": 4}
         with pytest.raises(openai.APIStatusError) as whole:
             client.chat.completions.create(**asked)
         assert (whole.value.status_code, whole.value.body) == (501, {"detail": why})
@@ -209,10 +201,6 @@ def test_a_server_answers_and_keeps_prefixes(checkpoint: Any, monkeypatch: pytes
             time.sleep(0.1)
         (loaded,) = serve._model_manager.loaded_models.values()
         tokenizer: Any = loaded.processor
-        fed: list[int] = []
-        loaded.model.get_decoder().register_forward_pre_hook(
-            lambda module, args, kwargs: fed.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-        )
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
 
         def ask(messages: list[dict[str, str]], stream: bool) -> str:
@@ -224,15 +212,15 @@ def test_a_server_answers_and_keeps_prefixes(checkpoint: Any, monkeypatch: pytes
 
         messages, longest = [{"role": "user", "content": STORY}], 0
         for turn in range(3):
-            fed.clear()
-            answer = ask(messages, stream=turn % 2 == 1)
+            with fed(loaded.model) as counts:
+                answer = ask(messages, stream=turn % 2 == 1)
             prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             assert continuation(model, tokenizer, prompt, 12).startswith(answer)
             if not turn:
                 assert not continuation(dense, tokenizer, prompt, 12).startswith(answer)
                 assert len(answer) > 3
             length = len(tokenizer(prompt)["input_ids"])
-            assert fed[0] == length if not turn else fed[0] <= length - longest
+            assert counts[0] == length if not turn else counts[0] <= length - longest
             longest = length
             messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": f"and then, {turn}?"}]
     finally:

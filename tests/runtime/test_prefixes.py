@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,23 +21,9 @@ from moacompress.runtime.cache.kept_prefixes import KeptPrefixes
 from moacompress.runtime.compat.alternates import CHUNKS_CONTINUE, cache_argument, returned_cache
 from moacompress.runtime.hf.prefixes import LEAST_SHARED
 from tests.plan_kinds import KINDS, windows, with_shares
+from tests.runtime.forwards import fed
 
 MUCH = 2**30
-
-
-@contextmanager
-def fed(model: Any) -> Iterator[list[int]]:
-    """Yields a list that gets the number of tokens of every forward."""
-    counts: list[int] = []
-
-    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        counts.append(kwargs["input_ids"].shape[1])
-
-    handle = model.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        yield counts
-    finally:
-        handle.remove()
 
 
 def generate(model: Any, ids: torch.Tensor, tokens: int = 12, **more: Any) -> list[int]:

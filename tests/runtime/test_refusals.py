@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def positions(given):
     return lambda model, ids: model(ids, position_ids=given)
 
 
-PACKED = torch.cat((torch.arange(12), torch.arange(8)))[None]
+PACKED, COUNTED = torch.cat((torch.arange(12), torch.arange(8)))[None], torch.arange(20)[None]
 REFUSED = [
     (r"shape \(2, 19\) and should have \(2, 20\)", lambda model, ids: model(ids, attention_mask=torch.ones(2, 19))),
     (r"should have \(2, 20\)", lambda model, ids: model(ids, attention_mask=torch.ones(1, 20))),
@@ -53,10 +54,7 @@ REFUSED = [
         "20 tokens in the cache and 1 new ones",
         lambda model, ids: model(ids[:, :1], attention_mask=torch.ones(2, 1), cache=model(ids).cache),
     ),
-    (
-        "mask of shape",
-        lambda model, ids: model(ids, attention_mask={"full_attention": torch.zeros(2, 1, 20, 20)}),
-    ),
+    ("mask of shape", lambda model, ids: model(ids, attention_mask={"full_attention": torch.zeros(2, 1, 20, 20)})),
     *(
         (f"generating with {name} is not supported", way(name))
         for name in ("contrastive_search", "dola_generation", "group_beam_search", "constrained_beam_search")
@@ -71,14 +69,11 @@ REFUSED = [
         lambda model, ids: model(ids, past_key_values=StaticCache(model.config, max_cache_len=64)),
     ),
     ("packed", lambda model, ids: model(ids, position_ids=PACKED, use_cache=False)),
-    *(("packed", positions(given)) for given in (PACKED, torch.arange(20).flip(0)[None])),
-    ("packed", positions(torch.arange(20).expand(3, 2, 20))),
+    *(("packed", positions(given)) for given in (PACKED, COUNTED.flip(1), COUNTED.expand(3, 2, 20))),
     (
         "packed",
         lambda model, ids: model(
-            ids[:, :1],
-            position_ids=torch.tensor([[7]]),
-            cache=model(ids, position_ids=torch.arange(20)[None]).cache,
+            ids[:, :1], position_ids=torch.tensor([[7]]), cache=model(ids, position_ids=COUNTED).cache
         ),
     ),
     ("output_attentions", lambda model, ids: model(ids, output_attentions=True)),
@@ -142,18 +137,16 @@ def test_a_web_server_hands_refusals_to_its_client(model, monkeypatch):
 
 def test_cache_of_another_plan(model, ids, tiny_model, random_plan):
     other = tiny_model()
-    attach(other, random_plan(model_shape(other), 2))
-    cache = other(ids).cache
+    cache = attach(other, random_plan(model_shape(other), 2))(ids).cache
     refuses("another plan", lambda: model(ids[:, :1], cache=cache))
 
 
 def test_positions_that_stand_in_the_cache_already(model, ids):
     """A forward that is given none counts them itself, so they are known all the same."""
     cache = model(ids).cache
-    refuses("tokens that the cache has already", lambda: model(ids, position_ids=torch.arange(20)[None], cache=cache))
-    refuses(
-        "tokens that the cache has already", lambda: model(ids[:, :1], position_ids=torch.tensor([[0]]), cache=cache)
-    )
+    for again in (COUNTED, COUNTED[:, :1]):
+        call = partial(model, ids[:, : again.shape[1]], position_ids=again, cache=cache)
+        refuses("tokens that the cache has already", call)
     model(ids[:, :1], cache=cache)
     model(ids, position_ids=torch.arange(21, 41)[None], cache=cache)
     elsewhere = model(ids, position_ids=torch.arange(5, 25)[None]).cache

@@ -12,12 +12,10 @@ import torch
 from moacompress.kernels.arguments import Scores, as_tensors
 from moacompress.kernels.cpu import library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
-from moacompress.rules.formats import FORMATS
-from moacompress.rules.rule import Rule
-from moacompress.rules.rule_table import RuleTable
 from moacompress.rules.windows import BLOCK
 from moacompress.runtime.cache.layer_cache import PlanCacheLayer
 from moacompress.runtime.cache.real_tokens import Chunk
+from tests.kernels.test_step_layer import random_rules
 
 HEADS, GROUP, DIM, VALUE_DIM = 3, 2, 5, 7
 SCORES, CPU = Scores(0.4), CpuBackend()
@@ -27,17 +25,8 @@ pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
 def pair(rng, lag=False, reserve=None, formats=False):
     """Two empty layers with the same random rules."""
-    rules = [
-        Rule(
-            rng.choice((4, 16, 64)),
-            rng.choice((0, 7, 40, 128)),
-            rng.choice((0, 100, 700, 1024)),
-            *((rng.choice([*FORMATS]), rng.choice([*FORMATS])) if formats else ()),
-        )
-        for _ in range(HEADS)
-    ]
-    bounds = (rng.choice((16, 48)), rng.choice((None, None, 9, 60)))
-    layers = [PlanCacheLayer(RuleTable.of(rules, *bounds), reserve) for _ in range(2)]
+    rules = random_rules(rng, HEADS, formats)
+    layers = [PlanCacheLayer(rules, reserve) for _ in range(2)]
     for layer in layers:
         layer.record_past = lag
     return layers
@@ -64,6 +53,13 @@ def feed(layers, key, value, real=None, scores=SCORES):
         wanted, _ = CPU.decode(query[:, :, 0], cache=layers[1].held.view(), lengths=lengths, **rest)
         assert torch.equal(out, wanted[:, None])
     return out is not None
+
+
+def filled():
+    """A layer with 20 tokens of two rows."""
+    layer, _ = pair(random.Random(1))
+    feed([layer], torch.randn(2, HEADS, 20, DIM), torch.randn(2, HEADS, 20, VALUE_DIM))
+    return layer
 
 
 def contents(layer):
@@ -151,8 +147,7 @@ def test_it_does_what_the_python_path_does(seed, formats, isa):
 
 
 def test_a_pool_that_grows_in_another_thread_is_not_seen_halfway():
-    layer, _ = pair(random.Random(1))
-    feed([layer], torch.randn(2, HEADS, 20, DIM), torch.randn(2, HEADS, 20, VALUE_DIM))
+    layer = filled()
     pool = layer.held.pool
     with ThreadPoolExecutor(1) as threads:
         with layer.lock:
@@ -166,24 +161,13 @@ def test_a_pool_that_grows_in_another_thread_is_not_seen_halfway():
 
 
 def test_bad_arguments_are_refused():
-    layer, _ = pair(random.Random(1))
-    feed([layer], torch.randn(2, HEADS, 20, DIM), torch.randn(2, HEADS, 20, VALUE_DIM))
+    layer = filled()
     pool, state = layer.held.pool, (layer.held.table.ids, layer.lengths, layer.held.runs, layer.held.pool.refs)
     tensors = ("query", "key", "value", "keys", "values", "table", "lengths", "runs", "refs")
     names = (*tensors, "rules", "lag", "scaling", "softcap", "logits", "chosen", "scores")
     token = (torch.randn(2, heads, 1, dim) for heads, dim in ((HEADS * GROUP, DIM), (HEADS, DIM), (HEADS, VALUE_DIM)))
-    arguments = (
-        *token,
-        pool.keys,
-        pool.values,
-        *map(torch.from_numpy, state),
-        as_tensors(layer.rules).columns,
-        0,
-        *SCORES,
-        [],
-        None,
-    )
-    good = dict(zip(names, arguments, strict=True))
+    held = (pool.keys, pool.values, *map(torch.from_numpy, state))
+    good = dict(zip(names, (*token, *held, as_tensors(layer.rules).columns, 0, *SCORES, [], None), strict=True))
     before = [array.copy() for array in state]
 
     def refused(match, **changes):
