@@ -13,6 +13,7 @@ import torch
 
 from moacompress.kernels.cpu import library
 from moacompress.kernels.cpu.cpu_backend import CpuBackend
+from moacompress.kernels.dispatch import REFERENCE
 from tests import oracle
 
 OPS = torch.ops.moacompress_cpu
@@ -55,12 +56,8 @@ def plant(case, rng, what, number, *, decode):
 
 def build(random_case, seed, dtype, **fixed):
     """A case small enough for the definitions."""
-    rng = random.Random(seed)
-    sizes = {
-        "tokens": rng.choice((1, 5, 40, 90)),
-        "dim": rng.choice((9, 16, 64)),
-        "value_dim": rng.choice((16, 33, 64)),
-    }
+    rng, of = random.Random(seed), {"tokens": (1, 5, 40, 90), "dim": (9, 16, 64), "value_dim": (16, 33, 64)}
+    sizes = {name: rng.choice(some) for name, some in of.items()}
     return random_case(seed, dtype, **{"group": rng.choice((1, 2, 5)), **sizes, **fixed})
 
 
@@ -119,9 +116,8 @@ def test_what_nobody_sees_changes_no_bit(dtype, name, random_case, isa):
 @functools.lru_cache(1)  # for all instruction sets, which come one after the other
 def far_below(random_case, dtype, softcap, logits):
     """Returns a case and what each operator must give for it; and with many keys of scores of minus infinity, by how many."""
-    case = random_case(
-        3, dtype, rows=2, past=200, tokens=7, valid=7, dim=16, value_dim=16, group=2, rules=[(4, 0, 1024)] * 3
-    )
+    sizes = {"rows": 2, "past": 200, "tokens": 7, "valid": 7, "dim": 16, "value_dim": 16, "group": 2}
+    case = random_case(3, dtype, rules=[(4, 0, 1024)] * 3, **sizes)
     case.native_window, case.softcap, case.scaling = 0, softcap, 0.25
     case.sink_logits = torch.randn(case.query.shape[1]) if logits else None
     case.query = case.query.abs()
@@ -231,30 +227,33 @@ def test_nan_in_padding_reaches_no_gradient(dtype, name, random_case, isa):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def check_backend(backend, seeds, what, number, op, random_case, unchanged_or_as):
+    for seed in seeds:
+        other, case, *exact = planted(random_case, seed, torch.float32, op, what, number)
+        results = (c.decoded(backend) if op == "decode" else c.prefilled(backend) for c in (other, case))
+        unchanged_or_as(*results, *exact, 3e-5, bits=False)
+
+
 @pytest.mark.parametrize("op", ["decode", "prefill"])
 @pytest.mark.parametrize(("what", "number"), PLANTS)
 def test_the_reference_of_the_kernels(what, number, op, random_case, unchanged_or_as):
-    for seed in range(2):
-        other, case, *exact = planted(random_case, seed, torch.float32, op, what, number)
-        results = (c.decoded() if op == "decode" else c.prefilled() for c in (other, case))
-        unchanged_or_as(*results, *exact, 3e-5, bits=False)
+    check_backend(REFERENCE, range(2), what, number, op, random_case, unchanged_or_as)
+
+
+def is_heavy(op, what, number):
+    return op == "prefill" and math.isinf(number) and what != "logit"
 
 
 @pytest.mark.parametrize(
     ("what", "number", "op"),
     [
-        pytest.param(
-            what, number, op, marks=[pytest.mark.heavy] * (op == "prefill" and math.isinf(number) and what != "logit")
-        )
-        for what, number in PLANTS
+        pytest.param(*plant, op, marks=[pytest.mark.heavy] * is_heavy(op, *plant))
+        for plant in PLANTS
         for op in ("decode", "prefill")
     ],
 )
 def test_triton(what, number, op, random_case, unchanged_or_as, triton):
-    for seed in (0, 2) if op == "decode" else (0,):
-        other, case, *exact = planted(random_case, seed, torch.float32, op, what, number)
-        results = (c.decoded(triton) if op == "decode" else c.prefilled(triton) for c in (other, case))
-        unchanged_or_as(*results, *exact, 3e-5, bits=False)
+    check_backend(triton, (0, 2) if op == "decode" else (0,), what, number, op, random_case, unchanged_or_as)
 
 
 @pytest.mark.parametrize(
