@@ -176,14 +176,12 @@ def test_triton_selects_to_the_bit(
 @pytest.mark.parametrize("name", ["reference", "cpu", *gpu.PLACES])
 def test_tokens_are_moved_with_their_scores(name: str, use_backend: Callable[[str], Backend]) -> None:
     backend = use_backend(name)
-    drawn = [
-        Rule(4, 0, 0, keys, values, 9) for keys, values in (("int8", "int4"), ("native", "int8"), ("int8", "int4"))
-    ]
-    rules = RuleTable.of(drawn, MIN_WINDOW)
+    formats = (("int8", "int4"), ("native", "int8"), ("int8", "int4"))
+    rules = RuleTable.of([Rule(4, 0, 0, keys, values, 9) for keys, values in formats], MIN_WINDOW)
     pool = Pool(rules, torch.bfloat16)
     for token in range(40):
-        key, value = (torch.randn(ROWS, len(drawn), WIDTH, dtype=torch.bfloat16) for _ in "kv")
-        pool.put(token, key, value, torch.randint(-99, 99, (ROWS, len(drawn)), dtype=torch.int16))
+        key, value = (torch.randn(ROWS, len(rules), WIDTH, dtype=torch.bfloat16) for _ in "kv")
+        pool.put(token, key, value, torch.randint(-99, 99, (ROWS, len(rules)), dtype=torch.int16))
     heads = torch.tensor([0, 1, 2, 2, 0, 1])
     slots, to = torch.tensor([3, 17, 39, 0, 20, 2]), torch.tensor([5, 1, 30, 7, 16, 0])
     first = heads * 2 * pool.blocks * BLOCK
@@ -193,15 +191,8 @@ def test_tokens_are_moved_with_their_scores(name: str, use_backend: Callable[[st
             part[head].move(memory[head], source[None], memory[head], target[None])
         of_head = expected.scores[head].view(torch.int16).view(-1)
         of_head[target] = of_head[source]
-    backend.move_selected(
-        [*zip(pool.key_parts, pool.value_parts, strict=True)],
-        pool.keys,
-        pool.values,
-        pool.scores,
-        heads=heads,
-        slots=first + slots,
-        to=first + pool.blocks * BLOCK + to,
-    )
+    parts, held = [*zip(pool.key_parts, pool.value_parts, strict=True)], (pool.keys, pool.values, pool.scores)
+    backend.move_selected(parts, *held, heads=heads, slots=first + slots, to=first + pool.blocks * BLOCK + to)
     for kind in ("keys", "values", "scores"):
         for found, wanted in zip(getattr(pool, kind), getattr(expected, kind), strict=True):
             assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
@@ -210,14 +201,8 @@ def test_tokens_are_moved_with_their_scores(name: str, use_backend: Callable[[st
 @pytest.mark.parametrize(
     ("name", "message", "change"),
     [
-        *(
-            (name, "has no id of the pool", change)
-            for name in ("cpu", "triton")
-            for change in (
-                lambda table, scores: (table * 0 - 1, scores),
-                lambda table, scores: (table[..., :0], scores),
-            )
-        ),
+        *((name, "has no id of the pool", lambda ids, scores: (ids * 0 - 1, scores)) for name in ("cpu", "triton")),
+        *((name, "has no id of the pool", lambda ids, scores: (ids[..., :0], scores)) for name in ("cpu", "triton")),
         ("cpu", "scores of", lambda table, scores: (table, [scores[0][1:]])),
         ("triton", "has no scores", lambda table, scores: (table, [scores[0][:, :0]])),
         ("cpu", "selects -1 tokens", None),
@@ -253,17 +238,16 @@ def test_a_selected_token_that_is_not_finite_reaches_those_who_see_it(
     given = [torch.randn(1, count, 80, WIDTH) for count in (GROUP, 1, 1)]
     given[part][0, 0, 40, 0] = number
     query, key, value = (tensor.requires_grad_() for tensor in given)
-    scores, transient = Scores(0.3), transient_of(rules, torch.zeros(80, 1, dtype=torch.int16))
-    out = prefill_alone(REFERENCE, query, key, value, rules=as_tensors(rules), scores=scores, transient=transient)[0]
+    rest: dict[str, Any] = {"rules": as_tensors(rules), "scores": Scores(0.3)}
+    rest["transient"] = transient_of(rules, torch.zeros(80, 1, dtype=torch.int16))
+    out = prefill_alone(REFERENCE, query, key, value, **rest)[0]
     assert out[:, :40].isfinite().all()
     assert not out[:, 60:].isfinite().all()
     out[:, :40].sum().backward()
     assert query.grad is not None
     assert query.grad[:, :, :40].isfinite().all()
     with torch.no_grad():
-        other = prefill_alone(
-            CpuBackend(), query, key, value, rules=as_tensors(rules), scores=scores, transient=transient
-        )[0]
+        other = prefill_alone(CpuBackend(), query, key, value, **rest)[0]
     assert torch.equal(other.isfinite(), out.isfinite())
 
 

@@ -102,7 +102,8 @@ def test_one_call_for_all_layers_selects_in_bfloat16(
         plan = replace(plan, rules=tuple(tuple(rule.in_formats("int8", "int4") for rule in row) for row in plan.rules))
     plan = plan.in_dtype("bfloat16")
     attach(model, plan)
-    ids, caches = token_ids(2, 100), [PlanCache(plan) for _ in range(2)]
+    ids = token_ids(2, 100)
+    caches: list[Any] = [PlanCache(plan) for _ in range(2)]
     found = in_parts(model, ids, [40], caches[0])[:, 40:].float()
     handle = model.model.layers[0].register_forward_pre_hook(lambda *given: None)  # so that layers step by themselves
     wanted = in_parts(model, ids, [40], caches[1])[:, 40:].float()

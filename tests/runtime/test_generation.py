@@ -47,13 +47,15 @@ def test_a_forward_that_failed_early_leaves_the_cache_as_it_was(model, token_ids
     assert (found - expected).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(("beams", "chunk"), [(3, None), (1, 13)])
-def test_padded_prompts(beams, chunk, side, model, rows):
+@pytest.mark.parametrize(
+    ("side", "new", "beams", "chunk"),
+    [("left", 25, 1, 13), ("left", 10, 3, None), ("right", 10, 1, 7), ("right", 10, 3, None)],
+)
+def test_padded_prompts(side, new, beams, chunk, model, rows):
     """With and without a cache the same; from a padded token generating continues, in a dense model too."""
     ids, mask = padded(rows, side)
     plan = plan_of(model)
-    asked = {**GREEDY, "attention_mask": mask, "max_new_tokens": 25, "num_beams": beams}
+    asked = {**GREEDY, "attention_mask": mask, "max_new_tokens": new, "num_beams": beams}
     uncached = model.generate(ids, use_cache=False, **asked)
     assert torch.equal(model.generate(ids, prefill_chunk_size=chunk, **asked), uncached)
     stock = detach(model).generate(ids, prefill_chunk_size=chunk, **asked)

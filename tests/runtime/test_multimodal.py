@@ -51,7 +51,7 @@ IMAGE, PATCHES = 150, 16
 
 
 def llava() -> Any:
-    parts = {"vision_config": CLIPVisionConfig(**VISION), "text_config": LlamaConfig(**TEXT)}
+    parts: dict[str, Any] = {"vision_config": CLIPVisionConfig(**VISION), "text_config": LlamaConfig(**TEXT)}
     config = LlavaConfig(**parts, image_token_index=IMAGE, vision_feature_layer=-1)
     torch.manual_seed(0)
     return LlavaForConditionalGeneration(config).eval().requires_grad_(False)

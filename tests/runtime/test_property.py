@@ -23,7 +23,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from moacompress.models.source import model_shape
 from moacompress.rules.formats import FORMATS
-from moacompress.rules.gate_weights import GateWeights
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import MIN_WINDOWS, SINKS, Rule
@@ -32,7 +31,7 @@ from moacompress.runtime import attach
 from moacompress.runtime.cache.block_runs import LAG
 from moacompress.runtime.cache.plan_cache import PlanCache
 from moacompress.runtime.decode import routes
-from tests.plan_kinds import random_centres
+from tests.plan_kinds import gated_plan, random_centres
 from tests.runtime.worlds import DIM, Attention, Decoder, World, check_blocks
 
 GIVEN = os.environ.get("MOACOMPRESS_EXAMPLES")
@@ -255,11 +254,7 @@ class DecoderMachine(CacheMachine):
         plan = Plan(shape, data.draw(st.sampled_from(MIN_WINDOWS)), tuple(rules))
         if kind == "gates":
             rules = data.draw(selecting(shape, rules))
-            drawn = np.random.default_rng(0)
-            gates = GateWeights(
-                drawn.standard_normal((shape.layers, shape.kv_heads, model.config.hidden_size)).astype(np.float32),
-                drawn.standard_normal((shape.layers, shape.kv_heads)).astype(np.float32),
-            )
+            gates = gated_plan(model, 0).gate_weights
             plan = replace(plan, rules=tuple(rules), gates=gates.fingerprint, gate_weights=gates)
         elif kind == "shares":
             shares = (*[None] * (shape.layers - 1), Share(shape.layers - 2, tuple(reversed(range(shape.kv_heads)))))

@@ -122,10 +122,8 @@ class Pair:
         )
         assert wanted[1] is not None
         if self.rules.selects:
-            more = attend_selected(
-                query[:, :, 0], held.view_selected(), self.rules.selected(lengths), self.rules, SCORES
-            )
-            wanted = merged((wanted[0], wanted[1]), more)
+            selected = held.view_selected(), self.rules.selected(lengths)
+            wanted = merged((wanted[0], wanted[1]), attend_selected(query[:, :, 0], *selected, self.rules, SCORES))
         assert (found[:, 0] - wanted[0]).abs().max() < 1e-4
 
     def compare(self) -> None:
@@ -304,9 +302,7 @@ def test_beams_stay_in_block_tables(device: str, triton: Any, monkeypatch: pytes
             layer.select(np.array(rows))
         pair.step(triton)
         assert pair.layers[0].ring is None
-    monkeypatch.setattr(
-        layer_cache, "ring_for", None
-    )  # is not asked again soon, which takes the host longer than a step
+    monkeypatch.setattr(layer_cache, "ring_for", None)  # not asked again soon: it takes the host longer than a step
     pair.step(triton)
     pair.compare()
 
@@ -329,9 +325,8 @@ def test_a_row_without_tokens_has_no_rings(triton: Any) -> None:
 
 
 def test_blocks_that_wait_are_given_back(device: str, triton: Any) -> None:
-    pair = Pair(
-        RuleTable.of([Rule(4, 0, 1024), Rule(4, 20, 0, select_alpha=9)], MIN_WINDOW), 1, 0, reserve=400, device=device
-    )
+    rules = RuleTable.of([Rule(4, 0, 1024), Rule(4, 20, 0, select_alpha=9)], MIN_WINDOW)
+    pair = Pair(rules, 1, 0, reserve=400, device=device)
     with torch.inference_mode():  # rings go on outside of it
         pair.chunk(50)
         pair.step(triton)

@@ -328,11 +328,13 @@ def check_blocks(plan, worlds):
     that needs, but for what was gone when it began to. Of what a native window has left since then it may hold more, in no
     more blocks than these tokens take. Every block that a table names is counted.
     """
+    anchors = []
     for world in worlds:
         for layer, cache_layer in enumerate(world.cache.layers):
             assert (cache_layer.lengths == world.lengths).all()
             if plan.share(layer) is not None:  # its values lie in its anchor's blocks
                 continue
+            anchors.append(cache_layer.held)
             ids, native = cache_layer.held.table.ids, plan.model.native_windows[layer]
             numbers = np.arange(ids.shape[2])
             in_runs = [
@@ -348,15 +350,8 @@ def check_blocks(plan, worlds):
                     held = ids[row, head] >= 0
                     assert not (wanted & ~held).any() or (selects and world.recorded)
                     assert (held & ~wanted).sum() <= (LAG // 16 if world.recorded and native is not None else 0)
-    anchors = [
-        cache_layer
-        for world in worlds
-        for layer, cache_layer in enumerate(world.cache.layers)
-        if plan.share(layer) is None
-    ]
-    pools = {id(layer.held.pool): layer.held.pool for layer in anchors}
-    for pool in pools.values():
-        own = [layer.held for layer in anchors if layer.held.pool is pool]
+    for pool in {id(held.pool): held.pool for held in anchors}.values():
+        own = [held for held in anchors if held.pool is pool]
         tables = [table for held in own for table in (*held.tables, *(each.selected for each in held.past))]
         named = np.concatenate([table.ids.reshape(-1) for table in tables])
         counts = np.bincount(named[named >= 0], minlength=len(pool.refs))
