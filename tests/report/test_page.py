@@ -97,7 +97,7 @@ def test_quality_is_that_of_the_evaluation(run_folder: Path, page: str) -> None:
     evaluation = json.loads((run_folder / "eval.json").read_text())
     rows = [row for row in evaluation["results"] if row["metric"] == "nll"]
     shown = traces(page, "quality-nll")
-    assert {row["model"] for row in rows} >= {"plan", "dense", "uniform"}
+    assert {row["model"] for row in rows} >= {"plan", "dense", "per-layer"}
     for row in rows:
         trace = shown["this plan" if row["model"] == "plan" else row["model"]]
         assert trace["orientation"] == "h"
@@ -443,6 +443,19 @@ def test_pictures_for_a_card(run_folder: Path, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr("plotly.graph_objects.Figure.to_image", refuse)
     assert "PNG files need kaleido and a Chrome" in problem(*asked, exit_code=2)
+
+
+def test_a_picture_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[Any] = [RuntimeError("kaleido_scopes is not defined"), b"png"]
+
+    def now_and_then(self: Any, form: str, scale: float) -> bytes:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return bytes(answer)
+
+    monkeypatch.setattr("plotly.graph_objects.Figure.to_image", now_and_then)
+    assert Picture("one", "One", [{"type": "bar", "y": [1]}], {}).png() == b"png"
 
 
 def test_pictures_stay_in_their_folder(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

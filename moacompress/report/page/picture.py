@@ -39,6 +39,8 @@ PNG_NEEDS = (
     'PNG files need kaleido and a Chrome or Chromium ({}); pip install "moacompress[report]", and install a browser with '
     "`plotly_get_chrome` or your system's packages"
 )
+PNG_ATTEMPTS = 2
+"""On a busy machine kaleido now and then calls its page before the scripts of it have run."""
 _TAG = re.compile(r"<(?!/?(?:b|br|extra)>)")
 """The start of a tag that no picture has of its own."""
 
@@ -86,10 +88,13 @@ class Picture(Table):
 
         drawn: Any = Figure(self.figure())
         drawn.update_layout(**PNG_LAYOUT, title={"text": _without_tags(self.title)})
-        try:
-            image: bytes = drawn.to_image("png", scale=PNG_SCALE)
-        except (ImportError, ValueError, RuntimeError) as error:
-            raise UsageError(PNG_NEEDS.format(one_line(error))) from error
+        for attempt in range(PNG_ATTEMPTS):
+            try:
+                image: bytes = drawn.to_image("png", scale=PNG_SCALE)
+                break
+            except (ImportError, ValueError, RuntimeError) as error:
+                if attempt == PNG_ATTEMPTS - 1:
+                    raise UsageError(PNG_NEEDS.format(one_line(error))) from error
         return image
 
 
