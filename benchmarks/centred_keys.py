@@ -4,9 +4,9 @@
     python benchmarks/centred_keys.py --table rows.jsonl
 
 Every KV head keeps every token; keys are in one format and values as they are, or both in one. KL(dense || codes) is the mean
-over the later half of each text, nats a token, dense by the same kernels at full span. `whole` has no centre. `mean` has the
-mean key of another text as long. The others say how far it matters what the mean is of: `first` of all tokens of that text, its
-first four too; `code` of source code; `short` of a quarter as many tokens; `own` of the text itself.
+over the later half of each text, its last 2,048 tokens at most, nats a token, dense by the same kernels at full span. `whole`
+has no centre. `mean` has the mean key of another text as long. The others say how far it matters what the mean is of: `first`
+of all tokens of that text, its first four too; `code` of source code; `short` of a quarter as many tokens; `own` of the text.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from moacompress.runtime import attach, detach
 
 FORMATS = (("int8", "native"), ("int4", "native"), ("int4", "int4"))
 WHOLE = "whole"
+MEASURED = 2048
+"""Tokens of a text at most that are measured: of more the logits would take gigabytes."""
 
 
 def main() -> None:
@@ -92,10 +94,12 @@ def measured(source: SourceModel, given: Any) -> Iterator[dict[str, Any]]:
 
 
 def logits(source: SourceModel, plan: Plan, text: list[int]) -> torch.Tensor:
-    """Returns log probabilities of the later half of a text under a plan, `[tokens, vocabulary]`."""
+    """Returns log probabilities of the measured tokens of a text under a plan, `[tokens, vocabulary]`."""
     model: Any = source.model
     attach(model, plan)
-    found = model(torch.tensor([text]), use_cache=False, logits_to_keep=len(text) - len(text) // 2).logits
+    found = model(
+        torch.tensor([text]), use_cache=False, logits_to_keep=min(len(text) - len(text) // 2, MEASURED)
+    ).logits
     detach(model)
     return torch.log_softmax(found[0].float(), -1)
 
