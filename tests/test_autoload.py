@@ -46,7 +46,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         assert not {"transformers", "moacompress"} & {*sys.modules}
         from transformers import LlamaForCausalLM
         """,
-        "import moacompress; from transformers import LlamaForCausalLM",
+        pytest.param("import moacompress; from transformers import LlamaForCausalLM", marks=pytest.mark.heavy),
     ],
 )
 def test_orders_of_imports(code: str) -> None:

@@ -52,6 +52,7 @@ class Run:
             self.found = report.outcome
 
 
+@pytest.mark.heavy
 def test_what_passed_as_it_is_is_left_out(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Run(source.parent).found == "passed"
     assert not builds.FILE.exists()  # only what is asked to records

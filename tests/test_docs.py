@@ -7,6 +7,7 @@ import fnmatch
 import html
 import importlib
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 import moacompress
 import moacompress.runtime
@@ -24,11 +26,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet"]
-    done = subprocess.run([*command, ROOT / "docs", out], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+def site(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Returns the site, which is built once for all workers."""
+    own = tmp_path_factory.getbasetemp()
+    out = (own if worker_id == "master" else own.parent) / "site"
+    with FileLock(f"{out}.lock"):
+        if not (out / "index.html").exists():
+            command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet"]
+            done = subprocess.run([*command, ROOT / "docs", out], capture_output=True, text=True, check=False)
+            if done.returncode:
+                shutil.rmtree(out)
+            assert done.returncode == 0, done.stdout + done.stderr
     return out
 
 

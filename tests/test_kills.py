@@ -40,10 +40,10 @@ def harness(
     return made
 
 
-COMPOSED = ("compress", "shard", "merge", "workers", "heal all weights")
-"""Those that are made of others here, or take the same way."""
+COVERED = ("compress", "shard", "merge", "workers", "export", "eval", "heal all weights")
+"""Those that are made of others here, take the same way, or write little before they end."""
 CASES = [
-    pytest.param(name, times, marks=[pytest.mark.heavy] if times > 1 or name in COMPOSED else [])
+    pytest.param(name, times, marks=[pytest.mark.heavy] if times > 1 or name in COVERED else [])
     for name in COMMANDS
     for times in (1, 15)
 ]

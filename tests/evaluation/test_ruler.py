@@ -132,6 +132,7 @@ def runs_of(path: Path) -> set[tuple[str, ...]]:
     return {run for run in found if len(set(run)) > RUN // 2 and run.count("{}") < RUN // 2}
 
 
+@pytest.mark.heavy
 def test_no_sentence_of_ours_is_rulers() -> None:
     spec = importlib.util.find_spec("lm_eval")
     assert spec is not None

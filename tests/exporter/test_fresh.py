@@ -53,9 +53,8 @@ def test_a_near_tie_may_fall_either_way(
 
 
 @pytest.mark.fresh_process
-@pytest.mark.parametrize(
-    "dtype", ["bfloat16", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("float32", "float16"))]
-)
+@pytest.mark.heavy
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
 def test_other_kernels_pass(
     dtype: str, tiny_folder: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

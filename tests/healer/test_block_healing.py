@@ -98,7 +98,8 @@ def test_adapters_are_merged_into_the_layers_that_they_are_of(
     assert (steps.logits[0][0] - together).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("compute", [pytest.param("float32", marks=pytest.mark.heavy), "bfloat16"])
+@pytest.mark.heavy
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 def test_the_types_of_a_gguf_file(
     compute: str, small: Make, tmp_path: Path, quick: None, tiny_tokenizer: Any, random_plan: Callable[..., Any]
 ) -> None:

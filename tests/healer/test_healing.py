@@ -117,6 +117,7 @@ def test_layers_that_share_attention_are_healed(
     assert Plan.load(done.folder / "plan.json").shares == plan.shares
 
 
+@pytest.mark.heavy
 @pytest.mark.fresh_process
 def test_what_is_written_loads_in_a_fresh_process_and_says_what_was_done(
     healable: Place, small: Make, tmp_path: Path

@@ -95,7 +95,9 @@ def test_it_answers_as_the_original_does(family, copied, under_plan, plans):
     assert torch.equal(logits(again, plan), expected)
 
 
-@pytest.mark.parametrize(("way", "call"), [("pickle", "function"), ("deepcopy", "method")])
+@pytest.mark.parametrize(
+    ("way", "call"), [("pickle", "function"), pytest.param("deepcopy", "method", marks=pytest.mark.heavy)]
+)
 def test_it_answers_as_the_original_does_where_it_is_compiled(way, call, under_plan, plans):
     """The graph of a copy names its own parts of the plan: it runs when those of the original are gone."""
     (plan, _), copied = plans(), WAYS[way]

@@ -45,9 +45,8 @@ def mean_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 CASES = [(name, backend) for backend in BACKENDS for name in (TINY if backend is None else SEVERAL)]
-HEAVY = (("llama", "triton"), ("gemma2", "triton"))
-"""The interpreter takes minutes. GPT-OSS has sinks and windows of its own; the kernels' tests have capped scores; Llama steps
-through tests of devices."""
+HEAVY = tuple((name, "triton") for name in SEVERAL)
+"""The interpreter takes minutes. Sinks, windows and capped scores are in the kernels' tests; Llama steps on devices."""
 
 
 @pytest.fixture(params=[pytest.param(case, marks=[pytest.mark.heavy] * (case in HEAVY)) for case in CASES], ids=str)

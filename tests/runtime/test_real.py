@@ -56,6 +56,7 @@ def test_cached_equals_uncached_and_the_cache_obeys_the_plan(source, ids, random
     assert difference(torch.cat(steps, 1), whole) < 1e-3
 
 
+@pytest.mark.heavy
 def test_bytes_of_the_live_cache_are_the_plans(smollm2, tmp_path):
     source = load_source(smollm2, dtype="float32")
     shape = source.shape

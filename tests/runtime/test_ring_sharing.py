@@ -127,7 +127,7 @@ def drawn(seed: int, device: str = "cpu") -> tuple[Any, tuple[Share | None, ...]
     return with_shared_rules(rules, shares), shares, Scores(DIM**-0.5, draw.choice((0.0, 2.0)), logits)
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.heavy) for seed in range(2, 30))])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.heavy) for seed in range(30) if seed != 1)])
 def test_rings_do_as_tables_do(seed: int, device: str, triton: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a row is fed padding, and where a chunk comes in between."""
     monkeypatch.setattr(ring, "AHEAD", 12)

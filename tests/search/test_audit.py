@@ -158,6 +158,7 @@ def test_predictions_are_for_the_lengths_and_kinds_of_the_samples() -> None:
 # Split halves
 
 
+@pytest.mark.heavy
 def test_more_samples_bring_the_halves_together() -> None:
     profile = make_profile(layers=10)
     rng = np.random.default_rng(0)

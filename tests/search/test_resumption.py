@@ -135,6 +135,7 @@ def test_overwrite_forgets_the_study_in_a_storage_and_no_other(search: Search, t
     assert other.calls
 
 
+@pytest.mark.heavy
 def test_an_overwrite_that_is_interrupted_is_recovered_from(
     search: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,7 +80,9 @@ def the_smallest(profile: Profile, **options: Any) -> Any:
     return find_smallest(profile, Loss.parse("20%"), **options)
 
 
-@pytest.mark.parametrize(("find", "at_once"), [(two_budgets, True), (the_smallest, False)])
+@pytest.mark.parametrize(
+    ("find", "at_once"), [(two_budgets, True), pytest.param(the_smallest, False, marks=pytest.mark.heavy)]
+)
 def test_workers_share_several_searches(
     find: Callable[..., Any], at_once: bool, run: Callable[..., SearchRun], tmp_path: Path
 ) -> None:
