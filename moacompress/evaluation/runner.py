@@ -183,20 +183,7 @@ def evaluate(
     checkpoint = load_checkpoint(folder, dtype, device, trust_remote_code=trust_remote_code)
     use_kernels(checkpoint.model)
     checkpoint.check_lengths(lengths)
-    if dense is not None:
-        checkpoint = with_dense(checkpoint, dense)
-    elif checkpoint.plan.shares and (against or TEXT in names):
-        raise UsageError(
-            f"{folder} has layers that share attention and no queries and keys of their own, so dense and baselines cannot be "
-            "made of it; give the model it was made from (--dense MODEL), or leave them out (--against none)"
-        )
-    elif checkpoint.plan.changed_weights and against:
-        logger.warning(
-            "the weights of %s were %s: what is called dense here, and the baselines, have these weights too; give the model "
-            "it was made from (--dense MODEL)",
-            folder,
-            checkpoint.plan.changed_weights,
-        )
+    checkpoint = _with_dense(checkpoint, dense, compares=bool(against), reads_text=TEXT in names)
     comparison = make_comparison(checkpoint, against, profile, every_candidate)
     path = None if out is None or rank() else Path(out)
     kinds = {name: find_task(name, resources).kind for name in names if name != TEXT}
@@ -206,14 +193,6 @@ def evaluate(
         "weights": checkpoint.weights,
         "other_weights": checkpoint.has_other_weights,
     }
-    if checkpoint.has_other_weights:
-        logger.warning(
-            "the weights of %s are not those that its plan was made for: fingerprint %s, not %s. What the plan says of its KL "
-            "is of the other weights; search again if they were fine-tuned, or get the checkpoint again if they were not",
-            folder,
-            checkpoint.weights,
-            checkpoint.plan.model.weights_fingerprint,
-        )
     check_alike({"moacompress": own_version(), **subject})
     with nullcontext() if path is None else own_file(path):
         earlier = {} if path is None else _check_place(path, subject, wording, overwrite)
@@ -244,6 +223,38 @@ def evaluate(
             _warn_of_lost(path, earlier.get("results", ()), report["results"])
         broadcast(None)  # no process ends before the report is there
         return EvaluationReport(report)
+
+
+def _with_dense(checkpoint: Checkpoint, dense: str | Path | None, *, compares: bool, reads_text: bool) -> Checkpoint:
+    """Returns a checkpoint with the dense model to compare it with, which may be its own weights; warns where they are changed.
+
+    Raises:
+        UsageError: its layers share attention, and no dense model was given.
+    """
+    folder, plan = checkpoint.folder, checkpoint.plan
+    if dense is not None:
+        checkpoint = with_dense(checkpoint, dense)
+    elif plan.shares and (compares or reads_text):
+        raise UsageError(
+            f"{folder} has layers that share attention and no queries and keys of their own, so dense and baselines cannot be "
+            "made of it; give the model it was made from (--dense MODEL), or leave them out (--against none)"
+        )
+    elif plan.changed_weights and compares:
+        logger.warning(
+            "the weights of %s were %s: what is called dense here, and the baselines, have these weights too; give the model "
+            "it was made from (--dense MODEL)",
+            folder,
+            plan.changed_weights,
+        )
+    if checkpoint.has_other_weights:
+        logger.warning(
+            "the weights of %s are not those that its plan was made for: fingerprint %s, not %s. What the plan says of its KL "
+            "is of the other weights; search again if they were fine-tuned, or get the checkpoint again if they were not",
+            folder,
+            checkpoint.weights,
+            plan.model.weights_fingerprint,
+        )
+    return checkpoint
 
 
 def calibrated_on(plan: Plan) -> set[str]:
