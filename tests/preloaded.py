@@ -21,8 +21,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from moacompress.evaluation.tasks.unseen.code_question import code_source
-
 PATIENCE = 5.0
 """Seconds that processes have to end in once another one has failed."""
 
@@ -79,25 +77,10 @@ class Preloaded:
         self.process.wait()
 
 
-IMPORTED = (
-    "datasets",
-    "moacompress.cli",
-    "moacompress.exporter.exporting",
-    "moacompress.pipeline",
-    "optuna.importance",
-    "peft",
-    "plotly.graph_objects",
-    "sqlalchemy.orm",
-    "transformers.models.llama.modeling_llama",
-)
-"""What commands import, some of it only where they need it."""
-
-
 def serve() -> None:
     """Runs jobs until there are no more."""
-    for name in IMPORTED:
+    for name in ("transformers.models.llama.modeling_llama", "moacompress.exporter.exporting", "moacompress.pipeline"):
         importlib.import_module(name)
-    code_source()  # which is read once a process
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
