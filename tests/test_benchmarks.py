@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moacompress.evaluation.baselines.compared_models import ComparedModel
 from moacompress.evaluation.scoring.prompts import Score
 from moacompress.evaluation.scoring.result_rows import Measured, TaskCell
 from moacompress.evaluation.scoring.stored_scores import score_rows
+from moacompress.kernels.kv_format import decoded, encoded, rounded_by
+from moacompress.kernels.reference.rounding import round_to
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -100,3 +103,22 @@ def test_tables_of_ways_to_evict(
     (tmp_path / "one.json").write_text(json.dumps({"scores": [row for row in rows if row["task"] == "easy"]}))
     with pytest.raises(SystemExit, match=r"one\.json: an evaluation of two tasks or more"):
         script.Evaluation(tmp_path / "one.json")
+
+
+def test_rungs(load_script: Callable[[Path], Any]) -> None:
+    """Every rung keeps as many bytes as it says; integers are the reference's codes, and more bits or a fit lose less."""
+    script, lost = load_script(FOLDER / "rungs.py"), {}
+    for dim in (64, 80):
+        x = torch.randn(64, dim)
+        for rung in script.RUNGS:
+            kept = encoded(rung, x, rung.vector_bytes(dim, "bfloat16"))
+            found = decoded(rung, kept, dim)
+            lost[rung.name] = float((found - x).square().mean())
+            if rung.name.startswith("int"):
+                assert torch.equal(found, round_to(x, rung.bits))
+            x[0, 0] = torch.inf
+            assert not rounded_by(rung, x)[0].isfinite().all()
+            x[0] = 0
+            assert not rounded_by(rung, x)[0].any()
+        assert sorted(lost, key=lost.__getitem__) == ["int6", "int5", "gauss3", "int3", "gauss2"]
+        assert script.RUNGS[-1].vector_bytes(dim, "bfloat16") == 2 + dim // 4

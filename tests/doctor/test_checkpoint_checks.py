@@ -17,8 +17,8 @@ from moacompress.report.doctor_tables import model_table
 from moacompress.rules.plan import Plan
 from moacompress.runtime.hf.attaching import attach
 from tests.conftest import tiny_model
-from tests.doctor.printed import shown
 from tests.plan_kinds import random_plan
+from tests.printed import printed
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_compressed_checkpoint_is_described(checkpoint: Path, environment: dic
         "blocks_read_as_they_lie": None,
         "loads": True,
     }
-    text = shown(model_table(found))
+    text = printed(model_table(found), width=300)
     for part in ("org/dense", "budget 40%", "KV at 2k", f"{plan.kv_share(2048):.1%}", "with from_pretrained"):
         assert part in text
 
@@ -74,7 +74,7 @@ def test_where_it_would_not_load_is_said(checkpoint: Path, environment: dict[str
     switched_off = {**environment, "autoload": {"registered": False, "switch": "0", "reason": "it is off"}}
     found = check_model(str(checkpoint), environment=switched_off)
     assert (found["problems"], found["checkpoint"]["loads"]) == ([], False)
-    assert "loads here no" in " ".join(shown(model_table(found)).split())
+    assert "loads here no" in " ".join(printed(model_table(found), width=300).split())
     broken = {**environment, "kernel": {"name": None, "isa": None, "reason": "MOACOMPRESS_KERNEL is wrong"}}
     assert check_model(str(checkpoint), environment=broken)["checkpoint"]["kernel"] is None
 
@@ -182,7 +182,7 @@ def test_what_is_damaged_is_said(name: str, checkpoint: Path, environment: dict[
     assert problem in found["problems"][0]
     assert "\n" not in found["problems"][0]
     assert found["checkpoint"]["loads"] is loads
-    assert shown(model_table(found))
+    assert printed(model_table(found), width=300)
     json.dumps(found)
     if loads:
         assert AutoModelForCausalLM.from_pretrained(checkpoint) is not None
@@ -214,4 +214,4 @@ def test_weights_in_several_files(tiny_tokenizer: Any, tmp_path: Path, environme
     found = check_model(str(tmp_path), environment=environment)
     assert found["problems"] == []
     assert len(found["checkpoint"]["weight_files"]) > 2
-    assert f"in {len(found['checkpoint']['weight_files'])} files" in shown(model_table(found))
+    assert f"in {len(found['checkpoint']['weight_files'])} files" in printed(model_table(found), width=300)

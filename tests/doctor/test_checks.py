@@ -16,7 +16,7 @@ from moacompress.doctor.checks import check_environment, check_model
 from moacompress.report.doctor_tables import model_table
 from moacompress.runtime.compat import private_names
 from tests.cli.commands import invoke
-from tests.doctor.printed import shown
+from tests.printed import printed
 
 
 def lacking(folder: Path) -> list[str]:
@@ -44,7 +44,7 @@ def test_the_kernel_is_said(environment: dict[str, Any], monkeypatch: pytest.Mon
 
     assert environment["gpus"] or environment["gpu_kernel"] is None
     found = {**environment, "gpus": ["a card"], "gpu_kernel": "what runs there"}
-    assert "what runs there" in shown(environment_table(found))
+    assert "what runs there" in printed(environment_table(found), width=300)
     kernel = environment["kernel"]
     assert kernel["name"] == ("reference" if library.load().isa is None else "cpu")
     assert kernel["isa"] == library.load().isa
@@ -57,7 +57,7 @@ def test_the_kernel_is_said(environment: dict[str, Any], monkeypatch: pytest.Mon
     assert wrong["name"] is None
     assert wrong["reason"] == "MOACOMPRESS_KERNEL is 'fast', not one of cpu, triton, reference"
     for found, text in ((asked, "reference: MOACOMPRESS_KERNEL asks for it"), (wrong, "none: MOACOMPRESS_KERNEL is")):
-        assert text in shown(environment_table({**environment, "kernel": found}))
+        assert text in printed(environment_table({**environment, "kernel": found}), width=300)
 
 
 def test_the_private_names_are_said(environment: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +70,7 @@ def test_the_private_names_are_said(environment: dict[str, Any], monkeypatch: py
     assert names["listed"] > 30
     assert names["broken"] == []
     said = f"transformers {transformers.__version__} / torch {torch.__version__}: all {names['listed']} private names are there"
-    assert said in shown(environment_table(environment))
+    assert said in printed(environment_table(environment), width=300)
     monkeypatch.delattr(transformers.PreTrainedModel, "_supports_sdpa")
     monkeypatch.delitem(transformers.activations.ACT2FN, "silu")
     facts, problems = checks._private_names()
@@ -81,7 +81,7 @@ def test_the_private_names_are_said(environment: dict[str, Any], monkeypatch: py
     assert len(problems) == 3
     assert problems[0].startswith("transformers.modeling_utils.PreTrainedModel._supports_sdpa is missing")
     assert "install what moacompress is tested with: " in problems[-1]
-    text = shown(environment_table({**environment, "private_names": facts}))
+    text = printed(environment_table({**environment, "private_names": facts}), width=300)
     assert all(found["name"] in text for found in facts["broken"])
 
 
@@ -288,11 +288,11 @@ def test_which_families_are_tested(families: tuple[str, ...], tiny_folder: Path,
     assert sorted(TESTED_FAMILIES) == sorted(families)
     found = check_model(str(tiny_folder))
     assert found["tested"] is True
-    assert "yes, this family is part of the test suite" in shown(model_table(found))
+    assert "yes, this family is part of the test suite" in printed(model_table(found), width=300)
     (tmp_path / "config.json").write_text(json.dumps(COMMON | {"model_type": "gpt2"}))
     found = check_model(str(tmp_path))
     assert found["tested"] is False
-    assert "no, this family is not part of the test suite" in shown(model_table(found))
+    assert "no, this family is not part of the test suite" in printed(model_table(found), width=300)
 
 
 @pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])

@@ -17,7 +17,7 @@ from moacompress.evaluation.eviction.baseline import PromptBaseline, StreamBasel
 from moacompress.evaluation.eviction.registry import EVICTIONS
 from moacompress.report.evaluation_tables import evaluation_tables
 from moacompress.runtime.compat.alternates import cache_argument
-from tests.doctor.printed import shown
+from tests.printed import printed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,7 +60,7 @@ LM_TASKS: dict[str, dict[str, Any]] = {
 
 def tables_of(report: dict[str, Any]) -> str:
     """Returns the words of an evaluation's tables."""
-    return " ".join(shown(Group(*evaluation_tables(report))).split())
+    return " ".join(printed(Group(*evaluation_tables(report)), width=300).split())
 
 
 @torch.no_grad()

@@ -20,8 +20,8 @@ from moacompress.report.inspection import inspect_plan, overview
 from moacompress.rules.plan import Plan
 from moacompress.runtime import detach
 from moacompress.runtime.checkpoint import load_checkpoint, with_dense
-from tests.doctor.printed import shown
 from tests.plan_kinds import random_plan
+from tests.printed import printed
 from tests.weight_blocks import types_of, write_gguf
 
 pytest.importorskip("gguf")
@@ -137,9 +137,9 @@ def test_types_and_bytes_are_said(exported: Path, file: Path, plan: Plan, enviro
     assert inspected["parameters"]["plan"] == sum(tensor.numel() for tensor in numbers)
     for kind, size in sizes.items():
         assert f"| {kind} | {size:,} |" in card
-        assert kind in shown(overview(plan, inspected))
-        assert kind in shown(model_table(found))
-    assert "slow" in shown(model_table(found))
+        assert kind in printed(overview(plan, inspected), width=300)
+        assert kind in printed(model_table(found), width=300)
+    assert "slow" in printed(model_table(found), width=300)
 
 
 Q = "model__layers__0__self_attn__q_proj"

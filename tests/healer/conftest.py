@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from tests.search.conftest import random_profile
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -53,7 +55,6 @@ def make_healable(
     Returns:
         The folders `dense`, `profile` and `model`.
     """
-    from moacompress.calibration.profile.profiler import profile
     from moacompress.models.source import load_source
     from moacompress.recipe import Recipe
     from moacompress.runtime import attach
@@ -67,10 +68,7 @@ def make_healable(
         }
     )
     source = load_source(dense, weights=weights)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moacompress.calibration.data.sample_sources.build_samples", random_samples)
-        patch.setattr("moacompress.calibration.data.sample_sources.make_drafts", lambda *arguments: [])
-        profile(source, place / "profile", recipe)
+    random_profile(source, place / "profile", recipe, random_samples)
     plan = random_plan(source.shape, 3, full_share=0.8).with_notes(provenance={"source": "dense"})
     attach(source.model, plan)
     for name, weight in source.model.named_parameters():

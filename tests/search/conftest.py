@@ -254,11 +254,11 @@ def random_samples(source: Any, recipe: Recipe, split: str, progress: Any = None
     return [Sample(rng.integers(3, 150, n - 1), np.arange(n - 1) > n - 8, "random", n) for n in lengths]
 
 
-def random_profile(source: Any, out: Path, recipe: Recipe) -> Profile:
+def random_profile(source: Any, out: Path, recipe: Recipe, samples: Callable[..., Any] = random_samples) -> Profile:
     """Profiles a model on random ids."""
     from moacompress.calibration.profile.profiler import profile
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moacompress.calibration.data.sample_sources.build_samples", random_samples)
+        patch.setattr("moacompress.calibration.data.sample_sources.build_samples", samples)
         patch.setattr("moacompress.calibration.data.sample_sources.make_drafts", lambda *arguments: [])
         return profile(source, out, recipe)
