@@ -41,7 +41,7 @@ COLLECT_moby-dick = printf '%s\n' package/data/chapter_*.txt | sort -t_ -k2n | \
 VLLM := $(CACHE)/vllm
 TRITON := $(CACHE)/triton-3.6
 
-# Tests start hundreds of processes, each of which would compile the package anew.
+# Tests start many processes; each would recompile the package's bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo test test-all test-builds test-oldest test-peers test-triton test-versions test-services test-vllm test-data models gemma texts no-texts lint format docs release clean

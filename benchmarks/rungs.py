@@ -3,7 +3,7 @@
     python benchmarks/rungs.py -- -m moacompress profile MODEL --set profile.formats=int8,int6,int4,gauss3 -o runs/rungs
     python benchmarks/rungs.py -- -m moacompress search runs/rungs --formats int8,int6,int4 --budget 12.5% -o int6.json
     python benchmarks/rungs.py -- benchmarks/compare_plans.py runs/rungs 12.5=today.json 12.5/int6=int6.json -o rows.json
-    python benchmarks/rungs.py --bought today.json int6.json
+    python benchmarks/rungs.py -- -m moacompress inspect int6.json
 
 Each is a format of an installed package (`docs/extending.md`), kept by the reference. `int3`, `int5` and `int6` are codes as
 `docs/formats.md` has them, with a scale and a zero point. `gauss2` and `gauss3` are the nearest of the four or eight numbers
@@ -12,25 +12,21 @@ that represent a normal distribution best, times one float16 that is fitted to t
 
 from __future__ import annotations
 
-import os
 import runpy
 import sys
-from collections import Counter
-from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
-from harness import markdown, options  # beside this script
+from harness import options, reference_kernels  # beside this script
 from scipy.stats import norm
 
 from moacompress.core import plugins
-from moacompress.kernels.dispatch import REFERENCE, VARIABLE
 from moacompress.kernels.kv_format import KVFormat
 from moacompress.kernels.reference.codes import Codes, decode, encode, rotated, stored
-from moacompress.rules.plan import Plan
 
 ROUNDS = 500
-"""Of Lloyd's algorithm; the numbers move by less than 1e-5 then."""
+"""Of Lloyd's algorithm, by which the numbers of two and three bits have settled."""
 
 
 class Rung(KVFormat):
@@ -48,17 +44,17 @@ class Rung(KVFormat):
     def encode(self, vectors: torch.Tensor) -> torch.Tensor:
         """See `KVFormat`."""
         codes, *numbers = self.codes(vectors)
-        bits = codes[..., None] >> torch.arange(self.bits, dtype=torch.uint8) & 1
-        bits = torch.nn.functional.pad(bits.flatten(1), (0, -bits[0].numel() % 8)).unflatten(1, (-1, 8))
-        packed = (bits << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+        bits = np.unpackbits(codes.numpy()[..., None], axis=-1, count=self.bits, bitorder="little")
+        packed = torch.from_numpy(np.packbits(bits.reshape(len(bits), -1), axis=1, bitorder="little"))
         return torch.cat((*(number.contiguous().view(torch.uint8) for number in numbers), packed), 1)
 
     def decode(self, kept: torch.Tensor, dim: int) -> torch.Tensor:
         """See `KVFormat`."""
         numbers = [kept[:, 2 * i : 2 * i + 2].contiguous().view(torch.float16) for i in range(self.numbers)]
-        bits = (kept[:, 2 * self.numbers :, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten(1)
-        codes = bits[:, : dim * self.bits].unflatten(1, (dim, self.bits)) << torch.arange(self.bits, dtype=torch.uint8)
-        return rotated(self.meant(codes.sum(-1, dtype=torch.uint8), *numbers))
+        packed = kept[:, 2 * self.numbers :].numpy()
+        bits = np.unpackbits(packed, axis=1, count=dim * self.bits, bitorder="little").reshape(-1, dim, self.bits)
+        codes = torch.from_numpy(np.packbits(bits, axis=-1, bitorder="little")[..., 0])
+        return rotated(self.meant(codes, *numbers))
 
     def codes(self, vectors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Returns codes, uint8 `[tokens, dim]`, and numbers, float16 `[tokens, 1]` each."""
@@ -105,16 +101,6 @@ def representatives(count: int) -> list[float]:
 RUNGS = (Rung("int6", 6), Rung("int5", 5), Rung("int3", 3), Gauss(3), Gauss(2))
 
 
-def bought(files: list[str]) -> str:
-    """Returns how many KV heads of each plan keep keys and values in each format, as a table."""
-    rows = []
-    for file in files:
-        rules = [rule for row in Plan.load(file).rules for rule in row]
-        sides = [Counter(getattr(rule, side) for rule in rules) for side in ("key_format", "value_format")]
-        rows.append([Path(file).stem, *(", ".join(f"{n} {name}" for name, n in side.most_common()) for side in sides)])
-    return markdown(["plan", "keys", "values"], rows, text_columns=3)
-
-
 def main() -> None:
     """Runs a command with these formats installed and the reference as kernel."""
     installed = plugins.plugins
@@ -124,24 +110,17 @@ def main() -> None:
         return (*installed(group), *own)
 
     parser = options(__doc__)
-    parser.add_argument("--bought", nargs="+", metavar="PLAN", help="run nothing; print which formats plans have")
     parser.add_argument(
-        "command", nargs="*", help="after --: what follows Python's name, `-m MODULE ...` or `SCRIPT ...`"
+        "command", nargs="+", help="after --: what follows Python's name, `-m MODULE ...` or `SCRIPT ...`"
     )
-    given = parser.parse_args()
-    os.environ[VARIABLE] = REFERENCE.name
-    with patch.object(plugins, "plugins", with_rungs):
-        match given.command:
-            case ["-m", module, *rest]:
-                sys.argv = [module, *rest]
-                runpy.run_module(module, run_name="__main__", alter_sys=True)
-            case [script, *rest]:
-                sys.argv = [script, *rest]
-                runpy.run_path(script, run_name="__main__")
-            case _ if given.bought:
-                print(bought(given.bought))
-            case _:
-                parser.error("give a command after --, or --bought")
+    first, *rest = parser.parse_args().command
+    with reference_kernels(), patch.object(plugins, "plugins", with_rungs):
+        if first == "-m":
+            sys.argv = rest
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = [first, *rest]
+            runpy.run_path(first, run_name="__main__")
 
 
 if __name__ == "__main__":
