@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-# Tests and demos start many processes, each of which would compile anew what it imports.
+# Tests and demos start many processes; each would recompile the package's bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON ?= $(shell for python in python3.11 python3; do \
@@ -40,9 +40,6 @@ COLLECT_moby-dick = printf '%s\n' package/data/chapter_*.txt | sort -t_ -k2n | \
 # imports them where they are.
 VLLM := $(CACHE)/vllm
 TRITON := $(CACHE)/triton-3.6
-
-# Tests start many processes; each would recompile the package's bytecode.
-unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo test test-all test-builds test-oldest test-peers test-triton test-versions test-services test-vllm test-data models gemma texts no-texts lint format docs release clean
 

@@ -11,6 +11,7 @@ measured: the same command resumes, and adds to a file that has other plans.
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -32,16 +33,8 @@ from moacompress.search.measure.measuring import measured_kls
 
 def main() -> None:
     """Measures the plans, writes their rows, and prints a table."""
-    parser = options(__doc__)
-    parser.add_argument("profile", type=Path, nargs="?")
+    parser = comparison_options(__doc__)
     parser.add_argument("plans", nargs="*", metavar="NAME=FILE")
-    parser.add_argument("--model", help="where the model is, if not where it was profiled")
-    parser.add_argument(
-        "--samples", type=int, help="so many samples of no calibration, in place of the validation samples"
-    )
-    parser.add_argument("--dtype", default="auto", help="compute dtype of the model")
-    parser.add_argument("-o", "--out", type=Path, help="JSON file of the rows")
-    parser.add_argument("--table", type=Path, help="measure nothing; print the rows of a file")
     given = parser.parse_args()
     if given.table is not None:
         print(table(json.loads(given.table.read_text("utf-8"))))
@@ -49,7 +42,25 @@ def main() -> None:
     if given.profile is None or given.out is None or not given.plans:
         parser.error("give a profile, plans and --out, or --table")
     profile = Profile.load(given.profile)
-    plans = dict(named_plan(text, profile) for text in given.plans)
+    print(table(compared(profile, dict(named_plan(text, profile) for text in given.plans), given)))
+
+
+def comparison_options(doc: str | None) -> argparse.ArgumentParser:
+    """Returns the options of a script that compares plans of a profile."""
+    parser = options(doc)
+    parser.add_argument("profile", type=Path, nargs="?")
+    parser.add_argument("--model", help="where the model is, if not where it was profiled")
+    parser.add_argument(
+        "--samples", type=int, help="so many samples of no calibration, in place of the validation samples"
+    )
+    parser.add_argument("--dtype", default="auto", help="compute dtype of the model")
+    parser.add_argument("-o", "--out", type=Path, help="JSON file of the rows")
+    parser.add_argument("--table", type=Path, help="measure nothing; print the rows of a file")
+    return parser
+
+
+def compared(profile: Profile, plans: dict[str, Plan], given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measures plans by name and adds their rows to those in `given.out`; returns all of them."""
     source = load_for(profile.recipe.override(dtype=given.dtype), given.model or profile.source)
     samples = profile.validation
     if given.samples is not None:
@@ -64,7 +75,7 @@ def main() -> None:
         predicted = plan.quality.get("predicted_harm")
         rows[name] = {**row, "predicted": predicted, "kinds": [sample.source for sample in samples], "kls": found}
     given.out.write_text(json.dumps(list(rows.values()), indent=1) + "\n", "utf-8")
-    print(table(list(rows.values())))
+    return list(rows.values())
 
 
 def named_plan(text: str, profile: Profile) -> tuple[str, Plan]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from moacompress.evaluation.scoring.result_rows import Measured, TaskCell
 from moacompress.evaluation.scoring.stored_scores import score_rows
 from moacompress.kernels.kv_format import decoded, encoded, rounded_by
 from moacompress.kernels.reference.rounding import round_to
+from tests.search.conftest import make_profile
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -120,3 +122,27 @@ def test_rungs(load_script: Callable[[Path], Any]) -> None:
             assert not rounded_by(rung, torch.zeros(1, dim)).any()
         assert sorted(lost, key=lost.__getitem__) == ["int6", "int5", "gauss3", "int3", "gauss2"]
         assert script.RUNGS[-1].vector_bytes(dim, "bfloat16") == 2 + dim // 4
+
+
+def test_variants(load_script: Callable[[Path], Any]) -> None:
+    """A plan without a kind of samples is that of a profile which never had them; formats are those on offer."""
+    script = load_script(FOLDER / "variants.py")
+
+    def profile_of(chosen: range) -> Any:
+        profile = make_profile(formats=True).subset(chosen)
+        kinds = [SimpleNamespace(source=("needle/noise", "records/codes")[number % 2]) for number in chosen]
+        object.__setattr__(profile, "calibration_samples", lambda: kinds)
+        return profile
+
+    whole, needles = profile_of(range(8)), profile_of(range(0, 8, 2))
+    found = script.own_plan(whole, "25%", None, "key-value,records")
+    assert (
+        found.key() == script.own_plan(needles, "25%", None, "").key() != script.own_plan(whole, "25%", None, "").key()
+    )
+    assert found.quality["predicted_harm"] > 0
+    formats = {
+        offered: {rule.key_format for row in script.own_plan(whole, "25%", offered, "").rules for rule in row}
+        for offered in ("int8", "native")
+    }
+    assert "int8" in formats["int8"]
+    assert formats["native"] == {"native"}
