@@ -120,6 +120,7 @@ def test_rungs(load_script: Callable[[Path], Any]) -> None:
                 assert torch.equal(found, round_to(x, rung.bits))
             assert not rounded_by(rung, torch.tensor([[torch.inf] + [0.0] * (dim - 1)])).isfinite().all()
             assert not rounded_by(rung, torch.zeros(1, dim)).any()
+            assert rounded_by(rung, x[:0]).shape == (0, dim)
         assert sorted(lost, key=lost.__getitem__) == ["int6", "int5", "gauss3", "int3", "gauss2"]
         assert script.RUNGS[-1].vector_bytes(dim, "bfloat16") == 2 + dim // 4
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from moacompress.core.errors import DataError
 from moacompress.core.files import canonical_json
-from moacompress.core.loaded_rows import LOADERS, file_rows, hub_rows
+from moacompress.core.loaded_rows import LOADERS, file_rows, hub_rows, read_once
 from moacompress.core.shingles import normalised, text_hash
 from moacompress.prompts.pools import Split, deal, read_files
 from moacompress.prompts.squad import parse_articles
@@ -150,6 +150,7 @@ def conversation(row: DataRow, name: str, index: int) -> list[dict[str, str]]:
     return messages
 
 
+@read_once
 def _read_local(path: Path) -> Sequence[DataRow]:
     if path.suffix == ".txt" or path.is_dir():
         return [{"text": text} for text in read_files(path).values()]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moacompress.core.errors import DataError
 
@@ -21,6 +22,25 @@ LARGE_BYTES = 1 << 30
 """Size of a hub set from which it is streamed."""
 STREAMED_ROWS = 50_000
 """Rows that are read of a streamed set, the first ones."""
+Found = TypeVar("Found")
+
+
+def read_once(read: Callable[[Path], Found]) -> Callable[[Path], Found]:
+    """Lets a reader of a file, or of a folder's `.txt` files, keep what it found until one is written, added or removed."""
+    kept: dict[Path, tuple[list[tuple[Path, int, int]], Found]] = {}
+
+    @wraps(read)
+    def reader(path: Path) -> Found:
+        files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+        try:
+            states = [(file, status.st_mtime_ns, status.st_size) for file in files for status in [file.stat()]]
+        except OSError:
+            return read(path)  # which says what is wrong
+        if path not in kept or kept[path][0] != states:
+            kept[path] = states, read(path)
+        return kept[path][1]
+
+    return reader
 
 
 def file_rows(loader: str, path: Path) -> list[Any]:

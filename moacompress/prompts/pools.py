@@ -24,7 +24,7 @@ from typing import Literal, TypeVar, get_args
 import numpy as np
 
 from moacompress.core.errors import DataError
-from moacompress.core.loaded_rows import file_rows
+from moacompress.core.loaded_rows import file_rows, read_once
 from moacompress.core.shingles import SHINGLE_WORDS, WORD, normalised, text_hash
 
 Split = Literal["calibration", "validation", "evaluation"]
@@ -152,7 +152,7 @@ class Prose:
         Raises:
             DataError: missing, unreadable, or without text, or too little for all pools.
         """
-        read = read_files(path)
+        read = read_files(Path(path))
         files, texts = list(read), list(read.values())
         found = {split: pool_of(texts, split, str(path), part if split == "calibration" else None) for split in SPLITS}
         return Prose(
@@ -271,7 +271,8 @@ def sentence_ends(words: Sequence[str]) -> list[int]:
     return ends if ends and ends[-1] == len(words) else [*ends, len(words)]
 
 
-def read_files(path: str | Path) -> dict[Path, str]:
+@read_once
+def read_files(path: Path) -> dict[Path, str]:
     """Returns the texts of a `.txt` file or of the `.txt` files in a folder, by name, without blank ones and repeats.
 
     Texts that are the same in their normal form (`core.shingles`) are repeats.
@@ -279,7 +280,6 @@ def read_files(path: str | Path) -> dict[Path, str]:
     Raises:
         DataError: missing, unreadable, or without text.
     """
-    path = Path(path)
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if not files:
         raise DataError(f"{path} has no .txt files; give a .txt file or a folder with some")

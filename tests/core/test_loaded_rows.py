@@ -12,7 +12,7 @@ import pytest
 
 from moacompress.core import loaded_rows
 from moacompress.core.errors import DataError
-from moacompress.core.loaded_rows import LOADERS, file_rows, hub_rows
+from moacompress.core.loaded_rows import LOADERS, file_rows, hub_rows, read_once
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "2021-05-03", "answer": "007"},
@@ -82,3 +82,29 @@ def test_of_a_large_set_the_first_rows_are_streamed(
     assert isinstance(found, list) == (count == 2)
     with pytest.raises(DataError, match=r"cannot load hub set org/name: ValueError: .*test"):
         hub_rows("org/name", None, "test")
+
+
+def test_rows_are_read_again_where_a_file_was_written(tmp_path: Path) -> None:
+    """Of a file and of a folder: as long as nothing changes they are read once, and what fails is not kept."""
+    (tmp_path / "a.txt").write_text("a")
+    read: list[Path] = []
+
+    @read_once
+    def texts(path: Path) -> list[str]:
+        read.append(path)
+        files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+        return [file.read_text() for file in files]
+
+    for path, files in ((tmp_path / "a.txt", 1), (tmp_path, 2)):
+        before = texts(path)
+        assert texts(path) is before
+        (tmp_path / "a.txt").write_text(f"{before[0]} and more")
+        (tmp_path / "b.txt").write_text("b")
+        assert texts(path) == texts(path) == ["a and more" if files == 1 else "a and more and more", "b"][:files]
+    (tmp_path / "b.txt").unlink()
+    assert texts(tmp_path) == ["a and more and more"]
+    assert read == [tmp_path / "a.txt"] * 2 + [tmp_path] * 3
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError):
+            texts(tmp_path / "b.txt")
+    assert len(read) == 7
