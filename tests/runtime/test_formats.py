@@ -12,7 +12,7 @@ import torch
 
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
-from moacompress.runtime.cache.pool import Layout, Pool
+from moacompress.runtime.cache.layer_blocks import LayerBlocks
 from moacompress.runtime.decode import attention
 from moacompress.runtime.decode.attention import attention_forward
 from moacompress.runtime.decode.context import CONTEXT, LayerCall, LayerContext
@@ -80,18 +80,23 @@ def test_gradients_pass_straight_through_the_rounding(padded: bool) -> None:
         assert other.abs().max() > 0
 
 
-def test_a_block_may_be_of_other_formats_of_as_many_bytes() -> None:
-    """Of four numbers a vector codes of 4 and of 8 bits take as many bytes, and a compiled step takes any block that fits."""
-    rules = RuleTable.of([Rule(4, 0, 1024, "int4", "int4"), Rule(4, 0, 1024, "int4", "int8")], 16)
-    layout = Layout.of(rules, 4, 4, torch.float32)
-    assert len(set(layout.block_bytes.tolist())) == 1
-    assert sorted(layout.of_head.tolist()) == [0, 1]
-    pools = [Pool(layout, torch.device("cpu")) for _ in range(2)]
-    key, value = torch.randn(2, 1, 2, 1, 4)
-    for block, pool in enumerate(pools):  # one of them writes into a block of the other formats
-        pool.reserve(np.array([1, 1]))
-        pool.keys[block].zero_()
-        pool.values[block].zero_()
-        pool.write(np.array([block * 16 + 3]), np.array([1]), key, value, np.array([1]))
-    assert torch.equal(pools[0].keys[0], pools[1].keys[1])
-    assert torch.equal(pools[0].values[0], pools[1].values[1])
+@pytest.mark.parametrize(
+    ("dim", "dtype", "formats", "apart"),
+    [
+        (4, torch.float32, [("int4", "int4"), ("int4", "int8")], False),
+        (4, torch.bfloat16, [("int4", "int4"), ("int4", "native")], False),
+        (4, torch.bfloat16, [("int4", "int4"), ("int4", "int4")], True),
+        (8, torch.bfloat16, [("int4", "int4"), ("int4", "native"), ("int4", "int8"), ("native", "int8")], True),
+    ],
+)
+def test_a_compiled_step_needs_blocks_that_say_what_they_are(
+    dim: int, dtype: torch.dtype, formats: list[tuple[str, str]], apart: bool
+) -> None:
+    """It takes any free block of as many bytes, which at four numbers a vector may be of other formats."""
+    rules = RuleTable.of([Rule(4, 0, 1024, *each) for each in formats], 16)
+    key = torch.randn(1, len(rules), 1, dim, dtype=dtype)
+    held = LayerBlocks.none(rules, key, key)
+    assert not held.has_memory_for(key)
+    held.pool.reserve(np.bincount(held.pool.layout.of_head))
+    assert held.has_memory_for(key) is apart
+    assert not held.has_memory_for(key.double())

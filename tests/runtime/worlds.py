@@ -25,7 +25,7 @@ from moacompress.runtime.hf.hooks import read_mask
 from moacompress.runtime.sharing.shared_keys import SHARED_KEYS, AnchorKeys
 from tests import oracle
 
-DIM = 4
+DIM = 8
 
 
 MODULE = types.SimpleNamespace(is_causal=True)

@@ -116,8 +116,8 @@ class LayerBlocks:
         return self.pool.bytes_of(self.named)
 
     def has_memory_for(self, like: torch.Tensor) -> bool:
-        """Whether a step's keys and values can go into the pool as they are: there is memory, of the dtype of `like`."""
-        return bool(self.pool.keys) and self.pool.layout.dtype == like.dtype
+        """Whether a compiled step can put keys and values like these into the pool as they are."""
+        return bool(self.pool.keys) and self.pool.told_apart and self.pool.layout.dtype == like.dtype
 
     def view(self) -> CacheView:
         """Returns what attention reads of sinks and windows."""

@@ -131,6 +131,13 @@ class Layout(NamedTuple):
             [size + BLOCK * SCORE_BYTES * kept for size, kept in zip(sizes, self.scored, strict=True)], np.int64
         )
 
+    @property
+    def told_apart(self) -> bool:
+        """Whether the parts of blocks say by their bytes of which kind they are: at four numbers a vector they may not."""
+        parts = [[*own, *more] for own, more in zip(self.kinds, self.shared_values, strict=True)]
+        sizes = [(kept, *[part.nbytes for part in each]) for each, kept in zip(parts, self.scored, strict=True)]
+        return len(set(sizes)) == len(sizes)
+
 
 class Pool:
     """Memory for the blocks of one layer: segments that stay where they are, so that growing moves nothing.
@@ -146,6 +153,7 @@ class Pool:
         refs: how many table entries name each block; 0 is free.
         kinds: number of each block's pair of formats in the layout, `[blocks]`.
         shared: whether some block may be named more than once.
+        told_apart: see `Layout`; compiled steps take any block of as many bytes, so else there are none.
         lock: held while blocks are taken and given back.
     """
 
@@ -156,7 +164,7 @@ class Pool:
         self.shared_values: list[tuple[torch.Tensor, ...]] = []
         self.scores: list[torch.Tensor] = []
         self.refs, self.kinds = np.zeros(0, np.int32), np.zeros(0, np.int64)
-        self.shared = False
+        self.shared, self.told_apart = False, layout.told_apart
         self.lock = threading.RLock()
 
     @property
@@ -275,7 +283,7 @@ class Pool:
         self.__dict__.update(state, **own, lock=threading.RLock())
 
     def write(self, slots: Ints, heads: Ints, key: torch.Tensor, value: torch.Tensor, sources: Ints) -> None:
-        """Writes tokens of a chunk, each in the formats of its KV head: a block may be of others that take as many bytes.
+        """Writes tokens of a chunk, each in the formats of its KV head.
 
         Args:
             slots: block id * 16 + place in the block, `[tokens]`.
