@@ -45,7 +45,9 @@ class Rung(KVFormat):
         """See `KVFormat`."""
         codes, *numbers = self.codes(vectors)
         bits = np.unpackbits(codes.numpy()[..., None], axis=-1, count=self.bits, bitorder="little")
-        packed = torch.from_numpy(np.packbits(bits.reshape(len(bits), vectors.shape[1] * self.bits), axis=1, bitorder="little"))
+        packed = torch.from_numpy(
+            np.packbits(bits.reshape(len(bits), vectors.shape[1] * self.bits), axis=1, bitorder="little")
+        )
         return torch.cat((*(number.contiguous().view(torch.uint8) for number in numbers), packed), 1)
 
     def decode(self, kept: torch.Tensor, dim: int) -> torch.Tensor:
