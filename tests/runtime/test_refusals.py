@@ -13,6 +13,7 @@ from moacompress.core.errors import UnsupportedError
 from moacompress.models.source import model_shape
 from moacompress.runtime import attach
 from moacompress.runtime.compat.alternates import CACHE, returned_cache
+from moacompress.runtime.compat.http_errors import RefusedRequest
 
 
 @pytest.fixture
@@ -122,17 +123,17 @@ def test_drafts_on_a_cache_of_an_earlier_turn(model, ids):
 
 def test_a_web_server_hands_refusals_to_its_client(model, monkeypatch):
     exceptions = pytest.importorskip("starlette.exceptions")
-    with pytest.raises(UnsupportedError) as caught:
+    with pytest.raises(RefusedRequest) as caught:
         model.init_continuous_batching()
     assert isinstance(caught.value, exceptions.HTTPException)
     assert (caught.value.status_code, caught.value.detail) == (501, str(caught.value))
     assert not set('"\\\n') & set(str(caught.value))  # a stream puts it into JSON as it is
     copied = pickle.loads(pickle.dumps(caught.value))
-    assert (type(copied), str(copied)) == (UnsupportedError, str(caught.value))
+    assert (type(copied), str(copied)) == (RefusedRequest, str(caught.value))
     monkeypatch.delitem(sys.modules, "starlette.exceptions")
     with pytest.raises(UnsupportedError) as caught:
         model.init_continuous_batching()
-    assert type(caught.value) is UnsupportedError
+    assert type(caught.value) is RefusedRequest
 
 
 def test_cache_of_another_plan(model, ids, tiny_model, random_plan):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -17,14 +18,26 @@ FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 Replace = Callable[[pytest.MonkeyPatch, Any, str, Any], None]
 
 
-def doubled_rotary(patch: pytest.MonkeyPatch, home: Any, prefix: str, model: Any) -> None:
-    own = home.apply_rotary_pos_emb
-
+def doubled(own: Callable[..., Any]) -> Callable[..., Any]:
     def other(query: Any, key: Any, *rest: Any, **more: Any) -> Any:
         query, key = own(query, key, *rest, **more)
         return query * 1.5, key
 
-    patch.setattr(home, "apply_rotary_pos_emb", other)
+    return other
+
+
+def doubled_rotary(patch: pytest.MonkeyPatch, home: Any, prefix: str, model: Any) -> None:
+    patch.setattr(home, "apply_rotary_pos_emb", doubled(home.apply_rotary_pos_emb))
+
+
+def doubled_rotary_of_a_layer(patch: pytest.MonkeyPatch, home: Any, prefix: str, model: Any) -> None:
+    """As the package `kernels` does."""
+    funcs = model.model.layers[1].self_attn.__dict__.get("_kernel_funcs")
+    if funcs is None:
+        pytest.skip("the package is not installed")
+    (func,) = funcs.values()
+    own = doubled(func.forward)
+    patch.setattr(func, "forward", MethodType(lambda self, *rest, **more: own(*rest, **more), func), raising=False)
 
 
 def other_halves(patch: pytest.MonkeyPatch, home: Any, prefix: str, model: Any) -> None:
@@ -134,6 +147,7 @@ PARTS: dict[Callable[[str], Replace], tuple[str, ...]] = {
 """Parts of a layer that are changed in each way."""
 REPLACED: dict[str, Replace] = {
     "rotary": doubled_rotary,
+    "rotary of a layer": doubled_rotary_of_a_layer,
     "halves": other_halves,
     "activation": of_activation,
     "linear": of_torch(nn.Linear),

@@ -101,8 +101,8 @@ class CacheLayer(CacheLayerMixin):
         """Returns -1: the cache grows as long as memory lasts."""
         return -1
 
-    def activate_past_recording(self) -> None:
-        """Keeps `LAG` tokens longer from now on, so that drafts can be rolled back."""
+    def activate_past_recording(self, **kwargs: Any) -> None:
+        """Keeps `LAG` tokens longer from now on, so that drafts can be rolled back; `kwargs` are for recurrent states."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -1,7 +1,8 @@
 """Refusals that the client of a web server reads.
 
-`transformers serve` is a FastAPI app, and FastAPI hides every error's message but an `HTTPException`'s. So where a server is
-loaded, what a request cannot have is refused by an error that is both.
+`transformers serve` is a FastAPI app, which hides every error's message but an `HTTPException`'s and, since 5.25, where models
+run in processes of their own, a `ValueError`'s. So what a request cannot have is refused by an error that is the one, and the
+other too where a server is loaded.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ NO_RETRY = {"x-should-retry": "false"}
 _log = logging.getLogger(__name__)
 
 
-def refusal(message: str) -> UnsupportedError:
+class RefusedRequest(UnsupportedError, ValueError):
+    """What a caller, or a client of a server, asks for and cannot have."""
+
+
+def refusal(message: str) -> RefusedRequest:
     """Returns the error that refuses what a caller, or a client of a server, asks for.
 
     Args:
@@ -29,9 +34,9 @@ def refusal(message: str) -> UnsupportedError:
     """
     server = sys.modules.get("starlette.exceptions")
     if server is None:
-        return UnsupportedError(message)
+        return RefusedRequest(message)
     _log.warning(message)  # the server's own log has the status alone
-    error: UnsupportedError = _over_http(server.HTTPException)(message)
+    error: RefusedRequest = _over_http(server.HTTPException)(message)
     return error
 
 
@@ -39,7 +44,7 @@ def refusal(message: str) -> UnsupportedError:
 def _over_http(http_error: Any) -> Any:
     """Returns the class of errors that are refusals and what a web server hands to its client."""
 
-    class RefusedRequest(UnsupportedError, http_error):  # type: ignore[misc]
+    class RefusedOverHttp(RefusedRequest, http_error):  # type: ignore[misc]
         def __init__(self, message: str) -> None:
             http_error.__init__(self, NOT_IMPLEMENTED, message, NO_RETRY)
             self.args = (message,)
@@ -48,7 +53,7 @@ def _over_http(http_error: Any) -> Any:
             return str(self.args[0])
 
         def __reduce__(self) -> tuple[Any, ...]:
-            return UnsupportedError, self.args  # who reads it may have no server
+            return RefusedRequest, self.args  # who reads it may have no server
 
-    RefusedRequest.__qualname__ = RefusedRequest.__name__  # tracebacks end with it
-    return RefusedRequest
+    RefusedOverHttp.__qualname__ = RefusedOverHttp.__name__  # tracebacks end with it
+    return RefusedOverHttp

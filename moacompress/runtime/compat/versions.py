@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from importlib.metadata import PackageNotFoundError, version
 
-TESTED = ("5.17", "5.18", "5.19", "5.20", "5.21", "5.22", "5.23", "5.24")
+TESTED = ("5.17", "5.18", "5.19", "5.20", "5.21", "5.22", "5.23", "5.24", "5.25")
 """Minor versions of transformers whose every test passes, the oldest first, without a gap."""
 
 
@@ -33,12 +33,12 @@ def is_tested(full: str) -> bool:
 
 
 def tested_range() -> str:
-    """Returns the tested minors in words: "5.17 to 5.24"."""
+    """Returns the tested minors in words: "5.17 to 5.25"."""
     return f"{TESTED[0]} to {TESTED[-1]}"
 
 
 def requirement() -> str:
-    """Returns what pip is asked for to get a tested one: "transformers>=5.17,<5.25"."""
+    """Returns what pip is asked for to get a tested one: "transformers>=5.17,<5.26"."""
     major, last = minor(TESTED[-1])
     return f"transformers>={TESTED[0]},<{major}.{last + 1}"
 

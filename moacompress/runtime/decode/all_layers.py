@@ -44,6 +44,12 @@ REPLACEMENTS = ("forward", private_names.COMPILED_CALL)
 """What a module has in its own dictionary where something else is run in its place."""
 
 
+def kernel_funcs(module: torch.nn.Module) -> Iterable[torch.nn.Module]:
+    """Returns what stands in a module for functions that the package `kernels` may run something else for."""
+    found: dict[str, torch.nn.Module] = module.__dict__.get(private_names.KERNEL_FUNCS, {})
+    return found.values()
+
+
 def is_capturing() -> bool:
     """Returns whether the running forward captures hidden states."""
     return bool(_collector.get())
@@ -107,7 +113,8 @@ class SealedLayers:
         self._watched: dict[tuple[Any, ...], list[dict[Any, Any]]] = {}
         for layer in self.layers:
             attention, mlp, norms = layer.self_attn, layer.mlp, (layer.input_layernorm, layer.post_attention_layernorm)
-            for module in (layer, attention, mlp, *norms, *attention._modules.values(), *mlp._modules.values()):
+            inner = (*attention._modules.values(), *kernel_funcs(attention), *mlp._modules.values())
+            for module in (layer, attention, mlp, *norms, *inner):
                 self._modules.append(module)
                 self._own.append(module.__dict__)
                 self._hooks.append(module._forward_hooks)

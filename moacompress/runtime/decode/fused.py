@@ -36,6 +36,7 @@ from moacompress.runtime.decode.all_layers import (
     are_foreign,
     are_unpatched,
     is_capturing,
+    kernel_funcs,
 )
 from moacompress.runtime.decode.context import AttentionHook, LayerCall
 from moacompress.runtime.decode.routes import dispatch, first_route
@@ -166,7 +167,7 @@ def _layer(
     linears, activation = [parts.get(name) for parts, name in names], feed_forward.get("act_fn")
     if activation is None or None in linears:
         return None
-    others = (mlp, activation, *norms)
+    others = (mlp, activation, *norms, *kernel_funcs(attention))
     if _is_touched(attention, hooked_before=True) or any(map(_is_touched, others)):
         return None
     found = _read(linears, hidden, (*PLAIN, DroppedProjection) if among_all else PLAIN)
@@ -293,9 +294,14 @@ def _layer_call() -> Any:
 
 
 def _function_of(module: Any, name: str) -> PatchPoint:
-    """Returns a function of a module's own, which others replace there by their kernels."""
-    found = getattr(module, name, None)
-    code = getattr(inspect.unwrap(found), "__code__", None) if callable(found) else None
+    """Returns a function of a module's own, which others replace there by their kernels.
+
+    The package `kernels` puts a module in its place that runs the function.
+    """
+    found = function = getattr(module, name, None)
+    if isinstance(found, nn.Module):
+        function = inspect.getclosurevars(type(found).forward).nonlocals.get("func")
+    code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
     own = code is not None and code.co_filename == module.__file__
     return PatchPoint(module, name, found if own else NOTHING)
 

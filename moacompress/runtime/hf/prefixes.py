@@ -139,6 +139,7 @@ class _Conversation(StoppingCriteria):
         found, shared = self._prefixes.longest(self._prompt, self._weights)
         cache = new if found is None else found
         read = cache.get_seq_length()
+        _log.debug("%d of %d tokens of a prompt are kept", read, len(self._prompt))
         if shared - read >= LEAST_SHARED:
             ids = torch.from_numpy(self._prompt[None, read:shared]).to(input_device(self.model))
             decoder = self.model.get_decoder() or self.model.base_model
