@@ -37,9 +37,12 @@ from tests.runtime.worlds import DIM, Attention, Decoder, World, check_blocks
 GIVEN = os.environ.get("MOACOMPRESS_EXAMPLES")
 LOGIT_TOLERANCE = {
     torch.float32: {"native": 3e-5, "int8": 5e-3, "int4": 0.1, "mixed": 0.1, "gates": 3e-5, "shares": 3e-5},
-    torch.bfloat16: {"native": 0.06, "int8": 0.1, "int4": 0.3, "mixed": 0.3, "shares": 0.06},
+    torch.bfloat16: {"native": 0.06, "int8": 0.1, "int4": 0.6, "mixed": 0.6, "shares": 0.06},
 }
-"""Of logits, by kind of plan, as a share of the largest: where a code falls on the other side of a step they differ by more."""
+"""Of logits, by kind of plan, as a share of the largest: where a code falls on the other side of a step they differ by more.
+
+In bfloat16 with 4 bits every route is up to 0.45 from float32 (of 80 rows; 0.21 the median), so that faults are seen in float32.
+"""
 DTYPES = {
     "reference": (torch.float64, torch.float32, torch.bfloat16),
     "cpu": (torch.float32, torch.bfloat16),
