@@ -66,7 +66,7 @@ def test_the_golden_plan(dtype: torch.dtype, load_script: Callable[[Path], Any],
     wide = copy.deepcopy(model).double()
     exact, other = (torch.stack(record.logits_under(wide, of, ids, STEPS)) for of in (plan, Plan.full(plan.model)))
     on_cpu, on_triton = by_both(model, plan, ids, STEPS)
-    assert rms(on_triton - exact) < 1.5 * rms(on_cpu - exact) < 0.3 * rms(other - exact)
+    assert rms(on_triton - exact) < 1.5 * rms(on_cpu - exact) < 0.5 * rms(other - exact)
 
 
 @pytest.mark.heavy
