@@ -38,8 +38,8 @@ CANNOT = {
     r"--device (cuda|auto)|gpu\w*\.py|--tensor-parallel": "needs a GPU",
     r"^(\S+=\S+ )?python (benchmarks|tests)/(?!scale\.py)": "a measurement of minutes or hours; tests/test_benchmarks.py runs "
     "small ones",
-    r"smollm2|SmolLM2|gemma|qwen2|\.cache/|runs/demo|rotated/": "a measurement on a real model and texts, of minutes or "
-    "hours, as the page says",
+    r"smollm2|SmolLM2|gemma|qwen2|\.cache/|runs/(demo|quick)|moby-dick|rotated/": "a measurement on a real model and texts, "
+    "of minutes or hours, as the page says",
     r"memory=6GiB|--budget 512MiB@32k": "its budget is of a model with billions of weights",
     r"^(\S+=\S+ )?moacompress bench ": "times this machine for minutes; tests/cli/test_bench.py and tests/bench run small ones",
     r"--tasks ruler --lengths 1k,2k": "a token of the tiny tokenizer is a character: RULER's shortest prompts are longer",

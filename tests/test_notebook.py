@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+import moacompress
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,6 +60,15 @@ def test_the_notebook_is_clean() -> None:
     notebook = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
     nbformat.validate(notebook)
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
+
+
+def test_its_recipes_are_of_keys_that_there_are() -> None:
+    notebook = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    made = [node for node in ast.parse(code).body if isinstance(node, ast.Assign) and "Recipe()" in ast.unparse(node)]
+    assert len(made) == 1
+    found = eval(ast.unparse(made[0].value), {"moacompress": moacompress, "MODEL": "m", "LENGTHS": [512]})
+    assert isinstance(found, moacompress.Recipe)
 
 
 @pytest.mark.heavy

@@ -31,6 +31,7 @@ def trainer_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
         monkeypatch.setattr(transformers.TrainingArguments, "device", property(device))
         monkeypatch.setattr(accelerate.Accelerator, "device", property(lambda self: there))
+        monkeypatch.setattr(transformers.PreTrainedModel, "use_kernels", False)  # the hub has none for such a device
         monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: [there.type])
 
     return choose

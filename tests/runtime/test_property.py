@@ -41,7 +41,7 @@ LOGIT_TOLERANCE = {
 }
 """Of logits, by kind of plan, as a share of the largest: where a code falls on the other side of a step they differ by more.
 
-In bfloat16 with 4 bits every route is up to 0.45 from float32 (of 80 rows; 0.21 the median), so that faults are seen in float32.
+In bfloat16 with 4 bits every route is up to 0.45 from float32 (of 80 rows; 0.21 the median): faults are seen in float32.
 """
 DTYPES = {
     "reference": (torch.float64, torch.float32, torch.bfloat16),
