@@ -27,8 +27,11 @@ CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.syml
 HALF = b'{"op_code": 8, "worker'
 """What is left in a file that was about to be written."""
 
-IGNORED = re.compile(r".*(\.journal|\.lock|\.html)|seconds\.json")
-"""Names of files that no two runs have in common: of times, and of the order in which trials were made."""
+IGNORED = re.compile(r".*(\.journal|\.lock|\.html)|seconds\.json|study\.journal\.lock[0-9a-f-]+\.rename")
+"""Names of files that no two runs have in common: of times, and of the order in which trials were made.
+
+The last is what Optuna moves the lock of a journal to: where workers share it, it may be that of a live one.
+"""
 IGNORED_KEYS = {"seconds"}
 """Keys of JSON that differ from run to run, wherever they are."""
 

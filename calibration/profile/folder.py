@@ -9,14 +9,13 @@ from pathlib import Path
 from moacompress.calibration.profile.manifest import DamagedProfile, Manifest, read_head, with_recorded
 from moacompress.core.artefact_names import (
     CALIBRATION_FILE,
-    INFLUENCE_FILE,
     MANIFEST_FILE,
     SAMPLES_FOLDER,
-    SHINGLES_FILE,
     TEMPORARY,
     VALIDATION_FILE,
     holder_of_folder,
     of_profile,
+    of_samples,
 )
 from moacompress.core.errors import ArtefactError
 from moacompress.core.files import check_no_link, remove, sweep_files, write_text
@@ -77,8 +76,8 @@ def prepare(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest:
     if not overwrite:
         _read(folder)
     check_no_link(folder / SAMPLES_FOLDER)
-    for name in (MANIFEST_FILE, CALIBRATION_FILE, VALIDATION_FILE, INFLUENCE_FILE, SHINGLES_FILE):
-        sweep_files(folder / name)
+    for path in of_samples(folder):
+        sweep_files(path)
     for path in (folder / SAMPLES_FOLDER).glob(f".*.safetensors.*{TEMPORARY}"):  # a killed run was just writing it
         path.unlink(missing_ok=True)
     found = _same_request(folder, manifest, overwrite)

@@ -170,8 +170,13 @@ def of_audit(audit: Path) -> list[Path]:
 
 
 def of_profile(folder: Path) -> list[Path]:
+    """Returns all that is left in the folder of a profile: by `profile`, and by an audit of it."""
+    return [*of_audit(folder / AUDIT_FILE), *of_samples(folder)]
+
+
+def of_samples(folder: Path) -> list[Path]:
     """Returns all that `profile` leaves in its folder."""
-    samples = (
+    names = (
         GATES_FILE,
         INFLUENCE_FILE,
         SAMPLES_FOLDER,
@@ -182,7 +187,7 @@ def of_profile(folder: Path) -> list[Path]:
         SHINGLES_FILE,
         MANIFEST_FILE,
     )
-    return [*of_audit(folder / AUDIT_FILE), *(folder / name for name in samples)]
+    return [folder / name for name in names]
 
 
 def of_heal(folder: Path) -> list[Path]:

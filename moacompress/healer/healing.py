@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,9 +134,11 @@ def heal(
     done = check_out(out, request, overwrite)
     alike = {"request to heal": request.key, f"state of {out}": "healed" if done is not None else "not healed"}
     processes.check_alike(alike)
-    if done is not None:
-        return done
     work = heal_folder(out)
+    if done is not None:
+        if rank() == 0:
+            _clear(work, request)
+        return done
     arguments = trainer_arguments(request, work)
     with own_folder(work) if rank() == 0 else nullcontext():
         if rank() == 0:
@@ -245,9 +247,19 @@ def _is_begun(work: Path, request: HealRequest, overwrite: bool) -> bool:
 
 
 def _sweep(work: Path) -> None:
-    """Removes what killed runs left of the files that they were writing."""
+    """Removes what killed runs left of what they were writing or removing."""
     for path in of_heal(work):
         sweep_files(path)
+        sweep_folders(path)
+
+
+def _clear(work: Path, request: HealRequest) -> None:
+    """Removes the work folder of this very heal, which was killed when its checkpoint was already there."""
+    with suppress(ArtefactError):  # another heal's, or a live process's
+        if work.is_dir() and (_is_begun(work, request, False) or not (work / HEAL_FILE).is_file()):
+            with own_folder(work):
+                pass
+            _tidy(work)
 
 
 def _tidy(work: Path) -> None:
