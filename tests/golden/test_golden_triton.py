@@ -56,7 +56,7 @@ def rms(error: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.heavy)], ids=str)
 def test_the_golden_plan(dtype: torch.dtype, load_script: Callable[[Path], Any], by_both: Callable[..., Any]) -> None:
-    """What rounding to the dtype makes of the logits is no more than it is on the CPU."""
+    """Rounding to the dtype does to the logits what it does on the CPU: sums in another order differ by less than twice."""
     record, golden = load_script(HERE / "record.py"), json.loads((HERE / "plan.json").read_text("utf-8"))
     source = record.tiny_source()
     model = source.model.to(dtype)
@@ -66,7 +66,9 @@ def test_the_golden_plan(dtype: torch.dtype, load_script: Callable[[Path], Any],
     wide = copy.deepcopy(model).double()
     exact, other = (torch.stack(record.logits_under(wide, of, ids, STEPS)) for of in (plan, Plan.full(plan.model)))
     on_cpu, on_triton = by_both(model, plan, ids, STEPS)
-    assert rms(on_triton - exact) < 1.5 * rms(on_cpu - exact) < 0.5 * rms(other - exact)
+    rounding = rms(on_triton - exact)
+    assert rounding < 2 * rms(on_cpu - exact)
+    assert rounding < 0.5 * rms(other - exact)
 
 
 @pytest.mark.heavy
