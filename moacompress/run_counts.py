@@ -107,10 +107,10 @@ class ModelCounts:
         """Returns the operations of a sample's passes: one forward, and some backward to the embeddings.
 
         A backward pass has gradients of inputs alone, as weights are frozen; of attention scores, their gradient, and the
-        gradients of queries, keys and values. Keys and values are rotated for each format.
+        gradients of queries, keys and values. With formats keys, values and their gradients are rotated.
         """
         body, shape = 2 * self.linear * tokens + 2 * self.attended(tokens), self.shape
-        rotated = 2 * formats * 2 * shape.layers * shape.kv_heads * shape.head_dim**2 * tokens
+        rotated = bool(formats) * 4 * 2 * shape.layers * shape.kv_heads * shape.head_dim**2 * tokens
         backward = 2 * self.linear * tokens + 5 * self.attended(tokens) + 4 * self.head * targets
         return body + passes * (backward + rotated)
 
