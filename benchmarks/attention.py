@@ -55,7 +55,7 @@ SHAPES = (Heads(9, 3, 64), Heads(32, 8, 128))
 timed = medians_ms
 """By the clock that is asked for."""
 scattered = False
-FORMATS_TIMED = ((NATIVE, NATIVE), ("int8", "int8"), ("int8", "int4"), ("int4", "int4"))
+FORMATS_TIMED = ((NATIVE, NATIVE), ("int8", "int8"), ("int6", "int6"), ("int8", "int4"), ("int4", "int4"))
 """Formats of keys and of values."""
 
 

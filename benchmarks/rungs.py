@@ -1,11 +1,11 @@
 """Formats between and below ours, in plain PyTorch, for any command or script: which would a search buy, and what do they save?
 
-    python benchmarks/rungs.py -- -m moacompress profile MODEL --set profile.formats=int8,int6,int4,gauss3 -o runs/rungs
-    python benchmarks/rungs.py -- -m moacompress search runs/rungs --formats int8,int6,int4 --budget 12.5% -o int6.json
-    python benchmarks/rungs.py -- benchmarks/compare_plans.py runs/rungs 12.5=today.json 12.5/int6=int6.json -o rows.json
-    python benchmarks/rungs.py -- -m moacompress inspect int6.json
+    python benchmarks/rungs.py -- -m moacompress profile MODEL --set profile.formats=int8,int5,int4,gauss3 -o runs/rungs
+    python benchmarks/rungs.py -- -m moacompress search runs/rungs --formats int8,int5,int4 --budget 12.5% -o int5.json
+    python benchmarks/rungs.py -- benchmarks/compare_plans.py runs/rungs 12.5=today.json 12.5/int5=int5.json -o rows.json
+    python benchmarks/rungs.py -- -m moacompress inspect int5.json
 
-Each is a format of an installed package (`docs/extending.md`), kept by the reference. `int3`, `int5` and `int6` are codes as
+Each is a format of an installed package (`docs/extending.md`), kept by the reference. `int3` and `int5` are codes as
 `docs/formats.md` has them, with a scale and a zero point. `gauss2` and `gauss3` are the nearest of the four or eight numbers
 that represent a normal distribution best, times one float16 that is fitted to the vector, in the same rotated basis.
 """
@@ -100,7 +100,7 @@ def representatives(count: int) -> list[float]:
     return [float(number) for number in found]
 
 
-RUNGS = (Rung("int6", 6), Rung("int5", 5), Rung("int3", 3), Gauss(3), Gauss(2))
+RUNGS = (Rung("int5", 5), Rung("int3", 3), Gauss(3), Gauss(2))
 
 
 def main() -> None:

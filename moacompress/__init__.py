@@ -1,4 +1,4 @@
-"""Per-head KV-cache compression for language models: windows, int8/int4 and learned eviction, under a budget of bytes.
+"""Per-head KV-cache compression for language models: windows, integer codes and learned eviction, under a budget of bytes.
 
 Importing this package is cheap: it imports neither torch nor transformers. Functions are imported when they are used.
 """

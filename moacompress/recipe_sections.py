@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from moacompress.core.errors import MoaCompressError, did_you_mean
 from moacompress.rules.asked_shares import AskedShares
 from moacompress.rules.budget import parse_length
-from moacompress.rules.formats import CODED, NATIVE, all_formats, find_format, is_format
+from moacompress.rules.formats import CODED, NATIVE, all_formats, is_format
 from moacompress.rules.rule import MIN_WINDOWS
 
 Generator = Literal["needle", "multi-needle", "key-value", "records", "recall", "source-code"]
@@ -58,7 +58,7 @@ def _formats(value: Any) -> Any:
             known = all_formats()
             hint = did_you_mean(name, known, f"known are {', '.join(known)}")
             raise ValueError(f"unknown format {name!r}; {hint}")
-    return tuple(sorted({*names} - {NATIVE}, key=lambda name: find_format(name).code))
+    return tuple(name for name in all_formats() if name in names and name != NATIVE)
 
 
 def _share(value: Any) -> Any:

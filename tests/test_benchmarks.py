@@ -121,7 +121,7 @@ def test_rungs(load_script: Callable[[Path], Any]) -> None:
             assert not rounded_by(rung, torch.tensor([[torch.inf] + [0.0] * (dim - 1)])).isfinite().all()
             assert not rounded_by(rung, torch.zeros(1, dim)).any()
             assert rounded_by(rung, x[:0]).shape == (0, dim)
-        assert sorted(lost, key=lost.__getitem__) == ["int6", "int5", "gauss3", "int3", "gauss2"]
+        assert sorted(lost, key=lost.__getitem__) == ["int5", "gauss3", "int3", "gauss2"]
         assert script.RUNGS[-1].vector_bytes(dim, "bfloat16") == 2 + dim // 4
 
 
@@ -136,9 +136,9 @@ def test_variants(load_script: Callable[[Path], Any]) -> None:
         return profile
 
     whole, needles = profile_of(range(8)), profile_of(range(0, 8, 2))
-    found = script.own_plan(whole, "25%", None, "key-value,records")
+    found = script.own_plan(whole, "12%", None, "key-value,records")
     assert (
-        found.key() == script.own_plan(needles, "25%", None, "").key() != script.own_plan(whole, "25%", None, "").key()
+        found.key() == script.own_plan(needles, "12%", None, "").key() != script.own_plan(whole, "12%", None, "").key()
     )
     assert found.quality["predicted_harm"] > 0
     formats = {

@@ -31,7 +31,7 @@ from tests.conftest import tiny_model
 from tests.pretend_device import KIND, as_a_card
 
 PLANS = {
-    "formats": lambda model: plan_kinds.random_plan(model_shape(model), 1, formats=True),
+    "formats": lambda model: plan_kinds.random_plan(model_shape(model), 3, formats=True),
     "gates": lambda model: plan_kinds.gated_plan(model, 1),
 }
 

@@ -79,7 +79,7 @@ def _root(
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Per-head KV-cache compression: windows, int8/int4 and learned eviction, searched under a budget of bytes."""
+    """Per-head KV-cache compression: windows, integer codes and learned eviction, searched under a budget of bytes."""
 
 
 def main() -> None:

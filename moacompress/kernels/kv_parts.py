@@ -119,9 +119,8 @@ class KVPart(NamedTuple):
         places = places.expand_as(blocks)
         codes, at = self._codes(memory, blocks, places)
         packed = codes[at].reshape(*blocks.shape, self._token)
-        used = -(-self.dim * self.bits // 8)
         scale, zero = (self._numbers(memory)[blocks, side, places][..., None] for side in range(2))
-        return Codes(unpack(packed[..., :used], self.bits, self.dim), scale, zero)
+        return Codes(unpack(packed, self.bits, self.dim), scale, zero)
 
     def _tokens(self, memory: torch.Tensor) -> torch.Tensor:
         """Returns a view of all tokens of a format of an installed package, uint8 `[blocks, 16, bytes of a vector]`."""

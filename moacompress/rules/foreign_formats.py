@@ -212,7 +212,7 @@ def _nearest(wanted: LayerFormats, known: Mapping[LayerFormats, Any]) -> LayerFo
         PlanError: a format of another kind than these.
     """
     for name in wanted:
-        if name not in (NATIVE, EIGHT, FOUR):
+        if name not in FORMATS:
             raise PlanError(f"the plan has the format {name}, which other tools do not have")
     bits = [16 if name == NATIVE else FORMATS[name].bits for name in wanted]
 

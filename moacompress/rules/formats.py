@@ -74,7 +74,11 @@ class Native:
 
 @dataclass(frozen=True)
 class Integer:
-    """Codes of so many bits, and a scale and a zero point of each vector: `docs/formats.md`."""
+    """Codes of so many bits, and a scale and a zero point of each vector: `docs/formats.md`.
+
+    A vector's codes are kept in rows of whole words of 4 bytes: of 8 bits a row with a code in each byte, of 4 bits one with
+    two, of 6 bits three rows whose columns have four codes.
+    """
 
     bits: int
     code: int
@@ -86,13 +90,25 @@ class Integer:
 
     def vector_bytes(self, dim: int, dtype: str) -> int:
         """Returns the bytes of a vector of `dim` numbers, its share of scales and zero points included."""
-        return -(-dim * self.bits // 32) * 4 + VECTOR_NUMBERS
+        return self.rows * -(-dim // (4 * self.parts)) * 4 + VECTOR_NUMBERS
+
+    @property
+    def rows(self) -> int:
+        """Rows of bytes that a vector's codes lie in."""
+        return 3 if self.bits == 6 else 1
+
+    @property
+    def parts(self) -> int:
+        """Codes that share the bytes of a column of all rows, each of another part of the vector."""
+        return 8 * self.rows // self.bits
 
 
 VECTOR_NUMBERS = 4
 """Bytes of the scale and the zero point of a vector of codes."""
 NATIVE = Native().name
-FORMATS: Mapping[str, Format] = {format.name: format for format in (Native(), Integer(8, 1), Integer(4, 2))}
+FORMATS: Mapping[str, Format] = {
+    format.name: format for format in (Native(), Integer(8, 1), Integer(6, 3), Integer(4, 2))
+}
 """Every format of ours by its name; a new one is a class and an entry here."""
 OUTSIDE_CODE = 16
 """Code of the first format of installed packages; codes are of one process, names of files."""

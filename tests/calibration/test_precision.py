@@ -28,7 +28,7 @@ from tests import oracle
 from tests.calibration.conftest import random_sample
 
 Factory = Callable[..., PreTrainedModel]
-BITS = {"native": 0, "int8": 8, "int4": 4}
+BITS = {"native": 0, "int8": 8, "int6": 6, "int4": 4}
 SPANS = (Rule.FULL, Rule(4, 120, 0))
 
 

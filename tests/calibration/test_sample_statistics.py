@@ -14,6 +14,7 @@ from moacompress.calibration.profile.sample_statistics import FisherCotangent, s
 from moacompress.models.modules import decoder_layers
 from moacompress.models.source import SourceModel, model_shape
 from moacompress.recipe_sections import ProfileRecipe
+from moacompress.rules.formats import CODED
 from moacompress.rules.plan import Plan
 from moacompress.rules.rule import Rule
 from moacompress.rules.rule_table import RuleTable
@@ -32,7 +33,7 @@ def test_statistics_of_every_family_are_finite_and_full_is_free(tiny_model: Fact
         model = tiny_model(family)
         shape = model_shape(model)
         found = sample_statistics(model, shape, RuleTable.of(rules, 32), random_sample(128), ALL, 0, 0)
-        size, formats = (shape.layers, shape.kv_heads, 4), (shape.layers, shape.kv_heads, 3)
+        size, formats = (shape.layers, shape.kv_heads, 4), (shape.layers, shape.kv_heads, 1 + len(CODED))
         assert found.shapes == {
             "total": (1, *size),
             **dict.fromkeys(("squares", "moa", "mass"), size),

@@ -24,6 +24,7 @@ from moacompress.core.artefact_names import sample_file
 from moacompress.core.errors import ArtefactError, UsageError
 from moacompress.core.version import own_version
 from moacompress.recipe import Recipe
+from moacompress.rules.formats import CODED
 from moacompress.rules.model_shape import ModelShape
 from moacompress.rules.rule import Rule
 
@@ -302,7 +303,7 @@ def test_a_profile_without_formats_is_read_and_completed(folder: Path) -> None:
         older.offering(["int4"])
     again = prepare(folder, head(), False)
     assert not again.complete  # its samples are to be profiled again
-    assert again.recipe.profile.formats == ("int8", "int4")
+    assert again.recipe.profile.formats == CODED
 
 
 def test_prepare_resumes_the_same_request_only(folder: Path) -> None:
@@ -394,7 +395,7 @@ def test_the_request_depends_on_what_decides_the_numbers(tmp_path: Path) -> None
 
 def test_rules_in_formats_cost_their_span_and_their_formats(folder: Path) -> None:
     profile = Profile.load(folder)
-    assert profile.profiled_formats == ("int8", "int4")
+    assert profile.profiled_formats == CODED
     assert profile.spans == profile.rules == RULES
     assert profile.parts is None
     for wanted in (("int8", "int4"), ("int4",)):
@@ -411,7 +412,7 @@ def test_rules_in_formats_cost_their_span_and_their_formats(folder: Path) -> Non
             span = RULES.index(Rule(rule.sink, rule.alpha, rule.beta_q))
             expected, moved = alone[..., span].copy(), arrays["total"][..., span].astype(np.float64)
             for side, name in (("key", rule.key_format), ("value", rule.value_format)):
-                column = ("native", "int8", "int4").index(name)
+                column = ("native", *CODED).index(name)
                 of_format = arrays[f"{side}_squares"][..., column].astype(np.float64) / 2
                 for place, length in enumerate((128, 256)):
                     expected[place] += (of_format[profile.sample_lengths == length] ** 0.75).mean(0) ** (4 / 3)

@@ -56,7 +56,9 @@ def test_a_checkpoint_keeps_it_and_needs_its_package(tiny_folder: Path, tmp_path
     said = " ".join(done.stderr.split())
     assert "taken, an entry point of moacompress.formats, has the name of another format and is left out" in said
     assert "no-format, an entry point of moacompress.formats, is no format" in said
-    with pytest.raises(PlanError, match="is fp8, not one of native, int8, int4; install the package that adds it"):
+    with pytest.raises(
+        PlanError, match="is fp8, not one of native, int8, int6, int4; install the package that adds it"
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 

@@ -437,11 +437,14 @@ std::vector<double> meant(const char* at, const KVPart& kv_part, int64_t place) 
   const auto byte = [&](int64_t i) {
     return int(codes[kv_part.side == KEYS ? i / 4 * 64 + place * 4 + i % 4 : place / 4 * 4 * kv_part.token_bytes + i * 4 + place % 4]);
   };
-  const int64_t first = (kv_part.dim + 1) / 2, block = kv_part.dim & -kv_part.dim;
+  const int64_t first = (kv_part.dim + 1) / 2, row = (kv_part.dim + 15) / 16 * 4, block = kv_part.dim & -kv_part.dim;
   std::vector<double> turned, found(static_cast<size_t>(kv_part.dim), 0.0);
   for (int64_t d = 0; d < kv_part.dim; d++) {
-    int code = byte(kv_part.format == INT8 ? d : d % first);
-    if (kv_part.format == INT4) code = d < first ? code & 15 : code >> 4;
+    int code = 0;
+    if (kv_part.format == INT8) code = byte(d);
+    else if (kv_part.format == INT4) code = d < first ? byte(d) & 15 : byte(d - first) >> 4;
+    else if (d < 3 * row) code = byte(d) & 63;
+    else for (int64_t k = 0; k < 3; k++) code |= byte(k * row + d - 3 * row) >> 6 << 2 * k;
     turned.push_back(scale * code + zero);
   }
   for (int64_t d = 0; d < kv_part.dim; d++)
@@ -552,7 +555,8 @@ void test_codes(Isa isa, DType dtype) {
     if (put_shared_values(reuse_call, isa) != OK) fail("a token was not put beside another");
     for (int64_t pair = 0; pair < pairs; pair++) {
       const std::vector<double> k = token(0, pair, n - 1);
-      const double bound = sides[0].kv_parts[size_t(pair % kv_heads)].format == INT4 ? 0.8 : 0.06;  // of numbers in [-1.5, 1.5]
+      const int64_t format = sides[0].kv_parts[size_t(pair % kv_heads)].format;
+      const double bound = format == INT4 ? 0.8 : format == INT6 ? 0.2 : 0.06;  // of numbers in [-1.5, 1.5]
       for (int64_t d = 0; d < dim; d++)
         near(k[size_t(d)], key.get(pair * tokens * dim + d), bound * std::sqrt(double(dim & -dim)), "a key's codes", isa, dtype);
     }

@@ -59,7 +59,7 @@ def test_bytes_are_those_of_the_definition(seed: int, backend: Any, monkeypatch:
     torch.manual_seed(seed)
     monkeypatch.setattr(protocol, "TOKENS_AT_ONCE", 7)
     dtype, values_alone = DTYPES[seed % 3], seed % 5 == 4
-    parts = [KVPart(rng.choice((0, 1, 2)), rng.choice(DIMS), dtype, values=side) for side in (False, True)]
+    parts = [KVPart(rng.choice((0, 1, 2, 3)), rng.choice(DIMS), dtype, values=side) for side in (False, True)]
     others = [KVPart((part.code + 1) % 3, 36, dtype, part.values) for part in parts]
     rows, heads, columns = rng.choice((1, 2, 3)), rng.choice((1, 2)), rng.choice((1, 1, 5, 40))
     chunk = []

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from moacompress.kernels.kv_parts import KVPart
-from moacompress.kernels.reference.codes import LARGEST, decode, encode, pack, rotated
+from moacompress.kernels.reference.codes import LARGEST, decode, encode, pack, rotated, unpack
 from moacompress.kernels.reference.rounding import BITS as BITS_OF
 from moacompress.kernels.reference.rounding import round_to, rounded
 from moacompress.rules.formats import FORMATS, find_code
 
 DIMS = (1, 2, 5, 6, 16, 24, 64, 80, 96, 112, 128, 256)
-BITS = (4, 8)
-NATIVE, INT8, INT4 = (FORMATS[name].code for name in ("native", "int8", "int4"))
+BITS = (4, 6, 8)
+NATIVE, INT8, INT6, INT4 = (FORMATS[name].code for name in ("native", "int8", "int6", "int4"))
 
 
 def by_the_page(x: np.ndarray, bits: int) -> tuple[list[int], np.float16, np.float16]:
@@ -75,8 +75,29 @@ def test_golden_bytes() -> None:
             ["ff00000000000000", "ae21", "0000"],
             ["0000000000000000", "0000", "0000"],
         ],
+        6: [
+            ["2d070021123f291500000000", "ab30", "f4c3"],
+            ["3f0000000000000000000000", "bf29", "0000"],
+            ["000000000000000000000000", "0000", "0000"],
+        ],
         4: [["4bf2a058", "e738", "f4c3"], ["0f000000", "0932", "0000"], ["00000000", "0000", "0000"]],
     }
+
+
+@pytest.mark.parametrize("dim", [1, 16, 20, 64])
+def test_six_bits_lie_in_three_rows(dim: int) -> None:
+    """Bit by bit, as the page says it."""
+    codes = torch.randint(64, (3, dim), dtype=torch.uint8)
+    row = 4 * -(-dim // 16)
+    wanted = torch.zeros(3, 3 * row, dtype=torch.uint8)
+    for vector in range(3):
+        for i in range(dim):
+            code, (part, byte) = int(codes[vector, i]), divmod(i, row)
+            for other in range(3):
+                if part in (other, 3):
+                    wanted[vector, other * row + byte] |= code if part == other else (code >> 2 * other & 3) << 6
+    assert torch.equal(pack(codes, 6), wanted)
+    assert torch.equal(unpack(wanted, 6, dim), codes)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -108,7 +129,7 @@ def test_zeros_of_both_signs_have_no_sign(dim: int) -> None:
 
 
 @pytest.mark.parametrize("values", [False, True])
-@pytest.mark.parametrize("code", [1, 2])
+@pytest.mark.parametrize("code", [INT8, INT6, INT4])
 @pytest.mark.parametrize("dim", [5, 16, 24, 96, 128])
 def test_a_block_lies_as_the_page_says(dim: int, code: int, values: bool) -> None:
     kv_part = KVPart(code, dim, torch.bfloat16, values)
@@ -116,10 +137,11 @@ def test_a_block_lies_as_the_page_says(dim: int, code: int, values: bool) -> Non
     memory = kv_part.new(3, x.device).fill_(255)
     order = torch.randperm(48)
     kv_part.write(memory, order, x[order])
-    kept, used = encode(x, kv_part.bits), -(-dim * kv_part.bits // 8)
-    wide = -(-used // 4) * 4
+    kept = encode(x, kv_part.bits)
+    wide = {8: 4 * -(-dim // 4), 6: 12 * -(-dim // 16), 4: 4 * -(-dim // 8)}[kv_part.bits]
     assert kv_part.nbytes == memory.shape[1] == 16 * wide + 64 == 16 * find_code(code).vector_bytes(dim, "bfloat16")
-    packed = torch.nn.functional.pad(pack(kept.codes, kv_part.bits), (0, wide - used))
+    packed = pack(kept.codes, kv_part.bits)
+    packed = torch.nn.functional.pad(packed, (0, wide - packed.shape[1]))
     wanted = torch.full_like(memory, 255)
     for token in range(48):
         block, t = divmod(token, 16)
@@ -137,11 +159,11 @@ def test_a_block_lies_as_the_page_says(dim: int, code: int, values: bool) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_every_head_is_rounded_to_its_own_format(dtype: torch.dtype) -> None:
     """And the gradient passes straight through."""
-    assert BITS_OF == {INT8: 8, INT4: 4}
+    assert BITS_OF == {INT8: 8, INT6: 6, INT4: 4}
     x, pulled = (torch.randn(2, 4, 5, 24).to(dtype) for _ in range(2))
-    found = rounded(x.requires_grad_(), [INT4, NATIVE, INT8, INT4])
+    found = rounded(x.requires_grad_(), [INT4, NATIVE, INT8, INT6])
     assert found.dtype == torch.float32
-    for head, bits in enumerate((4, None, 8, 4)):
+    for head, bits in enumerate((4, None, 8, 6)):
         alone = x[:, head].float() if bits is None else round_to(x[:, head], bits)
         assert torch.equal(found[:, head], alone)
     assert torch.equal(torch.autograd.grad(found, x, pulled.float())[0], pulled)

@@ -53,7 +53,7 @@ def test_tokens_are_put_where_they_belong(seed, isa):
     torch.manual_seed(seed)
     dtype, dim, count = library.DTYPES[seed % 3], rng.choice((9, 16, 20, 33, 64, 80, 256)), rng.choice((0, 1, 40, 700))
     parts, values = rng.choice((1, 3)), rng.random() < 0.5
-    kv_parts = [KVPart(rng.choice((0, 1, 2)), dim, dtype, values) for _ in range(parts)]
+    kv_parts = [KVPart(rng.choice((0, 1, 2, 3)), dim, dtype, values) for _ in range(parts)]
     gap = rng.choice((0, 64))
     spacious = [torch.zeros(60, kv_part.nbytes + gap, dtype=torch.uint8) for kv_part in kv_parts]
 

@@ -117,14 +117,14 @@ def test_compiled_kernels_refuse_it_by_name(tiny_model: Callable[..., PreTrained
     assert getattr(model, "_moacompress", None) is None
     with pytest.raises(UnsupportedError, match="set MOACOMPRESS_KERNEL=reference"):
         check_recipe(Recipe().override(profile__formats="coarse,int8"))
-    with pytest.raises(UnsupportedError, match="vLLM's plugin keeps native, int8, int4 alone"):
+    with pytest.raises(UnsupportedError, match="vLLM's plugin keeps native, int8, int6, int4 alone"):
         kv_heads(plan, torch.float32)
 
 
 def test_plans_recipes_and_tables_know_it() -> None:
     recipe = Recipe().override(profile__formats="coarse,int4,int8")
     assert recipe.profile.formats == ("int8", "int4", "coarse")
-    assert Recipe().profile.formats == ("int8", "int4")
+    assert Recipe().profile.formats == ("int8", "int6", "int4")
     rules = (Rule.FULL, Rule(4, 40, 0, "coarse", "int4"))
     assert RuleTable.of(rules, 32).rules == rules
     assert [Rule.from_list(rule.to_list()) for rule in rules] == list(rules)

@@ -19,7 +19,7 @@ from moacompress.kernels.triton.tile_sizes import prefill_constants, split_const
 from moacompress.kernels.triton.triton_backend import TritonBackend
 from moacompress.rules.windows import BLOCK
 
-PAIRS = [(0, 0), (1, 1), (1, 2), (2, 2)]
+PAIRS = [(0, 0), (1, 1), (3, 2), (2, 3)]
 ONE_HEAD = {"rows": 1, "kv_heads": 1, "native_window": 0}
 SMALL = {"group": 2, "dim": 16, "value_dim": 16, "min_window": 16, **ONE_HEAD}
 ALL_SEEN = {"dim": 64, "value_dim": 64, "tokens": 1, "logits": False, **ONE_HEAD, "rules": [(4, 0, 1024)]}

@@ -68,7 +68,7 @@ def make_profile(
     other = np.random.default_rng([seed, 1])
     for side, size in (("key", 1e-2), ("value", 1e-3)) if formats else ():
         heads = size * np.exp(other.normal(-2, 1.5, (layers, kv_heads, 1)))
-        of_formats = heads * np.array([0, 5e-3, 1]) * np.exp(other.normal(0, 0.5, (len(lengths), 2, 1, 1, 1)))
+        of_formats = heads * np.array([0, 5e-3, 0.07, 1]) * np.exp(other.normal(0, 0.5, (len(lengths), 2, 1, 1, 1)))
         arrays[f"{side}_squares"] = of_formats[:, 0].astype(np.float32)
         arrays[f"{side}_total"] = np.sqrt(of_formats).astype(np.float32)
     if anchors:

@@ -21,7 +21,8 @@ def test_a_plan_of_candidates_is_predicted_as_it_is() -> None:
     profile = make_profile(formats=True)
     request = SearchRequest.of(profile, "50%", profile.recipe)
     kept = [rule.kept(512, 32) for rule in request.profile.rules]
-    alone = [at for at, count in enumerate(kept) if kept.count(count) == 9]  # of its width there is but one span
+    pairs = (1 + len(profile.profiled_formats)) ** 2
+    alone = [at for at, count in enumerate(kept) if kept.count(count) == pairs]  # of its width there is but one span
     choice = np.random.default_rng(0).choice(alone, (6, 2))
     plan = chosen_plan(request.profile, choice)
     assert nearly_predicted(request.surrogate, plan, 512) == pytest.approx(request.surrogate.predicted(plan))

@@ -10,6 +10,7 @@ import pytest
 
 from moacompress.calibration.profile.statistics import Statistics
 from moacompress.calibration.profile.store import Profile
+from moacompress.rules.formats import CODED
 from moacompress.search.predict.search_parameters import START_COHERENCE
 from moacompress.search.problem.knapsack import total_cost
 from moacompress.search.problem.quadratic import Quadratic
@@ -79,10 +80,10 @@ def test_no_change_of_one_or_two_heads_improves_the_end(seed: int) -> None:
 
 
 def test_rules_of_parts_are_as_rules_of_their_own() -> None:
-    profile = make_profile(layers=2, formats=True).offering(("int8", "int4"))
+    profile = make_profile(layers=2, formats=True).offering(CODED)
     form = Quadratic.of(profile)
     assert form.parts is not None
-    assert form.rows.shape[2] == len(profile.spans) + 6
+    assert form.rows.shape[2] == len(profile.spans) + 2 * (1 + len(CODED))
     whole = Quadratic(form.rows[..., form.parts].sum(-1))
     request = SearchRequest.of(profile, "25%", profile.recipe)
     knapsack, costs = request.space().knapsack, request.surrogate.costs()

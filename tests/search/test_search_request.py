@@ -11,6 +11,7 @@ import torch
 
 from moacompress.core.errors import UsageError
 from moacompress.models.source import SourceModel
+from moacompress.rules.formats import CODED
 from moacompress.search.search_request import SearchRequest
 from tests.conftest import tiny_model
 from tests.search.conftest import make_profile
@@ -32,7 +33,7 @@ def test_plain_text_counts_beside_the_answers_by_its_weight() -> None:
 def test_formats_on_offer_are_those_asked_for_or_all_that_are_known() -> None:
     profile = make_profile(formats=True)
     keys = set()
-    for asked, formats in ((None, ("int8", "int4")), (["int8"], ("int8",)), ([], ())):
+    for asked, formats in ((None, CODED), (["int8"], ("int8",)), ([], ())):
         request = SearchRequest.of(profile, "25%", profile.recipe.override(search__formats=asked))
         assert request.profile.formats == formats
         assert request.surrogate.rules == request.profile.rules

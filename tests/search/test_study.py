@@ -13,6 +13,7 @@ import pytest
 
 from moacompress.core.errors import ArtefactError, BudgetError, InfeasibleBudgetError, ModelError
 from moacompress.core.progress import Progress
+from moacompress.rules.formats import CODED
 from moacompress.rules.plan import Plan
 from moacompress.search.baselines.families import FAMILIES, family_plans
 from moacompress.search.baselines.measured import CANDIDATES
@@ -75,7 +76,7 @@ def test_bits_are_spent_where_they_are_worth_it(search: Search, tmp_path: Path) 
     assert found.harm["plan"] < found.harm["quantized"]
     assert spans.harm["quantized"] is None
     notes = found.plan.quality["baselines"]
-    assert set(notes["quantized"]["formats"]) <= {"int8", "int4"}
+    assert set(notes["quantized"]["formats"]) <= {*CODED}
     assert notes["quantized"]["kv_bytes"]["512"] <= profile.shape.dense_kv_bytes(512) // 4
     for n in profile.lengths:
         assert found.plan.kv_bytes(n) <= profile.shape.dense_kv_bytes(n) // 4

@@ -197,10 +197,17 @@ struct AmxTile {
         done = i + BLOCK;
       }
       for (int64_t b = 0; i >= done && b < key.token_bytes; b += 4) memcpy(to + b, codes + key.at(at[i], b), 4);
-      for (int64_t b = 0; key.format == INT4 && b < key.low; b += 64) {
-        const __mmask64 some = ~uint64_t(0) >> (64 - smaller(key.low - b, 64));
+      for (int64_t b = 0; key.format == INT6 && b < key.row_bytes; b += 64) {
+        const __mmask64 some = ~uint64_t(0) >> (64 - smaller(key.row_bytes - b, 64));
+        __m512i x[3];
+        for (int r = 0; r < 3; r++) x[r] = _mm512_maskz_loadu_epi8(some, to + r * key.row_bytes + b);
+        _mm512_mask_storeu_epi8(to + 3 * key.row_bytes + b, some, fourth_six(x[0], x[1], x[2]));
+        for (int r = 0; r < 3; r++) _mm512_mask_storeu_epi8(to + r * key.row_bytes + b, some, low_six(x[r]));
+      }
+      for (int64_t b = 0; key.format == INT4 && b < key.part; b += 64) {
+        const __mmask64 some = ~uint64_t(0) >> (64 - smaller(key.part - b, 64));
         const __m512i both = _mm512_maskz_loadu_epi8(some, to + b), low = _mm512_set1_epi8(15);
-        _mm512_mask_storeu_epi8(to + key.low + b, some, _mm512_and_si512(_mm512_srli_epi16(both, 4), low));
+        _mm512_mask_storeu_epi8(to + key.part + b, some, _mm512_and_si512(_mm512_srli_epi16(both, 4), low));
         _mm512_mask_storeu_epi8(to + b, some, _mm512_and_si512(both, low));
       }
       memset(to + key.dim, 0, size_t(width * 4 - key.dim));
@@ -228,22 +235,27 @@ struct AmxTile {
 
   inline void find_values(const void**, const int* at, int64_t, const KVPart&, float*) { places = at; }
 
-  // The codes of a token in 16 columns as bfloat16, in the upper half of each cell; zeros of no token.
-  inline __m512i codes_of(const void* from, int place, int64_t column, int shift, int mask) const {
+  // The codes of a token's part in 16 columns as bfloat16, in the upper half of each cell; zeros of no token.
+  inline __m512i codes_of(const void* from, int place, int64_t column, int part) const {
     if (!from) return _mm512_setzero_si512();
     const char* quads = (const char*)from + place / 4 * 4 * value.token_bytes + column * 4;
-    const __m512i four = _mm512_maskz_loadu_epi32(first_lanes(int(smaller(value.token_bytes - column, W))), quads);
-    const __m512i code = _mm512_and_si512(_mm512_srl_epi32(four, _mm_cvtsi32_si128(8 * (place % 4) + shift)), _mm512_set1_epi32(mask));
+    const auto row = [&](int r) {
+      const __m512i four = _mm512_maskz_loadu_epi32(first_lanes(int(smaller(value.row_bytes - column, W))), quads + r * value.row_bytes * 4);
+      return _mm512_srl_epi32(four, _mm_cvtsi32_si128(8 * (place % 4)));
+    };
+    __m512i code;
+    if (value.format == INT8) code = _mm512_and_si512(row(0), _mm512_set1_epi32(255));
+    else if (value.format == INT4) code = _mm512_and_si512(_mm512_srli_epi32(row(0), unsigned(4 * part)), _mm512_set1_epi32(15));
+    else code = _mm512_and_si512(part < 3 ? row(part) : fourth_six(row(0), row(1), row(2)), _mm512_set1_epi32(63));
     return _mm512_castps_si512(_mm512_cvtepi32_ps(code));
   }
   // Puts the codes of two tokens, or of one, side by side.
   inline void pair_codes(const void* a, int at_a, const void* b, int at_b, float* row) const {
-    const bool whole = value.format == INT8;
-    for (int64_t column = 0; column < value.token_bytes; column += W)
-      for (int part = 0; part < (whole ? 1 : 2); part++) {
-        const int shift = 4 * part, mask = whole ? 255 : 15;
-        const int64_t begin = column + part * value.low, end = whole || part ? value.dim : value.low;
-        const __m512i low = codes_of(a, at_a, column, shift, mask), high = codes_of(b, at_b, column, shift, mask);
+    const int parts = parts_of(bits_of(value.format));
+    for (int64_t column = 0; column < value.row_bytes; column += W)
+      for (int part = 0; part < parts; part++) {
+        const int64_t begin = column + part * value.part, end = part + 1 < parts ? smaller((part + 1) * value.part, value.dim) : value.dim;
+        const __m512i low = codes_of(a, at_a, column, part), high = codes_of(b, at_b, column, part);
         const __m512i both = _mm512_or_si512(_mm512_srli_epi32(low, 16), high);
         if (begin < end) _mm512_mask_storeu_epi32(row + begin, first_lanes(int(smaller(end - begin, W))), both);
       }

@@ -154,8 +154,10 @@ struct PoolViews {
       if (coded) {
         check_rows(t, {-1, -1}, ScalarType::Byte, op, name);
         const int64_t bytes = t.size(1);
-        REQUIRE(bytes == kv_part_of(INT8, dim, 1, KEYS).bytes || bytes == kv_part_of(INT4, dim, 1, KEYS).bytes, op, ": codes of ", bytes,
-                " bytes a block of ", name, ", not ", kv_part_of(INT8, dim, 1, KEYS).bytes, " or ", kv_part_of(INT4, dim, 1, KEYS).bytes);
+        const int64_t eight = kv_part_of(INT8, dim, 1, KEYS).bytes, six = kv_part_of(INT6, dim, 1, KEYS).bytes,
+                      four = kv_part_of(INT4, dim, 1, KEYS).bytes;
+        REQUIRE(bytes == eight || bytes == six || bytes == four, op, ": codes of ", bytes, " bytes a block of ", name, ", not ", eight,
+                ", ", six, " or ", four);
         part_bytes.push_back(bytes);
       } else {
         check_rows(t, {-1, BLOCK, dim}, type, op, name);

@@ -54,7 +54,7 @@ inline void put_codes(const uint8_t* codes, const KVPart& kv_part, int64_t place
 
 template <class T> void encode(const void* from, const KVPart& kv_part, int64_t place, void* to, float* buffer) {
   const int64_t dim = kv_part.dim;
-  const float levels = kv_part.format == INT8 ? 255.f : 15.f;
+  const float levels = float((1 << bits_of(kv_part.format)) - 1);
   char* const at = (char*)to;
   f16 *const scale_at = (f16*)(at + kv_part.scales) + place, *const zero_at = (f16*)(at + kv_part.zeros) + place;
   widen_row((const T*)from, dim, buffer);
@@ -84,9 +84,13 @@ template <class T> void encode(const void* from, const KVPart& kv_part, int64_t 
   for (int64_t i = dim; i < 2 * kv_part.token_bytes; i++) whole[i] = 0;
   if (kv_part.format == INT4)
     for (int64_t i = 0; i < kv_part.token_bytes; i++) {
-      const int64_t above = i + kv_part.low;
-      whole[i] = i < kv_part.low ? uint8_t(whole[i] | (above < dim ? whole[above] << 4 : 0)) : uint8_t(0);
+      const int64_t above = i + kv_part.part;
+      whole[i] = i < kv_part.part ? uint8_t(whole[i] | (above < dim ? whole[above] << 4 : 0)) : uint8_t(0);
     }
+  if (kv_part.format == INT6)
+    for (int64_t i = 0; i < kv_part.row_bytes; i++)
+      for (int64_t row = 0; row < 3; row++)
+        whole[row * kv_part.row_bytes + i] |= uint8_t((whole[3 * kv_part.row_bytes + i] >> 2 * row & 3) << 6);
   put_codes(whole, kv_part, place, (uint8_t*)at);
 }
 
@@ -100,19 +104,31 @@ inline void expand(const void* from, int place, const KVPart& kv_part, float* to
     if (i + W <= end) store(to + i, x);
     else if (i < end) store_part(to + i, x, int(end - i));
   };
-  const int64_t step = kv_part.step();
-  for (int64_t i = 0; i < kv_part.token_bytes; i += W) {
-    uint8_t side_by_side[W] = {};
-    for (int64_t j = i; j < smaller(i + W, kv_part.token_bytes); j += 4)
-      for (int64_t k = 0; k < 4; k++) side_by_side[j - i + k] = codes[kv_part.at(place, j) + k * step];
+  const int64_t step = kv_part.step(), row = kv_part.row_bytes;
+  const auto bring = [&](int64_t first, int64_t i, uint8_t* side_by_side) {  // of a row that begins with byte `first`
+    for (int64_t j = i; j < smaller(i + W, row); j += 4)
+      for (int64_t k = 0; k < 4; k++) side_by_side[j - i + k] = codes[kv_part.at(place, first + j) + k * step];
+  };
+  for (int64_t i = 0; i < row; i += W) {
+    uint8_t side_by_side[4][W] = {};
+    bring(0, i, side_by_side[0]);
     if (kv_part.format == INT8) {
-      put(load_codes(side_by_side), i, kv_part.dim);
-      continue;
+      put(load_codes(side_by_side[0]), i, kv_part.dim);
+    } else if (kv_part.format == INT4) {
+      V low, high;
+      load_nibbles(side_by_side[0], low, high);
+      put(low, i, kv_part.part);
+      put(high, i + kv_part.part, kv_part.dim);
+    } else {
+      bring(row, i, side_by_side[1]);
+      bring(2 * row, i, side_by_side[2]);
+      for (int k = 0; k < W; k++)
+        for (int r = 0; r < 3; r++) {
+          side_by_side[3][k] |= uint8_t(side_by_side[r][k] >> 6 << 2 * r);
+          side_by_side[r][k] &= 63;
+        }
+      for (int r = 0; r < 4; r++) put(load_codes(side_by_side[r]), r * row + i, smaller((r + 1) * row, kv_part.dim));
     }
-    V low, high;
-    load_nibbles(side_by_side, low, high);
-    put(low, i, kv_part.low);
-    put(high, i + kv_part.low, kv_part.dim);
   }
 }
 
@@ -160,15 +176,36 @@ inline Ahead after_values(const DecodeChunk& c, int64_t b) {
 
 constexpr int BLOCK_VECTORS = int(BLOCK) / W;
 
+// Reads ahead as much as is read of keys in their bytes [i, i + 16) of every row, and with the last ones all that is left.
+template <int BITS> inline void fetch_keys(const Ahead& next, int64_t i, int64_t row) {
+  constexpr int64_t LINES = rows_of(BITS) * BLOCK;
+  if (i % 16 == 0) next.fetch(i * LINES, i + 16 < row ? (i + 16) * LINES : next.bytes);
+}
+
+inline int64_t numbers_of_part(const KVPart& kv_part, int64_t part) {
+  return larger(0, smaller(kv_part.part, kv_part.dim - part * kv_part.part));
+}
+
 // A query and the weights of a head as they are multiplied with codes in float32.
 struct FloatCodes {
+  // The words of a column of all rows, `row` bytes apart.
+  template <int BITS> static inline void load_rows(const uint8_t* at, int64_t row, Ints* to) {
+    for (int r = 0; r < rows_of(BITS); r++) to[r] = load_ints(at + r * row);
+    if (BITS == 6) to[3] = fourth_six(to[0], to[1], to[2]);
+  }
+  // The codes of a part in byte k of those words.
+  template <int BITS> static inline V code_of(const Ints* words, int part, int k) {
+    if (BITS == 8) return picked(words[0], 8 * k, 255);
+    if (BITS == 6) return picked(words[part], 8 * k, 63);
+    return picked(words[0], 8 * k + 4 * part, 15);
+  }
   static inline int64_t query_floats(int64_t bytes) { return 2 * bytes; }
-  // Of INT8 the numbers, of INT4 those of the low nibbles and then of the high ones; returns the sum of all.
+  // The numbers of one part after the other, as many as a row has bytes; returns the sum of all.
   static inline float keep_query(const float* from, const KVPart& key, float* to) {
-    const int64_t bytes = key.token_bytes, low = key.format == INT8 ? key.dim : key.low;
-    memset(to, 0, size_t((key.format == INT8 ? 1 : 2) * bytes) * sizeof(float));
-    memcpy(to, from, size_t(low) * sizeof(float));
-    memcpy(to + bytes, from + low, size_t(key.dim - low) * sizeof(float));
+    const int parts = parts_of(bits_of(key.format));
+    memset(to, 0, size_t(parts * key.row_bytes) * sizeof(float));
+    for (int part = 0; part < parts; part++)
+      memcpy(to + part * key.row_bytes, from + part * key.part, size_t(numbers_of_part(key, part)) * sizeof(float));
     float sum = 0.f;
     for (int64_t i = 0; i < key.dim; i++) sum += from[i];
     return sum;
@@ -177,26 +214,26 @@ struct FloatCodes {
   static inline void dots(const uint8_t* codes, const KVPart& kv_part, const Ahead& next, const float* query, int64_t stride, V (*to)[BLOCK_VECTORS]) {
     for (int h = 0; h < HEADS; h++)
       for (int v = 0; v < BLOCK_VECTORS; v++) to[h][v] = zero();
-    for (int64_t i = 0; i < kv_part.token_bytes; i += 4, codes += 4 * BLOCK) {
-      if (i % 16 == 0) next.fetch(i * BLOCK, i + 16 < kv_part.token_bytes ? (i + 16) * BLOCK : next.bytes);
+    const int64_t row = kv_part.row_bytes;
+    for (int64_t i = 0; i < row; i += 4, codes += 4 * BLOCK) {
+      fetch_keys<BITS>(next, i, row);
       for (int v = 0; v < BLOCK_VECTORS; v++) {
-        const Ints x = load_ints(codes + v * 4 * W);
-        for (int k = 0; k < 4; k++) {
-          const V low = picked(x, 8 * k, BITS == 8 ? 255 : 15);
-          for (int h = 0; h < HEADS; h++) to[h][v] = fma(low, set1(query[h * stride + i + k]), to[h][v]);
-          if (BITS == 8) continue;
-          const V high = picked(x, 8 * k + 4, 15);
-          for (int h = 0; h < HEADS; h++) to[h][v] = fma(high, set1(query[h * stride + kv_part.token_bytes + i + k]), to[h][v]);
-        }
+        Ints x[4];
+        load_rows<BITS>(codes + v * 4 * W, row * BLOCK, x);
+        for (int k = 0; k < 4; k++)
+          for (int part = 0; part < parts_of(BITS); part++) {
+            const V code = code_of<BITS>(x, part, k);
+            for (int h = 0; h < HEADS; h++) to[h][v] = fma(code, set1(query[h * stride + part * row + i + k]), to[h][v]);
+          }
       }
     }
   }
   static inline int64_t weight_floats() { return 0; }
   static inline float keep_weights(const DecodeChunk&, const float*, float*) { return 0.f; }
   template <int BITS, int HEADS, int VECS>
-  static inline void mix(const DecodeChunk& c, const float* weights, const float*, int64_t column, bool ahead, V (*to)[VECS * 8 / BITS]) {
+  static inline void mix(const DecodeChunk& c, const float* weights, const float*, int64_t column, bool ahead, V (*to)[VECS * parts_of(BITS)]) {
     for (int h = 0; h < HEADS; h++)
-      for (int v = 0; v < VECS * 8 / BITS; v++) to[h][v] = zero();
+      for (int v = 0; v < VECS * parts_of(BITS); v++) to[h][v] = zero();
     for (int64_t b = 0; b < c.blocks; b++) {
       const Ahead next = ahead ? after_values(c, b) : Ahead{nullptr, 0};
       const int64_t quarter = (next.bytes + 255) / 256 * 64;
@@ -206,17 +243,16 @@ struct FloatCodes {
         const uint8_t* row = (const uint8_t*)c.values[b] + (quad * c.value.token_bytes + column) * 4;
         const float* at = weights + b * BLOCK + quad * 4;
         for (int v = 0; v < VECS; v++) {
-          const Ints x = load_ints(row + v * 4 * W);
-          for (int k = 0; k < 4; k++) {
-            const V low = picked(x, 8 * k, BITS == 8 ? 255 : 15);
-            for (int h = 0; h < HEADS; h++) to[h][v] = fma(low, set1(at[h * CHUNK_STRIDE + k]), to[h][v]);
-            if (BITS == 8) continue;
-            const V high = picked(x, 8 * k + 4, 15);
-            for (int h = 0; h < HEADS; h++) {
-              V& sum = to[h][VECS * (8 / BITS - 1) + v];
-              sum = fma(high, set1(at[h * CHUNK_STRIDE + k]), sum);
+          Ints x[4];
+          load_rows<BITS>(row + v * 4 * W, c.value.row_bytes * 4, x);
+          for (int k = 0; k < 4; k++)
+            for (int part = 0; part < parts_of(BITS); part++) {
+              const V code = code_of<BITS>(x, part, k);
+              for (int h = 0; h < HEADS; h++) {
+                V& sum = to[h][VECS * part + v];
+                sum = fma(code, set1(at[h * CHUNK_STRIDE + k]), sum);
+              }
             }
-          }
         }
       }
     }
@@ -232,12 +268,27 @@ struct ByteCodes {
   static inline float unit(float largest, float all) { return all - all == 0 ? largest / MOST : __builtin_nanf(""); }
   static inline V inverse(float largest) { return set1(largest > 0 ? MOST / largest : 0.f); }
   static inline V joined(Sums upper, Sums lower, V unit) { return fma(numbers_of(upper), set1(256.f), numbers_of(lower)) * unit; }
-  template <int BITS> static inline Quads low(Quads x) { return BITS == 8 ? x : low_nibbles(x); }
+  // The codes of all parts, of a column of all rows, `row` bytes apart.
+  template <int BITS> static inline void load_parts(const uint8_t* at, int64_t row, Quads* to) {
+    const Quads x = load_quads(at);
+    if constexpr (BITS == 8) {
+      to[0] = x;
+    } else if constexpr (BITS == 4) {
+      to[0] = low_nibbles(x);
+      to[1] = high_nibbles(x);
+    } else {
+      const Quads y = load_quads(at + row), z = load_quads(at + 2 * row);
+      to[0] = low_six(x);
+      to[1] = low_six(y);
+      to[2] = low_six(z);
+      to[3] = fourth_six(x, y, z);
+    }
+  }
 
-  // Upper and lower bytes, each of the low codes and then of the high ones, and before them the unit. The sum is that of the whole
-  // numbers: codes are never negative, and an error would not cancel against their zero point.
+  // Upper and lower bytes, each of one part after the other, and before them the unit. The sum is that of the whole numbers: codes
+  // are never negative, and an error would not cancel against their zero point.
   static inline float keep_query(const float* from, const KVPart& key, float* to) {
-    const int64_t bytes = key.token_bytes, low = key.format == INT8 ? key.dim : key.low, all = 2 * (bytes + 16);
+    const int64_t all = 2 * (key.token_bytes + 16);
     V tops = zero(), all_numbers = zero();
     for (int64_t i = 0; i < key.dim; i += W) {
       const V x = load_part(from + i, int(smaller(key.dim - i, W)));
@@ -249,11 +300,11 @@ struct ByteCodes {
     memset(upper, 0, size_t(2 * all));
     to[0] = unit(top, plain);
     V wholes = zero();
-    for (int64_t part = 0; part < 2; part++) {
-      const float* x = from + (part ? low : 0);
-      const int64_t count = part ? key.dim - low : low;
+    for (int part = 0; part < parts_of(bits_of(key.format)); part++) {
+      const float* x = from + part * key.part;
+      const int64_t count = numbers_of_part(key, part);
       for (int64_t i = 0; i < count; i += W) {
-        int8_t* at = upper + part * bytes + i;
+        int8_t* at = upper + part * key.row_bytes + i;
         const V numbers = load_part(x + i, int(smaller(count - i, W)));  // what is beyond is zero, or written over by the next part
         wholes = wholes + store_halves((plain - plain == 0 ? numbers : zero()) * inverse(top), at, at + all);
       }
@@ -263,23 +314,25 @@ struct ByteCodes {
   static inline int64_t query_floats(int64_t bytes) { return 1 + bytes + 16; }
   template <int BITS, int HEADS>
   static inline void dots(const uint8_t* codes, const KVPart& kv_part, const Ahead& next, const float* query, int64_t stride, V (*to)[BLOCK_VECTORS]) {
-    const int64_t bytes = kv_part.token_bytes, all = 2 * (bytes + 16);
+    constexpr int PARTS = parts_of(BITS);
+    const int64_t row = kv_part.row_bytes, all = 2 * (kv_part.token_bytes + 16);
     for (int v = 0; v < BLOCK_VECTORS; v++) {
       Sums upper[HEADS], lower[HEADS];
 #pragma GCC unroll 4
       for (int h = 0; h < HEADS; h++) upper[h] = lower[h] = no_sums();
       const uint8_t* at = codes + v * 4 * W;
-      for (int64_t i = 0; i < bytes; i += 4, at += 4 * BLOCK) {
-        if (v == 0 && i % 16 == 0) next.fetch(i * BLOCK, i + 16 < bytes ? (i + 16) * BLOCK : next.bytes);
-        const Quads x = load_quads(at), a = low<BITS>(x), b = high_nibbles(x);
+      for (int64_t i = 0; i < row; i += 4, at += 4 * BLOCK) {
+        if (v == 0) fetch_keys<BITS>(next, i, row);
+        Quads codes[PARTS];
+        load_parts<BITS>(at, row * BLOCK, codes);
 #pragma GCC unroll 4
         for (int h = 0; h < HEADS; h++) {
           const int8_t* q = (const int8_t*)(query + h * stride + 1) + i;
-          upper[h] = dot_quads(upper[h], a, q);
-          lower[h] = dot_quads(lower[h], a, q + all);
-          if (BITS == 8) continue;
-          upper[h] = dot_quads(upper[h], b, q + bytes);
-          lower[h] = dot_quads(lower[h], b, q + bytes + all);
+#pragma GCC unroll 4
+          for (int part = 0; part < PARTS; part++) {
+            upper[h] = dot_quads(upper[h], codes[part], q + part * row);
+            lower[h] = dot_quads(lower[h], codes[part], q + part * row + all);
+          }
         }
       }
 #pragma GCC unroll 4
@@ -314,8 +367,8 @@ struct ByteCodes {
     return sum(more);
   }
   template <int BITS, int HEADS, int VECS>
-  static inline void mix(const DecodeChunk& c, const float*, const float* kept, int64_t column, bool ahead, V (*to)[VECS * 8 / BITS]) {
-    constexpr int ALL = VECS * 8 / BITS;
+  static inline void mix(const DecodeChunk& c, const float*, const float* kept, int64_t column, bool ahead, V (*to)[VECS * parts_of(BITS)]) {
+    constexpr int PARTS = parts_of(BITS), ALL = VECS * PARTS;
     const int64_t stride = weight_floats();
     Sums upper[HEADS][ALL], lower[HEADS][ALL];
     // unrolled by name, or the compiler has the sums in memory too
@@ -332,12 +385,13 @@ struct ByteCodes {
         const uint8_t* row = (const uint8_t*)c.values[b] + (quad * c.value.token_bytes + column) * 4;
 #pragma GCC unroll 4
         for (int v = 0; v < VECS; v++) {
-          const Quads x = load_quads(row + v * 4 * W), codes[] = {low<BITS>(x), high_nibbles(x)};
+          Quads codes[PARTS];
+          load_parts<BITS>(row + v * 4 * W, c.value.row_bytes * 4, codes);
 #pragma GCC unroll 4
           for (int h = 0; h < HEADS; h++) {
             const int8_t* w = (const int8_t*)(kept + h * stride + 1) + b * BLOCK + quad * 4;
-#pragma GCC unroll 2
-            for (int e = 0; e < 8 / BITS; e++) {
+#pragma GCC unroll 4
+            for (int e = 0; e < PARTS; e++) {
               upper[h][e * VECS + v] = dot_quads(upper[h][e * VECS + v], codes[e], w);
               lower[h][e * VECS + v] = dot_quads(lower[h][e * VECS + v], codes[e], w + CHUNK);
             }
@@ -376,6 +430,7 @@ template <class Op, int HEADS>
 inline void score_coded_heads(const void* from, const KVPart& kv_part, const Ahead& next, const float* query, int64_t stride,
                               const float* sums, float* to) {
   if (kv_part.format == INT8) score_codes<Op, 8, HEADS>(from, kv_part, next, query, stride, sums, to);
+  else if (kv_part.format == INT6) score_codes<Op, 6, HEADS>(from, kv_part, next, query, stride, sums, to);
   else score_codes<Op, 4, HEADS>(from, kv_part, next, query, stride, sums, to);
 }
 
@@ -402,7 +457,8 @@ inline float weigh_codes(const DecodeChunk& c, float* weights) {
 // Mixes the codes of HEADS heads and VECS vectors of bytes of a token, and adds `more` to every number.
 template <class Op, int BITS, int HEADS, int VECS>
 inline void mix_codes(const DecodeChunk& c, const float* weights, const float* kept, int64_t column, bool ahead, const float* more, float* to) {
-  V sums[HEADS][VECS * 8 / BITS];
+  constexpr int PARTS = parts_of(BITS);
+  V sums[HEADS][VECS * PARTS];
   Op::template mix<BITS, HEADS, VECS>(c, weights, kept, column, ahead, sums);
   const auto put = [&](V x, int h, int64_t i, int64_t end) {
     x = x + set1(more[h]);
@@ -410,25 +466,26 @@ inline void mix_codes(const DecodeChunk& c, const float* weights, const float* k
     if (i + W <= end) store(at, x);
     else if (i < end) store_part(at, x, int(end - i));
   };
-  const int64_t low = BITS == 8 ? c.value_dim : c.value.low;
+  const int64_t part = c.value.part;
   for (int h = 0; h < HEADS; h++)
-    for (int v = 0; v < VECS; v++) {
-      put(sums[h][v], h, column + v * W, low);
-      if (BITS == 4) put(sums[h][VECS * (8 / BITS - 1) + v], h, low + column + v * W, c.value_dim);
-    }
+    for (int v = 0; v < VECS; v++)
+      for (int p = 0; p < PARTS; p++) {
+        const int64_t end = p + 1 < PARTS ? smaller((p + 1) * part, c.value_dim) : c.value_dim;
+        put(sums[h][VECS * p + v], h, p * part + column + v * W, end);
+      }
 }
 
 template <class Op, int BITS, int HEADS>
 inline void mix_coded_heads(const DecodeChunk& c, const float* weights, const float* kept, bool ahead, const float* more, float* to) {
-  if constexpr (HEADS == 4 && PANEL == 4) {  // for want of registers
+  constexpr int PARTS = parts_of(BITS), WIDE = PANEL > PARTS ? PANEL / PARTS : 1;
+  if constexpr (HEADS == 4 && WIDE * PARTS == 4) {  // for want of registers
     mix_coded_heads<Op, BITS, 2>(c, weights, kept, ahead, more, to);
     mix_coded_heads<Op, BITS, 2>(c, weights + 2 * CHUNK_STRIDE, kept + 2 * Op::weight_floats(), false, more + 2, to + 2 * c.value_dim);
   } else {
-    constexpr int WIDE = PANEL * BITS / 8;
     int64_t column = 0;
-    for (; column + WIDE * W <= c.value.token_bytes; column += WIDE * W, ahead = false)
+    for (; column + WIDE * W <= c.value.row_bytes; column += WIDE * W, ahead = false)
       mix_codes<Op, BITS, HEADS, WIDE>(c, weights, kept, column, ahead, more, to);
-    for (; column < c.value.token_bytes; column += W, ahead = false)
+    for (; column < c.value.row_bytes; column += W, ahead = false)
       mix_codes<Op, BITS, HEADS, 1>(c, weights, kept, column, ahead, more, to);
   }
 }

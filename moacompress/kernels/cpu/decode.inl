@@ -279,6 +279,7 @@ template <class T> void decode_chunk(const DecodeChunk& c) {
     MOACOMPRESS_HEADS(c.group - h, ({
       if (c.value.format == NATIVE) mix_heads<T, HEADS>(c, places, weights, h == 0, to);
       else if (c.value.format == INT8) mix_coded_heads<Op, 8, HEADS>(c, weights, kept, h == 0, more, to);
+      else if (c.value.format == INT6) mix_coded_heads<Op, 6, HEADS>(c, weights, kept, h == 0, more, to);
       else mix_coded_heads<Op, 4, HEADS>(c, weights, kept, h == 0, more, to);
     }));
   }

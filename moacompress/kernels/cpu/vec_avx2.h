@@ -87,6 +87,12 @@ inline Ints load_ints(const uint8_t* p) { return _mm256_loadu_si256((const __m25
 inline V picked(Ints x, int shift, int mask) {
   return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(x, shift), _mm256_set1_epi32(mask)));
 }
+// Of bytes with a code of 6 bits and 2 bits of another: the codes that three of them have in their high bits.
+inline Ints fourth_six(Ints x, Ints y, Ints z) {
+  const __m256i low = _mm256_and_si256(_mm256_srli_epi32(x, 6), _mm256_set1_epi8(3));
+  const __m256i middle = _mm256_and_si256(_mm256_srli_epi32(y, 4), _mm256_set1_epi8(12));
+  return _mm256_or_si256(_mm256_or_si256(low, middle), _mm256_and_si256(_mm256_srli_epi32(z, 2), _mm256_set1_epi8(48)));
+}
 inline void store_codes(uint8_t* p, V v) {  // of whole numbers in [0, 255]
   const __m256i x = _mm256_cvtps_epi32(v);
   const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));

@@ -85,6 +85,12 @@ inline Ints load_ints(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline V picked(Ints x, int shift, int mask) {
   return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(x, unsigned(shift)), _mm512_set1_epi32(mask)));
 }
+// Of bytes with a code of 6 bits and 2 bits of another: the codes that three of them have in their high bits.
+inline Ints fourth_six(Ints x, Ints y, Ints z) {
+  const __m512i low = _mm512_and_si512(_mm512_srli_epi32(x, 6), _mm512_set1_epi8(3));
+  const __m512i middle = _mm512_and_si512(_mm512_srli_epi32(y, 4), _mm512_set1_epi8(12));
+  return _mm512_or_si512(_mm512_or_si512(low, middle), _mm512_and_si512(_mm512_srli_epi32(z, 2), _mm512_set1_epi8(48)));
+}
 inline void store_codes(uint8_t* p, V v) {  // of whole numbers in [0, 255]
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
 }
@@ -126,6 +132,7 @@ typedef __m512i Sums;
 inline Quads load_quads(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Quads low_nibbles(Quads x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline Quads high_nibbles(Quads x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+inline Quads low_six(Quads x) { return _mm512_and_si512(x, _mm512_set1_epi8(63)); }
 inline Sums no_sums() { return _mm512_setzero_si512(); }
 inline Sums dot_quads(Sums sum, Quads x, const int8_t* four) {
   int bytes;

@@ -91,6 +91,14 @@ inline Ints load_ints(const uint8_t* p) { return vreinterpretq_u32_u8(vld1q_u8(p
 inline V picked(Ints x, int shift, int mask) {
   return vcvtq_f32_u32(vandq_u32(vshlq_u32(x, vdupq_n_s32(-shift)), vdupq_n_u32(uint32_t(mask))));
 }
+// Of bytes with a code of 6 bits and 2 bits of another: the codes that three of them have in their high bits.
+inline uint8x16_t fourth_six(uint8x16_t x, uint8x16_t y, uint8x16_t z) {
+  const uint8x16_t low = vshrq_n_u8(x, 6), middle = vandq_u8(vshrq_n_u8(y, 4), vdupq_n_u8(12));
+  return vorrq_u8(vorrq_u8(low, middle), vandq_u8(vshrq_n_u8(z, 2), vdupq_n_u8(48)));
+}
+inline Ints fourth_six(Ints x, Ints y, Ints z) {
+  return vreinterpretq_u32_u8(fourth_six(vreinterpretq_u8_u32(x), vreinterpretq_u8_u32(y), vreinterpretq_u8_u32(z)));
+}
 inline void store_low_bytes(uint8_t* p, uint32x4_t x) {
   const uint16x4_t words = vmovn_u32(x);
   const uint32_t bytes = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(words, words))), 0);
@@ -136,6 +144,7 @@ typedef int32x4_t Sums;
 inline Quads load_quads(const uint8_t* p) { return vld1q_u8(p); }
 inline Quads low_nibbles(Quads x) { return vandq_u8(x, vdupq_n_u8(15)); }
 inline Quads high_nibbles(Quads x) { return vshrq_n_u8(x, 4); }
+inline Quads low_six(Quads x) { return vandq_u8(x, vdupq_n_u8(63)); }
 inline Sums no_sums() { return vdupq_n_s32(0); }
 inline Sums dot_quads(Sums sum, Quads x, const int8_t* four) {
   int32_t bytes;

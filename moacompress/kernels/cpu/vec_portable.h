@@ -82,6 +82,10 @@ inline void load_nibbles(const uint8_t* p, V& low, V& high) {
 typedef uint32_t Ints __attribute__((vector_size(16)));
 inline Ints load_ints(const uint8_t* p) { Ints x; memcpy(&x, p, 16); return x; }
 inline V picked(Ints x, int shift, int mask) { return __builtin_convertvector((x >> shift) & uint32_t(mask), V); }
+// Of bytes with a code of 6 bits and 2 bits of another: the codes that three of them have in their high bits.
+inline Ints fourth_six(Ints x, Ints y, Ints z) {
+  return ((x >> 6) & 0x03030303u) | ((y >> 4) & 0x0c0c0c0cu) | ((z >> 2) & 0x30303030u);
+}
 inline void store_codes(uint8_t* p, V v) {  // of whole numbers in [0, 255]
   for (int i = 0; i < W; i++) p[i] = uint8_t(v[i]);
 }

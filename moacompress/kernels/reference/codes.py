@@ -73,20 +73,38 @@ def decode(kept: Codes) -> torch.Tensor:
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Returns a vector's codes, uint8 `[..., dim]`, as bytes, uint8 `[..., ceil(dim * bits / 8)]`.
+    """Returns a vector's codes, uint8 `[..., dim]`, as bytes, uint8 `[..., bytes]`.
 
-    Of 4 bits the first half of a vector is in the low nibbles and the second in the high ones.
+    Of 4 bits the first half of a vector is in the low nibbles and the second in the high ones. Of 6 bits four parts of whole
+    words of 4 share three rows of bytes: the first three are in the low bits of a row each, and the fourth in the high bits.
     """
     if bits == 8:
         return codes
+    if bits == 6:
+        row = 4 * -(-codes.shape[-1] // 16)
+        parts = torch.nn.functional.pad(codes, (0, 4 * row - codes.shape[-1])).unflatten(-1, (4, row))
+        rows: torch.Tensor = parts[..., :3, :] | ((parts[..., 3:, :] >> _high_bits(codes)) & 3) << 6
+        return rows.flatten(-2)
     half = -(-codes.shape[-1] // 2)
     low, high = codes[..., :half], codes[..., half:]
     return low | (torch.nn.functional.pad(high, (0, half - high.shape[-1])) << 4)
 
 
 def unpack(packed: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
-    """Returns the codes of `pack`, uint8 `[..., dim]`."""
-    return packed if bits == 8 else torch.cat((packed & 15, packed >> 4), -1)[..., :dim]
+    """Returns the codes of `pack`, uint8 `[..., dim]`; bytes behind them are passed over."""
+    if bits == 8:
+        return packed[..., :dim]
+    if bits == 6:
+        rows = packed.unflatten(-1, (3, -1))
+        fourth = ((rows >> 6) << _high_bits(packed)).sum(-2, keepdim=True, dtype=torch.uint8)
+        return torch.cat((rows & 63, fourth), -2).flatten(-2)[..., :dim]
+    half = packed[..., : -(-dim // 2)]
+    return torch.cat((half & 15, half >> 4), -1)[..., :dim]
+
+
+def _high_bits(like: torch.Tensor) -> torch.Tensor:
+    """Returns by how much the bits of a fourth part are shifted that are in each of three rows, uint8 `[3, 1]`."""
+    return torch.tensor([[0], [2], [4]], dtype=torch.uint8, device=like.device)
 
 
 def stored(x: torch.Tensor) -> torch.Tensor:

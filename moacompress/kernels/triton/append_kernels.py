@@ -86,6 +86,12 @@ def write(
             above = tl.minimum(lane + HALF, SIZE - 1).broadcast_to(code.shape)
             high = tl.where(lane + HALF < DIM, tl.gather(code, above, 1), 0)
             code = tl.where(lane < HALF, code | (high << 4), 0)
+        if BITS == 6:
+            ROW: tl.constexpr = BYTES // 3
+            at_fourth = 3 * ROW + lane % ROW
+            fourth = tl.gather(code, tl.minimum(at_fourth, SIZE - 1).broadcast_to(code.shape), 1)
+            fourth = tl.where(at_fourth < DIM, fourth, 0)
+            code = tl.where(lane < BYTES, code | ((fourth >> (lane // ROW * 2)) & 3) << 6, 0)
         if IS_VALUE:
             start = at * UNIT + 4 * BYTES * (place // 4) + place % 4
             into = Memory.to(tl.pointer_type(tl.uint8)) + start[:, None] + 4 * lane

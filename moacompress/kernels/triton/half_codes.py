@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moacompress.kernels.triton.tiles import LEAST_UNIT, UNIT, code_bytes, scale_and_zero
+from moacompress.kernels.triton.tiles import LEAST_UNIT, UNIT, code_bytes, code_words, scale_and_zero
 from moacompress.rules import windows
 
 BLOCK = tl.constexpr(windows.BLOCK)
@@ -29,9 +29,9 @@ def halves(pairs):
 
 
 @triton.jit
-def code_halves(words, NIBBLES: tl.constexpr):
+def code_halves(words, BITS: tl.constexpr):
     """Returns the four codes of words, or their low nibbles, `[..., words, 2, 2]` as of `halves`, then the high nibbles."""
-    if NIBBLES:
+    if BITS == 4:
         low = tl.join(halves(words & 0x000F000F), halves((words >> 8) & 0x000F000F))
         high = tl.join(halves((words >> 4) & 0x000F000F), halves((words >> 12) & 0x000F000F))
     else:
@@ -41,22 +41,18 @@ def code_halves(words, NIBBLES: tl.constexpr):
 
 
 @triton.jit
-def key_halves(words, offset, place, there, BYTES: tl.constexpr, WORDS: tl.constexpr, NIBBLES: tl.constexpr):
+def key_halves(words, offset, place, there, BYTES: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr):
     """Returns keys' codes, or their low nibbles, as float16, 1024 more, `[tokens, 4 * WORDS]`, then the high nibbles."""
-    w = tl.arange(0, WORDS)
-    at = words + (offset * (UNIT // 4) + place)[:, None] + (w * BLOCK)[None, :]
-    found = tl.load(at, mask=there[:, None] & (w * 4 < BYTES)[None, :], other=0)
-    low, high = code_halves(found, NIBBLES)
+    found = code_words(words + (offset * (UNIT // 4) + place), there, BYTES // 4, BLOCK, WORDS, BITS)
+    low, high = code_halves(found, BITS)
     return low.reshape(found.shape[0], 4 * WORDS), high.reshape(found.shape[0], 4 * WORDS)
 
 
 @triton.jit
-def value_halves(words, offset, quad, there, BYTES: tl.constexpr, WIDTH: tl.constexpr, NIBBLES: tl.constexpr):
+def value_halves(words, offset, quad, there, BYTES: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr):
     """Returns values' codes, or their low nibbles, as float16, 1024 more, `[4 * quads, WIDTH]`, then the high nibbles."""
-    b = tl.arange(0, WIDTH)
-    at = words + (offset * (UNIT // 4) + quad * BYTES)[:, None] + b[None, :]
-    found = tl.load(at, mask=there[:, None] & (b < BYTES)[None, :], other=0)
-    low, high = code_halves(found, NIBBLES)
+    found = code_words(words + (offset * (UNIT // 4) + quad * BYTES), there, BYTES, 1, WIDTH, BITS)
+    low, high = code_halves(found, BITS)
     low = tl.permute(low, (0, 2, 3, 1)).reshape(4 * found.shape[0], WIDTH)
     high = tl.permute(high, (0, 2, 3, 1)).reshape(4 * found.shape[0], WIDTH)
     return low, high
@@ -110,7 +106,7 @@ def code_scores(
     Queries are float16 or float32; of 4 bits `query` is the first half and `query_high` the second.
     """
     BYTES: tl.constexpr = code_bytes(DIM, BITS)
-    low, high = key_halves(Keys.to(tl.pointer_type(tl.int32)), offset, place, there, BYTES, WIDTH // 4, BITS == 4)
+    low, high = key_halves(Keys.to(tl.pointer_type(tl.int32)), offset, place, there, BYTES, WIDTH // 4, BITS)
     score = tl.dot(query, tl.trans(codes_in(low, query.dtype)), input_precision="ieee")
     if BITS == 4:
         score = tl.dot(query_high, tl.trans(codes_in(high, query.dtype)), score, input_precision="ieee")
@@ -156,9 +152,7 @@ def add_halves(
     alone = tl.where(real, 0.0, zero)
     found = tl.sum(scaled.to(tl.float32) * of_codes[None, :], 1) * unit
     zeros = zeros * shrunk + found + tl.sum(weight * alone[None, :], 1)
-    low, high = value_halves(
-        Values.to(tl.pointer_type(tl.int32)), quad_offset, quad, quad_there, BYTES, WIDTH, BITS == 4
-    )
+    low, high = value_halves(Values.to(tl.pointer_type(tl.int32)), quad_offset, quad, quad_there, BYTES, WIDTH, BITS)
     change = before * inverse
     out = tl.dot(scaled, codes_in(low, dtype), out * change[:, None], input_precision="ieee")
     if BITS == 4:

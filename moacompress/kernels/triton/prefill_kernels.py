@@ -93,9 +93,9 @@ def transient_numbers(
     else:
         BYTES: tl.constexpr = code_bytes(DIM, BITS)
         if VALUES:
-            found = value_bytes(Pool.to(tl.pointer_type(tl.uint8)), offset, place, cached, BYTES, WIDTH)
+            found = value_bytes(Pool.to(tl.pointer_type(tl.uint8)), offset, place, cached, BYTES, WIDTH, BITS)
         else:
-            found = key_words(Pool.to(tl.pointer_type(tl.int32)), offset, place, cached, BYTES, WIDTH // 4)
+            found = key_words(Pool.to(tl.pointer_type(tl.int32)), offset, place, cached, BYTES, WIDTH // 4, BITS)
         scale, zero = scale_and_zero(Pool.to(tl.pointer_type(tl.float16)), offset, place, cached, BYTES)
         if BITS == 4:
             high = chunk_numbers(start, t, fresh, stride, DIM, WIDTH, HALF).to(dtype)

@@ -35,7 +35,7 @@ LEAST_UNIT = tl.constexpr(1e-37)
 @triton.constexpr_function
 def code_bytes(dim, bits):
     """Returns the bytes of the codes of a vector of `dim` numbers: whole words of 4, see `docs/formats.md`."""
-    return (dim * bits + 31) // 32 * 4
+    return (dim + 15) // 16 * 12 if bits == 6 else (dim * bits + 31) // 32 * 4
 
 
 @triton.jit
@@ -70,31 +70,50 @@ def in_ring(block, sinks, size, RING: tl.constexpr):
 
 
 @triton.jit
-def key_words(words, offset, place, there, BYTES: tl.constexpr, WORDS: tl.constexpr):
+def code_words(at, there, COUNT: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr):
+    """Returns COUNT words of codes, or single bytes, that lie STEP apart from `at` on, int32 `[tokens, WIDTH]`, then 0.
+
+    Bytes have a code of 8 bits or two of 4 bits. Of 6 bits there are COUNT / 3 more: what three words have of the fourth part
+    is put together behind them, so that each byte is a code.
+    """
+    w = tl.arange(0, WIDTH)[None, :]
+    start = at[:, None]
+    there = there[:, None]
+    if BITS == 6:
+        ROW: tl.constexpr = COUNT // 3
+        last = (w >= COUNT) & (w < COUNT + ROW)
+        first = tl.where(last, w - COUNT, w)
+        x = tl.load(start + first * STEP, mask=there & (w < COUNT + ROW), other=0).to(tl.int32)
+        y = tl.load(start + (first + ROW) * STEP, mask=there & last, other=0).to(tl.int32)
+        z = tl.load(start + (first + 2 * ROW) * STEP, mask=there & last, other=0).to(tl.int32)
+        fourth = ((x >> 6) & 0x03030303) | ((y >> 4) & 0x0C0C0C0C) | ((z >> 2) & 0x30303030)
+        found = tl.where(last, fourth, x & 0x3F3F3F3F)
+    else:
+        found = tl.load(start + w * STEP, mask=there & (w < COUNT), other=0).to(tl.int32)
+    return found
+
+
+@triton.jit
+def key_words(words, offset, place, there, BYTES: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr):
     """Returns the bytes of keys' codes as int32 `[tokens, 4 * WORDS]`; each four of a token lie beside those of the next."""
-    w = tl.arange(0, WORDS)
-    at = words + (offset * (UNIT // 4) + place)[:, None] + (w * BLOCK)[None, :]
-    found = tl.load(at, mask=there[:, None] & (w * 4 < BYTES)[None, :], other=0)
+    found = code_words(words + (offset * (UNIT // 4) + place), there, BYTES // 4, BLOCK, WORDS, BITS)
     shift = (tl.arange(0, 4) * 8)[None, None, :]
     return ((found[:, :, None] >> shift) & 255).reshape(found.shape[0], 4 * WORDS)
 
 
 @triton.jit
-def value_words(words, offset, quad, there, BYTES: tl.constexpr, WIDTH: tl.constexpr):
+def value_words(words, offset, quad, there, BYTES: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr):
     """Returns the bytes of values' codes as int32 `[4 * quads, WIDTH]`; a byte of four tokens lies beside their next."""
-    b = tl.arange(0, WIDTH)
-    at = words + (offset * (UNIT // 4) + quad * BYTES)[:, None] + b[None, :]
-    found = tl.load(at, mask=there[:, None] & (b < BYTES)[None, :], other=0)
+    found = code_words(words + (offset * (UNIT // 4) + quad * BYTES), there, BYTES, 1, WIDTH, BITS)
     shift = (tl.arange(0, 4) * 8)[None, :, None]
     return ((found[:, None, :] >> shift) & 255).reshape(4 * found.shape[0], WIDTH)
 
 
 @triton.jit
-def value_bytes(start, offset, place, there, BYTES: tl.constexpr, WIDTH: tl.constexpr):
+def value_bytes(start, offset, place, there, BYTES: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr):
     """As `value_words`, of tokens that may lie anywhere: int32 `[tokens, WIDTH]`."""
-    b = tl.arange(0, WIDTH)
-    at = start + (offset * UNIT + place // 4 * (4 * BYTES) + place % 4)[:, None] + (b * 4)[None, :]
-    return tl.load(at, mask=there[:, None] & (b < BYTES)[None, :], other=0).to(tl.int32)
+    at = start + (offset * UNIT + place // 4 * (4 * BYTES) + place % 4)
+    return code_words(at, there, BYTES, 4, WIDTH, BITS)
 
 
 @triton.jit
@@ -147,7 +166,7 @@ def cached_scores(
         score = tl.dot(query, tl.trans(key), input_precision="ieee")
     else:
         BYTES: tl.constexpr = code_bytes(DIM, BITS)
-        found = key_words(Keys.to(tl.pointer_type(tl.int32)), offset, place, there, BYTES, WIDTH // 4)
+        found = key_words(Keys.to(tl.pointer_type(tl.int32)), offset, place, there, BYTES, WIDTH // 4, BITS)
         if BITS == 4:
             score = tl.dot(query, tl.trans((found & 15).to(query.dtype)), input_precision="ieee")
             score = tl.dot(query_high, tl.trans((found >> 4).to(query.dtype)), score, input_precision="ieee")
@@ -222,7 +241,7 @@ def add_codes(
     # the zero points are weighed by what the codes are: their errors cancel
     weight = tl.where(scale[None, :] > 0, multiplied / scale[None, :], weight)
     zeros = zeros * shrunk + tl.sum(tl.where(seen, weight * zero[None, :], 0.0), 1)
-    found = value_words(Values.to(tl.pointer_type(tl.int32)), quad_offset, quad, quad_there, BYTES, WIDTH)
+    found = value_words(Values.to(tl.pointer_type(tl.int32)), quad_offset, quad, quad_there, BYTES, WIDTH, BITS)
     out = out * change[:, None]
     if BITS == 4:
         out_high = out_high * change[:, None]
